@@ -1,0 +1,158 @@
+"""From the records of a study to its tables and fits: runs.csv, records.jsonl, curves.csv, fits.json, differences.csv.
+
+    python analysis/collect.py SWEEP
+
+Reads the cells in runs/SWEEP, or results/SWEEP where there are none; writes runs/SWEEP/study. Every planned cell has
+a row, also those that were dropped, failed, or never run.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from peerscale.errors import UserError, exit_code
+from peerscale.files import write_text
+from peerscale.laws import fit_isoflop
+from peerscale.laws.isoflop import VertexStatus
+from peerscale.laws.paired import difference_interval, optimum_losses, resampled_losses
+from peerscale.runs.record import Record
+from peerscale.runs.study import SIZE_COLUMNS, Study, collected, method_names, planned_record, published, study_parser, usable
+from peerscale.runs.table import curves_table, read_records, runs_table
+from peerscale.sweeper import planned_cells
+
+REFERENCES = ("dense", "peer")
+"""Methods that the others are compared with."""
+
+RARE = 0.05
+"""Share of resamples without a minimum from which an interval is flagged."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = study_parser(__doc__).parse_args(argv)
+    records, curves = read_study(arguments.sweep, arguments.runs, arguments.results)
+    study = collected(arguments.sweep, arguments.runs)
+    runs = runs_table(records)
+    fits = fit_study(runs)
+    write_text(study.runs, runs.to_csv(index=False))
+    write_text(study.records, "".join(json.dumps(asdict(record)) + "\n" for record in records))
+    write_text(study.curves, curves.to_csv(index=False))
+    write_text(study.fits, json.dumps(fits, indent=1) + "\n")
+    write_text(study.differences, compare(runs, records, fits).to_csv(index=False))
+    counts = ", ".join(f"{n} {status}" for status, n in runs["status"].value_counts().items())
+    print(f"{arguments.sweep}: {len(runs)} cells ({counts}) -> {study.folder}")
+    return 0
+
+
+def read_study(sweep: str, runs: Path, results: Path) -> tuple[list[Record], pd.DataFrame]:
+    """Records of all cells, planned ones included, and the training curves; from `runs`, else as published."""
+    records = read_records(runs / sweep)
+    if records:
+        curves = curves_table(runs / sweep / record.cell for record in records)
+        return with_planned(sweep, records), curves
+    source = published(sweep, results)
+    if source.records.is_file():
+        return read_records(source.folder), read_curves(source)
+    raise UserError(f"no runs of {sweep!r}: neither cells in {runs / sweep} nor {source.records}")
+
+
+def read_curves(study: Study) -> pd.DataFrame:
+    return pd.read_csv(study.curves) if study.curves.is_file() else curves_table(())
+
+
+def with_planned(sweep: str, records: list[Record]) -> list[Record]:
+    """The records in the order of the plan, with one made for each cell that has none; unplanned ones come last."""
+    try:
+        cells = planned_cells(sweep)
+    except UserError as error:
+        print(f"notice: only cells with a record are in the table, as the plan cannot be read: {error}", file=sys.stderr)
+        return records
+    found = {record.cell: record for record in records}
+    planned = [found.pop(cell.name, None) or planned_record(sweep, cell) for cell in cells]
+    return planned + list(found.values())
+
+
+def fit_study(runs: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """The isoFLOP fits of a table of runs.
+
+    Returns:
+        `{name: fit}`: `<method>` is the fit over FLOPs per token, `<method>/<column>` over another meaning of size.
+        Each fit names its `method` and its column `x`.
+    """
+    rows = runs.assign(name=method_names(runs))[usable(runs)]
+    fits = {}
+    for name, of_method in rows.groupby("name", sort=False):
+        for x in SIZE_COLUMNS:
+            fit = fit_isoflop(of_method, budget="budget", x=x, loss="val_loss")
+            key = str(name) if x == SIZE_COLUMNS[0] else f"{name}/{x}"
+            fits[key] = {**fit.to_dict(), "method": name, "x": x, "loss": "val_loss"}
+    return fits
+
+
+def compare(runs: pd.DataFrame, records: Sequence[Record], fits: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """Differences of the loss at the compute optimum, fitted over FLOPs per token, between pairs of methods.
+
+    The interval is `laws.paired`'s: a bootstrap over validation sequences with the same resample for every cell.
+
+    Returns:
+        One row per budget, reference and method: budget, method, reference, difference, low, high (nats per token;
+        NaN where there is none), resamples, without_minimum, flagged, note.
+    """
+    runs = runs.assign(name=method_names(runs))
+    runs = runs[usable(runs)]
+    losses = _sequence_losses(records, set(runs["cell"]))
+    draws = resampled_losses(np.array(list(losses.values()))) if losses else np.empty((0, 0))
+    column = {cell: i for i, cell in enumerate(losses)}
+    rows = []
+    for budget, at_budget in runs.groupby("budget"):
+        optima = {}
+        for name, cells in at_budget.groupby("name", sort=False):
+            if set(cells["cell"]) <= column.keys() and cells["flops_per_token"].nunique() >= 3:
+                drawn = draws[:, [column[cell] for cell in cells["cell"]]]
+                optima[name] = optimum_losses(cells["flops_per_token"].to_numpy(float), drawn)
+        vertices = {name: _vertex(fits[name], float(budget)) for name in at_budget["name"].unique()}
+        for reference in REFERENCES:
+            for name in vertices if reference in vertices else ():
+                if name != reference:
+                    rows.append({"budget": budget, **_difference(name, reference, vertices, optima)})
+    columns = ["budget", "method", "reference", "difference", "low", "high", "resamples", "without_minimum", "flagged", "note"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _sequence_losses(records: Sequence[Record], cells: set[str]) -> dict[str, list[float]]:
+    """Per-sequence losses by cell, of those evaluated on the same sequences as most."""
+    losses = {r.cell: r.sequence_losses for r in records if r.cell in cells and np.isfinite(r.sequence_losses).all()}
+    lengths = [len(values) for values in losses.values() if values]
+    usual = max(lengths, key=lengths.count, default=0)
+    return {cell: values for cell, values in losses.items() if values and len(values) == usual}
+
+
+def _vertex(fit: Mapping[str, Any], budget: float) -> Mapping[str, Any]:
+    return next(vertex for vertex in fit["vertices"] if vertex["budget"] == budget)
+
+
+def _difference(
+    name: str, reference: str, vertices: Mapping[str, Mapping[str, Any]], optima: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    pair = (name, reference)
+    row: dict[str, Any] = {"method": name, "reference": reference}
+    notes = [f"{who}: {vertices[who]['status']}" for who in pair if vertices[who]["status"] != VertexStatus.OK]
+    if all((vertices[who]["curvature"] or 0) > 0 for who in pair):
+        row["difference"] = vertices[name]["loss"] - vertices[reference]["loss"]
+        if all(who in optima for who in pair):
+            interval = difference_interval(optima[name], optima[reference])
+            row |= asdict(interval)
+            if interval.without_minimum > RARE * interval.resamples:
+                notes.append(f"no minimum in {interval.without_minimum} of {interval.resamples} resamples")
+        else:
+            notes.append("no interval: per-sequence losses are missing or of other sequences")
+    return {**row, "flagged": bool(notes), "note": "; ".join(notes)}
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

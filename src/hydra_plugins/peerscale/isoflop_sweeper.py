@@ -1,0 +1,72 @@
+"""The isoFLOP sweeper: `hydra/sweeper=isoflop`, with the cells of the sweep file that are still to be run."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+
+class IsoflopSweeper(Sweeper):
+    """Hands the pending cells of a study to the launcher, longest first."""
+
+    def __init__(self) -> None:
+        self.config: DictConfig | None = None
+        self.launcher: Launcher | None = None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.config = config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        # Hydra imports every plugin at every start; what the sweep needs is imported when there is one.
+        from peerscale.config import ConfigError
+        from peerscale.data.prepare import prepare
+        from peerscale.progress import Progress
+        from peerscale.runs.record import Status
+        from peerscale.sweeper import pending_cells, planned_cells
+        from peerscale.train import FailedCells
+
+        assert self.config is not None and self.launcher is not None
+        if "sweep" not in self.config:
+            raise ConfigError("a multirun needs a sweep file: --config-dir sweeps --config-name NAME")
+        cells = planned_cells(self._file(), arguments)
+        corpus = prepare(cells[0].config.data)
+        pending = pending_cells(cells, corpus.manifest.fingerprint)
+        dropped = sum(cell.plan.verdict == "DROP" for cell in cells)
+        name, done = cells[0].sweep, len(cells) - len(pending) - dropped
+        print(f"{name}: {len(cells)} cells, {done} done, {dropped} dropped, {len(pending)} to run", file=sys.stderr)
+        if not pending:
+            return []
+        with Progress(name, pending, already_done=done):
+            returns = self.launcher.launch([list(cell.overrides) for cell in pending], initial_job_idx=0)
+        outcomes = {cell.name: job.return_value for cell, job in zip(pending, returns, strict=True)}
+        if failed := [cell for cell, status in outcomes.items() if status in (Status.FAILED, Status.DIVERGED)]:
+            raise FailedCells(
+                f"{len(failed)} of {len(cells)} cells failed: {', '.join(failed[:5])}{' ...' if failed[5:] else ''}; "
+                f"reasons: make status SWEEP={name}"
+            )
+        return outcomes
+
+    def _file(self) -> Path:
+        """The sweep file: the primary config, in the folder that `--config-dir` names."""
+        assert self.config is not None
+        runtime = self.config.hydra.runtime
+        folders = [Path(source.path) for source in runtime.config_sources if source.schema == "file"]
+        found = [f for folder in folders if (f := folder / f"{self.config.hydra.job.config_name}.yaml").is_file()]
+        return found[0]
+
+
+ConfigStore.instance().store(
+    group="hydra/sweeper",
+    name="isoflop",
+    node=OmegaConf.create({"_target_": f"{__name__}.IsoflopSweeper"}),
+    provider="peerscale",
+)

@@ -1,0 +1,412 @@
+"""The whole run as frozen dataclasses, and `load`, the one way from YAML files and overrides to them.
+
+Strict: an unknown key, a wrong type or a size that cannot be built is a `ConfigError` of one line. No torch here.
+"""
+
+from collections.abc import Mapping, Sequence
+from math import isqrt
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from peerscale.errors import UserError
+from peerscale.files import ROOT
+
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+Positive = Annotated[int, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be run: the key, what was given, what is allowed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class SizeConfig:
+    """The backbone, the same for every method."""
+
+    d_model: Positive
+    n_layers: Positive = 4
+    n_heads: Positive = 2
+
+    def __post_init__(self) -> None:
+        if self.d_model % (2 * self.n_heads):
+            legal = 2 * self.n_heads * max(1, round(self.d_model / (2 * self.n_heads)))
+            raise ValueError(
+                f"{self.n_heads} heads do not divide d_model {self.d_model} into an even width (rotary positions turn "
+                f"pairs); nearest d_model: {legal}"
+            )
+
+    @property
+    def d_ff(self) -> int:
+        """Hidden width of the dense feed-forward layer: 4 d_model (paper, section 3.1)."""
+        return 4 * self.d_model
+
+    @property
+    def name(self) -> str:
+        """`d32`; a depth other than 4 or a head width outside 8..16 shows: `d32-l6-h8`."""
+        depth = "" if self.n_layers == 4 else f"-l{self.n_layers}"
+        heads = "" if 8 <= self.d_model // self.n_heads <= 16 else f"-h{self.n_heads}"
+        return f"d{self.d_model}{depth}{heads}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class FfnConfig:
+    """What every feed-forward layer has: `method` names its class, `variant` a form of it that is not the paper's."""
+
+    method: str
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        """The name of the layer's YAML file, and of its curve in a figure."""
+        return f"{self.method}_{self.variant}" if self.variant else self.method
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class DenseConfig(FfnConfig):
+    """d_model -> 4 d_model -> d_model."""
+
+    method: Literal["dense"] = "dense"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class MoeConfig(FfnConfig):
+    """Coarse mixture of experts: every expert is a full dense feed-forward layer."""
+
+    method: Literal["moe"] = "moe"
+    routing: Literal["expert_choice", "token_choice"] = "expert_choice"
+    n_experts: Positive = 16
+    capacity_factor: Rate = 1.0
+    """Expert choice: mean experts per token. Not stated in the paper; 1 keeps the active parameters of dense."""
+    top_k: Positive = 1
+    """Token choice: experts per token."""
+    load_balance_weight: Annotated[float, Field(ge=0)] = 1e-2
+    """Token choice: weight of the load-balance loss (Fedus et al. 2021)."""
+    z_loss_weight: Annotated[float, Field(ge=0)] = 1e-3
+    """Token choice: weight of mean(logsumexp^2) of the router scores (Zoph et al. 2022)."""
+
+    def __post_init__(self) -> None:
+        if self.top_k > self.n_experts:
+            raise ValueError(f"top_k {self.top_k} is more than n_experts {self.n_experts}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class RetrievalConfig(FfnConfig):
+    """What PKM and PEER share: queries and the product keys that they are compared with."""
+
+    n_experts: Positive
+    n_heads: Positive
+    top_k: Positive
+    d_key: Literal["half_d_model"] | Positive = "half_d_model"
+    """Query and key width per head, both halves together. Not stated in the paper; the rule is d_model / 2, at least 8,
+    as a fixed 128 would cost small models more than the layer that it routes to."""
+    query_norm: bool = True
+    """BatchNorm on the queries (paper, section 3.4)."""
+    query_bias: bool = True
+    """Not stated in the paper; on in the product-key memory code that it points to."""
+    shared_keys: bool = True
+    """One set of product keys for all heads (paper, section 2) or one for each (the code that it points to)."""
+
+    def __post_init__(self) -> None:
+        side = isqrt(self.n_experts)
+        if side * side != self.n_experts:
+            raise ValueError(
+                f"n_experts {self.n_experts} is not a square (product keys); nearest: {side**2}, {(side + 1) ** 2}"
+            )
+        if self.top_k > side:
+            raise ValueError(f"top_k {self.top_k} is more than the {side} sub-keys of a side; allowed: 1..{side}")
+        if self.d_key != "half_d_model" and self.d_key % 2:
+            raise ValueError(f"d_key {self.d_key} is odd, but a key has two equal halves")
+
+    @property
+    def n_keys(self) -> int:
+        """Sub-keys per side: sqrt(n_experts) (paper, equation 4)."""
+        return isqrt(self.n_experts)
+
+    def resolved_d_key(self, d_model: int) -> int:
+        """`d_key` for this model width; the rule rounds up to a multiple of 4 so that halves stay even."""
+        return max(8, -(-d_model // 8) * 4) if self.d_key == "half_d_model" else self.d_key
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class PkmConfig(RetrievalConfig):
+    """Product-key memory (Lample et al. 2019): retrieved values that do not depend on the input."""
+
+    method: Literal["pkm"] = "pkm"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class PeerConfig(RetrievalConfig):
+    """Parameter-efficient expert retrieval (He 2024): retrieved experts of one neuron each."""
+
+    method: Literal["peer"] = "peer"
+    activation: Literal["gelu", "relu"] = "gelu"
+    """Not stated in the paper ("e.g. ReLU or GELU")."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """Over the retrieved experts of each head (paper, equation 2 and algorithm 1)."""
+
+
+Ffn = Annotated[DenseConfig | MoeConfig | PkmConfig | PeerConfig, Field(discriminator="method")]
+"""The slot under study. A new layer is one dataclass more here, and one `case` in `build_ffn` and in `ffn_cost`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class DataConfig:
+    """A corpus, its tokenizer and its held-out sets."""
+
+    source: Literal["gutenberg", "text", "c4"]
+    vocab_size: Annotated[int, Field(ge=257, le=65536)] = 2048
+    train_tokens: Positive | None = None
+    """Tokens to train on, written down so that planning needs no corpus; null: known once prepared."""
+    max_epochs: Rate = 1.0
+    """A cell that needs more passes over the corpus is dropped."""
+    val_set: str = "validation"
+    """The held-out set whose loss is `val_loss`; learning rates are tuned on `tuning`."""
+    evaluation: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: {"validation": 131072})
+    """Tokens of each held-out set to evaluate on, the same for every cell; 0 leaves a set out."""
+    path: str | None = None
+    """`text`: a .txt, .jsonl or .gz file, or a folder of them. `c4`: a folder of C4-shaped shards in place of the hub."""
+    max_documents: Positive | None = None
+    """`c4`: documents to stream."""
+    directory: str = "data"
+    """Where prepared tokens are kept, relative to the checkout."""
+
+    def __post_init__(self) -> None:
+        if not self.evaluation.get(self.val_set):
+            raise ValueError(f"val_set {self.val_set!r} has no tokens in evaluation, which names {list(self.evaluation)}")
+        if self.source == "text" and not self.path:
+            raise ValueError("source text needs data.path=FILE_OR_FOLDER (.txt, .jsonl, .gz)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class OptimConfig:
+    """AdamW and its schedule. Rates are those of d_model 32; `lr_rule` carries them to other widths."""
+
+    lr: Rate
+    table_lr: Rate | None = None
+    """Rate of the expert tables and PKM values; null: the layer has none."""
+    lr_rule: Literal["constant", "inverse_sqrt_width"] = "inverse_sqrt_width"
+    """`inverse_sqrt_width`: lr x sqrt(32 / d_model). Table rates do not scale."""
+    schedule: Literal["cosine"] = "cosine"
+    warmup_fraction: Fraction = 0.05
+    final_lr_fraction: Fraction = 0.1
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    eps: Rate = 1e-8
+    grad_clip: Rate = 1.0
+    """Bound on the global gradient norm of all but the expert tables."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class TrainerConfig:
+    """How and where a cell runs; nothing here changes its result beyond floating-point order."""
+
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    threads: Positive = 1
+    """CPU threads of one cell; parallel sweeps run fastest with one."""
+    kernel: Literal["auto", "native", "reference"] = "auto"
+    """Which implementation of the single-neuron-expert operator."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; `auto` compiles where the plan expects the run to be long enough to pay for it."""
+    checkpoint_every_s: Rate = 60.0
+    log_every_steps: Positive = 20
+    keep_checkpoint: bool = False
+    """Keep the last checkpoint of a finished cell."""
+    runs_directory: str = "runs"
+    """Where cells are kept, relative to the checkout."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class TrackingConfig:
+    """Weights & Biases."""
+
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "peerscale"
+    entity: str | None = None
+    tags: list[str] = Field(default_factory=list)
+    id_salt: str = ""
+    """Changes the W&B run ids, for a project where runs of these ids were deleted."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class Config:
+    """One cell: a model, its data and recipe, and the training compute that it may use."""
+
+    size: SizeConfig
+    ffn: Ffn
+    data: DataConfig
+    optim: OptimConfig
+    trainer: TrainerConfig
+    tracking: TrackingConfig
+    budget: Rate
+    """Training FLOPs, by the convention of `accounting`."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    replaced: Literal["middle", "all"] | list[Positive] = "middle"
+    """Blocks whose feed-forward layer is `ffn`, counted from 1; `middle` is block n_layers // 2 (paper: 6 of 12)."""
+    batch_sequences: Positive = 16
+    context: Annotated[int, Field(ge=2)] = 64
+    """Tokens a sequence."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    min_steps: Positive = 200
+    """A cell with fewer optimiser steps is dropped."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.replaced, list) and not all(1 <= i <= self.size.n_layers for i in self.replaced):
+            raise ValueError(f"replaced {self.replaced} names a block outside 1..{self.size.n_layers}")
+
+    @property
+    def replaced_blocks(self) -> tuple[int, ...]:
+        """The replaced blocks, counted from 1."""
+        match self.replaced:
+            case "middle":
+                return (max(1, self.size.n_layers // 2),)
+            case "all":
+                return tuple(range(1, self.size.n_layers + 1))
+            case blocks:
+                return tuple(sorted(set(blocks)))
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_sequences * self.context
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class GridRow:
+    """One budget of a study and the sizes to train there."""
+
+    budget: Rate
+    sizes: list[str] = Field(min_length=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class SweepConfig:
+    """A study: the product of methods, (budget, size) pairs, axes and seeds."""
+
+    methods: list[str] = Field(min_length=1)
+    """Names of files in conf/ffn."""
+    grid: list[GridRow] = Field(min_length=1)
+    seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
+    axes: dict[str, list[Any]] = Field(default_factory=dict)
+    """Any further config keys and the values that each takes."""
+    method_axes: dict[str, dict[str, list[Any]]] = Field(default_factory=dict)
+    """The same for one method only."""
+    min_sizes: Positive = 5
+    """Sizes that every method needs at every budget: a parabola wants five points."""
+
+
+T = TypeVar("T")
+
+_CONFIG: TypeAdapter[Config] = TypeAdapter(Config)
+_SWEEP: TypeAdapter[SweepConfig] = TypeAdapter(SweepConfig)
+
+
+def parse_config(tree: Mapping[str, Any]) -> Config:
+    """A nested mapping, as composed by Hydra or read from `config.yaml`, as a `Config`; raises `ConfigError`."""
+    return _parse(_CONFIG, tree)
+
+
+def parse_sweep(tree: Mapping[str, Any]) -> SweepConfig:
+    """The `sweep` section of a sweep file; raises `ConfigError`."""
+    return _parse(_SWEEP, tree)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain values, as written to `config.yaml`; the inverse of `parse_config`."""
+    return _CONFIG.dump_python(config, mode="json")
+
+
+def _parse(adapter: TypeAdapter[T], tree: Mapping[str, Any]) -> T:
+    try:
+        return adapter.validate_python(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(_one_line(first)) from None
+
+
+def _one_line(problem: Mapping[str, Any]) -> str:
+    # The tag of the ffn union stands in pydantic's location after `ffn`; the user's key has no such part.
+    where = ".".join(str(part) for i, part in enumerate(problem["loc"]) if not (i == 1 and problem["loc"][0] == "ffn"))
+    given = problem["input"]
+    message = problem["msg"].removeprefix("Value error, ")
+    match problem["type"]:
+        case "unexpected_keyword_argument" | "extra_forbidden":
+            return f"unknown key {where} (value {given!r})"
+        case "missing" | "missing_argument" | "missing_keyword_only_argument":
+            return f"{where}: missing"
+        case "value_error":
+            return f"{where}: {message}" if where else message
+        case _:
+            return f"{where}: {message[0].lower()}{message[1:]}, not {given!r}"
+
+
+def load(overrides: Sequence[str] = (), *, sweep: str | Path | None = None) -> Config:
+    """Compose `conf/` with Hydra-style overrides, as the command line does.
+
+    Args:
+        overrides: such as `["ffn=peer", "size=d64", "budget=1e12"]`.
+        sweep: a study's name or file, whose settings lie between `conf/` and the overrides.
+
+    Raises:
+        ConfigError: an unknown key or value, or a model that cannot be built.
+    """
+    tree = compose(overrides, sweep=sweep)
+    tree.pop("sweep", None)
+    return parse_config(tree)
+
+
+def load_sweep(sweep: str | Path) -> SweepConfig:
+    """The `sweep` section of a study; raises `ConfigError`."""
+    tree = compose(sweep=sweep).get("sweep")
+    if tree is None:
+        raise ConfigError(f"{sweep_file(sweep)}: no `sweep:` section")
+    return parse_sweep(tree)
+
+
+def sweep_file(sweep: str | Path) -> Path:
+    """The file of a study given by name or path; raises `ConfigError` with the studies there are."""
+    path = Path(sweep)
+    path = path if path.suffix in (".yaml", ".yml") else ROOT / "sweeps" / f"{sweep}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml")))
+        raise ConfigError(f"no sweep file {path.name}; in sweeps/ there are: {known or 'none'}")
+    return path.resolve()
+
+
+def compose(overrides: Sequence[str] = (), *, sweep: str | Path | None = None) -> dict[str, Any]:
+    """The composed configuration as plain nested values, before it is checked against the dataclasses."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from hydra.initialize import get_gh_backup, restore_gh_from_backup
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    conf = ROOT / "conf"
+    file = sweep_file(sweep) if sweep is not None else conf / "config.yaml"
+    search = [f"hydra.searchpath=[file://{conf}]"] if sweep is not None else []
+    running = get_gh_backup()  # a sweep composes its cells inside a running Hydra, which allows but one at a time
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(file.parent), version_base="1.3"):
+            composed = hydra_compose(file.stem, overrides=[*search, *overrides])
+        tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(first_line(error)) from None
+    finally:
+        restore_gh_from_backup(running)
+    assert isinstance(tree, dict)
+    return {str(key): value for key, value in tree.items()}
+
+
+def first_line(error: Exception) -> str:
+    """A Hydra or OmegaConf error, which takes several lines, in one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    dull = ("Set the environment variable", "full_key:", "object_type=", "To append to your config", "Config search path")
+    kept = [line for line in lines if not line.startswith(dull)]
+    return " ".join(kept) or type(error).__name__

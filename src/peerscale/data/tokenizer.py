@@ -1,0 +1,35 @@
+"""Byte-level BPE (Sennrich et al. 2016), trained on the corpus itself: a ready-made 50k vocabulary swamps a small model."""
+
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from peerscale.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+"""Stands between documents; its id is 0."""
+
+
+def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A tokenizer of exactly `vocab_size` tokens: end of text, the 256 bytes, and merges. No text is unknown to it.
+
+    Raises:
+        UserError: the texts hold too few different words for so many merges.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if (reached := tokenizer.get_vocab_size()) < vocab_size:
+        raise UserError(
+            f"too little text for data.vocab_size {vocab_size}: it yields {reached} tokens; set data.vocab_size={reached} "
+            "or less, or give more text"
+        )
+    return tokenizer

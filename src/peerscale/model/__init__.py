@@ -1,0 +1,69 @@
+"""Models from configurations."""
+
+from typing import assert_never
+
+from torch import nn
+
+from peerscale.config import Config, DenseConfig, MoeConfig, PeerConfig, PkmConfig
+from peerscale.model.dense import Dense
+from peerscale.model.moe import ExpertChoiceMoe, TokenChoiceMoe
+from peerscale.model.peer import Peer
+from peerscale.model.pkm import Pkm
+from peerscale.model.transformer import Transformer
+
+
+def build_model(config: Config) -> Transformer:
+    """The transformer with the layer under study in its replaced blocks: tokens (B, T) -> logits (B, T, V)."""
+    size = config.size
+    ffns = [
+        build_ffn(config) if block in config.replaced_blocks else Dense(size.d_model, size.d_ff)
+        for block in range(1, size.n_layers + 1)
+    ]
+    return Transformer(size.d_model, size.n_heads, config.context, config.data.vocab_size, ffns)
+
+
+def build_ffn(config: Config) -> nn.Module:
+    """One feed-forward layer of the kind under study."""
+    d_model, d_ff, ffn = config.size.d_model, config.size.d_ff, config.ffn
+    match ffn:
+        case DenseConfig():
+            return Dense(d_model, d_ff)
+        case MoeConfig(routing="expert_choice"):
+            return ExpertChoiceMoe(d_model, d_ff, ffn.n_experts, ffn.capacity_factor)
+        case MoeConfig():
+            return TokenChoiceMoe(
+                d_model,
+                d_ff,
+                ffn.n_experts,
+                ffn.top_k,
+                load_balance_weight=ffn.load_balance_weight,
+                z_loss_weight=ffn.z_loss_weight,
+            )
+        case PkmConfig():
+            return Pkm(
+                d_model,
+                ffn.n_experts,
+                ffn.n_heads,
+                ffn.top_k,
+                ffn.resolved_d_key(d_model),
+                n_key_sets=1 if ffn.shared_keys else ffn.n_heads,
+                query_norm=ffn.query_norm,
+                query_bias=ffn.query_bias,
+                kernel=config.trainer.kernel,
+            )
+        case PeerConfig():
+            return Peer(
+                d_model,
+                ffn.n_experts,
+                ffn.n_heads,
+                ffn.top_k,
+                ffn.resolved_d_key(d_model),
+                n_key_sets=1 if ffn.shared_keys else ffn.n_heads,
+                query_norm=ffn.query_norm,
+                query_bias=ffn.query_bias,
+                activation=ffn.activation,
+                score=ffn.score,
+                kernel=config.trainer.kernel,
+            )
+        case _:
+            assert_never(ffn)

@@ -1,0 +1,17 @@
+"""The dense feed-forward layer."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Dense(nn.Module):
+    """d_model -> d_ff -> d_model with GELU, no biases."""
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(d_model, d_ff, bias=False)
+        self.up = nn.Linear(d_ff, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> y (..., D)."""
+        return self.up(F.gelu(self.down(x)))

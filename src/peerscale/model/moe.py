@@ -1,0 +1,117 @@
+"""Coarse mixtures of experts: every expert is a full dense feed-forward layer, and all run as batched products.
+
+Shapes: B sequences, T tokens of a sequence, D model width, F hidden width, E experts, C tokens of an expert's share
+(capacity), K top_k, M tokens of the whole batch.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peerscale.model.usage import ExpertUsage
+
+
+class Experts(nn.Module):
+    """E dense layers side by side."""
+
+    def __init__(self, n_experts: int, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(n_experts, d_model, d_ff) * d_model**-0.5)
+        self.up = nn.Parameter(torch.randn(n_experts, d_ff, d_model) * d_ff**-0.5)
+
+    def forward(self, x_ECD: Tensor) -> Tensor:
+        """Each expert on its own rows."""
+        return F.gelu(x_ECD @ self.down) @ self.up
+
+
+class ExpertChoiceMoe(nn.Module):
+    """Every expert chooses its tokens (Zhou et al. 2022), so that all have equal work.
+
+    Experts choose among the tokens at one position of all sequences of the batch (as Krajewski et al. 2024), so that no
+    sequence sees its own future; the output depends on the other sequences of the batch.
+
+    Raises (forward):
+        ValueError: if batch sequences x capacity_factor / n_experts is not a whole number of at least 1.
+    """
+
+    def __init__(self, d_model: int, d_ff: int, n_experts: int, capacity_factor: float) -> None:
+        super().__init__()
+        self.n_experts, self.capacity_factor = n_experts, capacity_factor
+        self.router = nn.Linear(d_model, n_experts, bias=False)
+        self.experts = Experts(n_experts, d_model, d_ff)
+        self.usage: ExpertUsage | None = None
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """x (B, T, D) -> y (B, T, D)."""
+        B, T, D = x_BTD.shape
+        capacity = B * self.capacity_factor / self.n_experts
+        if capacity < 1 or capacity != int(capacity):
+            raise ValueError(f"{B} sequences x {self.capacity_factor:g} / {self.n_experts} experts is no whole capacity")
+        gates_BTE = _router_probabilities(self.router, x_BTD)[0]
+        gates_ETC, sequence_ETC = gates_BTE.permute(2, 1, 0).topk(int(capacity), dim=-1)
+        # Row of each chosen token in the batch laid out as (B x T, D).
+        token_EM = (sequence_ETC * T + torch.arange(T, device=x_BTD.device)[:, None]).flatten(1)
+        if self.usage is not None:
+            expert_ETC = torch.arange(self.n_experts, device=x_BTD.device)[:, None, None].expand_as(gates_ETC)
+            self.usage.add(expert_ETC, gates_ETC, B * T)
+        x_MD = x_BTD.reshape(B * T, D)
+        y_EMD = self.experts(x_MD[token_EM]) * gates_ETC.flatten(1).unsqueeze(-1).to(x_BTD.dtype)
+        y_MD = torch.zeros_like(x_MD, dtype=y_EMD.dtype).index_add(0, token_EM.flatten(), y_EMD.flatten(0, 1))
+        return y_MD.view(B, T, D)
+
+
+class TokenChoiceMoe(nn.Module):
+    """Every token chooses its top k experts; no token is dropped and the output does not depend on the batch.
+
+    After a forward pass in training `auxiliary_loss` holds the weighted load-balance loss, E sum_i f_i P_i with f the
+    share of tokens and P the mean probability of expert i (Fedus et al. 2021), and z loss, mean(logsumexp(scores)^2)
+    (Zoph et al. 2022).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        n_experts: int,
+        top_k: int,
+        *,
+        load_balance_weight: float = 0.0,
+        z_loss_weight: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.n_experts, self.top_k = n_experts, top_k
+        self.load_balance_weight, self.z_loss_weight = load_balance_weight, z_loss_weight
+        self.router = nn.Linear(d_model, n_experts, bias=False)
+        self.experts = Experts(n_experts, d_model, d_ff)
+        self.usage: ExpertUsage | None = None
+        self.auxiliary_loss: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> y (..., D)."""
+        x_MD = x.reshape(-1, x.shape[-1])
+        probabilities_ME, scores_ME = _router_probabilities(self.router, x_MD)
+        gates_MK, expert_MK = probabilities_ME.topk(self.top_k, dim=-1)
+        load_E = torch.bincount(expert_MK.flatten(), minlength=self.n_experts)
+        if self.training:
+            balance = self.n_experts * (load_E / expert_MK.numel() * probabilities_ME.mean(0)).sum()
+            z_loss = scores_ME.logsumexp(-1).square().mean()
+            self.auxiliary_loss = self.load_balance_weight * balance + self.z_loss_weight * z_loss
+        if self.usage is not None:
+            self.usage.add(expert_MK, gates_MK, len(x_MD))
+        # Sort the (token, expert) pairs by expert; each expert gets as many rows as the busiest, padded with zeros, so
+        # that all run as one batched product.
+        order = expert_MK.flatten().argsort(stable=True)
+        expert, token = expert_MK.flatten()[order], order // self.top_k
+        place = torch.arange(len(order), device=x.device) - (load_E.cumsum(0) - load_E)[expert]
+        x_ECD = x_MD.new_zeros(self.n_experts, int(load_E.max()) if len(order) else 0, x_MD.shape[-1])
+        x_ECD = x_ECD.index_put((expert, place), x_MD[token])
+        y_pairs = self.experts(x_ECD)[expert, place] * gates_MK.flatten()[order].unsqueeze(-1).to(x.dtype)
+        y_MD = torch.zeros_like(x_MD, dtype=y_pairs.dtype).index_add(0, token, y_pairs)
+        return y_MD.view(x.shape)
+
+
+def _router_probabilities(router: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over the experts, and the scores, both in fp32 whatever the precision."""
+    with torch.autocast(x.device.type, enabled=False):
+        scores = F.linear(x.to(router.weight.dtype), router.weight)
+        return scores.softmax(dim=-1), scores

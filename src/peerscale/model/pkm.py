@@ -1,0 +1,50 @@
+"""Product-key memory (Lample et al. 2019)."""
+
+import torch
+from torch import Tensor, nn
+
+from peerscale.kernels.backends import BACKENDS, resolve
+from peerscale.model.product_keys import ProductKeyRetrieval
+from peerscale.model.usage import ExpertUsage
+
+
+class Pkm(ProductKeyRetrieval):
+    """f(x) = sum over heads and their top k values of softmax_k(q . k_i) v_i; `values` is (n_experts, d_model).
+
+    For the arguments see `ProductKeyRetrieval`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        n_heads: int,
+        top_k: int,
+        d_key: int,
+        *,
+        n_key_sets: int = 1,
+        query_norm: bool = True,
+        query_bias: bool = True,
+        kernel: str = "auto",
+    ) -> None:
+        super().__init__(
+            d_model, n_experts, n_heads, top_k, d_key,
+            n_key_sets=n_key_sets, query_norm=query_norm, query_bias=query_bias,
+        )  # fmt: skip
+        self.operators = BACKENDS[resolve(kernel)]
+        self.usage: ExpertUsage | None = None
+        self.values = nn.Parameter(torch.randn(n_experts, d_model) * d_model**-0.5)
+
+    def expert_tables(self) -> list[nn.Parameter]:
+        """The parameters with a row an expert, which have a learning rate of their own."""
+        return [self.values]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> y (..., D)."""
+        x_TD = x.reshape(-1, x.shape[-1])
+        scores_THK, rows_THK = super().forward(x_TD)
+        gates_THK = scores_THK.softmax(dim=-1)
+        if self.usage is not None:
+            self.usage.add(rows_THK, gates_THK, len(x_TD))
+        y_TD = self.operators.weighted_rows(self.values, rows_THK.flatten(1), gates_THK.flatten(1))
+        return y_TD.view(x.shape).to(x.dtype)

@@ -1,0 +1,61 @@
+"""The backbone: a decoder-only transformer with pre-norm RMSNorm, rotary positions and a tied head.
+
+Shapes: B batch, T tokens, D model width, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peerscale.model.attention import Attention
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x))."""
+
+    def __init__(self, d_model: int, n_heads: int, context: int, ffn: nn.Module) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(d_model)
+        self.attention = Attention(d_model, n_heads, context)
+        self.ffn_norm = nn.RMSNorm(d_model)
+        self.ffn = ffn
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD))
+        return x_BTD + self.ffn(self.ffn_norm(x_BTD))
+
+
+class Transformer(nn.Module):
+    """Tokens to logits; `ffns` are the feed-forward layers of the blocks in order."""
+
+    def __init__(self, d_model: int, n_heads: int, context: int, vocab_size: int, ffns: list[nn.Module]) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.blocks = nn.ModuleList(Block(d_model, n_heads, context, ffn) for ffn in ffns)
+        self.norm = nn.RMSNorm(d_model)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Variance 1 / fan-in; a block's last product smaller by sqrt(2 n_layers) (Radford et al. 2019).
+
+        Layers under study other than dense keep the initialisation of their own class.
+        """
+        nn.init.normal_(self.embedding.weight, std=self.embedding.embedding_dim**-0.5)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in ("qkv", "out", "down", "up", "router"):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            if isinstance(module, nn.Linear) and name.endswith((".attention.out", ".ffn.up")):
+                module.weight.data /= (2 * len(self.blocks)) ** 0.5
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Tokens (B, T) -> logits (B, T, V)."""
+        x_BTD = self.embedding(tokens_BT)
+        for block in self.blocks:
+            x_BTD = block(x_BTD)
+        return F.linear(self.norm(x_BTD), self.embedding.weight)
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """Sum of the auxiliary losses that layers left in their last forward pass."""
+        losses = [loss for m in self.modules() if (loss := getattr(m, "auxiliary_loss", None)) is not None]
+        tensors = [loss for loss in losses if isinstance(loss, Tensor)]
+        return torch.stack(tensors).sum() if tensors else None

@@ -1,0 +1,84 @@
+"""What a sweep is doing, read from its cells' folders, so that it works whatever launches them."""
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from peerscale.runs.record import RECORD, Status
+from peerscale.runs.table import METRICS
+from peerscale.sweeper import Cell
+
+LIVE_S, LOG_S = 1.0, 30.0
+"""Seconds between two updates, on a terminal and in a log."""
+
+ENDED = (Status.DONE, Status.FAILED, Status.DIVERGED)
+
+
+class Progress:
+    """Shows, while it is entered: cells ended of all, what runs now, time left for the whole."""
+
+    def __init__(self, sweep: str, cells: Sequence[Cell], *, already_done: int = 0) -> None:
+        self.sweep, self.cells, self.already_done = sweep, cells, already_done
+        self.started = time.time()
+        self.live = sys.stderr.isatty()
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Self:
+        self.thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.stop.set()
+        self.thread.join()
+        print(f"\r\033[K{self.line()}" if self.live else self.line(), file=sys.stderr, flush=True)
+
+    def _watch(self) -> None:
+        while not self.stop.wait(LIVE_S if self.live else LOG_S):
+            print(f"\r\033[K{self.line()}" if self.live else self.line(), end="" if self.live else "\n", file=sys.stderr, flush=True)
+
+    def line(self) -> str:
+        """One line: `reproduce 12/50 | peer-d32-3e11-s0 120/367 loss 5.43 21k tok/s | 6 min left`."""
+        ended, work_done, running = self.already_done, 0.0, []
+        for cell in self.cells:
+            status, row = self._state(cell)
+            if status in ENDED:
+                ended += 1
+                work_done += cell.estimate_s
+            elif row:
+                work_done += cell.estimate_s * row["step"] / cell.plan.steps
+                speed = f"{row['tokens_per_s'] / 1e3:.1f}k tok/s"
+                running.append(f"{cell.name} {row['step']}/{cell.plan.steps} loss {row['loss']:.3f} {speed}")
+            elif status is Status.RUNNING:
+                running.append(f"{cell.name} starting")
+        work, elapsed = sum(cell.estimate_s for cell in self.cells), time.time() - self.started
+        left = elapsed * (work - work_done) / work_done if work_done else None
+        parts = [f"{self.sweep} {ended}/{self.already_done + len(self.cells)}", *running]
+        return " | ".join([*parts, f"{duration(left)} left" if left is not None else "time left unknown yet"])
+
+    def _state(self, cell: Cell) -> tuple[Status | None, dict[str, Any] | None]:
+        """Status of a record written since the start, and the newest row of metrics while it is running."""
+        path = cell.folder / RECORD
+        try:
+            if path.stat().st_mtime < self.started - 1:
+                return None, None
+            status = Status(json.loads(path.read_text(encoding="utf-8"))["status"])
+            if status is not Status.RUNNING:
+                return status, None
+            with (cell.folder / METRICS).open("rb") as file:
+                file.seek(max(0, file.seek(0, 2) - 4096))
+                rows = file.read().splitlines()
+            return status, json.loads(rows[-1])
+        except (OSError, ValueError, KeyError, IndexError):
+            return None, None  # between two writes; the next look sees it
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `6 min`, `3.2 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,28 @@
+"""What this machine and checkout are called in a record."""
+
+import platform
+import subprocess
+from pathlib import Path
+
+from peerscale.files import ROOT
+
+
+def cpu_name() -> str:
+    """The processor's name, as the machine tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def git_commit() -> str | None:
+    """The checkout's commit, with `+dirty` if tracked files differ from it; None outside git."""
+    try:
+        commit = _git("rev-parse", "--short=12", "HEAD")
+        return commit + ("+dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()

@@ -1,0 +1,126 @@
+"""The record of a cell: one JSON file that says what ran, on what, and what came of it."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from peerscale.config import Config, to_dict
+from peerscale.errors import UserError
+from peerscale.files import write_text
+
+SCHEMA_VERSION = 1
+"""Raised when the fields of a record change their meaning."""
+
+RECIPE_VERSION = 1
+"""Raised by hand when the numerics of training change, so that old cells are not taken for new ones."""
+
+RECORD = "record.json"
+
+
+class Status(StrEnum):
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    DIVERGED = "diverged"
+    DROPPED = "dropped"
+    PENDING = "pending"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """One cell. Losses in nats per token, times in seconds, FLOPs by `accounting.CONVENTION`."""
+
+    schema_version: int = SCHEMA_VERSION
+    sweep: str
+    cell: str
+    status: Status
+    reason: str = ""
+    """Why the cell failed, diverged or was dropped."""
+    fingerprint: str
+    science: dict[str, Any]
+    """What the fingerprint hashes, kept so that a refused run can name the keys that differ."""
+    method: str
+    variant: str
+    plan: dict[str, Any]
+    params: dict[str, int]
+    flops_per_token: dict[str, int]
+    """Training FLOPs per token by component."""
+    evaluation: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By held-out set: loss, se (over sequences), tokens, bits_per_byte, ppl."""
+    sequence_losses: list[float] = field(default_factory=list)
+    """Mean loss of each sequence of the `val_set`, in fixed order, for paired comparison."""
+    router: dict[str, float] = field(default_factory=dict)
+    """expert_usage, unevenness and the usage_tokens that they were counted over."""
+    timing: dict[str, float] = field(default_factory=dict)
+    """wall_s of training, evaluation_s, tokens_per_s, flops_per_s."""
+    environment: dict[str, Any] = field(default_factory=dict)
+    """Hardware, versions, commit, kernel, threads: recorded, not hashed."""
+    bit_exact: bool = True
+    """False if the cell was resumed on another machine, thread count, kernel or torch version."""
+    traceback: str = ""
+
+
+def science(config: Config, data_fingerprint: str) -> dict[str, Any]:
+    """What determines the result: the configuration less how and where it runs, the data, and the recipe."""
+    tree = to_dict(config)
+    for operational in ("trainer", "tracking", "min_steps"):
+        del tree[operational]
+    for bookkeeping in ("directory", "path", "train_tokens", "max_epochs"):
+        del tree["data"][bookkeeping]
+    return {**tree, "data_fingerprint": data_fingerprint, "recipe_version": RECIPE_VERSION}
+
+
+def fingerprint(science: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits of the SHA-256 of the canonical JSON."""
+    return hashlib.sha256(json.dumps(science, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ, each as `key old -> new`."""
+    differences = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            differences += differing_keys(before, after, f"{prefix}{key}.")
+        elif before != after:
+            differences.append(f"{prefix}{key} {before!r} -> {after!r}")
+    return differences
+
+
+def write_record(folder: Path, record: Record) -> None:
+    """Write `record.json` atomically."""
+    write_text(folder / RECORD, json.dumps(asdict(record), indent=1) + "\n")
+
+
+def read_record(folder: Path) -> Record | None:
+    """The record in a cell's folder, or None if there is none.
+
+    Raises:
+        UserError: the file is no record, or of another schema version.
+    """
+    path = folder / RECORD
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON ({error.msg} at line {error.lineno})") from None
+    return parse_record(tree, str(path))
+
+
+def parse_record(tree: Any, where: str) -> Record:
+    """A record from its JSON; raises `UserError` naming `where`."""
+    version = tree.get("schema_version") if isinstance(tree, dict) else None
+    if version != SCHEMA_VERSION:
+        raise UserError(f"{where}: schema version {version}, but this peerscale reads version {SCHEMA_VERSION}")
+    known = {f.name for f in fields(Record)}
+    if unknown := sorted(tree.keys() - known):
+        raise UserError(f"{where}: unknown fields {', '.join(unknown)}")
+    try:
+        return Record(**{**tree, "status": Status(tree["status"])})
+    except (TypeError, KeyError, ValueError) as error:
+        raise UserError(f"{where}: {error}") from None

@@ -1,0 +1,148 @@
+"""The table of runs: one row a cell, every cell, failed and dropped ones included."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from peerscale.accounting import CONVENTION
+from peerscale.errors import UserError
+from peerscale.files import ROOT
+from peerscale.runs.record import Record, parse_record, read_record
+
+METRICS = "metrics.jsonl"
+
+
+def read_records(folder: Path) -> list[Record]:
+    """Every record of a study: from its folder of cells, or from the `records.jsonl` of a published one."""
+    published = folder / "records.jsonl"
+    if published.is_file():
+        lines = published.read_text(encoding="utf-8").splitlines()
+        return [parse_record(json.loads(line), f"{published}:{n}") for n, line in enumerate(lines, 1)]
+    records = (read_record(cell) for cell in sorted(folder.iterdir()) if cell.is_dir()) if folder.is_dir() else ()
+    return [record for record in records if record is not None]
+
+
+def read_runs(path: str | Path) -> pd.DataFrame:
+    """The table of a study, from its `runs.csv` or its folder of cells; never drops a row.
+
+    Raises:
+        UserError: nothing there to read.
+    """
+    path = Path(path)
+    path = path if path.is_absolute() or path.exists() else ROOT / path
+    if path.is_file():
+        return pd.read_csv(path, keep_default_na=True)
+    if (path / "runs.csv").is_file():
+        return pd.read_csv(path / "runs.csv")
+    records = read_records(path)
+    if not records:
+        raise UserError(f"no runs in {path}: expected cells with a record.json, or runs.csv")
+    return runs_table(records)
+
+
+def runs_table(records: Iterable[Record]) -> pd.DataFrame:
+    """Records as a table; the columns are documented in the README."""
+    return pd.DataFrame([_row(record) for record in records])
+
+
+def _row(record: Record) -> dict[str, Any]:
+    config, plan = record.science, record.plan
+    ffn, router = config["ffn"], record.router
+    val = record.evaluation.get(config["data"]["val_set"], {})
+    retrieval = "n_heads" in ffn
+    active = _active_experts(ffn)
+    return {
+        "sweep": record.sweep,
+        "cell": record.cell,
+        "method": record.method,
+        "variant": record.variant,
+        "size": plan["size"],
+        "seed": config["seed"],
+        "budget": config["budget"],
+        "flops": plan["flops"],
+        "flops_per_token": sum(record.flops_per_token.values()),
+        **{f"flops_{component}": n for component, n in record.flops_per_token.items()},
+        "layer_share": plan["layer_share"],
+        "tokens": plan["tokens"],
+        "steps": plan["steps"],
+        "batch_sequences": config["batch_sequences"],
+        "context": config["context"],
+        "precision": config["precision"],
+        "d_model": config["size"]["d_model"],
+        "n_layers": config["size"]["n_layers"],
+        "n_heads": config["size"]["n_heads"],
+        "vocab_size": config["data"]["vocab_size"],
+        "params_total": sum(record.params.values()),
+        "params_active": plan["params_active"],
+        "params_non_embedding": sum(record.params.values()) - record.params["embedding"],
+        "n_experts": ffn.get("n_experts"),
+        "ffn_heads": ffn.get("n_heads"),
+        "top_k": ffn.get("top_k") if retrieval or ffn.get("routing") == "token_choice" else None,
+        "d_key": plan.get("d_key"),
+        "query_norm": ffn.get("query_norm"),
+        "active_experts": active,
+        "granularity": active if record.method == "peer" else None,
+        "capacity_factor": ffn.get("capacity_factor") if ffn.get("routing") == "expert_choice" else None,
+        "lr": plan["lr"],
+        "table_lr": plan["table_lr"],
+        "optimizer": "adamw",
+        "kernel": record.environment.get("kernel"),
+        "n_threads": record.environment.get("n_threads"),
+        "val_loss": val.get("loss"),
+        "val_loss_se": val.get("se"),
+        "val_bits_per_byte": val.get("bits_per_byte"),
+        **{f"ppl_{name}": values.get("ppl") for name, values in record.evaluation.items()},
+        "expert_usage": router.get("expert_usage"),
+        "unevenness": router.get("unevenness"),
+        "usage_tokens": router.get("usage_tokens"),
+        "wall_s": record.timing.get("wall_s"),
+        "tokens_per_s": record.timing.get("tokens_per_s"),
+        "flops_per_s": record.timing.get("flops_per_s"),
+        "status": str(record.status),
+        "reason": record.reason,
+        "convention": CONVENTION,
+        "recipe_version": config["recipe_version"],
+        "git_commit": record.environment.get("git_commit"),
+    }
+
+
+def _active_experts(ffn: dict[str, Any]) -> float | None:
+    if "n_heads" in ffn:
+        return ffn["n_heads"] * ffn["top_k"]
+    match ffn.get("routing"):
+        case "token_choice":
+            return ffn["top_k"]
+        case "expert_choice":
+            return ffn["capacity_factor"]
+    return None
+
+
+def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a cell's `metrics.jsonl`; a last line cut off by a crash is left out."""
+    path = folder / METRICS
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return
+
+
+def curves_table(folders: Iterable[Path], *, points: int = 50) -> pd.DataFrame:
+    """Training curves, thinned to `points` rows a cell by averaging: cell, step, tokens, flops, loss."""
+    frames = []
+    for folder in folders:
+        rows = pd.DataFrame(read_metrics(folder))
+        if rows.empty:
+            continue
+        rows = rows[["step", "tokens", "flops", "loss"]]
+        stride = -(-len(rows) // points)
+        thinned = rows.groupby(rows.index // stride).agg({"step": "last", "tokens": "last", "flops": "last", "loss": "mean"})
+        thinned.insert(0, "cell", folder.name)
+        frames.append(thinned)
+    columns = ["cell", "step", "tokens", "flops", "loss"]
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)

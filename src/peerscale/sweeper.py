@@ -1,0 +1,185 @@
+"""A sweep file -> planned cells -> pending cells, longest first."""
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from peerscale.config import Config, ConfigError, SweepConfig, load, load_sweep, sweep_file
+from peerscale.errors import UserError
+from peerscale.files import ROOT
+from peerscale.plan import Plan, Verdict, plan
+from peerscale.runs.record import Record, Status, differing_keys, fingerprint, read_record, science
+from peerscale.runs.speed import estimate_s, measured_speeds
+
+SINGLE = "single"
+"""The folder of cells that belong to no study."""
+
+NAMED = ("ffn", "size", "budget", "seed")
+"""Overrides that have a place of their own in a cell's name."""
+
+OPERATIONAL = ("trainer", "tracking", "hydra", "data.directory")
+"""Overrides that don't change a cell's result, and so not its name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """One planned run of a study."""
+
+    sweep: str
+    name: str
+    overrides: tuple[str, ...]
+    config: Config
+    plan: Plan
+    estimate_s: float
+    estimate_is_guess: bool
+
+    @property
+    def folder(self) -> Path:
+        return cell_folder(self.config, self.sweep, self.name)
+
+
+def cell_folder(config: Config, sweep: str, cell: str) -> Path:
+    """`runs/<sweep>/<cell>`."""
+    return ROOT / config.trainer.runs_directory / sweep / cell
+
+
+def cell_name(config: Config, overrides: Sequence[str]) -> str:
+    """`<method>-<size>-<budget>[-<axis>=<value>...]-s<seed>`; every other override that matters is an axis."""
+    axes = []
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        if key not in NAMED and not any(key == o or key.startswith((f"{o}.", f"{o}/")) for o in OPERATIONAL):
+            axes.append(f"{key.rsplit('.', 1)[-1]}={_file_name(value)}")
+    return "-".join([config.ffn.name, config.size.name, budget_name(config.budget), *axes, f"s{config.seed}"])
+
+
+def budget_name(budget: float) -> str:
+    """`3e11`."""
+    mantissa, exponent = f"{budget:.6e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def planned_cells(sweep: str | Path, overrides: Sequence[str] = ()) -> list[Cell]:
+    """Every cell of a study, dropped ones included, in the order of its file.
+
+    Args:
+        sweep: the study's name, or its file.
+        overrides: further overrides of every cell.
+
+    Raises:
+        ConfigError: a sweep file that names an unknown method, size or key, or describes a cell twice.
+    """
+    file = sweep_file(sweep)
+    study = load_sweep(file)
+    composed: dict[tuple[str, ...], Config] = {}
+    cells: list[Cell] = []
+    for method, row in itertools.product(study.methods, study.grid):
+        for size, axes, seed in itertools.product(row.sizes, _axis_overrides(study, method), study.seeds):
+            # Composing is slow, and budget and seed are plain numbers.
+            choice = (f"ffn={method}", f"size={size}", *axes, *overrides)
+            if choice not in composed:
+                composed[choice] = load([*choice, f"budget={row.budget!r}"], sweep=file)
+            config = replace(composed[choice], budget=row.budget, seed=seed)
+            cells.append(_cell(file.stem, config, (*choice, f"budget={row.budget!r}", f"seed={seed}")))
+    names = [cell.name for cell in cells]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(f"{file.name} describes {len(twice)} cells twice, {min(twice)} among them")
+    return _with_estimates(cells)
+
+
+def single_cell(config: Config, overrides: Sequence[str], sweep: str = SINGLE) -> Cell:
+    """The cell of one configuration."""
+    return _with_estimates([_cell(sweep, config, tuple(overrides))])[0]
+
+
+def state(cell: Cell, data_fingerprint: str) -> Status:
+    """Where a cell stands: dropped, pending (no record yet), or what its record says.
+
+    Raises:
+        UserError: the folder holds a cell of another configuration.
+    """
+    if cell.plan.verdict is Verdict.DROP:
+        return Status.DROPPED
+    record = read_record(cell.folder)
+    if record is None:
+        return Status.PENDING
+    check_same(cell, record, data_fingerprint)
+    return record.status
+
+
+def check_same(cell: Cell, record: Record, data_fingerprint: str) -> None:
+    """Refuse to mix two configurations in one folder."""
+    wanted = json.loads(json.dumps(science(cell.config, data_fingerprint)))
+    if fingerprint(wanted) != record.fingerprint:
+        differences = differing_keys(record.science, wanted)
+        raise UserError(
+            f"{cell.folder} holds a run of another configuration: {'; '.join(differences) or 'fingerprint only'}. "
+            f"To keep it and go on: mv '{cell.folder}' '{cell.folder}.old'"
+        )
+
+
+def pending_cells(cells: Sequence[Cell], data_fingerprint: str) -> list[Cell]:
+    """The cells that are still to be run, longest first, so that the last ones to finish are short."""
+    finished = (Status.DONE, Status.DROPPED)
+    pending = [cell for cell in cells if state(cell, data_fingerprint) not in finished]
+    return sorted(pending, key=lambda cell: -cell.estimate_s)
+
+
+def short_methods(cells: Sequence[Cell], min_sizes: int) -> list[str]:
+    """Methods with fewer sizes left at a budget than a parabola wants, one line each."""
+    lines = []
+    for name, budget in sorted({(cell.config.ffn.name, cell.config.budget) for cell in cells}):
+        mine = [c for c in cells if (c.config.ffn.name, c.config.budget) == (name, budget)]
+        left = {c.config.size for c in mine if c.plan.verdict is Verdict.OK}
+        if len(left) < min_sizes:
+            lines.append(f"{name} has {len(left)} sizes left at {budget_name(budget)}, fewer than {min_sizes}")
+    return lines
+
+
+def _cell(sweep: str, config: Config, overrides: tuple[str, ...]) -> Cell:
+    return Cell(
+        sweep=sweep,
+        name=cell_name(config, overrides),
+        overrides=overrides,
+        config=config,
+        plan=plan(config, train_tokens=_prepared_tokens(config)),
+        estimate_s=0.0,
+        estimate_is_guess=True,
+    )
+
+
+def _with_estimates(cells: list[Cell]) -> list[Cell]:
+    speeds = measured_speeds(ROOT / cells[0].config.trainer.runs_directory)
+    estimated = []
+    for cell in cells:
+        seconds, guess = estimate_s(cell.config, cell.plan, speeds)
+        estimated.append(replace(cell, estimate_s=seconds, estimate_is_guess=guess))
+    return estimated
+
+
+def _prepared_tokens(config: Config) -> int | None:
+    from peerscale.data.store import read_manifest
+
+    if config.data.train_tokens is not None:
+        return None
+    manifest = read_manifest(config.data)
+    return manifest.splits["train"] if manifest else None
+
+
+def _axis_overrides(study: SweepConfig, method: str) -> list[tuple[str, ...]]:
+    axes = {**study.axes, **study.method_axes.get(method, {})}
+    return [
+        tuple(f"{key}={_hydra_value(value)}" for key, value in zip(axes, values, strict=True))
+        for values in itertools.product(*axes.values())
+    ]
+
+
+def _hydra_value(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value).replace(" ", "")
+
+
+def _file_name(value: str) -> str:
+    return "".join(c if c.isalnum() or c in "._+-" else "_" for c in value).strip("_")

@@ -1,0 +1,94 @@
+"""One cell: compose, plan, skip or resume, fit, record. `python -m peerscale.train` is also every sweep.
+
+    python -m peerscale.train ffn=peer size=d32 budget=1e11
+    python -m peerscale.train --config-dir sweeps --config-name reproduce
+    python -m peerscale.train --config-dir sweeps --config-name reproduce hydra/launcher=joblib hydra.launcher.n_jobs=2
+
+torch and lightning are imported inside the cell, so that planning and skipping take no time.
+"""
+
+import os
+import sys
+from typing import Any
+
+import hydra
+from filelock import FileLock, Timeout
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from peerscale.config import ConfigError, first_line, parse_config
+from peerscale.data.prepare import prepare
+from peerscale.errors import UserError, exit_code
+from peerscale.files import ROOT
+from peerscale.plan import Verdict
+from peerscale.progress import Progress
+from peerscale.runs.record import RECORD, Status, read_record
+from peerscale.sweeper import SINGLE, Cell, single_cell, state
+
+
+class FailedCells(Exception):
+    """The sweep went through, but some cells of it failed."""
+
+
+@hydra.main(config_path=str(ROOT / "conf"), config_name="config", version_base="1.3")
+def hydra_job(tree: DictConfig) -> str:
+    """One job of Hydra's: a single cell, or a cell of a sweep in whatever process the launcher made."""
+    plain: dict[str, Any] = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    study = HydraConfig.get().job.config_name if plain.pop("sweep", None) else SINGLE
+    config = parse_config(plain)
+    cell = single_cell(config, HydraConfig.get().overrides.task, sweep=str(study))
+    if HydraConfig.get().mode is RunMode.MULTIRUN:
+        return run_cell(cell)
+    # Leave Hydra at once: it would print a line of its own above an error's.
+    sys.exit(exit_code(lambda: run_single(cell)))
+
+
+def run_single(cell: Cell) -> int:
+    """Run one cell for a user who waits for it; exit code 0 or 1."""
+    if cell.plan.verdict is Verdict.DROP:
+        raise UserError(f"{cell.name} cannot be run: {cell.plan.reason}")
+    corpus = prepare(cell.config.data)
+    if state(cell, corpus.manifest.fingerprint) is not Status.DONE:
+        with Progress(cell.sweep, [cell]):
+            status = run_cell(cell)
+        if status is not Status.DONE:
+            print(f"error: {cell.name} {status}; its reason stands in {cell.folder / RECORD}", file=sys.stderr)
+            return 1
+    record = read_record(cell.folder)
+    assert record is not None
+    losses = ", ".join(f"{name} {values['loss']:.4f}" for name, values in record.evaluation.items())
+    print(f"{cell.name} is done: {losses} nats per token; {cell.folder}")
+    return 0
+
+
+def run_cell(cell: Cell) -> Status:
+    """Run, or resume, a cell, unless another worker has it or it is done; every outcome is in its record."""
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(cell.folder / "lock", timeout=0):
+            from peerscale.training.cell import train_cell
+
+            return train_cell(cell)
+    except Timeout:
+        print(f"{cell.name} is being run by another process: left to it", file=sys.stderr)
+        return Status.RUNNING
+
+
+def main() -> int:
+    """Exit code 0, 1 if a cell failed, 2 for a wrong input."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that errors come out in our form
+    try:
+        hydra_job()
+    except FailedCells as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(first_line(error)) from None
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -1,0 +1,276 @@
+"""Training of one cell, from its plan to its record."""
+
+import logging
+import sys
+import time
+import traceback
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from peerscale.config import Config, to_dict
+from peerscale.data.batches import TrainBatches
+from peerscale.data.store import Corpus, open_corpus
+from peerscale.errors import UserError
+from peerscale.files import write_text
+from peerscale.kernels.backends import resolve
+from peerscale.plan import Plan
+from peerscale.runs.record import Record, Status, fingerprint, read_record, science, write_record
+from peerscale.sweeper import Cell, check_same
+from peerscale.training.checkpoint import TimedCheckpoint, checkpoints, newest_readable
+from peerscale.training.environment import EXACT_KEYS, describe
+from peerscale.training.evaluation import Evaluation, attach_usage, detach_usage, evaluate
+from peerscale.training.loader import StepLoader
+from peerscale.training.module import LanguageModel
+from peerscale.training.tracking import Tracker, cut_back
+
+COMPILE_PAYS_S = 300.0
+"""Estimated seconds from which torch.compile, 10 to 20 s a shape, is worth its time."""
+
+
+class Diverged(Exception):
+    """The training loss is no longer a finite number."""
+
+
+def train_cell(cell: Cell) -> Status:
+    """Train, evaluate and record a cell; resumes from its newest checkpoint, and returns at once if it is done.
+
+    A failed or diverged cell is recorded and does not raise; a user's error does.
+    """
+    corpus = open_corpus(cell.config.data)
+    old = read_record(cell.folder)
+    if old is not None:
+        check_same(cell, old, corpus.manifest.fingerprint)
+        if old.status is Status.DONE:
+            return Status.DONE
+    run = CellRun(cell, corpus, old)
+    try:
+        return run.train()
+    except UserError:
+        raise
+    except Diverged as error:
+        run.close(replace(run.record, status=Status.DIVERGED, reason=str(error)))
+        return Status.DIVERGED
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        run.close(replace(run.record, status=Status.FAILED, reason=reason, traceback=traceback.format_exc()))
+        print(f"\n{cell.name} failed: {reason}", file=sys.stderr)
+        return Status.FAILED
+
+
+class CellRun:
+    """The state of one cell while it runs."""
+
+    def __init__(self, cell: Cell, corpus: Corpus, old: Record | None) -> None:
+        self.cell, self.corpus, self.config, self.plan = cell, corpus, cell.config, cell.plan
+        self.checkpoint_folder = cell.folder / "checkpoints"
+        torch.set_num_threads(self.config.trainer.threads)
+        self.device = pick_device(self.config)
+        self.compiled = self._compiles()
+        environment = describe(resolve(self.config.trainer.kernel), self.device, compiled=self.compiled)
+        self.resumed = newest_readable(self.checkpoint_folder)
+        exact = True
+        if self.resumed and old is not None:
+            changed = [key for key in EXACT_KEYS if old.environment.get(key) != environment[key]]
+            exact = old.bit_exact and not changed
+            if changed:
+                print(f"notice: {cell.name} goes on with another {', '.join(changed)}: not bit-exact", file=sys.stderr)
+        hashed = science(self.config, corpus.manifest.fingerprint)
+        self.record = Record(
+            sweep=cell.sweep,
+            cell=cell.name,
+            status=Status.RUNNING,
+            fingerprint=fingerprint(hashed),
+            science=hashed,
+            method=self.config.ffn.method,
+            variant=self.config.ffn.variant,
+            plan=plan_summary(self.config, self.plan),
+            params=self.plan.cost.params,
+            flops_per_token=self.plan.cost.flops,
+            environment=environment,
+            bit_exact=exact,
+        )
+        write_text(cell.folder / "config.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
+        write_record(cell.folder, self.record)
+        self.tracker: Tracker | None = None
+
+    def train(self) -> Status:
+        """Fit, evaluate, record."""
+        config, plan = self.config, self.plan
+        lightning.seed_everything(config.seed, verbose=False)
+        module = LanguageModel(config, plan)
+        if self.compiled:
+            module.model.compile()
+        first_step = self.resumed[1] if self.resumed else 0
+        cut_back(self.cell.folder, first_step)
+        self.tracker = Tracker(
+            self.cell.folder,
+            config,
+            sweep=self.cell.sweep,
+            cell=self.cell.name,
+            run_id=run_id(self.record, config.tracking.id_salt),
+            summary=self.record.plan,
+        )
+        batches = TrainBatches(
+            self.corpus.tokens("train"), seed=config.seed, batch_sequences=config.batch_sequences, context=config.context
+        )
+        started = time.perf_counter()
+        log = MetricsLog(config, plan, self.tracker)
+        trainer = build_trainer(config, plan, [log, TimedCheckpoint(self.checkpoint_folder, config.trainer.checkpoint_every_s)])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            path = self.resumed[0] if self.resumed else None
+            trainer.fit(module, StepLoader(batches, plan.steps), ckpt_path=path, weights_only=True)
+        if trainer.interrupted or trainer.global_step < plan.steps:
+            raise KeyboardInterrupt
+        wall_s = time.perf_counter() - started
+        evaluation = evaluate(module, self.corpus, config, self.device)
+        steps_here = plan.steps - first_step
+        timing = {
+            "wall_s": wall_s,
+            "evaluation_s": time.perf_counter() - started - wall_s,
+            "tokens_per_s": steps_here * config.tokens_per_step / wall_s,
+            "flops_per_s": steps_here * config.tokens_per_step * plan.cost.flops_per_token / wall_s,
+        }
+        self.close(self._result(evaluation, timing))
+        if not config.trainer.keep_checkpoint:
+            for checkpoint in checkpoints(self.checkpoint_folder):
+                checkpoint.unlink()
+        return Status.DONE
+
+    def close(self, record: Record) -> None:
+        """Write the record and end the W&B run with what it says."""
+        if self.tracker is not None:
+            losses = {f"{name}/{key}": value for name, values in record.evaluation.items() for key, value in values.items()}
+            summary = {"status": str(record.status), **losses, **record.router, **record.timing}
+            self.tracker.finish(summary, failed=record.status is not Status.DONE)
+        write_record(self.cell.folder, record)
+
+    def _result(self, evaluation: Evaluation, timing: dict[str, float]) -> Record:
+        diverged = not np.isfinite(evaluation.sequence_losses).all()
+        return replace(
+            self.record,
+            status=Status.DIVERGED if diverged else Status.DONE,
+            reason="the validation loss is not a finite number" if diverged else "",
+            evaluation=evaluation.sets,
+            sequence_losses=evaluation.sequence_losses,
+            router=evaluation.router,
+            timing=timing,
+        )
+
+    def _compiles(self) -> bool:
+        match self.config.trainer.compile:
+            case "on":
+                return True
+            case "off":
+                return False
+            case "auto":
+                return self.cell.estimate_s >= COMPILE_PAYS_S and self.config.ffn.method == "dense"
+
+
+class MetricsLog(lightning.Callback):
+    """A row of metrics every `log_every_steps` steps; stops a run whose loss is no number."""
+
+    def __init__(self, config: Config, plan: Plan, tracker: Tracker) -> None:
+        self.config, self.plan, self.tracker = config, plan, tracker
+        self.loss_sum, self.loss_count = torch.zeros(()), 0
+        self.since = time.perf_counter()
+
+    def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
+        self.since = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, module: Any, *args: Any) -> None:
+        # Router health is sampled: over the tokens of the step whose row is logged.
+        self.usages = attach_usage(module) if self._logs(trainer.global_step + 1) else []
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: dict[str, Tensor], *args: Any) -> None:
+        self.loss_sum = self.loss_sum.to(module.device) + outputs["cross_entropy"]
+        self.loss_count += 1
+        step = trainer.global_step
+        if not self._logs(step):
+            return
+        loss = float(self.loss_sum) / self.loss_count
+        seconds, now = time.perf_counter() - self.since, time.perf_counter()
+        tokens = step * self.config.tokens_per_step
+        row = {
+            "step": step,
+            "tokens": tokens,
+            "flops": tokens * self.plan.cost.flops_per_token,
+            "loss": loss,
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "tokens_per_s": self.loss_count * self.config.tokens_per_step / seconds,
+            **detach_usage(module, self.usages),
+        }
+        if not np.isfinite(loss):
+            raise Diverged(f"the training loss is {loss} at step {step}")
+        self.tracker.log(row)
+        self.loss_sum, self.loss_count, self.since = torch.zeros(()), 0, now
+
+    def _logs(self, step: int) -> bool:
+        return step % self.config.trainer.log_every_steps == 0 or step == self.plan.steps
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"loss_sum": self.loss_sum, "loss_count": self.loss_count}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.loss_sum, self.loss_count = state_dict["loss_sum"], state_dict["loss_count"]
+
+
+def build_trainer(config: Config, plan: Plan, callbacks: list[lightning.Callback]) -> lightning.Trainer:
+    """Lightning's Trainer with everything off that this project does itself."""
+    logging.getLogger("lightning").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    return lightning.Trainer(
+        accelerator=config.trainer.accelerator,
+        devices=1,
+        precision="bf16-mixed" if config.precision == "bf16" else "32-true",
+        max_steps=plan.steps,
+        max_epochs=1,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+    )
+
+
+def pick_device(config: Config) -> torch.device:
+    """Where the cell runs; raises `UserError` if a GPU is asked for and there is none."""
+    has_gpu = torch.cuda.is_available()
+    if config.trainer.accelerator == "gpu" and not has_gpu:
+        raise UserError("trainer.accelerator=gpu, but torch sees no GPU here; allowed: auto, cpu")
+    return torch.device("cuda" if has_gpu and config.trainer.accelerator != "cpu" else "cpu")
+
+
+def plan_summary(config: Config, plan: Plan) -> dict[str, Any]:
+    """The plan's numbers, as the record and W&B keep them."""
+    ffn = config.ffn
+    return {
+        "size": config.size.name,
+        "steps": plan.steps,
+        "tokens": plan.tokens,
+        "flops": plan.flops,
+        "flops_per_token": plan.cost.flops_per_token,
+        "layer_share": plan.cost.layer_share,
+        "params_total": plan.cost.params_total,
+        "params_active": plan.cost.params_active,
+        "tokens_per_param": plan.tokens_per_param,
+        "epochs": plan.epochs,
+        "warmup_steps": plan.warmup_steps,
+        "lr": plan.lr,
+        "table_lr": plan.table_lr,
+        "d_key": ffn.resolved_d_key(config.size.d_model) if hasattr(ffn, "resolved_d_key") else None,
+    }
+
+
+def run_id(record: Record, salt: str) -> str:
+    """The W&B id: the same for a cell run again, so that its pieces join."""
+    return fingerprint({"fingerprint": record.fingerprint, "sweep": record.sweep, "cell": record.cell, "salt": salt})

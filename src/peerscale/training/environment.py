@@ -1,0 +1,30 @@
+"""What a cell ran on: recorded, so that timings can be compared, and compared, so that a resume knows if it is exact."""
+
+import os
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from peerscale.runs.machine import cpu_name, git_commit
+
+EXACT_KEYS = ("hardware", "device", "kernel", "compiled", "n_threads", "torch")
+"""A resumed run is bit-exact if these are as they were."""
+
+
+def describe(kernel: str, device: torch.device, *, compiled: bool) -> dict[str, Any]:
+    """Hardware, versions, commit, kernel and threads."""
+    return {
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "cores": os.cpu_count(),
+        "device": device.type,
+        "kernel": kernel,
+        "compiled": compiled,
+        "n_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": version("lightning"),
+        "peerscale": version("peerscale"),
+        "git_commit": git_commit(),
+    }

@@ -1,0 +1,82 @@
+"""Losses on the held-out sets, the same tokens for every cell."""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from peerscale.config import Config
+from peerscale.data.batches import EvaluationBatches
+from peerscale.data.store import Corpus
+from peerscale.model.usage import ExpertUsage
+from peerscale.training.module import LanguageModel
+
+
+@dataclass(kw_only=True, slots=True)
+class Evaluation:
+    """Results by held-out set, in the shape of the run record."""
+
+    sets: dict[str, dict[str, float]] = field(default_factory=dict)
+    sequence_losses: list[float] = field(default_factory=list)
+    router: dict[str, float] = field(default_factory=dict)
+
+
+def evaluate(module: LanguageModel, corpus: Corpus, config: Config, device: torch.device) -> Evaluation:
+    """Evaluate on every set that `config.data.evaluation` names; router health is counted over the `val_set`.
+
+    Batches have the training shape, whole ones only, since expert choice depends on the batch.
+    """
+    result = Evaluation()
+    module.eval().to(device)
+    for name, n_tokens in config.data.evaluation.items():
+        if not n_tokens:
+            continue
+        usages = attach_usage(module) if name == config.data.val_set else []
+        batches = EvaluationBatches(
+            corpus.tokens(name), n_tokens, batch_sequences=config.batch_sequences, context=config.context
+        )
+        losses = np.concatenate([_sequence_losses(module, batch, device) for batch in batches])
+        loss = float(losses.mean())
+        nats_to_bits_per_byte = corpus.manifest.splits[name] / corpus.manifest.utf8_bytes[name] / math.log(2)
+        result.sets[name] = {
+            "loss": loss,
+            "se": float(losses.std(ddof=1) / math.sqrt(len(losses))) if len(losses) > 1 else math.nan,
+            "tokens": len(losses) * config.context,
+            "bits_per_byte": loss * nats_to_bits_per_byte,
+            "ppl": math.exp(min(loss, 700.0)),
+        }
+        if name == config.data.val_set:
+            result.sequence_losses = [round(float(x), 5) for x in losses]
+            result.router = detach_usage(module, usages)
+    return result
+
+
+def _sequence_losses(module: LanguageModel, batch: np.ndarray, device: torch.device) -> np.ndarray:
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, module.config.precision == "bf16"):
+        losses_BT = module.losses(torch.from_numpy(batch).to(device))
+    return losses_BT.mean(dim=1).double().cpu().numpy()
+
+
+def attach_usage(module: LanguageModel) -> list[ExpertUsage]:
+    """Start counting router weights in every layer that has experts."""
+    usages = []
+    for layer in module.model.modules():
+        if hasattr(layer, "usage"):
+            layer.usage = ExpertUsage(layer.n_experts)
+            usages.append(layer.usage)
+    return usages
+
+
+def detach_usage(module: LanguageModel, usages: list[ExpertUsage]) -> dict[str, float]:
+    """Stop counting; expert_usage and unevenness, mean over the layers, and the tokens they were counted over."""
+    for layer in module.model.modules():
+        if hasattr(layer, "usage"):
+            layer.usage = None
+    if not usages:
+        return {}
+    return {
+        "expert_usage": sum(u.usage for u in usages) / len(usages),
+        "unevenness": sum(u.unevenness for u in usages) / len(usages),
+        "usage_tokens": usages[0].tokens,
+    }

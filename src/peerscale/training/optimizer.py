@@ -1,0 +1,48 @@
+"""Which parameters are trained how: decided here and nowhere else."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from peerscale.config import Config
+from peerscale.model.peer import Peer
+from peerscale.model.pkm import Pkm
+from peerscale.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParameterGroups:
+    """The trainable parameters of a model, each in exactly one group."""
+
+    matrices: list[nn.Parameter]
+    """Weight decay, inside the gradient-norm clip."""
+    vectors: list[nn.Parameter]
+    """Norms and biases: no weight decay, inside the clip."""
+    tables: list[nn.Parameter]
+    """Expert tables and PKM values: their own learning rate, no weight decay, outside the clip, as a row's gradient is
+    that of the few tokens that retrieved it and says nothing of the rest."""
+
+    @property
+    def clipped(self) -> list[nn.Parameter]:
+        return [*self.matrices, *self.vectors]
+
+
+def parameter_groups(model: nn.Module) -> ParameterGroups:
+    """Sort a model's parameters into groups."""
+    tables = [table for m in model.modules() if isinstance(m, Peer | Pkm) for table in m.expert_tables()]
+    table_ids = {id(table) for table in tables}
+    others = [p for p in model.parameters() if id(p) not in table_ids]
+    return ParameterGroups(
+        matrices=[p for p in others if p.ndim >= 2], vectors=[p for p in others if p.ndim < 2], tables=tables
+    )
+
+
+def build_optimizer(groups: ParameterGroups, config: Config, plan: Plan) -> torch.optim.Optimizer:
+    """AdamW over the groups; rates are their peaks, which the schedule scales."""
+    optim = config.optim
+    settings = [{"params": groups.matrices, "lr": plan.lr, "weight_decay": optim.weight_decay}]
+    settings.append({"params": groups.vectors, "lr": plan.lr, "weight_decay": 0.0})
+    if groups.tables:
+        settings.append({"params": groups.tables, "lr": plan.table_lr or plan.lr, "weight_decay": 0.0})
+    return torch.optim.AdamW(settings, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)

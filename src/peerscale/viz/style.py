@@ -1,0 +1,177 @@
+"""The one style of all figures: colour = method, marker = budget, star = fitted minimum, hollow = flagged.
+
+Figures are built without pyplot, so that drawing has no global state and needs no display.
+"""
+
+import math
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from peerscale.files import replacing
+
+TEXT_WIDTH = 5.5
+"""Inches: the width of the text of a one-column paper, so that figures are printed unscaled."""
+
+COLOURS = {
+    "dense": "#4d4d4d",
+    "moe": "#e69f00",
+    "moe_token_choice": "#cc79a7",
+    "pkm": "#009e73",
+    "peer": "#0072b2",
+}
+"""Okabe and Ito's palette, told apart under all common colour blindness."""
+
+SPARE_COLOURS = ("#d55e00", "#56b4e9", "#882255", "#999933", "#661100", "#44aa99", "#aa4499")
+"""For layers that this file does not know."""
+
+LABELS = {
+    "dense": "dense",
+    "moe": "MoE (expert choice)",
+    "moe_token_choice": "MoE (token choice)",
+    "pkm": "PKM",
+    "peer": "PEER",
+}
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+RC = {
+    "font.family": "STIXGeneral",
+    "mathtext.fontset": "stix",
+    "font.size": 9,
+    "axes.labelsize": 9,
+    "axes.titlesize": 9,
+    "legend.fontsize": 8,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.minor.width": 0.4,
+    "ytick.minor.width": 0.4,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.5,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+    "legend.frameon": False,
+    "legend.handlelength": 1.6,
+    "legend.columnspacing": 1.2,
+    "pdf.fonttype": 42,
+    "savefig.dpi": 220,
+}
+
+NO_METADATA = {"png": {"Software": None}, "pdf": {"Creator": None, "Producer": None, "CreationDate": None}}
+"""Neither dates nor versions: the same figure is the same bytes."""
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Method names, each once: the known ones in the order of the palette, then the others by name."""
+    known = list(COLOURS)
+    return sorted(set(names), key=lambda name: (known.index(name) if name in known else len(known), name))
+
+
+def colours(names: Iterable[str]) -> dict[str, str]:
+    """A colour per method name. An unknown name's colour hangs on the name alone, unless two would share one."""
+    chosen: dict[str, str] = {}
+    for name in ordered(names):
+        slot = zlib.crc32(name.encode())
+        spare = [SPARE_COLOURS[(slot + i) % len(SPARE_COLOURS)] for i in range(len(SPARE_COLOURS))]
+        chosen[name] = COLOURS.get(name) or next((c for c in spare if c not in chosen.values()), spare[0])
+    return chosen
+
+
+def label(name: str) -> str:
+    """A method's name as figures and tables write it; `name axis=value` keeps its axes."""
+    method, space, axes = name.partition(" ")
+    return LABELS.get(method, method.replace("_", " ")) + space + axes
+
+
+def markers(budgets: Iterable[float]) -> dict[float, str]:
+    """A marker per budget, in ascending order."""
+    return {budget: MARKERS[i % len(MARKERS)] for i, budget in enumerate(sorted(set(budgets)))}
+
+
+def budget_title(budget: float) -> str:
+    r"""`$3 \times 10^{11}$ FLOPs`."""
+    mantissa, exponent = f"{budget:.2e}".split("e")
+    factor = "" if float(mantissa) == 1 else rf"{float(mantissa):g} \times "
+    return rf"${factor}10^{{{int(exponent)}}}$ FLOPs"
+
+
+@contextmanager
+def applied() -> Iterator[None]:
+    """The style, for everything drawn inside."""
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **RC}):
+        yield
+
+
+def panels(n: int, *, height: float = 2.3, columns: int = 3) -> tuple[Figure, list[Axes]]:
+    """A figure of the text's width with `n` panels in rows of up to `columns`."""
+    columns = min(n, columns)
+    rows = math.ceil(n / columns)
+    figure = Figure(figsize=(TEXT_WIDTH, rows * height + 0.5), layout="constrained")
+    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(n)]
+    return figure, axes
+
+
+def caption(figure: Figure, *lines: str) -> None:
+    """Small print below the panels: data, units, conventions."""
+    figure.supxlabel("\n".join(line for line in lines if line), fontsize=6.5, color="#555555")
+
+
+def legend(figure: Figure, handles: Sequence[Line2D], *, columns: int = 4) -> None:
+    """One legend for all panels, above them."""
+    figure.legend(handles=list(handles), loc="outside upper center", ncols=min(columns, len(handles)))
+
+
+def star(*, flagged: bool = False, color: str = "#4d4d4d") -> Line2D:
+    """A legend's entry for a fitted minimum."""
+    face = "white" if flagged else color
+    text = "flagged minimum" if flagged else "fitted minimum"
+    return Line2D([], [], marker="*", markersize=9, color=color, markerfacecolor=face, linestyle="none", label=text)
+
+
+def log_axis(axis: Axis, low: float, high: float) -> None:
+    """Ticks of a logarithmic axis with plain labels (`200k`, `3M`), however short its range."""
+    decades = math.log10(high / low)
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+    if decades < 0.7:
+        axis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
+        axis.set_minor_locator(MaxNLocator(nbins=1))
+    else:
+        subs = (1.0, 2.0, 5.0) if decades < 1.4 else (1.0, 3.0) if decades < 2.5 else (1.0,)
+        axis.set_major_locator(LogLocator(subs=subs))
+
+
+def short_number(value: float) -> str:
+    """`1500` -> `1.5k`, `2e6` -> `2M`, `1e9` -> `1G`; four digits at most."""
+    if value < 1000:
+        return f"{value:g}"
+    for factor, suffix in ((1e3, "k"), (1e6, "M"), (1e9, "G"), (1e12, "T")):
+        if value < 1000 * factor:
+            return f"{value / factor:.4g}{suffix}"
+    return f"{value:.0e}".replace("e+", "e")
+
+
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """Write `<stem>.png` and `<stem>.pdf`, each atomically; the same figure gives the same bytes."""
+    paths = []
+    for kind, metadata in NO_METADATA.items():
+        path = stem.with_name(f"{stem.name}.{kind}")
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format=kind, metadata=metadata)
+        paths.append(path)
+    return paths
