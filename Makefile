@@ -1,24 +1,78 @@
-# Every user action, one line each. `make` alone prints this help.
+# Every user action, one target each. `make` alone prints this help.
 SHELL     := /bin/bash
 SWEEP     ?= reproduce
 LAUNCHER  ?= joblib
-JOBS      ?= $(shell nproc 2>/dev/null || echo 2)
+JOBS      ?= $(shell getconf _NPROCESSORS_ONLN)
 OVERRIDES ?=
 PYTHON    ?= python3
 BIN       := .venv/bin
-export HYDRA_FULL_ERROR := 1
+TRAIN      = $(BIN)/python -m peerscale.train --config-dir sweeps --config-name
+LAUNCH     = $(if $(filter joblib,$(LAUNCHER)),hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS) hydra.launcher.batch_size=1,$(if $(filter local,$(LAUNCHER)),hydra/launcher=basic,hydra/launcher=$(LAUNCHER)))
+# One thread a cell, one cell a core; more threads only spin.
+export OMP_NUM_THREADS      ?= 1
+export OPENBLAS_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test clean
+.PHONY: help setup reproduce smoke test check data plan sweep status figures publish sync dashboard clean
 
 help: ## print every target
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-11s %s\n", $$1, $$2}'
-	@echo "Variables: SWEEP=$(SWEEP) LAUNCHER=$(LAUNCHER) JOBS=$(JOBS) OVERRIDES='key=value ...'"
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@echo; echo "Variables: SWEEP=$(SWEEP) LAUNCHER=joblib|local JOBS=$(JOBS) OVERRIDES='key=value ...' PYTHON=$(PYTHON)"
+
+reproduce: ## the main job: train the isoFLOP study on real text, fit it, draw it (20 minutes on 2 cores)
+	@$(MAKE) --no-print-directory data sweep figures SWEEP=reproduce
+	@echo; echo "Look at the runs:  make dashboard   (W&B in the terminal, offline)    upload them: make sync"
+	@echo "The figure:        runs/reproduce/study/figures/isoflop.png"
+
+smoke: ## from text to a figure in under a minute, on a tiny study
+	@$(MAKE) --no-print-directory data sweep figures SWEEP=smoke
 
 setup: .venv/installed ## create .venv and install the package (a second call does nothing)
 
 .venv/installed: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: peerscale needs Python 3.11 or newer; name one with PYTHON=..."; exit 2; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: peerscale needs Python 3.11 or newer: name one with PYTHON=..."; exit 2; }
+	@echo "creating .venv and installing peerscale into it: some minutes, once"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
+
+data: setup ## fetch and tokenize the corpus of SWEEP, once
+	@$(BIN)/python -m peerscale.data.prepare --sweep $(SWEEP) $(OVERRIDES)
+
+plan: setup ## what SWEEP would run: parameters, FLOPs, steps, time, dropped cells
+	@$(BIN)/python -m peerscale.overview plan $(SWEEP) $(OVERRIDES)
+
+sweep: setup ## run what is missing of SWEEP; failed cells stop nothing
+	@$(TRAIN) $(SWEEP) $(LAUNCH) $(OVERRIDES) || test $$? -eq 1
+
+status: setup ## the grid of SWEEP: losses, and what runs, failed or is missing
+	@$(BIN)/python -m peerscale.overview status $(SWEEP) $(OVERRIDES)
+
+figures: setup ## table, fits and figures of SWEEP, from its runs or from results/
+	@$(BIN)/python analysis/collect.py $(SWEEP)
+	@$(BIN)/python analysis/figures.py $(SWEEP)
+	@$(BIN)/python analysis/table.py $(SWEEP)
+
+publish: setup ## copy the table, fits and figures of SWEEP into results/, to be committed
+	@$(BIN)/python analysis/publish.py $(SWEEP)
+
+sync: setup ## upload the offline W&B runs of SWEEP that are not uploaded yet
+	@runs=$$(ls -d runs/$(SWEEP)/*/wandb/offline-run-* 2>/dev/null); \
+	test -n "$$runs" || { echo "error: no W&B runs in runs/$(SWEEP): make sweep SWEEP=$(SWEEP)"; exit 2; }; \
+	timeout 600 $(BIN)/wandb sync $$runs
+
+dashboard: setup ## look at the W&B runs of SWEEP in the terminal (RUN=cell: one of them)
+	@$(BIN)/wandb leet $(if $(RUN),runs/$(SWEEP)/$(RUN)/wandb,runs/$(SWEEP))
+
+test: setup check ## lint, types, import rules and tests
+	@$(BIN)/pytest -n 2
+
+check: setup ## lint, types and import rules
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyrefly check
+	@$(BIN)/lint-imports
+
+clean: ## remove caches and the environment; runs, data and results stay
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find src analysis tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -22,7 +22,16 @@ from peerscale.laws import fit_isoflop
 from peerscale.laws.isoflop import VertexStatus
 from peerscale.laws.paired import difference_interval, optimum_losses, resampled_losses
 from peerscale.runs.record import Record
-from peerscale.runs.study import SIZE_COLUMNS, Study, collected, method_names, planned_record, published, study_parser, usable
+from peerscale.runs.study import (
+    SIZE_COLUMNS,
+    Study,
+    collected,
+    method_names,
+    planned_record,
+    published,
+    study_parser,
+    usable,
+)
 from peerscale.runs.table import curves_table, read_records, runs_table
 from peerscale.sweeper import planned_cells
 
@@ -43,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_text(study.records, "".join(json.dumps(asdict(record)) + "\n" for record in records))
     write_text(study.curves, curves.to_csv(index=False))
     write_text(study.fits, json.dumps(fits, indent=1) + "\n")
-    write_text(study.differences, compare(runs, records, fits).to_csv(index=False))
+    write_text(study.differences, compare(runs, records, fits).round(6).to_csv(index=False))
     counts = ", ".join(f"{n} {status}" for status, n in runs["status"].value_counts().items())
     print(f"{arguments.sweep}: {len(runs)} cells ({counts}) -> {study.folder}")
     return 0
@@ -70,7 +79,9 @@ def with_planned(sweep: str, records: list[Record]) -> list[Record]:
     try:
         cells = planned_cells(sweep)
     except UserError as error:
-        print(f"notice: only cells with a record are in the table, as the plan cannot be read: {error}", file=sys.stderr)
+        print(
+            f"notice: only cells with a record are in the table, as the plan cannot be read: {error}", file=sys.stderr
+        )
         return records
     found = {record.cell: record for record in records}
     planned = [found.pop(cell.name, None) or planned_record(sweep, cell) for cell in cells]
@@ -109,18 +120,32 @@ def compare(runs: pd.DataFrame, records: Sequence[Record], fits: Mapping[str, Ma
     draws = resampled_losses(np.array(list(losses.values()))) if losses else np.empty((0, 0))
     column = {cell: i for i, cell in enumerate(losses)}
     rows = []
-    for budget, at_budget in runs.groupby("budget"):
+    for budget in sorted(runs["budget"].unique()):
+        at_budget = runs[runs["budget"] == budget]
+        names = list(at_budget["name"].unique())
         optima = {}
-        for name, cells in at_budget.groupby("name", sort=False):
+        for name in names:
+            cells = at_budget[at_budget["name"] == name]
             if set(cells["cell"]) <= column.keys() and cells["flops_per_token"].nunique() >= 3:
                 drawn = draws[:, [column[cell] for cell in cells["cell"]]]
-                optima[name] = optimum_losses(cells["flops_per_token"].to_numpy(float), drawn)
-        vertices = {name: _vertex(fits[name], float(budget)) for name in at_budget["name"].unique()}
+                optima[name] = optimum_losses(np.asarray(cells["flops_per_token"], float), drawn)
+        vertices = {name: _vertex(fits[name], budget) for name in names}
         for reference in REFERENCES:
             for name in vertices if reference in vertices else ():
                 if name != reference:
                     rows.append({"budget": budget, **_difference(name, reference, vertices, optima)})
-    columns = ["budget", "method", "reference", "difference", "low", "high", "resamples", "without_minimum", "flagged", "note"]
+    columns = [
+        "budget",
+        "method",
+        "reference",
+        "difference",
+        "low",
+        "high",
+        "resamples",
+        "without_minimum",
+        "flagged",
+        "note",
+    ]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -142,7 +167,7 @@ def _difference(
     pair = (name, reference)
     row: dict[str, Any] = {"method": name, "reference": reference}
     notes = [f"{who}: {vertices[who]['status']}" for who in pair if vertices[who]["status"] != VertexStatus.OK]
-    if all((vertices[who]["curvature"] or 0) > 0 for who in pair):
+    if all(vertices[who]["x"] is not None for who in pair):
         row["difference"] = vertices[name]["loss"] - vertices[reference]["loss"]
         if all(who in optima for who in pair):
             interval = difference_interval(optima[name], optima[reference])

@@ -24,7 +24,10 @@ DEFAULT_X = "params_total"
 def main(argv: Sequence[str] | None = None) -> int:
     parser = study_parser(__doc__)
     parser.add_argument(
-        "--x", choices=list(X_LABELS), default=DEFAULT_X, help=f"model size of the isoFLOP figure (default: {DEFAULT_X})"
+        "--x",
+        choices=list(X_LABELS),
+        default=DEFAULT_X,
+        help=f"model size of the isoFLOP figure (default: {DEFAULT_X})",
     )
     arguments = parser.parse_args(argv)
     study = find_study(arguments.sweep, arguments.runs, arguments.results)
@@ -36,8 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     drawn = {f"isoflop{suffix}": isoflop_figure(runs, fits, x=arguments.x, note=note)}
     if study.curves.is_file():
         drawn["curves"] = curves_figure(pd.read_csv(study.curves), runs, note=note)
-    if study.differences.is_file() and len(differences := pd.read_csv(study.differences)):
-        drawn["differences"] = differences_figure(differences, note=note)
+    if study.differences.is_file():
+        differences = pd.read_csv(study.differences)
+        if (differences["reference"] == "dense").any():
+            drawn["differences"] = differences_figure(differences, note=note)
     for name, figure in drawn.items():
         for path in style.save(figure, study.figures / name):
             print(path)

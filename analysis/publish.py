@@ -11,7 +11,6 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 
 from peerscale.errors import UserError, exit_code
 from peerscale.files import replacing

@@ -16,6 +16,7 @@ from peerscale.files import write_text
 from peerscale.laws.isoflop import MIN_BUDGETS, VertexStatus
 from peerscale.runs.study import find_study, method_names, read_json, study_parser, usable
 from peerscale.runs.table import read_runs
+from peerscale.sweeper import budget_name
 from peerscale.viz.style import label, ordered
 
 LARGER_STUDY = "sweeps/isoflop_cpu.yaml"
@@ -60,7 +61,7 @@ def report(sweep: str, runs: pd.DataFrame, fits: Mapping[str, Mapping[str, Any]]
             "",
             *(f"| {' | '.join(cells)} |" for cells in lines),
             "",
-            "Validation losses in nats per token. The optimum is the minimum of a parabola in the logarithm of the size. "
+            "Validation losses in nats per token. The optimum is the minimum of a parabola in the logarithm of size. "
             "The interval covers the sampling of validation sequences, not seeds nor the choice of learning rate. "
             f"FLOPs: {', '.join(map(str, runs['convention'].unique()))}.",
             "",
@@ -81,11 +82,11 @@ def table_row(
     flags = [f"{n} {status}" for status, n in counts.items()]
     if vertex and vertex["status"] != VertexStatus.OK:
         flags.append(FLAGS[VertexStatus(vertex["status"])])
-    if by_total and by_total["status"] != VertexStatus.OK:
+    if by_total and by_total["status"] not in (VertexStatus.OK, vertex and vertex["status"]):
         flags.append(f"by total parameters: {FLAGS[VertexStatus(by_total['status'])]}")
     best = done.loc[done["val_loss"].idxmin()] if len(done) else None
     return [
-        budget_text(budget),
+        budget_name(budget),
         label(name),
         f"{done['size'].nunique()} of {planned['size'].nunique()}",
         loss_text(vertex),
@@ -96,20 +97,20 @@ def table_row(
     ]
 
 
-def conclusions(
-    runs: pd.DataFrame, fits: Mapping[str, Mapping[str, Any]], differences: pd.DataFrame
-) -> list[str]:
+def conclusions(runs: pd.DataFrame, fits: Mapping[str, Mapping[str, Any]], differences: pd.DataFrame) -> list[str]:
     """A sentence per budget on PEER, and one on exponents; a list in Markdown."""
     budgets = sorted(runs["budget"].unique())
     against = differences[differences["reference"] == "peer"]
     lines, leads = [], []
-    for budget in budgets:
+    for budget in budgets if (runs["method"] == "peer").any() else ():
         line, lead = verdict(budget, against[against["budget"] == budget])
         lines.append(line)
         leads.append(lead)
     if not all(leads):
         lines.append(f"A larger study, where PEER's lead may show or not, is `{LARGER_STUDY}`.")
-    exponents = {fit["method"]: fit["exponent"] for key, fit in fits.items() if key == fit["method"] and fit["exponent"]}
+    exponents = {
+        fit["method"]: fit["exponent"] for key, fit in fits.items() if key == fit["method"] and fit["exponent"]
+    }
     if exponents:
         each = ", ".join(f"{label(name)} {exponents[name]:.3f}" for name in ordered(exponents))
         lines.append(f"Exponents of the optimal FLOPs per token in the budget: {each}.")
@@ -128,7 +129,7 @@ def verdict(budget: float, others: pd.DataFrame) -> tuple[str, bool]:
         budget: of the rows.
         others: each other method's difference to PEER.
     """
-    at = budget_text(budget)
+    at = budget_name(budget)
     if others["difference"].isna().all():
         why = "; ".join(dict.fromkeys(others["note"].dropna())) or "no finished cells to compare"
         return f"Whether PEER leads at {at} is unknown: {why}.", False
@@ -171,17 +172,13 @@ def vertex_of(fit: Mapping[str, Any] | None, budget: float) -> Mapping[str, Any]
 
 def loss_text(vertex: Mapping[str, Any] | None) -> str:
     """The loss at a minimum; a dash where there is none."""
-    return f"{vertex['loss']:.4f}" if vertex and (vertex["curvature"] or 0) > 0 else "—"
+    return f"{vertex['loss']:.4f}" if vertex and vertex["x"] is not None else "—"
 
 
 def in_words(note: str) -> str:
     """`moe: off_centre` as a table's reader can take it."""
     name, _, status = note.partition(": ")
     return f"{label(name)}: {FLAGS[VertexStatus(status)]}" if status in set(VertexStatus) else note
-
-
-def budget_text(budget: float) -> str:
-    return f"{budget:.3g}".replace("e+", "e")
 
 
 def signed(nats: float) -> str:

@@ -3,7 +3,11 @@
 Strict: an unknown key, a wrong type or a size that cannot be built is a `ConfigError` of one line. No torch here.
 """
 
-from collections.abc import Mapping, Sequence
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from math import isqrt
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -169,7 +173,7 @@ class DataConfig:
     evaluation: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: {"validation": 131072})
     """Tokens of each held-out set to evaluate on, the same for every cell; 0 leaves a set out."""
     path: str | None = None
-    """`text`: a .txt, .jsonl or .gz file, or a folder of them. `c4`: a folder of C4-shaped shards in place of the hub."""
+    """`text`: a .txt, .jsonl or .gz file, or a folder of them. `c4`: a folder of C4's shards in place of the hub."""
     max_documents: Positive | None = None
     """`c4`: documents to stream."""
     directory: str = "data"
@@ -177,7 +181,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if not self.evaluation.get(self.val_set):
-            raise ValueError(f"val_set {self.val_set!r} has no tokens in evaluation, which names {list(self.evaluation)}")
+            raise ValueError(
+                f"val_set {self.val_set!r} has no tokens in evaluation, which names {list(self.evaluation)}"
+            )
         if self.source == "text" and not self.path:
             raise ValueError("source text needs data.path=FILE_OR_FOLDER (.txt, .jsonl, .gz)")
 
@@ -192,7 +198,7 @@ class OptimConfig:
     lr_rule: Literal["constant", "inverse_sqrt_width"] = "inverse_sqrt_width"
     """`inverse_sqrt_width`: lr x sqrt(32 / d_model). Table rates do not scale."""
     schedule: Literal["cosine"] = "cosine"
-    warmup_fraction: Fraction = 0.05
+    warmup_fraction: Fraction = 0.1
     final_lr_fraction: Fraction = 0.1
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     beta1: Fraction = 0.9
@@ -335,13 +341,35 @@ def _one_line(problem: Mapping[str, Any]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     match problem["type"]:
         case "unexpected_keyword_argument" | "extra_forbidden":
-            return f"unknown key {where} (value {given!r})"
+            return unknown_key(where)
         case "missing" | "missing_argument" | "missing_keyword_only_argument":
             return f"{where}: missing"
         case "value_error":
             return f"{where}: {message}" if where else message
         case _:
             return f"{where}: {message[0].lower()}{message[1:]}, not {given!r}"
+
+
+def unknown_key(key: str) -> str:
+    """What to say of a key that there is none of: the nearest there are."""
+    near = difflib.get_close_matches(key, dict.fromkeys(_keys(Config)), n=3)
+    return f"unknown key {key}; " + (
+        f"did you mean {' or '.join(near)}?" if near else "see conf/ for the keys there are"
+    )
+
+
+def _keys(kind: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted keys of a dataclass, and of every member of a union of them."""
+    if typing.get_origin(kind) is Annotated:
+        kind = typing.get_args(kind)[0]
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        for member in typing.get_args(kind):
+            yield from _keys(member, prefix)
+    elif is_dataclass(kind):
+        hints = typing.get_type_hints(kind, include_extras=True)
+        for field in fields(kind):
+            yield f"{prefix}{field.name}"
+            yield from _keys(hints[field.name], f"{prefix}{field.name}.")
 
 
 def load(overrides: Sequence[str] = (), *, sweep: str | Path | None = None) -> Config:
@@ -406,7 +434,14 @@ def compose(overrides: Sequence[str] = (), *, sweep: str | Path | None = None) -
 
 def first_line(error: Exception) -> str:
     """A Hydra or OmegaConf error, which takes several lines, in one."""
+    from hydra.errors import MissingConfigException
+
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        return f"unknown choice {group}={choice}; there are: {', '.join(error.options)}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    dull = ("Set the environment variable", "full_key:", "object_type=", "To append to your config", "Config search path")
+    dull = ("Set the environment variable", "full_key:", "object_type=", "To append to your config")
+    if lines and lines[0].startswith("Could not override '"):
+        return unknown_key(lines[0].split("'")[1])
     kept = [line for line in lines if not line.startswith(dull)]
     return " ".join(kept) or type(error).__name__

@@ -21,7 +21,9 @@ def exit_code(main: Callable[[], int | None]) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        message = f"no space left on disk{f' for {error.filename}' if error.filename else ''}; nothing half-written stays"
+        message = (
+            f"no space left on disk{f' for {error.filename}' if error.filename else ''}; nothing half-written stays"
+        )
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on where this one stopped", file=sys.stderr)
         return 130

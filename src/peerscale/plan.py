@@ -52,10 +52,10 @@ def plan(config: Config, *, train_tokens: int | None = None) -> Plan:
 
     Args:
         config: the cell.
-        train_tokens: tokens of the prepared corpus, where `config.data` does not name them.
+        train_tokens: tokens of the prepared corpus; else those that `config.data` names count.
     """
     model = cost(config)
-    train_tokens = config.data.train_tokens or train_tokens
+    train_tokens = train_tokens or config.data.train_tokens
     # 1) The budget over the cost of a step is the number of steps: batch and context are the study's.
     steps = round(config.budget / (model.flops_per_token * config.tokens_per_step))
     tokens = steps * config.tokens_per_step

@@ -39,7 +39,12 @@ class Progress:
 
     def _watch(self) -> None:
         while not self.stop.wait(LIVE_S if self.live else LOG_S):
-            print(f"\r\033[K{self.line()}" if self.live else self.line(), end="" if self.live else "\n", file=sys.stderr, flush=True)
+            print(
+                f"\r\033[K{self.line()}" if self.live else self.line(),
+                end="" if self.live else "\n",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def line(self) -> str:
         """One line: `reproduce 12/50 | peer-d32-3e11-s0 120/367 loss 5.43 21k tok/s | 6 min left`."""

@@ -1,5 +1,6 @@
 """A sweep file -> planned cells -> pending cells, longest first."""
 
+import functools
 import itertools
 import json
 from collections.abc import Sequence
@@ -74,16 +75,18 @@ def planned_cells(sweep: str | Path, overrides: Sequence[str] = ()) -> list[Cell
     """
     file = sweep_file(sweep)
     study = load_sweep(file)
-    composed: dict[tuple[str, ...], Config] = {}
+    compose = functools.cache(lambda *choice: load(choice, sweep=file))
+    size_overrides = [o for o in overrides if o.startswith("size.")]
     cells: list[Cell] = []
     for method, row in itertools.product(study.methods, study.grid):
         for size, axes, seed in itertools.product(row.sizes, _axis_overrides(study, method), study.seeds):
-            # Composing is slow, and budget and seed are plain numbers.
-            choice = (f"ffn={method}", f"size={size}", *axes, *overrides)
-            if choice not in composed:
-                composed[choice] = load([*choice, f"budget={row.budget!r}"], sweep=file)
-            config = replace(composed[choice], budget=row.budget, seed=seed)
-            cells.append(_cell(file.stem, config, (*choice, f"budget={row.budget!r}", f"seed={seed}")))
+            # Composing takes 50 ms, so it is done once for each layer and once for each size, not for each cell:
+            # a size file says nothing but `size`, and budget and seed are plain numbers.
+            base = compose(f"ffn={method}", f"size={study.grid[0].sizes[0]}", *axes, *overrides)
+            backbone = compose(f"size={size}", *size_overrides, *(a for a in axes if a.startswith("size."))).size
+            config = replace(base, size=backbone, budget=row.budget, seed=seed)
+            choice = (f"ffn={method}", f"size={size}", f"budget={row.budget!r}", f"seed={seed}", *axes, *overrides)
+            cells.append(_cell(file.stem, config, choice))
     names = [cell.name for cell in cells]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"{file.name} describes {len(twice)} cells twice, {min(twice)} among them")
@@ -163,8 +166,6 @@ def _with_estimates(cells: list[Cell]) -> list[Cell]:
 def _prepared_tokens(config: Config) -> int | None:
     from peerscale.data.store import read_manifest
 
-    if config.data.train_tokens is not None:
-        return None
     manifest = read_manifest(config.data)
     return manifest.splits["train"] if manifest else None
 

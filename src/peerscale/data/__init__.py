@@ -1,7 +1,7 @@
 """Corpus -> tokens on disk -> batches that are a pure function of (seed, step).
 
-`prepare.prepare` makes a corpus once, `open_corpus` reads it, `TrainBatches` and `EvaluationBatches` cut it up. No torch
-here.
+`prepare.prepare` makes a corpus once, `open_corpus` reads it, `TrainBatches` and `EvaluationBatches` cut it up.
+No torch here.
 """
 
 from peerscale.data.batches import EvaluationBatches, TrainBatches

@@ -1,7 +1,7 @@
 """Batches as pure functions of (seed, step): no state to save, none to restore.
 
-Tokens are cut into windows of `context` tokens, each with the token after it, so that targets are inputs shifted by one.
-Two windows of one batch are never neighbours in the text: mixtures of experts compare the tokens of a batch.
+Tokens are cut into windows of `context` tokens, each with the token after it: targets are inputs shifted by one. Two
+windows of one batch are never neighbours in the text, since expert choice compares the sequences of a batch.
 """
 
 from collections.abc import Iterator
@@ -44,20 +44,20 @@ class TrainBatches:
                 f"needs {2 * batch_sequences * context + 1:,}"
             )
         self._strata = np.arange(batch_sequences)
-        self._epoch = -1
+        self._epoch: int | None = None
         self._order = np.empty((batch_sequences, 0), dtype=np.int64)
 
     def __getitem__(self, step: int) -> Batch:
         """The batch of a step, counted from 0: shape (B, T + 1)."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._order = np.stack([self._permutation(epoch, stratum) for stratum in self._strata])
+            self._order = np.stack([self._permutation(epoch, stratum) for stratum in range(len(self._strata))])
             self._epoch = epoch
         return _gather(self._tokens, self._strata * self._windows_per_stratum + self._order[:, place], self._context)
 
     def _permutation(self, epoch: int, stratum: int) -> npt.NDArray[np.int64]:
         # Sorted raw bits, since numpy promises their stream for ever, but that of Generator.permutation for no version.
-        bits = np.random.PCG64(np.random.SeedSequence([self._seed, epoch, int(stratum)]))
+        bits = np.random.PCG64(np.random.SeedSequence([self._seed, epoch, stratum]))
         return np.argsort(bits.random_raw(self.steps_per_epoch), kind="stable")
 
 
@@ -84,8 +84,8 @@ class EvaluationBatches:
             raise UserError(f"{n_tokens:,} evaluation tokens are less than a batch of {batch_sequences} x {context}")
         if n_windows < max(n_chosen, 2 * batch_sequences):
             raise UserError(
-                f"the held-out set has {len(tokens):,} tokens, too few for {n_tokens:,} evaluation tokens in batches of "
-                f"{batch_sequences} x {context}"
+                f"the held-out set has {len(tokens):,} tokens, too few for {n_tokens:,} evaluation tokens in batches "
+                f"of {batch_sequences} x {context}"
             )
         # Batch m takes every n_batches-th chosen window from the m-th on: far apart, and the subset does not depend on
         # how it is cut into batches.

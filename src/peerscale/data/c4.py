@@ -1,4 +1,4 @@
-"""C4 (Raffel et al. 2020), the paper's corpus: streamed from the Hugging Face hub, or from shards of its shape in a folder.
+"""C4 (Raffel et al. 2020), the paper's corpus: streamed from the Hugging Face hub, or read from shards in a folder.
 
 Needs the package `datasets` (extra `hub`), but only while the corpus is prepared.
 """
@@ -23,6 +23,8 @@ TIMEOUT_S = 10
 def sources(config: DataConfig) -> dict[str, str]:
     """Shard -> its size, or the hub's name -> how much of it is read."""
     if config.path is None:
+        if config.max_documents is None:
+            raise UserError("data=c4 is 800 GB of text: set data.max_documents")
         return {f"{HUB_NAME}/{HUB_SUBSET}": f"{config.max_documents} pages"}
     return {path.name: f"{path.stat().st_size} bytes" for paths in _shards(config.path).values() for path in paths}
 
@@ -49,15 +51,13 @@ def _shards(path: str) -> dict[str, list[Path]]:
 def _pages(shards: dict[str, list[Path]], split: str, limit: int | None) -> Iterator[str]:
     """Page texts of one split of the shards, or of the hub if there are none."""
     try:
-        import datasets
+        import datasets  # pyrefly: ignore[missing-import]
     except ImportError:
         raise UserError("data=c4 needs the package datasets: pip install 'peerscale[hub]'") from None
     where: dict[str, Any]
     if shards:
         where = {"path": "json", "data_files": {name: [str(path) for path in paths] for name, paths in shards.items()}}
     else:
-        if limit is None:
-            raise UserError("data=c4 is 800 GB of text: set data.max_documents")
         _check_hub()
         where = {"path": HUB_NAME, "name": HUB_SUBSET}
     n_read = 0

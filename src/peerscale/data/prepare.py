@@ -26,7 +26,7 @@ from peerscale.config import DataConfig, load
 from peerscale.data import c4, gutenberg, store, text
 from peerscale.data.blocks import MIN_BYTES, Block, HeldOut
 from peerscale.data.store import Corpus, Manifest
-from peerscale.data.tokenizer import END_OF_TEXT, train
+from peerscale.data.tokenizer import END_OF_TEXT_ID, train
 from peerscale.errors import UserError, exit_code
 from peerscale.files import replacing
 
@@ -56,7 +56,10 @@ def prepare(config: DataConfig, *, quiet: bool = False, verify: bool = False) ->
         sources = SOURCES[config.source].sources(config)
         manifest = store.read_manifest(config)
         corpus = Corpus(folder, manifest) if manifest and manifest.sources == sources else None
-        if corpus is None or store.find_damage(corpus, verify=verify):
+        damage = corpus and store.find_damage(corpus, verify=verify)
+        if damage and not quiet:
+            print(f"{damage}: preparing it again", file=sys.stderr)
+        if corpus is None or damage:
             for abandoned in folder.parent.glob(f".{folder.name}.*"):  # by a process that was killed
                 shutil.rmtree(abandoned)
             with replacing(folder) as temporary:
@@ -140,7 +143,6 @@ class _Set:
 
 
 def _encode(blocks: Iterable[Block], tokenizer: Tokenizer, folder: Path) -> dict[str, _Set]:
-    end_of_text = tokenizer.token_to_id(END_OF_TEXT)
     sets: dict[str, _Set] = {}
     blocks = iter(blocks)
     with ExitStack() as files:
@@ -152,7 +154,7 @@ def _encode(blocks: Iterable[Block], tokenizer: Tokenizer, folder: Path) -> dict
                     file = files.enter_context(store.tokens_file(folder, block.split).open("wb"))
                     sets[block.split] = _Set(file)
                 elif block.starts_document:
-                    sets[block.split].append([end_of_text])
+                    sets[block.split].append([END_OF_TEXT_ID])
                 sets[block.split].append(encoding.ids)
                 sets[block.split].n_bytes += len(block.text.encode())
     return sets

@@ -1,5 +1,7 @@
-"""Text of the user's: a .txt file (one document), a .jsonl file (a document per line, under `text`), either gzip'd, or a
-folder of these."""
+"""Text of the user's: a .txt file (one document), a .jsonl file (one on each line, under `text`), or a folder of these.
+
+Either may be gzip'd.
+"""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Byte-level BPE (Sennrich et al. 2016), trained on the corpus itself: a ready-made 50k vocabulary swamps a small model."""
+"""Byte-level BPE (Sennrich et al. 2016), trained on the corpus: a ready-made 50k vocabulary swamps a small model."""
 
 from collections.abc import Iterable
 
@@ -7,7 +7,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from peerscale.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
-"""Stands between documents; its id is 0."""
+"""Stands between documents."""
+END_OF_TEXT_ID = 0
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -29,7 +30,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.train_from_iterator(texts, trainer)
     if (reached := tokenizer.get_vocab_size()) < vocab_size:
         raise UserError(
-            f"too little text for data.vocab_size {vocab_size}: it yields {reached} tokens; set data.vocab_size={reached} "
-            "or less, or give more text"
+            f"too little text for data.vocab_size {vocab_size}: it yields {reached} tokens; "
+            f"set data.vocab_size={reached} or less, or give more text"
         )
     return tokenizer

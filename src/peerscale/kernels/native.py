@@ -1,63 +1,85 @@
-"""The retrieved-row operators on torch's own embedding bags: no gathered row is materialised, and no compiler needed.
+"""The operators on torch's own embedding bags: no gathered row is materialised, and no compiler needed.
 
 The gradient of an embedding bag with respect to its per-sample weights *is* the dot product of a row with a vector, so
-the forward pass of `row_scores` calls that operator, and its backward pass is a bag (for x) and a bag's dense backward
-pass (for the table). Same signatures as `reference`.
+that operator computes `row_scores`.
 """
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from peerscale.kernels.activations import ACTIVATIONS
+from peerscale.kernels.adamw import AdamW, Moments, update_rows
+from peerscale.kernels.gradients import Pairs, RowScores, Runs, TableGradient, WeightedRows, collected_gradients
+from peerscale.kernels.product_keys import product_key_top_k
 
 _aten = torch.ops.aten
 _SUM = 0  # embedding_bag's mode
 
 
-class _RowScores(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, table_ND: Tensor, indices_TJ: Tensor) -> Tensor:
-        T, J = indices_TJ.shape
-        token_of_pair = torch.arange(T, device=x_TD.device).repeat_interleave(J)
+class Native:
+    """See `Operators` and `gradients.Arithmetic`."""
+
+    def single_neuron_experts(
+        self, x_TD: Tensor, w_down_ND: Tensor, w_up_ND: Tensor, rows_TJ: Tensor, gates_TJ: Tensor, activation: str
+    ) -> Tensor:
+        pairs = Pairs(self, rows_TJ, len(w_down_ND))
+        scores_TJ = RowScores.apply(x_TD, w_down_ND, pairs, collected_gradients(w_down_ND))
+        hidden_TJ = self.gate(scores_TJ, gates_TJ, activation)
+        return WeightedRows.apply(w_up_ND, hidden_TJ, pairs, collected_gradients(w_up_ND))
+
+    def weighted_rows(self, table_ND: Tensor, rows_TJ: Tensor, weights_TJ: Tensor) -> Tensor:
+        pairs = Pairs(self, rows_TJ, len(table_ND))
+        return WeightedRows.apply(table_ND, weights_TJ, pairs, collected_gradients(table_ND))
+
+    def product_key_top_k(self, query_THSC: Tensor, sub_keys_GSNC: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        return product_key_top_k(query_THSC, sub_keys_GSNC, top_k)
+
+    def gate(self, scores_TJ: Tensor, gates_TJ: Tensor, activation: str) -> Tensor:
+        """gates sigma(scores)."""
+        return ACTIVATIONS[activation](scores_TJ) * gates_TJ
+
+    def row_scores(self, x_TD: Tensor, table_ND: Tensor, pairs: Pairs) -> Tensor:
+        rows_TJ = pairs.rows_TJ
+        T, J = rows_TJ.shape
+        if T * J == 0:
+            return x_TD.new_zeros(T, J)
         offsets = torch.arange(0, T * J, J, device=x_TD.device)
         scores = _aten._embedding_bag_per_sample_weights_backward(
-            x_TD, table_ND, indices_TJ.reshape(-1), offsets, token_of_pair, _SUM
+            x_TD, table_ND, rows_TJ.view(-1), offsets, _tokens(rows_TJ), _SUM
         )
-        ctx.save_for_backward(x_TD, table_ND, indices_TJ, token_of_pair)
         return scores.view(T, J)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        x_TD, table_ND, indices_TJ, token_of_pair = ctx.saved_tensors
-        T, J = indices_TJ.shape
-        grad_TJ = grads[0].contiguous()
-        grad_x = F.embedding_bag(indices_TJ, table_ND, mode="sum", per_sample_weights=grad_TJ)
-        sizes = torch.full((T,), J, device=x_TD.device)
-        grad_table = _aten._embedding_bag_dense_backward(
-            x_TD, indices_TJ.reshape(-1), token_of_pair, sizes, sizes.new_empty(0), table_ND.shape[0], False, _SUM,
-            grad_TJ.view(-1), -1,
+    def row_bags(self, table_ND: Tensor, pairs: Pairs, weights_TJ: Tensor) -> Tensor:
+        return F.embedding_bag(pairs.rows_TJ, table_ND, mode="sum", per_sample_weights=weights_TJ)
+
+    def sort_pairs(self, rows_TJ: Tensor, n_rows: int) -> Runs:
+        rows, order = rows_TJ.view(-1).sort(stable=True)
+        _, counts = rows.unique_consecutive(return_counts=True)
+        return Runs(order, order // rows_TJ.shape[1], F.pad(counts.cumsum(0), (1, 0)))
+
+    def table_gradient(self, gradient: TableGradient, n_rows: int) -> Tensor:
+        rows_TJ, coefficients_TJ, vectors_TD = gradient.pairs.rows_TJ, gradient.coefficients_TJ, gradient.vectors_TD
+        T, J = rows_TJ.shape
+        if T * J == 0:
+            return vectors_TD.new_zeros(n_rows, vectors_TD.shape[1])
+        sizes = torch.full((T,), J, device=rows_TJ.device)
+        return _aten._embedding_bag_dense_backward(
+            vectors_TD, rows_TJ.view(-1), _tokens(rows_TJ), sizes, sizes.new_empty(0), n_rows, False, _SUM,
+            coefficients_TJ.view(-1), -1,
         )  # fmt: skip
-        return grad_x, grad_table, None
+
+    def adamw_rows(self, gradient: TableGradient, table_ND: Tensor, moments: Moments, adamw: AdamW) -> None:
+        runs = gradient.pairs.runs
+        # A row's gradient is itself a weighted sum of rows: of the vectors of its pairs' tokens.
+        weights = gradient.coefficients_TJ.view(-1)[runs.order_P]
+        begin = runs.starts_R[:-1]
+        gradient_RD = F.embedding_bag(runs.tokens_P, gradient.vectors_TD, begin, mode="sum", per_sample_weights=weights)
+        rows_R = gradient.pairs.rows_TJ.view(-1)[runs.order_P[begin]]
+        update_rows(table_ND, moments, rows_R, gradient_RD, adamw)
 
 
-def row_scores(x_TD: Tensor, table_ND: Tensor, indices_TJ: Tensor) -> Tensor:
-    """s[t, j] = <x[t], table[indices[t, j]]>."""
-    if not indices_TJ.numel():
-        return (x_TD.sum() + table_ND.sum()) * x_TD.new_zeros(indices_TJ.shape)
-    return _RowScores.apply(x_TD.contiguous(), table_ND, indices_TJ)  # type: ignore[no-any-return]
-
-
-def weighted_rows(table_ND: Tensor, indices_TJ: Tensor, weights_TJ: Tensor) -> Tensor:
-    """y[t] = sum_j weights[t, j] table[indices[t, j]]: a product-key memory (Lample et al. 2019)."""
-    return F.embedding_bag(indices_TJ, table_ND, mode="sum", per_sample_weights=weights_TJ)
-
-
-def single_neuron_experts(
-    x_TD: Tensor, w_down_ND: Tensor, w_up_ND: Tensor, indices_TJ: Tensor, gates_TJ: Tensor, activation: str
-) -> Tensor:
-    """y[t] = sum_j gates[t, j] sigma(<x[t], w_down[i]>) w_up[i], i = indices[t, j] (PEER, equations 6 and 7)."""
-    hidden_TJ = ACTIVATIONS[activation](row_scores(x_TD, w_down_ND, indices_TJ))
-    return weighted_rows(w_up_ND, indices_TJ, hidden_TJ * gates_TJ)
+def _tokens(rows_TJ: Tensor) -> Tensor:
+    """The token of each pair."""
+    T, J = rows_TJ.shape
+    return torch.arange(T, device=rows_TJ.device).repeat_interleave(J)

@@ -1,27 +1,23 @@
-"""The definition of the two retrieved-row operators, in plain torch; it materialises every gathered row.
-
-Shapes: T tokens, D model width, N rows of a table, J retrieved rows a token (heads x top_k).
-"""
+"""The definition of the operators (`Operators`), in plain torch; it materialises every gathered row."""
 
 import torch
 from torch import Tensor
 
 from peerscale.kernels.activations import ACTIVATIONS
+from peerscale.kernels.product_keys import product_key_top_k
 
 
-def row_scores(x_TD: Tensor, table_ND: Tensor, indices_TJ: Tensor) -> Tensor:
-    """s[t, j] = <x[t], table[indices[t, j]]>."""
-    return torch.einsum("td,tjd->tj", x_TD, table_ND[indices_TJ])
+class Reference:
+    """See `Operators`."""
 
+    def single_neuron_experts(
+        self, x_TD: Tensor, w_down_ND: Tensor, w_up_ND: Tensor, rows_TJ: Tensor, gates_TJ: Tensor, activation: str
+    ) -> Tensor:
+        hidden_TJ = ACTIVATIONS[activation](torch.einsum("td,tjd->tj", x_TD, w_down_ND[rows_TJ]))
+        return self.weighted_rows(w_up_ND, rows_TJ, hidden_TJ * gates_TJ)
 
-def weighted_rows(table_ND: Tensor, indices_TJ: Tensor, weights_TJ: Tensor) -> Tensor:
-    """y[t] = sum_j weights[t, j] table[indices[t, j]]: a product-key memory (Lample et al. 2019)."""
-    return torch.einsum("tj,tjd->td", weights_TJ, table_ND[indices_TJ])
+    def weighted_rows(self, table_ND: Tensor, rows_TJ: Tensor, weights_TJ: Tensor) -> Tensor:
+        return torch.einsum("tj,tjd->td", weights_TJ, table_ND[rows_TJ])
 
-
-def single_neuron_experts(
-    x_TD: Tensor, w_down_ND: Tensor, w_up_ND: Tensor, indices_TJ: Tensor, gates_TJ: Tensor, activation: str
-) -> Tensor:
-    """y[t] = sum_j gates[t, j] sigma(<x[t], w_down[i]>) w_up[i], i = indices[t, j] (PEER, equations 6 and 7)."""
-    hidden_TJ = ACTIVATIONS[activation](row_scores(x_TD, w_down_ND, indices_TJ))
-    return weighted_rows(w_up_ND, indices_TJ, hidden_TJ * gates_TJ)
+    def product_key_top_k(self, query_THSC: Tensor, sub_keys_GSNC: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        return product_key_top_k(query_THSC, sub_keys_GSNC, top_k)

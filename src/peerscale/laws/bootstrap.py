@@ -1,20 +1,20 @@
 """The bootstrap (Efron 1979): intervals from refits of resampled runs.
 
 An interval covers the scatter of the runs about the law, and nothing else: not the law's own misfit beyond the data,
-nor the noise of a loss evaluated on few tokens unless it differs from run to run.
+nor the noise of a loss evaluated on few tokens unless that differs from run to run.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import numpy as np
 
-from peerscale.laws.results import Array
+from peerscale.laws.results import Array, Number
 from peerscale.laws.solver import Coordinates, Solution
 
 LEVEL = 0.95
-KEPT_DRAWS = 500
+STORED_DRAWS = 500
 """Draws written to JSON, for intervals of later predictions."""
 
 
@@ -23,7 +23,7 @@ class Bootstrap:
     """Coefficients of the resampled fits."""
 
     draws: Mapping[str, Array]
-    """By coefficient, first axis the resamples that succeeded."""
+    """By coefficient; the first axis is the resamples that succeeded."""
     resamples: int
     """How many were asked for."""
     failed: int
@@ -34,36 +34,32 @@ class Bootstrap:
     level: float = LEVEL
 
     @classmethod
-    def of(cls, refits: Solution, coordinates: Coordinates, seed: int) -> "Bootstrap":
+    def of(cls, refits: Solution, coordinates: Coordinates, seed: int) -> Self:
         """From the solver's refits of the resamples."""
         good = ~refits.failed
         return cls(
             draws=coordinates.coefficients(refits.points[good]),
             resamples=len(good),
-            failed=int(np.sum(refits.failed)),
-            at_bound=int(np.sum(refits.at_bound[good].any(axis=1))),
+            failed=int(np.sum(~good)),
+            at_bound=int(np.sum(refits.at_bound[good])),
             seed=seed,
         )
 
-    @staticmethod
-    def require(bootstrap: "Bootstrap | None") -> "Bootstrap":
-        """The bootstrap of a fit. Raises ValueError if it has none."""
-        if bootstrap is None:
-            raise ValueError("the fit has no bootstrap: ask for one, such as bootstrap=4000")
-        return bootstrap
-
     def interval(self, values: Array) -> tuple[float, float]:
-        """Percentile interval of `values`, one per draw; what is not finite is left out."""
+        """Percentile interval of `values` (draws,), leaving out what is not finite; NaN if nothing is."""
         finite = values[np.isfinite(values)]
-        if not len(finite):
-            return (float("nan"), float("nan"))
         tail = 50 * (1 - self.level)
-        low, high = np.percentile(finite, [tail, 100 - tail])
-        return (float(low), float(high))
+        low, high = np.percentile(finite, [tail, 100 - tail]) if len(finite) else (np.nan, np.nan)
+        return float(low), float(high)
 
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """Percentile interval of every scalar coefficient."""
-        return {name: self.interval(values) for name, values in self.draws.items() if values.ndim == 1}
+        """Percentile interval of every coefficient."""
+        return {name: self.interval(values) for name, values in self._coefficients().items()}
+
+    def interval_of(self, form: type, prediction: Callable[[Any], Number]) -> tuple[float, float]:
+        """Interval of what `prediction` makes of a law of class `form` whose coefficients are arrays of draws."""
+        law = form(**{item.name: self.draws[item.name] for item in fields(form)})
+        return self.interval(np.asarray(prediction(law)))
 
     def standard_error(self, name: str) -> float:
         """Standard deviation of a coefficient's draws."""
@@ -71,27 +67,23 @@ class Bootstrap:
 
     def to_dict(self) -> dict[str, Any]:
         """Counts, seed and the first draws to six digits, for JSON."""
-        return {
-            "resamples": self.resamples,
-            "failed": self.failed,
-            "at_bound": self.at_bound,
-            "seed": self.seed,
-            "level": self.level,
-            "draws": {
-                name: [float(f"{value:.6g}") for value in values[:KEPT_DRAWS]]
-                for name, values in self.draws.items()
-                if values.ndim == 1
-            },
+        draws = {
+            name: [float(f"{value:.6g}") for value in values[:STORED_DRAWS]]
+            for name, values in self._coefficients().items()
         }
+        return {item.name: getattr(self, item.name) for item in fields(self)} | {"draws": draws}
 
     @classmethod
-    def from_dict(cls, stored: Mapping[str, Any]) -> "Bootstrap":
-        """The inverse of `to_dict`, with the draws that were kept."""
+    def from_dict(cls, stored: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`, with the draws that were stored."""
         draws = {name: np.asarray(values, float) for name, values in stored["draws"].items()}
-        return cls(**{**stored, "draws": draws})
+        return cls(**dict(stored) | {"draws": draws})
+
+    def _coefficients(self) -> dict[str, Array]:
+        return {name: values for name, values in self.draws.items() if values.ndim == 1}
 
 
-def resample_counts(n: int, resamples: int, seed: int, clusters: np.ndarray | None = None) -> Array:
+def resample_counts(n: int, resamples: int, seed: int, clusters: Array | None = None) -> Array:
     """How often each of `n` runs occurs in each resample, (resamples, n): weights for a weighted fit.
 
     Args:
@@ -107,12 +99,12 @@ def resample_counts(n: int, resamples: int, seed: int, clusters: np.ndarray | No
     return counts[:, labels].astype(float)
 
 
-def resample_residuals(residuals: Array, resamples: int, seed: int, clusters: np.ndarray | None = None) -> Array:
+def resample_residuals(residuals: Array, resamples: int, seed: int, clusters: Array | None = None) -> Array:
     """Residuals drawn with replacement, (resamples, n), for designs too small to lose a run, such as five sizes.
 
     Every run takes the residual of a run of a drawn cluster; runs of one cluster draw from the same one, so that a
-    shift common to a cluster stays common. Without `clusters` this is the plain residual bootstrap. Runs whose
-    residual is NaN are never drawn; NaN everywhere if there are no others.
+    shift common to a cluster stays common. Without `clusters` this is the plain residual bootstrap. Residuals that
+    are NaN are never drawn; all is NaN if there are no others.
     """
     rng = np.random.default_rng(seed)
     n = len(residuals)
@@ -122,8 +114,6 @@ def resample_residuals(residuals: Array, resamples: int, seed: int, clusters: np
         return np.full((resamples, n), np.nan)
     by_cluster = known[np.argsort(labels[known], kind="stable")]
     sizes = np.bincount(labels[known], minlength=labels.max() + 1)
-    starts = np.cumsum(sizes) - sizes
-    sources = np.flatnonzero(sizes)
-    source = sources[rng.integers(len(sources), size=(resamples, len(sizes)))][:, labels]
-    member = starts[source] + np.floor(rng.random((resamples, n)) * sizes[source]).astype(int)
-    return residuals[by_cluster[member]]
+    first = np.cumsum(sizes) - sizes
+    source = rng.choice(np.flatnonzero(sizes), size=(resamples, len(sizes)))[:, labels]
+    return residuals[by_cluster[first[source] + np.floor(rng.random((resamples, n)) * sizes[source]).astype(int)]]

@@ -8,23 +8,18 @@ log x, and the more so the wider or the more off-centre the grid. Read it beside
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any, Literal
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from peerscale.laws.bootstrap import Bootstrap, resample_residuals
-from peerscale.laws.results import (
-    Array,
-    FitStatus,
-    cluster_labels,
-    duplicate_warnings,
-    positive_columns,
-    record,
-    to_plain,
-)
+from peerscale.laws.fit import Fit
+from peerscale.laws.results import Array, FitStatus, Number
+from peerscale.laws.table import cluster_labels, duplicate_warnings, positive_columns
 
 MIN_SIZES = 5
 """Sizes wanted for a parabola: two more than its coefficients."""
@@ -65,56 +60,49 @@ class Vertex:
     """Runs of this budget, repeats included."""
     status: VertexStatus
     coefficients: tuple[float, float, float]
-    """(c0, c1, c2) of the parabola in log10 x."""
-
+    """(c0, c1, c2) of the parabola in log10 x; NaN below three sizes."""
     x_interval: tuple[float, float] | None = None
     loss_interval: tuple[float, float] | None = None
-    """Bootstrap intervals of the minimum, once asked for."""
+    """Bootstrap intervals of the minimum, if asked for."""
 
     @property
     def is_minimum(self) -> bool:
         """Whether there is a parabola that opens upwards, flagged or not."""
         return math.isfinite(self.x)
 
-    def predict(self, x: float | Array) -> Array:
-        """Loss of the fitted parabola at `x` (raw units, any shape)."""
+    def predict(self, x: ArrayLike) -> Number:
+        """Loss of the fitted parabola at `x`, in raw units."""
         return np.polynomial.polynomial.polyval(np.log10(x), self.coefficients)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class IsoflopFit:
-    """Minima per budget and the power law x*(C) = coefficient * C^exponent through the unflagged ones."""
+@dataclass(frozen=True, kw_only=True)
+class PowerLaw:
+    """x*(C) = coefficient * C^exponent; both None when fewer than three budgets are usable."""
 
-    law: Literal["isoflop"] = "isoflop"
-    n: int
-    status: FitStatus
-    objective_name: Literal["sum of squared residuals"] = "sum of squared residuals"
-    objective_value: float
-    """Over the runs of all fitted parabolas, in squared loss."""
-    vertices: tuple[Vertex, ...]
-    """One per budget, ascending; flagged ones are here too."""
-    exponent: float | None
-    """d log x* / d log C; None with fewer than three usable budgets."""
-    coefficient: float | None
+    exponent: Number | None
+    """d log x* / d log C."""
+    coefficient: Number | None
     """x* at C = 1 FLOP."""
-    warnings: tuple[str, ...] = ()
-    bootstrap: Bootstrap | None = field(default=None, repr=False)
-    """Draws of `exponent` and `coefficient` (resamples,), and of the vertices' `x` and `loss` (resamples, budgets)."""
 
-    @property
-    def ci(self) -> dict[str, tuple[float, float]]:
-        """Bootstrap intervals of exponent and coefficient; empty without a bootstrap."""
-        return {} if self.bootstrap is None else self.bootstrap.intervals()
-
-    def optimum(self, budget: float | Array) -> Array:
-        """Compute-optimal x at `budget`, coefficient * C^exponent; NaN if there is no power law."""
+    def optimum(self, budget: ArrayLike) -> Number:
+        """Compute-optimal x at `budget` FLOPs; NaN without a power law."""
         if self.exponent is None or self.coefficient is None:
             return np.full_like(np.asarray(budget, float), np.nan)
         return self.coefficient * np.asarray(budget, float) ** self.exponent
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and finite numbers for JSON."""
-        return record(self) | to_plain({"ci": self.ci})
+
+@dataclass(frozen=True, kw_only=True)
+class IsoflopFit(PowerLaw, Fit):
+    """Minima per budget and the power law through the unflagged ones.
+
+    The bootstrap's draws are `exponent` and `coefficient`, (resamples,), and the minima's `x` and `loss`,
+    (resamples, budgets).
+    """
+
+    law: ClassVar[str] = "isoflop"
+    form: ClassVar[type] = PowerLaw
+    vertices: tuple[Vertex, ...]
+    """One per budget, ascending; flagged ones are here too."""
 
 
 def fit_isoflop(
@@ -135,37 +123,35 @@ def fit_isoflop(
         budget: column of the compute budget; rows of one budget hold exactly the same value.
         x: column of the quantity to optimise: parameters, tokens or FLOPs per token.
         loss: column of the loss.
-        include_flagged: let the power law use flagged minima too, as most published fits do. Minima of parabolas
+        include_flagged: let the power law use flagged minima too, as most published fits do. Vertices of parabolas
             that open downwards are never used.
-        bootstrap: number of resamples, 0 for none. Residuals are resampled over all budgets together (scaled for the
-            three coefficients of each parabola), because a budget of five runs cannot lose one.
+        bootstrap: number of resamples, 0 for none. Residuals are resampled over all budgets together, scaled for the
+            three coefficients of each parabola, because a budget of five runs cannot lose one.
         seed: of the resampling.
-        cluster: column whose equal values share a draw.
+        cluster: column whose equal values draw from the same residuals.
 
     Raises:
-        UserError: a column is missing or holds anything but finite numbers above zero.
+        UserError: a column is missing or holds anything but finite numbers above zero; no rows.
     """
-    budgets, sizes, losses = positive_columns(table, budget, x, loss)
+    budgets, sizes, losses = positive_columns(table, budget, x, loss, law=IsoflopFit.law, at_least=1)
     values, group = np.unique(budgets, return_inverse=True)
-    vertices, residuals, spans = [], np.full(len(losses), np.nan), []
-    for i, value in enumerate(values):
-        rows = group == i
-        vertices.append(_vertex(float(value), sizes[rows], losses[rows]))
-        residuals[rows] = losses[rows] - vertices[i].predict(sizes[rows])
-        spans.append(sizes[rows].max() / sizes[rows].min())
+    rows_of = [np.flatnonzero(group == i) for i in range(len(values))]
+    vertices = [_vertex(float(c), sizes[rows], losses[rows]) for c, rows in zip(values, rows_of, strict=True)]
+    residuals = np.full(len(losses), np.nan)
+    for vertex, rows in zip(vertices, rows_of, strict=True):
+        residuals[rows] = losses[rows] - vertex.predict(sizes[rows])
 
     usable = np.array([v.status is VertexStatus.OK or (include_flagged and v.is_minimum) for v in vertices])
-    warnings = _warnings(vertices, spans, int(usable.sum())) + duplicate_warnings(table, budget, x, loss)
     exponent = coefficient = None
     if usable.sum() >= MIN_BUDGETS:
-        optima = np.array([v.x for v in vertices])
-        exponent, coefficient = (float(value) for value in _power_law(values[usable], optima[usable]))
+        optima = np.array([vertex.x for vertex in vertices])
+        exponent, coefficient = map(float, _power_law(values[usable], optima[usable]))
     draws = None
     if bootstrap:
-        labels = cluster_labels(table, cluster)
-        draws = _bootstrap(
-            vertices, group, np.log10(sizes), losses - residuals, residuals, usable, bootstrap, seed, labels
-        )
+        freedom = np.bincount(group)[group] - 3.0  # runs beyond the parabola's three coefficients
+        scaled = residuals * np.sqrt((freedom + 3) / np.where(freedom > 0, freedom, np.nan))
+        resampled = losses - residuals + resample_residuals(scaled, bootstrap, seed, cluster_labels(table, cluster))
+        draws = _bootstrap(values, rows_of, np.log10(sizes), resampled, usable, seed)
         vertices = [
             replace(
                 vertex,
@@ -174,97 +160,59 @@ def fit_isoflop(
             )
             for i, vertex in enumerate(vertices)
         ]
+    spans = [float(sizes[rows].max() / sizes[rows].min()) for rows in rows_of]
     return IsoflopFit(
         n=len(table),
         status=FitStatus.TOO_FEW_POINTS if exponent is None else FitStatus.CONVERGED,
+        objective_name="mse",
         objective_value=float(np.nansum(residuals**2)),
         vertices=tuple(vertices),
         exponent=exponent,
         coefficient=coefficient,
-        warnings=warnings,
+        warnings=_warnings(vertices, spans, int(usable.sum())) + duplicate_warnings(table, budget, x, loss),
         bootstrap=draws,
     )
-
-
-def _power_law(budgets: Array, optima: Array) -> tuple[Array, Array]:
-    """Least squares of log10 x* (..., budgets) on log10 C: exponent and coefficient, (...)."""
-    log_budgets = np.log10(budgets)
-    centred = log_budgets - log_budgets.mean()
-    log_optima = np.log10(optima)
-    exponent = log_optima @ centred / (centred @ centred)
-    return exponent, 10 ** (log_optima.mean(axis=-1) - exponent * log_budgets.mean())
-
-
-def _bootstrap(
-    vertices: list[Vertex],
-    group: np.ndarray,
-    z: Array,
-    fitted: Array,
-    residuals: Array,
-    usable: np.ndarray,
-    resamples: int,
-    seed: int,
-    labels: np.ndarray | None,
-) -> Bootstrap:
-    """Refits to the parabolas plus drawn residuals. A resample fails if a parabola that counts opens downwards."""
-    counts = np.bincount(group)[group]
-    spread = np.sqrt(counts / np.maximum(counts - 3.0, 1.0))
-    pool = np.where(counts > 3, residuals * spread, np.nan)  # through three points a parabola leaves none
-    losses = fitted + resample_residuals(pool, resamples, seed, labels)
-    x = np.full((resamples, len(vertices)), np.nan)
-    loss = x.copy()
-    for i, vertex in enumerate(vertices):
-        if np.isfinite(vertex.curvature):
-            rows = group == i
-            centre = z[rows].mean()
-            c0, c1, c2 = np.linalg.pinv(np.vander(z[rows] - centre, 3, increasing=True)) @ losses[:, rows].T
-            x[:, i], loss[:, i] = _minimum(centre, c0, c1, c2)
-    counted = usable if usable.sum() >= MIN_BUDGETS else np.array([v.is_minimum for v in vertices])
-    good = np.isfinite(x[:, counted]).all(axis=1)
-    draws = {"x": x[good], "loss": loss[good]}
-    if usable.sum() >= MIN_BUDGETS:
-        budgets = np.array([v.budget for v in vertices])
-        draws["exponent"], draws["coefficient"] = _power_law(budgets[usable], x[good][:, usable])
-    return Bootstrap(draws=draws, resamples=resamples, failed=int(np.sum(~good)), seed=seed)
 
 
 def _vertex(budget: float, sizes: Array, losses: Array) -> Vertex:
     z = np.log10(sizes)
     n_sizes = len(np.unique(z))
-    if n_sizes < 3:
-        nan = float("nan")
-        return Vertex(
-            budget=budget, x=nan, loss=nan, curvature=nan, n=len(z),
-            status=VertexStatus.TOO_FEW, coefficients=(nan, nan, nan),
-        )  # fmt: skip
-    centre = z.mean()  # z^2 of uncentred sizes is almost collinear with z
-    c0, c1, c2 = np.polynomial.polynomial.polyfit(z - centre, losses, 2)
-    x, minimum = _minimum(centre, c0, c1, c2)
-    shift = -c1 / (2 * c2) if c2 else np.inf
-    middle, half = (z.max() + z.min()) / 2, (z.max() - z.min()) / 2
-    off_centre = abs(centre + shift - middle) / (2 * half)
-    if n_sizes < MIN_SIZES:
-        status = VertexStatus.TOO_FEW
-    elif not c2 > 0:
-        status = VertexStatus.CURVATURE
-    elif off_centre > 0.5:
-        status = VertexStatus.OUTSIDE_RANGE
-    elif off_centre > MAX_OFF_CENTRE:
-        status = VertexStatus.OFF_CENTRE
-    else:
-        status = VertexStatus.OK
+    x = loss = math.nan
+    c0, c1, c2 = math.nan, math.nan, math.nan
+    status = VertexStatus.TOO_FEW
+    if n_sizes >= 3:
+        centre, c0, c1, c2 = _parabolas(z, losses)
+        x, loss = map(float, _minima(centre, c0, c1, c2))
+        low, high = z.min(), z.max()
+        off_centre = abs(centre - c1 / (2 * c2) - (low + high) / 2) / (high - low) if c2 > 0 else math.inf
+        if n_sizes < MIN_SIZES:
+            status = VertexStatus.TOO_FEW
+        elif not math.isfinite(x):
+            status = VertexStatus.CURVATURE
+        elif off_centre > 0.5:
+            status = VertexStatus.OUTSIDE_RANGE
+        else:
+            status = VertexStatus.OFF_CENTRE if off_centre > MAX_OFF_CENTRE else VertexStatus.OK
+        c0, c1 = c0 - c1 * centre + c2 * centre**2, c1 - 2 * c2 * centre  # from z - centre to z
     return Vertex(
         budget=budget,
-        x=float(x),
-        loss=float(minimum),
+        x=x,
+        loss=loss,
         curvature=float(c2),
         n=len(z),
         status=status,
-        coefficients=(float(c0 - c1 * centre + c2 * centre**2), float(c1 - 2 * c2 * centre), float(c2)),
+        coefficients=(float(c0), float(c1), float(c2)),
     )
 
 
-def _minimum(centre: float, c0: Array, c1: Array, c2: Array) -> tuple[Array, Array]:
+def _parabolas(z: Array, losses: Array) -> tuple[float, Array, Array, Array]:
+    """Least squares of losses (..., runs) by c0 + c1 (z - centre) + c2 (z - centre)^2: centre, c0, c1, c2 (...)."""
+    centre = float(z.mean())  # z^2 of uncentred sizes is almost collinear with z
+    c0, c1, c2 = np.linalg.pinv(np.vander(z - centre, 3, increasing=True)) @ losses.T
+    return centre, c0, c1, c2
+
+
+def _minima(centre: float, c0: Array, c1: Array, c2: Array) -> tuple[Array, Array]:
     """x and loss where parabolas around `centre` are lowest; NaN where they open downwards."""
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         x, loss = 10.0 ** (centre - c1 / (2 * c2)), c0 - c1**2 / (4 * c2)
@@ -272,15 +220,39 @@ def _minimum(centre: float, c0: Array, c1: Array, c2: Array) -> tuple[Array, Arr
     return np.where(there, x, np.nan), np.where(there, loss, np.nan)
 
 
+def _power_law(budgets: Array, optima: Array) -> tuple[Array, Array]:
+    """Least squares of log10 x*, (..., budgets), on log10 C: exponent and coefficient, (...)."""
+    log_budgets, log_optima = np.log10(budgets), np.log10(optima)
+    centred = log_budgets - log_budgets.mean()
+    exponent = log_optima @ centred / (centred @ centred)
+    return exponent, 10 ** (log_optima.mean(axis=-1) - exponent * log_budgets.mean())
+
+
+def _bootstrap(budgets: Array, rows_of: list[Array], z: Array, losses: Array, usable: Array, seed: int) -> Bootstrap:
+    """Refits to resampled losses (resamples, runs); one fails where a parabola of the power law opens downwards."""
+    x = np.full((len(losses), len(budgets)), np.nan)
+    loss = x.copy()
+    for i, rows in enumerate(rows_of):
+        if len(np.unique(z[rows])) >= 3:
+            x[:, i], loss[:, i] = _minima(*_parabolas(z[rows], losses[:, rows]))
+    draws = {"x": x, "loss": loss}
+    good = np.isfinite(x).any(axis=1)
+    if usable.sum() >= MIN_BUDGETS:
+        good = np.isfinite(x[:, usable]).all(axis=1)
+        draws["exponent"], draws["coefficient"] = _power_law(budgets[usable], x[:, usable])
+    draws = {name: values[good] for name, values in draws.items()}
+    return Bootstrap(draws=draws, resamples=len(losses), failed=int(np.sum(~good)), seed=seed)
+
+
 def _warnings(vertices: list[Vertex], spans: list[float], n_usable: int) -> tuple[str, ...]:
     found = []
     for status in VertexStatus:
-        flagged = [f"{v.budget:.3g}" for v in vertices if v.status is status]
+        flagged = [f"{vertex.budget:.3g}" for vertex in vertices if vertex.status is status]
         if flagged and status is not VertexStatus.OK:
-            found.append(f"{status}: the minimum of budget {', '.join(flagged)} is flagged")
+            found.append(f"{status}: the minimum at budget {', '.join(flagged)} is flagged")
     wide = [f"{v.budget:.3g} ({span:.0f}x)" for v, span in zip(vertices, spans, strict=True) if span > MAX_SPAN]
     if wide:
-        found.append(f"wide grid: budget {', '.join(wide)}; parabolas are biased beyond about +-4x of the optimum")
+        found.append(f"wide grid at budget {', '.join(wide)}: a parabola is biased beyond about +-4x of the optimum")
     if n_usable < MIN_BUDGETS:
         found.append(f"no exponent: {n_usable} usable budgets, a power law wants {MIN_BUDGETS}")
     return tuple(found)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Protocol
 
 import numpy as np
 
@@ -35,15 +36,27 @@ class Objective(StrEnum):
         return self in (Objective.HUBER_LOG, Objective.HUBER)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Problem:
+class Problem(Protocol):
     """Fits of one law to one set of runs that differ in their points (R, p) only, or in the runs' weights too."""
 
-    residuals: Callable[[Array, Array], tuple[Array, Array]]
-    """Points (R, p) and the members' numbers (R,) -> residuals (R, runs) and their Jacobian (R, p, runs)."""
-    curvature: Callable[[Array, Array], Array] | None = None
-    """Points and slopes of the penalty (R, runs) -> sum over runs of slope * second derivative of the residual,
-    (R, p, p). None leaves it out (Gauss-Newton)."""
+    def residuals(self, points: Array, members: Array) -> Array:
+        """Residuals (R, runs) at points (R, p) of the numbered members (R,)."""
+        ...
+
+    def derivatives(self, points: Array, members: Array) -> tuple[Array, Array, Callable[[Array], Array] | None]:
+        """Residuals, their Jacobian (R, p, runs), and the curvature.
+
+        The curvature turns slopes of the penalty (R, runs) into the sum over runs of slope * second derivative of the
+        residual, (R, p, p). None leaves that out: Gauss-Newton, reweighted.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Misfit:
+    """The objective over a problem: what the solver sees."""
+
+    problem: Problem
     objective: Objective
     delta: float = np.inf
     weights: Array | None = None
@@ -52,7 +65,7 @@ class Problem:
     def value(self, points: Array, members: Array) -> Array:
         """Objective per member, (R,)."""
         with np.errstate(over="ignore", invalid="ignore"):
-            residuals, _ = self.residuals(points, members)
+            residuals = self.problem.residuals(points, members)
             size = np.abs(residuals)
             inner = np.minimum(size, self.delta)
             penalty = inner * (size - inner / 2) if self.objective.robust else residuals**2
@@ -60,55 +73,18 @@ class Problem:
 
     def derivatives(self, points: Array, members: Array) -> tuple[Array, Array]:
         """Gradient (R, p) and Hessian (R, p, p)."""
-        residuals, jacobian = self.residuals(points, members)
+        residuals, jacobian, curvature = self.problem.derivatives(points, members)
         if self.objective.robust:
             slope = np.clip(residuals, -self.delta, self.delta)
-            bend = (np.abs(residuals) <= self.delta).astype(float)
+            size = np.abs(residuals)
+            # Without curvature the linear parts would have no Hessian at all: take the square touching them from above.
+            bend = (
+                self.delta / np.maximum(size, self.delta) if curvature is None else (size <= self.delta).astype(float)
+            )
         else:
             slope, bend = 2 * residuals, np.full_like(residuals, 2.0)
         if self.weights is not None:
             slope, bend = slope * self.weights[members], bend * self.weights[members]
         gradient = (jacobian @ slope[:, :, None])[:, :, 0]
         hessian = (jacobian * bend[:, None, :]) @ jacobian.transpose(0, 2, 1)
-        return gradient, hessian if self.curvature is None else hessian + self.curvature(points, slope)
-
-
-def sum_of_powers(terms: Array, loss: Array, objective: Objective, delta: float) -> Problem:
-    """The problem of a law that is a sum of power laws, L = sum_k exp(M_k . theta).
-
-    With the coefficients' logarithms and the exponents as coordinates theta, every power is the exponential of a
-    linear form, and gradient and Hessian are exact and cheap. Centred logarithms of sizes and tokens in M are the
-    normalised units: no coordinate is large and none needs bounds in raw units.
-
-    Args:
-        terms: M, (powers, runs, coordinates).
-        loss: (runs,).
-        objective: what to minimise.
-        delta: where Huber turns linear.
-    """
-    squares = (terms[:, :, :, None] * terms[:, :, None, :]).reshape(*terms.shape[:2], -1)
-
-    def shares(points: Array) -> tuple[Array, Array]:
-        """Residuals, and their derivative by each M_k . theta, (powers, R, runs)."""
-        powers = np.exp(points @ terms.transpose(0, 2, 1))
-        total = powers.sum(axis=0)
-        return (np.log(total / loss), powers / total) if objective.logarithmic else (total - loss, powers)
-
-    def jacobian(share: Array) -> Array:
-        return np.sum([share[k][:, None, :] * term.T for k, term in enumerate(terms)], axis=0)
-
-    def residuals(points: Array, members: Array) -> tuple[Array, Array]:
-        residual, share = shares(points)
-        return residual, jacobian(share)
-
-    def curvature(points: Array, slope: Array) -> Array:
-        # sum_k share_k m_k m_k', less the square of sum_k share_k m_k for a log residual
-        _, share = shares(points)
-        n_members, p = points.shape
-        hessian = sum((share[k] * slope) @ square for k, square in enumerate(squares)).reshape(n_members, p, p)
-        if objective.logarithmic:
-            first = jacobian(share)
-            hessian -= (first * slope[:, None, :]) @ first.transpose(0, 2, 1)
-        return hessian
-
-    return Problem(residuals=residuals, curvature=curvature, objective=objective, delta=delta)
+        return gradient, hessian if curvature is None else hessian + curvature(slope)

@@ -1,39 +1,29 @@
 """Approach 3 (Hoffmann et al. 2022, section 3.3): the surface L(N, D) = E + A / N^alpha + B / D^beta.
 
 N is the number of parameters, D of training tokens, L the loss in nats per token. The paper minimises the sum of
-Huber(1e-3) over log residuals; its printed coefficients are an early stop of that objective (Besiroglu et al. 2024).
+Huber(1e-3) over log residuals; its printed coefficients are an early stop of that (Besiroglu et al. 2024).
 """
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from peerscale.errors import UserError
-from peerscale.laws.bootstrap import Bootstrap
+from peerscale.laws.fit import Fit
 from peerscale.laws.objective import Objective
-from peerscale.laws.powers import PowerSum, fit_powers
-from peerscale.laws.results import (
-    Array,
-    FitStatus,
-    cluster_labels,
-    duplicate_warnings,
-    positive_columns,
-    record,
-    require_points,
-    to_plain,
-)
-from peerscale.laws.solver import Coordinates
+from peerscale.laws.powers import fit_powers
+from peerscale.laws.results import FitStatus, Number, to_plain
+from peerscale.laws.table import cluster_labels, duplicate_warnings, positive_columns
 
-Number = float | Array
-IS_LOG = np.array([True, False, True, False, True])  # log A, alpha, log B, beta, log E
 START_EXPONENTS = (0.1, 0.2, 0.35, 0.5, 0.8, 1.2)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Allocation:
-    """How to spend a budget: what minimises the surface subject to C = flops_per_parameter_token * N * D."""
+    """How to spend a budget."""
 
     params: Number
     tokens: Number
@@ -52,64 +42,52 @@ class Surface:
 
     @property
     def a(self) -> Number:
-        """N* ~ C^a with a = beta / (alpha + beta) (Hoffmann et al. 2022, equation 4)."""
+        """N* ~ C^a: a = beta / (alpha + beta) (Hoffmann et al. 2022, equation 4)."""
         return self.beta / (self.alpha + self.beta)
 
     @property
     def b(self) -> Number:
-        """D* ~ C^b with b = alpha / (alpha + beta) (Hoffmann et al. 2022, equation 4)."""
+        """D* ~ C^b: b = alpha / (alpha + beta) (Hoffmann et al. 2022, equation 4)."""
         return self.alpha / (self.alpha + self.beta)
 
-    def predict(self, params: Number, tokens: Number) -> Number:
+    @property
+    def scale(self) -> Number:
+        """G = (alpha A / (beta B))^(1 / (alpha + beta)) (Hoffmann et al. 2022, equation 4)."""
+        return (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
+
+    def predict(self, params: ArrayLike, tokens: ArrayLike) -> Number:
         """Loss at N = `params`, D = `tokens`, in raw counts."""
-        return (
-            self.E + self.A / np.asarray(params, float) ** self.alpha + self.B / np.asarray(tokens, float) ** self.beta
-        )
+        params, tokens = np.asarray(params, float), np.asarray(tokens, float)
+        return self.E + self.A * params**-self.alpha + self.B * tokens**-self.beta
 
-    def optimum(self, budget: Number, flops_per_parameter_token: float = 6.0) -> Allocation:
-        """Compute-optimal allocation of `budget` FLOPs (Hoffmann et al. 2022, equation 4).
+    def optimum(self, budget: ArrayLike, flops_per_parameter_token: float = 6.0) -> Allocation:
+        """Compute-optimal allocation of `budget` FLOPs C = k N D, k = `flops_per_parameter_token`.
 
-        N* = G (C / k)^a, D* = (C / k)^b / G, G = (alpha A / (beta B))^(1 / (alpha + beta)), for C = k N D.
+        N* = G (C / k)^a, D* = (C / k)^b / G (Hoffmann et al. 2022, equation 4).
         """
         products = np.asarray(budget, float) / flops_per_parameter_token
-        ratio = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
-        params, tokens = ratio * products**self.a, products**self.b / ratio
+        params, tokens = self.scale * products**self.a, products**self.b / self.scale
         return Allocation(params=params, tokens=tokens, loss=self.predict(params, tokens))
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParametricFit(Surface):
+class ParametricFit(Surface, Fit):
     """A fitted surface; `predict` and `optimum` use its coefficients."""
 
-    law: Literal["parametric"] = "parametric"
-    n: int
-    status: FitStatus
-    objective_name: Objective
-    objective_value: float
-    """The sum over runs."""
-    delta: float
-    warnings: tuple[str, ...] = ()
-    bootstrap: Bootstrap | None = field(default=None, repr=False)
+    law: ClassVar[str] = "parametric"
+    form: ClassVar[type] = Surface
 
     @property
     def ci(self) -> dict[str, tuple[float, float]]:
         """Bootstrap intervals of E, A, B, alpha, beta, a and b; empty without a bootstrap."""
         if self.bootstrap is None:
             return {}
-        draws = self.draws
-        return self.bootstrap.intervals() | {name: self.bootstrap.interval(getattr(draws, name)) for name in "ab"}
-
-    @property
-    def draws(self) -> Surface:
-        """The surface with arrays of bootstrap draws as coefficients: `fit.draws.optimum(C).loss` are draws of L*.
-
-        Raises ValueError without a bootstrap.
-        """
-        return Surface(**Bootstrap.require(self.bootstrap).draws)
+        ab = {"a": self.interval(lambda law: law.a), "b": self.interval(lambda law: law.b)}
+        return self.bootstrap.intervals() | ab
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and finite numbers for JSON; a, b and ci included."""
-        return record(self) | to_plain({"a": self.a, "b": self.b, "ci": self.ci})
+        """For JSON; a and b included."""
+        return to_plain({"law": self.law, "a": self.a, "b": self.b}) | super().to_dict()
 
 
 def fit_parametric(
@@ -133,7 +111,7 @@ def fit_parametric(
         tokens: column of D; or else
         flops: column of the training FLOPs C, from which D = C / (6 N).
         objective: what to minimise.
-        delta: where Huber turns linear, in units of the residual; unused by the squared objectives.
+        delta: where Huber turns linear, in units of the residual.
         bootstrap: number of resamples of the runs, 0 for none.
         seed: of the resampling.
         cluster: column whose equal values are drawn together, such as the run of several checkpoints.
@@ -142,48 +120,27 @@ def fit_parametric(
         UserError: both or neither of tokens and flops, a column missing or with anything but finite numbers above
             zero, fewer than five runs, all FLOPs equal.
     """
-    if (tokens is None) == (flops is None):
+    second = tokens or flops
+    if second is None or (tokens and flops):
         raise UserError("give exactly one of tokens and flops")
-    sizes, amounts, losses = positive_columns(table, params, tokens or flops, loss)
-    require_points(table, len(IS_LOG), "parametric")
-    if flops is not None:
+    sizes, amounts, losses = positive_columns(table, params, second, loss, law=ParametricFit.law, at_least=5)
+    if flops:
         if amounts.min() == amounts.max():
             raise UserError(f"column {flops!r} holds one budget, {amounts[0]:g}: the law needs at least two")
         amounts = amounts / (6 * sizes)
-
-    log_sizes, log_amounts = np.log(sizes), np.log(amounts)
-    centre, middle = log_sizes.mean(), log_amounts.mean()
-    one, zero = np.ones_like(losses), np.zeros_like(losses)
-    terms = np.stack(
-        [
-            np.stack([one, centre - log_sizes, zero, zero, zero], axis=1),
-            np.stack([zero, zero, one, middle - log_amounts, zero], axis=1),
-            np.stack([zero, zero, zero, zero, one], axis=1),
-        ]
-    )
-    problem = PowerSum(terms=terms, loss=losses, objective=Objective(objective), delta=delta)
-    to_raw = np.eye(len(IS_LOG))
-    to_raw[0, 1], to_raw[2, 3] = centre, middle
-    coefficients, value, status, draws = fit_powers(
-        problem,
-        Coordinates(names=("A", "alpha", "B", "beta", "E"), is_log=IS_LOG, to_raw=to_raw),
-        START_EXPONENTS,
+    log_n, log_d = np.log(sizes), np.log(amounts)
+    result = fit_powers(
+        {"A": {"alpha": log_n}, "B": {"beta": log_d}, "E": {}},
+        losses,
+        objective=Objective(objective),
+        delta=delta,
+        start_exponents=START_EXPONENTS,
         bootstrap=bootstrap,
         seed=seed,
         clusters=cluster_labels(table, cluster),
     )
-    warnings = duplicate_warnings(table, params, tokens or flops or "", loss)
-    if np.linalg.matrix_rank(np.stack([one, log_sizes - centre, log_amounts - middle], axis=1), tol=1e-6) < 3:
-        status = FitStatus.NOT_IDENTIFIABLE
-        warnings += ("log N and log D lie on a line: the data cannot tell size from tokens",)
-
-    return ParametricFit(
-        **coefficients,
-        n=len(table),
-        status=status,
-        objective_name=problem.objective,
-        objective_value=value,
-        delta=delta,
-        warnings=warnings,
-        bootstrap=draws,
-    )
+    fit = ParametricFit(**result, warnings=duplicate_warnings(table, params, second, loss))
+    if min(np.ptp(log_n), np.ptp(log_d)) > 0 and np.corrcoef(log_n, log_d)[0, 1] > 1 - 1e-9:
+        line = ("log D rises in proportion to log N: the data cannot tell size from tokens",)
+        fit = replace(fit, status=FitStatus.NOT_IDENTIFIABLE, warnings=fit.warnings + line)
+    return fit

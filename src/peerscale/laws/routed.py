@@ -4,33 +4,25 @@ n = log10 of the dense parameters, those that one token sees; e = log10 E_hat of
 1 / E_hat = 1 / (E - 1 + 1 / (1 / E_start - 1 / E_max)) + 1 / E_max. Dense models are E = 1, E_hat = E_start.
 """
 
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from peerscale.errors import UserError
 from peerscale.laws.bootstrap import Bootstrap, resample_counts
-from peerscale.laws.objective import Objective, ResidualProblem
-from peerscale.laws.parametric import Number
-from peerscale.laws.results import (
-    Array,
-    FitStatus,
-    as_floats,
-    cluster_labels,
-    duplicate_warnings,
-    positive_columns,
-    record,
-    require_points,
-    to_plain,
-)
-from peerscale.laws.solver import Coordinates, diagnose, minimise
+from peerscale.laws.fit import Fit
+from peerscale.laws.objective import Misfit, Objective
+from peerscale.laws.results import Array, Number
+from peerscale.laws.solver import Coordinates, refit, solve
+from peerscale.laws.table import cluster_labels, duplicate_warnings, positive_columns
 
-# Coordinates a, b, c, d (n centred), s = ln E_start, t = ln(E_max / E_start).
-LOWER = np.array([-np.inf] * 4 + [np.log(0.1), 0.05])
-UPPER = np.array([np.inf] * 4 + [np.log(1e3), 15.0])
-IS_LOG = np.array([False] * 4 + [True] * 2)
+LN10 = np.log(10)
+START_RANGE = np.log([0.1, 1e3])
+RATIO_RANGE = (0.05, 15.0)
+"""Of ln E_start and of ln(E_max / E_start)."""
 STARTS = np.log([(start, ratio) for start in (1.1, 2, 4, 8) for ratio in (10, 50, 200, 1000)])
 
 
@@ -45,17 +37,17 @@ class RoutedLaw:
     E_start: Number
     E_max: Number
 
-    def saturated_experts(self, experts: Number) -> Number:
+    def saturated_experts(self, experts: ArrayLike) -> Number:
         """E_hat (Clark et al. 2022, equation 7)."""
         gap = 1 / self.E_start - 1 / self.E_max
         return 1 / (1 / (np.asarray(experts, float) - 1 + 1 / gap) + 1 / self.E_max)
 
-    def predict(self, dense_params: Number, experts: Number) -> Number:
+    def predict(self, dense_params: ArrayLike, experts: ArrayLike) -> Number:
         """Loss 10^(a n + b e + c n e + d)."""
         n, e = np.log10(np.asarray(dense_params, float)), np.log10(self.saturated_experts(experts))
         return 10 ** (self.a * n + self.b * e + self.c * n * e + self.d)
 
-    def effective_params(self, dense_params: Number, experts: Number) -> Number:
+    def effective_params(self, dense_params: ArrayLike, experts: ArrayLike) -> Number:
         """Size of the dense model (E = 1) with the same loss (Clark et al. 2022, section 5.1).
 
         log10 = (log10 L - d - b e_1) / (a + c e_1), e_1 = log10 E_start.
@@ -66,33 +58,56 @@ class RoutedLaw:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoutedFit(RoutedLaw):
+class RoutedFit(RoutedLaw, Fit):
     """A fitted law; E_start and E_max are weakly identified."""
 
-    law: Literal["routed"] = "routed"
-    n: int
-    status: FitStatus
-    objective_name: Literal["mse-log10"] = "mse-log10"
-    objective_value: float
-    """Sum of squared log10 residuals."""
+    law: ClassVar[str] = "routed"
+    form: ClassVar[type] = RoutedLaw
     rms_log10: float
-    """Root of their mean."""
-    warnings: tuple[str, ...] = ()
-    bootstrap: Bootstrap | None = field(default=None, repr=False)
+    """Root mean squared residual of log10 L."""
 
-    @property
-    def ci(self) -> dict[str, tuple[float, float]]:
-        """Bootstrap intervals of the coefficients; empty without a bootstrap."""
-        return {} if self.bootstrap is None else self.bootstrap.intervals()
 
-    @property
-    def draws(self) -> RoutedLaw:
-        """The law with arrays of bootstrap draws as coefficients. Raises ValueError without a bootstrap."""
-        return RoutedLaw(**Bootstrap.require(self.bootstrap).draws)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Routing:
+    """The law as an `objective.Problem`; coordinates a, b, c, d for centred n, ln E_start, ln(E_max / E_start)."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and finite numbers for JSON; ci included."""
-        return record(self) | to_plain({"ci": self.ci})
+    n: Array
+    """Centred log10 of the dense parameters, (runs,)."""
+    experts: Array
+    log_loss: Array
+    """log10, (runs,)."""
+
+    def residuals(self, points: Array, members: Array) -> Array:
+        """Residuals of log10 L, (R, runs), at points (R, 6)."""
+        return self.derivatives(points, members)[0]
+
+    def derivatives(self, points: Array, members: Array) -> tuple[Array, Array, None]:
+        """Residuals and Jacobian."""
+        a, b, c, d, start, ratio = points.T[:, :, None]
+        e, by_start, by_ratio = self.saturation(start, ratio)
+        slope = b + c * self.n
+        one = np.ones_like(e)
+        jacobian = np.stack([self.n * one, e, self.n * e, one, slope * by_start, slope * by_ratio], axis=1)
+        return a * self.n + e * slope + d - self.log_loss, jacobian, None
+
+    def saturation(self, start: Number, ratio: Number) -> tuple[Array, Array, Array]:
+        """e = log10 E_hat, and its derivatives by ln E_start and ln(E_max / E_start)."""
+        inverse_max = np.exp(-start - ratio)
+        gap = np.exp(-start) - inverse_max
+        growth = 1 + (self.experts - 1) * gap
+        inverse = gap / growth + inverse_max
+        by_start = (gap / growth**2 + inverse_max) / (inverse * LN10)
+        by_ratio = (inverse_max - inverse_max / growth**2) / (inverse * LN10)
+        return -np.log10(inverse), by_start, by_ratio
+
+    def starts(self) -> Array:
+        """A grid of E_start and E_max with a, b, c, d by least squares (variable projection), (starts, 6)."""
+        starts = []
+        for start, ratio in STARTS:
+            e = self.saturation(start, ratio)[0]
+            columns = np.stack([self.n, e, self.n * e, np.ones_like(e)], axis=1)
+            starts.append([*np.linalg.lstsq(columns, self.log_loss, rcond=None)[0], start, ratio])
+        return np.array(starts)
 
 
 def fit_routed(
@@ -115,63 +130,39 @@ def fit_routed(
         cluster: column whose equal values are drawn together.
 
     Raises:
-        UserError: a column is missing or holds anything but finite numbers above zero; fewer than six runs.
+        UserError: a column is missing or holds anything but finite numbers above zero, fewer than six runs, fewer
+            than one expert.
     """
-    sizes, counts, losses = positive_columns(table, dense_params, experts, loss)
-    require_points(table, len(LOWER), "routed")
+    columns = (dense_params, experts, loss)
+    sizes, counts, losses = positive_columns(table, *columns, law=RoutedFit.law, at_least=6)
     if counts.min() < 1:
         raise UserError(f"column {experts!r} must be at least 1 (a dense model), found {counts.min():g}")
-    n, log_loss = np.log10(sizes), np.log10(losses)
+    n = np.log10(sizes)
     centre = n.mean()
-    n = n - centre
-
-    def residuals(points: Array, members: np.ndarray) -> tuple[Array, Array]:
-        a, b, c, d, start, ratio = points.T[:, :, None]
-        e, by_start, by_ratio = _saturation(counts, start, ratio)
-        slope = b + c * n
-        one = np.ones_like(e)
-        jacobian = np.stack([n * one, e, n * e, one, slope * by_start, slope * by_ratio], axis=1)
-        return a * n + e * slope + d - log_loss, jacobian
-
-    starts = np.zeros((len(STARTS), len(LOWER)))
-    starts[:, 4:] = STARTS
-    for row, (start, ratio) in zip(starts, STARTS, strict=True):
-        e = _saturation(counts, start, ratio)[0]
-        row[:4] = np.linalg.lstsq(np.stack([n, e, n * e, np.ones_like(n)], axis=1), log_loss, rcond=None)[0]
-    problem = ResidualProblem(residuals=residuals, objective=Objective.MSE)
-    solution = minimise(problem, starts, LOWER, UPPER)
-    best = solution.best()
-    point, value = solution.points[best], float(solution.values[best])
-    offsets, jacobian = residuals(point[None], np.zeros(1, int))
-    to_raw = np.eye(len(LOWER))
+    problem = Routing(n=n - centre, experts=counts, log_loss=np.log10(losses))
+    to_raw = np.eye(6)
     to_raw[1, 2] = to_raw[3, 0] = -centre
-    to_raw[5, 4] = 1
-    coordinates = Coordinates(names=("a", "b", "c", "d", "E_start", "E_max"), is_log=IS_LOG, to_raw=to_raw)
-    status = diagnose(coordinates, jacobian[0].T, offsets[0], point, solution.at_bound[best])
-
+    to_raw[5, 4] = 1.0
+    coordinates = Coordinates(
+        names=("a", "b", "c", "d", "E_start", "E_max"),
+        is_log=np.arange(6) >= 4,
+        to_raw=to_raw,
+        lower=np.array([-np.inf] * 4 + [START_RANGE[0], RATIO_RANGE[0]]),
+        upper=np.array([np.inf] * 4 + [START_RANGE[1], RATIO_RANGE[1]]),
+    )
+    misfit = Misfit(problem=problem, objective=Objective.MSE)
+    point, value, status = solve(misfit, coordinates, problem.starts())
     draws = None
     if bootstrap:
         weights = resample_counts(len(n), bootstrap, seed, cluster_labels(table, cluster))
-        refits = minimise(replace(problem, weights=weights), np.tile(point, (bootstrap, 1)), LOWER, UPPER)
-        draws = Bootstrap.of(refits, coordinates, seed)
+        draws = Bootstrap.of(refit(misfit, coordinates, point, weights), coordinates, seed)
     return RoutedFit(
-        **as_floats(coordinates.coefficients(point)),
+        **{name: float(coefficient) for name, coefficient in coordinates.coefficients(point).items()},
         n=len(table),
         status=status,
+        objective_name="mse-log10",
         objective_value=value,
         rms_log10=float(np.sqrt(value / len(n))),
-        warnings=duplicate_warnings(table, dense_params, experts, loss),
+        warnings=duplicate_warnings(table, *columns),
         bootstrap=draws,
     )
-
-
-def _saturation(experts: Array, start: Number, ratio: Number) -> tuple[Array, Array, Array]:
-    """e = log10 E_hat and its derivatives by ln E_start and ln(E_max / E_start)."""
-    inverse_max = np.exp(-start - ratio)
-    gap = np.exp(-start) - inverse_max
-    growth = 1 + (experts - 1) * gap
-    inverse = gap / growth + inverse_max
-    scale = -1 / (inverse * np.log(10))
-    by_start = scale * (-gap / growth**2 - inverse_max)
-    by_ratio = scale * (inverse_max / growth**2 - inverse_max)
-    return -np.log10(inverse), by_start, by_ratio

@@ -19,22 +19,28 @@ def positive_columns(table: pd.DataFrame, *names: str, law: str, at_least: int) 
     """
     values = []
     for name in names:
-        _require_column(table, name)
+        require_column(table, name)
         column = pd.to_numeric(table[name], errors="coerce").to_numpy(np.float64, na_value=np.nan)
         bad = table.index[~(np.isfinite(column) & (column > 0))]
         if len(bad):
             raise UserError(f"column {name!r} must hold finite numbers above 0, not so in {_name_rows(bad)}")
-        values.append(column)
+        values.append(np.asarray(column))
     if len(table) < at_least:
         raise UserError(f"{len(table)} rows are too few for the {law} law: it has {at_least} coefficients")
     return values
+
+
+def require_column(table: pd.DataFrame, name: str) -> None:
+    """Raises UserError if the table has no column `name`."""
+    if name not in table.columns:
+        raise UserError(f"no column {name!r} in the table; there are: {', '.join(map(str, table.columns))}")
 
 
 def cluster_labels(table: pd.DataFrame, cluster: str | None) -> Array | None:
     """The values of column `cluster` as integer labels, or None. Raises UserError if there is no such column."""
     if cluster is None:
         return None
-    _require_column(table, cluster)
+    require_column(table, cluster)
     return np.asarray(pd.factorize(table[cluster], use_na_sentinel=False)[0])
 
 
@@ -44,11 +50,6 @@ def duplicate_warnings(table: pd.DataFrame, *names: str) -> tuple[str, ...]:
     if not len(rows):
         return ()
     return (f"{len(rows)} duplicated rows, kept and so counted again: {_name_rows(rows)}",)
-
-
-def _require_column(table: pd.DataFrame, name: str) -> None:
-    if name not in table.columns:
-        raise UserError(f"no column {name!r} in the table; there are: {', '.join(map(str, table.columns))}")
 
 
 def _name_rows(rows: pd.Index) -> str:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peerscale.model.usage import ExpertUsage
+from peerscale.model.usage import CountsUsage
 
 
 class Experts(nn.Module):
@@ -24,7 +24,7 @@ class Experts(nn.Module):
         return F.gelu(x_ECD @ self.down) @ self.up
 
 
-class ExpertChoiceMoe(nn.Module):
+class ExpertChoiceMoe(nn.Module, CountsUsage):
     """Every expert chooses its tokens (Zhou et al. 2022), so that all have equal work.
 
     Experts choose among the tokens at one position of all sequences of the batch (as Krajewski et al. 2024), so that no
@@ -39,14 +39,15 @@ class ExpertChoiceMoe(nn.Module):
         self.n_experts, self.capacity_factor = n_experts, capacity_factor
         self.router = nn.Linear(d_model, n_experts, bias=False)
         self.experts = Experts(n_experts, d_model, d_ff)
-        self.usage: ExpertUsage | None = None
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """x (B, T, D) -> y (B, T, D)."""
         B, T, D = x_BTD.shape
         capacity = B * self.capacity_factor / self.n_experts
         if capacity < 1 or capacity != int(capacity):
-            raise ValueError(f"{B} sequences x {self.capacity_factor:g} / {self.n_experts} experts is no whole capacity")
+            raise ValueError(
+                f"{B} sequences x {self.capacity_factor:g} / {self.n_experts} experts is no whole capacity"
+            )
         gates_BTE = _router_probabilities(self.router, x_BTD)[0]
         gates_ETC, sequence_ETC = gates_BTE.permute(2, 1, 0).topk(int(capacity), dim=-1)
         # Row of each chosen token in the batch laid out as (B x T, D).
@@ -60,7 +61,7 @@ class ExpertChoiceMoe(nn.Module):
         return y_MD.view(B, T, D)
 
 
-class TokenChoiceMoe(nn.Module):
+class TokenChoiceMoe(nn.Module, CountsUsage):
     """Every token chooses its top k experts; no token is dropped and the output does not depend on the batch.
 
     After a forward pass in training `auxiliary_loss` holds the weighted load-balance loss, E sum_i f_i P_i with f the
@@ -83,7 +84,6 @@ class TokenChoiceMoe(nn.Module):
         self.load_balance_weight, self.z_loss_weight = load_balance_weight, z_loss_weight
         self.router = nn.Linear(d_model, n_experts, bias=False)
         self.experts = Experts(n_experts, d_model, d_ff)
-        self.usage: ExpertUsage | None = None
         self.auxiliary_loss: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -3,12 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from peerscale.kernels.backends import BACKENDS, resolve
 from peerscale.model.product_keys import ProductKeyRetrieval
-from peerscale.model.usage import ExpertUsage
+from peerscale.model.usage import CountsUsage
 
 
-class Peer(ProductKeyRetrieval):
+class Peer(ProductKeyRetrieval, CountsUsage):
     """f(x) = sum over heads and their top k experts of g_i(x) sigma(u_i . x) v_i.
 
     No bias, norm, dropout or output projection (algorithm 1). `w_down` holds the u, `w_up` the v, both
@@ -37,11 +36,9 @@ class Peer(ProductKeyRetrieval):
     ) -> None:
         super().__init__(
             d_model, n_experts, n_heads, top_k, d_key,
-            n_key_sets=n_key_sets, query_norm=query_norm, query_bias=query_bias,
+            n_key_sets=n_key_sets, query_norm=query_norm, query_bias=query_bias, kernel=kernel,
         )  # fmt: skip
         self.activation, self.score = activation, score
-        self.operators = BACKENDS[resolve(kernel)]
-        self.usage: ExpertUsage | None = None
         # Not stated in the paper: rows of norm about 1, so that u . x has the variance of x's features.
         self.w_down = nn.Parameter(torch.randn(n_experts, d_model) * d_model**-0.5)
         self.w_up = nn.Parameter(torch.randn(n_experts, d_model) * d_model**-0.5)

@@ -3,12 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from peerscale.kernels.backends import BACKENDS, resolve
 from peerscale.model.product_keys import ProductKeyRetrieval
-from peerscale.model.usage import ExpertUsage
+from peerscale.model.usage import CountsUsage
 
 
-class Pkm(ProductKeyRetrieval):
+class Pkm(ProductKeyRetrieval, CountsUsage):
     """f(x) = sum over heads and their top k values of softmax_k(q . k_i) v_i; `values` is (n_experts, d_model).
 
     For the arguments see `ProductKeyRetrieval`.
@@ -29,10 +28,8 @@ class Pkm(ProductKeyRetrieval):
     ) -> None:
         super().__init__(
             d_model, n_experts, n_heads, top_k, d_key,
-            n_key_sets=n_key_sets, query_norm=query_norm, query_bias=query_bias,
+            n_key_sets=n_key_sets, query_norm=query_norm, query_bias=query_bias, kernel=kernel,
         )  # fmt: skip
-        self.operators = BACKENDS[resolve(kernel)]
-        self.usage: ExpertUsage | None = None
         self.values = nn.Parameter(torch.randn(n_experts, d_model) * d_model**-0.5)
 
     def expert_tables(self) -> list[nn.Parameter]:

@@ -4,11 +4,15 @@ import torch
 from torch import Tensor
 
 
-class ExpertUsage:
-    """Sums of router weights by expert: z'_i = sum over tokens of g_i(x), 0 where i was not retrieved.
+class CountsUsage:
+    """A layer with experts: it adds each forward pass to its `usage` while that is set."""
 
-    A layer whose `usage` is set adds the weights of each forward pass to it.
-    """
+    n_experts: int
+    usage: "ExpertUsage | None" = None
+
+
+class ExpertUsage:
+    """Sums of router weights by expert: z'_i = sum over tokens of g_i(x), 0 where i was not retrieved."""
 
     def __init__(self, n_experts: int) -> None:
         self.weight_sums = torch.zeros(n_experts, dtype=torch.float64)

@@ -8,6 +8,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from peerscale.config import Config, to_dict
 from peerscale.errors import UserError
 from peerscale.files import write_text
@@ -62,6 +64,9 @@ class Record:
     bit_exact: bool = True
     """False if the cell was resumed on another machine, thread count, kernel or torch version."""
     traceback: str = ""
+
+
+_RECORD = TypeAdapter(Record)
 
 
 def science(config: Config, data_fingerprint: str) -> dict[str, Any]:
@@ -121,6 +126,7 @@ def parse_record(tree: Any, where: str) -> Record:
     if unknown := sorted(tree.keys() - known):
         raise UserError(f"{where}: unknown fields {', '.join(unknown)}")
     try:
-        return Record(**{**tree, "status": Status(tree["status"])})
-    except (TypeError, KeyError, ValueError) as error:
-        raise UserError(f"{where}: {error}") from None
+        return _RECORD.validate_python(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None

@@ -14,6 +14,9 @@ from peerscale.runs.record import Record, parse_record, read_record
 
 METRICS = "metrics.jsonl"
 
+WHOLE = ("flops_per_token", "flops_per_s")
+"""Columns that start like a component of the FLOPs per token and are none."""
+
 
 def read_records(folder: Path) -> list[Record]:
     """Every record of a study: from its folder of cells, or from the `records.jsonl` of a published one."""
@@ -21,8 +24,10 @@ def read_records(folder: Path) -> list[Record]:
     if published.is_file():
         lines = published.read_text(encoding="utf-8").splitlines()
         return [parse_record(json.loads(line), f"{published}:{n}") for n, line in enumerate(lines, 1)]
-    records = (read_record(cell) for cell in sorted(folder.iterdir()) if cell.is_dir()) if folder.is_dir() else ()
-    return [record for record in records if record is not None]
+    cells = sorted(cell for cell in folder.iterdir() if cell.is_dir()) if folder.is_dir() else []
+    records = [(cell, record) for cell in cells if (record := read_record(cell)) is not None]
+    # A renamed folder is a cell that was set aside.
+    return [record for cell, record in records if record.cell == cell.name]
 
 
 def read_runs(path: str | Path) -> pd.DataFrame:
@@ -45,7 +50,9 @@ def read_runs(path: str | Path) -> pd.DataFrame:
 
 def runs_table(records: Iterable[Record]) -> pd.DataFrame:
     """Records as a table; the columns are documented in the README."""
-    return pd.DataFrame([_row(record) for record in records])
+    table = pd.DataFrame([_row(record) for record in records])
+    components = [column for column in table.columns if column.startswith("flops_") and column not in WHOLE]
+    return table.fillna(dict.fromkeys(components, 0))
 
 
 def _row(record: Record) -> dict[str, Any]:
@@ -74,6 +81,8 @@ def _row(record: Record) -> dict[str, Any]:
         "d_model": config["size"]["d_model"],
         "n_layers": config["size"]["n_layers"],
         "n_heads": config["size"]["n_heads"],
+        "data": config["data"]["source"],
+        "val_set": config["data"]["val_set"],
         "vocab_size": config["data"]["vocab_size"],
         "params_total": sum(record.params.values()),
         "params_active": plan["params_active"],
@@ -141,7 +150,9 @@ def curves_table(folders: Iterable[Path], *, points: int = 50) -> pd.DataFrame:
             continue
         rows = rows[["step", "tokens", "flops", "loss"]]
         stride = -(-len(rows) // points)
-        thinned = rows.groupby(rows.index // stride).agg({"step": "last", "tokens": "last", "flops": "last", "loss": "mean"})
+        thinned = rows.groupby(rows.index // stride).agg(
+            {"step": "last", "tokens": "last", "flops": "last", "loss": "mean"}
+        )
         thinned.insert(0, "cell", folder.name)
         frames.append(thinned)
     columns = ["cell", "step", "tokens", "flops", "loss"]

@@ -6,13 +6,11 @@ import time
 import traceback
 import warnings
 from dataclasses import replace
-from typing import Any
 
 import lightning
 import numpy as np
 import torch
 import yaml
-from torch import Tensor
 
 from peerscale.config import Config, to_dict
 from peerscale.data.batches import TrainBatches
@@ -22,20 +20,19 @@ from peerscale.files import write_text
 from peerscale.kernels.backends import resolve
 from peerscale.plan import Plan
 from peerscale.runs.record import Record, Status, fingerprint, read_record, science, write_record
+from peerscale.runs.study import plan_summary
 from peerscale.sweeper import Cell, check_same
 from peerscale.training.checkpoint import TimedCheckpoint, checkpoints, newest_readable
 from peerscale.training.environment import EXACT_KEYS, describe
-from peerscale.training.evaluation import Evaluation, attach_usage, detach_usage, evaluate
+from peerscale.training.evaluation import Evaluation, evaluate
 from peerscale.training.loader import StepLoader
+from peerscale.training.memory import keep_freed_memory
+from peerscale.training.metrics import Diverged, MetricsLog
 from peerscale.training.module import LanguageModel
 from peerscale.training.tracking import Tracker, cut_back
 
 COMPILE_PAYS_S = 300.0
 """Estimated seconds from which torch.compile, 10 to 20 s a shape, is worth its time."""
-
-
-class Diverged(Exception):
-    """The training loss is no longer a finite number."""
 
 
 def train_cell(cell: Cell) -> Status:
@@ -71,6 +68,7 @@ class CellRun:
         self.cell, self.corpus, self.config, self.plan = cell, corpus, cell.config, cell.plan
         self.checkpoint_folder = cell.folder / "checkpoints"
         torch.set_num_threads(self.config.trainer.threads)
+        keep_freed_memory()
         self.device = pick_device(self.config)
         self.compiled = self._compiles()
         environment = describe(resolve(self.config.trainer.kernel), self.device, compiled=self.compiled)
@@ -118,11 +116,16 @@ class CellRun:
             summary=self.record.plan,
         )
         batches = TrainBatches(
-            self.corpus.tokens("train"), seed=config.seed, batch_sequences=config.batch_sequences, context=config.context
+            self.corpus.tokens("train"),
+            seed=config.seed,
+            batch_sequences=config.batch_sequences,
+            context=config.context,
         )
         started = time.perf_counter()
         log = MetricsLog(config, plan, self.tracker)
-        trainer = build_trainer(config, plan, [log, TimedCheckpoint(self.checkpoint_folder, config.trainer.checkpoint_every_s)])
+        trainer = build_trainer(
+            config, plan, [log, TimedCheckpoint(self.checkpoint_folder, config.trainer.checkpoint_every_s)]
+        )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")
             path = self.resumed[0] if self.resumed else None
@@ -147,7 +150,9 @@ class CellRun:
     def close(self, record: Record) -> None:
         """Write the record and end the W&B run with what it says."""
         if self.tracker is not None:
-            losses = {f"{name}/{key}": value for name, values in record.evaluation.items() for key, value in values.items()}
+            losses = {
+                f"{name}/{key}": value for name, values in record.evaluation.items() for key, value in values.items()
+            }
             summary = {"status": str(record.status), **losses, **record.router, **record.timing}
             self.tracker.finish(summary, failed=record.status is not Status.DONE)
         write_record(self.cell.folder, record)
@@ -172,54 +177,6 @@ class CellRun:
                 return False
             case "auto":
                 return self.cell.estimate_s >= COMPILE_PAYS_S and self.config.ffn.method == "dense"
-
-
-class MetricsLog(lightning.Callback):
-    """A row of metrics every `log_every_steps` steps; stops a run whose loss is no number."""
-
-    def __init__(self, config: Config, plan: Plan, tracker: Tracker) -> None:
-        self.config, self.plan, self.tracker = config, plan, tracker
-        self.loss_sum, self.loss_count = torch.zeros(()), 0
-        self.since = time.perf_counter()
-
-    def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
-        self.since = time.perf_counter()
-
-    def on_train_batch_start(self, trainer: lightning.Trainer, module: Any, *args: Any) -> None:
-        # Router health is sampled: over the tokens of the step whose row is logged.
-        self.usages = attach_usage(module) if self._logs(trainer.global_step + 1) else []
-
-    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: dict[str, Tensor], *args: Any) -> None:
-        self.loss_sum = self.loss_sum.to(module.device) + outputs["cross_entropy"]
-        self.loss_count += 1
-        step = trainer.global_step
-        if not self._logs(step):
-            return
-        loss = float(self.loss_sum) / self.loss_count
-        seconds, now = time.perf_counter() - self.since, time.perf_counter()
-        tokens = step * self.config.tokens_per_step
-        row = {
-            "step": step,
-            "tokens": tokens,
-            "flops": tokens * self.plan.cost.flops_per_token,
-            "loss": loss,
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
-            "tokens_per_s": self.loss_count * self.config.tokens_per_step / seconds,
-            **detach_usage(module, self.usages),
-        }
-        if not np.isfinite(loss):
-            raise Diverged(f"the training loss is {loss} at step {step}")
-        self.tracker.log(row)
-        self.loss_sum, self.loss_count, self.since = torch.zeros(()), 0, now
-
-    def _logs(self, step: int) -> bool:
-        return step % self.config.trainer.log_every_steps == 0 or step == self.plan.steps
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"loss_sum": self.loss_sum, "loss_count": self.loss_count}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.loss_sum, self.loss_count = state_dict["loss_sum"], state_dict["loss_count"]
 
 
 def build_trainer(config: Config, plan: Plan, callbacks: list[lightning.Callback]) -> lightning.Trainer:
@@ -248,27 +205,6 @@ def pick_device(config: Config) -> torch.device:
     if config.trainer.accelerator == "gpu" and not has_gpu:
         raise UserError("trainer.accelerator=gpu, but torch sees no GPU here; allowed: auto, cpu")
     return torch.device("cuda" if has_gpu and config.trainer.accelerator != "cpu" else "cpu")
-
-
-def plan_summary(config: Config, plan: Plan) -> dict[str, Any]:
-    """The plan's numbers, as the record and W&B keep them."""
-    ffn = config.ffn
-    return {
-        "size": config.size.name,
-        "steps": plan.steps,
-        "tokens": plan.tokens,
-        "flops": plan.flops,
-        "flops_per_token": plan.cost.flops_per_token,
-        "layer_share": plan.cost.layer_share,
-        "params_total": plan.cost.params_total,
-        "params_active": plan.cost.params_active,
-        "tokens_per_param": plan.tokens_per_param,
-        "epochs": plan.epochs,
-        "warmup_steps": plan.warmup_steps,
-        "lr": plan.lr,
-        "table_lr": plan.table_lr,
-        "d_key": ffn.resolved_d_key(config.size.d_model) if hasattr(ffn, "resolved_d_key") else None,
-    }
 
 
 def run_id(record: Record, salt: str) -> str:

@@ -1,4 +1,4 @@
-"""What a cell ran on: recorded, so that timings can be compared, and compared, so that a resume knows if it is exact."""
+"""What a cell ran on: for comparing timings, and for knowing whether a resumed run is exact."""
 
 import os
 import platform

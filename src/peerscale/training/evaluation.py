@@ -9,7 +9,7 @@ import torch
 from peerscale.config import Config
 from peerscale.data.batches import EvaluationBatches
 from peerscale.data.store import Corpus
-from peerscale.model.usage import ExpertUsage
+from peerscale.model.usage import CountsUsage, ExpertUsage
 from peerscale.training.module import LanguageModel
 
 
@@ -62,7 +62,7 @@ def attach_usage(module: LanguageModel) -> list[ExpertUsage]:
     """Start counting router weights in every layer that has experts."""
     usages = []
     for layer in module.model.modules():
-        if hasattr(layer, "usage"):
+        if isinstance(layer, CountsUsage):
             layer.usage = ExpertUsage(layer.n_experts)
             usages.append(layer.usage)
     return usages
@@ -71,7 +71,7 @@ def attach_usage(module: LanguageModel) -> list[ExpertUsage]:
 def detach_usage(module: LanguageModel, usages: list[ExpertUsage]) -> dict[str, float]:
     """Stop counting; expert_usage and unevenness, mean over the layers, and the tokens they were counted over."""
     for layer in module.model.modules():
-        if hasattr(layer, "usage"):
+        if isinstance(layer, CountsUsage):
             layer.usage = None
     if not usages:
         return {}

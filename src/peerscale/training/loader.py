@@ -1,10 +1,11 @@
 """Batches for Lightning: a sized loader whose position is one number, so that a resumed run reads on where it was."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from peerscale.data.batches import TrainBatches
 
 
 class StepLoader:
@@ -14,7 +15,7 @@ class StepLoader:
     again at its first batch.
     """
 
-    def __init__(self, batches: Sequence[np.ndarray], steps: int) -> None:
+    def __init__(self, batches: TrainBatches, steps: int) -> None:
         self.batches, self.steps, self.next_step = batches, steps, 0
 
     def __len__(self) -> int:

@@ -13,7 +13,9 @@ from peerscale.runs.table import METRICS, read_metrics
 class Tracker:
     """Writes each row to both; rows carry step, tokens and flops, so that either can be the x axis."""
 
-    def __init__(self, folder: Path, config: Config, *, sweep: str, cell: str, run_id: str, summary: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, config: Config, *, sweep: str, cell: str, run_id: str, summary: dict[str, Any]
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / METRICS
         self.file = self.path.open("a", encoding="utf-8")

@@ -5,13 +5,12 @@ from collections.abc import Mapping
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from peerscale.runs.study import method_names, usable
 from peerscale.viz import style
 from peerscale.viz.isoflop import missing_note
 
-SKIPPED_SHARE = 0.03
+SKIPPED_SHARE = 0.08
 """Share of the budget before which a curve is not drawn: the first steps say nothing and set the scale."""
 
 
@@ -28,10 +27,12 @@ def curves_panel(axes: Axes, curves: pd.DataFrame, runs: pd.DataFrame, *, colour
     best = set(finished.loc[finished.groupby("name")["val_loss"].idxmin(), "cell"])
     for cell, name, budget in zip(finished["cell"], finished["name"], finished["budget"], strict=True):
         rows = curves[(curves["cell"] == cell) & (curves["flops"] >= SKIPPED_SHARE * budget)]
-        emphasis = {"alpha": 1.0, "linewidth": 1.3, "zorder": 3} if cell in best else {"alpha": 0.25, "linewidth": 0.6}
-        axes.plot(rows["flops"], rows["loss"], color=colours[name], label=cell, **emphasis)
+        alpha, width, order = (1.0, 1.3, 3) if cell in best else (0.25, 0.6, 2)
+        axes.plot(
+            rows["flops"], rows["loss"], color=colours[name], label=cell, alpha=alpha, linewidth=width, zorder=order
+        )
     axes.set_xscale("log")
-    style.log_axis(axes.xaxis, *axes.get_xlim())
+    style.flops_axis(axes.xaxis)
 
 
 def curves_figure(curves: pd.DataFrame, runs: pd.DataFrame, *, note: str = "") -> Figure:
@@ -47,7 +48,7 @@ def curves_figure(curves: pd.DataFrame, runs: pd.DataFrame, *, note: str = "") -
             axes.set_title(style.budget_title(budget))
             axes.set_xlabel("training FLOPs spent")
         panels[0].set_ylabel("training loss (nats per token)")
-        style.legend(figure, [Line2D([], [], color=colours[name], label=style.label(name)) for name in names])
+        style.legend(figure, style.method_handles(names, colours))
         bold = "bold: each method's run of lowest validation loss; pale: its other sizes"
         style.caption(figure, note, bold, missing_note(runs))
     return figure

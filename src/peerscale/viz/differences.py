@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 
 from peerscale.viz import style
 
-SPREAD = 0.5
+SPREAD = 0.8
 """Height that the budgets of one method share, in rows."""
 
 
@@ -26,17 +26,18 @@ def differences_panel(
     """
     names = style.ordered(differences["method"])
     budgets = sorted(markers)
-    step = SPREAD / max(1, len(budgets) - 1)
+    middle = (len(budgets) - 1) / 2
+    shift = {budget: SPREAD * (i - middle) / len(budgets) for i, budget in enumerate(budgets)}
     axes.axvline(0, color=style.COLOURS["dense"], linewidth=0.9)
-    for row in differences.itertuples():
-        if pd.isna(row.difference):
+    for row in differences.to_dict("records"):
+        if pd.isna(row["difference"]):
             continue
-        height = names.index(row.method) + (budgets.index(row.budget) * step - SPREAD / 2 if len(budgets) > 1 else 0)
-        color = colours[row.method]
-        axes.plot([row.low, row.high], [height, height], color=color, label=f"_interval {row.method}")
+        height = names.index(row["method"]) + shift[row["budget"]]
+        color = colours[row["method"]]
+        axes.plot([row["low"], row["high"]], [height, height], color=color, label=f"_interval {row['method']}")
         axes.plot(
-            [row.difference], [height], marker=markers[row.budget], color=color, markersize=5, linestyle="none",
-            markerfacecolor="white" if row.flagged else color, label=row.method,
+            [row["difference"]], [height], marker=markers[row["budget"]], color=color, markersize=5, linestyle="none",
+            markerfacecolor="white" if row["flagged"] else color, label=row["method"],
         )  # fmt: skip
     axes.set_yticks(range(len(names)), [style.label(name) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
@@ -51,7 +52,9 @@ def differences_figure(differences: pd.DataFrame, *, reference: str = "dense", n
     with style.applied():
         figure, (axes,) = style.panels(1, height=0.55 + 0.36 * len(names))
         differences_panel(axes, shown, colours=style.colours(names), markers=markers)
-        axes.set_xlabel(f"loss at the compute optimum minus {style.label(reference)}'s (nats per token; left is better)")
+        axes.set_xlabel(
+            f"loss at the compute optimum minus {style.label(reference)}'s (nats per token; left is better)"
+        )
         grey = style.COLOURS["dense"]
         style.legend(
             figure,

@@ -1,13 +1,12 @@
 """Perplexity against model size at equal training compute (paper, figure 1)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from peerscale.laws.isoflop import VertexStatus
 from peerscale.runs.study import method_names, usable
@@ -51,7 +50,8 @@ def isoflop_panel(
             sizes = np.geomspace(rows[x].min(), rows[x].max(), 200)
             curve = np.polynomial.polynomial.polyval(np.log10(sizes), vertex["coefficients"])
             axes.plot(sizes, np.exp(curve), color=colours[name], label=f"_fit {name}")
-    _limits(axes, x)
+    if len(runs):
+        _limits(axes, runs[x])
     for name in style.ordered(runs["name"]):
         if name in vertices:
             _star(axes, vertices[name], color=colours[name], name=name)
@@ -81,46 +81,51 @@ def isoflop_figure(runs: pd.DataFrame, fits: Mapping[str, Mapping[str, Any]], *,
         figure, panels = style.panels(len(budgets))
         for axes, budget in zip(panels, budgets, strict=True):
             at_budget = {name: vertex for (name, b), vertex in vertices.items() if b == budget}
-            isoflop_panel(
-                axes, runs[runs["budget"] == budget], at_budget, x=x, marker=markers[budget], colours=colours
-            )
+            isoflop_panel(axes, runs[runs["budget"] == budget], at_budget, x=x, marker=markers[budget], colours=colours)
             axes.set_title(style.budget_title(budget))
             axes.set_xlabel(X_LABELS[x])
         panels[0].set_ylabel("validation perplexity")
-        style.legend(figure, _handles(names, colours, list(vertices.values())))
-        style.caption(figure, note, missing_note(runs))
+        style.legend(figure, style.method_handles(names, colours))
+        flagged = any(vertex["status"] != VertexStatus.OK for vertex in vertices.values())
+        stars = "stars: minima of the fitted parabolas" + (", hollow where flagged" if flagged else "")
+        style.caption(figure, note, f"bars: ±1 standard error; {stars}", missing_note(runs))
     return figure
 
 
 def missing_note(runs: pd.DataFrame) -> str:
     """How many cells of the table a figure cannot show, by status; empty if none."""
     counts = runs.loc[~usable(runs), "status"].value_counts().sort_index()
-    return "cells without a result: " + ", ".join(f"{n} {status}" for status, n in counts.items()) if len(counts) else ""
+    return (
+        "cells without a result: " + ", ".join(f"{n} {status}" for status, n in counts.items()) if len(counts) else ""
+    )
 
 
 def _points(axes: Axes, rows: pd.DataFrame, *, x: str, marker: str, color: str, name: str) -> None:
-    loss, error = rows["val_loss"].to_numpy(float), rows["val_loss_se"].to_numpy(float)
-    error = np.nan_to_num(error)
+    loss, error = np.asarray(rows["val_loss"], float), np.nan_to_num(np.asarray(rows["val_loss_se"], float))
     perplexity = np.exp(loss)
     reach = np.stack([perplexity - np.exp(loss - error), np.exp(loss + error) - perplexity])
     axes.errorbar(
-        rows[x].to_numpy(float), perplexity, yerr=reach, fmt=marker, color=color, elinewidth=0.7, markeredgewidth=0.5,
-        markeredgecolor="white", label=name,
+        np.asarray(rows[x], float), perplexity, yerr=reach, fmt=marker, color=color, elinewidth=0.7,
+        markeredgewidth=0.5, markeredgecolor="white", label=name,
     )  # fmt: skip
 
 
-def _limits(axes: Axes, x: str) -> None:
+def _limits(axes: Axes, sizes: pd.Series) -> None:
     """Limits and ticks from what is drawn so far: a flagged minimum far off must not squeeze the points."""
-    axes.margins(0.07, 0.08)
-    axes.autoscale_view()
-    axes.set_xlim(axes.get_xlim())
-    axes.set_ylim(axes.get_ylim())
+    margin = max((sizes.max() / sizes.min()) ** 0.07, 1.15)
+    axes.set_xlim(sizes.min() / margin, sizes.max() * margin)
+    axes.margins(y=0.08)
+    heights = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines])
+    if np.ptp(heights) > 0:
+        axes.set_ylim(axes.get_ylim())
+    else:
+        axes.set_ylim(heights[0] / 1.1, heights[0] * 1.1)
     style.log_axis(axes.xaxis, *axes.get_xlim())
     style.log_axis(axes.yaxis, *axes.get_ylim())
 
 
 def _star(axes: Axes, vertex: Mapping[str, Any], *, color: str, name: str) -> None:
-    if vertex["x"] is None or not (vertex["curvature"] or 0) > 0:
+    if vertex["x"] is None:
         return  # no minimum to mark
     flagged = vertex["status"] != VertexStatus.OK
     axes.plot(
@@ -128,9 +133,3 @@ def _star(axes: Axes, vertex: Mapping[str, Any], *, color: str, name: str) -> No
         markerfacecolor="white" if flagged else color, markeredgecolor=color if flagged else "white",
         markeredgewidth=0.9 if flagged else 0.6, label=f"_minimum {name}",
     )  # fmt: skip
-
-
-def _handles(names: Sequence[str], colours: Mapping[str, str], vertices: Sequence[Mapping[str, Any]]) -> list[Line2D]:
-    handles = [Line2D([], [], color=colours[name], label=style.label(name)) for name in names]
-    flags = {vertex["status"] != VertexStatus.OK for vertex in vertices}
-    return handles + [style.star(flagged=flagged) for flagged in sorted(flags)]

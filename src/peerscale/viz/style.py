@@ -5,16 +5,16 @@ Figures are built without pyplot, so that drawing has no global state and needs 
 
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
+from matplotlib.axis import Axis, XAxis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from peerscale.files import replacing
 
@@ -105,9 +105,14 @@ def markers(budgets: Iterable[float]) -> dict[float, str]:
 
 def budget_title(budget: float) -> str:
     r"""`$3 \times 10^{11}$ FLOPs`."""
-    mantissa, exponent = f"{budget:.2e}".split("e")
+    return f"{power_of_ten(budget)} FLOPs"
+
+
+def power_of_ten(value: float) -> str:
+    r"""`$3 \times 10^{11}$`."""
+    mantissa, exponent = f"{value:.2e}".split("e")
     factor = "" if float(mantissa) == 1 else rf"{float(mantissa):g} \times "
-    return rf"${factor}10^{{{int(exponent)}}}$ FLOPs"
+    return rf"${factor}10^{{{int(exponent)}}}$"
 
 
 @contextmanager
@@ -117,7 +122,7 @@ def applied() -> Iterator[None]:
         yield
 
 
-def panels(n: int, *, height: float = 2.3, columns: int = 3) -> tuple[Figure, list[Axes]]:
+def panels(n: int, *, height: float = 2.6, columns: int = 3) -> tuple[Figure, list[Axes]]:
     """A figure of the text's width with `n` panels in rows of up to `columns`."""
     columns = min(n, columns)
     rows = math.ceil(n / columns)
@@ -131,16 +136,18 @@ def caption(figure: Figure, *lines: str) -> None:
     figure.supxlabel("\n".join(line for line in lines if line), fontsize=6.5, color="#555555")
 
 
-def legend(figure: Figure, handles: Sequence[Line2D], *, columns: int = 4) -> None:
-    """One legend for all panels, above them."""
-    figure.legend(handles=list(handles), loc="outside upper center", ncols=min(columns, len(handles)))
+def legend(figure: Figure, handles: Sequence[Line2D]) -> None:
+    """One legend for all panels, above them, in as many columns as fit; further rows make the figure higher."""
+    widths = sorted((0.4 + 0.05 * len(str(handle.get_label())) for handle in handles), reverse=True)
+    columns = next((n for n in range(len(widths), 1, -1) if sum(widths[:n]) <= TEXT_WIDTH), 1)
+    rows = math.ceil(len(widths) / columns)
+    figure.set_figheight(figure.get_figheight() + 0.17 * (rows - 1))
+    figure.legend(handles=list(handles), loc="outside upper center", ncols=columns)
 
 
-def star(*, flagged: bool = False, color: str = "#4d4d4d") -> Line2D:
-    """A legend's entry for a fitted minimum."""
-    face = "white" if flagged else color
-    text = "flagged minimum" if flagged else "fitted minimum"
-    return Line2D([], [], marker="*", markersize=9, color=color, markerfacecolor=face, linestyle="none", label=text)
+def method_handles(names: Sequence[str], colours: Mapping[str, str]) -> list[Line2D]:
+    """A legend's entries for methods."""
+    return [Line2D([], [], color=colours[name], label=label(name)) for name in names]
 
 
 def log_axis(axis: Axis, low: float, high: float) -> None:
@@ -149,11 +156,19 @@ def log_axis(axis: Axis, low: float, high: float) -> None:
     axis.set_minor_formatter(NullFormatter())
     axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
     if decades < 0.7:
-        axis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
-        axis.set_minor_locator(MaxNLocator(nbins=1))
+        nbins = 4 if isinstance(axis, XAxis) else 6
+        axis.set_major_locator(MaxNLocator(nbins=nbins, steps=[1, 2, 2.5, 5, 10]))
+        axis.set_minor_locator(NullLocator())
     else:
         subs = (1.0, 2.0, 5.0) if decades < 1.4 else (1.0, 3.0) if decades < 2.5 else (1.0,)
         axis.set_major_locator(LogLocator(subs=subs))
+
+
+def flops_axis(axis: Axis) -> None:
+    """Ticks of a logarithmic axis of compute, in powers of ten."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(value)))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def short_number(value: float) -> str:
@@ -171,7 +186,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     paths = []
     for kind, metadata in NO_METADATA.items():
         path = stem.with_name(f"{stem.name}.{kind}")
-        with replacing(path) as temporary:
+        with replacing(path) as temporary, applied():
             figure.savefig(temporary, format=kind, metadata=metadata)
         paths.append(path)
     return paths

@@ -1,0 +1,78 @@
+"""Compiles `fused.cpp` on first use, and loads it.
+
+The library is kept under a name that hashes all that it depends on: source, flags, compiler, OpenMP runtime and the
+processor's instruction sets (a home folder may be shared by unlike machines). Plain C functions and ctypes: the source
+needs none of torch's headers, so that it compiles in two seconds and loads in a millisecond.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from peerscale.files import replacing
+
+SOURCE = Path(__file__).with_name("fused.cpp")
+HEADER = Path(__file__).with_name("top_k.h")
+FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
+
+
+class CompilerError(Exception):
+    """Why there is no library, in one line."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled `fused.cpp`; raises `CompilerError` if it can be neither found nor made. Two seconds at first."""
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+    if compiler is None:
+        raise CompilerError("no C++ compiler (c++ or g++, or another in CXX)")
+    command = [compiler, *FLAGS, str(SOURCE), *openmp_runtime()]
+    sources = [path.read_text("utf-8") for path in (SOURCE, HEADER)]
+    key = hashlib.sha256("\0".join([*sources, *command, instruction_sets()]).encode()).hexdigest()
+    path = cache_folder() / f"fused-{key[:16]}.so"
+    try:
+        if not path.exists():
+            # Processes that do this at once each compile their own and put it in place whole: the last one stays.
+            with replacing(path) as temporary:
+                subprocess.run([*command, "-o", str(temporary)], check=True, capture_output=True, text=True)
+        return ctypes.CDLL(str(path))
+    except subprocess.CalledProcessError as error:
+        lines = [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines() or ["?"]
+        raise CompilerError(f"{compiler} failed: {lines[0].strip()}") from None
+    except OSError as error:
+        raise CompilerError(str(error)) from None
+
+
+def cache_folder() -> Path:
+    """Where compiled libraries are kept: `peerscale` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peerscale"
+
+
+def openmp_runtime() -> list[str]:
+    """The OpenMP library that torch has loaded, to link with: another one would have a pool of threads of its own."""
+    torch.get_num_threads()
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return []
+    loaded = re.findall(r"/\S*/lib(?:gomp|iomp5|omp)\b\S*\.so\S*", maps)
+    ours = [path for path in loaded if "/torch" in path] or loaded
+    return ours[:1]
+
+
+def instruction_sets() -> str:
+    """What `-march=native` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{sys.platform} {platform.machine()} {platform.processor()}"
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))

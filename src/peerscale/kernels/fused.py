@@ -1,0 +1,218 @@
+"""The operators in C++ (`fused.cpp`) for float32 and float64 on a CPU; other tensors run on `Native`.
+
+The results do not depend on the number of threads.
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from peerscale.kernels.adamw import AdamW, Moments
+from peerscale.kernels.compiler import library
+from peerscale.kernels.gradients import Pairs, Runs, TableGradient
+from peerscale.kernels.native import Native
+from peerscale.kernels.product_keys import candidate_pairs
+
+_eager = torch.compiler.disable  # torch.compile cannot look into a C function: it calls the operator as it is
+_ACTIVATIONS = {"gelu": 0, "relu": 1}
+_SCORES_AT_ONCE = 2**22  # sub-key scores that are held in memory: they need not leave the cache
+_CACHE_BYTES = 2**22  # a table of this size stays in a core's cache
+
+
+class Fused(Native):
+    """See `Operators` and `gradients.Arithmetic`."""
+
+    @_eager
+    def single_neuron_experts(
+        self, x_TD: Tensor, w_down_ND: Tensor, w_up_ND: Tensor, rows_TJ: Tensor, gates_TJ: Tensor, activation: str
+    ) -> Tensor:
+        _check_rows(rows_TJ, len(w_down_ND))
+        return super().single_neuron_experts(x_TD, w_down_ND, w_up_ND, rows_TJ, gates_TJ, activation)
+
+    @_eager
+    def weighted_rows(self, table_ND: Tensor, rows_TJ: Tensor, weights_TJ: Tensor) -> Tensor:
+        _check_rows(rows_TJ, len(table_ND))
+        return super().weighted_rows(table_ND, rows_TJ, weights_TJ)
+
+    @_eager
+    def product_key_top_k(self, query_THSC: Tensor, sub_keys_GSNC: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        if not _runs(query_THSC, sub_keys_GSNC):
+            return super().product_key_top_k(query_THSC, sub_keys_GSNC, top_k)
+        return _ProductKeyTopK.apply(query_THSC, sub_keys_GSNC, top_k)
+
+    def gate(self, scores_TJ: Tensor, gates_TJ: Tensor, activation: str) -> Tensor:
+        if not _runs(scores_TJ, gates_TJ):
+            return super().gate(scores_TJ, gates_TJ, activation)
+        return _Gate.apply(scores_TJ, gates_TJ, _ACTIVATIONS[activation])
+
+    def row_scores(self, x_TD: Tensor, table_ND: Tensor, pairs: Pairs) -> Tensor:
+        if not _runs(x_TD, table_ND):
+            return super().row_scores(x_TD, table_ND, pairs)
+        T, J, D = *pairs.rows_TJ.shape, x_TD.shape[1]
+        out_TJ = x_TD.new_empty(T, J)
+        if _by_row(pairs, x_TD, table_ND):
+            _run("row_scores_by_row", x_TD.dtype, _as_struct(pairs), x_TD, table_ND, out_TJ, D)
+        else:
+            _run("row_scores", x_TD.dtype, x_TD, table_ND, pairs.rows_TJ, out_TJ, T, J, D)
+        return out_TJ
+
+    def row_bags(self, table_ND: Tensor, pairs: Pairs, weights_TJ: Tensor) -> Tensor:
+        if not _runs(table_ND, weights_TJ):
+            return super().row_bags(table_ND, pairs, weights_TJ)
+        T, J, D = *pairs.rows_TJ.shape, table_ND.shape[1]
+        out_TD = table_ND.new_empty(T, D)
+        if _by_row(pairs, out_TD, table_ND):
+            _run("row_bags_by_row", table_ND.dtype, _as_struct(pairs), table_ND, weights_TJ, out_TD, T, D)
+        else:
+            _run("row_bags", table_ND.dtype, table_ND, pairs.rows_TJ, weights_TJ, out_TD, T, J, D)
+        return out_TD
+
+    def sort_pairs(self, rows_TJ: Tensor, n_rows: int) -> Runs:
+        P = rows_TJ.numel()
+        if rows_TJ.device.type != "cpu" or P >= 2**31:
+            return super().sort_pairs(rows_TJ, n_rows)
+        order, tokens, starts = (torch.empty(size, dtype=torch.int32) for size in (P, P, P + 1))
+        R = library().peerscale_sort_pairs(*_as_c(rows_TJ, *rows_TJ.shape, n_rows, order, tokens, starts))
+        return Runs(order, tokens, starts[: R + 1])
+
+    def table_gradient(self, gradient: TableGradient, n_rows: int) -> Tensor:
+        coefficients_TJ, vectors_TD = gradient.coefficients_TJ, gradient.vectors_TD
+        if not _runs(coefficients_TJ, vectors_TD):
+            return super().table_gradient(gradient, n_rows)
+        D = vectors_TD.shape[1]
+        out_ND = vectors_TD.new_zeros(n_rows, D)
+        _run("table_gradient", out_ND.dtype, _as_struct(gradient.pairs), coefficients_TJ, vectors_TD, out_ND, D)
+        return out_ND
+
+    def adamw_rows(self, gradient: TableGradient, table_ND: Tensor, moments: Moments, adamw: AdamW) -> None:
+        factors = (gradient.coefficients_TJ, gradient.vectors_TD)
+        changed = (table_ND, moments.mean_ND, moments.square_ND, moments.steps_N)
+        if not (_runs(*factors, *changed) and all(tensor.is_contiguous() for tensor in changed)):
+            return super().adamw_rows(gradient, table_ND, moments, adamw)
+        rates = (adamw.lr, adamw.beta1, adamw.beta2, adamw.eps, adamw.weight_decay)
+        pairs, D = _as_struct(gradient.pairs), table_ND.shape[1]
+        _run("adamw_rows", table_ND.dtype, pairs, *factors, *changed, D, *map(float, rates))
+
+
+class _Gate(torch.autograd.Function):
+    """gates sigma(scores)."""
+
+    @staticmethod
+    def forward(ctx: Any, scores_TJ: Tensor, gates_TJ: Tensor, activation: int) -> Tensor:
+        scores_TJ, gates_TJ = scores_TJ.contiguous(), gates_TJ.contiguous()
+        ctx.save_for_backward(scores_TJ, gates_TJ)
+        ctx.activation = activation
+        hidden_TJ = torch.empty_like(scores_TJ)
+        _run("gate", scores_TJ.dtype, activation, scores_TJ, gates_TJ, hidden_TJ, scores_TJ.numel())
+        return hidden_TJ
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # pyrefly: ignore[bad-override]
+        scores_TJ, gates_TJ = ctx.saved_tensors
+        grad_scores, grad_gates = torch.empty_like(scores_TJ), torch.empty_like(gates_TJ)
+        inputs, outputs = (scores_TJ, gates_TJ, grads[0].contiguous()), (grad_scores, grad_gates)
+        _run("gate_backward", scores_TJ.dtype, ctx.activation, *inputs, *outputs, scores_TJ.numel())
+        return grad_scores, grad_gates, None
+
+
+class _ProductKeyTopK(torch.autograd.Function):
+    """The top k, and gradients that take as long as there are retrieved sub-keys, not as there are sub-keys."""
+
+    @staticmethod
+    def forward(ctx: Any, query_THSC: Tensor, sub_keys_GSNC: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        query_THSC, sub_keys_GSNC = query_THSC.contiguous(), sub_keys_GSNC.contiguous()
+        (T, H, _, C), (G, _, N, _) = query_THSC.shape, sub_keys_GSNC.shape
+        ranks = [torch.tensor(ranks) for ranks in candidate_pairs(top_k)]
+        scores_THK = query_THSC.new_empty(T, H, top_k)
+        rows_THK = torch.empty(T, H, top_k, dtype=torch.long)
+        sub_keys_THSK = torch.empty(T, H, 2, top_k, dtype=torch.int32)
+        keys_BCN = sub_keys_GSNC.view(2 * G, N, C).transpose(1, 2)
+        step = max(1, _SCORES_AT_ONCE // (2 * H * N))
+        for start in range(0, T, step):
+            part = slice(start, start + step)
+            # A product for each set and side, of the queries of all tokens, and of all heads if they share a set.
+            scores_BRN = query_THSC[part].reshape(-1, 2 * G, C).transpose(0, 1) @ keys_BCN
+            side, row = scores_BRN.stride()[:2]
+            token, head = (H * row, row) if G == 1 else (row, 2 * side)
+            _run(
+                "product_key_top_k", scores_BRN.dtype, scores_BRN, len(query_THSC[part]), H, G, N, top_k, token, head,
+                side, *ranks, ranks[0].numel(), scores_THK[part], rows_THK[part], sub_keys_THSK[part],
+            )  # fmt: skip
+        ctx.save_for_backward(query_THSC, sub_keys_GSNC, sub_keys_THSK)
+        ctx.mark_non_differentiable(rows_THK)
+        return scores_THK, rows_THK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # pyrefly: ignore[bad-override]
+        query_THSC, sub_keys_GSNC, sub_keys_THSK = ctx.saved_tensors
+        (T, H, S, C), (G, _, N, _), K = query_THSC.shape, sub_keys_GSNC.shape, sub_keys_THSK.shape[-1]
+        grad_query, grad_sub_keys = torch.empty_like(query_THSC), torch.empty_like(sub_keys_GSNC)
+        _run(
+            "product_key_backward", query_THSC.dtype, grads[0].contiguous(), sub_keys_THSK, query_THSC, sub_keys_GSNC,
+            grad_query, grad_sub_keys, T * H * S, K, C, G * S * N,
+        )  # fmt: skip
+        return grad_query, grad_sub_keys, None
+
+
+class _Runs(ctypes.Structure):
+    """`struct Runs` of `fused.cpp`."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("rows", "order", "tokens", "starts")),
+        ("R", ctypes.c_int64),
+    ]
+
+
+def _as_struct(pairs: Pairs) -> _Runs:
+    runs = pairs.runs
+    tensors = (pairs.rows_TJ, runs.order_P, runs.tokens_P, runs.starts_R)
+    return _Runs(*(tensor.data_ptr() for tensor in tensors), len(runs.starts_R) - 1)
+
+
+def _by_row(pairs: Pairs, vectors_TD: Tensor, table_ND: Tensor) -> bool:
+    """Whether it is faster to read each row once, and the vectors many times, than the other way round."""
+    reads_per_row = pairs.rows_TJ.numel() / pairs.n_rows
+    return reads_per_row >= 2 and table_ND.nbytes > _CACHE_BYTES and table_ND.nbytes > 2 * vectors_TD.nbytes
+
+
+def _run(name: str, dtype: torch.dtype, *arguments: Tensor | float | ctypes.Structure) -> None:
+    """Call a function of `fused.cpp` with as many threads as torch uses."""
+    _function(name, dtype)(*_as_c(*arguments, torch.get_num_threads()))
+
+
+@functools.cache
+def _function(name: str, dtype: torch.dtype) -> Callable[..., None]:
+    library().peerscale_find.restype = ctypes.c_void_p
+    address = library().peerscale_find(name.encode(), ctypes.c_int64(dtype == torch.float64))
+    return ctypes.CFUNCTYPE(None)(address)
+
+
+def _as_c(*arguments: Tensor | float | ctypes.Structure) -> list[Any]:
+    return [
+        ctypes.c_void_p(argument.data_ptr()) if isinstance(argument, Tensor)
+        else ctypes.c_int64(argument) if isinstance(argument, int)
+        else ctypes.c_double(argument) if isinstance(argument, float)
+        else ctypes.byref(argument)
+        for argument in arguments
+    ]  # fmt: skip
+
+
+def _runs(*tensors: Tensor) -> bool:
+    """Whether `fused.cpp` takes these."""
+    dtype = tensors[0].dtype
+    known = dtype in (torch.float32, torch.float64)
+    return known and all(tensor.device.type == "cpu" and tensor.dtype == dtype for tensor in tensors)
+
+
+def _check_rows(rows: Tensor, n_rows: int) -> None:
+    if rows.device.type == "cpu" and rows.numel():
+        lowest, highest = rows.aminmax()
+        if lowest < 0 or highest >= n_rows:
+            raise IndexError(f"rows {lowest}..{highest} of a table whose rows are 0..{n_rows - 1}")

@@ -1,0 +1,110 @@
+"""AdamW that touches only the retrieved rows of a table (see `adamw`): no cost grows with the number of experts."""
+
+from collections.abc import Callable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from peerscale.kernels.adamw import AdamW, Moments, update_rows
+from peerscale.kernels.gradients import collect_row_gradients, collected_gradients
+
+
+class RowSparseAdamW(torch.optim.AdamW):
+    """`torch.optim.AdamW`, and in the parameter groups marked `row_sparse: True` row by row.
+
+    The parameters of a marked group are tables, (rows, width). From their entry into the optimiser on, the backward
+    passes of `peerscale.kernels` collect their gradients in compact form and leave `grad` at `None`
+    (`collect_row_gradients(table, False)` ends that, for a table that shall go to another optimiser). Several backward
+    passes before a step add up; `zero_grad` forgets them. A table with a dense `grad`, as other operators leave it, is
+    updated in the rows that are not all zero.
+
+    Args:
+        params: parameters or groups, as of any optimiser.
+        lr: learning rate.
+        betas: decay of the two moments.
+        eps: added to the denominator.
+        weight_decay: decoupled.
+        fused: torch's implementation for the groups that are not marked.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        fused: bool | None = None,
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As of any optimiser."""
+        param_group.setdefault("row_sparse", False)
+        super().add_param_group(param_group)
+        if param_group["row_sparse"]:
+            for table in param_group["params"]:
+                if table.ndim != 2:
+                    raise ValueError(
+                        f"a row-sparse parameter is a table (rows, width), not of shape {tuple(table.shape)}"
+                    )
+                collect_row_gradients(table)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients."""
+        super().zero_grad(set_to_none)
+        for table, _ in self._tables():
+            if collected := collected_gradients(table):
+                collected.clear()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step of all groups; `closure`, if given, computes the gradients and returns the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        tables = self._tables()
+        for table, group in tables:
+            self._step_table(table, group)
+        # AdamW passes over parameters without a gradient.
+        gradients = [table.grad for table, _ in tables]
+        for table, _ in tables:
+            table.grad = None
+        super().step()
+        for (table, _), gradient in zip(tables, gradients, strict=True):
+            table.grad = gradient
+        return loss
+
+    def _tables(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        return [(table, group) for group in self.param_groups if group["row_sparse"] for table in group["params"]]
+
+    def _step_table(self, table: Tensor, group: dict[str, Any]) -> None:
+        collected = collected_gradients(table)
+        gradient = collected.total() if collected else None
+        if gradient is None and table.grad is None:
+            return
+        state = self.state[table]
+        if not state:
+            state["step"] = table.new_zeros(len(table))
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(table), torch.zeros_like(table)
+        moments = Moments(mean_ND=state["exp_avg"], square_ND=state["exp_avg_sq"], steps_N=state["step"])
+        adamw = AdamW(
+            lr=float(group["lr"]),
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+        )
+        if gradient is not None:
+            gradient.pairs.backend.adamw_rows(gradient, table, moments, adamw)
+        if table.grad is not None:
+            rows = table.grad.any(dim=1).nonzero().squeeze(1)
+            update_rows(table, moments, rows, table.grad[rows], adamw)

@@ -1,0 +1,142 @@
+"""Repeated data (Muennighoff et al. 2023, section 3.1): tokens seen again are worth less, as are surplus parameters.
+
+L = E + A / N'^alpha + B / D'^beta with the effective counts (equations 5 and 6)
+
+    D' = U_D + U_D R_D* (1 - exp(-R_D / R_D*)),   U_D = min(unique tokens, D),   R_D = D / U_D - 1 repetitions,
+    N' = U_N + U_N R_N* (1 - exp(-R_N / R_N*)),   U_N = min(N_opt(U_D), N),      R_N = N / U_N - 1,
+
+where N_opt(U_D) is the size for which U_D tokens are compute-optimal.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+
+from peerscale.laws.bootstrap import Bootstrap, resample_counts
+from peerscale.laws.fit import Fit
+from peerscale.laws.objective import Misfit, Objective
+from peerscale.laws.parametric import Surface, fit_parametric
+from peerscale.laws.powers import EXPONENT_RANGE, SIZE_RANGE
+from peerscale.laws.results import Array, Number
+from peerscale.laws.solver import Coordinates, refit, solve
+from peerscale.laws.table import cluster_labels, duplicate_warnings, positive_columns
+
+CONSTANT_RANGE = (np.log(0.01), np.log(1e4))
+START_CONSTANTS = np.log([(params, tokens) for params in (1, 5, 30) for tokens in (2, 15, 100)])
+NAMES = ("A", "B", "E", "R_N", "R_D", "alpha", "beta")
+STEP = 1e-6
+"""Of the Jacobian's central differences; coordinates are logarithms and exponents."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConstrainedLaw(Surface):
+    """A surface with the two constants of repetition; coefficients are numbers or arrays of draws."""
+
+    R_N: Number
+    R_D: Number
+    """R_N* and R_D*: about how many repetitions are worth having (the paper: 5.31 and 15.39)."""
+
+    def predict_repeated(self, params: ArrayLike, tokens: ArrayLike, unique_tokens: ArrayLike) -> Number:
+        """Loss at N = `params`, D = `tokens`, of which `unique_tokens` are different, in raw counts.
+
+        N_opt(U_D) = G (G U_D)^(a / b), from equation 4 of Hoffmann et al. 2022.
+        """
+        base_d = np.minimum(unique_tokens, tokens)
+        base_n = np.minimum(self.scale * (self.scale * base_d) ** (self.a / self.b), params)
+        n = base_n * (1 - self.R_N * np.expm1((1 - params / base_n) / self.R_N))
+        d = base_d * (1 - self.R_D * np.expm1((1 - tokens / base_d) / self.R_D))
+        return self.predict(n, d)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConstrainedFit(DataConstrainedLaw, Fit):
+    """A fitted law; `optimum` is that of data without limit."""
+
+    law: ClassVar[str] = "data_constrained"
+    form: ClassVar[type] = DataConstrainedLaw
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Repetition:
+    """The law as an `objective.Problem`."""
+
+    coordinates: Coordinates
+    params: Array
+    tokens: Array
+    unique_tokens: Array
+    loss: Array
+    """(runs,) each."""
+    logarithmic: bool
+
+    def residuals(self, points: Array, members: Array) -> Array:
+        """Residuals (R, runs) at points (R, 7)."""
+        coefficients = self.coordinates.coefficients(points[..., None, :])
+        loss = DataConstrainedLaw(**coefficients).predict_repeated(self.params, self.tokens, self.unique_tokens)
+        return np.log(loss / self.loss) if self.logarithmic else loss - self.loss
+
+    def derivatives(self, points: Array, members: Array) -> tuple[Array, Array, None]:
+        """Residuals and Jacobian, by central differences: N_opt ties every coefficient to every other."""
+        steps = STEP * np.eye(points.shape[1])
+        ahead, behind = (self.residuals(points[:, None, :] + sign * steps, members) for sign in (1, -1))
+        return self.residuals(points, members), (ahead - behind) / (2 * STEP), None
+
+
+def fit_data_constrained(
+    table: pd.DataFrame,
+    *,
+    params: str,
+    tokens: str,
+    unique_tokens: str,
+    loss: str,
+    objective: Objective | str = Objective.HUBER_LOG,
+    delta: float = 1e-3,
+    bootstrap: int = 0,
+    seed: int = 0,
+    cluster: str | None = None,
+) -> DataConstrainedFit:
+    """Fit all seven coefficients together, starting from the surface through the runs that repeat no data.
+
+    Args:
+        table: one row per run, five or more of them without repetition.
+        params, tokens, unique_tokens, loss: columns of N, D, the different tokens among D, and the loss.
+        objective, delta, bootstrap, seed, cluster: as in `fit_parametric`.
+
+    Raises:
+        UserError: a column is missing or holds anything but finite numbers above zero; too few runs.
+    """
+    columns = (params, tokens, unique_tokens, loss)
+    n, d, unique, losses = positive_columns(table, *columns, law=DataConstrainedFit.law, at_least=7)
+    objective = Objective(objective)
+    once = fit_parametric(table[d <= unique], params=params, tokens=tokens, loss=loss, objective=objective, delta=delta)
+    to_raw = np.eye(7)
+    centre_n, centre_d = np.log(n).mean(), np.log(d).mean()
+    to_raw[0, 5], to_raw[1, 6] = centre_n, centre_d
+    lower, upper = (
+        np.array([*[np.log(np.median(losses)) + size] * 3, constant, constant, exponent, exponent])
+        for size, constant, exponent in zip(SIZE_RANGE, CONSTANT_RANGE, EXPONENT_RANGE, strict=True)
+    )
+    coordinates = Coordinates(names=NAMES, is_log=np.arange(7) < 5, to_raw=to_raw, lower=lower, upper=upper)
+    problem = Repetition(
+        coordinates=coordinates, params=n, tokens=d, unique_tokens=unique, loss=losses,
+        logarithmic=objective.logarithmic,
+    )  # fmt: skip
+    misfit = Misfit(problem=problem, objective=objective, delta=delta)
+    sizes = np.log(np.array([once.A, once.B, once.E])) - [once.alpha * centre_n, once.beta * centre_d, 0]
+    starts = [[*sizes, *constants, once.alpha, once.beta] for constants in START_CONSTANTS]
+    point, value, status = solve(misfit, coordinates, np.array(starts))
+    draws = None
+    if bootstrap:
+        weights = resample_counts(len(losses), bootstrap, seed, cluster_labels(table, cluster))
+        draws = Bootstrap.of(refit(misfit, coordinates, point, weights), coordinates, seed)
+    return DataConstrainedFit(
+        **{name: float(coefficient) for name, coefficient in coordinates.coefficients(point).items()},
+        n=len(table),
+        status=status,
+        objective_name=str(objective),
+        objective_value=value,
+        warnings=duplicate_warnings(table, *columns),
+        bootstrap=draws,
+    )

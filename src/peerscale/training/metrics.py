@@ -1,0 +1,80 @@
+"""Training metrics: a row now and then, and the end of a run that has diverged."""
+
+import time
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+
+from peerscale.config import Config
+from peerscale.model.usage import ExpertUsage
+from peerscale.plan import Plan
+from peerscale.training.evaluation import attach_usage, detach_usage
+from peerscale.training.module import LanguageModel
+from peerscale.training.tracking import Tracker
+
+
+class Diverged(Exception):
+    """The training loss is no longer a finite number."""
+
+
+class MetricsLog(lightning.Callback):
+    """A row of metrics every `log_every_steps` steps; stops a run whose loss is no number."""
+
+    def __init__(self, config: Config, plan: Plan, tracker: Tracker) -> None:
+        self.config, self.plan, self.tracker = config, plan, tracker
+        self.loss_sum, self.loss_count = torch.zeros(()), 0
+        self.since = time.perf_counter()
+        self.usages: list[ExpertUsage] = []
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.since = time.perf_counter()
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # Router health is sampled: over the tokens of the step whose row is logged.
+        assert isinstance(pl_module, LanguageModel)
+        self.usages = attach_usage(pl_module) if self._logs(trainer.global_step + 1) else []
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        assert isinstance(pl_module, LanguageModel) and isinstance(outputs, dict)
+        self.loss_sum = self.loss_sum.to(pl_module.device) + outputs["cross_entropy"]
+        self.loss_count += 1
+        step = trainer.global_step
+        if not self._logs(step):
+            return
+        loss = float(self.loss_sum) / self.loss_count
+        seconds, now = time.perf_counter() - self.since, time.perf_counter()
+        tokens = step * self.config.tokens_per_step
+        row = {
+            "step": step,
+            "tokens": tokens,
+            "flops": tokens * self.plan.cost.flops_per_token,
+            "loss": loss,
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "tokens_per_s": self.loss_count * self.config.tokens_per_step / seconds,
+            **detach_usage(pl_module, self.usages),
+        }
+        if not np.isfinite(loss):
+            raise Diverged(f"the training loss is {loss} at step {step}")
+        self.tracker.log(row)
+        self.loss_sum, self.loss_count, self.since = torch.zeros(()), 0, now
+
+    def _logs(self, step: int) -> bool:
+        return step % self.config.trainer.log_every_steps == 0 or step == self.plan.steps
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"loss_sum": self.loss_sum, "loss_count": self.loss_count}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.loss_sum, self.loss_count = state_dict["loss_sum"], state_dict["loss_count"]

@@ -1,0 +1,164 @@
+"""From records to tables and fits: nothing is lost, and nothing is fitted that should not be."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic_study import SWEEP, WRONG, cells, records, script, write_cells
+
+from peerscale.errors import UserError, exit_code
+from peerscale.runs.record import Status, read_record
+from peerscale.runs.study import collected
+from peerscale.runs.table import runs_table
+
+collect = script("collect")
+
+
+@pytest.fixture
+def runs(collected_runs: Path) -> pd.DataFrame:
+    return pd.read_csv(collected(SWEEP, collected_runs).runs)
+
+
+def test_every_planned_cell_has_a_row_in_the_plans_order(runs: pd.DataFrame) -> None:
+    assert list(runs["cell"]) == [cell.name for cell in cells()]
+    unfinished = runs[runs["status"] != "done"].set_index("cell")["status"]
+    assert unfinished.to_dict() == {cell: str(status) for cell, status in WRONG.items()}
+
+
+def test_a_dropped_cell_says_why_and_what_it_would_have_been(runs: pd.DataFrame) -> None:
+    row = runs.set_index("cell").loc["pkm-d8-1e11-s0"]
+    planned = next(cell for cell in cells() if cell.name == "pkm-d8-1e11-s0").plan
+    assert "epochs" in row["reason"]
+    assert row["params_total"] == planned.cost.params_total
+    assert row["flops_per_token"] == planned.cost.flops_per_token
+    assert pd.isna(row["val_loss"])
+
+
+def test_a_cell_never_run_is_pending() -> None:
+    without_record = {"peer-d8-1e11-s0"}
+    some = [record for record in records() if record.cell not in without_record]
+    collect.planned_cells = lambda sweep: cells()
+    all_records = {record.cell: record for record in collect.with_planned(SWEEP, some)}
+    assert len(all_records) == len(cells())
+    assert all_records["peer-d8-1e11-s0"].status is Status.PENDING
+    assert all_records["pkm-d8-1e11-s0"].status is Status.DROPPED
+
+
+def test_a_recorded_cell_outside_the_plan_keeps_its_row() -> None:
+    collect.planned_cells = lambda sweep: cells()[:3]
+    names = [record.cell for record in collect.with_planned(SWEEP, records())]
+    assert names[:3] == [cell.name for cell in cells()[:3]]
+    assert sorted(names) == sorted(record.cell for record in records())
+
+
+def test_an_unreadable_plan_is_noticed_and_stops_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(sweep: str) -> None:
+        raise UserError("no sweep file synthetic.yaml")
+
+    collect.planned_cells = broken
+    assert collect.with_planned(SWEEP, records()) == records()
+    assert "no sweep file synthetic.yaml" in capsys.readouterr().err
+
+
+def test_curves_are_the_metrics_of_each_cell(collected_runs: Path) -> None:
+    curves = pd.read_csv(collected(SWEEP, collected_runs).curves)
+    assert set(curves["cell"]) == {r.cell for r in records() if r.status is not Status.FAILED}
+    lines = (collected_runs / SWEEP / "dense-d16-3e11-s0" / "metrics.jsonl").read_text().splitlines()
+    mine = curves[curves["cell"] == "dense-d16-3e11-s0"]
+    assert mine["step"].iloc[-1] == json.loads(lines[-1])["step"]
+    assert len(mine) <= 50
+
+
+def test_fits_are_keyed_by_method_and_size(collected_runs: Path, runs: pd.DataFrame) -> None:
+    fits = json.loads(collected(SWEEP, collected_runs).fits.read_text())
+    for name in ("dense", "moe", "moe_token_choice", "pkm", "peer"):
+        for key, x in ((name, "flops_per_token"), (f"{name}/params_total", "params_total")):
+            assert (fits[key]["method"], fits[key]["x"], fits[key]["law"]) == (name, x, "isoflop")
+            for vertex in fits[key]["vertices"]:
+                at_budget = runs["cell"].str.startswith(f"{name}-") & (runs["budget"] == vertex["budget"])
+                rows = runs[at_budget & (runs["status"] == "done")]
+                c2, c1, _ = np.polyfit(np.log10(rows[x]), rows["val_loss"], 2)
+                assert vertex["x"] == pytest.approx(10 ** (-c1 / (2 * c2)), rel=1e-6)
+                assert vertex["n"] == len(rows)
+
+
+def test_differences_are_those_of_the_fitted_minima(collected_runs: Path) -> None:
+    study = collected(SWEEP, collected_runs)
+    fits, differences = json.loads(study.fits.read_text()), pd.read_csv(study.differences)
+    assert len(differences) == 2 * 2 * 4
+    for row in differences.to_dict("records"):
+        mine, other = (
+            next(v for v in fits[name]["vertices"] if v["budget"] == row["budget"])["loss"]
+            for name in (row["method"], row["reference"])
+        )
+        assert row["difference"] == pytest.approx(mine - other, abs=2e-6)
+        assert row["low"] < row["difference"] < row["high"]
+        # Unpaired, the 0.5 nats by which sequences differ would make it 0.5 x 2 x 1.96 x sqrt(2 / 512) > 0.12 wide.
+        assert row["high"] - row["low"] < 0.02
+
+
+def test_a_cell_without_sequence_losses_costs_its_method_the_interval_only() -> None:
+    some = [replace(r, sequence_losses=[]) if r.cell == "peer-d16-1e11-s0" else r for r in records()]
+    table = runs_table(some)
+    differences = collect.compare(table, some, collect.fit_study(table)).set_index(["budget", "reference", "method"])
+    peer = differences.loc[(1e11, "dense", "peer")]
+    assert np.isfinite(peer["difference"]) and np.isnan(peer["low"]) and "no interval" in peer["note"]
+    assert np.isfinite(differences.loc[(1e11, "dense", "moe"), "low"])
+    assert np.isfinite(differences.loc[(3e11, "dense", "peer"), "low"])
+
+
+def test_a_method_without_a_minimum_has_no_difference() -> None:
+    def turned(record):
+        losses = {**record.evaluation["validation"], "loss": 10 - record.evaluation["validation"]["loss"]}
+        return replace(record, evaluation={"validation": losses})
+
+    some = [turned(r) if r.method == "pkm" and r.status is Status.DONE else r for r in records()]
+    table = runs_table(some)
+    differences = collect.compare(table, some, collect.fit_study(table)).set_index(["budget", "reference", "method"])
+    assert np.isnan(differences.loc[(3e11, "dense", "pkm"), "difference"])
+    assert "curvature" in differences.loc[(3e11, "dense", "pkm"), "note"]
+
+
+def test_without_dense_there_is_nothing_to_compare_with_it() -> None:
+    some = [r for r in records() if r.method in ("moe", "pkm")]
+    table = runs_table(some)
+    assert collect.compare(table, some, collect.fit_study(table)).empty
+
+
+def test_a_second_collection_changes_no_byte(tmp_path: Path) -> None:
+    write_cells(tmp_path)
+    collect.planned_cells = lambda sweep: cells()
+    contents = []
+    for _ in range(2):
+        assert collect.main([SWEEP, "--runs", str(tmp_path)]) == 0
+        contents.append({path.name: path.read_bytes() for path in collected(SWEEP, tmp_path).folder.iterdir()})
+    assert contents[0] == contents[1]
+    assert set(contents[0]) == {"runs.csv", "records.jsonl", "curves.csv", "fits.json", "differences.csv"}
+
+
+def test_a_published_study_is_collected_from_its_files(collected_runs: Path, tmp_path: Path) -> None:
+    source = collected(SWEEP, collected_runs)
+    shutil.copytree(source.folder, tmp_path / "results" / SWEEP)
+    arguments = [SWEEP, "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    assert collect.main(arguments) == 0
+    again = collected(SWEEP, tmp_path / "runs")
+    for path in ("runs", "records", "fits", "differences", "curves"):
+        assert getattr(again, path).read_text() == getattr(source, path).read_text()
+
+
+def test_nothing_to_collect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["absent", "--runs", str(tmp_path), "--results", str(tmp_path)]
+    assert exit_code(lambda: collect.main(arguments)) == 2
+    assert "no runs of 'absent'" in capsys.readouterr().err
+
+
+def test_records_survive_the_collection(collected_runs: Path) -> None:
+    lines = collected(SWEEP, collected_runs).records.read_text().splitlines()
+    by_cell = {json.loads(line)["cell"]: json.loads(line) for line in lines}
+    record = read_record(collected_runs / SWEEP / "peer-d16-1e11-s0")
+    assert record is not None
+    assert by_cell[record.cell]["sequence_losses"] == record.sequence_losses

@@ -1,0 +1,73 @@
+"""Figures come from the tables alone, in any order of events, and repeat."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from synthetic_study import SWEEP, script
+
+from peerscale.errors import exit_code
+from peerscale.runs.study import collected, published
+
+figures = script("figures")
+SCRIPT = Path(__file__).parents[2] / "analysis" / "figures.py"
+
+
+@pytest.fixture
+def runs(collected_runs: Path, tmp_path: Path) -> Path:
+    """The collected study's tables only, without its cells."""
+    shutil.copytree(collected(SWEEP, collected_runs).folder, collected(SWEEP, tmp_path).folder)
+    return tmp_path
+
+
+def drawn(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_same_bytes_from_a_second_process(runs: Path) -> None:
+    assert figures.main([SWEEP, "--runs", str(runs)]) == 0
+    first = drawn(collected(SWEEP, runs).figures)
+    assert set(first) == {f"{n}.{kind}" for n in ("isoflop", "curves", "differences") for kind in ("png", "pdf")}
+    environment = {**os.environ, "PYTHONHASHSEED": "5"}
+    subprocess.run([sys.executable, SCRIPT, SWEEP, "--runs", runs], check=True, env=environment, capture_output=True)
+    assert drawn(collected(SWEEP, runs).figures) == first
+
+
+def test_another_meaning_of_size_is_another_figure(runs: Path) -> None:
+    assert figures.main([SWEEP, "--runs", str(runs), "--x", "flops_per_token"]) == 0
+    assert "isoflop_flops_per_token.png" in drawn(collected(SWEEP, runs).figures)
+
+
+def test_a_published_study_is_drawn_in_its_place(collected_runs: Path, tmp_path: Path) -> None:
+    target = published(SWEEP, tmp_path)
+    shutil.copytree(collected(SWEEP, collected_runs).folder, target.folder)
+    assert figures.main([SWEEP, "--runs", str(tmp_path / "none"), "--results", str(tmp_path)]) == 0
+    assert "isoflop.pdf" in drawn(target.figures)
+
+
+def test_a_table_alone_is_enough_for_the_isoflop_figure(runs: Path) -> None:
+    study = collected(SWEEP, runs)
+    study.curves.unlink()
+    study.differences.unlink()
+    assert figures.main([SWEEP, "--runs", str(runs)]) == 0
+    assert set(drawn(study.figures)) == {"isoflop.png", "isoflop.pdf"}
+
+
+def test_no_finished_cell_is_one_clear_line(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = collected(SWEEP, runs)
+    table = pd.read_csv(study.runs)
+    table[table["status"] != "done"].to_csv(study.runs, index=False)
+    assert exit_code(lambda: figures.main([SWEEP, "--runs", str(runs)])) == 2
+    assert capsys.readouterr().err == "error: study 'synthetic' has no finished cell to draw\n"
+
+
+def test_small_print_names_data_and_convention(collected_runs: Path) -> None:
+    table = pd.read_csv(collected(SWEEP, collected_runs).runs)
+    table = table.drop(columns=["data", "val_set"], errors="ignore")
+    assert figures.conventions(table) == "FLOPs: per-operation, full attention, backward 2x"
+    named = table.assign(data="gutenberg", val_set="validation")
+    assert figures.conventions(named).startswith("data: gutenberg, set: validation; FLOPs:")

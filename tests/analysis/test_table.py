@@ -1,0 +1,155 @@
+"""The closing table's numbers, and sentences that say what the numbers do."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic_study import LOSS, OFFSET, SWEEP, script
+
+from peerscale.errors import exit_code
+from peerscale.runs.study import collected, read_json
+
+table = script("table")
+
+
+@pytest.fixture
+def study(collected_runs: Path) -> tuple[pd.DataFrame, dict[str, Any], pd.DataFrame]:
+    files = collected(SWEEP, collected_runs)
+    return pd.read_csv(files.runs), read_json(files.fits), pd.read_csv(files.differences)
+
+
+def rows_of(text: str) -> dict[tuple[str, str], list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith("| ")][2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {(row[0], row[1]): row[2:] for row in cells}
+
+
+def number(text: str) -> float:
+    return float(text.split()[0].replace("−", "-"))
+
+
+def test_numbers(study: tuple[pd.DataFrame, dict[str, Any], pd.DataFrame]) -> None:
+    runs, fits, differences = study
+    rows = rows_of(table.report(SWEEP, runs, fits, differences))
+    assert len(rows) == 10
+    labels = {"dense": "dense", "moe": "MoE (expert choice)", "pkm": "PKM", "peer": "PEER"}
+    for budget, at in ((1e11, "1e11"), (3e11, "3e11")):
+        for name, label in labels.items():
+            sizes, loss, by_total, best, difference, _ = rows[at, label]
+            mine = runs["cell"].str.startswith(f"{name}-") & (runs["budget"] == budget)
+            done = runs[mine & (runs["status"] == "done")]
+            assert sizes == f"{len(done)} of 5"
+            for text, x in ((loss, "flops_per_token"), (by_total, "params_total")):
+                c2, c1, c0 = np.polyfit(np.log10(done[x]), done["val_loss"], 2)
+                assert float(text) == pytest.approx(c0 - c1**2 / (4 * c2), abs=6e-5)
+            lowest = done.loc[done["val_loss"].idxmin()]
+            assert best == f"{lowest['size']}: {lowest['val_loss']:.4f}"
+            if name != "dense":
+                # The synthetic truth, within the noise put on each size's loss.
+                assert number(difference) == pytest.approx(OFFSET[budget][name], abs=0.012)
+        # Sequences are shared, so that their mean difficulty moves all losses by the same.
+        assert abs(float(rows[at, "dense"][1]) - LOSS[budget]) < 0.1
+        assert rows[at, "dense"][4] == "reference"
+
+
+def test_flags_are_in_words(study: tuple[pd.DataFrame, dict[str, Any], pd.DataFrame]) -> None:
+    rows = rows_of(table.report(SWEEP, *study))
+    assert rows["1e11", "dense"][-1] == "—"
+    assert rows["1e11", "PKM"][-1] == "1 dropped; fewer than five sizes"
+    assert rows["3e11", "MoE (expert choice)"][-1] == "1 failed; fewer than five sizes"
+    assert rows["3e11", "PEER"][-1] == "1 diverged; fewer than five sizes"
+
+
+def test_conclusions(study: tuple[pd.DataFrame, dict[str, Any], pd.DataFrame]) -> None:
+    first, second, larger, exponent = table.conclusions(*study)
+    assert first.startswith("- PEER leads at 1e11: −0.1")
+    assert "Flagged: PKM: fewer than five sizes." in first
+    assert second.startswith("- PEER does not lead at 3e11: +0.0") and "over dense" in second
+    assert "Flagged: PEER: fewer than five sizes" in second
+    assert "sweeps/isoflop_cpu.yaml" in larger
+    assert exponent == "- No scaling exponent is fitted from 2 budgets: a power law wants 3."
+
+
+def others(*rows: tuple[str, float, float, float]) -> pd.DataFrame:
+    """Differences of other methods to PEER."""
+    frame = pd.DataFrame(rows, columns=["method", "difference", "low", "high"])
+    return frame.assign(note=None)
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence", "leads"),
+    [
+        ([("dense", 0.1, 0.09, 0.11)], "PEER leads at 3e11: −0.100 ± 0.010 nats to dense.", True),
+        ([("dense", -0.004, -0.007, -0.001)], "PEER does not lead at 3e11: +0.004 ± 0.003 nats over dense.", False),
+        (
+            [("dense", 0.002, -0.001, 0.005)],
+            "PEER does not lead at 3e11: −0.002 ± 0.003 nats to dense, no clear difference.",
+            False,
+        ),
+        (
+            [("dense", 0.1, 0.09, 0.11), ("pkm", -0.02, -0.03, -0.01)],
+            "PEER does not lead at 3e11: +0.020 ± 0.010 nats over PKM. "
+            "It leads the others: −0.100 ± 0.010 nats to dense.",
+            False,
+        ),
+        (
+            [("dense", 0.1, np.nan, np.nan)],
+            "PEER does not lead at 3e11: −0.100 (no interval) nats to dense, no clear difference.",
+            False,
+        ),
+        (
+            [("dense", np.nan, np.nan, np.nan)],
+            "Whether PEER leads at 3e11 is unknown: no finished cells to compare.",
+            False,
+        ),
+        ([], "Whether PEER leads at 3e11 is unknown: no finished cells to compare.", False),
+    ],
+)
+def test_verdict(rows: list[tuple[str, float, float, float]], sentence: str, leads: bool) -> None:
+    assert table.verdict(3e11, others(*rows)) == (sentence, leads)
+
+
+def test_exponents_are_named_where_there_are_any(study: tuple[pd.DataFrame, dict[str, Any], pd.DataFrame]) -> None:
+    runs, fits, differences = study
+    changed = {**fits, "dense": {**fits["dense"], "exponent": 0.512}}
+    lines = table.conclusions(runs, changed, differences)
+    assert lines[-1] == "- Exponents of the optimal FLOPs per token in the budget: dense 0.512."
+
+
+def test_a_study_of_one_method_has_a_table(study: tuple[pd.DataFrame, dict[str, Any], pd.DataFrame]) -> None:
+    runs, fits, differences = study
+    text = table.report(SWEEP, runs[runs["cell"].str.startswith("moe-")], fits, differences.iloc[:0])
+    rows = rows_of(text)
+    assert set(rows) == {("1e11", "MoE (expert choice)"), ("3e11", "MoE (expert choice)")}
+    assert rows["1e11", "MoE (expert choice)"][4] == "—"
+    assert "PEER" not in text
+
+
+def test_peer_without_rivals(study: tuple[pd.DataFrame, dict[str, Any], pd.DataFrame]) -> None:
+    runs, fits, differences = study
+    text = table.report(SWEEP, runs[runs["cell"].str.startswith("peer-")], fits, differences.iloc[:0])
+    assert "Whether PEER leads at 1e11 is unknown: no finished cells to compare." in text
+
+
+def test_a_study_with_nothing_finished_has_a_table(study: tuple[pd.DataFrame, dict[str, Any], pd.DataFrame]) -> None:
+    runs, _, differences = study
+    rows = rows_of(table.report(SWEEP, runs[runs["status"] != "done"], {}, differences.iloc[:0]))
+    assert rows["3e11", "PEER"] == ["0 of 1", "—", "—", "—", "—", "1 diverged"]
+
+
+def test_it_prints_what_it_writes(collected_runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert table.main([SWEEP, "--runs", str(collected_runs)]) == 0
+    printed = capsys.readouterr().out
+    assert collected(SWEEP, collected_runs).table.read_text() == printed
+    assert (
+        "The interval covers the sampling of validation sequences, not seeds nor the choice of learning rate."
+        in printed
+    )
+
+
+def test_an_uncollected_study_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["absent", "--runs", str(tmp_path), "--results", str(tmp_path)]
+    assert exit_code(lambda: table.main(arguments)) == 2
+    assert "analysis/collect.py absent" in capsys.readouterr().err

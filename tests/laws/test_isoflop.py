@@ -1,0 +1,199 @@
+"""Approach 2 against parabolas and surfaces whose minima are known, and its flags against tables made to raise them."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from peerscale.errors import UserError
+from peerscale.laws import fit_isoflop
+from peerscale.laws.isoflop import IsoflopFit, VertexStatus
+from peerscale.laws.parametric import Surface
+from peerscale.laws.results import FitStatus
+
+BUDGETS = np.array([1e15, 3e15, 1e16, 3e16, 1e17])
+
+
+def runs(
+    exponent: float = 0.48,
+    *,
+    budgets: np.ndarray = BUDGETS,
+    grid: tuple[float, ...] = (0.25, 0.5, 1, 2, 4),
+    curvature: float = 0.2,
+    noise: float = 0.0,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Exact parabolas in log10 x around x* = 0.1 C^exponent, of minimum 30 C^-0.06."""
+    rng = np.random.default_rng(seed)
+    rows = [
+        (c, 0.1 * c**exponent * factor, 30 * c**-0.06 + curvature * np.log10(factor) ** 2 + noise * rng.normal())
+        for c in budgets
+        for factor in grid
+    ]
+    return pd.DataFrame(rows, columns=["C", "x", "loss"])
+
+
+def fit(table: pd.DataFrame, **options) -> IsoflopFit:
+    return fit_isoflop(table, budget="C", x="x", loss="loss", **options)
+
+
+def statuses(result: IsoflopFit) -> list[VertexStatus]:
+    return [vertex.status for vertex in result.vertices]
+
+
+def test_recovers_exact_parabolas() -> None:
+    result = fit(runs())
+    assert result.status is FitStatus.CONVERGED
+    assert result.exponent == pytest.approx(0.48, abs=1e-9)
+    assert result.coefficient == pytest.approx(0.1, rel=1e-7)
+    assert result.optimum(1e20) == pytest.approx(0.1 * 1e20**0.48, rel=1e-7)
+    for vertex, c in zip(result.vertices, BUDGETS, strict=True):
+        assert (vertex.budget, vertex.n, vertex.status) == (c, 5, VertexStatus.OK)
+        assert vertex.x == pytest.approx(0.1 * c**0.48, rel=1e-7)
+        assert vertex.loss == pytest.approx(30 * c**-0.06)
+        assert vertex.curvature == pytest.approx(0.2)
+    assert not result.warnings
+
+
+def test_agrees_with_polyfit_under_noise() -> None:
+    table = runs(noise=0.003, grid=(0.3, 0.5, 0.8, 1.3, 2, 3.5))
+    result = fit(table)
+    optima = []
+    for c, vertex in zip(BUDGETS, result.vertices, strict=True):
+        rows = table[table["C"] == c]
+        parabola = np.polyfit(np.log10(rows["x"]), rows["loss"], 2)
+        optima.append(-parabola[1] / (2 * parabola[0]))
+        assert vertex.x == pytest.approx(10 ** optima[-1], rel=1e-6)
+        np.testing.assert_allclose(vertex.predict(rows["x"]), np.polyval(parabola, np.log10(rows["x"])), rtol=1e-9)
+    assert result.exponent == pytest.approx(np.polyfit(np.log10(BUDGETS), optima, 1)[0], abs=1e-7)
+
+
+def test_units_of_x_move_only_the_coefficient() -> None:
+    table = runs(noise=0.003)
+    small, large = fit(table), fit(table.assign(x=table["x"] * 1e9))
+    assert large.exponent == pytest.approx(small.exponent, abs=1e-8)
+    assert large.coefficient == pytest.approx(small.coefficient * 1e9, rel=1e-6)
+
+
+def changed(table: pd.DataFrame, budget: float, **columns) -> pd.DataFrame:
+    rows = table["C"] == budget
+    for name, change in columns.items():
+        table.loc[rows, name] = change(table.loc[rows, name])
+    return table
+
+
+def test_concave_parabola_is_flagged_and_never_used() -> None:
+    table = changed(runs(), 1e16, loss=lambda loss: 8 - loss)
+    for include_flagged in (False, True):
+        result = fit(table, include_flagged=include_flagged)
+        assert statuses(result)[2] is VertexStatus.CURVATURE
+        assert result.vertices[2].curvature < 0 and np.isnan(result.vertices[2].x)
+        assert result.exponent == pytest.approx(0.48, abs=1e-9)
+    assert any("curvature" in warning and "1e+16" in warning for warning in result.warnings)
+
+
+def test_flat_losses_are_flagged() -> None:
+    assert statuses(fit(changed(runs(), 1e16, loss=lambda loss: 0 * loss + 3)))[2] is VertexStatus.CURVATURE
+
+
+@pytest.mark.parametrize(
+    ("grid", "status"),
+    [
+        ((1.2, 2, 4, 8, 16), VertexStatus.OUTSIDE_RANGE),
+        ((0.01, 0.02, 0.1, 0.5, 0.8), VertexStatus.OUTSIDE_RANGE),
+        ((0.8, 2, 4, 8, 16), VertexStatus.OFF_CENTRE),
+        ((0.25, 1, 2, 4), VertexStatus.TOO_FEW),
+        ((0.25, 1), VertexStatus.TOO_FEW),
+        ((0.25, 0.25, 1, 1, 4), VertexStatus.TOO_FEW),
+    ],
+)
+def test_flagged_minimum_is_kept_but_left_out_of_the_power_law(grid: tuple[float, ...], status: VertexStatus) -> None:
+    # A minimum four times too large at the last budget: an honest exponent does not know of it.
+    off = runs(budgets=BUDGETS[4:], grid=grid).assign(x=lambda rows: 4 * rows["x"])
+    result = fit(pd.concat([runs(budgets=BUDGETS[:4]), off]))
+    assert statuses(result) == [VertexStatus.OK] * 4 + [status]
+    assert result.exponent == pytest.approx(0.48, abs=1e-9)
+    with_flagged = fit(pd.concat([runs(budgets=BUDGETS[:4]), off]), include_flagged=True)
+    has_parabola = len(set(grid)) >= 3
+    assert (with_flagged.exponent > 0.5) == has_parabola
+    if has_parabola:
+        assert with_flagged.vertices[-1].x == pytest.approx(0.4 * 1e17**0.48, rel=1e-6)
+
+
+def test_two_budgets_give_no_exponent() -> None:
+    result = fit(runs(budgets=BUDGETS[:2]))
+    assert (result.exponent, result.coefficient, result.status) == (None, None, FitStatus.TOO_FEW_POINTS)
+    assert any("no exponent" in warning for warning in result.warnings)
+    assert np.isnan(result.optimum(1e20))
+
+
+def test_json_has_the_named_keys_and_no_nan() -> None:
+    result = fit(pd.concat([runs(), runs(budgets=np.array([1e18]), grid=(1, 2))]), bootstrap=50)
+    stored = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert {"law", "n", "status", "objective_name", "objective_value", "ci", "vertices", "exponent"} <= stored.keys()
+    assert {"budget", "x", "loss", "curvature", "n", "status", "coefficients"} <= stored["vertices"][0].keys()
+    assert stored["law"] == "isoflop" and stored["ci"].keys() == {"exponent", "coefficient"}
+    assert stored["vertices"][-1]["x"] is None and stored["vertices"][-1]["status"] == "too_few"
+
+
+def test_duplicated_rows_are_kept_and_named() -> None:
+    table = runs()
+    table = pd.concat([table, table.iloc[[3]]], ignore_index=True)
+    result = fit(table)
+    assert result.n == 26 and result.vertices[0].n == 6
+    assert any("duplicated" in warning and "25" in warning for warning in result.warnings)
+
+
+def isoflop_runs(law: Surface, span: float) -> pd.DataFrame:
+    """Seven sizes per budget on a surface, centred on its optimum, from 1 / span to span."""
+    rows = []
+    for c in BUDGETS:
+        for n in law.optimum(c).params * np.geomspace(1 / span, span, 7):
+            rows.append((c, n, law.predict(n, c / (6 * n))))
+    return pd.DataFrame(rows, columns=["C", "x", "loss"])
+
+
+def test_bias_grows_with_the_grid_and_with_asymmetry() -> None:
+    def bias(alpha: float, beta: float, span: float) -> float:
+        law = Surface(E=1.8, A=400.0, B=2000.0, alpha=alpha, beta=beta)
+        result = fit(isoflop_runs(law, span))
+        return abs(np.log(result.vertices[2].x / law.optimum(BUDGETS[2]).params))
+
+    assert bias(0.35, 0.35, 16) == pytest.approx(0, abs=1e-6)
+    assert 1e-3 < bias(0.3, 0.4, 4) < bias(0.3, 0.4, 16) < bias(0.2, 0.5, 16)
+    symmetric = Surface(E=1.8, A=400.0, B=2000.0, alpha=0.35, beta=0.35)
+    assert not fit(isoflop_runs(symmetric, 4)).warnings
+    assert any("wide grid" in warning for warning in fit(isoflop_runs(symmetric, 16)).warnings)
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
+    trials, covered = 60, np.zeros(3)
+    for seed in range(trials):
+        result = fit(runs(noise=0.002, seed=seed), bootstrap=300, seed=seed)
+        vertex = result.vertices[2]
+        truths = (0.48, 0.1 * 1e16**0.48, 30 * 1e16**-0.06)
+        intervals = (result.ci["exponent"], vertex.x_interval, vertex.loss_interval)
+        covered += [low <= truth <= high for (low, high), truth in zip(intervals, truths, strict=True)]
+    assert (covered >= 0.82 * trials).all(), covered / trials
+    assert (covered < trials * 3).all()
+    width = np.subtract(*fit(runs(noise=0.002), bootstrap=300).ci["exponent"])
+    wider = np.subtract(*fit(runs(noise=0.006), bootstrap=300).ci["exponent"])
+    assert wider / width == pytest.approx(3, rel=0.5)
+
+
+def test_bootstrap_is_seeded_and_needs_a_spare_run() -> None:
+    table = runs(noise=0.003)
+    assert fit(table, bootstrap=100, seed=1).ci == fit(table, bootstrap=100, seed=1).ci
+    assert fit(table, bootstrap=100, seed=1).ci != fit(table, bootstrap=100, seed=2).ci
+    three = fit(runs(grid=(0.5, 1, 2)), bootstrap=10, include_flagged=True)
+    assert three.bootstrap.failed == 10 and np.isnan(three.ci["exponent"]).all()
+
+
+def test_column_errors_name_what_is_there() -> None:
+    with pytest.raises(UserError, match=r"no column 'y'.*C, x, loss"):
+        fit_isoflop(runs(), budget="C", x="y", loss="loss")
+    table = runs()
+    table.loc[[3, 7], "loss"] = [np.nan, -1]
+    with pytest.raises(UserError, match="'loss'.*row 3, 7"):
+        fit(table)

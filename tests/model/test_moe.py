@@ -1,0 +1,169 @@
+import math
+
+import per_token
+import pytest
+import torch
+
+from peerscale.model.dense import Dense
+from peerscale.model.moe import ExpertChoiceMoe, TokenChoiceMoe
+from peerscale.model.usage import ExpertUsage
+
+
+def expert_choice(n_experts: int, capacity_factor: float = 1.0, d_model: int = 5) -> ExpertChoiceMoe:
+    torch.manual_seed(0)
+    return ExpertChoiceMoe(d_model, 4 * d_model, n_experts, capacity_factor)
+
+
+def token_choice(n_experts: int, top_k: int = 1, d_model: int = 5, **weights: float) -> TokenChoiceMoe:
+    torch.manual_seed(0)
+    return TokenChoiceMoe(d_model, 4 * d_model, n_experts, top_k, **weights)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "n_experts", "capacity_factor"), [(6, 3, 1.0), (4, 4, 1.0), (6, 4, 2.0), (8, 2, 0.5), (3, 1, 1.0)]
+)
+def test_expert_choice_is_every_experts_best_tokens_at_each_position(
+    sequences: int, n_experts: int, capacity_factor: float
+) -> None:
+    layer = expert_choice(n_experts, capacity_factor)
+    if n_experts == 1:  # its softmax is the constant 1, so the router has no gradient to compare
+        layer.router.requires_grad_(False)
+        x = torch.randn(sequences, 3, 5)
+        torch.testing.assert_close(layer(x), per_token.expert_choice(layer, x))
+    else:
+        per_token.assert_equal_with_gradients(layer, per_token.expert_choice, torch.randn(sequences, 3, 5))
+
+
+@pytest.mark.parametrize(("n_experts", "top_k"), [(4, 1), (4, 2), (3, 3), (8, 3)])
+def test_token_choice_is_every_tokens_best_experts(n_experts: int, top_k: int) -> None:
+    per_token.assert_equal_with_gradients(token_choice(n_experts, top_k), per_token.token_choice, torch.randn(11, 5))
+
+
+def test_token_choice_drops_no_token_when_all_choose_one_expert() -> None:
+    layer = token_choice(4)
+    x = torch.rand(9, 5) + 0.1
+    with torch.no_grad():
+        layer.router.weight[:] = -10.0
+        layer.router.weight[2] = 10.0
+    torch.testing.assert_close(layer(x), torch.stack([per_token.coarse_expert(layer, 2, row) for row in x]))
+
+
+def test_token_choice_keeps_the_leading_shape_and_takes_no_tokens() -> None:
+    layer, x = token_choice(4, 2), torch.randn(2, 3, 5)
+    torch.testing.assert_close(layer(x).view(6, 5), layer(x.view(6, 5)))
+    assert layer.eval()(torch.zeros(0, 5)).shape == (0, 5)
+
+
+@pytest.mark.parametrize("make", [expert_choice, token_choice])
+def test_one_expert_is_the_dense_layer(make) -> None:
+    layer, dense, x = make(1), Dense(5, 20), torch.randn(4, 3, 5)
+    with torch.no_grad():
+        dense.down.weight.copy_(layer.experts.down[0].T)
+        dense.up.weight.copy_(layer.experts.up[0].T)
+    torch.testing.assert_close(layer(x), dense(x))
+
+
+def test_experts_start_with_the_variance_of_one_over_fan_in() -> None:
+    torch.manual_seed(0)
+    experts = TokenChoiceMoe(64, 256, 8, 1).experts
+    assert experts.down.std().item() == pytest.approx(64**-0.5, rel=0.02)
+    assert experts.up.std().item() == pytest.approx(256**-0.5, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "n_experts", "capacity_factor"), [(5, 2, 1.0), (2, 4, 1.0), (4, 4, 0.5), (6, 4, 1.0)]
+)
+def test_expert_choice_refuses_a_capacity_that_is_no_whole_number(
+    sequences: int, n_experts: int, capacity_factor: float
+) -> None:
+    with pytest.raises(ValueError, match="no whole capacity"):
+        expert_choice(n_experts, capacity_factor)(torch.randn(sequences, 2, 5))
+
+
+def balance_and_z_loss(layer: TokenChoiceMoe, x_TD: torch.Tensor) -> tuple[float, float]:
+    """E sum_i f_i P_i (Fedus et al. 2021, equations 4 to 6) and mean(logsumexp^2) (Zoph et al. 2022, equation 5)."""
+    n_experts = len(layer.router.weight)
+    counts, mass, squares = [0] * n_experts, [0.0] * n_experts, 0.0
+    for x in x_TD:
+        scores = [math.fsum((row * x).tolist()) for row in layer.router.weight]
+        total = math.fsum(math.exp(s) for s in scores)
+        for e in sorted(range(n_experts), key=lambda e, s=scores: -s[e])[: layer.top_k]:
+            counts[e] += 1
+        for e, s in enumerate(scores):
+            mass[e] += math.exp(s) / total
+        squares += math.log(total) ** 2
+    share = [count / sum(counts) for count in counts]
+    balance = n_experts * math.fsum(f * p / len(x_TD) for f, p in zip(share, mass, strict=True))
+    return balance, squares / len(x_TD)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_auxiliary_loss_is_load_balance_and_z_loss(top_k: int) -> None:
+    layer, x = token_choice(4, top_k, load_balance_weight=0.3, z_loss_weight=0.07).double(), torch.randn(13, 5).double()
+    layer(x)
+    balance, z_loss = balance_and_z_loss(layer, x)
+    assert layer.auxiliary_loss.item() == pytest.approx(0.3 * balance + 0.07 * z_loss, rel=1e-6)
+
+
+def test_load_balance_loss_is_1_when_even_and_n_experts_at_collapse() -> None:
+    layer = token_choice(4, load_balance_weight=1.0)
+    with torch.no_grad():
+        layer.router.weight.zero_()
+        layer.router.weight[:4, :4] = 1e-4 * torch.eye(4)
+        layer(torch.cat([torch.eye(4), torch.zeros(4, 1)], dim=1))
+        assert layer.auxiliary_loss.item() == pytest.approx(1.0, abs=1e-3)
+        layer.router.weight[0] = 50.0
+        layer(torch.ones(6, 5))
+        assert layer.auxiliary_loss.item() == pytest.approx(4.0)
+
+
+def test_auxiliary_loss_trains_the_router_alone_and_only_in_training() -> None:
+    layer, x = token_choice(4, load_balance_weight=1.0, z_loss_weight=1.0), torch.randn(13, 5)
+    layer(x)
+    layer.auxiliary_loss.backward()
+    assert layer.router.weight.grad.abs().max() > 0
+    assert layer.experts.down.grad is None
+    fresh = token_choice(4, load_balance_weight=1.0).eval()
+    fresh(x)
+    assert fresh.auxiliary_loss is None
+
+
+def test_expert_choice_usage_is_the_gates_of_the_chosen_tokens() -> None:
+    layer, x = expert_choice(3), torch.randn(6, 4, 5)
+    layer.usage = ExpertUsage(3)
+    layer(x)
+    wanted = []
+    for e in range(3):
+        gates = [[per_token.softmax(layer.router.weight @ x[b, t])[e].item() for b in range(6)] for t in range(4)]
+        wanted.append(math.fsum(math.fsum(sorted(group)[-2:]) for group in gates))
+    assert layer.usage.weight_sums.tolist() == pytest.approx(wanted, rel=1e-5)
+    assert layer.usage.tokens == 24
+
+
+def test_token_choice_usage_is_the_gates_of_the_chosen_experts() -> None:
+    layer, x = token_choice(6, 2), torch.randn(7, 5)
+    layer.usage = ExpertUsage(6)
+    layer(x)
+    wanted = [0.0] * 6
+    for row in x:
+        probability = per_token.softmax(layer.router.weight @ row).tolist()
+        for e in sorted(range(6), key=probability.__getitem__)[-2:]:
+            wanted[e] += probability[e]
+    assert layer.usage.weight_sums.tolist() == pytest.approx(wanted, rel=1e-5)
+    assert layer.usage.tokens == 7
+
+
+@pytest.mark.parametrize("make", [expert_choice, token_choice])
+def test_routes_in_fp32_under_autocast(make) -> None:
+    # Scores that differ by less than bf16 resolves: rounded, they would tie, and the first expert would win.
+    layer = make(2).eval()
+    with torch.no_grad():
+        layer.router.weight[0], layer.router.weight[1] = 1.0, 1.0 + 1e-4
+    layer.usage = ExpertUsage(2)
+    x = torch.ones(4, 1, 5)
+    plain = layer(x)
+    counted, layer.usage = layer.usage.weight_sums, ExpertUsage(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        routed = layer(x)
+    torch.testing.assert_close(layer.usage.weight_sums, counted, rtol=0, atol=0)
+    torch.testing.assert_close(routed.float(), plain, rtol=0.02, atol=0.02)

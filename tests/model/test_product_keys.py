@@ -1,0 +1,190 @@
+"""Product-key retrieval against brute force over all keys."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from peerscale.kernels.backends import BACKENDS, resolve
+from peerscale.kernels.product_keys import candidate_pairs
+from peerscale.model.product_keys import ProductKeyRetrieval
+
+FINDERS = ["reference", "fused"]
+
+
+def top_k(name: str, query: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return BACKENDS[resolve(name)].product_key_top_k(query, sub_keys, k)
+
+
+def all_scores(query: Tensor, sub_keys: Tensor) -> Tensor:
+    """Scores of all n^2 keys, each made whole by concatenating its two sub-keys: (T, H, n^2)."""
+    n_sets, _, n, c = sub_keys.shape
+    keys = torch.cat(
+        [sub_keys[:, 0, :, None].expand(-1, n, n, c), sub_keys[:, 1, None].expand(-1, n, n, c)], dim=-1
+    ).reshape(n_sets, n * n, 2 * c)
+    return torch.einsum("thc,hkc->thk", query.flatten(2), keys.expand(query.shape[1], -1, -1))
+
+
+def assert_top_k(scores: Tensor, rows: Tensor, every: Tensor) -> None:
+    """They are the k best of `every` in order, each named once; which ones of equal score is left open."""
+    torch.testing.assert_close(scores, every.topk(scores.shape[-1], dim=-1).values)
+    torch.testing.assert_close(scores, every.gather(-1, rows))
+    assert all(len(set(row)) == len(row) for row in rows.flatten(0, 1).tolist())
+
+
+@given(data=st.data())
+@pytest.mark.parametrize("name", FINDERS)
+def test_top_k_equals_brute_force(name, data):
+    n = data.draw(st.integers(1, 9), label="n")
+    k = data.draw(st.integers(1, n), label="k")
+    heads = data.draw(st.integers(1, 3), label="heads")
+    n_sets = data.draw(st.sampled_from([1, heads]), label="key sets")
+    tokens, c = data.draw(st.integers(1, 4), label="tokens"), data.draw(st.integers(1, 3), label="half a key's width")
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32), label="seed"))
+    # Whole numbers: many scores are equal, and all are exact.
+    query = torch.randint(-3, 4, (tokens, heads, 2, c), generator=generator).double()
+    sub_keys = torch.randint(-3, 4, (n_sets, 2, n, c), generator=generator).double()
+    assert_top_k(*top_k(name, query, sub_keys, k), all_scores(query, sub_keys))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(("n", "k"), [(16, 16), (50, 7), (64, 16), (100, 33), (129, 1), (300, 16)])
+@pytest.mark.parametrize("name", FINDERS)
+def test_top_k_of_many_keys(name, n, k, shared, dtype):
+    torch.manual_seed(n + k)
+    query = torch.randn(3, 2, 2, 4, dtype=dtype)
+    sub_keys = torch.randn(1 if shared else 2, 2, n, 4, dtype=dtype)
+    assert_top_k(*top_k(name, query, sub_keys, k), all_scores(query, sub_keys))
+
+
+@pytest.mark.parametrize("levels", [1, 2, 40])
+@pytest.mark.parametrize("n", [64, 1100])
+def test_equal_scores_are_taken_in_a_fixed_order(n, levels):
+    """The sub-keys' order, then that of the candidate pairs, whatever the number of equal ones and of threads."""
+    torch.manual_seed(0)
+    query = torch.ones(2, 1, 2, 1)
+    sub_keys = torch.randint(levels, (1, 2, n, 1)).float()
+    scores, rows = top_k("fused", query, sub_keys, 16)
+    best, order = sub_keys[0, :, :, 0].sort(dim=-1, descending=True, stable=True)
+    first, second = (torch.tensor(ranks) for ranks in candidate_pairs(16))
+    sums, pair = (best[0][first] + best[1][second]).sort(descending=True, stable=True)
+    expected = order[0][first[pair]] * n + order[1][second[pair]]
+    torch.testing.assert_close(scores, sums[:16].expand(2, 1, -1))
+    assert rows.tolist() == expected[:16].expand(2, 1, -1).tolist()
+
+
+@pytest.mark.parametrize("n", [16, 64, 1100])
+def test_rows_of_a_diverged_model_stay_inside_the_table(n):
+    torch.manual_seed(0)
+    query, sub_keys = torch.randn(64, 1, 2, 1), torch.randn(1, 2, n, 1)
+    sub_keys[torch.rand_like(sub_keys) < 0.4] = float("nan")
+    query[::7], query[1::7], query[2::7] = float("nan"), float("inf"), 0.0
+    _, rows = top_k("fused", query, sub_keys, 16)
+    assert rows.min() >= 0 and rows.max() < n * n
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("name", FINDERS)
+def test_gradients_of_the_scores(name, shared):
+    torch.manual_seed(0)
+    query = torch.randn(5, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    sub_keys = torch.randn(1 if shared else 3, 2, 7, 4, dtype=torch.float64, requires_grad=True)
+    _, rows = top_k(name, query, sub_keys, 5)
+    assert torch.autograd.gradcheck(lambda q, s: top_k(name, q, s, 5)[0], (query, sub_keys))
+    # And those of brute force, where whole keys take part.
+    probe = torch.randn(5, 3, 5, dtype=torch.float64)
+    found = torch.autograd.grad((top_k(name, query, sub_keys, 5)[0] * probe).sum(), (query, sub_keys))
+    brute = torch.autograd.grad((all_scores(query, sub_keys).gather(-1, rows) * probe).sum(), (query, sub_keys))
+    for one, other in zip(found, brute, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_many_tokens_are_scored_in_parts(monkeypatch):
+    torch.manual_seed(0)
+    query, sub_keys = torch.randn(50, 2, 2, 4), torch.randn(2, 2, 32, 4)
+    whole = top_k("fused", query, sub_keys, 8)
+    monkeypatch.setattr("peerscale.kernels.fused._SCORES_AT_ONCE", 7 * 2 * 2 * 32)
+    for one, other in zip(whole, top_k("fused", query, sub_keys, 8), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    torch.manual_seed(0)
+    query, sub_keys = torch.randn(64, 4, 2, 8, requires_grad=True), torch.randn(1, 2, 32, 8, requires_grad=True)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            scores, rows = top_k("fused", query, sub_keys, 8)
+            results.append([scores, rows, *torch.autograd.grad(scores.square().sum(), (query, sub_keys))])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, three) for one, three in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("name", FINDERS)
+def test_no_tokens(name):
+    query, sub_keys = torch.zeros(0, 2, 2, 4, requires_grad=True), torch.randn(1, 2, 6, 4, requires_grad=True)
+    scores, rows = top_k(name, query, sub_keys, 3)
+    assert scores.shape == rows.shape == (0, 2, 3)
+    scores.sum().backward()
+    assert query.grad is not None and sub_keys.grad is not None and not sub_keys.grad.any()
+
+
+@given(k=st.integers(1, 64))
+def test_candidate_pairs_are_those_with_fewer_than_k_better_or_equal_ones(k):
+    pairs = list(zip(*candidate_pairs(k), strict=True))
+    assert set(pairs) == {(i, j) for i in range(k) for j in range(k) if (i + 1) * (j + 1) <= k}
+    assert len(pairs) == len(set(pairs)) <= k * (1 + math.log(k))
+
+
+@pytest.mark.parametrize("name", [*FINDERS, "native"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_layout_of_queries_and_keys(name, shared):
+    """The query projection's outputs are (head, half, width); the row of sub-keys (i, j) is i sqrt(n_experts) + j."""
+    torch.manual_seed(0)
+    layer = ProductKeyRetrieval(6, 25, 3, 4, 8, n_key_sets=1 if shared else 3, query_norm=False, kernel=name).double()
+    x = torch.randn(7, 6, dtype=torch.float64)
+    scores, rows = layer.retrieve(x)
+    q = (x @ layer.query.weight.T + layer.query.bias).view(7, 3, 2, 4)
+    for t in range(7):
+        for h in range(3):
+            first, second = layer.sub_keys[0 if shared else h]
+            every = (first @ q[t, h, 0])[:, None] + (second @ q[t, h, 1])[None, :]
+            best, row = every.flatten().topk(4)
+            torch.testing.assert_close(scores[t, h], best)
+            assert rows[t, h].tolist() == row.tolist()
+
+
+def test_query_norm_is_batch_norm_in_full_precision():
+    torch.manual_seed(0)
+    layer = ProductKeyRetrieval(6, 25, 3, 4, 8)
+    x = torch.randn(7, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores, _ = layer.retrieve(x.bfloat16())
+    assert scores.dtype == torch.float32
+    projected = layer.query(x.bfloat16().float())
+    normed = (projected - projected.mean(0)) / (projected.var(0, unbiased=False) + 1e-5).sqrt()
+    every = all_scores(normed.view(7, 3, 2, 4), layer.sub_keys)
+    torch.testing.assert_close(scores, every.topk(4, dim=-1).values)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_experts": 24}, "n_experts 24 is not a square; nearest: 16, 25"),
+        ({"top_k": 6}, r"top_k 6 is not in 1\.\.5"),
+        ({"top_k": 0}, r"top_k 0 is not in 1\.\.5"),
+        ({"d_key": 7}, "d_key 7 is odd"),
+        ({"n_key_sets": 2}, "n_key_sets 2 is neither 1 nor n_heads 3"),
+    ],
+)
+def test_impossible_sizes(change, message):
+    sizes = {"d_model": 6, "n_experts": 25, "n_heads": 3, "top_k": 4, "d_key": 8} | change
+    with pytest.raises(ValueError, match=message):
+        ProductKeyRetrieval(**sizes)

@@ -1,0 +1,202 @@
+import cmath
+import math
+
+import per_token
+import pytest
+import torch
+from torch import Tensor
+
+from peerscale.config import load
+from peerscale.model import build_model
+from peerscale.model.attention import Attention
+from peerscale.model.dense import Dense
+from peerscale.model.moe import ExpertChoiceMoe, TokenChoiceMoe
+from peerscale.model.peer import Peer
+from peerscale.model.pkm import Pkm
+from peerscale.model.transformer import Transformer
+
+SMALL = ("size=d8", "size.n_heads=2", "size.n_layers=2", "data.vocab_size=257", "context=6", "batch_sequences=16")
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """Zhang and Sennrich 2019."""
+    return x / torch.sqrt(x.square().mean() + torch.finfo(x.dtype).eps) * weight
+
+
+def rotated(x: Tensor, position: int) -> Tensor:
+    """Su et al. 2021: the pair (i, i + C/2), as a complex number, turned by position x 10000^(-2i/C)."""
+    half = len(x) // 2
+    turns = [cmath.exp(1j * position * 10_000 ** (-2 * i / len(x))) for i in range(half)]
+    turned = torch.complex(x[:half], x[half:]) * torch.tensor(turns, dtype=torch.complex128)
+    return torch.cat([turned.real, turned.imag])
+
+
+def attention(layer: Attention, x_TD: Tensor) -> Tensor:
+    """Every token and head by itself over its past (Vaswani et al. 2017, equation 1)."""
+    T, D = x_TD.shape
+    C = D // layer.n_heads
+    q, k, v = ((x_TD @ w.T) for w in layer.qkv.weight.split(D))
+    y = []
+    for t in range(T):
+        heads = []
+        for h in range(layer.n_heads):
+            part = slice(h * C, (h + 1) * C)
+            scores = [rotated(q[t, part], t) @ rotated(k[s, part], s) / math.sqrt(C) for s in range(t + 1)]
+            weights = per_token.softmax(torch.stack(scores))
+            heads.append(sum(w * v[s, part] for s, w in enumerate(weights)))
+        y.append(layer.out.weight @ torch.cat(heads))
+    return torch.stack(y)
+
+
+def logits(model: Transformer, tokens_T: Tensor) -> Tensor:
+    """One sequence through the dense transformer."""
+    x = model.embedding.weight[tokens_T]
+    for block in model.blocks:
+        x = x + attention(block.attention, torch.stack([rms_norm(row, block.attention_norm.weight) for row in x]))
+        x = x + per_token.dense(block.ffn, torch.stack([rms_norm(row, block.ffn_norm.weight) for row in x]))
+    return torch.stack([model.embedding.weight @ rms_norm(row, model.norm.weight) for row in x])
+
+
+def shaken(model: Transformer) -> Transformer:
+    """In float64, the rotary tables too, with norms that are not all ones, in which mistakes would hide."""
+    torch.manual_seed(1)
+    model = model.double()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
+
+
+def test_is_the_textbook_transformer_token_by_token() -> None:
+    model = shaken(build_model(load(["ffn=dense", *SMALL])))
+    tokens_BT = torch.randint(257, (2, 6))
+    wanted = torch.stack([logits(model, tokens_T) for tokens_T in tokens_BT])
+    got = model(tokens_BT)
+    # The rotary tables are kept in fp32, which is all the precision that a bf16 or fp32 run can use.
+    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
+    upstream = torch.randn_like(wanted)
+    parameters = dict(model.named_parameters())
+    for name, a, b in zip(
+        parameters,
+        torch.autograd.grad(got, list(parameters.values()), upstream),
+        torch.autograd.grad(wanted, list(parameters.values()), upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"gradient of {name}: {m}")
+
+
+def test_dense_is_two_products_and_a_gelu() -> None:
+    per_token.assert_equal_with_gradients(Dense(5, 20), per_token.dense, torch.randn(4, 5))
+
+
+def test_a_shorter_sequence_is_a_prefix() -> None:
+    model = shaken(build_model(load(["ffn=dense", *SMALL])))
+    tokens = torch.randint(257, (1, 6))
+    torch.testing.assert_close(model(tokens[:, :4]), model(tokens)[:, :4])
+
+
+@pytest.mark.parametrize(
+    ("ffn", "kind"),
+    [("dense", Dense), ("moe", ExpertChoiceMoe), ("moe_token_choice", TokenChoiceMoe), ("pkm", Pkm), ("peer", Peer)],
+)
+@pytest.mark.parametrize(
+    ("replaced", "n_layers", "blocks"),
+    [
+        ("middle", 12, {6}),
+        ("middle", 4, {2}),
+        ("middle", 5, {2}),
+        ("middle", 1, {1}),
+        ("all", 3, {1, 2, 3}),
+        ("[3,1]", 3, {1, 3}),
+    ],
+)
+def test_the_layer_under_study_is_in_the_replaced_blocks(ffn, kind, replaced, n_layers, blocks) -> None:
+    config = load([f"ffn={ffn}", *SMALL, f"size.n_layers={n_layers}", f"replaced={replaced}"])
+    with torch.device("meta"):
+        model = build_model(config)
+    kinds = {i: type(block.ffn) for i, block in enumerate(model.blocks, 1)}
+    assert kinds == {i: kind if i in blocks else Dense for i in range(1, n_layers + 1)}
+
+
+def test_the_layer_gets_every_setting_of_its_configuration() -> None:
+    common = {"n_experts": "64", "n_heads": "3", "top_k": "5", "d_key": "10"}
+    switches = {"query_norm": "false", "query_bias": "false", "shared_keys": "false"}
+    forms = {"activation": "relu", "score": "sigmoid"}
+    set_all = [f"++ffn.{key}={value}" for key, value in {**common, **switches, **forms}.items()]
+    for name in ("peer", "pkm"):
+        overrides = [o for o in set_all if name == "peer" or o.split("=")[0][6:] not in forms]
+        layer = build_model(load([f"ffn={name}", *SMALL, *overrides])).blocks[0].ffn
+        assert layer.sub_keys.shape == (3, 2, 8, 5)
+        assert (layer.n_experts, layer.n_heads, layer.top_k) == (64, 3, 5)
+        assert layer.query.bias is None and layer.query_norm is None
+        if name == "peer":
+            assert (layer.activation, layer.score) == ("relu", "sigmoid")
+    token = (
+        build_model(
+            load(
+                [
+                    "ffn=moe_token_choice",
+                    *SMALL,
+                    "ffn.n_experts=6",
+                    "ffn.top_k=2",
+                    "++ffn.load_balance_weight=0.5",
+                    "++ffn.z_loss_weight=0.25",
+                ]
+            )
+        )
+        .blocks[0]
+        .ffn
+    )
+    assert (token.n_experts, token.top_k, token.load_balance_weight, token.z_loss_weight) == (6, 2, 0.5, 0.25)
+    choice = build_model(load(["ffn=moe", *SMALL, "ffn.n_experts=8", "ffn.capacity_factor=2"])).blocks[0].ffn
+    assert (choice.n_experts, choice.capacity_factor) == (8, 2)
+
+
+def test_auxiliary_losses_of_all_layers_are_summed() -> None:
+    model = build_model(load(["ffn=moe_token_choice", *SMALL, "replaced=all"]))
+    assert model.auxiliary_loss() is None
+    model(torch.randint(257, (2, 6)))
+    losses = [block.ffn.auxiliary_loss.item() for block in model.blocks]
+    assert len(losses) == 2 and min(losses) > 0
+    assert model.auxiliary_loss().item() == pytest.approx(sum(losses))
+    dense = build_model(load(["ffn=dense", *SMALL]))
+    dense(torch.randint(257, (2, 6)))
+    assert dense.auxiliary_loss() is None
+
+
+def test_starts_with_the_documented_variances() -> None:
+    torch.manual_seed(0)
+    model = build_model(load(["ffn=dense", "size=d128", "size.n_layers=2", "data.vocab_size=512"]))
+    block = model.blocks[1]
+    wanted = {
+        model.embedding: 128**-0.5,
+        block.attention.qkv: 128**-0.5,
+        block.attention.out: 128**-0.5 / 2,  # sqrt(2 x 2 layers)
+        block.ffn.down: 128**-0.5,
+        block.ffn.up: 512**-0.5 / 2,
+    }
+    for module, std in wanted.items():
+        assert module.weight.std().item() == pytest.approx(std, rel=0.03)
+        assert module.weight.mean().item() == pytest.approx(0, abs=0.03 * std)
+
+
+@pytest.mark.parametrize("ffn", ["dense", "moe", "moe_token_choice", "pkm", "peer"])
+def test_an_untrained_model_knows_nothing(ffn: str) -> None:
+    torch.manual_seed(0)
+    model = build_model(load([f"ffn={ffn}", "size=d32", "data.vocab_size=300", "context=16"]))
+    tokens = torch.randint(300, (16, 17))
+    loss = torch.nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).item()
+    # Logits of a tied head have the variance of about 1 that costs half a nat over the even guess.
+    assert math.log(300) - 0.1 < loss < math.log(300) + 1.0
+
+
+@pytest.mark.parametrize("ffn", ["dense", "moe", "moe_token_choice", "pkm", "peer"])
+def test_every_parameter_is_trained(ffn: str) -> None:
+    torch.manual_seed(0)
+    model = build_model(load([f"ffn={ffn}", *SMALL, "replaced=all"]))
+    tokens = torch.randint(257, (16, 6))
+    loss = torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.roll(-1).flatten())
+    loss = loss if model.auxiliary_loss() is None else loss + model.auxiliary_loss()
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name

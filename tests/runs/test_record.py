@@ -1,0 +1,202 @@
+import functools
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peerscale.config import load, to_dict
+from peerscale.errors import UserError
+from peerscale.runs.record import (
+    RECIPE_VERSION,
+    SCHEMA_VERSION,
+    Record,
+    Status,
+    differing_keys,
+    fingerprint,
+    parse_record,
+    read_record,
+    science,
+    write_record,
+)
+from peerscale.sweeper import single_cell
+from toy_study import CORPUS, record_of
+
+
+def record(status: Status = Status.DONE, **fields: Any) -> Record:
+    return record_of(single_cell(load(["ffn=peer"]), ["ffn=peer"]), status, **fields)
+
+
+@pytest.mark.parametrize("status", Status)
+def test_round_trips_through_its_file(tmp_path: Path, status: Status) -> None:
+    full = record(
+        status,
+        reason="line one — é",
+        sequence_losses=[5.1, 4.25],
+        router={"expert_usage": 0.75, "unevenness": 1.5, "usage_tokens": 131072},
+        environment={"hardware": "abacus", "n_threads": 1, "git_commit": None, "versions": {"torch": "2.8"}},
+        bit_exact=False,
+        traceback="Traceback:\n  ...",
+    )
+    write_record(tmp_path / "cell", full)
+    back = read_record(tmp_path / "cell")
+    assert back is not None
+    assert back.status is status
+    assert json.loads(json.dumps(asdict(back))) == json.loads(json.dumps(asdict(full)))
+    assert fingerprint(back.science) == full.fingerprint
+    assert [path.name for path in (tmp_path / "cell").iterdir()] == ["record.json"]
+
+
+def test_a_loss_that_is_no_number_round_trips(tmp_path: Path) -> None:
+    write_record(tmp_path, record(evaluation={"validation": {"loss": float("nan"), "ppl": float("inf")}}))
+    back = read_record(tmp_path)
+    assert back is not None
+    assert back.evaluation["validation"]["loss"] != back.evaluation["validation"]["loss"]
+    assert back.evaluation["validation"]["ppl"] == float("inf")
+
+
+def test_a_cell_that_was_never_run_has_none(tmp_path: Path) -> None:
+    assert read_record(tmp_path) is None
+    assert read_record(tmp_path / "nosuch") is None
+
+
+def broken(tmp_path: Path, **change: Any) -> str:
+    tree = {**json.loads(json.dumps(asdict(record()))), **change}
+    (tmp_path / "record.json").write_text(json.dumps({key: value for key, value in tree.items() if value != "GONE"}))
+    with pytest.raises(UserError) as refused:
+        read_record(tmp_path)
+    return str(refused.value)
+
+
+def test_another_schema_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    for version in (SCHEMA_VERSION + 1, SCHEMA_VERSION - 1, None, "1"):
+        message = broken(tmp_path, schema_version=version)
+        assert message == f"{path}: schema version {version}, but this peerscale reads version {SCHEMA_VERSION}"
+    assert "schema version None" in broken(tmp_path, schema_version="GONE")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"mood": "good", "colour": "red"}, "unknown fields colour, mood"),
+        ({"status": "resting"}, "status"),
+        ({"fingerprint": "GONE"}, "fingerprint"),
+        ({"plan": None}, "plan"),
+        ({"params": {"ffn": "many"}}, "params.ffn"),
+        ({"evaluation": {"validation": {"loss": "low"}}}, "evaluation.validation.loss"),
+    ],
+)
+def test_what_is_no_record_is_refused_naming_the_field(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    message = broken(tmp_path, **change)
+    assert message.startswith(f"{tmp_path / 'record.json'}: {said}")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(("text", "said"), [("{", "not JSON"), ("", "not JSON"), ("[1]", "schema version None")])
+def test_a_file_that_holds_no_record_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "record.json").write_text(text)
+    with pytest.raises(UserError, match=said):
+        read_record(tmp_path)
+
+
+def test_a_line_of_a_published_study_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"records\.jsonl:7: schema version 9"):
+        parse_record({"schema_version": 9}, "records.jsonl:7")
+
+
+# The fingerprint
+
+BASE = ("ffn=peer", "size=d16", "budget=1e12")
+
+
+@functools.cache
+def hashed(*overrides: str, corpus: str = CORPUS) -> str:
+    return fingerprint(science(load([*BASE, *overrides]), corpus))
+
+
+def test_is_16_hexadecimal_digits_and_stable() -> None:
+    assert len(hashed()) == 16 and int(hashed(), 16) >= 0
+    assert hashed() == hashed("ffn=peer", "seed=0")
+    tree = science(load(BASE), CORPUS)
+    assert fingerprint(dict(reversed(tree.items()))) == fingerprint(tree)
+    assert fingerprint(json.loads(json.dumps(tree))) == fingerprint(tree)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("seed=1", "budget=1.1e12", "replaced=all", "batch_sequences=32", "context=32", "precision=bf16"),
+        *("size.d_model=32", "size.n_layers=5", "size.n_heads=2"),
+        *("ffn=pkm", "ffn.n_experts=1024", "ffn.top_k=8", "ffn.n_heads=2", "++ffn.query_norm=false", "++ffn.d_key=16"),
+        *("++ffn.activation=relu", "++ffn.score=sigmoid", "++ffn.query_bias=false", "++ffn.shared_keys=false"),
+        *("optim.lr=0.1", "optim.table_lr=0.1", "optim.lr_rule=constant", "optim.warmup_fraction=0.2"),
+        *("optim.final_lr_fraction=0", "optim.weight_decay=0", "optim.beta1=0.8", "optim.beta2=0.9", "optim.eps=1e-7"),
+        *("optim.grad_clip=2", "data.vocab_size=1024", "data.evaluation.validation=1024", "data.val_set=speeches"),
+    ],
+)
+def test_changes_with_everything_that_changes_the_result(override: str) -> None:
+    assert hashed(override) != hashed()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("trainer.threads=2", "trainer.kernel=reference", "trainer.compile=off", "trainer.accelerator=cpu"),
+        *("trainer.checkpoint_every_s=1", "trainer.log_every_steps=1", "trainer.keep_checkpoint=true"),
+        *("trainer.runs_directory=elsewhere", "tracking.mode=online", "tracking.tags=[a]", "tracking.id_salt=x"),
+        *("data.directory=elsewhere", "++data.path=elsewhere", "data.train_tokens=12345", "data.max_epochs=3"),
+        "min_steps=3",
+    ],
+)
+def test_stays_with_everything_that_does_not(override: str) -> None:
+    assert hashed(override) == hashed()
+
+
+def test_every_key_is_either_hashed_or_known_to_be_operational() -> None:
+    config = load(BASE)
+    left_out = {
+        *(f"trainer.{key}" for key in to_dict(config)["trainer"]),
+        *(f"tracking.{key}" for key in to_dict(config)["tracking"]),
+        *("min_steps", "data.directory", "data.path", "data.train_tokens", "data.max_epochs"),
+    }
+    assert {*flat(to_dict(config))} - {*flat(science(config, CORPUS))} == left_out
+    assert {*flat(science(config, CORPUS))} - {*flat(to_dict(config))} == {"data_fingerprint", "recipe_version"}
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    return [
+        key
+        for name, value in tree.items()
+        for key in (flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [f"{prefix}{name}"])
+    ]
+
+
+def test_changes_with_the_corpus_and_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load(BASE)
+    before = fingerprint(science(config, CORPUS))
+    assert fingerprint(science(config, "f" * 16)) != before
+    monkeypatch.setattr("peerscale.runs.record.RECIPE_VERSION", RECIPE_VERSION + 1)
+    assert fingerprint(science(config, CORPUS)) != before
+
+
+def test_differing_keys_are_dotted_and_in_order() -> None:
+    old = {"a": 1, "ffn": {"top_k": 8, "method": "peer"}, "size": {"d_model": 8}, "gone": None, "gone_too": 1}
+    new = {"a": 1, "ffn": {"top_k": 16, "method": "peer"}, "size": 3, "new": "x"}
+    assert differing_keys(old, new) == [
+        "ffn.top_k 8 -> 16",
+        "gone_too 1 -> None",
+        "new None -> 'x'",
+        "size {'d_model': 8} -> 3",
+    ]
+    assert differing_keys(old, old) == []
+
+
+def test_two_configurations_differ_in_what_was_changed() -> None:
+    old = load(BASE)
+    new = replace(old, seed=3, optim=replace(old.optim, lr=0.5))
+    assert differing_keys(science(old, CORPUS), science(new, CORPUS)) == [
+        f"optim.lr {old.optim.lr} -> 0.5",
+        "seed 0 -> 3",
+    ]

@@ -1,0 +1,60 @@
+"""Where a study's files are found, and which rows make one curve."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from peerscale.errors import UserError
+from peerscale.runs.study import collected, find_study, method_names, published, read_json, usable
+
+
+def table(*rows: tuple[str, str | None, str]) -> pd.DataFrame:
+    frame = pd.DataFrame(rows, columns=["method", "variant", "cell"])
+    return frame.assign(seed=0)
+
+
+def test_collected_study_comes_before_the_published_one(tmp_path: Path) -> None:
+    runs, results = tmp_path / "runs", tmp_path / "results"
+    with pytest.raises(UserError, match=r"analysis/collect\.py abc"):
+        find_study("abc", runs, results)
+    for study in (published("abc", results), collected("abc", runs)):
+        study.folder.mkdir(parents=True)
+        study.runs.write_text("cell\n")
+        assert find_study("abc", runs, results) == study
+    assert find_study("abc", runs, results).folder == runs / "abc" / "study"
+
+
+def test_a_curve_is_named_by_method_and_variant() -> None:
+    rows = table(("moe", None, "moe-d8-1e11-s0"), ("moe", "token_choice", "moe_token_choice-d8-1e11-s0"))
+    assert list(method_names(rows)) == ["moe", "moe_token_choice"]
+
+
+def test_arms_of_an_axis_are_curves_of_their_own() -> None:
+    rows = table(
+        ("dense", None, "dense-d8-1e11-s0"),
+        ("peer", None, "peer-d8-1e11-lr=1e-3-s0"),
+        ("peer", None, "peer-d8-1e11-lr=3e-3-top_k=8-s0"),
+    )
+    assert list(method_names(rows)) == ["dense", "peer lr=1e-3", "peer lr=3e-3-top_k=8"]
+
+
+def test_a_setting_common_to_all_cells_is_no_arm() -> None:
+    rows = table(("dense", None, "dense-d8-1e11-data=text-s0"), ("peer", None, "peer-d8-1e11-data=text-s0"))
+    assert list(method_names(rows)) == ["dense", "peer"]
+
+
+def test_only_finished_cells_with_a_loss_are_usable() -> None:
+    rows = pd.DataFrame(
+        {"status": ["done", "diverged", "done", "done", "failed"], "val_loss": [4.0, 5.0, float("inf"), None, None]}
+    )
+    assert list(usable(rows)) == [True, False, False, False, False]
+
+
+def test_broken_json_is_one_clear_line(tmp_path: Path) -> None:
+    path = tmp_path / "fits.json"
+    with pytest.raises(UserError, match="not there"):
+        read_json(path)
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"fits\.json: not JSON"):
+        read_json(path)

@@ -1,0 +1,398 @@
+import functools
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peerscale.config import ConfigError, load, load_sweep
+from peerscale.errors import UserError
+from peerscale.files import ROOT
+from peerscale.plan import Verdict
+from peerscale.runs.machine import cpu_name
+from peerscale.runs.record import Status, fingerprint, science, write_record
+from peerscale.runs.speed import GUESS_FLOPS_PER_S, estimate_s, measured_speeds
+from peerscale.sweeper import (
+    Cell,
+    budget_name,
+    cell_name,
+    pending_cells,
+    planned_cells,
+    short_methods,
+    single_cell,
+    state,
+)
+from toy_study import CORPUS, TOY, record_of, write_study
+
+SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Write:
+    """Writes a study, from its `sweep` section and other settings, into this test's folder."""
+    return functools.partial(write_study, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> list[Cell]:
+    return planned_cells(write_study(tmp_path_factory.mktemp("toy"), settings="min_steps: 65"))
+
+
+@pytest.fixture
+def cells(toy: list[Cell], tmp_path: Path) -> list[Cell]:
+    """The cells of the toy study, three of them dropped, kept in this test's folder."""
+    return [
+        replace(
+            cell,
+            config=replace(cell.config, trainer=replace(cell.config.trainer, runs_directory=str(tmp_path / "runs"))),
+        )
+        for cell in toy
+    ]
+
+
+def assert_planned_is_what_a_job_loads(cells: Sequence[Cell], file: Path) -> None:
+    """The sweeper composes layers and sizes, and puts cells together itself; the job of a launcher composes its own."""
+    for cell in cells:
+        config = load(cell.overrides, sweep=file)
+        assert config == cell.config
+        assert single_cell(config, cell.overrides, cell.sweep) == cell
+
+
+# Every file in sweeps/
+
+
+@functools.cache
+def planned(name: str) -> list[Cell]:
+    return planned_cells(name)
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
+def test_every_study_plans(file: Path) -> None:
+    cells = planned(file.stem)
+    assert cells
+    for cell in cells:
+        assert cell.sweep == file.stem
+        assert cell.plan.verdict is Verdict.OK or cell.plan.reason
+        assert cell.folder == ROOT / "runs" / file.stem / cell.name
+    names = [cell.name for cell in cells]
+    assert len({*names}) == len(names)
+    fingerprints = [fingerprint(science(cell.config, CORPUS)) for cell in cells]
+    assert len({*fingerprints}) == len(fingerprints), "two cells of one result"
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
+def test_names_are_method_size_budget_axes_seed(file: Path) -> None:
+    for cell in planned(file.stem):
+        config, axes = cell.config, r"(?:-[a-z_0-9]+=[\w.+-]+)*"
+        head = re.escape(f"{config.ffn.name}-{config.size.name}-{budget_name(config.budget)}")
+        assert re.fullmatch(rf"{head}{axes}-s{config.seed}", cell.name)
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
+def test_every_study_plans_what_its_jobs_load(file: Path) -> None:
+    cells = planned(file.stem)
+    assert_planned_is_what_a_job_loads(cells[:: -(-len(cells) // 15)], file)
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
+def test_every_study_keeps_the_sizes_that_a_parabola_wants(file: Path) -> None:
+    cells = planned(file.stem)
+    assert short_methods(cells, load_sweep(file.stem).min_sizes) == []
+
+
+# Studies made up here
+
+
+def test_the_product_of_methods_pairs_axes_and_seeds(study: Write) -> None:
+    cells = planned_cells(
+        study(
+            "{methods: [dense, peer], grid: [{budget: 1e10, sizes: [d8, d12]}, {budget: 3e10, sizes: [d16]}], "
+            "seeds: [0, 5], axes: {optim.weight_decay: [0.0, 0.1]}, method_axes: {peer: {optim.table_lr: [1e-3, 0.5]}}}"
+        )
+    )
+    names = [cell.name for cell in cells]
+    assert len(names) == 3 * 2 * 2 + 3 * 2 * 2 * 2
+    assert names[0] == "dense-d8-1e10-weight_decay=0.0-s0"
+    assert names[1] == "dense-d8-1e10-weight_decay=0.0-s5"
+    assert names[-1] == "peer-d16-3e10-weight_decay=0.1-table_lr=0.5-s5"
+    last = cells[-1].config
+    assert (last.ffn.method, last.size.d_model, last.budget, last.seed) == ("peer", 16, 3e10, 5)
+    assert (last.optim.weight_decay, last.optim.table_lr) == (0.1, 0.5)
+    assert {(cell.config.budget, cell.config.size.name) for cell in cells} == {
+        (1e10, "d8"),
+        (1e10, "d12"),
+        (3e10, "d16"),
+    }
+
+
+@pytest.mark.parametrize(
+    "sweep",
+    [
+        "{methods: [dense, peer, moe], grid: [{budget: 1e10, sizes: [d8, d112]}, {budget: 1.25e11, sizes: [d20]}]}",
+        "{methods: [peer], grid: [{budget: 1e10, sizes: [d8]}], axes: {replaced: [middle, all, [1, 3]]}}",
+        "{methods: [peer], grid: [{budget: 1e9, sizes: [d8, d16]}], axes: {size.n_layers: [2, 6], size.n_heads: [1]}}",
+        "{methods: [pkm], grid: [{budget: 1e10, sizes: [d8]}], axes: {ffn.n_experts: [64, 256], ffn.top_k: [4, 8]}}",
+        "{methods: [peer], grid: [{budget: 1e10, sizes: [d8]}], axes: {optim.table_lr: [null, 0.01, 1]}}",
+        "{methods: [dense], grid: [{budget: 1e10, sizes: [d8]}], axes: {optim.lr_rule: [constant]}, seeds: [3, 4]}",
+        "{methods: [dense], grid: [{budget: 1e10, sizes: [d8]}], axes: {trainer.keep_checkpoint: [true]}}",
+        "{methods: [dense, moe], grid: [{budget: 1e10, sizes: [d8]}], method_axes: {moe: {ffn.n_experts: [4, 8]}}}",
+    ],
+)
+def test_plans_what_its_jobs_load(study: Write, sweep: str) -> None:
+    file = study(sweep, "context: 32\nsize: {n_layers: 3}\noptim: {beta2: 0.9}")
+    assert_planned_is_what_a_job_loads(planned_cells(file), file)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["size.n_layers=2", "size.n_heads=1", "optim.lr=0.1"],
+        ["++ffn.top_k=8", "++ffn.n_experts=256", "++ffn.n_heads=1"],
+        ["trainer.threads=2", "tracking=disabled", "tracking.tags=[a,b]"],
+        ["replaced=all", "context=32"],
+    ],
+    ids=" ".join,
+)
+def test_overrides_of_every_cell_reach_its_job(study: Write, overrides: list[str]) -> None:
+    sweep = TOY if not overrides[0].startswith("++ffn") else TOY.replace("dense, peer", "pkm, peer")
+    file = study(sweep)
+    cells = planned_cells(file, overrides)
+    assert len(cells) == 8
+    assert_planned_is_what_a_job_loads(cells[::3], file)
+
+
+@pytest.mark.xfail(strict=True, reason="planned with the file's value, run by the job with the override's")
+@pytest.mark.parametrize("overrides", [["budget=1e12"], ["seed=3"], ["size=d32"], ["++size.n_layers=2"]], ids=" ".join)
+def test_an_override_of_what_the_study_names_is_refused_or_reaches_plan_and_job(
+    study: Write, overrides: list[str]
+) -> None:
+    file = study(TOY)
+    try:
+        cells = planned_cells(file, overrides)
+    except ConfigError:
+        return
+    assert_planned_is_what_a_job_loads(cells[-1:], file)
+
+
+@pytest.mark.xfail(strict=True, reason="the axis wins in the plan's size, the override in the job's")
+def test_an_override_of_an_axis_of_the_size_is_refused_or_reaches_plan_and_job(study: Write) -> None:
+    file = study("{methods: [dense], grid: [{budget: 1e10, sizes: [d16]}], axes: {size.n_heads: [2]}}")
+    try:
+        cells = planned_cells(file, ["size.n_heads=4"])
+    except ConfigError:
+        return
+    assert_planned_is_what_a_job_loads(cells[-1:], file)
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        (
+            "{methods: [dense, dense], grid: [{budget: 1e10, sizes: [d8]}]}",
+            "toy.yaml describes 1 cells twice, dense-d8-",
+        ),
+        ("{methods: [dense], grid: [{budget: 1e10, sizes: [d8, d8]}]}", "describes 1 cells twice, dense-d8-1e10-s0"),
+        ("{methods: [dense], grid: [{budget: 1e10, sizes: [d8]}], seeds: [1, 1]}", "twice, dense-d8-1e10-s1 among"),
+        ("{methods: [dens], grid: [{budget: 1e10, sizes: [d8]}]}", "'ffn/dens'"),
+        ("{methods: [dense], grid: [{budget: 1e10, sizes: [d9]}]}", "'size/d9'"),
+        ("{methods: [dense], grid: [{budget: 1e10, sizes: [d8]}], axes: {optim.nosuch: [1]}}", "optim.nosuch"),
+        (
+            "{methods: [dense], grid: [{budget: 1e10, sizes: [d8]}], axes: {optim.lr: [-1]}}",
+            "optim.lr: input should be",
+        ),
+        ("{methods: [dense], grid: []}", "grid: list should have at least 1 item"),
+    ],
+)
+def test_a_wrong_study_is_refused_in_one_line(study: Write, sweep: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)) as refused:
+        planned_cells(study(sweep))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.xfail(strict=True, raises=(IndexError, ValueError), reason="not checked: a traceback in place of a line")
+@pytest.mark.parametrize(
+    "sweep",
+    [
+        "{methods: [dense], grid: [{budget: 1e10, sizes: [d8]}], axes: {optim.lr: []}}",
+        "{methods: [dense], grid: [{budget: 1e10, sizes: [d8]}], seeds: [-1]}",
+    ],
+)
+def test_a_study_of_no_possible_cell_is_refused(study: Write, sweep: str) -> None:
+    try:
+        planned_cells(study(sweep))
+    except ConfigError:
+        return
+    except ValueError as error:
+        raise error
+    pytest.fail("planned")
+
+
+@pytest.mark.xfail(strict=True, reason="planned_cells ignores the axes of a method that the study does not have")
+def test_axes_of_a_method_that_is_not_in_the_study_are_refused(study: Write) -> None:
+    with pytest.raises(ConfigError, match="per"):
+        planned_cells(
+            study("{methods: [peer], grid: [{budget: 1e10, sizes: [d8]}], method_axes: {per: {optim.table_lr: [1]}}}")
+        )
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        (["ffn=peer", "size=d64", "budget=1e12"], "peer-d64-1e12-s0"),
+        (["ffn=moe_token_choice", "seed=7"], "moe_token_choice-d32-2e11-s7"),
+        (["ffn=peer", "ffn.top_k=8", "optim.lr=1e-3"], "peer-d32-2e11-top_k=8-lr=1e-3-s0"),
+        (["replaced=[1,3]"], "dense-d32-2e11-replaced=1_3-s0"),
+        (["ffn=peer", "++ffn.query_norm=false"], "peer-d32-2e11-query_norm=false-s0"),
+        (["trainer.threads=2", "tracking=disabled", "data.directory=x", "trainer=cpu"], "dense-d32-2e11-s0"),
+        (["size.n_layers=6"], "dense-d32-l6-2e11-n_layers=6-s0"),
+        (["data.vocab_size=512", "context=32"], "dense-d32-2e11-vocab_size=512-context=32-s0"),
+    ],
+)
+def test_a_cells_name_says_what_is_its_own(overrides: list[str], name: str) -> None:
+    assert cell_name(load(overrides), overrides) == name
+
+
+@pytest.mark.xfail(strict=True, reason="min_steps, max_epochs, train_tokens change no result but are named as axes")
+@pytest.mark.parametrize("override", ["min_steps=10", "data.max_epochs=2", "data.train_tokens=100000000"])
+def test_what_the_fingerprint_leaves_out_is_not_in_the_name(override: str) -> None:
+    plain, changed = load([]), load([override])
+    assert science(plain, CORPUS) == science(changed, CORPUS)
+    assert cell_name(changed, [override]) == cell_name(plain, [])
+
+
+@pytest.mark.parametrize(
+    ("budget", "name"),
+    [(3e11, "3e11"), (1.5e12, "1.5e12"), (6e18, "6e18"), (1e10, "1e10"), (2.25e9, "2.25e9"), (9.99999999e11, "1e12")],
+)
+def test_budget_names(budget: float, name: str) -> None:
+    assert budget_name(budget) == name
+
+
+@given(st.floats(1e3, 1e25))
+def test_a_budgets_name_is_the_budget(budget: float) -> None:
+    assert float(budget_name(budget)) == pytest.approx(budget, rel=1e-5)
+
+
+def test_a_single_cell_belongs_to_no_study() -> None:
+    config = load(["ffn=peer"])
+    cell = single_cell(config, ["ffn=peer"])
+    assert cell.folder == ROOT / "runs/single/peer-d32-2e11-s0"
+    assert (cell.config, cell.overrides) == (config, ("ffn=peer",))
+
+
+# What is still to be run
+
+
+def test_longest_first_without_what_is_done_or_dropped(cells: list[Cell]) -> None:
+    assert sum(cell.plan.verdict is Verdict.DROP for cell in cells) > 0
+    kept = [cell for cell in cells if cell.plan.verdict is Verdict.OK]
+    assert pending_cells(cells, CORPUS) == sorted(kept, key=lambda cell: cell.estimate_s, reverse=True)
+    for cell, status in zip(kept, (Status.DONE, Status.RUNNING, Status.FAILED), strict=False):
+        write_record(cell.folder, record_of(cell, status))
+    pending = pending_cells(cells, CORPUS)
+    assert {cell.name for cell in pending} == {cell.name for cell in kept[1:]}
+    estimates = [cell.estimate_s for cell in pending]
+    assert estimates == sorted(estimates, reverse=True)
+
+
+def test_the_state_is_the_plans_or_the_records(cells: list[Cell]) -> None:
+    dropped = next(cell for cell in cells if cell.plan.verdict is Verdict.DROP)
+    kept = next(cell for cell in cells if cell.plan.verdict is Verdict.OK)
+    assert state(dropped, CORPUS) is Status.DROPPED
+    assert state(kept, CORPUS) is Status.PENDING
+    for status in (Status.RUNNING, Status.FAILED, Status.DIVERGED, Status.DONE):
+        write_record(kept.folder, record_of(kept, status))
+        assert state(kept, CORPUS) is status
+
+
+def test_a_cell_of_another_configuration_is_refused_naming_what_differs(cells: list[Cell]) -> None:
+    cell = cells[0]
+    write_record(cell.folder, record_of(cell, Status.DONE, config={"context": 32, "precision": "bf16"}))
+    with pytest.raises(UserError) as refused:
+        pending_cells([cell], CORPUS)
+    assert str(refused.value) == (
+        f"{cell.folder} holds a run of another configuration: context 32 -> 64; precision 'bf16' -> 'fp32'. "
+        f"To keep it and go on: mv '{cell.folder}' '{cell.folder}.old'"
+    )
+
+
+def test_a_cell_of_another_corpus_is_refused(cells: list[Cell]) -> None:
+    cell = cells[0]
+    write_record(cell.folder, record_of(cell, Status.DONE, corpus="f" * 16))
+    with pytest.raises(UserError, match=f"data_fingerprint '{'f' * 16}' -> '{CORPUS}'"):
+        state(cell, CORPUS)
+
+
+def test_a_cell_run_with_another_kernel_is_the_same_cell(cells: list[Cell]) -> None:
+    cell, trainer = cells[0], cells[0].config.trainer
+    write_record(cell.folder, record_of(cell, Status.DONE, config={"min_steps": 1}))
+    elsewhere = replace(cell.config, trainer=replace(trainer, kernel="reference", threads=2))
+    assert state(replace(cell, config=elsewhere), CORPUS) is Status.DONE
+
+
+def test_methods_short_of_sizes_are_named(cells: list[Cell]) -> None:
+    assert [cell.name for cell in cells if cell.plan.verdict is Verdict.DROP] == [
+        "dense-d12-1e10-s0",
+        "peer-d8-1e10-s0",
+        "peer-d12-1e10-s0",
+    ]
+    assert short_methods(cells, 1) == ["peer has 0 sizes left at 1e10, fewer than 1"]
+    assert short_methods(cells, 2) == [
+        "dense has 1 sizes left at 1e10, fewer than 2",
+        "peer has 0 sizes left at 1e10, fewer than 2",
+    ]
+    assert len(short_methods(cells, 3)) == 4
+
+
+# How long it takes
+
+
+def test_time_is_a_guess_until_a_cell_of_the_method_is_done(study: Write) -> None:
+    file = study("{methods: [dense, peer], grid: [{budget: 1e10, sizes: [d8]}]}")
+    dense, peer = planned_cells(file)
+    assert dense.estimate_is_guess and peer.estimate_is_guess
+    write_record(dense.folder, record_of(dense, Status.DONE, timing={"flops_per_s": 5e8}))
+    write_record(dense.folder.parent / "torn", record_of(dense, Status.DONE))
+    (dense.folder.parent / "torn/record.json").write_text("{")
+    for cell, guess, rate in zip(planned_cells(file), (False, True), (5e8, GUESS_FLOPS_PER_S), strict=True):
+        assert cell.estimate_is_guess == guess
+        evaluated = cell.plan.evaluation_tokens * cell.plan.cost.flops_per_token / 3
+        assert cell.estimate_s == pytest.approx((cell.plan.flops + evaluated) / rate, abs=2)
+
+
+def test_time_goes_by_the_done_cell_of_the_nearest_cost_and_the_same_threads_and_machine(cells: list[Cell]) -> None:
+    small, middle, _, large = [cell for cell in cells if cell.config.ffn.method == "dense"]
+    runs = small.folder.parents[1]
+    write_record(small.folder, record_of(small, Status.DONE, timing={"flops_per_s": 1e9}))
+    write_record(large.folder, record_of(large, Status.DONE, timing={"flops_per_s": 4e9}))
+    wrong = record_of(middle, Status.DONE, timing={"flops_per_s": 9e15})
+    for name, record in {
+        "failed": replace(wrong, status=Status.FAILED),
+        "other_machine": replace(wrong, environment={"hardware": "abacus", "n_threads": 1}),
+        "more_threads": replace(wrong, environment={"hardware": cpu_name(), "n_threads": 8}),
+        "other_method": replace(wrong, variant="gated"),
+    }.items():
+        write_record(runs / "another_study" / name, record)
+    speeds = measured_speeds(runs)
+    per_token = {cell.name: cell.plan.cost.flops_per_token for cell in (small, middle, large)}
+    assert per_token[middle.name] ** 2 > per_token[small.name] * per_token[large.name], "the large one is the nearer"
+    for cell, rate in ((small, 1e9), (middle, 4e9), (large, 4e9)):
+        seconds, guess = estimate_s(cell.config, cell.plan, speeds)
+        assert not guess
+        assert seconds == pytest.approx(
+            (cell.plan.flops + cell.plan.evaluation_tokens * cell.plan.cost.flops_per_token / 3) / rate, abs=2
+        )
+
+
+def test_a_cells_overrides_are_plain_text_for_any_launcher(cells: list[Cell]) -> None:
+    for cell in cells:
+        assert json.loads(json.dumps(cell.overrides)) == list(cell.overrides)
+        assert all(re.fullmatch(r"[a-z_.]+=\S+", override) for override in cell.overrides)

@@ -1,0 +1,209 @@
+"""Training for real, on a tiny corpus: from text to a figure, interrupted and resumed, failed and diverged."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from peerscale.config import load
+from peerscale.data.prepare import prepare
+from peerscale.files import ROOT
+from peerscale.runs.record import Record, Status, read_record
+from peerscale.runs.table import read_metrics
+from peerscale.sweeper import single_cell
+from peerscale.train import run_cell
+
+LAYERS = sorted(path.stem for path in (ROOT / "conf" / "ffn").glob("*.yaml"))
+
+
+@pytest.fixture(scope="session")
+def corpus_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text with some structure, 400 kB."""
+    words = [f"{a}{b}" for a in ("ba", "ke", "li", "mo", "nu", "ra") for b in ("", "n", "st", "lly", "rk")]
+    state, lines = 1, []
+    for _ in range(12_000):
+        line = []
+        for _ in range(6):
+            state = (state * 1103515245 + 12345) % 2**31
+            line.append(words[(state >> 16) % len(words)])
+        lines.append(" ".join(line))
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def settings(corpus_path: Path, tmp_path: Path) -> list[str]:
+    """Overrides that train in a second and write under tmp_path."""
+    return [
+        "data=text", f"data.path={corpus_path}", "data.vocab_size=300", f"data.directory={corpus_path.parent / 'data'}",
+        "data.evaluation.validation=512", "data.max_epochs=100", "size=d8", "size.n_layers=2",
+        "batch_sequences=16", "context=8", "min_steps=4", f"trainer.runs_directory={tmp_path / 'runs'}",
+        "trainer.log_every_steps=2", "trainer.kernel=native",
+    ]  # fmt: skip
+
+
+def budget(overrides: list[str], steps: int) -> str:
+    """The override that plans `steps` steps."""
+    config = load([*overrides, "budget=1e9"])
+    from peerscale.accounting import cost
+
+    return f"budget={cost(config).flops_per_token * config.tokens_per_step * steps:.10g}"
+
+
+def train(overrides: list[str]) -> tuple[Status, Record]:
+    config = load(overrides)
+    prepare(config.data, quiet=True)
+    cell = single_cell(config, overrides)
+    status = run_cell(cell)
+    record = read_record(cell.folder)
+    assert record is not None
+    return status, record
+
+
+def final_weights(folder: Path) -> dict[str, torch.Tensor]:
+    newest = max((folder / "checkpoints").glob("*.ckpt"))
+    return torch.load(newest, weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_every_layer_trains_and_learns(layer: str, settings: list[str]) -> None:
+    overrides = [*settings, f"ffn={layer}", "tracking=disabled"]
+    _, short = train([*overrides, budget(overrides, 4)])
+    status, record = train([*overrides, budget(overrides, 60)])
+    assert status is Status.DONE
+    assert record.evaluation["validation"]["loss"] < short.evaluation["validation"]["loss"] - 0.5
+    assert ("unevenness" in record.router) == (layer != "dense")
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_interrupted_cell_ends_as_an_unbroken_one(
+    layer: str, precision: str, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [*settings, f"ffn={layer}", f"precision={precision}", "tracking=disabled", "trainer.checkpoint_every_s=1e-9"]
+    overrides = [*settings, budget(settings, 13), "trainer.keep_checkpoint=true"]
+    _, unbroken = train([*overrides, f"trainer.runs_directory={tmp_path / 'unbroken'}"])
+
+    from peerscale.training.module import LanguageModel
+
+    calls, step = [], LanguageModel.training_step
+
+    def break_off(self: LanguageModel, tokens: torch.Tensor, batch_idx: int) -> dict[str, torch.Tensor]:
+        calls.append(batch_idx)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return step(self, tokens, batch_idx)
+
+    monkeypatch.setattr(LanguageModel, "training_step", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        train(overrides)
+    status, resumed = train(overrides)
+    assert status is Status.DONE
+    assert len(calls) == 7 + 1 + 6, "seven steps, one broken off, and only the six that were missing"
+    assert resumed.bit_exact
+    assert resumed.sequence_losses == unbroken.sequence_losses
+    assert resumed.evaluation == unbroken.evaluation
+    cell = f"single/{resumed.cell}"
+    ours, theirs = (final_weights(tmp_path / where / cell) for where in ("runs", "unbroken"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    rows, expected = (
+        [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in read_metrics(tmp_path / where / cell)]
+        for where in ("runs", "unbroken")
+    )
+    assert rows == expected
+
+
+def test_a_truncated_checkpoint_falls_back_to_the_one_before(settings: list[str], tmp_path: Path) -> None:
+    from peerscale.training.checkpoint import checkpoints, newest_readable
+
+    overrides = [*settings, "tracking=disabled", "trainer.checkpoint_every_s=1e-9", "trainer.keep_checkpoint=true"]
+    _, record = train([*overrides, budget(settings, 6)])
+    folder = tmp_path / "runs" / "single" / record.cell / "checkpoints"
+    newest, before = checkpoints(folder)
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert newest_readable(folder) == (before, 5)
+
+
+def test_a_done_cell_is_not_run_again_and_another_configuration_is_refused(settings: list[str]) -> None:
+    from peerscale.errors import UserError
+
+    overrides = [*settings, "tracking=disabled", budget(settings, 6)]
+    _, first = train(overrides)
+    _, second = train([*overrides, "trainer.threads=2"])
+    assert second == first, "threads don't change what a cell is"
+    config = load([*overrides, "optim.weight_decay=0.5"])
+    cell = single_cell(config, overrides)  # the same name, as if conf/ had been edited
+    with pytest.raises(UserError, match=r"another configuration: optim.weight_decay 0.1 -> 0.5"):
+        run_cell(cell)
+
+
+def test_a_diverging_cell_is_recorded(settings: list[str]) -> None:
+    status, record = train([*settings, "tracking=disabled", budget(settings, 8), "optim.lr=1e30", "optim.warmup_fraction=0"])
+    assert status is Status.DIVERGED
+    assert "loss is" in record.reason
+
+
+def test_a_failing_cell_is_recorded_with_its_traceback(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from peerscale.training.module import LanguageModel
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of something")
+
+    monkeypatch.setattr(LanguageModel, "training_step", fail)
+    status, record = train([*settings, "tracking=disabled", budget(settings, 6)])
+    assert status is Status.FAILED
+    assert record.reason == "RuntimeError: out of something"
+    assert "training_step" in record.traceback or "fail" in record.traceback
+
+
+def test_wandb_receives_what_metrics_jsonl_holds(settings: list[str], tmp_path: Path) -> None:
+    _, record = train([*settings, "ffn=peer", budget(settings, 8)])
+    folder = tmp_path / "runs" / "single" / record.cell
+    (run,) = (folder / "wandb").glob("offline-run-*")
+    command = [Path(sys.executable).parent / "wandb", "leet", "inspect", "--json", run]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+    text = "\n".join(lines)
+    for row in read_metrics(folder):
+        assert json.dumps(row["tokens"]) in text
+        assert repr(row["loss"])[:8] in text
+    assert record.cell in text
+    assert "train/loss" in text
+
+
+def run_command(*arguments: object, cwd: Path = ROOT, timeout: int = 240) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@pytest.fixture
+def sweep_file(settings: list[str], tmp_path: Path) -> Path:
+    """A study of four cells, one of them dropped and one of them diverging."""
+    values = dict(setting.split("=", 1) for setting in settings if setting.split("=")[0] not in ("data", "size"))
+    lines = [f"{key}: {value}" for key, value in values.items() if "." not in key]
+    steps = budget(settings, 12).removeprefix("budget=")
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
+        "\n".join(
+            [
+                "defaults: [config, {override data: text}, {override tracking: disabled}, _self_]",
+                "hydra: {mode: MULTIRUN}",
+                "sweep:",
+                "  methods: [dense, peer]",
+                f"  grid: [{{budget: {steps}, sizes: [d8, d32]}}]",
+                "  method_axes: {peer: {optim.lr: [6e-3, 1e30]}}",
+                *lines,
+                *(
+                    f"{group}: {{{', '.join(f'{k.split(".", 1)[1]}: {v}' for k, v in values.items() if k.startswith(group + '.') and k.count('.') == 1)}}}"
+                    for group in ("data", "trainer")
+                ),
+            ]
+        )
+    )
+    return path

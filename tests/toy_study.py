@@ -1,0 +1,51 @@
+"""A study of a few tiny cells, kept wholly in a test's own folder, and the records that its cells would leave."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from peerscale.runs.machine import cpu_name
+from peerscale.runs.record import Record, Status, fingerprint, science
+from peerscale.runs.study import plan_summary
+from peerscale.sweeper import Cell
+
+CORPUS = "0123456789abcdef"
+"""Stands for the fingerprint of a prepared corpus."""
+
+TOY = "{methods: [dense, peer], grid: [{budget: 1e10, sizes: [d8, d12]}, {budget: 3e10, sizes: [d12, d16]}]}"
+"""At `min_steps=65` three of its eight cells are dropped: d12 of dense and both sizes of peer at 1e10."""
+
+
+def write_study(folder: Path, sweep: str = TOY, settings: str = "") -> Path:
+    """A study's file, from its `sweep` section and other settings; cells and data belong in the same folder."""
+    file = folder / "toy.yaml"
+    file.write_text(
+        f"defaults: [config, _self_]\nsweep: {sweep}\n"
+        f"trainer: {{runs_directory: {folder / 'runs'}}}\ndata: {{directory: {folder / 'data'}}}\n{settings}\n"
+    )
+    return file
+
+
+def record_of(
+    cell: Cell, status: Status, *, corpus: str = CORPUS, config: dict[str, Any] | None = None, **fields
+) -> Record:
+    """The record of a cell, `config` changed in its configuration and `fields` in the record."""
+    changed = replace(cell.config, **(config or {}))
+    hashed = science(changed, corpus)
+    common = {
+        "sweep": cell.sweep,
+        "cell": cell.name,
+        "status": status,
+        "fingerprint": fingerprint(hashed),
+        "science": hashed,
+        "method": changed.ffn.method,
+        "variant": changed.ffn.variant,
+        "plan": plan_summary(changed, cell.plan),
+        "params": cell.plan.cost.params,
+        "flops_per_token": cell.plan.cost.flops,
+        "environment": {"hardware": cpu_name(), "n_threads": changed.trainer.threads},
+    }
+    if status is Status.DONE:
+        loss = {"loss": 5.25, "se": 0.125, "tokens": 131072.0, "bits_per_byte": 2.5, "ppl": 190.5}
+        common |= {"evaluation": {"validation": loss}, "timing": {"wall_s": 2.0, "flops_per_s": 1e9}}
+    return Record(**{**common, **fields})

@@ -1,0 +1,81 @@
+"""Colours that stay, labels that read well, files that repeat."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from matplotlib.colors import to_rgb
+
+from peerscale.viz import style
+
+
+def test_known_methods_keep_their_colours_whatever_else_is_drawn() -> None:
+    alone = {name: style.colours([name])[name] for name in style.COLOURS}
+    assert alone == style.COLOURS
+    together = style.colours(["mine", *style.COLOURS])
+    assert {name: together[name] for name in alone} == alone
+
+
+def test_unknown_methods_get_colours_of_their_own() -> None:
+    names = ["mine", "yours", "peer n_experts=16384", "peer n_experts=65536", "gated"]
+    chosen = style.colours([*names, "dense"])
+    assert len(set(chosen.values())) == len(chosen)
+    assert style.colours(list(reversed(names))) == style.colours(names)
+    assert style.colours(["mine"])["mine"] in style.SPARE_COLOURS
+
+
+def test_colours_differ_in_lightness_or_hue_for_the_colour_blind() -> None:
+    """Dichromats see two dimensions: no two methods may be close in both lightness and blue-yellow."""
+    points = []
+    for colour in style.COLOURS.values():
+        red, green, blue = to_rgb(colour)
+        points.append((0.299 * red + 0.587 * green + 0.114 * blue, blue - (red + green) / 2))
+    for i, a in enumerate(points):
+        for b in points[:i]:
+            assert abs(a[0] - b[0]) + abs(a[1] - b[1]) > 0.15
+
+
+def test_order_and_labels() -> None:
+    names = style.ordered(["peer", "gated", "pkm", "dense", "pkm", "a_layer"])
+    assert names == ["dense", "pkm", "peer", "a_layer", "gated"]
+    assert [style.label(n) for n in ("moe", "moe_token_choice", "peer top_k=8", "a_layer")] == [
+        "MoE (expert choice)",
+        "MoE (token choice)",
+        "PEER top_k=8",
+        "a layer",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("budget", "title"),
+    [(1e11, "$10^{11}$ FLOPs"), (3e11, r"$3 \times 10^{11}$ FLOPs"), (2.5e18, r"$2.5 \times 10^{18}$ FLOPs")],
+)
+def test_budget_title(budget: float, title: str) -> None:
+    assert style.budget_title(budget) == title
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(105, "105"), (1500, "1.5k"), (3e5, "300k"), (1e6, "1M"), (2e9, "2G"), (6e18, "6e18")]
+)
+def test_short_number(value: float, text: str) -> None:
+    assert style.short_number(value) == text
+
+
+def test_files_repeat_byte_for_byte_in_another_process(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from peerscale.viz import style\n"
+        "with style.applied():\n"
+        "    figure, axes = style.panels(2)\n"
+        "    axes[0].plot([1, 2], [3, 4]); axes[1].set_title(style.budget_title(3e11)); style.caption(figure, 'note')\n"
+        "style.save(figure, Path(sys.argv[1]))\n"
+    )
+    for name, seed in (("first", "1"), ("second", "2")):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-c", program, str(tmp_path / name)], check=True, env=environment)
+    for kind in ("png", "pdf"):
+        first, second = ((tmp_path / f"{name}.{kind}").read_bytes() for name in ("first", "second"))
+        assert first == second
+        assert b"CreationDate" not in first and b"Matplotlib" not in first
+    assert {path.name for path in tmp_path.iterdir()} == {"first.png", "first.pdf", "second.png", "second.pdf"}
