@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     law, columns = arguments.fit, {name: getattr(arguments, name) for name in arguments.columns}
     options = {name: getattr(arguments, name) for name in arguments.options}
     if arguments.command == "parametric" and arguments.unique_tokens:
-        if not arguments.tokens:
-            raise UserError("--unique-tokens goes with --tokens")
+        if arguments.flops or not arguments.tokens:
+            raise UserError("--unique-tokens goes with --tokens, not with --flops")
         law, columns["unique_tokens"] = fit_data_constrained, arguments.unique_tokens
         del columns["flops"]
     resampling = {name: getattr(arguments, name) for name in ("bootstrap", "seed", "cluster")}

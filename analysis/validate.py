@@ -265,7 +265,8 @@ def granular_design() -> tuple[pd.DataFrame, GranularLaw]:
     runs["N"] = runs["d_model"] ** 2 * (8 * 64 + 4) * runs["blocks"]
     runs["F"] = (72 * runs["d_model"] ** 2 + 14 * 64 * runs["d_model"] * runs["G"]) * runs["D"] * runs["blocks"]
     law = GranularLaw(a=18.1, alpha=0.115, b=30.8, beta=0.147, g=2.1, gamma=0.58, c=0.47)
-    runs["loss"] = law.predict(runs["N"], runs["D"], runs["G"])
+    loss: Any = law.predict(runs["N"], runs["D"], runs["G"])
+    runs["loss"] = loss
     return runs, law
 
 

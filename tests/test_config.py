@@ -46,15 +46,6 @@ def refusal(*overrides: str) -> str:
 NOT_POSITIVE = "input should be greater than 0, not"
 
 MESSAGES = [
-    ("+foo=3", "unknown key foo (value 3)"),
-    ("+size.foo=3", "unknown key size.foo (value 3)"),
-    ("+ffn.foo=x", "unknown key ffn.foo (value 'x')"),
-    ("+optim.lrr=3", "unknown key optim.lrr (value 3)"),
-    ("+data.tokens=3", "unknown key data.tokens (value 3)"),
-    ("+trainer.gpus=1", "unknown key trainer.gpus (value 1)"),
-    ("+tracking.name=me", "unknown key tracking.name (value 'me')"),
-    ("ffn=peer +ffn.routing=token_choice", "unknown key ffn.routing (value 'token_choice')"),
-    ("ffn=dense +ffn.n_experts=4", "unknown key ffn.n_experts (value 4)"),
     ("~budget", "budget: missing"),
     ("~size", "size: missing"),
     (
@@ -100,7 +91,7 @@ MESSAGES = [
         "data: val_set 'tuning' has no tokens in evaluation, which names "
         "['validation', 'tuning', 'speeches', 'wikipedia']",
     ),
-    ("data=text data.path=", "data: source text needs data.path=FILE_OR_FOLDER (.txt, .jsonl, .gz)"),
+    ("data=text", "data: source text needs data.path=FILE_OR_FOLDER (.txt, .jsonl, .gz)"),
     ("optim.lr=0", f"optim.lr: {NOT_POSITIVE} 0"),
     ("optim.lr=null", "optim.lr: input should be a valid number, not None"),
     ("optim.lr=nan", "optim.lr: input should be a finite number, not nan"),
@@ -128,36 +119,39 @@ def test_what_cannot_be_run_is_refused_in_one_line(overrides: str, message: str)
 
 
 @pytest.mark.parametrize(
+    "overrides",
+    [
+        *("foo=3", "size.foo=3", "ffn.foo=x", "optim.lrr=3", "data.tokens=3", "+trainer.gpus=1", "+tracking.name=me"),
+        *("+foo=3", "ffn=peer +ffn.routing=token_choice", "ffn=dense ffn.n_experts=4"),
+    ],
+)
+def test_an_unknown_key_is_refused_by_name(overrides: str) -> None:
+    key = overrides.split()[-1].lstrip("+").partition("=")[0]
+    message = refusal(*overrides.split())
+    assert message.startswith(f"unknown key {key}; ") and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [("optim.lrr=3", "optim.lr"), ("batchsequences=3", "batch_sequences"), ("size.dmodel=8", "size.d_model")],
+)
+def test_a_misspelt_key_is_answered_with_the_nearest(override: str, nearest: str) -> None:
+    key, _, _ = override.partition("=")
+    assert re.match(rf"unknown key {re.escape(key)}; did you mean {re.escape(nearest)}[ ?]", refusal(override))
+
+
+@pytest.mark.parametrize(
     "override", ["ffn=peerr", "size=d33", "data=web", "optim=sgd", "tracking=foo", "trainer=abacus"]
 )
 def test_an_unknown_file_is_refused_with_the_ones_there_are(override: str) -> None:
-    group, _, name = override.partition("=")
-    message = refusal(override)
-    assert "\n" not in message
-    assert f"'{group}/{name}'" in message
-    for known in (known for g, known in FILES if g == group):
-        assert known in message
+    known = ", ".join(name for group, name in FILES if group == override.partition("=")[0])
+    assert refusal(override) == f"unknown choice {override}; there are: {known}"
 
 
-@pytest.mark.xfail(
-    strict=True, reason="first_line keeps Hydra's list of search paths, the machine's folders among them"
-)
-def test_the_refusal_of_an_unknown_file_names_no_search_path() -> None:
-    message = refusal("ffn=peerr")
-    assert "provider" not in message and "pkg://" not in message and str(ROOT) not in message
-
-
-@pytest.mark.parametrize("override", ["foo=3", "size.foo=3", "ffn.foo=3", "data.evaluation=[1", "budget", "size=[a"])
+@pytest.mark.parametrize("override", ["data.evaluation=[1", "budget", "size=[a", "~nosuch"])
 def test_what_hydra_refuses_takes_one_line_too(override: str) -> None:
     message = refusal(override)
     assert message and "\n" not in message
-
-
-@pytest.mark.xfail(strict=True, reason="Hydra's own line, \"Could not override 'size.foo'.\", says not what is wrong")
-@pytest.mark.parametrize("override", ["size.foo=3", "foo=3", "optim.lrr=3"])
-def test_a_misspelt_key_is_called_unknown(override: str) -> None:
-    key, _, _ = override.partition("=")
-    assert f"unknown key {key}" in refusal(override)
 
 
 @pytest.mark.xfail(
@@ -169,11 +163,6 @@ def test_a_group_that_is_no_name_is_refused(override: str) -> None:
         load([override])
     except ConfigError as error:
         assert "\n" not in str(error)
-
-
-@pytest.mark.xfail(strict=True, reason="the key is filtered out of the message with its line `full_key:`")
-def test_text_without_a_path_names_the_key() -> None:
-    assert "data.path" in refusal("data=text")
 
 
 @pytest.mark.xfail(strict=True, reason="pydantic's union path and the first alternative's message")
@@ -366,9 +355,7 @@ SWEEP_MESSAGES = [
     ({"grid": []}, "grid: list should have at least 1 item after validation, not 0, not []"),
     ({"grid": [{"budget": 0, "sizes": ["d8"]}]}, f"grid.0.budget: {NOT_POSITIVE} 0"),
     ({"grid": [{"budget": 1e12}]}, "grid.0.sizes: missing"),
-    ({"grid": [{"budget": 1e12, "sizes": ["d8"], "seeds": [1]}]}, "unknown key grid.0.seeds (value [1])"),
     ({"seeds": []}, "seeds: list should have at least 1 item after validation, not 0, not []"),
-    ({"axis": {}}, "unknown key axis (value {})"),
     ({"min_sizes": 0}, f"min_sizes: {NOT_POSITIVE} 0"),
 ]
 
@@ -377,6 +364,15 @@ SWEEP_MESSAGES = [
 def test_a_wrong_study_is_refused_in_one_line(change: dict[str, Any], message: str) -> None:
     parse_sweep(STUDY)
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        parse_sweep({**STUDY, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [({"axis": {}}, "axis"), ({"grid": [{"budget": 1e12, "sizes": ["d8"], "seeds": [1]}]}, "grid.0.seeds")],
+)
+def test_an_unknown_key_of_a_study_is_refused_by_name(change: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError, match=f"^unknown key {re.escape(key)}; "):
         parse_sweep({**STUDY, **change})
 
 

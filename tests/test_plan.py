@@ -97,9 +97,10 @@ def test_epochs_are_unknown_until_the_corpus_is() -> None:
     assert plan(config).verdict is Verdict.OK
 
 
-def test_the_configurations_own_train_tokens_count_first() -> None:
+def test_the_tokens_that_are_prepared_count_before_those_written_down() -> None:
     config = steps_for(configured("ffn=dense", "data.train_tokens=1000000"), 500)
-    assert plan(config, train_tokens=1).epochs == pytest.approx(0.512)
+    assert plan(config).epochs == pytest.approx(0.512)
+    assert plan(config, train_tokens=512_000).epochs == pytest.approx(1)
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_names_are_method_size_budget_axes_seed(file: Path) -> None:
 @pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
 def test_every_study_plans_what_its_jobs_load(file: Path) -> None:
     cells = planned(file.stem)
-    assert_planned_is_what_a_job_loads(cells[:: -(-len(cells) // 15)], file)
+    assert_planned_is_what_a_job_loads(cells[:: -(-len(cells) // 8)], file)
 
 
 @pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
@@ -198,8 +198,8 @@ def test_an_override_of_an_axis_of_the_size_is_refused_or_reaches_plan_and_job(s
         ),
         ("{methods: [dense], grid: [{budget: 1e10, sizes: [d8, d8]}]}", "describes 1 cells twice, dense-d8-1e10-s0"),
         ("{methods: [dense], grid: [{budget: 1e10, sizes: [d8]}], seeds: [1, 1]}", "twice, dense-d8-1e10-s1 among"),
-        ("{methods: [dens], grid: [{budget: 1e10, sizes: [d8]}]}", "'ffn/dens'"),
-        ("{methods: [dense], grid: [{budget: 1e10, sizes: [d9]}]}", "'size/d9'"),
+        ("{methods: [dens], grid: [{budget: 1e10, sizes: [d8]}]}", "unknown choice ffn=dens; there are: dense, "),
+        ("{methods: [dense], grid: [{budget: 1e10, sizes: [d9]}]}", "unknown choice size=d9; there are: "),
         ("{methods: [dense], grid: [{budget: 1e10, sizes: [d8]}], axes: {optim.nosuch: [1]}}", "optim.nosuch"),
         (
             "{methods: [dense], grid: [{budget: 1e10, sizes: [d8]}], axes: {optim.lr: [-1]}}",

@@ -87,7 +87,13 @@ def test_every_layer_trains_and_learns(layer: str, settings: list[str]) -> None:
 def test_an_interrupted_cell_ends_as_an_unbroken_one(
     layer: str, precision: str, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = [*settings, f"ffn={layer}", f"precision={precision}", "tracking=disabled", "trainer.checkpoint_every_s=1e-9"]
+    settings = [
+        *settings,
+        f"ffn={layer}",
+        f"precision={precision}",
+        "tracking=disabled",
+        "trainer.checkpoint_every_s=1e-9",
+    ]
     overrides = [*settings, budget(settings, 13), "trainer.keep_checkpoint=true"]
     _, unbroken = train([*overrides, f"trainer.runs_directory={tmp_path / 'unbroken'}"])
 
@@ -145,7 +151,9 @@ def test_a_done_cell_is_not_run_again_and_another_configuration_is_refused(setti
 
 
 def test_a_diverging_cell_is_recorded(settings: list[str]) -> None:
-    status, record = train([*settings, "tracking=disabled", budget(settings, 8), "optim.lr=1e30", "optim.warmup_fraction=0"])
+    status, record = train(
+        [*settings, "tracking=disabled", budget(settings, 8), "optim.lr=1e30", "optim.warmup_fraction=0"]
+    )
     assert status is Status.DIVERGED
     assert "loss is" in record.reason
 
@@ -183,27 +191,102 @@ def run_command(*arguments: object, cwd: Path = ROOT, timeout: int = 240) -> sub
 
 
 @pytest.fixture
-def sweep_file(settings: list[str], tmp_path: Path) -> Path:
-    """A study of four cells, one of them dropped and one of them diverging."""
-    values = dict(setting.split("=", 1) for setting in settings if setting.split("=")[0] not in ("data", "size"))
-    lines = [f"{key}: {value}" for key, value in values.items() if "." not in key]
-    steps = budget(settings, 12).removeprefix("budget=")
-    path = tmp_path / "tiny.yaml"
-    path.write_text(
-        "\n".join(
-            [
-                "defaults: [config, {override data: text}, {override tracking: disabled}, _self_]",
-                "hydra: {mode: MULTIRUN}",
-                "sweep:",
-                "  methods: [dense, peer]",
-                f"  grid: [{{budget: {steps}, sizes: [d8, d32]}}]",
-                "  method_axes: {peer: {optim.lr: [6e-3, 1e30]}}",
-                *lines,
-                *(
-                    f"{group}: {{{', '.join(f'{k.split(".", 1)[1]}: {v}' for k, v in values.items() if k.startswith(group + '.') and k.count('.') == 1)}}}"
-                    for group in ("data", "trainer")
-                ),
-            ]
+def study(settings: list[str], tmp_path: Path) -> Path:
+    """A study of four cells: one of them diverges, and one is dropped."""
+    steps = budget([*settings, "ffn=dense"], 12).removeprefix("budget=")
+    keys = dict(setting.split("=", 1) for setting in settings)
+    lines = [
+        "defaults: [config, override data: text, override tracking: disabled, _self_]",
+        "hydra: {mode: MULTIRUN}",
+        "sweep:",
+        "  methods: [dense, peer]",
+        f"  grid: [{{budget: {steps}, sizes: [d8]}}]",
+        "  axes: {optim.warmup_fraction: [0.0, 1.0]}",
+        "  method_axes: {peer: {optim.lr: [1e30]}}",
+        "  min_sizes: 1",
+    ]
+    for key, value in keys.items():
+        if "." not in key and key not in ("data", "size"):
+            lines.append(f"{key}: {value}")
+    for group in ("data", "trainer", "size"):
+        inner = ", ".join(
+            f"{key.split('.')[1]}: {value}"
+            for key, value in keys.items()
+            if key.count(".") == 1 and key.startswith(f"{group}.")
         )
-    )
+        lines.append(f"{group}: {{{inner}}}")
+    lines[-3] = lines[-3].replace("}", ", evaluation: {validation: 512}}")
+    path = tmp_path / "tiny.yaml"
+    path.write_text("\n".join(lines) + "\n")
     return path
+
+
+@pytest.mark.parametrize("launcher", [["hydra/launcher=basic"], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]])
+def test_a_sweep_goes_on_after_failures_and_skips_what_is_done(
+    launcher: list[str], study: Path, tmp_path: Path
+) -> None:
+    sweep = ["-m", "peerscale.train", "--config-dir", study.parent, "--config-name", "tiny", *launcher]
+    first = run_command(*sweep)
+    assert first.returncode == 1, first.stderr
+    assert "4 cells, 0 done, 2 dropped, 2 to run" in first.stderr
+    assert "error: 1 of 4 cells failed: peer-d8-l2-" in first.stderr
+    assert "Traceback" not in first.stderr
+    records = {path.parent.name: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "tiny").glob("*/record.json")}
+    assert len(records) == 2
+    second = run_command(*sweep)
+    assert second.returncode == 1, second.stderr
+    assert "4 cells, 1 done, 2 dropped, 1 to run" in second.stderr
+    after = {path.parent.name: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "tiny").glob("*/record.json")}
+    assert {name for name in records if records[name] != after[name]} == {name for name in records if "peer" in name}
+    status = run_command("-m", "peerscale.overview", "status", study)
+    assert status.returncode == 0, status.stderr
+    assert "2 dropped" in status.stdout and "1 diverged" in status.stdout and "1 done" in status.stdout
+    assert "the training loss is" in status.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["ffn=per"], "unknown choice ffn=per; there are: dense, moe, moe_token_choice, peer, pkm"),
+        (["ffn=peer", "ffn.topk=3"], "unknown key ffn.topk; did you mean ffn.top_k or ffn.method?"),
+        (
+            ["+trainer.treads=3"],
+            "unknown key trainer.treads; did you mean trainer.threads or trainer or tracking.tags?",
+        ),
+        (["budget=1e6"], "dense-d32-1e6-s0 cannot be run: 0 steps < min_steps 200"),
+        (["data=text", "data.path=/nowhere/at/all.txt"], "/nowhere/at/all.txt"),
+        (["--config-dir", "sweeps", "--config-name", "nothing"], "nothing"),
+        (["-m", "ffn=dense,peer"], "a multirun needs a sweep file: --config-dir sweeps --config-name NAME"),
+        (["budget=[1"], "no viable alternative at input '[1'"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(arguments: list[str], line: str) -> None:
+    result = run_command("-m", "peerscale.train", *arguments)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    assert line in result.stderr
+
+
+def test_ctrl_c_leaves_a_cell_that_goes_on(settings: list[str], tmp_path: Path) -> None:
+    overrides = [*settings, "tracking=disabled", "trainer.checkpoint_every_s=0.01"]
+    overrides.append(budget(overrides, 3000))
+    prepare(load(overrides).data, quiet=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "peerscale.train", *overrides], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    folder = tmp_path / "runs" / "single"
+    try:
+        while not list(folder.glob("*/checkpoints/step-*.ckpt")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    assert "interrupted; the same command goes on where this one stopped" in errors
+    assert "Traceback" not in errors
+    (cell,) = folder.iterdir()
+    record = read_record(cell)
+    assert record is not None and record.status is Status.RUNNING
+    assert list(read_metrics(cell))

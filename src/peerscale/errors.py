@@ -12,10 +12,17 @@ class UserError(ValueError):
     """Wrong input. The message is one line: what was wrong, where, what is allowed."""
 
 
+class FailedCells(Exception):
+    """The sweep went through, but some cells of it failed; exit code 1."""
+
+
 def exit_code(main: Callable[[], int | None]) -> int:
     """Run a program's `main`; turn a `UserError` or a full disk into one line on stderr and exit code 2."""
     try:
         return main() or 0
+    except FailedCells as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except UserError as error:
         message = str(error)
     except OSError as error:

@@ -1,6 +1,6 @@
 """One cell: compose, plan, skip or resume, fit, record. `python -m peerscale.train` is also every sweep.
 
-    python -m peerscale.train ffn=peer size=d32 budget=1e11
+    python -m peerscale.train ffn=peer size=d32 budget=2e11
     python -m peerscale.train --config-dir sweeps --config-name reproduce
     python -m peerscale.train --config-dir sweeps --config-name reproduce hydra/launcher=joblib hydra.launcher.n_jobs=2
 
@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from peerscale.config import ConfigError, first_line, parse_config
 from peerscale.data.prepare import prepare
-from peerscale.errors import UserError, exit_code
+from peerscale.errors import FailedCells, UserError, exit_code
 from peerscale.files import ROOT
 from peerscale.plan import Verdict
 from peerscale.progress import Progress
@@ -29,25 +29,23 @@ from peerscale.runs.record import RECORD, Status, read_record
 from peerscale.sweeper import SINGLE, Cell, single_cell, state
 
 
-class FailedCells(Exception):
-    """The sweep went through, but some cells of it failed."""
-
-
 @hydra.main(config_path=str(ROOT / "conf"), config_name="config", version_base="1.3")
 def hydra_job(tree: DictConfig) -> str:
     """One job of Hydra's: a single cell, or a cell of a sweep in whatever process the launcher made."""
+    if HydraConfig.get().mode is RunMode.MULTIRUN:
+        return run_cell(_cell(tree))
+    # Leave Hydra at once: it would print a line of its own above an error's.
+    sys.exit(exit_code(lambda: run_single(_cell(tree))))
+
+
+def _cell(tree: DictConfig) -> Cell:
     plain: dict[str, Any] = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     study = HydraConfig.get().job.config_name if plain.pop("sweep", None) else SINGLE
-    config = parse_config(plain)
-    cell = single_cell(config, HydraConfig.get().overrides.task, sweep=str(study))
-    if HydraConfig.get().mode is RunMode.MULTIRUN:
-        return run_cell(cell)
-    # Leave Hydra at once: it would print a line of its own above an error's.
-    sys.exit(exit_code(lambda: run_single(cell)))
+    return single_cell(parse_config(plain), HydraConfig.get().overrides.task, sweep=str(study))
 
 
-def run_single(cell: Cell) -> int:
-    """Run one cell for a user who waits for it; exit code 0 or 1."""
+def run_single(cell: Cell) -> None:
+    """Run one cell for a user who waits for it."""
     if cell.plan.verdict is Verdict.DROP:
         raise UserError(f"{cell.name} cannot be run: {cell.plan.reason}")
     corpus = prepare(cell.config.data)
@@ -55,13 +53,11 @@ def run_single(cell: Cell) -> int:
         with Progress(cell.sweep, [cell]):
             status = run_cell(cell)
         if status is not Status.DONE:
-            print(f"error: {cell.name} {status}; its reason stands in {cell.folder / RECORD}", file=sys.stderr)
-            return 1
+            raise FailedCells(f"{cell.name} {status}; its reason stands in {cell.folder / RECORD}")
     record = read_record(cell.folder)
     assert record is not None
     losses = ", ".join(f"{name} {values['loss']:.4f}" for name, values in record.evaluation.items())
     print(f"{cell.name} is done: {losses} nats per token; {cell.folder}")
-    return 0
 
 
 def run_cell(cell: Cell) -> Status:
@@ -78,13 +74,10 @@ def run_cell(cell: Cell) -> Status:
 
 
 def main() -> int:
-    """Exit code 0, 1 if a cell failed, 2 for a wrong input."""
+    """Hand over to Hydra, its errors in our form."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that errors come out in our form
     try:
         hydra_job()
-    except FailedCells as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(first_line(error)) from None
     return 0

@@ -13,8 +13,8 @@ from peerscale.kernels.backends import BACKENDS, resolve
 REFERENCE = BACKENDS["reference"]
 OTHERS = [name for name in BACKENDS if name != "reference"]
 
-# Tokens, width, rows of a table, rows a token: one head with top_k 1; repeated rows; widths that are and are not multiples
-# of a vector's; no tokens; groups of four rows with and without a rest.
+# Tokens, width, rows of a table, rows a token: one head with top_k 1; repeated rows; widths that are and are not whole
+# vectors; no tokens; groups of four rows with and without a rest.
 SHAPES = [(5, 3, 9, 1), (1, 1, 1, 4), (33, 17, 4, 7), (0, 4, 9, 3), (64, 64, 400, 12), (12, 100, 30, 9)]
 # A table beyond the cache whose rows are read several times, which the fused backend goes through row by row.
 LARGE = (90, 300, 4000, 128)

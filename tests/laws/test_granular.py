@@ -68,5 +68,5 @@ def test_intervals_and_json() -> None:
 
 
 def test_too_few_rows() -> None:
-    with pytest.raises(UserError, match="6 rows are too few .* 7 coefficients"):
+    with pytest.raises(UserError, match=r"6 rows are too few .* 7 coefficients"):
         fit(runs().head(6))

@@ -176,7 +176,6 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
         intervals = (result.ci["exponent"], vertex.x_interval, vertex.loss_interval)
         covered += [low <= truth <= high for (low, high), truth in zip(intervals, truths, strict=True)]
     assert (covered >= 0.82 * trials).all(), covered / trials
-    assert (covered < trials * 3).all()
     width = np.subtract(*fit(runs(noise=0.002), bootstrap=300).ci["exponent"])
     wider = np.subtract(*fit(runs(noise=0.006), bootstrap=300).ci["exponent"])
     assert wider / width == pytest.approx(3, rel=0.5)
@@ -195,5 +194,5 @@ def test_column_errors_name_what_is_there() -> None:
         fit_isoflop(runs(), budget="C", x="y", loss="loss")
     table = runs()
     table.loc[[3, 7], "loss"] = [np.nan, -1]
-    with pytest.raises(UserError, match="'loss'.*row 3, 7"):
+    with pytest.raises(UserError, match=r"'loss'.*row 3, 7"):
         fit(table)

@@ -62,12 +62,12 @@ def test_recovers_any_surface(e: float, alpha: float, beta: float, share_n: floa
     assert [getattr(result, name) for name in NAMES] == pytest.approx([getattr(truth, n) for n in NAMES], rel=1e-3)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_no_other_optimiser_finds_a_lower_objective(seed: int) -> None:
     table = runs(noise=0.01, seed=seed)
     table.loc[:2, "loss"] *= 1.3  # outliers
     result = fit(table)
-    at_optimum = objective_of(np.log([result.A, result.B, result.E]).tolist() + [result.alpha, result.beta], table)
+    at_optimum = objective_of([*np.log([result.A, result.B, result.E]), result.alpha, result.beta], table)
     assert result.objective_value == pytest.approx(at_optimum, rel=1e-9)
     starts = [[6, 7.5, 0.6, 0.35, 0.37], [4, 6, 0.3, 0.25, 0.3], [np.log(result.A), np.log(result.B), 0.6, 0.35, 0.37]]
     for start in starts:
@@ -163,7 +163,7 @@ def test_bad_input_is_named() -> None:
         fit_parametric(table, params="N", loss="loss")
     with pytest.raises(UserError, match="exactly one of tokens and flops"):
         fit_parametric(table, params="N", tokens="D", flops="C", loss="loss")
-    with pytest.raises(UserError, match="4 rows are too few .* 5 coefficients"):
+    with pytest.raises(UserError, match=r"4 rows are too few .* 5 coefficients"):
         fit(table.head(4))
     with pytest.raises(UserError, match=r"one budget, 1e\+18"):
         fit_parametric(table.assign(C=1e18), params="N", flops="C", loss="loss")

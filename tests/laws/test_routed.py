@@ -65,10 +65,8 @@ def test_no_worse_than_scipy_from_the_truth(seed: int) -> None:
 
 def test_jacobian_by_finite_differences() -> None:
     table = runs()
-    n = np.log10(table["N"].to_numpy())
-    problem = Routing(
-        n=n - n.mean(), experts=table["experts"].to_numpy(float), log_loss=np.log10(table["loss"].to_numpy())
-    )
+    n, log_loss = np.log10(table[["N", "loss"]].to_numpy()).T
+    problem = Routing(n=n - n.mean(), experts=table["experts"].to_numpy(float), log_loss=log_loss)
     points = np.array([[-0.08, -0.1, 0.01, 0.4, 0.6, 5.0], [-0.1, -0.2, 0.02, 0.5, 1.5, 0.7]])
     members = np.arange(2)
     jacobian = problem.derivatives(points, members)[1]

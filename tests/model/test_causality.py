@@ -1,9 +1,11 @@
 """No prediction may know the token that it predicts: changing a token leaves everything before it as it was."""
 
+import functools
+
 import pytest
 import torch
 
-from peerscale.config import load
+from peerscale.config import Config, load
 from peerscale.files import ROOT
 from peerscale.model import build_model
 from peerscale.model.transformer import Transformer
@@ -14,10 +16,15 @@ SMALL = ("size=d16", "size.n_layers=3", "data.vocab_size=257", "context=8", "rep
 SEQUENCES, TOKENS = 16, 8
 
 
+@functools.cache
+def configured(ffn: str) -> Config:
+    return load([f"ffn={ffn}", *SMALL])
+
+
 def evaluated(ffn: str) -> Transformer:
     """In float64, so that what is equal is equal to many digits, and with statistics of some training batches."""
     torch.manual_seed(0)
-    config = load([f"ffn={ffn}", *SMALL])
+    config = configured(ffn)
     assert config.batch_sequences == SEQUENCES
     model = build_model(config).double()
     with torch.no_grad():

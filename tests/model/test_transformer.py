@@ -1,5 +1,6 @@
 import cmath
 import math
+from dataclasses import replace
 
 import per_token
 import pytest
@@ -15,6 +16,7 @@ from peerscale.model.peer import Peer
 from peerscale.model.pkm import Pkm
 from peerscale.model.transformer import Transformer
 
+KINDS = {"dense": Dense, "moe": ExpertChoiceMoe, "moe_token_choice": TokenChoiceMoe, "pkm": Pkm, "peer": Peer}
 SMALL = ("size=d8", "size.n_heads=2", "size.n_layers=2", "data.vocab_size=257", "context=6", "batch_sequences=16")
 
 
@@ -95,27 +97,21 @@ def test_a_shorter_sequence_is_a_prefix() -> None:
     torch.testing.assert_close(model(tokens[:, :4]), model(tokens)[:, :4])
 
 
-@pytest.mark.parametrize(
-    ("ffn", "kind"),
-    [("dense", Dense), ("moe", ExpertChoiceMoe), ("moe_token_choice", TokenChoiceMoe), ("pkm", Pkm), ("peer", Peer)],
-)
-@pytest.mark.parametrize(
-    ("replaced", "n_layers", "blocks"),
-    [
+@pytest.mark.parametrize("ffn", KINDS)
+def test_the_layer_under_study_is_in_the_replaced_blocks(ffn: str) -> None:
+    base = load([f"ffn={ffn}", *SMALL])
+    for replaced, n_layers, blocks in (
         ("middle", 12, {6}),
         ("middle", 4, {2}),
         ("middle", 5, {2}),
         ("middle", 1, {1}),
         ("all", 3, {1, 2, 3}),
-        ("[3,1]", 3, {1, 3}),
-    ],
-)
-def test_the_layer_under_study_is_in_the_replaced_blocks(ffn, kind, replaced, n_layers, blocks) -> None:
-    config = load([f"ffn={ffn}", *SMALL, f"size.n_layers={n_layers}", f"replaced={replaced}"])
-    with torch.device("meta"):
-        model = build_model(config)
-    kinds = {i: type(block.ffn) for i, block in enumerate(model.blocks, 1)}
-    assert kinds == {i: kind if i in blocks else Dense for i in range(1, n_layers + 1)}
+        ([3, 1], 3, {1, 3}),
+    ):
+        with torch.device("meta"):
+            model = build_model(replace(base, size=replace(base.size, n_layers=n_layers), replaced=replaced))
+        kinds = {i: type(block.ffn) for i, block in enumerate(model.blocks, 1)}
+        assert kinds == {i: KINDS[ffn] if i in blocks else Dense for i in range(1, n_layers + 1)}
 
 
 def test_the_layer_gets_every_setting_of_its_configuration() -> None:
@@ -180,7 +176,7 @@ def test_starts_with_the_documented_variances() -> None:
         assert module.weight.mean().item() == pytest.approx(0, abs=0.03 * std)
 
 
-@pytest.mark.parametrize("ffn", ["dense", "moe", "moe_token_choice", "pkm", "peer"])
+@pytest.mark.parametrize("ffn", KINDS)
 def test_an_untrained_model_knows_nothing(ffn: str) -> None:
     torch.manual_seed(0)
     model = build_model(load([f"ffn={ffn}", "size=d32", "data.vocab_size=300", "context=16"]))
@@ -190,7 +186,7 @@ def test_an_untrained_model_knows_nothing(ffn: str) -> None:
     assert math.log(300) - 0.1 < loss < math.log(300) + 1.0
 
 
-@pytest.mark.parametrize("ffn", ["dense", "moe", "moe_token_choice", "pkm", "peer"])
+@pytest.mark.parametrize("ffn", KINDS)
 def test_every_parameter_is_trained(ffn: str) -> None:
     torch.manual_seed(0)
     model = build_model(load([f"ffn={ffn}", *SMALL, "replaced=all"]))

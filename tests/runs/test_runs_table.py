@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def test_columns_are_the_designs_in_its_order(records: list[Record]) -> None:
     table = runs_table(records)
     assert [column for column in table.columns if column in COLUMNS] == COLUMNS
     components = {component for record in records for component in record.flops_per_token}
-    others = {"cell", "ppl_validation", *(f"flops_{component}" for component in components)}
+    others = {"cell", "data", "val_set", "ppl_validation", *(f"flops_{component}" for component in components)}
     assert {*table.columns} - {*COLUMNS} == others
 
 
@@ -75,8 +76,8 @@ def test_a_row_says_what_its_configuration_and_cost_are(cells: list[Cell]) -> No
         assert (row["size"], row["seed"], row["budget"]) == (config.size.name, config.seed, 1e10)
         assert (row["val_loss"], row["val_loss_se"], row["ppl_validation"]) == (5.25, 0.125, 190.5)
         assert (row["unevenness"], row["usage_tokens"], row["convention"]) == (1.25, 64, CONVENTION)
-        for component, flops in priced.flops.items():
-            assert row[f"flops_{component}"] == flops
+        for component in (c.removeprefix("flops_") for c in table if re.fullmatch("flops_(?!per_).*", c)):
+            assert row[f"flops_{component}"] == priced.flops.get(component, 0)
     by_method = table.groupby(["method", "variant"]).first()
     peer, pkm = by_method.loc["peer", ""], by_method.loc["pkm", ""]
     assert (peer["n_experts"], peer["ffn_heads"], peer["top_k"], peer["d_key"]) == (4096, 4, 16, 8)
@@ -114,6 +115,12 @@ def test_reads_every_row_of_a_folder_of_cells(tmp_path: Path, records: list[Reco
     (folder / "study").mkdir()
     (folder / "notes.txt").write_text("no cell")
     assert_same_table(read_runs(folder), runs_table(records))
+
+
+def test_a_folder_that_was_set_aside_is_no_cell(tmp_path: Path, records: list[Record]) -> None:
+    folder = write_cells(tmp_path / "toy", records)
+    (folder / records[0].cell).rename(folder / f"{records[0].cell}.old")
+    assert {*read_runs(folder)["cell"]} == {record.cell for record in records[1:]}
 
 
 def test_reads_every_row_of_a_published_study(tmp_path: Path, records: list[Record]) -> None:

@@ -29,10 +29,10 @@ class IsoflopSweeper(Sweeper):
         # Hydra imports every plugin at every start; what the sweep needs is imported when there is one.
         from peerscale.config import ConfigError
         from peerscale.data.prepare import prepare
+        from peerscale.errors import FailedCells
         from peerscale.progress import Progress
         from peerscale.runs.record import Status
         from peerscale.sweeper import pending_cells, planned_cells
-        from peerscale.train import FailedCells
 
         assert self.config is not None and self.launcher is not None
         if "sweep" not in self.config:

@@ -30,7 +30,8 @@ inline void prefetch(const Real* row, int64_t D) {
 
 // ---- Dot products with rows, and sums of rows
 
-// out(i) = <x, row(i)> for i < count; row(i) may be asked for, but is not read, up to i < known.
+// out(i) = <x, row(i)> for i < count; row(i) may be asked for, but is not read, up to i < known. (Vectors of 8: adding
+// up the lanes of wider ones costs more than they save where D is small.)
 template <class Real, class Row, class Out>
 inline void dot_rows(const Real* x, int64_t D, int64_t count, int64_t known, Row row, Out out) {
   int64_t i = 0;
@@ -38,7 +39,7 @@ inline void dot_rows(const Real* x, int64_t D, int64_t count, int64_t known, Row
     for (int64_t a = i + kAhead; a < std::min(i + kAhead + kGroup, known); ++a) prefetch(row(a), D);
     const Real *r0 = row(i), *r1 = row(i + 1), *r2 = row(i + 2), *r3 = row(i + 3);
     Real s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
+#pragma omp simd simdlen(8) reduction(+ : s0, s1, s2, s3)
     for (int64_t d = 0; d < D; ++d) s0 += x[d] * r0[d], s1 += x[d] * r1[d], s2 += x[d] * r2[d], s3 += x[d] * r3[d];
     out(i) = s0, out(i + 1) = s1, out(i + 2) = s2, out(i + 3) = s3;
   }
@@ -46,7 +47,7 @@ inline void dot_rows(const Real* x, int64_t D, int64_t count, int64_t known, Row
     if (i + kAhead < known) prefetch(row(i + kAhead), D);
     const Real* r = row(i);
     Real s = 0;
-#pragma omp simd reduction(+ : s)
+#pragma omp simd simdlen(8) reduction(+ : s)
     for (int64_t d = 0; d < D; ++d) s += x[d] * r[d];
     out(i) = s;
   }

@@ -18,9 +18,9 @@ from peerscale.kernels.gradients import Pairs, Runs, TableGradient
 from peerscale.kernels.native import Native
 from peerscale.kernels.product_keys import candidate_pairs
 
-_eager = torch.compiler.disable  # torch.compile cannot look into a C function: it calls the operator as it is
+_eager = torch.compiler.disable  # torch.compile cannot look into a C function: it calls these operators as they are
 _ACTIVATIONS = {"gelu": 0, "relu": 1}
-_SCORES_AT_ONCE = 2**22  # sub-key scores that are held in memory: they need not leave the cache
+_SCORES_AT_ONCE = 2**21  # sub-key scores that are held in memory: they need not leave the cache
 _CACHE_BYTES = 2**22  # a table of this size stays in a core's cache
 
 
@@ -41,17 +41,17 @@ class Fused(Native):
 
     @_eager
     def product_key_top_k(self, query_THSC: Tensor, sub_keys_GSNC: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        if not _runs(query_THSC, sub_keys_GSNC):
+        if not _takes(query_THSC, sub_keys_GSNC):
             return super().product_key_top_k(query_THSC, sub_keys_GSNC, top_k)
         return _ProductKeyTopK.apply(query_THSC, sub_keys_GSNC, top_k)
 
     def gate(self, scores_TJ: Tensor, gates_TJ: Tensor, activation: str) -> Tensor:
-        if not _runs(scores_TJ, gates_TJ):
+        if not _takes(scores_TJ, gates_TJ):
             return super().gate(scores_TJ, gates_TJ, activation)
         return _Gate.apply(scores_TJ, gates_TJ, _ACTIVATIONS[activation])
 
     def row_scores(self, x_TD: Tensor, table_ND: Tensor, pairs: Pairs) -> Tensor:
-        if not _runs(x_TD, table_ND):
+        if not _takes(x_TD, table_ND):
             return super().row_scores(x_TD, table_ND, pairs)
         T, J, D = *pairs.rows_TJ.shape, x_TD.shape[1]
         out_TJ = x_TD.new_empty(T, J)
@@ -62,7 +62,7 @@ class Fused(Native):
         return out_TJ
 
     def row_bags(self, table_ND: Tensor, pairs: Pairs, weights_TJ: Tensor) -> Tensor:
-        if not _runs(table_ND, weights_TJ):
+        if not _takes(table_ND, weights_TJ):
             return super().row_bags(table_ND, pairs, weights_TJ)
         T, J, D = *pairs.rows_TJ.shape, table_ND.shape[1]
         out_TD = table_ND.new_empty(T, D)
@@ -82,7 +82,7 @@ class Fused(Native):
 
     def table_gradient(self, gradient: TableGradient, n_rows: int) -> Tensor:
         coefficients_TJ, vectors_TD = gradient.coefficients_TJ, gradient.vectors_TD
-        if not _runs(coefficients_TJ, vectors_TD):
+        if not _takes(coefficients_TJ, vectors_TD):
             return super().table_gradient(gradient, n_rows)
         D = vectors_TD.shape[1]
         out_ND = vectors_TD.new_zeros(n_rows, D)
@@ -92,7 +92,7 @@ class Fused(Native):
     def adamw_rows(self, gradient: TableGradient, table_ND: Tensor, moments: Moments, adamw: AdamW) -> None:
         factors = (gradient.coefficients_TJ, gradient.vectors_TD)
         changed = (table_ND, moments.mean_ND, moments.square_ND, moments.steps_N)
-        if not (_runs(*factors, *changed) and all(tensor.is_contiguous() for tensor in changed)):
+        if not (_takes(*factors, *changed) and all(tensor.is_contiguous() for tensor in changed)):
             return super().adamw_rows(gradient, table_ND, moments, adamw)
         rates = (adamw.lr, adamw.beta1, adamw.beta2, adamw.eps, adamw.weight_decay)
         pairs, D = _as_struct(gradient.pairs), table_ND.shape[1]
@@ -204,7 +204,7 @@ def _as_c(*arguments: Tensor | float | ctypes.Structure) -> list[Any]:
     ]  # fmt: skip
 
 
-def _runs(*tensors: Tensor) -> bool:
+def _takes(*tensors: Tensor) -> bool:
     """Whether `fused.cpp` takes these."""
     dtype = tensors[0].dtype
     known = dtype in (torch.float32, torch.float64)

@@ -54,7 +54,7 @@ class Pairs:
     """The pairs of a batch, sorted by row at most once, when first needed, for all the tables that they read."""
 
     def __init__(self, backend: Arithmetic, rows_TJ: Tensor, n_rows: int) -> None:
-        self.backend, self.rows_TJ, self.n_rows = backend, rows_TJ.contiguous(), n_rows
+        self.backend, self.rows_TJ, self.n_rows = backend, rows_TJ.long().contiguous(), n_rows
 
     @functools.cached_property
     def runs(self) -> Runs:

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from peerscale.laws.results import Array, Number
+from peerscale.laws.results import Array, Number, to_plain
 from peerscale.laws.solver import Coordinates, Solution
 
 LEVEL = 0.95
@@ -68,7 +68,7 @@ class Bootstrap:
     def to_dict(self) -> dict[str, Any]:
         """Counts, seed and the first draws to six digits, for JSON."""
         draws = {
-            name: [float(f"{value:.6g}") for value in values[:STORED_DRAWS]]
+            name: to_plain([float(f"{value:.6g}") for value in values[:STORED_DRAWS]])
             for name, values in self._coefficients().items()
         }
         return {item.name: getattr(self, item.name) for item in fields(self)} | {"draws": draws}

@@ -225,7 +225,8 @@ def _power_law(budgets: Array, optima: Array) -> tuple[Array, Array]:
     log_budgets, log_optima = np.log10(budgets), np.log10(optima)
     centred = log_budgets - log_budgets.mean()
     exponent = log_optima @ centred / (centred @ centred)
-    return exponent, 10 ** (log_optima.mean(axis=-1) - exponent * log_budgets.mean())
+    with np.errstate(over="ignore", under="ignore"):
+        return exponent, 10 ** (log_optima.mean(axis=-1) - exponent * log_budgets.mean())
 
 
 def _bootstrap(budgets: Array, rows_of: list[Array], z: Array, losses: Array, usable: Array, seed: int) -> Bootstrap:

@@ -11,9 +11,15 @@ import numpy as np
 from peerscale.laws.objective import Misfit
 from peerscale.laws.results import Array, FitStatus
 
-MAX_ITERATIONS = 2000
+MAX_ITERATIONS = 1000
 TOLERANCE = 1e-12
 """Relative decrease of the objective, predicted by its quadratic model, at which a member has converged."""
+EXACT = 1e-26
+"""Decrease not worth a step, for fits without residuals."""
+PATIENCE = 25
+STALL = 1e-7
+"""A member whose objective has fallen by less than this share of itself in so many iterations has converged too: along
+a valley that the data leave flat."""
 MAX_STEP = 2.0
 """Longest step; coordinates are logarithms and exponents of centred data, so that 2 is far."""
 CHUNK = 64
@@ -93,7 +99,8 @@ def _minimise(misfit: Misfit, points: Array, members: Array, lower: Array, upper
     gradients, hessians = misfit.derivatives(points, members)
     damping = np.full(len(points), 1e-2)
     active = np.flatnonzero(~failed)
-    for _ in range(MAX_ITERATIONS):
+    before = values.copy()
+    for iteration in range(1, MAX_ITERATIONS + 1):
         if not len(active):
             break
         at = points[active]
@@ -108,7 +115,10 @@ def _minimise(misfit: Misfit, points: Array, members: Array, lower: Array, upper
         damping[better] = np.maximum(damping[better] / 5, 1e-12)
         damping[active[~improved]] *= 4
         # Damping this large means that rounding alone keeps the objective from falling.
-        done = (predicted <= TOLERANCE * values[active]) | (damping[active] > 1e8)
+        done = (predicted <= TOLERANCE * values[active] + EXACT) | (damping[active] > 1e8)
+        if iteration % PATIENCE == 0:
+            done |= values[active] >= (1 - STALL) * before[active]
+            before = values.copy()
         active = active[~done]
     failed[active] = True
     return points, values, failed

@@ -129,9 +129,10 @@ class CellRun:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")
             path = self.resumed[0] if self.resumed else None
-            trainer.fit(module, StepLoader(batches, plan.steps), ckpt_path=path, weights_only=True)
-        if trainer.interrupted or trainer.global_step < plan.steps:
-            raise KeyboardInterrupt
+            try:
+                trainer.fit(module, StepLoader(batches, plan.steps), ckpt_path=path, weights_only=True)
+            except SystemExit:  # what Lightning makes of Ctrl-C
+                raise KeyboardInterrupt from None
         wall_s = time.perf_counter() - started
         evaluation = evaluate(module, self.corpus, config, self.device)
         steps_here = plan.steps - first_step

@@ -1,0 +1,224 @@
+"""The command line of the fits: any table in, one JSON out, and one clear line for whatever is wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic_study import script
+
+from peerscale.errors import exit_code
+
+fit = script("fit")
+SURFACE = ["--params", "N", "--tokens", "D", "--loss", "loss"]
+
+
+def surface_loss(n: np.ndarray, d: np.ndarray) -> np.ndarray:
+    return 1.8 + 480 / n**0.34 + 2100 / d**0.37
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """Two methods' runs, seven sizes for each of four budgets, the second with half the loss above 1.8."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for c in (1e18, 1e19, 1e20, 1e21):
+        for factor in np.geomspace(0.25, 4, 7):
+            n = 0.09 * c**0.5 * factor
+            loss = surface_loss(n, c / (6 * n)) + 0.002 * rng.standard_normal()
+            rows += [(c, n, c / (6 * n), loss, "dense"), (c, n, c / (6 * n), 0.9 + loss / 2, "peer")]
+    path = tmp_path / "runs.csv"
+    pd.DataFrame(rows, columns=["C", "N", "D", "loss", "method"]).to_csv(path, index=False)
+    return path
+
+
+def run(*arguments: object) -> int:
+    return exit_code(lambda: fit.main([str(argument) for argument in arguments]))
+
+
+def test_parametric_and_predict(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "made" / "fit.json"
+    where = "method == 'dense'"
+    assert run("parametric", table, *SURFACE, "--where", where, "--bootstrap", 200, "--out", out) == 0
+    printed = capsys.readouterr().out
+    assert "28 runs" in printed and "alpha" in printed and "[" in printed and str(out) in printed
+    stored = json.loads(out.read_text())
+    assert stored["law"] == "parametric" and stored["n"] == 28 and stored["objective_name"] == "huber-log"
+    assert stored["source"] == {
+        "table": "runs.csv", "where": where, "params": "N", "tokens": "D", "flops": None, "loss": "loss",
+        "objective": "huber-log", "delta": 1e-3,
+    }  # fmt: skip
+    assert stored["ci"]["a"][0] < stored["a"] < stored["ci"]["a"][1]
+
+    assert run("predict", out, "--budget", "1e20", "--params", "1e9", "--tokens", "2e10") == 0
+    lines = capsys.readouterr().out.splitlines()
+    values = {line[:18].strip(): line[18:].split() for line in lines[1:]}
+    assert float(values["loss"][0]) == pytest.approx(surface_loss(1e9, 2e10), abs=0.01)
+    low, high = (float(text.strip("[],")) for text in values["loss"][1:])
+    assert low < float(values["loss"][0]) < high
+    assert float(values["optimal params"][0]) == pytest.approx(0.09 * 1e10, rel=0.5)
+
+
+def test_flops_and_objective(table: Path, tmp_path: Path) -> None:
+    out = tmp_path / "fit.json"
+    options = ("--where", "method == 'dense'", "--bootstrap", 0, "--out", out)
+    assert run("parametric", table, "--params", "N", "--flops", "C", "--loss", "loss", *options) == 0
+    by_flops = json.loads(out.read_text())
+    assert run("parametric", table, *SURFACE, *options) == 0
+    assert json.loads(out.read_text())["alpha"] == pytest.approx(by_flops["alpha"], abs=1e-6)
+    assert by_flops["ci"] == {} and by_flops["bootstrap"] is None
+    assert run("parametric", table, *SURFACE, "--objective", "mse", *options) == 0
+    assert json.loads(out.read_text())["objective_name"] == "mse"
+
+
+def test_isoflop_by_method(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "fit.json"
+    columns = ("--budget", "C", "--x", "N", "--loss", "loss")
+    assert run("isoflop", table, *columns, "--by", "method", "--bootstrap", 100, "--out", out) == 0
+    stored = json.loads(out.read_text())
+    assert list(stored["groups"]) == ["dense", "peer"] and stored["n"] == 56
+    assert {"law", "n", "status", "objective_name", "objective_value", "ci"} <= stored.keys()
+    dense, peer = stored["groups"].values()
+    assert dense["exponent"] == pytest.approx(peer["exponent"], abs=1e-6)  # the same losses, halved
+    assert [vertex["budget"] for vertex in dense["vertices"]] == [1e18, 1e19, 1e20, 1e21]
+    assert len(dense["vertices"][0]["x_interval"]) == 2
+    assert "method = peer" in capsys.readouterr().out
+    assert run("predict", out, "--budget", "1e22") == 0
+    assert capsys.readouterr().out.count("optimal x") == 2
+
+
+def test_flagged_minima_are_shown_and_optional(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = pd.read_csv(table).query("method == 'dense'")
+    concave = runs["C"] == 1e18
+    runs.loc[concave, "loss"] = 8 - runs.loc[concave, "loss"]
+    outside = runs["C"] == 1e19
+    runs.loc[outside, "loss"] = 2 + (np.log10(runs.loc[outside, "N"]) - 20) ** 2 / 100
+    runs.to_csv(table, index=False)
+    arguments = ("isoflop", table, "--budget", "C", "--x", "N", "--loss", "loss", "--out", tmp_path / "fit.json")
+    assert run(*arguments) == 0
+    printed = capsys.readouterr().out
+    assert "curvature" in printed and "outside_range" in printed and "no exponent: 2 usable budgets" in printed
+    assert json.loads((tmp_path / "fit.json").read_text())["exponent"] is None
+    assert run("predict", tmp_path / "fit.json", "--budget", "1e22") == 0
+    assert "no prediction: the fit's status is too_few_points" in capsys.readouterr().out
+    assert run(*arguments, "--include-flagged") == 0
+    assert json.loads((tmp_path / "fit.json").read_text())["exponent"] is not None
+
+
+def test_routed_and_granular(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes, counts = (grid.ravel() for grid in np.meshgrid([1.5e7, 1e8, 1e9], [1, 2, 8, 32, 128, 512]))
+    routed = 10 ** (1.1 - 0.08 * np.log10(sizes) - 0.04 * np.log10(2 * counts / (1 + counts / 300)))
+    pd.DataFrame({"N": sizes, "E": counts, "loss": routed}).to_csv(tmp_path / "routed.csv", index=False)
+    n, d, g = (grid.ravel() for grid in np.meshgrid([1e8, 5e8, 3e9], [1e10, 6e10, 2e11], [1, 4, 16]))
+    granular = 0.47 + (2.1 / g**0.58 + 18.1) / n**0.115 + 30.8 / d**0.147
+    pd.DataFrame({"N": n, "D": d, "G": g, "loss": granular}).to_csv(tmp_path / "granular.csv", index=False)
+    out = tmp_path / "fit.json"
+    routed_columns = ("--dense-params", "N", "--experts", "E", "--loss", "loss")
+    assert run("routed", tmp_path / "routed.csv", *routed_columns, "--bootstrap", 20, "--out", out) == 0
+    stored = json.loads(out.read_text())
+    assert {"a", "b", "c", "d", "E_start", "E_max", "rms_log10", "ci"} <= stored.keys()
+    assert run("predict", out, "--params", "1e8", "--experts", "32") == 0
+    assert f"{routed[(sizes == 1e8) & (counts == 32)][0]:.2f}" in capsys.readouterr().out
+    granular_columns = ("--params", "N", "--tokens", "D", "--granularity", "G", "--loss", "loss")
+    assert run("granular", tmp_path / "granular.csv", *granular_columns, "--bootstrap", 0, "--out", out) == 0
+    assert json.loads(out.read_text())["gamma"] == pytest.approx(0.58, rel=1e-3)
+    assert run("predict", out, "--params", "5e8", "--tokens", "6e10", "--granularity", "4") == 0
+    expected = granular[(n == 5e8) & (d == 6e10) & (g == 4)][0]
+    assert f"{expected:.3f}" in capsys.readouterr().out
+
+
+def test_fits_by_name(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, fits = tmp_path / "fit.json", tmp_path / "fits.json"
+    run("parametric", table, *SURFACE, "--bootstrap", 0, "--out", out)
+    fits.write_text(json.dumps({"one": json.loads(out.read_text()), "two": json.loads(out.read_text())}))
+    capsys.readouterr()
+    assert run("predict", fits, "--budget", "1e20") == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({}, ["--params", "M"], "no column 'M' in the table; there are: C, N, D, loss, method"),
+        ({"loss": "nan"}, [], "column 'loss' must hold finite numbers above 0, not so in line 5"),
+        ({"N": "-3"}, [], "'N' must hold finite numbers above 0, not so in line 5"),
+        ({"D": "inf"}, [], "'D' must hold"),
+        ({"D": "many"}, [], "'D' must hold"),
+        ({}, ["--where", "C < 2e18 and N < 4e7"], "too few for the parametric law: it has 5 coefficients"),
+        ({}, ["--where", "C > 1e30"], "leaves none of the 56 rows"),
+        ({}, ["--where", "C >"], "--where 'C >': invalid syntax"),
+        ({}, ["--where", "budget > 3"], "name 'budget' is not defined; columns: C, N, D"),
+        ({}, ["--where", "N"], "is not a condition on rows"),
+        ({}, ["--where", "N = 3"], "is not a condition on rows"),
+        ({}, ["--where", "method > 3"], "--where 'method > 3'"),
+        ({}, ["--flops", "C"], "exactly one of tokens and flops"),
+        ({}, ["--cluster", "run"], "no column 'run'"),
+    ],
+)
+def test_bad_input_is_one_line(
+    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict, options: list, message: str
+) -> None:
+    runs = pd.read_csv(table).astype(object)
+    for column, value in change.items():
+        runs.loc[3, column] = value
+    runs.to_csv(table, index=False)
+    out = tmp_path / "fit.json"
+    assert run("parametric", table, *SURFACE, "--out", out, *options) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_one_budget_is_refused(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = ("--where", "C == 1e20", "--out", tmp_path / "fit.json")
+    assert run("isoflop", table, "--budget", "C", "--x", "N", "--loss", "loss", *one) == 2
+    assert run("parametric", table, "--params", "N", "--flops", "C", "--loss", "loss", *one) == 2
+    assert capsys.readouterr().err.count("holds one budget, 1e+20") == 2
+    few = ("--where", "N < 1.6e8 and C < 2e19", "--out", tmp_path / "fit.json")
+    assert run("isoflop", table, "--budget", "D", "--x", "N", "--loss", "loss", *few) == 2
+    assert "three different sizes" in capsys.readouterr().err
+
+
+def test_unreadable_files(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = tmp_path / "empty.csv"
+    empty.touch()
+    for path in (tmp_path / "none.csv", tmp_path, empty):
+        assert run("parametric", path, *SURFACE, "--out", tmp_path / "fit.json") == 2
+    assert run("parametric", table, *SURFACE, "--bootstrap", 0, "--out", tmp_path) == 2
+    assert run("parametric", table, *SURFACE, "--bootstrap", 0, "--out", table / "fit.json") == 2
+    for text in ("", "[1]", "{}", '{"law": "cubic"}', '{"law": "parametric", "E": 1}'):
+        empty.write_text(text)
+        assert run("predict", empty, "--budget", "1e20") == 2
+    errors = capsys.readouterr().err
+    assert errors.count("error: ") == errors.count("\n") == 10 and "Traceback" not in errors
+
+
+def test_unfit_numbers_are_refused(table: Path, tmp_path: Path) -> None:
+    for option in (("--delta", "0"), ("--delta", "x"), ("--bootstrap", "-1"), ("--seed", "1.5"), ("--objective", "l1")):
+        with pytest.raises(SystemExit) as stop:
+            run("parametric", table, *SURFACE, *option, "--out", tmp_path / "fit.json")
+        assert stop.value.code == 2
+
+
+def test_duplicates_are_named_and_repeated_data_has_its_law(
+    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = pd.read_csv(table).query("method == 'dense'")
+    runs["unique"] = np.where(runs["N"] < runs["N"].median(), runs["D"] / 3, runs["D"])
+    pd.concat([runs, runs.head(1)]).to_csv(table, index=False)
+    out = tmp_path / "fit.json"
+    assert run("parametric", table, *SURFACE, "--unique-tokens", "unique", "--bootstrap", 0, "--out", out) == 0
+    stored = json.loads(out.read_text())
+    assert stored["law"] == "data_constrained" and {"R_N", "R_D"} <= stored.keys() and stored["n"] == 29
+    assert "1 duplicated rows, kept and so counted again: line 30" in capsys.readouterr().out
+    columns = ("--params", "N", "--flops", "C", "--loss", "loss", "--unique-tokens", "unique")
+    assert run("parametric", table, *columns, "--out", out) == 2
+
+
+def test_as_a_program(table: Path, tmp_path: Path) -> None:
+    command = [sys.executable, fit.__file__, "parametric", str(table), *SURFACE, "--out", str(tmp_path / "fit.json")]
+    done = subprocess.run([*command, "--params", "M"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: no column 'M'") and not done.stdout
