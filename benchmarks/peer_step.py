@@ -4,150 +4,151 @@
 
 needs `pip install PEER-pytorch==0.2.0`. Both layers in the paper's mode (softmax over the retrieved experts) and fp32,
 with the same weights; their outputs are compared first. Width 256, 2048 tokens, 8 heads x top 16, keys of 2 x 128 a
-head. Times are medians over repeats in which the two take turns; PEER-pytorch always steps with torch's fused AdamW.
+head. Each layer has a process of its own, as in training; the two take turns, and times are medians over the turns.
 
     fwd_bwd_ratio       PEER-pytorch / peerscale, forward and backward pass, gradient tables included
-    dense_adamw_ratio   the same with the step of torch's fused AdamW in both
-    ours_s, theirs_s    a whole step as peerscale trains, with row-sparse AdamW; PEER-pytorch as before
+    dense_adamw_ratio   the same with a step of torch's fused AdamW in both
+    ours_s, theirs_s    a whole step: peerscale's with row-sparse AdamW, PEER-pytorch's with torch's AdamW as it comes
     ratio               theirs_s / ours_s
+    ratio_fused_adamw   the same if PEER-pytorch, too, has torch's fused AdamW
     *_peak_gb           highest resident memory of a process that takes three such steps, in 1e9 bytes
 """
 
 import argparse
+import contextlib
 import json
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from peerscale.errors import UserError, exit_code
 from peerscale.files import write_text
 
 WIDTH, TOKENS, HEADS, TOP_K = 256, 2048, 8, 16
-RATES = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
+RATES = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
 
 def main() -> None:
-    """Measure each number of experts in processes of its own; this one stays small, since children inherit its peak."""
+    """Measure each number of experts. This process stays small, since children inherit its peak of memory."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--experts", type=int, nargs="+", default=[16384, 65536, 1048576], help="squares")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, help="CPU threads; torch's choice if not given")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--measure", choices=["times", "ours", "theirs"], help=argparse.SUPPRESS)
+    parser.add_argument("--work", nargs=2, metavar=("LAYER", "STEP"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.measure:
-        print(json.dumps(measure(options.measure, options.experts[0], options.repeats, options.threads)))
+    if options.work:
+        work(*options.work, options.experts[0], options.threads)
         return
     rows = []
     for experts in options.experts:
-        row = {"experts": experts, **in_own_process("times", experts, options)}
-        for name in ("ours", "theirs"):
-            row |= in_own_process(name, experts, options)
-        rows.append(row)
+        rows.append(row := measure(experts, options))
         print(
             f"{experts:>8} experts: {row['ours_s'] * 1e3:.0f} ms against {row['theirs_s'] * 1e3:.0f} ms, "
-            f"{row['ratio']:.1f}x (forward and backward {row['fwd_bwd_ratio']:.1f}x, with dense AdamW "
-            f"{row['dense_adamw_ratio']:.1f}x); "
+            f"{row['ratio']:.1f}x ({row['ratio_fused_adamw']:.1f}x if theirs is fused AdamW; forward and backward "
+            f"{row['fwd_bwd_ratio']:.1f}x, with dense AdamW {row['dense_adamw_ratio']:.1f}x); "
             f"peak {row['ours_peak_gb']:.2f} GB against {row['theirs_peak_gb']:.2f} GB",
             flush=True,
         )
         write_text(options.out, json.dumps(rows, indent=1) + "\n")
 
 
-def in_own_process(what: str, experts: int, options: argparse.Namespace) -> dict[str, Any]:
-    """`measure` in a new process."""
-    command = [sys.executable, __file__, "--measure", what, "--experts", str(experts), "--out", str(options.out)]
-    command += ["--repeats", str(options.repeats), *(["--threads", str(options.threads)] if options.threads else [])]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"measuring {what} with {experts} experts ended with exit code {done.returncode} (see above)")
-    return json.loads(done.stdout.splitlines()[-1])
+def measure(experts: int, options: argparse.Namespace) -> dict[str, Any]:
+    """All figures for one number of experts."""
+    theirs, ours = in_turns("gradients", "gradients", experts, options)
+    theirs_fused, ours_dense = in_turns("fused_adamw", "fused_adamw", experts, options)
+    theirs_whole, ours_whole = in_turns("adamw", "row_sparse_adamw", experts, options)
+    row: dict[str, Any] = {
+        "experts": experts,
+        "fwd_bwd_ratio": theirs / ours,
+        "dense_adamw_ratio": theirs_fused / ours_dense,
+        "ours_s": ours_whole,
+        "theirs_s": theirs_whole,
+        "ratio": theirs_whole / ours_whole,
+        "ratio_fused_adamw": theirs_fused / ours_whole,
+    }
+    for name, layer, step in (("ours", "ours_afresh", "row_sparse_adamw"), ("theirs", "theirs", "adamw")):
+        with worker(layer, step, experts, options) as process:
+            row[f"{name}_peak_gb"] = max(process()["peak_gb"] for _ in range(3))
+    return row
 
 
-def measure(what: str, experts: int, repeats: int, threads: int | None) -> dict[str, Any]:
-    """Times of both layers, or the peak memory of one."""
+def in_turns(their_step: str, our_step: str, experts: int, options: argparse.Namespace) -> tuple[float, float]:
+    """Median seconds of a step of either, after one unmeasured step each."""
+    with (
+        worker("theirs", their_step, experts, options) as theirs,
+        worker("ours", our_step, experts, options) as ours,
+    ):
+        turns = [(theirs()["seconds"], ours()["seconds"]) for _ in range(options.repeats + 1)][1:]
+    first, second = zip(*turns, strict=True)
+    return statistics.median(first), statistics.median(second)
+
+
+@contextlib.contextmanager
+def worker(layer: str, step: str, experts: int, options: argparse.Namespace) -> Iterator[Callable[[], dict[str, Any]]]:
+    """A process that works off one step for each call of the function yielded."""
+    command = [sys.executable, __file__, "--work", layer, step, "--experts", str(experts), "--out", str(options.out)]
+    command += ["--threads", str(options.threads)] if options.threads else []
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        stdin, stdout = process.stdin, process.stdout
+        assert stdin and stdout
+
+        def turn(stdin: IO[str] = stdin, stdout: IO[str] = stdout) -> dict[str, Any]:
+            with contextlib.suppress(BrokenPipeError):
+                print("step", file=stdin, flush=True)
+            if not (answer := stdout.readline()):
+                raise UserError(f"{layer}, {step}, {experts} experts: the process ended, see above")
+            return json.loads(answer)
+
+        yield turn
+
+
+def work(layer_name: str, step_name: str, experts: int, threads: int | None) -> None:
+    """For each line of the input a step, and a line with its seconds and the peak of memory so far."""
     import torch
 
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
-    if what == "times":
-        return times(experts, repeats)
-    layer = peerscale_layer(experts) if what == "ours" else pytorch_layer(experts)
-    step = training_step(layer, row_sparse(layer) if what == "ours" else dense(layer))
-    for _ in range(3):
-        step()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {f"{what}_peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
-
-
-def times(experts: int, repeats: int) -> dict[str, Any]:
-    """All times and ratios. The layers exist once, the optimisers one pair after the other, so that memory suffices."""
-    theirs, ours = pytorch_layer(experts), peerscale_layer(experts)
-    copy_weights(theirs, ours)
-    compare_outputs(theirs, ours)
-    results = {}
-    forward_backward = in_turns(training_step(theirs), training_step(ours), repeats)
-    results["fwd_bwd_ratio"] = forward_backward[0] / forward_backward[1]
-    with_dense = in_turns(training_step(theirs, dense(theirs)), training_step(ours, dense(ours)), repeats)
-    results["dense_adamw_ratio"] = with_dense[0] / with_dense[1]
-    whole = in_turns(training_step(theirs, dense(theirs)), training_step(ours, row_sparse(ours)), repeats)
-    return results | {"ours_s": whole[1], "theirs_s": whole[0], "ratio": whole[0] / whole[1]}
-
-
-def in_turns(first: Callable[[], None], second: Callable[[], None], repeats: int) -> tuple[float, float]:
-    """Median seconds of either, after one unmeasured call of each."""
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for repeat in range(repeats + 1):
-        for function, taken in zip((first, second), seconds, strict=True):
-            start = time.perf_counter()
-            function()
-            if repeat:
-                taken.append(time.perf_counter() - start)
-    return statistics.median(seconds[0]), statistics.median(seconds[1])
-
-
-def training_step(layer: Any, optimizer: Any = None) -> Callable[[], None]:
-    """A step on one batch; its gradients are freed at the end, for the other layer's turn."""
-    import torch
-
-    x = torch.randn(1, TOKENS, WIDTH, requires_grad=True)
-    gradient = torch.randn(1, TOKENS, WIDTH)
-
-    def step() -> None:
+    layer = {"theirs": pytorch_layer, "ours": with_their_weights, "ours_afresh": peerscale_layer}[layer_name](experts)
+    optimizer = make_optimizer(layer, step_name)
+    x, gradient = torch.randn(1, TOKENS, WIDTH, requires_grad=True), torch.randn(1, TOKENS, WIDTH)
+    for _ in sys.stdin:
+        start = time.perf_counter()
         layer(x).backward(gradient)
         if optimizer:
             optimizer.step()
             optimizer.zero_grad()
-        layer.zero_grad()
+        layer.zero_grad()  # and frees the memory for the other layer's turn
         x.grad = None
+        seconds = time.perf_counter() - start
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+        print(json.dumps({"seconds": seconds, "peak_gb": peak}), flush=True)
 
-    return step
 
-
-def dense(layer: Any) -> Any:
-    """torch's AdamW for all parameters."""
+def make_optimizer(layer: Any, step_name: str) -> Any:
+    """torch's AdamW as it comes or fused, the row-sparse one, or none for gradients alone."""
     import torch
 
-    from peerscale.kernels.gradients import collect_row_gradients
-
-    for table in getattr(layer, "expert_tables", list)():
-        collect_row_gradients(table, False)
-    return torch.optim.AdamW(layer.parameters(), **RATES)
-
-
-def row_sparse(layer: Any) -> Any:
-    """The optimiser that peerscale trains with."""
     from peerscale.kernels.row_sparse_adamw import RowSparseAdamW
 
-    tables = layer.expert_tables()
-    rest = [parameter for parameter in layer.parameters() if all(parameter is not table for table in tables)]
-    return RowSparseAdamW([{"params": rest}, {"params": tables, "row_sparse": True}], **RATES)
+    match step_name:
+        case "gradients":
+            return None
+        case "adamw":
+            return torch.optim.AdamW(layer.parameters(), **RATES)
+        case "fused_adamw":
+            return torch.optim.AdamW(layer.parameters(), **RATES, fused=True)
+        case _:
+            tables = layer.expert_tables()
+            rest = [parameter for parameter in layer.parameters() if all(parameter is not table for table in tables)]
+            return RowSparseAdamW([{"params": rest}, {"params": tables, "row_sparse": True}], **RATES, fused=True)
 
 
 def peerscale_layer(experts: int) -> Any:
@@ -155,6 +156,14 @@ def peerscale_layer(experts: int) -> Any:
     from peerscale.model.peer import Peer
 
     return Peer(WIDTH, experts, HEADS, TOP_K, WIDTH, n_key_sets=HEADS, query_norm=False, query_bias=False)
+
+
+def with_their_weights(experts: int) -> Any:
+    """`peerscale_layer` with the weights of `pytorch_layer`, once their outputs were found equal."""
+    theirs, ours = pytorch_layer(experts), peerscale_layer(experts)
+    copy_weights(theirs, ours)
+    compare_outputs(theirs, ours)
+    return ours
 
 
 def pytorch_layer(experts: int) -> Any:

@@ -167,7 +167,6 @@ def test_status_reads_losses_without_the_corpus(study: Path, cells: list[Cell], 
     assert columns(capsys.readouterr().out.splitlines()[1]) == ["dense-d8-s0", "5.2500"]
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="the configurations are not compared without the corpus")
 def test_status_without_the_corpus_shows_a_cell_evaluated_on_another_set(study: Path, cells: list[Cell]) -> None:
     write_record(cells[0].folder, record_of(cells[0], Status.DONE, evaluation={"tuning": {"loss": 5.0}}))
     assert main(["status", str(study)]) == 0

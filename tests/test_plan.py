@@ -117,7 +117,7 @@ def test_drops_expert_choice_without_a_whole_capacity(sequences, n_experts, capa
     planned = plan(steps_for(config, 300))
     assert planned.verdict is Verdict.DROP
     assert planned.reason == (
-        f"expert choice needs a whole capacity >= 1: {sequences} sequences x {capacity_factor} / "
+        f"expert choice needs a whole capacity in 1..{sequences}: {sequences} sequences x {capacity_factor} / "
         f"{n_experts} experts = {capacity}"
     )
 
@@ -130,14 +130,12 @@ def test_keeps_expert_choice_with_a_whole_capacity(sequences, n_experts, factor)
     assert plan(steps_for(config, 300)).verdict is Verdict.OK
 
 
-@pytest.mark.xfail(strict=True, reason="expert_choice_capacity compares floating-point products for wholeness")
 def test_a_capacity_is_whole_whatever_its_factor_rounds_to() -> None:
     # 100 x 1.1 / 11 = 10, but 100 * 1.1 is 110.00000000000001 in floating point.
     config = configured("ffn=moe", "batch_sequences=100", "ffn.n_experts=11", "ffn.capacity_factor=1.1")
     assert plan(steps_for(config, 300)).verdict is Verdict.OK
 
 
-@pytest.mark.xfail(strict=True, reason="a capacity_factor above n_experts is planned as OK; its forward pass raises")
 def test_refuses_expert_choice_that_wants_more_tokens_than_there_are() -> None:
     # 4 sequences x 8 / 2 experts: each expert would take 16 of the 4 tokens at a position.
     try:

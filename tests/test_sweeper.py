@@ -166,7 +166,6 @@ def test_overrides_of_every_cell_reach_its_job(study: Write, overrides: list[str
     assert_planned_is_what_a_job_loads(cells[::3], file)
 
 
-@pytest.mark.xfail(strict=True, reason="planned with the file's value, run by the job with the override's")
 @pytest.mark.parametrize("overrides", [["budget=1e12"], ["seed=3"], ["size=d32"], ["++size.n_layers=2"]], ids=" ".join)
 def test_an_override_of_what_the_study_names_is_refused_or_reaches_plan_and_job(
     study: Write, overrides: list[str]
@@ -179,7 +178,6 @@ def test_an_override_of_what_the_study_names_is_refused_or_reaches_plan_and_job(
     assert_planned_is_what_a_job_loads(cells[-1:], file)
 
 
-@pytest.mark.xfail(strict=True, reason="the axis wins in the plan's size, the override in the job's")
 def test_an_override_of_an_axis_of_the_size_is_refused_or_reaches_plan_and_job(study: Write) -> None:
     file = study("{methods: [dense], grid: [{budget: 1e10, sizes: [d16]}], axes: {size.n_heads: [2]}}")
     try:
@@ -214,7 +212,6 @@ def test_a_wrong_study_is_refused_in_one_line(study: Write, sweep: str, message:
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.xfail(strict=True, raises=(IndexError, ValueError), reason="not checked: a traceback in place of a line")
 @pytest.mark.parametrize(
     "sweep",
     [
@@ -232,7 +229,6 @@ def test_a_study_of_no_possible_cell_is_refused(study: Write, sweep: str) -> Non
     pytest.fail("planned")
 
 
-@pytest.mark.xfail(strict=True, reason="planned_cells ignores the axes of a method that the study does not have")
 def test_axes_of_a_method_that_is_not_in_the_study_are_refused(study: Write) -> None:
     with pytest.raises(ConfigError, match="per"):
         planned_cells(
@@ -260,7 +256,6 @@ def test_a_cells_name_says_what_is_its_own(overrides: list[str], name: str) -> N
     assert cell_name(load(overrides), overrides) == name
 
 
-@pytest.mark.xfail(strict=True, reason="min_steps, max_epochs, train_tokens change no result but are named as axes")
 @pytest.mark.parametrize("override", ["min_steps=10", "data.max_epochs=2", "data.train_tokens=100000000"])
 def test_what_the_fingerprint_leaves_out_is_not_in_the_name(override: str) -> None:
     plain, changed = load([]), load([override])

@@ -113,9 +113,14 @@ def ffn_cost(config: Config) -> LayerCost:
             assert_never(ffn)
 
 
-def expert_choice_capacity(ffn: MoeConfig, batch_sequences: int) -> float:
-    """Tokens that an expert takes of a group, the tokens at one position of a batch; buildable if a whole number."""
-    return batch_sequences * ffn.capacity_factor / ffn.n_experts
+def expert_choice_capacity(batch_sequences: int, capacity_factor: float, n_experts: int) -> int | None:
+    """Tokens that an expert takes of a group, the tokens at one position of a batch.
+
+    None if that is no whole number, less than one, or more than the group has.
+    """
+    capacity = batch_sequences * capacity_factor / n_experts
+    whole = round(capacity)
+    return whole if abs(capacity - whole) < 1e-9 * capacity and 1 <= whole <= batch_sequences else None
 
 
 def _active_experts(ffn: MoeConfig, batch_sequences: int) -> float:
@@ -124,8 +129,8 @@ def _active_experts(ffn: MoeConfig, batch_sequences: int) -> float:
         case "token_choice":
             return ffn.top_k
         case "expert_choice":
-            realised = max(1, int(expert_choice_capacity(ffn, batch_sequences)))
-            return realised * ffn.n_experts / batch_sequences
+            capacity = expert_choice_capacity(batch_sequences, ffn.capacity_factor, ffn.n_experts)
+            return ffn.capacity_factor if capacity is None else capacity * ffn.n_experts / batch_sequences
 
 
 def _retrieval_cost(ffn: RetrievalConfig, d_model: int, *, rows_per_expert: int) -> LayerCost:

@@ -12,14 +12,23 @@ from math import isqrt
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from peerscale.errors import UserError
 from peerscale.files import ROOT
 
+
+def _no_bool(value: Any) -> Any:
+    """Python's true is 1, but no number that anyone meant."""
+    if isinstance(value, bool):
+        raise ValueError(f"input should be a number, not {str(value).lower()}")
+    return value
+
+
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
-Positive = Annotated[int, Field(gt=0)]
+Whole = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
+Positive = Annotated[int, BeforeValidator(_no_bool), Field(gt=0)]
 Rate = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -154,6 +163,14 @@ class PeerConfig(RetrievalConfig):
     """Over the retrieved experts of each head (paper, equation 2 and algorithm 1)."""
 
 
+def _blocks(value: Any) -> Any:
+    """Checked as one, since a union would report each of its members."""
+    blocks = isinstance(value, list) and value and all(type(i) is int and i >= 1 for i in value)
+    if value not in ("middle", "all") and not blocks:
+        raise ValueError(f"middle, all or a list of blocks counted from 1, not {value!r}")
+    return value
+
+
 Ffn = Annotated[DenseConfig | MoeConfig | PkmConfig | PeerConfig, Field(discriminator="method")]
 """The slot under study. A new layer is one dataclass more here, and one `case` in `build_ffn` and in `ffn_cost`."""
 
@@ -201,8 +218,8 @@ class OptimConfig:
     warmup_fraction: Fraction = 0.1
     final_lr_fraction: Fraction = 0.1
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     eps: Rate = 1e-8
     grad_clip: Rate = 1.0
     """Bound on the global gradient norm of all but the expert tables."""
@@ -215,7 +232,7 @@ class TrainerConfig:
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     threads: Positive = 1
     """CPU threads of one cell; parallel sweeps run fastest with one."""
-    kernel: Literal["auto", "native", "reference"] = "auto"
+    kernel: Literal["auto", "fused", "native", "reference"] = "auto"
     """Which implementation of the single-neuron-expert operator."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; `auto` compiles where the plan expects the run to be long enough to pay for it."""
@@ -251,8 +268,8 @@ class Config:
     tracking: TrackingConfig
     budget: Rate
     """Training FLOPs, by the convention of `accounting`."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    replaced: Literal["middle", "all"] | list[Positive] = "middle"
+    seed: Whole = 0
+    replaced: Annotated[Literal["middle", "all"] | list[Positive], BeforeValidator(_blocks)] = "middle"
     """Blocks whose feed-forward layer is `ffn`, counted from 1; `middle` is block n_layers // 2 (paper: 6 of 12)."""
     batch_sequences: Positive = 16
     context: Annotated[int, Field(ge=2)] = 64
@@ -262,7 +279,7 @@ class Config:
     """A cell with fewer optimiser steps is dropped."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.replaced, list) and not all(1 <= i <= self.size.n_layers for i in self.replaced):
+        if isinstance(self.replaced, list) and max(self.replaced) > self.size.n_layers:
             raise ValueError(f"replaced {self.replaced} names a block outside 1..{self.size.n_layers}")
 
     @property
@@ -281,6 +298,9 @@ class Config:
         return self.batch_sequences * self.context
 
 
+Values = Annotated[list[Any], Field(min_length=1)]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class GridRow:
     """One budget of a study and the sizes to train there."""
@@ -296,13 +316,17 @@ class SweepConfig:
     methods: list[str] = Field(min_length=1)
     """Names of files in conf/ffn."""
     grid: list[GridRow] = Field(min_length=1)
-    seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
-    axes: dict[str, list[Any]] = Field(default_factory=dict)
+    seeds: list[Whole] = Field(default_factory=lambda: [0], min_length=1)
+    axes: dict[str, Values] = Field(default_factory=dict)
     """Any further config keys and the values that each takes."""
-    method_axes: dict[str, dict[str, list[Any]]] = Field(default_factory=dict)
+    method_axes: dict[str, dict[str, Values]] = Field(default_factory=dict)
     """The same for one method only."""
     min_sizes: Positive = 5
     """Sizes that every method needs at every budget: a parabola wants five points."""
+
+    def __post_init__(self) -> None:
+        if strangers := sorted(self.method_axes.keys() - set(self.methods)):
+            raise ValueError(f"method_axes names {', '.join(strangers)}, but the methods are {', '.join(self.methods)}")
 
 
 T = TypeVar("T")
@@ -424,7 +448,7 @@ def compose(overrides: Sequence[str] = (), *, sweep: str | Path | None = None) -
         with initialize_config_dir(str(file.parent), version_base="1.3"):
             composed = hydra_compose(file.stem, overrides=[*search, *overrides])
         tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: size=null and the like
         raise ConfigError(first_line(error)) from None
     finally:
         restore_gh_from_backup(running)

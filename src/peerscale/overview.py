@@ -106,7 +106,8 @@ def _outcome(cell: Cell, data_fingerprint: str | None) -> tuple[str, str]:
     if record is None:
         return "pending", ""
     if record.status is Status.DONE:
-        return f"{record.evaluation[cell.config.data.val_set]['loss']:.4f}", ""
+        loss = record.evaluation.get(cell.config.data.val_set, {}).get("loss")
+        return ("done" if loss is None else f"{loss:.4f}"), ""
     if record.status is Status.RUNNING:
         return "running" if _locked(cell) else "interrupted", ""
     return str(record.status), f"{cell.name} {record.status}: {record.reason}"

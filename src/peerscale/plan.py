@@ -111,10 +111,11 @@ def _reason_to_drop(config: Config, steps: int, warmup_steps: int, epochs: float
     if epochs is not None and epochs > config.data.max_epochs:
         return f"{epochs:.2f} epochs > max_epochs {config.data.max_epochs:g}"
     if isinstance(config.ffn, MoeConfig) and config.ffn.routing == "expert_choice":
-        capacity = expert_choice_capacity(config.ffn, config.batch_sequences)
-        if capacity < 1 or capacity != int(capacity):
+        ffn, sequences = config.ffn, config.batch_sequences
+        if expert_choice_capacity(sequences, ffn.capacity_factor, ffn.n_experts) is None:
             return (
-                f"expert choice needs a whole capacity >= 1: {config.batch_sequences} sequences x "
-                f"{config.ffn.capacity_factor:g} / {config.ffn.n_experts} experts = {capacity:g}"
+                f"expert choice needs a whole capacity in 1..{sequences}: {sequences} sequences x "
+                f"{ffn.capacity_factor:g} / {ffn.n_experts} experts = "
+                f"{sequences * ffn.capacity_factor / ffn.n_experts:g}"
             )
     return ""

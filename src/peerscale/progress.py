@@ -72,7 +72,7 @@ class Progress:
             if path.stat().st_mtime < self.started - 1:
                 return None, None
             status = Status(json.loads(path.read_text(encoding="utf-8"))["status"])
-            if status is not Status.RUNNING:
+            if status is not Status.RUNNING or not (cell.folder / METRICS).is_file():
                 return status, None
             with (cell.folder / METRICS).open("rb") as file:
                 file.seek(max(0, file.seek(0, 2) - 4096))

@@ -21,7 +21,9 @@ SINGLE = "single"
 NAMED = ("ffn", "size", "budget", "seed")
 """Overrides that have a place of their own in a cell's name."""
 
-OPERATIONAL = ("trainer", "tracking", "hydra", "data.directory")
+OPERATIONAL = (
+    "trainer", "tracking", "hydra", "min_steps", "data.directory", "data.max_epochs", "data.train_tokens",
+)  # fmt: skip
 """Overrides that don't change a cell's result, and so not its name."""
 
 
@@ -51,7 +53,7 @@ def cell_name(config: Config, overrides: Sequence[str]) -> str:
     """`<method>-<size>-<budget>[-<axis>=<value>...]-s<seed>`; every other override that matters is an axis."""
     axes = []
     for override in overrides:
-        key, _, value = override.lstrip("+~").partition("=")
+        key, value = _key(override), override.partition("=")[2]
         if key not in NAMED and not any(key == o or key.startswith((f"{o}.", f"{o}/")) for o in OPERATIONAL):
             axes.append(f"{key.rsplit('.', 1)[-1]}={_file_name(value)}")
     return "-".join([config.ffn.name, config.size.name, budget_name(config.budget), *axes, f"s{config.seed}"])
@@ -76,7 +78,10 @@ def planned_cells(sweep: str | Path, overrides: Sequence[str] = ()) -> list[Cell
     file = sweep_file(sweep)
     study = load_sweep(file)
     compose = functools.cache(lambda *choice: load(choice, sweep=file))
-    size_overrides = [o for o in overrides if o.startswith("size.")]
+    own = {*NAMED, *study.axes, *(axis for axes in study.method_axes.values() for axis in axes)}
+    if taken := [key for key in map(_key, overrides) if key in own]:
+        raise ConfigError(f"{taken[0]} is for {file.name} to say, which varies it: edit its sweep section")
+    size_overrides = [o for o in overrides if _key(o).startswith("size.")]
     cells: list[Cell] = []
     for method, row in itertools.product(study.methods, study.grid):
         for size, axes, seed in itertools.product(row.sizes, _axis_overrides(study, method), study.seeds):
@@ -168,6 +173,10 @@ def _prepared_tokens(config: Config) -> int | None:
 
     manifest = read_manifest(config.data)
     return manifest.splits["train"] if manifest else None
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
 
 
 def _axis_overrides(study: SweepConfig, method: str) -> list[tuple[str, ...]]:

@@ -82,12 +82,7 @@ def test_usage_can_exceed_the_candidates_and_sums_the_weights() -> None:
     "kernel",
     [
         "native",
-        pytest.param(
-            "reference",
-            marks=pytest.mark.xfail(
-                strict=True, reason="Pkm.forward sums its values under autocast, Peer.forward does not: bf16 by kernel"
-            ),
-        ),
+        "reference",
     ],
 )
 def test_every_kernel_runs_in_fp32_under_autocast(kernel: str) -> None:

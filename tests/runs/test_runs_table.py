@@ -141,7 +141,6 @@ def test_reads_every_row_and_number_of_a_csv(tmp_path: Path, records: list[Recor
         np.testing.assert_array_equal(got[numbers.columns].to_numpy(float), numbers.to_numpy(float))
 
 
-@pytest.mark.xfail(strict=True, reason="an empty variant, reason is NaN from a CSV and '' from a folder")
 def test_reads_the_same_table_from_a_csv_as_from_the_folder(tmp_path: Path, records: list[Record]) -> None:
     folder = write_cells(tmp_path / "toy", records)
     read_runs(folder).to_csv(tmp_path / "runs.csv", index=False)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peerscale.accounting import expert_choice_capacity
 from peerscale.model.usage import CountsUsage
 
 
@@ -31,7 +32,7 @@ class ExpertChoiceMoe(nn.Module, CountsUsage):
     sequence sees its own future; the output depends on the other sequences of the batch.
 
     Raises (forward):
-        ValueError: if batch sequences x capacity_factor / n_experts is not a whole number of at least 1.
+        ValueError: if batch sequences x capacity_factor / n_experts is not a whole number in 1..sequences.
     """
 
     def __init__(self, d_model: int, d_ff: int, n_experts: int, capacity_factor: float) -> None:
@@ -43,13 +44,13 @@ class ExpertChoiceMoe(nn.Module, CountsUsage):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """x (B, T, D) -> y (B, T, D)."""
         B, T, D = x_BTD.shape
-        capacity = B * self.capacity_factor / self.n_experts
-        if capacity < 1 or capacity != int(capacity):
+        capacity = expert_choice_capacity(B, self.capacity_factor, self.n_experts)
+        if capacity is None:
             raise ValueError(
                 f"{B} sequences x {self.capacity_factor:g} / {self.n_experts} experts is no whole capacity"
             )
         gates_BTE = _router_probabilities(self.router, x_BTD)[0]
-        gates_ETC, sequence_ETC = gates_BTE.permute(2, 1, 0).topk(int(capacity), dim=-1)
+        gates_ETC, sequence_ETC = gates_BTE.permute(2, 1, 0).topk(capacity, dim=-1)
         # Row of each chosen token in the batch laid out as (B x T, D).
         token_EM = (sequence_ETC * T + torch.arange(T, device=x_BTD.device)[:, None]).flatten(1)
         if self.usage is not None:

@@ -43,5 +43,6 @@ class Pkm(ProductKeyRetrieval, CountsUsage):
         gates_THK = scores_THK.softmax(dim=-1)
         if self.usage is not None:
             self.usage.add(rows_THK, gates_THK, len(x_TD))
-        y_TD = self.operators.weighted_rows(self.values, rows_THK.flatten(1), gates_THK.flatten(1))
+        with torch.autocast(x.device.type, enabled=False):
+            y_TD = self.operators.weighted_rows(self.values, rows_THK.flatten(1), gates_THK.flatten(1))
         return y_TD.view(x.shape).to(x.dtype)

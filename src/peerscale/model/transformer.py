@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peerscale.model.attention import Attention
+from peerscale.model.moe import Experts
 
 
 class Block(nn.Module):
@@ -38,14 +39,17 @@ class Transformer(nn.Module):
     def reset_parameters(self) -> None:
         """Variance 1 / fan-in; a block's last product smaller by sqrt(2 n_layers) (Radford et al. 2019).
 
-        Layers under study other than dense keep the initialisation of their own class.
+        Product-key layers keep the initialisation of their own classes.
         """
+        output_scale = (2 * len(self.blocks)) ** -0.5
         nn.init.normal_(self.embedding.weight, std=self.embedding.embedding_dim**-0.5)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in ("qkv", "out", "down", "up", "router"):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
             if isinstance(module, nn.Linear) and name.endswith((".attention.out", ".ffn.up")):
-                module.weight.data /= (2 * len(self.blocks)) ** 0.5
+                module.weight.data *= output_scale
+            if isinstance(module, Experts):  # each expert starts as the dense layer that it stands for
+                module.up.data *= output_scale
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Tokens (B, T) -> logits (B, T, V)."""
@@ -55,7 +59,7 @@ class Transformer(nn.Module):
         return F.linear(self.norm(x_BTD), self.embedding.weight)
 
     def auxiliary_loss(self) -> Tensor | None:
-        """Sum of the auxiliary losses that layers left in their last forward pass."""
+        """Sum of the auxiliary losses that layers left in their last forward pass in training."""
         losses = [loss for m in self.modules() if (loss := getattr(m, "auxiliary_loss", None)) is not None]
         tensors = [loss for loss in losses if isinstance(loss, Tensor)]
         return torch.stack(tensors).sum() if tensors else None

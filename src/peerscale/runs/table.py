@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from peerscale.accounting import CONVENTION
@@ -38,10 +39,9 @@ def read_runs(path: str | Path) -> pd.DataFrame:
     """
     path = Path(path)
     path = path if path.is_absolute() or path.exists() else ROOT / path
-    if path.is_file():
-        return pd.read_csv(path, keep_default_na=True)
-    if (path / "runs.csv").is_file():
-        return pd.read_csv(path / "runs.csv")
+    csv = path / "runs.csv" if path.is_dir() else path
+    if csv.is_file():
+        return pd.read_csv(csv).fillna({"variant": "", "reason": ""})
     records = read_records(path)
     if not records:
         raise UserError(f"no runs in {path}: expected cells with a record.json, or runs.csv")
@@ -50,7 +50,7 @@ def read_runs(path: str | Path) -> pd.DataFrame:
 
 def runs_table(records: Iterable[Record]) -> pd.DataFrame:
     """Records as a table; the columns are documented in the README."""
-    table = pd.DataFrame([_row(record) for record in records])
+    table = pd.DataFrame([_row(record) for record in records]).fillna(np.nan)
     components = [column for column in table.columns if column.startswith("flops_") and column not in WHOLE]
     return table.fillna(dict.fromkeys(components, 0))
 
