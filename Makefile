@@ -61,8 +61,10 @@ sync: setup ## upload the offline W&B runs of SWEEP that are not uploaded yet
 	test -n "$$runs" || { echo "error: no W&B runs in runs/$(SWEEP): make sweep SWEEP=$(SWEEP)"; exit 2; }; \
 	timeout 600 $(BIN)/wandb sync $$runs
 
-dashboard: setup ## look at the W&B runs of SWEEP in the terminal (RUN=cell: one of them)
-	@$(BIN)/wandb leet $(if $(RUN),runs/$(SWEEP)/$(RUN)/wandb,runs/$(SWEEP))
+dashboard: setup ## browse the W&B runs of SWEEP in the terminal, offline
+	@ls -d runs/$(SWEEP)/*/wandb/offline-run-* >/dev/null 2>&1 || { echo "error: no W&B runs in runs/$(SWEEP): make sweep SWEEP=$(SWEEP)"; exit 2; }
+	@mkdir -p runs/$(SWEEP)/study/wandb && ln -sfn $(CURDIR)/runs/$(SWEEP)/*/wandb/offline-run-* runs/$(SWEEP)/study/wandb/
+	@$(BIN)/wandb leet runs/$(SWEEP)/study/wandb
 
 test: setup check ## lint, types, import rules and tests
 	@$(BIN)/pytest -n 2

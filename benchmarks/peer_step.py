@@ -43,7 +43,8 @@ def main() -> None:
     parser.add_argument("--work", nargs=2, metavar=("LAYER", "STEP"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        work(*options.work, options.experts[0], options.threads)
+        layer, step = options.work
+        work(layer, step, options.experts[0], options.threads)
         return
     rows = []
     for experts in options.experts:
@@ -112,6 +113,9 @@ def work(layer_name: str, step_name: str, experts: int, threads: int | None) -> 
     """For each line of the input a step, and a line with its seconds and the peak of memory so far."""
     import torch
 
+    from peerscale.kernels.allocator import keep_freed_memory
+
+    keep_freed_memory()
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(0)

@@ -15,7 +15,7 @@ from peerscale.config import load
 from peerscale.data.prepare import prepare
 from peerscale.files import ROOT
 from peerscale.runs.record import Record, Status, read_record
-from peerscale.runs.table import read_metrics
+from peerscale.runs.table import read_metrics, read_runs
 from peerscale.sweeper import single_cell
 from peerscale.train import run_cell
 
@@ -83,14 +83,14 @@ def test_every_layer_trains_and_learns(layer: str, settings: list[str]) -> None:
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("recipe", ["precision=fp32", "precision=bf16", "optim=row_sparse_adamw"])
 def test_an_interrupted_cell_ends_as_an_unbroken_one(
-    layer: str, precision: str, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    layer: str, recipe: str, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = [
         *settings,
         f"ffn={layer}",
-        f"precision={precision}",
+        recipe,
         "tracking=disabled",
         "trainer.checkpoint_every_s=1e-9",
     ]
@@ -290,3 +290,18 @@ def test_ctrl_c_leaves_a_cell_that_goes_on(settings: list[str], tmp_path: Path) 
     record = read_record(cell)
     assert record is not None and record.status is Status.RUNNING
     assert list(read_metrics(cell))
+
+
+def test_a_two_cell_sweep_goes_from_text_to_figure(study: Path, tmp_path: Path) -> None:
+    text = study.read_text().replace("  axes: {optim.warmup_fraction: [0.0, 1.0]}\n", "")
+    study.write_text(text.replace("  method_axes: {peer: {optim.lr: [1e30]}}\n", ""))
+    sweep = run_command("-m", "peerscale.train", "--config-dir", study.parent, "--config-name", "tiny")
+    assert sweep.returncode == 0, sweep.stderr
+    for script in ("collect", "figures", "table"):
+        result = run_command(ROOT / "analysis" / f"{script}.py", "tiny", "--runs", tmp_path / "runs")
+        assert result.returncode == 0, result.stderr
+    folder = tmp_path / "runs" / "tiny" / "study"
+    runs = read_runs(folder)
+    assert list(runs["method"]) == ["dense", "peer"] and runs["val_loss"].notna().all()
+    assert (folder / "figures" / "isoflop.png").read_bytes()[:4] == b"\x89PNG"
+    assert "fewer than five sizes" in (folder / "table.md").read_text()

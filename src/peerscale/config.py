@@ -209,6 +209,8 @@ class DataConfig:
 class OptimConfig:
     """AdamW and its schedule. Rates are those of d_model 32; `lr_rule` carries them to other widths."""
 
+    name: Literal["adamw", "row_sparse_adamw"] = "adamw"
+    """`row_sparse_adamw` updates only the table rows that were retrieved: no cost grows with the number of experts."""
     lr: Rate
     table_lr: Rate | None = None
     """Rate of the expert tables and PKM values; null: the layer has none."""

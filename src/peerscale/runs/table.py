@@ -41,7 +41,7 @@ def read_runs(path: str | Path) -> pd.DataFrame:
     path = path if path.is_absolute() or path.exists() else ROOT / path
     csv = path / "runs.csv" if path.is_dir() else path
     if csv.is_file():
-        return pd.read_csv(csv).fillna({"variant": "", "reason": ""})
+        return pd.read_csv(csv, dtype={"variant": str, "reason": str}).fillna({"variant": "", "reason": ""})
     records = read_records(path)
     if not records:
         raise UserError(f"no runs in {path}: expected cells with a record.json, or runs.csv")
@@ -97,7 +97,7 @@ def _row(record: Record) -> dict[str, Any]:
         "capacity_factor": ffn.get("capacity_factor") if ffn.get("routing") == "expert_choice" else None,
         "lr": plan["lr"],
         "table_lr": plan["table_lr"],
-        "optimizer": "adamw",
+        "optimizer": config["optim"]["name"],
         "kernel": record.environment.get("kernel"),
         "n_threads": record.environment.get("n_threads"),
         "val_loss": val.get("loss"),

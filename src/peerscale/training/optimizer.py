@@ -1,11 +1,13 @@
 """Which parameters are trained how: decided here and nowhere else."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from peerscale.config import Config
+from peerscale.kernels.row_sparse_adamw import RowSparseAdamW
 from peerscale.model.peer import Peer
 from peerscale.model.pkm import Pkm
 from peerscale.plan import Plan
@@ -41,8 +43,10 @@ def parameter_groups(model: nn.Module) -> ParameterGroups:
 def build_optimizer(groups: ParameterGroups, config: Config, plan: Plan) -> torch.optim.Optimizer:
     """AdamW over the groups; rates are their peaks, which the schedule scales."""
     optim = config.optim
-    settings = [{"params": groups.matrices, "lr": plan.lr, "weight_decay": optim.weight_decay}]
+    settings: list[dict[str, Any]] = [{"params": groups.matrices, "lr": plan.lr, "weight_decay": optim.weight_decay}]
     settings.append({"params": groups.vectors, "lr": plan.lr, "weight_decay": 0.0})
     if groups.tables:
-        settings.append({"params": groups.tables, "lr": plan.table_lr or plan.lr, "weight_decay": 0.0})
-    return torch.optim.AdamW(settings, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+        tables = {"params": groups.tables, "lr": plan.table_lr or plan.lr, "weight_decay": 0.0}
+        settings.append({**tables, "row_sparse": True} if optim.name == "row_sparse_adamw" else tables)
+    kind = RowSparseAdamW if optim.name == "row_sparse_adamw" else torch.optim.AdamW
+    return kind(settings, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)

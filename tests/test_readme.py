@@ -1,0 +1,79 @@
+"""The README's promises: its commands exist, its Python runs, and its recipe for a new layer works as written."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from peerscale.files import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """Fenced code blocks, without the indentation of a list."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", text, flags=re.S | re.M)
+    return [re.sub(rf"^{indent}", "", body, flags=re.M) for indent, body in found]
+
+
+def test_every_make_target_that_the_readme_names_is_there() -> None:
+    named = set(re.findall(r"make ([a-z]+)", README)) - {"sure"}
+    help_text = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    offered = set(re.findall(r"^  make ([a-z]+)", help_text, flags=re.M))
+    assert named and named <= offered
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), flags=re.M)
+    assert phony and offered <= set(phony.group(1).split())
+
+
+def test_files_that_the_readme_links_to_are_there() -> None:
+    links = re.findall(r"\]\(((?!http)[^)#]+)\)", README)
+    assert len(links) > 5
+    missing = [link for link in links if not (ROOT / link).exists()]
+    assert not missing
+
+
+def test_the_python_of_the_readme_runs() -> None:
+    (code,) = [block for block in blocks(README, "python") if "read_runs" in block]
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_new_layer_takes_what_the_readme_says(tmp_path: Path) -> None:
+    recipe = README.split("## Add a layer")[1].split("\n## ")[0]
+    module, dataclass, build_case, cost_case = blocks(recipe, "python")
+    (yaml,) = blocks(recipe, "yaml")
+    for folder in ("src", "conf", "sweeps"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    package = tmp_path / "src" / "peerscale"
+    imports = "import torch.nn.functional as F\nfrom torch import Tensor, nn\n\n\n"
+    (package / "model" / "gated.py").write_text(imports + module)
+    (tmp_path / "conf" / "ffn" / "gated.yaml").write_text(yaml)
+
+    def insert(path: Path, anchor: str, before: str, *, indent: str = "") -> None:
+        text = path.read_text()
+        assert text.count(anchor) == 1, (path, anchor)
+        path.write_text(text.replace(anchor, re.sub(r"^(?=.)", indent, before, flags=re.M) + anchor))
+
+    insert(package / "config.py", "def _blocks(value", dataclass + "\n\n")
+    insert(package / "config.py", " | PeerConfig, Field(discriminator", " | GatedConfig")
+    last = "        case _:\n            assert_never(ffn)\n"
+    insert(package / "model" / "__init__.py", last, build_case, indent=" " * 8)
+    insert(package / "accounting.py", last, cost_case, indent=" " * 8)
+    new_import = "from peerscale.model.gated import Gated\nfrom peerscale.config import GatedConfig\n"
+    insert(package / "model" / "__init__.py", "from peerscale.model.dense import", new_import)
+    insert(package / "accounting.py", "from peerscale.config import", "from peerscale.config import GatedConfig\n")
+    check = """
+from peerscale.config import load
+from peerscale.accounting import cost
+from peerscale.model import build_model
+import peerscale.files
+config = load(["ffn=gated", "size=d32"])
+model = build_model(config)
+assert cost(config).params_total == sum(p.numel() for p in model.parameters())
+print(peerscale.files.ROOT, type(model.blocks[1].ffn).__name__)
+"""
+    environment = {"PYTHONPATH": str(tmp_path / "src"), "PATH": "/usr/bin:/bin"}
+    result = subprocess.run([sys.executable, "-c", check], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [str(tmp_path), "Gated"]
