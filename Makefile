@@ -13,7 +13,7 @@ export OMP_NUM_THREADS      ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce smoke test check data plan sweep status figures publish sync dashboard clean
+.PHONY: help setup reproduce smoke test check data plan sweep status figures validate publish sync dashboard clean
 
 help: ## print every target
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -52,6 +52,9 @@ figures: setup ## table, fits and figures of SWEEP, from its runs or from result
 	@$(BIN)/python analysis/collect.py $(SWEEP)
 	@$(BIN)/python analysis/figures.py $(SWEEP)
 	@$(BIN)/python analysis/table.py $(SWEEP)
+
+validate: setup ## fit published data sets in DATA=DIR and compare with the published values
+	@$(BIN)/python analysis/validate.py $(DATA)
 
 publish: setup ## copy the table, fits and figures of SWEEP into results/, to be committed
 	@$(BIN)/python analysis/publish.py $(SWEEP)

@@ -20,7 +20,8 @@ RATES = ["lr_setting", "table_lr"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = study_parser(__doc__.splitlines()[0]).parse_args(argv)
-    table = settings_table(read_runs(arguments.runs / arguments.sweep))
+    cells = arguments.runs / arguments.sweep
+    table = settings_table(read_runs(cells if cells.is_dir() else arguments.results / arguments.sweep))
     for method, rows in table.groupby("name", sort=False):
         print(f"\n{method}\n{rows.drop(columns='name').to_string(index=False, float_format='{:.4g}'.format)}")
         for edge in edges(rows):

@@ -3,11 +3,7 @@
 Strict: an unknown key, a wrong type or a size that cannot be built is a `ConfigError` of one line. No torch here.
 """
 
-import difflib
-import types
-import typing
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Mapping, Sequence
 from math import isqrt
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -15,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from peerscale.errors import UserError
+from peerscale.config_errors import ConfigError, first_line, one_line
 from peerscale.files import ROOT
 
 
@@ -31,10 +27,6 @@ Whole = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
 Positive = Annotated[int, BeforeValidator(_no_bool), Field(gt=0)]
 Rate = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class ConfigError(UserError):
-    """A configuration that cannot be run: the key, what was given, what is allowed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -339,12 +331,12 @@ _SWEEP: TypeAdapter[SweepConfig] = TypeAdapter(SweepConfig)
 
 def parse_config(tree: Mapping[str, Any]) -> Config:
     """A nested mapping, as composed by Hydra or read from `config.yaml`, as a `Config`; raises `ConfigError`."""
-    return _parse(_CONFIG, tree)
+    return _parse(_CONFIG, Config, tree)
 
 
 def parse_sweep(tree: Mapping[str, Any]) -> SweepConfig:
     """The `sweep` section of a sweep file; raises `ConfigError`."""
-    return _parse(_SWEEP, tree)
+    return _parse(_SWEEP, SweepConfig, tree)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -352,50 +344,12 @@ def to_dict(config: Config) -> dict[str, Any]:
     return _CONFIG.dump_python(config, mode="json")
 
 
-def _parse(adapter: TypeAdapter[T], tree: Mapping[str, Any]) -> T:
+def _parse(adapter: TypeAdapter[T], root: type, tree: Mapping[str, Any]) -> T:
     try:
         return adapter.validate_python(tree)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ConfigError(_one_line(first)) from None
-
-
-def _one_line(problem: Mapping[str, Any]) -> str:
-    # The tag of the ffn union stands in pydantic's location after `ffn`; the user's key has no such part.
-    where = ".".join(str(part) for i, part in enumerate(problem["loc"]) if not (i == 1 and problem["loc"][0] == "ffn"))
-    given = problem["input"]
-    message = problem["msg"].removeprefix("Value error, ")
-    match problem["type"]:
-        case "unexpected_keyword_argument" | "extra_forbidden":
-            return unknown_key(where)
-        case "missing" | "missing_argument" | "missing_keyword_only_argument":
-            return f"{where}: missing"
-        case "value_error":
-            return f"{where}: {message}" if where else message
-        case _:
-            return f"{where}: {message[0].lower()}{message[1:]}, not {given!r}"
-
-
-def unknown_key(key: str) -> str:
-    """What to say of a key that there is none of: the nearest there are."""
-    near = difflib.get_close_matches(key, dict.fromkeys(_keys(Config)), n=3)
-    return f"unknown key {key}; " + (
-        f"did you mean {' or '.join(near)}?" if near else "see conf/ for the keys there are"
-    )
-
-
-def _keys(kind: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted keys of a dataclass, and of every member of a union of them."""
-    if typing.get_origin(kind) is Annotated:
-        kind = typing.get_args(kind)[0]
-    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
-        for member in typing.get_args(kind):
-            yield from _keys(member, prefix)
-    elif is_dataclass(kind):
-        hints = typing.get_type_hints(kind, include_extras=True)
-        for field in fields(kind):
-            yield f"{prefix}{field.name}"
-            yield from _keys(hints[field.name], f"{prefix}{field.name}.")
+        raise ConfigError(one_line(first, root)) from None
 
 
 def load(overrides: Sequence[str] = (), *, sweep: str | Path | None = None) -> Config:
@@ -451,23 +405,8 @@ def compose(overrides: Sequence[str] = (), *, sweep: str | Path | None = None) -
             composed = hydra_compose(file.stem, overrides=[*search, *overrides])
         tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: size=null and the like
-        raise ConfigError(first_line(error)) from None
+        raise ConfigError(first_line(error, Config)) from None
     finally:
         restore_gh_from_backup(running)
     assert isinstance(tree, dict)
     return {str(key): value for key, value in tree.items()}
-
-
-def first_line(error: Exception) -> str:
-    """A Hydra or OmegaConf error, which takes several lines, in one."""
-    from hydra.errors import MissingConfigException
-
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
-        group, _, choice = error.missing_cfg_file.rpartition("/")
-        return f"unknown choice {group}={choice}; there are: {', '.join(error.options)}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    dull = ("Set the environment variable", "full_key:", "object_type=", "To append to your config")
-    if lines and lines[0].startswith("Could not override '"):
-        return unknown_key(lines[0].split("'")[1])
-    kept = [line for line in lines if not line.startswith(dull)]
-    return " ".join(kept) or type(error).__name__

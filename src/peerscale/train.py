@@ -19,7 +19,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from peerscale.config import ConfigError, first_line, parse_config
+from peerscale.config import Config, parse_config
+from peerscale.config_errors import ConfigError, first_line
 from peerscale.data.prepare import prepare
 from peerscale.errors import FailedCells, UserError, exit_code
 from peerscale.files import ROOT
@@ -79,7 +80,7 @@ def main() -> int:
     try:
         hydra_job()
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(first_line(error)) from None
+        raise ConfigError(first_line(error, Config)) from None
     return 0
 
 
