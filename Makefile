@@ -13,7 +13,7 @@ export OMP_NUM_THREADS      ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce smoke test check data plan sweep status figures validate publish sync dashboard clean
+.PHONY: help setup reproduce smoke test check data plan sweep status figures validate publish sync dashboard bench clean
 
 help: ## print every target
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -68,6 +68,10 @@ dashboard: setup ## browse the W&B runs of SWEEP in the terminal, offline
 	@ls -d runs/$(SWEEP)/*/wandb/offline-run-* >/dev/null 2>&1 || { echo "error: no W&B runs in runs/$(SWEEP): make sweep SWEEP=$(SWEEP)"; exit 2; }
 	@mkdir -p runs/$(SWEEP)/study/wandb && ln -sfn $(CURDIR)/runs/$(SWEEP)/*/wandb/offline-run-* runs/$(SWEEP)/study/wandb/
 	@$(BIN)/wandb leet runs/$(SWEEP)/study/wandb
+
+bench: setup ## PEER's training step side by side with PEER-pytorch's: seconds, memory, ratios
+	@$(BIN)/python -c 'import PEER_pytorch' 2>/dev/null || $(BIN)/python -m pip install --quiet --editable '.[bench]'
+	@OMP_NUM_THREADS=$(JOBS) $(BIN)/python benchmarks/peer_step.py --experts 16384 65536 --out results/bench/peer_step.json
 
 test: setup check ## lint, types, import rules and tests
 	@$(BIN)/pytest -n 2

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from peerscale.errors import UserError, exit_code
@@ -103,7 +104,8 @@ def conclusions(runs: pd.DataFrame, fits: Mapping[str, Mapping[str, Any]], diffe
     against = differences[differences["reference"] == "peer"]
     lines, leads = [], []
     for budget in budgets if (runs["method"] == "peer").any() else ():
-        line, lead = verdict(budget, against[against["budget"] == budget])
+        noise = scatter(budget, runs.assign(name=method_names(runs)), fits)
+        line, lead = verdict(budget, against[against["budget"] == budget], noise)
         lines.append(line)
         leads.append(lead)
     if not all(leads):
@@ -122,12 +124,31 @@ def conclusions(runs: pd.DataFrame, fits: Mapping[str, Mapping[str, Any]], diffe
     return [f"- {line}" for line in lines]
 
 
-def verdict(budget: float, others: pd.DataFrame) -> tuple[str, bool]:
-    """Whether PEER's loss lies below every other method's, with 95 % confidence, as a sentence and as a truth value.
+def scatter(budget: float, runs: pd.DataFrame, fits: Mapping[str, Mapping[str, Any]]) -> float:
+    """Standard deviation of the points of a budget about their methods' parabolas, nats; 0 where none can be told.
+
+    It holds what the interval does not: seeds, and what a parabola misses.
+    """
+    squares, freedom = 0.0, 0
+    rows = runs[usable(runs) & (runs["budget"] == budget)]
+    for name, points in rows.groupby("name"):
+        vertex = vertex_of(fits.get(str(name)), budget)
+        if vertex and vertex["coefficients"] and len(points) > 3:
+            curve = np.polynomial.Polynomial(vertex["coefficients"])(np.log10(points["flops_per_token"]))
+            squares += float(((points["val_loss"] - curve) ** 2).sum())
+            freedom += len(points) - 3
+    return (squares / freedom) ** 0.5 if freedom else 0.0
+
+
+def verdict(budget: float, others: pd.DataFrame, noise: float = 0.0) -> tuple[str, bool]:
+    """Whether PEER's loss lies below every other method's, as a sentence and as a truth value.
+
+    A lead counts if the 95 % interval leaves out zero and it is larger than the scatter of the points.
 
     Args:
         budget: of the rows.
         others: each other method's difference to PEER.
+        noise: the scatter of the points about their curves, nats.
     """
     at = budget_name(budget)
     if others["difference"].isna().all():
@@ -141,16 +162,19 @@ def verdict(budget: float, others: pd.DataFrame) -> tuple[str, bool]:
             continue
         difference, half = -row["difference"], (row["high"] - row["low"]) / 2
         amount = f"{signed(difference)} ± {half:.3f}" if pd.notna(half) else f"{signed(difference)} (no interval)"
-        if pd.notna(half) and row["low"] > 0:
+        within = abs(difference) <= noise
+        if pd.notna(half) and row["low"] > 0 and not within:
             beaten.append(f"{amount} nats to {label(name)}")
         else:
-            unclear = "" if row["high"] < 0 else ", no clear difference"
+            unclear = ", within the scatter" if within else "" if row["high"] < 0 else ", no clear difference"
             unbeaten.append(f"{amount} nats {'over' if difference > 0 else 'to'} {label(name)}{unclear}")
     if unbeaten:
         line = f"PEER does not lead at {at}: {'; '.join(unbeaten)}"
         line += f". It leads the others: {'; '.join(beaten)}." if beaten else "."
     else:
         line = f"PEER leads at {at}: {'; '.join(beaten)}."
+    if "within the scatter" in line:
+        line += f" Points, of one seed each, scatter by {noise:.3f} nats about the curves."
     notes = dict.fromkeys(note for notes in others["note"].dropna() for note in str(notes).split("; "))
     return line + (f" Flagged: {'; '.join(map(in_words, notes))}." if notes else ""), not unbeaten
 

@@ -38,7 +38,7 @@ def settings_table(runs: pd.DataFrame) -> pd.DataFrame:
     runs = runs[usable(runs)].copy()
     variant = runs["variant"].fillna("")
     runs["name"] = runs["method"] + variant.where(variant == "", "_" + variant)
-    runs["lr_setting"] = runs["cell"].str.extract(r"-lr=([^-]*(?:e-\d+)?)", expand=False).astype(float)
+    runs["lr_setting"] = runs["cell"].str.extract(r"-lr=([\d.]+(?:e-?\d+)?)", expand=False).astype(float)
     runs["table_lr"] = runs["table_lr"].fillna(0.0)
     losses = runs.pivot_table(index=["name", *RATES], columns="size", values="val_loss", aggfunc="mean").dropna()
     if losses.empty:

@@ -113,7 +113,7 @@ def work(layer_name: str, step_name: str, experts: int, threads: int | None) -> 
     """For each line of the input a step, and a line with its seconds and the peak of memory so far."""
     import torch
 
-    from peerscale.kernels.allocator import keep_freed_memory
+    from peerscale.training.memory import keep_freed_memory
 
     keep_freed_memory()
     if threads:

@@ -48,25 +48,26 @@ def columns(line: str) -> list[str]:
 
 
 def test_the_plan_has_a_row_for_every_cell(study: Path, cells: list[Cell], capsys: pytest.CaptureFixture) -> None:
-    main(["plan", str(study)])
+    main(["plan", str(study), "optim.lr=6e-3", "++optim.table_lr=7e-3"])
     header, *lines = capsys.readouterr().out.splitlines()
     assert columns(header) == [
         *("cell", "params", "active", "FLOPs/token", "layer", "steps", "tokens", "tokens/param"),
         *("lr", "table", "lr", "FLOPs/budget", "time"),
     ]
-    assert [line.split()[0] for line in lines[:8]] == [cell.name for cell in cells]
+    expected = [cell.name.replace("-s0", "-lr=6e-3-table_lr=7e-3-s0") for cell in cells]
+    assert [line.split()[0] for line in lines[:8]] == expected
     # dense, d_model 8, 4 layers, 2,048 words, 64 tokens: 16,384 embedded, 12 d^2 a layer, 9 norms of d.
     parameters = 2048 * 8 + 4 * 12 * 8 * 8 + 9 * 8
     per_token = 3 * (4 * (24 * 8 * 8 + 4 * 64 * 8) + 2 * 2048 * 8)
     steps = round(1e10 / (per_token * 1024))
     assert columns(lines[0]) == [
-        *("dense-d8-1e10-s0", f"{parameters:,}", f"{parameters:,}", f"{per_token:,}"),
+        *(expected[0], f"{parameters:,}", f"{parameters:,}", f"{per_token:,}"),
         f"{4 * 0.25 * 16 * 8 * 8 * 3 / per_token:.1%}",
-        *(f"{steps:,}", f"{steps * 1024:,}", f"{steps * 1024 / parameters:.1f}", "0.012", "-"),
+        *(f"{steps:,}", f"{steps * 1024:,}", f"{steps * 1024 / parameters:.1f}", "0.012", "0.007"),
         *(f"{steps * 1024 * per_token / 1e10:.4f}", *columns(lines[0])[-3:-1], "OK"),
     ]
     assert columns(lines[0])[-2].endswith("s?")
-    assert columns(lines[6])[9] == "0.006"
+    assert columns(lines[6])[9] == "0.007"
 
 
 def test_the_plan_gives_the_reason_of_what_is_dropped_and_the_total_of_the_rest(

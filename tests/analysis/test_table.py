@@ -111,6 +111,31 @@ def test_verdict(rows: list[tuple[str, float, float, float]], sentence: str, lea
     assert table.verdict(3e11, others(*rows)) == (sentence, leads)
 
 
+def test_a_lead_smaller_than_the_scatter_of_the_points_is_none() -> None:
+    rows = others(("dense", 0.01, 0.008, 0.012), ("pkm", 0.1, 0.09, 0.11), ("moe", -0.01, -0.012, -0.008))
+    sentence, leads = table.verdict(3e11, rows, 0.02)
+    assert not leads
+    assert "−0.010 ± 0.002 nats to dense, within the scatter" in sentence
+    assert "+0.010 ± 0.002 nats over MoE (expert choice), within the scatter" in sentence
+    assert "It leads the others: −0.100 ± 0.010 nats to PKM." in sentence
+    assert sentence.endswith("Points, of one seed each, scatter by 0.020 nats about the curves.")
+
+
+def test_scatter_is_the_residual_deviation_of_all_parabolas() -> None:
+    x = np.array([4.0, 5.0, 6.0, 7.0, 8.0])
+    noise = {"dense": [0.1, -0.1, 0.2, -0.2, 0.0], "peer": [0.0, 0.0, 0.0, 0.0, 0.3]}
+    frames, fits = [], {}
+    for name, errors in noise.items():
+        losses = 5 + (x - 6) ** 2 + np.array(errors)
+        frames.append(pd.DataFrame({"name": name, "budget": 1e11, "flops_per_token": 10**x, "val_loss": losses}))
+        fits[name] = {
+            "vertices": [{"budget": 1e11, "coefficients": [float(c) for c in np.polyfit(x, losses, 2)[::-1]]}]
+        }
+    runs = pd.concat(frames).assign(status="done")
+    residuals = [np.polyfit(x, 5 + (x - 6) ** 2 + np.array(e), 2, full=True)[1][0] for e in noise.values()]
+    assert table.scatter(1e11, runs, fits) == pytest.approx((sum(residuals) / 4) ** 0.5)
+
+
 def test_exponents_are_named_where_there_are_any(study: tuple[pd.DataFrame, dict[str, Any], pd.DataFrame]) -> None:
     runs, fits, differences = study
     changed = {**fits, "dense": {**fits["dense"], "exponent": 0.512}}

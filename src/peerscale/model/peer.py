@@ -50,7 +50,7 @@ class Peer(ProductKeyRetrieval, CountsUsage):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> y (..., D)."""
         x_TD = x.reshape(-1, x.shape[-1])
-        scores_THK, rows_THK = super().forward(x_TD)
+        scores_THK, rows_THK = self.retrieve(x_TD)
         gates_THK = scores_THK.softmax(dim=-1) if self.score == "softmax" else scores_THK.sigmoid()
         if self.usage is not None:
             self.usage.add(rows_THK, gates_THK, len(x_TD))

@@ -4,7 +4,6 @@ Shapes: T tokens, D model width, H heads, S the 2 halves of a key, C half a key'
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,10 +64,6 @@ class ProductKeyRetrieval(nn.Module):
             nn.init.zeros_(self.query.bias)
         bound = self.sub_keys.shape[-1] ** -0.5
         nn.init.uniform_(self.sub_keys, -bound, bound)
-
-    def forward(self, x: Tensor) -> Any:
-        """As `retrieve`; a layer on top overrides it."""
-        return self.retrieve(x)
 
     def retrieve(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (T, D) -> scores, best first, and row numbers, both (T, H, K)."""

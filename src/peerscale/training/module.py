@@ -25,8 +25,9 @@ class LanguageModel(lightning.LightningModule):
 
     def losses(self, tokens: Tensor) -> Tensor:
         """Cross-entropy in nats of each next token: tokens (B, T + 1) -> (B, T)."""
-        logits_BTV = self.model(tokens[:, :-1]).float()
-        return F.cross_entropy(logits_BTV.transpose(1, 2), tokens[:, 1:], reduction="none")
+        targets_BT = tokens[:, 1:]
+        logits = self.model(tokens[:, :-1]).float()
+        return F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="none").view(targets_BT.shape)
 
     def training_step(self, tokens: Tensor, batch_idx: int) -> dict[str, Tensor]:
         logits = self.model(tokens[:, :-1]).float()

@@ -8,7 +8,7 @@ import pytest
 
 PROGRAM = """
 import resource, sys, torch
-from peerscale.kernels.allocator import keep_freed_memory
+from peerscale.training.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 def new_pages():
