@@ -64,17 +64,20 @@ def test_top_k_of_many_keys(name, n, k, shared, dtype):
 @pytest.mark.parametrize("levels", [1, 2, 40])
 @pytest.mark.parametrize("n", [64, 1100])
 def test_equal_scores_are_taken_in_a_fixed_order(n, levels):
-    """The sub-keys' order, then that of the candidate pairs, whatever the number of equal ones and of threads."""
+    """Whatever the number of equal ones, of threads, and of tokens beside the one in question."""
     torch.manual_seed(0)
-    query = torch.ones(2, 1, 2, 1)
+    query = torch.ones(40, 1, 2, 1)
     sub_keys = torch.randint(levels, (1, 2, n, 1)).float()
     scores, rows = top_k("fused", query, sub_keys, 16)
-    best, order = sub_keys[0, :, :, 0].sort(dim=-1, descending=True, stable=True)
-    first, second = (torch.tensor(ranks) for ranks in candidate_pairs(16))
-    sums, pair = (best[0][first] + best[1][second]).sort(descending=True, stable=True)
-    expected = order[0][first[pair]] * n + order[1][second[pair]]
-    torch.testing.assert_close(scores, sums[:16].expand(2, 1, -1))
-    assert rows.tolist() == expected[:16].expand(2, 1, -1).tolist()
+    assert_top_k(scores, rows, all_scores(query, sub_keys))
+    assert (rows == rows[0]).all()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        again = [top_k("fused", query[:tokens], sub_keys, 16)[1] for tokens in (1, 17, 40)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all((other == rows[0]).all() for other in again)
 
 
 @pytest.mark.parametrize("n", [16, 64, 1100])

@@ -21,7 +21,7 @@ import torch
 from peerscale.files import replacing
 
 SOURCE = Path(__file__).with_name("fused.cpp")
-HEADER = Path(__file__).with_name("top_k.h")
+HEADERS = sorted(SOURCE.parent.glob("*.h"))
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
 
 
@@ -39,7 +39,7 @@ def library() -> ctypes.CDLL:
     # Compilers hold back the widest vectors, which pay off here.
     wide = ["-mprefer-vector-width=512"] if "avx512f" in processor else []
     command = [compiler, *FLAGS, *wide, str(SOURCE), *openmp_runtime()]
-    sources = [path.read_text("utf-8") for path in (SOURCE, HEADER)]
+    sources = [path.read_text("utf-8") for path in (SOURCE, *HEADERS)]
     key = hashlib.sha256("\0".join([*sources, *command, processor]).encode()).hexdigest()
     path = cache_folder() / f"fused-{key[:16]}.so"
     try:

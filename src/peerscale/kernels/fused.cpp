@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "top_k.h"
+#include "top_k_lanes.h"
 
 namespace {
 
@@ -202,7 +203,7 @@ void adamw_rows(const Runs& runs, const Real* coefficients, const Real* vectors,
 // exp(a) for a <= 0 as 2^k exp(r), |r| <= ln(2) / 2, with a relative error below 1e-7; 0 below -80, before denormal
 // numbers.
 inline float exp_of_negative(float a) {
-  const float bounded = a > -80.f ? a : -80.f;
+  const float bounded = a < -80.f ? -80.f : a;  // NaN stays NaN
   const float k = std::rint(bounded * 1.44269504f);
   const float r = (bounded - k * 0.693359375f) + k * 2.12194440e-4f;
   float e = 1.38436459e-3f;
@@ -210,8 +211,10 @@ inline float exp_of_negative(float a) {
   const int32_t bits = (static_cast<int32_t>(k) + 127) << 23;
   float power;
   std::memcpy(&power, &bits, sizeof power);
-  return a > -80.f ? e * power : 0.f;
+  return a < -80.f ? 0.f : e * power;
 }
+
+inline double exp_of_negative(double a) { return std::exp(a); }
 
 // x Phi(x), Phi the standard normal distribution. Phi(-t) = exp(-t^2 / 2) q(t) for t >= 0, where q is smooth: a
 // polynomial in 1 / (1 + 0.35 t) that was fitted to it with a relative error of 3e-8.
@@ -267,6 +270,95 @@ void gate_backward(int64_t activation, const Real* z, const Real* gates, const R
   });
 }
 
+// ---- What surrounds the layer under study
+
+// y[t] = x[t] inverse[t] weight, inverse = 1 / sqrt(mean(x[t]^2) + eps)
+template <class Real>
+void rms_norm(const Real* x, const Real* weight, Real* y, Real* inverse, int64_t T, int64_t D, double eps,
+              int64_t threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t t = 0; t < T; ++t) {
+    const Real* x_t = x + t * D;
+    Real* y_t = y + t * D;
+    Real sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t d = 0; d < D; ++d) sum += x_t[d] * x_t[d];
+    const Real scale = inverse[t] = 1 / std::sqrt(sum / D + static_cast<Real>(eps));
+#pragma omp simd
+    for (int64_t d = 0; d < D; ++d) y_t[d] = x_t[d] * scale * weight[d];
+  }
+}
+
+// From the gradient of y those of x and of the weight, the latter as partial sums, (T / 256 rounded up, D).
+template <class Real>
+void rms_norm_backward(const Real* grad, const Real* x, const Real* weight, const Real* inverse, Real* grad_x,
+                       Real* grad_weight, int64_t T, int64_t D, int64_t threads) {
+  constexpr int64_t kTokens = 256;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t begin = 0; begin < T; begin += kTokens) {
+    Real* __restrict sums = grad_weight + begin / kTokens * D;
+    std::fill_n(sums, D, Real(0));
+    for (int64_t t = begin; t < std::min(begin + kTokens, T); ++t) {
+      const Real *x_t = x + t * D, *g_t = grad + t * D;
+      Real* __restrict out = grad_x + t * D;
+      const Real scale = inverse[t];
+      Real dot = 0;
+#pragma omp simd reduction(+ : dot)
+      for (int64_t d = 0; d < D; ++d) dot += g_t[d] * weight[d] * x_t[d];
+      const Real along = dot / D * scale * scale;
+#pragma omp simd
+      for (int64_t d = 0; d < D; ++d) {
+        out[d] = scale * (g_t[d] * weight[d] - along * x_t[d]);
+        sums[d] += g_t[d] * x_t[d] * scale;
+      }
+    }
+  }
+}
+
+// Rotates queries and keys, (B T, 3, H, C) with the values, by the angles of their positions, (T, C / 2), or back.
+template <class Real>
+void rotary(const Real* in, const Real* cosine, const Real* sine, Real* out, int64_t rows, int64_t T, int64_t H,
+            int64_t C, double direction, int64_t threads) {
+  const int64_t half = C / 2;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t r = 0; r < rows; ++r) {
+    const Real *cos_t = cosine + r % T * half, *sin_t = sine + r % T * half;
+    for (int64_t h = 0; h < 2 * H; ++h) {
+      const Real* from = in + (r * 3 * H + h) * C;
+      Real* __restrict to = out + (r * 3 * H + h) * C;
+#pragma omp simd
+      for (int64_t c = 0; c < half; ++c) {
+        const Real a = from[c], b = from[c + half], s = static_cast<Real>(direction) * sin_t[c];
+        to[c] = a * cos_t[c] - b * s;
+        to[c + half] = b * cos_t[c] + a * s;
+      }
+    }
+    std::copy_n(in + (r * 3 + 2) * H * C, H * C, out + (r * 3 + 2) * H * C);
+  }
+}
+
+// ---- Cross-entropy
+
+// Of each row of logits (T, V) the loss, -log softmax(logits)[target], and in its place `scale` times its gradient.
+template <class Real>
+void cross_entropy(Real* logits, const int64_t* targets, Real* losses, int64_t T, int64_t V, double scale,
+                   int64_t threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t t = 0; t < T; ++t) {
+    Real *__restrict l = logits + t * V, top = l[0], sum = 0;
+#pragma omp simd reduction(max : top)
+    for (int64_t v = 0; v < V; ++v) top = l[v] > top ? l[v] : top;
+    const Real target = l[targets[t]];
+#pragma omp simd reduction(+ : sum)
+    for (int64_t v = 0; v < V; ++v) sum += l[v] = exp_of_negative(l[v] - top);
+    losses[t] = std::log(sum) + top - target;
+    const Real factor = scale / sum;
+#pragma omp simd
+    for (int64_t v = 0; v < V; ++v) l[v] *= factor;
+    l[targets[t]] -= scale;
+  }
+}
+
 // ---- The top k of product keys
 
 // For every token and head the best K sums of a first-side and a second-side score. Of the pairs of ranks among the K
@@ -295,6 +387,66 @@ void product_key_top_k(const Real* scores, int64_t T, int64_t H, int64_t G, int6
         sub_keys[2 * th * K + k] = static_cast<int32_t>(offset + i);
         sub_keys[(2 * th + 1) * K + k] = static_cast<int32_t>(offset + n + j);
       }
+    }
+  }
+}
+
+// As `product_key_top_k`, faster for some hundred sub-keys or fewer; the scores are laid out (G, 2, n, Q), Q the tokens
+// and, if they share a key set, heads.
+template <class Real>
+void product_key_top_k_lanes(const Real* scores, int64_t Q, int64_t H, int64_t G, int64_t n, int64_t K,
+                             const int64_t* first, const int64_t* second, int64_t n_candidates, Real* sums,
+                             int64_t* rows, int32_t* sub_keys, int64_t threads) {
+  using Top = TopKLanes<Real>;
+  using Item = typename Top::Item;
+  constexpr int kSideBits = 4 * sizeof(typename Top::Int);  // an index holds those of both sides, half its bits each
+  const int64_t blocks = (Q + Top::kLanes - 1) / Top::kLanes;
+#pragma omp parallel num_threads(threads)
+  {
+    Top top_k(K);
+    std::vector<Item> best(2 * K);
+#pragma omp for schedule(static)
+    for (int64_t block = 0; block < G * blocks; ++block) {
+      const int64_t g = block / blocks, q = block % blocks * Top::kLanes, count = std::min(Top::kLanes, Q - q);
+      for (int64_t s = 0; s < 2; ++s) {
+        const Real* mine = scores + (2 * g + s) * n * Q + q;
+        const Item* side = top_k(n, 0, [=](int64_t i) {
+          Item item{{}, typename Top::Indices{} + static_cast<typename Top::Int>(i)};
+          std::memcpy(&item.value, mine + i * Q, count * sizeof(Real));
+          return item;
+        });
+        std::copy_n(side, K, best.data() + s * K);
+      }
+      // The pairs with the best of the first side come first, and are in order.
+      const Item* sum = top_k(n_candidates, K, [&](int64_t c) {
+        const Item &a = best[first[c]], &b = best[K + second[c]];
+        return Item{a.value + b.value, (a.index << kSideBits) + b.index};
+      });
+      for (int64_t lane = 0; lane < count; ++lane) {
+        const int64_t th = G == 1 ? q + lane : (q + lane) * H + g, offset = 2 * n * g;
+        for (int64_t k = 0; k < K; ++k) {
+          const int64_t pair = sum[k].index[lane], i = pair >> kSideBits, j = pair - (i << kSideBits);
+          sums[th * K + k] = sum[k].value[lane];
+          rows[th * K + k] = i * n + j;
+          sub_keys[2 * th * K + k] = static_cast<int32_t>(offset + i);
+          sub_keys[(2 * th + 1) * K + k] = static_cast<int32_t>(offset + n + j);
+        }
+      }
+    }
+  }
+}
+
+// The gradient of the sub-key scores, laid out (G, 2, Q, n), zeros at first, Q as in `product_key_top_k_lanes`.
+template <class Real>
+void product_key_scores_backward(const Real* grad, const int32_t* sub_keys, Real* grad_scores, int64_t T, int64_t H,
+                                 int64_t G, int64_t n, int64_t K, int64_t threads) {
+  const int64_t Q = T * H / G;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t th = 0; th < T * H; ++th) {
+    const int64_t g = G == 1 ? 0 : th % H, q = G == 1 ? th : th / H;
+    for (int64_t s = 0; s < 2; ++s) {
+      Real* mine = grad_scores + ((2 * g + s) * (Q - 1) + q) * n;  // sub-keys are numbered on from those of 2 g + s
+      for (int64_t k = 0; k < K; ++k) mine[sub_keys[(2 * th + s) * K + k]] += grad[th * K + k];
     }
   }
 }
@@ -351,6 +503,12 @@ extern "C" const void* peerscale_find(const char* name, int64_t is_double) {
   FIND(gate);
   FIND(gate_backward);
   FIND(product_key_top_k);
+  FIND(product_key_top_k_lanes);
+  FIND(cross_entropy);
+  FIND(rms_norm);
+  FIND(rms_norm_backward);
+  FIND(rotary);
+  FIND(product_key_scores_backward);
   FIND(product_key_backward);
   return nullptr;
 }
@@ -358,20 +516,22 @@ extern "C" const void* peerscale_find(const char* name, int64_t is_double) {
 // Fills the arrays of a `Runs`, P, P and P + 1 numbers, by a radix sort, and returns R.
 extern "C" int64_t peerscale_sort_pairs(const int64_t* rows, int64_t T, int64_t J, int64_t N, int32_t* order,
                                         int32_t* tokens, int32_t* starts) {
-  constexpr int kBits = 11;
-  constexpr int64_t kMask = (1 << kBits) - 1;
+  constexpr int kMostBits = 12;  // places to fill that stay in the nearest cache
   const int64_t P = T * J;
-  int passes = 1;
-  while ((N - 1) >> (passes * kBits)) ++passes;
-  std::vector<int32_t> place(kMask + 1);
+  int bits = 1;
+  while ((N - 1) >> bits) ++bits;
+  const int passes = (bits + kMostBits - 1) / kMostBits;
+  bits = (bits + passes - 1) / passes;
+  const int64_t mask = (1 << bits) - 1;
+  std::vector<int32_t> place(mask + 1);
   int32_t *from = passes % 2 ? tokens : order, *to = passes % 2 ? order : tokens;
   for (int64_t p = 0; p < P; ++p) from[p] = static_cast<int32_t>(p);
-  for (int shift = 0; shift < passes * kBits; shift += kBits, std::swap(from, to)) {
+  for (int shift = 0; shift < passes * bits; shift += bits, std::swap(from, to)) {
     std::fill(place.begin(), place.end(), 0);
-    for (int64_t p = 0; p < P; ++p) ++place[rows[p] >> shift & kMask];
+    for (int64_t p = 0; p < P; ++p) ++place[rows[p] >> shift & mask];
     int32_t total = 0;
     for (int32_t& count : place) total += std::exchange(count, total);
-    for (int64_t i = 0; i < P; ++i) to[place[rows[from[i]] >> shift & kMask]++] = from[i];
+    for (int64_t i = 0; i < P; ++i) to[place[rows[from[i]] >> shift & mask]++] = from[i];
   }
   int64_t R = 0;
   for (int64_t i = 0; i < P; ++i) {

@@ -21,6 +21,7 @@ from peerscale.kernels.product_keys import candidate_pairs
 _eager = torch.compiler.disable  # torch.compile cannot look into a C function: it calls these operators as they are
 _ACTIVATIONS = {"gelu": 0, "relu": 1}
 _SCORES_AT_ONCE = 2**21  # sub-key scores that are held in memory: they need not leave the cache
+_SUB_KEYS_BY_LANES = 256  # up to so many a side, many queries are ranked at once
 _CACHE_BYTES = 2**22  # a table of this size stays in a core's cache
 
 
@@ -44,6 +45,24 @@ class Fused(Native):
         if not _takes(query_THSC, sub_keys_GSNC):
             return super().product_key_top_k(query_THSC, sub_keys_GSNC, top_k)
         return _ProductKeyTopK.apply(query_THSC, sub_keys_GSNC, top_k)
+
+    def cross_entropy_(self, logits_TV: Tensor, targets_T: Tensor, scale: float) -> Tensor:
+        if not _takes(logits_TV):
+            return super().cross_entropy_(logits_TV, targets_T, scale)
+        _check_rows(targets_T, logits_TV.shape[1])
+        losses_T = logits_TV.new_empty(len(logits_TV))
+        _run("cross_entropy", logits_TV.dtype, logits_TV, targets_T.contiguous(), losses_T, *logits_TV.shape, scale)
+        return losses_T
+
+    def rms_norm(self, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        if torch.compiler.is_compiling() or not _takes(x, weight_D):
+            return super().rms_norm(x, weight_D, eps)
+        return _RmsNorm.apply(x, weight_D, eps)
+
+    def rotary(self, qkv_BT3HC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or not _takes(qkv_BT3HC, cos_TC, sin_TC):
+            return super().rotary(qkv_BT3HC, cos_TC, sin_TC)
+        return _Rotary.apply(qkv_BT3HC, cos_TC, sin_TC)
 
     def gate(self, scores_TJ: Tensor, gates_TJ: Tensor, activation: str) -> Tensor:
         if not _takes(scores_TJ, gates_TJ):
@@ -121,6 +140,45 @@ class _Gate(torch.autograd.Function):
         return grad_scores, grad_gates, None
 
 
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        x, D = x.contiguous(), len(weight_D)
+        y, inverse_T = torch.empty_like(x), x.new_empty(x.numel() // D)
+        _run("rms_norm", x.dtype, x, weight_D, y, inverse_T, len(inverse_T), D, eps)
+        ctx.save_for_backward(x, weight_D, inverse_T)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # pyrefly: ignore[bad-override]
+        x, weight_D, inverse_T = ctx.saved_tensors
+        T, D = len(inverse_T), len(weight_D)
+        grad_x, parts = torch.empty_like(x), x.new_empty(-(-T // 256), D)
+        _run("rms_norm_backward", x.dtype, grads[0].contiguous(), x, weight_D, inverse_T, grad_x, parts, T, D)
+        return grad_x, parts.sum(0), None
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv_BT3HC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_TC, sin_TC)
+        return _rotate(qkv_BT3HC, cos_TC, sin_TC, 1.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # pyrefly: ignore[bad-override]
+        cos_TC, sin_TC = ctx.saved_tensors
+        return _rotate(grads[0], cos_TC, sin_TC, -1.0), None, None
+
+
+def _rotate(qkv_BT3HC: Tensor, cos_TC: Tensor, sin_TC: Tensor, direction: float) -> Tensor:
+    qkv_BT3HC, (B, T, _, H, width) = qkv_BT3HC.contiguous(), qkv_BT3HC.shape
+    out = torch.empty_like(qkv_BT3HC)
+    _run("rotary", out.dtype, qkv_BT3HC, cos_TC, sin_TC, out, B * T, T, H, width, direction)
+    return out
+
+
 class _ProductKeyTopK(torch.autograd.Function):
     """The top k, and gradients that take as long as there are retrieved sub-keys, not as there are sub-keys."""
 
@@ -132,17 +190,24 @@ class _ProductKeyTopK(torch.autograd.Function):
         scores_THK = query_THSC.new_empty(T, H, top_k)
         rows_THK = torch.empty(T, H, top_k, dtype=torch.long)
         sub_keys_THSK = torch.empty(T, H, 2, top_k, dtype=torch.int32)
-        keys_BCN = sub_keys_GSNC.view(2 * G, N, C).transpose(1, 2)
+        keys_BNC = sub_keys_GSNC.view(2 * G, N, C)
         step = max(1, _SCORES_AT_ONCE // (2 * H * N))
         for start in range(0, T, step):
             part = slice(start, start + step)
             # A product for each set and side, of the queries of all tokens, and of all heads if they share a set.
-            scores_BRN = query_THSC[part].reshape(-1, 2 * G, C).transpose(0, 1) @ keys_BCN
+            query_BRC = query_THSC[part].reshape(-1, 2 * G, C).transpose(0, 1)
+            shape, results = (H, G, N, top_k), (scores_THK[part], rows_THK[part], sub_keys_THSK[part])
+            if N <= _SUB_KEYS_BY_LANES:
+                scores_BNR = keys_BNC @ query_BRC.mT
+                sizes = (scores_BNR.shape[2], *shape)
+                _run("product_key_top_k_lanes", scores_BNR.dtype, scores_BNR, *sizes, *ranks, len(ranks[0]), *results)
+                continue
+            scores_BRN = query_BRC @ keys_BNC.mT
             side, row = scores_BRN.stride()[:2]
             token, head = (H * row, row) if G == 1 else (row, 2 * side)
             _run(
-                "product_key_top_k", scores_BRN.dtype, scores_BRN, len(query_THSC[part]), H, G, N, top_k, token, head,
-                side, *ranks, ranks[0].numel(), scores_THK[part], rows_THK[part], sub_keys_THSK[part],
+                "product_key_top_k", scores_BRN.dtype, scores_BRN, len(query_THSC[part]), *shape, token, head, side,
+                *ranks, len(ranks[0]), *results,
             )  # fmt: skip
         ctx.save_for_backward(query_THSC, sub_keys_GSNC, sub_keys_THSK)
         ctx.mark_non_differentiable(rows_THK)
@@ -153,6 +218,16 @@ class _ProductKeyTopK(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # pyrefly: ignore[bad-override]
         query_THSC, sub_keys_GSNC, sub_keys_THSK = ctx.saved_tensors
         (T, H, S, C), (G, _, N, _), K = query_THSC.shape, sub_keys_GSNC.shape, sub_keys_THSK.shape[-1]
+        if N <= _SUB_KEYS_BY_LANES:  # few enough for the gradient of all scores, zeros included
+            grad_scores_BRN = query_THSC.new_zeros(2 * G, T * H // G, N)
+            _run(
+                "product_key_scores_backward", query_THSC.dtype, grads[0].contiguous(), sub_keys_THSK, grad_scores_BRN,
+                T, H, G, N, K,
+            )  # fmt: skip
+            query_BRC = query_THSC.view(-1, 2 * G, C).transpose(0, 1)
+            grad_query_BRC = grad_scores_BRN @ sub_keys_GSNC.view(2 * G, N, C)
+            grad_sub_keys = (grad_scores_BRN.mT @ query_BRC).view_as(sub_keys_GSNC)
+            return grad_query_BRC.transpose(0, 1).reshape(T, H, S, C), grad_sub_keys, None
         grad_query, grad_sub_keys = torch.empty_like(query_THSC), torch.empty_like(sub_keys_GSNC)
         _run(
             "product_key_backward", query_THSC.dtype, grads[0].contiguous(), sub_keys_THSK, query_THSC, sub_keys_GSNC,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from peerscale.kernels.activations import ACTIVATIONS
 from peerscale.kernels.adamw import AdamW, Moments, update_rows
+from peerscale.kernels.backbone import Backbone
 from peerscale.kernels.gradients import Pairs, RowScores, Runs, TableGradient, WeightedRows, collected_gradients
 from peerscale.kernels.product_keys import product_key_top_k
 
@@ -17,7 +18,7 @@ _aten = torch.ops.aten
 _SUM = 0  # embedding_bag's mode
 
 
-class Native:
+class Native(Backbone):
     """See `Operators` and `gradients.Arithmetic`."""
 
     def single_neuron_experts(

@@ -25,3 +25,15 @@ class Operators(Protocol):
 
         Best first; equal ones in a fixed order. Scores and rows i N + j of the pairs (i, j), both (T, H, K).
         """
+
+    def rms_norm(self, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """y = x / sqrt(mean(x^2) + eps) weight, over the last dimension (Zhang and Sennrich 2019)."""
+
+    def rotary(self, qkv_BT3HC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
+        """Queries and keys rotated by the angles of their positions, by halves (Su et al. 2021), beside the values.
+
+        B sequences of T tokens; of each its query, key and value with H heads of width 2 C.
+        """
+
+    def cross_entropy_(self, logits_TV: Tensor, targets_T: Tensor, scale: float) -> Tensor:
+        """-log softmax(logits[t])[targets[t]]; the logits become `scale` times its gradient. Not differentiable."""

@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from peerscale.kernels.activations import ACTIVATIONS
+from peerscale.kernels.backbone import Backbone
 from peerscale.kernels.product_keys import product_key_top_k
 
 
-class Reference:
+class Reference(Backbone):
     """See `Operators`."""
 
     def single_neuron_experts(

@@ -19,7 +19,7 @@ def build_model(config: Config) -> Transformer:
         build_ffn(config) if block in config.replaced_blocks else Dense(size.d_model, size.d_ff)
         for block in range(1, size.n_layers + 1)
     ]
-    return Transformer(size.d_model, size.n_heads, config.context, config.data.vocab_size, ffns)
+    return Transformer(size.d_model, size.n_heads, config.context, config.data.vocab_size, ffns, config.trainer.kernel)
 
 
 def build_ffn(config: Config) -> nn.Module:

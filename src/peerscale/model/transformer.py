@@ -7,18 +7,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peerscale.kernels.backends import BACKENDS, resolve
+from peerscale.kernels.operators import Operators
 from peerscale.model.attention import Attention
 from peerscale.model.moe import Experts
+
+
+class RmsNorm(nn.RMSNorm):
+    """torch's, on the operators of a kernel."""
+
+    def __init__(self, d_model: int, kernel: str = "auto") -> None:
+        super().__init__(d_model)
+        self.operators: Operators = BACKENDS[resolve(kernel)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> y (..., D)."""
+        return self.operators.rms_norm(x, self.weight, torch.finfo(self.weight.dtype).eps)
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + ffn(norm(x))."""
 
-    def __init__(self, d_model: int, n_heads: int, context: int, ffn: nn.Module) -> None:
+    def __init__(self, d_model: int, n_heads: int, context: int, ffn: nn.Module, kernel: str = "auto") -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(d_model)
-        self.attention = Attention(d_model, n_heads, context)
-        self.ffn_norm = nn.RMSNorm(d_model)
+        self.attention_norm = RmsNorm(d_model, kernel)
+        self.attention = Attention(d_model, n_heads, context, kernel)
+        self.ffn_norm = RmsNorm(d_model, kernel)
         self.ffn = ffn
 
     def forward(self, x_BTD: Tensor) -> Tensor:
@@ -29,11 +43,19 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Tokens to logits; `ffns` are the feed-forward layers of the blocks in order."""
 
-    def __init__(self, d_model: int, n_heads: int, context: int, vocab_size: int, ffns: list[nn.Module]) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        context: int,
+        vocab_size: int,
+        ffns: list[nn.Module],
+        kernel: str = "auto",
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, d_model)
-        self.blocks = nn.ModuleList(Block(d_model, n_heads, context, ffn) for ffn in ffns)
-        self.norm = nn.RMSNorm(d_model)
+        self.blocks = nn.ModuleList(Block(d_model, n_heads, context, ffn, kernel) for ffn in ffns)
+        self.norm = RmsNorm(d_model, kernel)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -53,10 +75,14 @@ class Transformer(nn.Module):
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Tokens (B, T) -> logits (B, T, V)."""
+        return F.linear(self.features(tokens_BT), self.embedding.weight)
+
+    def features(self, tokens_BT: Tensor) -> Tensor:
+        """Tokens (B, T) -> what the head reads (B, T, D)."""
         x_BTD = self.embedding(tokens_BT)
         for block in self.blocks:
             x_BTD = block(x_BTD)
-        return F.linear(self.norm(x_BTD), self.embedding.weight)
+        return self.norm(x_BTD)
 
     def auxiliary_loss(self) -> Tensor | None:
         """Sum of the auxiliary losses that layers left in their last forward pass in training."""

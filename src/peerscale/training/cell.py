@@ -11,6 +11,7 @@ import lightning
 import numpy as np
 import torch
 import yaml
+from lightning.fabric.plugins.environments import LightningEnvironment
 
 from peerscale.config import Config, to_dict
 from peerscale.data.batches import TrainBatches
@@ -104,7 +105,7 @@ class CellRun:
         lightning.seed_everything(config.seed, verbose=False)
         module = LanguageModel(config, plan)
         if self.compiled:
-            module.model.compile()
+            module.model.features = torch.compile(module.model.features)
         first_step = self.resumed[1] if self.resumed else 0
         cut_back(self.cell.folder, first_step)
         self.tracker = Tracker(
@@ -187,6 +188,7 @@ def build_trainer(config: Config, plan: Plan, callbacks: list[lightning.Callback
     return lightning.Trainer(
         accelerator=config.trainer.accelerator,
         devices=1,
+        plugins=[LightningEnvironment()],  # else a cluster's variables, or srun on the PATH, change what is run
         precision="bf16-mixed" if config.precision == "bf16" else "32-true",
         max_steps=plan.steps,
         max_epochs=1,

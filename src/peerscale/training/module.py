@@ -9,6 +9,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from peerscale.config import Config
+from peerscale.kernels.backends import resolve
+from peerscale.kernels.cross_entropy import linear_cross_entropy
 from peerscale.model import build_model
 from peerscale.plan import Plan, schedule
 from peerscale.training.optimizer import build_optimizer, parameter_groups
@@ -21,6 +23,7 @@ class LanguageModel(lightning.LightningModule):
         super().__init__()
         self.config, self.plan = config, plan
         self.model = build_model(config)
+        self.kernel = resolve(config.trainer.kernel)
         self.groups = parameter_groups(self.model)
 
     def losses(self, tokens: Tensor) -> Tensor:
@@ -30,8 +33,8 @@ class LanguageModel(lightning.LightningModule):
         return F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="none").view(targets_BT.shape)
 
     def training_step(self, tokens: Tensor, batch_idx: int) -> dict[str, Tensor]:
-        logits = self.model(tokens[:, :-1]).float()
-        cross_entropy = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        x_TD = self.model.features(tokens[:, :-1]).flatten(0, 1)
+        cross_entropy = linear_cross_entropy(x_TD, self.model.embedding.weight, tokens[:, 1:].flatten(), self.kernel)
         auxiliary = self.model.auxiliary_loss()
         loss = cross_entropy if auxiliary is None else cross_entropy + auxiliary
         return {"loss": loss, "cross_entropy": cross_entropy.detach()}

@@ -1,0 +1,59 @@
+"""Cross-entropy of a linear head, without ever holding the logits of a whole batch.
+
+Shapes: T tokens, D model width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from peerscale.kernels.backends import BACKENDS
+from peerscale.kernels.operators import Operators
+
+_LOGITS_AT_ONCE = {"cpu": 2**18}  # a megabyte in float32: they stay in a core's cache between the passes over them
+_LOGITS_AT_ONCE_ELSEWHERE = 2**27
+
+
+def linear_cross_entropy(x_TD: Tensor, head_VD: Tensor, targets_T: Tensor, kernel: str) -> Tensor:
+    """Mean over the tokens of -log softmax(head x[t])[targets[t]], in nats.
+
+    The gradients are formed beside the loss, a slice of the tokens at a time (as Hsu et al. 2024, "Liger Kernel"). The
+    products follow autocast; loss and softmax are in the precision of the head's weights.
+
+    Args:
+        kernel: a name in `kernels.backends.BACKENDS`.
+    """
+    return _LinearCrossEntropy.apply(x_TD, head_VD, targets_T, BACKENDS[kernel])
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, head_VD: Tensor, targets_T: Tensor, backend: Operators) -> Tensor:
+        T, V = len(x_TD), len(head_VD)
+        device = x_TD.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
+        x_TD, cast_head_VD = x_TD.to(dtype), head_VD.to(dtype)
+        losses_T = head_VD.new_empty(T)
+        grad_x, grad_head = torch.empty_like(x_TD), torch.zeros_like(head_VD)
+        step = max(1, _LOGITS_AT_ONCE.get(device, _LOGITS_AT_ONCE_ELSEWHERE) // V)
+        with torch.autocast(device, enabled=False):
+            for start in range(0, T, step):
+                part = slice(start, start + step)
+                logits = (x_TD[part] @ cast_head_VD.T).to(head_VD.dtype)
+                losses_T[part] = backend.cross_entropy_(logits, targets_T[part], 1 / T)
+                grad_logits = logits.to(dtype)
+                torch.mm(grad_logits, cast_head_VD, out=grad_x[part])
+                if dtype == head_VD.dtype:
+                    grad_head.addmm_(grad_logits.T, x_TD[part])
+                else:
+                    grad_head += grad_logits.T @ x_TD[part]
+        ctx.save_for_backward(grad_x, grad_head)
+        return losses_T.mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        grad_x, grad_head = ctx.saved_tensors
+        return grad_x * grads[0], grad_head * grads[0], None, None
