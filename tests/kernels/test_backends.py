@@ -5,10 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from peerscale.errors import UserError
 from peerscale.kernels import backends, compiler
-from peerscale.kernels.backends import BACKENDS, resolve
+from peerscale.kernels.backends import resolve
+from peerscale.model.peer import Peer
 
 
 @pytest.fixture
@@ -42,12 +44,67 @@ def broken_compiler(monkeypatch, tmp_path, forgetful):
 
 def test_auto_is_the_fastest_backend_here():
     assert resolve("auto") == "fused"
-    assert [resolve(name) for name in BACKENDS] == list(BACKENDS)
+    assert [resolve(name) for name in ("fused", "native", "reference")] == ["fused", "native", "reference"]
+
+
+@pytest.fixture
+def with_triton(monkeypatch, forgetful):
+    """As if the package were there, and no interpreter."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "triton" else None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.fixture
+def without_triton(monkeypatch, forgetful):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def test_auto_on_a_gpu(with_triton):
+    assert resolve("auto", "cuda") == resolve("triton", "cuda") == "triton"
+    assert resolve("auto", "cpu") == "fused"
+
+
+def test_auto_where_no_backend_is_made_for_the_device(with_triton, capsys):
+    assert resolve("auto", "mps") == resolve("auto", "meta") == "native"
+    assert not capsys.readouterr().err
+
+
+def test_auto_on_a_gpu_without_triton_is_native_with_one_line_of_notice(without_triton, capsys):
+    assert resolve("auto", "cuda") == resolve("auto", "cuda") == "native"
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("notice: kernel native in place of triton") and "peerscale[gpu]" in line
+
+
+def test_triton_is_refused_where_it_cannot_run(with_triton):
+    with pytest.raises(UserError) as error:
+        resolve("triton", "cpu")
+    assert str(error.value) == (
+        "kernel triton cannot run here: it needs a GPU; these can: auto, fused, native, reference"
+    )
+
+
+def test_triton_is_refused_where_it_is_not_installed(without_triton):
+    with pytest.raises(UserError, match=r"there is no package triton.*; these can: auto, native, reference$"):
+        resolve("triton", "cuda")
+
+
+def test_fused_is_refused_on_a_gpu(with_triton):
+    with pytest.raises(UserError, match=r"it is for the CPU; these can: auto, triton, native, reference$"):
+        resolve("fused", "cuda")
+
+
+@pytest.mark.parametrize("kernel", ["auto", "native"])
+def test_torch_compile_takes_a_layer(kernel):
+    layer, x = Peer(6, 16, 2, 4, 8, kernel=kernel).eval(), torch.randn(5, 6)
+    torch.testing.assert_close(torch.compile(layer, backend="aot_eager")(x), layer(x))
 
 
 def test_unknown_backend():
-    with pytest.raises(UserError, match="kernel 'triton' does not exist; there are: auto, fused, native, reference"):
-        resolve("triton")
+    with pytest.raises(
+        UserError, match="kernel 'tensor' does not exist; there are: auto, fused, triton, native, reference"
+    ):
+        resolve("tensor")
 
 
 def test_without_a_compiler_auto_is_native_with_one_line_of_notice(no_compiler, capsys):

@@ -28,7 +28,8 @@ class Runs:
     tokens_P: Tensor
     """Their tokens t."""
     starts_R: Tensor
-    """Where the pairs of each row begin in `order_P`; one number more, the end."""
+    """Where the pairs of each row begin in `order_P`; one number more, the end. For a backend's own use it may go on
+    with empty runs."""
 
 
 class Arithmetic(Protocol):
@@ -112,45 +113,41 @@ def _deliver(collected: CollectedGradients | None, gradient: TableGradient) -> T
     return None
 
 
-class RowScores(torch.autograd.Function):
-    """s[t, j] = <x[t], table[rows[t, j]]>."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, table_ND: Tensor, pairs: Pairs, collected: CollectedGradients | None) -> Tensor:
-        x_TD, table_ND = x_TD.contiguous(), table_ND.contiguous()
-        ctx.save_for_backward(x_TD, table_ND)
-        ctx.pairs, ctx.collected = pairs, collected
-        return pairs.backend.row_scores(x_TD, table_ND, pairs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
-        x_TD, table_ND = ctx.saved_tensors
-        grad_TJ = grads[0].contiguous()
-        needs_x, needs_table, *_ = ctx.needs_input_grad
-        grad_x = ctx.pairs.backend.row_bags(table_ND, ctx.pairs, grad_TJ) if needs_x else None
-        grad_table = _deliver(ctx.collected, TableGradient(ctx.pairs, grad_TJ, x_TD)) if needs_table else None
-        return grad_x, grad_table, None, None
+def row_scores(x_TD: Tensor, table_ND: Tensor, pairs: Pairs) -> Tensor:
+    """s[t, j] = <x[t], table[rows[t, j]]>, differentiable."""
+    return _Retrieval.apply(x_TD, table_ND, pairs, collected_gradients(table_ND), True)
 
 
-class WeightedRows(torch.autograd.Function):
-    """y[t] = sum_j weights[t, j] table[rows[t, j]]."""
+def row_bags(table_ND: Tensor, pairs: Pairs, weights_TJ: Tensor) -> Tensor:
+    """y[t] = sum_j weights[t, j] table[rows[t, j]], differentiable."""
+    return _Retrieval.apply(weights_TJ, table_ND, pairs, collected_gradients(table_ND), False)
+
+
+class _Retrieval(torch.autograd.Function):
+    """`row_scores` of a factor (T, D) or `row_bags` of one (T, J): as functions of it, each is the other's adjoint."""
 
     @staticmethod
     def forward(
-        ctx: Any, table_ND: Tensor, weights_TJ: Tensor, pairs: Pairs, collected: CollectedGradients | None
+        ctx: Any, factor: Tensor, table_ND: Tensor, pairs: Pairs, collected: CollectedGradients | None, scores: bool
     ) -> Tensor:
-        table_ND, weights_TJ = table_ND.contiguous(), weights_TJ.contiguous()
-        ctx.save_for_backward(table_ND, weights_TJ)
-        ctx.pairs, ctx.collected = pairs, collected
-        return pairs.backend.row_bags(table_ND, pairs, weights_TJ)
+        factor, table_ND = factor.contiguous(), table_ND.contiguous()
+        ctx.save_for_backward(factor, table_ND)
+        ctx.pairs, ctx.collected, ctx.scores = pairs, collected, scores
+        return _retrieve(factor, table_ND, pairs, scores=scores)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
-        table_ND, weights_TJ = ctx.saved_tensors
-        grad_TD = grads[0].contiguous()
-        needs_table, needs_weights, *_ = ctx.needs_input_grad
-        grad_table = _deliver(ctx.collected, TableGradient(ctx.pairs, weights_TJ, grad_TD)) if needs_table else None
-        grad_weights = ctx.pairs.backend.row_scores(grad_TD, table_ND, ctx.pairs) if needs_weights else None
-        return grad_table, grad_weights, None, None
+        factor, table_ND = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        needs_factor, needs_table, *_ = ctx.needs_input_grad
+        coefficients_TJ, vectors_TD = (grad, factor) if ctx.scores else (factor, grad)
+        grad_factor = _retrieve(grad, table_ND, ctx.pairs, scores=not ctx.scores) if needs_factor else None
+        gradient = TableGradient(ctx.pairs, coefficients_TJ, vectors_TD)
+        grad_table = _deliver(ctx.collected, gradient) if needs_table else None
+        return grad_factor, grad_table, None, None, None
+
+
+def _retrieve(factor: Tensor, table_ND: Tensor, pairs: Pairs, *, scores: bool) -> Tensor:
+    backend = pairs.backend
+    return backend.row_scores(factor, table_ND, pairs) if scores else backend.row_bags(table_ND, pairs, factor)

@@ -11,7 +11,7 @@ from torch import Tensor
 from peerscale.kernels.activations import ACTIVATIONS
 from peerscale.kernels.adamw import AdamW, Moments, update_rows
 from peerscale.kernels.backbone import Backbone
-from peerscale.kernels.gradients import Pairs, RowScores, Runs, TableGradient, WeightedRows, collected_gradients
+from peerscale.kernels.gradients import Pairs, Runs, TableGradient, row_bags, row_scores
 from peerscale.kernels.product_keys import product_key_top_k
 
 _aten = torch.ops.aten
@@ -25,13 +25,12 @@ class Native(Backbone):
         self, x_TD: Tensor, w_down_ND: Tensor, w_up_ND: Tensor, rows_TJ: Tensor, gates_TJ: Tensor, activation: str
     ) -> Tensor:
         pairs = Pairs(self, rows_TJ, len(w_down_ND))
-        scores_TJ = RowScores.apply(x_TD, w_down_ND, pairs, collected_gradients(w_down_ND))
+        scores_TJ = row_scores(x_TD, w_down_ND, pairs)
         hidden_TJ = self.gate(scores_TJ, gates_TJ, activation)
-        return WeightedRows.apply(w_up_ND, hidden_TJ, pairs, collected_gradients(w_up_ND))
+        return row_bags(w_up_ND, pairs, hidden_TJ)
 
     def weighted_rows(self, table_ND: Tensor, rows_TJ: Tensor, weights_TJ: Tensor) -> Tensor:
-        pairs = Pairs(self, rows_TJ, len(table_ND))
-        return WeightedRows.apply(table_ND, weights_TJ, pairs, collected_gradients(table_ND))
+        return row_bags(table_ND, Pairs(self, rows_TJ, len(table_ND)), weights_TJ)
 
     def product_key_top_k(self, query_THSC: Tensor, sub_keys_GSNC: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         return product_key_top_k(query_THSC, sub_keys_GSNC, top_k)

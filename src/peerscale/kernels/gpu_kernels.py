@@ -1,0 +1,134 @@
+"""The retrieved-row operators as Triton kernels; `gpu` calls them.
+
+Shapes: T tokens, D vector width, J retrieved rows a token, P = T J pairs of a token and a row, R runs of pairs that
+share a row. All arrays are contiguous. `order` holds the positions t J + j of the pairs sorted by row; those of run r
+are its `starts[r]`-th to its (`starts[r + 1]` - 1)-th. Sums are formed in the type of the coefficients. No kernel adds
+atomically: whatever is summed is summed by one program in one order.
+"""
+
+import torch
+import triton  # pyrefly: ignore[missing-import]
+import triton.language as tl  # pyrefly: ignore[missing-import]
+from triton import Config  # pyrefly: ignore[missing-import]
+
+_CONFIGS = [
+    Config({"BLOCK_P": block_p, "BLOCK_D": block_d}, num_warps=warps)
+    for block_p, block_d, warps in (
+        (16, 64, 4), (16, 128, 4), (16, 256, 8), (32, 64, 4), (32, 128, 8), (64, 64, 8),
+        (1, 512, 2), (4, 128, 2), (4, 256, 2), (4, 512, 4),
+    )
+]  # fmt: skip
+_BY_TOKEN, _BY_ROW = tl.constexpr(False), tl.constexpr(True)
+
+
+def _candidates(configs: list[Config], *_: object, **__: object) -> list[Config]:
+    """All, or one where results must not depend on which is fastest: the sizes of the blocks set the order of sums."""
+    return configs[:1] if torch.are_deterministic_algorithms_enabled() else configs
+
+
+def _tuned(*key: str):
+    """Tries all configurations when the `key` arguments are new, and keeps the fastest on disk for later processes.
+
+    The interpreter has none to try.
+    """
+    configs = _CONFIGS[:1] if triton.knobs.runtime.interpret else _CONFIGS
+    return triton.autotune(configs, [*key], {"early_config_prune": _candidates}, cache_results=True)
+
+
+@_tuned("D", "BY_ROW")
+@triton.jit
+def row_scores(
+    x, table, rows, order, out, P, J, D, BY_ROW: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """out[t, j] = <x[t], table[rows[t, j]]>, in the order of the tokens, or by row.
+
+    By row, programs that run at the same time want the same rows, so that a row comes from memory once.
+    """
+    place = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    known = place < P
+    pair = place
+    if BY_ROW:
+        pair = tl.load(order + place, known, 0)
+    row = tl.load(rows + pair, known, 0)
+    token = (pair // J).to(tl.int64)
+    products = tl.zeros((BLOCK_P, BLOCK_D), out.dtype.element_ty)
+    for start in range(0, D, BLOCK_D):
+        column = start + tl.arange(0, BLOCK_D)
+        mask = known[:, None] & (column < D)[None, :]
+        vector = tl.load(x + token[:, None] * D + column[None, :], mask, 0)
+        products += vector.to(products.dtype) * tl.load(table + row[:, None] * D + column[None, :], mask, 0)
+    tl.store(out + pair, tl.sum(products, 1), known)
+
+
+@_tuned("D", "J")
+@triton.jit
+def row_bags(table, rows, weights, out, J, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+    """out[t] = sum_j weights[t, j] table[rows[t, j]]; a program for each token and block of columns."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    bag = _bag(table, rows, rows, weights, token * J, token * J + J, column, J, D, _BY_TOKEN, BLOCK_P, BLOCK_D)
+    tl.store(out + token * D + column, bag, column < D)
+
+
+@_tuned("D", "PAIRS_A_ROW")
+@triton.jit
+def table_gradient(
+    coefficients, vectors, rows, order, starts, out, J, D, PAIRS_A_ROW,
+    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """out[n] = sum over the pairs (t, j) of row n of coefficients[t, j] vectors[t]; rows without pairs stay."""
+    begin, end = tl.load(starts + tl.program_id(0)), tl.load(starts + tl.program_id(0) + 1)
+    if begin < end:
+        column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        bag = _bag(vectors, rows, order, coefficients, begin, end, column, J, D, _BY_ROW, BLOCK_P, BLOCK_D)
+        tl.store(out + tl.load(rows + tl.load(order + begin)) * D + column, bag, column < D)
+
+
+@triton.jit
+def adamw_rows(
+    coefficients, vectors, rows, order, starts, table, mean, square, size, scale, keep, J, D,
+    beta1: tl.constexpr, beta2: tl.constexpr, eps: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A step of the rows that have pairs; a row's gradient never leaves the registers.
+
+    `size` and `scale` are the bias corrections of each run's row, lr / (1 - beta1^steps) and (1 - beta2^steps)^-1/2;
+    `keep` is 1 less the decay.
+    """
+    run = tl.program_id(0)
+    begin, end = tl.load(starts + run), tl.load(starts + run + 1)
+    if begin < end:
+        column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        g = _bag(vectors, rows, order, coefficients, begin, end, column, J, D, _BY_ROW, BLOCK_P, BLOCK_D)
+        at = tl.load(rows + tl.load(order + begin)) * D + column
+        known = column < D
+        m = beta1 * tl.load(mean + at, known, 0).to(g.dtype) + (1 - beta1) * g
+        v = beta2 * tl.load(square + at, known, 0).to(g.dtype) + (1 - beta2) * g * g
+        step = tl.load(size + run) * m / (tl.sqrt(v) * tl.load(scale + run) + eps)
+        tl.store(mean + at, m, known)
+        tl.store(square + at, v, known)
+        tl.store(table + at, tl.load(keep) * tl.load(table + at, known, 0) - step, known)
+
+
+@triton.jit
+def _bag(
+    vectors, rows, order, weights, begin, end, column, J, D,
+    BY_ROW: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The sum, in some columns, of the weighted vectors of the pairs from `begin` to `end`.
+
+    These are the rows of a token's pairs, or, by row, the vectors of the tokens of a row's pairs.
+    """
+    total = tl.zeros((BLOCK_P, BLOCK_D), weights.dtype.element_ty)
+    for start in range(begin, end, BLOCK_P):
+        place = start + tl.arange(0, BLOCK_P)
+        known = place < end
+        if BY_ROW:
+            pair = tl.load(order + place, known, 0)
+            vector = (pair // J).to(tl.int64)
+        else:
+            pair = place
+            vector = tl.load(rows + pair, known, 0)
+        mask = known[:, None] & (column < D)[None, :]
+        weight = tl.load(weights + pair, known, 0)
+        total += weight[:, None] * tl.load(vectors + vector[:, None] * D + column[None, :], mask, 0).to(total.dtype)
+    return tl.sum(total, 0)

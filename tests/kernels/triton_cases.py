@@ -1,0 +1,114 @@
+"""What is particular to the GPU backend; `test_triton` runs these."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from test_operators import DEVICE, assert_same, inputs, results
+from torch import nn
+
+from peerscale.kernels import gpu, gpu_kernels
+from peerscale.kernels.adamw import AdamW, Moments
+from peerscale.kernels.backends import BACKENDS, resolve
+from peerscale.kernels.gradients import Pairs, TableGradient
+from peerscale.kernels.row_sparse_adamw import RowSparseAdamW
+
+TRITON, REFERENCE = BACKENDS[resolve("triton", DEVICE)], BACKENDS["reference"]
+TUNED = [gpu_kernels.row_scores, gpu_kernels.row_bags, gpu_kernels.table_gradient]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def experts(operators, tensors, rows):
+    return results(lambda *t: operators.single_neuron_experts(*t[:3], rows, t[3], "gelu"), tensors)
+
+
+def assert_equal_to_the_definition(shape, dtype, tolerance):
+    tensors, rows = inputs(shape, dtype)
+    assert_same(
+        experts(TRITON, tensors, rows), experts(REFERENCE, [tensor.double() for tensor in tensors], rows), tolerance
+    )
+
+
+@pytest.mark.parametrize("config", gpu_kernels._CONFIGS, ids=lambda config: "-".join(map(str, config.kwargs.values())))
+def test_every_block_size_gives_the_same(monkeypatch, config):
+    for kernel in TUNED:
+        monkeypatch.setattr(kernel, "configs", [config])
+    assert_equal_to_the_definition((3, 70, 5, 20), torch.float64, 1e-12)
+
+
+def test_pairs_in_the_order_of_their_rows(monkeypatch):
+    monkeypatch.setattr(gpu, "_CACHE_BYTES", 0)
+    shape = (12, 70, 30, 9)
+    tensors, rows = inputs(shape, torch.float64)
+    assert gpu._by_row(Pairs(TRITON, rows, 30), tensors[0], tensors[1])
+    assert_equal_to_the_definition(shape, torch.float64, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_summed_in_float32(dtype):
+    tensors, rows = inputs((2, 100, 3, 60), dtype)
+    actual = experts(TRITON, tensors, rows)
+    expected = experts(REFERENCE, [tensor.double() for tensor in tensors], rows)
+    assert [tensor.dtype for tensor in actual] == [dtype] * 5
+    # One rounding, that of the result, which the interpreter cuts off to bfloat16; the gradients' probe is rounded too.
+    eps = torch.finfo(dtype).eps
+    rounding = 1.01 if dtype == torch.bfloat16 and DEVICE == "cpu" else 0.51
+    torch.testing.assert_close(actual[0].double(), expected[0], rtol=rounding * eps, atol=1e-5)
+    assert_same(actual[1:], expected[1:], 2 * eps)
+
+
+def test_runs_are_those_of_a_loop():
+    rows = torch.randint(0, 50, (6, 4))
+    runs = TRITON.sort_pairs(rows, 50)
+    starts = runs.starts_R.tolist()
+    positions = [runs.order_P[a:b].tolist() for a, b in itertools.pairwise(starts)]
+    flat = rows.flatten().tolist()
+    expected = [[p for p, row in enumerate(flat) if row == wanted] for wanted in sorted(set(flat))]
+    assert positions == expected + [[]] * (24 - len(expected))
+    assert runs.tokens_P.tolist() == [p // 4 for p in runs.order_P.tolist()]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+def test_adamw_of_wide_rows_with_many_pairs(dtype, tolerance):
+    rates = {"lr": 0.03, "betas": (0.0, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+    dense = nn.Parameter(torch.randn(3, 300, dtype=torch.float64))
+    table = nn.Parameter(dense.detach().to(dtype))
+    optimizers = torch.optim.AdamW([dense], **rates), RowSparseAdamW([{"params": [table], "row_sparse": True}], **rates)
+    for _ in range(3):
+        rows, weights = torch.arange(30).remainder(3).view(6, 5), torch.randn(6, 5, dtype=dtype, requires_grad=True)
+        grad = torch.randn(6, 300, dtype=dtype)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        TRITON.weighted_rows(table, rows, weights).backward(grad)
+        REFERENCE.weighted_rows(dense, rows, weights.double()).backward(grad.double())
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(table.double(), dense, rtol=tolerance, atol=tolerance)
+
+
+def test_adamw_refuses_a_table_that_is_not_contiguous():
+    table = torch.zeros(5, 9).T
+    moments = Moments(mean_ND=table.clone(), square_ND=table.clone(), steps_N=torch.zeros(9))
+    gradient = TableGradient(Pairs(TRITON, torch.zeros(1, 1), 9), torch.ones(1, 1), torch.ones(1, 5))
+    with pytest.raises(ValueError, match="contiguous"):
+        TRITON.adamw_rows(gradient, table, moments, AdamW(lr=0.1, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0))
+
+
+def test_deterministic_algorithms_do_not_depend_on_which_blocks_are_fastest():
+    assert gpu_kernels._candidates(gpu_kernels._CONFIGS, {}) == gpu_kernels._CONFIGS
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert len(gpu_kernels._candidates(gpu_kernels._CONFIGS, {})) == 1
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_other_devices_run_on_torch():
+    (x, w_down, w_up, gates), rows = inputs((6, 4, 8, 4), torch.float32)
+    on_meta = [tensor.to("meta") for tensor in (x, w_down, w_up, rows, gates)]
+    assert copy.deepcopy(TRITON).single_neuron_experts(*on_meta, "gelu").shape == x.shape
