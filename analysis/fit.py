@@ -4,9 +4,12 @@
     python analysis/fit.py isoflop    runs.csv --budget budget --x N --loss loss --by method --out fit.json
     python analysis/fit.py routed     runs.csv --dense-params N --experts E --loss loss --out fit.json
     python analysis/fit.py granular   runs.csv --params N --tokens D --granularity G --loss loss --out fit.json
+    python analysis/fit.py peer       runs.csv --params N --tokens D --experts X --granularity G --loss L --out fit.json
+    python analysis/fit.py envelope   curves.csv --run run --flops C --x N --loss loss --out fit.json
     python analysis/fit.py predict    fit.json --budget 1e21
 
-Intervals are 95 % percentile intervals of a bootstrap over runs.
+A folder of a study stands for its table of runs, or for its training curves. Intervals are 95 % percentile intervals
+of a bootstrap over runs. Beside every fit stands how well the smaller budgets predict the largest.
 """
 
 import argparse
@@ -22,28 +25,46 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from peerscale.errors import UserError, exit_code
+from peerscale.errors import ArgumentParser, UserError, exit_code
 from peerscale.files import write_text
-from peerscale.laws import fit_data_constrained, fit_granular, fit_isoflop, fit_parametric, fit_routed
+from peerscale.laws import (
+    fit_data_constrained,
+    fit_envelope,
+    fit_granular,
+    fit_isoflop,
+    fit_parametric,
+    fit_peer,
+    fit_routed,
+)
 from peerscale.laws.bootstrap import Bootstrap
 from peerscale.laws.data_constrained import DataConstrainedFit
+from peerscale.laws.envelope import EnvelopeFit
 from peerscale.laws.fit import Fit
 from peerscale.laws.granular import GranularFit
+from peerscale.laws.holdout import HoldOut
 from peerscale.laws.isoflop import IsoflopFit
 from peerscale.laws.objective import Objective
 from peerscale.laws.parametric import ParametricFit
+from peerscale.laws.peer import PeerFit
 from peerscale.laws.results import FitStatus
 from peerscale.laws.routed import RoutedFit
-from peerscale.laws.table import require_column
+from peerscale.laws.table import positive_columns, require_column
+from peerscale.runs import read_runs
+from peerscale.runs.table import CURVES, METRICS, curves_table
+from peerscale.runs.table import read_table as read_csv
 
-NEEDS = {
-    "isoflop": "--budget",
-    "parametric": "--budget, or --params and --tokens",
-    "data_constrained": "--budget, or --params, --tokens and --unique-tokens",
-    "routed": "--params and --experts",
-    "granular": "--params, --tokens and --granularity",
+LAWS = (ParametricFit, DataConstrainedFit, IsoflopFit, EnvelopeFit, RoutedFit, GranularFit, PeerFit)
+FORMS = {fit.law: fit.form for fit in LAWS}
+ARGUMENTS = {
+    "isoflop": ("budget",),
+    "envelope": ("budget",),
+    "parametric": ("budget", "params", "tokens"),
+    "data_constrained": ("budget", "params", "tokens", "unique_tokens"),
+    "routed": ("params", "experts"),
+    "granular": ("params", "tokens", "granularity"),
+    "peer": ("params", "tokens", "experts", "granularity"),
 }
-FORMS = {fit.law: fit.form for fit in (ParametricFit, DataConstrainedFit, IsoflopFit, RoutedFit, GranularFit)}
+"""What a prediction of each law takes: all of it, but for the laws of a budget."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,24 +72,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command == "predict":
         predict(arguments)
         return 0
-    table = read_table(arguments.table, arguments.where)
-    law, columns = arguments.fit, {name: getattr(arguments, name) for name in arguments.columns}
-    options = {name: getattr(arguments, name) for name in arguments.options}
+    law, columns, options = (
+        arguments.fit,
+        *({name: getattr(arguments, name) for name in names} for names in (arguments.columns, arguments.options)),
+    )
+    table = read_table(arguments.table, arguments.where, curves=law is fit_envelope)
     if arguments.command == "parametric" and arguments.unique_tokens:
         if arguments.flops or not arguments.tokens:
             raise UserError("--unique-tokens goes with --tokens, not with --flops")
         law, columns["unique_tokens"] = fit_data_constrained, arguments.unique_tokens
         del columns["flops"]
-    resampling = {name: getattr(arguments, name) for name in ("bootstrap", "seed", "cluster")}
+    if arguments.command == "isoflop":
+        table = one_budget_each(table, arguments.budget, arguments.tolerance)
+    resampling = {name: getattr(arguments, name) for name in arguments.resampling}
 
     def fit(rows: pd.DataFrame) -> Fit:
         return law(rows, **columns, **options, **resampling)
 
-    if arguments.command != "isoflop":
-        result = fit(table)
-        stored, text = result.to_dict(), summary(result)
-    else:
-        stored, text = fit_isoflops(table, fit, arguments.budget, arguments.by)
+    stored, text = fit_groups(table, fit, getattr(arguments, "by", None))
     stored["source"] = {"table": arguments.table.name, "where": arguments.where, **columns, **options}
     write_json(arguments.out, stored)
     print(f"{text}\n-> {arguments.out}")
@@ -76,39 +97,64 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True)
 
     def add(name: str, fit: Callable[..., Fit], columns: str, help: str, bootstrap: int) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=help)
-        command.set_defaults(fit=fit, columns=columns.replace("-", "_").split(), options=())
-        command.add_argument("table", type=Path, metavar="TABLE", help="CSV file, one row per run")
+        command.add_argument("table", type=Path, metavar="TABLE", help="CSV file, one row per run; or a study's folder")
         for column in columns.split():
             optional = column in ("tokens", "flops") and name == "parametric"
             command.add_argument(f"--{column}", metavar="COL", required=not optional, help="its column")
         command.add_argument("--where", metavar="EXPR", help="rows to fit, as a pandas query: \"method == 'dense'\"")
         command.add_argument("--bootstrap", type=count, default=bootstrap, metavar="N", help=f"resamples ({bootstrap})")
         command.add_argument("--seed", type=count, default=0, help="of the resampling (0)")
-        command.add_argument("--cluster", metavar="COL", help="column whose equal values are resampled together")
+        resampling = ["bootstrap", "seed"]
+        if name != "envelope":
+            command.add_argument("--cluster", metavar="COL", help="column whose equal values are resampled together")
+            resampling += ["cluster"]
+        if name in ("isoflop", "envelope"):
+            command.add_argument("--by", metavar="COL", help="one fit per value of this column")
+        else:
+            command.add_argument("--budget", metavar="COL", help="the largest of this column are held out")
+            command.add_argument("--hold-out", type=positive, metavar="NUMBER", help="from this budget on")
+            resampling += ["budget", "hold_out"]
         command.add_argument("--out", type=Path, required=True, metavar="JSON", help="where the fit goes")
+        command.set_defaults(fit=fit, columns=columns.replace("-", "_").split(), options=(), resampling=resampling)
         return command
 
+    def objective(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--objective", choices=list(Objective), default=Objective.HUBER_LOG)
+        command.add_argument("--delta", type=positive, default=1e-3, help="where Huber turns linear (1e-3)")
+        command.set_defaults(options=("objective", "delta"))
+
     surface = add("parametric", fit_parametric, "params tokens flops loss", "L = E + A / N^alpha + B / D^beta", 4000)
-    surface.add_argument("--objective", choices=list(Objective), default=Objective.HUBER_LOG)
-    surface.add_argument("--delta", type=positive, default=1e-3, help="where Huber turns linear (1e-3)")
+    objective(surface)
     surface.add_argument(
         "--unique-tokens", metavar="COL", help="different tokens: fits how much repeated ones are worth"
     )
-    surface.set_defaults(options=("objective", "delta"))
     isoflop = add(
         "isoflop", fit_isoflop, "budget x loss", "a parabola per budget, a power law through the minima", 4000
     )
-    isoflop.add_argument("--by", metavar="COL", help="one fit per value of this column")
     isoflop.add_argument("--include-flagged", action="store_true", help="let the power law use flagged minima too")
+    isoflop.add_argument(
+        "--tolerance", type=positive, metavar="SHARE", help="budgets this close to their neighbour are one, such as .1"
+    )
     isoflop.set_defaults(options=("include_flagged",))
+    add(
+        "envelope",
+        fit_envelope,
+        "run flops x loss",
+        "the lowest of all training curves, a power law of its sizes",
+        1000,
+    )
     add("routed", fit_routed, "dense-params experts loss", "log10 L = a n + b e + c n e + d", 1000)
     columns = "params tokens granularity loss"
     add("granular", fit_granular, columns, "L = c + (g / G^gamma + a) / N^alpha + b / D^beta", 1000)
+    columns = "params tokens experts granularity loss"
+    objective(
+        add("peer", fit_peer, columns, "the form of a law in N, D, experts and active experts that predicts best", 1000)
+    )
     prediction = commands.add_parser("predict", help="optimum of a budget, or loss of a run, from a fit")
     prediction.add_argument("file", type=Path, metavar="JSON", help="a fit, or fits by name")
     for name in ("budget", "params", "tokens", "unique-tokens", "experts", "granularity"):
@@ -132,17 +178,19 @@ def positive(text: str) -> float:
     return value
 
 
-def read_table(path: Path, where: str | None) -> pd.DataFrame:
-    """A CSV's rows that satisfy the query, labelled by their line in the file."""
-    try:
-        table = pd.read_csv(path)
-    except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
-        raise UserError(f"cannot read the table {path}: {_first_line(error)}") from None
-    table.index = pd.RangeIndex(2, len(table) + 2, name="line")
+def read_table(path: Path, where: str | None, *, curves: bool = False) -> pd.DataFrame:
+    """The rows that satisfy the query: a CSV's, labelled by their line, or a study's runs or training curves."""
+    if path.is_dir():
+        table = study_curves(path) if curves else read_runs(path)
+    else:
+        table = read_csv(path, skipinitialspace=True)
+        table.index = pd.RangeIndex(2, len(table) + 2, name="line")
+    if table.empty:
+        raise UserError(f"the table {path} has no rows")
     if where is None:
         return table
     try:
-        rows = table.eval(where)
+        rows = table.eval(where, local_dict={}, global_dict={})  # a query sees columns only
     except Exception as error:  # the query language raises whatever Python does
         there = ", ".join(map(str, table.columns))
         raise UserError(f"--where {where!r}: {_first_line(error)}; columns: {there}") from None
@@ -154,26 +202,48 @@ def read_table(path: Path, where: str | None) -> pd.DataFrame:
     return chosen
 
 
-def fit_isoflops(
-    table: pd.DataFrame, fit: Callable[[pd.DataFrame], Any], budget: str, by: str | None
-) -> tuple[dict[str, Any], str]:
-    """The fit, or with `by` one per value under `groups`, and its summary."""
-    for name in (budget, *([by] if by else [])):
-        require_column(table, name)
-    if table[budget].nunique() == 1:
-        raise UserError(f"column {budget!r} holds one budget, {table[budget].iloc[0]}: a power law needs three")
+def study_curves(folder: Path) -> pd.DataFrame:
+    """Training curves with the columns of their runs; those of a run that are also a step's end in `_final`."""
+    thinned = folder / "curves.csv"
+    cells = sorted(path.parent for path in folder.glob(f"*/{METRICS}"))
+    curves = read_csv(thinned, CURVES) if thinned.is_file() else curves_table(cells, points=1000)
+    return curves.merge(read_runs(folder), on="cell", suffixes=("", "_final"))
+
+
+def one_budget_each(table: pd.DataFrame, budget: str, tolerance: float | None) -> pd.DataFrame:
+    """The table with budgets that differ from the next by less than the tolerance replaced by their geometric mean."""
+    (budgets,) = positive_columns(table, budget, law=IsoflopFit.law, at_least=1)
+    if tolerance:
+        steps = np.sort(np.log(budgets))
+        starts = steps[1:][np.diff(steps) > np.log1p(tolerance)]
+        group = np.searchsorted(starts, np.log(budgets), side="right")
+        budgets = np.exp(np.bincount(group, np.log(budgets)) / np.bincount(group))[group]
+        table = table.assign(**{budget: budgets.tolist()})
+    if np.ptp(budgets) == 0:
+        raise UserError(f"column {budget!r} holds one budget, {budgets[0]:g}: a power law needs three")
+    return table
+
+
+def fit_groups(table: pd.DataFrame, fit: Callable[[pd.DataFrame], Any], by: str | None) -> tuple[dict[str, Any], str]:
+    """The fit, or with `by` one per value under `groups`, and its summary; refuses a table without any parabola."""
+    if by is not None:
+        require_column(table, by)
     named = [("", table)] if by is None else table.groupby(by, sort=False, dropna=False)
     groups = {str(name): fit(rows) for name, rows in named}
-    if not any(np.isfinite(vertex.curvature) for group in groups.values() for vertex in group.vertices):
-        raise UserError("no budget has runs of three different sizes, the least for a parabola (five are wanted)")
+    vertices = [vertex for group in groups.values() if isinstance(group, IsoflopFit) for vertex in group.vertices]
+    if vertices and not any(np.isfinite(vertex.curvature) for vertex in vertices):
+        raise UserError(
+            "no budget has runs of three different sizes, the least for a parabola (five are wanted); measured FLOPs "
+            "are grouped into budgets by --tolerance .1"
+        )
     if by is None:
         return groups[""].to_dict(), summary(groups[""])
     statuses = [group.status for group in groups.values() if group.status is not FitStatus.CONVERGED]
     stored = {
-        "law": IsoflopFit.law,
+        "law": next(iter(groups.values())).law,
         "n": len(table),
         "status": str((statuses or [FitStatus.CONVERGED])[0]),
-        "objective_name": "mse",
+        "objective_name": next(iter(groups.values())).objective_name,
         "objective_value": sum(group.objective_value for group in groups.values()),
         "ci": {},
         "by": by,
@@ -183,17 +253,35 @@ def fit_isoflops(
 
 
 def summary(fit: Any) -> str:
-    """A fit in a few lines: every coefficient with its interval, every minimum with its flag, every warning."""
+    """A fit in a few lines: coefficients and minima with intervals and flags, the held-out error, every warning."""
     lines = [f"{fit.law}: {fit.n} runs, {fit.status}, {fit.objective_name} {fit.objective_value:.8g}"]
     for vertex in fit.vertices if isinstance(fit, IsoflopFit) else ():
         x, loss = _number(vertex.x, vertex.x_interval), _number(vertex.loss, vertex.loss_interval)
         lines.append(f"  budget {vertex.budget:<8.4g} x {x}  loss {loss}  n {vertex.n}  {vertex.status}")
-    names = [item.name for item in fields(fit.form)] + (["a", "b"] if fit.law == "parametric" else [])
+    for form in fit.candidates if isinstance(fit, PeerFit) else ():
+        errors = ", ".join(f"{axis} {error:.4g}" for axis, error in form.held_out.items())
+        lines.append(f"  form {form.form:<11} held-out error {form.error:.4g} ({errors})  {form.status}")
+    names = [*(item.name for item in fields(fit.form)), *fit.derived]
     lines += [f"  {name:<12} {_number(getattr(fit, name), fit.ci.get(name))}" for name in names]
+    if isinstance(fit, IsoflopFit):
+        lines.append(f"  exponent of approach 3 on the same runs {_number(fit.surface_exponent, None)}")
     if fit.bootstrap is not None:
         drawn = fit.bootstrap
         lines.append(f"  {drawn.resamples} resamples, {drawn.failed} failed, {drawn.at_bound} at a bound")
+    if fit.hold_out is not None:
+        lines.append(f"  held out: {held_out(fit.hold_out)}")
     return "\n".join([*lines, *(f"  warning: {warning}" for warning in fit.warnings)])
+
+
+def held_out(found: HoldOut) -> str:
+    """The largest budget, observed and as predicted from the others."""
+    predicted, observed = _number(found.predicted, found.interval), _number(found.observed, found.observed_interval)
+    what = ("run" if found.quantity == "loss" else "budget") + "s" * (found.n > 1)
+    rmse = f", RMSE {found.rmse:.4g}" if found.quantity == "loss" else ""
+    return (
+        f"{found.n} {what} from {found.budget:.4g}: {found.quantity} {observed}, predicted {predicted}{rmse}, "
+        f"mean error {found.mape:.3g} %"
+    )
 
 
 def write_json(path: Path, stored: Mapping[str, Any]) -> None:
@@ -217,45 +305,66 @@ def predict(arguments: argparse.Namespace) -> None:
                 print("\n".join([f"{name} {group}".strip() or part["law"], *predictions(part, arguments)]))
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise UserError(f"cannot read {arguments.file}: {_first_line(error)}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{arguments.file} is no fit of this program: {_first_line(error)}") from None
 
 
 def predictions(stored: Mapping[str, Any], given: argparse.Namespace) -> list[str]:
     """A line per answer of a stored fit, with its interval where the fit has a bootstrap."""
+    if stored["law"] not in FORMS:
+        raise ValueError(f"unknown law {stored['law']!r}")
     form = FORMS[stored["law"]]
     coefficients = {item.name: stored[item.name] for item in fields(form)}
+    if wrong := [name for name, value in coefficients.items() if not isinstance(value, float | int | None)]:
+        raise ValueError(f"{wrong[0]} is no number")
     if None in coefficients.values():
         return [f"  no prediction: the fit's status is {stored['status']}"]
     found = answers(stored["law"], form(**coefficients), given)
     drawn: dict[str, tuple[float, float]] = {}
     if stored["bootstrap"]:
         bootstrap = Bootstrap.from_dict(stored["bootstrap"])
-        laws = form(**{name: bootstrap.draws[name] for name in coefficients})
-        drawn = {name: bootstrap.interval(values) for name, values in answers(stored["law"], laws, given).items()}
-    return [f"  {name:<16} {_number(value, drawn.get(name))}" for name, value in found.items()]
+        draws = answers(stored["law"], bootstrap.law(form), given)
+        drawn = {name: bootstrap.interval(values) for name, values in draws.items()}
+    lines = [f"  {name:<16} {_number(value, drawn.get(name))}" for name, value in found.items()]
+    names = {name for arguments in ARGUMENTS.values() for name in arguments}
+    unused = [_option(name) for name in sorted(names - {*ARGUMENTS[stored["law"]]}) if getattr(given, name)]
+    if unused:
+        lines.append(f"  warning: {', '.join(unused)} says nothing to a law of this kind")
+    if stored["status"] != FitStatus.CONVERGED:
+        lines.append(f"  warning: the fit's status is {stored['status']}")
+    return lines
 
 
 def answers(name: str, law: Any, given: argparse.Namespace) -> dict[str, Any]:
     """What the numbers given on the command line ask of a law, by name."""
-    n, d, found = given.params, given.tokens, {}
-    match name:
-        case "isoflop" if given.budget:
-            found = {"optimal x": law.optimum(given.budget)}
-        case "parametric" | "data_constrained":
-            if given.budget:
-                best = law.optimum(given.budget)
-                found = {"optimal params": best.params, "optimal tokens": best.tokens, "optimal loss": best.loss}
-            if n and d:
-                repeated = name == "data_constrained" and given.unique_tokens
-                found["loss"] = law.predict_repeated(n, d, given.unique_tokens) if repeated else law.predict(n, d)
-        case "routed" if n and given.experts:
-            found = {"loss": law.predict(n, given.experts), "effective params": law.effective_params(n, given.experts)}
-        case "granular" if n and d and given.granularity:
-            found = {"loss": law.predict(n, d, given.granularity)}
+    found, budget, values = {}, given.budget, {item: getattr(given, item) for item in ARGUMENTS[name]}
+    if name in ("isoflop", "envelope") and budget:
+        return {"optimal x": law.optimum(budget)}
+    if name in ("parametric", "data_constrained"):
+        del values["budget"]
+        unique = values.pop("unique_tokens", None)
+        if budget:
+            best = law.optimum(budget)
+            found = {"optimal params": best.params, "optimal tokens": best.tokens, "optimal loss": best.loss}
+            for one, other in (("params", "tokens"), ("tokens", "params")):
+                if values[one] and not values[other]:
+                    values[other] = budget / (6 * values[one])  # of the budget, C = 6 N D
+        values |= {"unique_tokens": unique} if unique else {}
+    if all(values.values()):
+        found["loss"] = law.predict(*values.values())
+        if name == "routed":
+            found["effective params"] = law.effective_params(*values.values())
     if not found:
-        raise UserError(f"a prediction of the {name} law needs {NEEDS[name]}")
+        needs = ", ".join(_option(item) for item in values if item != "budget")
+        either = "--budget" if "budget" in ARGUMENTS[name] else ""
+        raise UserError(f"a prediction of the {name} law needs {', or '.join(filter(None, (either, needs)))}")
     return found
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _number(value: Any, interval: tuple[float, float] | None) -> str:
@@ -266,6 +375,8 @@ def _number(value: Any, interval: tuple[float, float] | None) -> str:
 
 
 def _first_line(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"no {error}"
     lines = str(getattr(error, "strerror", None) or error).splitlines()
     return lines[0] if lines else type(error).__name__
 

@@ -8,8 +8,8 @@ Figure 2) and the runs of Clark et al. 2022. The design of Krajewski et al. 2024
 their law. Exit code 1 if any value is outside its tolerance.
 """
 
-import argparse
 import sys
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from peerscale.errors import UserError, exit_code
+from peerscale.errors import ArgumentParser, UserError, exit_code
 from peerscale.laws import fit_granular, fit_isoflop, fit_parametric, fit_routed
 from peerscale.laws.granular import GranularLaw
 from peerscale.laws.parametric import Surface
+from peerscale.runs.table import read_table
 
 SURFACE = ("E", "A", "B", "alpha", "beta")
 
@@ -59,7 +60,7 @@ def near(name: str, values: dict[str, float], expected: dict[str, tuple[float, f
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DIR")
     folder = parser.parse_args(argv).folder
     checks = [*chinchilla(folder), *llama(folder), *clark(folder), *krajewski()]
@@ -69,11 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(failed > 0)
 
 
-def read(folder: Path, name: str) -> pd.DataFrame:
-    path = folder / name
-    if not path.is_file():
+def read(folder: Path, name: str, *columns: str) -> pd.DataFrame:
+    if not (folder / name).is_file():
         raise UserError(f"no {name} in {folder}")
-    return pd.read_csv(path)
+    return read_table(folder / name, columns)
 
 
 def surface(table: pd.DataFrame, **options: Any) -> Any:
@@ -93,7 +93,9 @@ def coefficients(fit: Any, params_unit: float = 1.0, tokens_unit: float = 1.0) -
 
 def chinchilla(folder: Path) -> Iterator[Check]:
     """E1 to E9: approaches 2 and 3 on the digitised runs; the five highest losses are outliers."""
-    everything = read(folder, "chinchilla_epoch_svg.csv").rename(columns={"Model Size": "N", "Training FLOP": "C"})
+    everything = read(folder, "chinchilla_epoch_svg.csv", "Model Size", "Training FLOP", "loss").rename(
+        columns={"Model Size": "N", "Training FLOP": "C"}
+    )
     everything["D"] = everything["C"] / (6 * everything["N"])
     runs = everything.nsmallest(240, "loss")
     fit = surface(runs, bootstrap=4000)
@@ -167,7 +169,8 @@ def chinchilla(folder: Path) -> Iterator[Check]:
 
 def llama(folder: Path) -> Iterator[Check]:
     """Approach 2 in tokens, extrapolated as in the paper; approach 3 by least squares; a fit of the smaller budgets."""
-    points = read(folder, "llama3_isoflops_points.csv")
+    columns = ("compute_budget", "training_tokens", "validation_loss")
+    points = read(folder, "llama3_isoflops_points.csv", *columns)
     points = points.rename(columns={"compute_budget": "C", "training_tokens": "D", "validation_loss": "loss"})
     points["N"] = points["C"] / (6 * points["D"])
     vertices = minima(points, "C", "D")
@@ -196,7 +199,8 @@ def llama(folder: Path) -> Iterator[Check]:
 
 def clark(folder: Path) -> Iterator[Check]:
     """One fit per router, with the five dense models."""
-    runs = read(folder, "clark2022_routed_final.csv")
+    columns = ("k", "routing_frequency", "seed", "router_type", "flop_increase", "dense_parameter_count", "num_experts")
+    runs = read(folder, "clark2022_routed_final.csv", *columns, "loss_validation")
     runs = runs[(runs["k"] == 1) & (runs["routing_frequency"] == 0.5) & (runs["seed"] == 42)]
     dense = runs[(runs["router_type"] == "Dense") & (runs["flop_increase"] == 1)]
     for router, n, rms, values in (

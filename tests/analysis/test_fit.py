@@ -143,10 +143,12 @@ def test_fits_by_name(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     ("change", "options", "message"),
     [
         ({}, ["--params", "M"], "no column 'M' in the table; there are: C, N, D, loss, method"),
-        ({"loss": "nan"}, [], "column 'loss' must hold finite numbers above 0, not so in line 5"),
-        ({"N": "-3"}, [], "'N' must hold finite numbers above 0, not so in line 5"),
-        ({"D": "inf"}, [], "'D' must hold"),
-        ({"D": "many"}, [], "'D' must hold"),
+        ({"loss": "nan"}, [], "column 'loss' must hold finite numbers above 0, not so in line 5: nan"),
+        ({"N": "-3"}, [], "'N' must hold finite numbers above 0, not so in line 5: -3"),
+        ({"D": "inf"}, [], "'D' must hold finite numbers above 0, not so in line 5: inf"),
+        ({"D": "1,000"}, [], "'D' must hold finite numbers above 0, not so in line 5: 1,000"),
+        ({}, ["--budget", "budget"], "no column 'budget'"),
+        ({}, ["--where", "@pd.io.common.os.getcwd() > 0"], "--where"),
         ({}, ["--where", "C < 2e18 and N < 4e7"], "too few for the parametric law: it has 5 coefficients"),
         ({}, ["--where", "C > 1e30"], "leaves none of the 56 rows"),
         ({}, ["--where", "C >"], "--where 'C >': invalid syntax"),
@@ -198,9 +200,7 @@ def test_unreadable_files(table: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_unfit_numbers_are_refused(table: Path, tmp_path: Path) -> None:
     for option in (("--delta", "0"), ("--delta", "x"), ("--bootstrap", "-1"), ("--seed", "1.5"), ("--objective", "l1")):
-        with pytest.raises(SystemExit) as stop:
-            run("parametric", table, *SURFACE, *option, "--out", tmp_path / "fit.json")
-        assert stop.value.code == 2
+        assert run("parametric", table, *SURFACE, *option, "--out", tmp_path / "fit.json") == 2
 
 
 def test_duplicates_are_named_and_repeated_data_has_its_law(
@@ -222,3 +222,105 @@ def test_as_a_program(table: Path, tmp_path: Path) -> None:
     command = [sys.executable, fit.__file__, "parametric", str(table), *SURFACE, "--out", str(tmp_path / "fit.json")]
     done = subprocess.run([*command, "--params", "M"], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.startswith("error: no column 'M'") and not done.stdout
+
+
+def test_the_largest_budget_is_held_out_and_shown(
+    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "fit.json"
+    options = ("--where", "method == 'dense'", "--bootstrap", 100, "--out", out)
+    assert run("parametric", table, *SURFACE, "--budget", "C", *options) == 0
+    assert "held out: 7 runs from 1e+21: loss" in capsys.readouterr().out
+    assert json.loads(out.read_text())["hold_out"]["n"] == 7
+    assert run("parametric", table, *SURFACE, "--hold-out", "5e19", *options) == 0
+    assert json.loads(out.read_text())["hold_out"]["n"] == 14
+    assert run("isoflop", table, "--budget", "C", "--x", "N", "--loss", "loss", *options) == 0
+    assert "held out: 1 budget from 1e+21: x" in (printed := capsys.readouterr().out)
+    assert "exponent of approach 3 on the same runs 0.5" in printed
+
+
+def test_odd_names_measured_budgets_and_mixtures(
+    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = pd.read_csv(table).query("method == 'dense'").drop(columns="method")
+    rng = np.random.default_rng(0)
+    runs["C"] *= 1 + 0.02 * rng.uniform(-1, 1, len(runs))
+    runs["Tokenizer"] = np.where(runs.index % 4, "bpe", "bytes")
+    runs["N"] = runs["N"].round().astype("int64") * 10**6  # 6 N D is beyond int64
+    runs["D"] = runs["D"].round().astype("int64")
+    runs.columns = ["Training FLOP's", "# Params (non-emb)", " tokens", "Loss, nats", "Tokenizer"]
+    runs.to_csv(table, index=False)
+    out = tmp_path / "fit.json"
+    columns = ("--budget", "Training FLOP's", "--x", "# Params (non-emb)", "--loss", "Loss, nats", "--out", out)
+    assert run("isoflop", table, *columns) == 2
+    assert "three different sizes" in (error := capsys.readouterr().err) and "--tolerance .1" in error
+    assert run("isoflop", table, *columns, "--tolerance", ".1", "--bootstrap", 0) == 0
+    stored = json.loads(out.read_text())
+    assert [vertex["n"] for vertex in stored["vertices"]] == [7] * 4 and stored["exponent"] == pytest.approx(
+        0.5, abs=0.1
+    )
+    assert "column 'Tokenizer' mixes bytes, bpe" in capsys.readouterr().out
+    options = ("--params", "# Params (non-emb)", "--tokens", "tokens", "--loss", "Loss, nats", "--out", out)
+    assert run("parametric", table, *options, "--where", "`# Params (non-emb)` > 1e9", "--bootstrap", 0) == 0
+    assert json.loads(out.read_text())["n"] == 28
+
+
+def test_predict_completes_a_budget_and_names_what_it_does_not_use(
+    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "fit.json"
+    run("parametric", table, *SURFACE, "--where", "method == 'dense'", "--bootstrap", 0, "--out", out)
+    losses = []
+    for options in (("--tokens", "1.6666667e10"), ("--budget", "1e20"), ("--budget", "1e20", "--experts", 8)):
+        capsys.readouterr()
+        assert run("predict", out, "--params", "1e9", *options) == 0
+        printed = capsys.readouterr().out
+        losses.append(next(float(line.split()[1]) for line in printed.splitlines() if line.startswith("  loss")))
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
+    assert "warning: --experts says nothing to a law of this kind" in printed
+    assert run("predict", out, "--experts", 8) == 2
+    assert "needs --budget, or --params, --tokens" in capsys.readouterr().err
+
+
+def test_envelope_of_a_study_and_of_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = {f"dense-d{i}-1e15-s0": n for i, n in enumerate(np.geomspace(1e6, 1e9, 13))}
+    curves = pd.concat(
+        pd.DataFrame(
+            {"cell": cell, "step": range(60), "tokens": c / (6 * n), "flops": c, "loss": surface_loss(n, c / 6 / n)}
+        )
+        for cell, n in cells.items()
+        for c in [np.geomspace(1e13, 1e18, 60)]
+    )  # fmt: skip
+    runs = pd.DataFrame({"cell": cells.keys(), "params_total": cells.values(), "method": "dense", "variant": ""})
+    runs = runs.assign(size="d", seed=0, budget=1e18, flops_per_token=1.0, val_loss=3.0, status="done", convention="x")
+    runs.assign(flops=1e18).to_csv(tmp_path / "runs.csv", index=False)
+    curves.to_csv(tmp_path / "curves.csv", index=False)
+    out = tmp_path / "fit.json"
+    columns = ("--run", "cell", "--flops", "flops", "--x", "params_total", "--loss", "loss", "--bootstrap", 20)
+    assert run("envelope", tmp_path, *columns, "--by", "method", "--out", out) == 0
+    by_folder = json.loads(out.read_text())["groups"]["dense"]
+    assert by_folder["exponent"] == pytest.approx(0.37 / 0.71, abs=0.04) and by_folder["n"] == 13
+    assert run("predict", out, "--budget", "1e20") == 0 and "optimal x" in capsys.readouterr().out
+    joined = tmp_path / "joined.csv"
+    curves.merge(runs[["cell", "params_total"]], on="cell").to_csv(joined, index=False)
+    assert run("envelope", joined, *columns, "--out", out) == 0
+    assert json.loads(out.read_text())["exponent"] == pytest.approx(by_folder["exponent"])
+    assert run("envelope", tmp_path / "curves.csv", *columns, "--out", out) == 2
+    assert "no column 'params_total'" in capsys.readouterr().err
+
+
+def test_peer_law_reports_the_losers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = np.meshgrid([1e7, 5e7, 2.5e8], [2e8, 2e9, 2e10], [1024, 16384, 262144], [16, 64])
+    n, d, x, g = (axis.ravel() for axis in grid)
+    loss = 1.6 + 300 / (n**0.3 * x**0.06) + 500 / d**0.28
+    path, out = tmp_path / "peer.csv", tmp_path / "fit.json"
+    pd.DataFrame({"active": n, "tok": d, "N experts": x, "h*k": g, "L": loss}).to_csv(path, index=False)
+    columns = ("--params", "active", "--tokens", "tok", "--experts", "N experts", "--granularity", "h*k", "--loss", "L")
+    assert run("peer", path, *columns, "--bootstrap", 20, "--out", out) == 0
+    printed = capsys.readouterr().out
+    assert all(f"form {form}" in printed for form in ("active", "experts", "granularity", "product", "memory"))
+    assert json.loads(out.read_text())["chosen"] == "experts"
+    arguments = ("--params", "5e7", "--tokens", "2e9", "--experts", "16384", "--granularity", "64")
+    assert run("predict", out, *arguments) == 0
+    expected = loss[(n == 5e7) & (d == 2e9) & (x == 16384)][0]
+    assert f"{expected:.3f}" in capsys.readouterr().out

@@ -54,7 +54,7 @@ def test_interval_is_the_percentiles_of_what_is_finite() -> None:
     assert bootstrap.intervals() == {"a": pytest.approx((-1.96, 1.96), abs=0.05)}
     assert bootstrap.interval(np.append(draws, [np.nan, np.inf])) == pytest.approx(bootstrap.intervals()["a"])
     assert bootstrap.standard_error("a") == pytest.approx(1, abs=0.02)
-    assert bootstrap.interval_of(Slope, lambda law: 3 * law.a + 1) == pytest.approx((1 - 5.88, 1 + 5.88), abs=0.15)
+    assert bootstrap.interval(3 * bootstrap.law(Slope).a + 1) == pytest.approx((1 - 5.88, 1 + 5.88), abs=0.15)
     assert np.isnan(bootstrap.interval(np.full(4, np.nan))).all()
 
 

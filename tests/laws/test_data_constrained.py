@@ -23,7 +23,7 @@ def runs(noise: float = 0.0) -> pd.DataFrame:
         for epochs in (0.5, 1, 4, 10, 40, 100)
     ]
     table = pd.DataFrame(rows, columns=["N", "D", "U"])
-    loss = TRUTH.predict_repeated(table["N"], table["D"], table["U"])
+    loss = TRUTH.predict(table["N"], table["D"], table["U"])
     return table.assign(loss=loss * np.exp(noise * np.random.default_rng(0).standard_normal(len(table))))
 
 
@@ -43,11 +43,11 @@ def test_effective_counts_as_in_the_paper(n: float, d: float, unique: float) -> 
     effective_d = base_d + base_d * 15.39 * (1 - math.exp(-repeats_d / 15.39))
     effective_n = base_n + base_n * 5.31 * (1 - math.exp(-repeats_n / 5.31))
     expected = 1.87 + 521 / effective_n**0.353 + 1488 / effective_d**0.353
-    assert TRUTH.predict_repeated(n, d, unique) == pytest.approx(expected, rel=1e-6)
+    assert TRUTH.predict(n, d, unique) == pytest.approx(expected, rel=1e-6)
 
 
 def test_repeating_helps_less_and_less() -> None:
-    losses = TRUTH.predict_repeated(2e7, 1e9 * np.array([1, 2, 4, 16, 64, 1000]), 1e9)
+    losses = TRUTH.predict(2e7, 1e9 * np.array([1, 2, 4, 16, 64, 1000]), 1e9)
     assert np.all(np.diff(losses) < 0)
     fresh = TRUTH.predict(2e7, 1e9 * np.array([2, 4, 16]))
     assert np.all(losses[1:4] > fresh) and losses[1] == pytest.approx(fresh[0], abs=0.01)
@@ -64,5 +64,5 @@ def test_intervals_under_noise() -> None:
     result = fit(runs(noise=0.005), objective="mse-log", bootstrap=60)
     assert pytest.approx(15.39, rel=0.15) == result.R_D
     assert result.ci["R_D"][0] < 15.39 < result.ci["R_D"][1]
-    low, high = result.interval(lambda law: law.predict_repeated(1e9, 4e10, 1e9))
-    assert low < TRUTH.predict_repeated(1e9, 4e10, 1e9) < high
+    low, high = result.interval(lambda law: law.predict(1e9, 4e10, 1e9))
+    assert low < TRUTH.predict(1e9, 4e10, 1e9) < high

@@ -4,14 +4,15 @@ An interval covers the scatter of the runs about the law, and nothing else: not 
 nor the noise of a loss evaluated on few tokens unless that differs from run to run.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import numpy as np
 
-from peerscale.laws.results import Array, Number, to_plain
-from peerscale.laws.solver import Coordinates, Solution
+from peerscale.laws.objective import Coordinates
+from peerscale.laws.results import Array, to_plain
+from peerscale.laws.solver import Solution
 
 LEVEL = 0.95
 STORED_DRAWS = 500
@@ -47,19 +48,15 @@ class Bootstrap:
 
     def interval(self, values: Array) -> tuple[float, float]:
         """Percentile interval of `values` (draws,), leaving out what is not finite; NaN if nothing is."""
-        finite = values[np.isfinite(values)]
-        tail = 50 * (1 - self.level)
-        low, high = np.percentile(finite, [tail, 100 - tail]) if len(finite) else (np.nan, np.nan)
-        return float(low), float(high)
+        return percentile_interval(values, self.level)
 
     def intervals(self) -> dict[str, tuple[float, float]]:
         """Percentile interval of every coefficient."""
         return {name: self.interval(values) for name, values in self._coefficients().items()}
 
-    def interval_of(self, form: type, prediction: Callable[[Any], Number]) -> tuple[float, float]:
-        """Interval of what `prediction` makes of a law of class `form` whose coefficients are arrays of draws."""
-        law = form(**{item.name: self.draws[item.name] for item in fields(form)})
-        return self.interval(np.asarray(prediction(law)))
+    def law(self, form: type) -> Any:
+        """A law of class `form` whose coefficients are arrays of draws; those never fitted keep their defaults."""
+        return form(**{item.name: self.draws[item.name] for item in fields(form) if item.name in self.draws})
 
     def standard_error(self, name: str) -> float:
         """Standard deviation of a coefficient's draws."""
@@ -81,6 +78,14 @@ class Bootstrap:
 
     def _coefficients(self) -> dict[str, Array]:
         return {name: values for name, values in self.draws.items() if values.ndim == 1}
+
+
+def percentile_interval(values: Array, level: float = LEVEL) -> tuple[float, float]:
+    """Percentile interval of `values` (draws,), leaving out what is not finite; NaN if nothing is."""
+    finite = values[np.isfinite(values)]
+    tail = 50 * (1 - level)
+    low, high = np.percentile(finite, [tail, 100 - tail]) if len(finite) else (np.nan, np.nan)
+    return float(low), float(high)
 
 
 def resample_counts(n: int, resamples: int, seed: int, clusters: Array | None = None) -> Array:

@@ -9,26 +9,23 @@ where N_opt(U_D) is the size for which U_D tokens are compute-optimal.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from peerscale.laws.bootstrap import Bootstrap, resample_counts
-from peerscale.laws.fit import Fit
-from peerscale.laws.objective import Misfit, Objective
+from peerscale.errors import UserError
+from peerscale.laws.fit import Fit, Resampling, estimate
+from peerscale.laws.objective import Coordinates, Misfit, Objective, Predicted
 from peerscale.laws.parametric import Surface, fit_parametric
 from peerscale.laws.powers import EXPONENT_RANGE, SIZE_RANGE
-from peerscale.laws.results import Array, Number
-from peerscale.laws.solver import Coordinates, refit, solve
-from peerscale.laws.table import cluster_labels, duplicate_warnings, positive_columns
+from peerscale.laws.results import Number
+from peerscale.laws.table import positive_columns
 
 CONSTANT_RANGE = (np.log(0.01), np.log(1e4))
 START_CONSTANTS = np.log([(params, tokens) for params in (1, 5, 30) for tokens in (2, 15, 100)])
 NAMES = ("A", "B", "E", "R_N", "R_D", "alpha", "beta")
-STEP = 1e-6
-"""Of the Jacobian's central differences; coordinates are logarithms and exponents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,16 +36,19 @@ class DataConstrainedLaw(Surface):
     R_D: Number
     """R_N* and R_D*: about how many repetitions are worth having (the paper: 5.31 and 15.39)."""
 
-    def predict_repeated(self, params: ArrayLike, tokens: ArrayLike, unique_tokens: ArrayLike) -> Number:
-        """Loss at N = `params`, D = `tokens`, of which `unique_tokens` are different, in raw counts.
+    def predict(self, params: ArrayLike, tokens: ArrayLike, unique_tokens: ArrayLike | None = None) -> Number:
+        """Loss at N = `params`, D = `tokens`, of which `unique_tokens` (None: all) are different, in raw counts.
 
         N_opt(U_D) = G (G U_D)^(a / b), from equation 4 of Hoffmann et al. 2022.
         """
+        if unique_tokens is None:
+            return super().predict(params, tokens)
+        params, tokens = np.asarray(params, float), np.asarray(tokens, float)
         base_d = np.minimum(unique_tokens, tokens)
         base_n = np.minimum(self.scale * (self.scale * base_d) ** (self.a / self.b), params)
         n = base_n * (1 - self.R_N * np.expm1((1 - params / base_n) / self.R_N))
         d = base_d * (1 - self.R_D * np.expm1((1 - tokens / base_d) / self.R_D))
-        return self.predict(n, d)
+        return super().predict(n, d)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,31 +57,7 @@ class DataConstrainedFit(DataConstrainedLaw, Fit):
 
     law: ClassVar[str] = "data_constrained"
     form: ClassVar[type] = DataConstrainedLaw
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Repetition:
-    """The law as an `objective.Problem`."""
-
-    coordinates: Coordinates
-    params: Array
-    tokens: Array
-    unique_tokens: Array
-    loss: Array
-    """(runs,) each."""
-    logarithmic: bool
-
-    def residuals(self, points: Array, members: Array) -> Array:
-        """Residuals (R, runs) at points (R, 7)."""
-        coefficients = self.coordinates.coefficients(points[..., None, :])
-        loss = DataConstrainedLaw(**coefficients).predict_repeated(self.params, self.tokens, self.unique_tokens)
-        return np.log(loss / self.loss) if self.logarithmic else loss - self.loss
-
-    def derivatives(self, points: Array, members: Array) -> tuple[Array, Array, None]:
-        """Residuals and Jacobian, by central differences: N_opt ties every coefficient to every other."""
-        steps = STEP * np.eye(points.shape[1])
-        ahead, behind = (self.residuals(points[:, None, :] + sign * steps, members) for sign in (1, -1))
-        return self.residuals(points, members), (ahead - behind) / (2 * STEP), None
+    derived: ClassVar[tuple[str, ...]] = ("a", "b")
 
 
 def fit_data_constrained(
@@ -93,16 +69,14 @@ def fit_data_constrained(
     loss: str,
     objective: Objective | str = Objective.HUBER_LOG,
     delta: float = 1e-3,
-    bootstrap: int = 0,
-    seed: int = 0,
-    cluster: str | None = None,
+    **resampling: Unpack[Resampling],
 ) -> DataConstrainedFit:
     """Fit all seven coefficients together, starting from the surface through the runs that repeat no data.
 
     Args:
         table: one row per run, five or more of them without repetition.
         params, tokens, unique_tokens, loss: columns of N, D, the different tokens among D, and the loss.
-        objective, delta, bootstrap, seed, cluster: as in `fit_parametric`.
+        objective, delta, resampling: as in `fit_parametric`.
 
     Raises:
         UserError: a column is missing or holds anything but finite numbers above zero; too few runs.
@@ -110,6 +84,8 @@ def fit_data_constrained(
     columns = (params, tokens, unique_tokens, loss)
     n, d, unique, losses = positive_columns(table, *columns, law=DataConstrainedFit.law, at_least=7)
     objective = Objective(objective)
+    if np.sum(d <= unique) < 5:
+        raise UserError(f"{np.sum(d <= unique)} rows repeat no data ({tokens!r} <= {unique_tokens!r}): five are needed")
     once = fit_parametric(table[d <= unique], params=params, tokens=tokens, loss=loss, objective=objective, delta=delta)
     to_raw = np.eye(7)
     centre_n, centre_d = np.log(n).mean(), np.log(d).mean()
@@ -119,24 +95,14 @@ def fit_data_constrained(
         for size, constant, exponent in zip(SIZE_RANGE, CONSTANT_RANGE, EXPONENT_RANGE, strict=True)
     )
     coordinates = Coordinates(names=NAMES, is_log=np.arange(7) < 5, to_raw=to_raw, lower=lower, upper=upper)
-    problem = Repetition(
-        coordinates=coordinates, params=n, tokens=d, unique_tokens=unique, loss=losses,
+    problem = Predicted(
+        form=DataConstrainedLaw, coordinates=coordinates, variables=(n, d, unique), loss=losses,
         logarithmic=objective.logarithmic,
     )  # fmt: skip
     misfit = Misfit(problem=problem, objective=objective, delta=delta)
     sizes = np.log(np.array([once.A, once.B, once.E])) - [once.alpha * centre_n, once.beta * centre_d, 0]
     starts = [[*sizes, *constants, once.alpha, once.beta] for constants in START_CONSTANTS]
-    point, value, status = solve(misfit, coordinates, np.array(starts))
-    draws = None
-    if bootstrap:
-        weights = resample_counts(len(losses), bootstrap, seed, cluster_labels(table, cluster))
-        draws = Bootstrap.of(refit(misfit, coordinates, point, weights), coordinates, seed)
-    return DataConstrainedFit(
-        **{name: float(coefficient) for name, coefficient in coordinates.coefficients(point).items()},
-        n=len(table),
-        status=status,
-        objective_name=str(objective),
-        objective_value=value,
-        warnings=duplicate_warnings(table, *columns),
-        bootstrap=draws,
-    )
+    return estimate(
+        DataConstrainedFit, table, columns, (n, d, unique, losses), (misfit, coordinates, np.array(starts)),
+        scale=6 * n * d, objective_name=str(objective), **resampling,
+    )  # fmt: skip

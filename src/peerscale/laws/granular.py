@@ -6,18 +6,18 @@ beta and c are not identifiable; predictions are.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from peerscale.laws.fit import Fit
+from peerscale.laws.fit import Fit, Resampling, estimate
 from peerscale.laws.objective import Objective
 from peerscale.laws.parametric import Surface
-from peerscale.laws.powers import fit_powers
+from peerscale.laws.powers import power_problem
 from peerscale.laws.results import Number
-from peerscale.laws.table import cluster_labels, duplicate_warnings, positive_columns
+from peerscale.laws.table import positive_columns
 
 START_EXPONENTS = (0.05, 0.15, 0.4, 0.8)
 
@@ -64,9 +64,7 @@ def fit_granular(
     loss: str,
     objective: Objective | str = Objective.HUBER,
     delta: float = 0.1,
-    bootstrap: int = 0,
-    seed: int = 0,
-    cluster: str | None = None,
+    **resampling: Unpack[Resampling],
 ) -> GranularFit:
     """Fit L = c + (g / G^gamma + a) / N^alpha + b / D^beta.
 
@@ -75,9 +73,7 @@ def fit_granular(
         params, tokens, granularity, loss: columns of N, D, G and the loss.
         objective: what to minimise; the authors' Huber(0.1) of the raw residual is least squares in effect.
         delta: where Huber turns linear, in units of the residual.
-        bootstrap: number of resamples of the runs, 0 for none.
-        seed: of the resampling.
-        cluster: column whose equal values are drawn together.
+        resampling: see `Resampling`; by default the runs of the largest N D are held out.
 
     Raises:
         UserError: a column is missing or holds anything but finite numbers above zero; fewer than seven runs.
@@ -85,14 +81,10 @@ def fit_granular(
     columns = (params, tokens, granularity, loss)
     *variables, losses = positive_columns(table, *columns, law=GranularFit.law, at_least=7)
     log_n, log_d, log_g = map(np.log, variables)
-    result = fit_powers(
-        {"g": {"gamma": log_g, "alpha": log_n}, "a": {"alpha": log_n}, "b": {"beta": log_d}, "c": {}},
-        losses,
-        objective=Objective(objective),
-        delta=delta,
-        start_exponents=START_EXPONENTS,
-        bootstrap=bootstrap,
-        seed=seed,
-        clusters=cluster_labels(table, cluster),
-    )
-    return GranularFit(**result, warnings=duplicate_warnings(table, *columns))
+    powers = {"g": {"gamma": log_g, "alpha": log_n}, "a": {"alpha": log_n}, "b": {"beta": log_d}, "c": {}}
+    objective = Objective(objective)
+    return estimate(
+        GranularFit, table, columns, (*variables, losses),
+        power_problem(powers, losses, objective=objective, delta=delta, start_exponents=START_EXPONENTS),
+        scale=variables[0] * variables[1], objective_name=str(objective), **resampling,
+    )  # fmt: skip

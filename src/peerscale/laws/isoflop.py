@@ -18,13 +18,14 @@ from numpy.typing import ArrayLike
 
 from peerscale.laws.bootstrap import Bootstrap, resample_residuals
 from peerscale.laws.fit import Fit
+from peerscale.laws.parabola import fit_parabolas, minima
+from peerscale.laws.parametric import fit_parametric
+from peerscale.laws.power_law import MIN_BUDGETS, PowerLaw, fit_power_law, predict_largest
 from peerscale.laws.results import Array, FitStatus, Number
-from peerscale.laws.table import cluster_labels, duplicate_warnings, positive_columns
+from peerscale.laws.table import positive_columns, row_labels, table_warnings
 
 MIN_SIZES = 5
 """Sizes wanted for a parabola: two more than its coefficients."""
-MIN_BUDGETS = 3
-"""Minima wanted for a power law: one more than its coefficients."""
 MAX_OFF_CENTRE = 0.3
 """How far from the middle of the sampled log range, as a share of it, a minimum may lie."""
 MAX_SPAN = 20.0
@@ -76,22 +77,6 @@ class Vertex:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PowerLaw:
-    """x*(C) = coefficient * C^exponent; both None when fewer than three budgets are usable."""
-
-    exponent: Number | None
-    """d log x* / d log C."""
-    coefficient: Number | None
-    """x* at C = 1 FLOP."""
-
-    def optimum(self, budget: ArrayLike) -> Number:
-        """Compute-optimal x at `budget` FLOPs; NaN without a power law."""
-        if self.exponent is None or self.coefficient is None:
-            return np.full_like(np.asarray(budget, float), np.nan)
-        return self.coefficient * np.asarray(budget, float) ** self.exponent
-
-
-@dataclass(frozen=True, kw_only=True)
 class IsoflopFit(PowerLaw, Fit):
     """Minima per budget and the power law through the unflagged ones.
 
@@ -103,6 +88,8 @@ class IsoflopFit(PowerLaw, Fit):
     form: ClassVar[type] = PowerLaw
     vertices: tuple[Vertex, ...]
     """One per budget, ascending; flagged ones are here too."""
+    surface_exponent: float | None
+    """The exponent by approach 3, squared error, on the same runs, which no parabola biases; None below six runs."""
 
 
 def fit_isoflop(
@@ -142,16 +129,17 @@ def fit_isoflop(
         residuals[rows] = losses[rows] - vertex.predict(sizes[rows])
 
     usable = np.array([v.status is VertexStatus.OK or (include_flagged and v.is_minimum) for v in vertices])
+    optima = np.array([vertex.x for vertex in vertices])
     exponent = coefficient = None
     if usable.sum() >= MIN_BUDGETS:
-        optima = np.array([vertex.x for vertex in vertices])
-        exponent, coefficient = map(float, _power_law(values[usable], optima[usable]))
-    draws = None
+        exponent, coefficient = map(float, fit_power_law(values[usable], optima[usable]))
+    draws, drawn = None, None
     if bootstrap:
         freedom = np.bincount(group)[group] - 3.0  # runs beyond the parabola's three coefficients
         scaled = residuals * np.sqrt((freedom + 3) / np.where(freedom > 0, freedom, np.nan))
-        resampled = losses - residuals + resample_residuals(scaled, bootstrap, seed, cluster_labels(table, cluster))
-        draws = _bootstrap(values, rows_of, np.log10(sizes), resampled, usable, seed)
+        clusters = row_labels(table, cluster) if cluster else None
+        resampled = losses - residuals + resample_residuals(scaled, bootstrap, seed, clusters)
+        draws, drawn = _bootstrap(values, rows_of, sizes, resampled, optima, usable, seed)
         vertices = [
             replace(
                 vertex,
@@ -161,28 +149,43 @@ def fit_isoflop(
             for i, vertex in enumerate(vertices)
         ]
     spans = [float(sizes[rows].max() / sizes[rows].min()) for rows in rows_of]
+    hold_out = None
+    if usable.sum() >= MIN_BUDGETS:
+        observed = draws.draws["x"][:, np.flatnonzero(usable)[-1]] if draws else None
+        refits = () if drawn is None else ((values[usable], x) for x in drawn)
+        hold_out = predict_largest(values[usable], optima[usable], refits, observed)
+    surface = None
+    if len(losses) > 5 and len(values) > 1:  # L = E + A / x^alpha + B / (C / x)^beta, whatever x is
+        runs = pd.DataFrame({"x": sizes, "rest": budgets / sizes, "loss": losses})
+        surface = fit_parametric(runs, params="x", tokens="rest", loss="loss", objective="mse")
     return IsoflopFit(
         n=len(table),
         status=FitStatus.TOO_FEW_POINTS if exponent is None else FitStatus.CONVERGED,
         objective_name="mse",
         objective_value=float(np.nansum(residuals**2)),
         vertices=tuple(vertices),
+        surface_exponent=None if surface is None else float(surface.a),
         exponent=exponent,
         coefficient=coefficient,
-        warnings=_warnings(vertices, spans, int(usable.sum())) + duplicate_warnings(table, budget, x, loss),
+        warnings=(
+            *_warnings(vertices, spans, int(usable.sum())),
+            *table_warnings(table, budget, x, loss),
+            *(hold_out.warnings() if hold_out else ()),
+        ),
+        hold_out=hold_out,
         bootstrap=draws,
     )
 
 
 def _vertex(budget: float, sizes: Array, losses: Array) -> Vertex:
     z = np.log10(sizes)
-    n_sizes = len(np.unique(z))
+    n_sizes = len(np.unique(sizes))
     x = loss = math.nan
     c0, c1, c2 = math.nan, math.nan, math.nan
     status = VertexStatus.TOO_FEW
     if n_sizes >= 3:
-        centre, c0, c1, c2 = _parabolas(z, losses)
-        x, loss = map(float, _minima(centre, c0, c1, c2))
+        centre, c0, c1, c2 = fit_parabolas(sizes, losses)
+        x, loss = map(float, minima(centre, c0, c1, c2))
         low, high = z.min(), z.max()
         off_centre = abs(centre - c1 / (2 * c2) - (low + high) / 2) / (high - low) if c2 > 0 else math.inf
         if n_sizes < MIN_SIZES:
@@ -205,44 +208,34 @@ def _vertex(budget: float, sizes: Array, losses: Array) -> Vertex:
     )
 
 
-def _parabolas(z: Array, losses: Array) -> tuple[float, Array, Array, Array]:
-    """Least squares of losses (..., runs) by c0 + c1 (z - centre) + c2 (z - centre)^2: centre, c0, c1, c2 (...)."""
-    centre = float(z.mean())  # z^2 of uncentred sizes is almost collinear with z
-    c0, c1, c2 = np.linalg.pinv(np.vander(z - centre, 3, increasing=True)) @ losses.T
-    return centre, c0, c1, c2
+def _bootstrap(
+    budgets: Array, rows_of: list[Array], sizes: Array, losses: Array, optima: Array, usable: Array, seed: int
+) -> tuple[Bootstrap, Array]:
+    """Refits to resampled losses (resamples, runs), and the minima that their power laws go through.
 
-
-def _minima(centre: float, c0: Array, c1: Array, c2: Array) -> tuple[Array, Array]:
-    """x and loss where parabolas around `centre` are lowest; NaN where they open downwards."""
-    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        x, loss = 10.0 ** (centre - c1 / (2 * c2)), c0 - c1**2 / (4 * c2)
-    there = (c2 > 0) & np.isfinite(x) & (x > 0)
-    return np.where(there, x, np.nan), np.where(there, loss, np.nan)
-
-
-def _power_law(budgets: Array, optima: Array) -> tuple[Array, Array]:
-    """Least squares of log10 x*, (..., budgets), on log10 C: exponent and coefficient, (...)."""
-    log_budgets, log_optima = np.log10(budgets), np.log10(optima)
-    centred = log_budgets - log_budgets.mean()
-    exponent = log_optima @ centred / (centred @ centred)
-    with np.errstate(over="ignore", under="ignore"):
-        return exponent, 10 ** (log_optima.mean(axis=-1) - exponent * log_budgets.mean())
-
-
-def _bootstrap(budgets: Array, rows_of: list[Array], z: Array, losses: Array, usable: Array, seed: int) -> Bootstrap:
-    """Refits to resampled losses (resamples, runs); one fails where a parabola of the power law opens downwards."""
+    Minima may scatter about the power law by more than the runs' scatter explains. Noise of the excess variance, by
+    moments (DerSimonian and Laird 1986; here over the median minimum's), is added before a power law goes through.
+    A resample fails where a parabola of the power law opens downwards.
+    """
     x = np.full((len(losses), len(budgets)), np.nan)
     loss = x.copy()
     for i, rows in enumerate(rows_of):
-        if len(np.unique(z[rows])) >= 3:
-            x[:, i], loss[:, i] = _minima(*_parabolas(z[rows], losses[:, rows]))
+        if len(np.unique(sizes[rows])) >= 3:
+            x[:, i], loss[:, i] = minima(*fit_parabolas(sizes[rows], losses[:, rows]))
     draws = {"x": x, "loss": loss}
     good = np.isfinite(x).any(axis=1)
+    scattered = np.empty((len(losses), 0))
     if usable.sum() >= MIN_BUDGETS:
         good = np.isfinite(x[:, usable]).all(axis=1)
-        draws["exponent"], draws["coefficient"] = _power_law(budgets[usable], x[:, usable])
+        exponent, coefficient = fit_power_law(budgets[usable], optima[usable])
+        misses = np.log10(optima[usable] / (coefficient * budgets[usable] ** exponent))
+        explained = float(np.median(np.var(np.log10(x[good][:, usable]), axis=0))) if good.any() else 0.0
+        excess = max(0.0, float(misses @ misses) / (len(misses) - 2) - explained)
+        noise = np.random.default_rng(seed).normal(0, np.sqrt(excess), (len(losses), len(misses)))
+        scattered = x[:, usable] * 10**noise
+        draws["exponent"], draws["coefficient"] = fit_power_law(budgets[usable], scattered)
     draws = {name: values[good] for name, values in draws.items()}
-    return Bootstrap(draws=draws, resamples=len(losses), failed=int(np.sum(~good)), seed=seed)
+    return Bootstrap(draws=draws, resamples=len(losses), failed=int(np.sum(~good)), seed=seed), scattered[good]
 
 
 def _warnings(vertices: list[Vertex], spans: list[float], n_usable: int) -> tuple[str, ...]:

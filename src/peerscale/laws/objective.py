@@ -1,6 +1,6 @@
 """What a fit minimises: a penalty on residuals summed over runs, as many fits at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -8,6 +8,9 @@ from typing import Protocol
 import numpy as np
 
 from peerscale.laws.results import Array
+
+STEP = 1e-6
+"""Of numerical derivatives."""
 
 
 class Objective(StrEnum):
@@ -36,6 +39,27 @@ class Objective(StrEnum):
         return self in (Objective.HUBER_LOG, Objective.HUBER)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Coordinates:
+    """How a law's coefficients in raw units follow from the solver's coordinates, which are centred and bounded."""
+
+    names: tuple[str, ...]
+    """Of the coefficients, in the order of the coordinates."""
+    is_log: Array
+    """(p,), bool: which coefficients are the exponentials of theirs."""
+    to_raw: Array
+    """(p, p): undoes the centring; coefficients are (the exponentials of) to_raw @ point."""
+    lower: Array
+    upper: Array
+    """(p,): the box, in coordinates."""
+
+    def coefficients(self, points: Array) -> dict[str, Array]:
+        """Raw coefficients by name from points (..., p)."""
+        raw = points @ self.to_raw.T
+        raw[..., self.is_log] = np.exp(raw[..., self.is_log])
+        return {name: raw[..., i] for i, name in enumerate(self.names)}
+
+
 class Problem(Protocol):
     """Fits of one law to one set of runs that differ in their points (R, p) only, or in the runs' weights too."""
 
@@ -50,6 +74,31 @@ class Problem(Protocol):
         residual, (R, p, p). None leaves that out: Gauss-Newton, reweighted.
         """
         ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Predicted:
+    """A law as a `Problem` by its own `predict`, with a numerical Jacobian: for laws whose derivatives are long."""
+
+    form: type
+    coordinates: Coordinates
+    variables: Sequence[Array]
+    """Arguments of `predict`, (runs,) each."""
+    loss: Array
+    """(runs,)."""
+    logarithmic: bool
+
+    def residuals(self, points: Array, members: Array) -> Array:
+        """Residuals (R, runs) at points (R, p)."""
+        with np.errstate(all="ignore"):
+            loss = self.form(**self.coordinates.coefficients(points[..., None, :])).predict(*self.variables)
+            return np.log(loss / self.loss) if self.logarithmic else loss - self.loss
+
+    def derivatives(self, points: Array, members: Array) -> tuple[Array, Array, None]:
+        """Residuals and Jacobian by central differences; coordinates are logarithms and exponents."""
+        steps = STEP * np.eye(points.shape[1])
+        ahead, behind = (self.residuals(points[:, None, :] + sign * steps, members) for sign in (1, -1))
+        return self.residuals(points, members), (ahead - behind) / (2 * STEP), None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

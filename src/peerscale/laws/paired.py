@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from peerscale.laws.bootstrap import LEVEL, percentile_interval, resample_counts
+from peerscale.laws.parabola import fit_parabolas, minima
 from peerscale.laws.results import Array
 
 RESAMPLES = 2000
-LEVEL = 0.95
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,9 +41,7 @@ def resampled_losses(sequence_losses: Array, *, resamples: int = RESAMPLES, seed
         (resamples, runs).
     """
     n = sequence_losses.shape[1]
-    rng = np.random.default_rng(seed)
-    counts = np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(resamples)])
-    return counts @ sequence_losses.T / n
+    return resample_counts(n, resamples, seed) @ sequence_losses.T / n
 
 
 def optimum_losses(x: Array, losses: Array) -> Array:
@@ -55,20 +54,12 @@ def optimum_losses(x: Array, losses: Array) -> Array:
     Returns:
         (sets,): c0 - c1^2 / (4 c2); NaN where the parabola has no minimum.
     """
-    z = np.log10(x)
-    z = z - z.mean()  # z^2 of uncentred sizes is almost collinear with z
-    design = np.stack([np.ones_like(z), z, z**2], axis=1)
-    c0, c1, c2 = np.linalg.lstsq(design, losses.T, rcond=None)[0]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(c2 > 0, c0 - c1**2 / (4 * c2), np.nan)
+    return minima(*fit_parabolas(x, losses))[1]
 
 
 def difference_interval(losses: Array, reference: Array, *, level: float = LEVEL) -> Interval:
     """Interval of `losses - reference`, both (resamples,) and from the same resamples."""
     difference = losses - reference
-    finite = difference[np.isfinite(difference)]
-    tail = (1 - level) / 2
-    low, high = np.quantile(finite, [tail, 1 - tail]) if len(finite) else (np.nan, np.nan)
-    return Interval(
-        low=float(low), high=float(high), resamples=len(difference), without_minimum=len(difference) - len(finite)
-    )
+    low, high = percentile_interval(difference, level)
+    missing = int(np.sum(~np.isfinite(difference)))
+    return Interval(low=low, high=high, resamples=len(difference), without_minimum=missing)

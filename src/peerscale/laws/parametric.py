@@ -5,18 +5,18 @@ Huber(1e-3) over log residuals; its printed coefficients are an early stop of th
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar, Unpack
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
 from peerscale.errors import UserError
-from peerscale.laws.fit import Fit
+from peerscale.laws.fit import Fit, Resampling, estimate
 from peerscale.laws.objective import Objective
-from peerscale.laws.powers import fit_powers
-from peerscale.laws.results import FitStatus, Number, to_plain
-from peerscale.laws.table import cluster_labels, duplicate_warnings, positive_columns
+from peerscale.laws.powers import power_problem
+from peerscale.laws.results import FitStatus, Number
+from peerscale.laws.table import positive_columns
 
 START_EXPONENTS = (0.1, 0.2, 0.35, 0.5, 0.8, 1.2)
 
@@ -76,18 +76,7 @@ class ParametricFit(Surface, Fit):
 
     law: ClassVar[str] = "parametric"
     form: ClassVar[type] = Surface
-
-    @property
-    def ci(self) -> dict[str, tuple[float, float]]:
-        """Bootstrap intervals of E, A, B, alpha, beta, a and b; empty without a bootstrap."""
-        if self.bootstrap is None:
-            return {}
-        ab = {"a": self.interval(lambda law: law.a), "b": self.interval(lambda law: law.b)}
-        return self.bootstrap.intervals() | ab
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON; a and b included."""
-        return to_plain({"law": self.law, "a": self.a, "b": self.b}) | super().to_dict()
+    derived: ClassVar[tuple[str, ...]] = ("a", "b")
 
 
 def fit_parametric(
@@ -99,9 +88,7 @@ def fit_parametric(
     loss: str,
     objective: Objective | str = Objective.HUBER_LOG,
     delta: float = 1e-3,
-    bootstrap: int = 0,
-    seed: int = 0,
-    cluster: str | None = None,
+    **resampling: Unpack[Resampling],
 ) -> ParametricFit:
     """Fit L(N, D) = E + A / N^alpha + B / D^beta.
 
@@ -112,9 +99,8 @@ def fit_parametric(
         flops: column of the training FLOPs C, from which D = C / (6 N).
         objective: what to minimise.
         delta: where Huber turns linear, in units of the residual.
-        bootstrap: number of resamples of the runs, 0 for none.
-        seed: of the resampling.
-        cluster: column whose equal values are drawn together, such as the run of several checkpoints.
+        resampling: bootstrap, seed, cluster, budget, hold_out, see `Resampling`; by default the runs of the largest
+            FLOPs, 6 N D where there is no column of them, are held out.
 
     Raises:
         UserError: both or neither of tokens and flops, a column missing or with anything but finite numbers above
@@ -124,22 +110,19 @@ def fit_parametric(
     if second is None or (tokens and flops):
         raise UserError("give exactly one of tokens and flops")
     sizes, amounts, losses = positive_columns(table, params, second, loss, law=ParametricFit.law, at_least=5)
+    products = amounts if flops else 6 * sizes * amounts
     if flops:
         if amounts.min() == amounts.max():
             raise UserError(f"column {flops!r} holds one budget, {amounts[0]:g}: the law needs at least two")
         amounts = amounts / (6 * sizes)
     log_n, log_d = np.log(sizes), np.log(amounts)
-    result = fit_powers(
-        {"A": {"alpha": log_n}, "B": {"beta": log_d}, "E": {}},
-        losses,
-        objective=Objective(objective),
-        delta=delta,
-        start_exponents=START_EXPONENTS,
-        bootstrap=bootstrap,
-        seed=seed,
-        clusters=cluster_labels(table, cluster),
-    )
-    fit = ParametricFit(**result, warnings=duplicate_warnings(table, params, second, loss))
+    powers = {"A": {"alpha": log_n}, "B": {"beta": log_d}, "E": {}}
+    objective = Objective(objective)
+    fit = estimate(
+        ParametricFit, table, (params, second, loss), (sizes, amounts, losses),
+        power_problem(powers, losses, objective=objective, delta=delta, start_exponents=START_EXPONENTS),
+        scale=products, objective_name=str(objective), **resampling,
+    )  # fmt: skip
     if min(np.ptp(log_n), np.ptp(log_d)) > 0 and np.corrcoef(log_n, log_d)[0, 1] > 1 - 1e-9:
         line = ("log D rises in proportion to log N: the data cannot tell size from tokens",)
         fit = replace(fit, status=FitStatus.NOT_IDENTIFIABLE, warnings=fit.warnings + line)

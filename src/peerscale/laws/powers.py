@@ -6,17 +6,14 @@ the variables in M are the normalised units: no coordinate is large and none nee
 """
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy.optimize import nnls
 
-from peerscale.laws.bootstrap import Bootstrap, resample_counts
-from peerscale.laws.objective import Misfit, Objective
+from peerscale.laws.objective import Coordinates, Misfit, Objective
 from peerscale.laws.results import Array
-from peerscale.laws.solver import Coordinates, refit, solve
 
 Powers = Mapping[str, Mapping[str, Array]]
 """Size's name -> exponent's name -> logarithm of the variable (runs,): {"A": {"alpha": log_n}, "E": {}} is
@@ -66,42 +63,28 @@ class PowerSum:
         return residuals, jacobian, curvature
 
 
-def fit_powers(
+def power_problem(
     powers: Powers,
     loss: Array,
     *,
     objective: Objective,
     delta: float,
     start_exponents: tuple[float, ...],
-    bootstrap: int,
-    seed: int,
-    clusters: Array | None,
-) -> dict[str, Any]:
-    """Fit a sum of powers: coefficients for raw variables, status, objective and bootstrap, as a `Fit` takes them.
+    signed: Collection[str] = (),
+) -> tuple[Misfit, Coordinates, Array]:
+    """A sum of powers as `fit.estimate` takes it: misfit, coordinates and starts.
 
     Starts are every combination of `start_exponents`, with the sizes by non-negative least squares on the loss: for
-    given exponents the law is linear in them (variable projection), so that no start depends on a unit.
+    given exponents the law is linear in them (variable projection), so that no start depends on a unit. The exponents
+    named in `signed` may be negative.
     """
-    terms, coordinates = _coordinates(powers, loss)
-    misfit = Misfit(
-        problem=PowerSum(terms=terms, loss=loss, logarithmic=objective.logarithmic), objective=objective, delta=delta
-    )
-    point, value, status = solve(misfit, coordinates, _starts(terms, coordinates.is_log, loss, start_exponents))
-    draws = None
-    if bootstrap:
-        weights = resample_counts(len(loss), bootstrap, seed, clusters)
-        draws = Bootstrap.of(refit(misfit, coordinates, point, weights), coordinates, seed)
-    coefficients = {name: float(value) for name, value in coordinates.coefficients(point).items()}
-    return coefficients | {
-        "n": len(loss),
-        "status": status,
-        "objective_name": str(objective),
-        "objective_value": value,
-        "bootstrap": draws,
-    }
+    terms, coordinates = _coordinates(powers, loss, signed)
+    problem = PowerSum(terms=terms, loss=loss, logarithmic=objective.logarithmic)
+    starts = _starts(terms, coordinates.is_log, loss, start_exponents)
+    return Misfit(problem=problem, objective=objective, delta=delta), coordinates, starts
 
 
-def _coordinates(powers: Powers, loss: Array) -> tuple[Array, Coordinates]:
+def _coordinates(powers: Powers, loss: Array, signed: Collection[str]) -> tuple[Array, Coordinates]:
     """M, and the coordinates: the logarithms of the sizes, then the exponents."""
     exponents = list(dict.fromkeys(name for variables in powers.values() for name in variables))
     names = (*powers, *exponents)
@@ -118,6 +101,7 @@ def _coordinates(powers: Powers, loss: Array) -> tuple[Array, Coordinates]:
         np.where(is_log, np.log(np.median(loss)) + size, exponent)
         for size, exponent in zip(SIZE_RANGE, EXPONENT_RANGE, strict=True)
     )
+    lower[[name in signed for name in names]] = -EXPONENT_RANGE[1]
     return terms, Coordinates(names=names, is_log=is_log, to_raw=to_raw, lower=lower, upper=upper)
 
 

@@ -33,8 +33,8 @@ def to_plain(value: Any) -> Any:
             return str(value)
         case float() | np.floating():
             return float(value) if math.isfinite(value) else None
-        case np.integer():
-            return int(value)
+        case np.integer() | np.bool_():
+            return value.item()
         case Mapping():
             return {str(key): to_plain(item) for key, item in value.items()}
         case list() | tuple() | np.ndarray():

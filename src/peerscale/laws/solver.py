@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from peerscale.laws.objective import Misfit
+from peerscale.laws.objective import Coordinates, Misfit
 from peerscale.laws.results import Array, FitStatus
 
 MAX_ITERATIONS = 1000
@@ -24,27 +24,6 @@ MAX_STEP = 2.0
 """Longest step; coordinates are logarithms and exponents of centred data, so that 2 is far."""
 CHUNK = 64
 """Members solved together: few enough for the cache, and for BLAS not to start threads, which are 4x slower here."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Coordinates:
-    """How a law's coefficients in raw units follow from the solver's coordinates, which are centred and bounded."""
-
-    names: tuple[str, ...]
-    """Of the coefficients, in the order of the coordinates."""
-    is_log: Array
-    """(p,), bool: which coefficients are the exponentials of theirs."""
-    to_raw: Array
-    """(p, p): undoes the centring; coefficients are (the exponentials of) to_raw @ point."""
-    lower: Array
-    upper: Array
-    """(p,): the box, in coordinates."""
-
-    def coefficients(self, points: Array) -> dict[str, Array]:
-        """Raw coefficients by name from points (..., p)."""
-        raw = points @ self.to_raw.T
-        raw[..., self.is_log] = np.exp(raw[..., self.is_log])
-        return {name: raw[..., i] for i, name in enumerate(self.names)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,6 +143,7 @@ def diagnose(coordinates: Coordinates, point: Array, residuals: Array, jacobian:
     return FitStatus.NOT_IDENTIFIABLE if (errors > sizes).any() else FitStatus.CONVERGED
 
 
-def refit(misfit: Misfit, coordinates: Coordinates, point: Array, weights: Array) -> Solution:
-    """Minimise again under each row of `weights` (R, runs), all starting from `point` (p,)."""
-    return minimise(replace(misfit, weights=weights), coordinates, np.tile(point, (len(weights), 1)))
+def refit(misfit: Misfit, coordinates: Coordinates, starts: Array, weights: Array) -> Solution:
+    """Minimise again under each row of `weights` (R, runs), from the starts (R, p) or one for all (p,)."""
+    starts = np.broadcast_to(starts, (len(weights), starts.shape[-1]))
+    return minimise(replace(misfit, weights=weights), coordinates, starts)

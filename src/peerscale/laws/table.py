@@ -8,6 +8,12 @@ from peerscale.laws.results import Array
 
 SHOWN = 5
 """Rows named in a message."""
+INCOMPARABLE = {
+    "FLOPs of different conventions": ("convention", "flop_convention", "flops_convention"),
+    "losses per token of different tokenizers": ("tokenizer", "tokeniser", "vocab", "vocab_size", "vocabulary"),
+    "losses on different data": ("data", "dataset", "corpus", "val_set"),
+}
+"""What a column of such a name, in whatever case, must not mix within one fit."""
 
 
 def positive_columns(table: pd.DataFrame, *names: str, law: str, at_least: int) -> list[Array]:
@@ -17,13 +23,17 @@ def positive_columns(table: pd.DataFrame, *names: str, law: str, at_least: int) 
         UserError: a column is missing, a value is not a finite number above zero (with the rows' labels), or there
             are fewer than `at_least` rows.
     """
+    if table.empty:
+        raise UserError(f"the table has no rows for the {law} law")
     values = []
     for name in names:
         require_column(table, name)
         column = pd.to_numeric(table[name], errors="coerce").to_numpy(np.float64, na_value=np.nan)
-        bad = table.index[~(np.isfinite(column) & (column > 0))]
-        if len(bad):
-            raise UserError(f"column {name!r} must hold finite numbers above 0, not so in {_name_rows(bad)}")
+        bad = ~(np.isfinite(column) & (column > 0))
+        if bad.any():
+            found = ", ".join(map(str, table.loc[bad, name].iloc[:SHOWN]))
+            where = name_rows(table.index[bad])
+            raise UserError(f"column {name!r} must hold finite numbers above 0, not so in {where}: {found}")
         values.append(np.asarray(column))
     if len(table) < at_least:
         raise UserError(f"{len(table)} rows are too few for the {law} law: it has {at_least} coefficients")
@@ -36,22 +46,31 @@ def require_column(table: pd.DataFrame, name: str) -> None:
         raise UserError(f"no column {name!r} in the table; there are: {', '.join(map(str, table.columns))}")
 
 
-def cluster_labels(table: pd.DataFrame, cluster: str | None) -> Array | None:
-    """The values of column `cluster` as integer labels, or None. Raises UserError if there is no such column."""
-    if cluster is None:
-        return None
-    require_column(table, cluster)
-    return np.asarray(pd.factorize(table[cluster], use_na_sentinel=False)[0])
+def row_labels(table: pd.DataFrame, column: str) -> Array:
+    """The values of a column as integers from 0, equal ones alike. Raises UserError if there is no such column."""
+    require_column(table, column)
+    return np.asarray(pd.factorize(table[column], use_na_sentinel=False)[0])
 
 
-def duplicate_warnings(table: pd.DataFrame, *names: str) -> tuple[str, ...]:
-    """A warning that names the rows equal to an earlier one in all `names`; they stay in the fit."""
+def table_warnings(table: pd.DataFrame, *names: str) -> tuple[str, ...]:
+    """What makes a fit of these rows doubtful: rows equal to an earlier one in all `names`, and mixed measures.
+
+    Duplicates stay in the fit: whether they are repeats or a mistake is the reader's to judge.
+    """
+    found = []
     rows = table.index[table.duplicated(list(names))]
-    if not len(rows):
-        return ()
-    return (f"{len(rows)} duplicated rows, kept and so counted again: {_name_rows(rows)}",)
+    if len(rows):
+        found.append(f"{len(rows)} duplicated rows, kept and so counted again: {name_rows(rows)}")
+    for what, columns in INCOMPARABLE.items():
+        for column in table.columns:
+            kinds = table[column].dropna().unique() if str(column).lower().replace(" ", "_") in columns else ()
+            if len(kinds) > 1:
+                shown = ", ".join(map(str, kinds[:SHOWN]))
+                found.append(f"column {column!r} mixes {shown}: {what} are not comparable")
+    return tuple(found)
 
 
-def _name_rows(rows: pd.Index) -> str:
+def name_rows(rows: pd.Index) -> str:
+    """The first labels, and how many more."""
     more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
     return f"{rows.name or 'row'} {', '.join(map(str, rows[:SHOWN]))}{more}"

@@ -1,0 +1,129 @@
+"""Approach 1 (Hoffmann et al. 2022, section 3.1): the lowest of all training curves at each compute, and its size.
+
+The run with the lowest loss after C FLOPs gives the optimal size x*(C); x* = coefficient * C^exponent by least squares
+in log10. Where the smallest or largest size at hand wins, the optimum lies beyond, and the power law leaves it out.
+
+A learning rate that is still high makes a loss in mid-run too high, the more so the longer the run. The paper trains
+every size to several lengths; without that, read approaches 2 and 3 beside this one.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pandas as pd
+
+from peerscale.errors import UserError
+from peerscale.laws.bootstrap import Bootstrap, resample_counts
+from peerscale.laws.fit import Fit
+from peerscale.laws.power_law import MIN_BUDGETS, PowerLaw, fit_power_law, predict_largest
+from peerscale.laws.results import Array, FitStatus
+from peerscale.laws.table import positive_columns, row_labels, table_warnings
+
+PER_DECADE = 20
+"""Points of the envelope per decade of compute; a curve is averaged within each, which smooths it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvelopeFit(PowerLaw, Fit):
+    """The envelope and the power law through its sizes."""
+
+    law: ClassVar[str] = "envelope"
+    form: ClassVar[type] = PowerLaw
+    budgets: Array
+    optima: Array
+    losses: Array
+    """The envelope, (points,) each: C, the size that wins there, and its loss."""
+    interior: Array
+    """(points,), bool: smaller and larger sizes lose there, so that the power law uses the point."""
+
+
+def fit_envelope(
+    table: pd.DataFrame, *, run: str, flops: str, x: str, loss: str, bootstrap: int = 0, seed: int = 0
+) -> EnvelopeFit:
+    """Fit a power law to the sizes on the envelope of training curves.
+
+    Args:
+        table: one row per logged step of every run.
+        run, flops, x, loss: columns of the run's name, the FLOPs it has spent, its size (parameters or FLOPs per token,
+            one value a run), and the loss.
+        bootstrap: number of resamples, 0 for none; whole runs are drawn.
+        seed: of the resampling.
+
+    Raises:
+        UserError: a column is missing or holds anything but finite numbers above zero; a run has several sizes.
+    """
+    compute, step_sizes, losses = positive_columns(table, flops, x, loss, law=EnvelopeFit.law, at_least=2)
+    labels = row_labels(table, run)
+    several = table.groupby(run, dropna=False)[x].nunique().loc[lambda counts: counts > 1]
+    if len(several):
+        raise UserError(f"run {several.index[0]} has {several.iloc[0]} values of {x!r}: a run has one size")
+    sizes = step_sizes[np.unique(labels, return_index=True)[1]]
+    budgets, curves = smooth_curves(labels, compute, losses)
+    optima, lowest, interior = envelope(curves, sizes)
+    law, status, hold_out, draws = PowerLaw(exponent=None, coefficient=None), FitStatus.TOO_FEW_POINTS, None, None
+    found = len(np.unique(optima[interior]))
+    if found >= MIN_BUDGETS:
+        exponent, coefficient = fit_power_law(budgets[interior], optima[interior])
+        law, status = PowerLaw(exponent=float(exponent), coefficient=float(coefficient)), FitStatus.CONVERGED
+        refits = []
+        for counts in resample_counts(len(sizes), bootstrap, seed):
+            drawn, _, inside = envelope(curves[counts > 0], sizes[counts > 0])
+            if len(np.unique(drawn[inside])) > 1:
+                refits.append((budgets[inside], drawn[inside]))
+        hold_out = predict_largest(budgets[interior], optima[interior], refits)
+        if refits:
+            exponents, coefficients = np.array([fit_power_law(*refit) for refit in refits]).T
+            draws = Bootstrap(
+                draws={"exponent": exponents, "coefficient": coefficients},
+                resamples=bootstrap, failed=bootstrap - len(refits), seed=seed,
+            )  # fmt: skip
+            if np.std(exponents) > abs(exponent):
+                status = FitStatus.NOT_IDENTIFIABLE
+    few = (f"no exponent: {found} sizes win with smaller and larger ones beside them, a power law wants {MIN_BUDGETS}",)
+    return EnvelopeFit(
+        n=len(sizes),
+        status=status,
+        objective_name="mse-log10",
+        objective_value=float(np.nansum(np.log10(optima / law.optimum(budgets))[interior] ** 2)),
+        exponent=law.exponent,
+        coefficient=law.coefficient,
+        budgets=budgets,
+        optima=optima,
+        losses=lowest,
+        interior=interior,
+        warnings=(
+            *(few if law.exponent is None else ()),
+            *table_warnings(table, run, flops, x, loss),
+            *(hold_out.warnings() if hold_out else ()),
+        ),
+        hold_out=hold_out,
+        bootstrap=draws,
+    )
+
+
+def smooth_curves(labels: Array, compute: Array, losses: Array) -> tuple[Array, Array]:
+    """Every run's loss on one grid of compute: averages within its points, joined by straight lines in log C.
+
+    Returns:
+        C (points,) and losses (runs, points), NaN before a run's first point and after its last.
+    """
+    log_compute = np.log10(compute)
+    point = np.floor(log_compute * PER_DECADE).astype(int)
+    grid = (np.arange(point.min(), point.max() + 1) + 0.5) / PER_DECADE
+    steps = pd.DataFrame({"run": labels, "point": point, "c": log_compute, "loss": losses})
+    curves = []
+    for _, means in steps.groupby(["run", "point"]).mean().groupby("run"):
+        c, loss = np.asarray(means, np.float64).T
+        curves.append(np.interp(grid, c, loss, left=np.nan, right=np.nan))
+    return 10.0**grid, np.array(curves)
+
+
+def envelope(curves: Array, sizes: Array) -> tuple[Array, Array, Array]:
+    """Of curves (runs, points) the winning size, its loss, and whether smaller and larger ones compete, (points,)."""
+    there = np.isfinite(curves)
+    known = np.where(there, curves, np.inf)
+    best = np.argmin(known, axis=0)
+    smallest = np.where(there, sizes[:, None], np.inf).min(axis=0)
+    largest = np.where(there, sizes[:, None], 0).max(axis=0)
+    return sizes[best], known.min(axis=0), (smallest < sizes[best]) & (sizes[best] < largest)
