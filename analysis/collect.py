@@ -9,7 +9,7 @@ a row, also those that were dropped, failed, or never run.
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from peerscale.runs.study import (
     study_parser,
     usable,
 )
-from peerscale.runs.table import curves_table, read_records, runs_table
+from peerscale.runs.table import CURVES, curves_table, read_records, read_table, runs_table
 from peerscale.sweeper import planned_cells
 
 REFERENCES = ("dense", "peer")
@@ -44,6 +44,10 @@ RARE = 0.05
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = study_parser(__doc__).parse_args(argv)
+    table = published(arguments.sweep, arguments.results)
+    if table.runs.is_file() and not table.records.is_file() and not read_records(arguments.runs / arguments.sweep):
+        print(f"{arguments.sweep}: published without its records, so there is nothing to fit again: {table.runs}")
+        return 0
     records, curves = read_study(arguments.sweep, arguments.runs, arguments.results)
     study = collected(arguments.sweep, arguments.runs)
     runs = runs_table(records)
@@ -71,7 +75,7 @@ def read_study(sweep: str, runs: Path, results: Path) -> tuple[list[Record], pd.
 
 
 def read_curves(study: Study) -> pd.DataFrame:
-    return pd.read_csv(study.curves) if study.curves.is_file() else curves_table(())
+    return read_table(study.curves, CURVES) if study.curves.is_file() else curves_table(())
 
 
 def with_planned(sweep: str, records: list[Record]) -> list[Record]:
@@ -108,6 +112,7 @@ def fit_study(runs: pd.DataFrame) -> dict[str, dict[str, Any]]:
 def compare(runs: pd.DataFrame, records: Sequence[Record], fits: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """Differences of the loss at the compute optimum, fitted over FLOPs per token, between pairs of methods.
 
+    Two methods of one and the same size, as in a study of a layer's settings, are compared at that size, and flagged.
     The interval is `laws.paired`'s: a bootstrap over validation sequences with the same resample for every cell.
 
     Returns:
@@ -122,18 +127,14 @@ def compare(runs: pd.DataFrame, records: Sequence[Record], fits: Mapping[str, Ma
     rows = []
     for budget in sorted(runs["budget"].unique()):
         at_budget = runs[runs["budget"] == budget]
-        names = list(at_budget["name"].unique())
-        optima = {}
-        for name in names:
-            cells = at_budget[at_budget["name"] == name]
-            if set(cells["cell"]) <= column.keys() and cells["flops_per_token"].nunique() >= 3:
-                drawn = draws[:, [column[cell] for cell in cells["cell"]]]
-                optima[name] = optimum_losses(np.asarray(cells["flops_per_token"], float), drawn)
-        vertices = {name: _vertex(fits[name], budget) for name in names}
+        levels = {
+            str(name): _level(cells, fits[name], draws, column) for name, cells in at_budget.groupby("name", sort=False)
+        }
         for reference in REFERENCES:
-            for name in vertices if reference in vertices else ():
+            for name in levels if reference in levels else ():
                 if name != reference:
-                    rows.append({"budget": budget, **_difference(name, reference, vertices, optima)})
+                    difference = _difference(levels[name], levels[reference])
+                    rows.append({"budget": budget, "method": name, "reference": reference, **difference})
     columns = [
         "budget",
         "method",
@@ -157,20 +158,42 @@ def _sequence_losses(records: Sequence[Record], cells: set[str]) -> dict[str, li
     return {cell: values for cell, values in losses.items() if values and len(values) == usual}
 
 
-def _vertex(fit: Mapping[str, Any], budget: float) -> Mapping[str, Any]:
-    return next(vertex for vertex in fit["vertices"] if vertex["budget"] == budget)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Level:
+    """What a method reaches at a budget."""
+
+    name: str
+    loss: float | None
+    """At its optimum, or of its only size; None if it has neither."""
+    size: str
+    """Its only size; empty if it has several."""
+    note: str
+    """Why the loss is flagged; empty if it is not."""
+    resampled: np.ndarray | None
+    """The loss in each resample of the validation sequences; None if they are missing."""
 
 
-def _difference(
-    name: str, reference: str, vertices: Mapping[str, Mapping[str, Any]], optima: Mapping[str, np.ndarray]
-) -> dict[str, Any]:
-    pair = (name, reference)
-    row: dict[str, Any] = {"method": name, "reference": reference}
-    notes = [f"{who}: {vertices[who]['status']}" for who in pair if vertices[who]["status"] != VertexStatus.OK]
-    if all(vertices[who]["x"] is not None for who in pair):
-        row["difference"] = vertices[name]["loss"] - vertices[reference]["loss"]
-        if all(who in optima for who in pair):
-            interval = difference_interval(optima[name], optima[reference])
+def _level(cells: pd.DataFrame, fit: Mapping[str, Any], draws: np.ndarray, column: Mapping[str, int]) -> Level:
+    name, budget = cells["name"].iloc[0], cells["budget"].iloc[0]
+    vertex = next(vertex for vertex in fit["vertices"] if vertex["budget"] == budget)
+    known = set(cells["cell"]) <= column.keys()
+    drawn = draws[:, [column[cell] for cell in cells["cell"]]] if known else None
+    note = "" if vertex["status"] == VertexStatus.OK else f"{name}: {vertex['status']}"
+    if cells["size"].nunique() == 1:  # seeds of one model
+        mean = None if drawn is None else drawn.mean(axis=1)
+        return Level(name=name, loss=cells["val_loss"].mean(), size=cells["size"].iloc[0], note=note, resampled=mean)
+    fitted = drawn is not None and vertex["x"] is not None
+    resampled = optimum_losses(np.asarray(cells["flops_per_token"], float), drawn) if fitted else None
+    return Level(name=name, loss=vertex["loss"], size="", note=note, resampled=resampled)
+
+
+def _difference(method: Level, reference: Level) -> dict[str, Any]:
+    notes = [level.note for level in (method, reference) if level.note]
+    row: dict[str, Any] = {}
+    if method.size == reference.size and method.loss is not None and reference.loss is not None:
+        row["difference"] = method.loss - reference.loss
+        if method.resampled is not None and reference.resampled is not None:
+            interval = difference_interval(method.resampled, reference.resampled)
             row |= asdict(interval)
             if interval.without_minimum > RARE * interval.resamples:
                 notes.append(f"no minimum in {interval.without_minimum} of {interval.resamples} resamples")

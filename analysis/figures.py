@@ -6,17 +6,22 @@ Works on runs/SWEEP/study, else on results/SWEEP; writes figures/*.png and *.pdf
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from peerscale.errors import UserError, exit_code
-from peerscale.runs.study import find_study, read_json, study_parser, usable
-from peerscale.runs.table import read_runs
+from peerscale.runs.study import Study, find_study, read_fits, study_parser, usable
+from peerscale.runs.table import CURVES, DIFFERENCES, read_runs, read_table
 from peerscale.viz import style
+from peerscale.viz.ablations import active_figure, experts_figure, has_curves, query_norm_figure, varied
 from peerscale.viz.curves import curves_figure
 from peerscale.viz.differences import differences_figure
+from peerscale.viz.frontier import frontier_figure, frontier_table, time_figure
 from peerscale.viz.isoflop import X_LABELS, isoflop_figure
+from peerscale.viz.published import read_published
+from peerscale.viz.rates import rates_figure
 
 DEFAULT_X = "params_total"
 
@@ -31,22 +36,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     study = find_study(arguments.sweep, arguments.runs, arguments.results)
-    runs, fits = read_runs(study.runs), read_json(study.fits)
+    runs = read_runs(study.runs)
     if not usable(runs).any():
         raise UserError(f"study {arguments.sweep!r} has no finished cell to draw")
-    note = conventions(runs)
-    suffix = "" if arguments.x == DEFAULT_X else f"_{arguments.x}"
-    drawn = {f"isoflop{suffix}": isoflop_figure(runs, fits, x=arguments.x, note=note)}
-    if study.curves.is_file():
-        drawn["curves"] = curves_figure(pd.read_csv(study.curves), runs, note=note)
-    if study.differences.is_file():
-        differences = pd.read_csv(study.differences)
-        if (differences["reference"] == "dense").any():
-            drawn["differences"] = differences_figure(differences, note=note)
-    for name, figure in drawn.items():
+    for name, figure in study_figures(study, runs, arguments.x):
         for path in style.save(figure, study.figures / name):
             print(path)
     return 0
+
+
+def study_figures(study: Study, runs: pd.DataFrame, x: str) -> Iterator[tuple[str, Figure]]:
+    """The figures that a study's tables can feed, by name: what it varies besides method, size and budget decides."""
+    note, settings, published = conventions(runs), varied(runs), read_published()
+    if has_curves(runs) or not settings:
+        yield (
+            "isoflop" if x == DEFAULT_X else f"isoflop_{x}",
+            isoflop_figure(runs, read_fits(study.fits), x=x, note=note),
+        )
+        if study.curves.is_file():
+            yield "curves", curves_figure(read_table(study.curves, CURVES), runs, note=note)
+        if study.differences.is_file():
+            differences = read_table(study.differences, DIFFERENCES)
+            if (differences["reference"] == "dense").any():
+                yield "differences", differences_figure(differences, note=note)
+        frontier = frontier_table(runs)
+        if len(frontier):
+            yield "frontier", frontier_figure(frontier, note=note)
+        yield "time", time_figure(runs, note=note)
+    if "n_experts" in settings:
+        yield "experts", experts_figure(runs, published, note=note)
+    if settings & {"ffn_heads", "top_k"}:
+        yield "active", active_figure(runs, note=note)
+    if "query_norm" in settings:
+        yield "query_norm", query_norm_figure(runs, published, note=note)
+    if settings & {"lr", "table_lr"}:
+        yield "rates", rates_figure(runs, note=note)
 
 
 def conventions(runs: pd.DataFrame) -> str:

@@ -1,8 +1,11 @@
-"""The closing table of a study and, in plain sentences, what it says of PEER.
+"""The tables of a study, the paper's beside them, and, in plain sentences, what it says of PEER.
 
     python analysis/table.py SWEEP
 
-Works on runs/SWEEP/study, else on results/SWEEP; prints the table and writes it to table.md there.
+What the study varies decides which: losses at the compute optimum, perplexities there (the paper's table 1) and
+rankings under other FLOP conventions; a layer's settings at one size, and experts and BatchNorm (table 2); rates.
+
+Works on runs/SWEEP/study, else on results/SWEEP; prints the tables and writes them to table.md there.
 """
 
 import sys
@@ -15,10 +18,25 @@ import pandas as pd
 from peerscale.errors import UserError, exit_code
 from peerscale.files import write_text
 from peerscale.laws.isoflop import MIN_BUDGETS, VertexStatus
-from peerscale.runs.study import find_study, method_names, read_json, study_parser, usable
-from peerscale.runs.table import read_runs
+from peerscale.runs.study import Study, find_study, method_names, read_fits, study_parser, usable
+from peerscale.runs.table import DIFFERENCES, read_runs, read_table
 from peerscale.sweeper import budget_name
+from peerscale.viz.ablations import has_curves, over_seeds, varied
+from peerscale.viz.isoflop import missing_note
+from peerscale.viz.published import read_published
+from peerscale.viz.rates import edges, settings_table
 from peerscale.viz.style import label, ordered
+from peerscale.viz.tables import (
+    convention_lines,
+    experts_by_norm,
+    markdown,
+    multipliers_by_convention,
+    norm_lines,
+    number,
+    paper_perplexities,
+    perplexities,
+    perplexity_lines,
+)
 
 LARGER_STUDY = "sweeps/isoflop_cpu.yaml"
 
@@ -26,6 +44,8 @@ HEADER = (
     "budget", "method", "sizes", "loss at the optimum, by FLOPs per token", "by total parameters", "best cell",
     "difference to dense [95 %]", "flags",
 )  # fmt: skip
+
+DISTANCE = "distance to dense in nats per token"
 
 FLAGS = {
     VertexStatus.TOO_FEW: "fewer than five sizes",
@@ -38,13 +58,120 @@ FLAGS = {
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = study_parser(__doc__).parse_args(argv)
     study = find_study(arguments.sweep, arguments.runs, arguments.results)
-    if not study.differences.is_file():
-        raise UserError(f"{study.differences} is not there; first: python analysis/collect.py {arguments.sweep}")
-    runs, fits, differences = read_runs(study.runs), read_json(study.fits), pd.read_csv(study.differences)
-    text = report(arguments.sweep, runs, fits, differences)
+    runs = read_runs(study.runs)
+    settings, published = varied(runs), read_published()
+    lines: list[str] = []
+    if has_curves(runs) or not settings:
+        fits, differences = read_fits(study.fits), read_differences(study)
+        lines += [report(arguments.sweep, runs, fits, differences), *at_the_optimum(runs, fits, published)]
+    elif settings & {"lr", "table_lr"}:
+        lines += [f"# {arguments.sweep}: learning rates, best first", "", *rates(runs)]
+    else:
+        lines += [f"# {arguments.sweep}: settings at one size", "", *settings_lines(runs, read_differences(study))]
+    if settings & {"n_experts", "query_norm"}:
+        lines += experts_and_norm(runs, published)
+    text = "\n".join(lines)
     write_text(study.table, text)
     print(text, end="")
     return 0
+
+
+def read_differences(study: Study) -> pd.DataFrame:
+    if not study.differences.is_file():
+        raise UserError(f"{study.differences} is not there; first: python analysis/collect.py {study.sweep}")
+    return read_table(study.differences, DIFFERENCES)
+
+
+def at_the_optimum(runs: pd.DataFrame, fits: Mapping[str, Mapping[str, Any]], published: pd.DataFrame) -> list[str]:
+    """The paper's table 1, ours and theirs, and rankings under other conventions."""
+    ours = perplexities(runs, fits)
+    if ours.empty:
+        return []
+    sets = [column.removeprefix("ppl_") for column in runs.columns if column.startswith("ppl_")]
+    theirs = paper_perplexities(published)
+    absent = [name for name in theirs.columns if name not in ("budget", "name", "gap", *sets)]
+    lines = [
+        "## Perplexity at the compute optimum (the paper's table 1)",
+        "",
+        *perplexity_lines(ours),
+        "",
+        f"Of each evaluation set, at the minimum of the validation loss over FLOPs per token; last column: {DISTANCE}. "
+        "†: flagged minimum.",
+        "",
+        f"The paper's table 1. Of its sets {', '.join(absent)} are absent here; its tokenizer and data are others, so "
+        "that only distances compare, the last column on c4.",
+        "",
+        *perplexity_lines(theirs),
+        "",
+    ]
+    multipliers = multipliers_by_convention(runs, fits)
+    if multipliers["as counted"].notna().any():
+        lines += [
+            "## Ranking under other FLOP conventions",
+            "",
+            *convention_lines(multipliers),
+            "",
+            "How many times a method's compute dense needs for the same loss and, in brackets, the rank at the budget. "
+            "Losses at the optimum are those above; what they cost is counted anew by each convention. Beyond dense's "
+            "budgets its loss is extrapolated. †: flagged minimum.",
+            "",
+        ]
+    return lines
+
+
+def settings_lines(runs: pd.DataFrame, differences: pd.DataFrame) -> list[str]:
+    """A row for each arm of a study of one size, over its seeds."""
+    named = runs.assign(name=method_names(runs), size_budget=runs["size"] + ", " + runs["budget"].map(budget_name))
+    done = named[usable(named)]
+    order = {name: i for i, name in enumerate(done["name"].unique())}  # the plan's, in which settings ascend
+    means = over_seeds(done, ["size_budget", "budget", "name"]).sort_values("name", key=lambda c: c.map(order))
+    rows = []
+    for row in means.to_dict("records"):
+        cells = done[(done["size_budget"] == row["size_budget"]) & (done["name"] == row["name"])]
+        usage, unevenness = (cells[column].astype(float).mean() for column in ("expert_usage", "unevenness"))
+        texts = [
+            row["size_budget"], label(row["name"]), str(row["seeds"]), f"{row['mean']:.4f}",
+            f"± {row['high'] - row['mean']:.4f}", f"{np.exp(row['mean']):.2f}",
+            "reference" if row["name"] == "dense" else difference_text(row["name"], row["budget"], differences),
+            f"{cells['layer_share'].mean():.1%}", number(usage, "{:.1%}"), number(unevenness),
+        ]  # fmt: skip
+        rows.append(texts)
+    header = ["at", "method", "seeds", "loss", "±", "perplexity", "difference to dense [95 %]", "layer's FLOPs"]
+    return [
+        *markdown([*header, "usage", "unevenness"], rows),
+        "",
+        "Validation losses in nats per token; ±: half the 95 % interval of the mean over seeds, with one seed the "
+        "standard error over validation sequences. The interval of the difference covers the sampling of those "
+        f"sequences, not seeds. FLOPs: {', '.join(map(str, runs['convention'].unique()))}.",
+        "",
+        *([f"- {missing_note(runs)}.", ""] if missing_note(runs) else []),
+    ]
+
+
+def experts_and_norm(runs: pd.DataFrame, published: pd.DataFrame) -> list[str]:
+    """The paper's table 2 beside ours."""
+    counted = ", ".join(f"{n:,.0f}" for n in sorted(runs["usage_tokens"].dropna().unique()))
+    return [
+        "## Experts and BatchNorm on the queries (the paper's table 2)",
+        "",
+        *norm_lines(experts_by_norm(runs, published)),
+        "",
+        "Pairs: without / with BatchNorm. Worth: what BatchNorm takes off the loss in nats, ± half the 95 % interval "
+        f"over seeds. Usage and unevenness by the paper's definitions (section 3.3), ours over {counted} tokens.",
+        "",
+    ]
+
+
+def rates(runs: pd.DataFrame) -> list[str]:
+    """The settings of a learning-rate study, best first."""
+    val_sets = " and ".join(map(str, runs["val_set"].unique()))
+    lines = [f"Losses in nats per token on the {val_sets} set; rates as set, before the rule for the width.", ""]
+    for name, rows in settings_table(runs).groupby("name", sort=False):
+        shown = rows.drop(columns="name")
+        texts = [[f"{value:.4g}" for value in row] for row in shown.itertuples(index=False)]
+        lines += [f"## {label(str(name))}", "", *markdown(map(str, shown.columns), texts), ""]
+        lines += [f"- {edge}" for edge in edges(rows)] + [""] * bool(edges(rows))
+    return lines
 
 
 def report(sweep: str, runs: pd.DataFrame, fits: Mapping[str, Mapping[str, Any]], differences: pd.DataFrame) -> str:
@@ -55,12 +182,11 @@ def report(sweep: str, runs: pd.DataFrame, fits: Mapping[str, Mapping[str, Any]]
         for budget in sorted(runs["budget"].unique())
         for name in ordered(runs.loc[runs["budget"] == budget, "name"])
     ]
-    lines = [HEADER, ["---"] * len(HEADER), *rows]
     return "\n".join(
         [
             f"# {sweep}: losses at equal compute",
             "",
-            *(f"| {' | '.join(cells)} |" for cells in lines),
+            *markdown(HEADER, rows),
             "",
             "Validation losses in nats per token. The optimum is the minimum of a parabola in the logarithm of size. "
             "The interval covers the sampling of validation sequences, not seeds nor the choice of learning rate. "

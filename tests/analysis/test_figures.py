@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from synthetic_ablations import ablation_runs
 from synthetic_study import SWEEP, script
 
 from peerscale.errors import exit_code
@@ -31,7 +32,8 @@ def drawn(folder: Path) -> dict[str, bytes]:
 def test_the_same_bytes_from_a_second_process(runs: Path) -> None:
     assert figures.main([SWEEP, "--runs", str(runs)]) == 0
     first = drawn(collected(SWEEP, runs).figures)
-    assert set(first) == {f"{n}.{kind}" for n in ("isoflop", "curves", "differences") for kind in ("png", "pdf")}
+    names = ("isoflop", "curves", "differences", "frontier", "time")
+    assert set(first) == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
     environment = {**os.environ, "PYTHONHASHSEED": "5"}
     subprocess.run([sys.executable, SCRIPT, SWEEP, "--runs", runs], check=True, env=environment, capture_output=True)
     assert drawn(collected(SWEEP, runs).figures) == first
@@ -49,12 +51,38 @@ def test_a_published_study_is_drawn_in_its_place(collected_runs: Path, tmp_path:
     assert "isoflop.pdf" in drawn(target.figures)
 
 
+@pytest.mark.parametrize(
+    ("sweep", "names"),
+    [("experts", {"experts"}), ("active", {"active"}), ("query_bn", {"experts", "query_norm"})],
+)
+def test_what_a_study_varies_decides_its_figures(sweep: str, names: set[str], tmp_path: Path) -> None:
+    """From runs.csv alone, and the same bytes twice."""
+    study = collected(sweep, tmp_path)
+    study.folder.mkdir(parents=True)
+    ablation_runs(sweep).to_csv(study.runs, index=False)
+    contents = []
+    for _ in range(2):
+        assert figures.main([sweep, "--runs", str(tmp_path)]) == 0
+        contents.append(drawn(study.figures))
+    assert contents[0] == contents[1]
+    assert set(contents[0]) == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
+
+
+def test_a_study_of_rates_has_its_figure(tmp_path: Path) -> None:
+    arguments = ["lr", "--runs", str(tmp_path / "none"), "--results", str(tmp_path)]
+    published("lr", tmp_path).folder.mkdir()
+    shutil.copyfile(published("lr").runs, published("lr", tmp_path).runs)
+    assert figures.main(arguments) == 0
+    assert set(drawn(published("lr", tmp_path).figures)) == {"rates.png", "rates.pdf"}
+
+
 def test_a_table_alone_is_enough_for_the_isoflop_figure(runs: Path) -> None:
     study = collected(SWEEP, runs)
     study.curves.unlink()
     study.differences.unlink()
     assert figures.main([SWEEP, "--runs", str(runs)]) == 0
-    assert set(drawn(study.figures)) == {"isoflop.png", "isoflop.pdf"}
+    names = ("isoflop", "frontier", "time")
+    assert set(drawn(study.figures)) == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
 
 
 def test_no_finished_cell_is_one_clear_line(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,15 +1,18 @@
 """The closing table's numbers, and sentences that say what the numbers do."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from synthetic_ablations import ablation_records
 from synthetic_study import LOSS, OFFSET, SWEEP, script
 
 from peerscale.errors import exit_code
-from peerscale.runs.study import collected, read_json
+from peerscale.runs.record import write_record
+from peerscale.runs.study import collected, published, read_json
 
 table = script("table")
 
@@ -172,6 +175,53 @@ def test_it_prints_what_it_writes(collected_runs: Path, capsys: pytest.CaptureFi
         "The interval covers the sampling of validation sequences, not seeds nor the choice of learning rate."
         in printed
     )
+
+
+def test_the_papers_table_1_and_other_conventions_follow(
+    collected_runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table.main([SWEEP, "--runs", str(collected_runs)])
+    printed = capsys.readouterr().out
+    assert "| 6e18 | PEER | 20.63 | 20.68 | 17.65 | 19.01 | 25.48 | −0.145 |" in printed
+    assert "c4, curation_corpus, lambada, pile, wikitext are absent here" in printed
+    assert "## Ranking under other FLOP conventions" in printed
+    assert "table 2" not in printed
+
+
+def test_settings_of_one_size_are_compared_with_dense_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for record in ablation_records("experts"):
+        folder = tmp_path / "experts" / record.cell
+        folder.mkdir(parents=True)
+        write_record(folder, record)
+    arguments = ["experts", "--runs", str(tmp_path)]
+    assert script("collect").main(arguments) == 0 and table.main(arguments) == 0
+    printed = capsys.readouterr().out
+    losses = {record.cell: np.array(record.sequence_losses) for record in ablation_records("experts")}
+    paired = losses["peer-d64-3e12-n_experts=4096-s0"] - losses["dense-d64-3e12-s0"]
+    (line,) = (line for line in printed.splitlines() if line.startswith("| d64, 3e12 | PEER n_experts=4096 |"))
+    difference, low, high = (float(text.strip("[],").replace("−", "-")) for text in line.split("|")[7].split())
+    # The bootstrap's interval of a mean of paired differences is the normal one.
+    half = 1.96 * paired.std(ddof=1) / len(paired) ** 0.5
+    assert (difference, low, high) == pytest.approx(
+        (paired.mean(), paired.mean() - half, paired.mean() + half), abs=2e-3
+    )
+    assert line.split("|")[4].strip() == f"{losses['peer-d64-3e12-n_experts=4096-s0'].mean():.4f}"
+    assert "| 16,384 | — / " in printed and "23.47 / 23.47" in printed
+
+
+def test_rates_are_listed_best_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    published("lr", tmp_path).folder.mkdir()
+    shutil.copyfile(published("lr").runs, published("lr", tmp_path).runs)
+    arguments = ["lr", "--runs", str(tmp_path / "none"), "--results", str(tmp_path)]
+    assert script("collect").main(arguments) == 0, "a table without records is left as it is"
+    assert table.main(arguments) == 0
+    printed = capsys.readouterr().out
+    means = [
+        float(line.split("|")[-2]) for line in printed.partition("## PEER")[2].splitlines() if line.startswith("| 0")
+    ]
+    assert len(means) >= 9
+    assert means[0] == min(means)
+    assert "on the tuning set" in printed
 
 
 def test_an_uncollected_study_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis, XAxis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from peerscale.files import replacing
 
@@ -37,7 +37,10 @@ LABELS = {
     "dense": "dense",
     "moe": "MoE (expert choice)",
     "moe_token_choice": "MoE (token choice)",
+    "fine_grained_moe": "fine-grained MoE",
+    "wide_dense": "wide dense",
     "pkm": "PKM",
+    "pkm_equal_top_k": "PKM, PEER's top k",
     "peer": "PEER",
 }
 
@@ -164,10 +167,22 @@ def log_axis(axis: Axis, low: float, high: float) -> None:
         axis.set_major_locator(LogLocator(subs=subs))
 
 
-def flops_axis(axis: Axis) -> None:
-    """Ticks of a logarithmic axis of compute, in powers of ten."""
-    axis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+def flops_axis(axis: Axis, budgets: Iterable[float] = ()) -> None:
+    """Ticks of a logarithmic axis of compute, in powers of ten, or at the budgets themselves if they are few."""
+    ticks = sorted(set(budgets))
+    if 0 < len(ticks) <= 4:
+        axis.set_major_locator(FixedLocator(ticks))
+        axis.set_minor_locator(NullLocator())
+    else:
+        axis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def rate_axis(axis: Axis) -> None:
+    """Ticks of a logarithmic axis of learning rates, as decimals."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
     axis.set_minor_formatter(NullFormatter())
 
 

@@ -1,0 +1,252 @@
+"""What a layer's settings do at one size and budget (paper, figures 3a, 3b and 4)."""
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, NullLocator
+from scipy.stats import t as student
+
+from peerscale.runs.study import method_names, usable
+from peerscale.viz import style
+from peerscale.viz.isoflop import X_LABELS, missing_note
+from peerscale.viz.published import WITHOUT_NORM, paper_values
+
+SETTINGS = ("n_experts", "ffn_heads", "top_k", "query_norm", "lr", "table_lr", "batch_sequences")
+"""Columns that a study can vary at one size."""
+
+LABELS = {**X_LABELS, "n_experts": "experts", "ffn_heads": "heads"}
+
+Looks = Mapping[Hashable, Mapping[str, Any]]
+"""What matplotlib's `plot` is told of each line."""
+
+EDGE: Mapping[str, Any] = {"markeredgewidth": 0.5, "markeredgecolor": "white"}
+
+DENSE: Mapping[str, Any] = {"color": style.COLOURS["dense"], "linewidth": 0.9, "linestyle": "--", "zorder": 1}
+
+NORM: Looks = {
+    True: {"color": style.COLOURS["peer"], "marker": "o", "label": "PEER with BatchNorm on the queries"},
+    False: {"color": "#d55e00", "marker": "s", "label": "without"},
+}
+
+
+def varied(runs: pd.DataFrame) -> set[str]:
+    """Which of `SETTINGS` take several values among the finished runs of one method, size and budget."""
+    done = runs[usable(runs)].assign(variant=runs["variant"].fillna(""))
+    groups = done.groupby(["method", "variant", "size", "budget"])
+    return {column for column in SETTINGS if column in runs and (groups[column].nunique() > 1).any()}
+
+
+def has_curves(runs: pd.DataFrame) -> bool:
+    """Whether a method has three sizes or more at a budget, so that there is a parabola to draw."""
+    named = runs[usable(runs)].assign(name=method_names(runs))
+    return bool((named.groupby(["name", "budget"])["size"].nunique() >= 3).any())
+
+
+def with_norm(runs: pd.DataFrame) -> pd.Series:
+    """Which rows have BatchNorm on their queries; read from CSV the column is text or, with gaps, an object."""
+    return runs["query_norm"].astype(str) == "True"
+
+
+def over_seeds(runs: pd.DataFrame, by: Sequence[str], y: str = "val_loss") -> pd.DataFrame:
+    """A row for each combination of `by`, with the mean of `y` over seeds and an interval.
+
+    Returns:
+        `by`, mean, low, high, seeds. The interval is Student's 95 % of the mean over seeds; with one seed it is +-1
+        standard error over validation sequences if `y` is the loss, else empty (low = high = mean).
+    """
+    rows = []
+    for key, group in runs.groupby(list(by)):
+        values, n = np.asarray(group[y], float), len(group)
+        if n > 1:
+            half = float(student.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n))
+        else:
+            half = float(np.nan_to_num(group["val_loss_se"].iloc[0])) if y == "val_loss" else 0.0
+        rows.append((*key, values.mean(), values.mean() - half, values.mean() + half, n))
+    return pd.DataFrame(rows, columns=[*by, "mean", "low", "high", "seeds"])
+
+
+def lines_panel(
+    axes: Axes,
+    runs: pd.DataFrame,
+    *,
+    x: str,
+    series: str,
+    looks: Looks,
+    y: str = "val_loss",
+    transform: Callable[[Any], Any] = np.exp,
+) -> None:
+    """A line per value of `series` through the means over seeds, with intervals; each of several seeds a pale dot.
+
+    Args:
+        axes: where to draw.
+        runs: finished rows.
+        x: column of the abscissa, logarithmic, with a tick at each value.
+        series: column whose values are the lines.
+        looks: colour, marker and label of each line, by value of `series`.
+        y: column of the ordinate.
+        transform: from `y` to what is drawn; of losses, the perplexity.
+    """
+    points = over_seeds(runs, [series, x], y)
+    for value, look in looks.items():
+        rows, cells = points[points[series] == value], runs[runs[series] == value]
+        middle, low, high = (np.asarray(transform(rows[column]), float) for column in ("mean", "low", "high"))
+        errors = [middle - low, high - middle]
+        axes.errorbar(np.asarray(rows[x], float), middle, yerr=errors, elinewidth=0.7, **EDGE, **look)
+        if (rows["seeds"] > 1).any():
+            dots = np.asarray(transform(cells[y]), float)
+            axes.plot(cells[x], dots, ".", color=look["color"], alpha=0.4, markersize=3, label="_seeds")
+    _ticks(axes, x, points[x])
+
+
+def experts_figure(runs: pd.DataFrame, published: pd.DataFrame, *, note: str = "") -> Figure:
+    """Figure 3a: perplexity against the number of experts, beside the paper's, whose table 2 gives the numbers."""
+    cells, dense, where = _at_one_size(runs[with_norm(runs) | (runs["method"] == "dense")])
+    names = style.ordered(cells["name"])
+    colours = style.colours(["dense", "peer", *names])
+    looks: dict[Hashable, dict[str, Any]] = {
+        name: {"color": colours[name], "marker": style.MARKERS[i], "label": style.label(name)}
+        for i, name in enumerate(style.ordered({*names, "peer"}))
+    }
+    with style.applied():
+        figure, (ours, paper) = style.panels(2)
+        lines_panel(ours, cells, x="n_experts", series="name", looks={name: looks[name] for name in names})
+        _perplexity(ours, where, dense)
+        values = paper_values(published, "table 2", "peer", "ppl_c4")
+        paper.plot(list(values), list(values.values()), **EDGE, **looks["peer"])
+        _ticks(paper, "n_experts", values)
+        _perplexity(paper, "the paper, on C4", [paper_values(published, "table 1", "dense", "ppl_c4")[6e18]])
+        handles = [_handle(looks[name]) for name in looks]
+        style.legend(figure, [Line2D([], [], **DENSE, label="dense"), *handles])
+        source = "paper: tables 2 and, for dense, 1 at 6 × 10$^{18}$ FLOPs (table 2 does not name its budget)"
+        style.caption(figure, note, f"{_said(cells, 'active_experts')}{_bars(cells)}", missing_note(runs), source)
+    return figure
+
+
+def active_figure(runs: pd.DataFrame, *, note: str = "") -> Figure:
+    """Figure 3b: perplexity against heads, a line per number of active experts; the paper prints no numbers of it."""
+    cells, dense, where = _at_one_size(runs)
+    cells = cells[cells["method"] == "peer"]
+    levels = sorted(cells["active_experts"].unique())
+    shades = matplotlib.colormaps["viridis"](np.linspace(0.92, 0, len(levels)))
+    looks = {
+        level: {"color": to_hex(shade), "marker": style.MARKERS[i % len(style.MARKERS)], "label": f"{level:g}"}
+        for i, (level, shade) in enumerate(zip(levels, shades, strict=True))
+    }
+    with style.applied():
+        figure, (axes,) = style.panels(1)
+        lines_panel(axes, cells, x="ffn_heads", series="active_experts", looks=looks)
+        for level, rows in over_seeds(cells, ["active_experts", "ffn_heads"]).groupby("active_experts"):
+            if len(rows) > 1:
+                best = rows.loc[rows["mean"].idxmin()]
+                axes.plot(
+                    best["ffn_heads"], math.exp(best["mean"]), "*", markersize=10, color=looks[level]["color"],
+                    markeredgecolor="white", markeredgewidth=0.6, zorder=5, label=f"_best {level:g}",
+                )  # fmt: skip
+        _perplexity(axes, where, dense)
+        handles = [*map(_handle, looks.values()), *([Line2D([], [], **DENSE, label="dense")] if dense else [])]
+        figure.legend(handles=handles, loc="outside right center", title="active experts\n(heads × top-k)")
+        stars = "stars: each line's best number of heads; the paper prints no numbers of its figure 3b"
+        style.caption(figure, note, f"{_said(cells, 'n_experts')}{_bars(cells)}", stars, missing_note(runs))
+    return figure
+
+
+def query_norm_figure(runs: pd.DataFrame, published: pd.DataFrame, *, note: str = "") -> Figure:
+    """Figure 4 and table 2: perplexity and unevenness with and without BatchNorm on the queries; beside it the paper's.
+
+    Against the number of experts where that varies, else against the total parameters.
+    """
+    peer = runs[runs["method"] == "peer"]
+    x = "n_experts" if "n_experts" in varied(peer) else "params_total"
+    cells, _, where = _at_one_size(peer, any_size=x != "n_experts")
+    cells = cells.assign(norm=with_norm(cells))
+    with style.applied():
+        figure, (ours, paper, unevenness) = style.panels(3)
+        lines_panel(ours, cells, x=x, series="norm", looks=NORM)
+        lines_panel(unevenness, cells, x=x, series="norm", looks=NORM, y="unevenness", transform=np.asarray)
+        for norm, look in NORM.items():
+            method = "peer" if norm else WITHOUT_NORM
+            for axes, metric, line in ((paper, "ppl_c4", "-"), (unevenness, "unevenness", ":")):
+                values = paper_values(published, "table 2", method, metric)
+                if axes is paper or x == "n_experts":
+                    axes.plot(list(values), list(values.values()), line, **EDGE, **_unnamed(look))
+                    _ticks(axes, "n_experts", [*values, *(cells[x] if axes is unevenness else ())])
+        _perplexity(ours, where)
+        _perplexity(paper, "the paper, on C4")
+        unevenness.set_title("unevenness (nats)")
+        unevenness.set_ylim(bottom=0)
+        style.legend(figure, [_handle(look) for look in NORM.values()])
+        dotted = "dotted and middle: the paper's table 2" if x == "n_experts" else "middle: the paper's table 2"
+        counted = f"unevenness over {_all(cells['usage_tokens'])} tokens of ours; {dotted}"
+        style.caption(figure, note, f"{_said(cells, 'active_experts')}{_bars(cells)}", counted, missing_note(runs))
+    return figure
+
+
+def _at_one_size(runs: pd.DataFrame, *, any_size: bool = False) -> tuple[pd.DataFrame, list[float], str]:
+    """The finished runs of the size and budget with most of them: sparse ones, dense perplexities, and a title."""
+    variant = runs["variant"].fillna("")
+    done = runs.assign(name=runs["method"] + variant.where(variant == "", "_" + variant))[usable(runs)]
+    budget, size = done[["budget", "size"]].value_counts().index[0]
+    cells = done[(done["budget"] == budget) & ((done["size"] == size) | any_size)]
+    dense = cells["method"] == "dense"
+    title = style.budget_title(budget) + ("" if any_size else f", {size}")
+    return cells[~dense], np.exp(cells.loc[dense, "val_loss"].astype(float)).tolist(), title
+
+
+def _perplexity(axes: Axes, title: str, dense: Iterable[float] = ()) -> None:
+    for level in dense:
+        axes.axhline(level, **DENSE, label="_dense")
+    axes.set_yscale("log")
+    axes.margins(y=0.08)
+    axes.autoscale_view()
+    style.log_axis(axes.yaxis, *axes.get_ylim())
+    axes.set_title(title)
+    axes.set_ylabel("perplexity")
+
+
+def _ticks(axes: Axes, x: str, values: Iterable[float]) -> None:
+    """A logarithmic abscissa with a tick at each value; numbers of experts as squares, as the paper writes them."""
+    axes.set_xscale("log")
+    axes.set_xlabel(LABELS[x])
+    if x == "params_total":
+        style.log_axis(axes.xaxis, *axes.get_xlim())
+        return
+    ticks = sorted(set(values))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    labels = [f"${math.isqrt(int(n))}^2$" if x == "n_experts" else f"{n:g}" for n in ticks]
+    width = axes.get_position().width * style.TEXT_WIDTH
+    crowded = len(ticks) > 4 * width  # about a quarter of an inch each
+    axes.set_xticklabels(["" if crowded and i % 2 else text for i, text in enumerate(labels)])
+
+
+def _handle(look: Mapping[str, Any]) -> Line2D:
+    return Line2D([], [], **EDGE, **look)
+
+
+def _unnamed(look: Mapping[str, Any]) -> dict[str, Any]:
+    return {**look, "label": "_paper"}
+
+
+def _said(cells: pd.DataFrame, column: str) -> str:
+    """The setting that is held fixed, by method, as the caption says it."""
+    fixed = [f"{style.label(str(name))} {_all(rows[column])}" for name, rows in cells.groupby("name")]
+    return f"{column.replace('_', ' ').replace('n experts', 'experts')}: {', '.join(fixed)}; "
+
+
+def _all(column: pd.Series) -> str:
+    return " and ".join(f"{value:,.0f}" for value in sorted(column.dropna().unique()))
+
+
+def _bars(cells: pd.DataFrame) -> str:
+    seeds = cells["seed"].nunique()
+    if seeds > 1:
+        return f"bars: 95 % interval of the mean over {seeds} seeds (dots), Student's t"
+    return "bars: ±1 standard error over validation sequences, most of it common to all points; one seed"

@@ -1,0 +1,153 @@
+"""Beyond the paper: the compute-optimal frontier, what a method is worth in dense compute, and loss against time."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from peerscale.laws import fit_isoflop
+from peerscale.laws.isoflop import VertexStatus
+from peerscale.laws.multiplier import compute_multipliers
+from peerscale.runs.study import method_names, usable
+from peerscale.viz import style
+from peerscale.viz.isoflop import missing_note
+
+RESAMPLES = 2000
+
+REACH = 20.0
+"""Beyond this factor on dense's compute a multiplier, a far extrapolation, is drawn at the panel's edge."""
+
+
+def frontier_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """The loss at each method's compute optimum, and the effective-compute multiplier over dense.
+
+    Returns:
+        One row per method and budget with a minimum: name, budget, loss, loss_low, loss_high (nats per token),
+        multiplier, low, high, flagged (its minimum is), extrapolated (beyond dense's budgets). Intervals are 95 %, from
+        a bootstrap of the points about their parabolas. Multipliers are NaN with fewer than two unflagged budgets of
+        dense.
+    """
+    named = runs.assign(name=method_names(runs))[usable(runs)]
+    fits = {
+        str(name): fit_isoflop(rows, budget="budget", x="flops_per_token", loss="val_loss", bootstrap=RESAMPLES)
+        for name, rows in named.groupby("name")
+    }
+    table = []
+    for name in style.ordered(fits):
+        found = compute_multipliers(fits["dense"], fits[name]) if "dense" in fits and name != "dense" else ()
+        by_budget = {multiplier.budget: multiplier for multiplier in found}
+        for vertex in fits[name].vertices:
+            if vertex.is_minimum:
+                loss_low, loss_high = vertex.loss_interval or (np.nan, np.nan)
+                row = {"name": name, "budget": vertex.budget, "loss": vertex.loss, "loss_low": loss_low,
+                       "loss_high": loss_high, "multiplier": np.nan, "low": np.nan, "high": np.nan,
+                       "flagged": vertex.status is not VertexStatus.OK, "extrapolated": False}  # fmt: skip
+                if other := by_budget.get(vertex.budget):
+                    low, high = other.interval or (np.nan, np.nan)
+                    row |= {"multiplier": other.multiplier, "low": low, "high": high}
+                    row["extrapolated"] = other.extrapolated
+                table.append(row)
+    columns = ["name", "budget", "loss", "loss_low", "loss_high", "multiplier", "low", "high", "flagged"]
+    return pd.DataFrame(table, columns=[*columns, "extrapolated"])
+
+
+def points_panel(
+    axes: Axes, table: pd.DataFrame, columns: tuple[str, str, str], hollow: pd.Series, *, colours: Mapping[str, str]
+) -> None:
+    """A line a method over budgets with intervals; methods stand side by side at each budget.
+
+    Args:
+        axes: where to draw.
+        table: from `frontier_table`.
+        columns: middle, low and high.
+        hollow: which rows are flagged.
+        colours: by method name.
+    """
+    names = style.ordered(table["name"])
+    for i, name in enumerate(names):
+        rows = table[table["name"] == name].sort_values("budget")
+        x = np.asarray(rows["budget"], float) * 1.035 ** (i - (len(names) - 1) / 2)
+        y, low, high = (np.asarray(rows[column], float) for column in columns)
+        axes.plot(x, y, color=colours[name], linewidth=0.8, alpha=0.6, label=f"_line {name}")
+        axes.vlines(x, low, high, color=colours[name], linewidth=0.9, label=f"_interval {name}")
+        face = ["white" if flag else colours[name] for flag in hollow[rows.index]]
+        axes.scatter(x, y, s=18, c=face, edgecolors=colours[name], linewidths=0.9, zorder=3, label=name)
+    axes.set_xscale("log")
+    style.flops_axis(axes.xaxis, table["budget"])
+    axes.set_xlabel("training FLOPs")
+
+
+def frontier_figure(table: pd.DataFrame, *, note: str = "") -> Figure:
+    """The loss at the compute optimum, and how many times the FLOPs dense needs for it; from `frontier_table`."""
+    names = style.ordered(table["name"])
+    colours = style.colours(names)
+    compared = table[table["multiplier"].notna()]
+    with style.applied():
+        figure, panels = style.panels(2 if len(compared) else 1)
+        points_panel(panels[0], table, ("loss", "loss_low", "loss_high"), table["flagged"], colours=colours)
+        panels[0].set_ylabel("loss (nats per token)")
+        panels[0].set_title("compute-optimal loss")
+        if len(compared):
+            hollow = compared["flagged"] | compared["extrapolated"]
+            points_panel(panels[1], compared, ("multiplier", "low", "high"), hollow, colours=colours)
+            panels[1].axhline(1, color=colours["dense"], linewidth=0.9, label="_dense")
+            panels[1].set_yscale("log")
+            panels[1].set_ylim(*np.clip(panels[1].get_ylim(), 1 / REACH, REACH))
+            style.log_axis(panels[1].yaxis, *panels[1].get_ylim())
+            panels[1].set_ylabel("times the FLOPs")
+            panels[1].set_title("what dense needs for that loss")
+        style.legend(figure, style.method_handles(names, colours))
+        bars = "bars: 95 %, bootstrap of the points about their parabolas, so seeds as far as they scatter them"
+        marks = "hollow: flagged minimum" + (", or beyond dense's budgets" if len(compared) else "")
+        style.caption(figure, note, bars, f"{marks}; side by side at each budget")
+    return figure
+
+
+def time_figure(runs: pd.DataFrame, *, note: str = "") -> Figure:
+    """Each cell's loss against its budget and against its seconds, with each method's lower envelope."""
+    cells = runs.assign(name=method_names(runs))[usable(runs)]
+    names = style.ordered(cells["name"])
+    colours, markers = style.colours(names), style.markers(cells["budget"])
+    with style.applied():
+        figure, panels = style.panels(2)
+        panels[1].sharey(panels[0])
+        for axes, x in zip(panels, ("budget", "wall_s"), strict=True):
+            for name in names:
+                rows = cells[cells["name"] == name].sort_values(x)
+                for budget, at_budget in rows.groupby("budget"):
+                    axes.plot(
+                        at_budget[x], at_budget["val_loss"], markers[float(str(budget))], color=colours[name],
+                        alpha=0.35, markersize=3.5, markeredgewidth=0, label=f"_cells {name}",
+                    )  # fmt: skip
+                front = envelope(rows, x)
+                axes.plot(front[x], front["val_loss"], color=colours[name], label=name)
+            axes.set_xscale("log")
+        style.flops_axis(panels[0].xaxis, cells["budget"])
+        style.log_axis(panels[1].xaxis, *panels[1].get_xlim())
+        panels[0].set_title("equal compute")
+        panels[1].set_title("equal time")
+        panels[0].set_xlabel("training FLOPs")
+        panels[1].set_xlabel("training time (s)")
+        panels[0].set_ylabel("validation loss (nats per token)")
+        style.legend(figure, style.method_handles(names, colours))
+        lines = (
+            "points: all cells, markers by budget as on the left; lines: each method's lowest loss for at most so much"
+        )
+        told = [
+            f"{what} {_all(cells[column])}" for column, what in (("kernel", "kernel"), ("n_threads", "threads a cell"))
+        ]
+        clock = f"time of the machine that ran the cells, without evaluation: {', '.join(told)}"
+        style.caption(figure, note, lines, clock, missing_note(runs))
+    return figure
+
+
+def _all(column: pd.Series) -> str:
+    return " and ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in column.dropna().unique())
+
+
+def envelope(rows: pd.DataFrame, x: str) -> pd.DataFrame:
+    """The rows, by `x`, whose loss is below that of every row with a smaller `x`."""
+    rows = rows.sort_values([x, "val_loss"])
+    return rows[rows["val_loss"] < rows["val_loss"].cummin().shift(fill_value=np.inf)]

@@ -1,0 +1,23 @@
+"""The numbers that the PEER paper prints, `analysis/published/he2024.csv`."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from peerscale.files import ROOT
+
+HE2024 = ROOT / "analysis" / "published" / "he2024.csv"
+
+WITHOUT_NORM = "peer query_norm=false"
+"""The table's name for PEER without BatchNorm on its queries; `peer` has it."""
+
+
+def read_published(path: Path = HE2024) -> pd.DataFrame:
+    """In long form: item (figure or table), method, x_name, x, metric, value, source."""
+    return pd.read_csv(path)
+
+
+def paper_values(published: pd.DataFrame, item: str, method: str, metric: str) -> dict[float, float]:
+    """Values by x, in ascending order; empty if the paper prints none."""
+    chosen = (published["item"] == item) & (published["method"] == method) & (published["metric"] == metric)
+    return published[chosen].set_index("x")["value"].sort_index().to_dict()

@@ -1,0 +1,100 @@
+"""Which learning rates each method trains best with, and how much a wrong one costs."""
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from peerscale.errors import UserError
+from peerscale.runs.study import usable
+from peerscale.viz import style
+from peerscale.viz.isoflop import missing_note
+
+RATES = ["lr", "table_lr"]
+
+
+def settings_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row a method and setting: name, lr, table_lr (0: none), the losses by size and their mean, best first.
+
+    `lr` is the rate as the study sets it, at the reference width; in `runs` it is that of the cell's width.
+
+    Raises:
+        UserError: no setting was trained at every size.
+    """
+    runs = runs[usable(runs)].copy()
+    variant = runs["variant"].fillna("")
+    runs["name"] = runs["method"] + variant.where(variant == "", "_" + variant)
+    runs["lr"] = runs["cell"].str.extract(r"-lr=([\d.]+(?:e-?\d+)?)", expand=False).astype(float)
+    runs["table_lr"] = runs["table_lr"].fillna(0.0)
+    losses = runs.pivot_table(index=["name", *RATES], columns="size", values="val_loss", aggfunc="mean").dropna()
+    if losses.empty:
+        raise UserError("no setting was trained at every size yet: run the rest of the study first")
+    losses["mean"] = losses.mean(axis=1)
+    return losses.reset_index().sort_values(["name", "mean"])
+
+
+def edges(rows: pd.DataFrame) -> list[str]:
+    """For one method, the rates whose winner is the smallest or largest that was tried."""
+    best = rows.iloc[0]
+    return [
+        f"the best {rate}, {best[rate]:g}, is at the edge of its grid: extend it"
+        for rate in RATES
+        if rows[rate].nunique() > 1 and best[rate] in (rows[rate].min(), rows[rate].max())
+    ]
+
+
+def rates_panel(axes: Axes, settings: pd.DataFrame, *, rate: str, loss: str) -> None:
+    """A line a method: the loss at each value of one rate, the other at its best; stars at the lowest.
+
+    Args:
+        axes: where to draw.
+        settings: from `settings_table`.
+        rate: `lr` or `table_lr`; methods that have none are left out.
+        loss: a size, or `mean`.
+
+    A star at the edge of its grid is hollow.
+    """
+    colours = style.colours(settings["name"])
+    for name in style.ordered(settings["name"]):
+        tried = settings[(settings["name"] == name) & (settings[rate] > 0)].groupby(rate, as_index=False)[loss].min()
+        if len(tried) < 2:
+            continue
+        x, y = (np.asarray(tried[column], float) for column in (rate, loss))
+        axes.plot(x, y, ".-", color=colours[name], markersize=4, linewidth=1, label=name)
+        best = int(y.argmin())
+        hollow = best in (0, len(y) - 1)
+        axes.plot(
+            x[[best]], y[[best]], "*", markersize=9, color=colours[name], zorder=5, label=f"_best {name}",
+            markerfacecolor="white" if hollow else colours[name],
+            markeredgecolor=colours[name] if hollow else "white", markeredgewidth=0.9 if hollow else 0.6,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    style.rate_axis(axes.xaxis)
+
+
+def rates_figure(runs: pd.DataFrame, *, note: str = "") -> Figure:
+    """A panel per size over the common rate, and one over the tables' own, of the mean over the sizes."""
+    settings = settings_table(runs)
+    sizes = sorted((c for c in settings.columns if c not in ("name", *RATES, "mean")), key=lambda s: (len(s), s))
+    panels_of = [("lr", size, size) for size in sizes]
+    if settings["table_lr"].nunique() > 2:
+        panels_of.append(("table_lr", "mean", f"mean of {' and '.join(sizes)}"))
+    with style.applied():
+        figure, panels = style.panels(len(panels_of))
+        for axes, (rate, loss, title) in zip(panels, panels_of, strict=True):
+            rates_panel(axes, settings, rate=rate, loss=loss)
+            axes.set_title(title)
+            axes.set_xlabel("learning rate, as set" if rate == "lr" else "rate of the expert tables")
+        panels[0].set_ylabel("loss (nats per token)")
+        names = style.ordered(settings["name"])
+        style.legend(figure, style.method_handles(names, style.colours(names)))
+        budgets = ", ".join(style.budget_title(budget) for budget in sorted(runs["budget"].unique()))
+        seeds = runs["seed"].nunique()
+        other = "the other rate at its best" if len(panels_of) > len(sizes) else ""
+        stars = "stars: lowest, hollow at the edge of the grid"
+        counts = settings["name"].value_counts()
+        tried = f"settings tried: {', '.join(f'{style.label(name)} {counts[name]}' for name in names)}"
+        tried += "; rates as set, before the rule for the width"
+        about = "; ".join(filter(None, (f"{budgets}; {seeds} seed{'s' * (seeds > 1)}", other, stars)))
+        style.caption(figure, note, about, tried, missing_note(runs))
+    return figure

@@ -1,0 +1,208 @@
+"""Tables 1 and 2 of the paper, and rankings under other FLOP conventions, from the table of runs."""
+
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from peerscale.laws.isoflop import VertexStatus
+from peerscale.laws.multiplier import compute_to_reach
+from peerscale.runs.study import method_names, usable
+from peerscale.viz.ablations import over_seeds, with_norm
+from peerscale.viz.published import WITHOUT_NORM, paper_values
+from peerscale.viz.style import label, ordered
+
+Fits = Mapping[str, Mapping[str, Any]]
+
+ROUTER = ("flops_router", "flops_query", "flops_sub_keys")
+"""Components that choose experts."""
+
+
+def optima(runs: pd.DataFrame, fits: Fits) -> list[tuple[str, float, Mapping[str, Any], pd.DataFrame]]:
+    """Name, budget, fitted minimum over FLOPs per token and finished rows, wherever there is a minimum; by budget."""
+    named = runs.assign(name=method_names(runs))[usable(runs)]
+    found = []
+    for budget, at_budget in named.groupby("budget"):
+        for name in ordered(at_budget["name"]):
+            vertices = fits[name]["vertices"] if name in fits else ()
+            for vertex in vertices:
+                if vertex["budget"] == budget and vertex["x"] is not None:
+                    found.append((name, float(str(budget)), vertex, at_budget[at_budget["name"] == name]))
+    return found
+
+
+def perplexities(runs: pd.DataFrame, fits: Fits) -> pd.DataFrame:
+    """Table 1: perplexity on each evaluation set at the compute optimum.
+
+    The optimum is the validation loss's minimum over FLOPs per token. Each set's loss there is that of a parabola
+    through the method's sizes, as the validation loss's is.
+
+    Returns:
+        budget, name, a column per set, gap (nats per token to dense on the validation set), flagged.
+    """
+    val_set = str(runs["val_set"].iloc[0])
+    rows = []
+    for name, budget, vertex, cells in optima(runs, fits):
+        sets = {}
+        for column in (c for c in runs.columns if c.startswith("ppl_")):
+            known = cells[cells[column].notna()]
+            if known["flops_per_token"].nunique() >= 3:
+                z = np.log10(known["flops_per_token"] / vertex["x"])
+                sets[column.removeprefix("ppl_")] = float(np.exp(np.polyfit(z, np.log(known[column]), 2)[-1]))
+        rows.append({"budget": budget, "name": name, **sets, "flagged": vertex["status"] != VertexStatus.OK})
+    return with_gap(pd.DataFrame(rows), val_set) if rows else pd.DataFrame(columns=["budget", "name", "gap", "flagged"])
+
+
+def paper_perplexities(published: pd.DataFrame) -> pd.DataFrame:
+    """The paper's table 1 in the same form; its gap is on C4."""
+    wide = published[published["item"] == "table 1"].pivot(index=["x", "method"], columns="metric", values="value")
+    wide.columns = [column.removeprefix("ppl_") for column in wide.columns]
+    wide = wide.reset_index().rename(columns={"x": "budget", "method": "name"})
+    order = {name: i for i, name in enumerate(ordered(wide["name"]))}
+    return with_gap(wide.sort_values(["budget", "name"], key=lambda c: c.map(order).fillna(c)), "c4")
+
+
+def with_gap(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """The table with each row's distance to dense at its budget, nats per token, by the perplexity in `column`."""
+    dense = table[table["name"] == "dense"].set_index("budget")[column]
+    return table.assign(gap=np.log(table[column]) - np.log(table["budget"].map(dense)))
+
+
+def experts_by_norm(runs: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
+    """Table 2: perplexity, use of experts and unevenness by number of experts, without and with query BatchNorm.
+
+    Returns:
+        source (ours, paper), n_experts, norm, seeds, ppl, expert_usage, unevenness; in the rows with BatchNorm also
+        worth, what it takes off the loss in nats, and half its 95 % interval over seeds. Ours are means over seeds, of
+        the logarithm for the perplexity.
+    """
+    cells = runs[usable(runs) & (runs["method"] == "peer")]
+    cells = cells.assign(norm=with_norm(cells))
+    by = ["n_experts", "norm"]
+    ours = over_seeds(cells, by).rename(columns={"mean": "loss"})[[*by, "seeds", "loss"]]
+    for metric in ("expert_usage", "unevenness"):
+        ours[metric] = over_seeds(cells, by, metric)["mean"]
+    ours = ours.assign(ppl=np.exp(ours.pop("loss")), source="ours")
+    losses = cells.pivot_table(index=["n_experts", "seed"], columns="norm", values="val_loss")
+    if {True, False} <= set(losses.columns):
+        worth = (losses[False] - losses[True]).dropna().reset_index(name="val_loss").assign(val_loss_se=np.nan)
+        worth = over_seeds(worth, ["n_experts"]).assign(norm=True).rename(columns={"mean": "worth"})
+        worth["half"] = (worth["high"] - worth["worth"]).where(worth["seeds"] > 1)
+        ours = ours.merge(worth[[*by, "worth", "half"]], how="left", on=by)
+    rows = []
+    for norm, method in ((False, WITHOUT_NORM), (True, "peer")):
+        values = {m: paper_values(published, "table 2", method, m) for m in ("ppl_c4", "expert_usage", "unevenness")}
+        for n, ppl in values.pop("ppl_c4").items():
+            row = {"n_experts": n, "norm": norm, "ppl": ppl, "source": "paper"}
+            row |= {metric: by_n[n] for metric, by_n in values.items()}
+            without = paper_values(published, "table 2", WITHOUT_NORM, "ppl_c4")[n]
+            rows.append(row | ({"worth": float(np.log(without / ppl))} if norm else {}))
+    return pd.concat([ours, pd.DataFrame(rows)], ignore_index=True)
+
+
+def conventions(runs: pd.DataFrame) -> dict[str, pd.Series]:
+    """Training FLOPs per token of every row under other conventions, from the table's columns.
+
+    `as counted` is the study's own. 6N counts 6 for each parameter and leaves out attention scores; the embedding,
+    tied to the output head, is counted once. A causal kernel does half of the attention scores and values. Without
+    router leaves out what chooses the experts.
+    """
+    counted = runs["flops_per_token"].astype(float)
+    return {
+        "as counted": counted,
+        "6 x active parameters": 6.0 * runs["params_active"],
+        "6 x total parameters": 6.0 * runs["params_total"],
+        "causal attention": counted - (runs["flops_attention_scores"] + runs["flops_attention_values"]) / 2,
+        "without router": counted - runs[[column for column in ROUTER if column in runs]].sum(axis=1),
+    }
+
+
+def multipliers_by_convention(runs: pd.DataFrame, fits: Fits) -> pd.DataFrame:
+    """How many times a method's compute dense needs for its loss, with compute counted by each convention.
+
+    Losses and sizes at the optimum are those of the study's own budgets; only what they cost is counted anew, by the
+    convention's share at the optimal FLOPs per token (log-linear between the trained sizes). A ranking at equal
+    compute is the ranking of these multipliers.
+
+    Returns:
+        budget, name, flagged and a column per convention; NaN with fewer than two unflagged budgets of dense.
+    """
+    done = runs[usable(runs)]
+    found = optima(runs, fits)
+    rows = [(budget, name, vertex["status"] != VertexStatus.OK) for name, budget, vertex, _ in found]
+    table = pd.DataFrame(rows, columns=["budget", "name", "flagged"])
+    losses = np.array([vertex["loss"] for _, _, vertex, _ in found])
+    frontier = [i for i, (_, name, flagged) in enumerate(rows) if name == "dense" and not flagged]
+    for convention, flops in conventions(done).items():
+        shares = flops / done["flops_per_token"]
+        spent = [budget * _share(vertex["x"], cells, shares) for _, budget, vertex, cells in found]
+        needed = [np.nan] * len(found)
+        if len(frontier) >= 2:
+            dense = np.array(spent)[frontier], losses[frontier]
+            needed = [compute_to_reach(*dense, float(loss)) for loss in losses]
+        table[convention] = [whole / own for whole, own in zip(needed, spent, strict=True)]
+    return table
+
+
+def _share(x: float, cells: pd.DataFrame, shares: pd.Series) -> float:
+    known = shares[cells.index].groupby(cells["flops_per_token"]).mean()
+    sizes, there = known.index.to_numpy(float), known.to_numpy(float)
+    return float(np.exp(np.interp(np.log(x), np.log(sizes), np.log(there))))
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """Lines of a table."""
+    head = list(header)
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def perplexity_lines(table: pd.DataFrame) -> list[str]:
+    """Table 1, ours or the paper's, in Markdown."""
+    sets = [column for column in table.columns if column not in ("budget", "name", "gap", "flagged")]
+    rows = [
+        [*_who(row), *(number(row[name]) for name in sets), number(row["gap"], "{:+.3f}")]
+        for row in table.to_dict("records")
+    ]
+    return markdown(["budget", "method", *sets, "nats to dense"], rows)
+
+
+def norm_lines(table: pd.DataFrame) -> list[str]:
+    """Table 2 in Markdown: a row per number of experts; pairs read without / with BatchNorm."""
+    metrics = {"ppl": "{:.2f}", "expert_usage": "{:.1%}", "unevenness": "{:.2f}"}
+    names = ("perplexity", "worth", "usage", "unevenness")
+    rows = []
+    for n, at_n in table.groupby("n_experts"):
+        row = [f"{n:,.0f}"]
+        for source in ("ours", "paper"):
+            pair = at_n[at_n["source"] == source].set_index("norm").reindex([False, True])
+            ppl, usage, unevenness = (
+                " / ".join(number(value, form) for value in pair[metric]) if pair[metric].notna().any() else "—"
+                for metric, form in metrics.items()
+            )
+            worth, half = (pair[column].iloc[1] if column in pair else np.nan for column in ("worth", "half"))
+            row += [ppl, number(worth, "{:+.4f}") + ("" if pd.isna(half) else f" ± {half:.4f}"), usage, unevenness]
+        rows.append(row)
+    return markdown(["experts", *names, *(f"paper: {name}" for name in names)], rows)
+
+
+def convention_lines(table: pd.DataFrame) -> list[str]:
+    """Multipliers with the rank at their budget in Markdown."""
+    names = [column for column in table.columns if column not in ("budget", "name", "flagged")]
+    ranks = table.groupby("budget")[names].rank(ascending=False, method="min")
+    rows = [
+        [*_who(row), *(f"{row[name]:.3f} ({rank[name]:.0f})" if row[name] > 0 else "—" for name in names)]
+        for row, rank in zip(table.to_dict("records"), ranks.to_dict("records"), strict=True)
+    ]
+    return markdown(["budget", "method", *names], rows)
+
+
+def _who(row: Mapping[Hashable, Any]) -> list[str]:
+    """Budget and method; a dagger where the minimum is flagged."""
+    budget = f"{row['budget']:.3g}".replace("e+", "e")
+    return [budget, label(row["name"]) + " †" * bool(row.get("flagged", False))]
+
+
+def number(value: float, form: str = "{:.2f}") -> str:
+    """A dash where there is none."""
+    return "—" if pd.isna(value) else form.format(value).replace("-", "−")
