@@ -4,6 +4,7 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from peerscale.accounting import cost
-from peerscale.config import Config, load
+from peerscale.config import Config, WideDenseConfig, load
 from peerscale.files import ROOT
 from peerscale.model import build_model
+from peerscale.model.fine_grained_moe import FineGrainedMoe
 from peerscale.model.moe import TokenChoiceMoe
 from peerscale.model.transformer import Transformer
 
@@ -34,6 +36,9 @@ VARIANTS = {
     "moe": ["moe", "ffn.n_experts=8", "ffn.capacity_factor=2"],
     "half capacity": ["moe", "ffn.n_experts=4", "ffn.capacity_factor=0.5"],
     "token choice": ["moe_token_choice", "ffn.n_experts=5", "ffn.top_k=3"],
+    "fine-grained": ["fine_grained_moe", "ffn.n_experts=7", "ffn.top_k=2", "ffn.n_shared=3", "ffn.granularity=6"],
+    "wide as moe": ["wide_dense", "~ffn.params_of", "+ffn.params_of={method:moe,n_experts:5}"],
+    "wide as pkm": ["wide_dense", "ffn.params_of.method=pkm", "++ffn.params_of.d_key=30"],
 }
 
 CASES = [
@@ -48,6 +53,7 @@ GROUPS = {
     "ffn": r"blocks\.\d+\.ffn\.(down|up)\.weight",
     "router": r"blocks\.\d+\.ffn\.router\.weight",
     "experts": r"blocks\.\d+\.ffn\.(experts\.(down|up)|w_down|w_up|values)",
+    "shared_experts": r"blocks\.\d+\.ffn\.shared\.(down|up)\.weight",
     "query": r"blocks\.\d+\.ffn\.query\.(weight|bias)",
     "query_norm": r"blocks\.\d+\.ffn\.query_norm\.(weight|bias)",
     "sub_keys": r"blocks\.\d+\.ffn\.sub_keys",
@@ -91,7 +97,7 @@ class LoopedTokenChoice(nn.Module):
             rows = (chosen == e).any(-1).nonzero().squeeze(-1)
             hidden = torch.nn.functional.gelu(flat[rows] @ self.layer.experts.down[e])
             y = y.index_add(0, rows, probability[rows, e, None] * (hidden @ self.layer.experts.up[e]))
-        return y.view_as(x)
+        return y.view_as(x) + (self.layer.shared(x) if isinstance(self.layer, FineGrainedMoe) else 0)
 
 
 def forward_flops(model: Transformer, config: Config) -> FlopCounterMode:
@@ -135,14 +141,15 @@ def test_flops_are_what_torch_counts(overrides: list[str]) -> None:
     assert 3 * counted["attention_scores + attention_values"] == attention * tokens
     for component in ("qkv", "attention_out", "logits"):
         assert 3 * counted[component] == priced.flops[component] * tokens
-    if config.ffn.method != "dense":
+    if config.ffn.method not in ("dense", "wide_dense"):
         assert 3 * counted["ffn"] == priced.flops["ffn"] * tokens
 
 
 def test_the_loop_over_experts_is_token_choice() -> None:
     torch.manual_seed(0)
-    layer, x = TokenChoiceMoe(6, 24, 5, 2), torch.randn(3, 7, 6)
-    torch.testing.assert_close(LoopedTokenChoice(layer)(x), layer(x))
+    for layer in (TokenChoiceMoe(6, 24, 5, 2), FineGrainedMoe(6, 4, 9, 3, n_shared=2)):
+        x = torch.randn(3, 7, 6)
+        torch.testing.assert_close(LoopedTokenChoice(layer)(x), layer(x))
 
 
 @pytest.mark.parametrize("ffn", ["dense", "moe", "pkm", "peer"])
@@ -187,9 +194,10 @@ def test_active_parameters_are_those_that_one_token_trains(ffn: str) -> None:
     assert cost(config).params_active == sum(p.numel() for p in model.parameters()) - untouched
 
 
+@pytest.mark.parametrize("ffn", ["moe_token_choice", "fine_grained_moe"])
 @pytest.mark.parametrize("top_k", [1, 3])
-def test_active_parameters_of_token_choice(top_k: int) -> None:
-    config = load(["ffn=moe_token_choice", *SHAPES["all"], f"ffn.top_k={top_k}", "ffn.n_experts=6"])
+def test_active_parameters_of_token_choice(ffn: str, top_k: int) -> None:
+    config = load([f"ffn={ffn}", *SHAPES["all"], f"ffn.top_k={top_k}", "ffn.n_experts=6"])
     model = build_model(config)
     model(torch.zeros(1, 1, dtype=torch.long)).square().sum().backward()
     untouched = 0
@@ -207,6 +215,30 @@ def test_active_parameters_of_expert_choice_are_those_of_the_mean_token() -> Non
     twice = cost(load(["ffn=moe", "ffn.capacity_factor=2"]))
     assert twice.params_active == dense.params_total + router + 2 * 32 * 128
     assert dense.params_active == dense.params_total
+
+
+def test_fine_grained_experts_are_the_coarse_mixture_cut_up() -> None:
+    # 16 dense layers in all and the parameters and FLOPs of one a token, but for the wider router.
+    dense, coarse, fine = (cost(load([f"ffn={name}"])) for name in ("dense", "moe", "fine_grained_moe"))
+    router = 32 * 63
+    assert fine.params_total - router == coarse.params_total - 32 * 16
+    assert fine.params_active - router == dense.params_active
+    assert fine.flops_per_token - 3 * 2 * router == dense.flops_per_token
+
+
+@pytest.mark.parametrize("size", ["d8", "d20", "d64", "d256"])
+@pytest.mark.parametrize("other", ["moe", "moe_token_choice", "fine_grained_moe", "pkm", "peer"])
+def test_wide_dense_has_the_parameters_of_the_other_layer_all_of_them_active(other: str, size: str) -> None:
+    config = load([f"ffn={other}", f"size={size}"])
+    wide = replace(config, ffn=WideDenseConfig(params_of=config.ffn))
+    priced = cost(wide)
+    assert abs(priced.params_total - cost(config).params_total) <= config.size.d_model
+    assert priced.params_active == priced.params_total
+
+
+def test_wide_dense_is_by_default_as_large_as_peer() -> None:
+    wide = load(["ffn=wide_dense"]).ffn
+    assert isinstance(wide, WideDenseConfig) and wide.params_of == load(["ffn=peer"]).ffn
 
 
 def test_no_more_experts_are_active_than_there_are() -> None:

@@ -3,7 +3,7 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import FrozenInstanceError, fields, is_dataclass
+from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from peerscale.config import (
     Config,
     ConfigError,
     DenseConfig,
+    FineGrainedMoeConfig,
     MoeConfig,
     OptimConfig,
     PeerConfig,
@@ -21,6 +22,7 @@ from peerscale.config import (
     SizeConfig,
     TrackingConfig,
     TrainerConfig,
+    WideDenseConfig,
     compose,
     load,
     load_sweep,
@@ -77,6 +79,15 @@ MESSAGES = [
         "ffn=moe_token_choice ++ffn.z_loss_weight=-1",
         "ffn.z_loss_weight: input should be greater than or equal to 0, not -1",
     ),
+    ("ffn=fine_grained_moe ffn.top_k=64", "ffn: top_k 64 is more than n_experts 63"),
+    ("ffn=fine_grained_moe ffn.granularity=3", "ffn.granularity 3 does not divide d_ff 128"),
+    ("ffn=fine_grained_moe ffn.n_shared=0", f"ffn.n_shared: {NOT_POSITIVE} 0"),
+    (
+        "ffn=wide_dense ffn.params_of.n_experts=5",
+        "ffn.params_of: n_experts 5 is not a square (product keys); nearest: 4, 9",
+    ),
+    ("ffn=wide_dense ffn.params_of.top_k=0", f"ffn.params_of.top_k: {NOT_POSITIVE} 0"),
+    ("ffn=wide_dense ~ffn.params_of", "ffn.params_of: missing"),
     ("data.source=web", "data.source: input should be 'gutenberg', 'text' or 'c4', not 'web'"),
     ("data.vocab_size=256", "data.vocab_size: input should be greater than or equal to 257, not 256"),
     ("data.vocab_size=65537", "data.vocab_size: input should be less than or equal to 65536, not 65537"),
@@ -122,6 +133,7 @@ def test_what_cannot_be_run_is_refused_in_one_line(overrides: str, message: str)
     "overrides",
     [
         *("foo=3", "size.foo=3", "ffn.foo=x", "optim.lrr=3", "data.tokens=3", "+trainer.gpus=1", "+tracking.name=me"),
+        *("ffn=wide_dense +ffn.params_of.score_=3", "ffn=wide_dense ffn.d_ff=99"),
         *("+foo=3", "ffn=peer +ffn.routing=token_choice", "ffn=dense ffn.n_experts=4"),
     ],
 )
@@ -233,6 +245,17 @@ def test_conf_is_what_the_paper_says_at_this_scale() -> None:
     assert load([]).replaced == "middle"
 
 
+def test_the_further_baselines_differ_from_their_models_in_what_they_are_for() -> None:
+    pkm, equal, peer = (load([f"ffn={name}"]).ffn for name in ("pkm", "pkm_equal_top_k", "peer"))
+    assert isinstance(equal, PkmConfig) and isinstance(pkm, PkmConfig) and isinstance(peer, PeerConfig)
+    assert equal == replace(pkm, variant="equal_top_k", top_k=peer.top_k)
+    fine = load(["ffn=fine_grained_moe"]).ffn
+    assert fine == FineGrainedMoeConfig()
+    # As many active hidden units as dense, as many in total as the coarse mixture's 16 dense layers.
+    assert fine.top_k + fine.n_shared == fine.granularity
+    assert fine.n_experts + fine.n_shared == 16 * fine.granularity
+
+
 def all_keys(node: Any, prefix: str = "") -> list[str]:
     keys = []
     for field in fields(node):
@@ -264,6 +287,8 @@ def test_every_key_but_the_layers_can_be_overridden_plainly(ffn: str) -> None:
         ("pkm", "query_norm=false", False),
         ("moe_token_choice", "load_balance_weight=0.1", 0.1),
         ("moe_token_choice", "z_loss_weight=0.1", 0.1),
+        ("fine_grained_moe", "granularity=8", 8),
+        ("fine_grained_moe", "n_shared=2", 2),
     ],
 )
 def test_every_key_of_a_layer_can_be_overridden_plainly(ffn: str, override: str, value: Any) -> None:
@@ -290,9 +315,11 @@ def test_is_frozen_and_takes_keywords_alone() -> None:
 
 
 def test_a_layer_is_chosen_by_its_tag() -> None:
-    kinds = {name: type(load([f"ffn={name}"]).ffn) for name in ("dense", "moe", "moe_token_choice", "pkm", "peer")}
-    assert kinds == {
+    assert {name: type(load([f"ffn={name}"]).ffn) for name in FFNS} == {
         "dense": DenseConfig,
+        "wide_dense": WideDenseConfig,
+        "fine_grained_moe": FineGrainedMoeConfig,
+        "pkm_equal_top_k": PkmConfig,
         "moe": MoeConfig,
         "moe_token_choice": MoeConfig,
         "pkm": PkmConfig,
@@ -339,11 +366,11 @@ def test_a_sizes_name_says_what_is_unusual(size: dict[str, int], name: str) -> N
 STUDY = {"methods": ["dense"], "grid": [{"budget": 1e12, "sizes": ["d8"]}]}
 
 SWEEP_MESSAGES = [
-    ({"methods": []}, "methods: list should have at least 1 item after validation, not 0, not []"),
-    ({"grid": []}, "grid: list should have at least 1 item after validation, not 0, not []"),
+    ({"methods": []}, "methods: list should have at least 1 item, not []"),
+    ({"grid": []}, "grid: list should have at least 1 item, not []"),
     ({"grid": [{"budget": 0, "sizes": ["d8"]}]}, f"grid.0.budget: {NOT_POSITIVE} 0"),
     ({"grid": [{"budget": 1e12}]}, "grid.0.sizes: missing"),
-    ({"seeds": []}, "seeds: list should have at least 1 item after validation, not 0, not []"),
+    ({"seeds": []}, "seeds: list should have at least 1 item, not []"),
     ({"min_sizes": 0}, f"min_sizes: {NOT_POSITIVE} 0"),
 ]
 
@@ -357,7 +384,7 @@ def test_a_wrong_study_is_refused_in_one_line(change: dict[str, Any], message: s
 
 @pytest.mark.parametrize(
     ("change", "key"),
-    [({"axis": {}}, "axis"), ({"grid": [{"budget": 1e12, "sizes": ["d8"], "seeds": [1]}]}, "grid.0.seeds")],
+    [({"axis": {}}, "axis"), ({"grid": [{"budget": 1e12, "sizes": ["d8"], "seed": [1]}]}, "grid.0.seed")],
 )
 def test_an_unknown_key_of_a_study_is_refused_by_name(change: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError, match=f"^unknown key {re.escape(key)}; "):

@@ -6,10 +6,19 @@ component stands on its own, so that another convention is arithmetic on the tab
 counts the same products; 6N leaves out attention scores).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import assert_never
 
-from peerscale.config import Config, DenseConfig, MoeConfig, PeerConfig, PkmConfig, RetrievalConfig
+from peerscale.config import (
+    Config,
+    DenseConfig,
+    FineGrainedMoeConfig,
+    MoeConfig,
+    PeerConfig,
+    PkmConfig,
+    RetrievalConfig,
+    WideDenseConfig,
+)
 
 CONVENTION = "per-operation, full attention, backward 2x"
 
@@ -98,6 +107,9 @@ def ffn_cost(config: Config) -> LayerCost:
     match ffn:
         case DenseConfig():
             return LayerCost(params={"ffn": dense}, inactive=0, forward_flops={"ffn": 2 * dense})
+        case WideDenseConfig():
+            wide = 2 * d * wide_d_ff(config, ffn)
+            return LayerCost(params={"ffn": wide}, inactive=0, forward_flops={"ffn": 2 * wide})
         case MoeConfig():
             active = _active_experts(ffn, config.batch_sequences)
             return LayerCost(
@@ -105,12 +117,29 @@ def ffn_cost(config: Config) -> LayerCost:
                 inactive=round((ffn.n_experts - active) * dense),
                 forward_flops={"router": 2 * d * ffn.n_experts, "experts": round(2 * active * dense)},
             )
+        case FineGrainedMoeConfig():
+            router, expert = d * ffn.n_experts, 2 * d * ffn.d_expert(config.size.d_ff)
+            return LayerCost(
+                params={"router": router, "experts": ffn.n_experts * expert, "shared_experts": ffn.n_shared * expert},
+                inactive=(ffn.n_experts - ffn.top_k) * expert,
+                forward_flops={
+                    "router": 2 * router,
+                    "experts": 2 * ffn.top_k * expert,
+                    "shared_experts": 2 * ffn.n_shared * expert,
+                },
+            )
         case PkmConfig():
             return _retrieval_cost(ffn, d, rows_per_expert=1)
         case PeerConfig():
             return _retrieval_cost(ffn, d, rows_per_expert=2)
         case _:
             assert_never(ffn)
+
+
+def wide_d_ff(config: Config, ffn: WideDenseConfig) -> int:
+    """Hidden width of the dense layer of equal parameters, the nearest: off by less than d_model of them."""
+    params = sum(ffn_cost(replace(config, ffn=ffn.params_of)).params.values())
+    return round(params / (2 * config.size.d_model))
 
 
 def expert_choice_capacity(batch_sequences: int, capacity_factor: float, n_experts: int) -> int | None:

@@ -24,6 +24,8 @@ def _no_bool(value: Any) -> Any:
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 Whole = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
+Seed = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, lt=2**32)]
+"""What numpy takes for one."""
 Positive = Annotated[int, BeforeValidator(_no_bool), Field(gt=0)]
 Rate = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -100,6 +102,31 @@ class MoeConfig(FfnConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class FineGrainedMoeConfig(FfnConfig):
+    """Token-choice mixture of narrow experts and shared ones (DeepSeekMoE, Dai et al. 2024)."""
+
+    method: Literal["fine_grained_moe"] = "fine_grained_moe"
+    n_experts: Positive = 63
+    """Routed experts; with one shared, 16 dense layers in all, as the coarse mixture and the paper's section 4.1.3."""
+    n_shared: Positive = 1
+    """Experts that every token uses."""
+    top_k: Positive = 3
+    """Routed experts per token. The paper takes 7; 3 and the shared one have the active parameters of dense."""
+    granularity: Positive = 4
+    """m: an expert has d_ff / m hidden units."""
+    load_balance_weight: Annotated[float, Field(ge=0)] = 1e-2
+    """alpha_1 of the expert-level balance loss (equation 12; 0.01 in section 4.1.3)."""
+
+    def __post_init__(self) -> None:
+        if self.top_k > self.n_experts:
+            raise ValueError(f"top_k {self.top_k} is more than n_experts {self.n_experts}")
+
+    def d_expert(self, d_ff: int) -> int:
+        """Hidden width of one expert."""
+        return d_ff // self.granularity
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class RetrievalConfig(FfnConfig):
     """What PKM and PEER share: queries and the product keys that they are compared with."""
 
@@ -155,6 +182,19 @@ class PeerConfig(RetrievalConfig):
     """Over the retrieved experts of each head (paper, equation 2 and algorithm 1)."""
 
 
+Sparse = MoeConfig | FineGrainedMoeConfig | PkmConfig | PeerConfig
+"""Layers of which a token uses a part."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class WideDenseConfig(FfnConfig):
+    """A dense layer with all the parameters of a sparse one in use: the bound of Dai et al. (2024, section 4)."""
+
+    method: Literal["wide_dense"] = "wide_dense"
+    params_of: Annotated[Sparse, Field(discriminator="method")]
+    """The sparse layer, with its settings."""
+
+
 def _blocks(value: Any) -> Any:
     """Checked as one, since a union would report each of its members."""
     blocks = isinstance(value, list) and value and all(type(i) is int and i >= 1 for i in value)
@@ -163,7 +203,7 @@ def _blocks(value: Any) -> Any:
     return value
 
 
-Ffn = Annotated[DenseConfig | MoeConfig | PkmConfig | PeerConfig, Field(discriminator="method")]
+Ffn = Annotated[DenseConfig | WideDenseConfig | Sparse, Field(discriminator="method")]
 """The slot under study. A new layer is one dataclass more here, and one `case` in `build_ffn` and in `ffn_cost`."""
 
 
@@ -226,11 +266,14 @@ class TrainerConfig:
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     threads: Positive = 1
     """CPU threads of one cell; parallel sweeps run fastest with one."""
-    kernel: Literal["auto", "fused", "native", "reference"] = "auto"
+    kernel: Literal["auto", "fused", "triton", "native", "reference"] = "auto"
     """Which implementation of the single-neuron-expert operator."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; `auto` compiles where the plan expects the run to be long enough to pay for it."""
     checkpoint_every_s: Rate = 60.0
+    """Seconds between two checkpoints; more where saving one takes over 2 % of them."""
+    checkpoint_every_steps: Positive | None = None
+    """Steps between two, besides; null: time alone decides."""
     log_every_steps: Positive = 20
     keep_checkpoint: bool = False
     """Keep the last checkpoint of a finished cell."""
@@ -262,7 +305,7 @@ class Config:
     tracking: TrackingConfig
     budget: Rate
     """Training FLOPs, by the convention of `accounting`."""
-    seed: Whole = 0
+    seed: Seed = 0
     replaced: Annotated[Literal["middle", "all"] | list[Positive], BeforeValidator(_blocks)] = "middle"
     """Blocks whose feed-forward layer is `ffn`, counted from 1; `middle` is block n_layers // 2 (paper: 6 of 12)."""
     batch_sequences: Positive = 16
@@ -275,6 +318,9 @@ class Config:
     def __post_init__(self) -> None:
         if isinstance(self.replaced, list) and max(self.replaced) > self.size.n_layers:
             raise ValueError(f"replaced {self.replaced} names a block outside 1..{self.size.n_layers}")
+        layer = self.ffn.params_of if isinstance(self.ffn, WideDenseConfig) else self.ffn
+        if isinstance(layer, FineGrainedMoeConfig) and self.size.d_ff % layer.granularity:
+            raise ValueError(f"ffn.granularity {layer.granularity} does not divide d_ff {self.size.d_ff}")
 
     @property
     def replaced_blocks(self) -> tuple[int, ...]:
@@ -301,6 +347,8 @@ class GridRow:
 
     budget: Rate
     sizes: list[str] = Field(min_length=1)
+    seeds: Annotated[list[Seed], Field(min_length=1)] | None = None
+    """In place of the study's, such as further seeds of one size."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -310,7 +358,7 @@ class SweepConfig:
     methods: list[str] = Field(min_length=1)
     """Names of files in conf/ffn."""
     grid: list[GridRow] = Field(min_length=1)
-    seeds: list[Whole] = Field(default_factory=lambda: [0], min_length=1)
+    seeds: list[Seed] = Field(default_factory=lambda: [0], min_length=1)
     axes: dict[str, Values] = Field(default_factory=dict)
     """Any further config keys and the values that each takes."""
     method_axes: dict[str, dict[str, Values]] = Field(default_factory=dict)
@@ -385,8 +433,31 @@ def sweep_file(sweep: str | Path) -> Path:
     return path.resolve()
 
 
-def compose(overrides: Sequence[str] = (), *, sweep: str | Path | None = None) -> dict[str, Any]:
-    """The composed configuration as plain nested values, before it is checked against the dataclasses."""
+def check_hydra(sweep: Path) -> None:
+    """Refuse a study whose `hydra` section names what Hydra would call: a study is data, and runs no code of its own.
+
+    Raises:
+        ConfigError: the section sets callbacks, logging, environment variables, or a launcher or sweeper of its own.
+    """
+    ours, its = compose(hydra=True), compose(sweep=sweep, hydra=True)
+    for key in ("callbacks", "job_logging", "hydra_logging"):
+        if its.get(key) != ours.get(key):
+            raise ConfigError(f"{sweep.name}: hydra.{key} is not for a study to set, since it could run code")
+    if its["job"].get("env_set"):
+        raise ConfigError(f"{sweep.name}: hydra.job.env_set is not for a study to set, since it could run code")
+    for key in ("launcher", "sweeper"):
+        target = its.get(key, {}).get("_target_", "")
+        if not target.startswith(("hydra_plugins.", "hydra._internal.core_plugins.")):
+            raise ConfigError(
+                f"{sweep.name}: hydra.{key} {target!r} is no plugin; choose one: override hydra/{key}: NAME"
+            )
+
+
+def compose(overrides: Sequence[str] = (), *, sweep: str | Path | None = None, hydra: bool = False) -> dict[str, Any]:
+    """The composed configuration as plain nested values, before it is checked against the dataclasses.
+
+    With `hydra` it is Hydra's own section in place of ours, unresolved.
+    """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -394,6 +465,7 @@ def compose(overrides: Sequence[str] = (), *, sweep: str | Path | None = None) -
     from hydra.initialize import get_gh_backup, restore_gh_from_backup
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     conf = ROOT / "conf"
     file = sweep_file(sweep) if sweep is not None else conf / "config.yaml"
@@ -402,9 +474,11 @@ def compose(overrides: Sequence[str] = (), *, sweep: str | Path | None = None) -
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(file.parent), version_base="1.3"):
-            composed = hydra_compose(file.stem, overrides=[*search, *overrides])
-        tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: size=null and the like
+            composed = hydra_compose(file.stem, overrides=[*search, *overrides], return_hydra_config=hydra)
+        tree = OmegaConf.to_container(
+            composed.hydra if hydra else composed, resolve=not hydra, throw_on_missing=not hydra
+        )
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:  # ValueError: size=null and such
         raise ConfigError(first_line(error, Config)) from None
     finally:
         restore_gh_from_backup(running)

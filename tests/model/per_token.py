@@ -116,6 +116,18 @@ def token_choice(layer: nn.Module, x_TD: Tensor) -> Tensor:
     return torch.stack(y)
 
 
+def fine_grained(layer: nn.Module, x_TD: Tensor, n_shared: int) -> Tensor:
+    """Dai et al. 2024, equations 9 to 11 without the residual: shared experts one by one, then the best routed ones."""
+    width = layer.experts.down.shape[-1]
+    y = []
+    for x, routed in zip(x_TD, token_choice(layer, x_TD), strict=True):
+        for i in range(n_shared):
+            units = slice(i * width, (i + 1) * width)
+            routed = routed + layer.shared.up.weight[:, units] @ gelu(layer.shared.down.weight[units] @ x)
+        y.append(routed)
+    return torch.stack(y)
+
+
 def assert_equal_with_gradients(layer: nn.Module, loop: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> None:
     """`layer(x)` is `loop(layer, x)`, and so is the gradient for x and for every parameter, in float64."""
     layer, x = layer.double(), x.double().requires_grad_()

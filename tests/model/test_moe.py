@@ -39,6 +39,32 @@ def test_token_choice_is_every_tokens_best_experts(n_experts: int, top_k: int) -
     per_token.assert_equal_with_gradients(token_choice(n_experts, top_k), per_token.token_choice, torch.randn(11, 5))
 
 
+@pytest.mark.parametrize(("d_model", "d_ff"), [(8, 16), (8, 18), (5, 20)])
+@pytest.mark.parametrize("loads", [[3, 0, 5, 1], [0, 0, 9, 0], [1, 1, 1, 1]])
+def test_grouped_experts_are_each_expert_on_its_own_rows(d_model: int, d_ff: int, loads: list[int]) -> None:
+    # Widths that torch's grouped product takes and widths that it does not, in the precision that it takes.
+    torch.manual_seed(0)
+    layer = TokenChoiceMoe(d_model, d_ff, 4, 1)
+    x = torch.randn(sum(loads), d_model, requires_grad=True)
+    wanted = torch.cat([per_token.coarse_expert(layer, e, rows) for e, rows in enumerate(x.split(loads))])
+    got = layer.experts.grouped(x, torch.tensor(loads))
+    torch.testing.assert_close(got, wanted)
+    upstream, inputs = torch.randn_like(wanted), [x, layer.experts.down, layer.experts.up]
+    for a, b in zip(
+        torch.autograd.grad(got, inputs, upstream), torch.autograd.grad(wanted, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("d_model", [5, 8])
+def test_grouped_experts_compute_in_the_precision_of_autocast(d_model: int) -> None:
+    layer, x = token_choice(3, 2, d_model), torch.randn(7, d_model)
+    plain = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.experts.grouped(x, torch.tensor([2, 4, 1])).dtype == torch.bfloat16
+        torch.testing.assert_close(layer(x).float(), plain, rtol=0.05, atol=0.05)
+
+
 def test_token_choice_drops_no_token_when_all_choose_one_expert() -> None:
     layer = token_choice(4)
     x = torch.rand(9, 5) + 0.1

@@ -11,12 +11,22 @@ from peerscale.config import load
 from peerscale.model import build_model
 from peerscale.model.attention import Attention
 from peerscale.model.dense import Dense
+from peerscale.model.fine_grained_moe import FineGrainedMoe
 from peerscale.model.moe import ExpertChoiceMoe, TokenChoiceMoe
 from peerscale.model.peer import Peer
 from peerscale.model.pkm import Pkm
 from peerscale.model.transformer import Transformer
 
-KINDS = {"dense": Dense, "moe": ExpertChoiceMoe, "moe_token_choice": TokenChoiceMoe, "pkm": Pkm, "peer": Peer}
+KINDS = {
+    "dense": Dense,
+    "wide_dense": Dense,
+    "moe": ExpertChoiceMoe,
+    "moe_token_choice": TokenChoiceMoe,
+    "fine_grained_moe": FineGrainedMoe,
+    "pkm": Pkm,
+    "pkm_equal_top_k": Pkm,
+    "peer": Peer,
+}
 SMALL = ("size=d8", "size.n_heads=2", "size.n_layers=2", "data.vocab_size=257", "context=6", "batch_sequences=16")
 
 
@@ -144,6 +154,24 @@ def test_the_layer_gets_every_setting_of_its_configuration() -> None:
         .ffn
     )
     assert (token.n_experts, token.top_k, token.load_balance_weight, token.z_loss_weight) == (6, 2, 0.5, 0.25)
+    fine = build_model(
+        load(
+            [
+                "ffn=fine_grained_moe",
+                *SMALL,
+                *(
+                    "ffn.n_experts=6",
+                    "ffn.top_k=2",
+                    "ffn.n_shared=3",
+                    "ffn.granularity=8",
+                    "ffn.load_balance_weight=0.5",
+                ),
+            ]
+        )
+    )
+    layer = fine.blocks[0].ffn
+    assert (layer.n_experts, layer.top_k, layer.load_balance_weight, layer.z_loss_weight) == (6, 2, 0.5, 0)
+    assert layer.experts.down.shape == (6, 8, 4) and layer.shared.down.weight.shape == (12, 8)
     choice = build_model(load(["ffn=moe", *SMALL, "ffn.n_experts=8", "ffn.capacity_factor=2"])).blocks[0].ffn
     assert (choice.n_experts, choice.capacity_factor) == (8, 2)
 
@@ -174,6 +202,18 @@ def test_starts_with_the_documented_variances() -> None:
     for module, std in wanted.items():
         assert module.weight.std().item() == pytest.approx(std, rel=0.03)
         assert module.weight.mean().item() == pytest.approx(0, abs=0.03 * std)
+
+
+@pytest.mark.parametrize("ffn", ["moe", "fine_grained_moe"])
+def test_every_expert_starts_as_a_dense_layer(ffn: str) -> None:
+    torch.manual_seed(0)
+    layer = build_model(load([f"ffn={ffn}", "size=d128", "size.n_layers=2"])).blocks[0].ffn
+    width = {"moe": 512, "fine_grained_moe": 128}[ffn]
+    wanted = {layer.experts.down: 128**-0.5, layer.experts.up: width**-0.5 / 2}
+    if ffn == "fine_grained_moe":
+        wanted |= {layer.shared.down.weight: 128**-0.5, layer.shared.up.weight: width**-0.5 / 2}
+    for weight, std in wanted.items():
+        assert weight.std().item() == pytest.approx(std, rel=0.03)
 
 
 @pytest.mark.parametrize("ffn", KINDS)

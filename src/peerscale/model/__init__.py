@@ -4,8 +4,18 @@ from typing import assert_never
 
 from torch import nn
 
-from peerscale.config import Config, DenseConfig, MoeConfig, PeerConfig, PkmConfig
+from peerscale.accounting import wide_d_ff
+from peerscale.config import (
+    Config,
+    DenseConfig,
+    FineGrainedMoeConfig,
+    MoeConfig,
+    PeerConfig,
+    PkmConfig,
+    WideDenseConfig,
+)
 from peerscale.model.dense import Dense
+from peerscale.model.fine_grained_moe import FineGrainedMoe
 from peerscale.model.moe import ExpertChoiceMoe, TokenChoiceMoe
 from peerscale.model.peer import Peer
 from peerscale.model.pkm import Pkm
@@ -28,6 +38,8 @@ def build_ffn(config: Config) -> nn.Module:
     match ffn:
         case DenseConfig():
             return Dense(d_model, d_ff)
+        case WideDenseConfig():
+            return Dense(d_model, wide_d_ff(config, ffn))
         case MoeConfig(routing="expert_choice"):
             return ExpertChoiceMoe(d_model, d_ff, ffn.n_experts, ffn.capacity_factor)
         case MoeConfig():
@@ -38,6 +50,15 @@ def build_ffn(config: Config) -> nn.Module:
                 ffn.top_k,
                 load_balance_weight=ffn.load_balance_weight,
                 z_loss_weight=ffn.z_loss_weight,
+            )
+        case FineGrainedMoeConfig():
+            return FineGrainedMoe(
+                d_model,
+                ffn.d_expert(d_ff),
+                ffn.n_experts,
+                ffn.top_k,
+                n_shared=ffn.n_shared,
+                load_balance_weight=ffn.load_balance_weight,
             )
         case PkmConfig():
             return Pkm(

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peerscale.kernels.backends import BACKENDS, resolve
-from peerscale.kernels.operators import Operators
 
 ROTARY_BASE = 10_000.0
 
@@ -19,7 +18,7 @@ class Attention(nn.Module):
     def __init__(self, d_model: int, n_heads: int, context: int, kernel: str = "auto") -> None:
         super().__init__()
         self.n_heads = n_heads
-        self.operators: Operators = BACKENDS[resolve(kernel)]
+        self.kernel = kernel
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
         d_head = d_model // n_heads
@@ -32,6 +31,7 @@ class Attention(nn.Module):
         """x (B, T, D) -> y (B, T, D)."""
         B, T, D = x_BTD.shape
         qkv_BT3HC = self.qkv(x_BTD).view(B, T, 3, self.n_heads, D // self.n_heads)
-        query, key, value = self.operators.rotary(qkv_BT3HC, self.cos_TC, self.sin_TC).transpose(1, 3).unbind(2)
+        operators = BACKENDS[resolve(self.kernel, x_BTD.device.type)]
+        query, key, value = operators.rotary(qkv_BT3HC, self.cos_TC, self.sin_TC).transpose(1, 3).unbind(2)
         y_BHTC = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return self.out(y_BHTC.transpose(1, 2).reshape(B, T, D))

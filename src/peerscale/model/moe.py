@@ -1,7 +1,7 @@
 """Coarse mixtures of experts: every expert is a full dense feed-forward layer, and all run as batched products.
 
 Shapes: B sequences, T tokens of a sequence, D model width, F hidden width, E experts, C tokens of an expert's share
-(capacity), K top_k, M tokens of the whole batch.
+(capacity), K top_k, M tokens of the whole batch, P pairs of a token and an expert that it chose.
 """
 
 import torch
@@ -21,8 +21,13 @@ class Experts(nn.Module):
         self.up = nn.Parameter(torch.randn(n_experts, d_ff, d_model) * d_ff**-0.5)
 
     def forward(self, x_ECD: Tensor) -> Tensor:
-        """Each expert on its own rows."""
+        """Each expert on its own rows, as many for each."""
         return F.gelu(x_ECD @ self.down) @ self.up
+
+    @torch.compiler.disable  # its shapes change with every batch
+    def grouped(self, x_PD: Tensor, rows_E: Tensor) -> Tensor:
+        """Each expert on its own rows, however many: `rows_E` rows each, one expert's after another's."""
+        return _grouped_product(F.gelu(_grouped_product(x_PD, self.down, rows_E)), self.up, rows_E)
 
 
 class ExpertChoiceMoe(nn.Module, CountsUsage):
@@ -57,7 +62,8 @@ class ExpertChoiceMoe(nn.Module, CountsUsage):
             expert_ETC = torch.arange(self.n_experts, device=x_BTD.device)[:, None, None].expand_as(gates_ETC)
             self.usage.add(expert_ETC, gates_ETC, B * T)
         x_MD = x_BTD.reshape(B * T, D)
-        y_EMD = self.experts(x_MD[token_EM]) * gates_ETC.flatten(1).unsqueeze(-1).to(x_BTD.dtype)
+        x_EMD = x_MD.index_select(0, token_EM.flatten()).view(*token_EM.shape, D)
+        y_EMD = self.experts(x_EMD) * gates_ETC.flatten(1).unsqueeze(-1).to(x_BTD.dtype)
         y_MD = torch.zeros_like(x_MD, dtype=y_EMD.dtype).index_add(0, token_EM.flatten(), y_EMD.flatten(0, 1))
         return y_MD.view(B, T, D)
 
@@ -99,16 +105,24 @@ class TokenChoiceMoe(nn.Module, CountsUsage):
             self.auxiliary_loss = self.load_balance_weight * balance + self.z_loss_weight * z_loss
         if self.usage is not None:
             self.usage.add(expert_MK, gates_MK, len(x_MD))
-        # Sort the (token, expert) pairs by expert; each expert gets as many rows as the busiest, padded with zeros, so
-        # that all run as one batched product.
+        # Lay the pairs of one expert side by side, and each expert has a product of its own length.
         order = expert_MK.flatten().argsort(stable=True)
-        expert, token = expert_MK.flatten()[order], order // self.top_k
-        place = torch.arange(len(order), device=x.device) - (load_E.cumsum(0) - load_E)[expert]
-        x_ECD = x_MD.new_zeros(self.n_experts, int(load_E.max()) if len(order) else 0, x_MD.shape[-1])
-        x_ECD = x_ECD.index_put((expert, place), x_MD[token])
-        y_pairs = self.experts(x_ECD)[expert, place] * gates_MK.flatten()[order].unsqueeze(-1).to(x.dtype)
-        y_MD = torch.zeros_like(x_MD, dtype=y_pairs.dtype).index_add(0, token, y_pairs)
-        return y_MD.view(x.shape)
+        x_PD = x_MD.unsqueeze(1).expand(-1, self.top_k, -1).reshape(-1, x.shape[-1])
+        y_PD = self.experts.grouped(x_PD.index_select(0, order), load_E)
+        y_MKD = torch.zeros_like(y_PD).index_copy(0, order, y_PD).view(*expert_MK.shape, x.shape[-1])
+        return (y_MKD * gates_MK.unsqueeze(-1).to(x.dtype)).sum(1).view(x.shape)
+
+
+def _grouped_product(x_PD: Tensor, weight_EDF: Tensor, rows_E: Tensor) -> Tensor:
+    """The first rows_E[0] rows times weight_EDF[0], the next rows_E[1] times weight_EDF[1], and so on: (P, F)."""
+    if torch.is_autocast_enabled(x_PD.device.type):  # which knows no grouped products
+        dtype = torch.get_autocast_dtype(x_PD.device.type)
+        x_PD, weight_EDF = x_PD.to(dtype), weight_EDF.to(dtype)
+    # torch has it from 2.10 on; it takes no float64 and wants rows of a multiple of 16 bytes.
+    aligned = all(width * x_PD.element_size() % 16 == 0 for width in weight_EDF.shape[1:])
+    if hasattr(F, "grouped_mm") and x_PD.dtype != torch.float64 and aligned:
+        return F.grouped_mm(x_PD, weight_EDF, offs=rows_E.cumsum(0, dtype=torch.int32))
+    return torch.cat([x @ weight for x, weight in zip(x_PD.split(rows_E.tolist()), weight_EDF, strict=True)])
 
 
 def _router_probabilities(router: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -51,11 +51,16 @@ class ProductKeyRetrieval(nn.Module):
         if n_key_sets not in (1, n_heads):
             raise ValueError(f"n_key_sets {n_key_sets} is neither 1 nor n_heads {n_heads}")
         self.n_experts, self.n_heads, self.top_k, self.n_keys = n_experts, n_heads, top_k, n_keys
-        self.operators: Operators = BACKENDS[resolve(kernel)]
+        self.kernel = kernel
         self.query = nn.Linear(d_model, n_heads * d_key, bias=query_bias)
         self.query_norm = nn.BatchNorm1d(n_heads * d_key) if query_norm else None
         self.sub_keys = nn.Parameter(torch.empty(n_key_sets, 2, n_keys, d_key // 2))
         self.reset_parameters()
+
+    @property
+    def operators(self) -> Operators:
+        """The implementation, which depends on the device that the layer is on."""
+        return BACKENDS[resolve(self.kernel, self.sub_keys.device.type)]
 
     def reset_parameters(self) -> None:
         """Not stated in the paper: as in the product-key memory code that it points to."""

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peerscale.kernels.backends import BACKENDS, resolve
-from peerscale.kernels.operators import Operators
 from peerscale.model.attention import Attention
 from peerscale.model.moe import Experts
 
@@ -18,11 +17,12 @@ class RmsNorm(nn.RMSNorm):
 
     def __init__(self, d_model: int, kernel: str = "auto") -> None:
         super().__init__(d_model)
-        self.operators: Operators = BACKENDS[resolve(kernel)]
+        self.kernel = kernel
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> y (..., D)."""
-        return self.operators.rms_norm(x, self.weight, torch.finfo(self.weight.dtype).eps)
+        operators = BACKENDS[resolve(self.kernel, x.device.type)]
+        return operators.rms_norm(x, self.weight, torch.finfo(self.weight.dtype).eps)
 
 
 class Block(nn.Module):
@@ -68,7 +68,7 @@ class Transformer(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in ("qkv", "out", "down", "up", "router"):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
-            if isinstance(module, nn.Linear) and name.endswith((".attention.out", ".ffn.up")):
+            if isinstance(module, nn.Linear) and name.endswith((".attention.out", ".up")):
                 module.weight.data *= output_scale
             if isinstance(module, Experts):  # each expert starts as the dense layer that it stands for
                 module.up.data *= output_scale
