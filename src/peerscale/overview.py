@@ -4,7 +4,6 @@ python -m peerscale.overview plan SWEEP [key=value ...]
 python -m peerscale.overview status SWEEP [key=value ...]
 """
 
-import argparse
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -12,10 +11,11 @@ from collections.abc import Sequence
 from peerscale.accounting import CONVENTION
 from peerscale.config import load_sweep
 from peerscale.data.store import read_manifest
-from peerscale.errors import UserError, exit_code
+from peerscale.errors import ArgumentParser, UserError, exit_code
 from peerscale.plan import Verdict
 from peerscale.progress import duration
 from peerscale.runs.record import Status, read_record
+from peerscale.slurm import Job, jobs_folder, log_path, queued, read_job_ids
 from peerscale.sweeper import Cell, budget_name, planned_cells, short_methods, state
 
 
@@ -61,9 +61,10 @@ def print_status(sweep: str, overrides: Sequence[str]) -> int:
     """Print the grid, method and size by budget: a loss, or what became of the cell."""
     cells = planned_cells(sweep, overrides)
     manifest = read_manifest(cells[0].config.data)
+    job_of = _slurm_jobs(cells)
     rows, notes = [], []
     for cell in cells:
-        shown, note = _outcome(cell, manifest.fingerprint if manifest else None)
+        shown, note = _outcome(cell, manifest.fingerprint if manifest else None, job_of.get(cell.name))
         notes += [note] if note else []
         row, column = cell.name.replace(f"-{budget_name(cell.config.budget)}", "", 1), budget_name(cell.config.budget)
         rows.append((row, column, shown))
@@ -93,7 +94,18 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(row).rstrip() for row in aligned)
 
 
-def _outcome(cell: Cell, data_fingerprint: str | None) -> tuple[str, str]:
+def _slurm_jobs(cells: Sequence[Cell]) -> dict[str, Job]:
+    """The newest Slurm job of each cell that has one; none, with a notice, where the queue cannot be asked."""
+    ids = read_job_ids(jobs_folder(cells[0]))
+    try:
+        alive = queued(ids.values())
+    except UserError as error:
+        print(f"notice: {error}", file=sys.stderr)
+        return {}
+    return {cell: alive.get(job_id, Job(id=job_id)) for cell, job_id in ids.items()}
+
+
+def _outcome(cell: Cell, data_fingerprint: str | None, job: Job | None) -> tuple[str, str]:
     """What the grid shows for a cell, and a line below the grid if there is more to say."""
     if cell.plan.verdict is Verdict.DROP:
         return "dropped", f"{cell.name} dropped: {cell.plan.reason}"
@@ -103,14 +115,18 @@ def _outcome(cell: Cell, data_fingerprint: str | None) -> tuple[str, str]:
             state(cell, data_fingerprint)
     except UserError as error:
         return "refused", str(error)
-    if record is None:
-        return "pending", ""
-    if record.status is Status.DONE:
+    if record is not None and record.status is Status.DONE:
         loss = record.evaluation.get(cell.config.data.val_set, {}).get("loss")
         return ("done" if loss is None else f"{loss:.4f}"), ""
-    if record.status is Status.RUNNING:
-        return "running" if _locked(cell) else "interrupted", ""
-    return str(record.status), f"{cell.name} {record.status}: {record.reason}"
+    if job is not None and job.state:
+        return job.word, f"{cell.name} {job.word}: Slurm job {job.id} {job.detail}"
+    ended = "" if job is None else f"Slurm job {job.id} has ended, see {log_path(jobs_folder(cell), job.id)}"
+    if record is not None and record.status is not Status.RUNNING:
+        return str(record.status), f"{cell.name} {record.status}: {record.reason}" + (f"; {ended}" if ended else "")
+    if record is not None and _locked(cell):
+        return "running", ""
+    shown = "pending" if record is None and job is None else "interrupted"
+    return shown, f"{cell.name} {shown}: {ended}" if ended else ""
 
 
 def _locked(cell: Cell) -> bool:
@@ -125,7 +141,7 @@ def _locked(cell: Cell) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m peerscale.overview", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog="python -m peerscale.overview", description=__doc__.splitlines()[0])
     parser.add_argument("view", choices=["plan", "status"])
     parser.add_argument("sweep", help="name of a file in sweeps/, or a path")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of every cell")

@@ -27,12 +27,12 @@ class IsoflopSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         # Hydra imports every plugin at every start; what the sweep needs is imported when there is one.
+        from hydra_plugins.peerscale.slurm_launcher import SlurmLauncher
         from peerscale.config import ConfigError
         from peerscale.data.prepare import prepare
         from peerscale.errors import FailedCells
-        from peerscale.progress import Progress
         from peerscale.runs.record import Status
-        from peerscale.sweeper import pending_cells, planned_cells
+        from peerscale.sweeper import diverged_lines, pending_cells, planned_cells
 
         assert self.config is not None and self.launcher is not None
         if "sweep" not in self.config:
@@ -41,19 +41,30 @@ class IsoflopSweeper(Sweeper):
         corpus = prepare(cells[0].config.data)
         pending = pending_cells(cells, corpus.manifest.fingerprint)
         dropped = sum(cell.plan.verdict == "DROP" for cell in cells)
-        name, done = cells[0].sweep, len(cells) - len(pending) - dropped
+        diverged = diverged_lines(cells, corpus.manifest.fingerprint)
+        name, done = cells[0].sweep, len(cells) - len(pending) - dropped - len(diverged)
         print(f"{name}: {len(cells)} cells, {done} done, {dropped} dropped, {len(pending)} to run", file=sys.stderr)
-        if not pending:
-            return []
-        with Progress(name, pending, already_done=done):
-            returns = self.launcher.launch([list(cell.overrides) for cell in pending], initial_job_idx=0)
-        outcomes = {cell.name: job.return_value for cell, job in zip(pending, returns, strict=True)}
-        if failed := [cell for cell, status in outcomes.items() if status in (Status.FAILED, Status.DIVERGED)]:
+        print(*(f"{line}\n" for line in diverged), sep="", end="", file=sys.stderr)
+        if pending and isinstance(self.launcher, SlurmLauncher):
+            return self.launcher.submit(pending)
+        outcomes = self._run(name, pending, done) if pending else {}
+        failed = [cell for cell, status in outcomes.items() if status in (Status.FAILED, Status.DIVERGED)]
+        failed += [line.partition(" ")[0] for line in diverged]
+        if failed:
             raise FailedCells(
                 f"{len(failed)} of {len(cells)} cells failed: {', '.join(failed[:5])}{' ...' if failed[5:] else ''}; "
                 f"reasons: make status SWEEP={name}"
             )
         return outcomes
+
+    def _run(self, name: str, pending: list[Any], done: int) -> dict[str, Any]:
+        """The status of each cell that was run."""
+        from peerscale.progress import Progress
+
+        assert self.launcher is not None
+        with Progress(name, pending, already_done=done):
+            returns = self.launcher.launch([list(cell.overrides) for cell in pending], initial_job_idx=0)
+        return {cell.name: job.return_value for cell, job in zip(pending, returns, strict=True)}
 
     def _file(self) -> Path:
         """The sweep file: the primary config, in the folder that `--config-dir` names."""

@@ -1,0 +1,150 @@
+"""A study's jobs on a Slurm cluster: what a cell asks for, which job has it, and what the queue says of that job."""
+
+import json
+import math
+import shutil
+import subprocess
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic.dataclasses import dataclass
+
+from peerscale.config import STRICT, Positive, Rate, Whole
+from peerscale.errors import UserError
+from peerscale.files import write_text
+from peerscale.sweeper import Cell
+
+BASE_GB = 2.0
+"""What Python, torch and Lightning take before there is a model."""
+
+SHORTEST_MIN = 10
+"""Of the time limits; each next one is twice as long, so that a study has few classes."""
+
+STARTING_MIN = 2.0
+"""For imports from a shared disk, and compiling."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class SlurmConfig:
+    """The launcher's settings; defaults and meanings: conf/hydra/launcher/slurm.yaml."""
+
+    partition: str | None
+    account: str | None
+    qos: str | None
+    constraint: str | None
+    array_parallelism: Positive
+    cpus_per_task: Positive | None
+    gpus_per_node: Whole | None
+    mem_gb: Rate | None
+    timeout_min: Positive | None
+    time_factor: Rate
+    max_timeout_min: Positive
+    signal_delay_s: Positive
+    max_num_timeout: Whole
+    setup: list[str]
+    additional_parameters: dict[str, Any] | None
+
+    def __post_init__(self) -> None:
+        limit = self.timeout_min or min(SHORTEST_MIN, self.max_timeout_min)
+        if self.signal_delay_s >= 60 * limit:
+            raise ValueError(f"signal_delay_s {self.signal_delay_s} leaves nothing of a time limit of {limit} min")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, order=True)
+class Resources:
+    """What a job asks for; the cells of one such class make one job array."""
+
+    time_min: int
+    mem_gb: float
+    cpus: int
+    gpus: int
+
+    def __str__(self) -> str:
+        gpus = f", {self.gpus} GPU" if self.gpus else ""
+        return f"{self.cpus} CPU{gpus}, {self.mem_gb:g} GB, {self.time_min} min"
+
+
+def resources(cell: Cell, settings: SlurmConfig) -> Resources:
+    """The class of a cell, where `settings` don't say otherwise from its plan.
+
+    Memory: 32 bytes a parameter (fp32 weight, gradient and two moments, and as much again for a checkpoint and for
+    copies) and 16 a logit (logits, their softmax and both gradients), rounded up to a power of two of GB.
+    """
+    config, plan = cell.config, cell.plan
+    memory = BASE_GB + (32 * plan.cost.params_total + 16 * config.tokens_per_step * config.data.vocab_size) / 1e9
+    minutes = STARTING_MIN + settings.time_factor * cell.estimate_s / 60
+    limit = SHORTEST_MIN * 2 ** max(0, math.ceil(math.log2(minutes / SHORTEST_MIN)))
+    return Resources(
+        time_min=settings.timeout_min or min(limit, settings.max_timeout_min),
+        mem_gb=settings.mem_gb or 2 ** math.ceil(math.log2(memory)),
+        cpus=settings.cpus_per_task or config.trainer.threads,
+        gpus=int(config.trainer.accelerator == "gpu") if settings.gpus_per_node is None else settings.gpus_per_node,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """A job as Slurm tells of it."""
+
+    id: str
+    """Such as `17_3`, the fourth of array 17."""
+    state: str = ""
+    """Slurm's word: PENDING, RUNNING, COMPLETING ...; empty once the job has ended."""
+    detail: str = ""
+    """Its nodes, or in parentheses why it waits."""
+
+    @property
+    def word(self) -> str:
+        """For the grid of `make status`."""
+        return "queued" if self.state == "PENDING" else "running"
+
+
+def jobs_folder(cell: Cell) -> Path:
+    """Where the study of a cell keeps its job ids, logs and batch scripts."""
+    return cell.folder.parent / "study" / "slurm"
+
+
+def read_job_ids(folder: Path) -> dict[str, str]:
+    """The newest job of each cell that was ever submitted, such as `17_3`."""
+    path = folder / "jobs.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError):
+        raise UserError(f"{path}: not the list of jobs that it should be; remove it once `squeue` is empty") from None
+
+
+def write_job_ids(folder: Path, ids: Mapping[str, str]) -> None:
+    write_text(folder / "jobs.json", json.dumps(ids, indent=1) + "\n")
+
+
+def log_path(folder: Path, job_id: str) -> Path:
+    """Where a job's errors go; submitit names it."""
+    return folder / f"{job_id}_0_log.err"
+
+
+def queued(job_ids: Collection[str]) -> dict[str, Job]:
+    """Those of the jobs that Slurm has not ended.
+
+    Raises:
+        UserError: there is no `squeue`, or it does not answer.
+    """
+    if not job_ids:
+        return {}
+    if shutil.which("squeue") is None:
+        raise UserError("no squeue here, so what became of the study's Slurm jobs is not known")
+    numbers = ",".join(sorted({job.partition("_")[0] for job in job_ids}))
+    command = ["squeue", "--array", "--noheader", "--format=%i|%T|%R", f"--jobs={numbers}"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    except subprocess.TimeoutExpired:
+        raise UserError("squeue has not answered for a minute: try again when Slurm is well") from None
+    # Slurm forgets ended jobs after some minutes, and says so if it is asked for one job only.
+    if answer.returncode and "Invalid job id" not in answer.stderr:
+        lines = answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"]
+        raise UserError(f"squeue: {lines[-1]}")
+    wanted = set(job_ids)
+    rows = [line.split("|", 2) for line in answer.stdout.splitlines()]
+    return {job_id: Job(id=job_id, state=state, detail=detail) for job_id, state, detail in rows if job_id in wanted}

@@ -1,0 +1,172 @@
+"""Cells -> Slurm job arrays, by submitit; and what runs in such a job."""
+
+import contextlib
+import io
+import itertools
+import math
+import os
+import shutil
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from types import FrameType
+from typing import Any, Self
+
+from filelock import FileLock
+from pydantic import TypeAdapter, ValidationError
+
+from peerscale.config import parse_config, to_dict
+from peerscale.config_errors import ConfigError, one_line
+from peerscale.errors import FailedCells, UserError, exit_code
+from peerscale.runs.record import Status
+from peerscale.slurm import (
+    Resources,
+    SlurmConfig,
+    jobs_folder,
+    log_path,
+    queued,
+    read_job_ids,
+    resources,
+    write_job_ids,
+)
+from peerscale.sweeper import Cell, single_cell
+
+
+def check(settings: Any) -> SlurmConfig:
+    """The launcher's settings; raises `UserError` for a wrong one, and where nothing can be submitted from here."""
+    if find_spec("submitit") is None:
+        raise UserError("Slurm jobs need submitit: .venv/bin/python -m pip install --editable '.[slurm]'")
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            "no sbatch here: submit on a login node of a Slurm cluster (Debian: apt-get install slurm-wlm munge), "
+            "or run on this machine: LAUNCHER=joblib"
+        )
+    try:
+        return TypeAdapter(SlurmConfig).validate_python(settings)
+    except ValidationError as error:
+        raise ConfigError(f"hydra.launcher: {one_line(error.errors()[0], SlurmConfig)}") from None
+
+
+def submit(cells: Sequence[Cell], settings: SlurmConfig) -> None:
+    """Submit those of the cells that have no job waiting or running, an array for each class of resources."""
+    sweep, folder = cells[0].sweep, jobs_folder(cells[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):  # two who submit at once would submit everything twice
+        ids = read_job_ids(folder)
+        alive = queued({ids[cell.name] for cell in cells if cell.name in ids})
+        free = [(resources(cell, settings), cell) for cell in cells if ids.get(cell.name) not in alive]
+        print(f"{sweep}: {len(cells) - len(free)} cells queued or running in Slurm, {len(free)} to submit")
+        longest_first = sorted(free, key=lambda pair: pair[0], reverse=True)
+        for need, pairs in itertools.groupby(longest_first, key=lambda pair: pair[0]):
+            members = [cell for _, cell in pairs]
+            job_ids = _submit_array(members, need, settings)
+            ids |= zip((cell.name for cell in members), job_ids, strict=True)
+            write_job_ids(folder, ids)
+            print(f"  job {_number(job_ids[0])}: {len(members)} x {need}")
+    numbers = sorted({_number(ids[cell.name]) for cell in cells}, key=int)
+    print(
+        f"follow:   make status SWEEP={sweep}    or: squeue --jobs={','.join(numbers)}\n"
+        f"logs:     {log_path(folder, 'JOB')}\n"
+        f"stop:     scancel {' '.join(numbers)}\n"
+        f"continue: the same command submits what failed or was stopped, and leaves the rest alone\n"
+        f"draw:     make figures SWEEP={sweep}"
+    )
+
+
+def _number(job_id: str) -> str:
+    """The array's number: `17` of `17_3`."""
+    return job_id.partition("_")[0]
+
+
+def _submit_array(cells: Sequence[Cell], need: Resources, settings: SlurmConfig) -> list[str]:
+    import submitit
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    asked = {
+        "job_name": cells[0].sweep,
+        "partition": settings.partition,
+        "account": settings.account,
+        "qos": settings.qos,
+        "constraint": settings.constraint,
+        "time": need.time_min,
+        "mem": f"{math.ceil(need.mem_gb * 1024)}M",
+        "cpus_per_task": need.cpus,
+        "gpus_per_node": need.gpus or None,
+        "array_parallelism": settings.array_parallelism,
+        "signal_delay_s": settings.signal_delay_s,
+        "setup": settings.setup or None,
+        "srun_args": [f"--cpus-per-task={need.cpus}"],  # srun no longer takes it from sbatch
+        "additional_parameters": {"requeue": True, **(settings.additional_parameters or {})},
+    }
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints sbatch's complaint besides raising it
+            executor = submitit.SlurmExecutor(jobs_folder(cells[0]), max_num_timeout=settings.max_num_timeout)
+            executor.update_parameters(**{key: value for key, value in asked.items() if value is not None})
+            return [job.job_id for job in executor.submit_array([CellJob.of(cell) for cell in cells])]
+    except (FailedJobError, FailedSubmissionError) as error:
+        reason = (str(error).strip().splitlines() or ["no reason given"])[-1].removeprefix("sbatch: error: ")
+        raise UserError(f"sbatch: {reason} (asked for {need}; settings: conf/hydra/launcher/slurm.yaml)") from None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CellJob:
+    """What a Slurm job runs: one cell, in the configuration that was submitted, whatever conf/ says by then."""
+
+    sweep: str
+    overrides: tuple[str, ...]
+    tree: dict[str, Any]
+    """The cell's configuration; plain values, so that it is checked again where it runs."""
+
+    @classmethod
+    def of(cls, cell: Cell) -> Self:
+        return cls(sweep=cell.sweep, overrides=cell.overrides, tree=to_dict(cell.config))
+
+    def cell(self) -> Cell:
+        return single_cell(parse_config(self.tree), self.overrides, self.sweep)
+
+    def checkpoint(self) -> Any:
+        """What submitit requeues: the same again, since the cell's folder holds how far it came."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+    def __call__(self) -> None:
+        if code := exit_code(self._run):
+            sys.exit(code)
+
+    def _run(self) -> None:
+        """Run the cell; warned by Slurm, stop at the end of a step, with a checkpoint, and have submitit requeue."""
+        from submitit.slurm.slurm import SlurmJobEnvironment
+
+        from peerscale.train import run_cell
+
+        # By this name Lightning leaves signals and requeueing to others, though it warns.
+        os.environ["SLURM_JOB_NAME"] = "interactive"
+        warnings.filterwarnings("ignore", message="The `srun` command is available")
+        warning = signal.Signals[f"SIG{SlurmJobEnvironment.USR_SIG}"]
+        requeue, ignore_term = signal.getsignal(warning), signal.getsignal(signal.SIGTERM)
+        assert callable(requeue)
+        warned = False
+
+        def stop_training(number: int, frame: FrameType | None) -> None:
+            nonlocal warned
+            warned = True
+            if signal.getsignal(signal.SIGTERM) is ignore_term:  # not training, so there is nothing to save
+                requeue(number, frame)
+            signal.raise_signal(signal.SIGTERM)  # on this Lightning stops after the step
+
+        signal.signal(warning, stop_training)
+        cell = self.cell()
+        try:
+            if (status := run_cell(cell)) in (Status.FAILED, Status.DIVERGED):
+                raise FailedCells(f"{cell.name} {status}; reason: make status SWEEP={cell.sweep}")
+        except KeyboardInterrupt:
+            signal.signal(warning, requeue)
+            if warned:
+                requeue(warning, None)
+            # Slurm is taking the node. It requeues a preempted job that it had to kill, but not one that ended.
+            while True:
+                signal.pause()
