@@ -6,3 +6,5 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "viz"))
 
 from synthetic_study import collected_runs  # noqa: F401
+
+from wandb_server import wandb_server  # noqa: F401

@@ -57,6 +57,8 @@ class Record:
     """Mean loss of each sequence of the `val_set`, in fixed order, for paired comparison."""
     router: dict[str, float] = field(default_factory=dict)
     """expert_usage, unevenness and the usage_tokens that they were counted over."""
+    signals: list[str] = field(default_factory=list)
+    """What happened during training, each with its step: loss spikes, router collapse, throughput halved."""
     timing: dict[str, float] = field(default_factory=dict)
     """wall_s of training, evaluation_s, tokens_per_s, flops_per_s."""
     environment: dict[str, Any] = field(default_factory=dict)
@@ -114,6 +116,8 @@ def read_record(folder: Path) -> Record | None:
         return None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON ({error.msg} at line {error.lineno})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not JSON (not UTF-8)") from None
     return parse_record(tree, str(path))
 
 

@@ -43,7 +43,7 @@ def measured_speeds(runs: Path) -> list[Measured]:
                         flops_per_s=record["timing"]["flops_per_s"],
                     )
                 )
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, AttributeError, OSError):
             continue  # a record of another version has no speed that we can read, and planning must not fail on it
     return speeds
 

@@ -1,6 +1,5 @@
 """A study: where its files lie, and which rows of its table make one curve and can be fitted."""
 
-import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from peerscale.config import Config, RetrievalConfig
-from peerscale.errors import UserError
+from peerscale.errors import ArgumentParser, UserError
 from peerscale.files import ROOT
 from peerscale.plan import Plan, Verdict
 from peerscale.runs.record import Record, Status, science
@@ -74,9 +73,9 @@ class PlannedCell(Protocol):
     def plan(self) -> Plan: ...
 
 
-def study_parser(description: str | None) -> argparse.ArgumentParser:
+def study_parser(description: str | None) -> ArgumentParser:
     """Command line of a script that works on one study."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = ArgumentParser(description=description)
     parser.add_argument("sweep", metavar="SWEEP", help="name of a study")
     parser.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help="where cells are kept (default: runs)")
     parser.add_argument(
@@ -113,6 +112,15 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not there; collect the study first") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON ({error.msg} at line {error.lineno})") from None
+
+
+def read_fits(path: Path) -> dict[str, dict[str, Any]]:
+    """The isoFLOP fits of a study by name; raises `UserError` if the file holds anything else."""
+    fits = read_json(path)
+    wanted = {"method", "x", "exponent", "vertices"}
+    if not isinstance(fits, dict) or not all(isinstance(fit, dict) and wanted <= fit.keys() for fit in fits.values()):
+        raise UserError(f"{path}: no fits by name, each with {', '.join(sorted(wanted))}; collect the study again")
+    return fits
 
 
 def method_names(table: pd.DataFrame) -> pd.Series:

@@ -1,7 +1,7 @@
 """The table of runs: one row a cell, every cell, failed and dropped ones included."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,18 @@ from peerscale.runs.record import Record, parse_record, read_record
 
 METRICS = "metrics.jsonl"
 
+NEEDED = ("cell", "method", "variant", "size", "seed", "budget", "flops_per_token", "val_loss", "status", "convention")
+"""Columns that no table of runs can do without."""
+
+CURVES = ("cell", "step", "tokens", "flops", "loss")
+"""Columns of a study's training curves."""
+
+DIFFERENCES = ("budget", "method", "reference", "difference", "low", "high", "note")
+"""Columns that a study's differences between methods cannot do without."""
+
+METRIC = CURVES[1:]
+"""What every row of metrics holds, in numbers."""
+
 WHOLE = ("flops_per_token", "flops_per_s")
 """Columns that start like a component of the FLOPs per token and are none."""
 
@@ -23,8 +35,13 @@ def read_records(folder: Path) -> list[Record]:
     """Every record of a study: from its folder of cells, or from the `records.jsonl` of a published one."""
     published = folder / "records.jsonl"
     if published.is_file():
-        lines = published.read_text(encoding="utf-8").splitlines()
-        return [parse_record(json.loads(line), f"{published}:{n}") for n, line in enumerate(lines, 1)]
+        try:
+            lines = [json.loads(line) for line in published.read_text(encoding="utf-8").splitlines()]
+        except ValueError as error:  # also of UnicodeDecodeError
+            raise UserError(f"{published}: not one JSON object a line ({error})") from None
+        if not lines:
+            raise UserError(f"{published}: no record in it")
+        return [parse_record(tree, f"{published}:{n}") for n, tree in enumerate(lines, 1)]
     cells = sorted(cell for cell in folder.iterdir() if cell.is_dir()) if folder.is_dir() else []
     records = [(cell, record) for cell in cells if (record := read_record(cell)) is not None]
     # A renamed folder is a cell that was set aside.
@@ -41,16 +58,35 @@ def read_runs(path: str | Path) -> pd.DataFrame:
     path = path if path.is_absolute() or path.exists() else ROOT / path
     csv = path / "runs.csv" if path.is_dir() else path
     if csv.is_file():
-        return pd.read_csv(csv, dtype={"variant": str, "reason": str}).fillna({"variant": "", "reason": ""})
+        table = read_table(csv, NEEDED, dtype={"variant": str, "reason": str})
+        return table.fillna({"variant": "", **({"reason": ""} if "reason" in table else {})})
     records = read_records(path)
     if not records:
         raise UserError(f"no runs in {path}: expected cells with a record.json, or runs.csv")
     return runs_table(records)
 
 
+def read_table(path: Path, columns: Sequence[str] = (), **options: Any) -> pd.DataFrame:
+    """A CSV that has these columns; raises `UserError` if it is none or lacks one."""
+    try:
+        table = pd.read_csv(path, **options)
+    except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
+        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+        raise UserError(f"cannot read the table {path}: {reason}") from None
+    if missing := [column for column in columns if column not in table.columns]:
+        raise UserError(f"{path}: no column {missing[0]!r}; there are: {', '.join(map(str, table.columns))}")
+    return table
+
+
 def runs_table(records: Iterable[Record]) -> pd.DataFrame:
     """Records as a table; the columns are documented in the README."""
-    table = pd.DataFrame([_row(record) for record in records]).fillna(np.nan)
+    rows = []
+    for record in records:
+        try:
+            rows.append(_row(record))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"the record of {record.cell} in {record.sweep} is not whole: {error!r}") from None
+    table = pd.DataFrame(rows).fillna(np.nan)
     components = [column for column in table.columns if column.startswith("flops_") and column not in WHOLE]
     return table.fillna(dict.fromkeys(components, 0))
 
@@ -126,19 +162,30 @@ def _active_experts(ffn: dict[str, Any]) -> float | None:
             return ffn["top_k"]
         case "expert_choice":
             return ffn["capacity_factor"]
-    return None
+    return ffn["top_k"] + ffn["n_shared"] if "n_shared" in ffn else None
 
 
 def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a cell's `metrics.jsonl`; a last line cut off by a crash is left out."""
+    """The rows of a cell's `metrics.jsonl`; a last line cut off by a crash is left out.
+
+    Raises:
+        UserError: another line is no row.
+    """
     path = folder / METRICS
     if not path.is_file():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
+    content = path.read_bytes()
+    lines = content.splitlines()
+    for number, line in enumerate(lines, 1):
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
+            row = json.loads(line)
+            if all(isinstance(row[key], int | float) for key in METRIC):
+                yield row
+                continue
+        except (ValueError, TypeError, KeyError):
+            pass
+        if number < len(lines) or content.endswith(b"\n"):
+            raise UserError(f"{path}:{number}: no row of metrics (a JSON object with {', '.join(METRIC)})")
 
 
 def curves_table(folders: Iterable[Path], *, points: int = 50) -> pd.DataFrame:
@@ -148,12 +195,11 @@ def curves_table(folders: Iterable[Path], *, points: int = 50) -> pd.DataFrame:
         rows = pd.DataFrame(read_metrics(folder))
         if rows.empty:
             continue
-        rows = rows[["step", "tokens", "flops", "loss"]]
+        rows = rows[list(METRIC)]
         stride = -(-len(rows) // points)
         thinned = rows.groupby(rows.index // stride).agg(
             {"step": "last", "tokens": "last", "flops": "last", "loss": "mean"}
         )
         thinned.insert(0, "cell", folder.name)
         frames.append(thinned)
-    columns = ["cell", "step", "tokens", "flops", "loss"]
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(CURVES))

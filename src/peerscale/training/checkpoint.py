@@ -1,6 +1,10 @@
 """Checkpoints: atomic, the last two kept, the newest readable one found again."""
 
+import itertools
+import os
+import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +16,22 @@ from peerscale.files import replacing
 
 KEPT = 2
 
+COST = 0.02
+"""Share of the time that saving may take; a slow save is followed by a longer interval."""
+
 
 class TimedCheckpoint(lightning.Callback):
-    """Saves the whole training state every `every_s` seconds.
+    """Saves the whole training state every `every_s` seconds or `every_steps` steps, and counts the time trained.
 
-    Not when a run breaks off: an exception inside a step leaves weights and counters between two steps.
+    Also on SIGTERM, after which Lightning ends the run. Not when a run breaks off: an exception inside a step leaves
+    weights and counters between two steps.
     """
 
-    def __init__(self, folder: Path, every_s: float) -> None:
-        self.folder, self.every_s = folder, every_s
+    def __init__(self, folder: Path, every_s: float, every_steps: int | None = None) -> None:
+        self.folder, self.every_s, self.every_steps = folder, every_s, every_steps
+        self.save_s = 0.0
+        self.earlier_s = 0.0
+        self.started_at = time.monotonic()
         self.saved_at = time.monotonic()
         self.saved_step = -1
 
@@ -32,18 +43,38 @@ class TimedCheckpoint(lightning.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        if time.monotonic() - self.saved_at >= self.every_s:
+        due = self.every_steps and trainer.global_step % self.every_steps == 0
+        waited_s = time.monotonic() - self.saved_at
+        if trainer.received_sigterm or due or waited_s >= max(self.every_s, self.save_s / COST):
             self.save(trainer)
+
+    @property
+    def trained_s(self) -> float:
+        """Seconds of training that led here, those before an interruption included."""
+        return self.earlier_s + time.monotonic() - self.started_at
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.started_at = self.saved_at = time.monotonic()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"trained_s": self.trained_s}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.earlier_s = state_dict["trained_s"]
 
     def save(self, trainer: lightning.Trainer) -> None:
         step = trainer.global_step
         if step == self.saved_step:
             return
+        started = time.monotonic()
         with replacing(self.folder / f"step-{step:09d}.ckpt") as temporary:
             trainer.save_checkpoint(temporary)
+            with temporary.open("rb") as file:  # on disk before the one before the last is removed
+                os.fsync(file.fileno())
         for old in checkpoints(self.folder)[KEPT:]:
             old.unlink()
         self.saved_step, self.saved_at = step, time.monotonic()
+        self.save_s = self.saved_at - started
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -52,12 +83,21 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_readable(folder: Path) -> tuple[Path, int] | None:
-    """The newest checkpoint that can be read, and its step; truncated ones are passed over with a notice."""
-    for path in checkpoints(folder):
+    """The newest checkpoint that is whole, and its step; damaged ones are set aside, with a notice.
+
+    Nothing in a file is run: it is loaded as weights and plain values only, which refuses any other pickle.
+    """
+    found = checkpoints(folder)
+    for path, before in itertools.zip_longest(found, found[1:]):
         try:
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():  # torch itself compares no checksums
+                    raise zipfile.BadZipFile(f"bad checksum of {damaged}")
             step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-        except Exception as error:  # a truncated archive raises one of many types
-            print(f"notice: {path} cannot be read ({type(error).__name__}), trying the one before", flush=True)
+        except Exception as error:  # a damaged archive raises one of many types
+            instead = f"going on from {before.name}" if before else "starting at the first step"
+            path.rename(path.with_suffix(".damaged"))
+            print(f"notice: {path} cannot be read ({type(error).__name__}), {instead}", file=sys.stderr, flush=True)
             continue
         return path, step
     return None

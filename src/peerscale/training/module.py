@@ -23,7 +23,6 @@ class LanguageModel(lightning.LightningModule):
         super().__init__()
         self.config, self.plan = config, plan
         self.model = build_model(config)
-        self.kernel = resolve(config.trainer.kernel)
         self.groups = parameter_groups(self.model)
 
     def losses(self, tokens: Tensor) -> Tensor:
@@ -34,7 +33,8 @@ class LanguageModel(lightning.LightningModule):
 
     def training_step(self, tokens: Tensor, batch_idx: int) -> dict[str, Tensor]:
         x_TD = self.model.features(tokens[:, :-1]).flatten(0, 1)
-        cross_entropy = linear_cross_entropy(x_TD, self.model.embedding.weight, tokens[:, 1:].flatten(), self.kernel)
+        kernel = resolve(self.config.trainer.kernel, tokens.device.type)
+        cross_entropy = linear_cross_entropy(x_TD, self.model.embedding.weight, tokens[:, 1:].flatten(), kernel)
         auxiliary = self.model.auxiliary_loss()
         loss = cross_entropy if auxiliary is None else cross_entropy + auxiliary
         return {"loss": loss, "cross_entropy": cross_entropy.detach()}

@@ -1,0 +1,67 @@
+"""Signals from a run: a loss that jumps, a router that collapses, a throughput that falls to half.
+
+They are a function of the rows of `metrics.jsonl` alone, so that a resumed run, or an upload, finds them again.
+"""
+
+from collections.abc import Mapping
+from statistics import median
+from typing import Any
+
+WINDOW = 10
+"""Rows that a loss is compared with, and that a throughput must have before it is judged."""
+
+LOSS_JUMP = 0.3
+"""Nats above the median of the rows before. In 103 healthy runs no row stood more than 0.05 above it; 0.3 is a
+perplexity a third higher."""
+
+COLLAPSED = 0.1
+"""Share of the experts that the counted tokens could reach. Healthy PEER, PKM and MoE layers stay above 0.15."""
+
+SLOW, SLOW_ROWS = 0.5, 5
+"""A throughput is low if the median of as many rows falls below this share of the rows before: one slow row is a
+checkpoint, or another program's."""
+
+
+class Watch:
+    """Sees the rows of one run in order; a state that lasts is told once, when it begins."""
+
+    def __init__(self, ffn: Mapping[str, Any]) -> None:
+        """`ffn` is the layer's configuration."""
+        self.n_experts = ffn.get("n_experts") or 0
+        self.per_token = (ffn.get("n_heads") or 1) * (ffn.get("top_k") or 1)
+        self.losses: list[float] = []
+        self.speeds: list[float] = []
+        self.lasting: set[str] = set()
+
+    def see(self, row: Mapping[str, float]) -> dict[str, str]:
+        """The signals that begin with `row`: what happened, by kind."""
+        found = {
+            "loss spike": self._spike(row["loss"]),
+            "router collapse": self._collapse(row),
+            "throughput halved": self._slow(row["tokens_per_s"]),
+        }
+        begun = {kind: text for kind, text in found.items() if text and kind not in self.lasting}
+        self.lasting = {kind for kind, text in found.items() if text}
+        return {kind: f"step {row['step']}: {kind}, {text}" for kind, text in begun.items()}
+
+    def _spike(self, loss: float) -> str:
+        before, self.losses = self.losses, [*self.losses, loss][-WINDOW:]
+        if not before or loss <= (usual := median(before)) + LOSS_JUMP:
+            return ""
+        return f"{loss:.3f} nats per token after {usual:.3f}, the median of the {len(before)} rows before"
+
+    def _collapse(self, row: Mapping[str, float]) -> str:
+        if "expert_usage" not in row or self.per_token >= self.n_experts:
+            return ""
+        # With few tokens not every expert can be used; with all on one choice, only those of one token are.
+        reachable = min(1.0, row["usage_tokens"] * self.per_token / self.n_experts)
+        threshold = max(COLLAPSED * reachable, self.per_token / self.n_experts)
+        usage = row["expert_usage"]
+        return "" if usage > threshold else f"{usage:.2%} of {self.n_experts} experts used; threshold {threshold:.2%}"
+
+    def _slow(self, speed: float) -> str:
+        self.speeds.append(speed)
+        before, now = self.speeds[:-SLOW_ROWS], self.speeds[-SLOW_ROWS:]
+        if len(before) < WINDOW or median(now) >= SLOW * (usual := median(before)):
+            return ""
+        return f"{median(now):.0f} tokens/s after {usual:.0f}"

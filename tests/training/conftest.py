@@ -1,0 +1,1 @@
+from wandb_server import wandb_server  # noqa: F401
