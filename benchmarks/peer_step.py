@@ -12,6 +12,8 @@ head. Each layer has a process of its own, as in training; the two take turns, a
     ratio               theirs_s / ours_s
     ratio_fused_adamw   the same if PEER-pytorch, too, has torch's fused AdamW
     *_peak_gb           highest resident memory of a process that takes three such steps, in 1e9 bytes
+
+Beside FILE.json, FILE.csv has a row for each implementation and step: seconds (median, least, most), memory, ratio.
 """
 
 import argparse
@@ -25,6 +27,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from timing import spread, write_table
 
 from peerscale.errors import UserError, exit_code
 from peerscale.files import write_text
@@ -46,48 +50,69 @@ def main() -> None:
         layer, step = options.work
         work(layer, step, options.experts[0], options.threads)
         return
-    rows = []
+    summaries, table = [], []
     for experts in options.experts:
-        rows.append(row := measure(experts, options))
+        summary, rows = measure(experts, options)
+        summaries.append(summary)
+        table += rows
         print(
-            f"{experts:>8} experts: {row['ours_s'] * 1e3:.0f} ms against {row['theirs_s'] * 1e3:.0f} ms, "
-            f"{row['ratio']:.1f}x ({row['ratio_fused_adamw']:.1f}x if theirs is fused AdamW; forward and backward "
-            f"{row['fwd_bwd_ratio']:.1f}x, with dense AdamW {row['dense_adamw_ratio']:.1f}x); "
-            f"peak {row['ours_peak_gb']:.2f} GB against {row['theirs_peak_gb']:.2f} GB",
+            f"{experts:>8} experts: {summary['ours_s'] * 1e3:.0f} ms against {summary['theirs_s'] * 1e3:.0f} ms, "
+            f"{summary['ratio']:.1f}x ({summary['ratio_fused_adamw']:.1f}x if theirs is fused AdamW; forward and "
+            f"backward {summary['fwd_bwd_ratio']:.1f}x, with dense AdamW {summary['dense_adamw_ratio']:.1f}x); "
+            f"peak {summary['ours_peak_gb']:.2f} GB against {summary['theirs_peak_gb']:.2f} GB",
             flush=True,
         )
-        write_text(options.out, json.dumps(rows, indent=1) + "\n")
+        write_text(options.out, json.dumps(summaries, indent=1) + "\n")
+        write_table(options.out.with_suffix(".csv"), table)
 
 
-def measure(experts: int, options: argparse.Namespace) -> dict[str, Any]:
-    """All figures for one number of experts."""
+def measure(experts: int, options: argparse.Namespace) -> tuple[dict[str, float], list[dict[str, object]]]:
+    """The ratios for one number of experts, and the rows of the table behind them."""
     theirs, ours = in_turns("gradients", "gradients", experts, options)
     theirs_fused, ours_dense = in_turns("fused_adamw", "fused_adamw", experts, options)
     theirs_whole, ours_whole = in_turns("adamw", "row_sparse_adamw", experts, options)
-    row: dict[str, Any] = {
-        "experts": experts,
-        "fwd_bwd_ratio": theirs / ours,
-        "dense_adamw_ratio": theirs_fused / ours_dense,
-        "ours_s": ours_whole,
-        "theirs_s": theirs_whole,
-        "ratio": theirs_whole / ours_whole,
-        "ratio_fused_adamw": theirs_fused / ours_whole,
-    }
-    for name, layer, step in (("ours", "ours_afresh", "row_sparse_adamw"), ("theirs", "theirs", "adamw")):
+    peaks = {}
+    for layer, step in (("ours_afresh", "row_sparse_adamw"), ("theirs", "adamw")):
         with worker(layer, step, experts, options) as process:
-            row[f"{name}_peak_gb"] = max(process()["peak_gb"] for _ in range(3))
-    return row
+            peaks[layer] = max(process()["peak_gb"] for _ in range(3))
+    rows: list[dict[str, object]] = []
+    for optimiser, first, second in (
+        ("none", theirs, ours),
+        ("dense AdamW, fused", theirs_fused, ours_dense),
+        ("AdamW; row-sparse AdamW", theirs_whole, ours_whole),
+    ):
+        for implementation, seconds in (("PEER-pytorch 0.2.0", first), ("peerscale", second)):
+            row = {"experts": experts, "tokens": TOKENS, "d_model": WIDTH, "implementation": implementation}
+            row |= {"optimiser": optimiser, **spread(seconds)}
+            row["ratio"] = statistics.median(first) / statistics.median(seconds)
+            rows.append(row)
+    medians = [statistics.median(s) for s in (theirs, ours, theirs_fused, ours_dense, theirs_whole, ours_whole)]
+    summary = {
+        "experts": experts,
+        "fwd_bwd_ratio": medians[0] / medians[1],
+        "dense_adamw_ratio": medians[2] / medians[3],
+        "ours_s": medians[5],
+        "theirs_s": medians[4],
+        "ratio": medians[4] / medians[5],
+        "ratio_fused_adamw": medians[2] / medians[5],
+        "ours_peak_gb": peaks["ours_afresh"],
+        "theirs_peak_gb": peaks["theirs"],
+    }
+    rows[-2]["peak_gb"], rows[-1]["peak_gb"] = peaks["theirs"], peaks["ours_afresh"]
+    return summary, [{**row, "peak_gb": row.get("peak_gb", "")} for row in rows]
 
 
-def in_turns(their_step: str, our_step: str, experts: int, options: argparse.Namespace) -> tuple[float, float]:
-    """Median seconds of a step of either, after one unmeasured step each."""
+def in_turns(
+    their_step: str, our_step: str, experts: int, options: argparse.Namespace
+) -> tuple[list[float], list[float]]:
+    """Seconds of the steps of either, after one unmeasured step each."""
     with (
         worker("theirs", their_step, experts, options) as theirs,
         worker("ours", our_step, experts, options) as ours,
     ):
         turns = [(theirs()["seconds"], ours()["seconds"]) for _ in range(options.repeats + 1)][1:]
     first, second = zip(*turns, strict=True)
-    return statistics.median(first), statistics.median(second)
+    return list(first), list(second)
 
 
 @contextlib.contextmanager
