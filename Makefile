@@ -5,19 +5,24 @@ LAUNCHER  ?= joblib
 JOBS      ?= $(shell getconf _NPROCESSORS_ONLN)
 OVERRIDES ?=
 PYTHON    ?= python3
+EXTRAS    ?= dev
 BIN       := .venv/bin
 TRAIN      = $(BIN)/python -m peerscale.train --config-dir sweeps --config-name
-LAUNCH     = $(if $(filter joblib,$(LAUNCHER)),hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS) hydra.launcher.batch_size=1,$(if $(filter local,$(LAUNCHER)),hydra/launcher=basic,hydra/launcher=$(LAUNCHER)))
+LAUNCH_joblib = hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS) hydra.launcher.batch_size=1
+LAUNCH_local  = hydra/launcher=basic
+# Cells of an array that run at once, if JOBS is said; cores of the login node are not a reason for any number.
+LAUNCH_slurm  = hydra/launcher=slurm $(if $(filter command environment,$(firstword $(origin JOBS))),hydra.launcher.array_parallelism=$(JOBS))
+LAUNCH        = $(or $(LAUNCH_$(LAUNCHER)),hydra/launcher=$(LAUNCHER))
 # One thread a cell, one cell a core; more threads only spin.
 export OMP_NUM_THREADS      ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce smoke test check data plan sweep status figures validate publish sync dashboard bench clean
+.PHONY: help setup reproduce smoke test check data plan sweep status figures validate publish sync dashboard bench torture clean
 
 help: ## print every target
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
-	@echo; echo "Variables: SWEEP=$(SWEEP) LAUNCHER=joblib|local JOBS=$(JOBS) OVERRIDES='key=value ...' PYTHON=$(PYTHON)"
+	@echo; echo "Variables: SWEEP=$(SWEEP) LAUNCHER=joblib|local|slurm JOBS=$(JOBS) OVERRIDES='key=value ...' PYTHON=$(PYTHON)"
 
 reproduce: ## the main job: train the isoFLOP study on real text, fit it, draw it (21 minutes on 2 cores)
 	@$(MAKE) --no-print-directory data sweep figures SWEEP=reproduce
@@ -33,7 +38,7 @@ setup: .venv/installed ## create .venv and install the package (a second call do
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: peerscale needs Python 3.11 or newer: name one with PYTHON=..."; exit 2; }
 	@echo "creating .venv and installing peerscale into it: some minutes, once"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
 	@touch $@
 
 data: setup ## fetch and tokenize the corpus of SWEEP, once
@@ -59,19 +64,24 @@ validate: setup ## fit published data sets in DATA=DIR and compare with the publ
 publish: setup ## copy the table, fits and figures of SWEEP into results/, to be committed
 	@$(BIN)/python analysis/publish.py $(SWEEP)
 
-sync: setup ## upload the offline W&B runs of SWEEP that are not uploaded yet
-	@runs=$$(ls -d runs/$(SWEEP)/*/wandb/offline-run-* 2>/dev/null); \
-	test -n "$$runs" || { echo "error: no W&B runs in runs/$(SWEEP): make sweep SWEEP=$(SWEEP)"; exit 2; }; \
-	timeout 600 $(BIN)/wandb sync $$runs
+sync: setup ## upload the W&B runs, table, fits and figures of SWEEP that are not uploaded yet
+	@$(BIN)/python analysis/sync.py $(SWEEP)
 
 dashboard: setup ## browse the W&B runs of SWEEP in the terminal, offline
-	@ls -d runs/$(SWEEP)/*/wandb/offline-run-* >/dev/null 2>&1 || { echo "error: no W&B runs in runs/$(SWEEP): make sweep SWEEP=$(SWEEP)"; exit 2; }
-	@mkdir -p runs/$(SWEEP)/study/wandb && ln -sfn $(CURDIR)/runs/$(SWEEP)/*/wandb/offline-run-* runs/$(SWEEP)/study/wandb/
+	@ls -d runs/$(SWEEP)/*/wandb/*run-* >/dev/null 2>&1 || { echo "error: no W&B runs in runs/$(SWEEP): make sweep SWEEP=$(SWEEP)"; exit 2; }
+	@rm -rf runs/$(SWEEP)/study/wandb && mkdir -p runs/$(SWEEP)/study/wandb
+	@ln -sfn $(CURDIR)/runs/$(SWEEP)/*/wandb/*run-* runs/$(SWEEP)/study/wandb/
 	@$(BIN)/wandb leet runs/$(SWEEP)/study/wandb
 
-bench: setup ## PEER's training step side by side with PEER-pytorch's: seconds, memory, ratios
-	@$(BIN)/python -c 'import PEER_pytorch' 2>/dev/null || $(BIN)/python -m pip install --quiet --editable '.[bench]'
-	@OMP_NUM_THREADS=$(JOBS) $(BIN)/python benchmarks/peer_step.py --experts 16384 65536 --out results/bench/peer_step.json
+bench: setup ## training steps side by side: PEER-pytorch's layer, all methods, growth; into results/bench (20 minutes)
+	@$(BIN)/python -c 'import PEER_pytorch' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	@OMP_NUM_THREADS=$(JOBS) $(BIN)/python benchmarks/peer_step.py --out results/bench/peer_step.json
+	@OMP_NUM_THREADS=$(JOBS) $(BIN)/python benchmarks/growth.py --out results/bench/growth.csv
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training_step.py --out results/bench/training_step.csv
+	@$(BIN)/python benchmarks/plot.py results/bench
+
+torture: setup ## break a small study in every way: nothing recorded may be lost
+	@$(BIN)/python benchmarks/torture.py
 
 test: setup check ## lint, types, import rules and tests
 	@$(BIN)/pytest -n 2

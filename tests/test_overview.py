@@ -32,7 +32,7 @@ def corpus(cells: list[Cell]) -> str:
         dtype="uint16",
         splits={"train": 10**7, "validation": 10**6},
         utf8_bytes={"train": 10**8, "validation": 10**7},
-        tokens_sha256={},
+        tokens_sha256={"train": "", "validation": ""},
         tokenizer_sha256="",
         sources={},
         versions={},

@@ -56,7 +56,7 @@ def test_a_new_layer_takes_what_the_readme_says(tmp_path: Path) -> None:
         path.write_text(text.replace(anchor, re.sub(r"^(?=.)", indent, before, flags=re.M) + anchor))
 
     insert(package / "config.py", "def _blocks(value", dataclass + "\n\n")
-    insert(package / "config.py", " | PeerConfig, Field(discriminator", " | GatedConfig")
+    insert(package / "config.py", " | Sparse, Field(discriminator", " | GatedConfig")
     last = "        case _:\n            assert_never(ffn)\n"
     insert(package / "model" / "__init__.py", last, build_case, indent=" " * 8)
     insert(package / "accounting.py", last, cost_case, indent=" " * 8)

@@ -20,6 +20,7 @@ from peerscale.sweeper import (
     Cell,
     budget_name,
     cell_name,
+    diverged_lines,
     pending_cells,
     planned_cells,
     short_methods,
@@ -391,3 +392,51 @@ def test_a_cells_overrides_are_plain_text_for_any_launcher(cells: list[Cell]) ->
     for cell in cells:
         assert json.loads(json.dumps(cell.overrides)) == list(cell.overrides)
         assert all(re.fullmatch(r"[a-z_.]+=\S+", override) for override in cell.overrides)
+
+
+# What a study cannot smuggle in
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "a,b",
+        "[1",
+        "{a:1}",
+        "x=y",
+        "it's",
+        "a\\b",
+        "a\\'b",
+        "end\\",
+        "null",
+        "True",
+        "",
+        " a ",
+        "a seed=3",
+        "choice(1,2)",
+    ],
+)
+def test_a_text_of_an_axis_stays_one_text(study: Write, value: str) -> None:
+    axes = json.dumps({"tracking.project": [value]})
+    file = study(f"{{methods: [dense], grid: [{{budget: 1e10, sizes: [d8]}}], axes: {axes}}}")
+    (cell,) = planned_cells(file)
+    assert (cell.config.tracking.project, cell.config.seed) == (value, 0)
+    assert_planned_is_what_a_job_loads([cell], file)
+
+
+@pytest.mark.parametrize("key", ["optim.lr=3,seed", "~optim.lr", "hydra.mode", "sweep.seeds", "seed", "optim lr", ""])
+def test_an_axis_is_a_key_and_nothing_more(study: Write, key: str) -> None:
+    axes = json.dumps({key: [1]})
+    with pytest.raises(ConfigError, match="axes: "):
+        planned_cells(study(f"{{methods: [dense], grid: [{{budget: 1e10, sizes: [d8]}}], axes: {axes}}}"))
+
+
+def test_a_diverged_cell_is_left_alone_and_named(cells: list[Cell]) -> None:
+    first, second, *_ = kept = [cell for cell in cells if cell.plan.verdict is Verdict.OK]
+    write_record(first.folder, record_of(first, Status.DIVERGED, reason="the training loss is nan at step 40"))
+    write_record(second.folder, record_of(second, Status.FAILED, reason="RuntimeError"))
+    assert {cell.name for cell in pending_cells(cells, CORPUS)} == {cell.name for cell in kept[1:]}
+    assert diverged_lines(cells, CORPUS) == [
+        f"{first.name} diverged: the training loss is nan at step 40; "
+        f"to run it again all the same: mv '{first.folder}' '{first.folder}.old'"
+    ]

@@ -79,7 +79,7 @@ def test_every_layer_trains_and_learns(layer: str, settings: list[str]) -> None:
     status, record = train([*overrides, budget(overrides, 60)])
     assert status is Status.DONE
     assert record.evaluation["validation"]["loss"] < short.evaluation["validation"]["loss"] - 0.5
-    assert ("unevenness" in record.router) == (layer != "dense")
+    assert ("unevenness" in record.router) == (layer not in ("dense", "wide_dense"))
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -92,7 +92,7 @@ def test_an_interrupted_cell_ends_as_an_unbroken_one(
         f"ffn={layer}",
         recipe,
         "tracking=disabled",
-        "trainer.checkpoint_every_s=1e-9",
+        "trainer.checkpoint_every_steps=1",
     ]
     overrides = [*settings, budget(settings, 13), "trainer.keep_checkpoint=true"]
     _, unbroken = train([*overrides, f"trainer.runs_directory={tmp_path / 'unbroken'}"])
@@ -126,17 +126,6 @@ def test_an_interrupted_cell_ends_as_an_unbroken_one(
     assert rows == expected
 
 
-def test_a_truncated_checkpoint_falls_back_to_the_one_before(settings: list[str], tmp_path: Path) -> None:
-    from peerscale.training.checkpoint import checkpoints, newest_readable
-
-    overrides = [*settings, "tracking=disabled", "trainer.checkpoint_every_s=1e-9", "trainer.keep_checkpoint=true"]
-    _, record = train([*overrides, budget(settings, 6)])
-    folder = tmp_path / "runs" / "single" / record.cell / "checkpoints"
-    newest, before = checkpoints(folder)
-    newest.write_bytes(newest.read_bytes()[:1000])
-    assert newest_readable(folder) == (before, 5)
-
-
 def test_a_done_cell_is_not_run_again_and_another_configuration_is_refused(settings: list[str]) -> None:
     from peerscale.errors import UserError
 
@@ -156,6 +145,55 @@ def test_a_diverging_cell_is_recorded(settings: list[str]) -> None:
     )
     assert status is Status.DIVERGED
     assert "loss is" in record.reason
+
+
+def test_a_diverged_cell_is_run_again_only_once_its_folder_is_set_aside(settings: list[str], tmp_path: Path) -> None:
+    overrides = [*settings, "tracking=disabled", budget(settings, 8), "optim.lr=1e30", "optim.warmup_fraction=0"]
+    overrides += ["trainer.checkpoint_every_steps=1", "trainer.log_every_steps=1"]
+    status, first = train(overrides)
+    folder = tmp_path / "runs" / "single" / first.cell
+    assert status is Status.DIVERGED and not list(folder.glob("checkpoints/*"))
+    rows = list(read_metrics(folder))
+    written = (folder / "record.json").stat().st_mtime_ns
+    assert train(overrides) == (Status.DIVERGED, first)
+    assert (folder / "record.json").stat().st_mtime_ns == written
+    assert list(read_metrics(folder)) == rows and all(row["loss"] == row["loss"] for row in rows)
+    folder.rename(f"{folder}.old")
+    status, again = train(overrides)
+    assert (status, again.reason) == (Status.DIVERGED, first.reason)
+
+
+def test_the_time_of_a_resumed_cell_is_that_of_all_its_parts(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peerscale.training.module import LanguageModel
+
+    overrides = [*settings, "tracking=disabled", budget(settings, 6), "trainer.checkpoint_every_steps=1"]
+    step, calls = LanguageModel.training_step, []
+
+    def slow_then_broken(self: LanguageModel, tokens: torch.Tensor, batch_idx: int) -> dict[str, torch.Tensor]:
+        calls.append(batch_idx)
+        time.sleep(0.3 if len(calls) <= 4 else 0)
+        if len(calls) == 5:
+            raise RuntimeError("broken off")
+        return step(self, tokens, batch_idx)
+
+    monkeypatch.setattr(LanguageModel, "training_step", slow_then_broken)
+    assert train(overrides)[0] is Status.FAILED
+    status, record = train(overrides)
+    assert status is Status.DONE and len(calls) == 5 + 2
+    assert record.timing["wall_s"] > 1.2
+    assert record.timing["tokens_per_s"] == pytest.approx(record.plan["tokens"] / record.timing["wall_s"])
+
+
+def test_what_a_killed_process_left_half_written_is_removed(settings: list[str], tmp_path: Path) -> None:
+    overrides = [*settings, "tracking=disabled", budget(settings, 6)]
+    cell = single_cell(load(overrides), overrides).folder
+    for scratch in (cell / ".record.json.abcd1234", cell / "checkpoints" / ".step-000000003.ckpt.x_y_z_12"):
+        scratch.mkdir(parents=True)
+        (scratch / "half").write_text("half")
+    train(overrides)
+    assert not list(cell.rglob(".*"))
 
 
 def test_a_failing_cell_is_recorded_with_its_traceback(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,37 +272,13 @@ def test_a_sweep_goes_on_after_failures_and_skips_what_is_done(
     records = {path.parent.name: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "tiny").glob("*/record.json")}
     assert len(records) == 2
     second = run_command(*sweep)
-    assert second.returncode == 1, second.stderr
-    assert "4 cells, 1 done, 2 dropped, 1 to run" in second.stderr
+    assert "2 dropped, 0 to run" in second.stderr, "a diverged cell would diverge again"
     after = {path.parent.name: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "tiny").glob("*/record.json")}
-    assert {name for name in records if records[name] != after[name]} == {name for name in records if "peer" in name}
+    assert after == records
     status = run_command("-m", "peerscale.overview", "status", study)
     assert status.returncode == 0, status.stderr
     assert "2 dropped" in status.stdout and "1 diverged" in status.stdout and "1 done" in status.stdout
     assert "the training loss is" in status.stdout
-
-
-@pytest.mark.parametrize(
-    ("arguments", "line"),
-    [
-        (["ffn=per"], "unknown choice ffn=per; there are: dense, moe, moe_token_choice, peer, pkm"),
-        (["ffn=peer", "ffn.topk=3"], "unknown key ffn.topk; did you mean ffn.top_k or ffn.method?"),
-        (
-            ["+trainer.treads=3"],
-            "unknown key trainer.treads; did you mean trainer.threads or trainer or tracking.tags?",
-        ),
-        (["budget=1e6"], "dense-d32-1e6-s0 cannot be run: 0 steps < min_steps 200"),
-        (["data=text", "data.path=/nowhere/at/all.txt"], "/nowhere/at/all.txt"),
-        (["--config-dir", "sweeps", "--config-name", "nothing"], "nothing"),
-        (["-m", "ffn=dense,peer"], "a multirun needs a sweep file: --config-dir sweeps --config-name NAME"),
-        (["budget=[1"], "no viable alternative at input '[1'"),
-    ],
-)
-def test_wrong_input_is_one_line_and_exit_code_2(arguments: list[str], line: str) -> None:
-    result = run_command("-m", "peerscale.train", *arguments)
-    assert result.returncode == 2, result.stderr
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
-    assert line in result.stderr
 
 
 def test_ctrl_c_leaves_a_cell_that_goes_on(settings: list[str], tmp_path: Path) -> None:

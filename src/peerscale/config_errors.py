@@ -1,6 +1,7 @@
 """What Hydra, OmegaConf and pydantic have against a configuration, in one line of the user's terms."""
 
 import difflib
+import itertools
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -16,9 +17,11 @@ class ConfigError(UserError):
 
 def one_line(problem: Mapping[str, Any], root: type) -> str:
     """The first of pydantic's complaints about a `root`."""
-    # The tag of the ffn union stands in pydantic's location after `ffn`; the user's key has no such part.
-    where = ".".join(str(part) for i, part in enumerate(problem["loc"]) if not (i == 1 and problem["loc"][0] == "ffn"))
+    # The tag of a union of layers stands in pydantic's location after its key; the user's key has no such part.
+    loc = [str(part) for part in problem["loc"]]
+    where = ".".join(part for i, part in enumerate(loc) if i == 0 or loc[i - 1] not in ("ffn", "params_of"))
     given = problem["input"]
+    where = where or "sweep"  # of a configuration Hydra makes sure that it is a mapping
     message = problem["msg"].removeprefix("Value error, ")
     match problem["type"]:
         case "unexpected_keyword_argument" | "extra_forbidden":
@@ -26,7 +29,11 @@ def one_line(problem: Mapping[str, Any], root: type) -> str:
         case "missing" | "missing_argument" | "missing_keyword_only_argument":
             return f"{where}: missing"
         case "value_error":
-            return f"{where}: {message}" if where else message
+            return f"{where}: {message}" if problem["loc"] else message
+        case "dataclass_type":
+            return f"{where}: input should be a mapping, not {given!r}"
+        case "too_short":
+            return f"{where}: {message[0].lower()}{message[1:].partition(' after')[0]}, not {given!r}"
         case _:
             return f"{where}: {message[0].lower()}{message[1:]}, not {given!r}"
 
@@ -54,15 +61,28 @@ def _keys(kind: Any, prefix: str = "") -> Iterator[str]:
 
 
 def first_line(error: Exception, root: type) -> str:
-    """A Hydra or OmegaConf error, which takes several lines, in one."""
-    from hydra.errors import MissingConfigException
+    """An error of Hydra, OmegaConf or YAML, which takes several lines, in one."""
+    from hydra.errors import MissingConfigException, OverrideParseException
+    from yaml import MarkedYAMLError
 
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         return f"unknown choice {group}={choice}; there are: {', '.join(error.options)}"
+    if isinstance(error, MarkedYAMLError) and error.problem_mark:
+        mark = error.problem_mark
+        return f"{mark.name}:{mark.line + 1}: no valid YAML: {error.problem}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    dull = ("Set the environment variable", "full_key:", "object_type=", "To append to your config")
+    dull = ("Set the environment variable", "full_key:", "object_type=", "To append to your config", "See https://")
     if lines and lines[0].startswith("Could not override '"):
         return unknown_key(lines[0].split("'")[1], root)
+    if lines and lines[0].startswith("Ambiguous value for argument '"):
+        given = lines[0].split("'")[1]
+        return f"{given} names several values; that is for a study to do (sweeps/), and a text with a comma is quoted"
+    if lines and lines[0].startswith("Config group override must be"):
+        return f"a group of conf/ takes the name of one of its files, such as size=d32, not {lines[0].split()[-1]}"
     kept = [line for line in lines if not line.startswith(dull)]
-    return " ".join(kept) or type(error).__name__
+    kept = list(itertools.takewhile(lambda line: not line.startswith("Config search path"), kept))
+    given = f"override {error.override}: " if isinstance(error, OverrideParseException) else ""
+    return given + " ".join(kept).replace("must be a DictConfig, got ListConfig", "must be a mapping, not a list") or (
+        type(error).__name__
+    )

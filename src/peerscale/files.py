@@ -30,6 +30,13 @@ def replacing(path: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def remove_abandoned(folder: Path) -> None:
+    """Remove what `replacing` left in `folder` when its process was killed; for who alone writes there."""
+    for scratch in folder.glob(".*.????????"):
+        if scratch.is_dir():
+            shutil.rmtree(scratch)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` (UTF-8) to `path` atomically and durably."""
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:

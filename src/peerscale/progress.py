@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
+from peerscale.errors import UserError
 from peerscale.runs.record import RECORD, Status
 from peerscale.runs.table import METRICS
 from peerscale.sweeper import Cell
@@ -23,7 +24,8 @@ class Progress:
 
     def __init__(self, sweep: str, cells: Sequence[Cell], *, already_done: int = 0) -> None:
         self.sweep, self.cells, self.already_done = sweep, cells, already_done
-        self.started = time.time()
+        self.started = time.monotonic()  # a clock that is set back must not make a sweep look finished, or unending
+        self.written_before = {cell.name: _written(cell) for cell in cells}
         self.live = sys.stderr.isatty()
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
@@ -35,6 +37,8 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.stop.set()
         self.thread.join()
+        if kind is not None and issubclass(kind, UserError):
+            return  # whose line says it all
         print(f"\r\033[K{self.line()}" if self.live else self.line(), file=sys.stderr, flush=True)
 
     def _watch(self) -> None:
@@ -60,7 +64,7 @@ class Progress:
                 running.append(f"{cell.name} {row['step']}/{cell.plan.steps} loss {row['loss']:.3f} {speed}")
             elif status is Status.RUNNING:
                 running.append(f"{cell.name} starting")
-        work, elapsed = sum(cell.estimate_s for cell in self.cells), time.time() - self.started
+        work, elapsed = sum(cell.estimate_s for cell in self.cells), time.monotonic() - self.started
         left = elapsed * (work - work_done) / work_done if work_done else None
         parts = [f"{self.sweep} {ended}/{self.already_done + len(self.cells)}", *running]
         return " | ".join([*parts, f"{duration(left)} left" if left is not None else "time left unknown yet"])
@@ -69,7 +73,7 @@ class Progress:
         """Status of a record written since the start, and the newest row of metrics while it is running."""
         path = cell.folder / RECORD
         try:
-            if path.stat().st_mtime < self.started - 1:
+            if _written(cell) == self.written_before[cell.name]:
                 return None, None
             status = Status(json.loads(path.read_text(encoding="utf-8"))["status"])
             if status is not Status.RUNNING or not (cell.folder / METRICS).is_file():
@@ -80,6 +84,14 @@ class Progress:
             return status, json.loads(rows[-1])
         except (OSError, ValueError, KeyError, IndexError):
             return None, None  # between two writes; the next look sees it
+
+
+def _written(cell: Cell) -> int | None:
+    """When the record was last written, to tell whether it was written again."""
+    try:
+        return (cell.folder / RECORD).stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def duration(seconds: float) -> str:

@@ -3,12 +3,16 @@
 import functools
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from peerscale.config import Config, ConfigError, SweepConfig, load, load_sweep, sweep_file
+from peerscale.config_errors import one_line
 from peerscale.errors import UserError
 from peerscale.files import ROOT
 from peerscale.plan import Plan, Verdict, plan
@@ -18,8 +22,14 @@ from peerscale.runs.speed import estimate_s, measured_speeds
 SINGLE = "single"
 """The folder of cells that belong to no study."""
 
+WORDS = ("null", "true", "false", "nan", "inf")
+"""What Hydra would not read as a text."""
+
 NAMED = ("ffn", "size", "budget", "seed")
 """Overrides that have a place of their own in a cell's name."""
+
+FINISHED = (Status.DONE, Status.DIVERGED, Status.DROPPED)
+"""What a sweep leaves alone. A diverged cell would diverge again; `how_to_rerun` says what makes it a new one."""
 
 OPERATIONAL = (
     "trainer", "tracking", "hydra", "min_steps", "data.directory", "data.max_epochs", "data.train_tokens",
@@ -81,15 +91,23 @@ def planned_cells(sweep: str | Path, overrides: Sequence[str] = ()) -> list[Cell
     own = {*NAMED, *study.axes, *(axis for axes in study.method_axes.values() for axis in axes)}
     if taken := [key for key in map(_key, overrides) if key in own]:
         raise ConfigError(f"{taken[0]} is for {file.name} to say, which varies it: edit its sweep section")
+    for key in sorted(own - {*NAMED}):
+        if not re.fullmatch(r"\+{0,2}[a-zA-Z_][\w.]*", key) or _key(key).partition(".")[0] in ("hydra", "sweep"):
+            raise ConfigError(f"{file.name}: axes: {key!r} is no key that a study can vary, such as optim.lr")
+    if twice_said := {*NAMED} & {*study.axes, *(axis for axes in study.method_axes.values() for axis in axes)}:
+        raise ConfigError(f"{file.name}: axes: {min(twice_said)} is what methods, grid and seeds vary")
     size_overrides = [o for o in overrides if _key(o).startswith("size.")]
     cells: list[Cell] = []
     for method, row in itertools.product(study.methods, study.grid):
-        for size, axes, seed in itertools.product(row.sizes, _axis_overrides(study, method), study.seeds):
+        for size, axes, seed in itertools.product(row.sizes, _axis_overrides(study, method), row.seeds or study.seeds):
             # Composing takes 50 ms, so it is done once for each layer and once for each size, not for each cell:
             # a size file says nothing but `size`, and budget and seed are plain numbers.
             base = compose(f"ffn={method}", f"size={study.grid[0].sizes[0]}", *axes, *overrides)
             backbone = compose(f"size={size}", *size_overrides, *(a for a in axes if a.startswith("size."))).size
-            config = replace(base, size=backbone, budget=row.budget, seed=seed)
+            try:
+                config = replace(base, size=backbone, budget=row.budget, seed=seed)
+            except ValidationError as error:
+                raise ConfigError(one_line(error.errors()[0], Config)) from None
             choice = (f"ffn={method}", f"size={size}", f"budget={row.budget!r}", f"seed={seed}", *axes, *overrides)
             cells.append(_cell(file.stem, config, choice))
     names = [cell.name for cell in cells]
@@ -129,11 +147,27 @@ def check_same(cell: Cell, record: Record, data_fingerprint: str) -> None:
         )
 
 
+def how_to_rerun(cell: Cell) -> str:
+    """What to type for a cell that ended badly to be run again."""
+    record = read_record(cell.folder)
+    if record is not None and record.status is Status.DIVERGED:
+        return f"to run it again all the same: mv '{cell.folder}' '{cell.folder}.old'"
+    return "the same command tries it again"
+
+
 def pending_cells(cells: Sequence[Cell], data_fingerprint: str) -> list[Cell]:
     """The cells that are still to be run, longest first, so that the last ones to finish are short."""
-    finished = (Status.DONE, Status.DROPPED)
-    pending = [cell for cell in cells if state(cell, data_fingerprint) not in finished]
+    pending = [cell for cell in cells if state(cell, data_fingerprint) not in FINISHED]
     return sorted(pending, key=lambda cell: -cell.estimate_s)
+
+
+def diverged_lines(cells: Sequence[Cell], data_fingerprint: str) -> list[str]:
+    """The cells that a sweep leaves alone because they diverged, one line each: why, and how to run them again."""
+    return [
+        f"{cell.name} diverged: {record.reason}; {how_to_rerun(cell)}"
+        for cell in cells
+        if state(cell, data_fingerprint) is Status.DIVERGED and (record := read_record(cell.folder))
+    ]
 
 
 def short_methods(cells: Sequence[Cell], min_sizes: int) -> list[str]:
@@ -188,7 +222,18 @@ def _axis_overrides(study: SweepConfig, method: str) -> list[tuple[str, ...]]:
 
 
 def _hydra_value(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value).replace(" ", "")
+    """A value as Hydra's override grammar reads it back; texts are quoted, or they could hold further overrides."""
+    match value:
+        case str() if re.fullmatch(r"[a-zA-Z_][\w./-]*", value) and value.lower() not in WORDS:
+            return value
+        case str():
+            # Only a backslash before a quote, or before the end, is special inside quotes.
+            return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value) + "'"
+        case list():
+            return f"[{','.join(map(_hydra_value, value))}]"
+        case dict():
+            return "{" + ",".join(f"{key}:{_hydra_value(inner)}" for key, inner in value.items()) + "}"
+    return json.dumps(value)
 
 
 def _file_name(value: str) -> str:

@@ -7,8 +7,10 @@
 torch and lightning are imported inside the cell, so that planning and skipping take no time.
 """
 
+import argparse
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -18,16 +20,17 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from peerscale.config import Config, parse_config
+from peerscale.config import Config, check_hydra, parse_config
 from peerscale.config_errors import ConfigError, first_line
 from peerscale.data.prepare import prepare
 from peerscale.errors import FailedCells, UserError, exit_code
 from peerscale.files import ROOT
 from peerscale.plan import Verdict
 from peerscale.progress import Progress
-from peerscale.runs.record import RECORD, Status, read_record
-from peerscale.sweeper import SINGLE, Cell, single_cell, state
+from peerscale.runs.record import Status, read_record
+from peerscale.sweeper import FINISHED, SINGLE, Cell, how_to_rerun, single_cell, state
 
 
 @hydra.main(config_path=str(ROOT / "conf"), config_name="config", version_base="1.3")
@@ -40,7 +43,10 @@ def hydra_job(tree: DictConfig) -> str:
 
 
 def _cell(tree: DictConfig) -> Cell:
-    plain: dict[str, Any] = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    try:
+        plain: dict[str, Any] = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise ConfigError(first_line(error, Config)) from None
     study = HydraConfig.get().job.config_name if plain.pop("sweep", None) else SINGLE
     return single_cell(parse_config(plain), HydraConfig.get().overrides.task, sweep=str(study))
 
@@ -50,13 +56,12 @@ def run_single(cell: Cell) -> None:
     if cell.plan.verdict is Verdict.DROP:
         raise UserError(f"{cell.name} cannot be run: {cell.plan.reason}")
     corpus = prepare(cell.config.data)
-    if state(cell, corpus.manifest.fingerprint) is not Status.DONE:
+    if (status := state(cell, corpus.manifest.fingerprint)) not in FINISHED:
         with Progress(cell.sweep, [cell]):
             status = run_cell(cell)
-        if status is not Status.DONE:
-            raise FailedCells(f"{cell.name} {status}; its reason stands in {cell.folder / RECORD}")
     record = read_record(cell.folder)
-    assert record is not None
+    if record is None or status is not Status.DONE:
+        raise FailedCells(f"{cell.name} {status}" + (f": {record.reason}; {how_to_rerun(cell)}" if record else ""))
     losses = ", ".join(f"{name} {values['loss']:.4f}" for name, values in record.evaluation.items())
     print(f"{cell.name} is done: {losses} nats per token; {cell.folder}")
 
@@ -65,7 +70,8 @@ def run_cell(cell: Cell) -> Status:
     """Run, or resume, a cell, unless another worker has it or it is done; every outcome is in its record."""
     cell.folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(cell.folder / "lock", timeout=0):
+        # A second, since `status` takes the lock for a moment to see whether it is held.
+        with FileLock(cell.folder / "lock", timeout=1):
             from peerscale.training.cell import train_cell
 
             return train_cell(cell)
@@ -77,9 +83,21 @@ def run_cell(cell: Cell) -> Status:
 def main() -> int:
     """Hand over to Hydra, its errors in our form."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that errors come out in our form
+    words = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for short, long in (("-cd", "--config-dir"), ("-cp", "--config-path"), ("-cn", "--config-name")):
+        words.add_argument(short, long)
+    named, _ = words.parse_known_args()
+    if named.config_name is not None:
+        file = Path(named.config_dir or named.config_path or ROOT / "conf", named.config_name).with_suffix(".yaml")
+        if file.is_file():  # else Hydra says so
+            check_hydra(file.resolve())
     try:
         hydra_job()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(first_line(error, Config)) from None
+    except ValueError as error:
+        if not str(error).startswith("Config group override"):  # Hydra's, of size=null and such
+            raise
         raise ConfigError(first_line(error, Config)) from None
     return 0
 

@@ -149,6 +149,23 @@ def test_an_unreadable_manifest_counts_as_nothing(config, content):
     assert prepare(config, quiet=True).manifest == first.manifest
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": "object"}, {"dtype": "uint32"}, {"vocab_size": 600}, {"splits": {}}, {"utf8_bytes": {}},
+        {"splits": {"train": 0, "validation": 1, "tuning": 1}}, {"tokens_sha256": {"train": ""}}, {"code": "x"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_manifest_that_does_not_describe_its_corpus_counts_as_nothing(config, change):
+    folder = prepare(config, quiet=True).folder
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert read_manifest(config) is None
+    with pytest.raises(UserError, match=r"is not prepared: run `make data`$"):
+        open_corpus(config)
+
+
 def test_what_an_older_preparation_made_is_made_again(config, monkeypatch):
     prepare(config, quiet=True)
     monkeypatch.setattr(store, "PREPARATION_VERSION", store.PREPARATION_VERSION + 1)

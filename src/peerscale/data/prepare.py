@@ -3,13 +3,12 @@
 python -m peerscale.data.prepare data=gutenberg
 """
 
-import argparse
 import hashlib
 import json
 import platform
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
@@ -27,7 +26,7 @@ from peerscale.data import c4, gutenberg, store, text
 from peerscale.data.blocks import MIN_BYTES, Block, HeldOut
 from peerscale.data.store import Corpus, Manifest
 from peerscale.data.tokenizer import END_OF_TEXT_ID, train
-from peerscale.errors import UserError, exit_code
+from peerscale.errors import ArgumentParser, UserError, exit_code
 from peerscale.files import replacing
 
 SOURCES = {"gutenberg": gutenberg, "text": text, "c4": c4}
@@ -169,13 +168,13 @@ def _progress(items: Iterable[T], what: str, total: int | None = None, *, quiet:
     return tqdm(items, desc=what, total=total, unit=" blocks", leave=False)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """The command line: Hydra overrides, and the sweep whose data settings count."""
-    parser = argparse.ArgumentParser(prog="python -m peerscale.data.prepare", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog="python -m peerscale.data.prepare", description=__doc__.splitlines()[0])
     parser.add_argument("overrides", nargs="*", help="such as data=text data.path=FILE_OR_FOLDER data.vocab_size=4096")
     parser.add_argument("--sweep", help="prepare what this study needs")
     parser.add_argument("--verify", action="store_true", help="read all tokens of a prepared corpus and check them")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     config = load(arguments.overrides, sweep=arguments.sweep).data
     was_there = store.read_manifest(config)
     corpus = prepare(config, verify=arguments.verify)

@@ -4,10 +4,11 @@ import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from tokenizers import Tokenizer
 
@@ -28,8 +29,8 @@ class Manifest:
     preparation_version: int
     source: str
     vocab_size: int
-    dtype: str
-    splits: dict[str, int]
+    dtype: Literal["uint16"]
+    splits: dict[str, Annotated[int, Field(gt=0)]]
     """Tokens, end-of-text tokens included."""
     utf8_bytes: dict[str, int]
     """Bytes of text, for losses in bits per byte."""
@@ -39,6 +40,10 @@ class Manifest:
     """What the text came from: file -> sha256, or for a stream what was read of it."""
     versions: dict[str, str]
     """Of the libraries that prepared it."""
+
+    def __post_init__(self) -> None:
+        if "train" not in self.splits or not self.splits.keys() == self.utf8_bytes.keys() == self.tokens_sha256.keys():
+            raise ValueError("no training set, or sets that are not described whole")
 
     @property
     def fingerprint(self) -> str:
@@ -109,7 +114,8 @@ def read_manifest(config: DataConfig) -> Manifest | None:
         manifest = _MANIFEST.validate_json(manifest_file(folder(config)).read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValidationError):
         return None
-    return manifest if manifest.preparation_version == PREPARATION_VERSION else None
+    current = manifest.preparation_version == PREPARATION_VERSION and manifest.vocab_size == config.vocab_size
+    return manifest if current else None
 
 
 def open_corpus(config: DataConfig, *, verify: bool = False) -> Corpus:

@@ -1,0 +1,458 @@
+"""Break a small study in every way that a machine or its user can, and count what was lost.
+
+    python benchmarks/torture.py [FAULT ...] [--kills 20] [--seed 0]
+
+Prints a table: fault, times tried, outcome, lost records. A record is a row of metrics, the result of a cell, or a
+finished cell's whole record file, that an unbroken run has and the broken one, gone on with, does not. Exit code 1 if
+any is lost or an outcome is not the one promised.
+
+Every run is a process of its own, forked from this one so that torch is imported once; the signals are real.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import peerscale.training.cell as training
+from peerscale import train
+from peerscale.accounting import cost
+from peerscale.config import load
+from peerscale.data.prepare import prepare
+from peerscale.errors import exit_code
+from peerscale.runs.record import Status, read_record
+from peerscale.runs.study import usable
+from peerscale.runs.table import read_metrics, read_records, runs_table
+from peerscale.training.module import LanguageModel
+
+FORK = multiprocessing.get_context("fork")
+STEPS = 120
+Change = Callable[[], None]
+Kept = set[tuple[Any, ...]]
+
+
+class Wrong(Exception):
+    """An outcome that is not the one promised."""
+
+
+def check(truth: object, what: str) -> None:
+    if not truth:
+        raise Wrong(what)
+
+
+@dataclass
+class Bench:
+    """A corpus and the runs of one fault, in a folder that is removed at the end."""
+
+    folder: Path
+    kills: int
+    rng: random.Random
+    unbroken: Kept = field(default_factory=set)
+    seconds: float = 0.0
+    """That the unbroken cell takes."""
+
+    def settings(self, runs: str) -> dict[str, Any]:
+        """Keys of the cell that is broken: PEER with row-sparse AdamW, a checkpoint every third step."""
+        return {
+            "data.path": self.folder / "text.txt", "data.directory": self.folder / "data", "data.vocab_size": 300,
+            "data.evaluation.validation": 512, "data.max_epochs": 100, "size.n_layers": 2, "batch_sequences": 16,
+            "context": 8, "min_steps": 4, "trainer.runs_directory": self.folder / runs, "trainer.kernel": "native",
+            "trainer.log_every_steps": 1, "trainer.checkpoint_every_steps": 3, "trainer.keep_checkpoint": "true",
+        }  # fmt: skip
+
+    def cell(self, runs: str) -> list[str]:
+        groups = ["data=text", "size=d8", "ffn=peer", "optim=row_sparse_adamw", "tracking=disabled"]
+        words = [*groups, *(f"{key}={value}" for key, value in self.settings(runs).items())]
+        return [*words, f"budget={flops(words, STEPS):.10g}"]
+
+    def study(self, runs: str, sweep: str = "", **changed: Any) -> list[str]:
+        """A study of six cells, written down; the words that run it."""
+        settings = {key: value for key, value in self.settings(runs).items() if not key.startswith("data.evaluation")}
+        settings |= {key.replace("__", "."): value for key, value in changed.items()}
+        lines = [
+            "defaults: [config, override data: text, override tracking: disabled, _self_]",
+            "hydra: {mode: MULTIRUN}",
+            f"sweep: {{methods: [dense, peer], grid: [{{budget: 2e8, sizes: [d8, d12, d16]}}], min_sizes: 1{sweep}}}",
+        ]
+        for group in ("data", "size", "trainer", "optim"):
+            inner = [f"{k.partition('.')[2]}: {v}" for k, v in settings.items() if k.startswith(f"{group}.")]
+            inner += ["evaluation: {validation: 512}"] if group == "data" else []
+            lines.append(f"{group}: {{{', '.join(inner)}}}")
+        lines += [f"{key}: {value}" for key, value in settings.items() if "." not in key]
+        (self.folder / "toy.yaml").write_text("\n".join(lines) + "\n")
+        return ["--config-dir", str(self.folder), "--config-name", "toy"]
+
+    def start(self, words: list[str], change: Change | None = None) -> Any:
+        process = FORK.Process(target=_run, args=(words, self.folder / "log", change))
+        process.start()
+        return process
+
+    def run(self, words: list[str], change: Change | None = None) -> tuple[int, str]:
+        """Exit code, and what was printed."""
+        (self.folder / "log").unlink(missing_ok=True)
+        process = self.start(words, change)
+        process.join()
+        return process.exitcode, (self.folder / "log").read_text()
+
+    def finish(self, words: list[str]) -> str:
+        """The same command again, which must end well."""
+        code, printed = self.run(words)
+        check(code == 0, f"exit code {code}: {printed[-300:]}")
+        return printed
+
+    def lost(self, runs: str) -> int:
+        """Of what the unbroken cell holds, and rows that stand twice."""
+        rows = [row["step"] for cell in cells(self.folder / runs / "single") for row in read_metrics(cell)]
+        check(len(rows) == len({*rows}), "rows of metrics stand twice")
+        return len(self.unbroken - kept(self.folder / runs / "single"))
+
+    def interrupted(self, runs: str, step: int = 60) -> list[str]:
+        """A cell killed at a step, and the words that go on with it."""
+
+        def kill() -> None:
+            at_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+        code, printed = self.run(self.cell(runs), kill)
+        check(code == -signal.SIGKILL, f"not killed: {code} {printed[-300:]}")
+        return self.cell(runs)
+
+
+def _run(words: list[str], log: Path, change: Change | None) -> None:
+    with log.open("a") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+        if change:
+            change()
+        sys.argv = ["train", *words]
+        try:
+            code = exit_code(train.main)
+        except SystemExit as end:  # how `train` leaves Hydra
+            code = end.code
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+
+
+def flops(words: list[str], steps: int) -> float:
+    config = load([*words, "budget=1e9"])
+    return cost(config).flops_per_token * config.tokens_per_step * steps
+
+
+def at_step(step: int, act: Callable[[], object], method: str = "") -> None:
+    """In this process `act` before a training step, counted from 0 in each cell, of one method or all."""
+    original = LanguageModel.training_step
+
+    def training_step(self: LanguageModel, tokens: torch.Tensor, batch_idx: int) -> dict[str, torch.Tensor]:
+        if batch_idx == step and method in ("", self.config.ffn.method):
+            act()
+        return original(self, tokens, batch_idx)
+
+    LanguageModel.training_step = training_step
+
+
+def cells(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.glob("*/record.json"))
+
+
+def kept(folder: Path) -> Kept:
+    """Rows of metrics, results and final weights, without what depends on the clock."""
+    found: Kept = set()
+    for cell in cells(folder):
+        found |= {(cell.name, row["step"], row["loss"], row["lr"]) for row in read_metrics(cell)}
+        record = read_record(cell)
+        if record is None or record.status is not Status.DONE:
+            continue
+        found.add((cell.name, json.dumps(record.evaluation), json.dumps(record.sequence_losses)))
+        for checkpoint in sorted((cell / "checkpoints").glob("step-*.ckpt"))[-1:]:
+            state = torch.load(checkpoint, weights_only=True)
+            tensors = [*state["state_dict"].items(), *_tensors(state["optimizer_states"])]
+            found |= {(cell.name, name, value.flatten().double().numpy().tobytes()) for name, value in tensors}
+    return found
+
+
+def _tensors(tree: Any, name: str = "optimizer") -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(tree, torch.Tensor):
+        yield name, tree
+    elif isinstance(tree, dict | list):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _tensors(value, f"{name}.{key}")
+
+
+def files(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    """The records, when they were written and what they hold."""
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("record.json")}
+
+
+Outcome = tuple[int, str, int]
+"""Times tried, what came of it, lost records."""
+
+
+def killed(bench: Bench) -> Outcome:
+    """SIGKILL at random moments"""
+    words, kills, ended = bench.cell("killed"), 0, 0
+    while kills < bench.kills:
+        process = bench.start(words)
+        process.join(bench.rng.uniform(0.0, bench.seconds / 3))
+        if process.is_alive():
+            process.kill()
+            kills += 1
+        process.join()
+        if process.exitcode == 0:  # before its time: break another one
+            ended += 1
+            (bench.folder / "killed").rename(bench.folder / f"killed-{ended}")
+    bench.finish(words)
+    lost = sum(bench.lost(name) for name in ("killed", *(f"killed-{i + 1}" for i in range(ended))))
+    check(not list((bench.folder / "killed").rglob(".*.????????")), "half-written files stay")
+    return kills, f"{ended + 1} cells, bit-identical to the unbroken one", lost
+
+
+def two_sweeps(bench: Bench) -> Outcome:
+    """two sweeps at once on one folder"""
+    times, lost = 3, 0
+    for i in range(times):
+        runs, started = f"two-{i}", bench.folder / f"two-{i}.log"
+
+        def note(started: Path = started) -> None:
+            original = training.CellRun.train
+
+            def noted(self: training.CellRun) -> Status:
+                with started.open("a") as file:
+                    file.write(f"{self.cell.name}\n")
+                return original(self)
+
+            training.CellRun.train = noted
+
+        words = bench.study(runs)
+        sweeps = [bench.start(words, note) for _ in range(2)]
+        for sweep in sweeps:
+            sweep.join()
+        check([sweep.exitcode for sweep in sweeps] == [0, 0], (bench.folder / "log").read_text()[-300:])
+        names = started.read_text().split()
+        check(len(names) == len({*names}), f"{len(names) - len({*names})} cells ran twice")
+        lost += 6 - sum(record.status is Status.DONE for record in read_records(bench.folder / runs / "toy"))
+    return times, "each of 6 cells ran once, all done", lost
+
+
+def disk_full(bench: Bench, what: str, limit: int, **changed: str) -> Outcome:
+    words = [*bench.cell(f"full-{what}"), *(f"trainer.{key}={value}" for key, value in changed.items())]
+
+    def fill() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))  # any file: write fails as if full
+
+    code, printed = bench.run(words, fill)
+    check(code in (1, 2) and "Traceback" not in printed, f"exit code {code}: {printed[-300:]}")
+    check("No space left" in printed or "no space left" in printed or "File too large" in printed, printed[-300:])
+    check(not list((bench.folder / f"full-{what}").rglob("checkpoints/.*")), "half a checkpoint stays")
+    bench.finish(bench.cell(f"full-{what}"))
+    return 1, f"exit code {code}, one line; with room again it went on", bench.lost(f"full-{what}")
+
+
+def full_checkpoint(bench: Bench) -> Outcome:
+    """disk full while checkpointing"""
+    return disk_full(bench, "checkpoint", 20_000)
+
+
+def full_metrics(bench: Bench) -> Outcome:
+    """disk full while writing metrics"""
+    return disk_full(bench, "metrics", 10_000, checkpoint_every_steps="1000")
+
+
+def nan_loss(bench: Bench) -> Outcome:
+    """a loss that is no number"""
+    words = bench.study("nan", ", method_axes: {peer: {optim.lr: [1e30]}}", optim__warmup_fraction=0.0)
+    code, printed = bench.run(words)
+    check(code == 1, f"exit code {code}: {printed[-300:]}")
+    folder = bench.folder / "nan" / "toy"
+    records = {record.cell: record for record in read_records(folder)}
+    by_status = [
+        sum(record.status is status for record in records.values()) for status in (Status.DONE, Status.DIVERGED)
+    ]
+    check(by_status == [3, 3], f"{by_status[0]} cells done, {by_status[1]} diverged")
+    table = runs_table(records.values())
+    check(table[~usable(table)]["reason"].str.contains("the training loss is").all(), "reasons are missing")
+    check(usable(table).sum() == 3, "the fit takes diverged cells")
+    before = files(folder)
+    _, printed = bench.run(words)
+    check(files(folder) == before, "diverged cells were run again")
+    return 3, "diverged with a reason, the others done, none run again", 6 - len(records)
+
+
+def raising(bench: Bench) -> Outcome:
+    """a cell that raises"""
+    words = bench.study("raising")
+
+    def fail() -> None:
+        raise RuntimeError("out of something")
+
+    code, printed = bench.run(words, lambda: at_step(5, fail, "peer"))
+    check(code == 1 and "3 of 6 cells failed" in printed, f"exit code {code}: {printed[-300:]}")
+    folder = bench.folder / "raising" / "toy"
+    done = {path: text for path, text in files(folder).items() if "dense" in str(path)}
+    failed = [record for record in read_records(folder) if record.status is Status.FAILED]
+    check(len(failed) == 3 and all(r.reason == "RuntimeError: out of something" for r in failed), "reasons are missing")
+    bench.finish(words)
+    lost = 6 - sum(record.status is Status.DONE for record in read_records(folder))
+    lost += sum(files(folder)[path] != text for path, text in done.items())
+    return 3, "recorded with its traceback, the others done; the same command went on", lost
+
+
+def old_schema(bench: Bench) -> Outcome:
+    """results of an older schema"""
+    words = bench.cell("unbroken")
+    (path,) = files(bench.folder / "unbroken")
+    text = path.read_text()
+    path.write_text(text.replace('"schema_version": 1', '"schema_version": 0'))
+    code, printed = bench.run(words)
+    check(code == 2 and f"{path}: schema version 0" in printed, f"exit code {code}: {printed[-300:]}")
+    lost = int(path.read_text() != text.replace('"schema_version": 1', '"schema_version": 0'))
+    path.write_text(text)
+    return 1, "refused by name, left as it is", lost + bench.lost("unbroken")
+
+
+def changed_config(bench: Bench) -> Outcome:
+    """a configuration changed under its run"""
+    words = bench.study("changed")
+    bench.finish(words)
+    before = files(bench.folder / "changed")
+    code, printed = bench.run(bench.study("changed", optim__weight_decay=0.5))
+    check(code == 2 and "another configuration: optim.weight_decay 0.1 -> 0.5" in printed, printed[-300:])
+    after = files(bench.folder / "changed")
+    return 1, "refused, the key named", sum(after.get(path) != text for path, text in before.items())
+
+
+def ctrl_c(bench: Bench) -> Outcome:
+    """Ctrl-C"""
+    words, times = bench.cell("ctrl-c"), 5
+    for i in range(times):
+        step = (i + 1) * STEPS // (times + 1)
+        code, printed = bench.run(words, lambda step=step: at_step(step, lambda: os.kill(os.getpid(), signal.SIGINT)))
+        check(code == 130 and "the same command goes on" in printed, f"exit code {code}: {printed[-300:]}")
+        check("Traceback" not in printed, printed[-300:])
+    bench.finish(words)
+    return times, "exit code 130, says how to go on; bit-identical", bench.lost("ctrl-c")
+
+
+def clock_back(bench: Bench) -> Outcome:
+    """the clock set back an hour, again and again"""
+
+    def set_back() -> None:
+        real, calls = time.time, iter(range(10**9))
+        time.time = lambda: real() - 3600.0 * next(calls)
+
+    code, printed = bench.run(bench.interrupted("clock"), set_back)
+    check(code == 0, printed[-300:])
+    (cell,) = cells(bench.folder / "clock" / "single")
+    record = read_record(cell)
+    check(record and all(value > 0 for value in record.timing.values()), "times are negative")
+    check(all(row["tokens_per_s"] > 0 for row in read_metrics(cell)), "speeds are negative")
+    check("-" not in printed.split("|")[-1].split("left")[0], f"time left is negative: {printed}")
+    return 1, "no negative time; bit-identical", bench.lost("clock")
+
+
+def damaged(bench: Bench) -> Outcome:
+    """a damaged newest checkpoint"""
+    ways: dict[str, Callable[[bytes], bytes]] = {
+        "truncated": lambda content: content[: len(content) // 2],
+        "empty": lambda content: b"",
+        "bit": lambda content: (
+            content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 4]) + content[len(content) // 2 + 1 :]
+        ),
+    }
+    lost = 0
+    for way, damage in ways.items():
+        words = bench.interrupted(f"damaged-{way}")
+        (cell,) = cells(bench.folder / f"damaged-{way}" / "single")
+        before, newest = sorted((cell / "checkpoints").glob("*.ckpt"))
+        newest.write_bytes(damage(newest.read_bytes()))
+        printed = bench.finish(words)
+        check(f"{newest} cannot be read" in printed and f"going on from {before.name}" in printed, printed[-300:])
+        lost += bench.lost(f"damaged-{way}")
+    return len(ways), "the one before taken, with a notice; bit-identical", lost
+
+
+def poisoned(bench: Bench) -> Outcome:
+    """checkpoints that hold code"""
+    words = bench.interrupted("poisoned")
+    (cell,) = cells(bench.folder / "poisoned" / "single")
+    sign = bench.folder / "executed"
+    for path in (cell / "checkpoints").glob("*.ckpt"):
+        torch.save({"global_step": _Code(sign)}, path)
+    bench.finish(words)
+    check(not sign.exists(), "the code in a checkpoint was executed")
+    return 2, "not executed, the cell begun anew", bench.lost("poisoned")
+
+
+class _Code:
+    """Pickles as a call that leaves a sign."""
+
+    def __init__(self, sign: Path) -> None:
+        self.sign = sign
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.sign),))
+
+
+FAULTS = (
+    killed, two_sweeps, full_checkpoint, full_metrics, nan_loss, raising, old_schema, changed_config, ctrl_c,
+    clock_back, damaged, poisoned,
+)  # fmt: skip
+
+
+def write_text(path: Path) -> None:
+    """Words in random order, 250 kB."""
+    rng = random.Random(0)
+    words = [f"{a}{b}" for a in ("ba", "ke", "li", "mo", "nu", "ra") for b in ("", "n", "st", "lly", "rk")]
+    path.write_text("\n".join(" ".join(rng.choices(words, k=6)) for _ in range(9000)))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("faults", nargs="*", metavar="FAULT", help=", ".join(fault.__name__ for fault in FAULTS))
+    parser.add_argument("--kills", type=int, default=20, help="SIGKILLs (20)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
+    options = parser.parse_args()
+    if strangers := {*options.faults} - {fault.__name__ for fault in FAULTS}:
+        parser.error(f"no fault {min(strangers)}")
+    failed = 0
+    with tempfile.TemporaryDirectory(prefix="torture-") as folder:
+        bench = Bench(folder=Path(folder), kills=options.kills, rng=random.Random(options.seed))
+        write_text(bench.folder / "text.txt")
+        maker = FORK.Process(target=lambda: prepare(load(bench.cell("unbroken")).data, quiet=True))
+        maker.start()
+        maker.join()
+        begun = time.monotonic()
+        bench.finish(bench.cell("unbroken"))
+        bench.seconds = time.monotonic() - begun
+        bench.unbroken = kept(bench.folder / "unbroken" / "single")
+        print(f"{'fault':<42}{'tried':>6}{'lost':>6}{'s':>6}  outcome", flush=True)
+        for fault in FAULTS:
+            if options.faults and fault.__name__ not in options.faults:
+                continue
+            begun = time.monotonic()
+            try:
+                tried, outcome, lost = fault(bench)
+                count = str(lost)
+                if lost:
+                    outcome, failed = "FAILED: not what the unbroken run holds", failed + 1
+            except Wrong as error:
+                tried, outcome, count = 1, f"FAILED: {error}", "?"
+                failed += 1
+            row = f"{fault.__doc__:<42}{tried:>6}{count:>6}{time.monotonic() - begun:>6.0f}  {outcome}"
+            print(row, flush=True)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""Wrong input of every kind: one clear line, the exit code of a user's error, and nothing half-written.
+
+The cases lie in the YAML files beside this one:
+
+    given: what is in the folder first, a function of `given.py`
+    files: further files, name and text; links such as `cell` and `study` lead into what was given
+    sweep: the `sweep` section of toy.yaml, `settings` what else it says
+    run: the program and its words; {here} is the folder, {tiny} a cell that trains in a second, {runs} the two folders
+    says: the line on stderr, less `error: `
+    code: of the exit, if not 2
+"""
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import given
+import pytest
+import yaml
+from programs import MODULES, SCRIPTS, call, command
+
+from peerscale.files import ROOT
+from toy_study import write_study
+
+HERE = Path(__file__).parent
+CASES = [
+    pytest.param(case, id=f"{file.stem}-{number}")
+    for file in sorted(HERE.glob("*.yaml"))
+    for number, case in enumerate(yaml.safe_load(file.read_text()))
+]
+PROGRESS = re.compile(r"(notice: |single \d/1 ).*|(reading|training|encoding)\b.*\.\.\.|.* failed: .*|")
+"""What may stand above the error."""
+
+
+def prepare(case: dict[str, Any], here: Path) -> str:
+    """Lay out the folder; returns the command line."""
+    if "given" in case:
+        getattr(given, case["given"])(here)
+    if "sweep" in case:
+        write_study(here, case["sweep"], case.get("settings", "").replace("{here}", str(here)))
+    for name, text in case.get("files", {}).items():
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_text(text.replace("{here}", str(here)))
+    line = case["run"].replace("{runs}", "--runs {here}/runs --results {here}/results")
+    line = line.replace("{tiny}", " ".join([*given.TINY, *given.places(here)]))
+    if line.startswith("train") and "--config-dir" not in line and "trainer.runs_directory" not in line:
+        line += " trainer.runs_directory={here}/runs data.directory={here}/data"
+    return line.replace("{here}", str(here))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but locks, which stay as they say nothing."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.endswith("lock")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def assert_refused(case: dict[str, Any], code: int, errors: str, here: Path) -> None:
+    *before, last = errors.rstrip("\n").split("\n")
+    if before and before[0].startswith("usage: "):  # argparse's, as Hydra leaves it
+        assert last.partition(": ")[2] == f"error: {case['says']}" and code == 2
+        return
+    expected = case["says"]
+    for folder in ("conf/ffn", "conf/size", "sweeps"):
+        expected = expected.replace(f"{{{folder}}}", ", ".join(sorted(file.stem for file in (ROOT / folder).glob("*"))))
+    # In a cell's name a path has other separators.
+    last = last.replace(str(here), "{here}").replace(str(here).strip("/").replace("/", "_"), "{here}")
+    assert last == f"error: {expected}"
+    assert [line for line in before if not PROGRESS.fullmatch(line)] == []
+    assert code == case.get("code", 2)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_wrong_input_is_one_line_and_leaves_nothing_behind(case: dict[str, Any], tmp_path: Path) -> None:
+    line = prepare(case, tmp_path)
+    before = contents(tmp_path)
+    result = call(line)
+    assert_refused(case, result.code, result.err, tmp_path)
+    after = contents(tmp_path)
+    written = {name for name in {*before, *after} if before.get(name) != after.get(name)}
+    # What was whole before the error may stay: a corpus that is prepared, a notice of a failed cell.
+    assert {name for name in written if not re.match(case.get("keeps", "^$"), name)} == set()
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.values[0].get("process")])
+def test_so_it_is_for_a_process_of_its_own(case: dict[str, Any], tmp_path: Path) -> None:
+    line = prepare(case, tmp_path)
+    result = subprocess.run(command(line), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert_refused(case, result.returncode, result.stderr, tmp_path)
+
+
+def test_there_are_cases_of_every_program() -> None:
+    assert len(CASES) >= 60
+    assert {case.values[0]["run"].split()[0] for case in CASES} == {*MODULES, *SCRIPTS}
