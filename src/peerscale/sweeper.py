@@ -11,7 +11,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from peerscale.config import Config, ConfigError, SweepConfig, load, load_sweep, sweep_file
+from peerscale.composition import sweep_file
+from peerscale.config import Config, ConfigError, SweepConfig, load, load_sweep
 from peerscale.config_errors import one_line
 from peerscale.errors import UserError
 from peerscale.files import ROOT

@@ -22,7 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from peerscale.config import Config, check_hydra, parse_config
+from peerscale.composition import check_hydra
+from peerscale.config import Config, parse_config
 from peerscale.config_errors import ConfigError, first_line
 from peerscale.data.prepare import prepare
 from peerscale.errors import FailedCells, UserError, exit_code
