@@ -18,7 +18,7 @@ export OMP_NUM_THREADS      ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce smoke test check data plan sweep status figures validate publish sync dashboard bench torture clean
+.PHONY: help setup reproduce smoke test check data plan sweep status figures report validate publish sync dashboard bench torture clean
 
 help: ## print every target
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -57,6 +57,10 @@ figures: setup ## table, fits and figures of SWEEP, from its runs or from result
 	@$(BIN)/python analysis/collect.py $(SWEEP)
 	@$(BIN)/python analysis/figures.py $(SWEEP)
 	@$(BIN)/python analysis/table.py $(SWEEP)
+
+report: figures ## one HTML page of SWEEP in its study folder; WANDB=1 also puts a report on the W&B server
+	@$(BIN)/python analysis/report.py $(SWEEP)
+	@$(if $(WANDB),$(BIN)/python analysis/dashboard.py $(SWEEP) --save)
 
 validate: setup ## fit published data sets in DATA=DIR and compare with the published values
 	@$(BIN)/python analysis/validate.py $(DATA)

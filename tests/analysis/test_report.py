@@ -1,0 +1,243 @@
+"""The page holds what the study's files hold, loads nothing, names what is missing, and fits on a desk and a phone."""
+
+import base64
+import html
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from synthetic_study import SWEEP, WRONG, script
+
+from peerscale.errors import exit_code
+from peerscale.files import ROOT
+from peerscale.runs.record import Status
+from peerscale.runs.study import Study, collected, published
+
+report = script("report")
+SCRIPT = ROOT / "analysis" / "report.py"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+SIGNAL = "step 40: loss spike, 5.913 nats per token after 5.412"
+
+
+class Page(HTMLParser):
+    """Tables as rows of texts, addresses, and the text that is read."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tables: list[list[list[str]]] = []
+        self.addresses: list[str] = []
+        self.texts: list[str] = []
+        self.in_cell = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.in_cell = tag in ("td", "th")
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif self.in_cell:
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.in_cell = False
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+        if self.in_cell:
+            self.tables[-1][-1][-1] += data
+
+    def table(self, *headings: str) -> list[dict[str, str]]:
+        """The rows of the first table with these headings."""
+        found = next(rows for rows in self.tables if set(headings) <= set(rows[0]))
+        return [dict(zip(found[0], row, strict=True)) for row in found[1:]]
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+
+@pytest.fixture(scope="module")
+def study(collected_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """The collected study with a signal, a table and two figures; tests leave it as it is."""
+    runs = tmp_path_factory.mktemp("report")
+    found = collected(SWEEP, runs)
+    shutil.copytree(collected(SWEEP, collected_runs).folder, found.folder)
+    records = [json.loads(line) for line in found.records.read_text().splitlines()]
+    records[0]["signals"] = [SIGNAL]
+    next(r for r in records if r["status"] == Status.FAILED)["reason"] = "a <script>alert(1)</script> in it"
+    found.records.write_text("".join(json.dumps(record) + "\n" for record in records))
+    table = pd.read_csv(found.runs)
+    table.loc[table["status"] == Status.FAILED, "reason"] = "a <script>alert(1)</script> in it"
+    table.to_csv(found.runs, index=False)
+    found.figures.mkdir(exist_ok=True)
+    for i, name in enumerate(("another_one", "isoflop")):
+        Figure(figsize=(5.5, 2 + i), facecolor="#eeeeff").savefig(found.figures / f"{name}.png", dpi=220)
+    assert script("table").main([SWEEP, "--runs", str(runs)]) == 0
+    assert report.main([SWEEP, "--runs", str(runs)]) == 0
+    return found
+
+
+@pytest.fixture(scope="module")
+def source(study: Study) -> str:
+    return (study.folder / "report.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def page(source: str) -> Page:
+    return Page(source)
+
+
+def test_every_cell_with_its_loss(study: Study, page: Page) -> None:
+    runs = pd.read_csv(study.runs)
+    shown = {row["cell"]: row for row in page.table("cell", "loss, nats per token")}
+    assert list(shown) == runs["cell"].tolist()
+    for cell, status, loss, tokens in zip(runs["cell"], runs["status"], runs["val_loss"], runs["tokens"], strict=True):
+        assert shown[cell]["status"] == status
+        assert shown[cell]["loss, nats per token"] == ("—" if loss != loss else f"{loss:.4f}")
+        assert shown[cell]["tokens"] == f"{tokens:,}"
+
+
+def test_cells_gone_wrong_and_signals_with_reasons(page: Page) -> None:
+    rows = {row["cell"]: row for row in page.table("cell", "reason")}
+    assert {cell: row["status"] for cell, row in rows.items()} == {cell: str(status) for cell, status in WRONG.items()}
+    reasons = {row["status"]: row["reason"] for row in rows.values()}
+    assert "epochs" in reasons["dropped"] and reasons["diverged"] == "the training loss is nan at step 40"
+    assert reasons["failed"] == "a <script>alert(1)</script> in it"
+    assert [row["signal"] for row in page.table("cell", "signal")] == [SIGNAL]
+
+
+def test_fits_are_those_of_fits_json_with_intervals_and_flags(study: Study, page: Page) -> None:
+    vertices = {v["budget"]: v for v in json.loads(study.fits.read_text())["peer"]["vertices"]}
+    rows = [row for row in page.table("budget", "optimal size") if row["method"] == "PEER"]
+    assert [row["flag"] for row in rows] == ["—", "too few"]  # one of the five cells at the second budget diverged
+    for row in rows:
+        vertex = vertices[float(row["budget"])]
+        for heading, value in (("optimal size", vertex["x"]), ("loss there", vertex["loss"])):
+            shown, low, high = (float(n.replace(",", "")) for n in re.split(r" \[|, ", row[heading].rstrip("]")))
+            assert shown == pytest.approx(value, rel=1e-4)
+            assert low < shown < high
+    warned = {row["warning"]: row["of"] for row in page.table("fit over", "warning")}
+    assert "PEER" in warned["too few: the minimum at budget 3e+11 is flagged"]
+
+
+def test_the_command_of_a_fit_gives_its_intervals(study: Study, source: str, page: Page, tmp_path: Path) -> None:
+    command = html.unescape(re.findall(r"<pre>(.*?)</pre>", source, re.DOTALL)[-1]).replace("\\\n", "")
+    words = [str(study.folder) if word == f"runs/{SWEEP}/study" else word for word in shlex.split(command)]
+    assert words[:2] == [".venv/bin/python", "analysis/fit.py"] and words[-2:] == ["--out", "fit.json"]
+    assert script("fit").main([*words[2:-1], str(tmp_path / "fit.json")]) in (None, 0)
+    vertices = json.loads((tmp_path / "fit.json").read_text())["vertices"]
+    rows = [row for row in page.table("budget", "optimal size") if row["method"] == "dense"]
+    for row, vertex in zip(rows, vertices, strict=True):
+        low, high = vertex["loss_interval"]
+        assert row["loss there"] == f"{vertex['loss']:.4f} [{low:.4f}, {high:.4f}]"
+
+
+def test_figures_are_embedded_whole_and_nothing_is_loaded(study: Study, source: str, page: Page) -> None:
+    images = [a.removeprefix("data:image/png;base64,") for a in page.addresses if a.startswith("data:image")]
+    names = ("isoflop.png", "another_one.png")  # known figures first
+    assert [base64.b64decode(image) for image in images] == [(study.figures / n).read_bytes() for n in names]
+    assert all(address.startswith(("data:", "#")) for address in page.addresses)
+    assert not re.search(r"@import|url\(|https?:|fetch\(", re.sub(r"base64,[\w+/=]+", "", source))
+    assert "default-src 'none'" in source  # so that a browser refuses what this test overlooks
+    ids = set(re.findall(r'id="(\w+)"', source))
+    assert {address[1:] for address in page.addresses if address.startswith("#")} <= ids
+
+
+def test_setup_recipe_and_versions(page: Page) -> None:
+    settings = {row["setting"]: row for row in page.table("setting", "PEER")}
+    assert settings["ffn.top_k"] == {
+        "setting": "ffn.top_k", "dense": "—", "MoE (expert choice)": "1", "MoE (token choice)": "1", "PKM": "32",
+        "PEER": "16",
+    }  # fmt: skip
+    assert settings["budget"]["dense"] == "1e11, 3e11"
+    assert "optim.weight_decay" in page.text and "optim.weight_decay" not in settings
+    sizes = {(row["budget"], row["method"]): row for row in page.table("sizes", "finished")}
+    assert len(sizes) == 10 and sizes["3e11", "PEER"]["finished"] == "4 of 5"
+    for told in ("per-operation, full attention, backward 2x", "0123456789ab", "PEER leads at 1e11", "kernel native"):
+        assert told in page.text
+
+
+def test_the_question_is_the_opening_comment() -> None:
+    text = "# Question: is a\n#           b? See: there.\n# Command:  make x\nsweep: {}\n# Late: no\n"
+    assert report.header(text) == {"Question": "is a b? See: there.", "Command": "make x"}
+    assert report.header("# just words\n# and more: so\nx: 1\n") == {"Question": "just words and more: so"}
+    assert report.header("x: 1\n") == {}
+
+
+def test_what_is_not_there_is_named(study: Study, tmp_path: Path) -> None:
+    bare = published("unknown", tmp_path)
+    bare.folder.mkdir()
+    shutil.copyfile(study.runs, bare.runs)
+    assert report.main(["unknown", "--runs", str(tmp_path / "none"), "--results", str(tmp_path)]) == 0
+    page = Page((bare.folder / "report.html").read_text())
+    for name in ("sweeps/unknown.yaml", "records.jsonl", "table.md", "figures"):
+        assert name in page.text.partition("Question")[0]
+    assert len(page.table("cell", "loss, nats per token")) == 50 and page.table("budget", "optimal size")
+
+
+def test_no_study_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["nowhere", "--runs", str(tmp_path), "--results", str(tmp_path)]
+    assert exit_code(lambda: report.main(arguments)) == 2
+    assert "analysis/collect.py nowhere" in capsys.readouterr().err
+
+
+def test_the_same_bytes_from_a_second_process(study: Study, source: str) -> None:
+    environment = {**os.environ, "PYTHONHASHSEED": "5"}
+    runs = study.folder.parents[1]
+    subprocess.run([sys.executable, SCRIPT, SWEEP, "--runs", runs], check=True, env=environment, capture_output=True)
+    assert (study.folder / "report.html").read_text() == source
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path: apt-get install chromium")
+def test_in_a_browser_it_fits_both_widths_and_sorts(source: str, tmp_path: Path) -> None:
+    assert CHROMIUM is not None
+    pages = {"desk": (1280, source), "phone": (390, source)}
+    pages["control"] = (390, source.replace(".box { overflow: auto;", ".box { overflow: visible;"))  # tables stick out
+    frames = "".join(
+        f'<iframe id="{name}" style="width:{width}px; height:900px; border:0" srcdoc="{html.escape(text)}"></iframe>'
+        for name, (width, text) in pages.items()
+    )
+    measure = """
+    const found = {};
+    for (const frame of document.querySelectorAll("iframe")) {
+      const page = frame.contentDocument, root = page.documentElement;
+      const table = [...page.querySelectorAll("table")].find(t => t.tHead.textContent.includes("s.e."));
+      const heads = [...table.tHead.rows[0].cells], i = heads.findIndex(head => head.textContent.startsWith("loss"));
+      const column = () => [...table.tBodies[0].rows].map(row => row.cells[i].textContent);
+      heads[i].click();
+      const up = column();
+      heads[i].click();
+      const images = [...page.images].map(image => image.naturalWidth);
+      found[frame.id] = {inner: root.clientWidth, scroll: root.scrollWidth, up, down: column(), images};
+    }
+    document.body.innerHTML = "<p>" + JSON.stringify(found) + "</p>";
+    """
+    measured = f'<script>addEventListener("load", () => {{{measure}}})</script>'
+    (tmp_path / "frames.html").write_text(f'<!DOCTYPE html><meta charset="utf-8"><body>{frames}{measured}')
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += f" --disable-component-update --disable-sync --user-data-dir={tmp_path / 'profile'} --hide-scrollbars"
+    command = [CHROMIUM, *flags.split(), "--dump-dom", f"file://{tmp_path / 'frames.html'}"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+    dumped = re.search(r"<p>(\{.*\})</p>", done.stdout)
+    assert dumped is not None, done.stderr[-2000:]
+    found = json.loads(html.unescape(dumped[1]))
+    for name, width in (("desk", 1280), ("phone", 390)):
+        seen = found[name]
+        assert (seen["inner"], seen["scroll"]) == (width, width)
+        assert seen["images"] == [1210, 1210]
+        losses = [float(text) for text in seen["up"] if text != "—"]
+        assert losses == sorted(losses) and len(losses) == 47
+        assert seen["down"] == [*(f"{loss:.4f}" for loss in reversed(losses)), "—", "—", "—"]
+        assert seen["up"][-3:] == ["—"] * 3
+    assert found["control"]["scroll"] > 390
