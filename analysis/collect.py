@@ -9,9 +9,9 @@ a row, also those that were dropped, failed, or never run.
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,12 +19,11 @@ import pandas as pd
 from peerscale.errors import UserError, exit_code
 from peerscale.files import write_text
 from peerscale.laws import fit_isoflop
-from peerscale.laws.isoflop import VertexStatus
-from peerscale.laws.paired import difference_interval, optimum_losses, resampled_losses
+from peerscale.laws.bootstrap import percentile_interval, resampled_losses
+from peerscale.laws.isoflop import VertexStatus, fit_parabolas, minima
 from peerscale.runs.record import Record
 from peerscale.runs.study import (
     SIZE_COLUMNS,
-    Study,
     collected,
     method_names,
     planned_record,
@@ -70,12 +69,9 @@ def read_study(sweep: str, runs: Path, results: Path) -> tuple[list[Record], pd.
         return with_planned(sweep, records), curves
     source = published(sweep, results)
     if source.records.is_file():
-        return read_records(source.folder), read_curves(source)
+        curves = read_table(source.curves, CURVES) if source.curves.is_file() else curves_table(())
+        return read_records(source.folder), curves
     raise UserError(f"no runs of {sweep!r}: neither cells in {runs / sweep} nor {source.records}")
-
-
-def read_curves(study: Study) -> pd.DataFrame:
-    return read_table(study.curves, CURVES) if study.curves.is_file() else curves_table(())
 
 
 def with_planned(sweep: str, records: list[Record]) -> list[Record]:
@@ -83,9 +79,8 @@ def with_planned(sweep: str, records: list[Record]) -> list[Record]:
     try:
         cells = planned_cells(sweep)
     except UserError as error:
-        print(
-            f"notice: only cells with a record are in the table, as the plan cannot be read: {error}", file=sys.stderr
-        )
+        notice = "notice: only cells with a record are in the table, as the plan cannot be read"
+        print(f"{notice}: {error}", file=sys.stderr)
         return records
     found = {record.cell: record for record in records}
     planned = [found.pop(cell.name, None) or planned_record(sweep, cell) for cell in cells]
@@ -113,7 +108,8 @@ def compare(runs: pd.DataFrame, records: Sequence[Record], fits: Mapping[str, Ma
     """Differences of the loss at the compute optimum, fitted over FLOPs per token, between pairs of methods.
 
     Two methods of one and the same size, as in a study of a layer's settings, are compared at that size, and flagged.
-    The interval is `laws.paired`'s: a bootstrap over validation sequences with the same resample for every cell.
+    The interval covers the sampling of validation sequences, the same resample for every cell, not seeds nor the
+    choice of learning rate; each resample refits every method's parabola.
 
     Returns:
         One row per budget, reference and method: budget, method, reference, difference, low, high (nats per token;
@@ -122,32 +118,18 @@ def compare(runs: pd.DataFrame, records: Sequence[Record], fits: Mapping[str, Ma
     runs = runs.assign(name=method_names(runs))
     runs = runs[usable(runs)]
     losses = _sequence_losses(records, set(runs["cell"]))
-    draws = resampled_losses(np.array(list(losses.values()))) if losses else np.empty((0, 0))
-    column = {cell: i for i, cell in enumerate(losses)}
+    draws = pd.DataFrame(resampled_losses(np.array([*losses.values()])) if losses else [], columns=[*losses])
     rows = []
     for budget in sorted(runs["budget"].unique()):
         at_budget = runs[runs["budget"] == budget]
-        levels = {
-            str(name): _level(cells, fits[name], draws, column) for name, cells in at_budget.groupby("name", sort=False)
-        }
+        levels = {str(name): _level(cells, fits[name], draws) for name, cells in at_budget.groupby("name", sort=False)}
         for reference in REFERENCES:
             for name in levels if reference in levels else ():
                 if name != reference:
                     difference = _difference(levels[name], levels[reference])
                     rows.append({"budget": budget, "method": name, "reference": reference, **difference})
-    columns = [
-        "budget",
-        "method",
-        "reference",
-        "difference",
-        "low",
-        "high",
-        "resamples",
-        "without_minimum",
-        "flagged",
-        "note",
-    ]
-    return pd.DataFrame(rows, columns=columns)
+    columns = "budget method reference difference low high resamples without_minimum flagged note"
+    return pd.DataFrame(rows, columns=columns.split())
 
 
 def _sequence_losses(records: Sequence[Record], cells: set[str]) -> dict[str, list[float]]:
@@ -158,33 +140,28 @@ def _sequence_losses(records: Sequence[Record], cells: set[str]) -> dict[str, li
     return {cell: values for cell, values in losses.items() if values and len(values) == usual}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Level:
+class Level(NamedTuple):
     """What a method reaches at a budget."""
 
-    name: str
     loss: float | None
     """At its optimum, or of its only size; None if it has neither."""
     size: str
     """Its only size; empty if it has several."""
     note: str
     """Why the loss is flagged; empty if it is not."""
-    resampled: np.ndarray | None
-    """The loss in each resample of the validation sequences; None if they are missing."""
+    resampled: np.ndarray
+    """The loss in each resample of the validation sequences; NaN if they are missing."""
 
 
-def _level(cells: pd.DataFrame, fit: Mapping[str, Any], draws: np.ndarray, column: Mapping[str, int]) -> Level:
-    name, budget = cells["name"].iloc[0], cells["budget"].iloc[0]
+def _level(cells: pd.DataFrame, fit: Mapping[str, Any], draws: pd.DataFrame) -> Level:
+    name, budget, sizes = cells["name"].iloc[0], cells["budget"].iloc[0], cells["size"].unique()
     vertex = next(vertex for vertex in fit["vertices"] if vertex["budget"] == budget)
-    known = set(cells["cell"]) <= column.keys()
-    drawn = draws[:, [column[cell] for cell in cells["cell"]]] if known else None
     note = "" if vertex["status"] == VertexStatus.OK else f"{name}: {vertex['status']}"
-    if cells["size"].nunique() == 1:  # seeds of one model
-        mean = None if drawn is None else drawn.mean(axis=1)
-        return Level(name=name, loss=cells["val_loss"].mean(), size=cells["size"].iloc[0], note=note, resampled=mean)
-    fitted = drawn is not None and vertex["x"] is not None
-    resampled = optimum_losses(np.asarray(cells["flops_per_token"], float), drawn) if fitted else None
-    return Level(name=name, loss=vertex["loss"], size="", note=note, resampled=resampled)
+    drawn = np.asarray(draws.reindex(columns=cells["cell"]), float)
+    if len(sizes) == 1:  # seeds of one model
+        return Level(cells["val_loss"].mean(), sizes[0], note, drawn.mean(axis=1))
+    _, resampled = minima(fit_parabolas(np.asarray(cells["flops_per_token"], float), drawn))
+    return Level(vertex["loss"], "", note, resampled)
 
 
 def _difference(method: Level, reference: Level) -> dict[str, Any]:
@@ -192,13 +169,14 @@ def _difference(method: Level, reference: Level) -> dict[str, Any]:
     row: dict[str, Any] = {}
     if method.size == reference.size and method.loss is not None and reference.loss is not None:
         row["difference"] = method.loss - reference.loss
-        if method.resampled is not None and reference.resampled is not None:
-            interval = difference_interval(method.resampled, reference.resampled)
-            row |= asdict(interval)
-            if interval.without_minimum > RARE * interval.resamples:
-                notes.append(f"no minimum in {interval.without_minimum} of {interval.resamples} resamples")
-        else:
+        resampled = method.resampled - reference.resampled
+        n, missing = len(resampled), int(np.sum(np.isnan(resampled)))
+        if missing == n:
             notes.append("no interval: per-sequence losses are missing or of other sequences")
+        else:
+            row["low"], row["high"] = percentile_interval(resampled)
+            row |= {"resamples": n, "without_minimum": missing}
+            notes += [f"no minimum in {missing} of {n} resamples"] * (missing > RARE * n)
     return {**row, "flagged": bool(notes), "note": "; ".join(notes)}
 
 

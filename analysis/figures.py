@@ -28,12 +28,8 @@ DEFAULT_X = "params_total"
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = study_parser(__doc__)
-    parser.add_argument(
-        "--x",
-        choices=list(X_LABELS),
-        default=DEFAULT_X,
-        help=f"model size of the isoFLOP figure (default: {DEFAULT_X})",
-    )
+    size = f"model size of the isoFLOP figure (default: {DEFAULT_X})"
+    parser.add_argument("--x", choices=list(X_LABELS), default=DEFAULT_X, help=size)
     arguments = parser.parse_args(argv)
     study = find_study(arguments.sweep, arguments.runs, arguments.results)
     runs = read_runs(study.runs)
@@ -49,10 +45,8 @@ def study_figures(study: Study, runs: pd.DataFrame, x: str) -> Iterator[tuple[st
     """The figures that a study's tables can feed, by name: what it varies besides method, size and budget decides."""
     note, settings, published = conventions(runs), varied(runs), read_published()
     if has_curves(runs) or not settings:
-        yield (
-            "isoflop" if x == DEFAULT_X else f"isoflop_{x}",
-            isoflop_figure(runs, read_fits(study.fits), x=x, note=note),
-        )
+        name = "isoflop" if x == DEFAULT_X else f"isoflop_{x}"
+        yield name, isoflop_figure(runs, read_fits(study.fits), x=x, note=note)
         if study.curves.is_file():
             yield "curves", curves_figure(read_table(study.curves, CURVES), runs, note=note)
         if study.differences.is_file():
@@ -75,14 +69,11 @@ def study_figures(study: Study, runs: pd.DataFrame, x: str) -> Iterator[tuple[st
 
 def conventions(runs: pd.DataFrame) -> str:
     """Data set and FLOP convention, as the small print of every figure."""
-    parts = []
-    if {"data", "val_set"} <= set(runs.columns):
-        parts.append(f"data: {_all(runs['data'])}, set: {_all(runs['val_set'])}")
-    return "; ".join([*parts, f"FLOPs: {_all(runs['convention'])}"])
-
-
-def _all(column: pd.Series) -> str:
-    return " and ".join(map(str, column.dropna().unique()))
+    named = {"data": "data: ", "val_set": "set: ", "convention": "FLOPs: "}
+    data, val_set, flops = (
+        word + style.listed(runs[column]) if column in runs else "" for column, word in named.items()
+    )
+    return "; ".join(filter(None, (", ".join(filter(None, (data, val_set))), flops)))
 
 
 if __name__ == "__main__":

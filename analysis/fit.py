@@ -25,36 +25,38 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from peerscale import laws
 from peerscale.errors import ArgumentParser, UserError, exit_code
 from peerscale.files import write_text
-from peerscale.laws import (
-    fit_data_constrained,
-    fit_envelope,
-    fit_granular,
-    fit_isoflop,
-    fit_parametric,
-    fit_peer,
-    fit_routed,
-)
-from peerscale.laws.bootstrap import Bootstrap
-from peerscale.laws.data_constrained import DataConstrainedFit
-from peerscale.laws.envelope import EnvelopeFit
+from peerscale.laws.bootstrap import Bootstrap, percentile_interval
 from peerscale.laws.fit import Fit
-from peerscale.laws.granular import GranularFit
 from peerscale.laws.holdout import HoldOut
 from peerscale.laws.isoflop import IsoflopFit
 from peerscale.laws.objective import Objective
-from peerscale.laws.parametric import ParametricFit
 from peerscale.laws.peer import PeerFit
 from peerscale.laws.results import FitStatus
-from peerscale.laws.routed import RoutedFit
 from peerscale.laws.table import positive_columns, require_column
 from peerscale.runs import read_runs
 from peerscale.runs.table import CURVES, METRICS, curves_table
 from peerscale.runs.table import read_table as read_csv
 
-LAWS = (ParametricFit, DataConstrainedFit, IsoflopFit, EnvelopeFit, RoutedFit, GranularFit, PeerFit)
-FORMS = {fit.law: fit.form for fit in LAWS}
+COMMANDS = {
+    "parametric": (laws.fit_parametric, "params tokens flops loss", 4000, "L = E + A / N^alpha + B / D^beta"),
+    "isoflop": (laws.fit_isoflop, "budget x loss", 4000, "a parabola per budget, a power law through the minima"),
+    "envelope": (laws.fit_envelope, "run flops x loss", 1000, "the lowest of all training curves, and its power law"),
+    "routed": (laws.fit_routed, "dense-params experts loss", 1000, "log10 L = a n + b e + c n e + d"),
+    "granular": (
+        laws.fit_granular, "params tokens granularity loss", 1000, "L = c + (g / G^gamma + a) / N^alpha + b / D^beta"
+    ),
+    "peer": (
+        laws.fit_peer, "params tokens experts granularity loss", 1000,
+        "the form of a law in N, D, experts and active experts that predicts best",
+    ),
+}  # fmt: skip
+"""Function, columns, resamples and help of each command that fits."""
+OPTIONS = ("objective", "delta", "include_flagged")
+RESAMPLING = ("bootstrap", "seed", "cluster", "budget", "hold_out")
+FORMS = {kind.law: kind.form for kind in Fit.__subclasses__()}
 ARGUMENTS = {
     "isoflop": ("budget",),
     "envelope": ("budget",),
@@ -69,28 +71,24 @@ ARGUMENTS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
+    given = vars(arguments)
     if arguments.command == "predict":
         predict(arguments)
         return 0
-    law, columns, options = (
-        arguments.fit,
-        *({name: getattr(arguments, name) for name in names} for names in (arguments.columns, arguments.options)),
-    )
-    table = read_table(arguments.table, arguments.where, curves=law is fit_envelope)
-    if arguments.command == "parametric" and arguments.unique_tokens:
+    law: Callable[..., Fit] = COMMANDS[arguments.command][0]
+    columns = {name: given[name] for name in COMMANDS[arguments.command][1].replace("-", "_").split()}
+    table = read_table(arguments.table, arguments.where, curves=law is laws.fit_envelope)
+    if given.get("unique_tokens"):
         if arguments.flops or not arguments.tokens:
             raise UserError("--unique-tokens goes with --tokens, not with --flops")
-        law, columns["unique_tokens"] = fit_data_constrained, arguments.unique_tokens
+        law, columns["unique_tokens"] = laws.fit_data_constrained, arguments.unique_tokens
         del columns["flops"]
-    if arguments.command == "isoflop":
+    if law is laws.fit_isoflop:
         table = one_budget_each(table, arguments.budget, arguments.tolerance)
-    resampling = {name: getattr(arguments, name) for name in arguments.resampling}
-
-    def fit(rows: pd.DataFrame) -> Fit:
-        return law(rows, **columns, **options, **resampling)
-
-    stored, text = fit_groups(table, fit, getattr(arguments, "by", None))
-    stored["source"] = {"table": arguments.table.name, "where": arguments.where, **columns, **options}
+    described = columns | {name: given[name] for name in OPTIONS if name in given}
+    options = {name: given[name] for name in RESAMPLING if name in given} | described
+    stored, text = fit_groups(table, lambda rows: law(rows, **options), given.get("by"))
+    stored["source"] = {"table": arguments.table.name, "where": arguments.where, **described}
     write_json(arguments.out, stored)
     print(f"{text}\n-> {arguments.out}")
     return 0
@@ -99,62 +97,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     top = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True)
-
-    def add(name: str, fit: Callable[..., Fit], columns: str, help: str, bootstrap: int) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=help, description=help)
-        command.add_argument("table", type=Path, metavar="TABLE", help="CSV file, one row per run; or a study's folder")
+    for name, (_, columns, bootstrap, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        add = command.add_argument
+        add("table", type=Path, metavar="TABLE", help="CSV file, one row per run; or a study's folder")
         for column in columns.split():
             optional = column in ("tokens", "flops") and name == "parametric"
-            command.add_argument(f"--{column}", metavar="COL", required=not optional, help="its column")
-        command.add_argument("--where", metavar="EXPR", help="rows to fit, as a pandas query: \"method == 'dense'\"")
-        command.add_argument("--bootstrap", type=count, default=bootstrap, metavar="N", help=f"resamples ({bootstrap})")
-        command.add_argument("--seed", type=count, default=0, help="of the resampling (0)")
-        resampling = ["bootstrap", "seed"]
+            add(f"--{column}", metavar="COL", required=not optional, help="its column")
+        add("--where", metavar="EXPR", help="rows to fit, as a pandas query: \"method == 'dense'\"")
+        add("--bootstrap", type=count, default=bootstrap, metavar="N", help=f"resamples ({bootstrap})")
+        add("--seed", type=count, default=0, help="of the resampling (0)")
         if name != "envelope":
-            command.add_argument("--cluster", metavar="COL", help="column whose equal values are resampled together")
-            resampling += ["cluster"]
+            add("--cluster", metavar="COL", help="column whose equal values are resampled together")
         if name in ("isoflop", "envelope"):
-            command.add_argument("--by", metavar="COL", help="one fit per value of this column")
+            add("--by", metavar="COL", help="one fit per value of this column")
         else:
-            command.add_argument("--budget", metavar="COL", help="the largest of this column are held out")
-            command.add_argument("--hold-out", type=positive, metavar="NUMBER", help="from this budget on")
-            resampling += ["budget", "hold_out"]
-        command.add_argument("--out", type=Path, required=True, metavar="JSON", help="where the fit goes")
-        command.set_defaults(fit=fit, columns=columns.replace("-", "_").split(), options=(), resampling=resampling)
-        return command
-
-    def objective(command: argparse.ArgumentParser) -> None:
-        command.add_argument("--objective", choices=list(Objective), default=Objective.HUBER_LOG)
-        command.add_argument("--delta", type=positive, default=1e-3, help="where Huber turns linear (1e-3)")
-        command.set_defaults(options=("objective", "delta"))
-
-    surface = add("parametric", fit_parametric, "params tokens flops loss", "L = E + A / N^alpha + B / D^beta", 4000)
-    objective(surface)
-    surface.add_argument(
-        "--unique-tokens", metavar="COL", help="different tokens: fits how much repeated ones are worth"
-    )
-    isoflop = add(
-        "isoflop", fit_isoflop, "budget x loss", "a parabola per budget, a power law through the minima", 4000
-    )
-    isoflop.add_argument("--include-flagged", action="store_true", help="let the power law use flagged minima too")
-    isoflop.add_argument(
-        "--tolerance", type=positive, metavar="SHARE", help="budgets this close to their neighbour are one, such as .1"
-    )
-    isoflop.set_defaults(options=("include_flagged",))
-    add(
-        "envelope",
-        fit_envelope,
-        "run flops x loss",
-        "the lowest of all training curves, a power law of its sizes",
-        1000,
-    )
-    add("routed", fit_routed, "dense-params experts loss", "log10 L = a n + b e + c n e + d", 1000)
-    columns = "params tokens granularity loss"
-    add("granular", fit_granular, columns, "L = c + (g / G^gamma + a) / N^alpha + b / D^beta", 1000)
-    columns = "params tokens experts granularity loss"
-    objective(
-        add("peer", fit_peer, columns, "the form of a law in N, D, experts and active experts that predicts best", 1000)
-    )
+            add("--budget", metavar="COL", help="the largest of this column are held out")
+            add("--hold-out", type=positive, metavar="NUMBER", help="from this budget on")
+        if name in ("parametric", "peer"):
+            add("--objective", choices=list(Objective), default=Objective.HUBER_LOG)
+            add("--delta", type=positive, default=1e-3, help="where Huber turns linear (1e-3)")
+        if name == "parametric":
+            add("--unique-tokens", metavar="COL", help="different tokens: fits how much repeated ones are worth")
+        if name == "isoflop":
+            add("--include-flagged", action="store_true", help="let the power law use flagged minima too")
+            close = "budgets this close to their neighbour are one, such as .1"
+            add("--tolerance", type=positive, metavar="SHARE", help=close)
+        add("--out", type=Path, required=True, metavar="JSON", help="where the fit goes")
     prediction = commands.add_parser("predict", help="optimum of a budget, or loss of a run, from a fit")
     prediction.add_argument("file", type=Path, metavar="JSON", help="a fit, or fits by name")
     for name in ("budget", "params", "tokens", "unique-tokens", "experts", "granularity"):
@@ -236,14 +205,15 @@ def fit_groups(table: pd.DataFrame, fit: Callable[[pd.DataFrame], Any], by: str 
             "no budget has runs of three different sizes, the least for a parabola (five are wanted); measured FLOPs "
             "are grouped into budgets by --tolerance .1"
         )
+    first = next(iter(groups.values()))
     if by is None:
-        return groups[""].to_dict(), summary(groups[""])
+        return first.to_dict(), summary(first)
     statuses = [group.status for group in groups.values() if group.status is not FitStatus.CONVERGED]
     stored = {
-        "law": next(iter(groups.values())).law,
+        "law": first.law,
         "n": len(table),
         "status": str((statuses or [FitStatus.CONVERGED])[0]),
-        "objective_name": next(iter(groups.values())).objective_name,
+        "objective_name": first.objective_name,
         "objective_value": sum(group.objective_value for group in groups.values()),
         "ci": {},
         "by": by,
@@ -269,18 +239,17 @@ def summary(fit: Any) -> str:
         drawn = fit.bootstrap
         lines.append(f"  {drawn.resamples} resamples, {drawn.failed} failed, {drawn.at_bound} at a bound")
     if fit.hold_out is not None:
-        lines.append(f"  held out: {held_out(fit.hold_out)}")
+        lines.append(held_out(fit.hold_out))
     return "\n".join([*lines, *(f"  warning: {warning}" for warning in fit.warnings)])
 
 
 def held_out(found: HoldOut) -> str:
     """The largest budget, observed and as predicted from the others."""
     predicted, observed = _number(found.predicted, found.interval), _number(found.observed, found.observed_interval)
-    what = ("run" if found.quantity == "loss" else "budget") + "s" * (found.n > 1)
-    rmse = f", RMSE {found.rmse:.4g}" if found.quantity == "loss" else ""
+    what, rmse = ("run", f", RMSE {found.rmse:.4g}") if found.quantity == "loss" else ("budget", "")
     return (
-        f"{found.n} {what} from {found.budget:.4g}: {found.quantity} {observed}, predicted {predicted}{rmse}, "
-        f"mean error {found.mape:.3g} %"
+        f"  held out: {found.n} {what}{'s' * (found.n > 1)} from {found.budget:.4g}: {found.quantity} {observed}, "
+        f"predicted {predicted}{rmse}, mean error {found.mape:.3g} %"
     )
 
 
@@ -326,7 +295,7 @@ def predictions(stored: Mapping[str, Any], given: argparse.Namespace) -> list[st
     if stored["bootstrap"]:
         bootstrap = Bootstrap.from_dict(stored["bootstrap"])
         draws = answers(stored["law"], bootstrap.law(form), given)
-        drawn = {name: bootstrap.interval(values) for name, values in draws.items()}
+        drawn = {name: percentile_interval(values) for name, values in draws.items()}
     lines = [f"  {name:<16} {_number(value, drawn.get(name))}" for name, value in found.items()]
     names = {name for arguments in ARGUMENTS.values() for name in arguments}
     unused = [_option(name) for name in sorted(names - {*ARGUMENTS[stored["law"]]}) if getattr(given, name)]
@@ -339,27 +308,23 @@ def predictions(stored: Mapping[str, Any], given: argparse.Namespace) -> list[st
 
 def answers(name: str, law: Any, given: argparse.Namespace) -> dict[str, Any]:
     """What the numbers given on the command line ask of a law, by name."""
-    found, budget, values = {}, given.budget, {item: getattr(given, item) for item in ARGUMENTS[name]}
-    if name in ("isoflop", "envelope") and budget:
-        return {"optimal x": law.optimum(budget)}
-    if name in ("parametric", "data_constrained"):
-        del values["budget"]
-        unique = values.pop("unique_tokens", None)
-        if budget:
-            best = law.optimum(budget)
-            found = {"optimal params": best.params, "optimal tokens": best.tokens, "optimal loss": best.loss}
-            for one, other in (("params", "tokens"), ("tokens", "params")):
-                if values[one] and not values[other]:
-                    values[other] = budget / (6 * values[one])  # of the budget, C = 6 N D
-        values |= {"unique_tokens": unique} if unique else {}
-    if all(values.values()):
-        found["loss"] = law.predict(*values.values())
+    found, values = {}, {item: getattr(given, item) for item in ARGUMENTS[name]}
+    budget, unique = (values.pop(item, None) for item in ("budget", "unique_tokens"))
+    if budget:
+        best = law.optimum(budget)
+        if not values:
+            return {"optimal x": best}
+        found = {"optimal params": best.params, "optimal tokens": best.tokens, "optimal loss": best.loss}
+        for one, other in (("params", "tokens"), ("tokens", "params")):
+            if values[one] and not values[other]:
+                values[other] = budget / (6 * values[one])  # of the budget, C = 6 N D
+    if values and all(values.values()):
+        found["loss"] = law.predict(*values.values(), *([unique] if unique else []))
         if name == "routed":
             found["effective params"] = law.effective_params(*values.values())
     if not found:
-        needs = ", ".join(_option(item) for item in values if item != "budget")
-        either = "--budget" if "budget" in ARGUMENTS[name] else ""
-        raise UserError(f"a prediction of the {name} law needs {', or '.join(filter(None, (either, needs)))}")
+        needs = (["--budget"] if "budget" in ARGUMENTS[name] else []) + [", ".join(map(_option, values))]
+        raise UserError(f"a prediction of the {name} law needs {', or '.join(filter(None, needs))}")
     return found
 
 

@@ -12,20 +12,24 @@ from synthetic_study import LOSS, OFFSET, SWEEP, script
 
 from peerscale.errors import exit_code
 from peerscale.runs.record import write_record
-from peerscale.runs.study import collected, published, read_json
+from peerscale.runs.study import collected, method_names, published, read_json
+from peerscale.runs.table import read_runs
 
 table = script("table")
 
 
+Tables = tuple[pd.DataFrame, dict[str, Any], pd.DataFrame]
+
+
 @pytest.fixture
-def study(collected_runs: Path) -> tuple[pd.DataFrame, dict[str, Any], pd.DataFrame]:
+def study(collected_runs: Path) -> Tables:
     files = collected(SWEEP, collected_runs)
-    return pd.read_csv(files.runs), read_json(files.fits), pd.read_csv(files.differences)
+    runs = read_runs(files.runs)
+    return runs.assign(name=method_names(runs)), read_json(files.fits), pd.read_csv(files.differences)
 
 
-def rows_of(text: str) -> dict[tuple[str, str], list[str]]:
-    lines = [line for line in text.splitlines() if line.startswith("| ")][2:]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+def rows_of(lines: list[str]) -> dict[tuple[str, str], list[str]]:
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][2:]
     return {(row[0], row[1]): row[2:] for row in cells}
 
 
@@ -33,46 +37,47 @@ def number(text: str) -> float:
     return float(text.split()[0].replace("−", "-"))
 
 
-def test_numbers(study: tuple[pd.DataFrame, dict[str, Any], pd.DataFrame]) -> None:
+def test_numbers(study: Tables) -> None:
     runs, fits, differences = study
-    rows = rows_of(table.report(SWEEP, runs, fits, differences))
+    rows = rows_of(table.closing_table(runs, fits, differences))
     assert len(rows) == 10
     labels = {"dense": "dense", "moe": "MoE (expert choice)", "pkm": "PKM", "peer": "PEER"}
     for budget, at in ((1e11, "1e11"), (3e11, "3e11")):
         for name, label in labels.items():
-            sizes, loss, by_total, best, difference, _ = rows[at, label]
+            sizes, loss, by_total, difference, _ = rows[at, label]
             mine = runs["cell"].str.startswith(f"{name}-") & (runs["budget"] == budget)
             done = runs[mine & (runs["status"] == "done")]
             assert sizes == f"{len(done)} of 5"
             for text, x in ((loss, "flops_per_token"), (by_total, "params_total")):
                 c2, c1, c0 = np.polyfit(np.log10(done[x]), done["val_loss"], 2)
-                assert float(text) == pytest.approx(c0 - c1**2 / (4 * c2), abs=6e-5)
-            lowest = done.loc[done["val_loss"].idxmin()]
-            assert best == f"{lowest['size']}: {lowest['val_loss']:.4f}"
+                assert number(text) == pytest.approx(c0 - c1**2 / (4 * c2), abs=6e-5)
+                assert text.endswith("†") == (len(done) < 5)
             if name != "dense":
                 # The synthetic truth, within the noise put on each size's loss.
                 assert number(difference) == pytest.approx(OFFSET[budget][name], abs=0.012)
         # Sequences are shared, so that their mean difficulty moves all losses by the same.
-        assert abs(float(rows[at, "dense"][1]) - LOSS[budget]) < 0.1
-        assert rows[at, "dense"][4] == "reference"
+        assert abs(number(rows[at, "dense"][1]) - LOSS[budget]) < 0.1
+        assert rows[at, "dense"][3] == "reference"
 
 
-def test_flags_are_in_words(study: tuple[pd.DataFrame, dict[str, Any], pd.DataFrame]) -> None:
-    rows = rows_of(table.report(SWEEP, *study))
+def test_flags_are_in_words(study: Tables) -> None:
+    rows = rows_of(table.closing_table(*study))
     assert rows["1e11", "dense"][-1] == "—"
-    assert rows["1e11", "PKM"][-1] == "1 dropped; fewer than five sizes"
-    assert rows["3e11", "MoE (expert choice)"][-1] == "1 failed; fewer than five sizes"
-    assert rows["3e11", "PEER"][-1] == "1 diverged; fewer than five sizes"
+    assert rows["1e11", "PKM"][-1] == "1 dropped; too few"
+    assert rows["3e11", "MoE (expert choice)"][-1] == "1 failed; too few"
+    assert rows["3e11", "PEER"][-1] == "1 diverged; too few"
 
 
-def test_conclusions(study: tuple[pd.DataFrame, dict[str, Any], pd.DataFrame]) -> None:
-    first, second, larger, exponent = table.conclusions(*study)
-    assert first.startswith("- PEER leads at 1e11: −0.1")
-    assert "Flagged: PKM: fewer than five sizes." in first
-    assert second.startswith("- PEER does not lead at 3e11: +0.0") and "over dense" in second
-    assert "Flagged: PEER: fewer than five sizes" in second
+def conclusions(*tables: Any) -> list[str]:
+    return [line for line in table.closing_table(*tables) if line.startswith("- ")]
+
+
+def test_conclusions(study: Tables) -> None:
+    first, second, larger, exponent = conclusions(*study)
+    assert first.startswith("- PEER leads at 1e11: −0.1") and "scatter by 0.00" in first
+    assert second.startswith("- PEER does not lead at 3e11") and "+0.0" in second and "nats to dense" in second
     assert "sweeps/isoflop_cpu.yaml" in larger
-    assert exponent == "- No scaling exponent is fitted from 2 budgets: a power law wants 3."
+    assert exponent.endswith("from three budgets on: none.")
 
 
 def others(*rows: tuple[str, float, float, float]) -> pd.DataFrame:
@@ -82,46 +87,29 @@ def others(*rows: tuple[str, float, float, float]) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize(
-    ("rows", "sentence", "leads"),
+    ("rows", "sentence"),
     [
-        ([("dense", 0.1, 0.09, 0.11)], "PEER leads at 3e11: −0.100 ± 0.010 nats to dense.", True),
-        ([("dense", -0.004, -0.007, -0.001)], "PEER does not lead at 3e11: +0.004 ± 0.003 nats over dense.", False),
+        ([("dense", 0.1, 0.09, 0.11)], "PEER leads at 3e11: −0.100 ± 0.010 nats to dense."),
+        ([("dense", -0.004, -0.007, -0.001)], "PEER does not lead at 3e11: +0.004 ± 0.003 nats to dense."),
+        ([("dense", 0.002, -0.001, 0.005)], "PEER does not lead at 3e11: −0.002 ± 0.003 nats to dense."),
         (
-            [("dense", 0.002, -0.001, 0.005)],
-            "PEER does not lead at 3e11: −0.002 ± 0.003 nats to dense, no clear difference.",
-            False,
+            [("pkm", -0.02, -0.03, -0.01), ("dense", 0.1, 0.09, 0.11)],
+            "PEER does not lead at 3e11, though over dense: −0.100 ± 0.010 nats to dense; +0.020 ± 0.010 nats to PKM.",
         ),
-        (
-            [("dense", 0.1, 0.09, 0.11), ("pkm", -0.02, -0.03, -0.01)],
-            "PEER does not lead at 3e11: +0.020 ± 0.010 nats over PKM. "
-            "It leads the others: −0.100 ± 0.010 nats to dense.",
-            False,
-        ),
-        (
-            [("dense", 0.1, np.nan, np.nan)],
-            "PEER does not lead at 3e11: −0.100 (no interval) nats to dense, no clear difference.",
-            False,
-        ),
-        (
-            [("dense", np.nan, np.nan, np.nan)],
-            "Whether PEER leads at 3e11 is unknown: no finished cells to compare.",
-            False,
-        ),
-        ([], "Whether PEER leads at 3e11 is unknown: no finished cells to compare.", False),
+        ([("dense", 0.1, np.nan, np.nan)], "PEER does not lead at 3e11: −0.100 ± — nats to dense."),
+        ([("dense", np.nan, np.nan, np.nan)], "Whether PEER leads at 3e11 is unknown: no finished cells to compare."),
+        ([], "Whether PEER leads at 3e11 is unknown: no finished cells to compare."),
     ],
 )
-def test_verdict(rows: list[tuple[str, float, float, float]], sentence: str, leads: bool) -> None:
-    assert table.verdict(3e11, others(*rows)) == (sentence, leads)
+def test_verdict(rows: list[tuple[str, float, float, float]], sentence: str) -> None:
+    assert table.verdict(3e11, others(*rows)) == sentence
 
 
 def test_a_lead_smaller_than_the_scatter_of_the_points_is_none() -> None:
     rows = others(("dense", 0.01, 0.008, 0.012), ("pkm", 0.1, 0.09, 0.11), ("moe", -0.01, -0.012, -0.008))
-    sentence, leads = table.verdict(3e11, rows, 0.02)
-    assert not leads
-    assert "−0.010 ± 0.002 nats to dense, within the scatter" in sentence
-    assert "+0.010 ± 0.002 nats over MoE (expert choice), within the scatter" in sentence
-    assert "It leads the others: −0.100 ± 0.010 nats to PKM." in sentence
-    assert sentence.endswith("Points, of one seed each, scatter by 0.020 nats about the curves.")
+    sentence = table.verdict(3e11, rows, 0.02)
+    assert sentence.startswith("PEER does not lead at 3e11, though over PKM: −0.010 ± 0.002 nats to dense;")
+    assert sentence.endswith("Points scatter by 0.020 nats about the curves; less is no lead.")
 
 
 def test_scatter_is_the_residual_deviation_of_all_parabolas() -> None:
@@ -136,35 +124,34 @@ def test_scatter_is_the_residual_deviation_of_all_parabolas() -> None:
         }
     runs = pd.concat(frames).assign(status="done")
     residuals = [np.polyfit(x, 5 + (x - 6) ** 2 + np.array(e), 2, full=True)[1][0] for e in noise.values()]
-    assert table.scatter(1e11, runs, fits) == pytest.approx((sum(residuals) / 4) ** 0.5)
+    assert table.scatter(runs, fits) == pytest.approx((sum(residuals) / 4) ** 0.5)
 
 
-def test_exponents_are_named_where_there_are_any(study: tuple[pd.DataFrame, dict[str, Any], pd.DataFrame]) -> None:
+def test_exponents_are_named_where_there_are_any(study: Tables) -> None:
     runs, fits, differences = study
     changed = {**fits, "dense": {**fits["dense"], "exponent": 0.512}}
-    lines = table.conclusions(runs, changed, differences)
-    assert lines[-1] == "- Exponents of the optimal FLOPs per token in the budget: dense 0.512."
+    assert conclusions(runs, changed, differences)[-1].endswith("from three budgets on: dense 0.512.")
 
 
-def test_a_study_of_one_method_has_a_table(study: tuple[pd.DataFrame, dict[str, Any], pd.DataFrame]) -> None:
+def test_a_study_of_one_method_has_a_table(study: Tables) -> None:
     runs, fits, differences = study
-    text = table.report(SWEEP, runs[runs["cell"].str.startswith("moe-")], fits, differences.iloc[:0])
-    rows = rows_of(text)
+    lines = table.closing_table(runs[runs["cell"].str.startswith("moe-")], fits, differences.iloc[:0])
+    rows = rows_of(lines)
     assert set(rows) == {("1e11", "MoE (expert choice)"), ("3e11", "MoE (expert choice)")}
-    assert rows["1e11", "MoE (expert choice)"][4] == "—"
-    assert "PEER" not in text
+    assert rows["1e11", "MoE (expert choice)"][3] == "—"
+    assert "PEER" not in "".join(lines)
 
 
-def test_peer_without_rivals(study: tuple[pd.DataFrame, dict[str, Any], pd.DataFrame]) -> None:
+def test_peer_without_rivals(study: Tables) -> None:
     runs, fits, differences = study
-    text = table.report(SWEEP, runs[runs["cell"].str.startswith("peer-")], fits, differences.iloc[:0])
-    assert "Whether PEER leads at 1e11 is unknown: no finished cells to compare." in text
+    lines = conclusions(runs[runs["cell"].str.startswith("peer-")], fits, differences.iloc[:0])
+    assert lines[0] == "- Whether PEER leads at 1e11 is unknown: no finished cells to compare."
 
 
-def test_a_study_with_nothing_finished_has_a_table(study: tuple[pd.DataFrame, dict[str, Any], pd.DataFrame]) -> None:
+def test_a_study_with_nothing_finished_has_a_table(study: Tables) -> None:
     runs, _, differences = study
-    rows = rows_of(table.report(SWEEP, runs[runs["status"] != "done"], {}, differences.iloc[:0]))
-    assert rows["3e11", "PEER"] == ["0 of 1", "—", "—", "—", "—", "1 diverged"]
+    rows = rows_of(table.closing_table(runs[runs["status"] != "done"], {}, differences.iloc[:0]))
+    assert rows["3e11", "PEER"] == ["0 of 1", "—", "—", "—", "1 diverged"]
 
 
 def test_it_prints_what_it_writes(collected_runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

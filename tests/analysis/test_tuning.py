@@ -16,6 +16,7 @@ def run(method: str, size: str, lr: str, loss: float, table_lr: float | None = N
         "method": method,
         "variant": "",
         "size": size,
+        "seed": 0,
         "table_lr": table_lr,
         "val_loss": loss,
         "status": status,

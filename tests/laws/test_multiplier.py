@@ -29,18 +29,18 @@ def test_gain_is_recovered_within_and_beyond_the_dense_budgets() -> None:
     found = compute_multipliers(frontier(), frontier(3.0))
     assert [item.multiplier for item in found] == pytest.approx([3.0] * 4, rel=1e-6)
     assert [item.extrapolated for item in found] == [False, False, False, True]
-    assert [item.budget for item in found] == BUDGETS.tolist() and not any(item.flagged for item in found)
+    assert [item.budget for item in found] == BUDGETS.tolist()
     assert all(item.interval is None for item in found)
     worse = compute_multipliers(frontier(), frontier(0.5))
     assert [item.multiplier for item in worse] == pytest.approx([0.5] * 4, rel=1e-6)
     assert worse[0].extrapolated
 
 
-def test_flagged_minimum_of_the_method_is_marked() -> None:
+def test_a_method_of_one_budget_has_a_multiplier() -> None:
     method = frontier(2.0, budgets=np.array([1e16]))
     assert method.exponent is None
     (only,) = compute_multipliers(frontier(), method)
-    assert only.multiplier == pytest.approx(2.0) and not only.flagged
+    assert only.multiplier == pytest.approx(2.0)
 
 
 def test_interval_covers_the_gain_and_pairs_draws_independently() -> None:

@@ -9,7 +9,7 @@ from scipy.optimize import minimize
 from scipy.special import huber
 
 from peerscale.laws import fit_isoflop, fit_parametric
-from peerscale.laws.objective import Objective
+from peerscale.laws.objective import Objective, Problem
 from peerscale.laws.parametric import START_EXPONENTS, ParametricFit, Surface
 from peerscale.laws.powers import power_problem
 from peerscale.laws.results import FitStatus
@@ -31,7 +31,7 @@ def fit(table: pd.DataFrame, **options) -> ParametricFit:
     return fit_parametric(table, params="N", tokens="D", loss="loss", **options)
 
 
-def start_points(table: pd.DataFrame) -> tuple:
+def start_points(table: pd.DataFrame) -> Problem:
     log_n, log_d = np.log(table["N"].to_numpy()), np.log(table["D"].to_numpy())
     return power_problem(
         {"A": {"alpha": log_n}, "B": {"beta": log_d}, "E": {}}, table["loss"].to_numpy(),
@@ -61,8 +61,8 @@ def test_a_mean_objective_stops_early_and_says_success() -> None:
 
 
 def test_every_start_reaches_the_optimum() -> None:
-    misfit, coordinates, starts = start_points(runs())
-    values = minimise(misfit, coordinates, starts).values
+    problem = start_points(runs())
+    values = minimise(problem, problem.starts).values
     assert np.mean(values < values.min() * (1 + 1e-4)) > 0.9
 
 

@@ -122,28 +122,25 @@ def test_one_seed_has_the_standard_error_and_says_so() -> None:
     assert "one seed" in experts_figure(runs, read_published()).get_supxlabel()
 
 
-@pytest.mark.parametrize("sweep", ["experts", "active", "query_bn"])
+FIGURES = {
+    "experts": lambda runs: experts_figure(runs, read_published()),
+    "active": active_figure,
+    "query_bn": lambda runs: query_norm_figure(runs, read_published()),
+}
+
+
+@pytest.mark.parametrize("sweep", FIGURES)
 def test_what_went_wrong_is_left_out_and_counted(sweep: str) -> None:
     runs = ablation_runs(sweep)
     runs.loc[runs.index[-1], ["status", "val_loss"]] = ["diverged", np.nan]
-    published = read_published()
-    figure = {
-        "experts": lambda: experts_figure(runs, published),
-        "active": lambda: active_figure(runs),
-        "query_bn": lambda: query_norm_figure(runs, published),
-    }[sweep]()
+    figure = FIGURES[sweep](runs)
     figure.draw_without_rendering()
     assert "1 diverged" in figure.get_supxlabel()
 
 
-@pytest.mark.parametrize("sweep", ["experts", "active", "query_bn"])
+@pytest.mark.parametrize("sweep", FIGURES)
 def test_no_two_labels_of_an_axis_overlap(sweep: str) -> None:
-    runs, published = ablation_runs(sweep), read_published()
-    figure = {
-        "experts": lambda: experts_figure(runs, published),
-        "active": lambda: active_figure(runs),
-        "query_bn": lambda: query_norm_figure(runs, published),
-    }[sweep]()
+    figure = FIGURES[sweep](ablation_runs(sweep))
     figure.draw_without_rendering()
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):

@@ -71,25 +71,18 @@ def test_table_2_holds_ours_and_the_papers() -> None:
     for (n, norm), cells in runs.groupby(["n_experts", runs["query_norm"].astype(str) == "True"]):
         row = table.loc[("ours", n, norm)]
         assert row["ppl"] == pytest.approx(np.prod(cells["ppl_validation"]) ** (1 / 3))
-        assert (row["expert_usage"], row["seeds"]) == (pytest.approx(0.9), 3)
+        assert row["expert_usage"] == pytest.approx(0.9)
         assert row["unevenness"] == pytest.approx(cells["unevenness"].mean())
     assert table.loc[("paper", 1024**2, False), "unevenness"] == 1.52
-    # Differences paired by seed; Student's t with 2 degrees of freedom.
-    cells = runs[runs["n_experts"] == 4096].sort_values("seed")
-    on, off = (cells.loc[cells["cell"].str.contains(f"={word}-"), "val_loss"].to_numpy() for word in ("true", "false"))
-    row = table.loc[("ours", 4096, True)]
-    assert row["worth"] == pytest.approx((off - on).mean())
-    assert row["half"] == pytest.approx(4.302652729911275 * (off - on).std(ddof=1) / math.sqrt(3))
-    assert table.loc[("paper", 1024**2, True), "worth"] == pytest.approx(math.log(20.73 / 20.64))
 
 
 def test_table_2_of_a_study_with_batchnorm_alone() -> None:
     lines = tables.norm_lines(tables.experts_by_norm(ablation_runs("experts"), read_published()))
     first = next(line for line in lines if line.startswith("| 256 |"))
-    assert first.startswith("| 256 | — / ") and first.endswith("| — | — | — | — |")
+    assert first.startswith("| 256 | — / ") and first.endswith("| — | — | — |")
     last = lines[-1]
     assert last == (
-        "| 1,048,576 | — | — | — | — | 20.73 / 20.64 | +0.0044 | 99.8% / 100.0% | 1.52 / 1.06 |"
+        "| 1,048,576 | — | — | — | 20.73 / 20.64 | 99.8% / 100.0% | 1.52 / 1.06 |"
     )  # ours does not go so far
 
 

@@ -22,6 +22,7 @@ _eager = torch.compiler.disable  # torch.compile cannot look into a C function: 
 _ACTIVATIONS = {"gelu": 0, "relu": 1}
 _SCORES_AT_ONCE = 2**21  # sub-key scores that are held in memory: they need not leave the cache
 _SUB_KEYS_BY_LANES = 256  # up to so many a side, many queries are ranked at once
+_SUB_KEYS_AS_MATRIX = 2**11  # numbers a side up to which products with all gradients, zeros included, are faster
 _CACHE_BYTES = 2**22  # a table of this size stays in a core's cache
 
 
@@ -218,7 +219,7 @@ class _ProductKeyTopK(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # pyrefly: ignore[bad-override]
         query_THSC, sub_keys_GSNC, sub_keys_THSK = ctx.saved_tensors
         (T, H, S, C), (G, _, N, _), K = query_THSC.shape, sub_keys_GSNC.shape, sub_keys_THSK.shape[-1]
-        if N <= _SUB_KEYS_BY_LANES:  # few enough for the gradient of all scores, zeros included
+        if N * C <= _SUB_KEYS_AS_MATRIX:
             grad_scores_BRN = query_THSC.new_zeros(2 * G, T * H // G, N)
             _run(
                 "product_key_scores_backward", query_THSC.dtype, grads[0].contiguous(), sub_keys_THSK, grad_scores_BRN,

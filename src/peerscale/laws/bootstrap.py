@@ -5,12 +5,12 @@ nor the noise of a loss evaluated on few tokens unless that differs from run to 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 import numpy as np
 
-from peerscale.laws.objective import Coordinates
+from peerscale.laws.objective import Problem
 from peerscale.laws.results import Array, to_plain
 from peerscale.laws.solver import Solution
 
@@ -32,58 +32,44 @@ class Bootstrap:
     at_bound: int = 0
     """How many of the others ended on a bound; they are kept."""
     seed: int
-    level: float = LEVEL
 
     @classmethod
-    def of(cls, refits: Solution, coordinates: Coordinates, seed: int) -> Self:
+    def of(cls, problem: Problem, refits: Solution, seed: int) -> Self:
         """From the solver's refits of the resamples."""
         good = ~refits.failed
         return cls(
-            draws=coordinates.coefficients(refits.points[good]),
-            resamples=len(good),
-            failed=int(np.sum(~good)),
-            at_bound=int(np.sum(refits.at_bound[good])),
-            seed=seed,
-        )
-
-    def interval(self, values: Array) -> tuple[float, float]:
-        """Percentile interval of `values` (draws,), leaving out what is not finite; NaN if nothing is."""
-        return percentile_interval(values, self.level)
+            draws=problem.coordinates.coefficients(refits.points[good]), resamples=len(good),
+            failed=int(np.sum(~good)), at_bound=int(np.sum(refits.at_bound[good])), seed=seed,
+        )  # fmt: skip
 
     def intervals(self) -> dict[str, tuple[float, float]]:
         """Percentile interval of every coefficient."""
-        return {name: self.interval(values) for name, values in self._coefficients().items()}
+        return {name: percentile_interval(values) for name, values in self.draws.items() if values.ndim == 1}
 
     def law(self, form: type) -> Any:
         """A law of class `form` whose coefficients are arrays of draws; those never fitted keep their defaults."""
         return form(**{item.name: self.draws[item.name] for item in fields(form) if item.name in self.draws})
 
-    def standard_error(self, name: str) -> float:
-        """Standard deviation of a coefficient's draws."""
-        return float(np.std(self.draws[name], ddof=1))
-
     def to_dict(self) -> dict[str, Any]:
-        """Counts, seed and the first draws to six digits, for JSON."""
+        """Counts, seed, level and the first draws to six digits, for JSON."""
         draws = {
             name: to_plain([float(f"{value:.6g}") for value in values[:STORED_DRAWS]])
-            for name, values in self._coefficients().items()
+            for name, values in self.draws.items()
+            if values.ndim == 1
         }
-        return {item.name: getattr(self, item.name) for item in fields(self)} | {"draws": draws}
+        return asdict(self) | {"level": LEVEL, "draws": draws}
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Self:
         """The inverse of `to_dict`, with the draws that were stored."""
         draws = {name: np.asarray(values, float) for name, values in stored["draws"].items()}
-        return cls(**dict(stored) | {"draws": draws})
-
-    def _coefficients(self) -> dict[str, Array]:
-        return {name: values for name, values in self.draws.items() if values.ndim == 1}
+        return cls(**{key: stored[key] for key in ("resamples", "failed", "at_bound", "seed")}, draws=draws)
 
 
-def percentile_interval(values: Array, level: float = LEVEL) -> tuple[float, float]:
-    """Percentile interval of `values` (draws,), leaving out what is not finite; NaN if nothing is."""
+def percentile_interval(values: Array) -> tuple[float, float]:
+    """95 % percentile interval of `values` (draws,), leaving out what is not finite; NaN if nothing is."""
     finite = values[np.isfinite(values)]
-    tail = 50 * (1 - level)
+    tail = 50 * (1 - LEVEL)
     low, high = np.percentile(finite, [tail, 100 - tail]) if len(finite) else (np.nan, np.nan)
     return float(low), float(high)
 
@@ -91,17 +77,23 @@ def percentile_interval(values: Array, level: float = LEVEL) -> tuple[float, flo
 def resample_counts(n: int, resamples: int, seed: int, clusters: Array | None = None) -> Array:
     """How often each of `n` runs occurs in each resample, (resamples, n): weights for a weighted fit.
 
-    Args:
-        n: number of runs.
-        resamples: number of resamples.
-        seed: of `numpy.random.default_rng`.
-        clusters: label per run, (n,); runs of one label are drawn together. None: every run is its own.
+    Runs with one label in `clusters` (n,) are drawn together; None: every run is its own cluster.
     """
-    rng = np.random.default_rng(seed)
     labels = np.arange(n) if clusters is None else np.unique(clusters, return_inverse=True)[1]
     n_clusters = labels.max() + 1
-    counts = rng.multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=resamples)
-    return counts[:, labels].astype(float)
+    draw = np.random.default_rng(seed).multinomial
+    return draw(n_clusters, np.full(n_clusters, 1 / n_clusters), size=resamples)[:, labels].astype(float)
+
+
+def resampled_losses(sequence_losses: Array, *, resamples: int = 2000, seed: int = 0) -> Array:
+    """Mean losses (resamples, runs) over resampled sequences, the same for every run: for differences of methods.
+
+    Whether a sequence is easy or hard is common to all models and by far the largest part of a loss's uncertainty;
+    drawing the same ones for every run leaves it out of the difference (Efron and Tibshirani 1993, chapter 8: paired
+    data are resampled as pairs). Column j of every row of `sequence_losses` (runs, sequences) is the same text.
+    """
+    n = sequence_losses.shape[1]
+    return resample_counts(n, resamples, seed) @ sequence_losses.T / n
 
 
 def resample_residuals(residuals: Array, resamples: int, seed: int, clusters: Array | None = None) -> Array:

@@ -8,24 +8,25 @@ L = E + A / N'^alpha + B / D'^beta with the effective counts (equations 5 and 6)
 where N_opt(U_D) is the size for which U_D tokens are compute-optimal.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Unpack
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
+from scipy.linalg import block_diag
 
 from peerscale.errors import UserError
 from peerscale.laws.fit import Fit, Resampling, estimate
-from peerscale.laws.objective import Coordinates, Misfit, Objective, Predicted
-from peerscale.laws.parametric import Surface, fit_parametric
-from peerscale.laws.powers import EXPONENT_RANGE, SIZE_RANGE
+from peerscale.laws.objective import Coordinates, Numerical, Objective
+from peerscale.laws.parametric import START_EXPONENTS, Surface
+from peerscale.laws.powers import power_problem
 from peerscale.laws.results import Number
+from peerscale.laws.solver import solve
 from peerscale.laws.table import positive_columns
 
 CONSTANT_RANGE = (np.log(0.01), np.log(1e4))
 START_CONSTANTS = np.log([(params, tokens) for params in (1, 5, 30) for tokens in (2, 15, 100)])
-NAMES = ("A", "B", "E", "R_N", "R_D", "alpha", "beta")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,26 +84,20 @@ def fit_data_constrained(
     """
     columns = (params, tokens, unique_tokens, loss)
     n, d, unique, losses = positive_columns(table, *columns, law=DataConstrainedFit.law, at_least=7)
-    objective = Objective(objective)
-    if np.sum(d <= unique) < 5:
-        raise UserError(f"{np.sum(d <= unique)} rows repeat no data ({tokens!r} <= {unique_tokens!r}): five are needed")
-    once = fit_parametric(table[d <= unique], params=params, tokens=tokens, loss=loss, objective=objective, delta=delta)
-    to_raw = np.eye(7)
-    centre_n, centre_d = np.log(n).mean(), np.log(d).mean()
-    to_raw[0, 5], to_raw[1, 6] = centre_n, centre_d
-    lower, upper = (
-        np.array([*[np.log(np.median(losses)) + size] * 3, constant, constant, exponent, exponent])
-        for size, constant, exponent in zip(SIZE_RANGE, CONSTANT_RANGE, EXPONENT_RANGE, strict=True)
+    once = d <= unique
+    if once.sum() < 5:
+        raise UserError(f"{once.sum()} rows repeat no data ({tokens!r} <= {unique_tokens!r}): five are needed")
+    powers = {"A": {"alpha": np.log(n[once])}, "B": {"beta": np.log(d[once])}, "E": {}}
+    simple = power_problem(powers, losses[once], objective=objective, delta=delta, start_exponents=START_EXPONENTS)
+    (point, _, _), base = solve(simple), simple.coordinates
+    coordinates = Coordinates(
+        names=(*base.names, "R_N", "R_D"),
+        is_log=np.append(base.is_log, [True, True]),
+        to_raw=block_diag(base.to_raw, np.eye(2)),
+        lower=np.append(base.lower, [CONSTANT_RANGE[0]] * 2),
+        upper=np.append(base.upper, [CONSTANT_RANGE[1]] * 2),
     )
-    coordinates = Coordinates(names=NAMES, is_log=np.arange(7) < 5, to_raw=to_raw, lower=lower, upper=upper)
-    problem = Predicted(
-        form=DataConstrainedLaw, coordinates=coordinates, variables=(n, d, unique), loss=losses,
-        logarithmic=objective.logarithmic,
-    )  # fmt: skip
-    misfit = Misfit(problem=problem, objective=objective, delta=delta)
-    sizes = np.log(np.array([once.A, once.B, once.E])) - [once.alpha * centre_n, once.beta * centre_d, 0]
-    starts = [[*sizes, *constants, once.alpha, once.beta] for constants in START_CONSTANTS]
-    return estimate(
-        DataConstrainedFit, table, columns, (n, d, unique, losses), (misfit, coordinates, np.array(starts)),
-        scale=6 * n * d, objective_name=str(objective), **resampling,
-    )  # fmt: skip
+    law = Numerical(form=DataConstrainedLaw, coordinates=coordinates, variables=(n, d, unique))
+    starts = np.array([[*point, *constants] for constants in START_CONSTANTS])
+    problem = replace(simple, law=law, loss=losses, coordinates=coordinates, starts=starts)
+    return estimate(DataConstrainedFit, table, columns, problem, 6 * n * d, **resampling)

@@ -62,10 +62,13 @@ def fit_envelope(
     budgets, curves = smooth_curves(labels, compute, losses)
     optima, lowest, interior = envelope(curves, sizes)
     law, status, hold_out, draws = PowerLaw(exponent=None, coefficient=None), FitStatus.TOO_FEW_POINTS, None, None
-    found = len(np.unique(optima[interior]))
-    if found >= MIN_BUDGETS:
-        exponent, coefficient = fit_power_law(budgets[interior], optima[interior])
-        law, status = PowerLaw(exponent=float(exponent), coefficient=float(coefficient)), FitStatus.CONVERGED
+    found, warnings = len(np.unique(optima[interior])), ()
+    if found < MIN_BUDGETS:
+        few = f"{found} sizes win with smaller and larger ones beside them, a power law wants {MIN_BUDGETS}"
+        warnings = (f"no exponent: {few}",)
+    else:
+        exponent, coefficient = map(float, fit_power_law(budgets[interior], optima[interior]))
+        law, status = PowerLaw(exponent=exponent, coefficient=coefficient), FitStatus.CONVERGED
         refits = []
         for counts in resample_counts(len(sizes), bootstrap, seed):
             drawn, _, inside = envelope(curves[counts > 0], sizes[counts > 0])
@@ -73,14 +76,12 @@ def fit_envelope(
                 refits.append((budgets[inside], drawn[inside]))
         hold_out = predict_largest(budgets[interior], optima[interior], refits)
         if refits:
-            exponents, coefficients = np.array([fit_power_law(*refit) for refit in refits]).T
-            draws = Bootstrap(
-                draws={"exponent": exponents, "coefficient": coefficients},
-                resamples=bootstrap, failed=bootstrap - len(refits), seed=seed,
-            )  # fmt: skip
-            if np.std(exponents) > abs(exponent):
+            drawn = dict(
+                zip(("exponent", "coefficient"), np.array([fit_power_law(*one) for one in refits]).T, strict=True)
+            )
+            draws = Bootstrap(draws=drawn, resamples=bootstrap, failed=bootstrap - len(refits), seed=seed)
+            if np.std(drawn["exponent"]) > abs(exponent):
                 status = FitStatus.NOT_IDENTIFIABLE
-    few = (f"no exponent: {found} sizes win with smaller and larger ones beside them, a power law wants {MIN_BUDGETS}",)
     return EnvelopeFit(
         n=len(sizes),
         status=status,
@@ -92,11 +93,7 @@ def fit_envelope(
         optima=optima,
         losses=lowest,
         interior=interior,
-        warnings=(
-            *(few if law.exponent is None else ()),
-            *table_warnings(table, run, flops, x, loss),
-            *(hold_out.warnings() if hold_out else ()),
-        ),
+        warnings=(*warnings, *table_warnings(table, run, flops, x, loss), *(hold_out.warnings() if hold_out else ())),
         hold_out=hold_out,
         bootstrap=draws,
     )

@@ -7,11 +7,11 @@ from typing import Any, ClassVar, TypedDict, TypeVar
 import numpy as np
 import pandas as pd
 
-from peerscale.laws.bootstrap import Bootstrap, resample_counts
+from peerscale.laws.bootstrap import Bootstrap, percentile_interval, resample_counts
 from peerscale.laws.holdout import HoldOut, largest, predict_held_out
-from peerscale.laws.objective import Coordinates, Misfit
-from peerscale.laws.results import Array, FitStatus, Number, fields_to_plain, to_plain
-from peerscale.laws.solver import refit, solve
+from peerscale.laws.objective import Problem
+from peerscale.laws.results import FitStatus, Number, fields_to_plain, to_plain
+from peerscale.laws.solver import minimise, solve
 from peerscale.laws.table import name_rows, positive_columns, row_labels, table_warnings
 
 OUTLIER = 6.0
@@ -46,12 +46,8 @@ class Fit:
         """Bootstrap intervals of the coefficients and what derives from them; empty without a bootstrap."""
         if self.bootstrap is None:
             return {}
-        derived = {
-            name: self.interval(lambda law, name=name: getattr(law, name))
-            for name in self.derived
-            if hasattr(self.form, name)
-        }
-        return self.bootstrap.intervals() | derived
+        names = [name for name in self.derived if hasattr(self.form, name)]
+        return self.bootstrap.intervals() | {n: self.interval(lambda law, n=n: getattr(law, n)) for n in names}
 
     def interval(self, prediction: Callable[[Any], Number]) -> tuple[float, float]:
         """Bootstrap interval of a prediction: `fit.interval(lambda law: law.optimum(1e21).loss)`.
@@ -61,7 +57,7 @@ class Fit:
         """
         if self.bootstrap is None:
             raise ValueError("the fit has no bootstrap: ask for one, such as bootstrap=4000")
-        return self.bootstrap.interval(np.asarray(prediction(self.bootstrap.law(self.form))))
+        return percentile_interval(np.asarray(prediction(self.bootstrap.law(self.form))))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and finite numbers for JSON."""
@@ -92,11 +88,9 @@ def estimate(
     kind: type[AnyFit],
     table: pd.DataFrame,
     columns: Sequence[str],
-    values: Sequence[Array],
-    problem: tuple[Misfit, Coordinates, Array],
+    problem: Problem,
+    scale: np.ndarray,
     *,
-    scale: Array,
-    objective_name: str,
     bootstrap: int = 0,
     seed: int = 0,
     cluster: str | None = None,
@@ -109,36 +103,30 @@ def estimate(
     Args:
         kind: class of the result.
         table, columns: what the rows are, for warnings.
-        values: the arguments of the law's `predict`, (runs,) each, then the losses.
-        problem: the misfit, its coordinates, and the starts (R, p).
+        problem: law, losses, penalty and starts.
         scale: (runs,), by which the largest runs are held out without a column `budget`.
         bootstrap, seed, cluster, budget, hold_out: see `Resampling`.
-        objective_name, described: further fields of the result.
+        described: further fields of the result.
     """
-    misfit, coordinates, starts = problem
     clusters = row_labels(table, cluster) if cluster else None
     if budget is not None:
         (scale,) = positive_columns(table, budget, law=kind.law, at_least=0)
-    point, value, status = solve(misfit, coordinates, starts)
+    point, value, status = solve(problem)
     draws = None
     if bootstrap:
         weights = resample_counts(len(table), bootstrap, seed, clusters)
-        draws = Bootstrap.of(refit(misfit, coordinates, point, weights), coordinates, seed)
+        draws = Bootstrap.of(problem, minimise(problem, point, weights), seed)
     held = largest(scale, hold_out)
-    held_out = predict_held_out(
-        kind.form, misfit, coordinates, point, values, held, scale,
-        bootstrap=bootstrap, seed=seed, clusters=clusters,
-    )  # fmt: skip
-    coefficients = {name: float(values) for name, values in coordinates.coefficients(point).items()}
+    held_out = predict_held_out(problem, point, held, scale, bootstrap=bootstrap, seed=seed, clusters=clusters)
     return kind(
-        **coefficients,
+        **{name: float(coefficient) for name, coefficient in problem.coordinates.coefficients(point).items()},
         n=len(table),
         status=status,
-        objective_name=objective_name,
+        objective_name=str(problem.objective),
         objective_value=value,
         warnings=(
             *table_warnings(table, *columns),
-            *_outliers(misfit, coordinates, point, table.index),
+            *_outliers(problem, point, table.index),
             *(held_out.warnings() if held_out else (f"no held-out error: {held.sum()} of {len(table)} runs held out",)),
         ),
         hold_out=held_out,
@@ -147,13 +135,13 @@ def estimate(
     )
 
 
-def _outliers(misfit: Misfit, coordinates: Coordinates, point: Array, rows: pd.Index) -> tuple[str, ...]:
+def _outliers(problem: Problem, point: np.ndarray, rows: pd.Index) -> tuple[str, ...]:
     """A warning that names the runs far from the law, and the coefficients without them; they stay in the fit."""
-    residuals = misfit.problem.residuals(point[None], np.zeros(1, int))[0]
+    residuals = problem.residuals(problem.law.predict(point[None]))[0]
     distance = np.abs(residuals - np.median(residuals))
     far = distance > OUTLIER * max(1.4826 * float(np.median(distance)), SMALLEST_SCATTER)
     if not far.any():
         return ()
-    refitted = refit(misfit, coordinates, point, (~far)[None].astype(float)).points[0]
-    without = ", ".join(f"{name} {value:.4g}" for name, value in coordinates.coefficients(refitted).items())
+    refitted = minimise(problem, point, (~far)[None].astype(float)).points[0]
+    without = ", ".join(f"{name} {value:.4g}" for name, value in problem.coordinates.coefficients(refitted).items())
     return (f"{far.sum()} runs far from the law, kept: {name_rows(rows[far])}; without them {without}",)

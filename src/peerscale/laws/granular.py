@@ -71,8 +71,7 @@ def fit_granular(
     Args:
         table: one row per run.
         params, tokens, granularity, loss: columns of N, D, G and the loss.
-        objective: what to minimise; the authors' Huber(0.1) of the raw residual is least squares in effect.
-        delta: where Huber turns linear, in units of the residual.
+        objective, delta: as in `fit_parametric`; the authors' Huber(0.1) is least squares in effect.
         resampling: see `Resampling`; by default the runs of the largest N D are held out.
 
     Raises:
@@ -82,9 +81,5 @@ def fit_granular(
     *variables, losses = positive_columns(table, *columns, law=GranularFit.law, at_least=7)
     log_n, log_d, log_g = map(np.log, variables)
     powers = {"g": {"gamma": log_g, "alpha": log_n}, "a": {"alpha": log_n}, "b": {"beta": log_d}, "c": {}}
-    objective = Objective(objective)
-    return estimate(
-        GranularFit, table, columns, (*variables, losses),
-        power_problem(powers, losses, objective=objective, delta=delta, start_exponents=START_EXPONENTS),
-        scale=variables[0] * variables[1], objective_name=str(objective), **resampling,
-    )  # fmt: skip
+    problem = power_problem(powers, losses, objective=objective, delta=delta, start_exponents=START_EXPONENTS)
+    return estimate(GranularFit, table, columns, problem, variables[0] * variables[1], **resampling)

@@ -1,15 +1,14 @@
 """Held-out runs: how well a law fitted to the smaller budgets predicts the largest."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from peerscale.laws.bootstrap import Bootstrap, resample_counts
-from peerscale.laws.objective import Coordinates, Misfit
-from peerscale.laws.results import Array, to_plain
-from peerscale.laws.solver import refit
+from peerscale.laws.bootstrap import percentile_interval, resample_counts
+from peerscale.laws.objective import Problem
+from peerscale.laws.results import Array, fields_to_plain
+from peerscale.laws.solver import minimise
 
 SHARE = 0.1
 """Of the runs, held out at least."""
@@ -54,8 +53,7 @@ class HoldOut:
         return (f"the smaller budgets do not predict {self.quantity} at {self.budget:.4g}: it is {off:+.2g} % off",)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {name: to_plain(getattr(self, name)) for name in (*self.__slots__, "missed")}
+        return fields_to_plain(self) | {"missed": self.missed}
 
 
 def largest(scale: Array, start: float | None = None) -> Array:
@@ -66,32 +64,28 @@ def largest(scale: Array, start: float | None = None) -> Array:
 
 
 def predict_held_out(
-    form: type, misfit: Misfit, coordinates: Coordinates, start: Array, values: Sequence[Array], held: Array,
-    scale: Array, *, bootstrap: int = 0, seed: int = 0, clusters: Array | None = None,
+    problem: Problem, start: Array, held: Array, scale: Array,
+    *, bootstrap: int = 0, seed: int = 0, clusters: Array | None = None,
 ) -> HoldOut | None:  # fmt: skip
     """The runs `held` (runs,) predicted from the others; None if those are no more than the law has coefficients.
 
     Args:
-        form: the law's class.
-        misfit, coordinates: the law and all runs.
-        start: (p,), such as the fit of all runs.
-        values: the arguments of the law's `predict`, (runs,) each, then the losses.
-        held, scale: which runs, and their budgets.
+        problem: the fit of all runs.
+        start: (p,), such as its solution.
+        held, scale: which runs, and the budgets (runs,).
         bootstrap, seed, clusters: of the interval.
     """
     kept = np.flatnonzero(~held)
-    if not held.any() or len(kept) <= len(coordinates.names):
+    if not held.any() or len(kept) <= len(problem.coordinates.names):
         return None
-    point = refit(misfit, coordinates, start, (~held)[None].astype(float)).points[0]
-    *variables, losses = (column[held] for column in values)
-    predicted = form(**coordinates.coefficients(point)).predict(*variables)
-    interval = None
+
+    best = minimise(problem, start, (~held)[None].astype(float)).points
+    predicted, losses, interval = problem.law.predict(best)[0, held], problem.loss[held], None
     if bootstrap:
         weights = np.zeros((bootstrap, len(held)))
         weights[:, kept] = resample_counts(len(kept), bootstrap, seed, None if clusters is None else clusters[kept])
-        draws = Bootstrap.of(refit(misfit, coordinates, point, weights), coordinates, seed)
-        laws = form(**{name: drawn[:, None] for name, drawn in draws.draws.items()})
-        interval = draws.interval(laws.predict(*variables).mean(axis=1))
+        refits = minimise(problem, start, weights)
+        interval = percentile_interval(problem.law.predict(refits.points[~refits.failed])[:, held].mean(axis=1))
     return HoldOut(
         quantity="loss",
         budget=float(scale[held].min()),

@@ -16,9 +16,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from peerscale.laws.bootstrap import Bootstrap, resample_residuals
+from peerscale.laws.bootstrap import Bootstrap, percentile_interval, resample_residuals
 from peerscale.laws.fit import Fit
-from peerscale.laws.parabola import fit_parabolas, minima
 from peerscale.laws.parametric import fit_parametric
 from peerscale.laws.power_law import MIN_BUDGETS, PowerLaw, fit_power_law, predict_largest
 from peerscale.laws.results import Array, FitStatus, Number
@@ -107,9 +106,7 @@ def fit_isoflop(
 
     Args:
         table: one row per run.
-        budget: column of the compute budget; rows of one budget hold exactly the same value.
-        x: column of the quantity to optimise: parameters, tokens or FLOPs per token.
-        loss: column of the loss.
+        budget, x, loss: columns; rows of one budget hold exactly the same value.
         include_flagged: let the power law use flagged minima too, as most published fits do. Vertices of parabolas
             that open downwards are never used.
         bootstrap: number of resamples, 0 for none. Residuals are resampled over all budgets together, scaled for the
@@ -124,37 +121,28 @@ def fit_isoflop(
     values, group = np.unique(budgets, return_inverse=True)
     rows_of = [np.flatnonzero(group == i) for i in range(len(values))]
     vertices = [_vertex(float(c), sizes[rows], losses[rows]) for c, rows in zip(values, rows_of, strict=True)]
-    residuals = np.full(len(losses), np.nan)
+    fitted = np.empty(len(losses))
     for vertex, rows in zip(vertices, rows_of, strict=True):
-        residuals[rows] = losses[rows] - vertex.predict(sizes[rows])
-
+        fitted[rows] = vertex.predict(sizes[rows])
     usable = np.array([v.status is VertexStatus.OK or (include_flagged and v.is_minimum) for v in vertices])
     optima = np.array([vertex.x for vertex in vertices])
-    exponent = coefficient = None
-    if usable.sum() >= MIN_BUDGETS:
-        exponent, coefficient = map(float, fit_power_law(values[usable], optima[usable]))
-    draws, drawn = None, None
+    draws = drawn = None
     if bootstrap:
         freedom = np.bincount(group)[group] - 3.0  # runs beyond the parabola's three coefficients
-        scaled = residuals * np.sqrt((freedom + 3) / np.where(freedom > 0, freedom, np.nan))
+        scaled = (losses - fitted) * np.sqrt((freedom + 3) / np.where(freedom > 0, freedom, np.nan))
         clusters = row_labels(table, cluster) if cluster else None
-        resampled = losses - residuals + resample_residuals(scaled, bootstrap, seed, clusters)
+        resampled = fitted + resample_residuals(scaled, bootstrap, seed, clusters)
         draws, drawn = _bootstrap(values, rows_of, sizes, resampled, optima, usable, seed)
         vertices = [
-            replace(
-                vertex,
-                x_interval=draws.interval(draws.draws["x"][:, i]),
-                loss_interval=draws.interval(draws.draws["loss"][:, i]),
-            )
-            for i, vertex in enumerate(vertices)
+            replace(vertex, x_interval=percentile_interval(xs), loss_interval=percentile_interval(minimal))
+            for vertex, xs, minimal in zip(vertices, draws.draws["x"].T, draws.draws["loss"].T, strict=True)
         ]
-    spans = [float(sizes[rows].max() / sizes[rows].min()) for rows in rows_of]
-    hold_out = None
+    exponent = coefficient = hold_out = surface = None
     if usable.sum() >= MIN_BUDGETS:
+        exponent, coefficient = map(float, fit_power_law(values[usable], optima[usable]))
         observed = draws.draws["x"][:, np.flatnonzero(usable)[-1]] if draws else None
         refits = () if drawn is None else ((values[usable], x) for x in drawn)
         hold_out = predict_largest(values[usable], optima[usable], refits, observed)
-    surface = None
     if len(losses) > 5 and len(values) > 1:  # L = E + A / x^alpha + B / (C / x)^beta, whatever x is
         runs = pd.DataFrame({"x": sizes, "rest": budgets / sizes, "loss": losses})
         surface = fit_parametric(runs, params="x", tokens="rest", loss="loss", objective="mse")
@@ -162,13 +150,13 @@ def fit_isoflop(
         n=len(table),
         status=FitStatus.TOO_FEW_POINTS if exponent is None else FitStatus.CONVERGED,
         objective_name="mse",
-        objective_value=float(np.nansum(residuals**2)),
+        objective_value=float(np.nansum((losses - fitted) ** 2)),
         vertices=tuple(vertices),
         surface_exponent=None if surface is None else float(surface.a),
         exponent=exponent,
         coefficient=coefficient,
         warnings=(
-            *_warnings(vertices, spans, int(usable.sum())),
+            *_warnings(vertices, [float(sizes[rows].max() / sizes[rows].min()) for rows in rows_of], usable.sum()),
             *table_warnings(table, budget, x, loss),
             *(hold_out.warnings() if hold_out else ()),
         ),
@@ -177,35 +165,43 @@ def fit_isoflop(
     )
 
 
+def fit_parabolas(x: Array, losses: Array) -> Array:
+    """Least squares of losses (..., runs) by c0 + c1 z + c2 z^2, z = log10 x (runs,), of three or more sizes.
+
+    Returns:
+        c0, c1, c2: (3, ...).
+    """
+    z = np.log10(x)
+    centre = float(z.mean())  # z^2 of uncentred sizes is almost collinear with z
+    c0, c1, c2 = np.linalg.pinv(np.vander(z - centre, 3, increasing=True)) @ losses.T
+    return np.stack([c0 - c1 * centre + c2 * centre**2, c1 - 2 * c2 * centre, c2])
+
+
+def minima(coefficients: Array) -> tuple[Array, Array]:
+    """x and loss where parabolas of `coefficients` (3, ...) are lowest; NaN where they open downwards."""
+    c0, c1, c2 = coefficients
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        x, loss = 10.0 ** (-c1 / (2 * c2)), c0 - c1**2 / (4 * c2)
+    there = (c2 > 0) & np.isfinite(x) & (x > 0)
+    return np.where(there, x, np.nan), np.where(there, loss, np.nan)
+
+
 def _vertex(budget: float, sizes: Array, losses: Array) -> Vertex:
-    z = np.log10(sizes)
-    n_sizes = len(np.unique(sizes))
-    x = loss = math.nan
-    c0, c1, c2 = math.nan, math.nan, math.nan
-    status = VertexStatus.TOO_FEW
+    coefficients, status, n_sizes = np.full(3, np.nan), VertexStatus.TOO_FEW, len(np.unique(sizes))
     if n_sizes >= 3:
-        centre, c0, c1, c2 = fit_parabolas(sizes, losses)
-        x, loss = map(float, minima(centre, c0, c1, c2))
-        low, high = z.min(), z.max()
-        off_centre = abs(centre - c1 / (2 * c2) - (low + high) / 2) / (high - low) if c2 > 0 else math.inf
-        if n_sizes < MIN_SIZES:
-            status = VertexStatus.TOO_FEW
-        elif not math.isfinite(x):
+        coefficients = fit_parabolas(sizes, losses)
+    x, loss = map(float, minima(coefficients))
+    if n_sizes >= MIN_SIZES:
+        low, high = np.log10(sizes.min()), np.log10(sizes.max())
+        off_centre = abs(np.log10(x) - (low + high) / 2) / (high - low)
+        if not math.isfinite(x):
             status = VertexStatus.CURVATURE
         elif off_centre > 0.5:
             status = VertexStatus.OUTSIDE_RANGE
         else:
             status = VertexStatus.OFF_CENTRE if off_centre > MAX_OFF_CENTRE else VertexStatus.OK
-        c0, c1 = c0 - c1 * centre + c2 * centre**2, c1 - 2 * c2 * centre  # from z - centre to z
-    return Vertex(
-        budget=budget,
-        x=x,
-        loss=loss,
-        curvature=float(c2),
-        n=len(z),
-        status=status,
-        coefficients=(float(c0), float(c1), float(c2)),
-    )
+    c0, c1, c2 = map(float, coefficients)
+    return Vertex(budget=budget, x=x, loss=loss, curvature=c2, n=len(sizes), status=status, coefficients=(c0, c1, c2))
 
 
 def _bootstrap(
@@ -221,7 +217,7 @@ def _bootstrap(
     loss = x.copy()
     for i, rows in enumerate(rows_of):
         if len(np.unique(sizes[rows])) >= 3:
-            x[:, i], loss[:, i] = minima(*fit_parabolas(sizes[rows], losses[:, rows]))
+            x[:, i], loss[:, i] = minima(fit_parabolas(sizes[rows], losses[:, rows]))
     draws = {"x": x, "loss": loss}
     good = np.isfinite(x).any(axis=1)
     scattered = np.empty((len(losses), 0))

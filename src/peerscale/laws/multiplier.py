@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from peerscale.laws.bootstrap import percentile_interval
 from peerscale.laws.isoflop import IsoflopFit, VertexStatus
 from peerscale.laws.results import Array
 
@@ -17,16 +18,12 @@ class Multiplier:
     """One method at one budget."""
 
     budget: float
-    loss: float
-    """The method's, at its compute optimum."""
     multiplier: float
     """C_dense(loss) / budget; NaN where the dense loss does not fall with compute."""
     interval: tuple[float, float] | None
     """From independent draws of both methods' minima; None without bootstraps."""
     extrapolated: bool
     """The loss lies outside the dense frontier's."""
-    flagged: bool
-    """The method's minimum is flagged."""
 
 
 def compute_multipliers(dense: IsoflopFit, method: IsoflopFit, *, seed: int = 0) -> tuple[Multiplier, ...]:
@@ -52,15 +49,13 @@ def compute_multipliers(dense: IsoflopFit, method: IsoflopFit, *, seed: int = 0)
             draws = np.random.default_rng(seed).permutation(method.bootstrap.draws["loss"][:, j])
             pairs = zip(dense_draws, draws, strict=False)
             needed = np.array([compute_to_reach(budgets, frontier_draw, draw) for frontier_draw, draw in pairs])
-            interval = dense.bootstrap.interval(needed / vertex.budget)
+            interval = percentile_interval(needed / vertex.budget)
         found.append(
             Multiplier(
                 budget=vertex.budget,
-                loss=vertex.loss,
                 multiplier=compute_to_reach(budgets, losses, vertex.loss) / vertex.budget,
                 interval=interval,
                 extrapolated=not losses.min() <= vertex.loss <= losses.max(),
-                flagged=vertex.status is not VertexStatus.OK,
             )
         )
     return tuple(found)

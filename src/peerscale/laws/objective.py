@@ -1,4 +1,4 @@
-"""What a fit minimises: a penalty on residuals summed over runs, as many fits at once."""
+"""What a fit minimises: a penalty on the residuals of a law, summed over runs, as many fits at once."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,17 +16,14 @@ STEP = 1e-6
 class Objective(StrEnum):
     """Penalty on residuals, always summed over runs: a mean makes optimisers stop early.
 
-    Huber(r) = r^2 / 2 for |r| <= delta, else delta (|r| - delta / 2); the squared objectives sum r^2.
+    Huber(r) = r^2 / 2 for |r| <= delta, else delta (|r| - delta / 2); the squared objectives sum r^2. Residuals are
+    prediction - loss, or log prediction - log loss. The paper's is huber-log (Hoffmann et al. 2022, equation 3).
     """
 
     HUBER_LOG = "huber-log"
-    """Huber of the log residual, log prediction - log loss (Hoffmann et al. 2022, equation 3)."""
     HUBER = "huber"
-    """Huber of the residual."""
     MSE_LOG = "mse-log"
-    """Squared log residual."""
     MSE = "mse"
-    """Squared residual."""
 
     @property
     def logarithmic(self) -> bool:
@@ -60,80 +57,87 @@ class Coordinates:
         return {name: raw[..., i] for i, name in enumerate(self.names)}
 
 
-class Problem(Protocol):
-    """Fits of one law to one set of runs that differ in their points (R, p) only, or in the runs' weights too."""
+Curvature = Callable[[Array], Array]
+"""From a factor per run (R, runs) to the sum over runs of factor * second derivative of the prediction, (R, p, p)."""
 
-    def residuals(self, points: Array, members: Array) -> Array:
-        """Residuals (R, runs) at points (R, p) of the numbered members (R,)."""
+
+class Predictor(Protocol):
+    """A law at the runs of one table, as a function of the solver's points (R, p)."""
+
+    def predict(self, points: Array) -> Array:
+        """Losses (R, runs)."""
         ...
 
-    def derivatives(self, points: Array, members: Array) -> tuple[Array, Array, Callable[[Array], Array] | None]:
-        """Residuals, their Jacobian (R, p, runs), and the curvature.
-
-        The curvature turns slopes of the penalty (R, runs) into the sum over runs of slope * second derivative of the
-        residual, (R, p, p). None leaves that out: Gauss-Newton, reweighted.
-        """
+    def derivatives(self, points: Array) -> tuple[Array, Array, Curvature | None]:
+        """Losses, their Jacobian (R, p, runs), and the curvature; None leaves that out: Gauss-Newton, reweighted."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Predicted:
-    """A law as a `Problem` by its own `predict`, with a numerical Jacobian: for laws whose derivatives are long."""
+class Numerical:
+    """A law by its own `predict`, with a numerical Jacobian: for laws whose derivatives are long."""
 
     form: type
     coordinates: Coordinates
     variables: Sequence[Array]
     """Arguments of `predict`, (runs,) each."""
-    loss: Array
-    """(runs,)."""
-    logarithmic: bool
 
-    def residuals(self, points: Array, members: Array) -> Array:
-        """Residuals (R, runs) at points (R, p)."""
+    def predict(self, points: Array) -> Array:
         with np.errstate(all="ignore"):
-            loss = self.form(**self.coordinates.coefficients(points[..., None, :])).predict(*self.variables)
-            return np.log(loss / self.loss) if self.logarithmic else loss - self.loss
+            return self.form(**self.coordinates.coefficients(points[..., None, :])).predict(*self.variables)
 
-    def derivatives(self, points: Array, members: Array) -> tuple[Array, Array, None]:
-        """Residuals and Jacobian by central differences; coordinates are logarithms and exponents."""
+    def derivatives(self, points: Array) -> tuple[Array, Array, None]:
+        """By central differences; coordinates are logarithms and exponents."""
         steps = STEP * np.eye(points.shape[1])
-        ahead, behind = (self.residuals(points[:, None, :] + sign * steps, members) for sign in (1, -1))
-        return self.residuals(points, members), (ahead - behind) / (2 * STEP), None
+        ahead, behind = (self.predict(points[:, None, :] + sign * steps) for sign in (1, -1))
+        return self.predict(points), (ahead - behind) / (2 * STEP), None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Misfit:
-    """The objective over a problem: what the solver sees."""
+class Problem:
+    """The fit of a law to the losses of runs: what the solver sees."""
 
-    problem: Problem
+    law: Predictor
+    loss: Array
+    """(runs,)."""
+    coordinates: Coordinates
+    starts: Array
+    """(starts, p)."""
     objective: Objective
     delta: float = np.inf
-    weights: Array | None = None
-    """(all members, runs); None counts every run once."""
 
-    def value(self, points: Array, members: Array) -> Array:
-        """Objective per member, (R,)."""
-        with np.errstate(over="ignore", invalid="ignore"):
-            residuals = self.problem.residuals(points, members)
+    def residuals(self, predicted: Array) -> Array:
+        return np.log(predicted / self.loss) if self.objective.logarithmic else predicted - self.loss
+
+    def value(self, points: Array, weights: Array) -> Array:
+        """Objective (R,) at points (R, p), the runs of each counted by its weights (R, runs)."""
+        with np.errstate(all="ignore"):
+            residuals = self.residuals(self.law.predict(points))
             size = np.abs(residuals)
             inner = np.minimum(size, self.delta)
             penalty = inner * (size - inner / 2) if self.objective.robust else residuals**2
-            return np.sum(penalty if self.weights is None else penalty * self.weights[members], axis=1)
+            return np.sum(penalty * weights, axis=1)
 
-    def derivatives(self, points: Array, members: Array) -> tuple[Array, Array]:
+    def linearised(self, points: Array) -> tuple[Array, Array, Array, Curvature | None]:
+        """Losses and residuals (R, runs), the residuals' Jacobian (R, p, runs), and the losses' curvature."""
+        predicted, jacobian, curvature = self.law.derivatives(points)
+        if self.objective.logarithmic:
+            jacobian = jacobian / predicted[:, None, :]
+        return predicted, self.residuals(predicted), jacobian, curvature
+
+    def derivatives(self, points: Array, weights: Array) -> tuple[Array, Array]:
         """Gradient (R, p) and Hessian (R, p, p)."""
-        residuals, jacobian, curvature = self.problem.derivatives(points, members)
+        predicted, residuals, jacobian, curvature = self.linearised(points)
         if self.objective.robust:
-            slope = np.clip(residuals, -self.delta, self.delta)
-            size = np.abs(residuals)
+            slope, size = np.clip(residuals, -self.delta, self.delta), np.abs(residuals)
             # Without curvature the linear parts would have no Hessian at all: take the square touching them from above.
-            bend = (
-                self.delta / np.maximum(size, self.delta) if curvature is None else (size <= self.delta).astype(float)
-            )
+            bend = self.delta / np.maximum(size, self.delta) if curvature is None else size <= self.delta
         else:
-            slope, bend = 2 * residuals, np.full_like(residuals, 2.0)
-        if self.weights is not None:
-            slope, bend = slope * self.weights[members], bend * self.weights[members]
-        gradient = (jacobian @ slope[:, :, None])[:, :, 0]
-        hessian = (jacobian * bend[:, None, :]) @ jacobian.transpose(0, 2, 1)
-        return gradient, hessian if curvature is None else hessian + curvature(slope)
+            slope, bend = 2 * residuals, 2.0
+        slope, bend = slope * weights, bend * weights
+        gradient, transposed = (jacobian @ slope[:, :, None])[:, :, 0], jacobian.transpose(0, 2, 1)
+        if curvature is None:
+            return gradient, (jacobian * bend[:, None, :]) @ transposed
+        if self.objective.logarithmic:  # d^2 log L = d^2 L / L - (d log L)^2
+            bend, slope = bend - slope, slope / predicted
+        return gradient, (jacobian * bend[:, None, :]) @ transposed + curvature(slope)

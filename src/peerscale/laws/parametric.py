@@ -94,13 +94,9 @@ def fit_parametric(
 
     Args:
         table: one row per run.
-        params, loss: columns of N and of the loss.
-        tokens: column of D; or else
-        flops: column of the training FLOPs C, from which D = C / (6 N).
-        objective: what to minimise.
-        delta: where Huber turns linear, in units of the residual.
-        resampling: bootstrap, seed, cluster, budget, hold_out, see `Resampling`; by default the runs of the largest
-            FLOPs, 6 N D where there is no column of them, are held out.
+        params, tokens, flops, loss: columns of N, of D or else of the training FLOPs C = 6 N D, and of the loss.
+        objective, delta: what to minimise, and where Huber turns linear, in units of the residual.
+        resampling: see `Resampling`; by default the runs of the largest FLOPs are held out.
 
     Raises:
         UserError: both or neither of tokens and flops, a column missing or with anything but finite numbers above
@@ -117,12 +113,8 @@ def fit_parametric(
         amounts = amounts / (6 * sizes)
     log_n, log_d = np.log(sizes), np.log(amounts)
     powers = {"A": {"alpha": log_n}, "B": {"beta": log_d}, "E": {}}
-    objective = Objective(objective)
-    fit = estimate(
-        ParametricFit, table, (params, second, loss), (sizes, amounts, losses),
-        power_problem(powers, losses, objective=objective, delta=delta, start_exponents=START_EXPONENTS),
-        scale=products, objective_name=str(objective), **resampling,
-    )  # fmt: skip
+    problem = power_problem(powers, losses, objective=objective, delta=delta, start_exponents=START_EXPONENTS)
+    fit = estimate(ParametricFit, table, (params, second, loss), problem, products, **resampling)
     if min(np.ptp(log_n), np.ptp(log_d)) > 0 and np.corrcoef(log_n, log_d)[0, 1] > 1 - 1e-9:
         line = ("log D rises in proportion to log N: the data cannot tell size from tokens",)
         fit = replace(fit, status=FitStatus.NOT_IDENTIFIABLE, warnings=fit.warnings + line)

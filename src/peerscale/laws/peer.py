@@ -116,25 +116,17 @@ def fit_peer(
     *variables, losses = positive_columns(table, *columns, law=PeerFit.law, at_least=5)
     log_n, log_d, log_x, log_g = map(np.log, variables)
     logs = {"alpha": log_n, "beta": log_d, "chi": log_x, "gamma": log_g, "eta": log_x, "theta": log_g}
-    objective = Objective(objective)
-    problems, candidates = {}, []
     axes = {"budget": variables[0] * variables[1], "experts": variables[2], "granularity": variables[3]}
+    problems, candidates = {}, []
     for form, sizes in FORMS.items():
         powers = {size: {name: logs[name] for name in names} for size, names in sizes.items()}
-        misfit, coordinates, starts = problems[form] = power_problem(
+        problem = problems[form] = power_problem(
             {**powers, "B": {"beta": log_d}, "E": {}}, losses,
             objective=objective, delta=delta, start_exponents=START_EXPONENTS, signed=SIGNED,
         )  # fmt: skip
-        point, value, status = solve(misfit, coordinates, starts)
-        held_out = {
-            axis: found.rmse
-            for axis, scale in axes.items()
-            if (
-                found := predict_held_out(
-                    PeerLaw, misfit, coordinates, point, (*variables, losses), largest(scale), scale
-                )
-            )
-        }
+        point, value, status = solve(problem)
+        found = {axis: predict_held_out(problem, point, largest(scale), scale) for axis, scale in axes.items()}
+        held_out = {axis: one.rmse for axis, one in found.items() if one}
         error = float(np.sqrt(np.mean(np.square([*held_out.values()])))) if held_out else np.inf
         candidates.append(Candidate(form=form, status=status, objective_value=value, held_out=held_out, error=error))
     candidates.sort(key=lambda candidate: candidate.error)
@@ -143,6 +135,6 @@ def fit_peer(
     good = [one.form for one in candidates if one.error <= TIE * candidates[0].error + ROUNDING]
     chosen = next(form for form in FORMS if form in good)
     return estimate(
-        PeerFit, table, columns, (*variables, losses), problems[chosen],
-        scale=axes["budget"], objective_name=str(objective), chosen=chosen, candidates=tuple(candidates), **resampling,
+        PeerFit, table, columns, problems[chosen], axes["budget"],
+        chosen=chosen, candidates=tuple(candidates), **resampling,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 
 from peerscale.errors import UserError
 from peerscale.laws.fit import Fit, Resampling, estimate
-from peerscale.laws.objective import Coordinates, Misfit, Objective, Predicted
+from peerscale.laws.objective import Coordinates, Numerical, Objective, Problem
 from peerscale.laws.results import Number
 from peerscale.laws.table import positive_columns
 
@@ -64,12 +64,7 @@ class RoutedFit(RoutedLaw, Fit):
 
 
 def fit_routed(
-    table: pd.DataFrame,
-    *,
-    dense_params: str,
-    experts: str,
-    loss: str,
-    **resampling: Unpack[Resampling],
+    table: pd.DataFrame, *, dense_params: str, experts: str, loss: str, **resampling: Unpack[Resampling]
 ) -> RoutedFit:
     """Fit log10 L = a n + b e + c n e + d by least squares.
 
@@ -104,14 +99,11 @@ def fit_routed(
         e, n0 = np.log10(experts_hat), n - centre
         linear = np.linalg.lstsq(np.stack([n0, e, n0 * e, np.ones_like(e)], axis=1), log_loss, rcond=None)[0]
         starts.append([*linear, start, ratio])
-    problem = Predicted(
-        form=RoutedLaw, coordinates=coordinates, variables=(sizes, counts), loss=losses, logarithmic=True
+    law = Numerical(form=RoutedLaw, coordinates=coordinates, variables=(sizes, counts))
+    problem = Problem(
+        law=law, loss=losses, coordinates=coordinates, starts=np.array(starts), objective=Objective.MSE_LOG
     )
-    return estimate(
-        RoutedFit, table, columns, (sizes, counts, losses),
-        (Misfit(problem=problem, objective=Objective.MSE_LOG), coordinates, np.array(starts)),
-        scale=sizes, objective_name=str(Objective.MSE_LOG), **resampling,
-    )  # fmt: skip
+    return estimate(RoutedFit, table, columns, problem, sizes, **resampling)
 
 
 def saturated_experts(experts: ArrayLike, start: Number, maximum: Number) -> Number:

@@ -4,11 +4,11 @@ A fit has five to seven coefficients and a few hundred runs, so that the cost of
 the arithmetic's: all resamples take their steps together. The same code runs the several starts of a single fit.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from peerscale.laws.objective import Coordinates, Misfit
+from peerscale.laws.objective import Coordinates, Problem
 from peerscale.laws.results import Array, FitStatus
 
 MAX_ITERATIONS = 1000
@@ -16,8 +16,7 @@ TOLERANCE = 1e-12
 """Relative decrease of the objective, predicted by its quadratic model, at which a member has converged."""
 EXACT = 1e-26
 """Decrease not worth a step, for fits without residuals."""
-PATIENCE = 25
-STALL = 1e-7
+PATIENCE, STALL = 25, 1e-7
 """A member whose objective has fallen by less than this share of itself in so many iterations has converged too: along
 a valley that the data leave flat."""
 MAX_STEP = 2.0
@@ -40,42 +39,50 @@ class Solution:
     """(R,), bool: not finite, or out of iterations."""
 
 
-def solve(misfit: Misfit, coordinates: Coordinates, starts: Array) -> tuple[Array, float, FitStatus]:
-    """The best optimum over `starts` (R, p): its point (p,), objective and status.
+def solve(problem: Problem) -> tuple[Array, float, FitStatus]:
+    """The best optimum over the problem's starts: its point (p,), objective and status.
 
     Best by objective. Optimisers' flags are no guide: tight tolerances often end with a failure flag at the true
     optimum, loose ones with success far from it.
     """
-    solution = minimise(misfit, coordinates, starts)
+    solution = minimise(problem, problem.starts)
     best = int(np.argmin(solution.values))
-    point = solution.points[best]
+    point, value = solution.points[best], float(solution.values[best])
     if solution.at_bound[best]:
-        return point, float(solution.values[best]), FitStatus.AT_BOUND
-    residuals, jacobian, _ = misfit.problem.derivatives(point[None], np.zeros(1, int))
-    return point, float(solution.values[best]), diagnose(coordinates, point, residuals[0], jacobian[0].T)
+        return point, value, FitStatus.AT_BOUND
+    _, residuals, jacobian, _ = problem.linearised(point[None])
+    return point, value, diagnose(problem.coordinates, point, residuals[0], jacobian[0].T)
 
 
-def minimise(misfit: Misfit, coordinates: Coordinates, starts: Array) -> Solution:
-    """Minimise from every row of `starts` (R, p) within the box of `coordinates`.
+def minimise(problem: Problem, starts: Array, weights: Array | None = None) -> Solution:
+    """Minimise within the box of the problem's coordinates.
 
     Damped Newton with the Hessian's eigenvalues replaced by their absolute values (Dauphin et al. 2014, saddle-free
     Newton), which descends on the non-convex parts too; coordinates pressed against a bound are held there.
+
+    Args:
+        problem: law, losses and penalty.
+        starts: (R, p), or (p,) for all.
+        weights: (R, runs), how often each run counts; None counts every run once.
     """
-    lower, upper = coordinates.lower, coordinates.upper
-    points = np.clip(starts, lower, upper)
+    lower, upper = problem.coordinates.lower, problem.coordinates.upper
+    if weights is None:
+        weights = np.ones((len(starts), len(problem.loss)))
+    points = np.clip(np.broadcast_to(starts, (len(weights), len(lower))), lower, upper)
     values, failed = np.empty(len(points)), np.empty(len(points), bool)
     for first in range(0, len(points), CHUNK):
-        members = np.arange(first, min(first + CHUNK, len(points)))
-        points[members], values[members], failed[members] = _minimise(misfit, points[members], members, lower, upper)
+        part = slice(first, first + CHUNK)
+        points[part], values[part], failed[part] = _minimise(problem, points[part], weights[part])
     at_bound = np.any((points <= lower) | (points >= upper), axis=1)
     return Solution(points=points, values=values, at_bound=at_bound, failed=failed)
 
 
-def _minimise(misfit: Misfit, points: Array, members: Array, lower: Array, upper: Array) -> tuple[Array, Array, Array]:
-    values = misfit.value(points, members)
-    values[~np.isfinite(values)] = np.inf
+def _minimise(problem: Problem, points: Array, weights: Array) -> tuple[Array, Array, Array]:
+    lower, upper = problem.coordinates.lower, problem.coordinates.upper
+    values = problem.value(points, weights)
     failed = ~np.isfinite(values)
-    gradients, hessians = misfit.derivatives(points, members)
+    values[failed] = np.inf
+    gradients, hessians = problem.derivatives(points, weights)
     damping = np.full(len(points), 1e-2)
     active = np.flatnonzero(~failed)
     before = values.copy()
@@ -86,11 +93,11 @@ def _minimise(misfit: Misfit, points: Array, members: Array, lower: Array, upper
         held = ((at <= lower) & (gradients[active] > 0)) | ((at >= upper) & (gradients[active] < 0))
         step, predicted = _newton_step(gradients[active], hessians[active], damping[active], ~held)
         trial = np.clip(at + step, lower, upper)
-        trial_values = misfit.value(trial, members[active])
+        trial_values = problem.value(trial, weights[active])
         improved = trial_values < values[active]  # False where not finite
         better = active[improved]
         points[better], values[better] = trial[improved], trial_values[improved]
-        gradients[better], hessians[better] = misfit.derivatives(points[better], members[better])
+        gradients[better], hessians[better] = problem.derivatives(points[better], weights[better])
         damping[better] = np.maximum(damping[better] / 5, 1e-12)
         damping[active[~improved]] *= 4
         # Damping this large means that rounding alone keeps the objective from falling.
@@ -120,13 +127,8 @@ def diagnose(coordinates: Coordinates, point: Array, residuals: Array, jacobian:
     """Status of a fit inside its bounds, from the geometry at the optimum.
 
     A coefficient counts as undetermined when its standard error exceeds its own size; one that is a logarithm here,
-    when that of the logarithm exceeds 1. The errors are Gauss-Newton's, s^2 (J'J)^-1, s^2 = sum of squares / (n - p).
-
-    Args:
-        coordinates: what the coordinates mean.
-        point: (p,).
-        residuals: (runs,).
-        jacobian: (runs, p).
+    when that of the logarithm exceeds 1. The errors are Gauss-Newton's, s^2 (J'J)^-1, s^2 = sum of squares / (n - p),
+    from the residuals (runs,) and their `jacobian` J (runs, p) at `point` (p,).
     """
     n, p = jacobian.shape
     norms = np.linalg.norm(jacobian, axis=0)
@@ -141,9 +143,3 @@ def diagnose(coordinates: Coordinates, point: Array, residuals: Array, jacobian:
     errors = scale * np.linalg.norm((rotation / singular[:, None] / norms) @ coordinates.to_raw.T, axis=0)
     sizes = np.where(coordinates.is_log, 1.0, np.abs(coordinates.to_raw @ point))
     return FitStatus.NOT_IDENTIFIABLE if (errors > sizes).any() else FitStatus.CONVERGED
-
-
-def refit(misfit: Misfit, coordinates: Coordinates, starts: Array, weights: Array) -> Solution:
-    """Minimise again under each row of `weights` (R, runs), from the starts (R, p) or one for all (p,)."""
-    starts = np.broadcast_to(starts, (len(weights), starts.shape[-1]))
-    return minimise(replace(misfit, weights=weights), coordinates, starts)

@@ -37,10 +37,14 @@ NORM: Looks = {
 }
 
 
+def layer_names(runs: pd.DataFrame) -> pd.Series:
+    """`<method>[_<variant>]` of each row, whatever else a study varies."""
+    return method_names(runs).str.split(" ").str[0]
+
+
 def varied(runs: pd.DataFrame) -> set[str]:
-    """Which of `SETTINGS` take several values among the finished runs of one method, size and budget."""
-    done = runs[usable(runs)].assign(variant=runs["variant"].fillna(""))
-    groups = done.groupby(["method", "variant", "size", "budget"])
+    """Which of `SETTINGS` take several values among the finished runs of one layer, size and budget."""
+    groups = runs[usable(runs)].assign(layer=layer_names(runs)).groupby(["layer", "size", "budget"])
     return {column for column in SETTINGS if column in runs and (groups[column].nunique() > 1).any()}
 
 
@@ -88,10 +92,8 @@ def lines_panel(
     Args:
         axes: where to draw.
         runs: finished rows.
-        x: column of the abscissa, logarithmic, with a tick at each value.
-        series: column whose values are the lines.
+        x, y, series: columns of the abscissa, logarithmic, with a tick at each value, of the ordinate, and of the line.
         looks: colour, marker and label of each line, by value of `series`.
-        y: column of the ordinate.
         transform: from `y` to what is drawn; of losses, the perplexity.
     """
     points = over_seeds(runs, [series, x], y)
@@ -123,8 +125,7 @@ def experts_figure(runs: pd.DataFrame, published: pd.DataFrame, *, note: str = "
         paper.plot(list(values), list(values.values()), **EDGE, **looks["peer"])
         _ticks(paper, "n_experts", values)
         _perplexity(paper, "the paper, on C4", [paper_values(published, "table 1", "dense", "ppl_c4")[6e18]])
-        handles = [_handle(looks[name]) for name in looks]
-        style.legend(figure, [Line2D([], [], **DENSE, label="dense"), *handles])
+        style.legend(figure, [Line2D([], [], **DENSE, label="dense"), *map(_handle, looks.values())])
         source = "paper: tables 2 and, for dense, 1 at 6 × 10$^{18}$ FLOPs (table 2 does not name its budget)"
         style.caption(figure, note, f"{_said(cells, 'active_experts')}{_bars(cells)}", missing_note(runs), source)
     return figure
@@ -146,10 +147,8 @@ def active_figure(runs: pd.DataFrame, *, note: str = "") -> Figure:
         for level, rows in over_seeds(cells, ["active_experts", "ffn_heads"]).groupby("active_experts"):
             if len(rows) > 1:
                 best = rows.loc[rows["mean"].idxmin()]
-                axes.plot(
-                    best["ffn_heads"], math.exp(best["mean"]), "*", markersize=10, color=looks[level]["color"],
-                    markeredgecolor="white", markeredgewidth=0.6, zorder=5, label=f"_best {level:g}",
-                )  # fmt: skip
+                x, y = float(best["ffn_heads"]), math.exp(best["mean"])
+                style.star(axes, x, y, looks[level]["color"], f"_best {level:g}")
         _perplexity(axes, where, dense)
         handles = [*map(_handle, looks.values()), *([Line2D([], [], **DENSE, label="dense")] if dense else [])]
         figure.legend(handles=handles, loc="outside right center", title="active experts\n(heads × top-k)")
@@ -176,23 +175,22 @@ def query_norm_figure(runs: pd.DataFrame, published: pd.DataFrame, *, note: str 
             for axes, metric, line in ((paper, "ppl_c4", "-"), (unevenness, "unevenness", ":")):
                 values = paper_values(published, "table 2", method, metric)
                 if axes is paper or x == "n_experts":
-                    axes.plot(list(values), list(values.values()), line, **EDGE, **_unnamed(look))
+                    unnamed: dict[str, Any] = {**EDGE, **look, "label": "_paper"}
+                    axes.plot(list(values), list(values.values()), line, **unnamed)
                     _ticks(axes, "n_experts", [*values, *(cells[x] if axes is unevenness else ())])
         _perplexity(ours, where)
         _perplexity(paper, "the paper, on C4")
-        unevenness.set_title("unevenness (nats)")
-        unevenness.set_ylim(bottom=0)
+        unevenness.set(title="unevenness (nats)", ylim=(0, None))
         style.legend(figure, [_handle(look) for look in NORM.values()])
         dotted = "dotted and middle: the paper's table 2" if x == "n_experts" else "middle: the paper's table 2"
-        counted = f"unevenness over {_all(cells['usage_tokens'])} tokens of ours; {dotted}"
+        counted = f"unevenness over {style.listed(cells['usage_tokens'])} tokens of ours; {dotted}"
         style.caption(figure, note, f"{_said(cells, 'active_experts')}{_bars(cells)}", counted, missing_note(runs))
     return figure
 
 
 def _at_one_size(runs: pd.DataFrame, *, any_size: bool = False) -> tuple[pd.DataFrame, list[float], str]:
     """The finished runs of the size and budget with most of them: sparse ones, dense perplexities, and a title."""
-    variant = runs["variant"].fillna("")
-    done = runs.assign(name=runs["method"] + variant.where(variant == "", "_" + variant))[usable(runs)]
+    done = runs.assign(name=layer_names(runs))[usable(runs)]
     budget, size = done[["budget", "size"]].value_counts().index[0]
     cells = done[(done["budget"] == budget) & ((done["size"] == size) | any_size)]
     dense = cells["method"] == "dense"
@@ -207,14 +205,12 @@ def _perplexity(axes: Axes, title: str, dense: Iterable[float] = ()) -> None:
     axes.margins(y=0.08)
     axes.autoscale_view()
     style.log_axis(axes.yaxis, *axes.get_ylim())
-    axes.set_title(title)
-    axes.set_ylabel("perplexity")
+    axes.set(title=title, ylabel="perplexity")
 
 
 def _ticks(axes: Axes, x: str, values: Iterable[float]) -> None:
     """A logarithmic abscissa with a tick at each value; numbers of experts as squares, as the paper writes them."""
-    axes.set_xscale("log")
-    axes.set_xlabel(LABELS[x])
+    axes.set(xscale="log", xlabel=LABELS[x])
     if x == "params_total":
         style.log_axis(axes.xaxis, *axes.get_xlim())
         return
@@ -231,18 +227,10 @@ def _handle(look: Mapping[str, Any]) -> Line2D:
     return Line2D([], [], **EDGE, **look)
 
 
-def _unnamed(look: Mapping[str, Any]) -> dict[str, Any]:
-    return {**look, "label": "_paper"}
-
-
 def _said(cells: pd.DataFrame, column: str) -> str:
     """The setting that is held fixed, by method, as the caption says it."""
-    fixed = [f"{style.label(str(name))} {_all(rows[column])}" for name, rows in cells.groupby("name")]
+    fixed = [f"{style.label(str(name))} {style.listed(rows[column])}" for name, rows in cells.groupby("name")]
     return f"{column.replace('_', ' ').replace('n experts', 'experts')}: {', '.join(fixed)}; "
-
-
-def _all(column: pd.Series) -> str:
-    return " and ".join(f"{value:,.0f}" for value in sorted(column.dropna().unique()))
 
 
 def _bars(cells: pd.DataFrame) -> str:

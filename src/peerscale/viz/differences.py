@@ -1,9 +1,8 @@
 """Differences of loss at the compute optimum, with intervals."""
 
-from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -13,55 +12,32 @@ SPREAD = 0.8
 """Height that the budgets of one method share, in rows."""
 
 
-def differences_panel(
-    axes: Axes, differences: pd.DataFrame, *, colours: Mapping[str, str], markers: Mapping[float, str]
-) -> None:
-    """A row a method, in it a point with its interval per budget; hollow where a minimum is flagged.
-
-    Args:
-        axes: where to draw.
-        differences: method, budget, difference, low, high (nats per token), flagged; one reference.
-        colours: by method name.
-        markers: by budget.
-    """
-    names = style.ordered(differences["method"])
-    budgets = sorted(markers)
-    middle = (len(budgets) - 1) / 2
-    shift = {budget: SPREAD * (i - middle) / len(budgets) for i, budget in enumerate(budgets)}
-    axes.axvline(0, color=style.COLOURS["dense"], linewidth=0.9)
-    for row in differences.to_dict("records"):
-        if pd.isna(row["difference"]):
-            continue
-        height = names.index(row["method"]) + shift[row["budget"]]
-        color = colours[row["method"]]
-        axes.plot([row["low"], row["high"]], [height, height], color=color, label=f"_interval {row['method']}")
-        axes.plot(
-            [row["difference"]], [height], marker=markers[row["budget"]], color=color, markersize=5, linestyle="none",
-            markerfacecolor="white" if row["flagged"] else color, label=row["method"],
-        )  # fmt: skip
-    axes.set_yticks(range(len(names)), [style.label(name) for name in names])
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.grid(visible=False, axis="y")
-
-
 def differences_figure(differences: pd.DataFrame, *, reference: str = "dense", note: str = "") -> Figure:
-    """All methods against `reference`; `differences` is the study's table of them."""
+    """All methods against `reference`: a row a method, in it a point with its interval per budget.
+
+    `differences` has method, reference, budget, difference, low, high (nats per token) and flagged, drawn hollow.
+    """
     shown = differences[differences["reference"] == reference]
-    names = style.ordered(shown["method"])
-    markers = style.markers(shown["budget"])
+    names, markers = style.ordered(shown["method"]), style.markers(shown["budget"])
+    colours, grey = style.colours(names), style.COLOURS["dense"]
+    shift = {budget: SPREAD * ((i + 0.5) / len(markers) - 0.5) for i, budget in enumerate(markers)}
     with style.applied():
         figure, (axes,) = style.panels(1, height=0.55 + 0.36 * len(names))
-        differences_panel(axes, shown, colours=style.colours(names), markers=markers)
-        axes.set_xlabel(
-            f"loss at the compute optimum minus {style.label(reference)}'s (nats per token; left is better)"
-        )
-        grey = style.COLOURS["dense"]
+        axes.axvline(0, color=grey, linewidth=0.9)
+        for row in shown.dropna(subset="difference").to_dict("records"):
+            height, color = names.index(row["method"]) + shift[row["budget"]], colours[row["method"]]
+            axes.plot([row["low"], row["high"]], [height, height], color=color, label=f"_interval {row['method']}")
+            axes.plot(
+                [row["difference"]], [height], marker=markers[row["budget"]], color=color, markersize=5,
+                linestyle="none", markerfacecolor="white" if row["flagged"] else color, label=row["method"],
+            )  # fmt: skip
+        axes.set_yticks(range(len(names)), [style.label(name) for name in names])
+        axes.grid(visible=False, axis="y")
+        minus = f"minus {style.label(reference)}'s (nats per token; left is better)"
+        axes.set(ylim=(len(names) - 0.4, -0.6), xlabel=f"loss at the compute optimum {minus}")
+        look: dict[str, Any] = {"linestyle": "none", "color": grey}
         style.legend(
-            figure,
-            [
-                Line2D([], [], marker=marker, linestyle="none", color=grey, label=style.budget_title(budget))
-                for budget, marker in markers.items()
-            ],
+            figure, [Line2D([], [], marker=m, label=style.budget_title(b), **look) for b, m in markers.items()]
         )
         covers = "95 % intervals: sampling of validation sequences, not seeds nor the choice of learning rate"
         hollow = "hollow: one of the two fitted minima is flagged" if shown["flagged"].any() else ""

@@ -34,36 +34,26 @@ def frontier_table(runs: pd.DataFrame) -> pd.DataFrame:
         str(name): fit_isoflop(rows, budget="budget", x="flops_per_token", loss="val_loss", bootstrap=RESAMPLES)
         for name, rows in named.groupby("name")
     }
-    table = []
+    table, unknown = [], (np.nan, np.nan)
     for name in style.ordered(fits):
         found = compute_multipliers(fits["dense"], fits[name]) if "dense" in fits and name != "dense" else ()
         by_budget = {multiplier.budget: multiplier for multiplier in found}
-        for vertex in fits[name].vertices:
-            if vertex.is_minimum:
-                loss_low, loss_high = vertex.loss_interval or (np.nan, np.nan)
-                row = {"name": name, "budget": vertex.budget, "loss": vertex.loss, "loss_low": loss_low,
-                       "loss_high": loss_high, "multiplier": np.nan, "low": np.nan, "high": np.nan,
-                       "flagged": vertex.status is not VertexStatus.OK, "extrapolated": False}  # fmt: skip
-                if other := by_budget.get(vertex.budget):
-                    low, high = other.interval or (np.nan, np.nan)
-                    row |= {"multiplier": other.multiplier, "low": low, "high": high}
-                    row["extrapolated"] = other.extrapolated
-                table.append(row)
-    columns = ["name", "budget", "loss", "loss_low", "loss_high", "multiplier", "low", "high", "flagged"]
-    return pd.DataFrame(table, columns=[*columns, "extrapolated"])
+        for vertex in (vertex for vertex in fits[name].vertices if vertex.is_minimum):
+            worth = by_budget.get(vertex.budget)
+            multiplier = (worth.multiplier, *(worth.interval or unknown)) if worth else (np.nan, *unknown)
+            loss = (vertex.loss, *(vertex.loss_interval or unknown))
+            flags = (vertex.status is not VertexStatus.OK, bool(worth and worth.extrapolated))
+            table.append((name, vertex.budget, *loss, *multiplier, *flags))
+    columns = "name budget loss loss_low loss_high multiplier low high flagged extrapolated"
+    return pd.DataFrame(table, columns=columns.split())
 
 
 def points_panel(
     axes: Axes, table: pd.DataFrame, columns: tuple[str, str, str], hollow: pd.Series, *, colours: Mapping[str, str]
 ) -> None:
-    """A line a method over budgets with intervals; methods stand side by side at each budget.
+    """A line a method over the budgets of `frontier_table`, from its `columns` middle, low and high.
 
-    Args:
-        axes: where to draw.
-        table: from `frontier_table`.
-        columns: middle, low and high.
-        hollow: which rows are flagged.
-        colours: by method name.
+    Methods stand side by side at each budget; `hollow` says which rows are flagged.
     """
     names = style.ordered(table["name"])
     for i, name in enumerate(names):
@@ -74,9 +64,8 @@ def points_panel(
         axes.vlines(x, low, high, color=colours[name], linewidth=0.9, label=f"_interval {name}")
         face = ["white" if flag else colours[name] for flag in hollow[rows.index]]
         axes.scatter(x, y, s=18, c=face, edgecolors=colours[name], linewidths=0.9, zorder=3, label=name)
-    axes.set_xscale("log")
-    style.flops_axis(axes.xaxis, table["budget"])
-    axes.set_xlabel("training FLOPs")
+    axes.set(xscale="log", xlabel="training FLOPs")
+    style.decade_axis(axes.xaxis, table["budget"])
 
 
 def frontier_figure(table: pd.DataFrame, *, note: str = "") -> Figure:
@@ -87,18 +76,15 @@ def frontier_figure(table: pd.DataFrame, *, note: str = "") -> Figure:
     with style.applied():
         figure, panels = style.panels(2 if len(compared) else 1)
         points_panel(panels[0], table, ("loss", "loss_low", "loss_high"), table["flagged"], colours=colours)
-        panels[0].set_ylabel("loss (nats per token)")
-        panels[0].set_title("compute-optimal loss")
+        panels[0].set(ylabel="loss (nats per token)", title="compute-optimal loss")
         if len(compared):
             hollow = compared["flagged"] | compared["extrapolated"]
             points_panel(panels[1], compared, ("multiplier", "low", "high"), hollow, colours=colours)
             panels[1].axhline(1, color=colours["dense"], linewidth=0.9, label="_dense")
-            panels[1].set_yscale("log")
+            panels[1].set(yscale="log", ylabel="times the FLOPs", title="what dense needs for that loss")
             panels[1].set_ylim(*np.clip(panels[1].get_ylim(), 1 / REACH, REACH))
             style.log_axis(panels[1].yaxis, *panels[1].get_ylim())
-            panels[1].set_ylabel("times the FLOPs")
-            panels[1].set_title("what dense needs for that loss")
-        style.legend(figure, style.method_handles(names, colours))
+        style.method_legend(figure, names)
         bars = "bars: 95 %, bootstrap of the points about their parabolas, so seeds as far as they scatter them"
         marks = "hollow: flagged minimum" + (", or beyond dense's budgets" if len(compared) else "")
         style.caption(figure, note, bars, f"{marks}; side by side at each budget")
@@ -124,27 +110,16 @@ def time_figure(runs: pd.DataFrame, *, note: str = "") -> Figure:
                 front = envelope(rows, x)
                 axes.plot(front[x], front["val_loss"], color=colours[name], label=name)
             axes.set_xscale("log")
-        style.flops_axis(panels[0].xaxis, cells["budget"])
+        style.decade_axis(panels[0].xaxis, cells["budget"])
         style.log_axis(panels[1].xaxis, *panels[1].get_xlim())
-        panels[0].set_title("equal compute")
-        panels[1].set_title("equal time")
-        panels[0].set_xlabel("training FLOPs")
-        panels[1].set_xlabel("training time (s)")
-        panels[0].set_ylabel("validation loss (nats per token)")
-        style.legend(figure, style.method_handles(names, colours))
-        lines = (
-            "points: all cells, markers by budget as on the left; lines: each method's lowest loss for at most so much"
-        )
-        told = [
-            f"{what} {_all(cells[column])}" for column, what in (("kernel", "kernel"), ("n_threads", "threads a cell"))
-        ]
-        clock = f"time of the machine that ran the cells, without evaluation: {', '.join(told)}"
+        panels[0].set(title="equal compute", xlabel="training FLOPs", ylabel="validation loss (nats per token)")
+        panels[1].set(title="equal time", xlabel="training time (s)")
+        style.method_legend(figure, names)
+        lines = "points: all cells, markers by budget; lines: each method's lowest loss for at most so much"
+        told = f"kernel {style.listed(cells['kernel'])}, threads a cell {style.listed(cells['n_threads'])}"
+        clock = f"time of the machine that ran the cells, without evaluation: {told}"
         style.caption(figure, note, lines, clock, missing_note(runs))
     return figure
-
-
-def _all(column: pd.Series) -> str:
-    return " and ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in column.dropna().unique())
 
 
 def envelope(rows: pd.DataFrame, x: str) -> pd.DataFrame:

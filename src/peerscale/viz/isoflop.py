@@ -36,25 +36,30 @@ def isoflop_panel(
         runs: rows of one budget, with a column `name`; only finished runs are drawn.
         vertices: the budget's entry of each method's isoFLOP fit, as in `fits.json`.
         x: column of the model size.
-        marker: of the points.
-        colours: by method name.
+        marker, colours: of the points, and by method name.
     """
     runs = runs[usable(runs)]
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    axes.set(xscale="log", yscale="log")
     for name in style.ordered(runs["name"]):
         rows = runs[runs["name"] == name].sort_values(x)
-        vertex = vertices.get(name)
-        _points(axes, rows, x=x, marker=marker, color=colours[name], name=name)
-        if vertex is not None and None not in vertex["coefficients"]:
+        loss, error = np.asarray(rows["val_loss"], float), np.nan_to_num(np.asarray(rows["val_loss_se"], float))
+        perplexity, color = np.exp(loss), colours[name]
+        axes.errorbar(
+            np.asarray(rows[x], float), perplexity, fmt=marker, color=color, elinewidth=0.7, markeredgewidth=0.5,
+            yerr=[perplexity - np.exp(loss - error), np.exp(loss + error) - perplexity], markeredgecolor="white",
+            label=name,
+        )  # fmt: skip
+        if name in vertices and None not in vertices[name]["coefficients"]:
             sizes = np.geomspace(rows[x].min(), rows[x].max(), 200)
-            curve = np.polynomial.polynomial.polyval(np.log10(sizes), vertex["coefficients"])
-            axes.plot(sizes, np.exp(curve), color=colours[name], label=f"_fit {name}")
+            curve = np.polynomial.polynomial.polyval(np.log10(sizes), vertices[name]["coefficients"])
+            axes.plot(sizes, np.exp(curve), color=color, label=f"_fit {name}")
     if len(runs):
         _limits(axes, runs[x])
     for name in style.ordered(runs["name"]):
-        if name in vertices:
-            _star(axes, vertices[name], color=colours[name], name=name)
+        vertex = vertices.get(name)
+        if vertex is not None and vertex["x"] is not None:
+            flagged, lowest = vertex["status"] != VertexStatus.OK, float(np.exp(vertex["loss"]))
+            style.star(axes, vertex["x"], lowest, colours[name], f"_minimum {name}", hollow=flagged)
 
 
 def isoflop_figure(runs: pd.DataFrame, fits: Mapping[str, Mapping[str, Any]], *, x: str, note: str = "") -> Figure:
@@ -82,10 +87,9 @@ def isoflop_figure(runs: pd.DataFrame, fits: Mapping[str, Mapping[str, Any]], *,
         for axes, budget in zip(panels, budgets, strict=True):
             at_budget = {name: vertex for (name, b), vertex in vertices.items() if b == budget}
             isoflop_panel(axes, runs[runs["budget"] == budget], at_budget, x=x, marker=markers[budget], colours=colours)
-            axes.set_title(style.budget_title(budget))
-            axes.set_xlabel(X_LABELS[x])
+            axes.set(title=style.budget_title(budget), xlabel=X_LABELS[x])
         panels[0].set_ylabel("validation perplexity")
-        style.legend(figure, style.method_handles(names, colours))
+        style.method_legend(figure, names)
         flagged = any(vertex["status"] != VertexStatus.OK for vertex in vertices.values())
         stars = "stars: minima of the fitted parabolas" + (", hollow where flagged" if flagged else "")
         style.caption(figure, note, f"bars: ±1 standard error; {stars}", missing_note(runs))
@@ -95,19 +99,8 @@ def isoflop_figure(runs: pd.DataFrame, fits: Mapping[str, Mapping[str, Any]], *,
 def missing_note(runs: pd.DataFrame) -> str:
     """How many cells of the table a figure cannot show, by status; empty if none."""
     counts = runs.loc[~usable(runs), "status"].value_counts().sort_index()
-    return (
-        "cells without a result: " + ", ".join(f"{n} {status}" for status, n in counts.items()) if len(counts) else ""
-    )
-
-
-def _points(axes: Axes, rows: pd.DataFrame, *, x: str, marker: str, color: str, name: str) -> None:
-    loss, error = np.asarray(rows["val_loss"], float), np.nan_to_num(np.asarray(rows["val_loss_se"], float))
-    perplexity = np.exp(loss)
-    reach = np.stack([perplexity - np.exp(loss - error), np.exp(loss + error) - perplexity])
-    axes.errorbar(
-        np.asarray(rows[x], float), perplexity, yerr=reach, fmt=marker, color=color, elinewidth=0.7,
-        markeredgewidth=0.5, markeredgecolor="white", label=name,
-    )  # fmt: skip
+    named = ", ".join(f"{n} {status}" for status, n in counts.items())
+    return f"cells without a result: {named}" if named else ""
 
 
 def _limits(axes: Axes, sizes: pd.Series) -> None:
@@ -116,20 +109,6 @@ def _limits(axes: Axes, sizes: pd.Series) -> None:
     axes.set_xlim(sizes.min() / margin, sizes.max() * margin)
     axes.margins(y=0.08)
     heights = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines])
-    if np.ptp(heights) > 0:
-        axes.set_ylim(axes.get_ylim())
-    else:
-        axes.set_ylim(heights[0] / 1.1, heights[0] * 1.1)
+    axes.set_ylim(axes.get_ylim() if np.ptp(heights) > 0 else (heights[0] / 1.1, heights[0] * 1.1))
     style.log_axis(axes.xaxis, *axes.get_xlim())
     style.log_axis(axes.yaxis, *axes.get_ylim())
-
-
-def _star(axes: Axes, vertex: Mapping[str, Any], *, color: str, name: str) -> None:
-    if vertex["x"] is None:
-        return  # no minimum to mark
-    flagged = vertex["status"] != VertexStatus.OK
-    axes.plot(
-        [vertex["x"]], [np.exp(vertex["loss"])], marker="*", markersize=10, color=color, linestyle="none", zorder=5,
-        markerfacecolor="white" if flagged else color, markeredgecolor=color if flagged else "white",
-        markeredgewidth=0.9 if flagged else 0.6, label=f"_minimum {name}",
-    )  # fmt: skip

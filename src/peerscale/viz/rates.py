@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from peerscale.errors import UserError
 from peerscale.runs.study import usable
 from peerscale.viz import style
+from peerscale.viz.ablations import layer_names
 from peerscale.viz.isoflop import missing_note
 
 RATES = ["lr", "table_lr"]
@@ -21,9 +22,7 @@ def settings_table(runs: pd.DataFrame) -> pd.DataFrame:
     Raises:
         UserError: no setting was trained at every size.
     """
-    runs = runs[usable(runs)].copy()
-    variant = runs["variant"].fillna("")
-    runs["name"] = runs["method"] + variant.where(variant == "", "_" + variant)
+    runs = runs[usable(runs)].assign(name=layer_names(runs))
     runs["lr"] = runs["cell"].str.extract(r"-lr=([\d.]+(?:e-?\d+)?)", expand=False).astype(float)
     runs["table_lr"] = runs["table_lr"].fillna(0.0)
     losses = runs.pivot_table(index=["name", *RATES], columns="size", values="val_loss", aggfunc="mean").dropna()
@@ -44,32 +43,21 @@ def edges(rows: pd.DataFrame) -> list[str]:
 
 
 def rates_panel(axes: Axes, settings: pd.DataFrame, *, rate: str, loss: str) -> None:
-    """A line a method: the loss at each value of one rate, the other at its best; stars at the lowest.
+    """A line a method of `settings_table`: the `loss` (of a size, or mean) at each value of one rate, lr or table_lr.
 
-    Args:
-        axes: where to draw.
-        settings: from `settings_table`.
-        rate: `lr` or `table_lr`; methods that have none are left out.
-        loss: a size, or `mean`.
-
-    A star at the edge of its grid is hollow.
+    The other rate is at its best; methods without the rate are left out. A star at the lowest, hollow at an edge.
     """
     colours = style.colours(settings["name"])
     for name in style.ordered(settings["name"]):
-        tried = settings[(settings["name"] == name) & (settings[rate] > 0)].groupby(rate, as_index=False)[loss].min()
+        tried = settings[(settings["name"] == name) & (settings[rate] > 0)].groupby(rate)[loss].min()
         if len(tried) < 2:
             continue
-        x, y = (np.asarray(tried[column], float) for column in (rate, loss))
+        x, y = np.asarray(tried.index, float), np.asarray(tried, float)
         axes.plot(x, y, ".-", color=colours[name], markersize=4, linewidth=1, label=name)
         best = int(y.argmin())
-        hollow = best in (0, len(y) - 1)
-        axes.plot(
-            x[[best]], y[[best]], "*", markersize=9, color=colours[name], zorder=5, label=f"_best {name}",
-            markerfacecolor="white" if hollow else colours[name],
-            markeredgecolor=colours[name] if hollow else "white", markeredgewidth=0.9 if hollow else 0.6,
-        )  # fmt: skip
+        style.star(axes, x[best], y[best], colours[name], f"_best {name}", hollow=best in (0, len(y) - 1))
     axes.set_xscale("log")
-    style.rate_axis(axes.xaxis)
+    style.decade_axis(axes.xaxis, text="{:.4g}".format)
 
 
 def rates_figure(runs: pd.DataFrame, *, note: str = "") -> Figure:
@@ -83,18 +71,14 @@ def rates_figure(runs: pd.DataFrame, *, note: str = "") -> Figure:
         figure, panels = style.panels(len(panels_of))
         for axes, (rate, loss, title) in zip(panels, panels_of, strict=True):
             rates_panel(axes, settings, rate=rate, loss=loss)
-            axes.set_title(title)
-            axes.set_xlabel("learning rate, as set" if rate == "lr" else "rate of the expert tables")
+            axes.set(title=title, xlabel="learning rate, as set" if rate == "lr" else "rate of the expert tables")
         panels[0].set_ylabel("loss (nats per token)")
-        names = style.ordered(settings["name"])
-        style.legend(figure, style.method_handles(names, style.colours(names)))
+        names, counts, seeds = style.ordered(settings["name"]), settings["name"].value_counts(), runs["seed"].nunique()
+        style.method_legend(figure, names)
         budgets = ", ".join(style.budget_title(budget) for budget in sorted(runs["budget"].unique()))
-        seeds = runs["seed"].nunique()
-        other = "the other rate at its best" if len(panels_of) > len(sizes) else ""
-        stars = "stars: lowest, hollow at the edge of the grid"
-        counts = settings["name"].value_counts()
+        other = "the other rate at its best; " if len(panels_of) > len(sizes) else ""
+        about = f"{budgets}; {seeds} seed{'s' * (seeds > 1)}; {other}stars: lowest, hollow at the edge of the grid"
         tried = f"settings tried: {', '.join(f'{style.label(name)} {counts[name]}' for name in names)}"
         tried += "; rates as set, before the rule for the width"
-        about = "; ".join(filter(None, (f"{budgets}; {seeds} seed{'s' * (seeds > 1)}", other, stars)))
         style.caption(figure, note, about, tried, missing_note(runs))
     return figure

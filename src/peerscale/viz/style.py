@@ -5,11 +5,12 @@ Figures are built without pyplot, so that drawing has no global state and needs 
 
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis, XAxis
 from matplotlib.figure import Figure
@@ -49,23 +50,15 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 RC = {
     "font.family": "STIXGeneral",
     "mathtext.fontset": "stix",
-    "font.size": 9,
-    "axes.labelsize": 9,
-    "axes.titlesize": 9,
-    "legend.fontsize": 8,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "xtick.minor.width": 0.4,
-    "ytick.minor.width": 0.4,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
+    **dict.fromkeys(("font.size", "axes.labelsize", "axes.titlesize"), 9),
+    **dict.fromkeys(("legend.fontsize", "xtick.labelsize", "ytick.labelsize"), 8),
+    **dict.fromkeys(("axes.linewidth", "xtick.major.width", "ytick.major.width"), 0.6),
+    **dict.fromkeys(("xtick.minor.width", "ytick.minor.width"), 0.4),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": "#e6e6e6",
     "grid.linewidth": 0.5,
-    "axes.axisbelow": True,
     "lines.linewidth": 1.2,
     "lines.markersize": 4,
     "legend.frameon": False,
@@ -125,9 +118,9 @@ def applied() -> Iterator[None]:
         yield
 
 
-def panels(n: int, *, height: float = 2.6, columns: int = 3) -> tuple[Figure, list[Axes]]:
-    """A figure of the text's width with `n` panels in rows of up to `columns`."""
-    columns = min(n, columns)
+def panels(n: int, *, height: float = 2.6) -> tuple[Figure, list[Axes]]:
+    """A figure of the text's width with `n` panels in rows of up to three, each of `height` inches."""
+    columns = min(n, 3)
     rows = math.ceil(n / columns)
     figure = Figure(figsize=(TEXT_WIDTH, rows * height + 0.5), layout="constrained")
     axes = [figure.add_subplot(rows, columns, i + 1) for i in range(n)]
@@ -148,9 +141,25 @@ def legend(figure: Figure, handles: Sequence[Line2D]) -> None:
     figure.legend(handles=list(handles), loc="outside upper center", ncols=columns)
 
 
-def method_handles(names: Sequence[str], colours: Mapping[str, str]) -> list[Line2D]:
-    """A legend's entries for methods."""
-    return [Line2D([], [], color=colours[name], label=label(name)) for name in names]
+def method_legend(figure: Figure, names: Sequence[str]) -> None:
+    """A legend of methods."""
+    chosen = colours(names)
+    legend(figure, [Line2D([], [], color=chosen[name], label=label(name)) for name in names])
+
+
+def star(axes: Axes, x: float, y: float, color: str, label: str, *, hollow: bool = False) -> None:
+    """Mark a minimum; hollow where it is flagged."""
+    face, edge, width = ("white", color, 0.9) if hollow else (color, "white", 0.6)
+    axes.plot(
+        [x], [y], "*", markersize=10, color=color, zorder=5, label=label,
+        markerfacecolor=face, markeredgecolor=edge, markeredgewidth=width,
+    )  # fmt: skip
+
+
+def listed(column: pd.Series) -> str:
+    """The values of a column, as small print names them."""
+    values = sorted(column.dropna().unique())
+    return " and ".join(value if isinstance(value, str) else f"{value:,.0f}" for value in values)
 
 
 def log_axis(axis: Axis, low: float, high: float) -> None:
@@ -167,22 +176,14 @@ def log_axis(axis: Axis, low: float, high: float) -> None:
         axis.set_major_locator(LogLocator(subs=subs))
 
 
-def flops_axis(axis: Axis, budgets: Iterable[float] = ()) -> None:
-    """Ticks of a logarithmic axis of compute, in powers of ten, or at the budgets themselves if they are few."""
-    ticks = sorted(set(budgets))
-    if 0 < len(ticks) <= 4:
-        axis.set_major_locator(FixedLocator(ticks))
+def decade_axis(axis: Axis, values: Iterable[float] = (), text: Callable[[float], str] = power_of_ten) -> None:
+    """Ticks of a logarithmic axis at 1 and 3 times the powers of ten, or at the values themselves if they are few."""
+    ticks = sorted(set(values))
+    few = 0 < len(ticks) <= 4
+    axis.set_major_locator(FixedLocator(ticks) if few else LogLocator(subs=(1.0, 3.0)))
+    if few:
         axis.set_minor_locator(NullLocator())
-    else:
-        axis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(value)))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def rate_axis(axis: Axis) -> None:
-    """Ticks of a logarithmic axis of learning rates, as decimals."""
-    axis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
     axis.set_minor_formatter(NullFormatter())
 
 

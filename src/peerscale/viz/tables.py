@@ -1,6 +1,7 @@
 """Tables 1 and 2 of the paper, and rankings under other FLOP conventions, from the table of runs."""
 
-from collections.abc import Hashable, Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pandas as pd
 from peerscale.laws.isoflop import VertexStatus
 from peerscale.laws.multiplier import compute_to_reach
 from peerscale.runs.study import method_names, usable
-from peerscale.viz.ablations import over_seeds, with_norm
+from peerscale.viz.ablations import with_norm
 from peerscale.viz.published import WITHOUT_NORM, paper_values
 from peerscale.viz.style import label, ordered
 
@@ -17,6 +18,10 @@ Fits = Mapping[str, Mapping[str, Any]]
 
 ROUTER = ("flops_router", "flops_query", "flops_sub_keys")
 """Components that choose experts."""
+
+METRICS = {"ppl": "ppl_c4", "expert_usage": "expert_usage", "unevenness": "unevenness"}
+"""Columns of table 2, and their names in the paper's."""
+FORMS = {"ppl": "{:.2f}", "expert_usage": "{:.1%}", "unevenness": "{:.2f}"}
 
 
 def optima(runs: pd.DataFrame, fits: Fits) -> list[tuple[str, float, Mapping[str, Any], pd.DataFrame]]:
@@ -73,32 +78,21 @@ def experts_by_norm(runs: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame
     """Table 2: perplexity, use of experts and unevenness by number of experts, without and with query BatchNorm.
 
     Returns:
-        source (ours, paper), n_experts, norm, seeds, ppl, expert_usage, unevenness; in the rows with BatchNorm also
-        worth, what it takes off the loss in nats, and half its 95 % interval over seeds. Ours are means over seeds, of
-        the logarithm for the perplexity.
+        source (ours, paper), n_experts, norm, ppl, expert_usage, unevenness. Ours are means over seeds, of the
+        logarithm for the perplexity.
     """
     cells = runs[usable(runs) & (runs["method"] == "peer")]
-    cells = cells.assign(norm=with_norm(cells))
-    by = ["n_experts", "norm"]
-    ours = over_seeds(cells, by).rename(columns={"mean": "loss"})[[*by, "seeds", "loss"]]
-    for metric in ("expert_usage", "unevenness"):
-        ours[metric] = over_seeds(cells, by, metric)["mean"]
-    ours = ours.assign(ppl=np.exp(ours.pop("loss")), source="ours")
-    losses = cells.pivot_table(index=["n_experts", "seed"], columns="norm", values="val_loss")
-    if {True, False} <= set(losses.columns):
-        worth = (losses[False] - losses[True]).dropna().reset_index(name="val_loss").assign(val_loss_se=np.nan)
-        worth = over_seeds(worth, ["n_experts"]).assign(norm=True).rename(columns={"mean": "worth"})
-        worth["half"] = (worth["high"] - worth["worth"]).where(worth["seeds"] > 1)
-        ours = ours.merge(worth[[*by, "worth", "half"]], how="left", on=by)
-    rows = []
-    for norm, method in ((False, WITHOUT_NORM), (True, "peer")):
-        values = {m: paper_values(published, "table 2", method, m) for m in ("ppl_c4", "expert_usage", "unevenness")}
-        for n, ppl in values.pop("ppl_c4").items():
-            row = {"n_experts": n, "norm": norm, "ppl": ppl, "source": "paper"}
-            row |= {metric: by_n[n] for metric, by_n in values.items()}
-            without = paper_values(published, "table 2", WITHOUT_NORM, "ppl_c4")[n]
-            rows.append(row | ({"worth": float(np.log(without / ppl))} if norm else {}))
-    return pd.concat([ours, pd.DataFrame(rows)], ignore_index=True)
+    cells = cells.assign(norm=with_norm(cells), ppl=cells["val_loss"]).astype(dict.fromkeys(METRICS, float))
+    ours = cells.groupby(["n_experts", "norm"], as_index=False)[list(METRICS)].mean().assign(source="ours")
+    ours["ppl"] = np.exp(ours["ppl"])
+    paper = [
+        {"n_experts": n, "norm": norm, metric: value, "source": "paper"}
+        for norm, method in ((False, WITHOUT_NORM), (True, "peer"))
+        for metric, name in METRICS.items()
+        for n, value in paper_values(published, "table 2", method, name).items()
+    ]
+    by = ["n_experts", "norm", "source"]
+    return pd.concat([ours, pd.DataFrame(paper).groupby(by, as_index=False).first()], ignore_index=True)
 
 
 def conventions(runs: pd.DataFrame) -> dict[str, pd.Series]:
@@ -160,29 +154,21 @@ def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
 def perplexity_lines(table: pd.DataFrame) -> list[str]:
     """Table 1, ours or the paper's, in Markdown."""
     sets = [column for column in table.columns if column not in ("budget", "name", "gap", "flagged")]
-    rows = [
-        [*_who(row), *(number(row[name]) for name in sets), number(row["gap"], "{:+.3f}")]
-        for row in table.to_dict("records")
-    ]
-    return markdown(["budget", "method", *sets, "nats to dense"], rows)
+    texts = [table[name].map(number) for name in sets] + [table["gap"].map(lambda gap: number(gap, "{:+.3f}"))]
+    return markdown(["budget", "method", *sets, "nats to dense"], zip(*_who(table), *texts, strict=True))
 
 
 def norm_lines(table: pd.DataFrame) -> list[str]:
     """Table 2 in Markdown: a row per number of experts; pairs read without / with BatchNorm."""
-    metrics = {"ppl": "{:.2f}", "expert_usage": "{:.1%}", "unevenness": "{:.2f}"}
-    names = ("perplexity", "worth", "usage", "unevenness")
+    wide = table.pivot(index="n_experts", columns=["source", "norm"], values=list(METRICS))
     rows = []
-    for n, at_n in table.groupby("n_experts"):
+    for n, values in wide.iterrows():
         row = [f"{n:,.0f}"]
-        for source in ("ours", "paper"):
-            pair = at_n[at_n["source"] == source].set_index("norm").reindex([False, True])
-            ppl, usage, unevenness = (
-                " / ".join(number(value, form) for value in pair[metric]) if pair[metric].notna().any() else "—"
-                for metric, form in metrics.items()
-            )
-            worth, half = (pair[column].iloc[1] if column in pair else np.nan for column in ("worth", "half"))
-            row += [ppl, number(worth, "{:+.4f}") + ("" if pd.isna(half) else f" ± {half:.4f}"), usage, unevenness]
+        for source, (metric, form) in itertools.product(("ours", "paper"), FORMS.items()):
+            pair = [number(values.get((metric, source, norm)), form) for norm in (False, True)]
+            row.append("—" if set(pair) == {"—"} else " / ".join(pair))
         rows.append(row)
+    names = ("perplexity", "usage", "unevenness")
     return markdown(["experts", *names, *(f"paper: {name}" for name in names)], rows)
 
 
@@ -190,19 +176,20 @@ def convention_lines(table: pd.DataFrame) -> list[str]:
     """Multipliers with the rank at their budget in Markdown."""
     names = [column for column in table.columns if column not in ("budget", "name", "flagged")]
     ranks = table.groupby("budget")[names].rank(ascending=False, method="min")
-    rows = [
-        [*_who(row), *(f"{row[name]:.3f} ({rank[name]:.0f})" if row[name] > 0 else "—" for name in names)]
-        for row, rank in zip(table.to_dict("records"), ranks.to_dict("records"), strict=True)
+    texts = [
+        [f"{x:.3f} ({rank:.0f})" if x > 0 else "—" for x, rank in zip(table[name], ranks[name], strict=True)]
+        for name in names
     ]
-    return markdown(["budget", "method", *names], rows)
+    return markdown(["budget", "method", *names], zip(*_who(table), *texts, strict=True))
 
 
-def _who(row: Mapping[Hashable, Any]) -> list[str]:
-    """Budget and method; a dagger where the minimum is flagged."""
-    budget = f"{row['budget']:.3g}".replace("e+", "e")
-    return [budget, label(row["name"]) + " †" * bool(row.get("flagged", False))]
+def _who(table: pd.DataFrame) -> tuple[list[str], list[str]]:
+    """Budgets and methods; a dagger where the minimum is flagged."""
+    flagged = table["flagged"] if "flagged" in table else [False] * len(table)
+    names = [label(name) + " †" * bool(flag) for name, flag in zip(table["name"], flagged, strict=True)]
+    return [f"{budget:.3g}".replace("e+", "e") for budget in table["budget"]], names
 
 
-def number(value: float, form: str = "{:.2f}") -> str:
+def number(value: float | None, form: str = "{:.2f}") -> str:
     """A dash where there is none."""
     return "—" if pd.isna(value) else form.format(value).replace("-", "−")
