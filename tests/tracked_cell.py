@@ -1,6 +1,7 @@
 """A cell's folder as training leaves it, without training, and its rows compared with what a server received."""
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,10 @@ class TrackedCell:
         self.tracker.file.close()
         self.tracker = None
         wandb.teardown(exit_code=1)
+        logger = logging.getLogger("wandb")  # whose log files would go with the process
+        for handler in logger.handlers[:]:
+            logger.removeHandler(handler)
+            handler.close()
 
     def finish(self, status: Status = Status.DONE) -> None:
         assert self.tracker is not None

@@ -264,8 +264,13 @@ class TrainerConfig:
     """How and where a cell runs; nothing here changes its result beyond floating-point order."""
 
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: Positive = 1
+    """GPUs of one cell, or processes where there is none; they share each batch, so must divide `batch_sequences`."""
+    shard_tables: bool = False
+    """Each device holds a share of the rows of the expert tables, for tables that one cannot hold; their number must be
+    a multiple of `devices`."""
     threads: Positive = 1
-    """CPU threads of one cell; parallel sweeps run fastest with one."""
+    """CPU threads of each process of a cell; parallel sweeps run fastest with one."""
     kernel: Literal["auto", "fused", "triton", "native", "reference"] = "auto"
     """Which implementation of the single-neuron-expert operator."""
     compile: Literal["auto", "on", "off"] = "auto"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from peerscale.accounting import Cost, cost, expert_choice_capacity
-from peerscale.config import Config, MoeConfig
+from peerscale.config import Config, MoeConfig, RetrievalConfig
 
 REFERENCE_WIDTH = 32
 """d_model at which `OptimConfig.lr` is meant."""
@@ -110,6 +110,15 @@ def _reason_to_drop(config: Config, steps: int, warmup_steps: int, epochs: float
         return f"warm-up of {warmup_steps} steps leaves none of {steps}"
     if epochs is not None and epochs > config.data.max_epochs:
         return f"{epochs:.2f} epochs > max_epochs {config.data.max_epochs:g}"
+    if config.batch_sequences % config.trainer.devices:
+        allowed = [str(n) for n in range(1, config.batch_sequences + 1) if config.batch_sequences % n == 0]
+        return (
+            f"{config.batch_sequences} sequences cannot be shared by trainer.devices {config.trainer.devices}; "
+            f"allowed: {', '.join(allowed)}"
+        )
+    n_rows = config.ffn.n_experts if isinstance(config.ffn, RetrievalConfig) else 0
+    if config.trainer.shard_tables and n_rows % config.trainer.devices:
+        return f"tables of {n_rows} rows cannot be sharded evenly over trainer.devices {config.trainer.devices}"
     if isinstance(config.ffn, MoeConfig) and config.ffn.routing == "expert_choice":
         ffn, sequences = config.ffn, config.batch_sequences
         if expert_choice_capacity(sequences, ffn.capacity_factor, ffn.n_experts) is None:

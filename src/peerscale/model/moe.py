@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peerscale.accounting import expert_choice_capacity
+from peerscale.model.ranks import gather, mean_over_ranks, n_ranks, share
 from peerscale.model.usage import CountsUsage
 
 
@@ -49,12 +50,15 @@ class ExpertChoiceMoe(nn.Module, CountsUsage):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """x (B, T, D) -> y (B, T, D)."""
         B, T, D = x_BTD.shape
-        capacity = expert_choice_capacity(B, self.capacity_factor, self.n_experts)
+        sequences = B * n_ranks()
+        capacity = expert_choice_capacity(sequences, self.capacity_factor, self.n_experts)
         if capacity is None:
             raise ValueError(
-                f"{B} sequences x {self.capacity_factor:g} / {self.n_experts} experts is no whole capacity"
+                f"{sequences} sequences x {self.capacity_factor:g} / {self.n_experts} experts is no whole capacity"
             )
         gates_BTE = _router_probabilities(self.router, x_BTD)[0]
+        if n_ranks() > 1:
+            return self._share(x_BTD, gates_BTE, capacity)
         gates_ETC, sequence_ETC = gates_BTE.permute(2, 1, 0).topk(capacity, dim=-1)
         # Row of each chosen token in the batch laid out as (B x T, D).
         token_EM = (sequence_ETC * T + torch.arange(T, device=x_BTD.device)[:, None]).flatten(1)
@@ -66,6 +70,27 @@ class ExpertChoiceMoe(nn.Module, CountsUsage):
         y_EMD = self.experts(x_EMD) * gates_ETC.flatten(1).unsqueeze(-1).to(x_BTD.dtype)
         y_MD = torch.zeros_like(x_MD, dtype=y_EMD.dtype).index_add(0, token_EM.flatten(), y_EMD.flatten(0, 1))
         return y_MD.view(B, T, D)
+
+    @torch.compiler.disable  # its shapes change with every batch
+    def _share(self, x_BTD: Tensor, gates_BTE: Tensor, capacity: int) -> Tensor:
+        """The same for the sequences of this rank, while the experts choose among those of all ranks.
+
+        Of an expert's tokens as many lie here as it happens; each rank computes its own.
+        """
+        B, T, D = x_BTD.shape
+        all_gates_ETB = gather(gates_BTE).permute(2, 1, 0)
+        chosen_ETB = torch.zeros_like(all_gates_ETB, dtype=torch.bool)
+        chosen_ETB.scatter_(-1, all_gates_ETB.topk(capacity, dim=-1).indices, True)
+        chosen_ETB = chosen_ETB[..., share(chosen_ETB.shape[-1])]
+        expert_P, position_P, sequence_P = chosen_ETB.nonzero(as_tuple=True)
+        gates_P = gates_BTE[sequence_P, position_P, expert_P]
+        if self.usage is not None:
+            self.usage.add(expert_P, gates_P, B * T)
+        token_P = sequence_P * T + position_P
+        x_MD = x_BTD.reshape(B * T, D)
+        y_PD = self.experts.grouped(x_MD.index_select(0, token_P), chosen_ETB.sum((1, 2)))
+        y_PD = y_PD * gates_P.unsqueeze(-1).to(x_BTD.dtype)
+        return torch.zeros_like(x_MD, dtype=y_PD.dtype).index_add(0, token_P, y_PD).view(B, T, D)
 
 
 class TokenChoiceMoe(nn.Module, CountsUsage):
@@ -100,7 +125,9 @@ class TokenChoiceMoe(nn.Module, CountsUsage):
         gates_MK, expert_MK = probabilities_ME.topk(self.top_k, dim=-1)
         load_E = torch.bincount(expert_MK.flatten(), minlength=self.n_experts)
         if self.training:
-            balance = self.n_experts * (load_E / expert_MK.numel() * probabilities_ME.mean(0)).sum()
+            # Shares of all ranks; the mean of their probabilities comes about by averaging their losses.
+            share_E = mean_over_ranks(load_E / expert_MK.numel())
+            balance = self.n_experts * (share_E * probabilities_ME.mean(0)).sum()
             z_loss = scores_ME.logsumexp(-1).square().mean()
             self.auxiliary_loss = self.load_balance_weight * balance + self.z_loss_weight * z_loss
         if self.usage is not None:

@@ -10,6 +10,28 @@ from torch import Tensor, nn
 
 from peerscale.kernels.backends import BACKENDS, resolve
 from peerscale.kernels.operators import Operators
+from peerscale.model.ranks import n_ranks, sum_over_ranks
+from peerscale.model.sharded_tables import ShardedTables
+
+
+class QueryNorm(nn.BatchNorm1d):
+    """torch's BatchNorm, over the batch of all ranks; torch's own that does so takes no tensors on a CPU."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x (T, features) -> y (T, features)."""
+        if not self.training or n_ranks() == 1:
+            return super().forward(input)
+        n = len(input) * n_ranks()
+        mean = sum_over_ranks(input.sum(0)) / n
+        centred = input - mean
+        variance = sum_over_ranks(centred.square().sum(0)) / n
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        assert self.momentum is not None
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
+        return centred * (variance + self.eps).rsqrt() * self.weight + self.bias
 
 
 class ProductKeyRetrieval(nn.Module):
@@ -52,15 +74,17 @@ class ProductKeyRetrieval(nn.Module):
             raise ValueError(f"n_key_sets {n_key_sets} is neither 1 nor n_heads {n_heads}")
         self.n_experts, self.n_heads, self.top_k, self.n_keys = n_experts, n_heads, top_k, n_keys
         self.kernel = kernel
+        self.sharded = False
         self.query = nn.Linear(d_model, n_heads * d_key, bias=query_bias)
-        self.query_norm = nn.BatchNorm1d(n_heads * d_key) if query_norm else None
+        self.query_norm = QueryNorm(n_heads * d_key) if query_norm else None
         self.sub_keys = nn.Parameter(torch.empty(n_key_sets, 2, n_keys, d_key // 2))
         self.reset_parameters()
 
     @property
-    def operators(self) -> Operators:
+    def operators(self) -> Operators | ShardedTables:
         """The implementation, which depends on the device that the layer is on."""
-        return BACKENDS[resolve(self.kernel, self.sub_keys.device.type)]
+        operators = BACKENDS[resolve(self.kernel, self.sub_keys.device.type)]
+        return ShardedTables(operators) if self.sharded else operators
 
     def reset_parameters(self) -> None:
         """Not stated in the paper: as in the product-key memory code that it points to."""

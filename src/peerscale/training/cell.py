@@ -1,11 +1,14 @@
 """Training of one cell, from its plan to its record."""
 
+import contextlib
 import logging
 import sys
 import time
 import traceback
 import warnings
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import lightning
 import numpy as np
@@ -23,6 +26,7 @@ from peerscale.plan import Plan
 from peerscale.runs.record import Record, Status, fingerprint, read_record, science, write_record
 from peerscale.runs.study import plan_summary
 from peerscale.sweeper import FINISHED, Cell, check_same
+from peerscale.training import distributed
 from peerscale.training.checkpoint import TimedCheckpoint, newest_readable
 from peerscale.training.environment import EXACT_KEYS, describe
 from peerscale.training.evaluation import Evaluation, evaluate
@@ -68,16 +72,16 @@ class CellRun:
         self.checkpoint_folder = cell.folder / "checkpoints"
         remove_abandoned(cell.folder)
         remove_abandoned(self.checkpoint_folder)
-        torch.set_num_threads(self.config.trainer.threads)
-        keep_freed_memory()
+        prepare_process(self.config)
         self.device = pick_device(self.config)
         self.compiled = self._compiles()
         kernel = resolve(self.config.trainer.kernel, self.device.type)
-        environment = describe(kernel, self.device, compiled=self.compiled)
+        environment = describe(kernel, self.device, compiled=self.compiled, trainer=self.config.trainer)
         self.resumed = newest_readable(self.checkpoint_folder)
         exact = True
         if self.resumed and old is not None:
-            changed = [key for key in EXACT_KEYS if old.environment.get(key) != environment[key]]
+            before = {"n_devices": 1, "shard_tables": False, **old.environment}  # older records don't name them
+            changed = [key for key in EXACT_KEYS if before.get(key) != environment[key]]
             exact = old.bit_exact and not changed
             if changed:
                 print(f"notice: {cell.name} goes on with another {', '.join(changed)}: not bit-exact", file=sys.stderr)
@@ -103,32 +107,15 @@ class CellRun:
     def train(self) -> Status:
         """Fit, evaluate, record."""
         config, plan = self.config, self.plan
-        lightning.seed_everything(config.seed, verbose=False)
-        module = LanguageModel(config, plan)
-        if self.compiled:
-            module.model.features = torch.compile(module.model.features)
-        first_step = self.resumed[1] if self.resumed else 0
+        resumed, first_step = self.resumed or (None, 0)
         cut_back(self.cell.folder, first_step)
         self.tracker = Tracker(self.cell.folder, to_dict(config), self.record)
-        batches = TrainBatches(
-            self.corpus.tokens("train"),
-            seed=config.seed,
-            batch_sequences=config.batch_sequences,
-            context=config.context,
-        )
-        log = MetricsLog(config, plan, self.tracker)
         every_s, every_steps = config.trainer.checkpoint_every_s, config.trainer.checkpoint_every_steps
         saving = TimedCheckpoint(self.checkpoint_folder, every_s, every_steps)
-        trainer = build_trainer(config, plan, [log, saving])
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning")
-            path = self.resumed[0] if self.resumed else None
-            try:
-                trainer.fit(module, StepLoader(batches, plan.steps), ckpt_path=path, weights_only=True)
-            except SystemExit:  # what Lightning makes of Ctrl-C
-                raise KeyboardInterrupt from None
-        wall_s, started = saving.trained_s, time.perf_counter()
-        evaluation = evaluate(module, self.corpus, config, self.device)
+        with self._further_ranks():
+            module = fit(config, plan, self.corpus, self.tracker, saving, resumed, compiled=self.compiled)
+            wall_s, started = saving.trained_s, time.perf_counter()
+            evaluation = evaluate(module, self.corpus, config, self.device)
         timing = {
             "wall_s": wall_s,
             "evaluation_s": time.perf_counter() - started,
@@ -136,6 +123,17 @@ class CellRun:
             "flops_per_s": plan.flops / wall_s,
         }
         return self.close(self._result(evaluation, timing))
+
+    def _further_ranks(self) -> contextlib.AbstractContextManager[None]:
+        if self.config.trainer.devices == 1:
+            return contextlib.nullcontext()
+        order = {
+            "config": to_dict(self.config),
+            "checkpoints": str(self.checkpoint_folder),
+            "resumed": str(self.resumed[0]) if self.resumed else None,
+            "compiled": self.compiled,
+        }
+        return distributed.ranks(self.config.trainer.devices, self.device, order)
 
     def close(self, record: Record) -> Status:
         """Write the record and end the W&B run with what it says; a finished cell keeps no checkpoint unasked."""
@@ -171,14 +169,55 @@ class CellRun:
                 return self.cell.estimate_s >= COMPILE_PAYS_S
 
 
-def build_trainer(config: Config, plan: Plan, callbacks: list[lightning.Callback]) -> lightning.Trainer:
+def prepare_process(config: Config) -> None:
+    """Threads and memory of a process that trains."""
+    torch.set_num_threads(config.trainer.threads)
+    keep_freed_memory()
+
+
+def fit(
+    config: Config,
+    plan: Plan,
+    corpus: Corpus,
+    tracker: Tracker | None,
+    saving: TimedCheckpoint,
+    resumed: Path | None,
+    *,
+    compiled: bool,
+) -> LanguageModel:
+    """Train, on this rank; from the checkpoint `resumed`, if there is one. Metrics go to `tracker`."""
+    lightning.seed_everything(config.seed, verbose=False)
+    sharded = config.trainer.shard_tables and config.trainer.devices > 1
+    module = distributed.ShardedLanguageModel(config, plan) if sharded else LanguageModel(config, plan)
+    if compiled:
+        module.model.features = torch.compile(module.model.features)
+    batches = TrainBatches(
+        corpus.tokens("train"), seed=config.seed, batch_sequences=config.batch_sequences, context=config.context
+    )
+    trainer = build_trainer(config, plan, module, [MetricsLog(config, plan, tracker), saving])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        try:
+            trainer.fit(module, StepLoader(batches, plan.steps), ckpt_path=resumed, weights_only=True)
+        except SystemExit:  # what Lightning makes of Ctrl-C
+            raise KeyboardInterrupt from None
+    return module
+
+
+def build_trainer(
+    config: Config, plan: Plan, module: LanguageModel, callbacks: list[lightning.Callback]
+) -> lightning.Trainer:
     """Lightning's Trainer with everything off that this project does itself."""
+    # By default a cluster's variables, or srun on the PATH, would change what is run.
+    devices: dict[str, Any] = {"devices": 1, "plugins": [LightningEnvironment()]}
+    if config.trainer.devices > 1:
+        devices = distributed.settings(config.trainer.devices)
+        callbacks = [*callbacks, distributed.TableExchange(module), distributed.StopBetweenSteps()]
     logging.getLogger("lightning").setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     return lightning.Trainer(
         accelerator=config.trainer.accelerator,
-        devices=1,
-        plugins=[LightningEnvironment()],  # else a cluster's variables, or srun on the PATH, change what is run
+        **devices,
         precision="bf16-mixed" if config.precision == "bf16" else "32-true",
         max_steps=plan.steps,
         max_epochs=1,
@@ -192,9 +231,16 @@ def build_trainer(config: Config, plan: Plan, callbacks: list[lightning.Callback
     )
 
 
-def pick_device(config: Config) -> torch.device:
-    """Where the cell runs; raises `UserError` if a GPU is asked for and there is none."""
+def pick_device(config: Config, rank: int = 0) -> torch.device:
+    """Where a rank of the cell runs; raises `UserError` if GPUs are asked for that are not there."""
     has_gpu = torch.cuda.is_available()
     if config.trainer.accelerator == "gpu" and not has_gpu:
         raise UserError("trainer.accelerator=gpu, but torch sees no GPU here; allowed: auto, cpu")
-    return torch.device("cuda" if has_gpu and config.trainer.accelerator != "cpu" else "cpu")
+    if not has_gpu or config.trainer.accelerator == "cpu":
+        return torch.device("cpu")
+    if config.trainer.devices > torch.cuda.device_count():
+        raise UserError(
+            f"trainer.devices={config.trainer.devices}, but torch sees {torch.cuda.device_count()} GPUs here; "
+            "fewer devices, or trainer.accelerator=cpu"
+        )
+    return torch.device("cuda", rank) if config.trainer.devices > 1 else torch.device("cuda")

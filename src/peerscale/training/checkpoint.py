@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from peerscale.files import replacing
+from peerscale.model.ranks import as_first_rank, is_first_rank
 
 KEPT = 2
 
@@ -45,7 +46,8 @@ class TimedCheckpoint(lightning.Callback):
     ) -> None:
         due = self.every_steps and trainer.global_step % self.every_steps == 0
         waited_s = time.monotonic() - self.saved_at
-        if trainer.received_sigterm or due or waited_s >= max(self.every_s, self.save_s / COST):
+        due = trainer.received_sigterm or due or waited_s >= max(self.every_s, self.save_s / COST)
+        if as_first_rank(bool(due)):
             self.save(trainer)
 
     @property
@@ -66,8 +68,10 @@ class TimedCheckpoint(lightning.Callback):
         step = trainer.global_step
         if step == self.saved_step:
             return
-        started = time.monotonic()
-        with replacing(self.folder / f"step-{step:09d}.ckpt") as temporary:
+        path, started = self.folder / f"step-{step:09d}.ckpt", time.monotonic()
+        if not is_first_rank():
+            return trainer.save_checkpoint(path)  # takes part, and writes nothing
+        with replacing(path) as temporary:
             trainer.save_checkpoint(temporary)
             with temporary.open("rb") as file:  # on disk before the one before the last is removed
                 os.fsync(file.fileno())

@@ -7,20 +7,23 @@ from typing import Any
 
 import torch
 
+from peerscale.config import TrainerConfig
 from peerscale.runs.machine import cpu_name, git_commit
 
-EXACT_KEYS = ("hardware", "device", "kernel", "compiled", "n_threads", "torch")
+EXACT_KEYS = ("hardware", "device", "kernel", "compiled", "n_devices", "shard_tables", "n_threads", "torch")
 """A resumed run is bit-exact if these are as they were."""
 
 
-def describe(kernel: str, device: torch.device, *, compiled: bool) -> dict[str, Any]:
-    """Hardware, versions, commit, kernel and threads."""
+def describe(kernel: str, device: torch.device, *, compiled: bool, trainer: TrainerConfig) -> dict[str, Any]:
+    """Hardware, versions, commit, kernel, devices, and threads of each of them."""
     return {
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "cores": os.cpu_count(),
         "device": device.type,
         "kernel": kernel,
         "compiled": compiled,
+        "n_devices": trainer.devices,
+        "shard_tables": trainer.shard_tables,
         "n_threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

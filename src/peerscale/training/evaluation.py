@@ -9,6 +9,7 @@ import torch
 from peerscale.config import Config
 from peerscale.data.batches import EvaluationBatches
 from peerscale.data.store import Corpus
+from peerscale.model.ranks import gather, n_ranks, share, sum_over_ranks
 from peerscale.model.usage import CountsUsage, ExpertUsage
 from peerscale.training.module import LanguageModel
 
@@ -25,7 +26,7 @@ class Evaluation:
 def evaluate(module: LanguageModel, corpus: Corpus, config: Config, device: torch.device) -> Evaluation:
     """Evaluate on every set that `config.data.evaluation` names; router health is counted over the `val_set`.
 
-    Batches have the training shape, whole ones only, since expert choice depends on the batch.
+    Batches have the training shape, whole ones only, since expert choice depends on the batch; ranks share them.
     """
     result = Evaluation()
     module.eval().to(device)
@@ -54,8 +55,8 @@ def evaluate(module: LanguageModel, corpus: Corpus, config: Config, device: torc
 
 def _sequence_losses(module: LanguageModel, batch: np.ndarray, device: torch.device) -> np.ndarray:
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, module.config.precision == "bf16"):
-        losses_BT = module.losses(torch.from_numpy(batch).to(device))
-    return losses_BT.mean(dim=1).double().cpu().numpy()
+        losses_BT = module.losses(torch.from_numpy(batch[share(len(batch))]).to(device))
+        return gather(losses_BT.mean(dim=1)).double().cpu().numpy()
 
 
 def attach_usage(module: LanguageModel) -> list[ExpertUsage]:
@@ -69,12 +70,17 @@ def attach_usage(module: LanguageModel) -> list[ExpertUsage]:
 
 
 def detach_usage(module: LanguageModel, usages: list[ExpertUsage]) -> dict[str, float]:
-    """Stop counting; expert_usage and unevenness, mean over the layers, and the tokens they were counted over."""
+    """Stop counting; expert_usage and unevenness, mean over the layers, and the tokens they were counted over.
+
+    On several ranks, which all call it, over the tokens of all.
+    """
     for layer in module.model.modules():
         if isinstance(layer, CountsUsage):
             layer.usage = None
     if not usages:
         return {}
+    for usage in usages:
+        usage.weight_sums, usage.tokens = sum_over_ranks(usage.weight_sums), usage.tokens * n_ranks()
     return {
         "expert_usage": sum(u.usage for u in usages) / len(usages),
         "unevenness": sum(u.unevenness for u in usages) / len(usages),

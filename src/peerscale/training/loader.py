@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from peerscale.data.batches import TrainBatches
+from peerscale.model.ranks import share
 
 
 class StepLoader:
-    """Yields batch `step` for step 0 .. steps - 1.
+    """Yields this rank's share of batch `step` for step 0 .. steps - 1.
 
     Lightning restores a loader that has a length and these two state methods exactly; a plain DataLoader it starts
     again at its first batch.
@@ -24,7 +25,8 @@ class StepLoader:
     def __iter__(self) -> Iterator[Tensor]:
         for step in range(self.next_step, self.steps):
             self.next_step = step + 1
-            yield torch.from_numpy(self.batches[step])
+            batch = self.batches[step]
+            yield torch.from_numpy(batch[share(len(batch))])
 
     def state_dict(self) -> dict[str, int]:
         return {"next_step": self.next_step}

@@ -21,9 +21,9 @@ class Diverged(Exception):
 
 
 class MetricsLog(lightning.Callback):
-    """A row of metrics every `log_every_steps` steps; stops a run whose loss is no number."""
+    """A row of metrics every `log_every_steps` steps, where there is a tracker; stops a run whose loss is no number."""
 
-    def __init__(self, config: Config, plan: Plan, tracker: Tracker) -> None:
+    def __init__(self, config: Config, plan: Plan, tracker: Tracker | None) -> None:
         self.config, self.plan, self.tracker = config, plan, tracker
         self.loss_sum, self.loss_count = torch.zeros(()), 0
         self.since = time.perf_counter()
@@ -67,7 +67,8 @@ class MetricsLog(lightning.Callback):
         }
         if not np.isfinite(loss):
             raise Diverged(f"the training loss is {loss} at step {step}")
-        self.tracker.log(row)
+        if self.tracker is not None:
+            self.tracker.log(row)
         self.loss_sum, self.loss_count, self.since = torch.zeros(()), 0, now
 
     def _logs(self, step: int) -> bool:

@@ -12,6 +12,7 @@ from peerscale.config import Config
 from peerscale.kernels.backends import resolve
 from peerscale.kernels.cross_entropy import linear_cross_entropy
 from peerscale.model import build_model
+from peerscale.model.ranks import mean_over_ranks
 from peerscale.plan import Plan, schedule
 from peerscale.training.optimizer import build_optimizer, parameter_groups
 
@@ -37,7 +38,7 @@ class LanguageModel(lightning.LightningModule):
         cross_entropy = linear_cross_entropy(x_TD, self.model.embedding.weight, tokens[:, 1:].flatten(), kernel)
         auxiliary = self.model.auxiliary_loss()
         loss = cross_entropy if auxiliary is None else cross_entropy + auxiliary
-        return {"loss": loss, "cross_entropy": cross_entropy.detach()}
+        return {"loss": loss, "cross_entropy": mean_over_ranks(cross_entropy.detach())}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = build_optimizer(self.groups, self.config, self.plan)

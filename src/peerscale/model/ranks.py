@@ -1,0 +1,86 @@
+"""What the processes of a parallel cell, its ranks, tell each other; a process alone is told what it knows.
+
+A batch lies on the ranks in their order, an equal share of its sequences on each. The loss of a rank is the mean over
+its share, and gradients are averaged over the ranks; so the gradient of something that the ranks compute together is
+the sum over all their losses.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def n_ranks() -> int:
+    """How many processes share a batch."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for all."""
+    return n_ranks() == 1 or dist.get_rank() == 0
+
+
+def share(batch_sequences: int) -> slice:
+    """The sequences of a batch that lie on this rank."""
+    if n_ranks() == 1:
+        return slice(None)
+    here = batch_sequences // n_ranks()
+    return slice(dist.get_rank() * here, (dist.get_rank() + 1) * here)
+
+
+@torch.compiler.disable
+def gather(x: Tensor) -> Tensor:
+    """The x of all ranks in their order, side by side along the first dimension; not differentiable."""
+    if n_ranks() == 1:
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(n_ranks())]
+    dist.all_gather(parts, x.detach().contiguous())
+    return torch.cat(parts)
+
+
+def gather_on_first(x: Tensor) -> Tensor:
+    """On the first rank the x of all, side by side, in the memory of the CPU; on the others their own."""
+    x = x.cpu()
+    parts = [torch.empty_like(x) for _ in range(n_ranks())] if is_first_rank() else None
+    dist.gather(x, parts)
+    return x if parts is None else torch.cat(parts)
+
+
+@torch.compiler.disable
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum of the x of all ranks, differentiable."""
+    return x if n_ranks() == 1 else _Sum.apply(x)
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """The mean of the x of all ranks, differentiable."""
+    return x if n_ranks() == 1 else sum_over_ranks(x) / n_ranks()
+
+
+def as_first_rank(decision: bool) -> bool:
+    """What the first rank decides, on every rank."""
+    if n_ranks() == 1:
+        return decision
+    told = torch.tensor(decision, dtype=torch.uint8)
+    dist.broadcast(told, src=0)
+    return bool(told)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return _summed(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
+        return _summed(grads[0])
+
+
+def _summed(x: Tensor) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total

@@ -1,0 +1,94 @@
+"""Expert tables of which each rank holds an equal share of the rows, in their order.
+
+The tokens go to the rows, since there are fewer of them: every rank sees the retrievals of all, computes what its own
+rows add, and the sums go back to the ranks of the tokens. So a row's gradient comes about where the row is, whole.
+
+Shapes: T tokens of this rank, M of all, D model width, J retrieved rows a token, L rows here.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from peerscale.kernels.operators import Operators
+from peerscale.model.ranks import gather, n_ranks, share
+
+
+class ShardedTables:
+    """The operators of `Operators` that read tables, of tables that hold this rank's rows only."""
+
+    def __init__(self, here: Operators) -> None:
+        """`here` computes with the rows of this rank."""
+        self.here = here
+        self.product_key_top_k = here.product_key_top_k
+
+    @torch.compiler.disable
+    def single_neuron_experts(
+        self, x_TD: Tensor, w_down_LD: Tensor, w_up_LD: Tensor, rows_TJ: Tensor, gates_TJ: Tensor, activation: str
+    ) -> Tensor:
+        rows, gates = _of_this_rank(rows_TJ, gates_TJ, len(w_down_LD))
+        x_MD = _Gather.apply(x_TD)
+        return _SumOfShares.apply(self.here.single_neuron_experts(x_MD, w_down_LD, w_up_LD, rows, gates, activation))
+
+    @torch.compiler.disable
+    def weighted_rows(self, table_LD: Tensor, rows_TJ: Tensor, weights_TJ: Tensor) -> Tensor:
+        rows, weights = _of_this_rank(rows_TJ, weights_TJ, len(table_LD))
+        return _SumOfShares.apply(self.here.weighted_rows(table_LD, rows, weights))
+
+
+def keep_own_rows(table: nn.Parameter) -> None:
+    """Leave of a whole table the rows of this rank."""
+    table.data = table.data[share(len(table))].clone()
+
+
+def _of_this_rank(rows_TJ: Tensor, weights_TJ: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
+    """Retrievals of all ranks that fall on the `n_rows` rows here, counted from the first of them, and their weights.
+
+    Tokens have fewer or more of them, so the rest is filled up: with weight 0 and a row that is retrieved anyway, since
+    a row-sparse optimiser would update any other.
+    """
+    rows_MJ = gather(rows_TJ) - dist.get_rank() * n_rows
+    weights_MJ = _Gather.apply(weights_TJ)
+    is_here_MJ = (rows_MJ >= 0) & (rows_MJ < n_rows)
+    most = max(1, int(is_here_MJ.sum(1).max()))
+    order = is_here_MJ.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
+    is_here = is_here_MJ.gather(1, order)
+    some_row = rows_MJ[is_here_MJ][:1] if is_here_MJ.any() else rows_MJ.new_zeros(1)
+    rows = torch.where(is_here, rows_MJ.gather(1, order), some_row)
+    return rows, weights_MJ.gather(1, order) * is_here
+
+
+class _Gather(torch.autograd.Function):
+    """The x of all ranks, side by side."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor) -> Tensor:
+        return gather(x_TD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
+        return _sum_of_shares(grads[0])
+
+
+class _SumOfShares(torch.autograd.Function):
+    """Of the sum of the y of all ranks the tokens of this one: the adjoint of `_Gather`."""
+
+    @staticmethod
+    def forward(ctx: Any, y_MD: Tensor) -> Tensor:
+        return _sum_of_shares(y_MD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
+        return gather(grads[0])
+
+
+def _sum_of_shares(y_MD: Tensor) -> Tensor:
+    parts = [part.contiguous() for part in y_MD.chunk(n_ranks())]
+    total = torch.empty_like(parts[0])
+    dist.reduce_scatter(total, parts)
+    return total
