@@ -65,7 +65,7 @@ def rows(cell: Cell) -> list[dict]:
 def test_a_sweep_is_submitted_once_and_survives_preemption(
     slurm: None, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    study = trainable_study(tmp_path, steps=600)
+    study = trainable_study(tmp_path, steps=3000)  # seconds, so that no cell ends before it is disturbed
     short, preempted, dropped, warned = planned_cells(study)
     assert dropped.plan.verdict == "DROP"
     folder = tmp_path / "runs" / "toy" / "study" / "slurm"
@@ -73,7 +73,7 @@ def test_a_sweep_is_submitted_once_and_survives_preemption(
     with pytest.raises(UserError, match=r"^sbatch: Batch job submission failed: Invalid partition"):
         submit_cells([short], check(DEFAULTS | {"partition": "nowhere"}))
     # The factor puts the long cells, guessed at a little over a second, in a class of their own.
-    command = sweep_command(study, "hydra.launcher.time_factor=460", "hydra.launcher.mem_gb=1")
+    command = sweep_command(study, "hydra.launcher.time_factor=400", "hydra.launcher.mem_gb=1")
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
     assert result.returncode == 0, result.stderr
     assert "toy: 0 cells queued or running in Slurm, 3 to submit" in result.stdout
