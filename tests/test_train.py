@@ -282,7 +282,7 @@ def test_a_sweep_goes_on_after_failures_and_skips_what_is_done(
 
 
 def test_ctrl_c_leaves_a_cell_that_goes_on(settings: list[str], tmp_path: Path) -> None:
-    overrides = [*settings, "tracking=disabled", "trainer.checkpoint_every_s=0.01"]
+    overrides = [*settings, "tracking=disabled", "trainer.checkpoint_every_steps=20"]
     overrides.append(budget(overrides, 3000))
     prepare(load(overrides).data, quiet=True)
     process = subprocess.Popen(
