@@ -281,13 +281,20 @@ def test_a_sweep_goes_on_after_failures_and_skips_what_is_done(
     assert "the training loss is" in status.stdout
 
 
+def hear_ctrl_c() -> None:
+    """As a process started from a terminal, whatever the one that runs the tests blocks or ignores."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 def test_ctrl_c_leaves_a_cell_that_goes_on(settings: list[str], tmp_path: Path) -> None:
     overrides = [*settings, "tracking=disabled", "trainer.checkpoint_every_steps=20"]
     overrides.append(budget(overrides, 3000))
     prepare(load(overrides).data, quiet=True)
     process = subprocess.Popen(
-        [sys.executable, "-m", "peerscale.train", *overrides], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-m", "peerscale.train", *overrides], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        preexec_fn=hear_ctrl_c,
+    )  # fmt: skip
     folder = tmp_path / "runs" / "single"
     try:
         while not (
