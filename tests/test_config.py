@@ -1,8 +1,5 @@
 import json
 import re
-import subprocess
-import sys
-import time
 from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +22,8 @@ from peerscale.config import (
     WideDenseConfig,
     compose,
     load,
-    load_sweep,
     parse_config,
     parse_sweep,
-    sweep_file,
     to_dict,
 )
 from peerscale.files import ROOT
@@ -402,62 +397,3 @@ def test_an_unknown_key_of_a_study_is_refused_by_name(change: dict[str, Any], ke
 def test_a_study_without_possible_cells_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         parse_sweep({**STUDY, **change})
-
-
-def test_a_study_is_found_by_name_or_path(tmp_path: Path) -> None:
-    assert sweep_file("smoke") == ROOT / "sweeps/smoke.yaml"
-    assert sweep_file(ROOT / "sweeps/smoke.yaml") == ROOT / "sweeps/smoke.yaml"
-    with pytest.raises(ConfigError) as refused:
-        sweep_file("nosuch")
-    known = ", ".join(sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml")))
-    assert str(refused.value) == f"no sweep file nosuch.yaml; in sweeps/ there are: {known}"
-    bare = tmp_path / "bare.yaml"
-    bare.write_text("defaults: [config, _self_]\nbudget: 1e12\n")
-    with pytest.raises(ConfigError, match="no `sweep:` section"):
-        load_sweep(bare)
-
-
-def test_a_studys_settings_lie_between_conf_and_overrides(tmp_path: Path) -> None:
-    study = tmp_path / "study.yaml"
-    study.write_text("defaults: [config, _self_]\nsweep: {methods: [peer]}\nmin_steps: 7\ncontext: 32\n")
-    config = load(["ffn=peer", "context=16"], sweep=study)
-    assert (config.min_steps, config.context, config.batch_sequences) == (7, 16, 16)
-    assert isinstance(config.ffn, PeerConfig)
-
-
-def test_composes_inside_a_running_hydra_and_leaves_it_as_it_was(tmp_path: Path) -> None:
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-
-    (tmp_path / "other.yaml").write_text("answer: 42\n")
-    with initialize_config_dir(str(tmp_path), version_base="1.3"):
-        assert load(["ffn=peer"]).ffn.method == "peer"
-        with pytest.raises(ConfigError):
-            load(["ffn=nosuch"])
-        assert hydra_compose("other").answer == 42
-
-
-def test_loading_takes_no_time() -> None:
-    load([])
-    started = time.process_time()
-    load(["ffn=peer", "size=d64", "budget=1e12"])
-    assert time.process_time() - started < 0.5  # some 50 ms
-
-
-HEAVY = ("torch", "lightning", "wandb")
-
-
-@pytest.mark.parametrize(
-    "program",
-    [
-        "import peerscale.config, peerscale.accounting, peerscale.plan, peerscale.laws, peerscale.viz.isoflop",
-        "import peerscale.runs, peerscale.runs.study, peerscale.runs.record, peerscale.runs.speed, peerscale.progress",
-        "import peerscale.train",
-        "from peerscale.overview import main; main(['plan', 'smoke'])",
-        "from peerscale.overview import main; main(['status', 'smoke'])",
-    ],
-)
-def test_planning_and_analysis_import_no_training_library(program: str) -> None:
-    check = f"{program}\nimport sys\nassert not {{*sys.modules}} & {{*{HEAVY}}}, {{*sys.modules}} & {{*{HEAVY}}}"
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
