@@ -15,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from peer_step import make_optimizer
 from timing import in_turns, random_row_bytes_per_s, spread, write_table
 
 from peerscale.errors import exit_code
-from peerscale.kernels.row_sparse_adamw import RowSparseAdamW
 from peerscale.model.peer import Peer
 from peerscale.training.memory import keep_freed_memory
 
@@ -66,9 +66,7 @@ def layer_step(experts: int, active_experts: int, tokens: int) -> tuple[Callable
     torch.manual_seed(0)
     heads = 8
     layer = Peer(WIDTH, experts, heads, active_experts // heads, WIDTH)
-    tables = layer.expert_tables()
-    rest = [parameter for parameter in layer.parameters() if all(parameter is not table for table in tables)]
-    optimizer = RowSparseAdamW([{"params": rest}, {"params": tables, "row_sparse": True}], lr=1e-3, fused=True)
+    optimizer = make_optimizer(layer, "row_sparse_adamw")
     x, gradient = torch.randn(tokens, WIDTH, requires_grad=True), torch.randn(tokens, WIDTH)
     touched = len(layer.retrieve(x)[1].unique())
 

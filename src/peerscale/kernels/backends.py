@@ -40,6 +40,11 @@ def resolve(kernel: str, device: str = "cpu") -> str:
     return kernel
 
 
+def operators_for(kernel: str, device: str) -> Operators:
+    """The operators of the backend that `kernel` means for tensors on this type of device; raises as `resolve`."""
+    return BACKENDS[resolve(kernel, device)]
+
+
 def obstacle(kernel: str, device: str) -> str | None:
     """Why a backend cannot run on such a device here, in one line; `None` if it can."""
     match kernel:

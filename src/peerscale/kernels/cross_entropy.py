@@ -9,23 +9,22 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from peerscale.kernels.backends import BACKENDS
 from peerscale.kernels.operators import Operators
 
 _LOGITS_AT_ONCE = {"cpu": 2**18}  # a megabyte in float32: they stay in a core's cache between the passes over them
 _LOGITS_AT_ONCE_ELSEWHERE = 2**27
 
 
-def linear_cross_entropy(x_TD: Tensor, head_VD: Tensor, targets_T: Tensor, kernel: str) -> Tensor:
+def linear_cross_entropy(x_TD: Tensor, head_VD: Tensor, targets_T: Tensor, operators: Operators) -> Tensor:
     """Mean over the tokens of -log softmax(head x[t])[targets[t]], in nats.
 
     The gradients are formed beside the loss, a slice of the tokens at a time (as Hsu et al. 2024, "Liger Kernel"). The
     products follow autocast; loss and softmax are in the precision of the head's weights.
 
     Args:
-        kernel: a name in `kernels.backends.BACKENDS`.
+        operators: of the backend that computes losses and softmax.
     """
-    return _LinearCrossEntropy.apply(x_TD, head_VD, targets_T, BACKENDS[kernel])
+    return _LinearCrossEntropy.apply(x_TD, head_VD, targets_T, operators)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peerscale.kernels.backends import BACKENDS, resolve
+from peerscale.kernels.backends import operators_for
 
 ROTARY_BASE = 10_000.0
 
@@ -31,7 +31,7 @@ class Attention(nn.Module):
         """x (B, T, D) -> y (B, T, D)."""
         B, T, D = x_BTD.shape
         qkv_BT3HC = self.qkv(x_BTD).view(B, T, 3, self.n_heads, D // self.n_heads)
-        operators = BACKENDS[resolve(self.kernel, x_BTD.device.type)]
+        operators = operators_for(self.kernel, x_BTD.device.type)
         query, key, value = operators.rotary(qkv_BT3HC, self.cos_TC, self.sin_TC).transpose(1, 3).unbind(2)
         y_BHTC = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return self.out(y_BHTC.transpose(1, 2).reshape(B, T, D))

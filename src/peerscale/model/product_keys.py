@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from peerscale.kernels.backends import BACKENDS, resolve
+from peerscale.kernels.backends import operators_for
 from peerscale.kernels.operators import Operators
 from peerscale.model.ranks import n_ranks, sum_over_ranks
 from peerscale.model.sharded_tables import ShardedTables
@@ -83,7 +83,7 @@ class ProductKeyRetrieval(nn.Module):
     @property
     def operators(self) -> Operators | ShardedTables:
         """The implementation, which depends on the device that the layer is on."""
-        operators = BACKENDS[resolve(self.kernel, self.sub_keys.device.type)]
+        operators = operators_for(self.kernel, self.sub_keys.device.type)
         return ShardedTables(operators) if self.sharded else operators
 
     def reset_parameters(self) -> None:

@@ -5,6 +5,7 @@ its share, and gradients are averaged over the ranks; so the gradient of somethi
 the sum over all their losses.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def gather_on_first(x: Tensor) -> Tensor:
 @torch.compiler.disable
 def sum_over_ranks(x: Tensor) -> Tensor:
     """The sum of the x of all ranks, differentiable."""
-    return x if n_ranks() == 1 else _Sum.apply(x)
+    return x if n_ranks() == 1 else with_adjoint(x, _summed, _summed)
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
@@ -69,15 +70,23 @@ def as_first_rank(decision: bool) -> bool:
     return bool(told)
 
 
-class _Sum(torch.autograd.Function):
+def with_adjoint(x: Tensor, collective: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor]) -> Tensor:
+    """`collective(x)`, a linear function of the x of all ranks, whose gradient goes back through its adjoint."""
+    return _Collective.apply(x, collective, adjoint)
+
+
+class _Collective(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return _summed(x)
+    def forward(
+        ctx: Any, x: Tensor, collective: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.adjoint = adjoint
+        return collective(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
-        return _summed(grads[0])
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # pyrefly: ignore[bad-override]
+        return ctx.adjoint(grads[0]), None, None
 
 
 def _summed(x: Tensor) -> Tensor:

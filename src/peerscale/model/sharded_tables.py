@@ -6,15 +6,12 @@ rows add, and the sums go back to the ranks of the tokens. So a row's gradient c
 Shapes: T tokens of this rank, M of all, D model width, J retrieved rows a token, L rows here.
 """
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from peerscale.kernels.operators import Operators
-from peerscale.model.ranks import gather, n_ranks, share
+from peerscale.model.ranks import gather, n_ranks, share, with_adjoint
 
 
 class ShardedTables:
@@ -30,13 +27,14 @@ class ShardedTables:
         self, x_TD: Tensor, w_down_LD: Tensor, w_up_LD: Tensor, rows_TJ: Tensor, gates_TJ: Tensor, activation: str
     ) -> Tensor:
         rows, gates = _of_this_rank(rows_TJ, gates_TJ, len(w_down_LD))
-        x_MD = _Gather.apply(x_TD)
-        return _SumOfShares.apply(self.here.single_neuron_experts(x_MD, w_down_LD, w_up_LD, rows, gates, activation))
+        x_MD = with_adjoint(x_TD, gather, _sum_of_shares)
+        y_MD = self.here.single_neuron_experts(x_MD, w_down_LD, w_up_LD, rows, gates, activation)
+        return with_adjoint(y_MD, _sum_of_shares, gather)
 
     @torch.compiler.disable
     def weighted_rows(self, table_LD: Tensor, rows_TJ: Tensor, weights_TJ: Tensor) -> Tensor:
         rows, weights = _of_this_rank(rows_TJ, weights_TJ, len(table_LD))
-        return _SumOfShares.apply(self.here.weighted_rows(table_LD, rows, weights))
+        return with_adjoint(self.here.weighted_rows(table_LD, rows, weights), _sum_of_shares, gather)
 
 
 def keep_own_rows(table: nn.Parameter) -> None:
@@ -51,7 +49,7 @@ def _of_this_rank(rows_TJ: Tensor, weights_TJ: Tensor, n_rows: int) -> tuple[Ten
     a row-sparse optimiser would update any other.
     """
     rows_MJ = gather(rows_TJ) - dist.get_rank() * n_rows
-    weights_MJ = _Gather.apply(weights_TJ)
+    weights_MJ = with_adjoint(weights_TJ, gather, _sum_of_shares)
     is_here_MJ = (rows_MJ >= 0) & (rows_MJ < n_rows)
     most = max(1, int(is_here_MJ.sum(1).max()))
     order = is_here_MJ.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
@@ -61,33 +59,8 @@ def _of_this_rank(rows_TJ: Tensor, weights_TJ: Tensor, n_rows: int) -> tuple[Ten
     return rows, weights_MJ.gather(1, order) * is_here
 
 
-class _Gather(torch.autograd.Function):
-    """The x of all ranks, side by side."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor) -> Tensor:
-        return gather(x_TD)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
-        return _sum_of_shares(grads[0])
-
-
-class _SumOfShares(torch.autograd.Function):
-    """Of the sum of the y of all ranks the tokens of this one: the adjoint of `_Gather`."""
-
-    @staticmethod
-    def forward(ctx: Any, y_MD: Tensor) -> Tensor:
-        return _sum_of_shares(y_MD)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
-        return gather(grads[0])
-
-
 def _sum_of_shares(y_MD: Tensor) -> Tensor:
+    """Of the sum of the y of all ranks the tokens of this one: the adjoint of `gather`."""
     parts = [part.contiguous() for part in y_MD.chunk(n_ranks())]
     total = torch.empty_like(parts[0])
     dist.reduce_scatter(total, parts)

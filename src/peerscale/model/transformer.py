@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peerscale.kernels.backends import BACKENDS, resolve
+from peerscale.kernels.backends import operators_for
 from peerscale.model.attention import Attention
 from peerscale.model.moe import Experts
 
@@ -21,7 +21,7 @@ class RmsNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> y (..., D)."""
-        operators = BACKENDS[resolve(self.kernel, x.device.type)]
+        operators = operators_for(self.kernel, x.device.type)
         return operators.rms_norm(x, self.weight, torch.finfo(self.weight.dtype).eps)
 
 

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from peerscale.config import Config
-from peerscale.kernels.backends import resolve
+from peerscale.kernels.backends import operators_for
 from peerscale.kernels.cross_entropy import linear_cross_entropy
 from peerscale.model import build_model
 from peerscale.model.ranks import mean_over_ranks
@@ -34,8 +34,8 @@ class LanguageModel(lightning.LightningModule):
 
     def training_step(self, tokens: Tensor, batch_idx: int) -> dict[str, Tensor]:
         x_TD = self.model.features(tokens[:, :-1]).flatten(0, 1)
-        kernel = resolve(self.config.trainer.kernel, tokens.device.type)
-        cross_entropy = linear_cross_entropy(x_TD, self.model.embedding.weight, tokens[:, 1:].flatten(), kernel)
+        operators = operators_for(self.config.trainer.kernel, tokens.device.type)
+        cross_entropy = linear_cross_entropy(x_TD, self.model.embedding.weight, tokens[:, 1:].flatten(), operators)
         auxiliary = self.model.auxiliary_loss()
         loss = cross_entropy if auxiliary is None else cross_entropy + auxiliary
         return {"loss": loss, "cross_entropy": mean_over_ranks(cross_entropy.detach())}
