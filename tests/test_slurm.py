@@ -154,6 +154,9 @@ def test_a_class_of_resources_comes_from_the_plan(tmp_path: Path, monkeypatch: p
     big = replace(cell.plan, cost=replace(cell.plan.cost, params={"table": 10**9}))
     other = resources(replace(cell, config=replace(cell.config, trainer=trainer), plan=big), check(DEFAULTS))
     assert (other.mem_gb, other.cpus, other.gpus) == (64, 3, 1)  # 32 GB of state and 2 GB
+    shared = replace(cell.config, trainer=replace(trainer, devices=2))
+    both = resources(replace(cell, config=shared, plan=big), check(DEFAULTS))
+    assert (both.cpus, both.gpus) == (6, 2)
     said = {"timeout_min": 7, "mem_gb": 1.5, "cpus_per_task": 2, "gpus_per_node": 4}
     assert str(resources(cell, check(DEFAULTS | said))) == "2 CPU, 4 GPU, 1.5 GB, 7 min"
 

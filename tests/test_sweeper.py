@@ -374,6 +374,7 @@ def test_time_goes_by_the_done_cell_of_the_nearest_cost_and_the_same_threads_and
         "failed": replace(wrong, status=Status.FAILED),
         "other_machine": replace(wrong, environment={"hardware": "abacus", "n_threads": 1}),
         "more_threads": replace(wrong, environment={"hardware": cpu_name(), "n_threads": 8}),
+        "more_devices": replace(wrong, environment={"hardware": cpu_name(), "n_threads": 1, "n_devices": 2}),
         "other_method": replace(wrong, variant="gated"),
     }.items():
         write_record(runs / "another_study" / name, record)

@@ -74,12 +74,13 @@ def resources(cell: Cell, settings: SlurmConfig) -> Resources:
     config, plan = cell.config, cell.plan
     memory = BASE_GB + (32 * plan.cost.params_total + 16 * config.tokens_per_step * config.data.vocab_size) / 1e9
     minutes = STARTING_MIN + settings.time_factor * cell.estimate_s / 60
+    on_gpus = config.trainer.accelerator == "gpu"
     limit = SHORTEST_MIN * 2 ** max(0, math.ceil(math.log2(minutes / SHORTEST_MIN)))
     return Resources(
         time_min=settings.timeout_min or min(limit, settings.max_timeout_min),
         mem_gb=settings.mem_gb or 2 ** math.ceil(math.log2(memory)),
-        cpus=settings.cpus_per_task or config.trainer.threads,
-        gpus=int(config.trainer.accelerator == "gpu") if settings.gpus_per_node is None else settings.gpus_per_node,
+        cpus=settings.cpus_per_task or config.trainer.threads * config.trainer.devices,
+        gpus=on_gpus * config.trainer.devices if settings.gpus_per_node is None else settings.gpus_per_node,
     )
 
 

@@ -23,6 +23,7 @@ class Measured:
 
     name: str
     threads: int
+    devices: int
     flops_per_token: int
     flops_per_s: float
 
@@ -39,6 +40,7 @@ def measured_speeds(runs: Path) -> list[Measured]:
                     Measured(
                         name=name,
                         threads=record["environment"]["n_threads"],
+                        devices=record["environment"].get("n_devices", 1),
                         flops_per_token=sum(record["flops_per_token"].values()),
                         flops_per_s=record["timing"]["flops_per_s"],
                     )
@@ -51,7 +53,8 @@ def measured_speeds(runs: Path) -> list[Measured]:
 def estimate_s(config: Config, plan: Plan, speeds: list[Measured]) -> tuple[float, bool]:
     """Seconds for training and evaluation, and whether that is a guess (no record of this method yet)."""
     per_token = plan.cost.flops_per_token
-    known = [s for s in speeds if s.name == config.ffn.name and s.threads == config.trainer.threads]
+    like = (config.ffn.name, config.trainer.threads, config.trainer.devices)
+    known = [s for s in speeds if (s.name, s.threads, s.devices) == like]
     rate = GUESS_FLOPS_PER_S
     if known:
         rate = min(known, key=lambda s: abs(math.log(s.flops_per_token / per_token))).flops_per_s
