@@ -1,9 +1,9 @@
 """From the records of a study to its tables and fits: runs.csv, records.jsonl, curves.csv, fits.json, differences.csv.
 
-    python analysis/collect.py SWEEP
+    python analysis/collect.py SWEEP [--with-published]
 
-Reads the cells in runs/SWEEP, or results/SWEEP where there are none; writes runs/SWEEP/study. Every planned cell has
-a row, also those that were dropped, failed, or never run.
+Reads the cells in runs/SWEEP, or results/SWEEP where there are none, or both; writes runs/SWEEP/study. Every planned
+cell has a row, also those that were dropped, failed, or never run.
 """
 
 import json
@@ -21,7 +21,7 @@ from peerscale.files import write_text
 from peerscale.laws import fit_isoflop
 from peerscale.laws.bootstrap import percentile_interval, resampled_losses
 from peerscale.laws.isoflop import VertexStatus, fit_parabolas, minima
-from peerscale.runs.record import Record
+from peerscale.runs.record import Record, Status
 from peerscale.runs.study import (
     SIZE_COLUMNS,
     collected,
@@ -42,12 +42,16 @@ RARE = 0.05
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = study_parser(__doc__).parse_args(argv)
+    parser = study_parser(__doc__)
+    parser.add_argument("--with-published", action="store_true", help="add the published cells that were not run here")
+    arguments = parser.parse_args(argv)
     table = published(arguments.sweep, arguments.results)
     if table.runs.is_file() and not table.records.is_file() and not read_records(arguments.runs / arguments.sweep):
         print(f"{arguments.sweep}: published without its records, so there is nothing to fit again: {table.runs}")
         return 0
-    records, curves = read_study(arguments.sweep, arguments.runs, arguments.results)
+    records, curves = read_study(
+        arguments.sweep, arguments.runs, arguments.results, with_published=arguments.with_published
+    )
     study = collected(arguments.sweep, arguments.runs)
     runs = runs_table(records)
     fits = fit_study(runs)
@@ -61,17 +65,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def read_study(sweep: str, runs: Path, results: Path) -> tuple[list[Record], pd.DataFrame]:
-    """Records of all cells, planned ones included, and the training curves; from `runs`, else as published."""
+def read_study(
+    sweep: str, runs: Path, results: Path, *, with_published: bool = False
+) -> tuple[list[Record], pd.DataFrame]:
+    """Records of all cells, planned ones included, and the training curves; from `runs`, else as published.
+
+    With `with_published` both are read, and a published cell counts where `runs` has no record of it.
+
+    Raises:
+        UserError: there are none, or the published ones are of another corpus or recipe.
+    """
     records = read_records(runs / sweep)
-    if records:
-        curves = curves_table(runs / sweep / record.cell for record in records)
-        return with_planned(sweep, records), curves
     source = published(sweep, results)
-    if source.records.is_file():
-        curves = read_table(source.curves, CURVES) if source.curves.is_file() else curves_table(())
-        return read_records(source.folder), curves
-    raise UserError(f"no runs of {sweep!r}: neither cells in {runs / sweep} nor {source.records}")
+    if not source.records.is_file() and (with_published or not records):
+        raise UserError(f"no runs of {sweep!r}: neither cells in {runs / sweep} nor {source.records}")
+    if records and not with_published:
+        return with_planned(sweep, records), curves_table(runs / sweep / record.cell for record in records)
+    others = read_records(source.folder)
+    curves = read_table(source.curves, CURVES) if source.curves.is_file() else curves_table(())
+    if not records:
+        return others, curves
+    refuse_incomparable(records, others, source.records)
+    run_here = [record.cell for record in records]
+    others = [record for record in others if record.cell not in run_here]
+    print(f"{sweep}: {len(run_here)} cells of {runs / sweep}, {len(others)} of {source.folder}")
+    own_curves = curves_table(runs / sweep / cell for cell in run_here)
+    curves = pd.concat([own_curves, curves[~curves["cell"].isin(run_here)]], ignore_index=True)
+    return with_planned(sweep, records + others), curves
+
+
+def refuse_incomparable(own: Sequence[Record], others: Sequence[Record], where: Path) -> None:
+    """Raise `UserError` unless all finished cells were trained by one recipe on one corpus."""
+    for key in ("recipe_version", "data_fingerprint"):
+        here, there = ({r.science[key] for r in records if r.status is Status.DONE} for records in (own, others))
+        if here and there and here != there:
+            raise UserError(f"{where}: {key} {_listed(there)}, but the cells run here have {_listed(here)}")
+
+
+def _listed(values: set[Any]) -> str:
+    return ", ".join(sorted(map(str, values)))
 
 
 def with_planned(sweep: str, records: list[Record]) -> list[Record]:

@@ -167,6 +167,19 @@ def test_overrides_of_every_cell_reach_its_job(study: Write, overrides: list[str
     assert_planned_is_what_a_job_loads(cells[::3], file)
 
 
+def test_a_part_of_a_study_has_the_names_and_configurations_that_it_has_in_the_whole(study: Write) -> None:
+    file = study(
+        "{methods: [dense, pkm, peer], grid: [{budget: 1e10, sizes: [d8, d12]}, {budget: 3e10, sizes: [d16]}], "
+        "method_axes: {peer: {optim.table_lr: [1e-3, 0.5]}}}"
+    )
+    whole = planned_cells(file)
+    part = planned_cells(file, ["sweep.methods=[pkm,dense]", "sweep.budgets=[1e10]", "trainer.threads=2"])
+    assert {cell.name for cell in part} == {
+        cell.name for cell in whole if cell.config.budget == 1e10 and cell.config.ffn.name != "peer"
+    }
+    assert_planned_is_what_a_job_loads(part, file)
+
+
 @pytest.mark.parametrize("overrides", [["budget=1e12"], ["seed=3"], ["size=d32"], ["++size.n_layers=2"]], ids=" ".join)
 def test_an_override_of_what_the_study_names_is_refused_or_reaches_plan_and_job(
     study: Write, overrides: list[str]

@@ -363,6 +363,8 @@ class SweepConfig:
     methods: list[str] = Field(min_length=1)
     """Names of files in conf/ffn."""
     grid: list[GridRow] = Field(min_length=1)
+    budgets: Annotated[list[Rate], Field(min_length=1)] | None = None
+    """Only these budgets of the grid: for running a study in parts."""
     seeds: list[Seed] = Field(default_factory=lambda: [0], min_length=1)
     axes: dict[str, Values] = Field(default_factory=dict)
     """Any further config keys and the values that each takes."""
@@ -374,6 +376,14 @@ class SweepConfig:
     def __post_init__(self) -> None:
         if strangers := sorted(self.method_axes.keys() - set(self.methods)):
             raise ValueError(f"method_axes names {', '.join(strangers)}, but the methods are {', '.join(self.methods)}")
+        there = sorted({row.budget for row in self.grid})
+        if strange := sorted(set(self.budgets or ()) - set(there)):
+            raise ValueError(f"budgets names {strange[0]:g}, but the grid has {', '.join(f'{b:g}' for b in there)}")
+
+    @property
+    def rows(self) -> list[GridRow]:
+        """The rows of the grid that are to be planned."""
+        return [row for row in self.grid if self.budgets is None or row.budget in self.budgets]
 
 
 T = TypeVar("T")
@@ -415,14 +425,22 @@ def load(overrides: Sequence[str] = (), *, sweep: str | Path | None = None) -> C
     Raises:
         ConfigError: an unknown key or value, or a model that cannot be built.
     """
-    tree = compose(overrides, sweep=sweep)
+    tree = compose([o for o in overrides if sweep is None or not of_sweep(o)], sweep=sweep)
     tree.pop("sweep", None)
     return parse_config(tree)
 
 
-def load_sweep(sweep: str | Path) -> SweepConfig:
-    """The `sweep` section of a study; raises `ConfigError`."""
-    tree = compose(sweep=sweep).get("sweep")
+def load_sweep(sweep: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
+    """The `sweep` section of a study, changed by those of `overrides` that are `of_sweep`; raises `ConfigError`."""
+    overrides = [f"++{o.lstrip('+')}" for o in overrides if of_sweep(o)]  # Hydra adds no key without being told to
+    tree = compose(overrides, sweep=sweep).get("sweep")
     if tree is None:
         raise ConfigError(f"{sweep_file(sweep)}: no `sweep:` section")
+    if overrides and isinstance(tree.get("method_axes"), dict):  # what varies a method that was not chosen is no error
+        tree["method_axes"] = {name: axes for name, axes in tree["method_axes"].items() if name in tree["methods"]}
     return parse_sweep(tree)
+
+
+def of_sweep(override: str) -> bool:
+    """Whether an override chooses a part of a study, such as `sweep.methods=[peer]`, rather than changing its cells."""
+    return override.lstrip("+").startswith("sweep.")

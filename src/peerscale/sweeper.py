@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from peerscale.composition import sweep_file
-from peerscale.config import Config, ConfigError, SweepConfig, load, load_sweep
+from peerscale.config import Config, ConfigError, SweepConfig, load, load_sweep, of_sweep
 from peerscale.config_errors import one_line
 from peerscale.errors import UserError
 from peerscale.files import ROOT
@@ -81,13 +81,15 @@ def planned_cells(sweep: str | Path, overrides: Sequence[str] = ()) -> list[Cell
 
     Args:
         sweep: the study's name, or its file.
-        overrides: further overrides of every cell.
+        overrides: further overrides of every cell; those of `sweep` itself, such as `sweep.budgets=[1e12]`, choose
+            the part of the study that is planned.
 
     Raises:
         ConfigError: a sweep file that names an unknown method, size or key, or describes a cell twice.
     """
     file = sweep_file(sweep)
-    study = load_sweep(file)
+    study = load_sweep(file, overrides)
+    overrides = [override for override in overrides if not of_sweep(override)]
     compose = functools.cache(lambda *choice: load(choice, sweep=file))
     own = {*NAMED, *study.axes, *(axis for axes in study.method_axes.values() for axis in axes)}
     if taken := [key for key in map(_key, overrides) if key in own]:
@@ -99,7 +101,7 @@ def planned_cells(sweep: str | Path, overrides: Sequence[str] = ()) -> list[Cell
         raise ConfigError(f"{file.name}: axes: {min(twice_said)} is what methods, grid and seeds vary")
     size_overrides = [o for o in overrides if _key(o).startswith("size.")]
     cells: list[Cell] = []
-    for method, row in itertools.product(study.methods, study.grid):
+    for method, row in itertools.product(study.methods, study.rows):
         for size, axes, seed in itertools.product(row.sizes, _axis_overrides(study, method), row.seeds or study.seeds):
             # Composing takes 50 ms, so it is done once for each layer and once for each size, not for each cell:
             # a size file says nothing but `size`, and budget and seed are plain numbers.

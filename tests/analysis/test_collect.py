@@ -11,7 +11,7 @@ import pytest
 from synthetic_study import SWEEP, WRONG, cells, records, script, write_cells
 
 from peerscale.errors import UserError, exit_code
-from peerscale.runs.record import Status, read_record
+from peerscale.runs.record import Status, read_record, write_record
 from peerscale.runs.study import collected
 from peerscale.runs.table import runs_table
 
@@ -162,3 +162,55 @@ def test_records_survive_the_collection(collected_runs: Path) -> None:
     record = read_record(collected_runs / SWEEP / "peer-d16-1e11-s0")
     assert record is not None
     assert by_cell[record.cell]["sequence_losses"] == record.sequence_losses
+
+
+def published_and_run_here(folder: Path, own: list, others: list) -> list[str]:
+    """The arguments for a study whose `others` were published and whose `own` were run here."""
+    write_cells(folder / "elsewhere")
+    for record in records():
+        if record.cell not in {other.cell for other in others}:
+            shutil.rmtree(folder / "elsewhere" / SWEEP / record.cell, ignore_errors=True)
+    for record in others:
+        write_record(folder / "elsewhere" / SWEEP / record.cell, record)
+    collect.planned_cells = lambda sweep: cells()
+    assert collect.main([SWEEP, "--runs", str(folder / "elsewhere")]) == 0
+    shutil.copytree(collected(SWEEP, folder / "elsewhere").folder, folder / "results" / SWEEP)
+    write_cells(folder / "runs")
+    for record in records():
+        if record.cell not in {mine.cell for mine in own}:
+            shutil.rmtree(folder / "runs" / SWEEP / record.cell, ignore_errors=True)
+    return [SWEEP, "--runs", str(folder / "runs"), "--results", str(folder / "results"), "--with-published"]
+
+
+def test_published_cells_fill_in_what_was_not_run_here(
+    collected_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peer = [r for r in records() if r.method == "peer"]
+    others = [replace(r, status=Status.FAILED) if r.cell == peer[0].cell else r for r in records()]
+    arguments = published_and_run_here(tmp_path, peer, others)
+    capsys.readouterr()
+    assert collect.main(arguments) == 0
+    assert f"{len(peer)} cells of" in capsys.readouterr().out
+    merged, whole = collected(SWEEP, tmp_path / "runs"), collected(SWEEP, collected_runs)
+    for path in ("runs", "records", "fits", "differences"):
+        assert getattr(merged, path).read_text() == getattr(whole, path).read_text(), path
+    both = (pd.read_csv(s.curves).sort_values(["cell", "step"], ignore_index=True) for s in (merged, whole))
+    pd.testing.assert_frame_equal(*both)
+
+
+@pytest.mark.parametrize("key", ["recipe_version", "data_fingerprint"])
+def test_published_cells_of_another_recipe_or_corpus_are_refused(tmp_path: Path, key: str) -> None:
+    others = [
+        replace(r, science={**r.science, key: "other"}) if r.status is Status.DONE else r
+        for r in records()
+        if r.method != "peer"
+    ]
+    arguments = published_and_run_here(tmp_path, [r for r in records() if r.method == "peer"], others)
+    with pytest.raises(UserError, match=rf"records.jsonl: {key} other, but the cells run here have "):
+        collect.main(arguments)
+    assert not collected(SWEEP, tmp_path / "runs").runs.exists()
+
+
+def test_without_a_published_study_there_is_nothing_to_add(collected_runs: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"records\.jsonl"):
+        collect.main([SWEEP, "--runs", str(collected_runs), "--results", str(tmp_path), "--with-published"])
