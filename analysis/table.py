@@ -5,7 +5,7 @@
 What the study varies decides which: losses at the compute optimum, perplexities there (the paper's table 1) and
 rankings under other FLOP conventions; a layer's settings at one size, and experts and BatchNorm (table 2); rates.
 
-Works on runs/SWEEP/study, else on results/SWEEP; prints the tables and writes them to table.md there.
+Works on runs/SWEEP/study, else on results/SWEEP; writes the tables to table.md there and prints what decides.
 """
 
 import sys
@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     study = find_study(arguments.sweep, arguments.runs, arguments.results)
     runs, published = read_runs(study.runs), read_published()
     runs, settings = runs.assign(name=method_names(runs)), varied(runs)
-    if has_curves(runs) or not settings:
+    compared = has_curves(runs) or not settings
+    if compared:
         title, fits = "losses at equal compute", read_fits(study.fits)
         lines = [*closing_table(runs, fits, read_differences(study)), *at_the_optimum(runs, fits, published)]
     elif settings & {"lr", "table_lr"}:
@@ -48,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines += experts_and_norm(runs, published)
     text = "\n".join([f"# {arguments.sweep}: {title}", "", *lines])
     write_text(study.table, text)
+    if compared:  # the answer, as the last thing on a terminal at the end of a study
+        answer, _, more = text.partition("\n## ")
+        titles = [part.partition("\n")[0] for part in more.split("\n## ")]
+        text = f"{answer}\nFurther tables in {study.table}: {'; '.join(titles)}\n"
     print(text, end="")
     return 0
 

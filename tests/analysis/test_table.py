@@ -154,10 +154,17 @@ def test_a_study_with_nothing_finished_has_a_table(study: Tables) -> None:
     assert rows["3e11", "PEER"] == ["0 of 1", "—", "—", "—", "1 diverged"]
 
 
-def test_it_prints_what_it_writes(collected_runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_prints_the_answer_and_names_the_further_tables(
+    collected_runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert table.main([SWEEP, "--runs", str(collected_runs)]) == 0
     printed = capsys.readouterr().out
-    assert collected(SWEEP, collected_runs).table.read_text() == printed
+    written = collected(SWEEP, collected_runs).table.read_text()
+    answer, further = printed.rstrip("\n").rsplit("\n", 1)
+    assert written.startswith(answer)
+    assert "PEER leads" in answer.splitlines()[-1] or "Exponents" in answer.splitlines()[-1]
+    headings = [line.removeprefix("## ") for line in written.splitlines() if line.startswith("## ")]
+    assert further == f"Further tables in {collected(SWEEP, collected_runs).table}: {'; '.join(headings)}"
     assert (
         "The interval covers the sampling of validation sequences, not seeds nor the choice of learning rate."
         in printed
@@ -165,10 +172,10 @@ def test_it_prints_what_it_writes(collected_runs: Path, capsys: pytest.CaptureFi
 
 
 def test_the_papers_table_1_and_other_conventions_follow(
-    collected_runs: Path, capsys: pytest.CaptureFixture[str]
+    collected_runs: Path,
 ) -> None:
     table.main([SWEEP, "--runs", str(collected_runs)])
-    printed = capsys.readouterr().out
+    printed = collected(SWEEP, collected_runs).table.read_text()
     assert "| 6e18 | PEER | 20.63 | 20.68 | 17.65 | 19.01 | 25.48 | −0.145 |" in printed
     assert "c4, curation_corpus, lambada, pile, wikitext are absent here" in printed
     assert "## Ranking under other FLOP conventions" in printed
