@@ -6,24 +6,26 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from peerscale.errors import UserError
-from peerscale.runs.study import usable
+from peerscale.runs.study import method_names, usable
 from peerscale.viz import style
-from peerscale.viz.ablations import layer_names
 from peerscale.viz.isoflop import missing_note
 
 RATES = ["lr", "table_lr"]
+NUMBER = r"[\d.]+(?:e-?\d+)?"
 
 
 def settings_table(runs: pd.DataFrame) -> pd.DataFrame:
     """A row a method and setting: name, lr, table_lr (0: none), the losses by size and their mean, best first.
 
-    `lr` is the rate as the study sets it, at the reference width; in `runs` it is that of the cell's width.
+    What a study varies besides is part of the name. `lr` is the rate as the study sets it, at the reference width; in
+    `runs`, and where the study sets none, it is that of the cell's width.
 
     Raises:
         UserError: no setting was trained at every size.
     """
-    runs = runs[usable(runs)].assign(name=layer_names(runs))
-    runs["lr"] = runs["cell"].str.extract(r"-lr=([\d.]+(?:e-?\d+)?)", expand=False).astype(float)
+    names = method_names(runs).str.replace(rf"[ -](?:table_)?lr={NUMBER}(?=-|$)", "", regex=True)
+    runs = runs.assign(name=names)[usable(runs)]
+    runs["lr"] = runs["cell"].str.extract(rf"-lr=({NUMBER})", expand=False).astype(float).fillna(runs["lr"])
     runs["table_lr"] = runs["table_lr"].fillna(0.0)
     losses = runs.pivot_table(index=["name", *RATES], columns="size", values="val_loss", aggfunc="mean").dropna()
     if losses.empty:
@@ -47,13 +49,13 @@ def rates_panel(axes: Axes, settings: pd.DataFrame, *, rate: str, loss: str) -> 
 
     The other rate is at its best; methods without the rate are left out. A star at the lowest, hollow at an edge.
     """
-    colours = style.colours(settings["name"])
+    colours, dashes = style.colours(settings["name"]), style.dashes(settings["name"])
     for name in style.ordered(settings["name"]):
         tried = settings[(settings["name"] == name) & (settings[rate] > 0)].groupby(rate)[loss].min()
         if len(tried) < 2:
             continue
         x, y = np.asarray(tried.index, float), np.asarray(tried, float)
-        axes.plot(x, y, ".-", color=colours[name], markersize=4, linewidth=1, label=name)
+        axes.plot(x, y, f".{dashes[name]}", color=colours[name], markersize=4, linewidth=1, label=name)
         best = int(y.argmin())
         style.star(axes, x[best], y[best], colours[name], f"_best {name}", hollow=best in (0, len(y) - 1))
     axes.set_xscale("log")
@@ -64,9 +66,9 @@ def rates_figure(runs: pd.DataFrame, *, note: str = "") -> Figure:
     """A panel per size over the common rate, and one over the tables' own, of the mean over the sizes."""
     settings = settings_table(runs)
     sizes = sorted((c for c in settings.columns if c not in ("name", *RATES, "mean")), key=lambda s: (len(s), s))
-    panels_of = [("lr", size, size) for size in sizes]
+    panels_of = [("lr", size, size) for size in sizes] if (settings.groupby("name")["lr"].nunique() > 1).any() else []
     if settings["table_lr"].nunique() > 2:
-        panels_of.append(("table_lr", "mean", f"mean of {' and '.join(sizes)}"))
+        panels_of.append(("table_lr", "mean", f"mean of {' and '.join(sizes)}" if len(sizes) > 1 else sizes[0]))
     with style.applied():
         figure, panels = style.panels(len(panels_of))
         for axes, (rate, loss, title) in zip(panels, panels_of, strict=True):
@@ -76,9 +78,10 @@ def rates_figure(runs: pd.DataFrame, *, note: str = "") -> Figure:
         names, counts, seeds = style.ordered(settings["name"]), settings["name"].value_counts(), runs["seed"].nunique()
         style.method_legend(figure, names)
         budgets = ", ".join(style.budget_title(budget) for budget in sorted(runs["budget"].unique()))
-        other = "the other rate at its best; " if len(panels_of) > len(sizes) else ""
+        other = "the other rate at its best; " if len({rate for rate, *_ in panels_of}) > 1 else ""
         about = f"{budgets}; {seeds} seed{'s' * (seeds > 1)}; {other}stars: lowest, hollow at the edge of the grid"
-        tried = f"settings tried: {', '.join(f'{style.label(name)} {counts[name]}' for name in names)}"
+        each = ", ".join(f"{style.label(name)} {counts[name]}" for name in names)
+        tried = f"settings tried: {f'{counts.iloc[0]} each' if counts.nunique() == 1 else each}"
         tried += "; rates as set, before the rule for the width"
         style.caption(figure, note, about, tried, missing_note(runs))
     return figure

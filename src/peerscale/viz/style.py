@@ -7,6 +7,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 from pathlib import Path
 
 import matplotlib
@@ -88,6 +89,16 @@ def colours(names: Iterable[str]) -> dict[str, str]:
     return chosen
 
 
+def dashes(names: Iterable[str]) -> dict[str, Literal["-", "--"]]:
+    """A line style per method name: dashed where another has its colour already, as a study may have many arms."""
+    taken: list[str] = []
+    chosen: dict[str, Literal["-", "--"]] = {}
+    for name, colour in colours(names).items():
+        chosen[name] = "--" if colour in taken else "-"
+        taken.append(colour)
+    return chosen
+
+
 def label(name: str) -> str:
     """A method's name as figures and tables write it; `name axis=value` keeps its axes."""
     method, space, axes = name.partition(" ")
@@ -143,8 +154,8 @@ def legend(figure: Figure, handles: Sequence[Line2D]) -> None:
 
 def method_legend(figure: Figure, names: Sequence[str]) -> None:
     """A legend of methods."""
-    chosen = colours(names)
-    legend(figure, [Line2D([], [], color=chosen[name], label=label(name)) for name in names])
+    chosen, drawn = colours(names), dashes(names)
+    legend(figure, [Line2D([], [], color=chosen[name], linestyle=drawn[name], label=label(name)) for name in names])
 
 
 def star(axes: Axes, x: float, y: float, color: str, label: str, *, hollow: bool = False) -> None:
