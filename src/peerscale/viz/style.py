@@ -7,8 +7,8 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 import pandas as pd
