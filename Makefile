@@ -24,7 +24,7 @@ help: ## print every target
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 	@echo; echo "Variables: SWEEP=$(SWEEP) LAUNCHER=joblib|local|slurm JOBS=$(JOBS) OVERRIDES='key=value ...' PYTHON=$(PYTHON)"
 
-reproduce: ## the main job: train the isoFLOP study on real text, fit it, draw it (some 20 minutes on 2 cores)
+reproduce: ## the main job: train the isoFLOP study on real text, fit it, draw it (21 minutes on 2 cores)
 	@$(MAKE) --no-print-directory data sweep figures SWEEP=reproduce
 	@echo; echo "Look at the runs:  make dashboard   (W&B in the terminal, offline)    upload them: make sync"
 	@echo "The figure:        runs/reproduce/study/figures/isoflop.png"
