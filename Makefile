@@ -77,7 +77,7 @@ dashboard: setup ## browse the W&B runs of SWEEP in the terminal, offline
 	@ln -sfn $(CURDIR)/runs/$(SWEEP)/*/wandb/*run-* runs/$(SWEEP)/study/wandb/
 	@$(BIN)/wandb leet runs/$(SWEEP)/study/wandb
 
-bench: setup ## training steps side by side: PEER-pytorch's layer, all methods, growth; into results/bench (20 minutes)
+bench: setup ## training steps side by side: PEER-pytorch's layer, all methods, growth; into results/bench (some 10 minutes)
 	@$(BIN)/python -c 'import PEER_pytorch' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	@OMP_NUM_THREADS=$(JOBS) $(BIN)/python benchmarks/peer_step.py --out results/bench/peer_step.json
 	@OMP_NUM_THREADS=$(JOBS) $(BIN)/python benchmarks/growth.py --out results/bench/growth.csv

@@ -1,26 +1,22 @@
 """A Slurm time limit shorter than the cell: slice after slice it must end as an unbroken one. Takes five minutes.
 
-    .venv/bin/python benchmarks/slurm_time_limit.py
-
 Starts a one-node Slurm of its own on loopback. Slurm counts time limits in minutes and looks every half a minute, so
 each slice trains for 15 to 45 seconds.
 """
 
-import json
-import os
 import sys
-import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from broken_runs import check
 
 from peerscale.runs.record import Record, Status, read_record
 from peerscale.runs.table import read_metrics
 from peerscale.slurm import jobs_folder, read_job_ids
-from peerscale.submission import check, submit
+from peerscale.submission import check as check_settings
+from peerscale.submission import submit
 from peerscale.sweeper import Cell, planned_cells
 from peerscale.train import run_cell
 from slurm_cluster import ask, missing, one_node_slurm, trainable_study
@@ -29,18 +25,14 @@ TRAINING_S = 100.0
 """Of the unbroken cell: three slices or more, since none trains for longer than 45 seconds."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """A row for the table of faults."""
+def in_slices(folder: Path) -> tuple[int, str, int]:
+    """Train a cell in slices of one minute and, for comparison, in one go.
 
-    fault: str
-    tried: int
-    outcome: str
-    lost_records: int
-
-
-def slurm_time_limit(folder: Path) -> Outcome:
-    """Train a cell in slices of one minute and, for comparison, in one go; raises AssertionError if they differ."""
+    Returns:
+        Times that it was cut off, what came of it, and the rows of metrics that differ.
+    """
+    if reason := missing():
+        return 0, f"skipped: {reason}", 0
     steps = 400
     speed = steps / _train_here(_cell(trainable_study(folder / "speed", steps))).timing["wall_s"]
     study = trainable_study(folder / "study", round(TRAINING_S * speed))
@@ -49,23 +41,18 @@ def slurm_time_limit(folder: Path) -> Outcome:
     settings |= {"gpus_per_node": 0, "mem_gb": 1, "timeout_min": 1, "signal_delay_s": 10, "max_num_timeout": 20}
     settings |= {"array_parallelism": 1, "time_factor": 1, "max_timeout_min": 1, "setup": []}
     with one_node_slurm(folder / "slurm"):
-        submit([cell], check(settings))
+        submit([cell], check_settings(settings))
         reference = _train_here(unbroken)
         while ask("squeue", "--noheader"):
             time.sleep(1)
         job = read_job_ids(jobs_folder(cell))[cell.name]
         requeued = (jobs_folder(cell) / f"{job}_0_log.out").read_text().count("Requeued job")
     record = read_record(cell.folder)
-    assert record is not None and record.status is Status.DONE, record
-    assert requeued >= 2, f"{requeued + 1} slices only"
-    assert record.sequence_losses == reference.sequence_losses
+    check(record is not None and record.status is Status.DONE, f"the cell ended as {record and record.status}")
+    check(requeued >= 2, f"{requeued + 1} slices only")
+    check(record is not None and record.sequence_losses == reference.sequence_losses, "other losses than unbroken")
     here, there = _losses(cell), _losses(unbroken)
-    return Outcome(
-        fault="Slurm time limit",
-        tried=requeued,
-        outcome=f"one cell in {requeued + 1} slices, same losses as unbroken",
-        lost_records=len(set(there.items()) ^ set(here.items())),
-    )
+    return requeued, f"{requeued + 1} slices, same losses as unbroken", len(set(there.items()) ^ set(here.items()))
 
 
 def _cell(study: Path, *overrides: str) -> Cell:
@@ -82,12 +69,3 @@ def _train_here(cell: Cell) -> Record:
 
 def _losses(cell: Cell) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in read_metrics(cell.folder)}
-
-
-if __name__ == "__main__":
-    if reason := missing():
-        sys.exit(f"skipped: {reason}")
-    with tempfile.TemporaryDirectory(prefix="peerscale-") as folder:
-        row = slurm_time_limit(Path(folder))
-    print(json.dumps(row.__dict__))
-    sys.exit(row.lost_records > 0)

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import pandas as pd
+
 from peerscale.files import write_text
 
 
@@ -45,6 +47,4 @@ def random_row_bytes_per_s(width: int, repeats: int = 5) -> float:
 
 def write_table(path: Path, rows: list[dict[str, object]]) -> None:
     """A CSV with a column for each key."""
-    lines = [",".join(rows[0])]
-    lines += [",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in row.values()) for row in rows]
-    write_text(path, "\n".join(lines) + "\n")
+    write_text(path, pd.DataFrame(rows).to_csv(index=False, float_format="%.6g"))

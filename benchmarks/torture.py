@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from broken_runs import FORK, STEPS, Bench, Wrong, at_step, cells, check, files, kept, write_text
+from slurm_time_limit import in_slices
 
 import peerscale.training.cell as training
 from peerscale.config import load
@@ -178,6 +179,39 @@ def ctrl_c(bench: Bench) -> Outcome:
     return times, "exit code 130, says how to go on; bit-identical", bench.lost("ctrl-c")
 
 
+def terminated(bench: Bench) -> Outcome:
+    """SIGTERM to a sweep of two workers"""
+    words, times, lost = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.launcher.batch_size=1"], 3, 0
+    bench.finish(bench.study("whole"))
+    for i in range(times):
+        runs = f"terminated-{i}"
+        process = bench.start([*bench.study(runs), *words], lambda runs=runs: os.environ.update(BROKEN_RUN=runs))
+        while not any(path.stat().st_size for path in (bench.folder / runs).rglob("metrics.jsonl")):
+            check(process.is_alive(), "the sweep ended before it was terminated")
+            time.sleep(0.05)
+        process.terminate()
+        process.join()
+        check(process.exitcode == 130, f"exit code {process.exitcode}")
+        time.sleep(1)
+        left = [path.parent.name for path in Path("/proc").glob("[0-9]*/environ") if _holds(path, f"BROKEN_RUN={runs}")]
+        check(not left, f"processes stay: {left}")
+        bench.finish(bench.study(runs))
+        lost += len(kept(bench.folder / "whole" / "toy") ^ kept(bench.folder / runs / "toy"))
+    return times, "exit code 130, no process stays; bit-identical", lost
+
+
+def _holds(path: Path, text: str) -> bool:
+    try:
+        return text.encode() in path.read_bytes().split(b"\0")
+    except OSError:  # it has ended, or is another user's
+        return False
+
+
+def time_limit(bench: Bench) -> Outcome:
+    """a Slurm time limit shorter than the cell"""
+    return in_slices(bench.folder / "slurm")
+
+
 def clock_back(bench: Bench) -> Outcome:
     """the clock set back an hour, again and again"""
 
@@ -240,7 +274,7 @@ class _Code:
 
 FAULTS = (
     killed, two_sweeps, full_checkpoint, full_metrics, nan_loss, raising, old_schema, changed_config, ctrl_c,
-    clock_back, damaged, poisoned,
+    terminated, clock_back, damaged, poisoned, time_limit,
 )  # fmt: skip
 
 

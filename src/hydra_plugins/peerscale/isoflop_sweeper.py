@@ -1,9 +1,13 @@
 """The isoFLOP sweeper: `hydra/sweeper=isoflop`, with the cells of the sweep file that are still to be run."""
 
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
@@ -62,7 +66,7 @@ class IsoflopSweeper(Sweeper):
         from peerscale.progress import Progress
 
         assert self.launcher is not None
-        with Progress(name, pending, already_done=done):
+        with Progress(name, pending, already_done=done), _workers_end_with(self.launcher):
             returns = self.launcher.launch([list(cell.overrides) for cell in pending], initial_job_idx=0)
         return {cell.name: job.return_value for cell, job in zip(pending, returns, strict=True)}
 
@@ -73,6 +77,19 @@ class IsoflopSweeper(Sweeper):
         folders = [Path(source.path) for source in runtime.config_sources if source.schema == "file"]
         found = [f for folder in folders if (f := folder / f"{self.config.hydra.job.config_name}.yaml").is_file()]
         return found[0]
+
+
+@contextmanager
+def _workers_end_with(launcher: Launcher) -> Iterator[None]:
+    """A SIGTERM is taken as Ctrl-C is, or the launcher's worker processes would stay. One without any trains here."""
+    if isinstance(launcher, BasicLauncher):
+        yield  # Lightning saves on the signal
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 ConfigStore.instance().store(
