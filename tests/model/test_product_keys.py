@@ -52,7 +52,7 @@ def test_top_k_equals_brute_force(name, data):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize(("n", "k"), [(16, 16), (50, 7), (64, 16), (100, 33), (129, 1), (300, 16)])
+@pytest.mark.parametrize(("n", "k"), [(16, 16), (50, 7), (64, 16), (64, 64), (100, 33), (129, 1), (130, 70), (300, 16)])
 @pytest.mark.parametrize("name", FINDERS)
 def test_top_k_of_many_keys(name, n, k, shared, dtype):
     torch.manual_seed(n + k)
@@ -106,18 +106,35 @@ def test_gradients_of_the_scores(name, shared):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("width", [1, 4, 5, 8, 12, 16, 20, 32, 33])
+def test_gradients_of_keys_of_any_width_and_many_queries(width, shared, dtype):
+    torch.manual_seed(width)
+    query = torch.randn(700, 2, 2, width, dtype=dtype, requires_grad=True)
+    sub_keys = torch.randn(1 if shared else 2, 2, 20, width, dtype=dtype, requires_grad=True)
+    scores, rows = top_k("fused", query, sub_keys, 9)
+    probe = torch.randn(700, 2, 9, dtype=dtype)
+    found = torch.autograd.grad((scores * probe).sum(), (query, sub_keys))
+    every = all_scores(query, sub_keys)
+    assert_top_k(scores, rows, every)
+    brute = torch.autograd.grad((every.gather(-1, rows) * probe).sum(), (query, sub_keys))
+    for one, other in zip(found, brute, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4 if dtype is torch.float32 else 1e-9, atol=1e-4)
+
+
 def test_many_tokens_are_scored_in_parts(monkeypatch):
     torch.manual_seed(0)
-    query, sub_keys = torch.randn(50, 2, 2, 4), torch.randn(2, 2, 32, 4)
+    query, sub_keys = torch.randn(50, 2, 2, 4), torch.randn(2, 2, 300, 4)
     whole = top_k("fused", query, sub_keys, 8)
-    monkeypatch.setattr("peerscale.kernels.fused._SCORES_AT_ONCE", 7 * 2 * 2 * 32)
+    monkeypatch.setattr("peerscale.kernels.fused._SCORES_AT_ONCE", 7 * 2 * 2 * 300)
     for one, other in zip(whole, top_k("fused", query, sub_keys, 8), strict=True):
         torch.testing.assert_close(one, other)
 
 
 def test_results_do_not_depend_on_the_number_of_threads():
     torch.manual_seed(0)
-    query, sub_keys = torch.randn(64, 4, 2, 8, requires_grad=True), torch.randn(1, 2, 32, 8, requires_grad=True)
+    query, sub_keys = torch.randn(900, 4, 2, 8, requires_grad=True), torch.randn(1, 2, 32, 8, requires_grad=True)
     threads = torch.get_num_threads()
     results = []
     try:

@@ -31,7 +31,7 @@ class CompilerError(Exception):
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled `fused.cpp`; raises `CompilerError` if it can be neither found nor made. Two seconds at first."""
+    """The compiled `fused.cpp`; raises `CompilerError` if it can be neither found nor made. Five seconds at first."""
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
     if compiler is None:
         raise CompilerError("no C++ compiler (c++ or g++, or another in CXX)")

@@ -162,7 +162,7 @@ extern "C" const void* peerscale_find(const char* name, int64_t is_double) {
   FIND(rms_norm);
   FIND(rms_norm_backward);
   FIND(rotary);
-  FIND(product_key_scores_backward);
+  FIND(product_key_backward_narrow);
   FIND(product_key_backward);
   return nullptr;
 }

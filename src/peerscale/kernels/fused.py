@@ -21,8 +21,9 @@ from peerscale.kernels.product_keys import candidate_pairs
 _eager = torch.compiler.disable  # torch.compile cannot look into a C function: it calls these operators as they are
 _ACTIVATIONS = {"gelu": 0, "relu": 1}
 _SCORES_AT_ONCE = 2**21  # sub-key scores that are held in memory: they need not leave the cache
-_SUB_KEYS_BY_LANES = 256  # up to so many a side, many queries are ranked at once
-_SUB_KEYS_AS_MATRIX = 2**11  # numbers a side up to which products with all gradients, zeros included, are faster
+_SUB_KEYS_BY_LANES, _TOP_K_BY_LANES = 256, 64  # up to so many a side, and of these, many queries are ranked at once
+_NARROW_KEYS = 32  # half a key's numbers up to which it is faster not to ask which sub-keys a query has twice
+_QUERIES_A_PART = 1024  # `kQueriesAPart` of `product_keys.h`
 _CACHE_BYTES = 2**22  # a table of this size stays in a core's cache
 
 
@@ -191,25 +192,24 @@ class _ProductKeyTopK(torch.autograd.Function):
         scores_THK = query_THSC.new_empty(T, H, top_k)
         rows_THK = torch.empty(T, H, top_k, dtype=torch.long)
         sub_keys_THSK = torch.empty(T, H, 2, top_k, dtype=torch.int32)
-        keys_BNC = sub_keys_GSNC.view(2 * G, N, C)
-        step = max(1, _SCORES_AT_ONCE // (2 * H * N))
-        for start in range(0, T, step):
-            part = slice(start, start + step)
-            # A product for each set and side, of the queries of all tokens, and of all heads if they share a set.
-            query_BRC = query_THSC[part].reshape(-1, 2 * G, C).transpose(0, 1)
-            shape, results = (H, G, N, top_k), (scores_THK[part], rows_THK[part], sub_keys_THSK[part])
-            if N <= _SUB_KEYS_BY_LANES:
-                scores_BNR = keys_BNC @ query_BRC.mT
-                sizes = (scores_BNR.shape[2], *shape)
-                _run("product_key_top_k_lanes", scores_BNR.dtype, scores_BNR, *sizes, *ranks, len(ranks[0]), *results)
-                continue
-            scores_BRN = query_BRC @ keys_BNC.mT
-            side, row = scores_BRN.stride()[:2]
-            token, head = (H * row, row) if G == 1 else (row, 2 * side)
+        if N <= _SUB_KEYS_BY_LANES and top_k <= _TOP_K_BY_LANES:
             _run(
-                "product_key_top_k", scores_BRN.dtype, scores_BRN, len(query_THSC[part]), *shape, token, head, side,
-                *ranks, len(ranks[0]), *results,
+                "product_key_top_k_lanes", query_THSC.dtype, query_THSC, sub_keys_GSNC, T, H, G, N, C, top_k, *ranks,
+                len(ranks[0]), scores_THK, rows_THK, sub_keys_THSK,
             )  # fmt: skip
+        else:
+            step = max(1, _SCORES_AT_ONCE // (2 * H * N))
+            for start in range(0, T, step):
+                part = slice(start, start + step)
+                # A product for each set and side, of the queries of all tokens, and of all heads if they share a set.
+                query_BRC = query_THSC[part].reshape(-1, 2 * G, C).transpose(0, 1)
+                scores_BRN = query_BRC @ sub_keys_GSNC.view(2 * G, N, C).mT
+                side, row = scores_BRN.stride()[:2]
+                token, head = (H * row, row) if G == 1 else (row, 2 * side)
+                _run(
+                    "product_key_top_k", scores_BRN.dtype, scores_BRN, len(query_THSC[part]), H, G, N, top_k, token,
+                    head, side, *ranks, len(ranks[0]), scores_THK[part], rows_THK[part], sub_keys_THSK[part],
+                )  # fmt: skip
         ctx.save_for_backward(query_THSC, sub_keys_GSNC, sub_keys_THSK)
         ctx.mark_non_differentiable(rows_THK)
         return scores_THK, rows_THK
@@ -219,16 +219,14 @@ class _ProductKeyTopK(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # pyrefly: ignore[bad-override]
         query_THSC, sub_keys_GSNC, sub_keys_THSK = ctx.saved_tensors
         (T, H, S, C), (G, _, N, _), K = query_THSC.shape, sub_keys_GSNC.shape, sub_keys_THSK.shape[-1]
-        if N * C <= _SUB_KEYS_AS_MATRIX:
-            grad_scores_BRN = query_THSC.new_zeros(2 * G, T * H // G, N)
+        if C <= _NARROW_KEYS:
+            grad_query = torch.empty_like(query_THSC)
+            parts = query_THSC.new_empty(-(-T * H // _QUERIES_A_PART), G, S, N, C)
             _run(
-                "product_key_scores_backward", query_THSC.dtype, grads[0].contiguous(), sub_keys_THSK, grad_scores_BRN,
-                T, H, G, N, K,
+                "product_key_backward_narrow", query_THSC.dtype, grads[0].contiguous(), sub_keys_THSK, query_THSC,
+                sub_keys_GSNC, grad_query, parts, T * H, K, C, G * S * N,
             )  # fmt: skip
-            query_BRC = query_THSC.view(-1, 2 * G, C).transpose(0, 1)
-            grad_query_BRC = grad_scores_BRN @ sub_keys_GSNC.view(2 * G, N, C)
-            grad_sub_keys = (grad_scores_BRN.mT @ query_BRC).view_as(sub_keys_GSNC)
-            return grad_query_BRC.transpose(0, 1).reshape(T, H, S, C), grad_sub_keys, None
+            return grad_query, parts.sum(0), None
         grad_query, grad_sub_keys = torch.empty_like(query_THSC), torch.empty_like(sub_keys_GSNC)
         _run(
             "product_key_backward", query_THSC.dtype, grads[0].contiguous(), sub_keys_THSK, query_THSC, sub_keys_GSNC,

@@ -43,39 +43,62 @@ void product_key_top_k(const Real* scores, int64_t T, int64_t H, int64_t G, int6
   }
 }
 
-// As `product_key_top_k`, faster for some hundred sub-keys or fewer; the scores are laid out (G, 2, n, Q), Q the tokens
-// and, if they share a key set, heads.
-template <class Real>
-void product_key_top_k_lanes(const Real* scores, int64_t Q, int64_t H, int64_t G, int64_t n, int64_t K,
-                             const int64_t* first, const int64_t* second, int64_t n_candidates, Real* sums,
-                             int64_t* rows, int32_t* sub_keys, int64_t threads) {
-  using Top = TopKLanes<Real>;
+// Scores of the sub-keys `key` (count, C) with the queries in `query`, a vector of lanes for each of the C numbers.
+template <class Real, class Item, class Values, class Int>
+inline void score_lanes(const Real* key, int64_t C, const Values* query, Int index, int64_t count, Item* out) {
+  constexpr int kKeys = 8;  // at once, for which a query is loaded but once
+  int64_t i = 0;
+  for (; i + kKeys <= count; i += kKeys, key += kKeys * C) {
+    Values score[kKeys] = {};
+    for (int64_t c = 0; c < C; ++c)
+      for (int k = 0; k < kKeys; ++k) score[k] += query[c] * key[k * C + c];
+    for (int k = 0; k < kKeys; ++k) out[i + k] = {score[k], decltype(out->index){} + static_cast<Int>(index + i + k)};
+  }
+  for (; i < count; ++i, key += C) {
+    Values score = {};
+    for (int64_t c = 0; c < C; ++c) score += query[c] * key[c];
+    out[i] = {score, decltype(out->index){} + static_cast<Int>(index + i)};
+  }
+}
+
+// As `product_key_top_k`, but from the queries (T, H, 2, C) and the sub-keys (G, 2, n, C), and for K up to kSize.
+template <class Real, int kSize>
+void top_k_by_lanes(const Real* query, const Real* keys, int64_t T, int64_t H, int64_t G, int64_t n, int64_t C,
+                    int64_t K, const int64_t* first, const int64_t* second, int64_t n_candidates, Real* sums,
+                    int64_t* rows, int32_t* sub_keys, int64_t threads) {
+  using Top = TopKLanes<Real, kSize>;
   using Item = typename Top::Item;
-  constexpr int kSideBits = 4 * sizeof(typename Top::Int);  // an index holds those of both sides, half its bits each
-  const int64_t blocks = (Q + Top::kLanes - 1) / Top::kLanes;
+  using Int = typename Top::Int;
+  constexpr int kSideBits = 4 * sizeof(Int);  // an index holds those of both sides, half its bits each
+  // Queries that share a set of sub-keys: those of all tokens, and of all heads or of one.
+  const int64_t Q = T * H / G, blocks = (Q + Top::kLanes - 1) / Top::kLanes;
 #pragma omp parallel num_threads(threads)
   {
-    Top top_k(K);
-    std::vector<Item> best(2 * K);
+    Top top_k;
+    Item best[2 * kSize];
+    std::vector<typename Top::Values> lanes(C);
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < G * blocks; ++block) {
       const int64_t g = block / blocks, q = block % blocks * Top::kLanes, count = std::min(Top::kLanes, Q - q);
+      const auto query_of = [=](int64_t lane) { return G == 1 ? q + lane : (q + lane) * H + g; };
       for (int64_t s = 0; s < 2; ++s) {
-        const Real* mine = scores + (2 * g + s) * n * Q + q;
-        const Item* side = top_k(n, 0, [=](int64_t i) {
-          Item item{{}, typename Top::Indices{} + static_cast<typename Top::Int>(i)};
-          std::memcpy(&item.value, mine + i * Q, count * sizeof(Real));
-          return item;
+        for (int64_t lane = 0; lane < count; ++lane)
+          for (int64_t c = 0; c < C; ++c) lanes[c][lane] = query[(2 * query_of(lane) + s) * C + c];
+        const Real* key = keys + (2 * g + s) * n * C;
+        const Item* side = top_k(n, 0, [&](int64_t start, int64_t some, Item* to) {
+          score_lanes(key + start * C, C, lanes.data(), static_cast<Int>(start), some, to);
         });
-        std::copy_n(side, K, best.data() + s * K);
+        std::copy_n(side, K, best + s * kSize);
       }
       // The pairs with the best of the first side come first, and are in order.
-      const Item* sum = top_k(n_candidates, K, [&](int64_t c) {
-        const Item &a = best[first[c]], &b = best[K + second[c]];
-        return Item{a.value + b.value, (a.index << kSideBits) + b.index};
+      const Item* sum = top_k(n_candidates, K, [&](int64_t start, int64_t some, Item* to) {
+        for (int64_t c = start; c < start + some; ++c, ++to) {
+          const Item &a = best[first[c]], &b = best[kSize + second[c]];
+          *to = {a.value + b.value, (a.index << kSideBits) + b.index};
+        }
       });
       for (int64_t lane = 0; lane < count; ++lane) {
-        const int64_t th = G == 1 ? q + lane : (q + lane) * H + g, offset = 2 * n * g;
+        const int64_t th = query_of(lane), offset = 2 * n * g;
         for (int64_t k = 0; k < K; ++k) {
           const int64_t pair = sum[k].index[lane], i = pair >> kSideBits, j = pair - (i << kSideBits);
           sums[th * K + k] = sum[k].value[lane];
@@ -88,19 +111,71 @@ void product_key_top_k_lanes(const Real* scores, int64_t Q, int64_t H, int64_t G
   }
 }
 
-// The gradient of the sub-key scores, laid out (G, 2, Q, n), zeros at first, Q as in `product_key_top_k_lanes`.
+// Faster than `product_key_top_k` for K up to 64 and some hundred sub-keys or fewer.
 template <class Real>
-void product_key_scores_backward(const Real* grad, const int32_t* sub_keys, Real* grad_scores, int64_t T, int64_t H,
-                                 int64_t G, int64_t n, int64_t K, int64_t threads) {
-  const int64_t Q = T * H / G;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t th = 0; th < T * H; ++th) {
-    const int64_t g = G == 1 ? 0 : th % H, q = G == 1 ? th : th / H;
-    for (int64_t s = 0; s < 2; ++s) {
-      Real* mine = grad_scores + ((2 * g + s) * (Q - 1) + q) * n;  // sub-keys are numbered on from those of 2 g + s
-      for (int64_t k = 0; k < K; ++k) mine[sub_keys[(2 * th + s) * K + k]] += grad[th * K + k];
+void product_key_top_k_lanes(const Real* query, const Real* keys, int64_t T, int64_t H, int64_t G, int64_t n,
+                             int64_t C, int64_t K, const int64_t* first, const int64_t* second, int64_t n_candidates,
+                             Real* sums, int64_t* rows, int32_t* sub_keys, int64_t threads) {
+  const auto of_size = K <= 8    ? top_k_by_lanes<Real, 8>
+                       : K <= 16 ? top_k_by_lanes<Real, 16>
+                       : K <= 32 ? top_k_by_lanes<Real, 32>
+                                 : top_k_by_lanes<Real, 64>;
+  of_size(query, keys, T, H, G, n, C, K, first, second, n_candidates, sums, rows, sub_keys, threads);
+}
+
+// Up to kWidth numbers, and zeros.
+template <class Real, int kWidth>
+struct PaddedRow {
+  static constexpr int kBytes = std::min<int>(kWidth * sizeof(Real), 64), kPieces = kWidth * sizeof(Real) / kBytes;
+  typedef Real Piece __attribute__((vector_size(kBytes), aligned(sizeof(Real))));
+  Piece piece[kPieces] = {};
+
+  void add(Real factor, const PaddedRow& row) {
+    for (int i = 0; i < kPieces; ++i) piece[i] += factor * row.piece[i];
+  }
+  void load(const Real* from, int64_t C) { std::memcpy(piece, from, C * sizeof(Real)); }
+  void store(Real* to, int64_t C) const { std::memcpy(to, piece, C * sizeof(Real)); }
+};
+
+// As `product_key_backward`, for C up to kWidth, without sorting out which sub-keys a query has twice. Those of
+// `kQueriesAPart` tokens and heads add up their gradients of the sub-keys in a part of their own, (parts, M, C).
+constexpr int64_t kQueriesAPart = 1024;
+
+template <class Real, int kWidth>
+void narrow_backward(const Real* grad, const int32_t* sub_keys, const Real* query, const Real* keys, Real* grad_query,
+                     Real* parts, int64_t TH, int64_t K, int64_t C, int64_t M, int64_t threads) {
+  using Row = PaddedRow<Real, kWidth>;
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<Row> key(M), sum(M);
+    for (int64_t m = 0; m < M; ++m) key[m].load(keys + m * C, C);
+#pragma omp for schedule(static)
+    for (int64_t part = 0; part < (TH + kQueriesAPart - 1) / kQueriesAPart; ++part) {
+      std::fill(sum.begin(), sum.end(), Row());
+      for (int64_t th = part * kQueriesAPart; th < std::min(TH, (part + 1) * kQueriesAPart); ++th) {
+        const int32_t *first = sub_keys + 2 * th * K, *second = first + K;
+        Row query_0, query_1, grad_0, grad_1;
+        query_0.load(query + 2 * th * C, C), query_1.load(query + (2 * th + 1) * C, C);
+        for (int64_t k = 0; k < K; ++k) {
+          const Real g = grad[th * K + k];
+          grad_0.add(g, key[first[k]]), grad_1.add(g, key[second[k]]);
+          sum[first[k]].add(g, query_0), sum[second[k]].add(g, query_1);
+        }
+        grad_0.store(grad_query + 2 * th * C, C), grad_1.store(grad_query + (2 * th + 1) * C, C);
+      }
+      for (int64_t m = 0; m < M; ++m) sum[m].store(parts + (part * M + m) * C, C);
     }
   }
+}
+
+template <class Real>
+void product_key_backward_narrow(const Real* grad, const int32_t* sub_keys, const Real* query, const Real* keys,
+                                 Real* grad_query, Real* parts, int64_t TH, int64_t K, int64_t C, int64_t M,
+                                 int64_t threads) {
+  const auto of_width = C <= 8    ? narrow_backward<Real, 8>
+                        : C <= 16 ? narrow_backward<Real, 16>
+                                  : narrow_backward<Real, 32>;
+  of_width(grad, sub_keys, query, keys, grad_query, parts, TH, K, C, M, threads);
 }
 
 // From the gradient (Q / 2, K) of the sums those of the queries, (Q, C), Q = T H 2, and of all sub-keys, (M, C),
