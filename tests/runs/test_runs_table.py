@@ -193,7 +193,7 @@ def test_curves_are_thinned_by_averaging_runs_of_rows(tmp_path: Path, n: int, po
     rows = metrics(tmp_path / "cell", n)
     table = curves_table([tmp_path / "cell"], points=points)
     stride = next(s for s in range(1, n + 1) if s * points >= n)
-    groups = [rows[i : i + stride] for i in range(0, n, stride)]
+    groups = [rows[max(0, i - stride) : i] for i in range(n, 0, -stride)][::-1]
     assert len(table) == len(groups) <= points
     for (_, point), group in zip(table.iterrows(), groups, strict=True):
         assert (point["step"], point["tokens"], point["flops"]) == (
@@ -203,6 +203,17 @@ def test_curves_are_thinned_by_averaging_runs_of_rows(tmp_path: Path, n: int, po
         )
         assert point["loss"] == pytest.approx(sum(row["loss"] for row in group) / len(group))
     assert table["step"].iloc[-1] == 20 * n
+
+
+def test_a_row_of_few_steps_counts_for_few(tmp_path: Path) -> None:
+    metrics(tmp_path / "cell", 3)
+    path = tmp_path / "cell" / "metrics.jsonl"
+    *rows, last = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in [*rows, {**last, "step": 45, "loss": 1.0}]))
+    losses = [row["loss"] for row in rows]
+    assert list(curves_table([tmp_path / "cell"], points=1)["loss"]) == [
+        pytest.approx((20 * losses[0] + 20 * losses[1] + 5 * 1.0) / 45)
+    ]
 
 
 def test_curves_of_several_cells_stay_apart(tmp_path: Path) -> None:

@@ -189,17 +189,19 @@ def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def curves_table(folders: Iterable[Path], *, points: int = 50) -> pd.DataFrame:
-    """Training curves, thinned to `points` rows a cell by averaging: cell, step, tokens, flops, loss."""
+    """Training curves, thinned to `points` rows a cell by averaging over steps: cell, step, tokens, flops, loss.
+
+    Rows are put together from the last one back, so that the end of a curve is no average of fewer steps.
+    """
     frames = []
     for folder in folders:
         rows = pd.DataFrame(read_metrics(folder))
         if rows.empty:
             continue
-        rows = rows[list(METRIC)]
         stride = -(-len(rows) // points)
-        thinned = rows.groupby(rows.index // stride).agg(
-            {"step": "last", "tokens": "last", "flops": "last", "loss": "mean"}
-        )
+        steps, group = rows["step"].diff().fillna(rows["step"]), (rows.index - len(rows)) // stride
+        thinned = rows.groupby(group)[["step", "tokens", "flops"]].last()
+        thinned["loss"] = (rows["loss"] * steps).groupby(group).sum() / steps.groupby(group).sum()
         thinned.insert(0, "cell", folder.name)
         frames.append(thinned)
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(CURVES))
