@@ -85,7 +85,7 @@ def test_time_shows_every_finished_cell_and_the_envelopes(runs: pd.DataFrame) ->
     timed = runs.assign(wall_s=rng.uniform(10, 100, len(runs)))
     figure = time_figure(timed)
     done = timed[timed["status"] == "done"]
-    for axes, column in zip(figure.axes, ("budget", "wall_s"), strict=True):
+    for axes, column in zip(figure.axes, ("budget", "wall_s", "bytes_moved"), strict=True):
         cells = [line.get_xydata() for line in axes.lines if str(line.get_label()).startswith("_cells")]
         drawn = sorted(map(tuple, np.concatenate(cells)))
         assert drawn == sorted(zip(done[column], done["val_loss"], strict=True))
@@ -95,3 +95,10 @@ def test_time_shows_every_finished_cell_and_the_envelopes(runs: pd.DataFrame) ->
         assert y == peer.loc[peer["wall_s"] <= x, "val_loss"].min()
     assert figure.axes[1].get_xlabel() == "training time (s)"
     assert "kernel native, threads a cell 1" in figure.get_supxlabel()
+
+
+def test_energy_is_shown_where_every_finished_cell_tells_it(runs: pd.DataFrame) -> None:
+    told = runs.assign(energy_j=np.where(runs["status"] == "done", 5.0 * np.arange(len(runs)) + 1, np.nan))
+    assert [axes.get_xlabel() for axes in time_figure(told).axes][-1] == "energy of the machine (J)"
+    told.loc[told.index[told["status"] == "done"][0], "energy_j"] = np.nan
+    assert len(time_figure(told).axes) == 3

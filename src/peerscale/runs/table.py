@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from peerscale.accounting import CONVENTION
+from peerscale.accounting import CONVENTION, parameter_bytes_per_step
+from peerscale.config import ConfigError
 from peerscale.errors import UserError
 from peerscale.files import ROOT
-from peerscale.runs.record import Record, parse_record, read_record
+from peerscale.runs.record import Record, config_of, parse_record, read_record
 
 METRICS = "metrics.jsonl"
 
@@ -146,12 +147,21 @@ def _row(record: Record) -> dict[str, Any]:
         "wall_s": record.timing.get("wall_s"),
         "tokens_per_s": record.timing.get("tokens_per_s"),
         "flops_per_s": record.timing.get("flops_per_s"),
+        "energy_j": record.timing.get("energy_j"),
+        "bytes_moved": _bytes_moved(record),
         "status": str(record.status),
         "reason": record.reason,
         "convention": CONVENTION,
         "recipe_version": config["recipe_version"],
         "git_commit": record.environment.get("git_commit"),
     }
+
+
+def _bytes_moved(record: Record) -> int | None:
+    try:
+        return record.plan["steps"] * parameter_bytes_per_step(config_of(record.science))
+    except ConfigError:  # of an older version, with other keys
+        return None
 
 
 def _active_experts(ffn: dict[str, Any]) -> float | None:

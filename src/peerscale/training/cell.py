@@ -23,6 +23,7 @@ from peerscale.errors import UserError
 from peerscale.files import remove_abandoned, write_text
 from peerscale.kernels.backends import resolve
 from peerscale.plan import Plan
+from peerscale.runs.machine import energy_counters, energy_j
 from peerscale.runs.record import Record, Status, fingerprint, read_record, science, write_record
 from peerscale.runs.study import plan_summary
 from peerscale.sweeper import FINISHED, Cell, check_same
@@ -112,9 +113,11 @@ class CellRun:
         self.tracker = Tracker(self.cell.folder, to_dict(config), self.record)
         every_s, every_steps = config.trainer.checkpoint_every_s, config.trainer.checkpoint_every_steps
         saving = TimedCheckpoint(self.checkpoint_folder, every_s, every_steps)
+        used_before = energy_counters()
         with self._further_ranks():
             module = fit(config, plan, self.corpus, self.tracker, saving, resumed, compiled=self.compiled)
             wall_s, started = saving.trained_s, time.perf_counter()
+            used = energy_j(used_before, energy_counters())
             evaluation = evaluate(module, self.corpus, config, self.device)
         timing = {
             "wall_s": wall_s,
@@ -122,6 +125,8 @@ class CellRun:
             "tokens_per_s": plan.tokens / wall_s,
             "flops_per_s": plan.flops / wall_s,
         }
+        if used is not None and not resumed:  # what an interrupted cell used before is not known
+            timing["energy_j"] = used
         return self.close(self._result(evaluation, timing))
 
     def _further_ranks(self) -> contextlib.AbstractContextManager[None]:

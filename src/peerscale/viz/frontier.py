@@ -91,15 +91,26 @@ def frontier_figure(table: pd.DataFrame, *, note: str = "") -> Figure:
     return figure
 
 
+SPENT = {
+    "budget": ("equal compute", "training FLOPs"),
+    "wall_s": ("equal time", "training time (s)"),
+    "bytes_moved": ("equal memory traffic", "bytes of parameters moved"),
+    "energy_j": ("equal energy", "energy of the machine (J)"),
+}
+"""What a loss may be paid with: a panel's title and axis."""
+
+
 def time_figure(runs: pd.DataFrame, *, note: str = "") -> Figure:
-    """Each cell's loss against its budget and against its seconds, with each method's lower envelope."""
+    """Each cell's loss against each of `SPENT` that all cells tell, with each method's lower envelope."""
     cells = runs.assign(name=method_names(runs))[usable(runs)]
     names = style.ordered(cells["name"])
     colours, markers = style.colours(names), style.markers(cells["budget"])
     with style.applied():
-        figure, panels = style.panels(2)
-        panels[1].sharey(panels[0])
-        for axes, x in zip(panels, ("budget", "wall_s"), strict=True):
+        told = [x for x in SPENT if x in cells and cells[x].notna().all()]
+        figure, panels = style.panels(len(told))
+        for axes, x in zip(panels, told, strict=True):
+            axes.set(title=SPENT[x][0], xlabel=SPENT[x][1], xscale="log")
+            axes.sharey(panels[0])
             for name in names:
                 rows = cells[cells["name"] == name].sort_values(x)
                 for budget, at_budget in rows.groupby("budget"):
@@ -109,16 +120,17 @@ def time_figure(runs: pd.DataFrame, *, note: str = "") -> Figure:
                     )  # fmt: skip
                 front = envelope(rows, x)
                 axes.plot(front[x], front["val_loss"], color=colours[name], label=name)
-            axes.set_xscale("log")
-        style.decade_axis(panels[0].xaxis, cells["budget"])
-        style.log_axis(panels[1].xaxis, *panels[1].get_xlim())
-        panels[0].set(title="equal compute", xlabel="training FLOPs", ylabel="validation loss (nats per token)")
-        panels[1].set(title="equal time", xlabel="training time (s)")
+            if x == "budget":
+                style.decade_axis(axes.xaxis, cells["budget"])
+            else:
+                style.log_axis(axes.xaxis, *axes.get_xlim())
+        panels[0].set_ylabel("validation loss (nats per token)")
         style.method_legend(figure, names)
         lines = "points: all cells, markers by budget; lines: each method's lowest loss for at most so much"
-        told = f"kernel {style.listed(cells['kernel'])}, threads a cell {style.listed(cells['n_threads'])}"
-        clock = f"time of the machine that ran the cells, without evaluation: {told}"
-        style.caption(figure, note, lines, clock, missing_note(runs))
+        how = f"kernel {style.listed(cells['kernel'])}, threads a cell {style.listed(cells['n_threads'])}"
+        clock = f"time of the machine that ran the cells, without evaluation: {how}"
+        moved = "bytes: parameters, gradients and AdamW's moments, as if nothing stayed in a cache; no activations"
+        style.caption(figure, note, lines, clock, moved if "bytes_moved" in told else "", missing_note(runs))
     return figure
 
 
