@@ -126,9 +126,9 @@ def time_figure(runs: pd.DataFrame, *, note: str = "") -> Figure:
                 style.log_axis(axes.xaxis, *axes.get_xlim())
         panels[0].set_ylabel("validation loss (nats per token)")
         style.method_legend(figure, names)
-        lines = "points: all cells, markers by budget; lines: each method's lowest loss for at most so much"
+        lines = "points: all cells, markers by budget; lines: each method's lowest loss for at most so much of it"
         how = f"kernel {style.listed(cells['kernel'])}, threads a cell {style.listed(cells['n_threads'])}"
-        clock = f"time of the machine that ran the cells, without evaluation: {how}"
+        clock = f"time: of the machine that ran the cells, without evaluation; {how}"
         moved = "bytes: parameters, gradients and AdamW's moments, as if nothing stayed in a cache; no activations"
         style.caption(figure, note, lines, clock, moved if "bytes_moved" in told else "", missing_note(runs))
     return figure
