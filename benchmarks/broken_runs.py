@@ -120,6 +120,7 @@ def _run(words: list[str], log: Path, change: Change | None) -> None:
     with log.open("a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # heard, even where a shell has it ignored
         if change:
             change()
         sys.argv = ["train", *words]

@@ -8,6 +8,8 @@ any is lost or an outcome is not the one promised.
 """
 
 import argparse
+import contextlib
+import io
 import os
 import random
 import resource
@@ -209,7 +211,8 @@ def _holds(path: Path, text: str) -> bool:
 
 def time_limit(bench: Bench) -> Outcome:
     """a Slurm time limit shorter than the cell"""
-    return in_slices(bench.folder / "slurm")
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return in_slices(bench.folder / "slurm")
 
 
 def clock_back(bench: Bench) -> Outcome:
@@ -297,7 +300,7 @@ def main() -> int:
         bench.finish(bench.cell("unbroken"))
         bench.seconds = time.monotonic() - begun
         bench.unbroken = kept(bench.folder / "unbroken" / "single")
-        print(f"{'fault':<42}{'tried':>6}{'lost':>6}{'s':>6}  outcome", flush=True)
+        print(f"{'fault':<44}{'tried':>6}{'lost':>6}{'s':>6}  outcome", flush=True)
         for fault in FAULTS:
             if options.faults and fault.__name__ not in options.faults:
                 continue
@@ -310,7 +313,7 @@ def main() -> int:
             except Wrong as error:
                 tried, outcome, count = 1, f"FAILED: {error}", "?"
                 failed += 1
-            row = f"{fault.__doc__:<42}{tried:>6}{count:>6}{time.monotonic() - begun:>6.0f}  {outcome}"
+            row = f"{fault.__doc__:<44}{tried:>6}{count:>6}{time.monotonic() - begun:>6.0f}  {outcome}"
             print(row, flush=True)
     return int(failed > 0)
 
