@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from peerscale.config import load
+from peerscale.config import load, load_sweep
 from peerscale.data.prepare import prepare
 from peerscale.files import ROOT
 from peerscale.runs.record import Record, Status, read_record
@@ -319,8 +319,13 @@ def test_ctrl_c_leaves_a_cell_that_goes_on(settings: list[str], tmp_path: Path) 
 def test_a_two_cell_sweep_goes_from_text_to_figure(study: Path, tmp_path: Path) -> None:
     text = study.read_text().replace("  axes: {optim.warmup_fraction: [0.0, 1.0]}\n", "")
     study.write_text(text.replace("  method_axes: {peer: {optim.lr: [1e30]}}\n", ""))
-    sweep = run_command("-m", "peerscale.train", "--config-dir", study.parent, "--config-name", "tiny")
-    assert sweep.returncode == 0, sweep.stderr
+    steps = load_sweep(study).grid[0].budget
+    for part, said in (
+        (["sweep.methods=[dense]", f"sweep.budgets=[{steps}]"], "1 cells, 0 done, 0 dropped, 1 to run"),
+        ([], "2 cells, 1 done, 0 dropped, 1 to run"),
+    ):
+        sweep = run_command("-m", "peerscale.train", "--config-dir", study.parent, "--config-name", "tiny", *part)
+        assert sweep.returncode == 0 and said in sweep.stderr, sweep.stderr
     for script in ("collect", "figures", "table"):
         result = run_command(ROOT / "analysis" / f"{script}.py", "tiny", "--runs", tmp_path / "runs")
         assert result.returncode == 0, result.stderr

@@ -88,6 +88,8 @@ def main() -> int:
     for short, long in (("-cd", "--config-dir"), ("-cp", "--config-path"), ("-cn", "--config-name")):
         words.add_argument(short, long)
     named, _ = words.parse_known_args()
+    # A study is chosen from by keys that its file need not hold, and Hydra adds no key without being told to.
+    sys.argv = [f"++{word}" if word.startswith("sweep.") else word for word in sys.argv]
     if named.config_name is not None:
         file = Path(named.config_dir or named.config_path or ROOT / "conf", named.config_name).with_suffix(".yaml")
         if file.is_file():  # else Hydra says so
