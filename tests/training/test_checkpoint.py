@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -84,7 +85,8 @@ def trainer(save_s: float = 0.0) -> Any:
         time.sleep(save_s)
         path.write_bytes(b"state")
 
-    return SimpleNamespace(global_step=0, received_sigterm=False, save_checkpoint=save_checkpoint)
+    connector = SimpleNamespace(received_sigterm=False)
+    return SimpleNamespace(global_step=0, _signal_connector=connector, save_checkpoint=save_checkpoint)
 
 
 def steps_saved(callback: TimedCheckpoint, training: Any, n_steps: int, step_s: float = 0.0) -> list[int]:
@@ -108,6 +110,20 @@ def test_saves_by_time(tmp_path: Path) -> None:
     saved = steps_saved(TimedCheckpoint(tmp_path, 0.2), trainer(), 30, step_s=0.02)
     assert 1 <= len(saved) <= 4
     assert steps_saved(TimedCheckpoint(tmp_path, 1e9), trainer(), 30) == []
+
+
+def test_a_termination_is_told_to_lightning_only_when_its_step_is_saved(tmp_path: Path) -> None:
+    callback, training = TimedCheckpoint(tmp_path, 1e9), trainer()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        callback.on_train_start(training, None)  # type: ignore[arg-type]
+        assert steps_saved(callback, training, 3) == []
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert not training._signal_connector.received_sigterm
+        assert steps_saved(callback, training, 1) == [1]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert training._signal_connector.received_sigterm
 
 
 def test_a_slow_save_is_followed_by_a_longer_interval(tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def build_trainer(
     devices: dict[str, Any] = {"devices": 1, "plugins": [LightningEnvironment()]}
     if config.trainer.devices > 1:
         devices = distributed.settings(config.trainer.devices)
-        callbacks = [*callbacks, distributed.TableExchange(module), distributed.StopBetweenSteps()]
+        callbacks = [*callbacks, distributed.TableExchange(module)]
     logging.getLogger("lightning").setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     return lightning.Trainer(

@@ -2,7 +2,9 @@
 
 import itertools
 import os
+import signal
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -24,8 +26,8 @@ COST = 0.02
 class TimedCheckpoint(lightning.Callback):
     """Saves the whole training state every `every_s` seconds or `every_steps` steps, and counts the time trained.
 
-    Also on SIGTERM, after which Lightning ends the run. Not when a run breaks off: an exception inside a step leaves
-    weights and counters between two steps.
+    Also after the step in which a SIGTERM came, whereupon Lightning ends the run. Not when a run breaks off: an
+    exception inside a step leaves weights and counters between two steps.
     """
 
     def __init__(self, folder: Path, every_s: float, every_steps: int | None = None) -> None:
@@ -35,6 +37,7 @@ class TimedCheckpoint(lightning.Callback):
         self.started_at = time.monotonic()
         self.saved_at = time.monotonic()
         self.saved_step = -1
+        self.terminated = False
 
     def on_train_batch_end(
         self,
@@ -46,9 +49,11 @@ class TimedCheckpoint(lightning.Callback):
     ) -> None:
         due = self.every_steps and trainer.global_step % self.every_steps == 0
         waited_s = time.monotonic() - self.saved_at
-        due = trainer.received_sigterm or due or waited_s >= max(self.every_s, self.save_s / COST)
+        terminated = self.terminated
+        due = terminated or due or waited_s >= max(self.every_s, self.save_s / COST)
         if as_first_rank(bool(due)):
             self.save(trainer)
+            trainer._signal_connector.received_sigterm = as_first_rank(terminated)
 
     @property
     def trained_s(self) -> float:
@@ -57,6 +62,12 @@ class TimedCheckpoint(lightning.Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.started_at = self.saved_at = time.monotonic()
+        if threading.current_thread() is threading.main_thread():
+            # Lightning's own handler tells it, and the other ranks, at once: it may then stop where nothing was saved.
+            signal.signal(signal.SIGTERM, self._terminate)
+
+    def _terminate(self, *_: object) -> None:
+        self.terminated = True
 
     def state_dict(self) -> dict[str, Any]:
         return {"trained_s": self.trained_s}

@@ -174,15 +174,6 @@ def settings(n_devices: int) -> dict[str, Any]:
     return {"devices": n_devices, "strategy": strategy, "plugins": [_Environment()]}
 
 
-class StopBetweenSteps(lightning.Callback):
-    """SIGTERM takes note only; Lightning's own handler tells the other ranks at once, in the midst of a step."""
-
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        if threading.current_thread() is threading.main_thread():
-            connector = trainer._signal_connector
-            signal.signal(signal.SIGTERM, lambda *_: setattr(connector, "received_sigterm", True))
-
-
 class ShardedLanguageModel(LanguageModel):
     """With expert tables of which this rank holds a share of the rows; its checkpoints hold whole tables."""
 
