@@ -109,7 +109,7 @@ def test_a_study_with_next_to_nothing_in_it_is_still_drawn(study: tuple[pd.DataF
     runs, _ = study
     one_cell = runs[(runs["cell"] == "dense-d8-1e11-s0") | (runs["status"] != "done")]
     figure = drawn(isoflop_figure(one_cell, {}, x="params_total"))
-    assert [len(points(axes, "dense")) for axes in figure.axes] == [1, 0]
+    assert [len(points(axes, "dense")) for axes in figure.axes] == [1]
     for x in ("params_total", "flops_per_token"):
         axes = drawn(isoflop_figure(one_cell.assign(val_loss_se=np.nan), {}, x=x)).axes[0]
         ((size, perplexity),) = points(axes, "dense")
@@ -139,3 +139,12 @@ def test_no_star_without_a_minimum(study: tuple[pd.DataFrame, Fits]) -> None:
     axes = isoflop_figure(runs, changed, x="params_total").axes[0]
     assert len(line(axes, "_minimum dense")) == 0
     assert len(line(axes, "_minimum peer")) == 1
+
+
+def test_a_budget_without_a_finished_cell_has_no_panel_and_is_told(study: tuple[pd.DataFrame, Fits]) -> None:
+    runs, fits = study
+    last = runs["budget"] == max(GRID)
+    begun = runs.assign(status=runs["status"].mask(last, "pending"), val_loss=runs["val_loss"].mask(last))
+    figure = isoflop_figure(begun, fits, x="params_total")
+    assert len(figure.axes) == len(GRID) - 1
+    assert f"{last.sum()} pending" in figure.get_supxlabel()

@@ -14,12 +14,12 @@ SKIPPED_SHARE = 0.08
 
 
 def curves_figure(curves: pd.DataFrame, runs: pd.DataFrame, *, note: str = "") -> Figure:
-    """A panel per budget: a line a run, each method's best in full and the others pale.
+    """A panel per budget with finished cells: a line a run, each method's best in full and the others pale.
 
     `curves` and `runs` are the study's tables; runs without a curve are left out.
     """
     runs = runs.assign(name=method_names(runs))
-    budgets = sorted(runs["budget"].unique())
+    budgets = sorted((runs[usable(runs)] if usable(runs).any() else runs)["budget"].unique())
     names = style.ordered(runs.loc[usable(runs), "name"])
     colours = style.colours(names)
     with style.applied():

@@ -63,7 +63,7 @@ def isoflop_panel(
 
 
 def isoflop_figure(runs: pd.DataFrame, fits: Mapping[str, Mapping[str, Any]], *, x: str, note: str = "") -> Figure:
-    """A panel per budget.
+    """A panel per budget with finished cells.
 
     Args:
         runs: the study's table.
@@ -79,7 +79,7 @@ def isoflop_figure(runs: pd.DataFrame, fits: Mapping[str, Mapping[str, Any]], *,
         if fit["law"] == "isoflop" and fit["x"] == x
         for vertex in fit["vertices"]
     }
-    budgets = sorted(runs["budget"].unique())
+    budgets = sorted((runs if drawn.empty else drawn)["budget"].unique())
     names = style.ordered(drawn["name"])
     colours, markers = style.colours(names), style.markers(budgets)
     with style.applied():
