@@ -49,9 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines += experts_and_norm(runs, published)
     text = "\n".join([f"# {arguments.sweep}: {title}", "", *lines])
     write_text(study.table, text)
-    if compared:  # the answer, as the last thing on a terminal at the end of a study
-        answer, _, more = text.partition("\n## ")
-        titles = [part.partition("\n")[0] for part in more.split("\n## ")]
+    titles = [line.removeprefix("## ") for line in lines if line.startswith("## ")]
+    if compared and titles:  # the answer, as the last thing on a terminal at the end of a study
+        answer = text.partition("\n## ")[0]
         text = f"{answer}\nFurther tables in {study.table}: {'; '.join(titles)}\n"
     print(text, end="")
     return 0

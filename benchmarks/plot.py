@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from peerscale.errors import UserError, exit_code
 from peerscale.viz import style
@@ -50,7 +48,7 @@ def peer_step_figure(table: pd.DataFrame) -> Figure:
                 timed(axes, rows["experts"], rows, colour, str(name))
             axes.set_title(title)
             axes.set_xlabel("experts")
-        framed(figure, panels, "seconds a step")
+        framed(figure, panels)
         style.caption(
             figure, "d_model 256, 2,048 tokens, 8 heads x top 16, fp32; median, and least to most, of alternating steps"
         )
@@ -66,7 +64,7 @@ def growth_figure(table: pd.DataFrame) -> Figure:
             timed(axes, rows[varied], rows, OURS, "a step")
             axes.plot(rows[varied], rows["limit_s"], color=LIMIT, linestyle="--", label="moving the rows")
             axes.set_xlabel(title)
-        framed(figure, panels, "seconds a step")
+        framed(figure, panels)
         style.caption(
             figure,
             "PEER layer, d_model 256, fp32, row-sparse AdamW; else 65,536 experts, 128 active, 2,048 tokens",
@@ -83,18 +81,13 @@ def timed(axes: Axes, x: pd.Series, rows: pd.DataFrame, colour: str, label: str)
     axes.set_yscale("log")
 
 
-def framed(figure: Figure, panels: list[Axes], ylabel: str) -> None:
+def framed(figure: Figure, panels: list[Axes]) -> None:
     """One range of seconds for all panels, so that heights compare, and one legend."""
     limits = [limit for axes in panels for limit in axes.get_ylim()]
     for axes in panels:
         axes.set_ylim(min(limits), max(limits))
-    panels[0].set_ylabel(ylabel)
-    lines = {str(line.get_label()): line for line in panels[0].get_lines() if not str(line.get_label()).startswith("_")}
-    lines |= {str(c.get_label()): c.lines[0] for c in panels[0].containers if isinstance(c, ErrorbarContainer)}
-    style.legend(
-        figure,
-        [Line2D([], [], color=x.get_color(), linestyle=x.get_linestyle(), label=name) for name, x in lines.items()],
-    )
+    panels[0].set_ylabel("seconds a step")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
 
 
 if __name__ == "__main__":

@@ -443,4 +443,4 @@ def load_sweep(sweep: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
 
 def of_sweep(override: str) -> bool:
     """Whether an override chooses a part of a study, such as `sweep.methods=[peer]`, rather than changing its cells."""
-    return override.lstrip("+").startswith("sweep.")
+    return override.lstrip("+").startswith("sweep.") and "=" in override

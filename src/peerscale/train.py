@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from peerscale.composition import check_hydra
-from peerscale.config import Config, parse_config
+from peerscale.config import Config, of_sweep, parse_config
 from peerscale.config_errors import ConfigError, first_line
 from peerscale.data.prepare import prepare
 from peerscale.errors import FailedCells, UserError, exit_code
@@ -89,7 +89,7 @@ def main() -> int:
         words.add_argument(short, long)
     named, _ = words.parse_known_args()
     # A study is chosen from by keys that its file need not hold, and Hydra adds no key without being told to.
-    sys.argv = [f"++{word}" if word.startswith("sweep.") else word for word in sys.argv]
+    sys.argv = [f"++{word.lstrip('+')}" if of_sweep(word) else word for word in sys.argv]
     if named.config_name is not None:
         file = Path(named.config_dir or named.config_path or ROOT / "conf", named.config_name).with_suffix(".yaml")
         if file.is_file():  # else Hydra says so

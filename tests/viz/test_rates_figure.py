@@ -106,3 +106,13 @@ def test_what_varies_besides_rates_is_another_curve() -> None:
     assert set(table["lr"]) == {1.0}, "where the study sets no rate it is the cells'"
     (axes,) = rates_figure(pd.DataFrame(runs[3:]).assign(budget=5e11)).axes
     assert axes.get_title() == "d16" and len(axes.lines) == 4, "two curves and their stars"
+
+
+def test_a_rate_that_a_study_leaves_alone_keeps_its_sizes_together() -> None:
+    runs = [
+        {**run("peer", size, "", 3.0, rate), "lr": lr, "cell": f"peer-{size}-5e11-table_lr={rate}-s0", "budget": 5e11}
+        for size, lr in (("d16", 0.014), ("d32", 0.01))
+        for rate in (0.1, 0.2)
+    ]
+    assert list(settings_table(pd.DataFrame(runs))["lr"]) == [0.014, 0.014]
+    assert [axes.get_title() for axes in rates_figure(pd.DataFrame(runs)).axes] == ["mean of d16 and d32"]

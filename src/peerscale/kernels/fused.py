@@ -23,7 +23,7 @@ _ACTIVATIONS = {"gelu": 0, "relu": 1}
 _SCORES_AT_ONCE = 2**21  # sub-key scores that are held in memory: they need not leave the cache
 _SUB_KEYS_BY_LANES, _TOP_K_BY_LANES = 256, 64  # up to so many a side, and of these, many queries are ranked at once
 _NARROW_KEYS = 32  # half a key's numbers up to which it is faster not to ask which sub-keys a query has twice
-_QUERIES_A_PART = 1024  # `kQueriesAPart` of `product_keys.h`
+_QUERIES_A_PART = 1024  # whose gradients of the sub-keys are added up by themselves, whatever the number of threads
 _CACHE_BYTES = 2**22  # a table of this size stays in a core's cache
 
 
@@ -224,7 +224,7 @@ class _ProductKeyTopK(torch.autograd.Function):
             parts = query_THSC.new_empty(-(-T * H // _QUERIES_A_PART), G, S, N, C)
             _run(
                 "product_key_backward_narrow", query_THSC.dtype, grads[0].contiguous(), sub_keys_THSK, query_THSC,
-                sub_keys_GSNC, grad_query, parts, T * H, K, C, G * S * N,
+                sub_keys_GSNC, grad_query, parts, T * H, _QUERIES_A_PART, K, C, G * S * N,
             )  # fmt: skip
             return grad_query, parts.sum(0), None
         grad_query, grad_sub_keys = torch.empty_like(query_THSC), torch.empty_like(sub_keys_GSNC)

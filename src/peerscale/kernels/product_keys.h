@@ -138,21 +138,19 @@ struct PaddedRow {
 };
 
 // As `product_key_backward`, for C up to kWidth, without sorting out which sub-keys a query has twice. Those of
-// `kQueriesAPart` tokens and heads add up their gradients of the sub-keys in a part of their own, (parts, M, C).
-constexpr int64_t kQueriesAPart = 1024;
-
+// `a_part` tokens and heads add up their gradients of the sub-keys in a part of their own, (parts, M, C).
 template <class Real, int kWidth>
 void narrow_backward(const Real* grad, const int32_t* sub_keys, const Real* query, const Real* keys, Real* grad_query,
-                     Real* parts, int64_t TH, int64_t K, int64_t C, int64_t M, int64_t threads) {
+                     Real* parts, int64_t TH, int64_t a_part, int64_t K, int64_t C, int64_t M, int64_t threads) {
   using Row = PaddedRow<Real, kWidth>;
 #pragma omp parallel num_threads(threads)
   {
     std::vector<Row> key(M), sum(M);
     for (int64_t m = 0; m < M; ++m) key[m].load(keys + m * C, C);
 #pragma omp for schedule(static)
-    for (int64_t part = 0; part < (TH + kQueriesAPart - 1) / kQueriesAPart; ++part) {
+    for (int64_t part = 0; part < (TH + a_part - 1) / a_part; ++part) {
       std::fill(sum.begin(), sum.end(), Row());
-      for (int64_t th = part * kQueriesAPart; th < std::min(TH, (part + 1) * kQueriesAPart); ++th) {
+      for (int64_t th = part * a_part; th < std::min(TH, (part + 1) * a_part); ++th) {
         const int32_t *first = sub_keys + 2 * th * K, *second = first + K;
         Row query_0, query_1, grad_0, grad_1;
         query_0.load(query + 2 * th * C, C), query_1.load(query + (2 * th + 1) * C, C);
@@ -170,12 +168,12 @@ void narrow_backward(const Real* grad, const int32_t* sub_keys, const Real* quer
 
 template <class Real>
 void product_key_backward_narrow(const Real* grad, const int32_t* sub_keys, const Real* query, const Real* keys,
-                                 Real* grad_query, Real* parts, int64_t TH, int64_t K, int64_t C, int64_t M,
-                                 int64_t threads) {
+                                 Real* grad_query, Real* parts, int64_t TH, int64_t a_part, int64_t K, int64_t C,
+                                 int64_t M, int64_t threads) {
   const auto of_width = C <= 8    ? narrow_backward<Real, 8>
                         : C <= 16 ? narrow_backward<Real, 16>
                                   : narrow_backward<Real, 32>;
-  of_width(grad, sub_keys, query, keys, grad_query, parts, TH, K, C, M, threads);
+  of_width(grad, sub_keys, query, keys, grad_query, parts, TH, a_part, K, C, M, threads);
 }
 
 // From the gradient (Q / 2, K) of the sums those of the queries, (Q, C), Q = T H 2, and of all sub-keys, (M, C),

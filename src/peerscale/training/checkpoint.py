@@ -53,7 +53,8 @@ class TimedCheckpoint(lightning.Callback):
         due = terminated or due or waited_s >= max(self.every_s, self.save_s / COST)
         if as_first_rank(bool(due)):
             self.save(trainer)
-            trainer._signal_connector.received_sigterm = as_first_rank(terminated)
+            if as_first_rank(terminated):
+                trainer._signal_connector.received_sigterm = True
 
     @property
     def trained_s(self) -> float:

@@ -19,13 +19,14 @@ def curves_figure(curves: pd.DataFrame, runs: pd.DataFrame, *, note: str = "") -
     `curves` and `runs` are the study's tables; runs without a curve are left out.
     """
     runs = runs.assign(name=method_names(runs))
-    budgets = sorted((runs[usable(runs)] if usable(runs).any() else runs)["budget"].unique())
-    names = style.ordered(runs.loc[usable(runs), "name"])
+    drawn = runs[usable(runs)]
+    budgets = sorted((runs if drawn.empty else drawn)["budget"].unique())
+    names = style.ordered(drawn["name"])
     colours = style.colours(names)
     with style.applied():
         figure, panels = style.panels(len(budgets))
         for axes, budget in zip(panels, budgets, strict=True):
-            finished = runs[usable(runs) & (runs["budget"] == budget)]
+            finished = drawn[drawn["budget"] == budget]
             best = set(finished.loc[finished.groupby("name")["val_loss"].idxmin(), "cell"])
             for cell, name in zip(finished["cell"], finished["name"], strict=True):
                 rows = curves[(curves["cell"] == cell) & (curves["flops"] >= SKIPPED_SHARE * budget)]

@@ -18,14 +18,15 @@ def settings_table(runs: pd.DataFrame) -> pd.DataFrame:
     """A row a method and setting: name, lr, table_lr (0: none), the losses by size and their mean, best first.
 
     What a study varies besides is part of the name. `lr` is the rate as the study sets it, at the reference width; in
-    `runs`, and where the study sets none, it is that of the cell's width.
+    `runs` it is that of the cell's width, of which the largest stands for a rate that the study leaves alone.
 
     Raises:
         UserError: no setting was trained at every size.
     """
     names = method_names(runs).str.replace(rf"[ -](?:table_)?lr={NUMBER}(?=-|$)", "", regex=True)
     runs = runs.assign(name=names)[usable(runs)]
-    runs["lr"] = runs["cell"].str.extract(rf"-lr=({NUMBER})", expand=False).astype(float).fillna(runs["lr"])
+    as_set = runs["cell"].str.extract(rf"-lr=({NUMBER})", expand=False).astype(float)
+    runs["lr"] = as_set.fillna(runs.groupby("name")["lr"].transform("max"))
     runs["table_lr"] = runs["table_lr"].fillna(0.0)
     losses = runs.pivot_table(index=["name", *RATES], columns="size", values="val_loss", aggfunc="mean").dropna()
     if losses.empty:
@@ -66,8 +67,9 @@ def rates_figure(runs: pd.DataFrame, *, note: str = "") -> Figure:
     """A panel per size over the common rate, and one over the tables' own, of the mean over the sizes."""
     settings = settings_table(runs)
     sizes = sorted((c for c in settings.columns if c not in ("name", *RATES, "mean")), key=lambda s: (len(s), s))
-    panels_of = [("lr", size, size) for size in sizes] if (settings.groupby("name")["lr"].nunique() > 1).any() else []
-    if settings["table_lr"].nunique() > 2:
+    several = {rate: bool((settings.groupby("name")[rate].nunique() > 1).any()) for rate in RATES}
+    panels_of = [("lr", size, size) for size in sizes] if several["lr"] or not several["table_lr"] else []
+    if several["table_lr"]:
         panels_of.append(("table_lr", "mean", f"mean of {' and '.join(sizes)}" if len(sizes) > 1 else sizes[0]))
     with style.applied():
         figure, panels = style.panels(len(panels_of))
