@@ -17,20 +17,12 @@ import numpy as np
 import pandas as pd
 
 from peerscale.errors import UserError, exit_code
-from peerscale.files import write_text
-from peerscale.laws import fit_isoflop
+from peerscale.files import write_json, write_text
 from peerscale.laws.bootstrap import percentile_interval, resampled_losses
 from peerscale.laws.isoflop import VertexStatus, fit_parabolas, minima
+from peerscale.runs.fits import fit_study
 from peerscale.runs.record import Record, Status
-from peerscale.runs.study import (
-    SIZE_COLUMNS,
-    collected,
-    method_names,
-    planned_record,
-    published,
-    study_parser,
-    usable,
-)
+from peerscale.runs.study import collected, method_names, planned_record, published, study_parser, usable
 from peerscale.runs.table import CURVES, curves_table, read_records, read_table, runs_table
 from peerscale.sweeper import planned_cells
 
@@ -54,11 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     study = collected(arguments.sweep, arguments.runs)
     runs = runs_table(records)
-    fits = fit_study(runs)
+    fits = fit_study(runs, curves)
     write_text(study.runs, runs.to_csv(index=False))
     write_text(study.records, "".join(json.dumps(asdict(record)) + "\n" for record in records))
     write_text(study.curves, curves.to_csv(index=False))
-    write_text(study.fits, json.dumps(fits, indent=1) + "\n")
+    write_json(study.fits, fits)
     write_text(study.differences, compare(runs, records, fits).round(6).to_csv(index=False))
     counts = ", ".join(f"{n} {status}" for status, n in runs["status"].value_counts().items())
     print(f"{arguments.sweep}: {len(runs)} cells ({counts}) -> {study.folder}")
@@ -119,23 +111,6 @@ def with_planned(sweep: str, records: list[Record]) -> list[Record]:
     return planned + list(found.values())
 
 
-def fit_study(runs: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """The isoFLOP fits of a table of runs.
-
-    Returns:
-        `{name: fit}`: `<method>` is the fit over FLOPs per token, `<method>/<column>` over another meaning of size.
-        Each fit names its `method` and its column `x`.
-    """
-    rows = runs.assign(name=method_names(runs))[usable(runs)]
-    fits = {}
-    for name, of_method in rows.groupby("name", sort=False):
-        for x in SIZE_COLUMNS:
-            fit = fit_isoflop(of_method, budget="budget", x=x, loss="val_loss")
-            key = str(name) if x == SIZE_COLUMNS[0] else f"{name}/{x}"
-            fits[key] = {**fit.to_dict(), "method": name, "x": x, "loss": "val_loss"}
-    return fits
-
-
 def compare(runs: pd.DataFrame, records: Sequence[Record], fits: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """Differences of the loss at the compute optimum, fitted over FLOPs per token, between pairs of methods.
 
@@ -189,6 +164,7 @@ def _level(cells: pd.DataFrame, fit: Mapping[str, Any], draws: pd.DataFrame) -> 
     name, budget, sizes = cells["name"].iloc[0], cells["budget"].iloc[0], cells["size"].unique()
     vertex = next(vertex for vertex in fit["vertices"] if vertex["budget"] == budget)
     note = "" if vertex["status"] == VertexStatus.OK else f"{name}: {vertex['status']}"
+    cells = cells[cells["flops_per_token"].isin(vertex["sizes"])]
     drawn = np.asarray(draws.reindex(columns=cells["cell"]), float)
     if len(sizes) == 1:  # seeds of one model
         return Level(cells["val_loss"].mean(), sizes[0], note, drawn.mean(axis=1))

@@ -15,7 +15,6 @@ of a bootstrap over runs. Beside every fit stands how well the smaller budgets p
 import argparse
 import json
 import math
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
@@ -27,7 +26,7 @@ import pandas as pd
 
 from peerscale import laws
 from peerscale.errors import ArgumentParser, UserError, exit_code
-from peerscale.files import write_text
+from peerscale.files import write_json
 from peerscale.laws.bootstrap import Bootstrap, percentile_interval
 from peerscale.laws.fit import Fit
 from peerscale.laws.holdout import HoldOut
@@ -54,7 +53,7 @@ COMMANDS = {
     ),
 }  # fmt: skip
 """Function, columns, resamples and help of each command that fits."""
-OPTIONS = ("objective", "delta", "include_flagged")
+OPTIONS = ("objective", "delta", "include_flagged", "within")
 RESAMPLING = ("bootstrap", "seed", "cluster", "budget", "hold_out")
 FORMS = {kind.law: kind.form for kind in Fit.__subclasses__()}
 ARGUMENTS = {
@@ -89,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = {name: given[name] for name in RESAMPLING if name in given} | described
     stored, text = fit_groups(table, lambda rows: law(rows, **options), given.get("by"))
     stored["source"] = {"table": arguments.table.name, "where": arguments.where, **described}
-    write_json(arguments.out, stored)
+    write_fit(arguments.out, stored)
     print(f"{text}\n-> {arguments.out}")
     return 0
 
@@ -121,6 +120,8 @@ def parser() -> argparse.ArgumentParser:
             add("--unique-tokens", metavar="COL", help="different tokens: fits how much repeated ones are worth")
         if name == "isoflop":
             add("--include-flagged", action="store_true", help="let the power law use flagged minima too")
+            far = "leave sizes out whose loss is more than this share above the budget's lowest, such as .04; keep five"
+            add("--within", type=positive, metavar="SHARE", help=far)
             close = "budgets this close to their neighbour are one, such as .1"
             add("--tolerance", type=positive, metavar="SHARE", help=close)
         add("--out", type=Path, required=True, metavar="JSON", help="where the fit goes")
@@ -253,12 +254,9 @@ def held_out(found: HoldOut) -> str:
     )
 
 
-def write_json(path: Path, stored: Mapping[str, Any]) -> None:
-    text = json.dumps(stored, indent=1, allow_nan=False)
-    lists_of_numbers = r"\[\s+([^\[\]{}\"]*?)\s+\]"
-    text = re.sub(lists_of_numbers, lambda found: f"[{' '.join(found[1].split())}]", text)
+def write_fit(path: Path, stored: Mapping[str, Any]) -> None:
     try:
-        write_text(path, text + "\n")
+        write_json(path, stored)
     except (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 

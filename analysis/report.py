@@ -16,7 +16,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
@@ -25,19 +24,17 @@ from markupsafe import Markup
 from peerscale.config import ConfigError, sweep_file
 from peerscale.errors import UserError, exit_code
 from peerscale.files import write_text
-from peerscale.laws import fit_isoflop
-from peerscale.laws.isoflop import IsoflopFit, VertexStatus
-from peerscale.laws.multiplier import compute_multipliers
+from peerscale.laws.isoflop import VertexStatus
+from peerscale.runs.fits import RESAMPLES, WITHIN
 from peerscale.runs.record import Record
-from peerscale.runs.study import Study, find_study, method_names, study_parser, usable
+from peerscale.runs.study import Study, find_study, method_names, read_fits, study_parser, usable
 from peerscale.runs.table import read_records, read_runs
 from peerscale.sweeper import budget_name
 from peerscale.viz.ablations import has_curves
+from peerscale.viz.frontier import frontier_table
 from peerscale.viz.isoflop import X_LABELS
 from peerscale.viz.style import label, ordered, short_number
-from peerscale.viz.tables import number
-
-RESAMPLES = 2000
+from peerscale.viz.tables import Fits, number, with_interval
 
 SIZES = ("flops_per_token", "params_total")
 """Meanings of size that fits are shown over: the one that is the same for all methods, and the paper's."""
@@ -89,10 +86,11 @@ def content(study: Study) -> dict[str, Any]:
     records = read_records(study.folder)
     ran = [record for record in records if record.environment]
     text = sweep_text(study.sweep)
-    fits = {X_LABELS[x]: fit_all(runs, x) for x in SIZES} if has_curves(runs) else {}
+    fits = read_fits(study.fits) if has_curves(runs) and study.fits.is_file() else {}
     common, differing = recipe(ran or records, dict(zip(runs["cell"], runs["name"], strict=True)))
     absent = {
         f"sweeps/{study.sweep}.yaml: the question, and what it takes to run the study": not text,
+        "fits.json: minima and laws (analysis/collect.py)": has_curves(runs) and not fits,
         "records.jsonl: recipe, run signals, versions and hardware": not records,
         "table.md: the results (analysis/table.py)": not study.table.is_file(),
         "figures (analysis/figures.py)": not list(study.figures.glob("*.png")),
@@ -110,9 +108,11 @@ def content(study: Study) -> dict[str, Any]:
         "differing": differing,
         "results": results(study),
         "figures": figures(study),
-        "minima": {x: minima(by_name) for x, by_name in fits.items()},
+        "minima": {X_LABELS[x]: minima(runs, fits, x) for x in SIZES if fits},
         "laws": power_laws(fits),
+        "surfaces": surfaces(fits),
         "resamples": RESAMPLES,
+        "within": WITHIN,
         "unfinished": runs.loc[~usable(runs), ["cell", "status", "reason"]].replace({"reason": {"": "—"}}),
         "warnings": warnings(fits),
         "signals": signals(records),
@@ -193,63 +193,72 @@ def figures(study: Study) -> list[tuple[str, str, str]]:
     return [(t, p.name, base64.b64encode(p.read_bytes()).decode()) for t, p in zip(titles, paths, strict=True)]
 
 
-def fit_all(runs: pd.DataFrame, x: str) -> dict[str, IsoflopFit]:
-    """The fits of fits.json, with intervals."""
-    done = runs[usable(runs)]
-    return {
-        name: fit_isoflop(done[done["name"] == name], budget="budget", x=x, loss="val_loss", bootstrap=RESAMPLES)
-        for name in ordered(done["name"])
-    }
+def of_law(fits: Fits, law: str) -> list[Mapping[str, Any]]:
+    """The fits of one law, methods in the order of every table."""
+    chosen = [fit for fit in fits.values() if fit["law"] == law]
+    order = {name: i for i, name in enumerate(ordered(fit["method"] for fit in chosen))}
+    return sorted(chosen, key=lambda fit: order[fit["method"]])
 
 
-def with_interval(value: float | None, interval: tuple[float, float] | None, form: str = "{:.4g}") -> str:
-    if value is None or not np.isfinite(value):
-        return "—"
-    known = interval is not None and np.isfinite(interval).all()
-    return number(value, form) + (f" [{', '.join(number(end, form) for end in interval)}]" if known else " [none]")
-
-
-def minima(fits: Mapping[str, IsoflopFit]) -> pd.DataFrame:
-    """A row for each budget and method."""
-    rows = {}
-    for name, fit in fits.items():
-        multipliers = compute_multipliers(fits["dense"], fit) if "dense" in fits and name != "dense" else ()
-        worth = {m.budget: with_interval(m.multiplier, m.interval, "{:.3f}") for m in multipliers}
-        for vertex in fit.vertices:
-            rows[vertex.budget, name] = {
-                "budget": budget_name(vertex.budget),
+def minima(runs: pd.DataFrame, fits: Fits, x: str) -> pd.DataFrame:
+    """A row for each budget and method; what dense needs for a loss is that of the figure of the frontier."""
+    rows, worth = [], frontier_table(runs).set_index(["name", "budget"]) if x == SIZES[0] else None
+    for fit in (fit for fit in of_law(fits, "isoflop") if fit["x"] == x):
+        for vertex in fit["vertices"]:
+            budget, name, status = vertex["budget"], fit["method"], vertex["status"]
+            row = {
+                "budget": budget_name(budget),
                 "method": label(name),
-                "optimal size": with_interval(vertex.x, vertex.x_interval, "{:,.0f}"),
-                "loss there": with_interval(vertex.loss, vertex.loss_interval, "{:.4f}"),
-                "dense needs × FLOPs": worth.get(vertex.budget, "—"),
-                "runs": str(vertex.n),
-                "flag": "—" if vertex.status is VertexStatus.OK else str(vertex.status).replace("_", " "),
+                "optimal size": with_interval(vertex["x"], vertex["x_interval"], "{:,.0f}"),
+                "loss there": with_interval(vertex["loss"], vertex["loss_interval"], "{:.4f}"),
             }
-    return pd.DataFrame([rows[key] for key in sorted(rows, key=lambda key: key[0])])
+            if worth is not None:
+                known = (name, budget) in worth.index and pd.notna(worth.loc[(name, budget), "multiplier"])
+                middle, *ends = worth.loc[(name, budget), ["multiplier", "low", "high"]] if known else (None, None)
+                row["dense needs × FLOPs"] = with_interval(middle, ends, "{:.3f}")
+            row |= {"runs": str(vertex["n"]), "flag": "—" if status == VertexStatus.OK else status.replace("_", " ")}
+            rows.append((budget, row))
+    return pd.DataFrame([row for _, row in sorted(rows, key=lambda pair: pair[0])])
 
 
-def power_laws(fits: Mapping[str, Mapping[str, IsoflopFit]]) -> pd.DataFrame:
-    """Optimal size = coefficient x FLOPs^exponent, wherever there are budgets enough."""
+def power_laws(fits: Fits) -> pd.DataFrame:
+    """Optimal size = coefficient x FLOPs^exponent by approaches 1 and 2, wherever there are budgets enough."""
     rows = []
-    for x, by_name in fits.items():
-        for name, fit in by_name.items():
-            row = {"size": x, "method": label(name), "status": str(fit.status).replace("_", " ")}
-            row |= {key: with_interval(getattr(fit, key), fit.ci.get(key)) for key in ("exponent", "coefficient")}
-            if held := fit.hold_out:
-                row["largest budget: predicted"] = with_interval(held.predicted, held.interval)
-                row["observed"] = with_interval(held.observed, held.observed_interval)
-            rows += [row] if fit.exponent is not None else []
+    for law, approach in (("isoflop", "2, parabolas"), ("envelope", "1, envelope of curves")):
+        for fit in (fit for fit in of_law(fits, law) if fit["exponent"] is not None and fit["x"] in SIZES):
+            row = {"size": X_LABELS[fit["x"]], "approach": approach, "method": label(fit["method"])}
+            row |= {key: with_interval(fit[key], fit["ci"].get(key)) for key in ("exponent", "coefficient")}
+            if held := fit["hold_out"]:
+                row["largest budget: predicted"] = with_interval(held["predicted"], held["interval"])
+                row["observed"] = with_interval(held["observed"], held["observed_interval"])
+            rows.append(row | {"status": fit["status"].replace("_", " ")})
     return pd.DataFrame(rows).fillna("—")
 
 
-def warnings(fits: Mapping[str, Mapping[str, IsoflopFit]]) -> pd.DataFrame:
+def surfaces(fits: Fits) -> pd.DataFrame:
+    """Approach 3: coefficients of L = E + A / N^alpha + B / D^beta, and the largest budget as the others predict it."""
+    rows = []
+    for fit in of_law(fits, "parametric"):
+        row = {"method": label(fit["method"]), "runs": str(fit["n"])}
+        row |= {key: with_interval(fit[key], fit["ci"].get(key)) for key in ("E", "A", "B", "alpha", "beta", "a")}
+        held = fit["hold_out"]
+        row["largest budget: mean loss predicted"] = row["observed"] = "—"
+        if held:
+            row["largest budget: mean loss predicted"] = with_interval(held["predicted"], held["interval"], "{:.4f}")
+            row["observed"] = number(held["observed"], "{:.4f}")
+        rows.append(row | {"status": fit["status"].replace("_", " ")})
+    return pd.DataFrame(rows)
+
+
+def warnings(fits: Fits) -> pd.DataFrame:
     """Every warning of the fits once, with the methods that it is of."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for x, by_name in fits.items():
-        for name, fit in by_name.items():
-            for warning in fit.warnings:
-                found.setdefault((x, warning.replace("_", " ")), []).append(label(name))
-    return pd.DataFrame([{"fit over": x, "warning": text, "of": ", ".join(who)} for (x, text), who in found.items()])
+    found: dict[tuple[str, ...], list[str]] = {}
+    for fit in fits.values():
+        over = X_LABELS.get(fit.get("x", ""), "FLOPs per token and tokens")
+        for warning in fit["warnings"]:
+            found.setdefault((fit["law"], over, warning.replace("_", " ")), []).append(label(fit["method"]))
+    columns = ("law", "fit over", "warning", "of")
+    return pd.DataFrame([(*key, ", ".join(who)) for key, who in found.items()], columns=columns)
 
 
 def signals(records: Sequence[Record]) -> pd.DataFrame:

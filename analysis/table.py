@@ -18,6 +18,7 @@ import pandas as pd
 from peerscale.errors import UserError, exit_code
 from peerscale.files import write_text
 from peerscale.laws.isoflop import VertexStatus
+from peerscale.runs.fits import WITHIN
 from peerscale.runs.study import Study, find_study, method_names, read_fits, study_parser, usable
 from peerscale.runs.table import DIFFERENCES, read_runs, read_table
 from peerscale.sweeper import budget_name
@@ -75,6 +76,8 @@ def closing_table(runs: pd.DataFrame, fits: Fits, differences: pd.DataFrame) -> 
             flags = [f"{n} {status}" for status, n in missing.items()]
             if vertex and vertex["status"] != VertexStatus.OK:
                 flags.append(vertex["status"].replace("_", " "))
+            if vertex and (left_out := mine.loc[usable(mine), "flops_per_token"].nunique() - len(vertex["sizes"])):
+                flags.append(f"{left_out} left out")
             sizes = f"{mine.loc[usable(mine), 'size'].nunique()} of {mine['size'].nunique()}"
             rows.append([
                 budget_name(budget), label(name), sizes,
@@ -93,7 +96,8 @@ def closing_table(runs: pd.DataFrame, fits: Fits, differences: pd.DataFrame) -> 
     return [
         *markdown(header, rows),
         "",
-        "Validation losses in nats per token. The optimum is the minimum of a parabola in the logarithm of size. "
+        "Validation losses in nats per token. The optimum is the minimum of a parabola in the logarithm of size, "
+        f"through the sizes within {100 * WITHIN:.0f} % of the lowest loss and at least five; the others are left out. "
         "The interval covers the sampling of validation sequences, not seeds nor the choice of learning rate. "
         "†, flags: fewer than five sizes (too few), a parabola that is flat or opens downwards (curvature), a minimum "
         "outside the sampled range or in its outer fifth (off centre). "
@@ -134,6 +138,7 @@ def scatter(runs: pd.DataFrame, fits: Fits) -> float:
     squares, freedom = 0.0, 0
     for name, points in runs[usable(runs)].groupby("name"):
         vertex = vertex_of(fits.get(str(name)), points["budget"].iloc[0])
+        points = points[points["flops_per_token"].isin(vertex["sizes"] if vertex else ())]
         if vertex and len(points) > 3 and None not in vertex["coefficients"]:
             curve = np.polynomial.Polynomial(vertex["coefficients"])(np.log10(points["flops_per_token"]))
             squares += float(((points["val_loss"] - curve) ** 2).sum())
@@ -182,6 +187,15 @@ def at_the_optimum(runs: pd.DataFrame, fits: Fits, published: pd.DataFrame) -> l
         "that only distances compare, the last column on c4.",
     )
     lines += [*tables.perplexity_lines(theirs), ""]
+    if exponents := tables.exponent_lines(fits):
+        lines += section(
+            "The compute optimum by three approaches",
+            exponents,
+            "Exponents of the optimal FLOPs per token in the budget [95 %, bootstrap]. 1: of the best training curve at "
+            "each compute, in mid-run before the learning rate has decayed; 2: of the parabolas' minima; 3: of the "
+            "surface loss = E + A / N^alpha + B / D^beta through all runs. Last: the mean loss of the largest budget's "
+            "runs, as a surface through the smaller budgets predicts it. All coefficients: fits.json.",
+        )
     multipliers = tables.multipliers_by_convention(runs, fits)
     if multipliers["as counted"].notna().any():
         lines += section(

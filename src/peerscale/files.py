@@ -1,11 +1,14 @@
 """Atomic writing: a file or folder is there whole, or not at all."""
 
 import contextlib
+import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout: `conf/`, `sweeps/`, `runs/`, `results/` and `data/` lie here (the install is editable)."""
@@ -43,3 +46,10 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON to `path` as `write_text` does, a list of numbers on one line; `ValueError` on NaN."""
+    text = json.dumps(value, indent=1, allow_nan=False)
+    lists_of_numbers = r"\[\s+([^\[\]{}\"]*?)\s+\]"
+    write_text(path, re.sub(lists_of_numbers, lambda found: f"[{' '.join(found[1].split())}]", text) + "\n")

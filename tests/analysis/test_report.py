@@ -16,9 +16,11 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from synthetic_study import SWEEP, WRONG, script
+from synthetic_surface import surface_curves, surface_runs
 
 from peerscale.errors import exit_code
 from peerscale.files import ROOT
+from peerscale.runs.fits import fit_study
 from peerscale.runs.record import Status
 from peerscale.runs.study import Study, collected, published
 
@@ -143,6 +145,22 @@ def test_the_command_of_a_fit_gives_its_intervals(study: Study, source: str, pag
         assert row["loss there"] == f"{vertex['loss']:.4f} [{low:.4f}, {high:.4f}]"
 
 
+def test_laws_of_three_budgets_by_three_approaches() -> None:
+    runs = surface_runs(noise=1e-4)
+    fits = fit_study(runs, surface_curves(runs))
+    laws = report.power_laws(fits)
+    assert list(laws["approach"].unique()) == ["2, parabolas", "1, envelope of curves"]
+    dense = laws[(laws["method"] == "dense") & (laws["size"] == "training FLOPs per token")].set_index("approach")
+    assert dense.loc["2, parabolas", "exponent"].startswith(f"{fits['dense']['exponent']:.4g} [")
+    assert dense.loc["1, envelope of curves", "exponent"].startswith(f"{fits['dense/envelope']['exponent']:.4g} [")
+    surface = report.surfaces(fits).set_index("method").loc["dense"]
+    assert surface["alpha"].startswith(f"{fits['dense/parametric']['alpha']:.4g} [")
+    assert surface["largest budget: mean loss predicted"].startswith(
+        f"{fits['dense/parametric']['hold_out']['predicted']:.4f} ["
+    )
+    assert list(report.surfaces({})) == list(report.power_laws({})) == []
+
+
 def test_figures_are_embedded_whole_and_nothing_is_loaded(study: Study, source: str, page: Page) -> None:
     images = [a.removeprefix("data:image/png;base64,") for a in page.addresses if a.startswith("data:image")]
     names = ("isoflop.png", "another_one.png")  # known figures first
@@ -181,9 +199,9 @@ def test_what_is_not_there_is_named(study: Study, tmp_path: Path) -> None:
     shutil.copyfile(study.runs, bare.runs)
     assert report.main(["unknown", "--runs", str(tmp_path / "none"), "--results", str(tmp_path)]) == 0
     page = Page((bare.folder / "report.html").read_text())
-    for name in ("sweeps/unknown.yaml", "records.jsonl", "table.md", "figures"):
+    for name in ("sweeps/unknown.yaml", "fits.json", "records.jsonl", "table.md", "figures"):
         assert name in page.text.partition("Question")[0]
-    assert len(page.table("cell", "loss, nats per token")) == 50 and page.table("budget", "optimal size")
+    assert len(page.table("cell", "loss, nats per token")) == 50
 
 
 def test_no_study_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

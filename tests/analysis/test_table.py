@@ -113,17 +113,16 @@ def test_a_lead_smaller_than_the_scatter_of_the_points_is_none() -> None:
 
 
 def test_scatter_is_the_residual_deviation_of_all_parabolas() -> None:
-    x = np.array([4.0, 5.0, 6.0, 7.0, 8.0])
-    noise = {"dense": [0.1, -0.1, 0.2, -0.2, 0.0], "peer": [0.0, 0.0, 0.0, 0.0, 0.3]}
+    x = np.array([4.0, 5.0, 6.0, 7.0, 8.0, 9.0])  # the last is left out of both
+    noise = {"dense": [0.1, -0.1, 0.2, -0.2, 0.0, 5.0], "peer": [0.0, 0.0, 0.0, 0.0, 0.3, 7.0]}
     frames, fits = [], {}
     for name, errors in noise.items():
         losses = 5 + (x - 6) ** 2 + np.array(errors)
         frames.append(pd.DataFrame({"name": name, "budget": 1e11, "flops_per_token": 10**x, "val_loss": losses}))
-        fits[name] = {
-            "vertices": [{"budget": 1e11, "coefficients": [float(c) for c in np.polyfit(x, losses, 2)[::-1]]}]
-        }
+        coefficients = [float(c) for c in np.polyfit(x[:5], losses[:5], 2)[::-1]]
+        fits[name] = {"vertices": [{"budget": 1e11, "coefficients": coefficients, "sizes": list(10 ** x[:5])}]}
     runs = pd.concat(frames).assign(status="done")
-    residuals = [np.polyfit(x, 5 + (x - 6) ** 2 + np.array(e), 2, full=True)[1][0] for e in noise.values()]
+    residuals = [np.polyfit(x[:5], (x - 6)[:5] ** 2 + np.array(e[:5]), 2, full=True)[1][0] for e in noise.values()]
     assert table.scatter(runs, fits) == pytest.approx((sum(residuals) / 4) ** 0.5)
 
 

@@ -121,6 +121,29 @@ def test_flagged_minimum_is_kept_but_left_out_of_the_power_law(grid: tuple[float
         assert with_flagged.vertices[-1].x == pytest.approx(0.4 * 1e17**0.48, rel=1e-6)
 
 
+def test_sizes_far_above_the_lowest_loss_are_left_out_on_demand() -> None:
+    # One size on either side lies on no parabola with the others, as models do that have hardly begun to learn.
+    table = runs(grid=(0.1, 0.25, 0.5, 1, 2, 4, 8))
+    far = table["x"].isin(table.groupby("C")["x"].agg(["min", "max"]).to_numpy().ravel())
+    table.loc[far, "loss"] += 0.5
+    fitted, subset = fit(table, within=0.08), fit(table[~far])
+    for vertex, other in zip(fitted.vertices, subset.vertices, strict=True):
+        assert (vertex.x, vertex.loss, vertex.n) == pytest.approx((other.x, other.loss, 5))
+        assert vertex.sizes == other.sizes == tuple(table.loc[(table["C"] == vertex.budget) & ~far, "x"])
+    assert fitted.exponent == pytest.approx(0.48, abs=1e-9) and (fitted.n, subset.n) == (25, 25)
+    assert any("left out" in warning and "1e+16 (2)" in warning for warning in fitted.warnings)
+    assert fit(table).vertices[0].n == 7 and not any("left out" in warning for warning in fit(table).warnings)
+
+
+def test_the_five_sizes_of_lowest_loss_stay_and_all_between_them() -> None:
+    table = runs(grid=(0.1, 0.25, 0.5, 1, 2, 4, 8))
+    assert fit(table, within=1e-6).vertices[0].n == 5
+    spiked = changed(table, 1e16, loss=lambda loss: loss + [0, 0, 0.4, 0, 0, 0, 0])
+    assert fit(spiked, within=1e-6).vertices[2].n == 6  # a bad run between good ones is not picked out
+    seeds = pd.concat([table, table.assign(loss=table["loss"] + 1e-3)])
+    assert fit(seeds, within=1e-6).vertices[0].n == 10
+
+
 def test_two_budgets_give_no_exponent() -> None:
     result = fit(runs(budgets=BUDGETS[:2]))
     assert (result.exponent, result.coefficient, result.status) == (None, None, FitStatus.TOO_FEW_POINTS)

@@ -10,7 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from synthetic_study import GRID, SWEEP, WRONG
+from synthetic_surface import BUDGETS, surface_curves, surface_runs
 
+from peerscale.runs.fits import fit_study
 from peerscale.runs.study import collected, read_json
 from peerscale.viz.isoflop import isoflop_figure, missing_note
 
@@ -67,6 +69,22 @@ def test_flagged_minima_are_hollow(study: tuple[pd.DataFrame, Fits]) -> None:
     }
     # Four sizes are left where a cell went wrong.
     assert hollow == {(1e11, "pkm"), (3e11, "moe"), (3e11, "peer")}
+
+
+def test_sizes_that_a_parabola_leaves_out_are_hollow_and_beyond_its_ends() -> None:
+    runs = surface_runs()
+    fits = fit_study(runs, surface_curves(runs))
+    figure = isoflop_figure(runs, fits, x="flops_per_token")
+    for axes, budget in zip(figure.axes, BUDGETS, strict=True):
+        sizes, _ = expected(runs, "dense", budget, "flops_per_token").T
+        drawn = points(axes, "dense")[:, 0]
+        hollow = points(axes, "_left out dense")[:, 0]
+        assert len(hollow) and sorted([*drawn, *hollow]) == pytest.approx(sizes)
+        (container,) = [c for c in axes.containers if c.get_label() == "_left out dense"]
+        assert container.lines[0].get_markerfacecolor() == "white"
+        assert line(axes, "_fit dense")[[0, -1], 0] == pytest.approx([drawn.min(), drawn.max()])
+        assert all(size < drawn.min() or size > drawn.max() for size in hollow)
+    assert "hollow points" in figure.get_supxlabel()
 
 
 def test_error_bars_are_one_standard_error(study: tuple[pd.DataFrame, Fits]) -> None:

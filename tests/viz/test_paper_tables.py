@@ -9,9 +9,11 @@ import pandas as pd
 import pytest
 from synthetic_ablations import ablation_runs
 from synthetic_study import GRID, SWEEP
+from synthetic_surface import surface_curves, surface_runs
 
 from peerscale.accounting import cost
 from peerscale.config import load
+from peerscale.runs.fits import fit_study
 from peerscale.runs.study import collected, read_json
 from peerscale.runs.table import read_runs
 from peerscale.viz import tables
@@ -143,3 +145,20 @@ def test_one_budget_of_dense_ranks_nothing(study: tuple[pd.DataFrame, Any]) -> N
     assert tables.multipliers_by_convention(runs[runs["budget"] == 1e11], fits)["as counted"].isna().all()
     nothing = runs[runs["status"] != "done"]
     assert tables.multipliers_by_convention(nothing, fits).empty and tables.perplexities(nothing, fits).empty
+
+
+def test_exponents_of_three_approaches_stand_side_by_side(study: tuple[pd.DataFrame, Any]) -> None:
+    runs = surface_runs(noise=1e-4)
+    fits = fit_study(runs, surface_curves(runs))
+    header, _, dense, peer = tables.exponent_lines(fits)
+    assert header == "| method | 1: curves | 2: parabolas | 3: surface | largest budget: predicted | observed |"
+    assert peer.startswith("| PEER |")
+    cells = dense.strip("| ").split(" | ")
+    shown = [float(cell.split(" ")[0]) for cell in cells[1:]]
+    surface = fits["dense/parametric"]
+    wanted = [fits["dense/envelope"]["exponent"], fits["dense"]["exponent"], surface["a"]]
+    wanted += [surface["hold_out"]["predicted"], surface["hold_out"]["observed"]]
+    assert shown == pytest.approx(wanted, abs=5.1e-4)
+    low, high = surface["ci"]["a"]
+    assert cells[3].endswith(f"[{low:.3f}, {high:.3f}]")
+    assert tables.exponent_lines(study[1]) == []  # two budgets have no exponent

@@ -4,7 +4,8 @@ Within one budget C the loss is fitted by least squares as c0 + c1 z + c2 z^2, z
 a token count or FLOPs per token. The minima x* then give x*(C) = coefficient * C^exponent by least squares in log10.
 
 A parabola is only the start of a series: its minimum is biased even without noise, unless the loss is symmetric in
-log x, and the more so the wider or the more off-centre the grid. Read it beside a fit of the whole surface.
+log x, and the more so the wider or the more off-centre the grid. Read it beside a fit of the whole surface, or let it
+go through the sizes near the minimum only.
 """
 
 import math
@@ -57,7 +58,9 @@ class Vertex:
     curvature: float
     """c2, in loss per squared decade of x."""
     n: int
-    """Runs of this budget, repeats included."""
+    """Runs that the parabola is fitted to, repeats included."""
+    sizes: tuple[float, ...]
+    """Their x, ascending."""
     status: VertexStatus
     coefficients: tuple[float, float, float]
     """(c0, c1, c2) of the parabola in log10 x; NaN below three sizes."""
@@ -98,6 +101,7 @@ def fit_isoflop(
     x: str,
     loss: str,
     include_flagged: bool = False,
+    within: float | None = None,
     bootstrap: int = 0,
     seed: int = 0,
     cluster: str | None = None,
@@ -109,6 +113,8 @@ def fit_isoflop(
         budget, x, loss: columns; rows of one budget hold exactly the same value.
         include_flagged: let the power law use flagged minima too, as most published fits do. Vertices of parabolas
             that open downwards are never used.
+        within: leave out sizes whose loss is more than this share above the budget's lowest, see `near_lowest`; None,
+            as in Hoffmann et al., fits all.
         bootstrap: number of resamples, 0 for none. Residuals are resampled over all budgets together, scaled for the
             three coefficients of each parabola, because a budget of five runs cannot lose one.
         seed: of the resampling.
@@ -117,7 +123,12 @@ def fit_isoflop(
     Raises:
         UserError: a column is missing or holds anything but finite numbers above zero; no rows.
     """
-    budgets, sizes, losses = positive_columns(table, budget, x, loss, law=IsoflopFit.law, at_least=1)
+    columns = positive_columns(table, budget, x, loss, law=IsoflopFit.law, at_least=1)
+    near = np.ones(len(table), bool)
+    for value in np.unique(columns[0]) if within is not None else ():
+        at_budget = columns[0] == value
+        near[at_budget] = near_lowest(*(column[at_budget] for column in columns[1:]), within)
+    budgets, sizes, losses = (column[near] for column in columns)
     values, group = np.unique(budgets, return_inverse=True)
     rows_of = [np.flatnonzero(group == i) for i in range(len(values))]
     vertices = [_vertex(float(c), sizes[rows], losses[rows]) for c, rows in zip(values, rows_of, strict=True)]
@@ -130,7 +141,7 @@ def fit_isoflop(
     if bootstrap:
         freedom = np.bincount(group)[group] - 3.0  # runs beyond the parabola's three coefficients
         scaled = (losses - fitted) * np.sqrt((freedom + 3) / np.where(freedom > 0, freedom, np.nan))
-        clusters = row_labels(table, cluster) if cluster else None
+        clusters = row_labels(table, cluster)[near] if cluster else None
         resampled = fitted + resample_residuals(scaled, bootstrap, seed, clusters)
         draws, drawn = _bootstrap(values, rows_of, sizes, resampled, optima, usable, seed)
         vertices = [
@@ -147,7 +158,7 @@ def fit_isoflop(
         runs = pd.DataFrame({"x": sizes, "rest": budgets / sizes, "loss": losses})
         surface = fit_parametric(runs, params="x", tokens="rest", loss="loss", objective="mse")
     return IsoflopFit(
-        n=len(table),
+        n=len(losses),
         status=FitStatus.TOO_FEW_POINTS if exponent is None else FitStatus.CONVERGED,
         objective_name="mse",
         objective_value=float(np.nansum((losses - fitted) ** 2)),
@@ -156,6 +167,7 @@ def fit_isoflop(
         exponent=exponent,
         coefficient=coefficient,
         warnings=(
+            *_left_out(*columns[:2], near, within),
             *_warnings(vertices, [float(sizes[rows].max() / sizes[rows].min()) for rows in rows_of], usable.sum()),
             *table_warnings(table, budget, x, loss),
             *(hold_out.warnings() if hold_out else ()),
@@ -163,6 +175,20 @@ def fit_isoflop(
         hold_out=hold_out,
         bootstrap=draws,
     )
+
+
+def near_lowest(sizes: Array, losses: Array, within: float) -> Array:
+    """Which runs (runs,) of one budget lie near its minimum, where a parabola can hold.
+
+    Those of the sizes, and of all between them, whose mean loss is at most `within` of the lowest above it; of the five
+    sizes with the lowest losses in any case. Losses decide, not distances in x, as a grid that reaches as far to both
+    sides may climb one side much higher: a large model at a small budget has hardly begun to learn.
+    """
+    found, size = np.unique(sizes, return_inverse=True)
+    means = np.bincount(size, losses) / np.bincount(size)
+    limit = max(means.min() * (1 + within), np.sort(means)[:MIN_SIZES][-1])
+    near = found[means <= limit]
+    return (near[0] <= sizes) & (sizes <= near[-1])
 
 
 def fit_parabolas(x: Array, losses: Array) -> Array:
@@ -201,7 +227,10 @@ def _vertex(budget: float, sizes: Array, losses: Array) -> Vertex:
         else:
             status = VertexStatus.OFF_CENTRE if off_centre > MAX_OFF_CENTRE else VertexStatus.OK
     c0, c1, c2 = map(float, coefficients)
-    return Vertex(budget=budget, x=x, loss=loss, curvature=c2, n=len(sizes), status=status, coefficients=(c0, c1, c2))
+    return Vertex(
+        budget=budget, x=x, loss=loss, curvature=c2, n=len(sizes), sizes=tuple(np.unique(sizes).tolist()),
+        status=status, coefficients=(c0, c1, c2),
+    )  # fmt: skip
 
 
 def _bootstrap(
@@ -232,6 +261,12 @@ def _bootstrap(
         draws["exponent"], draws["coefficient"] = fit_power_law(budgets[usable], scattered)
     draws = {name: values[good] for name, values in draws.items()}
     return Bootstrap(draws=draws, resamples=len(losses), failed=int(np.sum(~good)), seed=seed), scattered[good]
+
+
+def _left_out(budgets: Array, sizes: Array, near: Array, within: float | None) -> tuple[str, ...]:
+    counts = {value: len(np.unique(sizes[(budgets == value) & ~near])) for value in np.unique(budgets[~near])}
+    named = ", ".join(f"{value:.3g} ({n})" for value, n in counts.items())
+    return (f"sizes left out, over {within:.3g} of the lowest loss above it: at budget {named}",) if counts else ()
 
 
 def _warnings(vertices: list[Vertex], spans: list[float], n_usable: int) -> tuple[str, ...]:

@@ -4,6 +4,9 @@ A fit has five to seven coefficients and a few hundred runs, so that the cost of
 the arithmetic's: all resamples take their steps together. The same code runs the several starts of a single fit.
 """
 
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,9 +73,13 @@ def minimise(problem: Problem, starts: Array, weights: Array | None = None) -> S
         weights = np.ones((len(starts), len(problem.loss)))
     points = np.clip(np.broadcast_to(starts, (len(weights), len(lower))), lower, upper)
     values, failed = np.empty(len(points)), np.empty(len(points), bool)
-    for first in range(0, len(points), CHUNK):
+
+    def solve_part(first: int) -> None:
         part = slice(first, first + CHUNK)
         points[part], values[part], failed[part] = _minimise(problem, points[part], weights[part])
+
+    with ThreadPoolExecutor(os.cpu_count()) as cores:  # NumPy lets go of the interpreter; parts do not depend on it
+        deque(cores.map(solve_part, range(0, len(points), CHUNK)), maxlen=0)
     at_bound = np.any((points <= lower) | (points >= upper), axis=1)
     return Solution(points=points, values=values, at_bound=at_bound, failed=failed)
 

@@ -115,12 +115,18 @@ def read_json(path: Path) -> Any:
 
 
 def read_fits(path: Path) -> dict[str, dict[str, Any]]:
-    """The isoFLOP fits of a study by name; raises `UserError` if the file holds anything else."""
+    """The fits of a study by name; raises `UserError` if the file holds anything else."""
     fits = read_json(path)
-    wanted = {"method", "x", "exponent", "vertices"}
-    if not isinstance(fits, dict) or not all(isinstance(fit, dict) and wanted <= fit.keys() for fit in fits.values()):
-        raise UserError(f"{path}: no fits by name, each with {', '.join(sorted(wanted))}; collect the study again")
+    if not isinstance(fits, dict) or not all(map(_is_fit, fits.values())):
+        raise UserError(f"{path}: not the fits of a study as this version writes them; collect the study again")
     return fits
+
+
+def _is_fit(fit: Any) -> bool:
+    if not isinstance(fit, dict) or not {"law", "method"} <= fit.keys():
+        return False
+    isoflop = {"x", "exponent", "vertices"} <= fit.keys() and all("sizes" in vertex for vertex in fit["vertices"])
+    return isoflop or fit["law"] != "isoflop"
 
 
 def method_names(table: pd.DataFrame) -> pd.Series:

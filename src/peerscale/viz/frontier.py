@@ -7,14 +7,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from peerscale.laws import fit_isoflop
 from peerscale.laws.isoflop import VertexStatus
 from peerscale.laws.multiplier import compute_multipliers
+from peerscale.runs.fits import RESAMPLES, isoflop_fits
 from peerscale.runs.study import method_names, usable
 from peerscale.viz import style
 from peerscale.viz.isoflop import missing_note
-
-RESAMPLES = 2000
 
 REACH = 20.0
 """Beyond this factor on dense's compute a multiplier, a far extrapolation, is drawn at the panel's edge."""
@@ -29,11 +27,7 @@ def frontier_table(runs: pd.DataFrame) -> pd.DataFrame:
         a bootstrap of the points about their parabolas. Multipliers are NaN with fewer than two unflagged budgets of
         dense.
     """
-    named = runs.assign(name=method_names(runs))[usable(runs)]
-    fits = {
-        str(name): fit_isoflop(rows, budget="budget", x="flops_per_token", loss="val_loss", bootstrap=RESAMPLES)
-        for name, rows in named.groupby("name")
-    }
+    fits = isoflop_fits(runs, "flops_per_token", bootstrap=RESAMPLES)
     table, unknown = [], (np.nan, np.nan)
     for name in style.ordered(fits):
         found = compute_multipliers(fits["dense"], fits[name]) if "dense" in fits and name != "dense" else ()

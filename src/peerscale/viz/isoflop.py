@@ -29,7 +29,9 @@ def isoflop_panel(
     marker: str,
     colours: Mapping[str, str],
 ) -> None:
-    """One budget: a point a run with +-1 standard error, the fitted parabolas over the sampled range, their minima.
+    """One budget: a point a run with +-1 standard error, the parabolas over the sizes fitted, their minima.
+
+    Sizes that a parabola leaves out are hollow.
 
     Args:
         axes: where to draw.
@@ -42,16 +44,15 @@ def isoflop_panel(
     axes.set(xscale="log", yscale="log")
     for name in style.ordered(runs["name"]):
         rows = runs[runs["name"] == name].sort_values(x)
-        loss, error = np.asarray(rows["val_loss"], float), np.nan_to_num(np.asarray(rows["val_loss_se"], float))
-        perplexity, color = np.exp(loss), colours[name]
-        axes.errorbar(
-            np.asarray(rows[x], float), perplexity, fmt=marker, color=color, elinewidth=0.7, markeredgewidth=0.5,
-            yerr=[perplexity - np.exp(loss - error), np.exp(loss + error) - perplexity], markeredgecolor="white",
-            label=name,
-        )  # fmt: skip
-        if name in vertices and None not in vertices[name]["coefficients"]:
-            sizes = np.geomspace(rows[x].min(), rows[x].max(), 200)
-            curve = np.polynomial.polynomial.polyval(np.log10(sizes), vertices[name]["coefficients"])
+        color, vertex = colours[name], vertices.get(name)
+        fitted = rows[x].isin(vertex["sizes"]) if vertex else rows[x].notna()
+        _points(axes, rows[fitted], x, fmt=marker, color=color, markeredgecolor="white", label=name)
+        if not fitted.all():
+            hollow = {"markerfacecolor": "white", "markeredgecolor": color, "label": f"_left out {name}"}
+            _points(axes, rows[~fitted], x, fmt=marker, color=color, **hollow)
+        if vertex and None not in vertex["coefficients"]:
+            sizes = np.geomspace(vertex["sizes"][0], vertex["sizes"][-1], 200)
+            curve = np.polynomial.polynomial.polyval(np.log10(sizes), vertex["coefficients"])
             axes.plot(sizes, np.exp(curve), color=color, label=f"_fit {name}")
     if len(runs):
         _limits(axes, runs[x])
@@ -60,6 +61,13 @@ def isoflop_panel(
         if vertex is not None and vertex["x"] is not None:
             flagged, lowest = vertex["status"] != VertexStatus.OK, float(np.exp(vertex["loss"]))
             style.star(axes, vertex["x"], lowest, colours[name], f"_minimum {name}", hollow=flagged)
+
+
+def _points(axes: Axes, rows: pd.DataFrame, x: str, **style: Any) -> None:
+    loss, error = np.asarray(rows["val_loss"], float), np.nan_to_num(np.asarray(rows["val_loss_se"], float))
+    perplexity = np.exp(loss)
+    bars = [perplexity - np.exp(loss - error), np.exp(loss + error) - perplexity]
+    axes.errorbar(np.asarray(rows[x], float), perplexity, bars, elinewidth=0.7, markeredgewidth=0.5, **style)
 
 
 def isoflop_figure(runs: pd.DataFrame, fits: Mapping[str, Mapping[str, Any]], *, x: str, note: str = "") -> Figure:
@@ -92,7 +100,9 @@ def isoflop_figure(runs: pd.DataFrame, fits: Mapping[str, Mapping[str, Any]], *,
         style.method_legend(figure, names)
         flagged = any(vertex["status"] != VertexStatus.OK for vertex in vertices.values())
         stars = "stars: minima of the fitted parabolas" + (", hollow where flagged" if flagged else "")
-        style.caption(figure, note, f"bars: ±1 standard error; {stars}", missing_note(runs))
+        left_out = any("_left out" in str(drawn.get_label()) for axes in panels for drawn in axes.containers)
+        hollow = "hollow points: too far above the lowest loss to be fitted" if left_out else ""
+        style.caption(figure, note, f"bars: ±1 standard error; {stars}", hollow, missing_note(runs))
     return figure
 
 

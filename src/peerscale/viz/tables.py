@@ -1,7 +1,7 @@
 """Tables 1 and 2 of the paper, and rankings under other FLOP conventions, from the table of runs."""
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ FORMS = {"ppl": "{:.2f}", "expert_usage": "{:.1%}", "unevenness": "{:.2f}"}
 
 
 def optima(runs: pd.DataFrame, fits: Fits) -> list[tuple[str, float, Mapping[str, Any], pd.DataFrame]]:
-    """Name, budget, fitted minimum over FLOPs per token and finished rows, wherever there is a minimum; by budget."""
+    """Name, budget, minimum over FLOPs per token and the rows fitted, wherever there is a minimum; by budget."""
     named = runs.assign(name=method_names(runs))[usable(runs)]
     found = []
     for budget, at_budget in named.groupby("budget"):
@@ -33,7 +33,8 @@ def optima(runs: pd.DataFrame, fits: Fits) -> list[tuple[str, float, Mapping[str
             vertices = fits[name]["vertices"] if name in fits else ()
             for vertex in vertices:
                 if vertex["budget"] == budget and vertex["x"] is not None:
-                    found.append((name, float(str(budget)), vertex, at_budget[at_budget["name"] == name]))
+                    rows = at_budget[(at_budget["name"] == name) & at_budget["flops_per_token"].isin(vertex["sizes"])]
+                    found.append((name, float(str(budget)), vertex, rows))
     return found
 
 
@@ -172,6 +173,27 @@ def norm_lines(table: pd.DataFrame) -> list[str]:
     return markdown(["experts", *names, *(f"paper: {name}" for name in names)], rows)
 
 
+def exponent_lines(fits: Fits) -> list[str]:
+    """Exponents of the optimal FLOPs per token by approaches 1, 2 and 3, and the largest budget held out; in Markdown.
+
+    Empty where no method has the three budgets of a power law.
+    """
+    rows = []
+    for name in ordered(fit["method"] for fit in fits.values()):
+        envelope, isoflop, surface = (fits.get(name + end, {}) for end in ("/envelope", "", "/parametric"))
+        if isoflop.get("exponent") is None and not surface:
+            continue
+        texts = [with_interval(fit.get(key), fit.get("ci", {}).get(key), "{:.3f}")
+                 for fit, key in ((envelope, "exponent"), (isoflop, "exponent"), (surface, "a"))]  # fmt: skip
+        held = surface.get("hold_out") or {}
+        rows.append([
+            label(name), *texts, with_interval(held.get("predicted"), held.get("interval"), "{:.3f}"),
+            number(held.get("observed"), "{:.3f}"),
+        ])  # fmt: skip
+    header = ("method", "1: curves", "2: parabolas", "3: surface", "largest budget: predicted", "observed")
+    return markdown(header, rows) if rows else []
+
+
 def convention_lines(table: pd.DataFrame) -> list[str]:
     """Multipliers with the rank at their budget in Markdown."""
     names = [column for column in table.columns if column not in ("budget", "name", "flagged")]
@@ -188,6 +210,14 @@ def _who(table: pd.DataFrame) -> tuple[list[str], list[str]]:
     flagged = table["flagged"] if "flagged" in table else [False] * len(table)
     names = [label(name) + " †" * bool(flag) for name, flag in zip(table["name"], flagged, strict=True)]
     return [f"{budget:.3g}".replace("e+", "e") for budget in table["budget"]], names
+
+
+def with_interval(value: float | None, interval: Sequence[float | None] | None, form: str = "{:.4g}") -> str:
+    """A number with its interval in brackets, which say so if there is none."""
+    if value is None:
+        return "—"
+    known = interval is not None and None not in interval
+    return number(value, form) + (f" [{', '.join(number(end, form) for end in interval)}]" if known else " [none]")
 
 
 def number(value: float | None, form: str = "{:.2f}") -> str:
