@@ -221,5 +221,5 @@ def with_interval(value: float | None, interval: Sequence[float | None] | None, 
 
 
 def number(value: float | None, form: str = "{:.2f}") -> str:
-    """A dash where there is none."""
-    return "—" if pd.isna(value) else form.format(value).replace("-", "−")
+    """A dash where there is none; 1.2e6 for 1.2e+06."""
+    return "—" if pd.isna(value) else form.format(value).replace("e+", "e").replace("e0", "e").replace("-", "−")
