@@ -87,7 +87,7 @@ def closing_table(runs: pd.DataFrame, fits: Fits, differences: pd.DataFrame) -> 
             others = differences[(differences["reference"] == "peer") & (differences["budget"] == budget)]
             verdicts.append(verdict(budget, others, scatter(at_budget, fits)))
     if any(not line.startswith("PEER leads") for line in verdicts) and LARGER_STUDY not in set(runs["sweep"]):
-        verdicts.append(f"A larger study, where PEER's lead may show or not, is `sweeps/{LARGER_STUDY}.yaml`.")
+        verdicts.append(f"A larger study, at budgets up to 1e13, is `sweeps/{LARGER_STUDY}.yaml`.")
     exponents = {name: fits[name]["exponent"] for name in ordered(runs["name"]) if name in fits}
     each = ", ".join(f"{label(name)} {value:.3f}" for name, value in exponents.items() if value)
     verdicts.append(f"Exponents of the optimal FLOPs per token in the budget, from three budgets on: {each or 'none'}.")
