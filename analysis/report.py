@@ -202,7 +202,8 @@ def of_law(fits: Fits, law: str) -> list[Mapping[str, Any]]:
 
 def minima(runs: pd.DataFrame, fits: Fits, x: str) -> pd.DataFrame:
     """A row for each budget and method; what dense needs for a loss is that of the figure of the frontier."""
-    rows, worth = [], frontier_table(runs).set_index(["name", "budget"]) if x == SIZES[0] else None
+    rows, frontier = [], frontier_table(runs).to_dict("records") if x == SIZES[0] else []
+    worth = {(row["name"], row["budget"]): row for row in frontier if pd.notna(row["multiplier"])}
     for fit in (fit for fit in of_law(fits, "isoflop") if fit["x"] == x):
         for vertex in fit["vertices"]:
             budget, name, status = vertex["budget"], fit["method"], vertex["status"]
@@ -212,10 +213,10 @@ def minima(runs: pd.DataFrame, fits: Fits, x: str) -> pd.DataFrame:
                 "optimal size": with_interval(vertex["x"], vertex["x_interval"], "{:,.0f}"),
                 "loss there": with_interval(vertex["loss"], vertex["loss_interval"], "{:.4f}"),
             }
-            if worth is not None:
-                known = (name, budget) in worth.index and pd.notna(worth.loc[(name, budget), "multiplier"])
-                middle, *ends = worth.loc[(name, budget), ["multiplier", "low", "high"]] if known else (None, None)
-                row["dense needs × FLOPs"] = with_interval(middle, ends, "{:.3f}")
+            if frontier:
+                known = worth.get((name, budget), {})
+                ends = [known["low"], known["high"]] if known else None
+                row["dense needs × FLOPs"] = with_interval(known.get("multiplier"), ends, "{:.3f}")
             row |= {"runs": str(vertex["n"]), "flag": "—" if status == VertexStatus.OK else status.replace("_", " ")}
             rows.append((budget, row))
     return pd.DataFrame([row for _, row in sorted(rows, key=lambda pair: pair[0])])

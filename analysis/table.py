@@ -191,8 +191,8 @@ def at_the_optimum(runs: pd.DataFrame, fits: Fits, published: pd.DataFrame) -> l
         lines += section(
             "The compute optimum by three approaches",
             exponents,
-            "Exponents of the optimal FLOPs per token in the budget [95 %, bootstrap]. 1: of the best training curve at "
-            "each compute, in mid-run before the learning rate has decayed; 2: of the parabolas' minima; 3: of the "
+            "Exponents of the optimal FLOPs per token in the budget [95 %, bootstrap]. 1: of the lowest curve at each "
+            "compute, in mid-run before the learning rate has decayed; 2: of the parabolas' minima; 3: of the "
             "surface loss = E + A / N^alpha + B / D^beta through all runs. Last: the mean loss of the largest budget's "
             "runs, as a surface through the smaller budgets predicts it. All coefficients: fits.json.",
         )

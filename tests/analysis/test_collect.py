@@ -11,7 +11,7 @@ import pytest
 from synthetic_study import SWEEP, WRONG, cells, records, script, write_cells
 
 from peerscale.errors import UserError, exit_code
-from peerscale.runs.record import Status, read_record, write_record
+from peerscale.runs.record import Record, Status, read_record, write_record
 from peerscale.runs.study import collected
 from peerscale.runs.table import curves_table, runs_table
 
@@ -101,10 +101,14 @@ def test_differences_are_those_of_the_fitted_minima(collected_runs: Path) -> Non
         assert row["high"] - row["low"] < 0.02
 
 
+def compared(some: list[Record]) -> pd.DataFrame:
+    table = runs_table(some)
+    return collect.compare(table, some, collect.fit_study(table, curves_table(())))
+
+
 def test_a_cell_without_sequence_losses_costs_its_method_the_interval_only() -> None:
     some = [replace(r, sequence_losses=[]) if r.cell == "peer-d16-1e11-s0" else r for r in records()]
-    table = runs_table(some)
-    differences = collect.compare(table, some, collect.fit_study(table, curves_table(()))).set_index(["budget", "reference", "method"])
+    differences = compared(some).set_index(["budget", "reference", "method"])
     peer = differences.loc[(1e11, "dense", "peer")]
     assert np.isfinite(peer["difference"]) and np.isnan(peer["low"]) and "no interval" in peer["note"]
     assert np.isfinite(differences.loc[(1e11, "dense", "moe"), "low"])
@@ -117,16 +121,14 @@ def test_a_method_without_a_minimum_has_no_difference() -> None:
         return replace(record, evaluation={"validation": losses})
 
     some = [turned(r) if r.method == "pkm" and r.status is Status.DONE else r for r in records()]
-    table = runs_table(some)
-    differences = collect.compare(table, some, collect.fit_study(table, curves_table(()))).set_index(["budget", "reference", "method"])
+    differences = compared(some).set_index(["budget", "reference", "method"])
     assert np.isnan(differences.loc[(3e11, "dense", "pkm"), "difference"])
     assert "curvature" in differences.loc[(3e11, "dense", "pkm"), "note"]
 
 
 def test_without_dense_there_is_nothing_to_compare_with_it() -> None:
     some = [r for r in records() if r.method in ("moe", "pkm")]
-    table = runs_table(some)
-    assert collect.compare(table, some, collect.fit_study(table, curves_table(()))).empty
+    assert compared(some).empty
 
 
 def test_a_second_collection_changes_no_byte(tmp_path: Path) -> None:

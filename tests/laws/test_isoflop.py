@@ -138,7 +138,7 @@ def test_sizes_far_above_the_lowest_loss_are_left_out_on_demand() -> None:
 def test_the_five_sizes_of_lowest_loss_stay_and_all_between_them() -> None:
     table = runs(grid=(0.1, 0.25, 0.5, 1, 2, 4, 8))
     assert fit(table, within=1e-6).vertices[0].n == 5
-    spiked = changed(table, 1e16, loss=lambda loss: loss + [0, 0, 0.4, 0, 0, 0, 0])
+    spiked = changed(table, 1e16, loss=lambda loss: loss + 0.4 * (np.arange(7) == 2))
     assert fit(spiked, within=1e-6).vertices[2].n == 6  # a bad run between good ones is not picked out
     seeds = pd.concat([table, table.assign(loss=table["loss"] + 1e-3)])
     assert fit(seeds, within=1e-6).vertices[0].n == 10

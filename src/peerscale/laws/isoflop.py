@@ -123,12 +123,14 @@ def fit_isoflop(
     Raises:
         UserError: a column is missing or holds anything but finite numbers above zero; no rows.
     """
-    columns = positive_columns(table, budget, x, loss, law=IsoflopFit.law, at_least=1)
-    near = np.ones(len(table), bool)
-    for value in np.unique(columns[0]) if within is not None else ():
-        at_budget = columns[0] == value
-        near[at_budget] = near_lowest(*(column[at_budget] for column in columns[1:]), within)
-    budgets, sizes, losses = (column[near] for column in columns)
+    budgets, sizes, losses = positive_columns(table, budget, x, loss, law=IsoflopFit.law, at_least=1)
+    near, left_out = np.ones(len(table), bool), ()
+    if within is not None:
+        for value in np.unique(budgets):
+            here = budgets == value
+            near[here] = near_lowest(sizes[here], losses[here], within)
+        left_out = _left_out(budgets[~near], sizes[~near], within)
+        budgets, sizes, losses = budgets[near], sizes[near], losses[near]
     values, group = np.unique(budgets, return_inverse=True)
     rows_of = [np.flatnonzero(group == i) for i in range(len(values))]
     vertices = [_vertex(float(c), sizes[rows], losses[rows]) for c, rows in zip(values, rows_of, strict=True)]
@@ -167,7 +169,7 @@ def fit_isoflop(
         exponent=exponent,
         coefficient=coefficient,
         warnings=(
-            *_left_out(*columns[:2], near, within),
+            *left_out,
             *_warnings(vertices, [float(sizes[rows].max() / sizes[rows].min()) for rows in rows_of], usable.sum()),
             *table_warnings(table, budget, x, loss),
             *(hold_out.warnings() if hold_out else ()),
@@ -263,10 +265,11 @@ def _bootstrap(
     return Bootstrap(draws=draws, resamples=len(losses), failed=int(np.sum(~good)), seed=seed), scattered[good]
 
 
-def _left_out(budgets: Array, sizes: Array, near: Array, within: float | None) -> tuple[str, ...]:
-    counts = {value: len(np.unique(sizes[(budgets == value) & ~near])) for value in np.unique(budgets[~near])}
-    named = ", ".join(f"{value:.3g} ({n})" for value, n in counts.items())
-    return (f"sizes left out, over {within:.3g} of the lowest loss above it: at budget {named}",) if counts else ()
+def _left_out(budgets: Array, sizes: Array, within: float) -> tuple[str, ...]:
+    """A warning that counts the sizes left out (runs,) at each budget."""
+    counts = [f"{value:.3g} ({len(np.unique(sizes[budgets == value]))})" for value in np.unique(budgets)]
+    far = f"{100 * within:.3g} % above the lowest loss"
+    return (f"sizes left out, more than {far}: at budget {', '.join(counts)}",) if counts else ()
 
 
 def _warnings(vertices: list[Vertex], spans: list[float], n_usable: int) -> tuple[str, ...]:
