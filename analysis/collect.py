@@ -6,6 +6,7 @@ Reads the cells in runs/SWEEP, or results/SWEEP where there are none, or both; w
 cell has a row, also those that were dropped, failed, or never run.
 """
 
+import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -114,7 +115,8 @@ def with_planned(sweep: str, records: list[Record]) -> list[Record]:
 def compare(runs: pd.DataFrame, records: Sequence[Record], fits: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """Differences of the loss at the compute optimum, fitted over FLOPs per token, between pairs of methods.
 
-    Two methods of one and the same size, as in a study of a layer's settings, are compared at that size, and flagged.
+    Where a study has an axis common to both, such as the batch, each is compared at its own value of it. Two methods of
+    one and the same size, as in a study of a layer's settings, are compared at that size, and flagged.
     The interval covers the sampling of validation sequences, the same resample for every cell, not seeds nor the
     choice of learning rate; each resample refits every method's parabola.
 
@@ -130,11 +132,12 @@ def compare(runs: pd.DataFrame, records: Sequence[Record], fits: Mapping[str, Ma
     for budget in sorted(runs["budget"].unique()):
         at_budget = runs[runs["budget"] == budget]
         levels = {str(name): _level(cells, fits[name], draws) for name, cells in at_budget.groupby("name", sort=False)}
-        for reference in REFERENCES:
-            for name in levels if reference in levels else ():
-                if name != reference:
-                    difference = _difference(levels[name], levels[reference])
-                    rows.append({"budget": budget, "method": name, "reference": reference, **difference})
+        for reference, name in itertools.product(REFERENCES, levels):
+            same_arm = reference + name.removeprefix(name.partition(" ")[0])
+            other = same_arm if same_arm in levels else reference
+            if other in levels and other != name:
+                difference = _difference(levels[name], levels[other])
+                rows.append({"budget": budget, "method": name, "reference": reference, **difference})
     columns = "budget method reference difference low high resamples without_minimum flagged note"
     return pd.DataFrame(rows, columns=columns.split())
 

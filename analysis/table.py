@@ -147,7 +147,7 @@ def scatter(runs: pd.DataFrame, fits: Fits) -> float:
 
 
 def difference(name: str, budget: float, differences: pd.DataFrame) -> str:
-    if name == "dense":
+    if name.partition(" ")[0] == "dense":
         return "reference"
     chosen = (differences["reference"] == "dense") & (differences["budget"] == budget)
     rows = differences[chosen & (differences["method"] == name)].dropna(subset="difference")

@@ -126,6 +126,23 @@ def test_a_method_without_a_minimum_has_no_difference() -> None:
     assert "curvature" in differences.loc[(3e11, "dense", "pkm"), "note"]
 
 
+def test_arms_of_an_axis_are_compared_with_their_own() -> None:
+    def arm(record: Record, value: int, harder: float) -> Record:
+        losses = record.evaluation.get("validation")
+        worse = {"validation": {**losses, "loss": losses["loss"] + harder}} if losses else {}
+        cell = record.cell.replace("-s0", f"-batch_sequences={value}-s0")
+        sequences = [loss + harder for loss in record.sequence_losses]
+        return replace(record, cell=cell, evaluation=worse, sequence_losses=sequences)
+
+    some = [r for r in records() if r.method in ("dense", "peer")]
+    found = compared([arm(r, value, harder) for value, harder in ((8, 0.5), (16, 0.0)) for r in some])
+    plain = compared(some).set_index(["budget", "reference", "method"])["difference"]
+    assert len(found) == 2 * len(plain)
+    for row in found.to_dict("records"):
+        method = row["method"].partition(" ")[0]
+        assert row["difference"] == pytest.approx(plain[row["budget"], row["reference"], method], abs=1e-9)
+
+
 def test_without_dense_there_is_nothing_to_compare_with_it() -> None:
     some = [r for r in records() if r.method in ("moe", "pkm")]
     assert compared(some).empty

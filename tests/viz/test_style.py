@@ -40,6 +40,7 @@ def test_colours_differ_in_lightness_or_hue_for_the_colour_blind() -> None:
 def test_order_and_labels() -> None:
     names = style.ordered(["peer", "gated", "pkm", "dense", "pkm", "a_layer"])
     assert names == ["dense", "pkm", "peer", "a_layer", "gated"]
+    assert style.ordered(["dense batch=16", "dense batch=8", "dense"]) == ["dense", "dense batch=8", "dense batch=16"]
     assert [style.label(n) for n in ("moe", "moe_token_choice", "peer top_k=8", "a_layer")] == [
         "MoE (expert choice)",
         "MoE (token choice)",

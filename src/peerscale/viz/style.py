@@ -4,6 +4,7 @@ Figures are built without pyplot, so that drawing has no global state and needs 
 """
 
 import math
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -74,9 +75,14 @@ NO_METADATA = {"png": {"Software": None}, "pdf": {"Creator": None, "Producer": N
 
 
 def ordered(names: Iterable[str]) -> list[str]:
-    """Method names, each once: the known ones in the order of the palette, then the others by name."""
+    """Method names, each once: the known ones in the order of the palette, the others by name, numbers ascending."""
     known = list(COLOURS)
-    return sorted(set(names), key=lambda name: (known.index(name) if name in known else len(known), name))
+
+    def place(name: str) -> tuple[int, list[str | int]]:
+        parts = re.split(r"(\d+)", name)
+        return known.index(name) if name in known else len(known), [int(p) if p.isdecimal() else p for p in parts]
+
+    return sorted(set(names), key=place)
 
 
 def colours(names: Iterable[str]) -> dict[str, str]:
