@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from peerscale.errors import UserError, exit_code
-from peerscale.runs.study import Study, find_study, read_fits, study_parser, usable
+from peerscale.runs.study import Study, find_study, method_names, read_fits, study_parser, usable
 from peerscale.runs.table import CURVES, DIFFERENCES, read_runs, read_table
 from peerscale.viz import style
 from peerscale.viz.ablations import active_figure, experts_figure, has_curves, query_norm_figure, varied
@@ -52,7 +52,8 @@ def study_figures(study: Study, runs: pd.DataFrame, x: str) -> Iterator[tuple[st
         if study.differences.is_file():
             differences = read_table(study.differences, DIFFERENCES)
             if (differences["reference"] == "dense").any():
-                yield "differences", differences_figure(differences, note=note)
+                methods = method_names(runs[usable(runs)])
+                yield "differences", differences_figure(differences, methods=methods, note=note)
         frontier = frontier_table(runs)
         if len(frontier):
             yield "frontier", frontier_figure(frontier, note=note)

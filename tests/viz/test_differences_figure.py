@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 
 from peerscale.viz.differences import differences_figure
+from peerscale.viz.style import colours
 
 ROWS = pd.DataFrame(
     [
@@ -42,3 +43,12 @@ def test_it_says_what_the_intervals_cover() -> None:
     figure = differences_figure(ROWS, note="FLOPs: some convention")
     assert "not seeds" in figure.get_supxlabel() and "some convention" in figure.get_supxlabel()
     figure.draw_without_rendering()
+
+
+def test_arms_have_the_colours_of_the_studys_other_figures() -> None:
+    arms = [f"{method} batch={n}" for method in ("dense", "peer") for n in (8, 16, 32, 64)]
+    rows = pd.DataFrame([(1e11, arm, "dense", -0.1, -0.2, 0.0, False) for arm in arms[4:]], columns=ROWS.columns)
+    lines = differences_figure(rows, methods=arms).axes[0].lines
+    drawn = {line.get_label(): line.get_color() for line in lines if line.get_label() in arms}
+    assert drawn == {arm: colours(arms)[arm] for arm in arms[4:]}
+    assert drawn != colours(arms[4:])

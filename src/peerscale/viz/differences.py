@@ -1,5 +1,6 @@
 """Differences of loss at the compute optimum, with intervals."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
@@ -12,14 +13,17 @@ SPREAD = 0.8
 """Height that the budgets of one method share, in rows."""
 
 
-def differences_figure(differences: pd.DataFrame, *, reference: str = "dense", note: str = "") -> Figure:
+def differences_figure(
+    differences: pd.DataFrame, *, reference: str = "dense", methods: Iterable[str] = (), note: str = ""
+) -> Figure:
     """All methods against `reference`: a row a method, in it a point with its interval per budget.
 
     `differences` has method, reference, budget, difference, low, high (nats per token) and flagged, drawn hollow.
+    `methods` are those of the study, so that each has the colour of its other figures.
     """
     shown = differences[differences["reference"] == reference]
     names, markers = style.ordered(shown["method"]), style.markers(shown["budget"])
-    colours, grey = style.colours(names), style.COLOURS["dense"]
+    colours, grey = style.colours([*methods, *names]), style.COLOURS["dense"]
     shift = {budget: SPREAD * ((i + 0.5) / len(markers) - 0.5) for i, budget in enumerate(markers)}
     with style.applied():
         figure, (axes,) = style.panels(1, height=0.55 + 0.36 * len(names))
