@@ -1,6 +1,6 @@
-"""Draw a study's figures from its runs.csv, curves.csv, fits.json and differences.csv alone.
+"""Draw a study's figures from its runs.csv, curves.csv and fits.json alone.
 
-    python analysis/figures.py SWEEP [--x COLUMN]
+    .venv/bin/python analysis/figures.py SWEEP [--x COLUMN]
 
 Works on runs/SWEEP/study, else on results/SWEEP; writes figures/*.png and *.pdf there.
 """
@@ -13,12 +13,12 @@ from matplotlib.figure import Figure
 
 from peerscale.errors import UserError, exit_code
 from peerscale.runs.study import Study, find_study, method_names, read_fits, study_parser, usable
-from peerscale.runs.table import CURVES, DIFFERENCES, read_runs, read_table
+from peerscale.runs.table import CURVES, read_runs, read_table
 from peerscale.viz import style
 from peerscale.viz.ablations import active_figure, experts_figure, has_curves, query_norm_figure, varied
 from peerscale.viz.curves import curves_figure
 from peerscale.viz.differences import differences_figure
-from peerscale.viz.frontier import frontier_figure, frontier_table, time_figure
+from peerscale.viz.frontier import frontier_figure, time_figure
 from peerscale.viz.isoflop import X_LABELS, isoflop_figure
 from peerscale.viz.published import read_published
 from peerscale.viz.rates import rates_figure
@@ -45,18 +45,14 @@ def study_figures(study: Study, runs: pd.DataFrame, x: str) -> Iterator[tuple[st
     """The figures that a study's tables can feed, by name: what it varies besides method, size and budget decides."""
     note, settings, published = conventions(runs), varied(runs), read_published()
     if has_curves(runs) or not settings:
-        name = "isoflop" if x == DEFAULT_X else f"isoflop_{x}"
-        yield name, isoflop_figure(runs, read_fits(study.fits), x=x, note=note)
+        name, fits = "isoflop" if x == DEFAULT_X else f"isoflop_{x}", read_fits(study.fits)
+        yield name, isoflop_figure(runs, fits, x=x, note=note)
         if study.curves.is_file():
             yield "curves", curves_figure(read_table(study.curves, CURVES), runs, note=note)
-        if study.differences.is_file():
-            differences = read_table(study.differences, DIFFERENCES)
-            if (differences["reference"] == "dense").any():
-                methods = method_names(runs[usable(runs)])
-                yield "differences", differences_figure(differences, methods=methods, note=note)
-        frontier = frontier_table(runs)
-        if len(frontier):
-            yield "frontier", frontier_figure(frontier, note=note)
+        if drawn := differences_figure(fits, methods=method_names(runs[usable(runs)]), note=note):
+            yield "differences", drawn
+        if drawn := frontier_figure(fits, note=note):
+            yield "frontier", drawn
         yield "time", time_figure(runs, note=note)
     if "n_experts" in settings:
         yield "experts", experts_figure(runs, published, note=note)

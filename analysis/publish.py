@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def copy(source: Study, target: Study, records: Sequence[Record]) -> None:
     """Write the published form of a study into `target`'s folder."""
     target.folder.mkdir(exist_ok=True)
-    for kept in (source.runs, source.curves, source.fits, source.differences, source.table):
+    for kept in (source.runs, source.curves, source.fits, source.table):
         if kept.is_file():
             shutil.copyfile(kept, target.folder / kept.name)
     shutil.copytree(source.figures, target.figures, copy_function=shutil.copyfile)

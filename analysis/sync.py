@@ -183,7 +183,7 @@ def upload_study(study: Study, cells: Sequence[CellFiles], server: str, timeout_
         FailedCells: the server did not take them.
     """
     figures = sorted(study.figures.glob("*.p*"))
-    tables = [study.runs, study.records, study.curves, study.differences, study.table]
+    tables = [study.runs, study.records, study.curves, study.table]
     artifacts = {"table": [path for path in tables if path.is_file()], "fits": [study.fits], "figures": figures}
     files = [path for paths in artifacts.values() for path in paths if path.is_file()]
     if not study.runs.is_file():

@@ -1,6 +1,7 @@
 """A study: where its files lie, and which rows of its table make one curve and can be fitted."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,9 +16,6 @@ from peerscale.plan import Plan, Verdict
 from peerscale.runs.record import Record, Status, science
 
 RUNS, RESULTS = ROOT / "runs", ROOT / "results"
-
-SIZE_COLUMNS = ("flops_per_token", "params_total", "params_active", "params_non_embedding")
-"""What a model's size can mean. The first has the same meaning for every method, the second is the paper's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,13 +42,8 @@ class Study:
 
     @property
     def fits(self) -> Path:
-        """`{name: fit}`."""
+        """All statistics and laws of the study."""
         return self.folder / "fits.json"
-
-    @property
-    def differences(self) -> Path:
-        """Differences between methods at the compute optimum, with intervals."""
-        return self.folder / "differences.csv"
 
     @property
     def table(self) -> Path:
@@ -114,19 +107,12 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not JSON ({error.msg} at line {error.lineno})") from None
 
 
-def read_fits(path: Path) -> dict[str, dict[str, Any]]:
-    """The fits of a study by name; raises `UserError` if the file holds anything else."""
+def read_fits(path: Path) -> dict[str, Any]:
+    """What `runs.fits.fit_study` wrote; raises `UserError` if the file holds anything else."""
     fits = read_json(path)
-    if not isinstance(fits, dict) or not all(map(_is_fit, fits.values())):
-        raise UserError(f"{path}: not the fits of a study as this version writes them; collect the study again")
+    if not (isinstance(fits, dict) and {"budgets", "claims", "multipliers", "laws", "rates"} <= fits.keys()):
+        raise UserError(f"{path}: not the fits of a study as this version writes them: make figures, to fit it again")
     return fits
-
-
-def _is_fit(fit: Any) -> bool:
-    if not isinstance(fit, dict) or not {"law", "method"} <= fit.keys():
-        return False
-    isoflop = {"x", "exponent", "vertices"} <= fit.keys() and all("sizes" in vertex for vertex in fit["vertices"])
-    return isoflop or fit["law"] != "isoflop"
 
 
 def method_names(table: pd.DataFrame) -> pd.Series:
@@ -149,6 +135,12 @@ def _axes(cell: str, seed: int) -> str:
     """The `<axis>=<value>...` part of `<method>-<size>-<budget>[-<axis>=<value>...]-s<seed>`; values may hold a `-`."""
     head, equals, rest = cell.partition("=")
     return f"{head.rpartition('-')[2]}={rest.removesuffix(f'-s{seed}')}" if equals else ""
+
+
+def same_arm(reference: str, name: str, names: Sequence[str]) -> str | None:
+    """The curve of `reference` at the settings of curve `name`, such as its batch; else without any; None if absent."""
+    arm = reference + name.removeprefix(name.partition(" ")[0])
+    return next((found for found in (arm, reference) if found in names and found != name), None)
 
 
 def usable(table: pd.DataFrame) -> pd.Series:

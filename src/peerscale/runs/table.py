@@ -22,9 +22,6 @@ NEEDED = ("cell", "method", "variant", "size", "seed", "budget", "flops_per_toke
 CURVES = ("cell", "step", "tokens", "flops", "loss")
 """Columns of a study's training curves."""
 
-DIFFERENCES = ("budget", "method", "reference", "difference", "low", "high", "note")
-"""Columns that a study's differences between methods cannot do without."""
-
 METRIC = CURVES[1:]
 """What every row of metrics holds, in numbers."""
 

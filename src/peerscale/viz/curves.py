@@ -1,11 +1,11 @@
 """Training loss against compute spent."""
 
-from typing import Any
-
+import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from peerscale.runs.study import method_names, usable
+from peerscale.runs.study import method_names, same_arm, usable
 from peerscale.viz import style
 from peerscale.viz.isoflop import missing_note
 
@@ -14,29 +14,58 @@ SKIPPED_SHARE = 0.08
 
 
 def curves_figure(curves: pd.DataFrame, runs: pd.DataFrame, *, note: str = "") -> Figure:
-    """A panel per budget with finished cells: a line a run, each method's best in full and the others pale.
+    """A column per budget: above each method's run of lowest validation loss, below its distance to dense's.
 
-    `curves` and `runs` are the study's tables; runs without a curve are left out.
+    `curves` and `runs` are the study's tables; runs without a curve are left out. Without dense there is no lower row.
     """
     runs = runs.assign(name=method_names(runs))
     drawn = runs[usable(runs)]
     budgets = sorted((runs if drawn.empty else drawn)["budget"].unique())
     names = style.ordered(drawn["name"])
-    colours = style.colours(names)
+    rows = 1 + (len(names) > 1 and any(same_arm("dense", name, names) for name in names))
     with style.applied():
-        figure, panels = style.panels(len(budgets))
-        for axes, budget in zip(panels, budgets, strict=True):
+        figure = Figure(figsize=(style.TEXT_WIDTH, 2.2 * rows + 0.5), layout="constrained")
+        panels = figure.subplots(rows, len(budgets), sharex="col", sharey="row", squeeze=False)
+        for column, budget in zip(panels.T, budgets, strict=True):
             finished = drawn[drawn["budget"] == budget]
-            best = set(finished.loc[finished.groupby("name")["val_loss"].idxmin(), "cell"])
-            for cell, name in zip(finished["cell"], finished["name"], strict=True):
-                rows = curves[(curves["cell"] == cell) & (curves["flops"] >= SKIPPED_SHARE * budget)]
-                alpha, width, order = (1.0, 1.3, 3) if cell in best else (0.25, 0.6, 2)
-                look: dict[str, Any] = {"color": colours[name], "alpha": alpha, "linewidth": width, "zorder": order}
-                axes.plot(rows["flops"], rows["loss"], label=cell, **look)
-            axes.set(xscale="log", title=style.budget_title(budget), xlabel="training FLOPs spent")
-            style.decade_axis(axes.xaxis)
-        panels[0].set_ylabel("training loss (nats per token)")
+            best = {
+                str(name): one_curve(curves, str(cells.loc[cells["val_loss"].idxmin(), "cell"]), float(budget))
+                for name, cells in finished.groupby("name")
+            }
+            draw_losses(column[0], best)
+            if rows > 1:
+                draw_distances(column[1], best)
+            column[0].set(xscale="log", title=style.budget_title(budget))
+            column[-1].set_xlabel("training FLOPs spent")
+            style.decade_axis(column[-1].xaxis)
+        panels[0, 0].set_ylabel("training loss (nats)")
+        if rows > 1:
+            panels[1, 0].set_ylabel("minus dense's")
         style.method_legend(figure, names)
-        bold = "bold: each method's run of lowest validation loss; pale: its other sizes"
-        style.caption(figure, note, bold, missing_note(runs))
+        which = "each method's run of lowest validation loss; below, its loss minus dense's at equal FLOPs spent"
+        style.caption(figure, note, which if rows > 1 else which.partition(";")[0], missing_note(runs))
     return figure
+
+
+def one_curve(curves: pd.DataFrame, cell: str, budget: float) -> pd.DataFrame:
+    """FLOPs and loss of one run from `SKIPPED_SHARE` of its budget on."""
+    return curves[(curves["cell"] == cell) & (curves["flops"] >= SKIPPED_SHARE * budget)]
+
+
+def draw_losses(axes: Axes, best: dict[str, pd.DataFrame]) -> None:
+    colours, dashes = style.colours(best), style.dashes(best)
+    for name in style.ordered(best):
+        axes.plot(best[name]["flops"], best[name]["loss"], dashes[name], color=colours[name], linewidth=0.9, label=name)
+
+
+def draw_distances(axes: Axes, best: dict[str, pd.DataFrame]) -> None:
+    """Each curve minus that of dense, read off at the same FLOPs (log-linear between its points)."""
+    colours, dashes = style.colours(best), style.dashes(best)
+    axes.axhline(0, color=style.COLOURS["dense"], linewidth=0.9, label="_dense")
+    for name in style.ordered(best):
+        reference = same_arm("dense", name, list(best))
+        if reference is None or best[name].empty or best[reference].empty:
+            continue
+        flops, dense = np.log(best[name]["flops"]), best[reference]
+        distance = best[name]["loss"] - np.interp(flops, np.log(dense["flops"]), dense["loss"])
+        axes.plot(best[name]["flops"], distance, dashes[name], color=colours[name], linewidth=0.9, label=name)

@@ -1,9 +1,8 @@
 """Differences of loss at the compute optimum, with intervals."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -14,26 +13,34 @@ SPREAD = 0.8
 
 
 def differences_figure(
-    differences: pd.DataFrame, *, reference: str = "dense", methods: Iterable[str] = (), note: str = ""
-) -> Figure:
-    """All methods against `reference`: a row a method, in it a point with its interval per budget.
+    fits: Mapping[str, Any], *, reference: str = "dense", methods: Iterable[str] = (), note: str = ""
+) -> Figure | None:
+    """All methods against `reference`: a row a method, in it a point with its interval per budget; None without any.
 
-    `differences` has method, reference, budget, difference, low, high (nats per token) and flagged, drawn hollow.
-    `methods` are those of the study, so that each has the colour of its other figures.
+    `fits` is the study's `fits.json`; `methods` are those of the study, so that each has the colour of its other
+    figures.
     """
-    shown = differences[differences["reference"] == reference]
-    names, markers = style.ordered(shown["method"]), style.markers(shown["budget"])
+    shown = [
+        {**found, "budget": entry["budget"]}
+        for entry in fits["budgets"]
+        for found in entry["differences"]
+        if found["reference"].partition(" ")[0] == reference and found.get("value") is not None
+    ]
+    if not shown:
+        return None
+    names = style.ordered(found["method"] for found in shown)
+    markers = style.markers(found["budget"] for found in shown)
     colours, grey = style.colours([*methods, *names]), style.COLOURS["dense"]
     shift = {budget: SPREAD * ((i + 0.5) / len(markers) - 0.5) for i, budget in enumerate(markers)}
     with style.applied():
         figure, (axes,) = style.panels(1, height=0.55 + 0.36 * len(names))
         axes.axvline(0, color=grey, linewidth=0.9)
-        for row in shown.dropna(subset="difference").to_dict("records"):
+        for row in shown:
             height, color = names.index(row["method"]) + shift[row["budget"]], colours[row["method"]]
             axes.plot([row["low"], row["high"]], [height, height], color=color, label=f"_interval {row['method']}")
             axes.plot(
-                [row["difference"]], [height], marker=markers[row["budget"]], color=color, markersize=5,
-                linestyle="none", markerfacecolor="white" if row["flagged"] else color, label=row["method"],
+                [row["value"]], [height], marker=markers[row["budget"]], color=color, markersize=5,
+                linestyle="none", label=row["method"],
             )  # fmt: skip
         axes.set_yticks(range(len(names)), [style.label(name) for name in names])
         axes.grid(visible=False, axis="y")
@@ -43,7 +50,7 @@ def differences_figure(
         style.legend(
             figure, [Line2D([], [], marker=m, label=style.budget_title(b), **look) for b, m in markers.items()]
         )
-        covers = "95 % intervals: sampling of validation sequences, not seeds nor the choice of learning rate"
-        hollow = "hollow: one of the two fitted minima is flagged" if shown["flagged"].any() else ""
-        style.caption(figure, note, covers, hollow)
+        style.caption(
+            figure, note, "95 % intervals: misfit of sizes, seeds, validation sequences; learning rates left out"
+        )
     return figure

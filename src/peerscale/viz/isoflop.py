@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from peerscale.laws.isoflop import VertexStatus
+from peerscale.laws.optima import OptimumStatus
 from peerscale.runs.study import method_names, usable
 from peerscale.viz import style
 
@@ -19,90 +19,108 @@ X_LABELS = {
     "flops_per_token": "training FLOPs per token",
 }
 
+FITTED = "flops_per_token"
+"""The size that the fits of `fits.json` are over; other sizes are read off between the trained models."""
+
 
 def isoflop_panel(
     axes: Axes,
     runs: pd.DataFrame,
-    vertices: Mapping[str, Mapping[str, Any]],
+    methods: Mapping[str, Mapping[str, Any]],
     *,
     x: str,
     marker: str,
     colours: Mapping[str, str],
 ) -> None:
-    """One budget: a point a run with +-1 standard error, the parabolas over the sizes fitted, their minima.
+    """One budget: a point a run with +-1 standard error, the fitted curves and their minima.
 
-    Sizes that a parabola leaves out are hollow.
+    Sizes outside the fitted window are hollow; those far above the fitted ones are triangles at the upper edge.
 
     Args:
         axes: where to draw.
         runs: rows of one budget, with a column `name`; only finished runs are drawn.
-        vertices: the budget's entry of each method's isoFLOP fit, as in `fits.json`.
+        methods: the budget's `methods` in `fits.json`, by name.
         x: column of the model size.
         marker, colours: of the points, and by method name.
     """
     runs = runs[usable(runs)]
     axes.set(xscale="log", yscale="log")
     for name in style.ordered(runs["name"]):
-        rows = runs[runs["name"] == name].sort_values(x)
-        color, vertex = colours[name], vertices.get(name)
-        fitted = rows[x].isin(vertex["sizes"]) if vertex else rows[x].notna()
-        _points(axes, rows[fitted], x, fmt=marker, color=color, markeredgecolor="white", label=name)
-        if not fitted.all():
-            hollow = {"markerfacecolor": "white", "markeredgecolor": color, "label": f"_left out {name}"}
-            _points(axes, rows[~fitted], x, fmt=marker, color=color, **hollow)
-        if vertex and None not in vertex["coefficients"]:
-            sizes = np.geomspace(vertex["sizes"][0], vertex["sizes"][-1], 200)
-            curve = np.polynomial.polynomial.polyval(np.log10(sizes), vertex["coefficients"])
-            axes.plot(sizes, np.exp(curve), color=color, label=f"_fit {name}")
+        rows, fitted = runs[runs["name"] == name].sort_values(x), methods.get(name)
+        inside = rows[FITTED].isin(fitted["sizes"]) if fitted else rows[x].notna()
+        look: dict[str, Any] = {"fmt": marker, "color": colours[name]}
+        _points(axes, rows[inside], x, **look, markeredgecolor="white", label=name)
+        if fitted and None not in fitted["coefficients"]:
+            sizes = np.geomspace(fitted["sizes"][0], fitted["sizes"][-1], 200)
+            curve = np.polynomial.polynomial.polyval(np.log10(sizes), fitted["coefficients"])
+            axes.plot(size_on_axis(rows, x, sizes), np.exp(curve), color=colours[name], label=f"_fit {name}")
     if len(runs):
         _limits(axes, runs[x])
+    top = axes.get_ylim()[1]
     for name in style.ordered(runs["name"]):
-        vertex = vertices.get(name)
-        if vertex is not None and vertex["x"] is not None:
-            flagged, lowest = vertex["status"] != VertexStatus.OK, float(np.exp(vertex["loss"]))
-            style.star(axes, vertex["x"], lowest, colours[name], f"_minimum {name}", hollow=flagged)
+        rows, fitted = runs[runs["name"] == name].sort_values(x), methods.get(name)
+        if fitted is None:
+            continue
+        outside = rows[~rows[FITTED].isin(fitted["sizes"])]
+        above = np.exp(outside["val_loss"]) > top
+        hollow = {"color": colours[name], "markerfacecolor": "white", "markeredgecolor": colours[name]}
+        if not above.all():
+            _points(axes, outside[~above], x, fmt=marker, **hollow, label=f"_left out {name}")
+        if above.any():
+            edge = np.full(above.sum(), top)
+            label = f"_left out {name}, above"
+            axes.plot(outside.loc[above, x], edge, "^", **hollow, markersize=4, clip_on=False, label=label)
+        if fitted["loss"] is not None:
+            at, flagged = size_on_axis(rows, x, np.array([fitted["x"]]))[0], fitted["status"] != OptimumStatus.OK
+            style.star(axes, at, float(np.exp(fitted["loss"])), colours[name], f"_minimum {name}", hollow=flagged)
 
 
-def _points(axes: Axes, rows: pd.DataFrame, x: str, **style: Any) -> None:
+def size_on_axis(rows: pd.DataFrame, x: str, flops_per_token: np.ndarray) -> np.ndarray:
+    """The size in column `x` of a method's models of so many FLOPs per token, log-linear between the trained ones."""
+    known = rows.groupby(FITTED)[x].first().sort_index()
+    return np.exp(
+        np.interp(np.log(flops_per_token), np.log(known.index.to_numpy(float)), np.log(known.to_numpy(float)))
+    )
+
+
+def _points(axes: Axes, rows: pd.DataFrame, x: str, **look: Any) -> None:
     loss, error = np.asarray(rows["val_loss"], float), np.nan_to_num(np.asarray(rows["val_loss_se"], float))
     perplexity = np.exp(loss)
     bars = [perplexity - np.exp(loss - error), np.exp(loss + error) - perplexity]
-    axes.errorbar(np.asarray(rows[x], float), perplexity, bars, elinewidth=0.7, markeredgewidth=0.5, **style)
+    axes.errorbar(np.asarray(rows[x], float), perplexity, bars, elinewidth=0.7, markeredgewidth=0.5, **look)
 
 
-def isoflop_figure(runs: pd.DataFrame, fits: Mapping[str, Mapping[str, Any]], *, x: str, note: str = "") -> Figure:
+def isoflop_figure(runs: pd.DataFrame, fits: Mapping[str, Any], *, x: str, note: str = "") -> Figure:
     """A panel per budget with finished cells.
 
     Args:
         runs: the study's table.
-        fits: the study's `fits.json`; the fits over column `x` are drawn.
+        fits: the study's `fits.json`.
         x: one of `X_LABELS`.
         note: small print: data set, FLOP convention.
     """
     runs = runs.assign(name=method_names(runs))
     drawn = runs[usable(runs)]
-    vertices = {
-        (fit["method"], vertex["budget"]): vertex
-        for fit in fits.values()
-        if fit["law"] == "isoflop" and fit["x"] == x
-        for vertex in fit["vertices"]
-    }
+    methods = {entry["budget"]: {m["name"]: m for m in entry["methods"]} for entry in fits["budgets"]}
     budgets = sorted((runs if drawn.empty else drawn)["budget"].unique())
     names = style.ordered(drawn["name"])
     colours, markers = style.colours(names), style.markers(budgets)
     with style.applied():
         figure, panels = style.panels(len(budgets))
         for axes, budget in zip(panels, budgets, strict=True):
-            at_budget = {name: vertex for (name, b), vertex in vertices.items() if b == budget}
-            isoflop_panel(axes, runs[runs["budget"] == budget], at_budget, x=x, marker=markers[budget], colours=colours)
+            fitted = methods.get(budget, {})
+            isoflop_panel(axes, runs[runs["budget"] == budget], fitted, x=x, marker=markers[budget], colours=colours)
             axes.set(title=style.budget_title(budget), xlabel=X_LABELS[x])
         panels[0].set_ylabel("validation perplexity")
         style.method_legend(figure, names)
-        flagged = any(vertex["status"] != VertexStatus.OK for vertex in vertices.values())
-        stars = "stars: minima of the fitted parabolas" + (", hollow where flagged" if flagged else "")
-        left_out = any("_left out" in str(drawn.get_label()) for axes in panels for drawn in axes.containers)
-        hollow = "hollow points: too far above the lowest loss to be fitted" if left_out else ""
-        style.caption(figure, note, f"bars: ±1 standard error; {stars}", hollow, missing_note(runs))
+        of_all = [m for entry in methods.values() for m in entry.values()]
+        flagged = any(m["status"] != OptimumStatus.OK for m in of_all)
+        curves = "curves: one fit a budget over FLOPs per token, with a shared curvature; stars: its minima"
+        labels = [str(part.get_label()) for axes in panels for part in (*axes.containers, *axes.lines)]
+        hollow = "hollow points: outside the fitted window" if any("_left out" in text for text in labels) else ""
+        above = "triangles: above the axis" if any(", above" in text for text in labels) else ""
+        marks = "; ".join(filter(None, (curves + ", hollow where flagged" * flagged, hollow, above)))
+        style.caption(figure, note, "bars: ±1 standard error over validation sequences", marks, missing_note(runs))
     return figure
 
 
@@ -114,7 +132,7 @@ def missing_note(runs: pd.DataFrame) -> str:
 
 
 def _limits(axes: Axes, sizes: pd.Series) -> None:
-    """Limits and ticks from what is drawn so far: a flagged minimum far off must not squeeze the points."""
+    """Limits and ticks from what is drawn so far: a point or minimum far off must not squeeze the others."""
     margin = max((sizes.max() / sizes.min()) ** 0.07, 1.15)
     axes.set_xlim(sizes.min() / margin, sizes.max() * margin)
     axes.margins(y=0.08)

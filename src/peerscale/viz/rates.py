@@ -5,34 +5,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from peerscale.errors import UserError
-from peerscale.runs.study import method_names, usable
+from peerscale.runs.rates import RATES, settings_table
 from peerscale.viz import style
 from peerscale.viz.isoflop import missing_note
-
-RATES = ["lr", "table_lr"]
-NUMBER = r"[\d.]+(?:e-?\d+)?"
-
-
-def settings_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row a method and setting: name, lr, table_lr (0: none), the losses by size and their mean, best first.
-
-    What a study varies besides is part of the name. `lr` is the rate as the study sets it, at the reference width; in
-    `runs` it is that of the cell's width, of which the largest stands for a rate that the study leaves alone.
-
-    Raises:
-        UserError: no setting was trained at every size.
-    """
-    names = method_names(runs).str.replace(rf"[ -](?:table_)?lr={NUMBER}(?=-|$)", "", regex=True)
-    runs = runs.assign(name=names)[usable(runs)]
-    as_set = runs["cell"].str.extract(rf"-lr=({NUMBER})", expand=False).astype(float)
-    runs["lr"] = as_set.fillna(runs.groupby("name")["lr"].transform("max"))
-    runs["table_lr"] = runs["table_lr"].fillna(0.0)
-    losses = runs.pivot_table(index=["name", *RATES], columns="size", values="val_loss", aggfunc="mean").dropna()
-    if losses.empty:
-        raise UserError("no setting was trained at every size yet: run the rest of the study first")
-    losses["mean"] = losses.mean(axis=1)
-    return losses.reset_index().sort_values(["name", "mean"])
 
 
 def edges(rows: pd.DataFrame) -> list[str]:

@@ -1,4 +1,4 @@
-"""Tables 1 and 2 of the paper, and rankings under other FLOP conventions, from the table of runs."""
+"""Tables in Markdown: tables 1 and 2 of the paper, errors by source, multipliers, exponents, other conventions."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,57 +7,35 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from peerscale.laws.isoflop import VertexStatus
-from peerscale.laws.multiplier import compute_to_reach
-from peerscale.runs.study import method_names, usable
+from peerscale.laws.optima import OptimumStatus
+from peerscale.runs.study import usable
+from peerscale.sweeper import budget_name
 from peerscale.viz.ablations import with_norm
 from peerscale.viz.published import WITHOUT_NORM, paper_values
 from peerscale.viz.style import label, ordered
 
-Fits = Mapping[str, Mapping[str, Any]]
-
-ROUTER = ("flops_router", "flops_query", "flops_sub_keys")
-"""Components that choose experts."""
+Fits = Mapping[str, Any]
+"""A study's `fits.json`."""
 
 METRICS = {"ppl": "ppl_c4", "expert_usage": "expert_usage", "unevenness": "unevenness"}
 """Columns of table 2, and their names in the paper's."""
 FORMS = {"ppl": "{:.2f}", "expert_usage": "{:.1%}", "unevenness": "{:.2f}"}
 
 
-def optima(runs: pd.DataFrame, fits: Fits) -> list[tuple[str, float, Mapping[str, Any], pd.DataFrame]]:
-    """Name, budget, minimum over FLOPs per token and the rows fitted, wherever there is a minimum; by budget."""
-    named = runs.assign(name=method_names(runs))[usable(runs)]
-    found = []
-    for budget, at_budget in named.groupby("budget"):
-        for name in ordered(at_budget["name"]):
-            vertices = fits[name]["vertices"] if name in fits else ()
-            for vertex in vertices:
-                if vertex["budget"] == budget and vertex["x"] is not None:
-                    rows = at_budget[(at_budget["name"] == name) & at_budget["flops_per_token"].isin(vertex["sizes"])]
-                    found.append((name, float(str(budget)), vertex, rows))
-    return found
-
-
-def perplexities(runs: pd.DataFrame, fits: Fits) -> pd.DataFrame:
-    """Table 1: perplexity on each evaluation set at the compute optimum.
-
-    The optimum is the validation loss's minimum over FLOPs per token. Each set's loss there is that of a parabola
-    through the method's sizes, as the validation loss's is.
+def perplexities(fits: Fits, val_set: str) -> pd.DataFrame:
+    """Table 1: perplexity on each evaluation set at the compute optimum of the validation loss.
 
     Returns:
         budget, name, a column per set, gap (nats per token to dense on the validation set), flagged.
     """
-    val_set = str(runs["val_set"].iloc[0])
-    rows = []
-    for name, budget, vertex, cells in optima(runs, fits):
-        sets = {}
-        for column in (c for c in runs.columns if c.startswith("ppl_")):
-            known = cells[cells[column].notna()]
-            if known["flops_per_token"].nunique() >= 3:
-                z = np.log10(known["flops_per_token"] / vertex["x"])
-                sets[column.removeprefix("ppl_")] = float(np.exp(np.polyfit(z, np.log(known[column]), 2)[-1]))
-        rows.append({"budget": budget, "name": name, **sets, "flagged": vertex["status"] != VertexStatus.OK})
-    return with_gap(pd.DataFrame(rows), val_set) if rows else pd.DataFrame(columns=["budget", "name", "gap", "flagged"])
+    rows = [
+        {"budget": entry["budget"], "name": m["name"], **{name: np.exp(loss) for name, loss in m["sets"].items()},
+         "flagged": m["status"] != OptimumStatus.OK}
+        for entry in fits["budgets"] for m in entry["methods"] if m["sets"]
+    ]  # fmt: skip
+    if not rows:
+        return pd.DataFrame(columns=["budget", "name", "gap", "flagged"])
+    return with_gap(pd.DataFrame(rows), val_set)
 
 
 def paper_perplexities(published: pd.DataFrame) -> pd.DataFrame:
@@ -96,56 +74,6 @@ def experts_by_norm(runs: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame
     return pd.concat([ours, pd.DataFrame(paper).groupby(by, as_index=False).first()], ignore_index=True)
 
 
-def conventions(runs: pd.DataFrame) -> dict[str, pd.Series]:
-    """Training FLOPs per token of every row under other conventions, from the table's columns.
-
-    `as counted` is the study's own. 6N counts 6 for each parameter and leaves out attention scores; the embedding,
-    tied to the output head, is counted once. A causal kernel does half of the attention scores and values. Without
-    router leaves out what chooses the experts.
-    """
-    counted = runs["flops_per_token"].astype(float)
-    return {
-        "as counted": counted,
-        "6 x active parameters": 6.0 * runs["params_active"],
-        "6 x total parameters": 6.0 * runs["params_total"],
-        "causal attention": counted - (runs["flops_attention_scores"] + runs["flops_attention_values"]) / 2,
-        "without router": counted - runs[[column for column in ROUTER if column in runs]].sum(axis=1),
-    }
-
-
-def multipliers_by_convention(runs: pd.DataFrame, fits: Fits) -> pd.DataFrame:
-    """How many times a method's compute dense needs for its loss, with compute counted by each convention.
-
-    Losses and sizes at the optimum are those of the study's own budgets; only what they cost is counted anew, by the
-    convention's share at the optimal FLOPs per token (log-linear between the trained sizes). A ranking at equal
-    compute is the ranking of these multipliers.
-
-    Returns:
-        budget, name, flagged and a column per convention; NaN with fewer than two unflagged budgets of dense.
-    """
-    done = runs[usable(runs)]
-    found = optima(runs, fits)
-    rows = [(budget, name, vertex["status"] != VertexStatus.OK) for name, budget, vertex, _ in found]
-    table = pd.DataFrame(rows, columns=["budget", "name", "flagged"])
-    losses = np.array([vertex["loss"] for _, _, vertex, _ in found])
-    frontier = [i for i, (_, name, flagged) in enumerate(rows) if name == "dense" and not flagged]
-    for convention, flops in conventions(done).items():
-        shares = flops / done["flops_per_token"]
-        spent = [budget * _share(vertex["x"], cells, shares) for _, budget, vertex, cells in found]
-        needed = [np.nan] * len(found)
-        if len(frontier) >= 2:
-            dense = np.array(spent)[frontier], losses[frontier]
-            needed = [compute_to_reach(*dense, float(loss)) for loss in losses]
-        table[convention] = [whole / own for whole, own in zip(needed, spent, strict=True)]
-    return table
-
-
-def _share(x: float, cells: pd.DataFrame, shares: pd.Series) -> float:
-    known = shares[cells.index].groupby(cells["flops_per_token"]).mean()
-    sizes, there = known.index.to_numpy(float), known.to_numpy(float)
-    return float(np.exp(np.interp(np.log(x), np.log(sizes), np.log(there))))
-
-
 def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     """Lines of a table."""
     head = list(header)
@@ -178,10 +106,10 @@ def exponent_lines(fits: Fits) -> list[str]:
 
     Empty where no method has the three budgets of a power law.
     """
-    rows = []
-    for name in ordered(fit["method"] for fit in fits.values()):
-        envelope, isoflop, surface = (fits.get(name + end, {}) for end in ("/envelope", "", "/parametric"))
-        if isoflop.get("exponent") is None and not surface:
+    laws, rows = fits["laws"], []
+    for name in ordered(fit["method"] for fit in laws.values()):
+        envelope, isoflop, surface = (laws.get(name + end, {}) for end in ("/envelope", "", "/parametric"))
+        if not isoflop and not surface:
             continue
         texts = [with_interval(fit.get(key), fit.get("ci", {}).get(key), "{:.3f}")
                  for fit, key in ((envelope, "exponent"), (isoflop, "exponent"), (surface, "a"))]  # fmt: skip
@@ -190,19 +118,59 @@ def exponent_lines(fits: Fits) -> list[str]:
             label(name), *texts, with_interval(held.get("predicted"), held.get("interval"), "{:.3f}"),
             number(held.get("observed"), "{:.3f}"),
         ])  # fmt: skip
-    header = ("method", "1: curves", "2: parabolas", "3: surface", "largest budget: predicted", "observed")
+    header = ("method", "1: curves", "2: isoFLOP optima", "3: surface", "largest budget: predicted", "observed")
     return markdown(header, rows) if rows else []
 
 
-def convention_lines(table: pd.DataFrame) -> list[str]:
-    """Multipliers with the rank at their budget in Markdown."""
-    names = [column for column in table.columns if column not in ("budget", "name", "flagged")]
+def convention_lines(fits: Fits) -> list[str]:
+    """Multipliers under other conventions of counting FLOPs, with the rank at their budget, in Markdown; or nothing."""
+    rows = [{"budget": r["budget"], "name": r["method"], **r["multipliers"]} for r in fits["conventions"]]
+    if not rows:
+        return []
+    table = pd.DataFrame(rows)
+    names = [column for column in table.columns if column not in ("budget", "name")]
+    dense = table[["budget"]].drop_duplicates().assign(name="dense", **dict.fromkeys(names, 1.0))
+    table = pd.concat([dense, table]).sort_values("budget", kind="stable").astype(dict.fromkeys(names, float))
     ranks = table.groupby("budget")[names].rank(ascending=False, method="min")
     texts = [
         [f"{x:.3f} ({rank:.0f})" if x > 0 else "—" for x, rank in zip(table[name], ranks[name], strict=True)]
         for name in names
     ]
     return markdown(["budget", "method", *names], zip(*_who(table), *texts, strict=True))
+
+
+def parts_lines(fits: Fits, reference: str = "dense") -> list[str]:
+    """Each difference to `reference` with its 95 % interval and the parts of its standard error, in Markdown."""
+    rows = []
+    for entry in fits["budgets"]:
+        for found in entry["differences"]:
+            if found["reference"].partition(" ")[0] != reference or found.get("value") is None:
+                continue
+            parts = [number(found[key], "{:.4f}") for key in ("fit_se", "seeds_se", "sequences_se", "rate_se", "se")]
+            own = found.get("own")
+            rows.append([
+                budget_name(entry["budget"]), label(found["method"]), signed_interval(found), *parts,
+                number(found["df"], "{:.0f}") if found["df"] else "∞",
+                f"{number(own['value'], '{:+.3f}')} ± {number(own['se'], '{:.3f}')}" if own else "—",
+            ])  # fmt: skip
+    header = ("budget", "method", f"difference to {reference} [95 %]", "s.e. of sizes", "of seeds", "of sequences",
+              "of rates", "all together", "degrees of freedom", "each its own curvature")  # fmt: skip
+    return markdown(header, rows) if rows else []
+
+
+def multiplier_lines(fits: Fits) -> list[str]:
+    """Compute multipliers in Markdown; empty without any."""
+    rows = [
+        [budget_name(m["budget"]), label(m["method"]),
+         with_interval(m["multiplier"], (m["low"], m["high"]), "{:.2f}")]
+        for m in sorted(fits["multipliers"], key=lambda m: m["budget"])
+    ]  # fmt: skip
+    return markdown(["budget", "method", "dense's FLOPs over the method's [95 %]"], rows) if rows else []
+
+
+def signed_interval(found: Mapping[str, Any]) -> str:
+    """A difference with its interval: `−0.033 [−0.049, −0.018]`."""
+    return with_interval(found["value"], (found["low"], found["high"]), "{:+.3f}")
 
 
 def _who(table: pd.DataFrame) -> tuple[list[str], list[str]]:

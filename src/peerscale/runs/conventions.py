@@ -1,0 +1,77 @@
+"""Rankings under other conventions of counting FLOPs: the losses are the study's, what they cost is counted anew."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from peerscale.laws.multiplier import compute_multiplier
+from peerscale.runs.study import method_names, same_arm, usable
+
+ROUTER = ("flops_router", "flops_query", "flops_sub_keys")
+"""Components that choose experts."""
+
+
+def conventions(runs: pd.DataFrame) -> dict[str, pd.Series]:
+    """Training FLOPs per token of every row under other conventions, from the table's columns.
+
+    `as counted` is the study's own. 6N counts 6 for each parameter and leaves out attention scores; the embedding,
+    tied to the output head, is counted once. A causal kernel does half of the attention scores and values. Without
+    router leaves out what chooses the experts.
+    """
+    counted = runs["flops_per_token"].astype(float)
+    return {
+        "as counted": counted,
+        "6 x active parameters": 6.0 * runs["params_active"],
+        "6 x total parameters": 6.0 * runs["params_total"],
+        "causal attention": counted - (runs["flops_attention_scores"] + runs["flops_attention_values"]) / 2,
+        "without router": counted - runs[[column for column in ROUTER if column in runs]].sum(axis=1),
+    }
+
+
+def multipliers_by_convention(runs: pd.DataFrame, budgets: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Dense's compute over each method's for the same loss, with compute counted by each convention.
+
+    Losses and sizes at the optimum are those of the study's own budgets; what they cost is counted by the convention's
+    share at the optimal FLOPs per token (log-linear between the trained sizes).
+
+    Args:
+        runs: the study's table.
+        budgets: the entries of `fits.json`.
+
+    Returns:
+        budget, method and `multipliers` by convention, None where it would be extrapolated.
+    """
+    done = runs.assign(name=method_names(runs))[usable(runs)]
+    optima = {(entry["budget"], m["name"]): m for entry in budgets for m in entry["methods"] if m["loss"] is not None}
+    at = np.array(sorted({budget for budget, _ in optima}))
+    names = list(dict.fromkeys(name for _, name in optima))
+    shares = {convention: flops / done["flops_per_token"] for convention, flops in conventions(done).items()}
+
+    def frontier(name: str, share: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+        found = [optima.get((budget, name)) for budget in at]
+        spent = [
+            budget * _share(m["x"], done[(done["name"] == name) & (done["budget"] == budget)], share) if m else math.nan
+            for budget, m in zip(at, found, strict=True)
+        ]
+        return np.array(spent), np.array([m["loss"] if m else math.nan for m in found])
+
+    rows = []
+    for name in names:
+        reference = same_arm("dense", name, names)
+        if reference is None:
+            continue
+        both = {c: (frontier(reference, share), frontier(name, share)) for c, share in shares.items()}
+        for i, budget in enumerate(at):
+            if (budget, name) in optima:
+                found = {convention: compute_multiplier(*pair, i) for convention, pair in both.items()}
+                rows.append({"budget": float(budget), "method": name, "multipliers": found})
+    return rows
+
+
+def _share(x: float, cells: pd.DataFrame, shares: pd.Series) -> float:
+    known = shares[cells.index].groupby(cells["flops_per_token"]).mean()
+    sizes, there = known.index.to_numpy(float), known.to_numpy(float)
+    return float(np.exp(np.interp(np.log(x), np.log(sizes), np.log(there))))

@@ -1,0 +1,91 @@
+"""Learning rates: what a study of them tried, and the best rate of each method by a parabola in ln rate."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from peerscale.errors import UserError
+from peerscale.laws.optima import OptimaFit
+from peerscale.runs.study import method_names, usable
+
+RATES = ["lr", "table_lr"]
+NUMBER = r"[\d.]+(?:e-?\d+)?"
+
+REACH = 2.2
+"""A parabola in ln rate is fitted to the rates within this factor of the best one that was tried."""
+
+MIN_RATES = 3
+
+
+def settings_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row a method and setting: name, lr, table_lr (0: none), the losses by size and their mean, best first.
+
+    What a study varies besides is part of the name. `lr` is the rate as the study sets it, at the reference width; in
+    `runs` it is that of the cell's width, of which the largest stands for a rate that the study leaves alone.
+
+    Raises:
+        UserError: no setting was trained at every size.
+    """
+    cells = with_rates_as_set(runs)
+    losses = cells.pivot_table(index=["name", *RATES], columns="size", values="val_loss", aggfunc="mean").dropna()
+    if losses.empty:
+        raise UserError("no setting was trained at every size yet: run the rest of the study first")
+    losses["mean"] = losses.mean(axis=1)
+    return losses.reset_index().sort_values(["name", "mean"])
+
+
+def with_rates_as_set(runs: pd.DataFrame) -> pd.DataFrame:
+    """The finished runs with `name` less its rates, and with the rates as the study sets them."""
+    names = method_names(runs).str.replace(rf"[ -](?:table_)?lr={NUMBER}(?=-|$)", "", regex=True)
+    runs = runs.assign(name=names)[usable(runs)]
+    as_set = runs["cell"].str.extract(rf"-lr=({NUMBER})", expand=False).astype(float)
+    runs["lr"] = as_set.fillna(runs.groupby("name")["lr"].transform("max"))
+    runs["table_lr"] = runs["table_lr"].fillna(0.0)
+    return runs
+
+
+def fit_rates(runs: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
+    """The best rate of each method and size, by one fit with a shared curvature in ln rate a budget.
+
+    Each rate stands with its best table rate. The error holds the misfit of the parabolas, not seeds, where one seed
+    tried every rate.
+
+    Returns:
+        `best`: budget, size, method, rate with its interval, loss there, status, and the lowest rate and loss tried.
+        `differences`: between methods at one size, each at its best rate. Both empty where fewer than three rates
+        were tried.
+    """
+    best: list[dict[str, Any]] = []
+    differences: list[dict[str, Any]] = []
+    for budget, cells in with_rates_as_set(runs).groupby("budget"):
+        cells = cells.groupby(["size", "name", "lr", "seed"], as_index=False, sort=False)["val_loss"].min()
+        lowest = cells.loc[cells.groupby(["size", "name"])["val_loss"].transform("idxmin"), "lr"].to_numpy()
+        near = cells[np.abs(np.log(cells["lr"] / lowest)) < np.log(REACH)]
+        near = near[near.groupby(["size", "name"])["lr"].transform("nunique") >= MIN_RATES]
+        if near.empty:
+            continue
+        keys = [f"{size} {name}" for size, name in zip(near["size"], near["name"], strict=True)]
+        fit = OptimaFit.of(keys, near["lr"].to_numpy(float), near["val_loss"].to_numpy(float), at_least=MIN_RATES)
+        optima = {key: fit.optimum(key) for key in fit.names}
+        for key, found in optima.items():
+            size, _, name = key.partition(" ")
+            tried = cells[(cells["size"] == size) & (cells["name"] == name)]
+            row = tried.loc[tried["val_loss"].idxmin()]
+            known = found.status.has_number and fit.df > 0
+            best.append({
+                "budget": budget, "size": size, "method": name, "status": found.status, "rate": found.x,
+                "rate_interval": found.x_interval, "loss": found.loss,
+                "se": fit.error(found.weights)[0] if known else None,
+                "best_tried": {"rate": row["lr"], "loss": row["val_loss"]},
+            })  # fmt: skip
+            reference = f"{size} dense"
+            if name != "dense" and known and reference in optima and optima[reference].status.has_number:
+                estimate = fit.estimate(found.weights - optima[reference].weights)
+                low, high = estimate.interval
+                differences.append({
+                    "budget": budget, "size": size, "method": name, "reference": "dense", "value": estimate.value,
+                    "se": estimate.se, "df": estimate.df, "low": low, "high": high,
+                    "leaves_out": "seeds" if not fit.seeds_df else "",
+                })  # fmt: skip
+    return {"best": best, "differences": differences}
