@@ -23,7 +23,6 @@ from peerscale.config import (
     compose,
     load,
     parse_config,
-    parse_sweep,
     to_dict,
 )
 from peerscale.files import ROOT
@@ -356,44 +355,3 @@ def test_replaced_blocks_count_from_one(replaced: str, n_layers: int, blocks: tu
 )
 def test_a_sizes_name_says_what_is_unusual(size: dict[str, int], name: str) -> None:
     assert SizeConfig(**size).name == name
-
-
-STUDY = {"methods": ["dense"], "grid": [{"budget": 1e12, "sizes": ["d8"]}]}
-
-SWEEP_MESSAGES = [
-    ({"methods": []}, "methods: list should have at least 1 item, not []"),
-    ({"grid": []}, "grid: list should have at least 1 item, not []"),
-    ({"grid": [{"budget": 0, "sizes": ["d8"]}]}, f"grid.0.budget: {NOT_POSITIVE} 0"),
-    ({"grid": [{"budget": 1e12}]}, "grid.0.sizes: missing"),
-    ({"seeds": []}, "seeds: list should have at least 1 item, not []"),
-    ({"min_sizes": 0}, f"min_sizes: {NOT_POSITIVE} 0"),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), SWEEP_MESSAGES, ids=[message for _, message in SWEEP_MESSAGES])
-def test_a_wrong_study_is_refused_in_one_line(change: dict[str, Any], message: str) -> None:
-    parse_sweep(STUDY)
-    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
-        parse_sweep({**STUDY, **change})
-
-
-@pytest.mark.parametrize(
-    ("change", "key"),
-    [({"axis": {}}, "axis"), ({"grid": [{"budget": 1e12, "sizes": ["d8"], "seed": [1]}]}, "grid.0.seed")],
-)
-def test_an_unknown_key_of_a_study_is_refused_by_name(change: dict[str, Any], key: str) -> None:
-    with pytest.raises(ConfigError, match=f"^unknown key {re.escape(key)}; "):
-        parse_sweep({**STUDY, **change})
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"seeds": [-1]},
-        {"axes": {"optim.lr": []}},
-    ],
-    ids=str,
-)
-def test_a_study_without_possible_cells_is_refused(change: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError):
-        parse_sweep({**STUDY, **change})

@@ -6,29 +6,17 @@ Strict: an unknown key, a wrong type or a size that cannot be built is a `Config
 from collections.abc import Mapping, Sequence
 from math import isqrt
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from peerscale.composition import compose, sweep_file
-from peerscale.config_errors import ConfigError, one_line
-
-
-def _no_bool(value: Any) -> Any:
-    """Python's true is 1, but no number that anyone meant."""
-    if isinstance(value, bool):
-        raise ValueError(f"input should be a number, not {str(value).lower()}")
-    return value
-
-
-STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
-Whole = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
-Seed = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, lt=2**32)]
-"""What numpy takes for one."""
-Positive = Annotated[int, BeforeValidator(_no_bool), Field(gt=0)]
-Rate = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+from peerscale.composition import compose
+from peerscale.composition import sweep_file as sweep_file
+from peerscale.config_errors import ConfigError as ConfigError
+from peerscale.config_types import STRICT, Fraction, Positive, Rate, Seed, parse
+from peerscale.sweep_config import load_sweep as load_sweep
+from peerscale.sweep_config import of_sweep
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -343,76 +331,17 @@ class Config:
         return self.batch_sequences * self.context
 
 
-Values = Annotated[list[Any], Field(min_length=1)]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
-class GridRow:
-    """One budget of a study and the sizes to train there."""
-
-    budget: Rate
-    sizes: list[str] = Field(min_length=1)
-    seeds: Annotated[list[Seed], Field(min_length=1)] | None = None
-    """In place of the study's, such as further seeds of one size."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
-class SweepConfig:
-    """A study: the product of methods, (budget, size) pairs, axes and seeds."""
-
-    methods: list[str] = Field(min_length=1)
-    """Names of files in conf/ffn."""
-    grid: list[GridRow] = Field(min_length=1)
-    budgets: Annotated[list[Rate], Field(min_length=1)] | None = None
-    """Only these budgets of the grid: for running a study in parts."""
-    seeds: list[Seed] = Field(default_factory=lambda: [0], min_length=1)
-    axes: dict[str, Values] = Field(default_factory=dict)
-    """Any further config keys and the values that each takes."""
-    method_axes: dict[str, dict[str, Values]] = Field(default_factory=dict)
-    """The same for one method only."""
-    min_sizes: Positive = 5
-    """Sizes that every method needs at every budget: a parabola wants five points."""
-
-    def __post_init__(self) -> None:
-        if strangers := sorted(self.method_axes.keys() - set(self.methods)):
-            raise ValueError(f"method_axes names {', '.join(strangers)}, but the methods are {', '.join(self.methods)}")
-        there = sorted({row.budget for row in self.grid})
-        if strange := sorted(set(self.budgets or ()) - set(there)):
-            raise ValueError(f"budgets names {strange[0]:g}, but the grid has {', '.join(f'{b:g}' for b in there)}")
-
-    @property
-    def rows(self) -> list[GridRow]:
-        """The rows of the grid that are to be planned."""
-        return [row for row in self.grid if self.budgets is None or row.budget in self.budgets]
-
-
-T = TypeVar("T")
-
 _CONFIG: TypeAdapter[Config] = TypeAdapter(Config)
-_SWEEP: TypeAdapter[SweepConfig] = TypeAdapter(SweepConfig)
 
 
 def parse_config(tree: Mapping[str, Any]) -> Config:
     """A nested mapping, as composed by Hydra or read from `config.yaml`, as a `Config`; raises `ConfigError`."""
-    return _parse(_CONFIG, Config, tree)
-
-
-def parse_sweep(tree: Mapping[str, Any]) -> SweepConfig:
-    """The `sweep` section of a sweep file; raises `ConfigError`."""
-    return _parse(_SWEEP, SweepConfig, tree)
+    return parse(_CONFIG, Config, tree)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Plain values, as written to `config.yaml`; the inverse of `parse_config`."""
     return _CONFIG.dump_python(config, mode="json")
-
-
-def _parse(adapter: TypeAdapter[T], root: type, tree: Mapping[str, Any]) -> T:
-    try:
-        return adapter.validate_python(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(one_line(first, root)) from None
 
 
 def load(overrides: Sequence[str] = (), *, sweep: str | Path | None = None) -> Config:
@@ -428,19 +357,3 @@ def load(overrides: Sequence[str] = (), *, sweep: str | Path | None = None) -> C
     tree = compose([o for o in overrides if sweep is None or not of_sweep(o)], sweep=sweep)
     tree.pop("sweep", None)
     return parse_config(tree)
-
-
-def load_sweep(sweep: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
-    """The `sweep` section of a study, changed by those of `overrides` that are `of_sweep`; raises `ConfigError`."""
-    overrides = [f"++{o.lstrip('+')}" for o in overrides if of_sweep(o)]  # Hydra adds no key without being told to
-    tree = compose(overrides, sweep=sweep).get("sweep")
-    if tree is None:
-        raise ConfigError(f"{sweep_file(sweep)}: no `sweep:` section")
-    if overrides and isinstance(tree.get("method_axes"), dict):  # what varies a method that was not chosen is no error
-        tree["method_axes"] = {name: axes for name, axes in tree["method_axes"].items() if name in tree["methods"]}
-    return parse_sweep(tree)
-
-
-def of_sweep(override: str) -> bool:
-    """Whether an override chooses a part of a study, such as `sweep.methods=[peer]`, rather than changing its cells."""
-    return override.lstrip("+").startswith("sweep.") and "=" in override

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic.dataclasses import dataclass
 
-from peerscale.config import STRICT, Positive, Rate, Whole
+from peerscale.config_types import STRICT, Positive, Rate, Whole
 from peerscale.errors import UserError
 from peerscale.files import write_text
 from peerscale.sweeper import Cell

@@ -12,13 +12,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from peerscale.composition import sweep_file
-from peerscale.config import Config, ConfigError, SweepConfig, load, load_sweep, of_sweep
-from peerscale.config_errors import one_line
+from peerscale.config import Config, load
+from peerscale.config_errors import ConfigError, one_line
 from peerscale.errors import UserError
 from peerscale.files import ROOT
 from peerscale.plan import Plan, Verdict, plan
 from peerscale.runs.record import Record, Status, differing_keys, fingerprint, read_record, science
 from peerscale.runs.speed import estimate_s, measured_speeds
+from peerscale.sweep_config import SweepConfig, load_sweep, of_sweep
 
 SINGLE = "single"
 """The folder of cells that belong to no study."""

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from peerscale.composition import check_hydra
-from peerscale.config import Config, of_sweep, parse_config
+from peerscale.config import Config, parse_config
 from peerscale.config_errors import ConfigError, first_line
 from peerscale.data.prepare import prepare
 from peerscale.errors import FailedCells, UserError, exit_code
@@ -31,6 +31,7 @@ from peerscale.files import ROOT
 from peerscale.plan import Verdict
 from peerscale.progress import Progress
 from peerscale.runs.record import Status, read_record
+from peerscale.sweep_config import of_sweep
 from peerscale.sweeper import FINISHED, SINGLE, Cell, how_to_rerun, single_cell, state
 
 

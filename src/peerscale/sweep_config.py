@@ -1,0 +1,154 @@
+"""The `sweep` section of a study file: the cells of a study, and what its statistics are to ask of them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, TypeAdapter
+from pydantic.dataclasses import dataclass
+
+from peerscale.composition import compose, sweep_file
+from peerscale.config_errors import ConfigError
+from peerscale.config_types import STRICT, Positive, Rate, Seed, parse
+
+Values = Annotated[list[Any], Field(min_length=1)]
+
+
+def _pair(value: Any) -> Any:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError(f"[low, high] in FLOPs per token, not {value!r}")
+    return value
+
+
+Window = Annotated[tuple[Rate, Rate], BeforeValidator(_pair)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class GridRow:
+    """One budget of a study and the sizes to train there."""
+
+    budget: Rate
+    sizes: list[str] = Field(min_length=1)
+    seeds: Annotated[list[Seed], Field(min_length=1)] | None = None
+    """In place of the study's, such as further seeds of one size."""
+    window: Window | None = None
+    """[low, high]: FLOPs per token of the sizes that the fit of this budget takes, the same for all methods; null: all
+    sizes. All sizes are trained either way."""
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window[0] >= self.window[1]:
+            low, high = self.window
+            raise ValueError(f"window [{low:g}, {high:g}] must be [low, high] with low < high, in FLOPs per token")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class ClaimsConfig:
+    """The comparisons that a study was made for: one family, which Holm's correction covers."""
+
+    method: str
+    """The method that is compared."""
+    rivals: list[str] = Field(min_length=1)
+    """The methods that it is compared with."""
+    budgets: Annotated[list[Rate], Field(min_length=1)] | None = None
+    """At these budgets; null: at all of the grid."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class SweepConfig:
+    """A study: the product of methods, (budget, size) pairs, axes and seeds."""
+
+    methods: list[str] = Field(min_length=1)
+    """Names of files in conf/ffn."""
+    grid: list[GridRow] = Field(min_length=1)
+    budgets: Annotated[list[Rate], Field(min_length=1)] | None = None
+    """Only these budgets of the grid: for running a study in parts."""
+    seeds: list[Seed] = Field(default_factory=lambda: [0], min_length=1)
+    axes: dict[str, Values] = Field(default_factory=dict)
+    """Any further config keys and the values that each takes."""
+    method_axes: dict[str, dict[str, Values]] = Field(default_factory=dict)
+    """The same for one method only."""
+    min_sizes: Positive = 5
+    """Sizes that every method needs at every budget: a parabola wants five points."""
+    claims: ClaimsConfig | None = None
+    """What the study claims, if anything."""
+
+    def __post_init__(self) -> None:
+        methods, grid = set(self.methods), {row.budget for row in self.grid}
+        if unknown := sorted(self.method_axes.keys() - methods):
+            raise ValueError(f"method_axes names {', '.join(unknown)}, but the methods are {', '.join(self.methods)}")
+        claims = self.claims
+        for where, named in (("budgets", self.budgets), ("claims.budgets", claims.budgets if claims else None)):
+            if absent := sorted(set(named or ()) - grid):
+                there = ", ".join(f"{budget:g}" for budget in sorted(grid))
+                raise ValueError(f"{where} names {absent[0]:g}, but the grid has {there}")
+        if claims is not None:
+            if unknown := [name for name in (claims.method, *claims.rivals) if name not in methods]:
+                raise ValueError(f"claims names {unknown[0]}, but the methods are {', '.join(self.methods)}")
+            if claims.method in claims.rivals:
+                raise ValueError(f"claims names {claims.method} as its own rival")
+            for key, values in (("rivals", claims.rivals), ("budgets", claims.budgets or [])):
+                if len(set(values)) < len(values):
+                    raise ValueError(f"claims.{key} has a value twice: {', '.join(map(str, values))}")
+        for budget in sorted(grid):
+            windows = {row.window for row in self.grid if row.budget == budget and row.window is not None}
+            if len(windows) > 1:
+                first, second, *_ = (f"[{low:g}, {high:g}]" for low, high in sorted(windows))
+                raise ValueError(f"grid has the windows {first} and {second} at {budget:g}: a budget has one")
+
+    @property
+    def rows(self) -> list[GridRow]:
+        """The rows of the grid that are to be planned."""
+        return [row for row in self.grid if self.budgets is None or row.budget in self.budgets]
+
+    def window(self, budget: float) -> tuple[float, float] | None:
+        """FLOPs per token, lowest and highest, of the sizes that the fit of `budget` takes; None: all sizes."""
+        return next((row.window for row in self.grid if row.budget == budget and row.window is not None), None)
+
+
+_SWEEP: TypeAdapter[SweepConfig] = TypeAdapter(SweepConfig)
+
+
+def parse_sweep(tree: Mapping[str, Any]) -> SweepConfig:
+    """The `sweep` section of a sweep file; raises `ConfigError`."""
+    return parse(_SWEEP, SweepConfig, tree)
+
+
+def load_sweep(sweep: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
+    """The `sweep` section of a study, changed by those of `overrides` that are `of_sweep`.
+
+    Axes and claims of methods and budgets that the overrides leave out are left out too.
+
+    Raises:
+        ConfigError: the file or the overrides describe no study.
+    """
+    tree = compose(sweep=sweep).get("sweep")
+    if tree is None:
+        raise ConfigError(f"{sweep_file(sweep)}: no `sweep:` section")
+    study = parse_sweep(tree)
+    chosen = [f"++{o.lstrip('+')}" for o in overrides if of_sweep(o)]  # Hydra adds no key without being told to
+    if not chosen:
+        return study
+    tree = compose(chosen, sweep=sweep)["sweep"]
+    if isinstance(tree.get("methods"), list) and isinstance(tree.get("method_axes"), dict):
+        left_out = set(study.methods) - set(tree["methods"])
+        tree["method_axes"] = {name: axes for name, axes in tree["method_axes"].items() if name not in left_out}
+    if study.claims is None or any(o.startswith("++sweep.claims") for o in chosen):
+        return parse_sweep(tree)
+    part = parse_sweep({**tree, "claims": None})
+    return replace(part, claims=_claims_about(part, study.claims))
+
+
+def _claims_about(part: SweepConfig, claims: ClaimsConfig) -> ClaimsConfig | None:
+    """Those of the claims that `part` of their study has the methods and budgets for."""
+    planned = {row.budget for row in part.rows}
+    rivals = [rival for rival in claims.rivals if rival in part.methods]
+    budgets = None if claims.budgets is None else [budget for budget in claims.budgets if budget in planned]
+    if claims.method not in part.methods or not rivals or budgets == []:
+        return None
+    return ClaimsConfig(method=claims.method, rivals=rivals, budgets=budgets)
+
+
+def of_sweep(override: str) -> bool:
+    """Whether an override chooses a part of a study, such as `sweep.methods=[peer]`, rather than changing its cells."""
+    return override.lstrip("+").startswith("sweep.") and "=" in override

@@ -1,0 +1,160 @@
+"""The `sweep` section of a study file."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peerscale.config_errors import ConfigError
+from peerscale.runs.record import science
+from peerscale.sweep_config import ClaimsConfig, load_sweep, parse_sweep
+from peerscale.sweeper import planned_cells
+from toy_study import CORPUS, write_study
+
+NOT_POSITIVE = "input should be greater than 0, not"
+STUDY = {"methods": ["dense"], "grid": [{"budget": 1e12, "sizes": ["d8"]}]}
+
+SWEEP_MESSAGES = [
+    ({"methods": []}, "methods: list should have at least 1 item, not []"),
+    ({"grid": []}, "grid: list should have at least 1 item, not []"),
+    ({"grid": [{"budget": 0, "sizes": ["d8"]}]}, f"grid.0.budget: {NOT_POSITIVE} 0"),
+    ({"grid": [{"budget": 1e12}]}, "grid.0.sizes: missing"),
+    ({"seeds": []}, "seeds: list should have at least 1 item, not []"),
+    ({"min_sizes": 0}, f"min_sizes: {NOT_POSITIVE} 0"),
+    ({"grid": [{"budget": 1, "sizes": ["d8"], "window": 3}]}, "grid.0.window: [low, high] in FLOPs per token, not 3"),
+    (
+        {"grid": [{"budget": 1, "sizes": ["d8"], "window": [1, 2, 3]}]},
+        "grid.0.window: [low, high] in FLOPs per token, not [1, 2, 3]",
+    ),
+    ({"grid": [{"budget": 1, "sizes": ["d8"], "window": [0, 2]}]}, f"grid.0.window.0: {NOT_POSITIVE} 0"),
+    (
+        {"grid": [{"budget": 1, "sizes": ["d8"], "window": [3e6, 1e6]}]},
+        "grid.0: window [3e+06, 1e+06] must be [low, high] with low < high, in FLOPs per token",
+    ),
+    (
+        {"grid": [{"budget": 1e12, "sizes": ["d8"], "window": [1, high]} for high in (2, 3)]},
+        "grid has the windows [1, 2] and [1, 3] at 1e+12: a budget has one",
+    ),
+    ({"claims": {"method": "dense"}}, "claims.rivals: missing"),
+    ({"claims": {"method": "dense", "rivals": []}}, "claims.rivals: list should have at least 1 item, not []"),
+    ({"claims": 3}, "claims: input should be a mapping, not 3"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), SWEEP_MESSAGES, ids=[message for _, message in SWEEP_MESSAGES])
+def test_a_wrong_study_is_refused_in_one_line(change: dict[str, Any], message: str) -> None:
+    parse_sweep(STUDY)
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        parse_sweep({**STUDY, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [({"axis": {}}, "axis"), ({"grid": [{"budget": 1e12, "sizes": ["d8"], "seed": [1]}]}, "grid.0.seed")],
+)
+def test_an_unknown_key_of_a_study_is_refused_by_name(change: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError, match=f"^unknown key {re.escape(key)}; "):
+        parse_sweep({**STUDY, **change})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seeds": [-1]},
+        {"axes": {"optim.lr": []}},
+    ],
+    ids=str,
+)
+def test_a_study_without_possible_cells_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        parse_sweep({**STUDY, **change})
+
+
+# The window of sizes that a fit takes
+
+
+def row(budget: float, *sizes: str, **more: Any) -> dict[str, Any]:
+    return {"budget": budget, "sizes": list(sizes), **more}
+
+
+def test_a_window_given_in_one_row_holds_for_its_budget() -> None:
+    grid = [row(1e12, "d8"), row(1e12, "d12", window=[1e5, 3e6]), row(3e12, "d16")]
+    study = parse_sweep({**STUDY, "grid": grid})
+    assert study.window(1e12) == (1e5, 3e6)
+    assert study.window(3e12) is None
+    assert study.rows == study.grid, "sizes outside of it are trained too"
+    again = parse_sweep({**STUDY, "grid": [row(1e12, "d8", window=[1e5, 3e6]), row(1e12, "d12", window=[1e5, 3e6])]})
+    assert again.window(1e12) == (1e5, 3e6)
+
+
+# What a study claims
+
+CLAIMS = {"method": "peer", "rivals": ["dense", "moe"]}
+CLAIMING = {
+    "methods": ["dense", "moe", "pkm", "peer"],
+    "grid": [row(1e10, "d8", window=[1e4, 1e9]), row(3e10, "d12")],
+    "method_axes": {"peer": {"optim.table_lr": [0.01]}},
+    "claims": CLAIMS,
+}
+
+
+def test_claims_name_a_method_its_rivals_and_budgets() -> None:
+    assert parse_sweep(STUDY).claims is None
+    assert parse_sweep(CLAIMING).claims == ClaimsConfig(method="peer", rivals=["dense", "moe"], budgets=None)
+    some = parse_sweep({**CLAIMING, "claims": {**CLAIMS, "budgets": [3e10]}}).claims
+    assert some is not None and some.budgets == [3e10]
+
+
+WRONG_CLAIMS = [
+    ({"method": "per"}, "claims names per, but the methods are dense, moe, pkm, peer"),
+    ({"rivals": ["dense", "mo"]}, "claims names mo, but the methods are dense, moe, pkm, peer"),
+    ({"rivals": ["peer"]}, "claims names peer as its own rival"),
+    ({"rivals": ["moe", "moe"]}, "claims.rivals has a value twice: moe, moe"),
+    ({"budgets": [1e10, 2e10]}, "claims.budgets names 2e+10, but the grid has 1e+10, 3e+10"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG_CLAIMS, ids=[message for _, message in WRONG_CLAIMS])
+def test_claims_about_what_the_study_does_not_have_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        parse_sweep({**CLAIMING, "claims": {**CLAIMS, **change}})
+
+
+def claiming(folder: Path, **claims: Any) -> Path:
+    return write_study(folder, str({**CLAIMING, "claims": {**CLAIMS, **claims}}))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "claims"),
+    [
+        (["sweep.methods=[peer]"], None),
+        (["sweep.methods=[dense,moe]"], None),
+        (["sweep.methods=[peer,moe]"], ClaimsConfig(method="peer", rivals=["moe"], budgets=[3e10])),
+        (["sweep.methods=[wide_dense]"], None),
+        (["sweep.budgets=[1e10]"], None),
+        (["sweep.budgets=[3e10]"], ClaimsConfig(method="peer", rivals=["dense", "moe"], budgets=[3e10])),
+        (["sweep.seeds=[1]"], ClaimsConfig(method="peer", rivals=["dense", "moe"], budgets=[3e10])),
+        (["sweep.claims.rivals=[pkm]"], ClaimsConfig(method="peer", rivals=["pkm"], budgets=[3e10])),
+        (["sweep.grid=[{budget:5e10,sizes:[d8]}]"], None),
+    ],
+    ids=str,
+)
+def test_a_part_of_a_study_keeps_the_claims_that_it_can_answer(
+    overrides: list[str], claims: ClaimsConfig | None, tmp_path: Path
+) -> None:
+    assert load_sweep(claiming(tmp_path, budgets=[3e10]), overrides).claims == claims
+
+
+def test_what_a_file_claims_is_checked_though_a_part_is_chosen(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^claims names per, but the methods are dense, moe, pkm, peer$"):
+        load_sweep(claiming(tmp_path, method="per"), ["sweep.methods=[dense]"])
+
+
+def test_windows_and_claims_change_no_cell(tmp_path: Path) -> None:
+    plain = {**CLAIMING, "grid": [row(1e10, "d8"), row(3e10, "d12")]}
+    del plain["claims"]
+    with_both = planned_cells(claiming(tmp_path))
+    without = planned_cells(write_study(tmp_path, str(plain)))
+    assert [cell.name for cell in with_both] == [cell.name for cell in without]
+    assert [science(cell.config, CORPUS) for cell in with_both] == [science(cell.config, CORPUS) for cell in without]
