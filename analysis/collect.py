@@ -15,7 +15,6 @@ from typing import Any
 
 import pandas as pd
 
-from peerscale.config import load_sweep
 from peerscale.errors import UserError, exit_code
 from peerscale.files import write_json, write_text
 from peerscale.runs.comparison import Claims
@@ -23,6 +22,7 @@ from peerscale.runs.fits import fit_study
 from peerscale.runs.record import Record, Status
 from peerscale.runs.study import collected, planned_record, published, study_parser
 from peerscale.runs.table import CURVES, curves_table, read_records, read_table, runs_table
+from peerscale.sweep_config import load_sweep
 from peerscale.sweeper import planned_cells
 
 
@@ -110,7 +110,7 @@ def read_settings(sweep: str) -> tuple[dict[float, tuple[float, float] | None], 
         study = load_sweep(sweep)
     except UserError:
         return {}, None
-    return study.windows, study.claims
+    return {row.budget: study.window(row.budget) for row in study.grid}, study.claims
 
 
 if __name__ == "__main__":

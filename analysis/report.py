@@ -1,6 +1,6 @@
-"""One self-contained HTML page of a study: question, setup, results, figures, fits, what went wrong, how to repeat it.
+"""One self-contained HTML page of a study: answer, figures, results, fits, setup, what went wrong, how to repeat it.
 
-    python analysis/report.py SWEEP
+    .venv/bin/python analysis/report.py SWEEP
 
 Works on runs/SWEEP/study, else on results/SWEEP, and writes report.html there; first: figures.py and table.py. Nothing
 in the page is loaded from elsewhere, and what is not there to be shown is named in it.
@@ -24,20 +24,16 @@ from markupsafe import Markup
 from peerscale.config import ConfigError, sweep_file
 from peerscale.errors import UserError, exit_code
 from peerscale.files import write_text
-from peerscale.laws.isoflop import VertexStatus
-from peerscale.runs.fits import RESAMPLES, WITHIN
+from peerscale.laws.optima import OptimumStatus
+from peerscale.runs.fits import RESAMPLES
 from peerscale.runs.record import Record
 from peerscale.runs.study import Study, find_study, method_names, read_fits, study_parser, usable
 from peerscale.runs.table import read_records, read_runs
 from peerscale.sweeper import budget_name
 from peerscale.viz.ablations import has_curves
-from peerscale.viz.frontier import frontier_table
-from peerscale.viz.isoflop import X_LABELS
+from peerscale.viz.answer import answer
 from peerscale.viz.style import label, ordered, short_number
 from peerscale.viz.tables import Fits, number, with_interval
-
-SIZES = ("flops_per_token", "params_total")
-"""Meanings of size that fits are shown over: the one that is the same for all methods, and the paper's."""
 
 FIGURES = {
     "isoflop": "Perplexity against model size at equal training compute (the paper's Figure 1)",
@@ -45,8 +41,8 @@ FIGURES = {
     "active": "Active experts and heads (the paper's Figure 3b)",
     "query_norm": "BatchNorm on the queries (the paper's Figure 4)",
     "differences": "Difference to dense at the compute optimum",
-    "frontier": "Compute-optimal loss, and the compute that dense needs for it",
-    "time": "Loss against compute and against time",
+    "frontier": "Compute-optimal loss, and the compute multiplier over dense",
+    "time": "Loss against training time",
     "curves": "Training curves",
     "rates": "Learning rates",
 }
@@ -90,10 +86,10 @@ def content(study: Study) -> dict[str, Any]:
     common, differing = recipe(ran or records, dict(zip(runs["cell"], runs["name"], strict=True)))
     absent = {
         f"sweeps/{study.sweep}.yaml: the question, and what it takes to run the study": not text,
-        "fits.json: minima and laws (analysis/collect.py)": has_curves(runs) and not fits,
+        "fits.json: optima and laws (make figures)": has_curves(runs) and not fits,
         "records.jsonl: recipe, run signals, versions and hardware": not records,
-        "table.md: the results (analysis/table.py)": not study.table.is_file(),
-        "figures (analysis/figures.py)": not list(study.figures.glob("*.png")),
+        "table.md: the results (make figures)": not study.table.is_file(),
+        "figures (make figures)": not list(study.figures.glob("*.png")),
     }
     return {
         "sweep": study.sweep,
@@ -108,11 +104,11 @@ def content(study: Study) -> dict[str, Any]:
         "differing": differing,
         "results": results(study),
         "figures": figures(study),
-        "minima": {X_LABELS[x]: minima(runs, fits, x) for x in SIZES if fits},
+        "answer": answer(fits) if fits else "",
+        "optima": optima(fits),
         "laws": power_laws(fits),
         "surfaces": surfaces(fits),
         "resamples": RESAMPLES,
-        "within": WITHIN,
         "unfinished": runs.loc[~usable(runs), ["cell", "status", "reason"]].replace({"reason": {"": "—"}}),
         "warnings": warnings(fits),
         "signals": signals(records),
@@ -195,45 +191,36 @@ def figures(study: Study) -> list[tuple[str, str, str]]:
 
 def of_law(fits: Fits, law: str) -> list[Mapping[str, Any]]:
     """The fits of one law, methods in the order of every table."""
-    chosen = [fit for fit in fits.values() if fit["law"] == law]
+    chosen = [fit for fit in fits.get("laws", {}).values() if fit["law"] == law]
     order = {name: i for i, name in enumerate(ordered(fit["method"] for fit in chosen))}
     return sorted(chosen, key=lambda fit: order[fit["method"]])
 
 
-def minima(runs: pd.DataFrame, fits: Fits, x: str) -> pd.DataFrame:
-    """A row for each budget and method; what dense needs for a loss is that of the figure of the frontier."""
-    rows, frontier = [], frontier_table(runs).to_dict("records") if x == SIZES[0] else []
-    worth = {(row["name"], row["budget"]): row for row in frontier if pd.notna(row["multiplier"])}
-    for fit in (fit for fit in of_law(fits, "isoflop") if fit["x"] == x):
-        for vertex in fit["vertices"]:
-            budget, name, status = vertex["budget"], fit["method"], vertex["status"]
-            row = {
-                "budget": budget_name(budget),
-                "method": label(name),
-                "optimal size": with_interval(vertex["x"], vertex["x_interval"], "{:,.0f}"),
-                "loss there": with_interval(vertex["loss"], vertex["loss_interval"], "{:.4f}"),
-            }
-            if frontier:
-                known = worth.get((name, budget), {})
-                ends = [known["low"], known["high"]] if known else None
-                row["dense needs × FLOPs"] = with_interval(known.get("multiplier"), ends, "{:.3f}")
-            row |= {"runs": str(vertex["n"]), "flag": "—" if status == VertexStatus.OK else status.replace("_", " ")}
-            rows.append((budget, row))
-    return pd.DataFrame([row for _, row in sorted(rows, key=lambda pair: pair[0])])
+def optima(fits: Fits) -> pd.DataFrame:
+    """A row for each budget and method: where its minimum lies, over FLOPs per token."""
+    rows = [
+        {
+            "budget": budget_name(entry["budget"]), "method": label(m["name"]),
+            "optimal FLOPs per token": with_interval(m["x"], m["x_interval"], "{:.3g}"),
+            "loss there": number(m["loss"], "{:.4f}"), "± s.e.": number(m.get("se"), "{:.4f}"),
+            "with its own curvature": number(m["own"]["loss"], "{:.4f}"),
+            "own curvature": number(m["own"]["curvature"], "{:.2f}"), "sizes": str(len(m["sizes"])),
+            "flag": "—" if m["status"] == OptimumStatus.OK else m["status"].replace("_", " "),
+        }
+        for entry in fits.get("budgets", ()) for m in entry["methods"]
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def power_laws(fits: Fits) -> pd.DataFrame:
-    """Optimal size = coefficient x FLOPs^exponent by approaches 1 and 2, wherever there are budgets enough."""
+    """Optimal FLOPs per token = coefficient x FLOPs^exponent by approaches 2 and 1, where there are budgets enough."""
     rows = []
-    for law, approach in (("isoflop", "2, parabolas"), ("envelope", "1, envelope of curves")):
-        for fit in (fit for fit in of_law(fits, law) if fit["exponent"] is not None and fit["x"] in SIZES):
-            row = {"size": X_LABELS[fit["x"]], "approach": approach, "method": label(fit["method"])}
+    for law, approach in (("isoflop", "2, isoFLOP optima"), ("envelope", "1, envelope of curves")):
+        for fit in (fit for fit in of_law(fits, law) if fit["exponent"] is not None):
+            row = {"approach": approach, "method": label(fit["method"])}
             row |= {key: with_interval(fit[key], fit["ci"].get(key)) for key in ("exponent", "coefficient")}
-            if held := fit["hold_out"]:
-                row["largest budget: predicted"] = with_interval(held["predicted"], held["interval"])
-                row["observed"] = with_interval(held["observed"], held["observed_interval"])
             rows.append(row | {"status": fit["status"].replace("_", " ")})
-    return pd.DataFrame(rows).fillna("—")
+    return pd.DataFrame(rows)
 
 
 def surfaces(fits: Fits) -> pd.DataFrame:
@@ -252,14 +239,12 @@ def surfaces(fits: Fits) -> pd.DataFrame:
 
 
 def warnings(fits: Fits) -> pd.DataFrame:
-    """Every warning of the fits once, with the methods that it is of."""
+    """Every warning of the laws once, with the methods that it is of."""
     found: dict[tuple[str, ...], list[str]] = {}
-    for fit in fits.values():
-        over = X_LABELS.get(fit.get("x", ""), "FLOPs per token and tokens")
-        for warning in fit["warnings"]:
-            found.setdefault((fit["law"], over, warning.replace("_", " ")), []).append(label(fit["method"]))
-    columns = ("law", "fit over", "warning", "of")
-    return pd.DataFrame([(*key, ", ".join(who)) for key, who in found.items()], columns=columns)
+    for fit in fits.get("laws", {}).values():
+        for warning in fit.get("warnings", ()):
+            found.setdefault((fit["law"], warning.replace("_", " ")), []).append(label(fit["method"]))
+    return pd.DataFrame([(*key, ", ".join(who)) for key, who in found.items()], columns=["law", "warning", "of"])
 
 
 def signals(records: Sequence[Record]) -> pd.DataFrame:

@@ -32,6 +32,8 @@ from peerscale.viz.rates import edges
 from peerscale.viz.style import label, listed, ordered
 from peerscale.viz.tables import Fits, markdown, number, signed_interval, with_interval
 
+SECTION = "\n## "
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = study_parser(__doc__).parse_args(argv)

@@ -1,6 +1,7 @@
 """What a study says of its claims, in sentences."""
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from peerscale.runs.comparison import FAMILY_LEVEL
@@ -8,44 +9,84 @@ from peerscale.sweeper import budget_name
 from peerscale.viz.style import label, ordered
 from peerscale.viz.tables import number
 
+Claim = Mapping[str, Any]
+Outcomes = dict[str, list[Claim]]
+"""The claims about each rival under `leads`, `trails` and `is not told apart from`; none of them is empty."""
+
 
 def answer(fits: Mapping[str, Any]) -> str:
     """The study's answer in one line, the largest budget first; what is missing if there is none."""
-    sentences = verdicts(fits["claims"])
-    if sentences:
-        return " ".join(reversed(sentences))
-    if any(entry["differences"] for entry in fits["budgets"]):
-        return "No claim: no difference here has an error that holds seeds or the misfit of sizes."
-    return "No answer yet: no two methods have finished cells to compare."
+    places = _places(fits["claims"])
+    if not places:
+        known = any(entry["differences"] for entry in fits["budgets"])
+        return (
+            "No claim: no difference here has an error that holds seeds or the misfit of sizes."
+            if known
+            else "No answer yet: no two methods have finished cells to compare."
+        )
+    largest = max(budget for budget, *_ in places)
+    if any(size or arm for _, size, arm in places):
+        return " ".join(_sentence(place, found) for place, found in places.items() if place[0] == largest)
+    method = label(fits["claims"][0]["method"])
+    descending = sorted(places.items(), reverse=True)
+    parts = []
+    for short, group in groupby(descending, key=lambda pair: _short(pair[1])):
+        budgets = [budget_name(place[0]) for place, _ in group]
+        at = " and ".join(filter(None, (", ".join(budgets[:-1]), budgets[-1])))
+        parts.append(f"At {at} FLOPs {method} {short}" if not parts else f"at {at} it {short}")
+    dense = next((c for c in fits["claims"] if c["budget"] == largest and c["rival"] == "dense"), None)
+    text = f"{'; '.join(parts)}."
+    return text if dense is None else f"{text} Against dense at {budget_name(largest)}: {_with_error(dense)} nats."
 
 
-def verdicts(claims: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A sentence a budget and arm: which rivals the method leads, trails, or is not told apart from.
+def verdicts(claims: Sequence[Claim]) -> list[str]:
+    """A sentence for each budget and variant: which rivals the method leads, trails, or is not told apart from.
 
     A lead or trail is a difference whose probability, corrected for the whole family (Holm), is below 5 %.
     """
-    groups: dict[tuple[float, str, str], list[Mapping[str, Any]]] = {}
-    for claim in claims:
-        arm = claim["method"].partition(" ")[2]
-        groups.setdefault((claim["budget"], claim["size"], arm), []).append(claim)
-    lines = []
-    for (budget, size, arm), found in groups.items():
-        by_rival = {claim["rival"]: claim for claim in found}
-        told = [by_rival[rival] for rival in ordered(by_rival)]
-        leads = [c for c in told if c["p_holm"] < FAMILY_LEVEL and c["value"] < 0]
-        trails = [c for c in told if c["p_holm"] < FAMILY_LEVEL and c["value"] > 0]
-        open_ = [c for c in told if c not in leads and c not in trails]
-        parts = [f"leads {_rivals(leads)}"] * bool(leads) + [f"trails {_rivals(trails)}"] * bool(trails)
-        parts += [f"is not told apart from {_rivals(open_)}"] * bool(open_)
-        where = ", ".join(filter(None, (f"At {budget_name(budget)} FLOPs", size, arm.replace("_", " "))))
-        lines.append(f"{where} {label(found[0]['method'].partition(' ')[0])} {' and '.join(parts)}.")
-    return lines
+    return [_sentence(place, found) for place, found in _places(claims).items()]
 
 
-def _rivals(claims: Sequence[Mapping[str, Any]]) -> str:
-    """`dense (by 0.030 ± 0.016 nats) and PKM (by ...)`."""
-    texts = []
+def _places(claims: Sequence[Claim]) -> dict[tuple[float, str, str], Outcomes]:
+    """Outcomes by budget, size (of a comparison at one size) and the settings of the method's variant."""
+    places: dict[tuple[float, str, str], dict[str, Claim]] = {}
     for claim in claims:
-        half = number((claim["high"] - claim["low"]) / 2, "{:.3f}")
-        texts.append(f"{label(claim['rival'].partition(' ')[0])} ({number(claim['value'], '{:+.3f}')} ± {half})")
-    return ", ".join(texts[:-1]) + (" and " if len(texts) > 1 else "") + texts[-1]
+        place = (claim["budget"], claim["size"], claim["method"].partition(" ")[2])
+        places.setdefault(place, {})[claim["rival"]] = claim
+    return {place: _outcomes([by_rival[r] for r in ordered(by_rival)]) for place, by_rival in places.items()}
+
+
+def _outcomes(claims: Sequence[Claim]) -> Outcomes:
+    found: Outcomes = {"leads": [], "trails": [], "is not told apart from": []}
+    for claim in claims:
+        certain = claim["p_holm"] < FAMILY_LEVEL
+        verb = ("leads" if claim["value"] < 0 else "trails") if certain else "is not told apart from"
+        found[verb].append(claim)
+    return {verb: members for verb, members in found.items() if members}
+
+
+def _sentence(place: tuple[float, str, str], found: Outcomes) -> str:
+    """`At 3e12 FLOPs PEER leads dense (−0.034 ± 0.015) and is not told apart from PKM (...).`"""
+    budget, size, arm = place
+    method = label(next(iter(found.values()))[0]["method"].partition(" ")[0])
+    parts = [f"{verb} {_listed(_rival(c) + f' ({_with_error(c)})' for c in some)}" for verb, some in found.items()]
+    where = ", ".join(filter(None, (f"At {budget_name(budget)} FLOPs", size, arm.replace("_", " ").replace("=", " "))))
+    return f"{where}{',' * bool(size or arm)} {method} {' and '.join(parts)}."
+
+
+def _short(found: Outcomes) -> str:
+    """`leads dense and PKM, and is not told apart from MoE (token choice)`."""
+    return ", and ".join(f"{verb} {_listed(map(_rival, some))}" for verb, some in found.items())
+
+
+def _rival(claim: Claim) -> str:
+    return label(claim["rival"].partition(" ")[0])
+
+
+def _with_error(claim: Claim) -> str:
+    return f"{number(claim['value'], '{:+.3f}')} ± {number((claim['high'] - claim['low']) / 2, '{:.3f}')}"
+
+
+def _listed(texts: Any) -> str:
+    *first, last = texts
+    return f"{', '.join(first)} and {last}" if first else last

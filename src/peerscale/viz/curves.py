@@ -12,6 +12,9 @@ from peerscale.viz.isoflop import missing_note
 SKIPPED_SHARE = 0.08
 """Share of the budget before which a curve is not drawn: the first steps say nothing and set the scale."""
 
+SMOOTHED = 5
+"""Points of a curve that a distance to dense is averaged over, as the training loss of single batches scatters."""
+
 
 def curves_figure(curves: pd.DataFrame, runs: pd.DataFrame, *, note: str = "") -> Figure:
     """A column per budget: above each method's run of lowest validation loss, below its distance to dense's.
@@ -40,7 +43,7 @@ def curves_figure(curves: pd.DataFrame, runs: pd.DataFrame, *, note: str = "") -
             style.decade_axis(column[-1].xaxis)
         panels[0, 0].set_ylabel("training loss (nats)")
         if rows > 1:
-            panels[1, 0].set_ylabel("minus dense's")
+            panels[1, 0].set_ylabel("minus dense's (nats)")
         style.method_legend(figure, names)
         which = "each method's run of lowest validation loss; below, its loss minus dense's at equal FLOPs spent"
         style.caption(figure, note, which if rows > 1 else which.partition(";")[0], missing_note(runs))
@@ -68,4 +71,5 @@ def draw_distances(axes: Axes, best: dict[str, pd.DataFrame]) -> None:
             continue
         flops, dense = np.log(best[name]["flops"]), best[reference]
         distance = best[name]["loss"] - np.interp(flops, np.log(dense["flops"]), dense["loss"])
+        distance = distance.rolling(SMOOTHED, center=True, min_periods=1).mean()
         axes.plot(best[name]["flops"], distance, dashes[name], color=colours[name], linewidth=0.9, label=name)

@@ -119,8 +119,11 @@ def isoflop_figure(runs: pd.DataFrame, fits: Mapping[str, Any], *, x: str, note:
         labels = [str(part.get_label()) for axes in panels for part in (*axes.containers, *axes.lines)]
         hollow = "hollow points: outside the fitted window" if any("_left out" in text for text in labels) else ""
         above = "triangles: above the axis" if any(", above" in text for text in labels) else ""
-        marks = "; ".join(filter(None, (curves + ", hollow where flagged" * flagged, hollow, above)))
-        style.caption(figure, note, "bars: ±1 standard error over validation sequences", marks, missing_note(runs))
+        bars = "bars: ±1 standard error over validation sequences"
+        style.caption(
+            figure, note, curves + ", hollow where flagged" * flagged, "; ".join(filter(None, (bars, hollow, above))),
+            missing_note(runs),
+        )  # fmt: skip
     return figure
 
 

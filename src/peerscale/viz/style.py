@@ -47,7 +47,8 @@ LABELS = {
     "peer": "PEER",
 }
 
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS = ("o", "s", "D", "v", "P", "X")
+"""Of budgets, ascending; a triangle that points upwards is a point above the axis."""
 
 RC = {
     "font.family": "STIXGeneral",
