@@ -24,6 +24,7 @@ from peerscale.runs.study import collected, planned_record, published, study_par
 from peerscale.runs.table import CURVES, curves_table, read_records, read_table, runs_table
 from peerscale.sweep_config import load_sweep
 from peerscale.sweeper import planned_cells
+from peerscale.viz.answer import answer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = runs_table(records)
     windows, claims = read_settings(arguments.sweep)
     fits = fit_study(runs, curves, records, windows=windows, claims=claims)
+    fits["answer"] = answer(fits)
     write_text(study.runs, runs.to_csv(index=False))
     write_text(study.records, "".join(json.dumps(asdict(record)) + "\n" for record in records))
     write_text(study.curves, curves.to_csv(index=False))

@@ -31,7 +31,6 @@ from peerscale.runs.study import Study, find_study, method_names, read_fits, stu
 from peerscale.runs.table import read_records, read_runs
 from peerscale.sweeper import budget_name
 from peerscale.viz.ablations import has_curves
-from peerscale.viz.answer import answer
 from peerscale.viz.style import label, ordered, short_number
 from peerscale.viz.tables import Fits, number, with_interval
 
@@ -104,7 +103,7 @@ def content(study: Study) -> dict[str, Any]:
         "differing": differing,
         "results": results(study),
         "figures": figures(study),
-        "answer": answer(fits) if fits else "",
+        "answer": fits.get("answer", ""),
         "optima": optima(fits),
         "laws": power_laws(fits),
         "surfaces": surfaces(fits),

@@ -11,13 +11,14 @@ Works on runs/SWEEP/study, else on results/SWEEP; writes the tables to table.md 
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from peerscale.errors import exit_code
-from peerscale.files import write_text
+from peerscale.files import ROOT, write_text
 from peerscale.laws.optima import OptimumStatus
 from peerscale.runs.rates import settings_table
 from peerscale.runs.study import find_study, method_names, read_fits, study_parser, usable
@@ -25,7 +26,7 @@ from peerscale.runs.table import read_runs
 from peerscale.sweeper import budget_name
 from peerscale.viz import tables
 from peerscale.viz.ablations import has_curves, over_seeds, varied
-from peerscale.viz.answer import answer, verdicts
+from peerscale.viz.answer import verdicts
 from peerscale.viz.isoflop import missing_note
 from peerscale.viz.published import read_published
 from peerscale.viz.rates import edges
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs, settings = runs.assign(name=method_names(runs)), varied(runs)
     compared = has_curves(runs) or not settings
     if compared:
-        title, lines = "losses at equal compute", [f"**{answer(fits)}**", "", *closing_table(runs, fits)]
+        title, lines = "losses at equal compute", [f"**{fits['answer']}**", "", *closing_table(runs, fits)]
         lines += at_the_optimum(runs, fits, published)
     elif settings & {"lr", "table_lr"}:
         title, lines = "learning rates", [*best_rates(fits), *rates(runs)]
@@ -52,11 +53,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines += experts_and_norm(runs, fits, published)
     text = "\n".join([f"# {arguments.sweep}: {title}", "", *lines])
     write_text(study.table, text)
-    titles = [line.removeprefix("## ") for line in lines if line.startswith("## ")]
-    if compared and titles:  # the answer and what it rests on, as the last thing on a terminal at the end of a study
-        text = f"{text.partition(SECTION)[0]}\nFurther tables in {study.table}: {'; '.join(titles)}\n"
-    print(text.replace("**", ""), end="")
+    if compared:  # on a terminal the answer and its figure first, then what they rest on
+        shown, *further = text.split(SECTION)
+        figure = study.figures / "isoflop.png"
+        print(f"\n{fits['answer']}\n" + f"Figure 1: {relative(figure)}\n" * figure.is_file())
+        print("\n".join(shown.splitlines()[4:]))
+        if further:
+            titles = "; ".join(section.partition("\n")[0] for section in further)
+            print(f"\nFurther tables in {relative(study.table)}: {titles}")
+    else:
+        print(text, end="")
     return 0
+
+
+def relative(path: Path) -> Path:
+    """The path as seen from the checkout, where it lies in it."""
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
 def closing_table(runs: pd.DataFrame, fits: Fits) -> list[str]:

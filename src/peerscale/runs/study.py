@@ -108,9 +108,9 @@ def read_json(path: Path) -> Any:
 
 
 def read_fits(path: Path) -> dict[str, Any]:
-    """What `runs.fits.fit_study` wrote; raises `UserError` if the file holds anything else."""
+    """What `runs.fits.fit_study` found, and the `answer` in a sentence; `UserError` if the file holds anything else."""
     fits = read_json(path)
-    if not (isinstance(fits, dict) and {"budgets", "claims", "multipliers", "laws", "rates"} <= fits.keys()):
+    if not (isinstance(fits, dict) and {"answer", "budgets", "claims", "multipliers", "laws", "rates"} <= fits.keys()):
         raise UserError(f"{path}: not the fits of a study as this version writes them: make figures, to fit it again")
     return fits
 

@@ -11,7 +11,7 @@ from peerscale.viz.tables import number
 
 Claim = Mapping[str, Any]
 Outcomes = dict[str, list[Claim]]
-"""The claims about each rival under `leads`, `trails` and `is not told apart from`; none of them is empty."""
+"""The claims about each rival under `leads`, `trails` and `is indistinguishable from`; none of them is empty."""
 
 
 def answer(fits: Mapping[str, Any]) -> str:
@@ -40,7 +40,7 @@ def answer(fits: Mapping[str, Any]) -> str:
 
 
 def verdicts(claims: Sequence[Claim]) -> list[str]:
-    """A sentence for each budget and variant: which rivals the method leads, trails, or is not told apart from.
+    """A sentence for each budget and variant: which rivals the method leads, trails, or is indistinguishable from.
 
     A lead or trail is a difference whose probability, corrected for the whole family (Holm), is below 5 %.
     """
@@ -57,16 +57,16 @@ def _places(claims: Sequence[Claim]) -> dict[tuple[float, str, str], Outcomes]:
 
 
 def _outcomes(claims: Sequence[Claim]) -> Outcomes:
-    found: Outcomes = {"leads": [], "trails": [], "is not told apart from": []}
+    found: Outcomes = {"leads": [], "trails": [], "is indistinguishable from": []}
     for claim in claims:
         certain = claim["p_holm"] < FAMILY_LEVEL
-        verb = ("leads" if claim["value"] < 0 else "trails") if certain else "is not told apart from"
+        verb = ("leads" if claim["value"] < 0 else "trails") if certain else "is indistinguishable from"
         found[verb].append(claim)
     return {verb: members for verb, members in found.items() if members}
 
 
 def _sentence(place: tuple[float, str, str], found: Outcomes) -> str:
-    """`At 3e12 FLOPs PEER leads dense (−0.034 ± 0.015) and is not told apart from PKM (...).`"""
+    """`At 3e12 FLOPs PEER leads dense (−0.034 ± 0.015) and is indistinguishable from PKM (...).`"""
     budget, size, arm = place
     method = label(next(iter(found.values()))[0]["method"].partition(" ")[0])
     parts = [f"{verb} {_listed(_rival(c) + f' ({_with_error(c)})' for c in some)}" for verb, some in found.items()]
@@ -75,7 +75,7 @@ def _sentence(place: tuple[float, str, str], found: Outcomes) -> str:
 
 
 def _short(found: Outcomes) -> str:
-    """`leads dense and PKM, and is not told apart from MoE (token choice)`."""
+    """`leads dense and PKM, and is indistinguishable from MoE (token choice)`."""
     return ", and ".join(f"{verb} {_listed(map(_rival, some))}" for verb, some in found.items())
 
 
