@@ -9,6 +9,7 @@ the runs, named after their cells, are made in runs/SWEEP/study/wandb first.
 import os
 import re
 import sys
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ LONGEST = 200
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(prog=".venv/bin/python analysis/browse.py", description=__doc__)
+    parser.formatter_class = RawDescriptionHelpFormatter
     parser.add_argument("sweep", metavar="SWEEP", help="name of a study")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", metavar="DIR", help="where cells are kept (runs)")
     arguments = parser.parse_args(argv)
