@@ -296,6 +296,15 @@ def test_duplicates_are_named_and_repeated_data_has_its_law(
     assert run("parametric", table, *columns, "--out", out) == 2
 
 
+def test_the_commands_of_the_help_text_can_be_typed() -> None:
+    text = (fit.__doc__ or "").replace("\\\n", " ")
+    commands = [line.split() for line in text.splitlines() if line.startswith("    ")]
+    assert {words[2] for words in commands} == {*fit.COMMANDS, "predict"}
+    for python, program, *words in commands:
+        assert f"{python} {program}" == fit.PROGRAM == fit.parser().prog
+        fit.parser().parse_args(words)
+
+
 def test_as_a_program(table: Path, tmp_path: Path) -> None:
     command = [sys.executable, fit.__file__, "parametric", str(table), *SURFACE, "--out", str(tmp_path / "fit.json")]
     done = subprocess.run([*command, "--params", "M"], capture_output=True, text=True, check=False)
