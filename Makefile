@@ -71,11 +71,8 @@ publish: setup ## copy the table, fits and figures of SWEEP into results/, to be
 sync: setup ## upload the W&B runs, table, fits and figures of SWEEP that are not uploaded yet
 	@$(BIN)/python analysis/sync.py $(SWEEP)
 
-dashboard: setup ## browse the W&B runs of SWEEP in the terminal, offline
-	@ls -d runs/$(SWEEP)/*/wandb/*run-* >/dev/null 2>&1 || { echo "error: no W&B runs in runs/$(SWEEP): make sweep SWEEP=$(SWEEP)"; exit 2; }
-	@rm -rf runs/$(SWEEP)/study/wandb && mkdir -p runs/$(SWEEP)/study/wandb
-	@ln -sfn $(CURDIR)/runs/$(SWEEP)/*/wandb/*run-* runs/$(SWEEP)/study/wandb/
-	@$(BIN)/wandb leet runs/$(SWEEP)/study/wandb
+dashboard: setup ## browse the W&B runs of SWEEP in the terminal, offline, by cell
+	@$(BIN)/python analysis/browse.py $(SWEEP)
 
 bench: setup ## training steps side by side: PEER-pytorch's layer, all methods, growth; into results/bench (some 10 minutes)
 	@$(BIN)/python -c 'import PEER_pytorch' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'

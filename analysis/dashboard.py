@@ -1,16 +1,17 @@
 """The W&B workspace of a study, and a report with its figures, fits and how to read them.
 
-    python analysis/dashboard.py SWEEP [--save]
+    .venv/bin/python analysis/dashboard.py SWEEP [--save]
 
-Writes the workspace to runs/SWEEP/study/workspace.json, for which no server is needed, and with --save puts both on the
-W&B server, where a second call updates them. They show what `analysis/sync.py SWEEP` has uploaded. Needs the extra
-`report`.
+Writes the workspace to runs/SWEEP/study/workspace.json, which needs no server. With --save it also puts both on the W&B
+server; a second call updates them there. They show what `make sync` has uploaded. Needs the package
+wandb-workspaces: .venv/bin/python -m pip install --editable '.[report]'
 """
 
 import contextlib
 import importlib
 import json
 import sys
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,30 +32,34 @@ with contextlib.suppress(ImportError):  # an extra, told of in `main`
         importlib.import_module("wandb_workspaces.workspaces"),
     )
 
+LOGIN = ".venv/bin/wandb login"
+
 METHOD = "ffn.method"
 
 VIEWS = "wandb-views.json"
-"""Where the saved workspace and report are, so that they are found again."""
+"""File that remembers where the workspace and report were saved."""
 
 HOW_TO_READ = """
 Every run is one cell: a model of one method and size, trained with one budget of FLOPs. Losses are nats per token on
-the same held-out tokens for every cell. FLOPs are counted per operation; `flops` and `tokens` are the x axes, since
-steps of models of different size cost different compute. Final losses against parameters are one isoFLOP curve a
-method and budget: its minimum is the compute-optimal size. Usage is the share of experts that got any weight,
-unevenness the KL divergence of their shares from uniform in nats (0 is even). A run's `signals` say at which step its
-loss spiked, its router collapsed or its throughput halved.
+the same held-out tokens for every cell. FLOPs are counted per operation. The x axes are `flops` and `tokens`, because a
+step of a larger model costs more compute. Final losses against parameters form one isoFLOP curve for each method and
+budget; its minimum is the compute-optimal size. Usage is the share of experts that got any weight. Unevenness is the KL
+divergence of the experts' shares from uniform, in nats (0 is even). A run's `signals` say at which step its loss
+spiked, its router collapsed or its throughput halved.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = study_parser(__doc__)
+    parser.prog = ".venv/bin/python analysis/dashboard.py"
+    parser.formatter_class = RawDescriptionHelpFormatter
     parser.add_argument("--save", action="store_true", help="put workspace and report on the W&B server")
     arguments = parser.parse_args(argv)
     if ws is None:
-        raise UserError("wandb-workspaces is not installed: .venv/bin/pip install -e '.[report]'")
+        raise UserError("wandb-workspaces is not installed: .venv/bin/python -m pip install --editable '.[report]'")
     study = collected(arguments.sweep, arguments.runs)
     if not study.runs.is_file():
-        raise UserError(f"{study.runs} is not there; first: python analysis/collect.py {arguments.sweep}")
+        raise UserError(f"{study.runs} is not there; first: make figures SWEEP={arguments.sweep}")
     tracking = tracking_of(arguments.runs / arguments.sweep)
     entity, project = tracking["entity"] or "", tracking["project"]
     built = workspace(study.sweep, entity or "ENTITY", project)
@@ -63,14 +68,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_text(path, built._to_model().model_dump_json(by_alias=True, exclude_none=True, indent=1) + "\n")
     print(path)
     if not arguments.save:
-        print("on the server: neither workspace nor report; --save puts them there, after `wandb login` and make sync")
+        print(
+            f"not on the server; to put it and a report there: {LOGIN}, make sync SWEEP={study.sweep}, then add --save"
+        )
         return 0
     try:
         with client_errors():
             for name, url in save(study, entity, project).items():
                 print(f"{name}: {url}")
     except WandbError as error:
-        raise FailedCells(f"W&B server: {error}; {path} is there, workspace and report on the server are not") from None
+        raise FailedCells(f"W&B server: {error}; {path} is written, but workspace and report are not saved") from None
     return 0
 
 
@@ -78,7 +85,9 @@ def tracking_of(folder: Path) -> dict[str, Any]:
     """Project and entity, as the first cell of a study has them."""
     for path in sorted(folder.glob("*/config.yaml")):
         return yaml.safe_load(path.read_text(encoding="utf-8"))["tracking"]
-    raise UserError(f"no cells in {folder}, so that the W&B project is not known")
+    raise UserError(
+        f"no cells in {folder}, whose config.yaml names the W&B project; first: make sweep SWEEP={folder.name}"
+    )
 
 
 def sections() -> dict[str, list[Any]]:

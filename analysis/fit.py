@@ -1,15 +1,18 @@
 """Fit scaling laws to any table of runs, and predict from a fit.
 
-    python analysis/fit.py parametric runs.csv --params N --tokens D --loss loss --out fit.json
-    python analysis/fit.py isoflop    runs.csv --budget budget --x N --loss loss --by method --out fit.json
-    python analysis/fit.py routed     runs.csv --dense-params N --experts E --loss loss --out fit.json
-    python analysis/fit.py granular   runs.csv --params N --tokens D --granularity G --loss loss --out fit.json
-    python analysis/fit.py peer       runs.csv --params N --tokens D --experts X --granularity G --loss L --out fit.json
-    python analysis/fit.py envelope   curves.csv --run run --flops C --x N --loss loss --out fit.json
-    python analysis/fit.py predict    fit.json --budget 1e21
+    .venv/bin/python analysis/fit.py parametric runs.csv --params N --tokens D --loss loss --out fit.json
+    .venv/bin/python analysis/fit.py isoflop runs.csv --budget C --x N --loss loss --by method --out fit.json
+    .venv/bin/python analysis/fit.py routed runs.csv --dense-params N --experts E --loss loss --out fit.json
+    .venv/bin/python analysis/fit.py granular runs.csv --params N --tokens D --granularity G --loss loss --out fit.json
+    .venv/bin/python analysis/fit.py peer runs.csv --params N --tokens D --experts X --granularity G --loss loss \\
+        --out fit.json
+    .venv/bin/python analysis/fit.py envelope curves.csv --run run --flops C --x N --loss loss --out fit.json
+    .venv/bin/python analysis/fit.py predict fit.json --budget 1e21
 
-A folder of a study stands for its table of runs, or for its training curves. Intervals are 95 % percentile intervals
-of a bootstrap over runs. Beside every fit stands how well the smaller budgets predict the largest.
+The words after --params, --x and so on are names of columns. The folder of a study, such as results/isoflop_cpu, may
+stand in place of its table of runs, or for `envelope` of its training curves; `predict` reads a study's fits.json too.
+Intervals are 95 % percentile intervals of a bootstrap over runs. Every fit also says how well the smaller budgets
+predict the largest.
 """
 
 import argparse
@@ -27,18 +30,22 @@ import pandas as pd
 from peerscale import laws
 from peerscale.errors import ArgumentParser, UserError, exit_code
 from peerscale.files import write_json
-from peerscale.laws.bootstrap import Bootstrap, percentile_interval
+from peerscale.laws.bootstrap import STORED_DRAWS
 from peerscale.laws.fit import Fit
 from peerscale.laws.holdout import HoldOut
 from peerscale.laws.isoflop import IsoflopFit
 from peerscale.laws.objective import Objective
+from peerscale.laws.parametric import Surface
 from peerscale.laws.peer import PeerFit
-from peerscale.laws.results import FitStatus
-from peerscale.laws.table import positive_columns, require_column
+from peerscale.laws.power_law import PowerLaw
+from peerscale.laws.prediction import VARIABLES
+from peerscale.laws.results import FitStatus, to_plain
+from peerscale.laws.table import SHOWN, positive_columns, require_column
 from peerscale.runs import read_runs
 from peerscale.runs.table import CURVES, METRICS, curves_table
 from peerscale.runs.table import read_table as read_csv
 
+PROGRAM = ".venv/bin/python analysis/fit.py"
 COMMANDS = {
     "parametric": (laws.fit_parametric, "params tokens flops loss", 4000, "L = E + A / N^alpha + B / D^beta"),
     "isoflop": (laws.fit_isoflop, "budget x loss", 4000, "a parabola per budget, a power law through the minima"),
@@ -53,19 +60,29 @@ COMMANDS = {
     ),
 }  # fmt: skip
 """Function, columns, resamples and help of each command that fits."""
+COLUMNS = {
+    "params": "the number of parameters",
+    "dense-params": "the number of parameters that one token uses",
+    "tokens": "the training tokens",
+    "flops": "the training FLOPs; C = 6 N D then gives the tokens",
+    "budget": "the compute budget, equal for all runs of a budget",
+    "x": "the size whose optimum is sought, such as parameters, tokens or FLOPs per token",
+    "run": "the run's name",
+    "experts": "the number of experts",
+    "granularity": "the granularity, or the experts that one token uses",
+    "loss": "the loss",
+}
 OPTIONS = ("objective", "delta", "include_flagged", "within")
 RESAMPLING = ("bootstrap", "seed", "cluster", "budget", "hold_out")
-FORMS = {kind.law: kind.form for kind in Fit.__subclasses__()}
-ARGUMENTS = {
-    "isoflop": ("budget",),
-    "envelope": ("budget",),
-    "parametric": ("budget", "params", "tokens"),
-    "data_constrained": ("budget", "params", "tokens", "unique_tokens"),
-    "routed": ("params", "experts"),
-    "granular": ("params", "tokens", "granularity"),
-    "peer": ("params", "tokens", "experts", "granularity"),
+PREDICT_FROM = ("budget", "params", "tokens", "unique_tokens", "experts", "granularity")
+MEANINGS = {
+    "a": "the optimal N grows as C^a",
+    "b": "the optimal D grows as C^b",
+    "exponent": "the optimum grows as the budget to this power",
+    "coefficient": "the optimum of a budget of 1 FLOP",
 }
-"""What a prediction of each law takes: all of it, but for the laws of a budget."""
+"""Of coefficients that no formula shows."""
+NEEDS, NONE = "law needs", "none"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         table = one_budget_each(table, arguments.budget, arguments.tolerance)
     described = columns | {name: given[name] for name in OPTIONS if name in given}
     options = {name: given[name] for name in RESAMPLING if name in given} | described
-    stored, text = fit_groups(table, lambda rows: law(rows, **options), given.get("by"))
+    stored, text = fit_groups(table, lambda rows: law(rows, **options), given.get("by"), given.get("x", ""))
     stored["source"] = {"table": arguments.table.name, "where": arguments.where, **described}
     write_fit(arguments.out, stored)
     print(f"{text}\n-> {arguments.out}")
@@ -94,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True)
     for name, (_, columns, bootstrap, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
@@ -102,22 +119,31 @@ def parser() -> argparse.ArgumentParser:
         add("table", type=Path, metavar="TABLE", help="CSV file, one row per run; or a study's folder")
         for column in columns.split():
             optional = column in ("tokens", "flops") and name == "parametric"
-            add(f"--{column}", metavar="COL", required=not optional, help="its column")
+            add(f"--{column}", metavar="COL", required=not optional, help=f"column of {COLUMNS[column]}")
         add("--where", metavar="EXPR", help="rows to fit, as a pandas query: \"method == 'dense'\"")
         add("--bootstrap", type=count, default=bootstrap, metavar="N", help=f"resamples ({bootstrap})")
-        add("--seed", type=count, default=0, help="of the resampling (0)")
+        add("--seed", type=count, default=0, help="seed of the resampling (0)", metavar="N")
         if name != "envelope":
             add("--cluster", metavar="COL", help="column whose equal values are resampled together")
         if name in ("isoflop", "envelope"):
             add("--by", metavar="COL", help="one fit per value of this column")
         else:
-            add("--budget", metavar="COL", help="the largest of this column are held out")
-            add("--hold-out", type=positive, metavar="NUMBER", help="from this budget on")
+            add("--budget", metavar="COL", help="column by which the largest runs are held out")
+            add("--hold-out", type=positive, metavar="NUMBER", help="hold out the runs from this budget on")
         if name in ("parametric", "peer"):
-            add("--objective", choices=list(Objective), default=Objective.HUBER_LOG)
-            add("--delta", type=positive, default=1e-3, help="where Huber turns linear (1e-3)")
+            add(
+                "--objective",
+                choices=list(Objective),
+                default=Objective.HUBER_LOG,
+                help="what is minimised (huber-log)",
+            )
+            add("--delta", type=positive, default=1e-3, metavar="NUMBER", help="where Huber turns linear (1e-3)")
         if name == "parametric":
-            add("--unique-tokens", metavar="COL", help="different tokens: fits how much repeated ones are worth")
+            add(
+                "--unique-tokens",
+                metavar="COL",
+                help="column of the different tokens: also fits what repeated ones are worth",
+            )
         if name == "isoflop":
             add("--include-flagged", action="store_true", help="let the power law use flagged minima too")
             far = "leave sizes out whose loss is more than this share above the budget's lowest, such as .04; keep five"
@@ -125,10 +151,14 @@ def parser() -> argparse.ArgumentParser:
             close = "budgets this close to their neighbour are one, such as .1"
             add("--tolerance", type=positive, metavar="SHARE", help=close)
         add("--out", type=Path, required=True, metavar="JSON", help="where the fit goes")
-    prediction = commands.add_parser("predict", help="optimum of a budget, or loss of a run, from a fit")
-    prediction.add_argument("file", type=Path, metavar="JSON", help="a fit, or fits by name")
-    for name in ("budget", "params", "tokens", "unique-tokens", "experts", "granularity"):
-        prediction.add_argument(f"--{name}", type=positive, metavar="NUMBER")
+    text = "optimum of a budget, or loss of a run, from a fit"
+    prediction = commands.add_parser("predict", help=text, description=text)
+    prediction.add_argument(
+        "file", type=Path, metavar="JSON", help="a fit, or fits by name such as a study's fits.json"
+    )
+    prediction.add_argument("--budget", type=positive, metavar="NUMBER", help="training FLOPs: what is optimal?")
+    for name in PREDICT_FROM[1:]:
+        prediction.add_argument(_option(name), type=positive, metavar="NUMBER", help="of the run whose loss is wanted")
     return top
 
 
@@ -194,7 +224,9 @@ def one_budget_each(table: pd.DataFrame, budget: str, tolerance: float | None) -
     return table
 
 
-def fit_groups(table: pd.DataFrame, fit: Callable[[pd.DataFrame], Any], by: str | None) -> tuple[dict[str, Any], str]:
+def fit_groups(
+    table: pd.DataFrame, fit: Callable[[pd.DataFrame], Any], by: str | None, x: str
+) -> tuple[dict[str, Any], str]:
     """The fit, or with `by` one per value under `groups`, and its summary; refuses a table without any parabola."""
     if by is not None:
         require_column(table, by)
@@ -208,7 +240,7 @@ def fit_groups(table: pd.DataFrame, fit: Callable[[pd.DataFrame], Any], by: str 
         )
     first = next(iter(groups.values()))
     if by is None:
-        return first.to_dict(), summary(first)
+        return to_json(first), summary(first, x)
     statuses = [group.status for group in groups.values() if group.status is not FitStatus.CONVERGED]
     stored = {
         "law": first.law,
@@ -218,38 +250,50 @@ def fit_groups(table: pd.DataFrame, fit: Callable[[pd.DataFrame], Any], by: str 
         "objective_value": sum(group.objective_value for group in groups.values()),
         "ci": {},
         "by": by,
-        "groups": {name: group.to_dict() for name, group in groups.items()},
+        "groups": {name: to_json(group) for name, group in groups.items()},
     }
-    return stored, "\n".join(f"{by} = {name}\n{summary(group)}" for name, group in groups.items())
+    return stored, "\n".join(f"{by} = {name}\n{summary(group, x)}" for name, group in groups.items())
 
 
-def summary(fit: Any) -> str:
-    """A fit in a few lines: coefficients and minima with intervals and flags, the held-out error, every warning."""
+def to_json(fit: Any) -> dict[str, Any]:
+    """The fit in plain values; of an isoFLOP fit also the drawn losses of its minima, for `predict`."""
+    plain = fit.to_dict()
+    if isinstance(fit, IsoflopFit) and fit.bootstrap is not None:
+        draws = fit.bootstrap.draws["loss"][:STORED_DRAWS]
+        plain["bootstrap"]["draws"]["loss"] = to_plain([[float(f"{loss:.6g}") for loss in draw] for draw in draws])
+    return plain
+
+
+def summary(fit: Any, x: str) -> str:
+    """A fit in a few lines: coefficients and minima of `x` with intervals and flags, held-out error, every warning."""
     lines = [f"{fit.law}: {fit.n} runs, {fit.status}, {fit.objective_name} {fit.objective_value:.8g}"]
     for vertex in fit.vertices if isinstance(fit, IsoflopFit) else ():
-        x, loss = _number(vertex.x, vertex.x_interval), _number(vertex.loss, vertex.loss_interval)
-        lines.append(f"  budget {vertex.budget:<8.4g} x {x}  loss {loss}  n {vertex.n}  {vertex.status}")
+        size, loss = _number(vertex.x, vertex.x_interval), _number(vertex.loss, vertex.loss_interval)
+        lines.append(f"  budget {vertex.budget:<8.4g} {x} {size}  loss {loss}  n {vertex.n}  {vertex.status}")
     for form in fit.candidates if isinstance(fit, PeerFit) else ():
         errors = ", ".join(f"{axis} {error:.4g}" for axis, error in form.held_out.items())
         lines.append(f"  form {form.form:<11} held-out error {form.error:.4g} ({errors})  {form.status}")
-    names = [*(item.name for item in fields(fit.form)), *fit.derived]
-    lines += [f"  {name:<12} {_number(getattr(fit, name), fit.ci.get(name))}" for name in names]
+    meanings = MEANINGS if isinstance(fit, Surface | PowerLaw) else {}
+    for name in (*(item.name for item in fields(fit.form)), *fit.derived):
+        value, meaning = _number(getattr(fit, name), fit.ci.get(name)), meanings.get(name, "")
+        lines.append(f"  {name:<12} {value:<32} {meaning * (value != NONE)}".rstrip())
     if isinstance(fit, IsoflopFit):
         lines.append(f"  exponent of approach 3 on the same runs {_number(fit.surface_exponent, None)}")
     if fit.bootstrap is not None:
         drawn = fit.bootstrap
         lines.append(f"  {drawn.resamples} resamples, {drawn.failed} failed, {drawn.at_bound} at a bound")
     if fit.hold_out is not None:
-        lines.append(held_out(fit.hold_out))
+        lines.append(held_out(fit.hold_out, x))
     return "\n".join([*lines, *(f"  warning: {warning}" for warning in fit.warnings)])
 
 
-def held_out(found: HoldOut) -> str:
+def held_out(found: HoldOut, x: str) -> str:
     """The largest budget, observed and as predicted from the others."""
     predicted, observed = _number(found.predicted, found.interval), _number(found.observed, found.observed_interval)
     what, rmse = ("run", f", RMSE {found.rmse:.4g}") if found.quantity == "loss" else ("budget", "")
+    quantity = x if found.quantity == "x" else found.quantity
     return (
-        f"  held out: {found.n} {what}{'s' * (found.n > 1)} from {found.budget:.4g}: {found.quantity} {observed}, "
+        f"  held out: {found.n} {what}{'s' * (found.n > 1)} from {found.budget:.4g}: {quantity} {observed}, "
         f"predicted {predicted}{rmse}, mean error {found.mape:.3g} %"
     )
 
@@ -262,68 +306,60 @@ def write_fit(path: Path, stored: Mapping[str, Any]) -> None:
 
 
 def predict(arguments: argparse.Namespace) -> None:
+    """Print what the given numbers ask of each fit; what holds for several fits is said once, at the end."""
+    asked = {name: getattr(arguments, name) for name in PREDICT_FROM if getattr(arguments, name)}
+    lines, notes = [], dict[tuple[str, str], list[str]]()
     try:
-        stored = json.loads(arguments.file.read_text(encoding="utf-8"))
-        fits = {"": stored} if "law" in stored else stored
-        if not fits:
-            raise UserError(f"{arguments.file} holds no fit")
-        for name, fit in fits.items():
-            for group, part in fit.get("groups", {"": fit}).items():
-                print("\n".join([f"{name} {group}".strip() or part["law"], *predictions(part, arguments)]))
+        fits = stored_fits(arguments.file)
+        for name, stored, columns in fits:
+            found = laws.predict(stored, asked, columns)
+            said = [("warning", warning) for warning in found.warnings if found.values]
+            if found.missing or not found.values:
+                why = found.missing or f"the {stored['law']} {NEEDS} {needs(stored['law'])}"
+                said.append(("no optimum" if found.values else "no prediction", why))
+            if found.unused and found.values:
+                unused = ", ".join(map(_option, found.unused))
+                said.append(("warning", f"{unused} not used: the {stored['law']} law has no such variable"))
+            for note in said:
+                notes.setdefault(note, []).append(name)
+            width = max(map(len, found.values), default=0)
+            lines += [name] * bool(found.values)
+            lines += [f"  {what:<{width}}  {_number(*value)}" for what, value in found.values.items()]
     except UserError:
         raise
     except OSError as error:
         raise UserError(f"cannot read {arguments.file}: {_first_line(error)}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{arguments.file} is no fit of this program: {_first_line(error)}") from None
+    if not lines and all(NEEDS in why for _, why in notes):
+        raise UserError(f"no prediction: {'; '.join(why for _, why in notes)}")
+    for (what, why), names in notes.items():
+        where = which = ""
+        if len(fits) > 1:
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            where, which = f" from {len(names)} of {len(fits)} fits", f" ({', '.join(names[:SHOWN])}{more})"
+        lines.append(f"{what}{where}: {why}{which}")
+    print("\n".join(lines))
 
 
-def predictions(stored: Mapping[str, Any], given: argparse.Namespace) -> list[str]:
-    """A line per answer of a stored fit, with its interval where the fit has a bootstrap."""
-    if stored["law"] not in FORMS:
-        raise ValueError(f"unknown law {stored['law']!r}")
-    form = FORMS[stored["law"]]
-    coefficients = {item.name: stored[item.name] for item in fields(form)}
-    if wrong := [name for name, value in coefficients.items() if not isinstance(value, float | int | None)]:
-        raise ValueError(f"{wrong[0]} is no number")
-    if None in coefficients.values():
-        return [f"  no prediction: the fit's status is {stored['status']}"]
-    found = answers(stored["law"], form(**coefficients), given)
-    drawn: dict[str, tuple[float, float]] = {}
-    if stored["bootstrap"]:
-        bootstrap = Bootstrap.from_dict(stored["bootstrap"])
-        draws = answers(stored["law"], bootstrap.law(form), given)
-        drawn = {name: percentile_interval(values) for name, values in draws.items()}
-    lines = [f"  {name:<16} {_number(value, drawn.get(name))}" for name, value in found.items()]
-    names = {name for arguments in ARGUMENTS.values() for name in arguments}
-    unused = [_option(name) for name in sorted(names - {*ARGUMENTS[stored["law"]]}) if getattr(given, name)]
-    if unused:
-        lines.append(f"  warning: {', '.join(unused)} says nothing to a law of this kind")
-    if stored["status"] != FitStatus.CONVERGED:
-        lines.append(f"  warning: the fit's status is {stored['status']}")
-    return lines
+def stored_fits(path: Path) -> list[tuple[str, dict[str, Any], Mapping[str, Any]]]:
+    """Name, fit and names of the columns of every fit in a file: one fit, one per group, or fits by name."""
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    fits = {"": stored} if "law" in stored else dict(stored).get("laws", stored)
+    if not fits:
+        raise UserError(f"{path} holds no fit")
+    return [
+        (f"{name} {group}".strip() or part["law"], part, fit.get("source", fit))
+        for name, fit in fits.items()
+        for group, part in fit.get("groups", {"": fit}).items()
+    ]
 
 
-def answers(name: str, law: Any, given: argparse.Namespace) -> dict[str, Any]:
-    """What the numbers given on the command line ask of a law, by name."""
-    found, values = {}, {item: getattr(given, item) for item in ARGUMENTS[name]}
-    budget, unique = (values.pop(item, None) for item in ("budget", "unique_tokens"))
-    if budget:
-        best = law.optimum(budget)
-        if not values:
-            return {"optimal x": best}
-        found = {"optimal params": best.params, "optimal tokens": best.tokens, "optimal loss": best.loss}
-        for one, other in (("params", "tokens"), ("tokens", "params")):
-            if values[one] and not values[other]:
-                values[other] = budget / (6 * values[one])  # of the budget, C = 6 N D
-    if values and all(values.values()):
-        found["loss"] = law.predict(*values.values(), *([unique] if unique else []))
-        if name == "routed":
-            found["effective params"] = law.effective_params(*values.values())
-    if not found:
-        needs = (["--budget"] if "budget" in ARGUMENTS[name] else []) + [", ".join(map(_option, values))]
-        raise UserError(f"a prediction of the {name} law needs {', or '.join(filter(None, needs))}")
-    return found
+def needs(law: str) -> str:
+    """The options that a prediction of a law takes."""
+    sizes = [_option(name) for name in VARIABLES[law] if name not in ("budget", "unique_tokens")]
+    options = ["--budget"] * ("budget" in VARIABLES[law]) + [", ".join(sizes)] * bool(sizes)
+    return ", or ".join(options)
 
 
 def _option(name: str) -> str:
@@ -332,7 +368,7 @@ def _option(name: str) -> str:
 
 def _number(value: Any, interval: tuple[float, float] | None) -> str:
     if value is None or not np.isfinite(value):
-        return "none"
+        return NONE
     shown = f" [{interval[0]:.4g}, {interval[1]:.4g}]" if interval and np.isfinite(interval).all() else ""
     return f"{float(value):.6g}{shown}"
 

@@ -1,11 +1,12 @@
 """Upload the cells of a study, and its tables, fits and figures, to Weights & Biases: what is not there yet.
 
-    python analysis/sync.py SWEEP [--jobs N] [--timeout SECONDS]
+    .venv/bin/python analysis/sync.py SWEEP [--jobs N] [--timeout SECONDS]
 
-Reads the cells' files, so that it does not matter whether they were tracked online, offline or not at all. Can be
-broken off and repeated at any time, also while the study runs: rows that the server has are not sent again. Each
-finished cell becomes an artifact; the run `<sweep>-study` uses them and gives table, fits and figures, which is their
-lineage. Exit code 1 if something could not be uploaded.
+It reads the cells' files, so it does not matter whether they were tracked online, offline or not at all. It can be
+stopped and repeated at any time, also while the study runs: rows that the server has are not sent again, and cells
+still logging online are skipped. Each finished cell becomes an artifact. The run `<sweep>-study` uses these artifacts
+and logs table, fits and figures, so that W&B shows which runs a figure was made from. Exit code 1 if something could
+not be uploaded.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ import json
 import re
 import sys
 import tempfile
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -31,14 +33,14 @@ from peerscale.training.signals import Watch
 from peerscale.training.tracking import WandbError, WandbRun, client_errors, client_settings
 
 MARKER = "wandb-upload.json"
-"""Beside what was uploaded: a digest of it and the server's address."""
+"""File beside what was uploaded: the server's address and a digest of each file."""
 
 CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CellFiles:
-    """What a cell's folder holds for W&B."""
+    """What a cell's folder has for W&B."""
 
     folder: Path
     record: Record
@@ -54,20 +56,22 @@ class CellFiles:
         return re.sub(r"[^\w.-]", "-", f"{self.record.sweep}-{self.record.cell}")
 
     @property
-    def goes_on_online(self) -> bool:
-        """Whether a worker may be writing to its W&B run."""
+    def logs_online(self) -> bool:
+        """Whether it may still be training and writing to its W&B run."""
         return self.record.status is Status.RUNNING and self.settings["tracking"]["mode"] == "online"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = study_parser(__doc__)
+    parser.prog = ".venv/bin/python analysis/sync.py"
+    parser.formatter_class = RawDescriptionHelpFormatter
     parser.add_argument("--jobs", type=int, default=4, metavar="N", help="cells uploaded at a time (default: 4)")
     parser.add_argument(
         "--timeout",
         type=float,
         default=60.0,
         metavar="SECONDS",
-        help="wait for the server at most so long (default: 60)",
+        help="the longest wait for the server (default: 60)",
     )
     arguments = parser.parse_args(argv)
     if arguments.jobs < 1 or arguments.timeout <= 0:
@@ -78,12 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     import wandb
 
     server = wandb.setup(wandb.Settings(silent=True)).settings.base_url
-    waiting = [cell for cell in cells if not cell.goes_on_online and is_new(cell.folder, cell.files, server)]
+    waiting = [cell for cell in cells if not cell.logs_online and is_new(cell.folder, cell.files, server)]
     failed = upload_cells(waiting, server, arguments.jobs, arguments.timeout)
-    live = sum(cell.goes_on_online for cell in cells)
+    live = sum(cell.logs_online for cell in cells)
     before, now = len(cells) - len(waiting) - live, len(waiting) - len(failed)
-    left = f", {live} left to the workers that log them online" if live else ""
-    print(f"{arguments.sweep}: {now} cells uploaded to {server}, {before} before{left}")
+    skipped = f", {live} still logging online, skipped" if live else ""
+    print(f"{arguments.sweep}: {now} cells uploaded to {server}, {before} were there already{skipped}")
     if not failed:
         study = collected(arguments.sweep, arguments.runs)
         print(f"{arguments.sweep}: {upload_study(study, cells, server, arguments.timeout)}")
@@ -93,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def study_cells(folder: Path) -> Iterator[CellFiles]:
-    """The cells of a study that were begun."""
+    """The cells of a study that have started."""
     for cell in sorted(folder.iterdir()) if folder.is_dir() else ():
         record = read_record(cell) if cell.is_dir() else None
         if record is not None and record.cell == cell.name and (cell / CONFIG).is_file():
@@ -147,7 +151,7 @@ def upload_cell(cell: CellFiles, server: str, timeout_s: float) -> str:
     Raises:
         WandbError: the server did not take the run.
     """
-    state = contents(cell.files, server)  # before it is read: rows that come meanwhile are for the next time
+    state = contents(cell.files, server)  # before it is read: rows written meanwhile are sent the next time
     problem = ""
     with tempfile.TemporaryDirectory() as scratch:
         run = WandbRun(Path(scratch), cell.settings, cell.record, online=True, timeout_s=timeout_s)
@@ -167,7 +171,7 @@ def upload_cell(cell: CellFiles, server: str, timeout_s: float) -> str:
 
 
 def log_artifact(run: Any, name: str, kind: str, files: Iterable[Path]) -> None:
-    """Log files as an artifact, from where they lie."""
+    """Log files as an artifact, without copying them to a cache."""
     import wandb
 
     artifact = wandb.Artifact(name, type=kind)

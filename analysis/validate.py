@@ -1,6 +1,6 @@
 """Check the fits against published training results and the values that others found in them.
 
-    python analysis/validate.py DIR
+    .venv/bin/python analysis/validate.py DIR
 
 DIR holds chinchilla_epoch_svg.csv, llama3_isoflops_points.csv and clark2022_routed_final.csv: the Chinchilla runs of
 Besiroglu et al. 2024 (digitised from Hoffmann et al. 2022, Figure 4), the isoFLOP points of Llama 3 (Llama Team 2024,
@@ -30,7 +30,7 @@ SURFACE = ("E", "A", "B", "alpha", "beta")
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One value: it passes within `tolerance` of `expected`, at most or at least it where `sign` says so."""
+    """One value. `sign` says whether it should equal `expected`, be at most that, each within `tolerance`, or above."""
 
     what: str
     value: float
@@ -62,7 +62,9 @@ def coefficients(name: str, fit: Any, expected: dict[str, tuple[float, float]], 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgumentParser(
+        prog=".venv/bin/python analysis/validate.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, metavar="DIR")
     folder = parser.parse_args(argv).folder
     checks = [*chinchilla(folder), *llama(folder), *clark(folder), *krajewski()]

@@ -1,11 +1,11 @@
-"""How a step of the PEER layer grows with the number of experts, of active experts and of tokens.
+"""How the time of a PEER layer's step grows with the number of experts, of active experts and of tokens.
 
-    python benchmarks/growth.py --out FILE.csv
+    .venv/bin/python benchmarks/growth.py --out FILE.csv
 
-Width 256, fp32, row-sparse AdamW; one of the three varies, the others stay at 65,536 experts, 128 active ones
+Width 256, fp32, row-sparse AdamW. One of the three numbers varies; the others stay at 65,536 experts, 128 active ones
 (8 heads x top 16) and 2,048 tokens. `limit_s` is the time to move the rows that are touched: each is read forward and
-backward, and read and written with its two moments by the optimiser, at the rate at which random rows are read,
-measured in the same run. Where a table stays in the cache a step can be faster than that.
+backward, and the optimiser reads and writes it with its two moments. It is computed with the rate at which random rows
+are read, measured in the same run. A step can be faster where a table stays in the cache.
 """
 
 import argparse

@@ -1,21 +1,22 @@
-"""A training step of the PEER layer beside that of PEER-pytorch, which gathers the experts' rows.
+"""A training step of the PEER layer beside one of PEER-pytorch, which gathers the experts' rows.
 
-    python benchmarks/peer_step.py --experts 16384 65536 1048576 --out FILE.json
+    .venv/bin/python -m pip install --editable '.[bench]'
+    .venv/bin/python benchmarks/peer_step.py --experts 16384 65536 1048576 --out FILE.json
 
-needs PEER-pytorch (`pip install -e '.[bench]'`). Both layers in the paper's mode (softmax over the retrieved experts)
-and fp32, with the same weights; their outputs are compared first. Width 256, 2048 tokens, 8 heads x top 16, keys of
-2 x 128 a head. Each layer has a process of its own, as in training; the two take turns, and times are medians over the
-turns. peerscale's process keeps freed memory, as its trainer has it; PEER-pytorch runs as it comes.
+Both layers run in the paper's mode (softmax over the retrieved experts), in fp32 and with the same weights; first their
+outputs are compared. Width 256, 2048 tokens, 8 heads x top 16, keys of 2 x 128 for each head. Each layer has a process
+of its own, as in training. The two take turns, and times are medians over the turns. peerscale's process keeps freed
+memory, as its trainer does; PEER-pytorch's has torch's default allocator.
 
     fwd_bwd_ratio       PEER-pytorch / peerscale, forward and backward pass, gradient tables included
     dense_adamw_ratio   the same with a step of torch's fused AdamW in both
-    ours_s, theirs_s    a whole step: peerscale's with row-sparse AdamW, PEER-pytorch's with torch's AdamW as it comes
+    ours_s, theirs_s    a whole step, each with its default optimiser: row-sparse AdamW here, torch's AdamW there
     ratio               theirs_s / ours_s
-    ratio_fused_adamw   the same if PEER-pytorch, too, has torch's fused AdamW
-    ratio_tuned         the same if its process keeps freed memory besides
+    ratio_fused_adamw   the same with torch's fused AdamW in PEER-pytorch
+    ratio_tuned         the same with fused AdamW and a process that keeps freed memory
     *_peak_gb           highest resident memory of a process that takes three such steps, in 1e9 bytes
 
-Beside FILE.json, FILE.csv has a row for each implementation and step: seconds (median, least, most), memory, ratio.
+FILE.csv, beside FILE.json, has a row for each implementation and step: seconds (median, least, most), memory, ratio.
 """
 
 import argparse
@@ -41,7 +42,7 @@ RATES = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
 
 def main() -> None:
-    """Measure each number of experts. This process stays small, since children inherit its peak of memory."""
+    """Measure each number of experts. This process stays small, because children inherit its peak memory."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--experts", type=int, nargs="+", default=[16384, 65536, 1048576], help="squares")
     parser.add_argument("--repeats", type=int, default=7)
@@ -134,7 +135,9 @@ def worker(layer: str, step: str, experts: int, options: argparse.Namespace) -> 
             with contextlib.suppress(BrokenPipeError):
                 print("step", file=stdin, flush=True)
             if not (answer := stdout.readline()):
-                raise UserError(f"{layer}, {step}, {experts} experts: the process ended, see above")
+                raise UserError(
+                    f"the process that measures {layer} ({step}, {experts} experts) ended; its message is above"
+                )
             return json.loads(answer)
 
         yield turn
@@ -174,7 +177,7 @@ def work(layer_name: str, step_name: str, experts: int, threads: int | None) -> 
 
 
 def make_optimizer(layer: Any, step_name: str) -> Any:
-    """torch's AdamW as it comes or fused, the row-sparse one, or none for gradients alone."""
+    """torch's AdamW by default or fused, the row-sparse one, or none for gradients alone."""
     import torch
 
     from peerscale.kernels.row_sparse_adamw import RowSparseAdamW
@@ -212,7 +215,9 @@ def pytorch_layer(experts: int) -> Any:
     try:
         from PEER_pytorch import PEER  # pyrefly: ignore[missing-import]
     except ImportError:
-        raise UserError("this needs PEER-pytorch: make bench, or pip install PEER-pytorch") from None
+        raise UserError(
+            "PEER-pytorch is not installed: .venv/bin/python -m pip install --editable '.[bench]'"
+        ) from None
     return PEER(WIDTH, heads=HEADS, num_experts=experts, num_experts_per_head=TOP_K, non_competing_scores=False)
 
 

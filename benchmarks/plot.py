@@ -1,6 +1,6 @@
-"""Draws what the benchmarks of a folder measured.
+"""Draw what the benchmarks in a folder measured.
 
-python benchmarks/plot.py results/bench
+.venv/bin/python benchmarks/plot.py results/bench
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main() -> None:
         if (path := folder / f"{name}.csv").is_file():
             drawn += style.save(draw(pd.read_csv(path)), folder / name)
     if not drawn:
-        raise UserError(f"{folder} holds neither peer_step.csv nor growth.csv: make bench")
+        raise UserError(f"{folder} holds neither peer_step.csv nor growth.csv; to measure them: make bench")
     print(*drawn, sep="\n")
 
 

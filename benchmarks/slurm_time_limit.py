@@ -1,7 +1,7 @@
-"""A Slurm time limit shorter than the cell: slice after slice it must end as an unbroken one. Takes five minutes.
+"""A cell longer than its Slurm time limit: stopped and requeued, it must end like one that was never stopped.
 
-Starts a one-node Slurm of its own on loopback. Slurm counts time limits in minutes and looks every half a minute, so
-each slice trains for 15 to 45 seconds.
+Takes five minutes. Starts a one-node Slurm of its own on this machine. Slurm counts time limits in minutes and checks
+them every half a minute, so each slice trains for 15 to 45 seconds.
 """
 
 import sys

@@ -1,10 +1,10 @@
 """Break a small study in every way that a machine or its user can, and count what was lost.
 
-    python benchmarks/torture.py [FAULT ...] [--kills 20] [--seed 0]
+    .venv/bin/python benchmarks/torture.py [FAULT ...] [--kills 20] [--seed 0]
 
-Prints a table: fault, times tried, outcome, lost records. A record is a row of metrics, the result of a cell, or a
-finished cell's whole record file, that an unbroken run has and the broken one, gone on with, does not. Exit code 1 if
-any is lost or an outcome is not the one promised.
+Prints a table: fault, times tried, lost records, seconds, outcome. Each broken run is continued to its end and compared
+with an unbroken one. A lost record is a row of metrics, the result of a cell, or a finished cell's record file that
+only the unbroken run has. Exit code 1 if any is lost or an outcome is not the promised one.
 """
 
 import argparse

@@ -1,10 +1,11 @@
 """A whole training step of each method, and the share of the machine's matrix-product rate that it reaches.
 
-    python benchmarks/training_step.py --out FILE.csv
+    .venv/bin/python benchmarks/training_step.py --out FILE.csv
 
-The steps are those of a study (default configuration: 16 x 64 tokens, fp32), without Lightning: loss, gradients, clip,
-optimiser. `flops_rate_of_gemm` is counted FLOPs per second over those of a 1024 x 1024 product between the steps;
-`time_over_dense` is time per FLOP over the dense model's, which is the ratio of wall times at a matched budget.
+The steps are those of a study (default configuration: 16 x 64 tokens, fp32) without Lightning: loss, gradients,
+clipping, optimiser. `flops_rate_of_gemm` is their counted FLOPs per second, divided by those of a 1024 x 1024 matrix
+product that is timed between the steps. `time_over_dense` is time per FLOP divided by the dense model's, which is the
+ratio of training times at a matched budget.
 """
 
 import argparse
@@ -28,7 +29,7 @@ METHODS = ["dense", "moe", "moe_token_choice", "pkm", "peer"]
 
 
 def main() -> None:
-    """Measure each size, print a row a method, write the table."""
+    """Measure each size, print a row for each method, write the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=["d16", "d32", "d64", "d128"])
     parser.add_argument("--methods", nargs="+", default=METHODS, help="dense first")

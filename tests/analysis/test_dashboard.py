@@ -34,13 +34,13 @@ def test_without_the_library_it_says_what_to_install(
 ) -> None:
     monkeypatch.setattr(dashboard, "ws", None)
     assert call(runs) == 2
-    assert "pip install -e '.[report]'" in capsys.readouterr().err
+    assert ".venv/bin/python -m pip install --editable '.[report]'\n" in capsys.readouterr().err
 
 
 def test_without_a_server_the_workspace_is_a_file(runs: Path, capsys: pytest.CaptureFixture) -> None:
     pytest.importorskip("wandb_workspaces")
     assert call(runs) == 0
-    assert "on the server: neither workspace nor report" in capsys.readouterr().out
+    assert "not on the server; " in capsys.readouterr().out
     view = json.loads((runs / "reproduce" / "study" / "workspace.json").read_text())
     assert view["project"] == "ours"
     sections = view["spec"]["section"]["panelBankConfig"]["sections"]

@@ -39,6 +39,12 @@ def run(*arguments: object) -> int:
     return exit_code(lambda: fit.main([str(argument) for argument in arguments]))
 
 
+def answers(printed: str) -> dict[str, list[float]]:
+    """The predictions of one fit: value, and ends of its interval."""
+    lines = [line.strip().rpartition("  ") for line in printed.splitlines() if line.startswith("  ")]
+    return {name.strip(): [float(text.strip("[],")) for text in value.split()] for name, _, value in lines}
+
+
 def test_parametric_and_predict(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "made" / "fit.json"
     where = "method == 'dense'"
@@ -54,12 +60,13 @@ def test_parametric_and_predict(table: Path, tmp_path: Path, capsys: pytest.Capt
     assert stored["ci"]["a"][0] < stored["a"] < stored["ci"]["a"][1]
 
     assert run("predict", out, "--budget", "1e20", "--params", "1e9", "--tokens", "2e10") == 0
-    lines = capsys.readouterr().out.splitlines()
-    values = {line[:18].strip(): line[18:].split() for line in lines[1:]}
-    assert float(values["loss"][0]) == pytest.approx(surface_loss(1e9, 2e10), abs=0.01)
-    low, high = (float(text.strip("[],")) for text in values["loss"][1:])
-    assert low < float(values["loss"][0]) < high
-    assert float(values["optimal params"][0]) == pytest.approx(0.09 * 1e10, rel=0.5)
+    values = answers(capsys.readouterr().out)
+    assert values["loss"][0] == pytest.approx(surface_loss(1e9, 2e10), abs=0.01)
+    assert values["loss"][1] < values["loss"][0] < values["loss"][2]
+    assert values["optimal N"][0] == pytest.approx(0.09 * 1e10, rel=0.5)
+    assert values["optimal N"][0] * values["optimal D"][0] * 6 == pytest.approx(1e20, rel=1e-4)
+    n, d = values["optimal N"][0], values["optimal D"][0]
+    assert values["loss at the optimum"][0] == pytest.approx(surface_loss(n, d), abs=0.01)
 
 
 def test_flops_and_objective(table: Path, tmp_path: Path) -> None:
@@ -87,7 +94,77 @@ def test_isoflop_by_method(table: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert len(dense["vertices"][0]["x_interval"]) == 2
     assert "method = peer" in capsys.readouterr().out
     assert run("predict", out, "--budget", "1e22") == 0
-    assert capsys.readouterr().out.count("optimal x") == 2
+    assert capsys.readouterr().out.count("optimal N ") == 2
+
+
+def vertex_loss(c: np.ndarray) -> np.ndarray:
+    return 40 * c**-0.06
+
+
+def write_parabolas(path: Path, budgets: tuple[float, ...], *, noise: float = 0.0) -> None:
+    """Runs on parabolas whose minima lie at 0.1 C^0.5, with losses on a power law."""
+    c, offset = (axis.ravel() for axis in np.meshgrid(budgets, np.linspace(-0.5, 0.5, 7)))
+    loss = vertex_loss(c) + 0.2 * offset**2 + noise * np.random.default_rng(0).standard_normal(len(c))
+    pd.DataFrame({"C": c, "my size": 0.1 * c**0.5 * 10**offset, "L": loss}).to_csv(path, index=False)
+
+
+PARABOLAS = ("--budget", "C", "--x", "my size", "--loss", "L")
+
+
+def test_an_isoflop_fit_predicts_size_and_loss_by_their_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, out = tmp_path / "runs.csv", tmp_path / "fit.json"
+    write_parabolas(table, (1e18, 1e19, 1e20))
+    assert run("isoflop", table, *PARABOLAS, "--bootstrap", 0, "--out", out) == 0
+    assert "my size 1e+08" in capsys.readouterr().out
+    assert run("predict", out, "--budget", "1e21") == 0
+    found = answers(printed := capsys.readouterr().out)
+    assert found.keys() == {"optimal my size", "loss at the optimum"} and "warning" not in printed
+    assert found["optimal my size"] == pytest.approx([0.1 * 1e21**0.5], rel=1e-4)
+    assert found["loss at the optimum"] == pytest.approx([vertex_loss(1e21)], rel=1e-4)
+    assert run("predict", out, "--budget", "1e22") == 0
+    assert "warning: 1e+22 is far beyond the largest budget, 1e+20;" in capsys.readouterr().out
+
+    write_parabolas(table, (1e18, 1e19, 1e20), noise=0.003)
+    assert run("isoflop", table, *PARABOLAS, "--bootstrap", 200, "--out", out) == 0
+    capsys.readouterr()
+    assert run("predict", out, "--budget", "1e21") == 0
+    value, low, high = answers(capsys.readouterr().out)["loss at the optimum"]
+    assert low < vertex_loss(1e21) < high and low < value < high and high - low < 0.05
+
+
+def test_two_budgets_are_enough_for_the_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table, out = tmp_path / "runs.csv", tmp_path / "fit.json"
+    write_parabolas(table, (1e18, 1e19))
+    assert run("isoflop", table, *PARABOLAS, "--bootstrap", 20, "--out", out) == 0
+    capsys.readouterr()
+    assert run("predict", out, "--budget", "3e18") == 0
+    found = answers(printed := capsys.readouterr().out)
+    assert found.keys() == {"loss at the optimum"}
+    assert found["loss at the optimum"][0] == pytest.approx(vertex_loss(3e18), rel=1e-4)
+    assert printed.endswith("no optimum: too few budgets with a usable optimum, three are needed\n")
+
+
+def test_what_holds_for_many_fits_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table, out, fits = tmp_path / "runs.csv", tmp_path / "fit.json", tmp_path / "fits.json"
+    stored = {}
+    for name, budgets, where in (("ours", (1e18, 1e19, 1e20), "C > 0"), ("few", (1e18, 1e19), "C < 2e18 or L < 2.9")):
+        write_parabolas(table, budgets)
+        assert run("isoflop", table, *PARABOLAS, "--where", where, "--bootstrap", 0, "--out", out) == 0
+        stored[name] = {**json.loads(out.read_text()), "x": "my size"}
+        del stored[name]["source"]  # a study's fits name their columns themselves
+    stored |= {f"few {i}": stored["few"] for i in range(6)}
+    for content in (stored, {"version": 2, "laws": stored}):
+        fits.write_text(json.dumps(content))
+        capsys.readouterr()
+        assert run("predict", fits, "--budget", "1e21") == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split("  ")[0] for line in lines[:3]] == ["ours", "", ""]
+        assert lines[3:] == [
+            "no prediction from 7 of 8 fits: too few budgets with a usable optimum, three are needed "
+            "(few, few 0, few 1, few 2, few 3 and 2 more)"
+        ]
 
 
 def test_flagged_minima_are_shown_and_optional(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,7 +180,7 @@ def test_flagged_minima_are_shown_and_optional(table: Path, tmp_path: Path, caps
     assert "curvature" in printed and "outside_range" in printed and "no exponent: 2 usable budgets" in printed
     assert json.loads((tmp_path / "fit.json").read_text())["exponent"] is None
     assert run("predict", tmp_path / "fit.json", "--budget", "1e22") == 0
-    assert "no prediction: the fit's status is too_few_points" in capsys.readouterr().out
+    assert "no optimum: too few budgets" in capsys.readouterr().out
     assert run(*arguments, "--include-flagged") == 0
     assert json.loads((tmp_path / "fit.json").read_text())["exponent"] is not None
 
@@ -136,7 +213,8 @@ def test_fits_by_name(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     fits.write_text(json.dumps({"one": json.loads(out.read_text()), "two": json.loads(out.read_text())}))
     capsys.readouterr()
     assert run("predict", fits, "--budget", "1e20") == 0
-    assert [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")] == ["one", "two"]
+    *named, warning = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
+    assert named == ["one", "two"] and warning.startswith("warning from 2 of 2 fits: the fit's status is ")
 
 
 @pytest.mark.parametrize(
@@ -218,6 +296,15 @@ def test_duplicates_are_named_and_repeated_data_has_its_law(
     assert run("parametric", table, *columns, "--out", out) == 2
 
 
+def test_the_commands_of_the_help_text_can_be_typed() -> None:
+    text = (fit.__doc__ or "").replace("\\\n", " ")
+    commands = [line.split() for line in text.splitlines() if line.startswith("    ")]
+    assert {words[2] for words in commands} == {*fit.COMMANDS, "predict"}
+    for python, program, *words in commands:
+        assert f"{python} {program}" == fit.PROGRAM == fit.parser().prog
+        fit.parser().parse_args(words)
+
+
 def test_as_a_program(table: Path, tmp_path: Path) -> None:
     command = [sys.executable, fit.__file__, "parametric", str(table), *SURFACE, "--out", str(tmp_path / "fit.json")]
     done = subprocess.run([*command, "--params", "M"], capture_output=True, text=True, check=False)
@@ -235,7 +322,7 @@ def test_the_largest_budget_is_held_out_and_shown(
     assert run("parametric", table, *SURFACE, "--hold-out", "5e19", *options) == 0
     assert json.loads(out.read_text())["hold_out"]["n"] == 14
     assert run("isoflop", table, "--budget", "C", "--x", "N", "--loss", "loss", *options) == 0
-    assert "held out: 1 budget from 1e+21: x" in (printed := capsys.readouterr().out)
+    assert "held out: 1 budget from 1e+21: N" in (printed := capsys.readouterr().out)
     assert "exponent of approach 3 on the same runs 0.5" in printed
 
 
@@ -275,9 +362,9 @@ def test_predict_completes_a_budget_and_names_what_it_does_not_use(
         capsys.readouterr()
         assert run("predict", out, "--params", "1e9", *options) == 0
         printed = capsys.readouterr().out
-        losses.append(next(float(line.split()[1]) for line in printed.splitlines() if line.startswith("  loss")))
+        losses.append(answers(printed)["loss"][0])
     assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
-    assert "warning: --experts says nothing to a law of this kind" in printed
+    assert "warning: --experts not used: the parametric law has no such variable" in printed
     assert run("predict", out, "--experts", 8) == 2
     assert "needs --budget, or --params, --tokens" in capsys.readouterr().err
 
@@ -300,7 +387,7 @@ def test_envelope_of_a_study_and_of_a_csv(tmp_path: Path, capsys: pytest.Capture
     assert run("envelope", tmp_path, *columns, "--by", "method", "--out", out) == 0
     by_folder = json.loads(out.read_text())["groups"]["dense"]
     assert by_folder["exponent"] == pytest.approx(0.37 / 0.71, abs=0.04) and by_folder["n"] == 13
-    assert run("predict", out, "--budget", "1e20") == 0 and "optimal x" in capsys.readouterr().out
+    assert run("predict", out, "--budget", "1e20") == 0 and "optimal params_total" in capsys.readouterr().out
     joined = tmp_path / "joined.csv"
     curves.merge(runs[["cell", "params_total"]], on="cell").to_csv(joined, index=False)
     assert run("envelope", joined, *columns, "--out", out) == 0

@@ -74,6 +74,25 @@ def test_a_study_arrives_once_with_its_lineage(
     assert "0 cells uploaded" in capsys.readouterr().out
 
 
+def test_cells_still_logging_online_are_skipped(
+    wandb_server: WandbServer, tmp_path: Path, upload: SYNC, capsys: pytest.CaptureFixture
+) -> None:
+    live, done = TrackedCell(tmp_path, "online", seed=0), TrackedCell(tmp_path, "offline", seed=1)
+    live.log(1, 3)
+    done.log(1, 3)
+    done.finish()
+    assert upload() == 0
+    assert f"1 cells uploaded to {wandb_server.url}, 0 were there already, 1 still logging online, skipped\n" in (
+        capsys.readouterr().out
+    )
+    live.log(4, 6)
+    live.finish()
+    assert upload() == 0
+    assert "1 cells uploaded" in (printed := capsys.readouterr().out) and "skipped" not in printed
+    for cell in (live, done):
+        cell.assert_arrived(run_of(wandb_server, cell))
+
+
 def test_a_cell_uploaded_in_the_middle_goes_on(wandb_server: WandbServer, tmp_path: Path, upload: SYNC) -> None:
     cell = TrackedCell(tmp_path)
     cell.log(1, 40)

@@ -7,6 +7,7 @@ from peerscale.laws.isoflop import fit_isoflop
 from peerscale.laws.multiplier import compute_multiplier
 from peerscale.laws.parametric import fit_parametric
 from peerscale.laws.peer import fit_peer
+from peerscale.laws.prediction import predict
 from peerscale.laws.routed import fit_routed
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "fit_parametric",
     "fit_peer",
     "fit_routed",
+    "predict",
 ]

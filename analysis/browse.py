@@ -1,0 +1,59 @@
+"""Browse the W&B runs of a study in the terminal, offline and listed by cell.
+
+    .venv/bin/python analysis/browse.py SWEEP
+
+The client's viewer (`wandb leet`) shows one folder of runs and lists them by the names of their folders. So links to
+the runs, named after their cells, are made in runs/SWEEP/study/wandb first.
+"""
+
+import os
+import re
+import sys
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from pathlib import Path
+
+from peerscale.errors import ArgumentParser, UserError, exit_code
+from peerscale.files import ROOT, replacing
+
+LONGEST = 200
+"""Of a cell's name in a link's, since file systems take 255 bytes."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = ArgumentParser(prog=".venv/bin/python analysis/browse.py", description=__doc__)
+    parser.formatter_class = RawDescriptionHelpFormatter
+    parser.add_argument("sweep", metavar="SWEEP", help="name of a study")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs", metavar="DIR", help="where cells are kept (runs)")
+    arguments = parser.parse_args(argv)
+    cells = arguments.runs / arguments.sweep
+    links = named_links(cells)
+    if not links:
+        raise UserError(
+            f"no W&B runs in {cells}; train cells, and not with tracking=disabled: make sweep SWEEP={arguments.sweep}"
+        )
+    folder = cells / "study" / "wandb"
+    with replacing(folder) as temporary:
+        temporary.mkdir()
+        for name, run in links.items():
+            (temporary / name).symlink_to(run)
+    if not sys.stdout.isatty():
+        raise UserError(f"this needs a terminal; in one: .venv/bin/wandb leet {folder}")
+    os.execv(sys.executable, [sys.executable, "-m", "wandb", "leet", str(folder)])
+
+
+def named_links(cells: Path) -> dict[str, Path]:
+    """The W&B runs in the cells' folders, by names that the viewer takes and that begin with the cell's.
+
+    It lists folders called `run-...` and finds a run's file by what follows `run-<date>_<time>-` in that name.
+    """
+    found = {}
+    for run in sorted(cells.glob("*/wandb/*run-*")):
+        cell, dated = run.parents[1].name, re.search(r"run-\d{8}_\d{6}-.+", run.name)
+        if dated and cell != "study":
+            found[f"run-{cell[:LONGEST]} {dated[0]}"] = run.resolve()
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -1,0 +1,142 @@
+"""Predictions from fits as they are stored: the optimum of a budget, or the loss of a run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from peerscale.laws.bootstrap import Bootstrap, percentile_interval
+from peerscale.laws.data_constrained import DataConstrainedFit
+from peerscale.laws.envelope import EnvelopeFit
+from peerscale.laws.fit import Fit
+from peerscale.laws.granular import GranularFit
+from peerscale.laws.isoflop import IsoflopFit, VertexStatus
+from peerscale.laws.parametric import ParametricFit
+from peerscale.laws.peer import PeerFit
+from peerscale.laws.power_law import PowerLaw, fit_power_law
+from peerscale.laws.results import Array, FitStatus, Number
+from peerscale.laws.routed import RoutedFit
+
+KINDS: tuple[type[Fit], ...] = (
+    DataConstrainedFit,
+    EnvelopeFit,
+    GranularFit,
+    IsoflopFit,
+    ParametricFit,
+    PeerFit,
+    RoutedFit,
+)
+FORMS = {kind.law: kind.form for kind in KINDS}
+VARIABLES = {
+    "isoflop": ("budget",),
+    "envelope": ("budget",),
+    "parametric": ("budget", "params", "tokens"),
+    "data_constrained": ("budget", "params", "tokens", "unique_tokens"),
+    "routed": ("params", "experts"),
+    "granular": ("params", "tokens", "granularity"),
+    "peer": ("params", "tokens", "experts", "granularity"),
+}
+"""What a prediction of each law takes: a budget for the optimum, all others for a loss (unique tokens if wanted)."""
+DOUBTS = {
+    FitStatus.AT_BOUND: ", a coefficient is at the end of its range",
+    FitStatus.NOT_IDENTIFIABLE: ", a coefficient is uncertain by more than its own size",
+}
+LOWEST_LOSS = "loss at the optimum"
+FAR = 10
+"""Times the largest budget, from where on a power law of the loss without an irreducible part is worth a warning."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """What a fit says to the numbers given."""
+
+    values: dict[str, tuple[float, tuple[float, float] | None]]
+    """By name, each with its interval where the fit has a bootstrap; empty if too few numbers are given."""
+    missing: str
+    """Why there is no optimum, or nothing at all."""
+    unused: tuple[str, ...]
+    """Of the numbers given, those that the law does not know."""
+    warnings: tuple[str, ...]
+
+
+def predict(stored: Mapping[str, Any], given: Mapping[str, float], columns: Mapping[str, Any]) -> Prediction:
+    """Predict from a stored fit.
+
+    Args:
+        stored: `Fit.to_dict()`; in that of an isoFLOP fit the bootstrap's draws may hold `loss`, (draws, budgets).
+        given: numbers by name, see `VARIABLES`.
+        columns: names of the columns that were fitted, such as `{"x": "params_total"}`; and `include_flagged`.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: `stored` is no such fit.
+    """
+    name, missing, warnings = stored["law"], "", []
+    if name not in FORMS:
+        raise ValueError(f"unknown law {name!r}")
+    form = FORMS[name]
+    coefficients = {item.name: stored[item.name] for item in fields(form)}
+    if wrong := [key for key, value in coefficients.items() if not isinstance(value, float | int | None)]:
+        raise ValueError(f"{wrong[0]} is no number")
+    bootstrap = Bootstrap.from_dict(stored["bootstrap"]) if stored["bootstrap"] else None
+    values, draws = {}, {}
+    if None not in coefficients.values():
+        values = _answers(name, form(**coefficients), given, columns)
+        draws = _answers(name, bootstrap.law(form), given, columns) if bootstrap else {}
+        if stored["status"] != FitStatus.CONVERGED:
+            warnings.append(f"the fit's status is {stored['status']}{DOUBTS.get(stored['status'], '')}")
+    else:
+        few = "too few budgets with a usable optimum, three are needed"
+        missing = few if form is PowerLaw else f"the fit's status is {stored['status']}"
+    if name == IsoflopFit.law and (budget := given.get("budget")):
+        used = _used_minima(stored["vertices"], include_flagged=columns.get("include_flagged", False))
+        budgets, losses = (np.array([stored["vertices"][i][key] for i in used], float) for key in ("budget", "loss"))
+        if len(used) > 1:
+            values[LOWEST_LOSS] = _lowest_loss(budget, budgets, losses)
+            if bootstrap and "loss" in bootstrap.draws:
+                draws[LOWEST_LOSS] = _lowest_loss(budget, budgets, bootstrap.draws["loss"][:, used])
+            if budget > FAR * budgets.max():
+                far = f"{budget:.4g} is far beyond the largest budget, {budgets.max():.4g}"
+                warnings.append(f"{far}; the {LOWEST_LOSS} is too low there, as its power law has no irreducible loss")
+    intervals = {what: percentile_interval(np.asarray(drawn)) for what, drawn in draws.items()}
+    return Prediction(
+        values={what: (float(value), intervals.get(what)) for what, value in values.items()},
+        missing=missing,
+        unused=tuple(key for key in given if key not in VARIABLES[name]),
+        warnings=tuple(warnings),
+    )
+
+
+def _answers(name: str, law: Any, given: Mapping[str, float], columns: Mapping[str, Any]) -> dict[str, Number]:
+    """What the numbers given ask of a law, by name; nothing if they are too few."""
+    found, variables = {}, {key: given.get(key) for key in VARIABLES[name]}
+    budget, unique = (variables.pop(key, None) for key in ("budget", "unique_tokens"))
+    if budget:
+        best = law.optimum(budget)
+        if not variables:
+            return {f"optimal {columns.get('x') or 'x'}": best}
+        found = {f"optimal {columns.get(key) or key}": getattr(best, key) for key in ("params", "tokens")}
+        found[LOWEST_LOSS] = best.loss
+        for one, other in (("params", "tokens"), ("tokens", "params")):
+            if (size := variables[one]) and not variables[other]:
+                variables[other] = budget / (6 * size)  # of the budget, C = 6 N D
+    if variables and all(variables.values()):
+        found["loss"] = law.predict(*variables.values(), *([unique] if unique else []))
+        if name == "routed":
+            found["effective params"] = law.effective_params(*variables.values())
+    return found
+
+
+def _used_minima(vertices: Sequence[Mapping[str, Any]], *, include_flagged: bool) -> list[int]:
+    """Which of a stored isoFLOP fit's minima its power law goes through."""
+    flagged = [include_flagged and vertex["x"] is not None for vertex in vertices]
+    return [i for i, vertex in enumerate(vertices) if flagged[i] or vertex["status"] == VertexStatus.OK]
+
+
+def _lowest_loss(budget: float, budgets: Array, losses: Array) -> Number:
+    """The power law through minimal losses (..., budgets), two or more, at `budget`.
+
+    It has no irreducible loss, which the minima of a few budgets cannot tell.
+    """
+    exponent, coefficient = fit_power_law(budgets, losses)
+    return coefficient * budget**exponent

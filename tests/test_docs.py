@@ -1,0 +1,32 @@
+"""Commands in the documents and help texts can be typed in the checkout's root as they stand."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from peerscale.files import ROOT
+
+TEXTS = [
+    *(ROOT / "docs" / f"{name}.md" for name in ("cluster", "wandb")),
+    *(ROOT / "analysis" / f"{name}.py" for name in ("browse", "dashboard", "fit", "sync", "validate")),
+    *sorted((ROOT / "benchmarks").glob("*.py")),
+]
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.stem)
+def test_commands_name_the_environment(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert re.findall(r"(?<![\w/.-])(?<!-m )(?:python3?|pip3?) (?:-m |install |analysis/|benchmarks/).*", text) == []
+    for program in re.findall(r"\.venv/bin/python ((?:analysis|benchmarks)/\w+\.py)", text):
+        assert (ROOT / program).is_file()
+
+
+@pytest.mark.parametrize("name", ["cluster", "wandb"])
+def test_make_targets_and_links_are_there(name: str) -> None:
+    text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M))
+    named = set(re.findall(r"make ([a-z]+)", text))
+    assert named and named <= targets
+    links = re.findall(r"\]\(((?!http)[^)#]+)\)", text)
+    assert links and all((ROOT / "docs" / link).exists() for link in links)
