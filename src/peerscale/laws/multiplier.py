@@ -2,7 +2,7 @@
 
 Both frontiers are the losses at the compute optima of their budgets, joined by straight lines in log C, log L. Nothing
 is extrapolated: at each budget the level is the higher of the two losses, which both frontiers reach at or below that
-budget; at the smallest budget it is the lower of the two, which both reach at or above it.
+budget; at the smallest budget that both have it is the lower of the two, which both reach at or above it.
 """
 
 import numpy as np
@@ -10,32 +10,40 @@ import numpy as np
 from peerscale.laws.results import Array
 
 
-def compute_multiplier(dense: tuple[Array, Array], method: tuple[Array, Array], place: int) -> float:
-    """The multiplier at the budget with index `place`.
+def compute_multipliers(dense: tuple[Array, Array], method: tuple[Array, Array]) -> Array:
+    """The multiplier at every budget, (..., budgets).
 
     Args:
-        dense, method: compute and loss, (budgets,) each, ascending in compute, of the same budgets. The two may count
+        dense, method: compute (budgets,), ascending, and loss (..., budgets), of the same budgets. The two may count
             the compute of one budget differently.
-        place: which budget.
 
     Returns:
         Above 1 where dense needs more compute; NaN where a loss is unknown or one of the two would be extrapolated.
     """
-    losses = (dense[1][place], method[1][place])
-    level = min(losses) if place == 0 else max(losses)
+    losses = np.stack([dense[1], method[1]])
+    level, known = losses.max(axis=0), np.isfinite(losses).all(axis=0)
+    smallest = known & (known.cumsum(axis=-1) == 1)
+    level = np.where(smallest, losses.min(axis=0), level)
     return compute_to_reach(*dense, level) / compute_to_reach(*method, level)
 
 
-def compute_to_reach(compute: Array, losses: Array, level: float) -> float:
-    """Compute at which a frontier (budgets,) reaches a loss, by interpolation; NaN if it lies outside the frontier."""
-    known = np.isfinite(losses)
-    if known.sum() < 2 or not np.isfinite(level):
-        return float("nan")
-    lowest = np.minimum.accumulate(np.log(losses[known]))  # more compute can always reach what less did
-    target = np.log(level)
-    if not lowest[-1] <= target <= lowest[0]:
-        return float("nan")
-    return float(np.exp(np.interp(-target, -lowest, np.log(compute[known]))))
+def compute_to_reach(compute: Array, losses: Array, levels: Array) -> Array:
+    """Least compute at which a frontier (..., budgets) reaches losses (..., levels), by interpolation.
+
+    Budgets without a loss are passed over. NaN where a level lies outside the frontier.
+    """
+    x = np.fmax.accumulate(np.where(np.isfinite(losses), np.log(compute), np.nan), axis=-1)
+    y = np.fmin.accumulate(np.log(losses), axis=-1)  # more compute can always reach what less did
+    target = np.log(levels)
+    reached = y[..., None, :] <= target[..., None]
+    after = reached.argmax(axis=-1)
+    (x0, y0), (x1, y1) = (
+        (np.take_along_axis(x, at, axis=-1), np.take_along_axis(y, at, axis=-1))
+        for at in (np.maximum(after - 1, 0), after)
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = x0 + (x1 - x0) * (y0 - target) / (y0 - y1)
+    return np.exp(np.where(reached.any(axis=-1), np.where(y1 == target, x1, between), np.nan))
 
 
 def growth(budgets: Array, multipliers: Array) -> Array:

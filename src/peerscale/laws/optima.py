@@ -15,9 +15,10 @@ Satterthwaite (1946); intervals are Student's.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -72,6 +73,12 @@ class Estimate:
         """Student's 95 % interval."""
         half = float(student.ppf((1 + LEVEL) / 2, self.df)) * self.se
         return self.value - half, self.value + half
+
+    def with_sequences(self, losses: Array) -> Self:
+        """The same with the error of sampling validation sequences, from the value at each sequence (sequences,)."""
+        sampled, n = float(losses.std(ddof=1)) / math.sqrt(len(losses)), len(losses)
+        df = _satterthwaite([(self.se**2, self.df), (sampled**2, n - 1)])
+        return replace(self, se=math.hypot(self.se, sampled), df=df, sequences_se=sampled)
 
     @property
     def p(self) -> float:
@@ -158,51 +165,61 @@ class OptimaFit:
             shared=shared, at_least=at_least,
         )  # fmt: skip
 
-    @property
+    @cached_property
     def z(self) -> Array:
         return np.log10(self.x) - self.centre
 
-    @property
+    @cached_property
     def solution(self) -> Array:
         """Matrix (coefficients, points) from size means to coefficients: ordinary least squares."""
-        return np.linalg.pinv(self.design)
+        return np.linalg.pinv(self.design, rcond=1e-10)
 
-    @property
+    @cached_property
     def df(self) -> int:
         """Degrees of freedom of the residuals."""
         return len(self.losses) - int(np.linalg.matrix_rank(self.design))
 
-    @property
+    @cached_property
     def residuals(self) -> Array:
         return self.losses - self.design @ (self.solution @ self.losses)
 
     @property
+    def rss(self) -> float:
+        """Sum of the squared residuals."""
+        return float(self.residuals @ self.residuals)
+
+    @property
     def scatter(self) -> float:
         """Standard deviation of the size means about the fit, nats; NaN without degrees of freedom."""
-        return math.sqrt(float(self.residuals @ self.residuals) / self.df) if self.df else math.nan
+        return math.sqrt(self.rss / self.df) if self.df else math.nan
 
-    def curve(self, name: str, losses: Array | None = None) -> Array:
-        """(a, b, c) of a method in z, of `losses` (..., points) or of the fitted ones: (3, ...)."""
-        coefficients = self.solution @ (self.losses if losses is None else losses).T
+    def curve(self, name: str) -> Array:
+        """(a, b, c) of a method in z."""
+        return self._to_curve(name) @ self.losses
+
+    def _to_curve(self, name: str) -> Array:
+        """Matrix (3, points) from size means to a method's (a, b, c)."""
         i, n = self.names.index(name), len(self.names)
-        return coefficients[[i, n + i, 2 * n + (0 if self.shared else i)]]
+        return self.solution[[i, n + i, 2 * n + (0 if self.shared else i)]]
 
     def optimum(self, name: str) -> Optimum:
         """The minimum of one method."""
-        a, b, c = map(float, self.curve(name))
+        a, b, c = self.curve(name)
         here = self.method == self.names.index(name)
-        z = self.z[here]
         at = -b / (2 * c) if c > 0 else math.nan
-        status = _status(at, z, c, self.at_least)
-        spread = self.error(self._weights(name, np.array([0.0, -1 / (2 * c), -at / c]))) if status.has_number else None
-        reach = float(student.ppf((1 + LEVEL) / 2, spread[1])) * spread[0] if spread else math.nan
-        weights = self._weights(name, np.array([1, at, at**2])) if status.has_number else np.full(len(self.x), np.nan)
-        raw = (a - b * self.centre + c * self.centre**2, b - 2 * c * self.centre, c)
-        x = 10 ** (at + self.centre) if status.has_number else math.nan
+        status = _status(at, self.z[here], c, self.at_least)
+        if not status.has_number:
+            at = math.nan  # and so is all that follows from it
+        weights = np.array([1, at, at**2]) @ self._to_curve(name)
+        slope = self.estimate(np.array([0, 1, 2 * at]) @ self._to_curve(name))  # of the curve at `at`, which is zero
+        reach = float(student.ppf((1 + LEVEL) / 2, slope.df)) * slope.se / (2 * c)
+        x = float(10 ** (at + self.centre))
         return Optimum(
-            name=name, status=status, x=x, loss=a - b**2 / (4 * c) if status.has_number else math.nan,
-            x_interval=(x * 10**-reach, x * 10**reach), sizes=tuple(np.sort(self.x[here]).tolist()),
-            coefficients=raw, weights=weights,
+            name=name, status=status, x=x, loss=float(weights @ self.losses), weights=weights,
+            x_interval=(float(x * 10**-reach), float(x * 10**reach)), sizes=tuple(np.sort(self.x[here]).tolist()),
+            coefficients=(
+                float(a - b * self.centre + c * self.centre**2), float(b - 2 * c * self.centre), float(c),
+            ),
         )  # fmt: skip
 
     def minima(self, losses: Array) -> tuple[Array, Array]:
@@ -210,17 +227,9 @@ class OptimaFit:
 
         NaN where the curve opens downwards.
         """
-        curves = np.stack([self.curve(name, losses) for name in self.names], axis=-1)
-        a, b, c = curves
-        with np.errstate(all="ignore"):
-            x, loss = 10.0 ** (self.centre - b / (2 * c)), a - b**2 / (4 * c)
-        opens = c > 0
-        return np.where(opens, x, np.nan), np.where(opens, loss, np.nan)
-
-    def _weights(self, name: str, gradient: Array) -> Array:
-        """Of the size means, for a function of a method's coefficients with this gradient (3,)."""
-        i, n = self.names.index(name), len(self.names)
-        return gradient @ self.solution[[i, n + i, 2 * n + (0 if self.shared else i)]]
+        a, b, c = np.stack([self._to_curve(name) @ losses.T for name in self.names], axis=-1)
+        c = np.where(c > 0, c, np.nan)
+        return 10.0 ** (self.centre - b / (2 * c)), a - b**2 / (4 * c)
 
     def estimate(self, weights: Array, sequences: Array | None = None) -> Estimate:
         """The weighted sum of the size means with its error.
@@ -229,54 +238,38 @@ class OptimaFit:
             weights: (points,), such as the difference of two optima's.
             sequences: losses of the same validation sequences at every size, (points, sequences).
         """
-        se, df, fit, seeds = self._parts(weights)
-        sampled = None
-        if sequences is not None:
-            each = weights @ sequences
-            sampled = float(each.std(ddof=1)) / math.sqrt(len(each))
-            df = _satterthwaite([(se**2, df), (sampled**2, len(each) - 1)])
-            se = math.hypot(se, sampled)
-        return Estimate(
-            value=float(weights @ self.losses), se=se, df=df, fit_se=fit, seeds_se=seeds, sequences_se=sampled
-        )
+        misfit, seeds, df = self._components
+        by_misfit, by_seeds = float(weights @ weights) * misfit, float(weights**2 @ (1 / self.n_seeds)) * seeds
+        if misfit > 0 and self.seeds_df:  # the total is a sum of two independent mean squares, of residuals and seeds
+            residual = float(weights @ weights) * self.scatter**2
+            df = _satterthwaite([(residual, self.df), (by_misfit + by_seeds - residual, self.seeds_df)])
+        found = Estimate(
+            value=float(weights @ self.losses), se=math.sqrt(by_misfit + by_seeds), df=df, fit_se=math.sqrt(by_misfit),
+            seeds_se=math.sqrt(by_seeds) if self.seeds_df else None, sequences_se=None,
+        )  # fmt: skip
+        return found if sequences is None else found.with_sequences(weights @ sequences)
 
-    def error(self, weights: Array) -> tuple[float, float]:
-        """Standard error of a weighted sum of the size means, from misfit and seeds, and its degrees of freedom."""
-        return self._parts(weights)[:2]
-
+    @property
     def variances(self) -> tuple[Array, float]:
         """Variance of every size mean (points,), from misfit and seeds, and degrees of freedom of their scale."""
-        misfit, seeds, df = self._components()
-        return misfit + (seeds / self.n_seeds if math.isfinite(seeds) else np.zeros(len(self.x))), df
+        misfit, seeds, df = self._components
+        return misfit + seeds / self.n_seeds, df
 
+    @cached_property
     def _components(self) -> tuple[float, float, float]:
-        """tau^2, sigma^2 (NaN without replicates) and degrees of freedom for both together."""
-        rss, df = float(self.residuals @ self.residuals), self.df
+        """tau^2, sigma^2 (0 without replicates: tau^2 then holds it) and degrees of freedom for both together."""
+        rss, df, seeds = self.rss, self.df, self.seeds_variance
         if not df:
-            return math.nan, self.seeds_variance, math.nan
+            return math.nan, seeds if self.seeds_df else 0.0, math.nan
         if not self.seeds_df:
-            return rss / df, math.nan, df
+            return rss / df, 0.0, df
         leverage = np.einsum("pc,cp->p", self.design, self.solution)
         per_seed = float(((1 - leverage) / self.n_seeds).sum())  # of sigma^2 in the residuals' sum of squares
-        misfit = (rss - self.seeds_variance * per_seed) / df
+        misfit = (rss - seeds * per_seed) / df
         if misfit > 0:
-            return misfit, self.seeds_variance, df
-        pooled = (rss + self.seeds_variance * self.seeds_df) / (per_seed + self.seeds_df)
+            return misfit, seeds, df
+        pooled = (rss + seeds * self.seeds_df) / (per_seed + self.seeds_df)
         return 0.0, pooled, df + self.seeds_df
-
-    def _parts(self, weights: Array) -> tuple[float, float, float | None, float | None]:
-        """Standard error, degrees of freedom, and the parts of misfit and seeds."""
-        misfit, seeds, df = self._components()
-        squares = float(weights @ weights)
-        fit = math.sqrt(squares * misfit)
-        if not self.seeds_df:
-            return fit, df, fit, None
-        by_seed = float(weights**2 @ (1 / self.n_seeds))
-        total = squares * misfit + by_seed * seeds
-        if misfit > 0:  # the total is a sum of two independent mean squares, of the residuals and of the seeds
-            residual = squares * self.scatter**2
-            df = _satterthwaite([(residual, self.df), (total - residual, self.seeds_df)])
-        return math.sqrt(total), df, fit, math.sqrt(by_seed * seeds)
 
 
 def equality_of_curvatures(shared: OptimaFit, own: OptimaFit) -> Equality | None:
@@ -284,18 +277,15 @@ def equality_of_curvatures(shared: OptimaFit, own: OptimaFit) -> Equality | None
     constraints = shared.df - own.df
     if not (constraints and own.df):
         return None
-    rss, own_rss = (float(fit.residuals @ fit.residuals) for fit in (shared, own))
-    f = (rss - own_rss) / constraints / (own_rss / own.df)
+    f = (shared.rss - own.rss) / constraints / (own.rss / own.df)
     return Equality(f=f, df=(constraints, own.df), p=float(fisher.sf(f, constraints, own.df)))
 
 
-def holm(p: Mapping[str, float]) -> dict[str, float]:
+def holm(p: Array) -> Array:
     """Probabilities of a family of tests, corrected for their number (Holm 1979); NaN stays out of the count."""
-    known = sorted((value, key) for key, value in p.items() if math.isfinite(value))
-    corrected, largest = dict.fromkeys(p, math.nan), 0.0
-    for i, (value, key) in enumerate(known):
-        largest = max(largest, min(1.0, (len(known) - i) * value))
-        corrected[key] = largest
+    order = np.argsort(p)[: np.isfinite(p).sum()]
+    corrected = np.full(len(p), np.nan)
+    corrected[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)), 1)
     return corrected
 
 

@@ -5,9 +5,8 @@ seeds and the sampling of validation sequences (`laws.optima`); they leave out t
 study brackets them.
 """
 
-import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -15,8 +14,8 @@ import pandas as pd
 from scipy.stats import t as student
 
 from peerscale.laws.bootstrap import LEVEL as INTERVAL
-from peerscale.laws.bootstrap import Bootstrap, percentile_interval, resampled_losses
-from peerscale.laws.multiplier import compute_multiplier, growth
+from peerscale.laws.bootstrap import Bootstrap, percentile_interval, resample_counts
+from peerscale.laws.multiplier import compute_multipliers, growth
 from peerscale.laws.optima import Estimate, OptimaFit, Optimum, equality_of_curvatures, holm
 from peerscale.laws.power_law import MIN_BUDGETS, fit_power_law
 from peerscale.laws.results import Array, FitStatus, to_plain
@@ -36,6 +35,9 @@ FAMILY_LEVEL = 0.05
 """Probability of any wrong claim in the family."""
 
 DRAWS = 1000
+
+Sequences = Mapping[str, list[float]]
+"""Losses of each validation sequence by cell."""
 
 
 class Claims(Protocol):
@@ -86,26 +88,26 @@ def compare(
     sequences = sequence_losses(records, set(done["cell"]))
     entries: list[dict[str, Any]] = []
     fitted: list[Budget] = []
+    references = tuple(dict.fromkeys(("dense", "peer", *([claims.method] if claims else ()))))
     for budget in sorted(done["budget"].unique()):
         rows = done[done["budget"] == budget]
-        sizes = rows.groupby("name")["size"].nunique()
-        if sizes.max() >= CURVE_SIZES:
-            one, entry = _by_curves(rows, (windows or {}).get(budget), sequences)
+        if rows.groupby("name")["size"].nunique().max() >= CURVE_SIZES:
+            one, entry = _by_curves(rows, references, (windows or {}).get(budget), sequences)
             fitted += [one] if one else []
         else:
-            entry = _at_each_size(rows, sequences)
+            entry = _at_each_size(rows, references, sequences)
         entries.append({"budget": float(budget), **entry})
-    draws = [_draws(one, sequences) for one in fitted]
-    multipliers, slopes = _multipliers(fitted, draws)
+    budgets, frontiers = np.array([one.budget for one in fitted]), _frontiers(fitted)
+    multipliers, slopes = _multipliers(budgets, frontiers)
     return to_plain(
         {
             "x": X, "loss": "val_loss", "budgets": entries, "claims": _claims(entries, claims),
-            "multipliers": multipliers, "growth": slopes, "laws": _power_laws(fitted, draws),
+            "multipliers": multipliers, "growth": slopes, "laws": _power_laws(budgets, frontiers),
         }
     )  # fmt: skip
 
 
-def sequence_losses(records: Sequence[Record], cells: set[str]) -> dict[str, list[float]]:
+def sequence_losses(records: Sequence[Record], cells: set[str]) -> Sequences:
     """Losses of each validation sequence by cell, of the cells evaluated on the same sequences as most."""
     losses = {r.cell: r.sequence_losses for r in records if r.cell in cells and np.isfinite(r.sequence_losses).all()}
     lengths = [len(values) for values in losses.values() if values]
@@ -114,78 +116,78 @@ def sequence_losses(records: Sequence[Record], cells: set[str]) -> dict[str, lis
 
 
 def _by_curves(
-    rows: pd.DataFrame, window: tuple[float, float] | None, sequences: Mapping[str, list[float]]
+    rows: pd.DataFrame, references: Sequence[str], window: tuple[float, float] | None, sequences: Sequences
 ) -> tuple[Budget | None, dict[str, Any]]:
     """One fit of all methods that have a curve, over one window."""
     low, high = window or (0.0, math.inf)
     inside = rows[rows[X].between(low, high)]
-    n_sizes = inside.groupby("name")[X].nunique()
-    inside = inside[inside["name"].isin(n_sizes[n_sizes >= CURVE_SIZES].index)]
+    inside = inside[inside.groupby("name")[X].transform("nunique") >= CURVE_SIZES]
     if inside.empty:
         return None, {"window": window, "methods": [], "differences": []}
     names, x = inside["name"].tolist(), inside[X].to_numpy(float)
     shared, own = (OptimaFit.of(names, x, inside["val_loss"].to_numpy(float), shared=s) for s in (True, False))
-    optima = {name: shared.optimum(name) for name in shared.names}
-    budget = Budget(float(rows["budget"].iloc[0]), shared, optima, _points(shared, inside, sequences))
     others = {
         column.removeprefix("ppl_"): OptimaFit.of(names, x, np.log(inside[column].to_numpy(float)))
         for column in inside.columns
         if column.startswith("ppl_") and inside[column].notna().all()
     }
+    optima, alone = ({name: fit.optimum(name) for name in fit.names} for fit in (shared, own))
+    behind = [
+        _mean_losses(inside.loc[(inside["name"] == shared.names[method]) & (inside[X] == size), "cell"], sequences)
+        for method, size in zip(shared.method, shared.x, strict=True)
+    ]
+    known = [losses for losses in behind if losses is not None]
+    drawn = np.array(known) if len(known) == len(behind) else None
     methods = []
     for name, optimum in optima.items():
-        mine, alone = rows[rows["name"] == name], own.optimum(name)
-        known = optimum.status.has_number
+        has_number, one = optimum.status.has_number, alone[name]
         methods.append({
             "name": name, "status": optimum.status, "x": optimum.x, "x_interval": optimum.x_interval,
-            "loss": optimum.loss, **(_error(shared.estimate(optimum.weights, budget.sequences)) if known else {}),
-            "sizes": optimum.sizes, "left_out": sorted({*mine[X]} - {*optimum.sizes}),
+            "loss": optimum.loss, **(_error(shared.estimate(optimum.weights, drawn)) if has_number else {}),
+            "sizes": optimum.sizes, "left_out": sorted({*rows.loc[rows["name"] == name, X]} - {*optimum.sizes}),
             "coefficients": optimum.coefficients,
-            "own": {"status": alone.status, "x": alone.x, "loss": alone.loss, "curvature": alone.coefficients[2]},
-            "sets": {s: float(optimum.weights @ fit.losses) for s, fit in others.items()} if known else {},
+            "own": {"status": one.status, "x": one.x, "loss": one.loss, "curvature": one.coefficients[2]},
+            "sets": {s: float(optimum.weights @ fit.losses) for s, fit in others.items()} if has_number else {},
         })  # fmt: skip
     differences = []
-    for name, reference in _pairs(list(optima)):
+    for name, reference in _pairs(list(optima), references):
         entry: dict[str, Any] = {"method": name, "reference": reference, "size": ""}
-        pair = optima[name], optima[reference]
-        if all(one.status.has_number for one in pair):
-            weights = pair[0].weights - pair[1].weights
-            alone = own.optimum(name), own.optimum(reference)
-            both = all(one.status.has_number for one in alone)
-            apart = own.estimate(alone[0].weights - alone[1].weights, budget.sequences) if both else None
-            entry |= _described(shared.estimate(weights, budget.sequences))
-            entry["own"] = {"value": apart.value, "se": apart.se} if apart else None
-            entry["sets"] = {s: _described(fit.estimate(weights)) for s, fit in others.items()}
+        without = [f"{one}: {optima[one].status}" for one in (name, reference) if not optima[one].status.has_number]
+        if without:
+            entry["note"] = "; ".join(without)
         else:
-            entry["note"] = "; ".join(f"{one.name}: {one.status}" for one in pair if not one.status.has_number)
+            weights = optima[name].weights - optima[reference].weights
+            apart = own.estimate(alone[name].weights - alone[reference].weights, drawn)
+            entry |= _described(shared.estimate(weights, drawn))
+            entry["own"] = {"value": apart.value, "se": apart.se} if math.isfinite(apart.value) else None
+            entry["sets"] = {s: _described(fit.estimate(weights)) for s, fit in others.items()}
         differences.append(entry)
-    return budget, {
+    return Budget(float(rows["budget"].iloc[0]), shared, optima, drawn), {
         "window": window, "scatter": shared.scatter, "df": shared.df, "seeds_sd": math.sqrt(shared.seeds_variance),
         "seeds_df": shared.seeds_df, "curvature": float(shared.curve(shared.names[0])[2]),
         "equality": equality_of_curvatures(shared, own), "methods": methods, "differences": differences,
     }  # fmt: skip
 
 
-def _at_each_size(rows: pd.DataFrame, sequences: Mapping[str, list[float]]) -> dict[str, Any]:
+def _at_each_size(rows: pd.DataFrame, references: Sequence[str], sequences: Sequences) -> dict[str, Any]:
     """Methods compared at one and the same size: means over seeds, whose scatter is pooled over methods."""
     differences = []
     for size, cells in rows.groupby("size", sort=False):
-        groups = {str(name): group for name, group in cells.groupby("name", sort=False)}
-        freedom = len(cells) - len(groups)
-        squares = sum(float(((g["val_loss"] - g["val_loss"].mean()) ** 2).sum()) for g in groups.values())
-        for name, reference in _pairs(list(groups)):
-            pair = [groups[name], groups[reference]]
-            means = [float(group["val_loss"].mean()) for group in pair]
-            seeds = math.sqrt(squares / freedom * sum(1 / len(g) for g in pair)) if freedom else None
-            drawn = [[sequences[cell] for cell in g["cell"] if cell in sequences] for g in pair]
-            sampled = None
-            if all(drawn):
-                each = np.mean(drawn[0], axis=0) - np.mean(drawn[1], axis=0)
-                sampled = float(each.std(ddof=1)) / math.sqrt(len(each))
-            parts = [(s, df) for s, df in ((seeds, freedom), (sampled, math.inf)) if s is not None]
-            se = math.hypot(*(s for s, _ in parts)) if parts else math.nan
-            df = freedom * (se / seeds) ** 4 if seeds else math.inf  # of Satterthwaite, as sequences are many
-            found = Estimate(value=means[0] - means[1], se=se, df=df, fit_se=None, seeds_se=seeds, sequences_se=sampled)
+        arms = {str(name): arm for name, arm in cells.groupby("name", sort=False)}
+        freedom = len(cells) - len(arms)
+        squares = sum(len(arm) * float(arm["val_loss"].to_numpy(float).var()) for arm in arms.values())
+        variance = squares / freedom if freedom else 0.0
+        for name, reference in _pairs(list(arms), references):
+            pair = arms[name], arms[reference]
+            seeds = math.sqrt(variance * sum(1 / len(arm) for arm in pair))
+            losses, others = (_mean_losses(arm["cell"], sequences) for arm in pair)
+            sampled = None if losses is None or others is None else losses - others
+            found = Estimate(
+                value=float(pair[0]["val_loss"].mean() - pair[1]["val_loss"].mean()), df=freedom or math.inf,
+                se=seeds if freedom or sampled is not None else math.nan, fit_se=None,
+                seeds_se=seeds if freedom else None, sequences_se=None,
+            )  # fmt: skip
+            found = found if sampled is None else found.with_sequences(sampled)
             differences.append({"method": name, "reference": reference, "size": str(size), **_described(found)})
     return {"window": None, "methods": [], "differences": differences}
 
@@ -198,9 +200,9 @@ def half_width(found: Mapping[str, Any]) -> float:
     return float(student.ppf((1 + INTERVAL) / 2, df)) * found["se"]
 
 
-def _pairs(names: Sequence[str]) -> list[tuple[str, str]]:
-    """Method and reference: each against dense, against PEER, and with query BatchNorm against without."""
-    found = [(name, same_arm(reference, name, names)) for reference in ("dense", "peer") for name in names]
+def _pairs(names: Sequence[str], references: Sequence[str]) -> list[tuple[str, str]]:
+    """Method and reference: each against every reference, and with query BatchNorm against without."""
+    found = [(name, same_arm(reference, name, names)) for reference in references for name in names]
     with_norm = [(name, name.replace("query_norm=true", "query_norm=false")) for name in names]
     found += [(name, other) for name, other in with_norm if other != name and other in names]
     return list(dict.fromkeys((name, other) for name, other in found if other is not None))
@@ -219,127 +221,108 @@ def _error(estimate: Estimate) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _points(fit: OptimaFit, rows: pd.DataFrame, sequences: Mapping[str, list[float]]) -> Array | None:
-    """Losses of the sequences at every size mean (points, sequences), averaged over its seeds; None if unknown."""
-    points = []
-    for method, x in zip(fit.method, fit.x, strict=True):
-        cells = rows.loc[(rows["name"] == fit.names[method]) & (rows[X] == x), "cell"]
-        known = [sequences[cell] for cell in cells if cell in sequences]
-        if not known:
-            return None
-        points.append(np.mean(known, axis=0))
-    return np.array(points)
+def _mean_losses(cells: Iterable[str], sequences: Sequences) -> Array | None:
+    """Losses of the sequences (sequences,), averaged over those of the cells that have them; None if none has."""
+    known = [sequences[cell] for cell in cells if cell in sequences]
+    return np.mean(known, axis=0) if known else None
 
 
 def _claims(budgets: Sequence[Mapping[str, Any]], claims: Claims | None) -> list[dict[str, Any]]:
     """The comparisons of the family, each as method minus rival, with Holm's correction over all of them."""
     method = claims.method if claims else "peer"
-    family: dict[str, dict[str, Any]] = {}
+    family: dict[tuple[Any, ...], dict[str, Any]] = {}
     for entry in budgets:
         if claims and claims.budgets and entry["budget"] not in claims.budgets:
             continue
-        for found in entry["differences"]:  # with PEER as the reference they are the other way round
-            arms = [found["method"].partition(" ")[0], found["reference"].partition(" ")[0]]
-            for sign, (one, other), names in (
-                (1, arms, (found["method"], found["reference"])),
-                (-1, arms[::-1], (found["reference"], found["method"])),
-            ):
-                key = f"{entry['budget']:g} {found['size']} {names}"
-                wanted = one == method and other != method and (not claims or other in claims.rivals)
-                # An error without misfit and seeds is no ground for a claim.
-                whole = found.get("fit_se") is not None or found.get("seeds_se") is not None
-                if wanted and whole and key not in family:
-                    ends = sorted((sign * found["low"], sign * found["high"]))
-                    family[key] = {
-                        "budget": entry["budget"], "size": found["size"], "method": names[0], "rival": names[1],
-                        "value": sign * found["value"], "se": found["se"], "df": found["df"], "low": ends[0],
-                        "high": ends[1], "p": found["p"],
-                    }  # fmt: skip
-    corrected = holm({key: claim["p"] for key, claim in family.items()})
+        for found in entry["differences"]:
+            # An error without misfit and seeds is no ground for a claim.
+            if found.get("fit_se") is None and found.get("seeds_se") is None:
+                continue
+            for one in (found, _turned(found)):
+                name, rival = (one[key].partition(" ")[0] for key in ("method", "reference"))
+                if name == method != rival and (not claims or rival in claims.rivals):
+                    place = {"budget": entry["budget"], "size": one["size"], "method": one["method"],
+                             "rival": one["reference"]}  # fmt: skip
+                    family[tuple(place.values())] = place | {
+                        k: one[k] for k in ("value", "se", "df", "low", "high", "p")
+                    }
+    corrected = holm(np.array([claim["p"] for claim in family.values()], float))
     return [
-        {**claim, "p_holm": corrected[key], "leads": corrected[key] < FAMILY_LEVEL and claim["value"] < 0}
-        for key, claim in family.items()
+        {**claim, "p_holm": p, "leads": bool(p < FAMILY_LEVEL and claim["value"] < 0)}
+        for claim, p in zip(family.values(), corrected, strict=True)
     ]
 
 
-def _draws(one: Budget, sequences: Mapping[str, list[float]]) -> tuple[Array, Array]:
-    """x and loss of every method's optimum, (draws, methods), under the errors of misfit, seeds and sequences.
+def _turned(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A difference the other way round: with PEER as the reference, PEER is the one that is subtracted."""
+    ends = {"value": -found["value"], "low": -found["high"], "high": -found["low"]}
+    return {**found, "method": found["reference"], "reference": found["method"], **ends}
 
-    The size means are drawn about the fit, with a variance that is itself drawn, so that intervals are Student's; all
-    budgets draw the same sequences.
+
+def _frontiers(fitted: Sequence[Budget]) -> dict[str, Array]:
+    """x and loss of each method's optimum at every budget, (2, 1 + draws, budgets): as fitted, then as drawn.
+
+    The size means are drawn about the fit, under the errors of misfit and seeds, with a variance that is itself drawn,
+    so that intervals are Student's. All budgets draw the same sequences. NaN where a method has no number.
     """
-    variances, df = one.fit.variances()
-    rng = np.random.default_rng(round(one.budget))
-    scale = np.sqrt(df / rng.chisquare(df, (DRAWS, 1))) if math.isfinite(df) else np.full((DRAWS, 1), math.nan)
-    losses = one.fit.losses - one.fit.residuals + rng.normal(size=(DRAWS, len(variances))) * np.sqrt(variances) * scale
-    if one.sequences is not None:
-        losses = losses + resampled_losses(one.sequences, resamples=DRAWS) - one.sequences.mean(axis=1)
-    return one.fit.minima(losses)
+    n = next((one.sequences.shape[1] for one in fitted if one.sequences is not None), 0)
+    resampled = resample_counts(n, DRAWS, seed=0) / n - 1 / n if n else np.array(0)
+    names = dict.fromkeys(name for one in fitted for name in one.optima)
+    frontiers = {name: np.full((2, 1 + DRAWS, len(fitted)), math.nan) for name in names}
+    for i, one in enumerate(fitted):
+        variances, df = one.fit.variances
+        rng = np.random.default_rng(round(one.budget))
+        scale = np.sqrt(df / rng.chisquare(df, (DRAWS, 1))) if math.isfinite(df) else math.nan
+        drawn = (
+            one.fit.losses - one.fit.residuals + rng.normal(size=(DRAWS, len(variances))) * np.sqrt(variances) * scale
+        )
+        if one.sequences is not None:
+            drawn += resampled @ one.sequences.T
+        minima = np.stack(one.fit.minima(drawn))
+        for method, (name, optimum) in enumerate(one.optima.items()):
+            if optimum.status.has_number:
+                frontiers[name][:, 0, i] = optimum.x, optimum.loss
+                frontiers[name][:, 1:, i] = minima[:, :, method]
+    return frontiers
 
 
-def _frontier(fitted: Sequence[Budget], name: str) -> Array:
-    """A method's loss at every budget; NaN where it has none."""
-    return np.array([b.optima[name].loss if name in b.optima else math.nan for b in fitted])
-
-
-def _drawn(fitted: Sequence[Budget], draws: Sequence[tuple[Array, Array]], name: str, which: int) -> Array:
-    """A method's drawn x (which 0) or loss (1), (draws, budgets)."""
-    unknown = np.full(DRAWS, math.nan)
-    return np.stack(
-        [d[which][:, b.fit.names.index(name)] if name in b.optima else unknown
-         for b, d in zip(fitted, draws, strict=True)], axis=1,
-    )  # fmt: skip
-
-
-def _multipliers(
-    fitted: Sequence[Budget], draws: Sequence[tuple[Array, Array]]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _multipliers(budgets: Array, frontiers: Mapping[str, Array]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Dense's compute over each method's by budget, and the growth of its logarithm where four budgets have one."""
-    budgets = np.array([one.budget for one in fitted])
-    names = list(dict.fromkeys(itertools.chain.from_iterable(one.optima for one in fitted)))
     found, slopes = [], []
-    for name in names:
-        reference = same_arm("dense", name, names)
+    for name, (_, losses) in frontiers.items():
+        reference = same_arm("dense", name, list(frontiers))
         if reference is None or name.partition(" ")[0] == "dense":
             continue
-        own, dense = _frontier(fitted, name), _frontier(fitted, reference)
-        drawn = [_drawn(fitted, draws, one, 1) for one in (reference, name)]
-        values = np.array([compute_multiplier((budgets, dense), (budgets, own), i) for i in range(len(budgets))])
-        each = np.array([
-            [compute_multiplier((budgets, d), (budgets, m), i) for i in range(len(budgets))]
-            for d, m in zip(*drawn, strict=True)
-        ])  # fmt: skip
-        known = np.isfinite(values)
+        each = compute_multipliers((budgets, frontiers[reference][1]), (budgets, losses))
+        pair, known = {"method": name, "reference": reference}, np.isfinite(each[0])
         for i in np.flatnonzero(known):
-            interval = percentile_interval(each[:, i])
-            found.append({
-                "method": name, "reference": reference, "budget": budgets[i], "multiplier": values[i],
-                "low": interval[0], "high": interval[1],
-            })  # fmt: skip
+            found.append({**pair, "budget": budgets[i], "multiplier": each[0, i], **_ends(each[1:, i])})
         if known.sum() >= GROWTH_BUDGETS:
-            low, high = percentile_interval(growth(budgets[known], each[:, known]))
-            slope = float(growth(budgets[known], values[known]))
-            slopes.append({"method": name, "reference": reference, "slope": slope, "low": low, "high": high})
+            slope = growth(budgets[known], each[:, known])
+            slopes.append({**pair, "slope": slope[0], **_ends(slope[1:])})
     return found, slopes
 
 
-def _power_laws(fitted: Sequence[Budget], draws: Sequence[tuple[Array, Array]]) -> dict[str, Any]:
+def _ends(draws: Array) -> dict[str, float]:
+    """Ends of the interval of draws; none where more than one in twenty would be an extrapolation."""
+    low, high = percentile_interval(draws) if np.isfinite(draws).mean() >= INTERVAL else (math.nan, math.nan)
+    return {"low": low, "high": high}
+
+
+def _power_laws(budgets: Array, frontiers: Mapping[str, Array]) -> dict[str, Any]:
     """The power law through each method's optimal sizes, of those that have three budgets or more."""
     laws = {}
-    names = list(dict.fromkeys(itertools.chain.from_iterable(one.optima for one in fitted)))
-    for name in names:
-        with_number = [i for i, b in enumerate(fitted) if name in b.optima and math.isfinite(b.optima[name].x)]
-        if len(with_number) < MIN_BUDGETS:
+    for name, (x, _) in frontiers.items():
+        known = np.isfinite(x[0])
+        if known.sum() < MIN_BUDGETS:
             continue
-        budgets = np.array([fitted[i].budget for i in with_number])
-        exponent, coefficient = fit_power_law(budgets, np.array([fitted[i].optima[name].x for i in with_number]))
-        drawn = _drawn(fitted, draws, name, 0)[:, with_number]
-        whole = np.isfinite(drawn).all(axis=1)
-        each = dict(zip(("exponent", "coefficient"), fit_power_law(budgets, drawn[whole]), strict=True))
-        bootstrap = Bootstrap(draws=each, resamples=DRAWS, failed=int((~whole).sum()), seed=0)
+        exponent, coefficient = fit_power_law(budgets[known], x[:, known])
+        whole = np.isfinite(exponent[1:])
+        draws = {"exponent": exponent[1:][whole], "coefficient": coefficient[1:][whole]}
+        bootstrap = Bootstrap(draws=draws, resamples=DRAWS, failed=int((~whole).sum()), seed=0)
         laws[name] = {
-            "law": "isoflop", "method": name, "x": X, "n": len(budgets), "status": FitStatus.CONVERGED,
-            "exponent": float(exponent), "coefficient": float(coefficient), "ci": bootstrap.intervals(),
+            "law": "isoflop", "method": name, "x": X, "n": int(known.sum()), "status": FitStatus.CONVERGED,
+            "exponent": float(exponent[0]), "coefficient": float(coefficient[0]), "ci": bootstrap.intervals(),
             "bootstrap": bootstrap.to_dict(),
         }  # fmt: skip
     return laws

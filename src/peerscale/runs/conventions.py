@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from peerscale.laws.multiplier import compute_multiplier
+from peerscale.laws.multiplier import compute_multipliers
 from peerscale.runs.study import method_names, same_arm, usable
 
 ROUTER = ("flops_router", "flops_query", "flops_sub_keys")
@@ -63,11 +63,11 @@ def multipliers_by_convention(runs: pd.DataFrame, budgets: Sequence[Mapping[str,
         reference = same_arm("dense", name, names)
         if reference is None:
             continue
-        both = {c: (frontier(reference, share), frontier(name, share)) for c, share in shares.items()}
+        found = {c: compute_multipliers(frontier(reference, s), frontier(name, s)) for c, s in shares.items()}
         for i, budget in enumerate(at):
             if (budget, name) in optima:
-                found = {convention: compute_multiplier(*pair, i) for convention, pair in both.items()}
-                rows.append({"budget": float(budget), "method": name, "multipliers": found})
+                here = {convention: multipliers[i] for convention, multipliers in found.items()}
+                rows.append({"budget": float(budget), "method": name, "multipliers": here})
     return rows
 
 

@@ -60,28 +60,26 @@ def fit_rates(runs: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
     differences: list[dict[str, Any]] = []
     for budget, cells in with_rates_as_set(runs).groupby("budget"):
         cells = cells.groupby(["size", "name", "lr", "seed"], as_index=False, sort=False)["val_loss"].min()
-        lowest = cells.loc[cells.groupby(["size", "name"])["val_loss"].transform("idxmin"), "lr"].to_numpy()
-        near = cells[np.abs(np.log(cells["lr"] / lowest)) < np.log(REACH)]
-        near = near[near.groupby(["size", "name"])["lr"].transform("nunique") >= MIN_RATES]
-        if near.empty:
+        curve = cells["size"] + " " + cells["name"]
+        mean = cells.groupby([curve, "lr"])["val_loss"].transform("mean")
+        lowest = cells.loc[mean.groupby(curve).transform("idxmin"), "lr"].to_numpy()
+        near = np.abs(np.log(cells["lr"] / lowest)) < np.log(REACH)
+        if cells[near].groupby(curve)["lr"].nunique().max() < MIN_RATES:
             continue
-        keys = [f"{size} {name}" for size, name in zip(near["size"], near["name"], strict=True)]
-        fit = OptimaFit.of(keys, near["lr"].to_numpy(float), near["val_loss"].to_numpy(float), at_least=MIN_RATES)
+        tried, losses = cells.loc[near, "lr"].to_numpy(float), cells.loc[near, "val_loss"].to_numpy(float)
+        fit = OptimaFit.of(curve[near].tolist(), tried, losses, at_least=MIN_RATES)
         optima = {key: fit.optimum(key) for key in fit.names}
         for key, found in optima.items():
             size, _, name = key.partition(" ")
-            tried = cells[(cells["size"] == size) & (cells["name"] == name)]
-            row = tried.loc[tried["val_loss"].idxmin()]
-            known = found.status.has_number and fit.df > 0
+            row = mean[curve == key].idxmin()
             best.append({
                 "budget": budget, "size": size, "method": name, "status": found.status, "rate": found.x,
-                "rate_interval": found.x_interval, "loss": found.loss,
-                "se": fit.error(found.weights)[0] if known else None,
-                "best_tried": {"rate": row["lr"], "loss": row["val_loss"]},
+                "rate_interval": found.x_interval, "loss": found.loss, "se": fit.estimate(found.weights).se,
+                "best_tried": {"rate": cells.loc[row, "lr"], "loss": mean[row]},
             })  # fmt: skip
-            reference = f"{size} dense"
-            if name != "dense" and known and reference in optima and optima[reference].status.has_number:
-                estimate = fit.estimate(found.weights - optima[reference].weights)
+            reference = optima.get(f"{size} dense")
+            if name != "dense" and reference and found.status.has_number and reference.status.has_number:
+                estimate = fit.estimate(found.weights - reference.weights)
                 low, high = estimate.interval
                 differences.append({
                     "budget": budget, "size": size, "method": name, "reference": "dense", "value": estimate.value,
