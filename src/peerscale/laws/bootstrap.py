@@ -85,17 +85,6 @@ def resample_counts(n: int, resamples: int, seed: int, clusters: Array | None = 
     return draw(n_clusters, np.full(n_clusters, 1 / n_clusters), size=resamples)[:, labels].astype(float)
 
 
-def resampled_losses(sequence_losses: Array, *, resamples: int = 2000, seed: int = 0) -> Array:
-    """Mean losses (resamples, runs) over resampled sequences, the same for every run: for differences of methods.
-
-    Whether a sequence is easy or hard is common to all models and by far the largest part of a loss's uncertainty;
-    drawing the same ones for every run leaves it out of the difference (Efron and Tibshirani 1993, chapter 8: paired
-    data are resampled as pairs). Column j of every row of `sequence_losses` (runs, sequences) is the same text.
-    """
-    n = sequence_losses.shape[1]
-    return resample_counts(n, resamples, seed) @ sequence_losses.T / n
-
-
 def resample_residuals(residuals: Array, resamples: int, seed: int, clusters: Array | None = None) -> Array:
     """Residuals drawn with replacement, (resamples, n), for designs too small to lose a run, such as five sizes.
 

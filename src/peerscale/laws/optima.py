@@ -268,7 +268,7 @@ class OptimaFit:
         misfit = (rss - seeds * per_seed) / df
         if misfit > 0:
             return misfit, seeds, df
-        pooled = (rss + seeds * self.seeds_df) / (per_seed + self.seeds_df)
+        pooled = (rss / per_seed * df + seeds * self.seeds_df) / (df + self.seeds_df)  # two estimates of sigma^2
         return 0.0, pooled, df + self.seeds_df
 
 
