@@ -17,12 +17,21 @@ LAUNCH        = $(or $(LAUNCH_$(LAUNCHER)),hydra/launcher=$(LAUNCHER))
 export OMP_NUM_THREADS      ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
+# A word that make takes for a variable, such as sweep=smoke or a second override without quotes, must not be ignored.
+KNOWN   = SWEEP LAUNCHER JOBS OVERRIDES PUBLISHED REPLACE WANDB DATA PYTHON EXTRAS BIN SHELL OMP_NUM_THREADS OPENBLAS_NUM_THREADS
+UNKNOWN = $(foreach name,$(filter-out $(KNOWN) -%,$(.VARIABLES)),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
+ifneq (,$(strip $(UNKNOWN)))
+$(error $(firstword $(UNKNOWN)) is no variable of this Makefile; there are: $(KNOWN); keys of the configuration go together into one pair of quotes: OVERRIDES='key=value key=value')
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help setup reproduce smoke test check data plan sweep status figures report validate publish sync dashboard bench torture clean
 
 help: ## print every target
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 	@echo; echo "Variables: SWEEP=$(SWEEP) LAUNCHER=joblib|local|slurm JOBS=$(JOBS) OVERRIDES='key=value ...' PYTHON=$(PYTHON)"
+	@echo "PUBLISHED=1: sweep and figures count finished cells of results/ as done; REPLACE=1: publish may remove or replace them"
+	@echo "Exit codes of the programs: 0 done, 1 a crash, 2 wrong input, 3 some cells failed (make sweep goes on), 130 Ctrl-C"
 
 reproduce: ## the main job: train the isoFLOP study on real text, fit it, draw it (21 minutes on 2 cores)
 	@$(MAKE) --no-print-directory data sweep figures SWEEP=reproduce
@@ -48,7 +57,7 @@ plan: setup ## what SWEEP would run: parameters, FLOPs, steps, time, dropped cel
 	@$(BIN)/python -m peerscale.overview plan $(SWEEP) $(OVERRIDES)
 
 sweep: setup ## run what is missing of SWEEP; failed cells stop nothing
-	@$(TRAIN) $(SWEEP) $(LAUNCH) $(OVERRIDES) || test $$? -eq 1
+	@$(TRAIN) $(SWEEP) $(LAUNCH) $(OVERRIDES) || { code=$$?; test $$code -eq 3 || exit $$code; }
 
 status: setup ## the grid of SWEEP: losses, and what runs, failed or is missing
 	@$(BIN)/python -m peerscale.overview status $(SWEEP) $(OVERRIDES)

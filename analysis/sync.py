@@ -5,7 +5,7 @@
 Reads the cells' files, so that it does not matter whether they were tracked online, offline or not at all. Can be
 broken off and repeated at any time, also while the study runs: rows that the server has are not sent again. Each
 finished cell becomes an artifact; the run `<sweep>-study` uses them and gives table, fits and figures, which is their
-lineage. Exit code 1 if something could not be uploaded.
+lineage. Exit code 3 if something could not be uploaded.
 """
 
 import hashlib
