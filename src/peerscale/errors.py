@@ -7,9 +7,10 @@
 import argparse
 import errno
 import os
+import select
 import sys
 from collections.abc import Callable
-from typing import Never
+from typing import Never, TextIO
 
 USER_ERROR = 2
 """The input was wrong, or there was no space left; one line says what to mend."""
@@ -57,9 +58,10 @@ def exit_code(main: Callable[[], int | None]) -> int:
     except UserError as error:
         message = str(error)
     except BrokenPipeError:
-        if _stdout_is_open():
+        if not _nobody_reads(sys.stdout):
             raise
-        return 0  # who reads the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at its end
+        return 0  # who read the output, such as `head`, has seen enough
     except OSError as error:
         where = f" for {error.filename}" if error.filename else ""
         if error.errno in FULL:
@@ -75,11 +77,8 @@ def exit_code(main: Callable[[], int | None]) -> int:
     return USER_ERROR
 
 
-def _stdout_is_open() -> bool:
-    """Whether somebody still reads stdout; if not, what is left to be printed goes nowhere, without a complaint."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return False
-    return True
+def _nobody_reads(stream: TextIO) -> bool:
+    """Whether a stream leads into a pipe whose other end is closed."""
+    poll = select.poll()
+    poll.register(stream, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
