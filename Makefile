@@ -12,22 +12,32 @@ LAUNCH_joblib = hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS) hydra.launch
 LAUNCH_local  = hydra/launcher=basic
 # Cells of an array that run at once, if JOBS is said; cores of the login node are not a reason for any number.
 LAUNCH_slurm  = hydra/launcher=slurm $(if $(filter command environment,$(firstword $(origin JOBS))),hydra.launcher.array_parallelism=$(JOBS))
+# Workers that the plan's time is for.
+WORKERS       = $(if $(filter joblib,$(LAUNCHER)),$(JOBS),1)
 LAUNCH        = $(or $(LAUNCH_$(LAUNCHER)),hydra/launcher=$(LAUNCHER))
 # One thread a cell, one cell a core; more threads only spin.
 export OMP_NUM_THREADS      ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
+# A word that make takes for a variable, such as sweep=smoke or a second override without quotes, must not be ignored.
+KNOWN   = SWEEP LAUNCHER JOBS OVERRIDES PUBLISHED REPLACE WANDB DATA PYTHON EXTRAS BIN SHELL OMP_NUM_THREADS OPENBLAS_NUM_THREADS
+UNKNOWN = $(foreach name,$(filter-out $(KNOWN) -%,$(.VARIABLES)),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
+ifneq (,$(strip $(UNKNOWN)))
+$(error $(firstword $(UNKNOWN)) is no variable of this Makefile; there are: $(KNOWN); keys of the configuration go together into one pair of quotes: OVERRIDES='key=value key=value')
+endif
+
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce smoke test check data plan sweep status figures report validate publish sync dashboard bench torture clean
+.PHONY: help setup reproduce smoke test check data studies plan sweep status figures report validate publish sync dashboard bench torture clean
 
 help: ## print every target
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 	@echo; echo "Variables: SWEEP=$(SWEEP) LAUNCHER=joblib|local|slurm JOBS=$(JOBS) OVERRIDES='key=value ...' PYTHON=$(PYTHON)"
+	@echo "PUBLISHED=1: sweep and figures count finished cells of results/ as done; REPLACE=1: publish may remove or replace them"
+	@echo "Exit codes of the programs: 0 done, 1 a crash, 2 wrong input, 3 some cells failed (make sweep goes on), 130 Ctrl-C"
 
 reproduce: ## the main job: train the isoFLOP study on real text, fit it, draw it (21 minutes on 2 cores)
 	@$(MAKE) --no-print-directory data sweep figures SWEEP=reproduce
-	@echo; echo "Look at the runs:  make dashboard   (W&B in the terminal, offline)    upload them: make sync"
-	@echo "The figure:        runs/reproduce/study/figures/isoflop.png"
+	@echo "Look at the runs:     make dashboard (W&B in the terminal, offline)    upload them: make sync"
 
 smoke: ## from text to a figure in under a minute, on a tiny study
 	@$(MAKE) --no-print-directory data sweep figures SWEEP=smoke
@@ -45,10 +55,13 @@ data: setup ## fetch and tokenize the corpus of SWEEP, once
 	@$(BIN)/python -m peerscale.data.prepare --sweep $(SWEEP) $(OVERRIDES)
 
 plan: setup ## what SWEEP would run: parameters, FLOPs, steps, time, dropped cells
-	@$(BIN)/python -m peerscale.overview plan $(SWEEP) $(OVERRIDES)
+	@$(BIN)/python -m peerscale.overview plan --jobs $(WORKERS) $(SWEEP) $(OVERRIDES)
 
-sweep: setup ## run what is missing of SWEEP; failed cells stop nothing
-	@$(TRAIN) $(SWEEP) $(LAUNCH) $(OVERRIDES) || test $$? -eq 1
+studies: setup ## every study: its question, and how many of its cells are done
+	@$(BIN)/python -m peerscale.overview studies
+
+sweep: setup ## run what is missing of SWEEP; failed cells stop nothing; PUBLISHED=1: what results/ holds is done
+	@$(TRAIN) $(SWEEP) $(LAUNCH) $(if $(PUBLISHED),sweep.published=results) $(OVERRIDES) || { code=$$?; test $$code -eq 3 || exit $$code; }
 
 status: setup ## the grid of SWEEP: losses, and what runs, failed or is missing
 	@$(BIN)/python -m peerscale.overview status $(SWEEP) $(OVERRIDES)
@@ -57,6 +70,9 @@ figures: setup ## table, fits and figures of SWEEP, from its runs, or from resul
 	@$(BIN)/python analysis/collect.py $(SWEEP) $(if $(PUBLISHED),--with-published)
 	@$(BIN)/python analysis/figures.py $(SWEEP)
 	@$(BIN)/python analysis/table.py $(SWEEP)
+	@test ! -d runs/$(SWEEP)/study/figures || { echo; \
+		echo "Figures:              runs/$(SWEEP)/study/figures/"; \
+		echo "All as one HTML page: make report SWEEP=$(SWEEP)    copied to results/: make publish SWEEP=$(SWEEP)"; }
 
 report: figures ## one HTML page of SWEEP in its study folder; WANDB=1 also puts a report on the W&B server
 	@$(BIN)/python analysis/report.py $(SWEEP)
@@ -65,8 +81,8 @@ report: figures ## one HTML page of SWEEP in its study folder; WANDB=1 also puts
 validate: setup ## fit published data sets in DATA=DIR and compare with the published values
 	@$(BIN)/python analysis/validate.py $(DATA)
 
-publish: setup ## copy the table, fits and figures of SWEEP into results/, to be committed
-	@$(BIN)/python analysis/publish.py $(SWEEP)
+publish: setup ## copy the table, fits and figures of SWEEP into results/, to be committed; nothing published is lost unless REPLACE=1
+	@$(BIN)/python analysis/publish.py $(SWEEP) $(if $(REPLACE),--replace)
 
 sync: setup ## upload the W&B runs, table, fits and figures of SWEEP that are not uploaded yet
 	@$(BIN)/python analysis/sync.py $(SWEEP)

@@ -8,20 +8,21 @@ cell has a row, also those that were dropped, failed, or never run.
 
 import json
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from peerscale.errors import UserError, exit_code
 from peerscale.files import write_json, write_text
-from peerscale.runs.comparison import Claims
+from peerscale.outcomes import further_line, of_the_plan, read_published, which_counts
 from peerscale.runs.fits import fit_study
 from peerscale.runs.record import Record, Status
-from peerscale.runs.study import collected, planned_record, published, study_parser
-from peerscale.runs.table import CURVES, curves_table, read_records, read_table, runs_table
+from peerscale.runs.study import PlannedCell, Study, collected, planned_record, published, study_parser
+from peerscale.runs.table import CURVES, curves_table, read_records, read_runs, read_table, runs_table
 from peerscale.sweep_config import load_sweep
 from peerscale.sweeper import planned_cells
 from peerscale.viz.answer import answer
@@ -31,54 +32,90 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = study_parser(__doc__)
     parser.add_argument("--with-published", action="store_true", help="add the published cells that were not run here")
     arguments = parser.parse_args(argv)
-    table = published(arguments.sweep, arguments.results)
+    table, study = published(arguments.sweep, arguments.results), collected(arguments.sweep, arguments.runs)
     if table.runs.is_file() and not table.records.is_file() and not read_records(arguments.runs / arguments.sweep):
-        print(f"{arguments.sweep}: published without its records, so there is nothing to fit again: {table.runs}")
+        runs = read_runs(table.runs)
+        write_fits(study, runs, curves_table(()), [])
+        print(f"{arguments.sweep}: {len(runs)} cells, from {table.runs} (without records) -> {study.folder}")
         return 0
-    records, curves = read_study(
-        arguments.sweep, arguments.runs, arguments.results, with_published=arguments.with_published
-    )
-    study = collected(arguments.sweep, arguments.runs)
-    runs = runs_table(records)
-    windows, claims = read_settings(arguments.sweep)
-    fits = fit_study(runs, curves, records, windows=windows, claims=claims)
-    fits["answer"] = answer(fits)
-    write_text(study.runs, runs.to_csv(index=False))
+    read = read_study(arguments.sweep, arguments.runs, arguments.results, with_published=arguments.with_published)
+    records = [*read.planned, *read.further]
     write_text(study.records, "".join(json.dumps(asdict(record)) + "\n" for record in records))
-    write_text(study.curves, curves.to_csv(index=False))
-    write_json(study.fits, fits)
-    counts = ", ".join(f"{n} {status}" for status, n in runs["status"].value_counts().items())
-    print(f"{arguments.sweep}: {len(runs)} cells ({counts}) -> {study.folder}")
+    write_text(study.curves, read.curves.to_csv(index=False))
+    write_fits(study, runs_table(records), read.curves, records)
+    counts = Counter(record.status for record in read.planned)
+    states = ", ".join(f"{n} {status}" for status, n in counts.items())
+    print(f"{arguments.sweep}: {len(read.planned)} cells ({states}), from {read.source} -> {study.folder}")
+    if read.further:
+        print(f"{further_line([record.cell for record in read.further])}; they are in the table and the fits too")
+    missed = sum(record.cell in read.left_out and record.status is not Status.DONE for record in read.planned)
+    if missed:
+        print(f"{missed} of them are finished in {table.folder}: make figures SWEEP={arguments.sweep} PUBLISHED=1")
     return 0
 
 
-def read_study(
-    sweep: str, runs: Path, results: Path, *, with_published: bool = False
-) -> tuple[list[Record], pd.DataFrame]:
+def write_fits(study: Study, runs: pd.DataFrame, curves: pd.DataFrame, records: Sequence[Record]) -> None:
+    """Write the table of runs and all that is computed from it, by the windows and claims of the study's file."""
+    try:
+        settings = load_sweep(study.sweep)
+    except UserError:  # of a study without a file, such as one that was renamed
+        settings = None
+    windows = {row.budget: settings.window(row.budget) for row in settings.grid} if settings else {}
+    fits = fit_study(runs, curves, records, windows=windows, claims=settings.claims if settings else None)
+    fits["answer"] = answer(fits)
+    write_text(study.runs, runs.to_csv(index=False))
+    write_json(study.fits, fits)
+
+
+class StudyRecords(NamedTuple):
+    """All that is known of a study."""
+
+    planned: list[Record]
+    """In the order of the plan, one for each cell of it."""
+    further: list[Record]
+    """Of cells that the plan does not have."""
+    curves: pd.DataFrame
+    source: str
+    """Where the records come from, in words."""
+    left_out: set[str]
+    """Published finished cells, by name, that were not asked for."""
+
+
+def read_study(sweep: str, runs: Path, results: Path, *, with_published: bool = False) -> StudyRecords:
     """Records of all cells, planned ones included, and the training curves; from `runs`, else as published.
 
-    With `with_published` both are read, and a published cell counts where `runs` has no record of it.
+    With `with_published` both are read. A published cell counts where `runs` has no finished one of its name, unless
+    its configuration is not the plan's.
 
     Raises:
         UserError: there are none, or the published ones are of another corpus or recipe.
     """
-    records = read_records(runs / sweep)
-    source = published(sweep, results)
-    if not source.records.is_file() and (with_published or not records):
-        raise UserError(f"no runs of {sweep!r}: neither cells in {runs / sweep} nor {source.records}")
-    if records and not with_published:
-        return with_planned(sweep, records), curves_table(runs / sweep / record.cell for record in records)
-    others = read_records(source.folder)
+    here, source = runs / sweep, published(sweep, results)
+    own = {record.cell: record for record in read_records(here)}
+    if not source.records.is_file() and (with_published or not own):
+        raise UserError(f"no runs of {sweep!r}: neither cells in {here} nor {source.records}")
+    cells = plan_of(sweep)
+    there = read_published(source)
+    same, notices = of_the_plan(cells or (), there, source.folder, None)
+    if own and not with_published:
+        finished = {name for name, record in same.items() if record.status is Status.DONE}
+        curves = curves_table(here / cell for cell in own)
+        return StudyRecords(*with_planned(sweep, cells, own), curves, str(here), finished)
+    if own:
+        refuse_incomparable([*own.values()], [*there.values()], source.records)
+        there = same
+    for notice in notices:
+        print(notice, file=sys.stderr)
+    counting = {name: which_counts(own.get(name), there.get(name)) for name in {**own, **there}}
+    found = {name: record for name, record in counting.items() if record is not None}
+    run_here = [name for name in found if found[name] is own.get(name)]
+    n_published = len(found) - len(run_here)
+    words = f"{len(run_here)} cells of {here}, {n_published} of {source.folder}" if own else str(source.folder)
     curves = read_table(source.curves, CURVES) if source.curves.is_file() else curves_table(())
-    if not records:
-        return others, curves
-    refuse_incomparable(records, others, source.records)
-    run_here = [record.cell for record in records]
-    others = [record for record in others if record.cell not in run_here]
-    print(f"{sweep}: {len(run_here)} cells of {runs / sweep}, {len(others)} of {source.folder}")
-    own_curves = curves_table(runs / sweep / cell for cell in run_here)
-    curves = pd.concat([own_curves, curves[~curves["cell"].isin(run_here)]], ignore_index=True)
-    return with_planned(sweep, records + others), curves
+    if run_here:
+        own_curves = curves_table(here / cell for cell in run_here)
+        curves = pd.concat([own_curves, curves[~curves["cell"].isin(run_here)]], ignore_index=True)
+    return StudyRecords(*with_planned(sweep, cells, found), curves, words, set())
 
 
 def refuse_incomparable(own: Sequence[Record], others: Sequence[Record], where: Path) -> None:
@@ -93,26 +130,25 @@ def _listed(values: set[Any]) -> str:
     return ", ".join(sorted(map(str, values)))
 
 
-def with_planned(sweep: str, records: list[Record]) -> list[Record]:
-    """The records in the order of the plan, with one made for each cell that has none; unplanned ones come last."""
+def plan_of(sweep: str) -> Sequence[PlannedCell] | None:
+    """The cells of the study's file; None, with a notice, where it cannot be read."""
     try:
-        cells = planned_cells(sweep)
+        return planned_cells(sweep)
     except UserError as error:
         notice = "notice: only cells with a record are in the table, as the plan cannot be read"
         print(f"{notice}: {error}", file=sys.stderr)
-        return records
-    found = {record.cell: record for record in records}
-    planned = [found.pop(cell.name, None) or planned_record(sweep, cell) for cell in cells]
-    return planned + list(found.values())
+        return None
 
 
-def read_settings(sweep: str) -> tuple[dict[float, tuple[float, float] | None], Claims | None]:
-    """The window of each budget and the family of claims, as the study's file has them; none if it cannot be read."""
-    try:
-        study = load_sweep(sweep)
-    except UserError:
-        return {}, None
-    return {row.budget: study.window(row.budget) for row in study.grid}, study.claims
+def with_planned(
+    sweep: str, cells: Sequence[PlannedCell] | None, found: Mapping[str, Record]
+) -> tuple[list[Record], list[Record]]:
+    """A record for each cell of the plan, in its order, made where there is none; and those of no cell of the plan."""
+    if cells is None:
+        return [*found.values()], []
+    planned = [found.get(cell.name) or planned_record(sweep, cell) for cell in cells]
+    names = {cell.name for cell in cells}
+    return planned, [record for name, record in found.items() if name not in names]
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ in the page is loaded from elsewhere, and what is not there to be shown is named
 """
 
 import base64
-import itertools
 import platform
 import re
 import sys
@@ -27,7 +26,7 @@ from peerscale.files import write_text
 from peerscale.laws.optima import OptimumStatus
 from peerscale.runs.fits import RESAMPLES
 from peerscale.runs.record import Record
-from peerscale.runs.study import Study, find_study, method_names, read_fits, study_parser, usable
+from peerscale.runs.study import Study, find_study, header, method_names, read_fits, study_parser, usable
 from peerscale.runs.table import read_records, read_runs
 from peerscale.sweeper import budget_name
 from peerscale.viz.ablations import has_curves
@@ -124,17 +123,6 @@ def sweep_text(sweep: str) -> str:
         return sweep_file(sweep).read_text(encoding="utf-8")
     except ConfigError:
         return ""
-
-
-def header(text: str) -> dict[str, str]:
-    """The opening comment of a sweep file by its words: `# Question: ...`, continued on further lines."""
-    entries: dict[str, str] = {}
-    for line in itertools.takewhile(lambda line: line.startswith("#"), text.splitlines()):
-        word, colon, rest = line.lstrip("# ").partition(": ")
-        starts = bool(colon) and word.isalpha() and word.istitle()
-        key = word if starts else next(reversed(entries), "Question")
-        entries[key] = f"{entries.get(key, '')} {rest if starts else line.lstrip('# ')}".strip()
-    return entries
 
 
 def grid(runs: pd.DataFrame) -> pd.DataFrame:

@@ -5,7 +5,7 @@
 It reads the cells' files, so it does not matter whether they were tracked online, offline or not at all. It can be
 stopped and repeated at any time, also while the study runs: rows that the server has are not sent again, and cells
 still logging online are skipped. Each finished cell becomes an artifact. The run `<sweep>-study` uses these artifacts
-and logs table, fits and figures, so that W&B shows which runs a figure was made from. Exit code 1 if something could
+and logs table, fits and figures, so that W&B shows which runs a figure was made from. Exit code 3 if something could
 not be uploaded.
 """
 

@@ -89,7 +89,7 @@ def disk_full(bench: Bench, what: str, limit: int, **changed: str) -> Outcome:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))  # any file: write fails as if full
 
     code, printed = bench.run(words, fill)
-    check(code in (1, 2) and "Traceback" not in printed, f"exit code {code}: {printed[-300:]}")
+    check(code in (2, 3) and "Traceback" not in printed, f"exit code {code}: {printed[-300:]}")
     check("No space left" in printed or "no space left" in printed or "File too large" in printed, printed[-300:])
     check(not list((bench.folder / f"full-{what}").rglob("checkpoints/.*")), "half a checkpoint stays")
     bench.finish(bench.cell(f"full-{what}"))
@@ -110,7 +110,7 @@ def nan_loss(bench: Bench) -> Outcome:
     """a loss that is no number"""
     words = bench.study("nan", ", method_axes: {peer: {optim.lr: [1e30]}}", optim__warmup_fraction=0.0)
     code, printed = bench.run(words)
-    check(code == 1, f"exit code {code}: {printed[-300:]}")
+    check(code == 3, f"exit code {code}: {printed[-300:]}")
     folder = bench.folder / "nan" / "toy"
     records = {record.cell: record for record in read_records(folder)}
     by_status = [
@@ -134,7 +134,7 @@ def raising(bench: Bench) -> Outcome:
         raise RuntimeError("out of something")
 
     code, printed = bench.run(words, lambda: at_step(5, fail, "peer"))
-    check(code == 1 and "3 of 6 cells failed" in printed, f"exit code {code}: {printed[-300:]}")
+    check(code == 3 and "3 of 6 cells failed" in printed, f"exit code {code}: {printed[-300:]}")
     folder = bench.folder / "raising" / "toy"
     done = {path: text for path, text in files(folder).items() if "dense" in str(path)}
     failed = [record for record in read_records(folder) if record.status is Status.FAILED]
@@ -175,7 +175,7 @@ def ctrl_c(bench: Bench) -> Outcome:
     for i in range(times):
         step = (i + 1) * STEPS // (times + 1)
         code, printed = bench.run(words, lambda step=step: at_step(step, lambda: os.kill(os.getpid(), signal.SIGINT)))
-        check(code == 130 and "the same command goes on" in printed, f"exit code {code}: {printed[-300:]}")
+        check(code == 330 and "the same command goes on" in printed, f"exit code {code}: {printed[-300:]}")
         check("Traceback" not in printed, printed[-300:])
     bench.finish(words)
     return times, "exit code 130, says how to go on; bit-identical", bench.lost("ctrl-c")

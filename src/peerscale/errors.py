@@ -1,14 +1,25 @@
-"""Errors that are the user's to mend: one clear line and exit code 2, never a traceback."""
+"""Errors that are the user's to mend, one clear line and never a traceback; and the exit codes of all programs.
+
+0: all is done. 1: a crash of the program, with Python's traceback. 2: `USER_ERROR`. 3: `FAILED_CELLS`.
+130: `INTERRUPTED`.
+"""
 
 import argparse
 import errno
 import os
+import select
 import sys
 from collections.abc import Callable
-from typing import Never
+from typing import Never, TextIO
 
 USER_ERROR = 2
-"""Exit code of a wrong input; 1 means that the input was fine and some cell of the work failed."""
+"""The input was wrong, or there was no space left; one line says what to mend."""
+
+FAILED_CELLS = 3
+"""The input was fine and the program went through, but some cells of the work failed."""
+
+INTERRUPTED = 130
+"""Ctrl-C; the same command goes on."""
 
 
 class UserError(ValueError):
@@ -32,18 +43,25 @@ FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
 class FailedCells(Exception):
-    """The sweep went through, but some cells of it failed; exit code 1."""
+    """The sweep went through, but some cells of it failed; exit code `FAILED_CELLS`."""
 
 
 def exit_code(main: Callable[[], int | None]) -> int:
-    """Run a program's `main`; turn a `UserError`, a place that is none or a full disk into a line and exit code 2."""
+    """Run a program's `main` and return its exit code; errors that are the user's to mend become one line on stderr."""
     try:
-        return main() or 0
+        code = main() or 0
+        sys.stdout.flush()
+        return code
     except FailedCells as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return FAILED_CELLS
     except UserError as error:
         message = str(error)
+    except BrokenPipeError:
+        if not _nobody_reads(sys.stdout):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at its end
+        return 0  # who read the output, such as `head`, has seen enough
     except OSError as error:
         where = f" for {error.filename}" if error.filename else ""
         if error.errno in FULL:
@@ -54,6 +72,13 @@ def exit_code(main: Callable[[], int | None]) -> int:
             raise
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on where this one stopped", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     print(f"error: {message}", file=sys.stderr)
     return USER_ERROR
+
+
+def _nobody_reads(stream: TextIO) -> bool:
+    """Whether a stream leads into a pipe whose other end is closed."""
+    poll = select.poll()
+    poll.register(stream, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))

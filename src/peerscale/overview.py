@@ -2,26 +2,39 @@
 
 python -m peerscale.overview plan SWEEP [key=value ...]
 python -m peerscale.overview status SWEEP [key=value ...]
+python -m peerscale.overview studies
 """
 
+import csv
+import json
 import sys
+import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+import yaml
 
 from peerscale.accounting import CONVENTION
-from peerscale.config import load_sweep
 from peerscale.data.store import read_manifest
-from peerscale.errors import ArgumentParser, UserError, exit_code
+from peerscale.errors import USER_ERROR, ArgumentParser, UserError, exit_code
+from peerscale.files import ROOT
+from peerscale.outcomes import ENDED, Outcome, Outcomes, further_line, outcomes
 from peerscale.plan import Verdict
 from peerscale.progress import duration
-from peerscale.runs.record import Status, read_record
+from peerscale.runs.record import RECORD, Status, cell_folders
+from peerscale.runs.speed import makespan_s
+from peerscale.runs.study import RESULTS, RUNS, header, published
 from peerscale.slurm import Job, jobs_folder, log_path, queued, read_job_ids
-from peerscale.sweeper import Cell, budget_name, planned_cells, short_methods, state
+from peerscale.sweep_config import SweepConfig, load_sweep, parse_sweep
+from peerscale.sweeper import Cell, budget_name, count_cells, planned_cells, short_methods
 
 
-def plan_row(cell: Cell) -> dict[str, str]:
-    """What a cell costs and what it will do, as the plan's table shows it."""
+def plan_row(cell: Cell, outcome: Outcome) -> dict[str, str]:
+    """What a cell costs and what it will do, or that it is done, as the plan's table shows it."""
     plan = cell.plan
+    state = "published" if outcome.done_published else "done" if outcome.done else plan.verdict
     return {
         "cell": cell.name,
         "params": f"{plan.cost.params_total:,}",
@@ -35,49 +48,174 @@ def plan_row(cell: Cell) -> dict[str, str]:
         "table lr": "-" if plan.table_lr is None else f"{plan.table_lr:.3g}",
         "FLOPs/budget": f"{plan.flops / cell.config.budget:.4f}",
         "time": duration(cell.estimate_s) + ("?" if cell.estimate_is_guess else ""),
-        "": plan.verdict if not plan.reason else f"{plan.verdict}: {plan.reason}",
+        "": state if not plan.reason else f"{plan.verdict}: {plan.reason}",
     }
 
 
-def print_plan(sweep: str, overrides: Sequence[str]) -> int:
-    """Print the plan; exit code 1 if a method keeps too few sizes at a budget."""
+LEGEND = """\
+active: parameters that one token uses; layer: share of the training FLOPs in the replaced layer;
+lr, table lr: peak learning rates of the backbone and of expert tables; FLOPs/budget: FLOPs used of those asked for"""
+"""What the columns of the plan mean."""
+
+
+def print_plan(sweep: str, overrides: Sequence[str], workers: int, results: Path) -> int:
+    """Print the plan; exit code 2 if a method keeps too few sizes at a budget."""
     cells = planned_cells(sweep, overrides)
+    found = _outcomes(cells, results)
     kept = [cell for cell in cells if cell.plan.verdict is Verdict.OK]
-    rows = [plan_row(cell) for cell in cells]
+    rows = [plan_row(cell, found.planned[cell.name]) for cell in cells]
     print(text_table([list(rows[0]), *(list(row.values()) for row in rows)]))
-    flops, seconds = sum(cell.plan.flops for cell in kept), sum(cell.estimate_s for cell in kept)
-    print(f"\n{len(kept)} cells of {len(cells)}, {flops:.3g} FLOPs ({CONVENTION}); {duration(seconds)} on one worker")
-    if any(cell.estimate_is_guess for cell in kept):
-        print("time? is a guess: no finished cell of that method on this machine yet")
+    print(f"\n{LEGEND}")
+    print(f"{len(kept)} cells of {len(cells)}, {sum(cell.plan.flops for cell in kept):.3g} FLOPs ({CONVENTION})")
+    not_done = [cell for cell in kept if not found.planned[cell.name].done]
+    not_done_here = [cell for cell in kept if not found.planned[cell.name].done_here]
+    command = f"make sweep SWEEP={cells[0].sweep}"
+    print(f"{command}: {_to_run(not_done_here, workers)}")
+    if published_ones := len(not_done_here) - len(not_done):
+        print(f"{command} PUBLISHED=1: {_to_run(not_done, workers)}, as {published_ones} are published")
+    if any(cell.estimate_is_guess for cell in not_done_here):
+        print("time? is a guess by the published runs: no finished cell of that method on this machine yet")
     if all(cell.plan.epochs is None for cell in kept):
         print("the corpus is not prepared and its tokens not known: cells may still be dropped for too many epochs")
-    short = short_methods(cells, load_sweep(sweep).min_sizes)
+    _print_notices(found)
+    short = short_methods(cells, load_sweep(sweep, overrides).min_sizes)
     for line in short:
         print(f"error: {line}", file=sys.stderr)
-    return 1 if short else 0
+    return USER_ERROR if short else 0
 
 
-def print_status(sweep: str, overrides: Sequence[str]) -> int:
-    """Print the grid, method and size by budget: a loss, or what became of the cell."""
-    cells = planned_cells(sweep, overrides)
+def _to_run(cells: Sequence[Cell], workers: int) -> str:
+    if not cells:
+        return "nothing to run"
+    seconds = makespan_s((cell.estimate_s for cell in cells), workers)
+    on = "one worker" if workers == 1 else f"{workers} workers"
+    return f"{len(cells)} cells to run, about {duration(seconds)} on {on}"
+
+
+def _outcomes(cells: Sequence[Cell], results: Path) -> Outcomes:
     manifest = read_manifest(cells[0].config.data)
-    job_of = _slurm_jobs(cells)
-    rows, notes = [], []
+    return outcomes(cells, published(cells[0].sweep, results), manifest.fingerprint if manifest else None)
+
+
+def _print_notices(found: Outcomes) -> None:
+    for notice in found.notices:
+        print(notice, file=sys.stderr)
+
+
+def print_status(sweep: str, overrides: Sequence[str], results: Path) -> int:
+    """Print the grid, method and size by budget: a loss, or what became of the cell; and means over seeds."""
+    cells = planned_cells(sweep, overrides)
+    found = _outcomes(cells, results)
+    name, job_of = cells[0].sweep, _slurm_jobs(cells)
+    grid, notes, words = Grid(), [], []
     for cell in cells:
-        shown, note = _outcome(cell, manifest.fingerprint if manifest else None, job_of.get(cell.name))
+        outcome = found.planned[cell.name]
+        word, note = _word(cell, outcome, job_of.get(cell.name))
         notes += [note] if note else []
-        row, column = cell.name.replace(f"-{budget_name(cell.config.budget)}", "", 1), budget_name(cell.config.budget)
-        rows.append((row, column, shown))
-    budgets = list(dict.fromkeys(column for _, column, _ in rows))
-    grid: dict[str, dict[str, str]] = {}
-    for row, column, shown in rows:
-        grid.setdefault(row, {})[column] = shown
-    print(text_table([["", *budgets], *([row, *(shown.get(b, "") for b in budgets)] for row, shown in grid.items())]))
-    counts = Counter("done" if shown[0].isdigit() else shown for _, _, shown in rows)
-    print(f"\n{', '.join(f'{n} {status}' for status, n in counts.items())}; losses in nats per token ({sweep})")
+        words.append(word)
+        evaluation = outcome.record.evaluation if outcome.record and outcome.done else {}
+        loss = evaluation.get(cell.config.data.val_set, {}).get("loss")
+        grid.add(cell, loss, (word if loss is None else f"{loss:.4f}") + PUBLISHED * outcome.published)
+    print(text_table(grid.rows()))
+    if means := grid.means():
+        print(f"\nmean ± standard deviation (number of seeds):\n{text_table(means)}")
+    counts = {word: f"{n} {word}" for word, n in Counter(words).items()}
+    if n_published := sum(found.planned[cell.name].done_published for cell in cells):
+        where = f"{words.count('done') - n_published} run here in {_short(cells[0].folder.parent)}"
+        counts["done"] += f" ({where}, {n_published} published in {_short(results / name)})"
+    print(f"\n{', '.join(counts.values())}; losses in nats per token ({sweep})")
+    if n_published:
+        print(f"{PUBLISHED} is published; make sweep SWEEP={name} PUBLISHED=1 runs only the others")
+    if found.further and not overrides:  # a part of a study has too many others to name
+        print(further_line(list(found.further)))
     for note in notes:
         print(note)
+    _print_notices(found)
     return 0
+
+
+PUBLISHED = "*"
+"""Marks what is not from this machine's runs/."""
+
+
+class Grid:
+    """The losses of a study: a row for each method, size, setting and seed, a column for each budget."""
+
+    def __init__(self) -> None:
+        self.shown: dict[str, dict[str, str]] = {}
+        self.losses: dict[str, dict[str, list[float]]] = {}
+        """By row without its seed, and budget."""
+
+    def add(self, cell: Cell, loss: float | None, text: str) -> None:
+        """Add a cell: its loss, if it has one, and what is shown of it."""
+        budget = budget_name(cell.config.budget)
+        row = cell.name.replace(f"-{budget}", "", 1)
+        self.shown.setdefault(row, {})[budget] = text
+        seeds = self.losses.setdefault(row.removesuffix(f"-s{cell.config.seed}"), {}).setdefault(budget, [])
+        seeds += [] if loss is None else [loss]
+
+    def rows(self) -> list[list[str]]:
+        return self._table(self.shown)
+
+    def means(self) -> list[list[str]]:
+        """The mean over seeds where there are several losses, in a table of the same columns; empty if nowhere."""
+        shown = {
+            row: {budget: f"{mean(x):.4f} ± {stdev(x):.4f} ({len(x)})" for budget, x in at.items() if len(x) > 1}
+            for row, at in self.losses.items()
+        }
+        shown = {row: at for row, at in shown.items() if at}
+        return self._table(shown) if shown else []
+
+    def _table(self, shown: Mapping[str, Mapping[str, str]]) -> list[list[str]]:
+        budgets = list(dict.fromkeys(budget for at in self.shown.values() for budget in at))
+        return [["", *budgets], *([row, *(at.get(b, "") for b in budgets)] for row, at in shown.items())]
+
+
+def _short(folder: Path) -> str:
+    """A folder as a user types it in the checkout."""
+    return str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder)
+
+
+def print_studies(runs: Path, results: Path) -> int:
+    """Print every study of sweeps/: its question, its number of cells, and how many are done, here and published."""
+    for file in sorted((ROOT / "sweeps").glob("*.yaml")):
+        try:
+            planned = f"{count_cells(read_section(file))} cells"
+        except UserError as error:
+            planned = f"cannot be planned: {error}"
+        here = Counter(_status(folder / RECORD) for folder in cell_folders(runs / file.stem))
+        there = Counter(_statuses(results / file.stem / "runs.csv"))
+        state = [f"{here[Status.DONE]} done here", f"{there[Status.DONE]} published"]
+        state += [f"{there[Status.DROPPED]} dropped"] if there[Status.DROPPED] else []
+        print(f"{file.stem:<16} {planned}: {', '.join(state)}")
+        question = header(file.read_text(encoding="utf-8")).get("Question", "its file names no question")
+        print(textwrap.fill(question, 100, initial_indent="    ", subsequent_indent="    "))
+    print("\nmake status SWEEP=NAME shows one of them cell by cell; make plan SWEEP=NAME what it costs")
+    return 0
+
+
+def read_section(file: Path) -> SweepConfig:
+    """The `sweep` section of a study; composed by Hydra, which is slow, only where the file does not hold all of it."""
+    try:
+        return parse_sweep(yaml.safe_load(file.read_text(encoding="utf-8"))["sweep"])
+    except (yaml.YAMLError, KeyError, TypeError, UserError):
+        return load_sweep(file)
+
+
+def _status(path: Path) -> str:
+    """The status in a record, read without checking the rest; empty if there is none that can be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["status"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _statuses(table: Path) -> list[str]:
+    """The status of each row of a published table; none where there is no table."""
+    if not table.is_file():
+        return []
+    with table.open(encoding="utf-8", newline="") as file:
+        return [row.get("status", "") for row in csv.DictReader(file)]
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:
@@ -105,49 +243,44 @@ def _slurm_jobs(cells: Sequence[Cell]) -> dict[str, Job]:
     return {cell: alive.get(job_id, Job(id=job_id)) for cell, job_id in ids.items()}
 
 
-def _outcome(cell: Cell, data_fingerprint: str | None, job: Job | None) -> tuple[str, str]:
-    """What the grid shows for a cell, and a line below the grid if there is more to say."""
+def _word(cell: Cell, outcome: Outcome, job: Job | None) -> tuple[str, str]:
+    """What became of a cell, in a word, and a line below the grid if there is more to say."""
+    record = outcome.record
+    if outcome.done:
+        return "done", ""
     if cell.plan.verdict is Verdict.DROP:
         return "dropped", f"{cell.name} dropped: {cell.plan.reason}"
-    try:
-        record = read_record(cell.folder)
-        if record is not None and data_fingerprint is not None:
-            state(cell, data_fingerprint)
-    except UserError as error:
-        return "refused", str(error)
-    if record is not None and record.status is Status.DONE:
-        loss = record.evaluation.get(cell.config.data.val_set, {}).get("loss")
-        return ("done" if loss is None else f"{loss:.4f}"), ""
+    if outcome.refused:
+        return "refused", outcome.refused
     if job is not None and job.state:
         return job.word, f"{cell.name} {job.word}: Slurm job {job.id} {job.detail}"
     ended = "" if job is None else f"Slurm job {job.id} has ended, see {log_path(jobs_folder(cell), job.id)}"
-    if record is not None and record.status is not Status.RUNNING:
+    if record is not None and record.status in ENDED:
         return str(record.status), f"{cell.name} {record.status}: {record.reason}" + (f"; {ended}" if ended else "")
-    if record is not None and _locked(cell):
+    if record is not None and record.status is Status.RUNNING:
         return "running", ""
     shown = "pending" if record is None and job is None else "interrupted"
     return shown, f"{cell.name} {shown}: {ended}" if ended else ""
 
 
-def _locked(cell: Cell) -> bool:
-    """Whether a process holds the cell now."""
-    from filelock import FileLock, Timeout
-
-    try:
-        with FileLock(cell.folder / "lock", timeout=0):
-            return False
-    except Timeout:
-        return True
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m peerscale.overview", description=__doc__.splitlines()[0])
-    parser.add_argument("view", choices=["plan", "status"])
-    parser.add_argument("sweep", help="name of a file in sweeps/, or a path")
+    parser.add_argument("view", choices=["plan", "status", "studies"])
+    parser.add_argument("sweep", nargs="?", help="name of a file in sweeps/, or a path")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of every cell")
-    options = parser.parse_args(arguments)
-    show = print_plan if options.view == "plan" else print_status
-    return show(options.sweep, options.overrides)
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="workers that the plan's time is for")
+    parser.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help="where `studies` looks for cells")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where studies are published")
+    options = parser.parse_intermixed_args(arguments)
+    if options.jobs < 1:
+        raise UserError(f"--jobs must be at least 1, not {options.jobs}")
+    if options.view == "studies":
+        return print_studies(options.runs, options.results)
+    if options.sweep is None:
+        raise UserError(f"{options.view} of which study? make studies lists them")
+    if options.view == "plan":
+        return print_plan(options.sweep, options.overrides, options.jobs, options.results)
+    return print_status(options.sweep, options.overrides, options.results)
 
 
 if __name__ == "__main__":

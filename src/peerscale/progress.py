@@ -26,6 +26,7 @@ class Progress:
         self.sweep, self.cells, self.already_done = sweep, cells, already_done
         self.started = time.monotonic()  # a clock that is set back must not make a sweep look finished, or unending
         self.written_before = {cell.name: _written(cell) for cell in cells}
+        self.steps_before = {cell.name: _steps_saved(cell) for cell in cells}
         self.live = sys.stderr.isatty()
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
@@ -52,19 +53,21 @@ class Progress:
 
     def line(self) -> str:
         """One line: `reproduce 12/50 | peer-d32-3e11-s0 120/367 loss 5.43 21k tok/s | 6 min left`."""
-        ended, work_done, running = self.already_done, 0.0, []
+        ended, work, work_done, running = self.already_done, 0.0, 0.0, []
         for cell in self.cells:
+            before, step_s = self.steps_before[cell.name], cell.estimate_s / cell.plan.steps
+            work += step_s * (cell.plan.steps - before)
             status, row = self._state(cell)
             if status in ENDED:
                 ended += 1
-                work_done += cell.estimate_s
+                work_done += step_s * (cell.plan.steps - before)
             elif row:
-                work_done += cell.estimate_s * row["step"] / cell.plan.steps
+                work_done += step_s * max(0, row["step"] - before)
                 speed = f"{row['tokens_per_s'] / 1e3:.1f}k tok/s"
                 running.append(f"{cell.name} {row['step']}/{cell.plan.steps} loss {row['loss']:.3f} {speed}")
             elif status is Status.RUNNING:
                 running.append(f"{cell.name} starting")
-        work, elapsed = sum(cell.estimate_s for cell in self.cells), time.monotonic() - self.started
+        elapsed = time.monotonic() - self.started
         left = elapsed * (work - work_done) / work_done if work_done else None
         parts = [f"{self.sweep} {ended}/{self.already_done + len(self.cells)}", *running]
         return " | ".join([*parts, f"{duration(left)} left" if left is not None else "time left unknown yet"])
@@ -92,6 +95,12 @@ def _written(cell: Cell) -> int | None:
         return (cell.folder / RECORD).stat().st_mtime_ns
     except OSError:
         return None
+
+
+def _steps_saved(cell: Cell) -> int:
+    """The step at which a cell that was interrupted goes on, as the name of its newest checkpoint says."""
+    names = [path.stem.removeprefix("step-") for path in (cell.folder / "checkpoints").glob("step-*.ckpt")]
+    return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def duration(seconds: float) -> str:

@@ -17,7 +17,7 @@ from peerscale.config_errors import ConfigError, one_line
 from peerscale.errors import UserError
 from peerscale.files import ROOT
 from peerscale.plan import Plan, Verdict, plan
-from peerscale.runs.record import Record, Status, differing_keys, fingerprint, read_record, science
+from peerscale.runs.record import NOT_HASHED, Record, Status, differences, read_record, set_aside
 from peerscale.runs.speed import estimate_s, measured_speeds
 from peerscale.sweep_config import SweepConfig, load_sweep, of_sweep
 
@@ -33,10 +33,8 @@ NAMED = ("ffn", "size", "budget", "seed")
 FINISHED = (Status.DONE, Status.DIVERGED, Status.DROPPED)
 """What a sweep leaves alone. A diverged cell would diverge again; `how_to_rerun` says what makes it a new one."""
 
-OPERATIONAL = (
-    "trainer", "tracking", "hydra", "min_steps", "data.directory", "data.max_epochs", "data.train_tokens",
-)  # fmt: skip
-"""Overrides that don't change a cell's result, and so not its name."""
+OPERATIONAL = ("hydra", *(key for key in NOT_HASHED if key != "data.path"))
+"""Overrides that don't change a cell's name, since they don't change its result; but another text is another corpus."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,6 +118,12 @@ def planned_cells(sweep: str | Path, overrides: Sequence[str] = ()) -> list[Cell
     return _with_estimates(cells)
 
 
+def count_cells(study: SweepConfig) -> int:
+    """How many cells a study has, dropped ones included; composes none of them."""
+    per_seed = [len(row.sizes) * len(row.seeds or study.seeds) for row in study.rows]
+    return sum(per_seed) * sum(len(_axis_overrides(study, method)) for method in study.methods)
+
+
 def single_cell(config: Config, overrides: Sequence[str], sweep: str = SINGLE) -> Cell:
     """The cell of one configuration."""
     return _with_estimates([_cell(sweep, config, tuple(overrides))])[0]
@@ -140,14 +144,12 @@ def state(cell: Cell, data_fingerprint: str) -> Status:
     return record.status
 
 
-def check_same(cell: Cell, record: Record, data_fingerprint: str) -> None:
+def check_same(cell: Cell, record: Record, data_fingerprint: str | None) -> None:
     """Refuse to mix two configurations in one folder."""
-    wanted = json.loads(json.dumps(science(cell.config, data_fingerprint)))
-    if fingerprint(wanted) != record.fingerprint:
-        differences = differing_keys(record.science, wanted)
+    if found := differences(cell.config, record, data_fingerprint):
         raise UserError(
-            f"{cell.folder} holds a run of another configuration: {'; '.join(differences) or 'fingerprint only'}. "
-            f"To keep it and go on: mv '{cell.folder}' '{cell.folder}.old'"
+            f"{cell.folder} holds a run of another configuration: {'; '.join(found)}. "
+            f"To keep it and go on: {set_aside(cell.folder)}"
         )
 
 
@@ -155,7 +157,7 @@ def how_to_rerun(cell: Cell) -> str:
     """What to type for a cell that ended badly to be run again."""
     record = read_record(cell.folder)
     if record is not None and record.status is Status.DIVERGED:
-        return f"to run it again all the same: mv '{cell.folder}' '{cell.folder}.old'"
+        return f"to run it again all the same: {set_aside(cell.folder)}"
     return "the same command tries it again"
 
 

@@ -4,11 +4,13 @@
     python -m peerscale.train --config-dir sweeps --config-name reproduce
     python -m peerscale.train --config-dir sweeps --config-name reproduce hydra/launcher=joblib hydra.launcher.n_jobs=2
 
-torch and lightning are imported inside the cell, so that planning and skipping take no time.
+torch and lightning are imported inside the cell, so that planning and skipping take no time. Exit codes:
+`peerscale.errors`.
 """
 
 import argparse
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from peerscale.composition import check_hydra
+from peerscale.composition import check_hydra, sweep_file
 from peerscale.config import Config, parse_config
 from peerscale.config_errors import ConfigError, first_line
 from peerscale.data.prepare import prepare
@@ -30,7 +32,7 @@ from peerscale.errors import FailedCells, UserError, exit_code
 from peerscale.files import ROOT
 from peerscale.plan import Verdict
 from peerscale.progress import Progress
-from peerscale.runs.record import Status, read_record
+from peerscale.runs.record import LOCK, Status, read_record
 from peerscale.sweep_config import of_sweep
 from peerscale.sweeper import FINISHED, SINGLE, Cell, how_to_rerun, single_cell, state
 
@@ -69,14 +71,22 @@ def run_single(cell: Cell) -> None:
 
 
 def run_cell(cell: Cell) -> Status:
-    """Run, or resume, a cell, unless another worker has it or it is done; every outcome is in its record."""
+    """Run, or resume, a cell, unless another worker has it or it is done; every outcome is in its record.
+
+    Raises:
+        UserError: it cannot be run as it is; if it was never run before, nothing of it stays.
+    """
     cell.folder.mkdir(parents=True, exist_ok=True)
     try:
         # A second, since `status` takes the lock for a moment to see whether it is held.
-        with FileLock(cell.folder / "lock", timeout=1):
+        with FileLock(cell.folder / LOCK, timeout=1):
             from peerscale.training.cell import train_cell
 
             return train_cell(cell)
+    except UserError:
+        if not any(path.name != LOCK for path in cell.folder.iterdir()):
+            shutil.rmtree(cell.folder)
+        raise
     except Timeout:
         print(f"{cell.name} is being run by another process: left to it", file=sys.stderr)
         return Status.RUNNING
@@ -92,9 +102,12 @@ def main() -> int:
     # A study is chosen from by keys that its file need not hold, and Hydra adds no key without being told to.
     sys.argv = [f"++{word.lstrip('+')}" if of_sweep(word) else word for word in sys.argv]
     if named.config_name is not None:
-        file = Path(named.config_dir or named.config_path or ROOT / "conf", named.config_name).with_suffix(".yaml")
-        if file.is_file():  # else Hydra says so
-            check_hydra(file.resolve())
+        name = named.config_name.removesuffix(".yaml") + ".yaml"
+        folder = named.config_dir or named.config_path
+        if folder is not None:
+            check_hydra(sweep_file(Path(folder, name)))
+        elif (file := ROOT / "conf" / name).is_file():  # else Hydra says so
+            check_hydra(file)
     try:
         hydra_job()
     except (HydraException, OmegaConfBaseException, YAMLError) as error:

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from filelock import FileLock
 from synthetic_study import SWEEP, WRONG, cells, records, script, write_cells
 
 from peerscale.errors import UserError, exit_code
-from peerscale.runs.record import Record, Status, read_record, write_record
+from peerscale.runs.record import Record, Status, fingerprint, read_record, write_record
 from peerscale.runs.study import collected
 from peerscale.runs.table import curves_table, runs_table
 
@@ -38,21 +39,31 @@ def test_a_dropped_cell_says_why_and_what_it_would_have_been(runs: pd.DataFrame)
     assert pd.isna(row["val_loss"])
 
 
+def by_cell(some: list[Record]) -> dict[str, Record]:
+    return {record.cell: record for record in some}
+
+
 def test_a_cell_never_run_is_pending() -> None:
-    without_record = {"peer-d8-1e11-s0"}
-    some = [record for record in records() if record.cell not in without_record]
-    collect.planned_cells = lambda sweep: cells()
-    all_records = {record.cell: record for record in collect.with_planned(SWEEP, some)}
-    assert len(all_records) == len(cells())
+    found = by_cell([record for record in records() if record.cell != "peer-d8-1e11-s0"])
+    planned, further = collect.with_planned(SWEEP, cells(), found)
+    all_records = by_cell(planned)
+    assert len(all_records) == len(cells()) and further == []
     assert all_records["peer-d8-1e11-s0"].status is Status.PENDING
     assert all_records["pkm-d8-1e11-s0"].status is Status.DROPPED
 
 
-def test_a_recorded_cell_outside_the_plan_keeps_its_row() -> None:
-    collect.planned_cells = lambda sweep: cells()[:3]
-    names = [record.cell for record in collect.with_planned(SWEEP, records())]
-    assert names[:3] == [cell.name for cell in cells()[:3]]
-    assert sorted(names) == sorted(record.cell for record in records())
+def test_a_recorded_cell_outside_the_plan_keeps_its_row_and_is_counted_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_cells(tmp_path)
+    left_out = ("dense-d8-1e11-s0", "peer-d16-3e11-s0")
+    collect.planned_cells = lambda sweep: [cell for cell in cells() if cell.name not in left_out]
+    assert collect.main([SWEEP, "--runs", str(tmp_path), "--results", str(tmp_path / "results")]) == 0
+    out = capsys.readouterr().out
+    assert "synthetic: 48 cells (45 done, 1 failed, 1 dropped, 1 diverged), from" in out
+    assert f"2 further cells not in the plan: {', '.join(left_out)}" in out
+    table = pd.read_csv(collected(SWEEP, tmp_path).runs)
+    assert len(table) == 50 and list(table["cell"])[-2:] == list(left_out)
 
 
 def test_an_unreadable_plan_is_noticed_and_stops_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,8 +71,20 @@ def test_an_unreadable_plan_is_noticed_and_stops_nothing(capsys: pytest.CaptureF
         raise UserError("no sweep file synthetic.yaml")
 
     collect.planned_cells = broken
-    assert collect.with_planned(SWEEP, records()) == records()
+    assert collect.with_planned(SWEEP, collect.plan_of(SWEEP), by_cell(records())) == (records(), [])
     assert "no sweep file synthetic.yaml" in capsys.readouterr().err
+
+
+def test_a_running_record_that_no_process_holds_is_interrupted(tmp_path: Path) -> None:
+    write_cells(tmp_path)
+    for cell in ("dense-d8-1e11-s0", "peer-d16-3e11-s0"):
+        record = by_cell(records())[cell]
+        write_record(tmp_path / SWEEP / cell, replace(record, status=Status.RUNNING, evaluation={}, timing={}))
+    collect.planned_cells = lambda sweep: cells()
+    with FileLock(tmp_path / SWEEP / "dense-d8-1e11-s0" / "lock"):
+        assert collect.main([SWEEP, "--runs", str(tmp_path), "--results", str(tmp_path / "results")]) == 0
+    status = pd.read_csv(collected(SWEEP, tmp_path).runs).set_index("cell")["status"]
+    assert (status["dense-d8-1e11-s0"], status["peer-d16-3e11-s0"]) == ("running", "interrupted")
 
 
 def test_curves_are_the_metrics_of_each_cell(collected_runs: Path) -> None:
@@ -215,6 +238,44 @@ def test_published_cells_fill_in_what_was_not_run_here(
         assert getattr(merged, path).read_text() == getattr(whole, path).read_text(), path
     both = (pd.read_csv(s.curves).sort_values(["cell", "step"], ignore_index=True) for s in (merged, whole))
     pd.testing.assert_frame_equal(*both)
+
+
+def test_without_them_it_says_what_is_published(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    peer = [r for r in records() if r.method == "peer"]
+    arguments = published_and_run_here(tmp_path, peer, records())
+    capsys.readouterr()
+    assert collect.main(arguments[:-1]) == 0
+    done_elsewhere = sum(r.status is Status.DONE and r.method != "peer" for r in records())
+    said = f"{done_elsewhere} of them are finished in {tmp_path / 'results' / SWEEP}: make figures SWEEP={SWEEP}"
+    assert f"{said} PUBLISHED=1\n" in capsys.readouterr().out
+
+
+def test_a_published_finished_cell_counts_before_one_that_failed_here(tmp_path: Path) -> None:
+    failed = next(r for r in records() if r.cell == "peer-d16-3e11-s0")
+    arguments = published_and_run_here(tmp_path, [failed], records())
+    write_record(tmp_path / "runs" / SWEEP / failed.cell, replace(failed, status=Status.FAILED, evaluation={}))
+    assert collect.main(arguments) == 0
+    table = pd.read_csv(collected(SWEEP, tmp_path / "runs").runs).set_index("cell")
+    assert table.loc[failed.cell, "val_loss"] == pytest.approx(failed.evaluation["validation"]["loss"])
+
+
+def test_a_published_cell_of_another_configuration_does_not_fill_in(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peer = [r for r in records() if r.method == "peer"]
+
+    def changed(record: Record) -> Record:
+        hashed = {**record.science, "context": 32}
+        return replace(record, science=hashed, fingerprint=fingerprint(hashed))
+
+    others = [changed(r) if r.cell == "dense-d16-3e11-s0" else r for r in records()]
+    arguments = published_and_run_here(tmp_path, peer, others)
+    capsys.readouterr()
+    assert collect.main(arguments) == 0
+    said = "published dense-d16-3e11-s0 is of another configuration than the plan's: context 32 -> 64"
+    assert said in capsys.readouterr().err
+    status = pd.read_csv(collected(SWEEP, tmp_path / "runs").runs).set_index("cell")["status"]
+    assert (status["dense-d16-3e11-s0"], status["dense-d24-3e11-s0"]) == ("pending", "done")
 
 
 @pytest.mark.parametrize("key", ["recipe_version", "data_fingerprint"])

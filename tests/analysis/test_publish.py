@@ -2,13 +2,15 @@
 
 import json
 import shutil
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from synthetic_study import SWEEP, records, script
 
 from peerscale.errors import exit_code
+from peerscale.runs.record import Record, Status
 from peerscale.runs.study import collected, published
 from peerscale.runs.table import read_records, read_runs
 
@@ -66,6 +68,83 @@ def test_publishing_again_replaces_and_keeps_what_is_not_its_own(folders: list[s
     assert not (target.figures / "stale.png").exists()
     assert (target.folder / "NOTES.md").read_text() == "by hand"
     assert target.table.read_text().startswith("# synthetic")
+
+
+def collect_again(folders: list[str], tmp_path: Path, change: Callable[[Record], Record | None]) -> None:
+    """Publish the study, and change its collected records as if they had been collected anew."""
+    assert publish.main(folders) == 0
+    study = collected(SWEEP, tmp_path / "runs")
+    changed = [after for record in read_records(study.folder) if (after := change(record))]
+    study.records.write_text("".join(json.dumps(asdict(record)) + "\n" for record in changed))
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_finished_cells_do_not_vanish_unasked(
+    folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = sum(record.status is Status.DONE for record in records())
+
+    def only_dense(record: Record) -> Record:  # the others as if never run here
+        pending = replace(record, status=Status.PENDING, evaluation={}, fingerprint="", environment={})
+        return record if record.method == "dense" else pending
+
+    collect_again(folders, tmp_path, only_dense)
+    assert f"finished cells: {done} added, 0 replaced, 0 kept, 0 removed" in capsys.readouterr().out
+    before = contents(tmp_path / "results")
+    assert exit_code(lambda: publish.main(folders)) == 2
+    assert contents(tmp_path / "results") == before
+    line = capsys.readouterr().err
+    named = "moe-d8-1e11-s0, moe-d12-1e11-s0, moe-d16-1e11-s0 ..."
+    assert line == (
+        f"error: this would remove {done - 10} finished cells ({named}) in {tmp_path / 'results' / SWEEP}; "
+        f"to keep them: make figures SWEEP={SWEEP} PUBLISHED=1; "
+        f"to do it all the same: make publish SWEEP={SWEEP} REPLACE=1\n"
+    )
+    assert publish.main([*folders, "--replace"]) == 0
+    assert f"finished cells: 0 added, 0 replaced, 10 kept, {done - 10} removed" in capsys.readouterr().out
+
+
+def test_finished_cells_are_not_replaced_by_another_configuration_unasked(
+    folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shorter(record: Record) -> Record:
+        science = {**record.science, "context": 32}
+        of_peer = record.cell == "peer-d16-1e11-s0"
+        return replace(record, science=science, fingerprint="f" * 16) if of_peer else record
+
+    collect_again(folders, tmp_path, shorter)
+    before = contents(tmp_path / "results")
+    capsys.readouterr()
+    assert exit_code(lambda: publish.main(folders)) == 2
+    assert contents(tmp_path / "results") == before
+    assert capsys.readouterr().err == (
+        "error: this would replace 1 by cells of another configuration (peer-d16-1e11-s0: context 64 -> 32) in "
+        f"{tmp_path / 'results' / SWEEP}; to do it all the same: make publish SWEEP={SWEEP} REPLACE=1\n"
+    )
+    assert publish.main([*folders, "--replace"]) == 0
+    assert "0 added, 1 replaced, 46 kept, 0 removed" in capsys.readouterr().out
+
+
+def test_the_same_cell_trained_again_is_replaced(
+    folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    collect_again(folders, tmp_path, lambda r: replace(r, timing={}) if r.cell == "peer-d16-1e11-s0" else r)
+    capsys.readouterr()
+    assert publish.main(folders) == 0
+    assert "0 added, 1 replaced, 46 kept, 0 removed" in capsys.readouterr().out
+
+
+def test_cells_published_without_their_records_are_not_lost_either(
+    folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    collect_again(folders, tmp_path, lambda record: record)
+    published(SWEEP, tmp_path / "results").records.unlink()
+    capsys.readouterr()
+    assert exit_code(lambda: publish.main(folders)) == 2
+    assert "error: this would replace 47 by cells of another configuration" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["runs.csv", "table.md", "figures"])

@@ -16,7 +16,7 @@ def table(*rows: tuple[str, str | None, str]) -> pd.DataFrame:
 
 def test_collected_study_comes_before_the_published_one(tmp_path: Path) -> None:
     runs, results = tmp_path / "runs", tmp_path / "results"
-    with pytest.raises(UserError, match=r"analysis/collect\.py abc"):
+    with pytest.raises(UserError, match=r"first: make figures SWEEP=abc$"):
         find_study("abc", runs, results)
     for study in (published("abc", results), collected("abc", runs)):
         study.folder.mkdir(parents=True)

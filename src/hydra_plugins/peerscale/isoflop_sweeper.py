@@ -15,6 +15,10 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+PUBLISHED = "sweep.published="
+"""Override that names a folder of published studies, as results/: cells finished there are not run again. It is for
+this sweep, not for its cells, which never see it."""
+
 
 class IsoflopSweeper(Sweeper):
     """Hands the pending cells of a study to the launcher, longest first."""
@@ -35,19 +39,25 @@ class IsoflopSweeper(Sweeper):
         from peerscale.config import ConfigError
         from peerscale.data.prepare import prepare
         from peerscale.errors import FailedCells
+        from peerscale.outcomes import published_as_done, some
         from peerscale.runs.record import Status
         from peerscale.sweeper import diverged_lines, pending_cells, planned_cells
 
         assert self.config is not None and self.launcher is not None
         if "sweep" not in self.config:
             raise ConfigError("a multirun needs a sweep file: --config-dir sweeps --config-name NAME")
-        cells = planned_cells(self._file(), arguments)
-        corpus = prepare(cells[0].config.data)
-        pending = pending_cells(cells, corpus.manifest.fingerprint)
-        dropped = sum(cell.plan.verdict == "DROP" for cell in cells)
-        diverged = diverged_lines(cells, corpus.manifest.fingerprint)
+        chosen = [word for word in arguments if not word.lstrip("+").startswith(PUBLISHED)]
+        results = [word.partition("=")[2] for word in arguments if word not in chosen]
+        cells = planned_cells(self._file(), chosen)
+        corpus = prepare(cells[0].config.data).manifest.fingerprint
+        elsewhere = published_as_done(cells, results[-1], corpus) if results else set()
+        left = [cell for cell in cells if cell.name not in elsewhere]
+        pending, diverged = pending_cells(left, corpus), diverged_lines(left, corpus)
+        dropped = sum(cell.plan.verdict == "DROP" for cell in left)
         name, done = cells[0].sweep, len(cells) - len(pending) - dropped - len(diverged)
-        print(f"{name}: {len(cells)} cells, {done} done, {dropped} dropped, {len(pending)} to run", file=sys.stderr)
+        published = f" ({len(elsewhere)} of them published)" if elsewhere else ""
+        counts = f"{done} done{published}, {dropped} dropped, {len(pending)} to run"
+        print(f"{name}: {len(cells)} cells, {counts}", file=sys.stderr)
         print(*(f"{line}\n" for line in diverged), sep="", end="", file=sys.stderr)
         if pending and isinstance(self.launcher, SlurmLauncher):
             return self.launcher.submit(pending)
@@ -56,9 +66,13 @@ class IsoflopSweeper(Sweeper):
         failed += [line.partition(" ")[0] for line in diverged]
         if failed:
             raise FailedCells(
-                f"{len(failed)} of {len(cells)} cells failed: {', '.join(failed[:5])}{' ...' if failed[5:] else ''}; "
-                f"reasons: make status SWEEP={name}"
+                f"{len(failed)} of {len(cells)} cells failed: {some(failed)}; reasons: make status SWEEP={name}"
             )
+        draw = f"make figures SWEEP={name}{' PUBLISHED=1' if elsewhere else ''}"
+        if Status.RUNNING in outcomes.values():
+            print(f"some cells are being run by another process: make status SWEEP={name}", file=sys.stderr)
+        else:
+            print(f"{'all cells are done' if pending else 'nothing to run'}; next: {draw}", file=sys.stderr)
         return outcomes
 
     def _run(self, name: str, pending: list[Any], done: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,22 @@ RECIPE_VERSION = 1
 
 RECORD = "record.json"
 
+LOCK = "lock"
+"""The file in a cell's folder that the process which runs the cell holds."""
+
+SET_ASIDE = ".old"
+"""Ending of a cell's folder that nothing reads any more."""
+
+NOT_HASHED = (
+    "trainer", "tracking", "min_steps", "data.directory", "data.path", "data.train_tokens", "data.max_epochs",
+)  # fmt: skip
+"""Keys of the configuration that say how and where a cell runs and what is kept of it, not what its result is."""
+
 
 class Status(StrEnum):
     RUNNING = "running"
+    INTERRUPTED = "interrupted"
+    """Begun, not ended, and run by no process now. Never in a cell's folder, where it reads RUNNING."""
     DONE = "done"
     FAILED = "failed"
     DIVERGED = "diverged"
@@ -74,10 +87,9 @@ _RECORD = TypeAdapter(Record)
 def science(config: Config, data_fingerprint: str) -> dict[str, Any]:
     """What determines the result: the configuration less how and where it runs, the data, and the recipe."""
     tree = to_dict(config)
-    for operational in ("trainer", "tracking", "min_steps"):
-        del tree[operational]
-    for bookkeeping in ("directory", "path", "train_tokens", "max_epochs"):
-        del tree["data"][bookkeeping]
+    for dotted in NOT_HASHED:
+        group, _, key = dotted.rpartition(".")
+        del (tree[group] if group else tree)[key]
     return {**tree, "data_fingerprint": data_fingerprint, "recipe_version": RECIPE_VERSION}
 
 
@@ -104,6 +116,18 @@ def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str =
     return differences
 
 
+def differences(config: Config, record: Record, data_fingerprint: str | None) -> list[str]:
+    """Where a record is not of the cell that `config` describes: keys as `differing_keys` gives them.
+
+    Where the corpus is not prepared and `data_fingerprint` is None, that of the record is taken for the right one.
+    """
+    known = record.science.get("data_fingerprint") if data_fingerprint is None else data_fingerprint
+    wanted = json.loads(json.dumps(science(config, str(known))))
+    if fingerprint(wanted) == record.fingerprint:
+        return []
+    return differing_keys(record.science, wanted) or ["fingerprint only"]
+
+
 def write_record(folder: Path, record: Record) -> None:
     """Write `record.json` atomically."""
     write_text(folder / RECORD, json.dumps(asdict(record), indent=1) + "\n")
@@ -113,18 +137,52 @@ def read_record(folder: Path) -> Record | None:
     """The record in a cell's folder, or None if there is none.
 
     Raises:
-        UserError: the file is no record, or of another schema version.
+        UserError: the file is no record, or of another schema version; the line says how to go on without it.
     """
     path = folder / RECORD
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        return parse_record(json.loads(path.read_text(encoding="utf-8")), str(path))
     except FileNotFoundError:
         return None
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON ({error.msg} at line {error.lineno})") from None
+        problem = f"{path}: not JSON ({error.msg} at line {error.lineno})"
     except UnicodeDecodeError:
-        raise UserError(f"{path}: not JSON (not UTF-8)") from None
-    return parse_record(tree, str(path))
+        problem = f"{path}: not JSON (not UTF-8)"
+    except UserError as error:
+        problem = str(error)
+    raise UserError(f"{problem}; to go on without it: {set_aside(folder)}")
+
+
+def read_cell(folder: Path) -> Record | None:
+    """The record in a cell's folder; one that says RUNNING though no process has the cell is INTERRUPTED here."""
+    record = read_record(folder)
+    if record is not None and record.status is Status.RUNNING and not is_held(folder):
+        return replace(record, status=Status.INTERRUPTED)
+    return record
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process runs the cell of this folder now."""
+    from filelock import FileLock, Timeout
+
+    if not (folder / LOCK).is_file():
+        return False
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def cell_folders(study: Path) -> list[Path]:
+    """The folders in a study's folder that may hold a cell; not those set aside."""
+    folders = sorted(study.iterdir()) if study.is_dir() else []
+    return [folder for folder in folders if folder.is_dir() and not folder.name.endswith(SET_ASIDE)]
+
+
+def set_aside(folder: Path) -> str:
+    """The command after which nothing reads this cell's folder any more."""
+    return f"mv '{folder}' '{folder}{SET_ASIDE}'"
 
 
 def parse_record(tree: Any, where: str) -> Record:

@@ -1,7 +1,12 @@
-"""How long a cell will take, from the past records of this machine."""
+"""How long a cell will take, from the past records of this machine, else from published ones."""
 
+import contextlib
+import csv
+import functools
+import heapq
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +14,10 @@ from peerscale.config import Config
 from peerscale.plan import Plan
 from peerscale.runs.machine import cpu_name
 from peerscale.runs.record import RECORD, Status
+from peerscale.runs.study import RESULTS
 
 GUESS_FLOPS_PER_S = 1.5e10
-"""One core of a 2023 server, d_model about 32, where there is no record yet."""
+"""One core of a 2023 server, d_model about 32, where there is no record and nothing published."""
 
 OVERHEAD_S = 1.0
 """Starting a cell and closing it."""
@@ -50,13 +56,49 @@ def measured_speeds(runs: Path) -> list[Measured]:
     return speeds
 
 
-def estimate_s(config: Config, plan: Plan, speeds: list[Measured]) -> tuple[float, bool]:
-    """Seconds for training and evaluation, and whether that is a guess (no record of this method yet)."""
+@functools.cache
+def published_speeds(results: Path) -> list[Measured]:
+    """Speeds of the published cells under `results`, which another machine may have run."""
+    speeds = []
+    for path in results.glob("*/runs.csv"):
+        with path.open(encoding="utf-8", newline="") as file, contextlib.suppress(KeyError, ValueError, csv.Error):
+            speeds += [
+                Measured(
+                    name=f"{row['method']}_{row['variant']}" if row["variant"] else row["method"],
+                    threads=round(float(row["n_threads"])),
+                    devices=1,
+                    flops_per_token=round(float(row["flops_per_token"])),
+                    flops_per_s=float(row["flops_per_s"]),
+                )
+                for row in csv.DictReader(file)
+                if row["status"] == Status.DONE
+            ]
+    return speeds
+
+
+def estimate_s(config: Config, plan: Plan, speeds: list[Measured], results: Path = RESULTS) -> tuple[float, bool]:
+    """Seconds for training and evaluation, and whether that is a guess.
+
+    By the cell of the nearest cost among `speeds`, of the same method, threads and devices; else, as a guess, among the
+    cells published in `results`, of the same method if there are any.
+    """
     per_token = plan.cost.flops_per_token
     like = (config.ffn.name, config.trainer.threads, config.trainer.devices)
     known = [s for s in speeds if (s.name, s.threads, s.devices) == like]
+    guess = not known
+    if guess:
+        published = published_speeds(results)
+        known = [s for s in published if s.name == config.ffn.name] or published
     rate = GUESS_FLOPS_PER_S
     if known:
         rate = min(known, key=lambda s: abs(math.log(s.flops_per_token / per_token))).flops_per_s
     evaluation_flops = plan.evaluation_tokens * per_token / 3  # a forward pass is a third of a training step
-    return OVERHEAD_S + (plan.flops + evaluation_flops) / rate, not known
+    return OVERHEAD_S + (plan.flops + evaluation_flops) / rate, guess
+
+
+def makespan_s(seconds: Iterable[float], workers: int) -> float:
+    """Time until the last of the workers ends, if each takes the longest cell that is left."""
+    ends = [0.0] * workers
+    for cell_s in sorted(seconds, reverse=True):
+        heapq.heapreplace(ends, ends[0] + cell_s)
+    return max(ends)

@@ -1,5 +1,6 @@
 """A study: where its files lie, and which rows of its table make one curve and can be fitted."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,7 +95,18 @@ def find_study(sweep: str, runs: Path = RUNS, results: Path = RESULTS) -> Study:
         if study.runs.is_file():
             return study
     looked = " nor ".join(str(study.runs) for study in places)
-    raise UserError(f"study {sweep!r} is not collected: neither {looked}; first: python analysis/collect.py {sweep}")
+    raise UserError(f"study {sweep!r} is not collected: neither {looked}; first: make figures SWEEP={sweep}")
+
+
+def header(text: str) -> dict[str, str]:
+    """The opening comment of a study's file by its words: `# Question: ...`, continued on further lines."""
+    entries: dict[str, str] = {}
+    for line in itertools.takewhile(lambda line: line.startswith("#"), text.splitlines()):
+        word, colon, rest = line.lstrip("# ").partition(": ")
+        starts = bool(colon) and word.isalpha() and word.istitle()
+        key = word if starts else next(reversed(entries), "Question")
+        entries[key] = f"{entries.get(key, '')} {rest if starts else line.lstrip('# ')}".strip()
+    return entries
 
 
 def read_json(path: Path) -> Any:

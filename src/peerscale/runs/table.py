@@ -12,7 +12,7 @@ from peerscale.accounting import CONVENTION, parameter_bytes_per_step
 from peerscale.config import ConfigError
 from peerscale.errors import UserError
 from peerscale.files import ROOT
-from peerscale.runs.record import Record, config_of, parse_record, read_record
+from peerscale.runs.record import Record, cell_folders, config_of, parse_record, read_cell
 
 METRICS = "metrics.jsonl"
 
@@ -40,8 +40,7 @@ def read_records(folder: Path) -> list[Record]:
         if not lines:
             raise UserError(f"{published}: no record in it")
         return [parse_record(tree, f"{published}:{n}") for n, tree in enumerate(lines, 1)]
-    cells = sorted(cell for cell in folder.iterdir() if cell.is_dir()) if folder.is_dir() else []
-    records = [(cell, record) for cell in cells if (record := read_record(cell)) is not None]
+    records = [(cell, record) for cell in cell_folders(folder) if (record := read_cell(cell)) is not None]
     # A renamed folder is a cell that was set aside.
     return [record for cell, record in records if record.cell == cell.name]
 
