@@ -5,6 +5,7 @@ python -m peerscale.overview status SWEEP [key=value ...]
 python -m peerscale.overview studies
 """
 
+import contextlib
 import csv
 import json
 import sys
@@ -25,7 +26,7 @@ from peerscale.plan import Verdict
 from peerscale.progress import duration
 from peerscale.runs.record import RECORD, Status, cell_folders
 from peerscale.runs.speed import makespan_s
-from peerscale.runs.study import RESULTS, RUNS, header, published
+from peerscale.runs.study import RESULTS, RUNS, find_study, header, published, read_fits
 from peerscale.slurm import Job, jobs_folder, log_path, queued, read_job_ids
 from peerscale.sweep_config import SweepConfig, load_sweep, parse_sweep
 from peerscale.sweeper import Cell, budget_name, count_cells, planned_cells, short_methods
@@ -131,7 +132,15 @@ def print_status(sweep: str, overrides: Sequence[str], results: Path) -> int:
     for note in notes:
         print(note)
     _print_notices(found)
+    _print_answer(name, results)
     return 0
+
+
+def _print_answer(sweep: str, results: Path) -> None:
+    """The study's answer as last fitted, with where it stands; nothing where it was never fitted."""
+    with contextlib.suppress(UserError):
+        study = find_study(sweep, results=results)
+        print(f"\n{read_fits(study.fits)['answer']} ({_short(study.fits)}, as last fitted)")
 
 
 PUBLISHED = "*"
