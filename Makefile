@@ -27,7 +27,7 @@ $(error $(firstword $(UNKNOWN)) is no variable of this Makefile; there are: $(KN
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce smoke test check data studies plan sweep status figures report validate publish sync dashboard bench torture clean
+.PHONY: help setup reproduce smoke test check data studies plan sweep status figures report validate publish sync dashboard notebooks bench torture clean
 
 help: ## print every target
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -89,6 +89,9 @@ sync: setup ## upload the W&B runs, table, fits and figures of SWEEP that are no
 
 dashboard: setup ## browse the W&B runs of SWEEP in the terminal, offline, by cell
 	@$(BIN)/python analysis/browse.py $(SWEEP)
+
+notebooks: setup ## run notebooks/explore.ipynb again and keep its outputs, to be committed
+	@$(BIN)/python notebooks/execute.py
 
 bench: setup ## training steps side by side: PEER-pytorch's layer, all methods, growth; into results/bench (some 10 minutes)
 	@$(BIN)/python -c 'import PEER_pytorch' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'

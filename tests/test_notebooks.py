@@ -1,6 +1,9 @@
 """The notebooks run from top to bottom, each in a kernel of its own, as small as they can be."""
 
+import hashlib
+import importlib.util
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from peerscale.errors import exit_code
 from peerscale.files import ROOT
 from peerscale.runs import read_runs
 
@@ -41,11 +45,56 @@ def pictures(found: list[nbformat.NotebookNode]) -> int:
     return sum("image/png" in output.get("data", {}) for output in found)
 
 
-@pytest.mark.parametrize("name", ["add_a_layer", "explore"])
-def test_is_kept_without_outputs(name: str) -> None:
+def committed(name: str) -> list[nbformat.NotebookNode]:
+    """The code cells of a notebook as it is committed."""
     notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_the_long_notebook_is_kept_without_outputs() -> None:
+    assert all(not cell.outputs and cell.execution_count is None for cell in committed("add_a_layer"))
+
+
+def test_explore_is_kept_with_the_outputs_of_its_code() -> None:
+    path = ROOT / "notebooks" / "explore.ipynb"
+    cells = committed("explore")
+    code = "\n\n".join(cell.source for cell in cells)
+    executed = nbformat.read(path, as_version=4).metadata.get("executed")
+    assert executed == hashlib.sha256(code.encode()).hexdigest(), "the code has changed since: make notebooks"
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "a kernel of its own, in order"
+    found = [output for cell in cells for output in cell.outputs]
+    assert not [output for output in found if output.output_type == "error" or output.get("name") == "stderr"]
+    assert pictures(found) == 2
+    assert "50 cells, 50 with a loss" in written(found)
+    assert all(cell.outputs for cell in cells if not re.match("STUDY|from", cell.source)), "every result is shown"
+    assert path.stat().st_size < 400_000
+
+
+def test_executing_keeps_outputs_or_leaves_the_notebook_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = importlib.util.spec_from_file_location("execute", ROOT / "notebooks" / "execute.py")
+    assert spec and spec.loader
+    execute = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(execute)
+    path, notebook = tmp_path / "small.ipynb", nbformat.v4.new_notebook()
+    notebook.cells = [nbformat.v4.new_code_cell("x = 2", execution_count=7), nbformat.v4.new_code_cell("x + 3")]
+    nbformat.write(notebook, path)
+    assert exit_code(lambda: execute.main([str(path)])) == 0
+    kept = nbformat.read(path, as_version=4)
+    assert [cell.execution_count for cell in kept.cells] == [1, 2]
+    assert kept.cells[1].outputs[0].data["text/plain"] == "5"
+    assert kept.metadata == {"executed": hashlib.sha256(b"x = 2\n\nx + 3").hexdigest()}
+
+    kept.cells[0].source = "x = 1 / 0"
+    nbformat.write(kept, path)
+    before = path.read_bytes()
+    capsys.readouterr()
+    for words in ([str(path)], [str(tmp_path / "none.ipynb")]):
+        assert exit_code(lambda words=words: execute.main(words)) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[0].endswith("ZeroDivisionError: division by zero") and errors[1].startswith("error: no notebook ")
+    assert len(errors) == 2 and path.read_bytes() == before
 
 
 def test_explore_reads_refits_predicts_and_compares_the_published_study() -> None:
