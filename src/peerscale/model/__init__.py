@@ -23,7 +23,11 @@ from peerscale.model.transformer import Transformer
 
 
 def build_model(config: Config) -> Transformer:
-    """The transformer with the layer under study in its replaced blocks: tokens (B, T) -> logits (B, T, V)."""
+    """The transformer with the layer under study in its replaced blocks: tokens (B, T) -> logits (B, T, V).
+
+    Raises:
+        UserError: the layer has parameters and no method `init_weights(output_scale)` that draws them.
+    """
     size = config.size
     ffns = [
         build_ffn(config) if block in config.replaced_blocks else Dense(size.d_model, size.d_ff)
