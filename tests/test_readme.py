@@ -71,7 +71,10 @@ import peerscale.files
 config = load(["ffn=gated", "size=d32"])
 model = build_model(config)
 assert cost(config).params_total == sum(p.numel() for p in model.parameters())
-print(peerscale.files.ROOT, type(model.blocks[1].ffn).__name__)
+layer = model.blocks[1].ffn
+for linear, std in ((layer.gate, 32**-0.5), (layer.down, 32**-0.5), (layer.up, 85**-0.5 / 8**0.5)):
+    assert abs(linear.weight.std().item() / std - 1) < 0.1, "1 / fan-in, the last over sqrt(2 x 4 layers)"
+print(peerscale.files.ROOT, type(layer).__name__)
 """
     environment = {"PYTHONPATH": str(tmp_path / "src"), "PATH": "/usr/bin:/bin"}
     result = subprocess.run([sys.executable, "-c", check], env=environment, capture_output=True, text=True, check=False)

@@ -67,7 +67,8 @@ def run_single(cell: Cell) -> None:
     if record is None or status is not Status.DONE:
         raise FailedCells(f"{cell.name} {status}" + (f": {record.reason}; {how_to_rerun(cell)}" if record else ""))
     losses = ", ".join(f"{name} {values['loss']:.4f}" for name, values in record.evaluation.items())
-    print(f"{cell.name} is done: {losses} nats per token; {cell.folder}")
+    kept = [f"; trained model: {path}" for path in (cell.folder / "checkpoints").glob("step-*.ckpt")]
+    print(f"{cell.name} is done: {losses} nats per token; {cell.folder}{''.join(kept)}")
 
 
 def run_cell(cell: Cell) -> Status:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,10 @@ from peerscale.data.prepare import prepare
 from peerscale.data.store import open_corpus
 from peerscale.files import ROOT
 from peerscale.plan import Verdict, plan
-from peerscale.runs.record import Status, read_record, write_record
+from peerscale.runs.record import Status, read_record
 from peerscale.runs.table import read_metrics
-from peerscale.training import distributed
-from peerscale.training.cell import fit
+from peerscale.training import cell, distributed
+from peerscale.training.cell import build_module, fit
 from peerscale.training.checkpoint import TimedCheckpoint, checkpoints
 from peerscale.training.evaluation import Evaluation, evaluate
 from test_train import budget, corpus_path, settings, train  # noqa: F401
@@ -63,7 +62,8 @@ def trained(config: Config, folder: Path) -> tuple[Rows, Evaluation, dict[str, A
     saving = TimedCheckpoint(folder, 1e9, STEPS)
     planned = plan(config)
     assert planned.verdict is Verdict.OK and planned.steps == STEPS
-    module = fit(config, planned, corpus, rows, saving, None, compiled=False)  # type: ignore[arg-type]
+    module = build_module(config, planned)
+    fit(module, corpus, rows, saving, None)  # type: ignore[arg-type]
     evaluation = evaluate(module, corpus, config, CPU)
     newest = checkpoints(folder)
     return rows, evaluation, torch.load(newest[0], weights_only=True) if newest else {}
@@ -71,12 +71,12 @@ def trained(config: Config, folder: Path) -> tuple[Rows, Evaluation, dict[str, A
 
 def second_rank() -> None:
     """Program of the process beside the test's."""
-    order = json.loads(sys.stdin.readline())
+    job = json.loads(sys.stdin.readline())
     print("ready", flush=True)
-    with distributed._group(CPU, 1, 2, order["meeting"]):
-        for tree in order["configs"]:
-            trained(parse_config(tree), Path(order["folder"], "nothing is written here"))
-    assert not Path(order["folder"], "nothing is written here").exists()
+    with distributed._group(CPU, 1, 2, job["rendezvous_file"]):
+        for tree in job["configs"]:
+            trained(parse_config(tree), Path(job["folder"], "nothing is written here"))
+    assert not Path(job["folder"], "nothing is written here").exists()
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +100,12 @@ def on_two(
         name: parse_config({**to_dict(config), "trainer": {**to_dict(config)["trainer"], "devices": 2}})
         for name, config in configs.items()
     }
-    order = {"configs": [to_dict(config) for config in two.values()], "folder": str(folder)}
+    job = {"configs": [to_dict(config) for config in two.values()], "folder": str(folder)}
     with pytest.MonkeyPatch.context() as patch:
         folders = [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         patch.setenv("PYTHONPATH", os.pathsep.join(folders))
         patch.setattr(distributed, "PROGRAM", "from test_distributed import second_rank; second_rank()")
-        with distributed.ranks(2, CPU, order):
+        with distributed.ranks(2, CPU, job):
             return {name: trained(config, folder / str(i)) for i, (name, config) in enumerate(two.items())}
 
 
@@ -147,27 +147,40 @@ def parallel(settings: list[str]) -> list[str]:
     ]  # fmt: skip
 
 
-def broken_off_at(step: int, folder: Path, copy: Path) -> None:
-    """A copy of a finished cell as it would be, had it been killed after `step`."""
-    shutil.copytree(folder, copy / folder.parent.name / folder.name)
-    for path in checkpoints(copy / folder.parent.name / folder.name / "checkpoints"):
+@pytest.fixture
+def unevaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the first cell is copied to between its training and its evaluation, with its last two checkpoints."""
+    copy = tmp_path / "unevaluated"
+
+    def copy_first(*arguments: Any) -> Evaluation:
+        if not copy.exists():
+            shutil.copytree(tmp_path / "runs", copy)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(cell, "evaluate", copy_first)
+    return copy
+
+
+def broken_off_at(step: int, unevaluated: Path, copy: Path) -> None:
+    """A copy of a cell as it would be, had it been killed after `step`."""
+    shutil.copytree(unevaluated, copy)
+    for path in copy.glob("single/*/checkpoints/*"):
         if path.name != f"step-{step:09d}.ckpt":
             path.unlink()
-    record = read_record(folder)
-    assert record is not None
-    write_record(copy / folder.parent.name / folder.name, replace(record, status=Status.RUNNING))
 
 
-def test_a_cell_on_two_processes_is_resumed(parallel: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_cell_on_two_processes_is_resumed(
+    parallel: list[str], unevaluated: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     overrides = [*parallel, *CASES["peer, row-sparse"]]
     overrides.append(budget(overrides, 8))
     status, unbroken = train(overrides)
     assert (status, unbroken.reason) == (Status.DONE, "")
     assert unbroken.environment["n_devices"] == 2
     folder = tmp_path / "runs" / "single" / unbroken.cell
-    assert [p.name for p in checkpoints(folder / "checkpoints")] == ["step-000000008.ckpt", "step-000000004.ckpt"]
+    assert [p.name for p in checkpoints(folder / "checkpoints")] == ["step-000000008.ckpt"]
 
-    broken_off_at(4, folder, tmp_path / "again")
+    broken_off_at(4, unevaluated, tmp_path / "again")
     status, again = train([*overrides, f"trainer.runs_directory={tmp_path / 'again'}"])
     assert status is Status.DONE and again.bit_exact
     assert again.sequence_losses == unbroken.sequence_losses and again.evaluation == unbroken.evaluation
@@ -177,7 +190,7 @@ def test_a_cell_on_two_processes_is_resumed(parallel: list[str], tmp_path: Path,
         assert torch.equal(states[1]["state_dict"][name], weight), name
     assert "notice" not in capsys.readouterr().err
 
-    broken_off_at(4, folder, tmp_path / "alone")
+    broken_off_at(4, unevaluated, tmp_path / "alone")
     status, alone = train([*overrides, f"trainer.runs_directory={tmp_path / 'alone'}", "trainer.devices=1"])
     assert status is Status.DONE and not alone.bit_exact
     assert alone.sequence_losses == pytest.approx(unbroken.sequence_losses, abs=2e-5)
@@ -185,12 +198,12 @@ def test_a_cell_on_two_processes_is_resumed(parallel: list[str], tmp_path: Path,
 
 
 def test_a_cell_begun_on_one_process_goes_on_on_two(
-    parallel: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+    parallel: list[str], unevaluated: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     overrides = [*parallel, *CASES["peer, sharded"]]
     overrides.append(budget(overrides, 8))
     _, alone = train([*overrides, "trainer.devices=1"])
-    broken_off_at(4, tmp_path / "runs" / "single" / alone.cell, tmp_path / "two")
+    broken_off_at(4, unevaluated, tmp_path / "two")
     status, two = train([*overrides, f"trainer.runs_directory={tmp_path / 'two'}"])
     assert status is Status.DONE and not two.bit_exact
     assert two.sequence_losses == pytest.approx(alone.sequence_losses, abs=2e-5)
@@ -295,9 +308,9 @@ def test_a_signal_ends_all_processes_and_leaves_a_cell_that_goes_on(
         assert len(others) == 1
         for meant_for_the_first in distributed.SIGNALS:
             os.kill(others[0], meant_for_the_first)
-        (cell,) = (tmp_path / "runs" / "single").iterdir()
-        before = len(list(read_metrics(cell)))
-        while len(list(read_metrics(cell))) < before + 5:
+        (folder,) = (tmp_path / "runs" / "single").iterdir()
+        before = len(list(read_metrics(folder)))
+        while len(list(read_metrics(folder))) < before + 5:
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)
         if number is signal.SIGKILL:
@@ -308,11 +321,11 @@ def test_a_signal_ends_all_processes_and_leaves_a_cell_that_goes_on(
         assert ended(others)
     assert "Traceback" not in errors
     assert process.returncode == (-9 if number is signal.SIGKILL else 130), errors
-    record = read_record(cell)
+    record = read_record(folder)
     assert record is not None and record.status is Status.RUNNING
     if number is signal.SIGTERM:
-        (newest, *_) = checkpoints(cell / "checkpoints")
-        rows = list(read_metrics(cell))
+        (newest, *_) = checkpoints(folder / "checkpoints")
+        rows = list(read_metrics(folder))
         assert int(newest.stem.removeprefix("step-")) - rows[-1]["step"] in (0, 1), (
             "saved at the step that it ended with"
         )

@@ -1,5 +1,7 @@
-"""Models from configurations."""
+"""Models: new ones from a configuration, trained ones from the folder of a finished cell."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import assert_never
 
 from torch import nn
@@ -19,17 +21,38 @@ from peerscale.model.fine_grained_moe import FineGrainedMoe
 from peerscale.model.moe import ExpertChoiceMoe, TokenChoiceMoe
 from peerscale.model.peer import Peer
 from peerscale.model.pkm import Pkm
+from peerscale.model.trained import read_trained
 from peerscale.model.transformer import Transformer
 
 
 def build_model(config: Config) -> Transformer:
-    """The transformer with the layer under study in its replaced blocks: tokens (B, T) -> logits (B, T, V)."""
+    """The transformer with the layer under study in its replaced blocks: tokens (B, T) -> logits (B, T, V).
+
+    Raises:
+        UserError: the layer has parameters and no method `init_weights(output_scale)` that draws them.
+    """
     size = config.size
     ffns = [
         build_ffn(config) if block in config.replaced_blocks else Dense(size.d_model, size.d_ff)
         for block in range(1, size.n_layers + 1)
     ]
     return Transformer(size.d_model, size.n_heads, config.context, config.data.vocab_size, ffns, config.trainer.kernel)
+
+
+def load_model(folder: str | Path) -> Transformer:
+    """The trained model of a finished cell, on the CPU and in evaluation mode.
+
+    Args:
+        folder: the cell's, `runs/<sweep>/<cell>`; it was trained with `trainer.keep_checkpoint=true`.
+
+    Raises:
+        UserError: the folder holds no finished cell, or one without a checkpoint, or with a damaged one.
+    """
+    config, weights = read_trained(Path(folder))
+    # The kernel that it was trained with may not be able to run here, and the weights do not depend on it.
+    model = build_model(replace(config, trainer=replace(config.trainer, kernel="auto")))
+    model.load_state_dict(weights)
+    return model.eval()
 
 
 def build_ffn(config: Config) -> nn.Module:

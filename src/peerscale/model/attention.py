@@ -27,6 +27,12 @@ class Attention(nn.Module):
         self.register_buffer("cos_TC", angle_TC.cos().float(), persistent=False)
         self.register_buffer("sin_TC", angle_TC.sin().float(), persistent=False)
 
+    def init_weights(self, output_scale: float) -> None:
+        """Variance 1 / fan-in; the output projection times `output_scale`."""
+        for linear in (self.qkv, self.out):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        self.out.weight.data *= output_scale
+
     def forward(self, x_BTD: Tensor) -> Tensor:
         """x (B, T, D) -> y (B, T, D)."""
         B, T, D = x_BTD.shape

@@ -12,6 +12,12 @@ class Dense(nn.Module):
         self.down = nn.Linear(d_model, d_ff, bias=False)
         self.up = nn.Linear(d_ff, d_model, bias=False)
 
+    def init_weights(self, output_scale: float) -> None:
+        """Variance 1 / fan-in; the second product times `output_scale`."""
+        for linear in (self.down, self.up):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        self.up.weight.data *= output_scale
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> y (..., D)."""
         return self.up(F.gelu(self.down(x)))

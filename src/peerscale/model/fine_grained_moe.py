@@ -35,6 +35,10 @@ class FineGrainedMoe(TokenChoiceMoe):
         # Side by side, experts without gates are one dense layer of their summed width.
         self.shared = Dense(d_model, n_shared * d_expert)
 
+    def init_weights(self, output_scale: float) -> None:
+        super().init_weights(output_scale)
+        self.shared.init_weights(output_scale)
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> y (..., D)."""
         return self.shared(x) + super().forward(x)

@@ -14,12 +14,16 @@ from peerscale.model.usage import CountsUsage
 
 
 class Experts(nn.Module):
-    """E dense layers side by side."""
+    """E dense layers side by side, drawn with variance 1 / fan-in."""
 
     def __init__(self, n_experts: int, d_model: int, d_ff: int) -> None:
         super().__init__()
         self.down = nn.Parameter(torch.randn(n_experts, d_model, d_ff) * d_model**-0.5)
         self.up = nn.Parameter(torch.randn(n_experts, d_ff, d_model) * d_ff**-0.5)
+
+    def init_weights(self, output_scale: float) -> None:
+        """Keep the draws of the constructor; the second product times `output_scale`."""
+        self.up.data *= output_scale
 
     def forward(self, x_ECD: Tensor) -> Tensor:
         """Each expert on its own rows, as many for each."""
@@ -46,6 +50,11 @@ class ExpertChoiceMoe(nn.Module, CountsUsage):
         self.n_experts, self.capacity_factor = n_experts, capacity_factor
         self.router = nn.Linear(d_model, n_experts, bias=False)
         self.experts = Experts(n_experts, d_model, d_ff)
+
+    def init_weights(self, output_scale: float) -> None:
+        """Variance 1 / fan-in; each expert's second product times `output_scale`."""
+        nn.init.normal_(self.router.weight, std=self.router.in_features**-0.5)
+        self.experts.init_weights(output_scale)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """x (B, T, D) -> y (B, T, D)."""
@@ -117,6 +126,11 @@ class TokenChoiceMoe(nn.Module, CountsUsage):
         self.router = nn.Linear(d_model, n_experts, bias=False)
         self.experts = Experts(n_experts, d_model, d_ff)
         self.auxiliary_loss: Tensor | None = None
+
+    def init_weights(self, output_scale: float) -> None:
+        """Variance 1 / fan-in; each expert's second product times `output_scale`."""
+        nn.init.normal_(self.router.weight, std=self.router.in_features**-0.5)
+        self.experts.init_weights(output_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> y (..., D)."""

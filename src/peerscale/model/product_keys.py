@@ -94,6 +94,9 @@ class ProductKeyRetrieval(nn.Module):
         bound = self.sub_keys.shape[-1] ** -0.5
         nn.init.uniform_(self.sub_keys, -bound, bound)
 
+    def init_weights(self, output_scale: float) -> None:
+        """Keep the draws of the constructor, tables included, unscaled: the papers state no scale of the output."""
+
     def retrieve(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (T, D) -> scores, best first, and row numbers, both (T, H, K)."""
         with torch.autocast(x.device.type, enabled=False):

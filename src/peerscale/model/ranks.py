@@ -1,8 +1,8 @@
-"""What the processes of a parallel cell, its ranks, tell each other; a process alone is told what it knows.
+"""Communication between the processes of a parallel cell, its ranks; with a single process each function is trivial.
 
-A batch lies on the ranks in their order, an equal share of its sequences on each. The loss of a rank is the mean over
-its share, and gradients are averaged over the ranks; so the gradient of something that the ranks compute together is
-the sum over all their losses.
+The sequences of a batch are shared evenly among the ranks, in order. The loss of a rank is the mean over its share, and
+gradients are averaged over the ranks; so the gradient of something that the ranks compute together is the sum over the
+losses of all ranks.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def n_ranks() -> int:
 
 
 def is_first_rank() -> bool:
-    """Whether this process speaks for all."""
+    """Whether this process is the one that writes, and decides for all."""
     return n_ranks() == 1 or dist.get_rank() == 0
 
 
@@ -34,7 +34,7 @@ def share(batch_sequences: int) -> slice:
 
 @torch.compiler.disable
 def gather(x: Tensor) -> Tensor:
-    """The x of all ranks in their order, side by side along the first dimension; not differentiable."""
+    """The x of all ranks in order, concatenated along the first dimension; not differentiable."""
     if n_ranks() == 1:
         return x
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(n_ranks())]
@@ -43,7 +43,7 @@ def gather(x: Tensor) -> Tensor:
 
 
 def gather_on_first(x: Tensor) -> Tensor:
-    """On the first rank the x of all, side by side, in the memory of the CPU; on the others their own."""
+    """The x of all ranks, concatenated, on the first rank; their own x on the others. In the CPU's memory."""
     x = x.cpu()
     parts = [torch.empty_like(x) for _ in range(n_ranks())] if is_first_rank() else None
     dist.gather(x, parts)
@@ -62,12 +62,12 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 
 
 def as_first_rank(decision: bool) -> bool:
-    """What the first rank decides, on every rank."""
+    """The first rank's `decision`, on every rank."""
     if n_ranks() == 1:
         return decision
-    told = torch.tensor(decision, dtype=torch.uint8)
-    dist.broadcast(told, src=0)
-    return bool(told)
+    first_ranks = torch.tensor(decision, dtype=torch.uint8)
+    dist.broadcast(first_ranks, src=0)
+    return bool(first_ranks)
 
 
 def with_adjoint(x: Tensor, collective: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor]) -> Tensor:

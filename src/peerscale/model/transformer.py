@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peerscale.errors import UserError
 from peerscale.kernels.backends import operators_for
 from peerscale.model.attention import Attention
-from peerscale.model.moe import Experts
 
 
 class RmsNorm(nn.RMSNorm):
@@ -35,13 +35,29 @@ class Block(nn.Module):
         self.ffn_norm = RmsNorm(d_model, kernel)
         self.ffn = ffn
 
+    def init_weights(self, output_scale: float) -> None:
+        """Draw the weights of both layers; raises `UserError` if the feed-forward layer cannot."""
+        self.attention.init_weights(output_scale)
+        init_ffn = getattr(self.ffn, "init_weights", None)
+        if init_ffn is not None:
+            init_ffn(output_scale)
+        elif any(True for _ in self.ffn.parameters()):
+            raise UserError(
+                f"{type(self.ffn).__name__} has parameters but no method init_weights(self, output_scale), "
+                "which draws the weights that training starts from (README.md, Add a layer)"
+            )
+
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD))
         return x_BTD + self.ffn(self.ffn_norm(x_BTD))
 
 
 class Transformer(nn.Module):
-    """Tokens to logits; `ffns` are the feed-forward layers of the blocks in order."""
+    """Tokens to logits; `ffns` are the feed-forward layers of the blocks in order.
+
+    Raises:
+        UserError: a feed-forward layer has parameters and no method `init_weights(output_scale)`.
+    """
 
     def __init__(
         self,
@@ -56,22 +72,15 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.blocks = nn.ModuleList(Block(d_model, n_heads, context, ffn, kernel) for ffn in ffns)
         self.norm = RmsNorm(d_model, kernel)
-        self.reset_parameters()
+        self.init_weights()
 
-    def reset_parameters(self) -> None:
-        """Variance 1 / fan-in; a block's last product smaller by sqrt(2 n_layers) (Radford et al. 2019).
-
-        Product-key layers keep the initialisation of their own classes.
-        """
+    def init_weights(self) -> None:
+        """Variance 1 / fan-in; the last product of each layer smaller by sqrt(2 n_layers) (Radford et al. 2019)."""
         output_scale = (2 * len(self.blocks)) ** -0.5
         nn.init.normal_(self.embedding.weight, std=self.embedding.embedding_dim**-0.5)
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in ("qkv", "out", "down", "up", "router"):
-                nn.init.normal_(module.weight, std=module.in_features**-0.5)
-            if isinstance(module, nn.Linear) and name.endswith((".attention.out", ".up")):
-                module.weight.data *= output_scale
-            if isinstance(module, Experts):  # each expert starts as the dense layer that it stands for
-                module.up.data *= output_scale
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.init_weights(output_scale)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Tokens (B, T) -> logits (B, T, V)."""

@@ -22,6 +22,7 @@ from peerscale.data.store import Corpus, open_corpus
 from peerscale.errors import UserError
 from peerscale.files import remove_abandoned, write_text
 from peerscale.kernels.backends import resolve
+from peerscale.model.trained import CHECKPOINTS, checkpoints
 from peerscale.plan import Plan
 from peerscale.runs.machine import energy_counters, energy_j
 from peerscale.runs.record import Record, Status, fingerprint, read_record, science, write_record
@@ -36,9 +37,6 @@ from peerscale.training.memory import keep_freed_memory
 from peerscale.training.metrics import Diverged, MetricsLog
 from peerscale.training.module import LanguageModel
 from peerscale.training.tracking import Tracker, cut_back
-
-COMPILE_PAYS_S = 900.0
-"""Estimated seconds from which torch.compile is worth its time: it takes 6 to 20 s a shape and saves 2 to 10 %."""
 
 
 def train_cell(cell: Cell) -> Status:
@@ -66,18 +64,20 @@ def train_cell(cell: Cell) -> Status:
 
 
 class CellRun:
-    """The state of one cell while it runs."""
+    """The state of one cell while it runs.
+
+    Nothing is written before all that a user can have got wrong was looked at, which is when the model has been built.
+    """
 
     def __init__(self, cell: Cell, corpus: Corpus, old: Record | None) -> None:
         self.cell, self.corpus, self.config, self.plan = cell, corpus, cell.config, cell.plan
-        self.checkpoint_folder = cell.folder / "checkpoints"
+        self.checkpoint_folder = cell.folder / CHECKPOINTS
         remove_abandoned(cell.folder)
         remove_abandoned(self.checkpoint_folder)
         prepare_process(self.config)
         self.device = pick_device(self.config)
-        self.compiled = self._compiles()
         kernel = resolve(self.config.trainer.kernel, self.device.type)
-        environment = describe(kernel, self.device, compiled=self.compiled, trainer=self.config.trainer)
+        environment = describe(kernel, self.device, self.config.trainer)
         self.resumed = newest_readable(self.checkpoint_folder)
         exact = True
         if self.resumed and old is not None:
@@ -101,21 +101,25 @@ class CellRun:
             environment=environment,
             bit_exact=exact,
         )
-        write_text(cell.folder / "config.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
-        write_record(cell.folder, self.record)
         self.tracker: Tracker | None = None
 
     def train(self) -> Status:
         """Fit, evaluate, record."""
-        config, plan = self.config, self.plan
+        config, plan, trainer = self.config, self.plan, self.config.trainer
         resumed, first_step = self.resumed or (None, 0)
-        cut_back(self.cell.folder, first_step)
-        self.tracker = Tracker(self.cell.folder, to_dict(config), self.record)
-        every_s, every_steps = config.trainer.checkpoint_every_s, config.trainer.checkpoint_every_steps
-        saving = TimedCheckpoint(self.checkpoint_folder, every_s, every_steps)
-        used_before = energy_counters()
         with self._further_ranks():
-            module = fit(config, plan, self.corpus, self.tracker, saving, resumed, compiled=self.compiled)
+            module = build_module(config, plan)
+            self._write(self.record)
+            cut_back(self.cell.folder, first_step)
+            self.tracker = Tracker(self.cell.folder, to_dict(config), self.record)
+            saving = TimedCheckpoint(
+                self.checkpoint_folder,
+                trainer.checkpoint_every_s,
+                trainer.checkpoint_every_steps,
+                last_step=plan.steps if trainer.keep_checkpoint else None,
+            )
+            used_before = energy_counters()
+            fit(module, self.corpus, self.tracker, saving, resumed)
             wall_s, started = saving.trained_s, time.perf_counter()
             used = energy_j(used_before, energy_counters())
             evaluation = evaluate(module, self.corpus, config, self.device)
@@ -132,25 +136,29 @@ class CellRun:
     def _further_ranks(self) -> contextlib.AbstractContextManager[None]:
         if self.config.trainer.devices == 1:
             return contextlib.nullcontext()
-        order = {
+        job = {
             "config": to_dict(self.config),
             "checkpoints": str(self.checkpoint_folder),
             "resumed": str(self.resumed[0]) if self.resumed else None,
-            "compiled": self.compiled,
         }
-        return distributed.ranks(self.config.trainer.devices, self.device, order)
+        return distributed.ranks(self.config.trainer.devices, self.device, job)
 
     def close(self, record: Record) -> Status:
-        """Write the record and end the W&B run with what it says; a finished cell keeps no checkpoint unasked."""
+        """Write the record and end the W&B run with what it says; a finished cell keeps one checkpoint, or none."""
         if self.tracker is not None:
             record = replace(record, signals=self.tracker.signals)
-        write_record(self.cell.folder, record)
-        if record.status in FINISHED and not self.config.trainer.keep_checkpoint:
-            for checkpoint in self.checkpoint_folder.glob("step-*"):
-                checkpoint.unlink()
+        self._write(record)
+        if record.status in FINISHED:
+            kept = checkpoints(self.checkpoint_folder)[:1] if self.config.trainer.keep_checkpoint else []
+            for path in {*self.checkpoint_folder.glob("step-*")} - {*kept}:
+                path.unlink()
         if self.tracker is not None:
             self.tracker.finish(record)
         return record.status
+
+    def _write(self, record: Record) -> None:
+        write_text(self.cell.folder / "config.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
+        write_record(self.cell.folder, record)
 
     def _result(self, evaluation: Evaluation, timing: dict[str, float]) -> Record:
         diverged = not np.isfinite(evaluation.sequence_losses).all()
@@ -164,15 +172,6 @@ class CellRun:
             timing=timing,
         )
 
-    def _compiles(self) -> bool:
-        match self.config.trainer.compile:
-            case "on":
-                return True
-            case "off":
-                return False
-            case "auto":
-                return self.cell.estimate_s >= COMPILE_PAYS_S
-
 
 def prepare_process(config: Config) -> None:
     """Threads and memory of a process that trains."""
@@ -180,22 +179,21 @@ def prepare_process(config: Config) -> None:
     keep_freed_memory()
 
 
-def fit(
-    config: Config,
-    plan: Plan,
-    corpus: Corpus,
-    tracker: Tracker | None,
-    saving: TimedCheckpoint,
-    resumed: Path | None,
-    *,
-    compiled: bool,
-) -> LanguageModel:
-    """Train, on this rank; from the checkpoint `resumed`, if there is one. Metrics go to `tracker`."""
+def build_module(config: Config, plan: Plan) -> LanguageModel:
+    """The untrained model of a cell on this rank; raises `UserError` if its layer draws no weights of its own."""
     lightning.seed_everything(config.seed, verbose=False)
     sharded = config.trainer.shard_tables and config.trainer.devices > 1
     module = distributed.ShardedLanguageModel(config, plan) if sharded else LanguageModel(config, plan)
-    if compiled:
+    if config.trainer.compile:
         module.model.features = torch.compile(module.model.features)
+    return module
+
+
+def fit(
+    module: LanguageModel, corpus: Corpus, tracker: Tracker | None, saving: TimedCheckpoint, resumed: Path | None
+) -> None:
+    """Train, on this rank; from the checkpoint `resumed`, if there is one. Metrics go to `tracker`."""
+    config, plan = module.config, module.plan
     batches = TrainBatches(
         corpus.tokens("train"), seed=config.seed, batch_sequences=config.batch_sequences, context=config.context
     )
@@ -206,7 +204,6 @@ def fit(
             trainer.fit(module, StepLoader(batches, plan.steps), ckpt_path=resumed, weights_only=True)
         except SystemExit:  # what Lightning makes of Ctrl-C
             raise KeyboardInterrupt from None
-    return module
 
 
 def build_trainer(

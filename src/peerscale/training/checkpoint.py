@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from peerscale.files import replacing
 from peerscale.model.ranks import as_first_rank, is_first_rank
+from peerscale.model.trained import checkpoints
 
 KEPT = 2
 
@@ -26,12 +27,14 @@ COST = 0.02
 class TimedCheckpoint(lightning.Callback):
     """Saves the whole training state every `every_s` seconds or `every_steps` steps, and counts the time trained.
 
-    Also after the step in which a SIGTERM came, whereupon Lightning ends the run. Not when a run breaks off: an
-    exception inside a step leaves weights and counters between two steps.
+    Also after step `last_step`, and after the step in which a SIGTERM came, whereupon Lightning ends the run. Not when
+    a run breaks off: an exception inside a step leaves weights and counters between two steps.
     """
 
-    def __init__(self, folder: Path, every_s: float, every_steps: int | None = None) -> None:
-        self.folder, self.every_s, self.every_steps = folder, every_s, every_steps
+    def __init__(
+        self, folder: Path, every_s: float, every_steps: int | None = None, last_step: int | None = None
+    ) -> None:
+        self.folder, self.every_s, self.every_steps, self.last_step = folder, every_s, every_steps, last_step
         self.save_s = 0.0
         self.earlier_s = 0.0
         self.started_at = time.monotonic()
@@ -47,9 +50,9 @@ class TimedCheckpoint(lightning.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        due = self.every_steps and trainer.global_step % self.every_steps == 0
+        step, terminated = trainer.global_step, self.terminated
+        due = step == self.last_step or (self.every_steps and step % self.every_steps == 0)
         waited_s = time.monotonic() - self.saved_at
-        terminated = self.terminated
         due = terminated or due or waited_s >= max(self.every_s, self.save_s / COST)
         if as_first_rank(bool(due)):
             self.save(trainer)
@@ -91,11 +94,6 @@ class TimedCheckpoint(lightning.Callback):
             old.unlink()
         self.saved_step, self.saved_at = step, time.monotonic()
         self.save_s = self.saved_at - started
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of a cell, newest first."""
-    return sorted(folder.glob("step-*.ckpt"), reverse=True)
 
 
 def newest_readable(folder: Path) -> tuple[Path, int] | None:

@@ -1,7 +1,7 @@
 """One cell on several devices of a machine: a process for each, its rank, joined by Lightning's DDP.
 
-The process that runs the cell is the first rank, and the only one that writes. It starts the others, tells each what to
-train, and ends them when it ends, however it ends: they live no longer than the pipe that it holds.
+The process that runs the cell is the first rank, and the only one that writes. It starts the others and sends each its
+job on standard input. They end when it ends, for whatever reason, because that closes the pipe.
 """
 
 import contextlib
@@ -36,13 +36,13 @@ from peerscale.plan import Plan
 from peerscale.training.module import LanguageModel
 
 TIMEOUT = timedelta(minutes=10)
-"""Longest that a rank waits for another, as for one that compiles, or writes a checkpoint to a slow disk."""
+"""Longest that a rank waits for another, such as one that compiles or writes a checkpoint to a slow disk."""
 
 GRACE_S = 3.0
-"""A rank that fails breaks its connections, and then ends: what the others wait for, to learn who was the first."""
+"""A failing rank breaks its connections before it ends; the first rank waits this long to see which one ended."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""Go to all processes of a terminal or of a Slurm job, but are for the first rank to obey."""
+"""A terminal or Slurm sends these to all processes of a job; only the first rank acts on them."""
 
 PROGRAM = "from peerscale.training.distributed import further_rank; further_rank()"
 
@@ -52,23 +52,23 @@ class RankError(Exception):
 
 
 @contextlib.contextmanager
-def ranks(n_devices: int, device: torch.device, order: Mapping[str, Any]) -> Iterator[None]:
-    """Start the further ranks with `order`, which holds what `further_rank` reads; be the first one while entered.
+def ranks(n_devices: int, device: torch.device, job: Mapping[str, Any]) -> Iterator[None]:
+    """Start the further ranks with `job`, which holds what `further_rank` reads; be the first rank while entered.
 
     Raises:
         RankError: one of them failed, or was killed.
     """
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as running:
-        meeting = {"meeting": str(Path(folder, "meeting"))}
-        others = [running.enter_context(_process({**order, **meeting, "rank": rank})) for rank in range(1, n_devices)]
+        job = {**job, "rendezvous_file": str(Path(folder, "rendezvous"))}
+        others = [running.enter_context(_process({**job, "rank": rank})) for rank in range(1, n_devices)]
         for rank, process in enumerate(others, start=1):
             assert process.stdout is not None
             if process.stdout.readline() != b"ready\n":
                 raise _rank_error(rank, process)
-        with _group(device, 0, n_devices, meeting["meeting"]):
+        with _group(device, 0, n_devices, job["rendezvous_file"]):
             try:
                 yield
-            except RuntimeError as error:  # among others of a broken connection
+            except RuntimeError as error:  # perhaps of a broken connection
                 limit = time.monotonic() + GRACE_S
                 while time.monotonic() < limit:
                     for rank, process in enumerate(others, start=1):
@@ -79,9 +79,9 @@ def ranks(n_devices: int, device: torch.device, order: Mapping[str, Any]) -> Ite
 
 
 @contextlib.contextmanager
-def _process(order: Mapping[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
-    """A further rank, killed at the end: it owns nothing."""
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a new process inherits that
+def _process(job: Mapping[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
+    """A further rank; killed on leaving, which loses nothing since it writes nothing."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # which a new process inherits
     try:
         process = subprocess.Popen([sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     finally:
@@ -89,8 +89,8 @@ def _process(order: Mapping[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
     assert process.stdin is not None
     with process:
         try:
-            with contextlib.suppress(BrokenPipeError):  # it has ended, as is found out next
-                process.stdin.write(json.dumps(order).encode() + b"\n")
+            with contextlib.suppress(BrokenPipeError):  # it has ended, which `ranks` notices next
+                process.stdin.write(json.dumps(job).encode() + b"\n")
                 process.stdin.flush()
             yield process
         finally:
@@ -99,19 +99,21 @@ def _process(order: Mapping[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
 
 def _rank_error(rank: int, process: subprocess.Popen[bytes]) -> RankError:
     assert process.stdout is not None
-    told, code = process.stdout.read().decode(errors="replace").strip(), process.wait()
-    what = told.splitlines()[-1] if told else f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
-    return RankError(f"rank {rank}: {what}\n{told}")
+    output, code = process.stdout.read().decode(errors="replace").strip(), process.wait()
+    ending = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
+    return RankError(f"rank {rank}: {output.splitlines()[-1] if output else ending}\n{output}")
 
 
 @contextlib.contextmanager
-def _group(device: torch.device, rank: int, size: int, meeting: str) -> Iterator[None]:
-    """Be one of `size` ranks that find each other through the file `meeting`."""
+def _group(device: torch.device, rank: int, size: int, rendezvous_file: str) -> Iterator[None]:
+    """Be one of `size` ranks that find each other through a file."""
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=TIMEOUT)
+    dist.init_process_group(
+        backend, init_method=f"file://{rendezvous_file}", rank=rank, world_size=size, timeout=TIMEOUT
+    )
     try:
         yield
     finally:
@@ -119,45 +121,45 @@ def _group(device: torch.device, rank: int, size: int, meeting: str) -> Iterator
 
 
 def further_rank() -> None:
-    """The program of every rank but the first: fit and evaluate beside it, as the order on standard input says."""
-    order = json.loads(sys.stdin.buffer.readline())
+    """The program of every rank but the first: fit and evaluate the job that standard input holds, in one line."""
+    job = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_first_rank, daemon=True).start()
-    answers, sys.stdout = sys.stdout, sys.stderr
+    stdout, sys.stdout = sys.stdout, sys.stderr  # the first rank reads it
 
     from peerscale.config import parse_config
     from peerscale.data.store import open_corpus
     from peerscale.plan import plan
-    from peerscale.training.cell import fit, pick_device, prepare_process
+    from peerscale.training.cell import build_module, fit, pick_device, prepare_process
     from peerscale.training.checkpoint import TimedCheckpoint
     from peerscale.training.evaluation import evaluate
     from peerscale.training.metrics import Diverged
 
     try:
-        config, rank = parse_config(order["config"]), order["rank"]
+        config, rank = parse_config(job["config"]), job["rank"]
         corpus = open_corpus(config.data)
         prepare_process(config)
         device = pick_device(config, rank)
-        print("ready", file=answers, flush=True)
-        with _group(device, rank, config.trainer.devices, order["meeting"]):
-            saving = TimedCheckpoint(Path(order["checkpoints"]), config.trainer.checkpoint_every_s)
-            resumed = Path(order["resumed"]) if order["resumed"] else None
-            planned = plan(config, train_tokens=corpus.manifest.splits["train"])
-            module = fit(config, planned, corpus, None, saving, resumed, compiled=order["compiled"])
+        print("ready", file=stdout, flush=True)
+        with _group(device, rank, config.trainer.devices, job["rendezvous_file"]):
+            saving = TimedCheckpoint(Path(job["checkpoints"]), config.trainer.checkpoint_every_s)
+            resumed = Path(job["resumed"]) if job["resumed"] else None
+            module = build_module(config, plan(config, train_tokens=corpus.manifest.splits["train"]))
+            fit(module, corpus, None, saving, resumed)
             evaluate(module, corpus, config, device)
     except Diverged:
-        pass  # as the first rank finds at the same step
+        pass  # the first rank finds that at the same step
     except BaseException:
-        print(traceback.format_exc(), file=answers, flush=True)
-        os._exit(1)  # no waiting for threads of a group that is broken
+        print(traceback.format_exc(), file=stdout, flush=True)
+        os._exit(1)  # without waiting for threads of a broken group
 
 
 def _end_with_first_rank() -> None:
-    sys.stdin.buffer.read()  # until the pipe is closed, if only by the death of who holds it
+    sys.stdin.buffer.read()  # until the pipe is closed, which happens at the latest when the first rank dies
     os._exit(1)
 
 
 class _Environment(LightningEnvironment):
-    """Ranks that are there already."""
+    """Ranks that run already, so Lightning starts none."""
 
     @property
     def creates_processes_externally(self) -> bool:
@@ -169,13 +171,13 @@ class _Environment(LightningEnvironment):
 
 def settings(n_devices: int) -> dict[str, Any]:
     """What Lightning's Trainer must know of the ranks."""
-    # Buffers are the same everywhere as they come about, and tables are not DDP's (`TableExchange`).
+    # All ranks compute the same buffers, and `TableExchange` takes the place of DDP for the tables.
     strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
     return {"devices": n_devices, "strategy": strategy, "plugins": [_Environment()]}
 
 
 class ShardedLanguageModel(LanguageModel):
-    """With expert tables of which this rank holds a share of the rows; its checkpoints hold whole tables."""
+    """A model whose expert tables hold this rank's share of the rows; its checkpoints hold whole tables."""
 
     def __init__(self, config: Config, plan: Plan) -> None:
         super().__init__(config, plan)
@@ -205,8 +207,9 @@ class ShardedLanguageModel(LanguageModel):
 class TableExchange(lightning.Callback):
     """Averages the gradients of the expert tables, in place of DDP.
 
-    The ranks send each other the factors of a gradient, whose size is that of the batch, and never the gradient, whose
-    size is the table's; but for the `reference` kernel, which knows no factors. Sharded tables have the sum already.
+    The ranks exchange the factors of a gradient, which are as large as the batch, instead of the gradient, which is as
+    large as the table; only the `reference` kernel, which has no factors, exchanges gradients. Sharded tables hold the
+    sum over all ranks already.
     """
 
     def __init__(self, module: LanguageModel) -> None:

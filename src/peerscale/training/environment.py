@@ -14,14 +14,14 @@ EXACT_KEYS = ("hardware", "device", "kernel", "compiled", "n_devices", "shard_ta
 """A resumed run is bit-exact if these are as they were."""
 
 
-def describe(kernel: str, device: torch.device, *, compiled: bool, trainer: TrainerConfig) -> dict[str, Any]:
+def describe(kernel: str, device: torch.device, trainer: TrainerConfig) -> dict[str, Any]:
     """Hardware, versions, commit, kernel, devices, and threads of each of them."""
     return {
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "cores": os.cpu_count(),
         "device": device.type,
         "kernel": kernel,
-        "compiled": compiled,
+        "compiled": trainer.compile,
         "n_devices": trainer.devices,
         "shard_tables": trainer.shard_tables,
         "n_threads": torch.get_num_threads(),

@@ -26,15 +26,17 @@ class MetricsLog(lightning.Callback):
     def __init__(self, config: Config, plan: Plan, tracker: Tracker | None) -> None:
         self.config, self.plan, self.tracker = config, plan, tracker
         self.loss_sum, self.loss_count = torch.zeros(()), 0
-        self.since = time.perf_counter()
+        self.since, self.since_step = time.perf_counter(), 0
+        self.lr = 0.0
         self.usages: list[ExpertUsage] = []
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self.since = time.perf_counter()
+        self.since, self.since_step = time.perf_counter(), trainer.global_step
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        self.lr = trainer.optimizers[0].param_groups[0]["lr"]  # after the step it is the next one's
         # Router health is sampled: over the tokens of the step whose row is logged.
         assert isinstance(pl_module, LanguageModel)
         self.usages = attach_usage(pl_module) if self._logs(trainer.global_step + 1) else []
@@ -61,15 +63,16 @@ class MetricsLog(lightning.Callback):
             "tokens": tokens,
             "flops": tokens * self.plan.cost.flops_per_token,
             "loss": loss,
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
-            "tokens_per_s": self.loss_count * self.config.tokens_per_step / seconds,
+            "lr": self.lr,
+            "tokens_per_s": (step - self.since_step) * self.config.tokens_per_step / seconds,
             **detach_usage(pl_module, self.usages),
         }
         if not np.isfinite(loss):
             raise Diverged(f"the training loss is {loss} at step {step}")
         if self.tracker is not None:
             self.tracker.log(row)
-        self.loss_sum, self.loss_count, self.since = torch.zeros(()), 0, now
+        self.loss_sum, self.loss_count = torch.zeros(()), 0
+        self.since, self.since_step = now, step
 
     def _logs(self, step: int) -> bool:
         return step % self.config.trainer.log_every_steps == 0 or step == self.plan.steps

@@ -1,0 +1,48 @@
+"""What a finished cell left of its model: the configuration and the weights after the last step."""
+
+import json
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from peerscale.config import Config, parse_config
+from peerscale.errors import UserError
+
+CHECKPOINTS = "checkpoints"
+"""The folder of them in a cell's."""
+
+PREFIX = "model."
+"""Of the model's parameters in a checkpoint."""
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, newest first."""
+    return sorted(folder.glob("step-*.ckpt"), reverse=True)
+
+
+def read_trained(folder: Path) -> tuple[Config, dict[str, Tensor]]:
+    """Configuration and weights of the finished cell in `folder`; the weights are on the CPU.
+
+    Raises:
+        UserError: the folder holds no finished cell, or one without a checkpoint, or with a damaged one.
+    """
+    try:
+        config = parse_config(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+        status = json.loads((folder / "record.json").read_text(encoding="utf-8"))["status"]
+    except OSError as error:
+        raise UserError(f"{folder} is not the folder of a cell: it has no {Path(error.filename).name}") from None
+    if status != "done":
+        raise UserError(f"{folder}: the cell is {status}; only one that is done can be loaded")
+    kept = checkpoints(folder / CHECKPOINTS)
+    if not kept:
+        raise UserError(
+            f"{folder} kept no checkpoint; to train the cell again and keep it, move this folder away and add "
+            "trainer.keep_checkpoint=true to the command"
+        )
+    try:
+        state = torch.load(kept[0], map_location="cpu", weights_only=True)["state_dict"]
+    except Exception as error:  # a damaged archive raises one of many types
+        raise UserError(f"{kept[0]} cannot be read ({type(error).__name__})") from None
+    return config, {name.removeprefix(PREFIX): weight for name, weight in state.items()}

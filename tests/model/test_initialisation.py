@@ -1,0 +1,131 @@
+"""The weights that training starts from: those of the published runs, bit for bit, and drawn by every layer itself."""
+
+import hashlib
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peerscale.model
+from peerscale.config import Config, load
+from peerscale.errors import UserError
+from peerscale.files import ROOT
+from peerscale.model import build_model
+from peerscale.model.attention import Attention
+from peerscale.model.transformer import Transformer
+
+DRAWS = "1866a7ec96260b60"
+"""Of torch's generator on the machine that trained the published runs: others may round a normal number otherwise."""
+
+STARTS = {
+    ("dense", "d16"): ("5eae5fd78785cee2", "fe400fef965fd053"),
+    ("dense", "d32"): ("1f1cbed2577d89eb", "c2893d8b1e9ff508"),
+    ("fine_grained_moe", "d16"): ("1f8ea2fa6abbc92a", "b720425c5d9fe268"),
+    ("fine_grained_moe", "d32"): ("846d100b2c0a853a", "1d7e056c91672a8b"),
+    ("moe", "d16"): ("1296ddd6ffa3a2d3", "9fcfffd029deaa49"),
+    ("moe", "d32"): ("acfe71ee4070f287", "ee0a10395198ddea"),
+    ("moe_token_choice", "d16"): ("1296ddd6ffa3a2d3", "9fcfffd029deaa49"),
+    ("moe_token_choice", "d32"): ("acfe71ee4070f287", "ee0a10395198ddea"),
+    ("peer", "d16"): ("c610eee6e4f2bb4d", "ef576d0793b32c5d"),
+    ("peer", "d32"): ("97a9e5cf1fb4660a", "8ed89603ccd1cc76"),
+    ("pkm", "d16"): ("6b46fd22b5ce81bb", "9cd91bd48edeece7"),
+    ("pkm", "d32"): ("8203587ad348cb43", "9b1b38664eaffff0"),
+    ("pkm_equal_top_k", "d16"): ("6b46fd22b5ce81bb", "9cd91bd48edeece7"),
+    ("pkm_equal_top_k", "d32"): ("8203587ad348cb43", "9b1b38664eaffff0"),
+    ("wide_dense", "d16"): ("a7b50dbd405010cd", "ae3ae61cd846df7a"),
+    ("wide_dense", "d32"): ("7bb241cb77fcfe03", "fdd6a6783acbf4e7"),
+}
+"""By layer and size, with seed 0: of all parameters in order, and of the state that the generator is left in."""
+
+
+def digest(*tensors: Tensor) -> str:
+    """16 hexadecimal digits of the SHA-256 of the bytes."""
+    return hashlib.sha256(b"".join(x.detach().numpy().tobytes() for x in tensors)).hexdigest()[:16]
+
+
+def draws() -> str:
+    torch.manual_seed(0)
+    layer = nn.Linear(40, 60)
+    return digest(layer.weight, layer.bias, torch.randn(50, 70), nn.init.xavier_uniform_(torch.empty(30, 80)))
+
+
+def test_every_layer_of_conf_is_pinned() -> None:
+    assert {name for name, _ in STARTS} == {path.stem for path in (ROOT / "conf" / "ffn").glob("*.yaml")}
+
+
+@pytest.mark.skipif(draws() != DRAWS, reason="torch draws other numbers here")
+@pytest.mark.parametrize(("ffn", "size"), STARTS)
+def test_starts_from_the_weights_of_the_published_runs(ffn: str, size: str) -> None:
+    config = load([f"ffn={ffn}", f"size={size}"])
+    torch.manual_seed(0)
+    weights = digest(*build_model(config).parameters())
+    assert (weights, digest(torch.get_rng_state())) == STARTS[ffn, size]
+
+
+class Gate(nn.Module):
+    """As a user could write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x)
+
+
+class InitialisedGate(Gate):
+    def init_weights(self, output_scale: float) -> None:
+        nn.init.constant_(self.gate.weight, output_scale)
+
+
+@pytest.fixture
+def small() -> Config:
+    return load(["ffn=dense", "size=d8", "size.n_layers=2", "data.vocab_size=257", "context=6"])
+
+
+def build_with(layer: nn.Module, config: Config, monkeypatch: pytest.MonkeyPatch) -> Transformer:
+    monkeypatch.setattr(peerscale.model, "build_ffn", lambda config: layer)
+    return build_model(config)
+
+
+def test_a_layer_that_leaves_its_weights_to_torch_is_refused(small: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError) as error:
+        build_with(Gate(), small, monkeypatch)
+    assert str(error.value) == (
+        "Gate has parameters but no method init_weights(self, output_scale), which draws the weights that training "
+        "starts from (README.md, Add a layer)"
+    )
+
+
+def test_a_layer_draws_its_own_weights(small: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = InitialisedGate()
+    build_with(layer, replace(small, replaced=[1]), monkeypatch)
+    assert torch.equal(layer.gate.weight, torch.full((8, 8), 0.5)), "1 / sqrt(2 x 2 layers)"
+
+
+def test_a_layer_without_parameters_has_nothing_to_draw(small: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.Tanh()
+    assert build_with(layer, small, monkeypatch).blocks[0].ffn is layer
+
+
+def test_names_of_a_layer_s_parameters_mean_nothing_to_the_backbone(
+    small: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Kept(nn.Module):
+        """With the names of dense's and attention's weights, drawn otherwise."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out, self.down, self.up, self.router = (nn.Linear(8, 8) for _ in range(5))
+
+        def init_weights(self, output_scale: float) -> None:
+            for linear in self.children():
+                assert isinstance(linear, nn.Linear)
+                nn.init.ones_(linear.weight)
+
+    layer = Kept()
+    model = build_with(layer, small, monkeypatch)
+    assert all(torch.equal(linear.weight, torch.ones(8, 8)) for linear in layer.children())
+    assert isinstance(attention := model.blocks[0].attention, Attention)
+    assert not torch.equal(attention.qkv.weight, torch.ones(24, 8))

@@ -1,0 +1,178 @@
+"""What a cell leaves behind: nothing when it is refused, one checkpoint when it is asked to keep its model."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import peerscale.model
+from peerscale.config import load
+from peerscale.data.batches import EvaluationBatches
+from peerscale.data.prepare import prepare
+from peerscale.data.store import open_corpus
+from peerscale.errors import UserError
+from peerscale.model import load_model
+from peerscale.runs.record import Record, Status, read_record, write_record
+from peerscale.sweeper import Cell, single_cell
+from peerscale.train import run_single
+from peerscale.training import cell as cells
+from peerscale.training.cell import train_cell
+from peerscale.training.checkpoint import checkpoints
+from test_train import budget, corpus_path, settings  # noqa: F401
+
+
+@pytest.fixture
+def tiny(settings: list[str]) -> list[str]:  # noqa: F811
+    """A cell of 8 steps."""
+    overrides = [*settings, "tracking=disabled"]
+    prepare(load(overrides).data, quiet=True)
+    return [*overrides, budget(overrides, 8)]
+
+
+def cell(overrides: list[str]) -> Cell:
+    return single_cell(load(overrides), overrides)
+
+
+def trained(overrides: list[str]) -> tuple[Path, Record]:
+    """Folder and record of a cell that trains without a fault."""
+    planned = cell(overrides)
+    assert train_cell(planned) is Status.DONE
+    record = read_record(planned.folder)
+    assert record is not None
+    return planned.folder, record
+
+
+def test_a_layer_that_draws_no_weights_is_refused_before_anything_is_written(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peerscale.model, "build_ffn", lambda config: nn.Linear(8, 8))
+    with pytest.raises(UserError, match=r"^Linear has parameters but no method init_weights"):
+        train_cell(cell(tiny))
+    assert not cell(tiny).folder.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused_before_anything_is_written(tiny: list[str]) -> None:
+    with pytest.raises(UserError, match=r"^trainer.accelerator=gpu, but torch sees no GPU here"):
+        train_cell(cell([*tiny, "trainer.accelerator=gpu"]))
+    assert not cell(tiny).folder.exists()
+
+
+def test_a_model_that_fails_to_be_built_is_recorded(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(peerscale.model, "build_ffn", fail)
+    planned = cell(tiny)
+    assert train_cell(planned) is Status.FAILED
+    record = read_record(planned.folder)
+    assert record is not None and record.reason == "RuntimeError: out of memory"
+    assert (planned.folder / "config.yaml").is_file()
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_only_the_configuration_decides_whether_a_cell_is_compiled(
+    compile: bool, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
+    overrides = [*tiny, "trainer.compile=true"] if compile else tiny
+    for estimate_s in (1.0, 1e6):  # which comes from other cells' records
+        planned = replace(cell([*overrides, f"seed={int(estimate_s)}"]), estimate_s=estimate_s)
+        assert train_cell(planned) is Status.DONE
+        record = read_record(planned.folder)
+        assert record is not None and record.environment["compiled"] is compile
+    assert len(compiled) == 2 * compile
+
+
+@pytest.mark.parametrize("layer", ["dense", "peer"])
+def test_a_kept_model_is_the_one_that_was_evaluated(layer: str, tiny: list[str]) -> None:
+    ffn = [*tiny, f"ffn={layer}", "trainer.keep_checkpoint=true", "trainer.checkpoint_every_steps=3"]
+    folder, record = trained([*ffn, budget(ffn, 8)])
+    assert [path.name for path in checkpoints(folder / "checkpoints")] == ["step-000000008.ckpt"]
+    model, config = load_model(folder), load([*ffn, budget(ffn, 8)])
+    assert not model.training
+    tokens = open_corpus(config.data).tokens("validation")
+    losses = []
+    for batch in EvaluationBatches(tokens, 512, batch_sequences=config.batch_sequences, context=config.context):
+        batch = torch.from_numpy(batch)
+        with torch.no_grad():
+            predicted = model(batch[:, :-1]).log_softmax(-1)
+        losses.append(-predicted.gather(-1, batch[:, 1:, None]).mean().item())
+    assert sum(losses) / len(losses) == pytest.approx(record.evaluation["validation"]["loss"], abs=1e-5)
+
+
+def test_a_cell_that_is_not_asked_keeps_no_checkpoint(tiny: list[str]) -> None:
+    folder, _ = trained([*tiny, "trainer.checkpoint_every_steps=3"])
+    assert checkpoints(folder / "checkpoints") == []
+    with pytest.raises(UserError) as error:
+        load_model(folder)
+    assert str(error.value) == (
+        f"{folder} kept no checkpoint; to train the cell again and keep it, move this folder away and add "
+        "trainer.keep_checkpoint=true to the command"
+    )
+
+
+def test_a_cell_killed_in_its_evaluation_keeps_the_same_model(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    overrides = [*tiny, "trainer.keep_checkpoint=true"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cells, "evaluate", killed)
+        train_cell(cell(overrides))
+    folder = cell(overrides).folder
+    with pytest.raises(UserError) as error:
+        load_model(folder)
+    assert str(error.value) == f"{folder}: the cell is running; only one that is done can be loaded"
+    (before,) = checkpoints(folder / "checkpoints")
+    weights = torch.load(before, weights_only=True)["state_dict"]
+    _, record = trained(overrides)
+    assert record.timing["wall_s"] > 0
+    assert [path.name for path in checkpoints(folder / "checkpoints")] == [before.name]
+    loaded = load_model(str(folder)).state_dict()
+    assert {f"model.{name}" for name in loaded} == set(weights)
+    assert all(torch.equal(weights[f"model.{name}"], weight) for name, weight in loaded.items())
+
+
+class Code:
+    """Pickles as a call that leaves a sign."""
+
+    def __init__(self, sign: Path) -> None:
+        self.sign = sign
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.mkdir, (self.sign,)
+
+
+def test_what_cannot_be_loaded_is_one_line(tiny: list[str], tmp_path: Path) -> None:
+    for folder in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(UserError) as error:
+            load_model(folder)
+        assert str(error.value) == f"{folder} is not the folder of a cell: it has no config.yaml"
+    folder, record = trained([*tiny, "trainer.keep_checkpoint=true"])
+    (path,) = checkpoints(folder / "checkpoints")
+    torch.save({"state_dict": Code(tmp_path / "sign")}, path)
+    with pytest.raises(UserError) as error:
+        load_model(folder)
+    assert str(error.value) == f"{path} cannot be read (UnpicklingError)"
+    assert not (tmp_path / "sign").exists()
+    path.write_bytes(b"torn")
+    with pytest.raises(UserError) as error:
+        load_model(folder)
+    assert str(error.value).startswith(f"{path} cannot be read (")
+    write_record(folder, replace(record, status=Status.DIVERGED))
+    with pytest.raises(UserError, match="the cell is diverged; only one that is done can be loaded"):
+        load_model(folder)
+
+
+def test_the_last_line_of_a_single_cell_says_where_its_model_is(tiny: list[str], capsys: pytest.CaptureFixture) -> None:
+    planned = cell([*tiny, "trainer.keep_checkpoint=true"])
+    path = planned.folder / "checkpoints" / "step-000000008.ckpt"
+    for _ in range(2):  # trained, and found done
+        run_single(planned)
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last.endswith(f" nats per token; {planned.folder}; trained model: {path}")
