@@ -160,7 +160,6 @@ def report(study: Study, entity: str, project: str) -> Any:
         wr.H1("How to read this"), wr.MarkdownBlock(HOW_TO_READ),
         wr.H1("Figures"),
         wr.PanelGrid(runsets=[made], panels=[wr.MediaBrowser(media_keys=figures, layout=wr.Layout(w=24, h=16))]),
-        wr.H1("Fits"), wr.MarkdownBlock(fits_text(read_json(study.fits))),
         *([wr.MarkdownBlock(study.table.read_text(encoding="utf-8"))] if study.table.is_file() else []),
         wr.H1("Final loss against parameters, a budget each"),
     ]  # fmt: skip
@@ -175,16 +174,6 @@ def report(study: Study, entity: str, project: str) -> Any:
     return wr.Report(
         entity=entity, project=project, title=f"peerscale {study.sweep}", description="IsoFLOP study", blocks=blocks
     )
-
-
-def fits_text(fits: dict[str, Any]) -> str:
-    """The exponents of the isoFLOP fits over FLOPs per token, as a Markdown table."""
-    lines = ["| method | compute-optimal FLOPs per token grow as budget to the | status |", "|---|---|---|"]
-    for name, fit in fits.items():
-        if "/" not in name:
-            exponent = fit.get("exponent")
-            lines.append(f"| {name} | {'-' if exponent is None else format(exponent, '.3f')} | {fit.get('status')} |")
-    return "\n".join(lines)
 
 
 def save(study: Study, entity: str, project: str) -> dict[str, str]:

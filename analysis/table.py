@@ -9,6 +9,7 @@ BatchNorm (table 2); learning rates.
 Works on runs/SWEEP/study, else on results/SWEEP; writes the tables to table.md there and prints what decides.
 """
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +21,10 @@ import pandas as pd
 from peerscale.errors import exit_code
 from peerscale.files import ROOT, write_text
 from peerscale.laws.optima import OptimumStatus
+from peerscale.runs.fits import fit_study
 from peerscale.runs.rates import settings_table
 from peerscale.runs.study import find_study, method_names, read_fits, study_parser, usable
-from peerscale.runs.table import read_runs
+from peerscale.runs.table import curves_table, read_runs
 from peerscale.sweeper import budget_name
 from peerscale.viz import tables
 from peerscale.viz.ablations import has_curves, over_seeds, varied
@@ -30,16 +32,20 @@ from peerscale.viz.answer import verdicts
 from peerscale.viz.isoflop import missing_note
 from peerscale.viz.published import read_published
 from peerscale.viz.rates import edges
-from peerscale.viz.style import label, listed, ordered
+from peerscale.viz.style import label, listed, ordered, size_label
 from peerscale.viz.tables import Fits, markdown, number, signed_interval, with_interval
 
 SECTION = "\n## "
+
+RATE_TITLES = {"lr": "learning rate", "table_lr": "rate of the tables", "mean": "mean over sizes"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = study_parser(__doc__).parse_args(argv)
     study = find_study(arguments.sweep, arguments.runs, arguments.results)
-    runs, published, fits = read_runs(study.runs), read_published(), read_fits(study.fits)
+    runs, published = read_runs(study.runs), read_published()
+    # A study that was published as its table alone has neither curves nor records.
+    fits = read_fits(study.fits) if study.fits.is_file() else fit_study(runs, curves_table(()), ())
     runs, settings = runs.assign(name=method_names(runs)), varied(runs)
     compared = has_curves(runs) or not settings
     if compared:
@@ -97,17 +103,18 @@ def closing_table(runs: pd.DataFrame, fits: Fits) -> list[str]:
                 "; ".join(flags) or "—",
             ])  # fmt: skip
         notes += fit_note(budget, entry)
-    header = ("budget", "method", "sizes", "optimal FLOPs per token", "loss there", "with its own curvature",
+    header = ("budget", "method", "sizes", "optimal FLOPs per token", "loss there", "loss with own curvature",
               "difference to dense [95 %]", "flags")  # fmt: skip
     return [
         *markdown(header, rows),
         "",
-        "Validation losses in nats per token at the compute optimum: the minimum of one fit a budget of all methods, "
-        "with one curvature in the logarithm of FLOPs per token, over one window of sizes; beside it with a curvature "
-        "for each method. Intervals are Student's and hold the misfit of sizes, seeds and the sampling of validation "
-        "sequences. They leave out the choice of learning rates. A minimum outside the sampled sizes (outside range), "
-        "of a fit that does not open upwards (curvature) or of fewer than four sizes (too few) has no number; one in "
-        f"the outer fifth of the sizes is flagged (off centre). FLOPs: {listed(runs['convention'])}.",
+        "Validation losses in nats per token at the compute optimum, the minimum of a parabola in the logarithm of "
+        "FLOPs per token. All methods of a budget are fitted together, over one window of sizes, with one curvature; "
+        "the next column gives each method its own. Intervals are Student's and include the misfit of sizes, seeds and "
+        "the sampling of validation sequences. They leave out the choice of learning rates. A minimum has no number if "
+        "it lies outside the sampled sizes (outside range), if the fit does not open upwards (curvature) or has fewer "
+        "than four sizes (too few). It is flagged if it lies in the outer fifth of the sizes (off centre). "
+        f"FLOPs: {listed(runs['convention'])}.",
         "",
         *(f"- {line}" for line in (*verdicts(fits["claims"]), *notes)),
         "",
@@ -148,22 +155,17 @@ def at_the_optimum(runs: pd.DataFrame, fits: Fits, published: pd.DataFrame) -> l
         lines += section(
             "Errors by source",
             parts,
-            "Standard errors in nats per token. Of sizes: what the curves do not describe, an effect that the seeds of "
-            "a size share; without a second seed at any size it holds seeds too. Of sequences: sampling of the "
-            "validation set, paired between methods. Of rates: where the study brackets them, else left out. Last: the "
-            "difference if each method has its own curvature.",
+            "Standard errors (s.e.) in nats per token. Sizes: misfit of the curves; if no size has a second seed it "
+            "includes the scatter of seeds. Sequences: sampling of the validation set, paired between methods. "
+            "Learning rates: only in a study that brackets them. Last column: the difference if each method has its "
+            "own curvature.",
         )
-    if claims := fits["claims"]:
-        rows = [
-            [budget_name(c["budget"]), f"{label(c['method'])} minus {label(c['rival'])}", signed_interval(c),
-             number(c["p"], "{:.4f}"), number(c["p_holm"], "{:.4f}")]
-            for c in claims
-        ]  # fmt: skip
+    if claims := tables.claim_lines(fits):
         lines += section(
             "Claims",
-            markdown(["budget", "comparison", "difference [95 %]", "p", "p, corrected"], rows),
-            f"Two-sided t tests; corrected by Holm's method for the {len(rows)} comparisons of this table. A lead is "
-            "claimed below 0.05.",
+            claims,
+            f"Two-sided t tests, corrected by Holm's method for the {len(fits['claims'])} comparisons of this table. A "
+            "lead is claimed where the corrected p is below 0.05.",
         )
     if multipliers := tables.multiplier_lines(fits):
         slopes = [
@@ -171,13 +173,13 @@ def at_the_optimum(runs: pd.DataFrame, fits: Fits, published: pd.DataFrame) -> l
             for g in fits["growth"]
         ]
         grows = f"Slope of its logarithm per factor of ten in the budget: {', '.join(slopes)}." if slopes else (
-            "No growth is claimed: that needs four budgets."
+            "No growth is claimed: it would need four budgets."
         )  # fmt: skip
         lines += section(
             "Compute multiplier",
             multipliers,
-            "Dense's FLOPs over the FLOPs that the method needs for the same loss, both interpolated between the "
-            "budgets; intervals from a joint bootstrap of all budgets.",
+            "Dense's FLOPs over the FLOPs that the method needs for the same loss. Losses are interpolated between "
+            "the budgets; intervals are from a joint bootstrap of all budgets.",
             grows,
         )
     ours, theirs = tables.perplexities(fits, str(runs["val_set"].iloc[0])), tables.paper_perplexities(published)
@@ -187,20 +189,21 @@ def at_the_optimum(runs: pd.DataFrame, fits: Fits, published: pd.DataFrame) -> l
     lines += section(
         "Perplexity at the compute optimum (the paper's table 1)",
         tables.perplexity_lines(ours),
-        "Of each evaluation set, at the minimum of the validation loss over FLOPs per token; last column: distance to "
-        "dense in nats per token.",
-        f"The paper's table 1. Of its sets {', '.join(absent)} are absent here; its tokenizer and data are others, so "
-        "that only distances compare, the last column on c4.",
+        "Perplexity on each evaluation set, at the minimum of the validation loss over FLOPs per token. Last column: "
+        "difference to dense on the validation set, nats per token.",
+        f"The paper's table 1, with the difference to dense on c4. This study has no {', '.join(absent)}. The "
+        "paper's tokenizer and data differ from ours, so only the differences can be compared.",
     )
     lines += [*tables.perplexity_lines(theirs), ""]
     if exponents := tables.exponent_lines(fits):
         lines += section(
             "The compute optimum by three approaches",
             exponents,
-            "Exponents of the optimal FLOPs per token in the budget [95 %, bootstrap]. 1: of the lowest curve at each "
-            "compute, in mid-run before the learning rate has decayed; 2: of the fitted minima; 3: of the surface "
-            "loss = E + A / N^alpha + B / D^beta through all runs. Last: the mean loss of the largest budget's runs, "
-            "as a surface through the smaller budgets predicts it. All coefficients: fits.json.",
+            "Exponent b of optimal FLOPs per token = a × FLOPs^b [95 %, bootstrap]. 1: from the lowest curve at "
+            "each compute, in mid-run before the learning rate has decayed; 2: from the fitted minima; 3: from the "
+            "surface loss = E + A / N^alpha + B / D^beta through all runs. Last two columns: the mean loss of the "
+            "largest budget's runs, predicted by a surface through the smaller budgets, and observed. All "
+            "coefficients: fits.json.",
         )
     elif runs["budget"].nunique() < 3:
         lines += ["No exponents: they need three budgets.", ""]
@@ -208,8 +211,8 @@ def at_the_optimum(runs: pd.DataFrame, fits: Fits, published: pd.DataFrame) -> l
         lines += section(
             "Ranking under other FLOP conventions",
             conventions,
-            "Compute multiplier and, in brackets, the rank at the budget. Losses at the optimum are those above; what "
-            "they cost is counted anew by each convention; — where it would be extrapolated.",
+            "Compute multiplier and, in brackets, the method's rank at the budget. Losses at the optimum are those of "
+            "the first table; each convention counts anew what they cost. A dash: it would be an extrapolation.",
         )
     return lines
 
@@ -229,20 +232,23 @@ def settings_lines(runs: pd.DataFrame, fits: Fits) -> list[str]:
     }
     rows = [
         [
-            f"{row['size']}, {budget_name(row['budget'])}", label(row["name"]), str(row["seeds"]), f"{row['mean']:.4f}",
-            f"{np.exp(row['mean']):.2f}", difference(differences.get((row["budget"], row["size"], row["name"]))),
+            budget_name(row["budget"]), size_label(row["size"]), label(row["name"]), str(row["seeds"]),
+            f"{row['mean']:.4f}", f"{np.exp(row['mean']):.2f}",
+            "reference" if row["name"].partition(" ")[0] == "dense"
+            else difference(differences.get((row["budget"], row["size"], row["name"]))),
             number(row["layer_share"], "{:.1%}"), number(row["expert_usage"], "{:.1%}"), number(row["unevenness"]),
         ]
         for row in variants.merge(others, how="left").to_dict("records")
     ]  # fmt: skip
-    header = ("at", "method", "seeds", "loss", "perplexity", "difference to dense [95 %]", "layer's FLOPs", "usage",
-              "unevenness")  # fmt: skip
+    header = ("budget", "size", "method", "seeds", "loss", "perplexity", "difference to dense [95 %]",
+              "layer's share of FLOPs", "experts used", "unevenness")  # fmt: skip
     return [
         *markdown(header, rows),
         "",
-        "Validation losses in nats per token, means over seeds. Intervals hold the sampling of validation sequences "
-        "and, where there are several, seeds, whose scatter is pooled over the rows. With one seed they leave seeds "
-        "out (sequences only), which elsewhere scatter by 0.004 to 0.010: such a difference alone claims nothing. "
+        "Validation losses in nats per token, means over seeds. Intervals include the sampling of validation sequences "
+        "and, where there are several seeds, their scatter, pooled over the rows. With one seed they leave seeds out "
+        "(sequences only). In other studies seeds scatter by 0.004 to 0.010 nats, so a difference of that size is no "
+        "evidence. Experts used and unevenness: the paper's definitions (section 3.3). "
         f"FLOPs: {listed(runs['convention'])}.",
         "",
         *([f"- {missing_note(runs)}.", ""] if missing_note(runs) else []),
@@ -254,17 +260,17 @@ def experts_and_norm(runs: pd.DataFrame, fits: Fits, published: pd.DataFrame) ->
     lines = section(
         "Experts and BatchNorm on the queries (the paper's table 2)",
         tables.norm_lines(tables.experts_by_norm(runs, published)),
-        "Pairs: without / with BatchNorm. Usage and unevenness by the paper's definitions (section 3.3), ours over "
+        "Pairs: without / with BatchNorm. Experts used and unevenness: as the paper defines them (section 3.3), ours over "
         f"{listed(runs['usage_tokens'])} tokens.",
     )
     pairs = [
-        [label(found["method"]), difference(found)]
+        [label(re.sub("[ -]query_norm=true", "", found["method"])), difference(found)]
         for entry in fits["budgets"]
         for found in entry["differences"]
         if "query_norm=true" in found["method"] and "query_norm=false" in found["reference"]
     ]
     if pairs:
-        table = markdown(["with BatchNorm", "loss minus that without [95 %]"], pairs)
+        table = markdown(["method", "loss with BatchNorm minus loss without [95 %]"], pairs)
         lines += section("What BatchNorm on the queries changes", table)
     return lines
 
@@ -272,14 +278,14 @@ def experts_and_norm(runs: pd.DataFrame, fits: Fits, published: pd.DataFrame) ->
 def best_rates(fits: Fits) -> list[str]:
     """The best rate of each method and size, and methods compared at their best rates."""
     best = [
-        [budget_name(b["budget"]), b["size"], label(b["method"]), number(b["rate"], "{:.3g}"),
+        [budget_name(b["budget"]), size_label(b["size"]), label(b["method"]), number(b["rate"], "{:.3g}"),
          number(b["loss"], "{:.4f}"), f"{b['best_tried']['rate']:g}", f"{b['best_tried']['loss']:.4f}",
          b["status"].replace("_", " ")]
         for b in fits["rates"]["best"]
     ]  # fmt: skip
     if not best:
         return []
-    names = ("budget", "size", "method", "best rate, fitted", "loss there", "best tried", "its loss", "status")
+    names = ("budget", "size", "method", "best rate, fitted", "loss there", "best rate tried", "loss at that", "status")
     lines = section(
         "Best rates",
         markdown(names, best),
@@ -287,7 +293,7 @@ def best_rates(fits: Fits) -> list[str]:
         "budget, through the rates near the best one tried.",
     )
     pairs = [
-        [budget_name(d["budget"]), d["size"], label(d["method"]), signed_interval(d)]
+        [budget_name(d["budget"]), size_label(d["size"]), label(d["method"]), signed_interval(d)]
         for d in fits["rates"]["differences"]
     ]
     if pairs:
@@ -295,8 +301,7 @@ def best_rates(fits: Fits) -> list[str]:
         lines += section(
             "Methods at their best rates",
             markdown(header, pairs),
-            "The interval holds the scatter about the parabolas. One seed tried all rates of a model, so it leaves "
-            "seeds out.",
+            "The interval includes the scatter about the parabolas, not seeds: one seed tried all rates of a model.",
         )
     return lines
 
@@ -304,9 +309,12 @@ def best_rates(fits: Fits) -> list[str]:
 def rates(runs: pd.DataFrame) -> list[str]:
     """The settings of a learning-rate study, best first."""
     val_sets = listed(runs["val_set"])
-    lines = [f"Losses in nats per token on the {val_sets} set; rates as set, before the rule for the width.", ""]
+    lines = [
+        f"Losses in nats per token on the {val_sets} set. Rates are as the study sets them, for the reference width.",
+        "",
+    ]
     for name, rows in settings_table(runs).groupby("name", sort=False):
-        shown = rows.drop(columns="name")
+        shown = rows.drop(columns="name").rename(columns=lambda column: RATE_TITLES.get(column, size_label(column)))
         texts = [[f"{value:.4g}" for value in row] for row in shown.itertuples(index=False)]
         lines += section(label(str(name)), markdown(shown.columns, texts), *(f"- {edge}" for edge in edges(rows)))
     return lines

@@ -194,7 +194,7 @@ def _at_one_size(runs: pd.DataFrame, *, any_size: bool = False) -> tuple[pd.Data
     budget, size = done[["budget", "size"]].value_counts().index[0]
     cells = done[(done["budget"] == budget) & ((done["size"] == size) | any_size)]
     dense = cells["method"] == "dense"
-    title = style.budget_title(budget) + ("" if any_size else f", {size}")
+    title = style.budget_title(budget) + ("" if any_size else f", {style.size_label(str(size))}")
     return cells[~dense], np.exp(cells.loc[dense, "val_loss"].astype(float)).tolist(), title
 
 

@@ -1,17 +1,21 @@
 """What a study says of its claims, in sentences."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 from peerscale.runs.comparison import FAMILY_LEVEL
 from peerscale.sweeper import budget_name
-from peerscale.viz.style import label, ordered
+from peerscale.viz.style import in_words, label, ordered, size_label
 from peerscale.viz.tables import number
 
 Claim = Mapping[str, Any]
+Place = tuple[float, str, str]
+"""Budget, size (of a comparison at one size) and settings of the method's variant."""
 Outcomes = dict[str, list[Claim]]
-"""The claims about each rival under `leads`, `trails` and `is indistinguishable from`; none of them is empty."""
+"""The claims about each rival under `leads`, `trails` and `UNDECIDED`; none of them is empty."""
+
+UNDECIDED = "cannot be told apart from"
 
 
 def answer(fits: Mapping[str, Any]) -> str:
@@ -20,19 +24,18 @@ def answer(fits: Mapping[str, Any]) -> str:
     if not places:
         known = any(entry["differences"] for entry in fits["budgets"])
         return (
-            "No claim: no difference here has an error that holds seeds or the misfit of sizes."
+            "No claim: no difference here has an error that includes seeds or the misfit of sizes."
             if known
             else "No answer yet: no two methods have finished cells to compare."
         )
     largest = max(budget for budget, *_ in places)
-    if any(size or arm for _, size, arm in places):
+    if any(size or settings for _, size, settings in places):
         return " ".join(_sentence(place, found) for place, found in places.items() if place[0] == largest)
     method = label(fits["claims"][0]["method"])
     descending = sorted(places.items(), reverse=True)
     parts = []
     for short, group in groupby(descending, key=lambda pair: _short(pair[1])):
-        budgets = [budget_name(place[0]) for place, _ in group]
-        at = " and ".join(filter(None, (", ".join(budgets[:-1]), budgets[-1])))
+        at = _listed(budget_name(place[0]) for place, _ in group)
         parts.append(f"At {at} FLOPs {method} {short}" if not parts else f"at {at} it {short}")
     dense = next((c for c in fits["claims"] if c["budget"] == largest and c["rival"] == "dense"), None)
     text = f"{'; '.join(parts)}."
@@ -40,16 +43,15 @@ def answer(fits: Mapping[str, Any]) -> str:
 
 
 def verdicts(claims: Sequence[Claim]) -> list[str]:
-    """A sentence for each budget and variant: which rivals the method leads, trails, or is indistinguishable from.
+    """A sentence for each budget and variant: which rivals the method leads, trails, or cannot be told apart from.
 
     A lead or trail is a difference whose probability, corrected for the whole family (Holm), is below 5 %.
     """
     return [_sentence(place, found) for place, found in _places(claims).items()]
 
 
-def _places(claims: Sequence[Claim]) -> dict[tuple[float, str, str], Outcomes]:
-    """Outcomes by budget, size (of a comparison at one size) and the settings of the method's variant."""
-    places: dict[tuple[float, str, str], dict[str, Claim]] = {}
+def _places(claims: Sequence[Claim]) -> dict[Place, Outcomes]:
+    places: dict[Place, dict[str, Claim]] = {}
     for claim in claims:
         place = (claim["budget"], claim["size"], claim["method"].partition(" ")[2])
         places.setdefault(place, {})[claim["rival"]] = claim
@@ -57,25 +59,24 @@ def _places(claims: Sequence[Claim]) -> dict[tuple[float, str, str], Outcomes]:
 
 
 def _outcomes(claims: Sequence[Claim]) -> Outcomes:
-    found: Outcomes = {"leads": [], "trails": [], "is indistinguishable from": []}
+    found: Outcomes = {"leads": [], "trails": [], UNDECIDED: []}
     for claim in claims:
-        certain = claim["p_holm"] < FAMILY_LEVEL
-        verb = ("leads" if claim["value"] < 0 else "trails") if certain else "is indistinguishable from"
-        found[verb].append(claim)
+        certain = claim["p_holm"] is not None and claim["p_holm"] < FAMILY_LEVEL
+        found[("leads" if claim["value"] < 0 else "trails") if certain else UNDECIDED].append(claim)
     return {verb: members for verb, members in found.items() if members}
 
 
-def _sentence(place: tuple[float, str, str], found: Outcomes) -> str:
-    """`At 3e12 FLOPs PEER leads dense (−0.034 ± 0.015) and is indistinguishable from PKM (...).`"""
-    budget, size, arm = place
+def _sentence(place: Place, found: Outcomes) -> str:
+    """`At 3e12 FLOPs PEER leads dense (−0.034 ± 0.015) and cannot be told apart from PKM (...).`"""
+    budget, size, settings = place
     method = label(next(iter(found.values()))[0]["method"].partition(" ")[0])
     parts = [f"{verb} {_listed(_rival(c) + f' ({_with_error(c)})' for c in some)}" for verb, some in found.items()]
-    where = ", ".join(filter(None, (f"At {budget_name(budget)} FLOPs", size, arm.replace("_", " ").replace("=", " "))))
-    return f"{where}{',' * bool(size or arm)} {method} {' and '.join(parts)}."
+    where = ", ".join(filter(None, (f"At {budget_name(budget)} FLOPs", size_label(size), in_words(settings))))
+    return f"{where}{',' * bool(size or settings)} {method} {', and '.join(parts)}."
 
 
 def _short(found: Outcomes) -> str:
-    """`leads dense and PKM, and is indistinguishable from MoE (token choice)`."""
+    """`leads dense and PKM, and cannot be told apart from MoE (token choice)`."""
     return ", and ".join(f"{verb} {_listed(map(_rival, some))}" for verb, some in found.items())
 
 
@@ -87,6 +88,6 @@ def _with_error(claim: Claim) -> str:
     return f"{number(claim['value'], '{:+.3f}')} ± {number((claim['high'] - claim['low']) / 2, '{:.3f}')}"
 
 
-def _listed(texts: Any) -> str:
+def _listed(texts: Iterable[str]) -> str:
     *first, last = texts
     return f"{', '.join(first)} and {last}" if first else last

@@ -43,7 +43,7 @@ def curves_figure(curves: pd.DataFrame, runs: pd.DataFrame, *, note: str = "") -
             style.decade_axis(column[-1].xaxis)
         panels[0, 0].set_ylabel("training loss (nats)")
         if rows > 1:
-            panels[1, 0].set_ylabel("minus dense's (nats)")
+            panels[1, 0].set_ylabel("loss minus dense's (nats)")
         style.method_legend(figure, names)
         which = "each method's run of lowest validation loss; below, its loss minus dense's at equal FLOPs spent"
         style.caption(figure, note, which if rows > 1 else which.partition(";")[0], missing_note(runs))
@@ -56,14 +56,14 @@ def one_curve(curves: pd.DataFrame, cell: str, budget: float) -> pd.DataFrame:
 
 
 def draw_losses(axes: Axes, best: dict[str, pd.DataFrame]) -> None:
-    colours, dashes = style.colours(best), style.dashes(best)
+    colours = style.colours(best)
     for name in style.ordered(best):
-        axes.plot(best[name]["flops"], best[name]["loss"], dashes[name], color=colours[name], linewidth=0.9, label=name)
+        axes.plot(best[name]["flops"], best[name]["loss"], color=colours[name], linewidth=0.9, label=name)
 
 
 def draw_distances(axes: Axes, best: dict[str, pd.DataFrame]) -> None:
     """Each curve minus that of dense, read off at the same FLOPs (log-linear between its points)."""
-    colours, dashes = style.colours(best), style.dashes(best)
+    colours = style.colours(best)
     axes.axhline(0, color=style.COLOURS["dense"], linewidth=0.9, label="_dense")
     for name in style.ordered(best):
         reference = same_arm("dense", name, list(best))
@@ -72,4 +72,4 @@ def draw_distances(axes: Axes, best: dict[str, pd.DataFrame]) -> None:
         flops, dense = np.log(best[name]["flops"]), best[reference]
         distance = best[name]["loss"] - np.interp(flops, np.log(dense["flops"]), dense["loss"])
         distance = distance.rolling(SMOOTHED, center=True, min_periods=1).mean()
-        axes.plot(best[name]["flops"], distance, dashes[name], color=colours[name], linewidth=0.9, label=name)
+        axes.plot(best[name]["flops"], distance, color=colours[name], linewidth=0.9, label=name)

@@ -51,6 +51,8 @@ def differences_figure(
             figure, [Line2D([], [], marker=m, label=style.budget_title(b), **look) for b, m in markers.items()]
         )
         style.caption(
-            figure, note, "95 % intervals: misfit of sizes, seeds, validation sequences; learning rates left out"
+            figure,
+            note,
+            "bars: 95 % interval from misfit of sizes, seeds and validation sequences, not from learning rates",
         )
     return figure

@@ -56,10 +56,11 @@ def frontier_figure(fits: Mapping[str, Any], *, note: str = "") -> Figure | None
             panels[1].set(yscale="log", ylabel="compute multiplier", title="dense's FLOPs over the method's")
             style.log_axis(panels[1].yaxis, *panels[1].get_ylim())
         style.method_legend(figure, names)
-        bars = "bars: 95 %, from misfit of sizes, seeds and validation sequences; the choice of learning rates left out"
+        bars = "bars: 95 % interval from misfit of sizes, seeds and validation sequences, not from learning rates"
         marks = "hollow: flagged minimum" if losses["hollow"].any() else ""
-        same = "multiplier: for the same loss, both interpolated between budgets" if worth else ""
-        style.caption(figure, note, bars, "; ".join(filter(None, (same, marks, "side by side at each budget"))))
+        same = "multiplier: for the same loss, losses interpolated between the budgets" if worth else ""
+        apart = "methods are drawn side by side at each budget"
+        style.caption(figure, note, bars, "; ".join(filter(None, (same, marks, apart))))
     return figure
 
 
@@ -79,7 +80,7 @@ def time_figure(runs: pd.DataFrame, *, note: str = "") -> Figure:
         axes.set(xscale="log", xlabel="training time (s)", ylabel="validation loss (nats per token)")
         style.log_axis(axes.xaxis, *axes.get_xlim())
         style.method_legend(figure, names)
-        lines = "lines: each method's lowest loss for at most so much time, through the cells that reach it"
+        lines = "lines: the lowest loss that each method reaches within a training time; points: the runs that reach it"
         how = f"kernel {style.listed(cells['kernel'])}, threads a cell {style.listed(cells['n_threads'])}"
         clock = f"time: of the machine that ran the cells, without evaluation; {how}"
         style.caption(figure, note, lines, clock, missing_note(runs))

@@ -115,9 +115,9 @@ def isoflop_figure(runs: pd.DataFrame, fits: Mapping[str, Any], *, x: str, note:
         style.method_legend(figure, names)
         of_all = [m for entry in methods.values() for m in entry.values()]
         flagged = any(m["status"] != OptimumStatus.OK for m in of_all)
-        curves = "curves: one fit a budget over FLOPs per token, with a shared curvature; stars: its minima"
+        curves = "curves: parabolas in log FLOPs per token, one curvature for all methods; stars: their minima"
         labels = [str(part.get_label()) for axes in panels for part in (*axes.containers, *axes.lines)]
-        hollow = "hollow points: outside the fitted window" if any("_left out" in text for text in labels) else ""
+        hollow = "hollow points: sizes left out of the fit" if any("_left out" in text for text in labels) else ""
         above = "triangles: above the axis" if any(", above" in text for text in labels) else ""
         bars = "bars: ±1 standard error over validation sequences"
         style.caption(

@@ -25,13 +25,13 @@ def rates_panel(axes: Axes, settings: pd.DataFrame, *, rate: str, loss: str) -> 
 
     The other rate is at its best; methods without the rate are left out. A star at the lowest, hollow at an edge.
     """
-    colours, dashes = style.colours(settings["name"]), style.dashes(settings["name"])
+    colours = style.colours(settings["name"])
     for name in style.ordered(settings["name"]):
         tried = settings[(settings["name"] == name) & (settings[rate] > 0)].groupby(rate)[loss].min()
         if len(tried) < 2:
             continue
         x, y = np.asarray(tried.index, float), np.asarray(tried, float)
-        axes.plot(x, y, f".{dashes[name]}", color=colours[name], markersize=4, linewidth=1, label=name)
+        axes.plot(x, y, ".-", color=colours[name], markersize=4, linewidth=1, label=name)
         best = int(y.argmin())
         style.star(axes, x[best], y[best], colours[name], f"_best {name}", hollow=best in (0, len(y) - 1))
     axes.set_xscale("log")
@@ -43,9 +43,13 @@ def rates_figure(runs: pd.DataFrame, *, note: str = "") -> Figure:
     settings = settings_table(runs)
     sizes = sorted((c for c in settings.columns if c not in ("name", *RATES, "mean")), key=lambda s: (len(s), s))
     several = {rate: bool((settings.groupby("name")[rate].nunique() > 1).any()) for rate in RATES}
-    panels_of = [("lr", size, size) for size in sizes] if several["lr"] or not several["table_lr"] else []
+    panels_of = (
+        [("lr", size, style.size_label(size)) for size in sizes] if several["lr"] or not several["table_lr"] else []
+    )
     if several["table_lr"]:
-        panels_of.append(("table_lr", "mean", f"mean of {' and '.join(sizes)}" if len(sizes) > 1 else sizes[0]))
+        panels_of.append(
+            ("table_lr", "mean", f"mean of {' and '.join(sizes)}" if len(sizes) > 1 else style.size_label(sizes[0]))
+        )
     with style.applied():
         figure, panels = style.panels(len(panels_of))
         for axes, (rate, loss, title) in zip(panels, panels_of, strict=True):

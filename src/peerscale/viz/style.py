@@ -9,12 +9,12 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis, XAxis
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
@@ -46,6 +46,20 @@ LABELS = {
     "pkm_equal_top_k": "PKM, PEER's top k",
     "peer": "PEER",
 }
+
+SETTINGS = {
+    "batch_sequences": "batch {}",
+    "n_experts": "{} experts",
+    "n_heads": "{} heads",
+    "top_k": "top {}",
+    "lr": "rate {}",
+    "table_lr": "table rate {}",
+    "query_norm=true": "BatchNorm",
+    "query_norm=false": "no BatchNorm",
+    "name=adamw": "AdamW",
+    "name=row_sparse_adamw": "row-sparse AdamW",
+}
+"""How the settings in a variant's name are written; `{}` is the value."""
 
 MARKERS = ("o", "s", "D", "v", "P", "X")
 """Of budgets, ascending; a triangle that points upwards is a point above the axis."""
@@ -80,36 +94,60 @@ def ordered(names: Iterable[str]) -> list[str]:
     known = list(COLOURS)
 
     def place(name: str) -> tuple[int, list[str | int]]:
-        parts = re.split(r"(\d+)", name)
-        return known.index(name) if name in known else len(known), [int(p) if p.isdecimal() else p for p in parts]
+        method = name.partition(" ")[0]
+        parts = [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+        return known.index(method) if method in known else len(known), parts
 
     return sorted(set(names), key=place)
 
 
 def colours(names: Iterable[str]) -> dict[str, str]:
-    """A colour per method name. An unknown name's colour hangs on the name alone, unless two would share one."""
-    chosen: dict[str, str] = {}
+    """A colour per name: of its method, and where a method has several variants, shades of it from light to dark.
+
+    An unknown method's colour depends on its name alone, unless two would share one.
+    """
+    variants: dict[str, list[str]] = {}
     for name in ordered(names):
-        slot = zlib.crc32(name.encode())
+        variants.setdefault(name.partition(" ")[0], []).append(name)
+    chosen: dict[str, str] = {}
+    for method in variants:
+        slot = zlib.crc32(method.encode())
         spare = [SPARE_COLOURS[(slot + i) % len(SPARE_COLOURS)] for i in range(len(SPARE_COLOURS))]
-        chosen[name] = COLOURS.get(name) or next((c for c in spare if c not in chosen.values()), spare[0])
-    return chosen
+        chosen[method] = COLOURS.get(method) or next((c for c in spare if c not in chosen.values()), spare[0])
+    return {
+        name: shaded(chosen[method], (i + 0.5) / len(members))
+        for method, members in variants.items()
+        for i, name in enumerate(members)
+    }
 
 
-def dashes(names: Iterable[str]) -> dict[str, Literal["-", "--"]]:
-    """A line style per method name: dashed where another has its colour already, as a study may have many arms."""
-    taken: list[str] = []
-    chosen: dict[str, Literal["-", "--"]] = {}
-    for name, colour in colours(names).items():
-        chosen[name] = "--" if colour in taken else "-"
-        taken.append(colour)
-    return chosen
+def shaded(colour: str, place: float) -> str:
+    """A colour mixed with white (`place` below 0.5, most at 0) or with black (above, most at 1)."""
+    end, share = 1.0 if place < 0.5 else 0.0, 1.2 * abs(place - 0.5)
+    red, green, blue = (channel + share * (end - channel) for channel in to_rgb(colour))
+    return to_hex((red, green, blue))
 
 
 def label(name: str) -> str:
-    """A method's name as figures and tables write it; `name axis=value` keeps its axes."""
-    method, space, axes = name.partition(" ")
-    return LABELS.get(method, method.replace("_", " ")) + space + axes
+    """A method's name as figures and tables write it: `peer batch_sequences=8` is `PEER, batch 8`."""
+    method, _, settings = name.partition(" ")
+    return ", ".join(filter(None, (LABELS.get(method, method.replace("_", " ")), in_words(settings))))
+
+
+def in_words(settings: str) -> str:
+    """The settings of a variant: `n_experts=4096-name=adamw` is `4,096 experts, AdamW`."""
+    return ", ".join(map(_setting, filter(None, re.split(r"-(?=[a-z_]+=)", settings))))
+
+
+def _setting(text: str) -> str:
+    key, _, value = text.partition("=")
+    value = f"{int(value):,}" if value.isdecimal() else value
+    return SETTINGS.get(text) or SETTINGS.get(key, key.replace("_", " ") + " {}").format(value)
+
+
+def size_label(size: str) -> str:
+    """`d64`, the name of a file of `conf/size`, as `d_model 64`."""
+    return re.sub(r"^d(?=\d+$)", "d_model ", size)
 
 
 def markers(budgets: Iterable[float]) -> dict[float, str]:
@@ -161,15 +199,15 @@ def legend(figure: Figure, handles: Sequence[Line2D]) -> None:
 
 def method_legend(figure: Figure, names: Sequence[str]) -> None:
     """A legend of methods."""
-    chosen, drawn = colours(names), dashes(names)
-    legend(figure, [Line2D([], [], color=chosen[name], linestyle=drawn[name], label=label(name)) for name in names])
+    chosen = colours(names)
+    legend(figure, [Line2D([], [], color=chosen[name], label=label(name)) for name in names])
 
 
 def star(axes: Axes, x: float, y: float, color: str, label: str, *, hollow: bool = False) -> None:
     """Mark a minimum; hollow where it is flagged."""
     face, edge, width = ("white", color, 0.9) if hollow else (color, "white", 0.6)
     axes.plot(
-        [x], [y], "*", markersize=10, color=color, zorder=5, label=label,
+        [x], [y], "*", markersize=8, color=color, zorder=5, label=label,
         markerfacecolor=face, markeredgecolor=edge, markeredgewidth=width,
     )  # fmt: skip
 

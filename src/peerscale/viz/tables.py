@@ -1,18 +1,18 @@
 """Tables in Markdown: tables 1 and 2 of the paper, errors by source, multipliers, exponents, other conventions."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from peerscale.laws.optima import OptimumStatus
-from peerscale.runs.study import usable
+from peerscale.runs.study import same_arm, usable
 from peerscale.sweeper import budget_name
 from peerscale.viz.ablations import with_norm
 from peerscale.viz.published import WITHOUT_NORM, paper_values
-from peerscale.viz.style import label, ordered
+from peerscale.viz.style import in_words, label, ordered, size_label
 
 Fits = Mapping[str, Any]
 """A study's `fits.json`."""
@@ -48,9 +48,19 @@ def paper_perplexities(published: pd.DataFrame) -> pd.DataFrame:
 
 
 def with_gap(table: pd.DataFrame, column: str) -> pd.DataFrame:
-    """The table with each row's distance to dense at its budget, nats per token, by the perplexity in `column`."""
-    dense = table[table["name"] == "dense"].set_index("budget")[column]
-    return table.assign(gap=np.log(table[column]) - np.log(table["budget"].map(dense)))
+    """The table with each row's distance to dense at its budget, nats per token, by the perplexity in `column`.
+
+    A variant's distance is that to dense at its own settings, if there is one.
+    """
+    keys, names = list(zip(table["budget"], table["name"], strict=True)), set(table["name"])
+    losses = dict(zip(keys, np.log(table[column].astype(float)), strict=True))
+    dense = [losses.get((budget, dense_of(name, names)), np.nan) for budget, name in keys]
+    return table.assign(gap=[losses[key] - reference for key, reference in zip(keys, dense, strict=True)])
+
+
+def dense_of(name: str, names: Collection[str]) -> str | None:
+    """The dense curve that a curve is compared with, itself if it is dense; None if there is none."""
+    return name if name.partition(" ")[0] == "dense" else same_arm("dense", name, list(names))
 
 
 def experts_by_norm(runs: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
@@ -84,7 +94,7 @@ def perplexity_lines(table: pd.DataFrame) -> list[str]:
     """Table 1, ours or the paper's, in Markdown."""
     sets = [column for column in table.columns if column not in ("budget", "name", "gap", "flagged")]
     texts = [table[name].map(number) for name in sets] + [table["gap"].map(lambda gap: number(gap, "{:+.3f}"))]
-    return markdown(["budget", "method", *sets, "nats to dense"], zip(*_who(table), *texts, strict=True))
+    return markdown(["budget", "method", *sets, "difference to dense (nats)"], zip(*_who(table), *texts, strict=True))
 
 
 def norm_lines(table: pd.DataFrame) -> list[str]:
@@ -97,7 +107,7 @@ def norm_lines(table: pd.DataFrame) -> list[str]:
             pair = [number(values.get((metric, source, norm)), form) for norm in (False, True)]
             row.append("—" if set(pair) == {"—"} else " / ".join(pair))
         rows.append(row)
-    names = ("perplexity", "usage", "unevenness")
+    names = ("perplexity", "experts used", "unevenness")
     return markdown(["experts", *names, *(f"paper: {name}" for name in names)], rows)
 
 
@@ -123,20 +133,28 @@ def exponent_lines(fits: Fits) -> list[str]:
 
 
 def convention_lines(fits: Fits) -> list[str]:
-    """Multipliers under other conventions of counting FLOPs, with the rank at their budget, in Markdown; or nothing."""
-    rows = [{"budget": r["budget"], "name": r["method"], **r["multipliers"]} for r in fits["conventions"]]
-    if not rows:
-        return []
-    table = pd.DataFrame(rows)
-    names = [column for column in table.columns if column not in ("budget", "name")]
-    dense = table[["budget"]].drop_duplicates().assign(name="dense", **dict.fromkeys(names, 1.0))
-    table = pd.concat([dense, table]).sort_values("budget", kind="stable").astype(dict.fromkeys(names, float))
-    ranks = table.groupby("budget")[names].rank(ascending=False, method="min")
-    texts = [
-        [f"{x:.3f} ({rank:.0f})" if x > 0 else "—" for x, rank in zip(table[name], ranks[name], strict=True)]
-        for name in names
-    ]
-    return markdown(["budget", "method", *names], zip(*_who(table), *texts, strict=True))
+    """Multipliers under other conventions of counting FLOPs, with ranks, in Markdown; empty without any.
+
+    Ranks are among the methods at one budget that are compared with the same dense curve.
+    """
+    curves = {m["name"] for entry in fits["budgets"] for m in entry["methods"]}
+    groups: dict[tuple[float, str], dict[str, Mapping[str, float | None]]] = {}
+    for found in fits["conventions"]:
+        dense = dense_of(found["method"], curves) or "dense"
+        group = groups.setdefault((found["budget"], dense), {dense: dict.fromkeys(found["multipliers"], 1.0)})
+        group[found["method"]] = found["multipliers"]
+    rows = []
+    for budget, dense in sorted(groups, key=lambda key: key[0]):
+        group = groups[budget, dense]
+        for name, multipliers in group.items():
+            texts = [_ranked(value, [other[c] for other in group.values()]) for c, value in multipliers.items()]
+            rows.append([budget_name(budget), label(name), *texts])
+    return markdown(["budget", "method", *fits["conventions"][0]["multipliers"]], rows) if rows else []
+
+
+def _ranked(value: float | None, among: Iterable[float | None]) -> str:
+    """A multiplier with its rank."""
+    return "—" if value is None else f"{value:.3f} ({1 + sum(other is not None and other > value for other in among)})"
 
 
 def parts_lines(fits: Fits, reference: str = "dense") -> list[str]:
@@ -153,8 +171,9 @@ def parts_lines(fits: Fits, reference: str = "dense") -> list[str]:
                 number(found["df"], "{:.0f}") if found["df"] else "∞",
                 f"{number(own['value'], '{:+.3f}')} ± {number(own['se'], '{:.3f}')}" if own else "—",
             ])  # fmt: skip
-    header = ("budget", "method", f"difference to {reference} [95 %]", "s.e. of sizes", "of seeds", "of sequences",
-              "of rates", "all together", "degrees of freedom", "each its own curvature")  # fmt: skip
+    header = ("budget", "method", f"difference to {reference} [95 %]", "s.e. from sizes", "s.e. from seeds",
+              "s.e. from sequences", "s.e. from learning rates", "s.e., all", "degrees of freedom",
+              "difference with own curvatures ± s.e.")  # fmt: skip
     return markdown(header, rows) if rows else []
 
 
@@ -165,7 +184,26 @@ def multiplier_lines(fits: Fits) -> list[str]:
          with_interval(m["multiplier"], (m["low"], m["high"]), "{:.2f}")]
         for m in sorted(fits["multipliers"], key=lambda m: m["budget"])
     ]  # fmt: skip
-    return markdown(["budget", "method", "dense's FLOPs over the method's [95 %]"], rows) if rows else []
+    return markdown(["budget", "method", "compute multiplier [95 %]"], rows) if rows else []
+
+
+def claim_lines(fits: Fits) -> list[str]:
+    """Each comparison of the family with its probability, in Markdown; empty without any."""
+    rows = []
+    for claim in fits["claims"]:
+        (method, _, settings), (rival, _, others) = (claim[key].partition(" ") for key in ("method", "rival"))
+        pair = f"{label(method)} minus {label(rival)}" if settings == others else ""
+        texts = [pair or f"{label(claim['method'])} minus {label(claim['rival'])}", size_label(claim["size"]),
+                 in_words(settings) if pair else ""]  # fmt: skip
+        rows.append([budget_name(claim["budget"]), ", ".join(filter(None, texts)), signed_interval(claim),
+                     probability(claim["p"]), probability(claim["p_holm"])])  # fmt: skip
+    header = ("budget", "comparison", "difference [95 %]", "p", "p, corrected for the family")
+    return markdown(header, rows) if rows else []
+
+
+def probability(p: float | None) -> str:
+    """Four decimals, or `< 0.0001`."""
+    return "< 0.0001" if p is not None and p < 1e-4 else number(p, "{:.4f}")
 
 
 def signed_interval(found: Mapping[str, Any]) -> str:
@@ -177,7 +215,7 @@ def _who(table: pd.DataFrame) -> tuple[list[str], list[str]]:
     """Budgets and methods; a dagger where the minimum is flagged."""
     flagged = table["flagged"] if "flagged" in table else [False] * len(table)
     names = [label(name) + " †" * bool(flag) for name, flag in zip(table["name"], flagged, strict=True)]
-    return [f"{budget:.3g}".replace("e+", "e") for budget in table["budget"]], names
+    return [budget_name(budget) for budget in table["budget"]], names
 
 
 def with_interval(value: float | None, interval: Sequence[float | None] | None, form: str = "{:.4g}") -> str:
