@@ -21,10 +21,9 @@ import pandas as pd
 from peerscale.errors import exit_code
 from peerscale.files import ROOT, write_text
 from peerscale.laws.optima import OptimumStatus
-from peerscale.runs.fits import fit_study
 from peerscale.runs.rates import settings_table
 from peerscale.runs.study import find_study, method_names, read_fits, study_parser, usable
-from peerscale.runs.table import curves_table, read_runs
+from peerscale.runs.table import read_runs
 from peerscale.sweeper import budget_name
 from peerscale.viz import tables
 from peerscale.viz.ablations import has_curves, over_seeds, varied
@@ -44,8 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = study_parser(__doc__).parse_args(argv)
     study = find_study(arguments.sweep, arguments.runs, arguments.results)
     runs, published = read_runs(study.runs), read_published()
-    # A study that was published as its table alone has neither curves nor records.
-    fits = read_fits(study.fits) if study.fits.is_file() else fit_study(runs, curves_table(()), ())
+    fits = read_fits(study.fits)
     runs, settings = runs.assign(name=method_names(runs)), varied(runs)
     compared = has_curves(runs) or not settings
     if compared:
@@ -260,8 +258,8 @@ def experts_and_norm(runs: pd.DataFrame, fits: Fits, published: pd.DataFrame) ->
     lines = section(
         "Experts and BatchNorm on the queries (the paper's table 2)",
         tables.norm_lines(tables.experts_by_norm(runs, published)),
-        "Pairs: without / with BatchNorm. Experts used and unevenness: as the paper defines them (section 3.3), ours over "
-        f"{listed(runs['usage_tokens'])} tokens.",
+        "Pairs: without / with BatchNorm. Experts used and unevenness: as the paper defines them (section 3.3), ours "
+        f"over {listed(runs['usage_tokens'])} tokens.",
     )
     pairs = [
         [label(re.sub("[ -]query_norm=true", "", found["method"])), difference(found)]
