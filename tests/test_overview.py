@@ -1,3 +1,6 @@
+import json
+import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -6,9 +9,11 @@ from filelock import FileLock
 from peerscale.accounting import CONVENTION
 from peerscale.data.store import PREPARATION_VERSION, Manifest, folder, manifest_json
 from peerscale.errors import exit_code
-from peerscale.overview import main, text_table
-from peerscale.runs.record import Status, write_record
-from peerscale.sweeper import Cell, planned_cells
+from peerscale.files import ROOT
+from peerscale.overview import main, read_section, text_table
+from peerscale.progress import duration
+from peerscale.runs.record import Record, Status, write_record
+from peerscale.sweeper import Cell, count_cells, planned_cells
 from toy_study import TOY, record_of, write_study
 
 
@@ -77,16 +82,20 @@ def test_the_plan_gives_the_reason_of_what_is_dropped_and_the_total_of_the_rest(
     out = capsys.readouterr().out.splitlines()
     assert out[1].endswith("DROP: 43 steps < min_steps 65") or out[2].endswith("DROP: 43 steps < min_steps 65")
     kept = sum(cell.plan.flops for cell in cells if cell.plan.verdict == "OK")
-    assert out[10].startswith(f"5 cells of 8, {kept:.3g} FLOPs ({CONVENTION}); ")
-    assert out[10].endswith(" on one worker")
-    assert out[11] == "time? is a guess: no finished cell of that method on this machine yet"
+    assert out[10].startswith("active: ") and "layer: share of the training FLOPs in the replaced layer" in out[10]
+    assert out[12] == f"5 cells of 8, {kept:.3g} FLOPs ({CONVENTION})"
+    assert re.fullmatch(r"make sweep SWEEP=toy: 5 cells to run, about \d+ s on one worker", out[13])
+    assert out[14] == "time? is a guess by the published runs: no finished cell of that method on this machine yet"
 
 
 def test_a_plan_short_of_sizes_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     enough = TOY.removesuffix("}") + ", min_sizes: 2}"
     assert main(["plan", str(write_study(tmp_path, enough, "min_steps: 1"))]) == 0
     assert capsys.readouterr().err == ""
-    assert main(["plan", str(write_study(tmp_path, enough, "min_steps: 65"))]) == 1
+    short = str(write_study(tmp_path, enough, "min_steps: 65"))
+    assert main(["plan", short, "sweep.min_sizes=1", "sweep.methods=[dense]"]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["plan", short]) == 2
     assert capsys.readouterr().err.splitlines() == [
         "error: dense has 1 sizes left at 1e10, fewer than 2",
         "error: peer has 0 sizes left at 1e10, fewer than 2",
@@ -171,6 +180,138 @@ def test_status_reads_losses_without_the_corpus(study: Path, cells: list[Cell], 
 def test_status_without_the_corpus_shows_a_cell_evaluated_on_another_set(study: Path, cells: list[Cell]) -> None:
     write_record(cells[0].folder, record_of(cells[0], Status.DONE, evaluation={"tuning": {"loss": 5.0}}))
     assert main(["status", str(study)]) == 0
+
+
+def publish(folder: Path, *records: Record) -> list[str]:
+    """Publish these records of the toy study; the arguments that say where."""
+    study = folder / "results" / "toy"
+    study.mkdir(parents=True)
+    (study / "runs.csv").write_text("cell,status\n")
+    (study / "records.jsonl").write_text("".join(json.dumps(asdict(record)) + "\n" for record in records))
+    return ["--results", str(folder / "results")]
+
+
+def test_status_counts_what_is_run_here_and_what_is_published(
+    study: Path, cells: list[Cell], corpus: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    kept = [cell for cell in cells if cell.plan.verdict == "OK"]
+    write_record(kept[0].folder, record_of(kept[0], Status.DONE, corpus=corpus))
+    elsewhere = {"validation": {"loss": 5.5}}
+    there = [
+        record_of(kept[0], Status.DONE, corpus=corpus, evaluation=elsewhere),
+        record_of(kept[1], Status.DONE, corpus=corpus, evaluation=elsewhere),
+        record_of(kept[2], Status.DONE, corpus=corpus, config={"context": 32}),
+    ]
+    results = publish(tmp_path, *there)
+    assert main(["status", str(study), *results]) == 0
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert [columns(line)[-1] for line in lines[1:4]] == ["5.2500", "5.5000*", "pending"]
+    runs = tmp_path / "runs" / "toy"
+    assert lines[8].startswith(
+        f"2 done (1 run here in {runs}, 1 published in {tmp_path / 'results' / 'toy'}), 3 dropped, 3 pending; losses"
+    )
+    assert lines[9] == "* is published; make sweep SWEEP=toy PUBLISHED=1 runs only the others"
+    assert said.err == (
+        f"notice: {tmp_path / 'results' / 'toy'}: published {kept[2].name} is of another configuration "
+        "than the plan's: context 32 -> 64\n"
+    )
+
+
+def test_a_published_cell_counts_also_where_the_corpus_is_not_prepared(
+    study: Path, cells: list[Cell], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    results = publish(tmp_path, record_of(cells[0], Status.DONE))
+    assert main(["status", str(study), *results]) == 0
+    assert "1 done (0 run here" in capsys.readouterr().out
+
+
+def test_the_plan_marks_done_cells_and_leaves_them_out_of_the_time(
+    study: Path, cells: list[Cell], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    kept = [cell for cell in cells if cell.plan.verdict == "OK"]
+    here, there, *left = kept
+    write_record(here.folder, record_of(here, Status.DONE, timing={"flops_per_s": 1e8}))
+    results = publish(tmp_path, record_of(there, Status.DONE))
+    main(["plan", str(study), "--jobs", "2", *results])
+    lines = capsys.readouterr().out.splitlines()
+    shown = {columns(line)[0]: columns(line)[-1] for line in lines[1:9]}
+    assert [shown[cell.name] for cell in kept] == ["done", "published", "OK", "OK", "OK"]
+    seconds = {cell.name: cell.estimate_s for cell in planned_cells(study)}
+    commands = [line for line in lines if line.startswith("make sweep")]
+    for command, to_run in zip(commands, ([there, *left], left), strict=True):
+        longest_first = sorted((seconds[cell.name] for cell in to_run), reverse=True)
+        workers = [0.0, 0.0]
+        for cell_s in longest_first:
+            workers[workers.index(min(workers))] += cell_s
+        assert f": {len(to_run)} cells to run, about {duration(max(workers))} on 2 workers" in command
+    assert commands[0].startswith("make sweep SWEEP=toy: ")
+    assert commands[1].startswith("make sweep SWEEP=toy PUBLISHED=1: ")
+    assert commands[1].endswith(", as 1 are published")
+
+
+def test_cells_that_the_plan_does_not_have_are_counted_apart(
+    study: Path, cells: list[Cell], capsys: pytest.CaptureFixture
+) -> None:
+    (other,) = planned_cells(
+        study, ["optim.lr=1e-3", "sweep.methods=[dense]", "sweep.budgets=[1e10]", "size.n_layers=3"]
+    )[:1]
+    write_record(other.folder, record_of(other, Status.DONE))
+    (cells[0].folder.parent / "dense-d8-1e10-s0.old").mkdir()
+    assert main(["status", str(study)]) == 0
+    out = capsys.readouterr().out
+    assert f"1 further cell not in the plan: {other.name}\n" in out
+    assert "3 dropped" in out and "5 pending" in out and " done" not in out
+
+
+def test_a_damaged_record_is_shown_with_its_remedy(
+    study: Path, cells: list[Cell], capsys: pytest.CaptureFixture
+) -> None:
+    folder = cells[0].folder
+    folder.mkdir(parents=True)
+    (folder / "record.json").write_text("{")
+    assert main(["status", str(study)]) == 0
+    out = capsys.readouterr().out
+    assert columns(out.splitlines()[1]) == ["dense-d8-s0", "refused"]
+    assert f"mv '{folder}' '{folder}.old'" in out
+
+
+def test_seeds_are_summed_up_by_mean_and_deviation(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    sweep = "{methods: [dense], grid: [{budget: 1e10, sizes: [d8]}, {budget: 3e10, sizes: [d8]}], seeds: [0, 1, 2]}"
+    file = write_study(tmp_path, sweep, "min_steps: 1")
+    for cell, loss in zip(planned_cells(file), (5.0, 5.1, 5.3, 4.5), strict=False):
+        write_record(cell.folder, record_of(cell, Status.DONE, evaluation={"validation": {"loss": loss}}))
+    assert main(["status", str(file)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index("mean ± standard deviation (number of seeds):")
+    # mean 15.4 / 3; squared distances 0.1333^2 + 0.0333^2 + 0.1667^2 = 0.04667, over n - 1 = 2; 3e10 has one loss
+    assert columns(lines[at + 1]) == ["1e10", "3e10"]
+    assert columns(lines[at + 2]) == ["dense-d8", "5.1333", "±", "0.1528", "(3)"]
+    assert lines[at + 3] == ""
+
+
+def test_studies_are_listed_with_question_and_state(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "smoke").mkdir()
+    cell = planned_cells("smoke")[0]
+    write_record(tmp_path / "smoke" / cell.name, record_of(cell, Status.DONE))
+    assert main(["studies", "--runs", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("smoke "))
+    assert columns(lines[at]) == ["smoke", "10", "cells:", "1", "done", "here,", "0", "published"]
+    assert lines[at + 1].startswith("    does everything work, from text to figure?")
+    listed = [line.split()[0] for line in lines if line and not line.startswith((" ", "make"))]
+    assert listed == sorted(file.stem for file in (ROOT / "sweeps").glob("*.yaml"))
+    assert any(line.startswith("reproduce ") and line.endswith("0 done here, 50 published") for line in lines)
+
+
+def test_cells_are_counted_without_planning_them(tmp_path: Path) -> None:
+    file = write_study(
+        tmp_path,
+        "{methods: [dense, peer], grid: [{budget: 1e10, sizes: [d8, d12]}, {budget: 3e10, sizes: [d16], seeds: [4]}], "
+        "seeds: [0, 5], axes: {optim.weight_decay: [0.0, 0.1]}, method_axes: {peer: {optim.table_lr: [1e-3, 0.5, 1]}}}",
+    )
+    # (2 sizes x 2 seeds + 1) x 2 rates of decay, for dense once and for PEER with three rates
+    assert count_cells(read_section(file)) == 5 * 2 * (1 + 3) == len(planned_cells(file))
 
 
 def test_a_wrong_request_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture) -> None:

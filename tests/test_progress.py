@@ -53,6 +53,22 @@ def test_time_left_goes_by_the_work_done(cells: list[Cell]) -> None:
     assert left == f"{duration(1000 * (sum(work) - done) / done)} left"
 
 
+def test_time_left_does_not_count_steps_that_were_done_before(cells: list[Cell]) -> None:
+    resumed, steps = cells[1], cells[1].plan.steps
+    write_record(resumed.folder, record_of(resumed, Status.RUNNING))
+    log(resumed, steps // 2 + 3)  # later than the checkpoint, from which it goes on
+    (resumed.folder / "checkpoints").mkdir()
+    for step in (10, steps // 2):
+        (resumed.folder / "checkpoints" / f"step-{step:09d}.ckpt").touch()
+    os.utime(resumed.folder / "record.json", (1, 1))
+    progress = Progress("toy", [resumed])
+    write_record(resumed.folder, record_of(resumed, Status.RUNNING))
+    log(resumed, steps // 2 + 10)
+    progress.started = time.monotonic() - 1000
+    # Ten steps in 1,000 s.
+    assert progress.line().split(" | ")[-1] == f"{duration(100 * (steps - steps // 2 - 10))} left"
+
+
 def test_a_cell_that_has_just_begun_is_starting(cells: list[Cell]) -> None:
     progress = Progress("toy", cells)
     write_record(cells[1].folder, record_of(cells[1], Status.RUNNING))

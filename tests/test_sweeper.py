@@ -13,8 +13,9 @@ from peerscale.config import ConfigError, load, load_sweep
 from peerscale.errors import UserError
 from peerscale.files import ROOT
 from peerscale.plan import Verdict
-from peerscale.runs.record import Status, fingerprint, science, write_record
+from peerscale.runs.record import NOT_HASHED, Status, fingerprint, science, write_record
 from peerscale.sweeper import (
+    OPERATIONAL,
     Cell,
     budget_name,
     cell_name,
@@ -266,6 +267,10 @@ def test_axes_of_a_method_that_is_not_in_the_study_are_refused(study: Write) -> 
 )
 def test_a_cells_name_says_what_is_its_own(overrides: list[str], name: str) -> None:
     assert cell_name(load(overrides), overrides) == name
+
+
+def test_what_is_not_hashed_is_not_in_a_name_but_for_the_text() -> None:
+    assert {*OPERATIONAL} == {*NOT_HASHED, "hydra"} - {"data.path"}
 
 
 @pytest.mark.parametrize("override", ["min_steps=10", "data.max_epochs=2", "data.train_tokens=100000000"])

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ import torch
 
 from peerscale.config import load, load_sweep
 from peerscale.data.prepare import prepare
+from peerscale.errors import UserError
 from peerscale.files import ROOT
 from peerscale.runs.record import Record, Status, read_record
 from peerscale.runs.table import read_metrics, read_runs
-from peerscale.sweeper import single_cell
+from peerscale.sweeper import planned_cells, single_cell
 from peerscale.train import run_cell
+from toy_study import record_of
 
 LAYERS = sorted(path.stem for path in (ROOT / "conf" / "ffn").glob("*.yaml"))
 
@@ -127,8 +130,6 @@ def test_an_interrupted_cell_ends_as_an_unbroken_one(
 
 
 def test_a_done_cell_is_not_run_again_and_another_configuration_is_refused(settings: list[str]) -> None:
-    from peerscale.errors import UserError
-
     overrides = [*settings, "tracking=disabled", budget(settings, 6)]
     _, first = train(overrides)
     _, second = train([*overrides, "trainer.threads=2"])
@@ -265,7 +266,7 @@ def test_a_sweep_goes_on_after_failures_and_skips_what_is_done(
 ) -> None:
     sweep = ["-m", "peerscale.train", "--config-dir", study.parent, "--config-name", "tiny", *launcher]
     first = run_command(*sweep)
-    assert first.returncode == 1, first.stderr
+    assert first.returncode == 3, first.stderr
     assert "4 cells, 0 done, 2 dropped, 2 to run" in first.stderr
     assert "error: 1 of 4 cells failed: peer-d8-l2-" in first.stderr
     assert "Traceback" not in first.stderr
@@ -279,6 +280,46 @@ def test_a_sweep_goes_on_after_failures_and_skips_what_is_done(
     assert status.returncode == 0, status.stderr
     assert "2 dropped" in status.stdout and "1 diverged" in status.stdout and "1 done" in status.stdout
     assert "the training loss is" in status.stdout
+
+
+def test_a_refused_run_leaves_no_folder(settings: list[str], tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is there")
+    overrides = [*settings, "tracking=disabled", budget(settings, 6), "trainer.accelerator=gpu"]
+    with pytest.raises(UserError, match="torch sees no GPU"):
+        train(overrides)
+    assert not list((tmp_path / "runs" / "single").iterdir())
+    _, record = train(overrides[:-1])
+    with pytest.raises(UserError, match="another configuration"):
+        run_cell(single_cell(load([*overrides[:-1], "optim.weight_decay=0.5"]), overrides[:-1]))
+    folder = tmp_path / "runs" / "single" / record.cell
+    assert read_record(folder) == record, "what was there before stays"
+
+
+def test_a_sweep_runs_only_what_is_not_published(study: Path, tmp_path: Path) -> None:
+    text = study.read_text().replace("  axes: {optim.warmup_fraction: [0.0, 1.0]}\n", "")
+    study = study.with_name("tiny.v2.yaml")  # a name with a point is a name
+    study.write_text(text.replace("  method_axes: {peer: {optim.lr: [1e30]}}\n", ""))
+    cells = planned_cells(study)
+    corpus = prepare(cells[0].config.data, quiet=True).manifest.fingerprint
+    published = tmp_path / "results" / "tiny.v2"
+    published.mkdir(parents=True)
+    dense, peer = (record_of(cell, Status.DONE, corpus=corpus) for cell in cells)
+    other = record_of(cells[1], Status.DONE, corpus=corpus, config={"context": 4})
+    sweep = ["-m", "peerscale.train", "--config-dir", study.parent, "--config-name", "tiny.v2"]
+    sweep.append(f"sweep.published={tmp_path / 'results'}")
+    for records, done, said in (
+        ((dense, peer), 2, "nothing to run; next: make figures SWEEP=tiny.v2 PUBLISHED=1"),
+        ((dense, other), 1, "all cells are done; next: make figures SWEEP=tiny.v2 PUBLISHED=1"),
+    ):
+        lines = [json.dumps(asdict(record)) for record in records]
+        (published / "records.jsonl").write_text("\n".join(lines) + "\n")
+        result = run_command(*sweep)
+        assert result.returncode == 0, result.stderr
+        assert f"2 cells, {done} done ({done} of them published), 0 dropped, {2 - done} to run" in result.stderr
+        assert said in result.stderr
+    assert f"published {cells[1].name} is of another configuration than the plan's: context 4 -> 8" in result.stderr
+    assert [path.parent.name for path in tmp_path.glob("runs/tiny.v2/*/record.json")] == [cells[1].name]
 
 
 def hear_ctrl_c() -> None:

@@ -100,15 +100,16 @@ def read_published(study: Study) -> dict[str, Record]:
     return {record.cell: record for record in records if record.status in ENDED}
 
 
-def published_as_done(cells: Sequence[Cell], results: str | Path, data_fingerprint: str) -> set[str]:
-    """The cells that `results`, a folder relative to the checkout, holds finished, as the plan has them.
-
-    Raises:
-        UserError: the study, or its records, are not published there.
-    """
-    study = published(cells[0].sweep, ROOT / results)
+def published_study(sweep: str, results: str | Path) -> Study:
+    """A study as published in `results`, a folder relative to the checkout; raises `UserError` if it is not there."""
+    study = published(sweep, ROOT / results)
     if not study.records.is_file():
         raise UserError(f"no published cells to count as done: {study.records} is not there")
+    return study
+
+
+def published_as_done(cells: Sequence[Cell], study: Study, data_fingerprint: str) -> set[str]:
+    """The cells of a plan that are finished in a published study, in the plan's configuration."""
     same, notices = of_the_plan(cells, read_published(study), study.folder, data_fingerprint)
     for notice in notices:
         print(notice, file=sys.stderr)
@@ -140,4 +141,4 @@ def some(names: Sequence[str]) -> str:
 
 def further_line(names: Sequence[str]) -> str:
     """Cells with a record that the plan does not have, in one line."""
-    return f"{len(names)} further cells not in the plan: {some(names)}"
+    return f"{len(names)} further cell{'s' * (len(names) > 1)} not in the plan: {some(names)}"

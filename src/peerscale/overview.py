@@ -276,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m peerscale.overview", description=__doc__.splitlines()[0])
     parser.add_argument("view", choices=["plan", "status", "studies"])
     parser.add_argument("sweep", nargs="?", help="name of a file in sweeps/, or a path")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of every cell")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="overrides of every cell")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="workers that the plan's time is for")
     parser.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help="where `studies` looks for cells")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where studies are published")

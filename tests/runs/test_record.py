@@ -1,25 +1,33 @@
 import functools
 import json
+import subprocess
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from peerscale.config import load, to_dict
 from peerscale.errors import UserError
 from peerscale.runs.record import (
+    LOCK,
     RECIPE_VERSION,
+    RECORD,
     SCHEMA_VERSION,
     Record,
     Status,
+    differences,
     differing_keys,
     fingerprint,
     parse_record,
+    read_cell,
     read_record,
     science,
     write_record,
 )
+from peerscale.runs.table import read_records
 from peerscale.sweeper import single_cell
 from toy_study import CORPUS, record_of
 
@@ -73,7 +81,8 @@ def test_another_schema_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     for version in (SCHEMA_VERSION + 1, SCHEMA_VERSION - 1, None, "1"):
         message = broken(tmp_path, schema_version=version)
-        assert message == f"{path}: schema version {version}, but this peerscale reads version {SCHEMA_VERSION}"
+        problem = f"{path}: schema version {version}, but this peerscale reads version {SCHEMA_VERSION}"
+        assert message == f"{problem}; to go on without it: mv '{tmp_path}' '{tmp_path}.old'"
     assert "schema version None" in broken(tmp_path, schema_version="GONE")
 
 
@@ -200,3 +209,39 @@ def test_two_configurations_differ_in_what_was_changed() -> None:
         f"optim.lr {old.optim.lr} -> 0.5",
         "seed 0 -> 3",
     ]
+
+
+def test_a_folder_set_aside_as_the_error_says_stops_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "study" / "cell"
+    folder.mkdir(parents=True)
+    (folder / RECORD).write_text("{")
+    with pytest.raises(UserError) as refused:
+        read_records(tmp_path / "study")
+    command = str(refused.value).rpartition("to go on without it: ")[2]
+    subprocess.run(["sh", "-c", command], check=True)
+    assert read_records(tmp_path / "study") == []
+
+
+def test_a_running_record_is_interrupted_where_no_process_holds_its_lock(tmp_path: Path) -> None:
+    write_record(tmp_path, replace(record(), status=Status.RUNNING))
+
+    def status(read: Callable[[Path], Record | None]) -> Status:
+        found = read(tmp_path)
+        assert found is not None
+        return found.status
+
+    assert status(read_cell) is Status.INTERRUPTED
+    assert not (tmp_path / LOCK).exists(), "looking leaves nothing behind"
+    with FileLock(tmp_path / LOCK):
+        assert status(read_cell) is Status.RUNNING
+    assert status(read_cell) is Status.INTERRUPTED
+    assert status(read_record) is Status.RUNNING
+
+
+def test_without_a_corpus_all_but_the_corpus_is_compared() -> None:
+    config = load(["ffn=peer"])
+    hashed = science(config, "a" * 16)
+    kept = replace(record(), science=json.loads(json.dumps(hashed)), fingerprint=fingerprint(hashed))
+    assert differences(config, kept, None) == differences(config, kept, "a" * 16) == []
+    assert differences(config, kept, "b" * 16) == [f"data_fingerprint '{'a' * 16}' -> '{'b' * 16}'"]
+    assert differences(load(["ffn=peer", "context=32"]), kept, None) == ["context 64 -> 32"]

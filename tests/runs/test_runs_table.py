@@ -1,6 +1,6 @@
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -115,7 +115,8 @@ def test_reads_every_row_of_a_folder_of_cells(tmp_path: Path, records: list[Reco
     folder = write_cells(tmp_path / "toy", records)
     (folder / "study").mkdir()
     (folder / "notes.txt").write_text("no cell")
-    assert_same_table(read_runs(folder), runs_table(records))
+    left = [replace(r, status=Status.INTERRUPTED) if r.status is Status.RUNNING else r for r in records]
+    assert_same_table(read_runs(folder), runs_table(left))
 
 
 def test_a_folder_that_was_set_aside_is_no_cell(tmp_path: Path, records: list[Record]) -> None:

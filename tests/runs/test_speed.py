@@ -7,7 +7,7 @@ import pytest
 
 from peerscale.runs.machine import cpu_name
 from peerscale.runs.record import Status, write_record
-from peerscale.runs.speed import GUESS_FLOPS_PER_S, estimate_s, measured_speeds
+from peerscale.runs.speed import GUESS_FLOPS_PER_S, estimate_s, makespan_s, measured_speeds
 from peerscale.sweeper import planned_cells
 from toy_study import record_of, write_study
 
@@ -19,10 +19,43 @@ def test_time_is_a_guess_until_a_cell_of_the_method_is_done(tmp_path: Path) -> N
     write_record(dense.folder, record_of(dense, Status.DONE, timing={"flops_per_s": 5e8}))
     write_record(dense.folder.parent / "torn", record_of(dense, Status.DONE))
     (dense.folder.parent / "torn/record.json").write_text("{")
-    for cell, guess, rate in zip(planned_cells(file), (False, True), (5e8, GUESS_FLOPS_PER_S), strict=True):
-        assert cell.estimate_is_guess == guess
-        evaluated = cell.plan.evaluation_tokens * cell.plan.cost.flops_per_token / 3
-        assert cell.estimate_s == pytest.approx((cell.plan.flops + evaluated) / rate, abs=2)
+    dense, peer = planned_cells(file)
+    assert (dense.estimate_is_guess, peer.estimate_is_guess) == (False, True)
+    evaluated = dense.plan.evaluation_tokens * dense.plan.cost.flops_per_token / 3
+    assert dense.estimate_s == pytest.approx((dense.plan.flops + evaluated) / 5e8, abs=2)
+
+
+def test_a_guess_goes_by_published_cells_of_the_method_or_of_any(tmp_path: Path) -> None:
+    dense, peer, pkm = planned_cells(
+        write_study(tmp_path, "{methods: [dense, peer, pkm], grid: [{budget: 1e10, sizes: [d8]}]}")
+    )
+    nothing = tmp_path / "nothing"
+    results = tmp_path / "results"
+    (results / "toy").mkdir(parents=True)
+    (results / "toy" / "runs.csv").write_text(
+        "method,variant,n_threads,flops_per_token,flops_per_s,status\n"
+        f"dense,,1,{dense.plan.cost.flops_per_token * 2},2e9,done\n"
+        f"dense,,1,{dense.plan.cost.flops_per_token * 9},9e9,done\n"
+        f"peer,,1,{peer.plan.cost.flops_per_token * 50},5e9,done\n"
+        f"pkm,,1,{pkm.plan.cost.flops_per_token},,failed\n"
+    )
+    for cell, rate in ((dense, 2e9), (peer, 5e9), (pkm, 2e9)):
+        work = cell.plan.flops + cell.plan.evaluation_tokens * cell.plan.cost.flops_per_token / 3
+        assert estimate_s(cell.config, cell.plan, [], results) == (pytest.approx(1 + work / rate), True)
+        assert estimate_s(cell.config, cell.plan, [], nothing) == (pytest.approx(1 + work / GUESS_FLOPS_PER_S), True)
+
+
+def test_the_published_study_is_guessed_as_long_as_it_took() -> None:
+    cells = planned_cells("reproduce")
+    seconds = [estimate_s(cell.config, cell.plan, [])[0] for cell in cells]
+    assert 21 / 1.5 < makespan_s(seconds, 2) / 60 < 21 * 1.5
+
+
+@pytest.mark.parametrize(
+    ("seconds", "workers", "expected"), [([3, 1, 2], 1, 6), ([3, 1, 2], 2, 3), ([3, 1, 2], 9, 3), ([], 2, 0)]
+)
+def test_the_time_of_a_study_is_that_of_its_last_worker(seconds: list[float], workers: int, expected: float) -> None:
+    assert makespan_s(seconds, workers) == expected
 
 
 def test_time_goes_by_the_done_cell_of_the_nearest_cost_and_the_same_threads_and_machine(tmp_path: Path) -> None:

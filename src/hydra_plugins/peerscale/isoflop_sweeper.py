@@ -39,7 +39,7 @@ class IsoflopSweeper(Sweeper):
         from peerscale.config import ConfigError
         from peerscale.data.prepare import prepare
         from peerscale.errors import FailedCells
-        from peerscale.outcomes import published_as_done, some
+        from peerscale.outcomes import published_as_done, published_study, some
         from peerscale.runs.record import Status
         from peerscale.sweeper import diverged_lines, pending_cells, planned_cells
 
@@ -49,8 +49,9 @@ class IsoflopSweeper(Sweeper):
         chosen = [word for word in arguments if not word.lstrip("+").startswith(PUBLISHED)]
         results = [word.partition("=")[2] for word in arguments if word not in chosen]
         cells = planned_cells(self._file(), chosen)
+        study = published_study(cells[0].sweep, results[-1]) if results else None
         corpus = prepare(cells[0].config.data).manifest.fingerprint
-        elsewhere = published_as_done(cells, results[-1], corpus) if results else set()
+        elsewhere = published_as_done(cells, study, corpus) if study else set()
         left = [cell for cell in cells if cell.name not in elsewhere]
         pending, diverged = pending_cells(left, corpus), diverged_lines(left, corpus)
         dropped = sum(cell.plan.verdict == "DROP" for cell in left)
