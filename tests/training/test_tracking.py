@@ -81,7 +81,7 @@ def test_no_server_holds_up_the_start(
     other.finish()
     assert time.monotonic() - started < 10, "the second cell does not try again"
     errors = capsys.readouterr().err
-    assert errors.startswith("notice: W&B: ") and "make sync" in errors
+    assert errors.startswith("notice: W&B: ") and "make sync SWEEP=single uploads it later" in errors
     assert errors.count("\n") == 1, "told once"
     for each in (cell, other):
         (log,) = logs(each)

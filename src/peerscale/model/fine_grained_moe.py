@@ -17,7 +17,7 @@ class FineGrainedMoe(TokenChoiceMoe):
         d_expert: hidden width of every expert, a fraction of a dense layer's (equation 6).
         n_experts: routed experts.
         top_k: routed experts per token.
-        n_shared: experts that every token uses, besides.
+        n_shared: further experts, which every token uses.
         load_balance_weight: alpha_1 of equation 12.
     """
 
@@ -32,7 +32,7 @@ class FineGrainedMoe(TokenChoiceMoe):
         load_balance_weight: float = 0.0,
     ) -> None:
         super().__init__(d_model, d_expert, n_experts, top_k, load_balance_weight=load_balance_weight)
-        # Side by side, experts without gates are one dense layer of their summed width.
+        # Experts without gates add up to one dense layer of their total width.
         self.shared = Dense(d_model, n_shared * d_expert)
 
     def init_weights(self, output_scale: float) -> None:

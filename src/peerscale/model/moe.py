@@ -1,7 +1,7 @@
 """Coarse mixtures of experts: every expert is a full dense feed-forward layer, and all run as batched products.
 
-Shapes: B sequences, T tokens of a sequence, D model width, F hidden width, E experts, C tokens of an expert's share
-(capacity), K top_k, M tokens of the whole batch, P pairs of a token and an expert that it chose.
+Shapes: B sequences, T tokens of a sequence, D model width, F hidden width, E experts, C tokens that an expert chooses
+at each position (capacity), K top_k, M tokens of the whole batch, P pairs of a token and an expert.
 """
 
 import torch
@@ -26,12 +26,12 @@ class Experts(nn.Module):
         self.up.data *= output_scale
 
     def forward(self, x_ECD: Tensor) -> Tensor:
-        """Each expert on its own rows, as many for each."""
+        """Each expert on its own rows, the same number for each."""
         return F.gelu(x_ECD @ self.down) @ self.up
 
     @torch.compiler.disable  # its shapes change with every batch
     def grouped(self, x_PD: Tensor, rows_E: Tensor) -> Tensor:
-        """Each expert on its own rows, however many: `rows_E` rows each, one expert's after another's."""
+        """Each expert on its own rows, sorted by expert; `rows_E` says how many each expert has."""
         return _grouped_product(F.gelu(_grouped_product(x_PD, self.down, rows_E)), self.up, rows_E)
 
 
@@ -63,11 +63,12 @@ class ExpertChoiceMoe(nn.Module, CountsUsage):
         capacity = expert_choice_capacity(sequences, self.capacity_factor, self.n_experts)
         if capacity is None:
             raise ValueError(
-                f"{sequences} sequences x {self.capacity_factor:g} / {self.n_experts} experts is no whole capacity"
+                f"{sequences} sequences x {self.capacity_factor:g} / {self.n_experts} experts "
+                f"is not a whole number in 1..{sequences}"
             )
         gates_BTE = _router_probabilities(self.router, x_BTD)[0]
         if n_ranks() > 1:
-            return self._share(x_BTD, gates_BTE, capacity)
+            return self._forward_on_ranks(x_BTD, gates_BTE, capacity)
         gates_ETC, sequence_ETC = gates_BTE.permute(2, 1, 0).topk(capacity, dim=-1)
         # Row of each chosen token in the batch laid out as (B x T, D).
         token_EM = (sequence_ETC * T + torch.arange(T, device=x_BTD.device)[:, None]).flatten(1)
@@ -81,10 +82,10 @@ class ExpertChoiceMoe(nn.Module, CountsUsage):
         return y_MD.view(B, T, D)
 
     @torch.compiler.disable  # its shapes change with every batch
-    def _share(self, x_BTD: Tensor, gates_BTE: Tensor, capacity: int) -> Tensor:
-        """The same for the sequences of this rank, while the experts choose among those of all ranks.
+    def _forward_on_ranks(self, x_BTD: Tensor, gates_BTE: Tensor, capacity: int) -> Tensor:
+        """The output for this rank's sequences, where experts choose among the sequences of all ranks.
 
-        Of an expert's tokens as many lie here as it happens; each rank computes its own.
+        Each rank computes the chosen tokens that it holds, whose number differs between experts.
         """
         B, T, D = x_BTD.shape
         all_gates_ETB = gather(gates_BTE).permute(2, 1, 0)
@@ -139,14 +140,14 @@ class TokenChoiceMoe(nn.Module, CountsUsage):
         gates_MK, expert_MK = probabilities_ME.topk(self.top_k, dim=-1)
         load_E = torch.bincount(expert_MK.flatten(), minlength=self.n_experts)
         if self.training:
-            # Shares of all ranks; the mean of their probabilities comes about by averaging their losses.
+            # Only the loads need a mean over ranks here: averaging the losses averages the probabilities.
             share_E = mean_over_ranks(load_E / expert_MK.numel())
             balance = self.n_experts * (share_E * probabilities_ME.mean(0)).sum()
             z_loss = scores_ME.logsumexp(-1).square().mean()
             self.auxiliary_loss = self.load_balance_weight * balance + self.z_loss_weight * z_loss
         if self.usage is not None:
             self.usage.add(expert_MK, gates_MK, len(x_MD))
-        # Lay the pairs of one expert side by side, and each expert has a product of its own length.
+        # Sorted by expert, the pairs of one expert are consecutive rows.
         order = expert_MK.flatten().argsort(stable=True)
         x_PD = x_MD.unsqueeze(1).expand(-1, self.top_k, -1).reshape(-1, x.shape[-1])
         y_PD = self.experts.grouped(x_PD.index_select(0, order), load_E)
@@ -156,10 +157,10 @@ class TokenChoiceMoe(nn.Module, CountsUsage):
 
 def _grouped_product(x_PD: Tensor, weight_EDF: Tensor, rows_E: Tensor) -> Tensor:
     """The first rows_E[0] rows times weight_EDF[0], the next rows_E[1] times weight_EDF[1], and so on: (P, F)."""
-    if torch.is_autocast_enabled(x_PD.device.type):  # which knows no grouped products
+    if torch.is_autocast_enabled(x_PD.device.type):  # which does not cover grouped products
         dtype = torch.get_autocast_dtype(x_PD.device.type)
         x_PD, weight_EDF = x_PD.to(dtype), weight_EDF.to(dtype)
-    # torch has it from 2.10 on; it takes no float64 and wants rows of a multiple of 16 bytes.
+    # In torch since 2.10; it takes no float64, and needs rows of a multiple of 16 bytes.
     aligned = all(width * x_PD.element_size() % 16 == 0 for width in weight_EDF.shape[1:])
     if hasattr(F, "grouped_mm") and x_PD.dtype != torch.float64 and aligned:
         return F.grouped_mm(x_PD, weight_EDF, offs=rows_E.cumsum(0, dtype=torch.int32))

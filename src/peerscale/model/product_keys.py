@@ -15,7 +15,7 @@ from peerscale.model.sharded_tables import ShardedTables
 
 
 class QueryNorm(nn.BatchNorm1d):
-    """torch's BatchNorm, over the batch of all ranks; torch's own that does so takes no tensors on a CPU."""
+    """torch's BatchNorm over the batch of all ranks; torch's SyncBatchNorm does not run on a CPU."""
 
     def forward(self, input: Tensor) -> Tensor:
         """x (T, features) -> y (T, features)."""
@@ -87,7 +87,7 @@ class ProductKeyRetrieval(nn.Module):
         return ShardedTables(operators) if self.sharded else operators
 
     def reset_parameters(self) -> None:
-        """Not stated in the paper: as in the product-key memory code that it points to."""
+        """The paper states no initialisation; this is that of the product-key memory code it refers to."""
         nn.init.xavier_uniform_(self.query.weight)
         if self.query.bias is not None:
             nn.init.zeros_(self.query.bias)

@@ -1,7 +1,8 @@
-"""Expert tables of which each rank holds an equal share of the rows, in their order.
+"""Expert tables whose rows are split evenly over the ranks, in order.
 
-The tokens go to the rows, since there are fewer of them: every rank sees the retrievals of all, computes what its own
-rows add, and the sums go back to the ranks of the tokens. So a row's gradient comes about where the row is, whole.
+Ranks exchange tokens rather than rows, since there are fewer of them: every rank gets the retrievals of all ranks and
+computes what its own rows contribute; the sums go back to the ranks of the tokens. So the whole gradient of a row is
+formed on the rank that holds it.
 
 Shapes: T tokens of this rank, M of all, D model width, J retrieved rows a token, L rows here.
 """
@@ -15,7 +16,7 @@ from peerscale.model.ranks import gather, n_ranks, share, with_adjoint
 
 
 class ShardedTables:
-    """The operators of `Operators` that read tables, of tables that hold this rank's rows only."""
+    """The operators of `Operators` that read tables, for tables that hold only this rank's rows."""
 
     def __init__(self, here: Operators) -> None:
         """`here` computes with the rows of this rank."""
@@ -38,15 +39,15 @@ class ShardedTables:
 
 
 def keep_own_rows(table: nn.Parameter) -> None:
-    """Leave of a whole table the rows of this rank."""
+    """Cut a whole table down to the rows of this rank."""
     table.data = table.data[share(len(table))].clone()
 
 
 def _of_this_rank(rows_TJ: Tensor, weights_TJ: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
-    """Retrievals of all ranks that fall on the `n_rows` rows here, counted from the first of them, and their weights.
+    """The retrievals of all ranks that hit the `n_rows` rows here, counted from the first of these, and their weights.
 
-    Tokens have fewer or more of them, so the rest is filled up: with weight 0 and a row that is retrieved anyway, since
-    a row-sparse optimiser would update any other.
+    Tokens differ in how many they have, so the shorter lists are padded with weight 0 and a row that is retrieved
+    anyway: a row-sparse optimiser would update any other row as well.
     """
     rows_MJ = gather(rows_TJ) - dist.get_rank() * n_rows
     weights_MJ = with_adjoint(weights_TJ, gather, _sum_of_shares)
@@ -60,7 +61,7 @@ def _of_this_rank(rows_TJ: Tensor, weights_TJ: Tensor, n_rows: int) -> tuple[Ten
 
 
 def _sum_of_shares(y_MD: Tensor) -> Tensor:
-    """Of the sum of the y of all ranks the tokens of this one: the adjoint of `gather`."""
+    """This rank's tokens of the sum of y over all ranks; the adjoint of `gather`."""
     parts = [part.contiguous() for part in y_MD.chunk(n_ranks())]
     total = torch.empty_like(parts[0])
     dist.reduce_scatter(total, parts)

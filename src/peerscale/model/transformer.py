@@ -13,7 +13,7 @@ from peerscale.model.attention import Attention
 
 
 class RmsNorm(nn.RMSNorm):
-    """torch's, on the operators of a kernel."""
+    """torch's RMSNorm, computed by the operators of a kernel."""
 
     def __init__(self, d_model: int, kernel: str = "auto") -> None:
         super().__init__(d_model)

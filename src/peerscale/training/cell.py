@@ -66,7 +66,7 @@ def train_cell(cell: Cell) -> Status:
 class CellRun:
     """The state of one cell while it runs.
 
-    Nothing is written before all that a user can have got wrong was looked at, which is when the model has been built.
+    It writes nothing until the model is built, which is after all that a user can get wrong has been checked.
     """
 
     def __init__(self, cell: Cell, corpus: Corpus, old: Record | None) -> None:
@@ -202,14 +202,14 @@ def fit(
         warnings.filterwarnings("ignore", module="lightning")
         try:
             trainer.fit(module, StepLoader(batches, plan.steps), ckpt_path=resumed, weights_only=True)
-        except SystemExit:  # what Lightning makes of Ctrl-C
+        except SystemExit:  # Lightning turns Ctrl-C into this
             raise KeyboardInterrupt from None
 
 
 def build_trainer(
     config: Config, plan: Plan, module: LanguageModel, callbacks: list[lightning.Callback]
 ) -> lightning.Trainer:
-    """Lightning's Trainer with everything off that this project does itself."""
+    """Lightning's Trainer, with everything switched off that this project does itself."""
     # By default a cluster's variables, or srun on the PATH, would change what is run.
     devices: dict[str, Any] = {"devices": 1, "plugins": [LightningEnvironment()]}
     if config.trainer.devices > 1:
@@ -234,7 +234,7 @@ def build_trainer(
 
 
 def pick_device(config: Config, rank: int = 0) -> torch.device:
-    """Where a rank of the cell runs; raises `UserError` if GPUs are asked for that are not there."""
+    """Where a rank of the cell runs; raises `UserError` if the GPUs asked for are not there."""
     has_gpu = torch.cuda.is_available()
     if config.trainer.accelerator == "gpu" and not has_gpu:
         raise UserError("trainer.accelerator=gpu, but torch sees no GPU here; allowed: auto, cpu")

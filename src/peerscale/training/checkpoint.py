@@ -27,8 +27,8 @@ COST = 0.02
 class TimedCheckpoint(lightning.Callback):
     """Saves the whole training state every `every_s` seconds or `every_steps` steps, and counts the time trained.
 
-    Also after step `last_step`, and after the step in which a SIGTERM came, whereupon Lightning ends the run. Not when
-    a run breaks off: an exception inside a step leaves weights and counters between two steps.
+    It also saves after step `last_step`, and after the step in which a SIGTERM came; Lightning then ends the run. It
+    does not save when a run breaks off: an exception inside a step leaves weights and counters between two steps.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class TimedCheckpoint(lightning.Callback):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.started_at = self.saved_at = time.monotonic()
         if threading.current_thread() is threading.main_thread():
-            # Lightning's own handler tells it, and the other ranks, at once: it may then stop where nothing was saved.
+            # Lightning's own handler may end the run, on all ranks, before the step is saved.
             signal.signal(signal.SIGTERM, self._terminate)
 
     def _terminate(self, *_: object) -> None:
@@ -88,7 +88,7 @@ class TimedCheckpoint(lightning.Callback):
             return trainer.save_checkpoint(path)  # takes part, and writes nothing
         with replacing(path) as temporary:
             trainer.save_checkpoint(temporary)
-            with temporary.open("rb") as file:  # on disk before the one before the last is removed
+            with temporary.open("rb") as file:  # on disk before an older one is removed
                 os.fsync(file.fileno())
         for old in checkpoints(self.folder)[KEPT:]:
             old.unlink()

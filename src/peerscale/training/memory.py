@@ -1,4 +1,4 @@
-"""Keep freed memory in the process: a third of a small model's step is else spent on page faults."""
+"""Keep freed memory in the process: otherwise page faults take a third of a small model's step."""
 
 import ctypes
 import ctypes.util
@@ -9,10 +9,10 @@ GIBIBYTE = 1 << 30
 
 
 def keep_freed_memory() -> None:
-    """Make glibc reuse large blocks in place of giving them back to the system after each use; elsewhere, nothing.
+    """Make glibc reuse large blocks instead of returning them to the system; without glibc, do nothing.
 
-    Activations and logits are some megabytes each, allocated and freed every step, which by default are mapped anew
-    each time.
+    Activations and logits, some megabytes each, are allocated and freed in every step. By default each time is a system
+    call and new pages.
     """
     if not sys.platform.startswith("linux"):
         return

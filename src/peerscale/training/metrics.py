@@ -21,7 +21,7 @@ class Diverged(Exception):
 
 
 class MetricsLog(lightning.Callback):
-    """A row of metrics every `log_every_steps` steps, where there is a tracker; stops a run whose loss is no number."""
+    """Logs a row every `log_every_steps` steps, if there is a tracker; stops a run whose loss is not finite."""
 
     def __init__(self, config: Config, plan: Plan, tracker: Tracker | None) -> None:
         self.config, self.plan, self.tracker = config, plan, tracker

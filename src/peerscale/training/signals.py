@@ -23,7 +23,7 @@ checkpoint, or another program's."""
 
 
 class Watch:
-    """Sees the rows of one run in order; a state that lasts is told once, when it begins."""
+    """Reads the rows of one run in order; a state that lasts is reported once, when it begins."""
 
     def __init__(self, ffn: Mapping[str, Any]) -> None:
         """`ffn` is the layer's configuration."""

@@ -20,10 +20,10 @@ from peerscale.runs.table import METRICS, read_metrics
 from peerscale.training.signals import Watch
 
 TIMEOUT_S = 10.0
-"""What a cell waits for a W&B server, at its start and at its end."""
+"""Longest that a cell waits for a W&B server, at its start and at its end."""
 
 OFFLINE_FOR_S = 600.0
-"""After that a process tries no server for as long, so that waiting costs a sweep 3 % at most."""
+"""After a failure a process tries no server for this long, so that waiting costs a sweep 3 % at most."""
 
 AXES = ("tokens", "flops")
 
@@ -44,7 +44,7 @@ class WandbRun:
         online: bool,
         timeout_s: float,
     ) -> None:
-        """Start or go on.
+        """Start the run, or continue it.
 
         Args:
             directory: where the client keeps its files, under `wandb/`.
@@ -97,7 +97,8 @@ class WandbRun:
         """End with what the record says; raises `WandbError` if the server did not take everything in time."""
         losses = {f"{name}/{key}": value for name, values in record.evaluation.items() for key, value in values.items()}
         summary = {"status": str(record.status), "reason": record.reason, "signals": record.signals}
-        summary |= {status: int(record.status is status) for status in (Status.FAILED, Status.DIVERGED)}  # to be summed
+        # As numbers, which W&B can sum.
+        summary |= {status: int(record.status is status) for status in (Status.FAILED, Status.DIVERGED)}
         with client_errors():
             self.run.summary.update({**summary, **losses, **record.router, **record.timing})
             self.run.finish(exit_code=0 if record.status is Status.DONE else 1)
@@ -130,7 +131,7 @@ def client_errors() -> Iterator[None]:
 
 
 class Tracker:
-    """Writes each row to both; rows carry step, tokens and flops, so that either can be the x axis.
+    """Writes each row to `metrics.jsonl` and to W&B; rows carry step, tokens and flops, and each can be the x axis.
 
     Nothing that a W&B server does stops training, or holds it up for more than `TIMEOUT_S` now and then.
     """
@@ -141,6 +142,7 @@ class Tracker:
         self.file = (folder / METRICS).open("a", encoding="utf-8")
         self.watch = Watch(record.science["ffn"])
         self.signals: list[str] = []
+        self.sweep = record.sweep
         self.run = _start(folder, settings, record)
         for row in kept:
             self._copy(row)
@@ -158,7 +160,7 @@ class Tracker:
             try:
                 self.run.log(row, begun)
             except WandbError as error:
-                _give_up(error)
+                _give_up(error, self.sweep)
                 self.run = None
 
     def finish(self, record: Record) -> None:
@@ -169,7 +171,7 @@ class Tracker:
             try:
                 self.run.finish(record)
             except WandbError as error:
-                _give_up(error)
+                _give_up(error, self.sweep)
             self.run = None
 
 
@@ -188,10 +190,10 @@ def run_id(record: Record, salt: str) -> str:
 _offline_until = 0.0
 
 
-def _give_up(error: WandbError) -> None:
+def _give_up(error: WandbError, sweep: str) -> None:
     global _offline_until
     if not _offline_until:
-        print(f"notice: W&B: {error}; nothing is lost: `make sync` uploads it later", file=sys.stderr)
+        print(f"notice: W&B: {error}; nothing is lost: make sync SWEEP={sweep} uploads it later", file=sys.stderr)
     _offline_until = time.monotonic() + OFFLINE_FOR_S
 
 
@@ -206,7 +208,7 @@ def _start(folder: Path, settings: Mapping[str, Any], record: Record) -> WandbRu
         try:
             return WandbRun(folder, settings, record, online=online, timeout_s=TIMEOUT_S)
         except WandbError as error:
-            _give_up(error)
+            _give_up(error, record.sweep)
             import wandb
 
             wandb.teardown()  # its service would hold the id
