@@ -232,7 +232,7 @@ def test_minima_of_other_losses_equal_fits_of_them() -> None:
 )
 def test_where_the_minimum_lies(centre: float, status: str) -> None:
     losses = 4.5 + 0.9 * (Z - centre) ** 2
-    found = OptimaFit.of(["dense"] * 5, 10**Z, losses + np.array([1e-4, -1e-4, 0, 1e-4, -1e-4])).optimum("dense")
+    found = OptimaFit.of(["dense"] * 5, 10**Z, losses + 1e-4 * np.array([1, -1, 0, 1, -1])).optimum("dense")
     assert found.status == status
     assert found.status.has_number == math.isfinite(found.loss) == math.isfinite(found.x) == (status != "outside_range")
     assert np.isfinite(found.weights).all() == found.status.has_number

@@ -1,12 +1,13 @@
 """Where a study's files are found, and which rows make one curve."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from peerscale.errors import UserError
-from peerscale.runs.study import collected, find_study, method_names, published, read_json, usable
+from peerscale.runs.study import collected, find_study, method_names, published, read_fits, read_json, same_arm, usable
 
 
 def table(*rows: tuple[str, str | None, str]) -> pd.DataFrame:
@@ -58,3 +59,34 @@ def test_broken_json_is_one_clear_line(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(UserError, match=r"fits\.json: not JSON"):
         read_json(path)
+
+
+def test_fits_of_another_version_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "fits.json"
+    whole = {"budgets": [], "claims": [], "multipliers": [], "laws": {}, "rates": {}, "growth": []}
+    path.write_text(json.dumps(whole))
+    assert read_fits(path) == whole
+    del whole["rates"]
+    for other in (whole, {"dense": {"law": "isoflop"}}, [], 3):
+        path.write_text(json.dumps(other))
+        with pytest.raises(UserError, match=r"fits\.json: not the fits of a study .* make figures"):
+            read_fits(path)
+
+
+@pytest.mark.parametrize(
+    ("reference", "name", "names", "arm"),
+    [
+        ("dense", "peer", ["dense", "peer"], "dense"),
+        ("dense", "peer batch_sequences=8", ["dense batch_sequences=8", "dense", "peer batch_sequences=8"],
+         "dense batch_sequences=8"),
+        ("dense", "peer top_k=8", ["dense", "peer top_k=8"], "dense"),
+        ("dense", "dense lr=1", ["dense", "dense lr=1"], "dense"),
+        ("dense", "dense", ["dense", "peer"], None),
+        ("dense", "dense lr=1", ["dense lr=1", "peer lr=1"], None),
+        ("peer", "dense lr=1", ["dense lr=1", "peer lr=1", "peer lr=2"], "peer lr=1"),
+        ("peer", "moe", ["moe", "peer lr=2"], None),
+        ("moe", "peer", ["moe_token_choice", "peer"], None),
+    ],
+)  # fmt: skip
+def test_the_curve_to_compare_with(reference: str, name: str, names: list[str], arm: str | None) -> None:
+    assert same_arm(reference, name, names) == arm

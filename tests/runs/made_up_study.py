@@ -1,0 +1,59 @@
+"""Tables of runs whose losses a test makes up, and the records of their validation sequences."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from peerscale.runs.record import Record, Status
+
+SIZES = np.array([3e5, 4.8e5, 7.5e5, 1.2e6, 1.9e6])
+"""FLOPs per token."""
+
+
+def run(
+    method: str,
+    budget: float,
+    loss: float,
+    *,
+    x: float = 7.5e5,
+    size: str = "",
+    seed: int = 0,
+    arm: str = "",
+    **more: Any,
+) -> dict[str, Any]:
+    """A row of the table: one finished cell; `arm` is its settings, such as `batch_sequences=8`."""
+    size = size or f"d{x / 1e4:.0f}"
+    cell = "-".join(filter(None, (method, size, f"{budget:g}", arm, f"s{seed}")))
+    return {
+        "cell": cell, "method": method, "variant": "", "size": size, "seed": seed, "budget": budget, "status": "done",
+        "flops_per_token": x, "val_loss": loss, **more,
+    }  # fmt: skip
+
+
+def bowl(x: float, lowest: float, at: float = 7.5e5, curvature: float = 0.9) -> float:
+    return lowest + curvature * float(np.log10(x / at)) ** 2
+
+
+def curves(
+    lowest: Mapping[tuple[str, float], float], *, noise: float = 0.0, rng: int | np.random.Generator = 0,
+    seeds: int = 1, seed_sd: float = 0.0, sizes: np.ndarray = SIZES,
+) -> pd.DataFrame:  # fmt: skip
+    """Parabolas of the given minima by (method, budget); a method may name an arm after a blank."""
+    draw = np.random.default_rng(rng).normal
+    rows = []
+    for (name, budget), loss in lowest.items():
+        method, _, arm = name.partition(" ")
+        for x in sizes * (budget / 1e12) ** 0.5:
+            mean = bowl(x, loss, at=7.5e5 * (budget / 1e12) ** 0.5) + noise * draw()
+            rows += [run(method, budget, mean + seed_sd * draw(), x=x, seed=s, arm=arm) for s in range(seeds)]
+    return pd.DataFrame(rows)
+
+
+def record(cell: str, losses: np.ndarray, status: Status = Status.DONE) -> Record:
+    """A record that holds nothing but the losses of validation sequences."""
+    return Record(
+        sweep="made_up", cell=cell, status=status, fingerprint="", science={}, method="", variant="", plan={},
+        params={}, flops_per_token={}, sequence_losses=[float(loss) for loss in losses],
+    )  # fmt: skip

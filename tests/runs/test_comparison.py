@@ -1,0 +1,432 @@
+"""The statistics of a study against regressions, t tests and corrections that are worked here by themselves."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from made_up_study import SIZES, bowl, curves, record, run
+from scipy import stats
+
+from peerscale.files import write_json
+from peerscale.runs.comparison import compare, half_width
+from peerscale.runs.record import Record, Status
+from peerscale.sweep_config import ClaimsConfig
+
+FIVE = {("dense", 1e12): 4.50, ("moe", 1e12): 4.49, ("peer", 1e12): 4.46}
+LADDER = [1e12, 3e12, 1e13, 3e13]
+
+
+def of(found: dict[str, Any], method: str, reference: str, budget: float = 1e12, size: str = "") -> dict[str, Any]:
+    """The difference of two methods at a budget."""
+    (entry,) = (entry for entry in found["budgets"] if entry["budget"] == budget)
+    (one,) = (
+        d for d in entry["differences"] if (d["method"], d["reference"], d["size"]) == (method, reference, size)
+    )  # fmt: skip
+    return one
+
+
+def claim_of(found: dict[str, Any], rival: str, budget: float = 1e12) -> dict[str, Any]:
+    (one,) = (c for c in found["claims"] if c["rival"] == rival and c["budget"] == budget)
+    return one
+
+
+def minima(runs: pd.DataFrame, losses: np.ndarray) -> dict[str, float]:
+    """Each method's minimum, by the normal equations of parabolas with one curvature."""
+    z = np.log10(runs["flops_per_token"].to_numpy()) - 6
+    methods = list(runs["method"].unique())
+    one = np.array([[method == m for m in methods] for method in runs["method"]], float)
+    design = np.column_stack([one, one * z[:, None], z**2])
+    theta = np.linalg.solve(design.T @ design, design.T @ losses)
+    n = len(methods)
+    return {m: float(theta[i] - theta[n + i] ** 2 / (4 * theta[-1])) for i, m in enumerate(methods)}
+
+
+def with_sequences(
+    runs: pd.DataFrame, *, own: float = 0.05, n: int = 256
+) -> tuple[pd.DataFrame, list[Record], np.ndarray]:
+    """The runs with mean losses over sequences, their records, and the losses (runs, sequences)."""
+    rng = np.random.default_rng(4)
+    difficulty = rng.normal(0, 0.5, n)  # of a text, common to all models
+    losses = runs["val_loss"].to_numpy()[:, None] + difficulty + rng.normal(0, own, (len(runs), n))
+    records = [record(cell, values) for cell, values in zip(runs["cell"], losses, strict=True)]
+    return runs.assign(val_loss=losses.mean(axis=1)), records, losses
+
+
+# Methods that have curves.
+
+
+def test_exact_parabolas_are_recovered() -> None:
+    found = compare(curves(FIVE | {("dense", 3e12): 4.2, ("peer", 3e12): 4.15}), [])
+    for entry in found["budgets"]:
+        optimum = 7.5e5 * (entry["budget"] / 1e12) ** 0.5
+        for method in entry["methods"]:
+            assert method["loss"] == pytest.approx((FIVE | {("dense", 3e12): 4.2, ("peer", 3e12): 4.15})[
+                method["name"], entry["budget"]
+            ])  # fmt: skip
+            assert method["x"] == pytest.approx(optimum) and method["status"] == "ok"
+            assert method["own"]["loss"] == pytest.approx(method["loss"])
+        assert entry["curvature"] == pytest.approx(0.9) and entry["scatter"] < 1e-12
+    assert of(found, "peer", "dense")["value"] == pytest.approx(-0.04)
+    assert of(found, "moe", "peer")["value"] == pytest.approx(0.03)
+    assert of(found, "peer", "dense", 3e12)["value"] == pytest.approx(-0.05)
+    assert [entry["budget"] for entry in found["budgets"]] == [1e12, 3e12]
+
+
+def test_differences_of_noisy_curves_share_one_curvature() -> None:
+    runs = curves(FIVE, noise=0.005)
+    found, expected = compare(runs, []), minima(runs, runs["val_loss"].to_numpy())
+    for pair in (("peer", "dense"), ("moe", "dense"), ("moe", "peer"), ("dense", "peer")):
+        one = of(found, *pair)
+        assert one["value"] == pytest.approx(expected[pair[0]] - expected[pair[1]], abs=1e-9)
+        half = stats.t.ppf(0.975, 15 - 7) * one["se"]
+        assert (one["low"], one["high"]) == pytest.approx((one["value"] - half, one["value"] + half))
+        assert half_width(one) == pytest.approx(half)
+        assert one["fit_se"] == one["se"] and one["seeds_se"] is one["sequences_se"] is one["rate_se"] is None
+    assert of(found, "peer", "dense")["own"]["value"] != pytest.approx(of(found, "peer", "dense")["value"], abs=1e-6)
+
+
+def test_one_window_leaves_out_the_same_sizes_of_all_methods() -> None:
+    runs = curves(FIVE, noise=0.003)
+    far = runs["flops_per_token"] < 4e5
+    spoilt = runs.assign(val_loss=runs["val_loss"] + 0.5 * far)
+    found = compare(spoilt, [], windows={1e12: (4e5, 2e6)})
+    (entry,), (without,) = found["budgets"], compare(runs[~far], [])["budgets"]
+    assert entry["window"] == [4e5, 2e6] and without["window"] is None
+    assert entry["differences"] == without["differences"]
+    for method in entry["methods"]:
+        assert method["left_out"] == [SIZES[0]] and method["sizes"] == pytest.approx(SIZES[1:])
+    assert compare(spoilt, [], windows={3e12: (4e5, 2e6), 1e12: None})["budgets"][0]["methods"][0]["left_out"] == []
+
+
+def test_no_number_no_difference() -> None:
+    """A minimum beyond the sizes, a curve of three sizes: their status is told, and no comparison made."""
+    runs = curves(FIVE, noise=0.002)
+    beyond = [run("pkm", 1e12, bowl(x, 4.4, at=4e6), x=x) for x in SIZES]
+    few = [run("wide", 1e12, bowl(x, 4.4), x=x) for x in SIZES[:3]]
+    edge = [run("null", 1e12, bowl(x, 4.6, at=1.7e6), x=x) for x in SIZES]
+    found = compare(pd.concat([runs, pd.DataFrame(beyond + few + edge)], ignore_index=True), [])
+    methods = {m["name"]: m for m in found["budgets"][0]["methods"]}
+    assert {name: m["status"] for name, m in methods.items()} == {
+        "dense": "ok", "moe": "ok", "peer": "ok", "pkm": "outside_range", "wide": "too_few", "null": "off_centre",
+    }  # fmt: skip
+    for name in ("pkm", "wide"):
+        assert methods[name]["loss"] is None and methods[name]["x"] is None and "se" not in methods[name]
+        assert "value" not in of(found, name, "dense") and name in of(found, name, "dense")["note"]
+        assert name not in {m["method"] for m in found["multipliers"]} | {c["rival"] for c in found["claims"]}
+    assert methods["null"]["loss"] == pytest.approx(4.6, abs=0.01)
+    assert of(found, "null", "dense")["value"] == pytest.approx(0.1, abs=0.01)
+    assert compare(curves({("dense", 1e12): 4.5}, noise=0.01), [])["budgets"][0]["differences"] == []
+
+
+def test_a_window_that_leaves_no_curve() -> None:
+    found = compare(curves(FIVE), [], windows={1e12: (4e5, 8e5)})
+    assert found["budgets"] == [{"budget": 1e12, "window": [4e5, 8e5], "methods": [], "differences": []}]
+    assert found["claims"] == found["multipliers"] == [] and found["laws"] == {}
+
+
+def test_cells_that_failed_or_were_not_run_count_for_nothing() -> None:
+    runs = curves(FIVE, noise=0.003)
+    wrong = [
+        run("dense", 1e12, 3.0, seed=1, status="running"), run("peer", 1e12, 9.0, seed=1, status="diverged"),
+        run("moe", 1e12, math.nan, seed=1, status="pending"), run("peer", 1e12, math.inf, seed=2),
+        run("dense", 9e12, math.nan, status="dropped"),
+    ]  # fmt: skip
+    assert compare(pd.concat([runs, pd.DataFrame(wrong)], ignore_index=True), []) == compare(runs, [])
+    nothing = compare(pd.DataFrame(wrong), [])
+    assert nothing["budgets"] == nothing["claims"] == []
+
+
+def test_evaluation_sets_are_compared_at_the_minimum_of_the_validation_loss() -> None:
+    runs = curves(FIVE, noise=0.003)
+    gap = 0.4 - 0.06 * (runs["method"] == "peer")
+    (entry,) = compare(runs.assign(ppl_speeches=np.exp(runs["val_loss"] + gap)), [])["budgets"]
+    found = of({"budgets": [entry]}, "peer", "dense")
+    assert found["sets"]["speeches"]["value"] == pytest.approx(found["value"] - 0.06)
+    assert found["sets"]["speeches"]["se"] == pytest.approx(found["se"])
+    for method in entry["methods"]:
+        expected = method["loss"] + (0.34 if method["name"] == "peer" else 0.4)
+        assert method["sets"]["speeches"] == pytest.approx(expected)
+    assert compare(runs.assign(ppl_speeches=np.nan), [])["budgets"][0]["methods"][0]["sets"] == {}
+
+
+# Validation sequences.
+
+
+def test_the_error_of_sequences_is_that_of_the_difference_at_each() -> None:
+    runs, records, losses = with_sequences(curves({k: v for k, v in FIVE.items() if k[0] != "moe"}, noise=0.004))
+    found = compare(runs, records)
+    means, step = losses.mean(axis=1), 1e-5
+    gradient = []
+    for i in range(len(means)):  # of peer's minimum less dense's, by differences
+        ends = [minima(runs, means + s * step * np.eye(len(means))[i]) for s in (1, -1)]
+        gradient.append((ends[0]["peer"] - ends[0]["dense"] - ends[1]["peer"] + ends[1]["dense"]) / (2 * step))
+    each = np.array(gradient) @ losses
+    one = of(found, "peer", "dense")
+    assert one["sequences_se"] == pytest.approx(each.std(ddof=1) / 16, rel=1e-4)
+    assert one["se"] == pytest.approx(math.hypot(one["fit_se"], one["sequences_se"]))
+    assert found["budgets"][0]["methods"][0]["sequences_se"] == pytest.approx(0.5 / 16, rel=0.15)
+
+
+def test_what_is_common_to_all_methods_leaves_no_error_of_a_difference() -> None:
+    runs, records, _ = with_sequences(curves(FIVE, noise=0.004), own=0.0)
+    found = compare(runs, records)
+    for pair in (("peer", "dense"), ("moe", "peer")):
+        assert of(found, *pair)["sequences_se"] < 1e-12
+        assert of(found, *pair)["se"] == pytest.approx(of(found, *pair)["fit_se"])
+    alone = compare(runs, [])
+    low, high = ([m[key] for m in found["multipliers"]] for key in ("low", "high"))
+    assert (low, high) == ([m["low"] for m in alone["multipliers"]], [m["high"] for m in alone["multipliers"]])
+
+
+def test_sequences_that_are_missing_leave_their_part_out() -> None:
+    both = FIVE | {("dense", 3e12): 4.2, ("peer", 3e12): 4.15}
+    runs, records, _ = with_sequences(curves(both, noise=0.004))
+    lost = runs.loc[runs["budget"] == 3e12, "cell"].iloc[0]
+    whole = compare(runs, records)
+    kept = [record(r.cell, np.array([])) if r.cell == lost else r for r in records]
+    other = [record(r.cell, np.array(r.sequence_losses[:9])) if r.cell == lost else r for r in records]
+    for found in (compare(runs, kept), compare(runs, other), compare(runs, [r for r in records if r.cell != lost])):
+        assert of(found, "peer", "dense", 3e12)["sequences_se"] is None
+        assert of(found, "peer", "dense", 3e12)["value"] == of(whole, "peer", "dense", 3e12)["value"]
+        assert of(found, "peer", "dense") == of(whole, "peer", "dense")
+    failed = record("dense-failed", np.zeros(256), Status.FAILED)
+    assert compare(runs, [*records, failed]) == whole
+
+
+# Claims.
+
+
+def test_the_family_is_what_the_study_names() -> None:
+    runs = curves({(m, c): v for (m, _), v in FIVE.items() for c in LADDER[:3]}, noise=0.01)
+    claims = ClaimsConfig(method="peer", rivals=["dense"], budgets=[3e12, 1e13])
+    found = compare(runs, [], claims=claims)
+    assert [(c["budget"], c["method"], c["rival"]) for c in found["claims"]] == [
+        (3e12, "peer", "dense"), (1e13, "peer", "dense"),
+    ]  # fmt: skip
+    p = [of(found, "peer", "dense", budget)["p"] for budget in (3e12, 1e13)]
+    small, large = sorted(p)
+    expected = {small: min(1, 2 * small), large: min(1, max(2 * small, large))}
+    for claim, alone in zip(found["claims"], p, strict=True):
+        assert claim["p"] == alone and claim["p_holm"] == pytest.approx(expected[alone])
+        assert claim["leads"] == (expected[alone] < 0.05 and claim["value"] < 0)
+
+
+def test_without_a_named_family_peer_is_compared_with_all() -> None:
+    runs = curves({(m, c): v for (m, _), v in FIVE.items() for c in LADDER[:2]}, noise=0.004)
+    found = compare(runs, [])
+    assert [(c["budget"], c["rival"]) for c in found["claims"]] == [
+        (c, r) for c in LADDER[:2] for r in ("dense", "moe")
+    ]
+    by_hand, largest = {}, 0.0
+    for i, p in enumerate(sorted(c["p"] for c in found["claims"])):
+        largest = by_hand[p] = max(largest, min(1, (4 - i) * p))
+    assert {c["p"]: pytest.approx(c["p_holm"]) for c in found["claims"]} == by_hand
+    for claim in found["claims"]:
+        turned = of(found, claim["rival"], "peer", claim["budget"])
+        assert (claim["value"], claim["low"], claim["high"]) == pytest.approx(
+            (-turned["value"], -turned["high"], -turned["low"])
+        )
+        assert claim["low"] < claim["value"] < claim["high"]
+
+
+def test_a_lead_is_lower_and_a_worse_method_never_leads() -> None:
+    better = compare(curves(FIVE, noise=0.002), [])
+    assert all(c["leads"] and c["p_holm"] < 0.05 for c in better["claims"])
+    worse = compare(curves({("dense", 1e12): 4.5, ("peer", 1e12): 4.6}, noise=0.002), [])
+    (claim,) = worse["claims"]
+    assert claim["p_holm"] < 0.05 and claim["value"] > 0 and not claim["leads"]
+
+
+def test_a_study_may_claim_about_any_of_its_methods() -> None:
+    runs = curves(FIVE | {("pkm", 1e12): 4.52}, noise=0.002)
+    found = compare(runs, [], claims=ClaimsConfig(method="moe", rivals=["pkm", "dense"]))
+    assert {c["rival"]: round(c["value"], 2) for c in found["claims"]} == {"pkm": -0.03, "dense": -0.01}
+    assert {c["method"] for c in found["claims"]} == {"moe"}
+
+
+def test_arms_are_compared_with_the_same_arm() -> None:
+    lowest = {
+        (f"{method} batch_sequences={n}", 1e12): loss + shift
+        for method, loss in (("dense", 4.5), ("peer", 4.46)) for n, shift in ((8, 0.1), (16, 0.0))
+    }  # fmt: skip
+    found = compare(curves(lowest, noise=0.002), [])
+    assert {(c["method"], c["rival"]) for c in found["claims"]} == {
+        (f"peer batch_sequences={n}", f"dense batch_sequences={n}") for n in (8, 16)
+    }
+    assert all(c["value"] == pytest.approx(-0.04, abs=0.01) for c in found["claims"])
+    plain = compare(curves({("dense", 1e12): 4.5, ("peer top_k=4", 1e12): 4.4, ("peer top_k=8", 1e12): 4.45}), [])
+    assert [(d["method"], d["reference"]) for d in plain["budgets"][0]["differences"]] == [
+        ("peer top_k=4", "dense"), ("peer top_k=8", "dense"),
+    ]  # fmt: skip
+
+
+# One size.
+
+
+def at_one_size(seeds: int) -> pd.DataFrame:
+    rng = np.random.default_rng(8)
+    rows = [
+        run(method, 3e12, mean + 0.008 * rng.normal(), size="d64", seed=seed)
+        for method, mean in (("dense", 4.5), ("peer", 4.47)) for seed in range(seeds)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_seeds_of_one_size_give_students_two_sample_test() -> None:
+    runs = at_one_size(3)
+    found = compare(runs, [])
+    one = of(found, "peer", "dense", 3e12, "d64")
+    peer, dense = (runs.loc[runs["method"] == m, "val_loss"] for m in ("peer", "dense"))
+    test = stats.ttest_ind(peer, dense)
+    interval = test.confidence_interval(0.95)
+    assert one["value"] == pytest.approx(peer.mean() - dense.mean()) and one["df"] == 4
+    assert one["p"] == pytest.approx(test.pvalue)
+    assert (one["low"], one["high"]) == pytest.approx((interval.low, interval.high))
+    assert one["seeds_se"] == one["se"] and one["fit_se"] is None
+    (claim,) = found["claims"]
+    assert (claim["size"], claim["p"], claim["p_holm"]) == ("d64", one["p"], one["p"])
+
+
+def test_seeds_are_pooled_over_methods_and_sequences_added() -> None:
+    """With unequal numbers of seeds, and a third method that only tells of their scatter."""
+    more = [run("pkm", 3e12, loss, size="d64", seed=i) for i, loss in enumerate((4.50, 4.52))]
+    runs = pd.concat([at_one_size(4).iloc[:-1], pd.DataFrame(more)], ignore_index=True)
+    runs, records, losses = with_sequences(runs)
+    groups = [runs.loc[runs["method"] == m, "val_loss"] for m in ("dense", "peer", "pkm")]
+    variance = sum(float(((g - g.mean()) ** 2).sum()) for g in groups) / (4 + 3 + 2 - 3)
+    seeds = math.sqrt(variance * (1 / 3 + 1 / 4))
+    each = losses[4:7].mean(axis=0) - losses[:4].mean(axis=0)
+    sampled = each.std(ddof=1) / 16
+    one = of(compare(runs, records), "peer", "dense", 3e12, "d64")
+    assert one["seeds_se"] == pytest.approx(seeds) and one["sequences_se"] == pytest.approx(sampled)
+    assert one["se"] == pytest.approx(math.hypot(seeds, sampled))
+    assert one["df"] == pytest.approx(one["se"] ** 4 / (seeds**4 / 6 + sampled**4 / 255))
+
+
+def test_one_seed_at_one_size_claims_nothing() -> None:
+    runs, records, losses = with_sequences(at_one_size(1))
+    found = compare(runs, records)
+    one = of(found, "peer", "dense", 3e12, "d64")
+    assert one["se"] == one["sequences_se"] == pytest.approx((losses[1] - losses[0]).std(ddof=1) / 16)
+    assert one["seeds_se"] is None and one["low"] < one["value"] < one["high"]
+    assert found["claims"] == []
+    bare = of(compare(runs, []), "peer", "dense", 3e12, "d64")
+    assert bare["value"] == one["value"] and bare["se"] is bare["low"] is bare["p"] is None
+    assert math.isnan(half_width(bare))
+
+
+def test_two_sizes_are_compared_each_by_itself() -> None:
+    rows = [
+        run(m, 1e12, loss, size=size, seed=seed, x=x)
+        for size, x, losses in (("d32", 4e5, (4.5, 4.4)), ("d64", 8e5, (4.6, 4.55)))
+        for m, loss in zip(("dense", "peer"), losses, strict=True) for seed in range(2)
+    ]  # fmt: skip
+    rng = np.random.default_rng(1)
+    found = compare(pd.DataFrame(rows).assign(val_loss=lambda t: t["val_loss"] + 0.001 * rng.normal(size=len(t))), [])
+    values = {size: of(found, "peer", "dense", 1e12, size)["value"] for size in ("d32", "d64")}
+    assert values == pytest.approx({"d32": -0.1, "d64": -0.05}, abs=0.005)
+    assert [c["size"] for c in found["claims"]] == ["d32", "d64"]
+
+
+def test_batchnorm_on_queries_is_compared_with_the_same_layer_without() -> None:
+    rows = [
+        run("peer", 3e12, loss + 0.002 * seed, size="d64", seed=seed, arm=f"n_experts={n}-query_norm={norm}")
+        for n, shift in ((1024, -0.01), (4096, 0.02)) for norm, loss in (("true", 4.4 + shift), ("false", 4.4))
+        for seed in range(2)
+    ]  # fmt: skip
+    (entry,) = compare(pd.DataFrame(rows), [])["budgets"]
+    assert {d["method"]: round(d["value"], 6) for d in entry["differences"]} == {
+        "peer n_experts=1024-query_norm=true": -0.01, "peer n_experts=4096-query_norm=true": 0.02,
+    }  # fmt: skip
+    assert all(d["reference"] == d["method"].replace("true", "false") for d in entry["differences"])
+
+
+# Multipliers and laws.
+
+
+def ladder(gain: float, budgets: list[float], **options: Any) -> pd.DataFrame:
+    """Dense's optimum is 40 C^-0.07, and PEER's that of `gain` times the compute."""
+    return curves(
+        {(m, c): 40 * (g * c) ** -0.07 for m, g in (("dense", 1.0), ("peer", gain)) for c in budgets}, **options
+    )
+
+
+def test_multipliers_of_exact_curves() -> None:
+    found = compare(ladder(1.5, LADDER, noise=1e-6), [])
+    assert [m["budget"] for m in found["multipliers"]] == LADDER
+    for one in found["multipliers"]:
+        assert (one["method"], one["reference"]) == ("peer", "dense")
+        assert one["multiplier"] == pytest.approx(1.5, rel=1e-3) and one["low"] < one["multiplier"] < one["high"]
+
+
+def test_growth_wants_four_budgets() -> None:
+    gains = {c: 1.2 * (c / 1e12) ** 0.1 for c in LADDER}
+    runs = pd.concat([curves({("dense", c): 40 * c**-0.07, ("peer", c): 40 * (g * c) ** -0.07}, noise=1e-5)
+                      for c, g in gains.items()], ignore_index=True)  # fmt: skip
+    found = compare(runs, [])
+    (slope,) = found["growth"]
+    log_c, log_m = np.log10(LADDER), np.log([m["multiplier"] for m in found["multipliers"]])
+    assert slope["slope"] == pytest.approx(np.polyfit(log_c, log_m, 1)[0])
+    # At dense's budget C PEER needs C / m, where its gain is g(C / m) = m; at the smallest PEER's own budget counts.
+    exact = np.log([gains[1e12], *(gains[c] ** (1 / 1.1) for c in LADDER[1:])])
+    assert slope["slope"] == pytest.approx(np.polyfit(log_c, exact, 1)[0], rel=0.05)  # straight between budgets
+    assert slope["low"] < slope["slope"] < slope["high"]
+    three = compare(runs[runs["budget"] < 3e13], [])
+    assert len(three["multipliers"]) == 3 and three["growth"] == []
+
+
+def test_one_budget_has_no_multiplier() -> None:
+    assert compare(ladder(1.5, [1e12], noise=1e-4), [])["multipliers"] == []
+
+
+def test_a_budget_without_a_minimum_is_not_used_for_others() -> None:
+    """PEER's curve at 1e12 has its minimum beyond the sizes: neither its number nor its draws may serve."""
+    runs = ladder(1.5, LADDER[:3], noise=0.003)
+    peer = (runs["method"] == "peer") & (runs["budget"] == 1e12)
+    beyond = runs["val_loss"].where(~peer, [bowl(x, 5.5, at=3e6) for x in runs["flops_per_token"]])
+    found, without = (compare(table, [])["multipliers"] for table in (runs.assign(val_loss=beyond), runs[~peer]))
+    assert [m["budget"] for m in found] == [m["budget"] for m in without] == [3e12, 1e13]
+    for one, other in zip(found, without, strict=True):
+        assert one["multiplier"] == pytest.approx(other["multiplier"], rel=0.02)
+        assert (one["low"], one["high"]) == pytest.approx((other["low"], other["high"]), rel=0.1)
+
+
+def test_no_interval_where_it_would_be_cut_by_extrapolation() -> None:
+    """PEER with 2.9 times the compute reaches dense's loss just above the smaller of two budgets, or would below it."""
+    found = {noise: compare(ladder(2.9, LADDER[:2], noise=noise, rng=1), [])["multipliers"] for noise in (1e-4, 0.01)}
+    assert all(2.8 < m["multiplier"] < 3 for both in found.values() for m in both)
+    assert all(m["low"] < m["multiplier"] < m["high"] < 3 for m in found[1e-4])
+    assert [(m["low"], m["high"]) for m in found[0.01]] == [(None, None)] * 2
+
+
+def test_intervals_of_multipliers_hold_the_true_one() -> None:
+    rng, held = np.random.default_rng(5), []
+    for _ in range(40):
+        for one in compare(ladder(1.3, LADDER[:3], noise=0.006, rng=rng, sizes=SIZES[[0, 1, 3, 4]]), [])["multipliers"]:
+            held.append(one["low"] <= 1.3 <= one["high"])
+    assert len(held) > 115 and 0.90 <= np.mean(held) <= 0.98
+
+
+def test_the_law_of_optimal_sizes() -> None:
+    found = compare(ladder(1.5, LADDER, noise=0.004), [])
+    law = found["laws"]["dense"]
+    x = [m["x"] for entry in found["budgets"] for m in entry["methods"] if m["name"] == "dense"]
+    exponent, coefficient = np.polyfit(np.log10(LADDER), np.log10(x), 1)
+    assert law["exponent"] == pytest.approx(exponent) and law["coefficient"] == pytest.approx(10**coefficient)
+    low, high = law["ci"]["exponent"]
+    assert low < law["exponent"] < high and low < 0.5 < high
+    assert law["x"] == "flops_per_token" and law["n"] == 4
+    assert compare(ladder(1.5, LADDER[:2], noise=0.004), [])["laws"] == {}
+
+
+def test_everything_is_plain_json(tmp_path: Path) -> None:
+    runs, records, _ = with_sequences(ladder(1.3, LADDER, noise=0.004, seeds=2, seed_sd=0.004), n=32)
+    lone = pd.DataFrame([run("peer", 5e11, 5.0, size="d64"), run("dense", 5e11, 5.1, size="d64")])
+    found = compare(pd.concat([runs, lone], ignore_index=True), records)
+    write_json(tmp_path / "fits.json", found)
+    assert json.loads((tmp_path / "fits.json").read_text()) == found
+    assert compare(pd.concat([runs, lone], ignore_index=True), records) == found  # nothing is left to chance
