@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from peerscale.errors import UserError, exit_code
+from peerscale.runs.rates import RATES
 from peerscale.runs.study import Study, find_study, method_names, read_fits, study_parser, usable
 from peerscale.runs.table import CURVES, read_runs, read_table
 from peerscale.viz import style
@@ -54,14 +55,15 @@ def study_figures(study: Study, runs: pd.DataFrame, x: str) -> Iterator[tuple[st
         if drawn := frontier_figure(fits, note=note):
             yield "frontier", drawn
         yield "time", time_figure(runs, note=note)
+    if settings & set(RATES):  # the cells at one setting are then no seeds of each other
+        yield "rates", rates_figure(runs, note=note)
+        return
     if "n_experts" in settings:
         yield "experts", experts_figure(runs, published, note=note)
     if settings & {"ffn_heads", "top_k"}:
         yield "active", active_figure(runs, note=note)
     if "query_norm" in settings:
         yield "query_norm", query_norm_figure(runs, published, note=note)
-    if settings & {"lr", "table_lr"}:
-        yield "rates", rates_figure(runs, note=note)
 
 
 def conventions(runs: pd.DataFrame) -> str:

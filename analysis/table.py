@@ -21,7 +21,7 @@ import pandas as pd
 from peerscale.errors import exit_code
 from peerscale.files import ROOT, write_text
 from peerscale.laws.optima import OptimumStatus
-from peerscale.runs.rates import settings_table
+from peerscale.runs.rates import RATES, settings_table
 from peerscale.runs.study import find_study, method_names, read_fits, study_parser, usable
 from peerscale.runs.table import read_runs
 from peerscale.sweeper import budget_name
@@ -45,15 +45,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs, published = read_runs(study.runs), read_published()
     fits = read_fits(study.fits)
     runs, settings = runs.assign(name=method_names(runs)), varied(runs)
-    compared = has_curves(runs) or not settings
+    compared, rated = has_curves(runs) or not settings, settings & set(RATES)
     if compared:
         title, lines = "losses at equal compute", [f"**{fits['answer']}**", "", *closing_table(runs, fits)]
         lines += at_the_optimum(runs, fits, published)
-    elif settings & {"lr", "table_lr"}:
-        title, lines = "learning rates", [*best_rates(fits), *rates(runs)]
+    elif rated:
+        about = f"Losses in nats per token on the {listed(runs['val_set'])} set. Rates are for the reference width."
+        title, lines = "learning rates", [about, "", *best_rates(fits), *rates(runs)]
     else:
         title, lines = "settings at one size", settings_lines(runs, fits)
-    if settings & {"n_experts", "query_norm"}:
+    if settings & {"n_experts", "query_norm"} and not rated:
         lines += experts_and_norm(runs, fits, published)
     text = "\n".join([f"# {arguments.sweep}: {title}", "", *lines])
     write_text(study.table, text)
@@ -258,8 +259,8 @@ def experts_and_norm(runs: pd.DataFrame, fits: Fits, published: pd.DataFrame) ->
     lines = section(
         "Experts and BatchNorm on the queries (the paper's table 2)",
         tables.norm_lines(tables.experts_by_norm(runs, published)),
-        "Pairs: without / with BatchNorm. Experts used and unevenness: as the paper defines them (section 3.3), ours "
-        f"over {listed(runs['usage_tokens'])} tokens.",
+        "Pairs: without / with BatchNorm. Experts used and unevenness: by the paper's section 3.3, ours over "
+        f"{listed(runs['usage_tokens'])} tokens.",
     )
     pairs = [
         [label(re.sub("[ -]query_norm=true", "", found["method"])), difference(found)]
@@ -306,15 +307,17 @@ def best_rates(fits: Fits) -> list[str]:
 
 def rates(runs: pd.DataFrame) -> list[str]:
     """The settings of a learning-rate study, best first."""
-    val_sets = listed(runs["val_set"])
-    lines = [
-        f"Losses in nats per token on the {val_sets} set. Rates are as the study sets them, for the reference width.",
-        "",
-    ]
+    lines: list[str] = []
     for name, rows in settings_table(runs).groupby("name", sort=False):
-        shown = rows.drop(columns="name").rename(columns=lambda column: RATE_TITLES.get(column, size_label(column)))
-        texts = [[f"{value:.4g}" for value in row] for row in shown.itertuples(index=False)]
-        lines += section(label(str(name)), markdown(shown.columns, texts), *(f"- {edge}" for edge in edges(rows)))
+        rated = [rate for rate in RATES if (rows[rate] > 0).any()]
+        sizes = [str(column) for column in rows if column not in ("name", *RATES)]
+        sizes = sizes[:-1] if len(sizes) == 2 else sizes  # the mean of one size is its loss
+        texts = [
+            [*(f"{row[rate]:g}" for rate in rated), *(f"{row[size]:.4f}" for size in sizes)]
+            for row in rows.to_dict("records")
+        ]
+        header = [RATE_TITLES.get(column, size_label(column)) for column in (*rated, *sizes)]
+        lines += section(label(str(name)), markdown(header, texts), *(f"- {edge}" for edge in edges(rows)))
     return lines
 
 

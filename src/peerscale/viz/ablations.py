@@ -22,6 +22,9 @@ from peerscale.viz.published import WITHOUT_NORM, paper_values
 SETTINGS = ("n_experts", "ffn_heads", "top_k", "query_norm", "lr", "table_lr", "batch_sequences")
 """Columns that a study can vary at one size."""
 
+APART = 1.03
+"""Between the abscissas of neighbouring lines whose points would cover each other."""
+
 LABELS = {**X_LABELS, "n_experts": "experts", "ffn_heads": "heads"}
 
 Looks = Mapping[Hashable, Mapping[str, Any]]
@@ -86,6 +89,7 @@ def lines_panel(
     looks: Looks,
     y: str = "val_loss",
     transform: Callable[[Any], Any] = np.exp,
+    apart: float = 1.0,
 ) -> None:
     """A line per value of `series` through the means over seeds, with intervals; each of several seeds a pale dot.
 
@@ -95,16 +99,20 @@ def lines_panel(
         x, y, series: columns of the abscissa, logarithmic, with a tick at each value, of the ordinate, and of the line.
         looks: colour, marker and label of each line, by value of `series`.
         transform: from `y` to what is drawn; of losses, the perplexity.
+        apart: factor between the abscissas of neighbouring lines, so that their intervals do not cover each other.
     """
     points = over_seeds(runs, [series, x], y)
-    for value, look in looks.items():
+    for i, (value, look) in enumerate(looks.items()):
+        shift = apart ** (i - (len(looks) - 1) / 2)
         rows, cells = points[points[series] == value], runs[runs[series] == value]
         middle, low, high = (np.asarray(transform(rows[column]), float) for column in ("mean", "low", "high"))
         errors = [middle - low, high - middle]
-        axes.errorbar(np.asarray(rows[x], float), middle, yerr=errors, elinewidth=0.7, **EDGE, **look)
+        axes.errorbar(shift * np.asarray(rows[x], float), middle, yerr=errors, elinewidth=0.7, **EDGE, **look)
         if (rows["seeds"] > 1).any():
             dots = np.asarray(transform(cells[y]), float)
-            axes.plot(cells[x], dots, ".", color=look["color"], alpha=0.4, markersize=3, label="_seeds")
+            axes.plot(
+                shift * cells[x].astype(float), dots, ".", color=look["color"], alpha=0.4, markersize=3, label="_seeds"
+            )
     _ticks(axes, x, points[x])
 
 
@@ -126,7 +134,7 @@ def experts_figure(runs: pd.DataFrame, published: pd.DataFrame, *, note: str = "
         _ticks(paper, "n_experts", values)
         _perplexity(paper, "the paper, on C4", [paper_values(published, "table 1", "dense", "ppl_c4")[6e18]])
         style.legend(figure, [Line2D([], [], **DENSE, label="dense"), *map(_handle, looks.values())])
-        source = "paper: tables 2 and, for dense, 1 at 6 × 10$^{18}$ FLOPs (table 2 does not name its budget)"
+        source = "paper: table 2; dense: table 1 at 6 × 10$^{18}$ FLOPs (table 2 does not name its budget)"
         style.caption(figure, note, f"{_said(cells, 'active_experts')}{_bars(cells)}", missing_note(runs), source)
     return figure
 
@@ -143,11 +151,12 @@ def active_figure(runs: pd.DataFrame, *, note: str = "") -> Figure:
     }
     with style.applied():
         figure, (axes,) = style.panels(1)
-        lines_panel(axes, cells, x="ffn_heads", series="active_experts", looks=looks)
+        lines_panel(axes, cells, x="ffn_heads", series="active_experts", looks=looks, apart=APART)
         for level, rows in over_seeds(cells, ["active_experts", "ffn_heads"]).groupby("active_experts"):
             if len(rows) > 1:
                 best = rows.loc[rows["mean"].idxmin()]
-                x, y = float(best["ffn_heads"]), math.exp(best["mean"])
+                x = float(best["ffn_heads"]) * APART ** (levels.index(level) - (len(levels) - 1) / 2)
+                y = math.exp(best["mean"])
                 style.star(axes, x, y, looks[level]["color"], f"_best {level:g}")
         _perplexity(axes, where, dense)
         handles = [*map(_handle, looks.values()), *([Line2D([], [], **DENSE, label="dense")] if dense else [])]
@@ -168,8 +177,10 @@ def query_norm_figure(runs: pd.DataFrame, published: pd.DataFrame, *, note: str 
     cells = cells.assign(norm=with_norm(cells))
     with style.applied():
         figure, (ours, paper, unevenness) = style.panels(3)
-        lines_panel(ours, cells, x=x, series="norm", looks=NORM)
-        lines_panel(unevenness, cells, x=x, series="norm", looks=NORM, y="unevenness", transform=np.asarray)
+        lines_panel(ours, cells, x=x, series="norm", looks=NORM, apart=APART)
+        lines_panel(
+            unevenness, cells, x=x, series="norm", looks=NORM, y="unevenness", transform=np.asarray, apart=APART
+        )
         for norm, look in NORM.items():
             method = "peer" if norm else WITHOUT_NORM
             for axes, metric, line in ((paper, "ppl_c4", "-"), (unevenness, "unevenness", ":")):
@@ -182,8 +193,9 @@ def query_norm_figure(runs: pd.DataFrame, published: pd.DataFrame, *, note: str 
         _perplexity(paper, "the paper, on C4")
         unevenness.set(title="unevenness (nats)", ylim=(0, None))
         style.legend(figure, [_handle(look) for look in NORM.values()])
-        dotted = "dotted and middle: the paper's table 2" if x == "n_experts" else "middle: the paper's table 2"
-        counted = f"unevenness over {style.listed(cells['usage_tokens'])} tokens of ours; {dotted}"
+        dotted = "dotted lines and " if x == "n_experts" else ""
+        tokens = style.listed(cells["usage_tokens"])
+        counted = f"our unevenness is counted over {tokens} tokens; {dotted}middle panel: the paper's table 2"
         style.caption(figure, note, f"{_said(cells, 'active_experts')}{_bars(cells)}", counted, missing_note(runs))
     return figure
 

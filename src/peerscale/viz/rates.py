@@ -35,7 +35,7 @@ def rates_panel(axes: Axes, settings: pd.DataFrame, *, rate: str, loss: str) -> 
         best = int(y.argmin())
         style.star(axes, x[best], y[best], colours[name], f"_best {name}", hollow=best in (0, len(y) - 1))
     axes.set_xscale("log")
-    style.decade_axis(axes.xaxis, text="{:.4g}".format)
+    style.decade_axis(axes.xaxis, settings.loc[settings[rate] > 0, rate], "{:.4g}".format)
 
 
 def rates_figure(runs: pd.DataFrame, *, note: str = "") -> Figure:
@@ -47,14 +47,12 @@ def rates_figure(runs: pd.DataFrame, *, note: str = "") -> Figure:
         [("lr", size, style.size_label(size)) for size in sizes] if several["lr"] or not several["table_lr"] else []
     )
     if several["table_lr"]:
-        panels_of.append(
-            ("table_lr", "mean", f"mean of {' and '.join(sizes)}" if len(sizes) > 1 else style.size_label(sizes[0]))
-        )
+        panels_of.append(("table_lr", "mean", "mean over sizes" if len(sizes) > 1 else style.size_label(sizes[0])))
     with style.applied():
         figure, panels = style.panels(len(panels_of))
         for axes, (rate, loss, title) in zip(panels, panels_of, strict=True):
             rates_panel(axes, settings, rate=rate, loss=loss)
-            axes.set(title=title, xlabel="learning rate, as set" if rate == "lr" else "rate of the expert tables")
+            axes.set(title=title, xlabel="learning rate" if rate == "lr" else "rate of the expert tables")
         panels[0].set_ylabel("loss (nats per token)")
         names, counts, seeds = style.ordered(settings["name"]), settings["name"].value_counts(), runs["seed"].nunique()
         style.method_legend(figure, names)
@@ -63,6 +61,6 @@ def rates_figure(runs: pd.DataFrame, *, note: str = "") -> Figure:
         about = f"{budgets}; {seeds} seed{'s' * (seeds > 1)}; {other}stars: lowest, hollow at the edge of the grid"
         each = ", ".join(f"{style.label(name)} {counts[name]}" for name in names)
         tried = f"settings tried: {f'{counts.iloc[0]} each' if counts.nunique() == 1 else each}"
-        tried += "; rates as set, before the rule for the width"
+        tried += "; rates are for the reference width"
         style.caption(figure, note, about, tried, missing_note(runs))
     return figure

@@ -115,15 +115,15 @@ def colours(names: Iterable[str]) -> dict[str, str]:
         spare = [SPARE_COLOURS[(slot + i) % len(SPARE_COLOURS)] for i in range(len(SPARE_COLOURS))]
         chosen[method] = COLOURS.get(method) or next((c for c in spare if c not in chosen.values()), spare[0])
     return {
-        name: shaded(chosen[method], (i + 0.5) / len(members))
+        name: shaded(chosen[method], (i + 0.5) / len(members)) if len(members) > 1 else chosen[method]
         for method, members in variants.items()
         for i, name in enumerate(members)
     }
 
 
 def shaded(colour: str, place: float) -> str:
-    """A colour mixed with white (`place` below 0.5, most at 0) or with black (above, most at 1)."""
-    end, share = 1.0 if place < 0.5 else 0.0, 1.2 * abs(place - 0.5)
+    """A colour mixed with white (`place` below 2/3, most at 0) or with black (above, most at 1)."""
+    end, share = (1.0, 0.6 - 0.9 * place) if place < 2 / 3 else (0.0, 1.5 * place - 1)
     red, green, blue = (channel + share * (end - channel) for channel in to_rgb(colour))
     return to_hex((red, green, blue))
 
@@ -189,12 +189,14 @@ def caption(figure: Figure, *lines: str) -> None:
 
 
 def legend(figure: Figure, handles: Sequence[Line2D]) -> None:
-    """One legend for all panels, above them, in as many columns as fit; further rows make the figure higher."""
+    """One legend for all panels, above them, read row by row; rows beyond the first make the figure higher."""
     widths = sorted((0.4 + 0.05 * len(str(handle.get_label())) for handle in handles), reverse=True)
-    columns = next((n for n in range(len(widths), 1, -1) if sum(widths[:n]) <= TEXT_WIDTH), 1)
-    rows = math.ceil(len(widths) / columns)
+    fitting = next((n for n in range(len(widths), 1, -1) if sum(widths[:n]) <= TEXT_WIDTH), 1)
+    rows = math.ceil(len(widths) / fitting)
+    columns = math.ceil(len(widths) / rows)
     figure.set_figheight(figure.get_figheight() + 0.17 * (rows - 1))
-    figure.legend(handles=list(handles), loc="outside upper center", ncols=columns)
+    by_column = [handle for i in range(columns) for handle in handles[i::columns]]  # as matplotlib fills a legend
+    figure.legend(handles=by_column, loc="outside upper center", ncols=columns)
 
 
 def method_legend(figure: Figure, names: Sequence[str]) -> None:
