@@ -177,9 +177,6 @@ def test_what_is_common_to_all_methods_leaves_no_error_of_a_difference() -> None
     for pair in (("peer", "dense"), ("moe", "peer")):
         assert of(found, *pair)["sequences_se"] < 1e-12
         assert of(found, *pair)["se"] == pytest.approx(of(found, *pair)["fit_se"])
-    alone = compare(runs, [])
-    low, high = ([m[key] for m in found["multipliers"]] for key in ("low", "high"))
-    assert (low, high) == ([m["low"] for m in alone["multipliers"]], [m["high"] for m in alone["multipliers"]])
 
 
 def test_sequences_that_are_missing_leave_their_part_out() -> None:
@@ -401,6 +398,14 @@ def test_no_interval_where_it_would_be_cut_by_extrapolation() -> None:
     assert all(2.8 < m["multiplier"] < 3 for both in found.values() for m in both)
     assert all(m["low"] < m["multiplier"] < m["high"] < 3 for m in found[1e-4])
     assert [(m["low"], m["high"]) for m in found[0.01]] == [(None, None)] * 2
+
+
+def test_all_budgets_draw_the_same_sequences() -> None:
+    """A text that is hard at every budget moves both frontiers alike, and so hardly a multiplier."""
+    runs, records, _ = with_sequences(ladder(1.5, LADDER[:3], noise=1e-5), own=0.0)
+    assert compare(runs, records)["budgets"][0]["methods"][0]["se"] > 0.025
+    for one in compare(runs, records)["multipliers"]:
+        assert one["low"] < 1.5 < one["high"] and one["high"] / one["low"] < 1.02
 
 
 def test_intervals_of_multipliers_hold_the_true_one() -> None:
