@@ -1,5 +1,6 @@
 """The statistics of a study against regressions, t tests and corrections that are worked here by themselves."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -151,6 +152,19 @@ def test_evaluation_sets_are_compared_at_the_minimum_of_the_validation_loss() ->
         expected = method["loss"] + (0.34 if method["name"] == "peer" else 0.4)
         assert method["sets"]["speeches"] == pytest.approx(expected)
     assert compare(runs.assign(ppl_speeches=np.nan), [])["budgets"][0]["methods"][0]["sets"] == {}
+
+
+@pytest.mark.filterwarnings("error")
+def test_losses_without_any_curve_are_no_error() -> None:
+    """Flat but for noise: whatever curvature chance makes, however small, nothing overflows."""
+    for rng, noise in itertools.product(range(12), (0.0, 1e-12, 0.01)):
+        draw = np.random.default_rng(rng)
+        rows = [
+            run(m, c, 4.5 + noise * draw.normal(), x=x) for m in ("dense", "peer") for c in LADDER[:3] for x in SIZES
+        ]
+        found = compare(pd.DataFrame(rows), [])
+        json.dumps(found, allow_nan=False)
+        assert all(m["status"] != "ok" or math.isfinite(m["loss"]) for e in found["budgets"] for m in e["methods"])
 
 
 # Validation sequences.
