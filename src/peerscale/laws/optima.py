@@ -225,11 +225,13 @@ class OptimaFit:
     def minima(self, losses: Array) -> tuple[Array, Array]:
         """x and loss of every method's minimum for other size means, losses (draws, points): (draws, methods) each.
 
-        NaN where the curve opens downwards.
+        NaN where the curve opens downwards, or so little upwards that no model has such a size or loss.
         """
         a, b, c = np.stack([self._to_curve(name) @ losses.T for name in self.names], axis=-1)
-        c = np.where(c > 0, c, np.nan)
-        return 10.0 ** (self.centre - b / (2 * c)), a - b**2 / (4 * c)
+        with np.errstate(all="ignore"):
+            x, loss = 10.0 ** (self.centre - b / (2 * c)), a - b**2 / (4 * c)
+        there = (c > 0) & (x > 0) & np.isfinite(x) & (loss > 0)
+        return np.where(there, x, np.nan), np.where(there, loss, np.nan)
 
     def estimate(self, weights: Array, sequences: Array | None = None) -> Estimate:
         """The weighted sum of the size means with its error.
