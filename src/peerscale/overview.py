@@ -16,7 +16,7 @@ from peerscale.plan import Verdict
 from peerscale.progress import duration
 from peerscale.runs.record import Status, read_record
 from peerscale.slurm import Job, jobs_folder, log_path, queued, read_job_ids
-from peerscale.sweeper import Cell, budget_name, planned_cells, short_methods, state
+from peerscale.sweeper import Cell, budget_name, evaluation_lines, planned_cells, short_methods, state
 
 
 def plan_row(cell: Cell) -> dict[str, str]:
@@ -49,7 +49,8 @@ def print_plan(sweep: str, overrides: Sequence[str]) -> int:
     print(f"\n{len(kept)} cells of {len(cells)}, {flops:.3g} FLOPs ({CONVENTION}); {duration(seconds)} on one worker")
     if any(cell.estimate_is_guess for cell in kept):
         print("time? is a guess: no finished cell of that method on this machine yet")
-    if all(cell.plan.epochs is None for cell in kept):
+    print(*evaluation_lines(cells), sep="\n", end="\n" if kept else "")
+    if any(cell.plan.epochs is None for cell in cells):
         print("the corpus is not prepared and its tokens not known: cells may still be dropped for too many epochs")
     short = short_methods(cells, load_sweep(sweep).min_sizes)
     for line in short:

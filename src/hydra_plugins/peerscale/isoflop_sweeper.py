@@ -34,21 +34,26 @@ class IsoflopSweeper(Sweeper):
         from hydra_plugins.peerscale.slurm_launcher import SlurmLauncher
         from peerscale.config import ConfigError
         from peerscale.data.prepare import prepare
+        from peerscale.data.store import read_manifest
         from peerscale.errors import FailedCells
         from peerscale.runs.record import Status
-        from peerscale.sweeper import diverged_lines, pending_cells, planned_cells
+        from peerscale.sweeper import diverged_lines, evaluation_lines, pending_cells, planned_cells
 
         assert self.config is not None and self.launcher is not None
         if "sweep" not in self.config:
             raise ConfigError("a multirun needs a sweep file: --config-dir sweeps --config-name NAME")
         cells = planned_cells(self._file(), arguments)
+        was_there = read_manifest(cells[0].config.data)
         corpus = prepare(cells[0].config.data)
+        if corpus.manifest != was_there:  # how large its sets are decides which cells are dropped
+            cells = planned_cells(self._file(), arguments)
         pending = pending_cells(cells, corpus.manifest.fingerprint)
         dropped = sum(cell.plan.verdict == "DROP" for cell in cells)
         diverged = diverged_lines(cells, corpus.manifest.fingerprint)
         name, done = cells[0].sweep, len(cells) - len(pending) - dropped - len(diverged)
         print(f"{name}: {len(cells)} cells, {done} done, {dropped} dropped, {len(pending)} to run", file=sys.stderr)
-        print(*(f"{line}\n" for line in diverged), sep="", end="", file=sys.stderr)
+        notices = [f"notice: {line}" for line in evaluation_lines(cells, short_only=True)]
+        print(*(f"{line}\n" for line in notices + diverged), sep="", end="", file=sys.stderr)
         if pending and isinstance(self.launcher, SlurmLauncher):
             return self.launcher.submit(pending)
         outcomes = self._run(name, pending, done) if pending else {}

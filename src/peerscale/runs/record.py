@@ -76,7 +76,7 @@ def science(config: Config, data_fingerprint: str) -> dict[str, Any]:
     tree = to_dict(config)
     for operational in ("trainer", "tracking", "min_steps"):
         del tree[operational]
-    for bookkeeping in ("directory", "path", "train_tokens", "max_epochs"):
+    for bookkeeping in ("directory", "name", "path", "train_tokens", "max_epochs"):
         del tree["data"][bookkeeping]
     return {**tree, "data_fingerprint": data_fingerprint, "recipe_version": RECIPE_VERSION}
 

@@ -141,7 +141,7 @@ def further_rank() -> None:
         with _group(device, rank, config.trainer.devices, order["meeting"]):
             saving = TimedCheckpoint(Path(order["checkpoints"]), config.trainer.checkpoint_every_s)
             resumed = Path(order["resumed"]) if order["resumed"] else None
-            planned = plan(config, train_tokens=corpus.manifest.splits["train"])
+            planned = plan(config, set_tokens=corpus.manifest.splits)
             module = fit(config, planned, corpus, None, saving, resumed, compiled=order["compiled"])
             evaluate(module, corpus, config, device)
     except Diverged:
