@@ -80,7 +80,7 @@ def test_the_plan_gives_the_reason_of_what_is_dropped_and_the_total_of_the_rest(
 ) -> None:
     main(["plan", str(study), "trainer.threads=2"])
     out = capsys.readouterr().out.splitlines()
-    assert out[1].endswith("DROP: 43 steps < min_steps 65") or out[2].endswith("DROP: 43 steps < min_steps 65")
+    assert out[2].endswith("DROP: 43 steps are fewer than min_steps 65: the smallest budget for this cell is 1.6e10")
     kept = sum(cell.plan.flops for cell in cells if cell.plan.verdict == "OK")
     assert out[10].startswith("active: ") and "layer: share of the training FLOPs in the replaced layer" in out[10]
     assert out[12] == f"5 cells of 8, {kept:.3g} FLOPs ({CONVENTION})"
@@ -109,12 +109,28 @@ def test_a_plan_without_the_corpus_says_what_is_not_known(tmp_path: Path, capsys
     assert "not known" not in capsys.readouterr().out
 
 
+def test_a_prepared_corpus_is_known_where_it_is_too_small_for_every_cell(
+    study: Path, corpus: str, capsys: pytest.CaptureFixture
+) -> None:
+    main(["plan", str(study), "min_steps=1", "data.train_tokens=null", "data.max_epochs=1e-6"])
+    out = capsys.readouterr().out
+    assert "0 cells of 8" in out and "not known" not in out
+
+
+def test_the_plan_says_what_the_corpus_has_of_the_evaluation(
+    study: Path, corpus: str, capsys: pytest.CaptureFixture
+) -> None:
+    main(["plan", str(study), "min_steps=1"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("evaluation: ")]
+    assert line == "evaluation: validation 131,072 tokens; speeches, wikipedia: not in this corpus, skipped"
+
+
 def test_a_prepared_corpus_is_counted_where_the_configuration_names_no_tokens(
     study: Path, corpus: str, capsys: pytest.CaptureFixture
 ) -> None:
     main(["plan", str(study), "min_steps=1", "data.train_tokens=null", "data.max_epochs=0.005"])
     out = capsys.readouterr().out
-    assert "DROP: 0.01 epochs > max_epochs 0.005" in out  # 10^7 tokens, as the manifest says
+    assert "DROP: 0.01 epochs are more than data.max_epochs 0.005" in out  # 10^7 tokens, as the manifest says
     assert "not known" not in out
 
 
@@ -141,12 +157,13 @@ def test_status_is_a_grid_of_what_became_of_every_cell(
     assert out[8] == (
         f"1 done, 3 dropped, 1 failed, 1 diverged, 1 interrupted, 1 pending; losses in nats per token ({study})"
     )
+    too_few = "steps are fewer than min_steps 65: the smallest budget for this cell is"
     assert out[9:] == [
-        "dense-d12-1e10-s0 dropped: 43 steps < min_steps 65",
+        f"dense-d12-1e10-s0 dropped: 43 {too_few} 1.6e10",
         "dense-d12-3e10-s0 failed: OSError: no space",
         "dense-d16-3e10-s0 diverged: the loss is nan",
-        "peer-d8-1e10-s0 dropped: 62 steps < min_steps 65",
-        "peer-d12-1e10-s0 dropped: 40 steps < min_steps 65",
+        f"peer-d8-1e10-s0 dropped: 62 {too_few} 1.1e10",
+        f"peer-d12-1e10-s0 dropped: 40 {too_few} 1.7e10",
     ]
 
 

@@ -1,19 +1,28 @@
 import functools
 import math
+import re
 from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from peerscale.accounting import cost
 from peerscale.config import Config, ConfigError, load
+from peerscale.data import EvaluationBatches
+from peerscale.errors import UserError
 from peerscale.files import ROOT
-from peerscale.plan import Verdict, plan, schedule
+from peerscale.plan import Verdict, as_asked, evaluation_line, plan, schedule
 
 FFNS = sorted(path.stem for path in (ROOT / "conf/ffn").glob("*.yaml"))
+
+
+def sets(train: int) -> dict[str, int]:
+    """Tokens of the sets of a corpus, held-out ones as large as anyone asks."""
+    return {"train": train, "validation": 10**9, "tuning": 10**9}
 
 
 @functools.cache
@@ -38,14 +47,16 @@ def steps_for(config: Config, steps: float) -> Config:
 def test_meets_its_budget_or_is_dropped_for_a_reason(
     ffn, size, log_budget, batch_sequences, context, min_steps, train_tokens
 ) -> None:
+    base = configured(f"ffn={ffn}", f"size={size}", "data.train_tokens=null")
     config = replace(
-        configured(f"ffn={ffn}", f"size={size}", "data.train_tokens=null"),
+        base,
+        data=replace(base.data, evaluation={"validation": batch_sequences * context}),
         budget=10**log_budget,
         batch_sequences=batch_sequences,
         context=context,
         min_steps=min_steps,
     )
-    planned = plan(config, train_tokens=train_tokens)
+    planned = plan(config, set_tokens=sets(train=train_tokens) if train_tokens else None)
     per_step = cost(config).flops_per_token * batch_sequences * context
     exact = Fraction(config.budget) / per_step
     assert abs(planned.steps - exact) <= Fraction(1, 2)
@@ -53,21 +64,78 @@ def test_meets_its_budget_or_is_dropped_for_a_reason(
     assert planned.flops == planned.steps * per_step
     too_short = planned.steps < min_steps
     too_long = train_tokens is not None and planned.tokens > train_tokens
+    less_than_a_batch = train_tokens is not None and train_tokens <= 2 * batch_sequences * context
     if planned.verdict is Verdict.OK:
         assert not too_short and not too_long
         assert planned.reason == ""
         assert abs(planned.flops / config.budget - 1) <= 0.005
         assert 1 <= planned.warmup_steps < planned.steps
     else:
-        assert too_short or too_long
-        assert ("min_steps" in planned.reason) == too_short
-        assert ("max_epochs" in planned.reason) == (too_long and not too_short)
+        assert too_short or too_long or less_than_a_batch
+        assert planned.reason.startswith("the train set of this corpus has ") == less_than_a_batch
+        if less_than_a_batch:
+            return
+        assert ("fewer than min_steps" in planned.reason) == too_short
+        assert ("epochs are more than" in planned.reason) == (too_long and not too_short)
+        named = re.search(r"the (smallest|largest) budget for this cell is (\S+)$", planned.reason)
+        if named is None:  # min_steps are too many for the corpus, whatever the budget
+            assert "no budget fits" in planned.reason
+            assert train_tokens < min_steps * batch_sequences * context
+            return
+        assert named[1] == ("smallest" if too_short else "largest")
+        near = plan(
+            replace(config, budget=float(named[2])), set_tokens=sets(train=train_tokens) if train_tokens else None
+        )
+        assert near.verdict is Verdict.OK, near.reason
+        limit = min_steps if too_short else train_tokens // (batch_sequences * context)
+        assert limit / 1.1 <= near.steps <= limit * 1.1 + 1  # two digits are within a tenth
 
 
 @pytest.mark.parametrize("steps", [0, 1, 199])
-def test_drops_a_run_of_too_few_steps(steps: int) -> None:
-    planned = plan(steps_for(configured("ffn=peer", "budget=1e12"), max(steps, 0.01)))
-    assert (planned.verdict, planned.reason) == (Verdict.DROP, f"{steps} steps < min_steps 200")
+def test_drops_a_run_of_too_few_steps_and_names_the_smallest_budget(steps: int) -> None:
+    config = configured("ffn=peer", "size=d32", "budget=1e12")
+    planned = plan(steps_for(config, max(steps, 0.01)))
+    exact = 200 * cost(config).flops_per_token * 1024
+    (named,) = re.findall(r"\S+$", planned.reason)
+    assert planned.verdict is Verdict.DROP
+    assert planned.reason == (
+        f"{steps} step{' is' if steps == 1 else 's are'} fewer than min_steps 200: "
+        f"the smallest budget for this cell is {named}"
+    )
+    assert re.fullmatch(r"\d(\.\d)?e11", named)
+    assert exact <= float(named) < exact + 1e10
+
+
+def test_a_budget_is_named_in_as_many_digits_as_it_takes() -> None:
+    # Only runs of 200 or 201 steps are possible.
+    config = configured("ffn=dense", "data.train_tokens=null")
+    per_step = cost(config).flops_per_token * 1024
+    for steps, named in ((1, "smallest"), (1000, "largest")):
+        corpus = sets(train=201 * 1024 + 1000)
+        reason = plan(steps_for(config, steps), set_tokens=corpus).reason
+        assert f"the {named} budget for this cell is " in reason
+        budget = float(reason.split()[-1])
+        assert 200 * per_step <= budget <= 201 * per_step
+        assert plan(replace(config, budget=budget), set_tokens=corpus).verdict is Verdict.OK
+
+
+def test_says_where_no_budget_fits() -> None:
+    config = configured("ffn=dense", "data.train_tokens=null")
+    for steps, problem in (
+        (1, "1 step is fewer than min_steps 200"),
+        (300, "3.00 epochs are more than data.max_epochs 1"),
+    ):
+        assert plan(steps_for(config, steps), set_tokens=sets(train=102_400)).reason == (
+            f"{problem}: no budget fits, since 200 steps of 1,024 tokens are more than data.max_epochs 1 "
+            "of the 102,400 training tokens"
+        )
+
+
+def test_the_smallest_budget_leaves_steps_after_warm_up() -> None:
+    config = steps_for(configured("ffn=dense", "optim.warmup_fraction=0.9999"), 300)
+    planned = plan(config)
+    assert planned.reason.startswith("warm-up of 300 steps leaves none to train: the smallest budget for this cell is ")
+    assert plan(replace(config, budget=float(planned.reason.split()[-1]))).verdict is Verdict.OK
 
 
 def test_keeps_a_run_of_just_enough_steps() -> None:
@@ -77,18 +145,23 @@ def test_keeps_a_run_of_just_enough_steps() -> None:
 def test_drops_a_run_that_is_all_warm_up() -> None:
     config = configured("ffn=dense", "optim.warmup_fraction=1")
     planned = plan(steps_for(config, 300))
-    assert (planned.verdict, planned.reason) == (Verdict.DROP, "warm-up of 300 steps leaves none of 300")
+    assert (planned.verdict, planned.reason) == (Verdict.DROP, "optim.warmup_fraction 1 leaves no step after warm-up")
 
 
 def test_drops_a_run_of_too_many_epochs() -> None:
     config = configured("ffn=dense", "data.train_tokens=null")
     config = steps_for(config, 500)  # of 1,024 tokens
-    dropped = plan(config, train_tokens=400 * 1024)
-    assert (dropped.verdict, dropped.reason) == (Verdict.DROP, "1.25 epochs > max_epochs 1")
-    assert dropped.epochs == 1.25
-    assert plan(config, train_tokens=500 * 1024).verdict is Verdict.OK
+    dropped = plan(config, set_tokens=sets(train=400 * 1024))
+    problem, _, named = dropped.reason.rpartition(" ")
+    assert problem == "1.25 epochs are more than data.max_epochs 1: the largest budget for this cell is"
+    exact = 400 * 1024 * cost(config).flops_per_token
+    assert 0.9 * exact < float(named) <= exact
+    assert (dropped.verdict, dropped.epochs) == (Verdict.DROP, 1.25)
+    assert plan(config, set_tokens=sets(train=500 * 1024)).verdict is Verdict.OK
+    barely = plan(config, set_tokens=sets(train=499 * 1024))
+    assert barely.reason.startswith("1.01 epochs are more than data.max_epochs 1: ")
     twice = replace(config, data=replace(config.data, max_epochs=2))
-    assert plan(twice, train_tokens=400 * 1024).verdict is Verdict.OK
+    assert plan(twice, set_tokens=sets(train=400 * 1024)).verdict is Verdict.OK
 
 
 def test_epochs_are_unknown_until_the_corpus_is() -> None:
@@ -100,7 +173,7 @@ def test_epochs_are_unknown_until_the_corpus_is() -> None:
 def test_the_tokens_that_are_prepared_count_before_those_written_down() -> None:
     config = steps_for(configured("ffn=dense", "data.train_tokens=1000000"), 500)
     assert plan(config).epochs == pytest.approx(0.512)
-    assert plan(config, train_tokens=512_000).epochs == pytest.approx(1)
+    assert plan(config, set_tokens=sets(train=512_000)).epochs == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
@@ -160,8 +233,71 @@ def test_rates_follow_the_width_and_table_rates_do_not(size: str, factor: float)
 
 
 def test_evaluation_tokens_are_those_of_all_sets() -> None:
-    evaluation = "data.evaluation={validation:100,tuning:0,speeches:20,wikipedia:3}"
-    assert plan(configured("ffn=dense", evaluation)).evaluation_tokens == 123
+    config = configured("ffn=dense", "data.evaluation={validation:4096,tuning:0,speeches:2048,wikipedia:1024}")
+    planned = plan(config)
+    assert planned.evaluation == {"validation": 4096, "speeches": 2048, "wikipedia": 1024}
+    assert planned.evaluation_tokens == 7168
+    assert evaluation_line(config, planned) == (
+        "evaluation: validation 4,096 tokens; speeches 2,048 tokens; wikipedia 1,024 tokens"
+    )
+    assert as_asked(config, planned)
+
+
+def test_a_set_is_evaluated_on_the_whole_batches_that_it_has() -> None:
+    config = configured("ffn=dense", "data.evaluation={validation:131072,tuning:3000,speeches:65536,wikipedia:65536}")
+    planned = plan(config, set_tokens={"train": 10**9, "validation": 44_290, "tuning": 9999, "wikipedia": 2048})
+    assert planned.verdict is Verdict.OK
+    assert planned.evaluation == {"validation": 43 * 1024, "tuning": 2 * 1024}
+    assert not as_asked(config, planned)
+    assert evaluation_line(config, planned) == (
+        "evaluation: validation 44,032 of 131,072 tokens asked; tuning 2,048 of 3,000 tokens asked; speeches: not in "
+        "this corpus, skipped; wikipedia: fewer tokens than the 2,049 that a batch of 16 x 64 needs, skipped"
+    )
+
+
+@given(
+    held=st.integers(1, 5000),
+    asked=st.integers(1, 5000),
+    batch_sequences=st.integers(1, 20),
+    context=st.integers(2, 20),
+)
+def test_what_the_plan_keeps_can_be_evaluated_and_nothing_more(held, asked, batch_sequences, context) -> None:
+    shape = {"batch_sequences": batch_sequences, "context": context}
+    base = configured("ffn=dense", "data.evaluation={validation:9}")
+    config = replace(base, data=replace(base.data, evaluation={"validation": asked}), **shape)
+    planned = plan(config, set_tokens={"train": 10**9, "validation": held})
+    tokens, a_batch = np.zeros(held, np.uint16), batch_sequences * context
+    if "validation" in planned.evaluation:
+        batches = EvaluationBatches(tokens, planned.evaluation["validation"], **shape)
+        assert batches.n_tokens == planned.evaluation["validation"] <= asked
+        more = planned.evaluation["validation"] + a_batch
+        if more > asked:
+            return
+    else:
+        assert planned.verdict is Verdict.DROP
+        more = a_batch
+        if asked < a_batch:
+            assert planned.reason == (
+                f"data.evaluation.validation asks for {asked:,} tokens, but one batch of {batch_sequences} x {context} "
+                f"has {a_batch:,}"
+            )
+            return
+        assert planned.reason == (
+            f"the validation set of this corpus has {held:,} tokens, fewer than the {2 * a_batch + 1:,} that a batch "
+            f"of {batch_sequences} x {context} needs"
+        )
+    with pytest.raises(UserError, match="too few"):
+        EvaluationBatches(tokens, more, **shape)
+
+
+def test_drops_what_has_no_validation_set_or_training_batch() -> None:
+    config = configured("ffn=dense", "data.val_set=speeches")
+    assert plan(config, set_tokens=sets(train=10**9)).reason == (
+        "data.val_set speeches is not in this corpus, whose held-out sets are validation, tuning"
+    )
+    assert plan(configured("ffn=dense"), set_tokens=sets(train=2048)).reason == (
+        "the train set of this corpus has 2,048 tokens, fewer than the 2,049 that a batch of 16 x 64 needs"
+    )
 
 
 def test_tokens_per_parameter_are_of_all_parameters() -> None:

@@ -3,6 +3,7 @@
 Strict: an unknown key, a wrong type or a size that cannot be built is a `ConfigError` of one line. No torch here.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from math import isqrt
 from pathlib import Path
@@ -195,11 +196,17 @@ Ffn = Annotated[DenseConfig | WideDenseConfig | Sparse, Field(discriminator="met
 """The slot under study. A new layer is one dataclass more here, and one `case` in `build_ffn` and in `ffn_cost`."""
 
 
+HELD_OUT_SETS = ("validation", "tuning", "speeches", "wikipedia")
+"""Sets that are never trained on. Every corpus has the first two; only `gutenberg` has the others."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class DataConfig:
     """A corpus, its tokenizer and its held-out sets."""
 
     source: Literal["gutenberg", "text", "c4"]
+    name: str | None = None
+    """Stands for the corpus in the names of cells and in the table of runs; null: see `corpus_name`."""
     vocab_size: Annotated[int, Field(ge=257, le=65536)] = 2048
     train_tokens: Positive | None = None
     """Tokens to train on, written down so that planning needs no corpus; null: known once prepared."""
@@ -208,7 +215,8 @@ class DataConfig:
     val_set: str = "validation"
     """The held-out set whose loss is `val_loss`; learning rates are tuned on `tuning`."""
     evaluation: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: {"validation": 131072})
-    """Tokens of each held-out set to evaluate on, the same for every cell; 0 leaves a set out."""
+    """Tokens of each held-out set to evaluate on, the same for every cell; 0 leaves a set out. Of a smaller set all
+    whole batches are used, and a set that the corpus lacks is skipped."""
     path: str | None = None
     """`text`: a .txt, .jsonl or .gz file, or a folder of them. `c4`: a folder of C4's shards in place of the hub."""
     max_documents: Positive | None = None
@@ -217,12 +225,26 @@ class DataConfig:
     """Where prepared tokens are kept, relative to the checkout."""
 
     def __post_init__(self) -> None:
+        if self.name is not None and not re.fullmatch(r"\w[\w.-]*", self.name, re.ASCII):
+            raise ValueError(
+                f"name {self.name!r} is no plain word (letters, digits, _ . -, and no . or - at its start)"
+            )
+        if strange := [name for name in self.evaluation if name not in HELD_OUT_SETS]:
+            raise ValueError(f"evaluation names {strange[0]!r}; the held-out sets are {', '.join(HELD_OUT_SETS)}")
         if not self.evaluation.get(self.val_set):
             raise ValueError(
                 f"val_set {self.val_set!r} has no tokens in evaluation, which names {list(self.evaluation)}"
             )
         if self.source == "text" and not self.path:
             raise ValueError("source text needs data.path=FILE_OR_FOLDER (.txt, .jsonl, .gz)")
+
+    @property
+    def corpus_name(self) -> str:
+        """`name`; if that is null, the name of the user's file or folder without its ending, or else the `source`."""
+        if self.name or self.source != "text" or not self.path:
+            return self.name or self.source
+        stem = re.sub(r"(\.(txt|jsonl|gz))+$", "", Path(self.path).expanduser().absolute().name)
+        return re.sub(r"[^\w.-]+", "_", stem, flags=re.ASCII).strip("_.-") or self.source
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)

@@ -29,7 +29,7 @@ from peerscale.runs.speed import makespan_s
 from peerscale.runs.study import RESULTS, RUNS, find_study, header, published, read_fits
 from peerscale.slurm import Job, jobs_folder, log_path, queued, read_job_ids
 from peerscale.sweep_config import SweepConfig, load_sweep, parse_sweep
-from peerscale.sweeper import Cell, budget_name, count_cells, planned_cells, short_methods
+from peerscale.sweeper import Cell, budget_name, count_cells, evaluation_lines, planned_cells, short_methods
 
 
 def plan_row(cell: Cell, outcome: Outcome) -> dict[str, str]:
@@ -76,7 +76,8 @@ def print_plan(sweep: str, overrides: Sequence[str], workers: int, results: Path
         print(f"{command} PUBLISHED=1: {_to_run(not_done, workers)}, as {published_ones} are published")
     if any(cell.estimate_is_guess for cell in not_done_here):
         print("time? is a guess by the published runs: no finished cell of that method on this machine yet")
-    if all(cell.plan.epochs is None for cell in kept):
+    print(*evaluation_lines(cells), sep="\n", end="\n" if kept else "")
+    if any(cell.plan.epochs is None for cell in cells):
         print("the corpus is not prepared and its tokens not known: cells may still be dropped for too many epochs")
     _print_notices(found)
     short = short_methods(cells, load_sweep(sweep, overrides).min_sizes)

@@ -1,12 +1,15 @@
 """From a configuration and its budget to steps, tokens and learning rates, or a reason to drop the cell."""
 
+import decimal
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
 from peerscale.accounting import Cost, cost, expert_choice_capacity
 from peerscale.config import Config, MoeConfig, RetrievalConfig
+from peerscale.data.batches import fewest_tokens, whole_batches
 
 REFERENCE_WIDTH = 32
 """d_model at which `OptimConfig.lr` is meant."""
@@ -35,7 +38,14 @@ class Plan:
     warmup_steps: int
     lr: float
     table_lr: float | None
-    evaluation_tokens: int
+    evaluation: dict[str, int]
+    """Tokens of each held-out set that the cell is evaluated on."""
+    skipped: dict[str, str]
+    """Held-out sets that `data.evaluation` names and the corpus cannot serve, and why."""
+
+    @property
+    def evaluation_tokens(self) -> int:
+        return sum(self.evaluation.values())
 
     @property
     def flops(self) -> int:
@@ -47,22 +57,27 @@ class Plan:
         return self.tokens / self.cost.params_total
 
 
-def plan(config: Config, *, train_tokens: int | None = None) -> Plan:
+def plan(config: Config, *, set_tokens: Mapping[str, int] | None = None) -> Plan:
     """Derive the run from its budget.
 
     Args:
         config: the cell.
-        train_tokens: tokens of the prepared corpus; else those that `config.data` names count.
+        set_tokens: tokens of each set of the prepared corpus, as its manifest says. Without them `data.train_tokens`
+            counts, and the held-out sets are taken to be as large as `data.evaluation` asks.
     """
     model = cost(config)
-    train_tokens = train_tokens or config.data.train_tokens
+    train_tokens = config.data.train_tokens if set_tokens is None else set_tokens["train"]
     # 1) The budget over the cost of a step is the number of steps: batch and context are the study's.
     steps = round(config.budget / (model.flops_per_token * config.tokens_per_step))
     tokens = steps * config.tokens_per_step
     # 2) Everything tied to the length of the run follows from that.
     warmup_steps = max(1, round(config.optim.warmup_fraction * steps))
     epochs = tokens / train_tokens if train_tokens else None
-    reason = _reason_to_drop(config, steps, warmup_steps, epochs)
+    reason = (
+        _unusable_data(config, set_tokens)
+        or _indivisible(config)
+        or _unusable_budget(config, model.flops_per_token, train_tokens, steps, warmup_steps)
+    )
     if not reason:
         achieved = tokens * model.flops_per_token / config.budget
         assert abs(achieved - 1) <= BUDGET_TOLERANCE or config.min_steps < 1 / BUDGET_TOLERANCE, achieved
@@ -76,8 +91,40 @@ def plan(config: Config, *, train_tokens: int | None = None) -> Plan:
         warmup_steps=warmup_steps,
         lr=LR_RULES[config.optim.lr_rule](config.optim.lr, config.size.d_model),
         table_lr=config.optim.table_lr,
-        evaluation_tokens=sum(config.data.evaluation.values()),
+        evaluation=evaluated_tokens(config, set_tokens),
+        skipped=_skipped(config, set_tokens),
     )
+
+
+def evaluated_tokens(config: Config, set_tokens: Mapping[str, int] | None) -> dict[str, int]:
+    """Tokens of each held-out set to evaluate on: what `data.evaluation` asks, or the set has, in whole batches.
+
+    Sets of less than one batch are left out.
+    """
+    tokens = {}
+    for name, asked in config.data.evaluation.items():
+        n_batches = asked // config.tokens_per_step
+        if set_tokens is not None:
+            n_batches = min(n_batches, _batches(config, set_tokens.get(name, 0)))
+        if n_batches:
+            tokens[name] = n_batches * config.tokens_per_step
+    return tokens
+
+
+def as_asked(config: Config, plan: Plan) -> bool:
+    """Whether every held-out set is evaluated on as many tokens as `data.evaluation` asks."""
+    return plan.evaluation == {name: asked for name, asked in config.data.evaluation.items() if asked}
+
+
+def evaluation_line(config: Config, plan: Plan) -> str:
+    """`evaluation: validation 44,032 of 131,072 tokens asked; speeches, wikipedia: not in this corpus, skipped`."""
+    parts = []
+    for name, tokens in plan.evaluation.items():
+        asked = config.data.evaluation[name]
+        parts.append(f"{name} {tokens:,} tokens" if tokens == asked else f"{name} {tokens:,} of {asked:,} tokens asked")
+    for why in dict.fromkeys(plan.skipped.values()):
+        parts.append(f"{', '.join(name for name in plan.skipped if plan.skipped[name] == why)}: {why}, skipped")
+    return f"evaluation: {'; '.join(parts)}"
 
 
 def schedule(config: Config, plan: Plan, step: int) -> float:
@@ -103,13 +150,46 @@ LR_RULES: dict[str, Callable[[float, int], float]] = {
 }
 
 
-def _reason_to_drop(config: Config, steps: int, warmup_steps: int, epochs: float | None) -> str:
-    if steps < config.min_steps:
-        return f"{steps} steps < min_steps {config.min_steps}"
-    if warmup_steps >= steps:
-        return f"warm-up of {warmup_steps} steps leaves none of {steps}"
-    if epochs is not None and epochs > config.data.max_epochs:
-        return f"{epochs:.2f} epochs > max_epochs {config.data.max_epochs:g}"
+def _batches(config: Config, n_tokens: int) -> int:
+    return whole_batches(n_tokens, batch_sequences=config.batch_sequences, context=config.context)
+
+
+def _skipped(config: Config, set_tokens: Mapping[str, int] | None) -> dict[str, str]:
+    if set_tokens is None:
+        return {}
+    return {
+        name: f"fewer tokens than {_needed(config)}" if name in set_tokens else "not in this corpus"
+        for name, asked in config.data.evaluation.items()
+        if asked and not _batches(config, set_tokens.get(name, 0))
+    }
+
+
+def _needed(config: Config) -> str:
+    fewest = fewest_tokens(batch_sequences=config.batch_sequences, context=config.context)
+    return f"the {fewest:,} that a batch of {config.batch_sequences} x {config.context} needs"
+
+
+def _unusable_data(config: Config, set_tokens: Mapping[str, int] | None) -> str:
+    """Why there is no batch to train or to evaluate on; empty if there is."""
+    for name, asked in config.data.evaluation.items():
+        if 0 < asked < config.tokens_per_step:
+            return (
+                f"data.evaluation.{name} asks for {asked:,} tokens, but one batch of {config.batch_sequences} x "
+                f"{config.context} has {config.tokens_per_step:,}"
+            )
+    if set_tokens is None:
+        return ""
+    if config.data.val_set not in set_tokens:
+        there = ", ".join(name for name in set_tokens if name != "train")
+        return f"data.val_set {config.data.val_set} is not in this corpus, whose held-out sets are {there}"
+    for name in ("train", config.data.val_set):
+        if not _batches(config, set_tokens[name]):
+            return f"the {name} set of this corpus has {set_tokens[name]:,} tokens, fewer than {_needed(config)}"
+    return ""
+
+
+def _indivisible(config: Config) -> str:
+    """Why batch or tables cannot be divided as the configuration asks; empty if they can."""
     if config.batch_sequences % config.trainer.devices:
         allowed = [str(n) for n in range(1, config.batch_sequences + 1) if config.batch_sequences % n == 0]
         return (
@@ -128,3 +208,48 @@ def _reason_to_drop(config: Config, steps: int, warmup_steps: int, epochs: float
                 f"{sequences * ffn.capacity_factor / ffn.n_experts:g}"
             )
     return ""
+
+
+def _unusable_budget(
+    config: Config, flops_per_token: int, train_tokens: int | None, steps: int, warmup_steps: int
+) -> str:
+    """Why the budget gives too short or too long a run, and the nearest budget that does not; empty if it does not."""
+    per_step, max_epochs = config.tokens_per_step, config.data.max_epochs
+    fewest, most = _fewest_steps(config), int(max_epochs * train_tokens) // per_step if train_tokens else None
+    if fewest is None:
+        return "optim.warmup_fraction 1 leaves no step after warm-up"
+    too_long = most is not None and steps > most
+    if steps < config.min_steps:
+        problem = f"{steps:,} step{' is' if steps == 1 else 's are'} fewer than min_steps {config.min_steps:,}"
+    elif warmup_steps >= steps:
+        problem = f"warm-up of {steps:,} step{'' if steps == 1 else 's'} leaves none to train"
+    elif train_tokens and too_long:
+        epochs = math.ceil(round(100 * steps * per_step / train_tokens, 6)) / 100
+        problem = f"{epochs:,.2f} epochs are more than data.max_epochs {max_epochs:g}"
+    else:
+        return ""
+    if most is not None and most < fewest:
+        return (
+            f"{problem}: no budget fits, since {fewest:,} steps of {per_step:,} tokens are more than "
+            f"data.max_epochs {max_epochs:g} of the {train_tokens:,} training tokens"
+        )
+    smallest, largest = fewest * per_step * flops_per_token, None if most is None else most * per_step * flops_per_token
+    if too_long and largest is not None:
+        return f"{problem}: the largest budget for this cell is {_in_few_digits(largest, smallest, largest)}"
+    return f"{problem}: the smallest budget for this cell is {_in_few_digits(smallest, smallest, largest)}"
+
+
+def _fewest_steps(config: Config) -> int | None:
+    """Steps of the shortest run that has `min_steps` and some after warm-up; None if warm-up takes all of any run."""
+    after_warmup = 1 - config.optim.warmup_fraction
+    return max(config.min_steps, 2, math.floor(0.5 / after_warmup) + 1) if after_warmup else None
+
+
+def _in_few_digits(flops: int, smallest: int, largest: int | None) -> str:
+    """One end of a range of budgets, rounded into the range: to two digits, or more where the range is narrow."""
+    rounding = decimal.ROUND_FLOOR if flops == largest else decimal.ROUND_CEILING
+    for digits in itertools.count(2):
+        rounded = decimal.Context(prec=digits, rounding=rounding).create_decimal(flops)
+        if smallest <= rounded and (largest is None or rounded <= largest):
+            return f"{rounded.normalize():e}".replace("e+", "e")
+    raise AssertionError

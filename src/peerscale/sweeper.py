@@ -14,9 +14,10 @@ from pydantic import ValidationError
 from peerscale.composition import sweep_file
 from peerscale.config import Config, load
 from peerscale.config_errors import ConfigError, one_line
+from peerscale.data.store import read_manifest
 from peerscale.errors import UserError
 from peerscale.files import ROOT
-from peerscale.plan import Plan, Verdict, plan
+from peerscale.plan import Plan, Verdict, as_asked, evaluation_line, plan
 from peerscale.runs.record import NOT_HASHED, Record, Status, differences, read_record, set_aside
 from peerscale.runs.speed import estimate_s, measured_speeds
 from peerscale.sweep_config import SweepConfig, load_sweep, of_sweep
@@ -35,6 +36,9 @@ FINISHED = (Status.DONE, Status.DIVERGED, Status.DROPPED)
 
 OPERATIONAL = ("hydra", *(key for key in NOT_HASHED if key != "data.path"))
 """Overrides that don't change a cell's name, since they don't change its result; but another text is another corpus."""
+
+CORPUS = ("data", "data.name", "data.path", "data.source", "data.max_documents")
+"""Overrides that choose a corpus; a cell's name has them as one axis, `data=<name of the corpus>`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +68,10 @@ def cell_name(config: Config, overrides: Sequence[str]) -> str:
     axes = []
     for override in overrides:
         key, value = _key(override), override.partition("=")[2]
+        if key in CORPUS:
+            key, value = "data", config.data.corpus_name
+            if f"data={value}" in axes:
+                continue
         if key not in NAMED and not any(key == o or key.startswith((f"{o}.", f"{o}/")) for o in OPERATIONAL):
             axes.append(f"{key.rsplit('.', 1)[-1]}={_file_name(value)}")
     return "-".join([config.ffn.name, config.size.name, budget_name(config.budget), *axes, f"s{config.seed}"])
@@ -187,13 +195,20 @@ def short_methods(cells: Sequence[Cell], min_sizes: int) -> list[str]:
     return lines
 
 
+def evaluation_lines(cells: Sequence[Cell], *, short_only: bool = False) -> list[str]:
+    """What the cells that are not dropped are evaluated on; with `short_only` those lines that are not as asked."""
+    kept = [cell for cell in cells if cell.plan.verdict is Verdict.OK]
+    shown = [cell for cell in kept if not (short_only and as_asked(cell.config, cell.plan))]
+    return list(dict.fromkeys(evaluation_line(cell.config, cell.plan) for cell in shown))
+
+
 def _cell(sweep: str, config: Config, overrides: tuple[str, ...]) -> Cell:
     return Cell(
         sweep=sweep,
         name=cell_name(config, overrides),
         overrides=overrides,
         config=config,
-        plan=plan(config, train_tokens=_prepared_tokens(config)),
+        plan=plan(config, set_tokens=manifest.splits if (manifest := read_manifest(config.data)) else None),
         estimate_s=0.0,
         estimate_is_guess=True,
     )
@@ -206,13 +221,6 @@ def _with_estimates(cells: list[Cell]) -> list[Cell]:
         seconds, guess = estimate_s(cell.config, cell.plan, speeds)
         estimated.append(replace(cell, estimate_s=seconds, estimate_is_guess=guess))
     return estimated
-
-
-def _prepared_tokens(config: Config) -> int | None:
-    from peerscale.data.store import read_manifest
-
-    manifest = read_manifest(config.data)
-    return manifest.splits["train"] if manifest else None
 
 
 def _key(override: str) -> str:

@@ -34,7 +34,7 @@ from peerscale.plan import Verdict
 from peerscale.progress import Progress
 from peerscale.runs.record import LOCK, Status, read_record
 from peerscale.sweep_config import of_sweep
-from peerscale.sweeper import FINISHED, SINGLE, Cell, how_to_rerun, single_cell, state
+from peerscale.sweeper import FINISHED, SINGLE, Cell, evaluation_lines, how_to_rerun, single_cell, state
 
 
 @hydra.main(config_path=str(ROOT / "conf"), config_name="config", version_base="1.3")
@@ -55,11 +55,20 @@ def _cell(tree: DictConfig) -> Cell:
     return single_cell(parse_config(plain), HydraConfig.get().overrides.task, sweep=str(study))
 
 
-def run_single(cell: Cell) -> None:
-    """Run one cell for a user who waits for it."""
+def refuse_dropped(cell: Cell) -> None:
+    """Raise `UserError` with the reason if the plan drops the cell."""
     if cell.plan.verdict is Verdict.DROP:
         raise UserError(f"{cell.name} cannot be run: {cell.plan.reason}")
+
+
+def run_single(cell: Cell) -> None:
+    """Run one cell for a user who waits for it."""
+    refuse_dropped(cell)
     corpus = prepare(cell.config.data)
+    cell = single_cell(cell.config, cell.overrides, cell.sweep)  # planned again, now that the size of its sets is known
+    refuse_dropped(cell)
+    for line in evaluation_lines([cell], short_only=True):
+        print(f"notice: {line}", file=sys.stderr)
     if (status := state(cell, corpus.manifest.fingerprint)) not in FINISHED:
         with Progress(cell.sweep, [cell]):
             status = run_cell(cell)

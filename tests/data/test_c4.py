@@ -81,7 +81,9 @@ def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError) as error:
         list(blocks(config(tmp_path, path=None, max_documents=10)))
-    assert str(error.value) == "data=c4 needs the package datasets: pip install 'peerscale[hub]'"
+    assert str(error.value) == (
+        "data=c4 needs the package datasets: .venv/bin/python -m pip install --editable '.[hub]'"
+    )
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,7 @@ def test_changes_with_everything_that_changes_the_result(override: str) -> None:
         *("trainer.checkpoint_every_s=1", "trainer.log_every_steps=1", "trainer.keep_checkpoint=true"),
         *("trainer.runs_directory=elsewhere", "tracking.mode=online", "tracking.tags=[a]", "tracking.id_salt=x"),
         *("data.directory=elsewhere", "++data.path=elsewhere", "data.train_tokens=12345", "data.max_epochs=3"),
+        "data.name=verse",
         "min_steps=3",
     ],
 )
@@ -168,7 +169,7 @@ def test_every_key_is_either_hashed_or_known_to_be_operational() -> None:
     left_out = {
         *(f"trainer.{key}" for key in to_dict(config)["trainer"]),
         *(f"tracking.{key}" for key in to_dict(config)["tracking"]),
-        *("min_steps", "data.directory", "data.path", "data.train_tokens", "data.max_epochs"),
+        *("min_steps", "data.directory", "data.name", "data.path", "data.train_tokens", "data.max_epochs"),
     }
     assert {*flat(to_dict(config))} - {*flat(science(config, CORPUS))} == left_out
     assert {*flat(science(config, CORPUS))} - {*flat(to_dict(config))} == {"data_fingerprint", "recipe_version"}

@@ -78,7 +78,9 @@ def cells() -> list[SyntheticCell]:
                     budget=budget,
                 )
                 name = f"{method}-d{width}-{budget:.0e}-s0".replace("e+", "e")
-                planned = plan(config, train_tokens=1000 if WRONG.get(name) is Status.DROPPED else 10**9)
+                train = 4000 if WRONG.get(name) is Status.DROPPED else 10**9
+                sets = {"train": train, "validation": 10**9, "speeches": 10**9}
+                planned = plan(config, set_tokens=sets)
                 found.append(SyntheticCell(name=name, method=method, config=config, plan=planned))
     return found
 

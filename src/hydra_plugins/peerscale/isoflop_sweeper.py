@@ -38,10 +38,11 @@ class IsoflopSweeper(Sweeper):
         from hydra_plugins.peerscale.slurm_launcher import SlurmLauncher
         from peerscale.config import ConfigError
         from peerscale.data.prepare import prepare
+        from peerscale.data.store import read_manifest
         from peerscale.errors import FailedCells
         from peerscale.outcomes import published_as_done, published_study, some
         from peerscale.runs.record import Status
-        from peerscale.sweeper import diverged_lines, pending_cells, planned_cells
+        from peerscale.sweeper import diverged_lines, evaluation_lines, pending_cells, planned_cells
 
         assert self.config is not None and self.launcher is not None
         if "sweep" not in self.config:
@@ -50,7 +51,11 @@ class IsoflopSweeper(Sweeper):
         results = [word.partition("=")[2] for word in arguments if word not in chosen]
         cells = planned_cells(self._file(), chosen)
         study = published_study(cells[0].sweep, results[-1]) if results else None
-        corpus = prepare(cells[0].config.data).manifest.fingerprint
+        was_there = read_manifest(cells[0].config.data)
+        manifest = prepare(cells[0].config.data).manifest
+        if manifest != was_there:  # how large its sets are decides which cells are dropped
+            cells = planned_cells(self._file(), chosen)
+        corpus = manifest.fingerprint
         elsewhere = published_as_done(cells, study, corpus) if study else set()
         left = [cell for cell in cells if cell.name not in elsewhere]
         pending, diverged = pending_cells(left, corpus), diverged_lines(left, corpus)
@@ -59,7 +64,8 @@ class IsoflopSweeper(Sweeper):
         published = f" ({len(elsewhere)} of them published)" if elsewhere else ""
         counts = f"{done} done{published}, {dropped} dropped, {len(pending)} to run"
         print(f"{name}: {len(cells)} cells, {counts}", file=sys.stderr)
-        print(*(f"{line}\n" for line in diverged), sep="", end="", file=sys.stderr)
+        notices = [f"notice: {line}" for line in evaluation_lines(cells, short_only=True)]
+        print(*(f"{line}\n" for line in notices + diverged), sep="", end="", file=sys.stderr)
         if pending and isinstance(self.launcher, SlurmLauncher):
             return self.launcher.submit(pending)
         outcomes = self._run(name, pending, done) if pending else {}

@@ -15,6 +15,17 @@ Tokens = npt.NDArray[np.uint16]
 Batch = npt.NDArray[np.int64]
 
 
+def whole_batches(n_tokens: int, *, batch_sequences: int, context: int) -> int:
+    """Batches that a set of `n_tokens` fills; none if it has fewer than `fewest_tokens`."""
+    n_tokens = n_tokens if n_tokens >= fewest_tokens(batch_sequences=batch_sequences, context=context) else 0
+    return max(0, n_tokens - 1) // context // batch_sequences
+
+
+def fewest_tokens(*, batch_sequences: int, context: int) -> int:
+    """Tokens that a set needs for one batch, of whose windows no two are neighbours; the last target is one more."""
+    return 2 * batch_sequences * context + 1
+
+
 class TrainBatches:
     """Shuffled training batches without end; each epoch uses every window at most once.
 
@@ -36,13 +47,13 @@ class TrainBatches:
         self._tokens = np.asarray(tokens)
         self._seed = seed
         self._context = context
-        self._windows_per_stratum = (len(tokens) - 1) // context // batch_sequences
-        self.steps_per_epoch = self._windows_per_stratum - 1
-        if self.steps_per_epoch < 1:
+        self._windows_per_stratum = whole_batches(len(tokens), batch_sequences=batch_sequences, context=context)
+        if not self._windows_per_stratum:
             raise UserError(
                 f"the training set has {len(tokens):,} tokens, but one batch of {batch_sequences} x {context} tokens "
-                f"needs {2 * batch_sequences * context + 1:,}"
+                f"needs {fewest_tokens(batch_sequences=batch_sequences, context=context):,}"
             )
+        self.steps_per_epoch = self._windows_per_stratum - 1
         self._strata = np.arange(batch_sequences)
         self._epoch: int | None = None
         self._order = np.empty((batch_sequences, 0), dtype=np.int64)
@@ -82,7 +93,7 @@ class EvaluationBatches:
         n_windows = (len(tokens) - 1) // context
         if n_batches < 1:
             raise UserError(f"{n_tokens:,} evaluation tokens are less than a batch of {batch_sequences} x {context}")
-        if n_windows < max(n_chosen, 2 * batch_sequences):
+        if n_batches > whole_batches(len(tokens), batch_sequences=batch_sequences, context=context):
             raise UserError(
                 f"the held-out set has {len(tokens):,} tokens, too few for {n_tokens:,} evaluation tokens in batches "
                 f"of {batch_sequences} x {context}"

@@ -53,7 +53,9 @@ def _pages(shards: dict[str, list[Path]], split: str, limit: int | None) -> Iter
     try:
         import datasets  # pyrefly: ignore[missing-import]
     except ImportError:
-        raise UserError("data=c4 needs the package datasets: pip install 'peerscale[hub]'") from None
+        raise UserError(
+            "data=c4 needs the package datasets: .venv/bin/python -m pip install --editable '.[hub]'"
+        ) from None
     where: dict[str, Any]
     if shards:
         where = {"path": "json", "data_files": {name: [str(path) for path in paths] for name, paths in shards.items()}}

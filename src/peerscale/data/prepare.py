@@ -21,7 +21,7 @@ from filelock import FileLock
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from peerscale.config import DataConfig, load
+from peerscale.config import HELD_OUT_SETS, DataConfig, load
 from peerscale.data import c4, gutenberg, store, text
 from peerscale.data.blocks import MIN_BYTES, Block, HeldOut
 from peerscale.data.store import Corpus, Manifest
@@ -30,7 +30,7 @@ from peerscale.errors import ArgumentParser, UserError, exit_code
 from peerscale.files import replacing
 
 SOURCES = {"gutenberg": gutenberg, "text": text, "c4": c4}
-SETS = ("train", "validation", "tuning", "speeches", "wikipedia")
+SETS = ("train", *HELD_OUT_SETS)
 SAMPLE_BYTES = 10_000_000
 """The tokenizer is trained on a tenth of the text, but on no less than this: as good as on all of it."""
 ENCODED_AT_ONCE = 512
@@ -64,7 +64,6 @@ def prepare(config: DataConfig, *, quiet: bool = False, verify: bool = False) ->
             with replacing(folder) as temporary:
                 temporary.mkdir()
                 corpus = Corpus(folder, _build(config, sources, temporary, quiet=quiet))
-    store.check_evaluation(corpus.manifest, config)
     return corpus
 
 

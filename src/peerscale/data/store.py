@@ -125,14 +125,13 @@ def open_corpus(config: DataConfig, *, verify: bool = False) -> Corpus:
         verify: read every token file and compare its sha256; otherwise only sizes and the tokenizer are compared.
 
     Raises:
-        UserError: nothing is prepared, it is damaged, or a held-out set is shorter than `config.evaluation` asks.
+        UserError: nothing is prepared, or it is damaged.
     """
     corpus = Corpus(folder(config), manifest) if (manifest := read_manifest(config)) else None
     if corpus is None:
         raise UserError(f"data {config.source} (vocab_size {config.vocab_size}) is not prepared: run `make data`")
     if damage := find_damage(corpus, verify=verify):
         raise UserError(f"{damage}: run `make data`")
-    check_evaluation(corpus.manifest, config)
     return corpus
 
 
@@ -149,19 +148,6 @@ def find_damage(corpus: Corpus, *, verify: bool) -> str | None:
         if verify and file_sha256(path) != manifest.tokens_sha256[split]:
             return f"{path} is damaged (sha256 differs from the manifest's)"
     return None
-
-
-def check_evaluation(manifest: Manifest, config: DataConfig) -> None:
-    """Raise `UserError` if `config.evaluation` asks for a set or a number of tokens that the corpus does not have."""
-    for split, wanted in config.evaluation.items():
-        if split not in manifest.splits or split == "train":
-            held_out = ", ".join(name for name in manifest.splits if name != "train")
-            raise UserError(f"data.evaluation names {split!r}; the held-out sets of this corpus are {held_out}")
-        if wanted >= (n_tokens := manifest.splits[split]):
-            raise UserError(
-                f"data.evaluation.{split} asks for {wanted:,} tokens, but the set has {n_tokens:,}: ask for fewer "
-                f"(data.evaluation.{split}={n_tokens // 2}) or give more text"
-            )
 
 
 def file_sha256(path: Path) -> str:

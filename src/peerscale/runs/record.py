@@ -29,7 +29,8 @@ SET_ASIDE = ".old"
 """Ending of a cell's folder that nothing reads any more."""
 
 NOT_HASHED = (
-    "trainer", "tracking", "min_steps", "data.directory", "data.path", "data.train_tokens", "data.max_epochs",
+    "trainer", "tracking", "min_steps",
+    "data.directory", "data.name", "data.path", "data.train_tokens", "data.max_epochs",
 )  # fmt: skip
 """Keys of the configuration that say how and where a cell runs and what is kept of it, not what its result is."""
 

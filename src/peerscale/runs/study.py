@@ -184,6 +184,7 @@ def plan_summary(config: Config, plan: Plan) -> dict[str, Any]:
     ffn = config.ffn
     return {
         "size": config.size.name,
+        "data": config.data.corpus_name,
         "steps": plan.steps,
         "tokens": plan.tokens,
         "flops": plan.flops,

@@ -114,7 +114,7 @@ def _row(record: Record) -> dict[str, Any]:
         "d_model": config["size"]["d_model"],
         "n_layers": config["size"]["n_layers"],
         "n_heads": config["size"]["n_heads"],
-        "data": config["data"]["source"],
+        "data": plan.get("data", config["data"]["source"]),
         "val_set": config["data"]["val_set"],
         "vocab_size": config["data"]["vocab_size"],
         "params_total": sum(record.params.values()),

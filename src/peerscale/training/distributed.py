@@ -143,7 +143,7 @@ def further_rank() -> None:
         with _group(device, rank, config.trainer.devices, job["rendezvous_file"]):
             saving = TimedCheckpoint(Path(job["checkpoints"]), config.trainer.checkpoint_every_s)
             resumed = Path(job["resumed"]) if job["resumed"] else None
-            module = build_module(config, plan(config, train_tokens=corpus.manifest.splits["train"]))
+            module = build_module(config, plan(config, set_tokens=corpus.manifest.splits))
             fit(module, corpus, None, saving, resumed)
             evaluate(module, corpus, config, device)
     except Diverged:

@@ -11,6 +11,7 @@ from peerscale.data.batches import EvaluationBatches
 from peerscale.data.store import Corpus
 from peerscale.model.ranks import gather, n_ranks, share, sum_over_ranks
 from peerscale.model.usage import CountsUsage, ExpertUsage
+from peerscale.plan import evaluated_tokens
 from peerscale.training.module import LanguageModel
 
 
@@ -24,15 +25,15 @@ class Evaluation:
 
 
 def evaluate(module: LanguageModel, corpus: Corpus, config: Config, device: torch.device) -> Evaluation:
-    """Evaluate on every set that `config.data.evaluation` names; router health is counted over the `val_set`.
+    """Evaluate on the sets that `config.data.evaluation` names, as far as the corpus has them.
+
+    Router health is counted over the `val_set`.
 
     Batches have the training shape, whole ones only, since expert choice depends on the batch; ranks share them.
     """
     result = Evaluation()
     module.eval().to(device)
-    for name, n_tokens in config.data.evaluation.items():
-        if not n_tokens:
-            continue
+    for name, n_tokens in evaluated_tokens(config, corpus.manifest.splits).items():
         usages = attach_usage(module) if name == config.data.val_set else []
         batches = EvaluationBatches(
             corpus.tokens(name), n_tokens, batch_sequences=config.batch_sequences, context=config.context
