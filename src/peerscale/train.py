@@ -113,11 +113,9 @@ def main() -> int:
     sys.argv = [f"++{word.lstrip('+')}" if of_sweep(word) else word for word in sys.argv]
     if named.config_name is not None:
         name = named.config_name.removesuffix(".yaml") + ".yaml"
-        folder = named.config_dir or named.config_path
-        if folder is not None:
-            check_hydra(sweep_file(Path(folder, name)))
-        elif (file := ROOT / "conf" / name).is_file():  # else Hydra says so
-            check_hydra(file)
+        folder = Path(named.config_dir or named.config_path or ROOT / "conf")
+        if folder.is_dir():  # else Hydra says so
+            check_hydra(sweep_file(folder / name))
     try:
         hydra_job()
     except (HydraException, OmegaConfBaseException, YAMLError) as error:

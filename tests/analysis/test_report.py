@@ -244,7 +244,7 @@ def test_what_is_not_there_is_named(study: Study, tmp_path: Path) -> None:
 def test_no_study_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     arguments = ["nowhere", "--runs", str(tmp_path), "--results", str(tmp_path)]
     assert exit_code(lambda: report.main(arguments)) == 2
-    assert "analysis/collect.py nowhere" in capsys.readouterr().err
+    assert "first: make figures SWEEP=nowhere" in capsys.readouterr().err
 
 
 def test_the_same_bytes_from_a_second_process(study: Study, source: str) -> None:

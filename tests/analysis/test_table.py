@@ -220,4 +220,4 @@ def test_rates_are_listed_best_first(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_an_uncollected_study_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["absent", "--runs", str(tmp_path), "--results", str(tmp_path)]
     assert exit_code(lambda: table.main(arguments)) == 2
-    assert "analysis/collect.py absent" in capsys.readouterr().err
+    assert "first: make figures SWEEP=absent" in capsys.readouterr().err
