@@ -273,6 +273,37 @@ def test_what_is_not_hashed_is_not_in_a_name_but_for_the_text() -> None:
     assert {*OPERATIONAL} == {*NOT_HASHED, "hydra"} - {"data.path"}
 
 
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        (["data=text", "data.path=/home/me/corpus/stories.txt"], "dense-d32-2e11-data=stories-s0"),
+        (["data=text", "budget=1e9", "data.path=stories.jsonl.gz", "seed=3"], "dense-d32-1e9-data=stories-s3"),
+        (["data=text", "data.path=/home/me/v1.2/"], "dense-d32-2e11-data=v1.2-s0"),
+        (["data=text", "data.path='/home/me/my (new) texts.txt'"], "dense-d32-2e11-data=my_new_texts-s0"),
+        (["data=text", "data.path=/home/me/x", "data.name=verse"], "dense-d32-2e11-data=verse-s0"),
+        (["data=text", "data.path=/", "data.directory=/x"], "dense-d32-2e11-data=text-s0"),
+        (
+            ["optim.lr=0.1", "data=text", "data.vocab_size=300", "data.path=a.txt", "context=8"],
+            "dense-d32-2e11-lr=0.1-data=a-vocab_size=300-context=8-s0",
+        ),
+        (["data=c4", "data.max_documents=1000"], "dense-d32-2e11-data=c4-s0"),
+        (["data=c4", "data.path=/data/shards", "data.name=c4_part"], "dense-d32-2e11-data=c4_part-s0"),
+    ],
+)
+def test_a_corpus_stands_in_names_by_its_own_and_never_by_its_path(overrides: list[str], name: str) -> None:
+    assert cell_name(load(overrides), overrides) == name
+
+
+def test_two_corpora_of_one_name_are_not_mixed(tmp_path: Path) -> None:
+    file = write_study(tmp_path)
+    own = ["min_steps=1", "data=text"]
+    here, there = (planned_cells(file, [*own, f"data.path={tmp_path}/{at}/a.txt"])[0] for at in ("x", "y"))
+    assert here.folder == there.folder
+    write_record(here.folder, record_of(here, Status.DONE, corpus="e" * 16))
+    with pytest.raises(UserError, match=r"holds a run of another configuration: data_fingerprint"):
+        state(there, "f" * 16)
+
+
 @pytest.mark.parametrize("override", ["min_steps=10", "data.max_epochs=2", "data.train_tokens=100000000"])
 def test_what_the_fingerprint_leaves_out_is_not_in_the_name(override: str) -> None:
     plain, changed = load([]), load([override])

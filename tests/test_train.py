@@ -260,6 +260,26 @@ def study(settings: list[str], tmp_path: Path) -> Path:
     return path
 
 
+def test_a_sweep_evaluates_on_what_a_new_corpus_has_and_says_so_once(study: Path, tmp_path: Path) -> None:
+    sweep = ["-m", "peerscale.train", "--config-dir", study.parent, "--config-name", "tiny", "hydra/launcher=basic"]
+    part = ["sweep.methods=[dense]", "sweep.seeds=[0,1]", f"data.directory={tmp_path / 'new'}"]
+    done = run_command(*sweep, *part, "data.evaluation.validation=131072", "+data.evaluation.speeches=4096")
+    assert done.returncode == 0, done.stderr
+    (manifest,) = (tmp_path / "new").glob("*/manifest.json")
+    held = json.loads(manifest.read_text())["splits"]["validation"]
+    tokens = (held - 1) // 8 // 16 * 16 * 8  # whole batches of 16 x 8
+    notices = [line for line in done.stderr.splitlines() if line.startswith("notice: ")]
+    assert notices == [
+        f"notice: evaluation: validation {tokens:,} of 131,072 tokens asked; speeches: not in this corpus, skipped"
+    ]
+    records = [read_record(path.parent) for path in (tmp_path / "runs" / "tiny").glob("*/record.json")]
+    assert len(records) == 2
+    for record in records:
+        assert record is not None and record.status is Status.DONE
+        assert {name: values["tokens"] for name, values in record.evaluation.items()} == {"validation": tokens}
+        assert len(record.sequence_losses) == tokens // 8
+
+
 @pytest.mark.parametrize("launcher", [["hydra/launcher=basic"], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]])
 def test_a_sweep_goes_on_after_failures_and_skips_what_is_done(
     launcher: list[str], study: Path, tmp_path: Path

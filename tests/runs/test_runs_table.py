@@ -54,6 +54,22 @@ def test_a_row_for_every_cell_whatever_became_of_it(cells: list[Cell], records: 
     assert table["val_loss"].notna().equals(table["status"] == "done")
 
 
+def test_a_users_text_stands_in_the_table_by_its_name(tmp_path: Path) -> None:
+    own = ["min_steps=1", "data=text", "data.path=/home/me/stories.txt"]
+    cell = planned_cells(write_study(tmp_path, SWEEP), own)[0]
+    for record in (record_of(cell, Status.DONE), planned_record("toy", cell)):
+        row = runs_table([record]).iloc[0]
+        assert row["data"] == "stories"
+        assert row["bytes_moved"] > 0
+
+
+def test_a_record_from_before_corpora_had_names_tells_the_source(cells: list[Cell]) -> None:
+    record = record_of(cells[0], Status.DONE)
+    assert runs_table([record])["data"].item() == "gutenberg"
+    del record.plan["data"]
+    assert runs_table([record])["data"].item() == "gutenberg"
+
+
 def test_columns_are_the_designs_in_its_order(records: list[Record]) -> None:
     table = runs_table(records)
     assert [column for column in table.columns if column in COLUMNS] == COLUMNS

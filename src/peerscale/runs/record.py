@@ -97,7 +97,8 @@ def science(config: Config, data_fingerprint: str) -> dict[str, Any]:
 def config_of(science: Mapping[str, Any]) -> Config:
     """The configuration that `science` was made of, how and where it ran aside; raises `ConfigError`."""
     tree = {key: value for key, value in science.items() if key not in ("data_fingerprint", "recipe_version")}
-    return parse_config({**tree, "trainer": {}, "tracking": {}})
+    data = {**tree["data"], "path": "-"}  # which a text must have
+    return parse_config({**tree, "data": data, "trainer": {}, "tracking": {}})
 
 
 def fingerprint(science: Mapping[str, Any]) -> str:
