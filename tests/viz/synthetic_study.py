@@ -137,6 +137,25 @@ def _record(cell: SyntheticCell, difficulty: np.ndarray, rng: np.random.Generato
     )
 
 
+def shared_curvature(losses: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, tuple[float, float, float]]:
+    """(a, b, c) of a + b z + c z^2, z = log10 x, for each method's (x, losses): one c for all, by least squares."""
+    rows, targets = [], []
+    for i, (x, y) in enumerate(losses.values()):
+        for z, loss in zip(np.log10(x), y, strict=True):
+            own = np.zeros(2 * len(losses))
+            own[2 * i : 2 * i + 2] = 1, z
+            rows.append([*own, z * z])
+            targets.append(loss)
+    (*each, c), *_ = np.linalg.lstsq(np.array(rows), np.array(targets), rcond=1e-14)
+    return {name: (each[2 * i], each[2 * i + 1], c) for i, name in enumerate(losses)}
+
+
+def minimum(coefficients: tuple[float, float, float]) -> tuple[float, float]:
+    """x and loss at the minimum of such a parabola."""
+    a, b, c = coefficients
+    return 10 ** (-b / (2 * c)), a - b**2 / (4 * c)
+
+
 def write_cells(runs: Path) -> list[Record]:
     """Write the study's cells into `runs` as a sweep would leave them."""
     rng = np.random.default_rng(8)

@@ -1,51 +1,83 @@
-"""The training curves draw the rows of curves.csv."""
+"""The training curves draw the rows of curves.csv, and distances to dense that are known."""
 
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic_study import GRID, SWEEP
+from matplotlib.axes import Axes
+from synthetic_study import GRID, METHODS, SWEEP
 
 from peerscale.runs.study import collected
 from peerscale.viz.curves import SKIPPED_SHARE, curves_figure
 
+Tables = tuple[pd.DataFrame, pd.DataFrame]
+
 
 @pytest.fixture(scope="module")
-def tables(collected_runs: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+def tables(collected_runs: Path) -> Tables:
     files = collected(SWEEP, collected_runs)
     return pd.read_csv(files.curves), pd.read_csv(files.runs)
 
 
-def test_a_line_a_finished_cell(tables: tuple[pd.DataFrame, pd.DataFrame]) -> None:
+def lines(axes: Axes) -> dict[str, np.ndarray]:
+    return {str(line.get_label()): np.column_stack(line.get_data()) for line in axes.lines}
+
+
+def test_above_is_each_methods_best_run(tables: Tables) -> None:
     curves, runs = tables
     figure = curves_figure(curves, runs)
-    for axes, budget in zip(figure.axes, GRID, strict=True):
-        done = runs[(runs["budget"] == budget) & (runs["status"] == "done")]
-        lines = {line.get_label(): line for line in axes.lines}
-        assert set(lines) == set(done["cell"])
-        for cell, line in lines.items():
-            rows = curves[curves["cell"] == cell]
+    assert len(figure.axes) == 2 * len(GRID)
+    for axes, budget in zip(figure.axes[: len(GRID)], GRID, strict=True):
+        drawn = lines(axes)
+        assert set(drawn) == set(METHODS)
+        for name, line in drawn.items():
+            mine = runs[runs["cell"].str.startswith(f"{name}-") & (runs["budget"] == budget)].set_index("cell")
+            rows = curves[curves["cell"] == mine["val_loss"].idxmin()]
             rows = rows[rows["flops"] >= SKIPPED_SHARE * budget]
             assert len(rows) > 5
-            np.testing.assert_array_equal(line.get_xdata(), rows["flops"])
-            np.testing.assert_array_equal(line.get_ydata(), rows["loss"])
+            np.testing.assert_array_equal(line, rows[["flops", "loss"]])
 
 
-def test_the_best_run_of_each_method_stands_out(tables: tuple[pd.DataFrame, pd.DataFrame]) -> None:
-    curves, runs = tables
-    figure = curves_figure(curves, runs)
-    for axes, budget in zip(figure.axes, GRID, strict=True):
-        bold = {str(line.get_label()) for line in axes.lines if line.get_alpha() == 1}
-        assert len(bold) == 5
-        losses = runs.set_index("cell")["val_loss"]
-        for cell in bold:
-            prefix = cell.split("-")[0]
-            mine = [c for c in losses.index if c.startswith(f"{prefix}-") and f"-{budget:.0e}".replace("e+", "e") in c]
-            assert losses[cell] == losses[mine].min()
+def straight(methods: dict[str, float]) -> Tables:
+    """Curves of 5 - log10(FLOPs / 1e10) plus a constant by name; each logs at FLOPs of its own."""
+    cells = [f"{name.partition(' ')[0]}-d8-1e11-{name.partition(' ')[2]}-s0".replace("--", "-") for name in methods]
+    parts = []
+    for i, (cell, constant) in enumerate(zip(cells, methods.values(), strict=True)):
+        flops = np.geomspace(1e10 * (1 + 0.01 * i), 1e11, 20 + i)
+        parts.append(pd.DataFrame({"cell": cell, "flops": flops, "loss": 5 + constant - np.log10(flops / 1e10)}))
+    runs = pd.DataFrame({
+        "cell": cells, "method": [name.partition(" ")[0] for name in methods], "variant": "", "seed": 0, "size": "d8",
+        "budget": 1e11, "status": "done", "val_loss": 4.0,
+    })  # fmt: skip
+    return pd.concat(parts), runs
 
 
-def test_no_curves_at_all(tables: tuple[pd.DataFrame, pd.DataFrame]) -> None:
+def test_below_is_the_distance_to_dense_at_equal_flops() -> None:
+    _, below = curves_figure(*straight({"dense": 0.0, "pkm": 0.05, "peer": -0.1})).axes
+    drawn = lines(below)
+    assert set(drawn) == {"_dense", "pkm", "peer"}
+    for name, distance in (("pkm", 0.05), ("peer", -0.1)):
+        inside = drawn[name][:, 0] >= 1.1e10
+        np.testing.assert_allclose(drawn[name][inside, 1], distance, atol=1e-9)
+    assert set(np.ravel(drawn["_dense"][:, 1])) == {0}
+    assert "dense" in below.get_ylabel()
+
+
+def test_variants_are_compared_with_dense_at_their_own_settings() -> None:
+    constants = {"dense batch=8": 0.0, "dense batch=16": 0.3, "peer batch=8": 0.1, "peer batch=16": 0.1}
+    drawn = lines(curves_figure(*straight(constants)).axes[1])
+    assert set(drawn) == {"_dense", "peer batch=8", "peer batch=16"}
+    assert drawn["peer batch=8"][-1, 1] == pytest.approx(0.1, abs=2e-3)
+    assert drawn["peer batch=16"][-1, 1] == pytest.approx(-0.2, abs=2e-3)
+
+
+def test_without_dense_there_is_no_row_of_distances() -> None:
+    figure = curves_figure(*straight({"pkm": 0.0, "peer": 0.1}))
+    assert len(figure.axes) == 1 and "dense" not in figure.get_supxlabel()
+
+
+def test_no_curves_at_all(tables: Tables) -> None:
     curves, runs = tables
     curves_figure(curves.iloc[:0], runs).draw_without_rendering()
     curves_figure(curves, runs[runs["status"] != "done"].iloc[:1]).draw_without_rendering()

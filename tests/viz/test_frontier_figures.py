@@ -1,78 +1,76 @@
-"""Frontier, multiplier and time figures against the synthetic study's tables."""
+"""Frontier and time figures draw the numbers of fits.json and of the table."""
 
-from pathlib import Path
+import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic_study import GRID, SWEEP
+from matplotlib.axes import Axes
+from synthetic_surface import surface_runs
 
-from peerscale.runs.study import collected
-from peerscale.viz.frontier import envelope, frontier_figure, frontier_table, time_figure
+from peerscale.viz.frontier import envelope, frontier_figure, time_figure
 
-
-@pytest.fixture(scope="module")
-def runs(collected_runs: Path) -> pd.DataFrame:
-    return pd.read_csv(collected(SWEEP, collected_runs).runs).assign(variant=lambda rows: rows["variant"].fillna(""))
+T_975_10 = 2.2281388519649385
+"""Student's t, 10 degrees of freedom, two-sided 5 %: any statistical table."""
 
 
-@pytest.fixture(scope="module")
-def table(runs: pd.DataFrame) -> pd.DataFrame:
-    return frontier_table(runs).set_index(["name", "budget"])
+def method(name: str, loss: float | None, status: str = "ok") -> dict[str, Any]:
+    return {"name": name, "loss": loss, "status": status} | ({"se": 0.01, "df": 10.0} if loss is not None else {})
 
 
-def minimum(runs: pd.DataFrame, name: str, budget: float) -> float:
-    """Loss at the vertex, by numpy."""
-    rows = runs[runs["cell"].str.startswith(f"{name}-") & (runs["budget"] == budget) & (runs["status"] == "done")]
-    c2, c1, c0 = np.polyfit(np.log10(rows["flops_per_token"]), rows["val_loss"], 2)
-    return c0 - c1**2 / (4 * c2)
+FITS: dict[str, Any] = {
+    "budgets": [
+        {"budget": 1e11, "methods": [method("dense", 5.0), method("peer", 4.9), method("pkm", None, "too_few")]},
+        {"budget": 3e11, "methods": [method("dense", 4.7), method("peer", 4.6, "off_centre")]},
+    ],
+    "multipliers": [
+        {"method": "peer", "reference": "dense", "budget": 1e11, "multiplier": 1.2, "low": 1.1, "high": 1.4},
+        {"method": "peer", "reference": "dense", "budget": 3e11, "multiplier": 1.5, "low": 1.3, "high": 1.8},
+    ],
+}
 
 
-def test_losses_and_multipliers(runs: pd.DataFrame, table: pd.DataFrame) -> None:
-    low, high = GRID
-    dense = {budget: minimum(runs, "dense", budget) for budget in GRID}
-    slope = np.log(dense[high] / dense[low]) / np.log(high / low)
-    for (name, budget), row in table.iterrows():
-        assert row["loss"] == pytest.approx(minimum(runs, name, budget), rel=1e-8)
-        assert row["loss_low"] < row["loss"] < row["loss_high"]
-        if name == "dense":
-            assert np.isnan(row["multiplier"])
-            continue
-        # Two budgets of dense are one straight line in logarithms, also beyond them.
-        needed = low * (row["loss"] / dense[low]) ** (1 / slope)
-        assert row["multiplier"] == pytest.approx(needed / budget, rel=1e-6)
-        assert row["low"] < row["multiplier"] < row["high"]
-        assert row["extrapolated"] == (not dense[high] <= row["loss"] <= dense[low])
-    flagged = {index for index, row in table.iterrows() if row["flagged"]}
-    assert flagged == {("pkm", 1e11), ("moe", 3e11), ("peer", 3e11)}  # a cell of five went wrong
+def points(axes: Axes) -> dict[str, np.ndarray]:
+    found = {str(c.get_label()): np.asarray(c.get_offsets()) for c in axes.collections}
+    return {label: drawn for label, drawn in found.items() if not label.startswith("_")}
 
 
-def test_flagged_and_extrapolated_points_are_hollow(table: pd.DataFrame) -> None:
-    figure = frontier_figure(table.reset_index(), note="FLOPs: some convention")
+def test_losses_and_multipliers_with_their_intervals() -> None:
+    figure = frontier_figure(FITS, note="FLOPs: some convention")
+    assert figure is not None
     losses, multipliers = figure.axes
-    for axes, column in ((losses, "loss"), (multipliers, "multiplier")):
-        for collection in axes.collections:
-            name = str(collection.get_label())
-            if name.startswith("_"):
-                continue
-            rows = table.loc[name].sort_index()
-            drawn = np.asarray(collection.get_offsets())
-            np.testing.assert_allclose(drawn[:, 1], rows[column])
-            np.testing.assert_allclose(drawn[:, 0], rows.index, rtol=0.1)
-            hollow = rows["flagged"] | (rows["extrapolated"] & (column == "multiplier"))
-            assert [face[:3].min() == 1 for face in collection.get_facecolors()] == list(hollow)
-    assert "some convention" in figure.get_supxlabel()
+    drawn = points(losses)
+    assert set(drawn) == {"dense", "peer"}
+    np.testing.assert_allclose(drawn["peer"][:, 1], [4.9, 4.6])
+    np.testing.assert_allclose(drawn["peer"][:, 0], [1e11, 3e11], rtol=0.1)  # side by side with the others
+    (bars,) = (c for c in losses.collections if c.get_label() == "_interval dense")
+    for segment, loss in zip(bars.get_segments(), (5.0, 4.7), strict=True):
+        np.testing.assert_allclose(segment[:, 1], [loss - 0.01 * T_975_10, loss + 0.01 * T_975_10])
+    np.testing.assert_allclose(points(multipliers)["peer"][:, 1], [1.2, 1.5])
+    (bars,) = (c for c in multipliers.collections if c.get_label() == "_interval peer")
+    np.testing.assert_allclose([segment[:, 1] for segment in bars.get_segments()], [(1.1, 1.4), (1.3, 1.8)])
+    assert "some convention" in figure.get_supxlabel() and "hollow: flagged minimum" in figure.get_supxlabel()
     figure.draw_without_rendering()
 
 
-def test_without_dense_there_is_a_frontier_alone(runs: pd.DataFrame) -> None:
-    alone = frontier_table(runs[runs["method"] == "peer"])
-    assert alone["multiplier"].isna().all()
-    assert len(frontier_figure(alone).axes) == 1
+def test_only_a_flagged_minimum_is_hollow() -> None:
+    figure = frontier_figure(FITS)
+    assert figure is not None
+    (peer,) = (c for c in figure.axes[0].collections if c.get_label() == "peer")
+    assert [face[:3].min() == 1 for face in peer.get_facecolors()] == [False, True]
 
 
-def test_no_minimum_is_no_row(runs: pd.DataFrame) -> None:
-    assert frontier_table(runs[runs["size"] == "d16"]).empty
+def test_without_multipliers_there_is_a_frontier_alone() -> None:
+    figure = frontier_figure({**FITS, "multipliers": []})
+    assert figure is not None and len(figure.axes) == 1
+    assert "multiplier" not in figure.get_supxlabel()
+
+
+def test_no_minimum_is_no_figure() -> None:
+    assert frontier_figure({"budgets": [], "multipliers": []}) is None
+    unfitted = {"budgets": [{"budget": 1e11, "methods": [method("pkm", None, "too_few")]}], "multipliers": []}
+    assert frontier_figure(unfitted) is None
 
 
 def test_the_envelope_is_what_nothing_cheaper_beats() -> None:
@@ -80,25 +78,28 @@ def test_the_envelope_is_what_nothing_cheaper_beats() -> None:
     assert envelope(rows, "wall_s").to_numpy().tolist() == [[1, 6], [2, 5], [4, 4]]
 
 
-def test_time_shows_every_finished_cell_and_the_envelopes(runs: pd.DataFrame) -> None:
+def test_time_shows_the_lowest_loss_within_each_time() -> None:
+    runs = surface_runs()
     rng = np.random.default_rng(0)
-    timed = runs.assign(wall_s=rng.uniform(10, 100, len(runs)))
-    figure = time_figure(timed)
-    done = timed[timed["status"] == "done"]
-    for axes, column in zip(figure.axes, ("budget", "wall_s", "bytes_moved"), strict=True):
-        cells = [line.get_xydata() for line in axes.lines if str(line.get_label()).startswith("_cells")]
-        drawn = sorted(map(tuple, np.concatenate(cells)))
-        assert drawn == sorted(zip(done[column], done["val_loss"], strict=True))
-    (line,) = (line for line in figure.axes[1].lines if line.get_label() == "peer")
-    peer = done[done["method"] == "peer"]
-    for x, y in line.get_xydata():
-        assert y == peer.loc[peer["wall_s"] <= x, "val_loss"].min()
-    assert figure.axes[1].get_xlabel() == "training time (s)"
-    assert "kernel native, threads a cell 1" in figure.get_supxlabel()
+    runs = runs.assign(wall_s=rng.uniform(10, 100, len(runs)), kernel="native", n_threads=1)
+    runs.loc[0, ["status", "val_loss"]] = ["failed", math.nan]
+    figure = time_figure(runs)
+    (axes,) = figure.axes
+    for name in ("dense", "peer"):
+        done = runs[(runs["method"] == name) & (runs["status"] == "done")]
+        (line,) = (line for line in axes.lines if line.get_label() == name)
+        for x, y in line.get_xydata():
+            assert y == done.loc[done["wall_s"] <= x, "val_loss"].min()
+        cells = np.concatenate([line.get_xydata() for line in axes.lines if line.get_label() == f"_cell {name}"])
+        assert sorted(map(tuple, cells)) == sorted(map(tuple, line.get_xydata()))
+    assert axes.get_xlabel() == "training time (s)"
+    assert "kernel native, threads a cell 1" in figure.get_supxlabel() and "1 failed" in figure.get_supxlabel()
 
 
-def test_energy_is_shown_where_every_finished_cell_tells_it(runs: pd.DataFrame) -> None:
-    told = runs.assign(energy_j=np.where(runs["status"] == "done", 5.0 * np.arange(len(runs)) + 1, np.nan))
-    assert [axes.get_xlabel() for axes in time_figure(told).axes][-1] == "energy of the machine (J)"
-    told.loc[told.index[told["status"] == "done"][0], "energy_j"] = np.nan
-    assert len(time_figure(told).axes) == 3
+@pytest.mark.parametrize(
+    "figure", [frontier_figure(FITS), time_figure(surface_runs().assign(wall_s=1.0, kernel="native", n_threads=1))]
+)
+def test_nothing_is_drawn_beyond_the_page(figure: Any) -> None:
+    figure.draw_without_rendering()
+    box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    assert box.x0 >= -0.01 and box.x1 <= width + 0.01 and box.y0 >= -0.01 and box.y1 <= height + 0.01

@@ -9,14 +9,15 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
-from synthetic_study import GRID, SWEEP, WRONG
-from synthetic_surface import BUDGETS, surface_curves, surface_runs
+from synthetic_study import GRID, METHODS, SWEEP, WRONG, minimum, shared_curvature
+from synthetic_surface import BUDGETS, surface_runs
 
-from peerscale.runs.fits import fit_study
+from peerscale.runs.comparison import compare
 from peerscale.runs.study import collected, read_json
-from peerscale.viz.isoflop import isoflop_figure, missing_note
+from peerscale.viz.isoflop import isoflop_figure, missing_note, size_on_axis
 
 Fits = dict[str, Any]
+NOTHING: Fits = {"budgets": []}
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +37,10 @@ def line(axes: Axes, label: str) -> np.ndarray:
     return np.column_stack(found[0].get_data()) if found else np.empty((0, 2))
 
 
-def expected(runs: pd.DataFrame, name: str, budget: float, x: str) -> np.ndarray:
-    """(n, 2) size and loss of the finished runs, by size; from the cells' names, not the code under test."""
+def finished(runs: pd.DataFrame, name: str, budget: float) -> pd.DataFrame:
+    """The finished runs, by size; from the cells' names, not the code under test."""
     rows = runs[runs["cell"].str.startswith(f"{name}-") & (runs["budget"] == budget) & (runs["status"] == "done")]
-    return rows.sort_values(x)[[x, "val_loss"]].to_numpy(float)
+    return rows.sort_values("flops_per_token")
 
 
 @pytest.mark.parametrize("x", ["params_total", "flops_per_token"])
@@ -47,44 +48,94 @@ def test_points_curves_and_minima_are_the_tables(study: tuple[pd.DataFrame, Fits
     runs, fits = study
     figure = isoflop_figure(runs, fits, x=x)
     for axes, budget in zip(figure.axes, GRID, strict=True):
-        for name in ("dense", "moe", "moe_token_choice", "pkm", "peer"):
-            size, loss = expected(runs, name, budget, x).T
-            np.testing.assert_allclose(points(axes, name), np.column_stack([size, np.exp(loss)]))
-            polynomial = np.polynomial.Polynomial.fit(np.log10(size), loss, 2)
-            curve = line(axes, f"_fit {name}")
-            assert curve[[0, -1], 0] == pytest.approx([size.min(), size.max()])
-            np.testing.assert_allclose(np.log(curve[:, 1]), polynomial(np.log10(curve[:, 0])), atol=1e-9)
-            (minimum,) = polynomial.deriv().roots()
-            star = line(axes, f"_minimum {name}")
-            np.testing.assert_allclose(star, [[10**minimum, np.exp(polynomial(minimum))]], rtol=1e-6)
+        done = {name: finished(runs, name, budget) for name in METHODS}
+        curves = shared_curvature({name: (d["flops_per_token"], d["val_loss"]) for name, d in done.items()})
+        for name, rows in done.items():
+            np.testing.assert_allclose(points(axes, name), np.column_stack([rows[x], np.exp(rows["val_loss"])]))
+            curve, flops = line(axes, f"_fit {name}"), np.log10(rows["flops_per_token"])
+            assert curve[[0, -1], 0] == pytest.approx([rows[x].min(), rows[x].max()])
+            wanted = np.polynomial.Polynomial(curves[name])
+            on_curve = np.interp(np.log(rows[x]), np.log(curve[:, 0]), np.log(curve[:, 1]))
+            np.testing.assert_allclose(on_curve, wanted(flops), atol=2e-4)  # 200 points, joined by straight lines
+            optimal, loss = minimum(curves[name])
+            ((at, perplexity),) = line(axes, f"_minimum {name}")
+            assert perplexity == pytest.approx(np.exp(loss), rel=1e-6)
+            if x == "flops_per_token":
+                assert at == pytest.approx(optimal, rel=1e-6)
+                continue
+            above = int(np.searchsorted(flops, np.log10(optimal)))  # between two models, in proportion of logarithms
+            place = (np.log10(optimal) - flops.iloc[above - 1]) / (flops.iloc[above] - flops.iloc[above - 1])
+            low, high = rows[x].iloc[above - 1], rows[x].iloc[above]
+            assert at == pytest.approx(low ** (1 - place) * high**place, rel=1e-6)
 
 
-def test_flagged_minima_are_hollow(study: tuple[pd.DataFrame, Fits]) -> None:
-    figure = isoflop_figure(*study, x="params_total")
-    hollow = {
-        (budget, line.get_label().removeprefix("_minimum "))
-        for axes, budget in zip(figure.axes, GRID, strict=True)
-        for line in axes.lines
-        if line.get_label().startswith("_minimum") and line.get_markerfacecolor() == "white"
-    }
-    # Four sizes are left where a cell went wrong.
-    assert hollow == {(1e11, "pkm"), (3e11, "moe"), (3e11, "peer")}
+def test_a_size_on_another_axis_is_log_linear_between_the_models() -> None:
+    rows = pd.DataFrame({"flops_per_token": [1e5, 1e7, 1e8, 1e8], "params_total": [10.0, 1000.0, 2000.0, 2000.0]})
+    found = size_on_axis(rows, "params_total", np.array([1e5, 1e6, 1e7, 10**7.5]))
+    assert found == pytest.approx([10, 100, 1000, 1000 * 2**0.5])
 
 
-def test_sizes_that_a_parabola_leaves_out_are_hollow_and_beyond_its_ends() -> None:
+def window(fits: Fits, **changes: Any) -> Fits:
+    """The fits with dense's entry at the first budget changed."""
+    first, *rest = fits["budgets"]
+    methods = [{**m, **changes} if m["name"] == "dense" else m for m in first["methods"]]
+    return {"budgets": [{**first, "methods": methods}, *rest]}
+
+
+@pytest.mark.parametrize(("status", "face"), [("ok", "filled"), ("off_centre", "hollow")])
+def test_a_flagged_minimum_is_hollow(study: tuple[pd.DataFrame, Fits], status: str, face: str) -> None:
+    runs, fits = study
+    figure = isoflop_figure(runs, window(fits, status=status), x="params_total")
+    (star,) = (line for line in figure.axes[0].lines if line.get_label() == "_minimum dense")
+    assert ("hollow" if star.get_markerfacecolor() == "white" else "filled") == face
+    assert (
+        "hollow where flagged"
+        in isoflop_figure(runs, window(fits, status="off_centre"), x="params_total").get_supxlabel()
+    )
+
+
+@pytest.mark.parametrize("status", ["too_few", "outside_range", "curvature"])
+def test_no_star_without_a_number(study: tuple[pd.DataFrame, Fits], status: str) -> None:
+    runs, fits = study
+    axes = isoflop_figure(runs, window(fits, status=status, x=None, loss=None), x="params_total").axes[0]
+    assert len(line(axes, "_minimum dense")) == 0
+    assert len(line(axes, "_minimum peer")) == 1
+
+
+def test_sizes_outside_the_window_are_hollow_or_triangles_and_squeeze_nothing() -> None:
     runs = surface_runs()
-    fits = fit_study(runs, surface_curves(runs))
+    windows, kept = {}, []
+    for budget in BUDGETS:
+        sizes = np.sort(runs.loc[(runs["budget"] == budget) & (runs["method"] == "dense"), "flops_per_token"])
+        windows[budget] = (sizes[1] * 0.99, sizes[5] * 1.01)
+        kept.append(runs[(runs["budget"] == budget) & runs["flops_per_token"].between(*windows[budget])])
+    fits = compare(runs, [], windows=windows)
     figure = isoflop_figure(runs, fits, x="flops_per_token")
-    for axes, budget in zip(figure.axes, BUDGETS, strict=True):
-        sizes, _ = expected(runs, "dense", budget, "flops_per_token").T
-        drawn = points(axes, "dense")[:, 0]
-        hollow = points(axes, "_left out dense")[:, 0]
-        assert len(hollow) and sorted([*drawn, *hollow]) == pytest.approx(sizes)
-        (container,) = [c for c in axes.containers if c.get_label() == "_left out dense"]
-        assert container.lines[0].get_markerfacecolor() == "white"
-        assert line(axes, "_fit dense")[[0, -1], 0] == pytest.approx([drawn.min(), drawn.max()])
-        assert all(size < drawn.min() or size > drawn.max() for size in hollow)
-    assert "hollow points" in figure.get_supxlabel()
+    alone = isoflop_figure(pd.concat(kept), compare(pd.concat(kept), []), x="flops_per_token")
+    for axes, same, budget in zip(figure.axes, alone.axes, BUDGETS, strict=True):
+        assert axes.get_ylim() == pytest.approx(same.get_ylim())
+        for name in ("dense", "peer"):
+            rows = runs[(runs["budget"] == budget) & (runs["method"] == name)]
+            inside = rows["flops_per_token"].between(*windows[budget])
+            assert sorted(points(axes, name)[:, 0]) == pytest.approx(sorted(rows.loc[inside, "flops_per_token"]))
+            hollow, triangles = points(axes, f"_left out {name}"), line(axes, f"_left out {name}, above")
+            outside = rows[~inside].set_index("flops_per_token")["val_loss"]
+            assert len(hollow) + len(triangles) == len(outside) == 2
+            for x, y in hollow:
+                assert y == pytest.approx(np.exp(outside[x])) and y <= axes.get_ylim()[1]
+            for x, y in triangles:
+                assert y == axes.get_ylim()[1] < np.exp(outside[x])
+            assert line(axes, f"_fit {name}")[[0, -1], 0] == pytest.approx(sorted(points(axes, name)[[0, -1], 0]))
+    markers = {
+        str(drawn.get_label()): (drawn.get_marker(), drawn.get_markerfacecolor())
+        for axes in figure.axes
+        for drawn in axes.lines
+        if "above" in str(drawn.get_label())
+    }
+    assert markers and set(markers.values()) == {("^", "white")}
+    small_print = figure.get_supxlabel()
+    assert "hollow points: sizes left out of the fit" in small_print and "triangles: above the axis" in small_print
+    assert "hollow" not in alone.get_supxlabel() and "triangles" not in alone.get_supxlabel()
 
 
 def test_error_bars_are_one_standard_error(study: tuple[pd.DataFrame, Fits]) -> None:
@@ -126,37 +177,13 @@ def drawn(figure: Figure) -> Figure:
 def test_a_study_with_next_to_nothing_in_it_is_still_drawn(study: tuple[pd.DataFrame, Fits]) -> None:
     runs, _ = study
     one_cell = runs[(runs["cell"] == "dense-d8-1e11-s0") | (runs["status"] != "done")]
-    figure = drawn(isoflop_figure(one_cell, {}, x="params_total"))
+    figure = drawn(isoflop_figure(one_cell, NOTHING, x="params_total"))
     assert [len(points(axes, "dense")) for axes in figure.axes] == [1]
     for x in ("params_total", "flops_per_token"):
-        axes = drawn(isoflop_figure(one_cell.assign(val_loss_se=np.nan), {}, x=x)).axes[0]
+        axes = drawn(isoflop_figure(one_cell.assign(val_loss_se=np.nan), NOTHING, x=x)).axes[0]
         ((size, perplexity),) = points(axes, "dense")
         assert axes.get_xlim()[0] < size < axes.get_xlim()[1]
         assert axes.get_ylim()[0] < perplexity < axes.get_ylim()[1]
-
-
-def test_a_minimum_far_outside_does_not_squeeze_the_points(study: tuple[pd.DataFrame, Fits]) -> None:
-    runs, fits = study
-    far = {**fits["dense/params_total"]["vertices"][0], "x": 1e12, "loss": 1.0, "status": "outside_range"}
-    changed = {**fits, "dense/params_total": {**fits["dense/params_total"], "vertices": [far]}}
-    before, after = (isoflop_figure(runs, f, x="params_total").axes[0] for f in (fits, changed))
-    assert after.get_xlim() == before.get_xlim()
-    assert after.get_ylim() == before.get_ylim()
-
-
-def test_no_star_without_a_minimum(study: tuple[pd.DataFrame, Fits]) -> None:
-    runs, fits = study
-    flat = {
-        **fits["dense/params_total"]["vertices"][0],
-        "x": None,
-        "loss": None,
-        "curvature": -1.0,
-        "status": "curvature",
-    }
-    changed = {**fits, "dense/params_total": {**fits["dense/params_total"], "vertices": [flat]}}
-    axes = isoflop_figure(runs, changed, x="params_total").axes[0]
-    assert len(line(axes, "_minimum dense")) == 0
-    assert len(line(axes, "_minimum peer")) == 1
 
 
 def test_a_budget_without_a_finished_cell_has_no_panel_and_is_told(study: tuple[pd.DataFrame, Fits]) -> None:

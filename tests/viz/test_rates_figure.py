@@ -28,7 +28,7 @@ def table() -> pd.DataFrame:
 
 def test_lines_and_stars() -> None:
     figure = rates_figure(table())
-    assert [axes.get_title() for axes in figure.axes] == ["d16", "d32", "mean of d16 and d32"]
+    assert [axes.get_title() for axes in figure.axes] == ["d_model 16", "d_model 32", "mean over sizes"]
     small, large, tables = ({str(line.get_label()): line for line in axes.lines} for axes in figure.axes)
     np.testing.assert_array_equal(small["peer"].get_xydata(), [(0.01, 2), (0.02, 1), (0.03, 5)])
     np.testing.assert_array_equal(large["peer"].get_xydata(), [(0.01, 2.5), (0.02, 1.5), (0.03, 5.5)])
@@ -105,7 +105,7 @@ def test_what_varies_besides_rates_is_another_curve() -> None:
     }
     assert set(table["lr"]) == {1.0}, "where the study sets no rate it is the cells'"
     (axes,) = rates_figure(pd.DataFrame(runs[3:]).assign(budget=5e11)).axes
-    assert axes.get_title() == "d16" and len(axes.lines) == 4, "two curves and their stars"
+    assert axes.get_title() == "d_model 16" and len(axes.lines) == 4, "two curves and their stars"
 
 
 def test_a_rate_that_a_study_leaves_alone_keeps_its_sizes_together() -> None:
@@ -115,4 +115,4 @@ def test_a_rate_that_a_study_leaves_alone_keeps_its_sizes_together() -> None:
         for rate in (0.1, 0.2)
     ]
     assert list(settings_table(pd.DataFrame(runs))["lr"]) == [0.014, 0.014]
-    assert [axes.get_title() for axes in rates_figure(pd.DataFrame(runs)).axes] == ["mean of d16 and d32"]
+    assert [axes.get_title() for axes in rates_figure(pd.DataFrame(runs)).axes] == ["mean over sizes"]

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
@@ -41,12 +42,56 @@ def test_order_and_labels() -> None:
     names = style.ordered(["peer", "gated", "pkm", "dense", "pkm", "a_layer"])
     assert names == ["dense", "pkm", "peer", "a_layer", "gated"]
     assert style.ordered(["dense batch=16", "dense batch=8", "dense"]) == ["dense", "dense batch=8", "dense batch=16"]
+    variants = ["a_layer b=1", "peer b=16", "peer b=8", "pkm b=16", "dense b=8"]
+    assert style.ordered(variants) == ["dense b=8", "pkm b=16", "peer b=8", "peer b=16", "a_layer b=1"]
     assert [style.label(n) for n in ("moe", "moe_token_choice", "peer top_k=8", "a_layer")] == [
         "MoE (expert choice)",
         "MoE (token choice)",
-        "PEER top_k=8",
+        "PEER, top 8",
         "a layer",
     ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("batch_sequences=16", "batch 16"),
+        ("n_experts=65536-name=row_sparse_adamw", "65,536 experts, row-sparse AdamW"),
+        ("n_heads=2-top_k=4", "2 heads, top 4"),
+        ("n_experts=1024-query_norm=false", "1,024 experts, no BatchNorm"),
+        ("lr=1e-05-table_lr=6e-3", "rate 1e-05, table rate 6e-3"),
+        ("context=128-some_key=a-b", "context 128, some key a-b"),
+        ("", ""),
+    ],
+)
+def test_settings_are_words(settings: str, words: str) -> None:
+    assert style.in_words(settings) == words
+
+
+def test_variants_are_shades_of_their_method_from_light_to_dark() -> None:
+    names = [f"{method} batch_sequences={n}" for method in ("dense", "peer", "mine") for n in (8, 16, 32)]
+    chosen = style.colours(names)
+    assert len(set(chosen.values())) == len(names)
+    for method in ("dense", "peer", "mine"):
+        rgb = [np.array(to_rgb(chosen[f"{method} batch_sequences={n}"])) for n in (8, 16, 32)]
+        base = np.array(to_rgb(style.colours([method])[method]))
+        lightness = [colour.sum() for colour in rgb]
+        assert lightness == sorted(lightness, reverse=True) and np.diff(lightness).max() < -0.15
+        for colour in rgb:  # on the line from white through the method's colour to black
+            end = 1.0 if colour.sum() > base.sum() else 0.0
+            shares = (colour - base)[base != end] / (end - base)[base != end]
+            np.testing.assert_allclose(shares, shares.mean(), atol=0.01)
+    assert style.colours(["peer batch_sequences=8"])["peer batch_sequences=8"] == style.COLOURS["peer"]
+
+
+def test_a_legend_is_read_row_by_row() -> None:
+    names = [f"{method} batch_sequences={n}" for method in ("dense", "peer") for n in (8, 16, 32)]
+    figure, _ = style.panels(1)
+    style.method_legend(figure, names)
+    figure.draw_without_rendering()
+    boxes = [(text.get_window_extent(), text.get_text()) for text in figure.legends[0].get_texts()]
+    read = sorted(boxes, key=lambda item: (round(-item[0].y0), item[0].x0))
+    assert [text for _, text in read] == [style.label(name) for name in names]
 
 
 @pytest.mark.parametrize(

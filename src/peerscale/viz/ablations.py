@@ -174,12 +174,12 @@ def query_norm_figure(runs: pd.DataFrame, published: pd.DataFrame, *, note: str 
     peer = runs[runs["method"] == "peer"]
     x = "n_experts" if "n_experts" in varied(peer) else "params_total"
     cells, _, where = _at_one_size(peer, any_size=x != "n_experts")
-    cells = cells.assign(norm=with_norm(cells))
+    cells, apart = cells.assign(norm=with_norm(cells)), APART if x == "n_experts" else 1.0
     with style.applied():
         figure, (ours, paper, unevenness) = style.panels(3)
-        lines_panel(ours, cells, x=x, series="norm", looks=NORM, apart=APART)
+        lines_panel(ours, cells, x=x, series="norm", looks=NORM, apart=apart)
         lines_panel(
-            unevenness, cells, x=x, series="norm", looks=NORM, y="unevenness", transform=np.asarray, apart=APART
+            unevenness, cells, x=x, series="norm", looks=NORM, y="unevenness", transform=np.asarray, apart=apart
         )
         for norm, look in NORM.items():
             method = "peer" if norm else WITHOUT_NORM

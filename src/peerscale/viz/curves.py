@@ -38,7 +38,8 @@ def curves_figure(curves: pd.DataFrame, runs: pd.DataFrame, *, note: str = "") -
             draw_losses(column[0], best)
             if rows > 1:
                 draw_distances(column[1], best)
-            column[0].set(xscale="log", title=style.budget_title(budget))
+            limits = (0.9 * SKIPPED_SHARE * budget, 1.1 * budget)
+            column[0].set(xscale="log", xlim=limits, title=style.budget_title(budget))
             column[-1].set_xlabel("training FLOPs spent")
             style.decade_axis(column[-1].xaxis)
         panels[0, 0].set_ylabel("training loss (nats)")
