@@ -28,6 +28,7 @@ def surface_runs(noise: float = 0.0, seed: int = 0) -> pd.DataFrame:
                     "size": f"d{i}", "budget": budget, "status": "done", "tokens": tokens,
                     "flops_per_token": 6 * params, "params_total": 7 * params, "params_active": params,
                     "params_non_embedding": params, "val_loss": loss + noise * rng.normal(), "val_loss_se": 0.001,
+                    "flops_attention_scores": 0.0, "flops_attention_values": 0.0, "lr": 0.01, "table_lr": float("nan"),
                 })  # fmt: skip
     return pd.DataFrame(rows)
 

@@ -33,7 +33,7 @@ def points(axes: Axes) -> dict[str, dict[float, float]]:
 
 def ticks(axes: Axes, x: np.ndarray) -> np.ndarray:
     """For drawn abscissas the ticks within a tenth, beside which lines stand side by side; else themselves."""
-    places = np.asarray(axes.get_xticks(), float)
+    places = np.asarray([tick for tick in axes.get_xticks() if tick > 0], float)
     nearest = places[np.abs(np.log(np.asarray(x, float)[:, None] / places)).argmin(axis=1)]
     return np.where(np.isclose(x, nearest, rtol=0.1), nearest, x)
 

@@ -8,23 +8,24 @@ import numpy as np
 import pandas as pd
 import pytest
 from synthetic_ablations import ablation_runs
-from synthetic_study import GRID, SWEEP
+from synthetic_study import SWEEP, minimum, shared_curvature
 from synthetic_surface import surface_curves, surface_runs
 
 from peerscale.accounting import cost
 from peerscale.config import load
+from peerscale.runs.conventions import conventions, multipliers_by_convention
 from peerscale.runs.fits import fit_study
 from peerscale.runs.study import collected, read_json
 from peerscale.runs.table import read_runs
 from peerscale.viz import tables
-from peerscale.viz.frontier import frontier_table
 from peerscale.viz.published import paper_values, read_published
 
+Study = tuple[pd.DataFrame, dict[str, Any]]
 NAMES = ("dense", "moe", "moe_token_choice", "pkm", "peer")
 
 
 @pytest.fixture(scope="module")
-def study(collected_runs: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
+def study(collected_runs: Path) -> Study:
     files = collected(SWEEP, collected_runs)
     return read_runs(files.runs), read_json(files.fits)
 
@@ -50,21 +51,40 @@ def test_published_numbers_are_the_papers() -> None:
     assert top_k == 32
 
 
-def test_table_1_is_the_parabola_of_each_set_at_the_validation_optimum(study: tuple[pd.DataFrame, Any]) -> None:
+def test_table_1_is_each_sets_fit_at_the_validation_optimum(study: Study) -> None:
     runs, fits = study
-    found = tables.perplexities(runs, fits)
+    found = tables.perplexities(fits, "validation")
     assert list(found["name"]) == [*NAMES, *NAMES]
-    for row in found.to_dict("records"):
-        mine = runs["cell"].str.startswith(f"{row['name']}-") & (runs["budget"] == row["budget"])
-        cells = runs[mine & (runs["status"] == "done")]
-        z = np.log10(cells["flops_per_token"])
-        c2, c1, c0 = np.polyfit(z, cells["val_loss"], 2)
-        assert row["validation"] == pytest.approx(math.exp(c0 - c1**2 / (4 * c2)), rel=1e-6)
-        speeches = np.polyval(np.polyfit(z, np.log(cells["ppl_speeches"]), 2), -c1 / (2 * c2))
-        assert row["speeches"] == pytest.approx(math.exp(speeches), rel=1e-6)
-        dense = found[(found["name"] == "dense") & (found["budget"] == row["budget"])].iloc[0]
-        assert row["gap"] == pytest.approx(math.log(row["validation"] / dense["validation"]))
-        assert row["flagged"] == (len(cells) < 5)
+    for budget, rows in found.groupby("budget"):
+        done = {
+            name: runs[
+                runs["cell"].str.startswith(f"{name}-") & (runs["budget"] == budget) & (runs["status"] == "done")
+            ]
+            for name in NAMES
+        }
+        validation, speeches = (
+            shared_curvature(
+                {name: (cells["flops_per_token"], np.log(cells[f"ppl_{s}"])) for name, cells in done.items()}
+            )
+            for s in ("validation", "speeches")
+        )
+        dense = minimum(validation["dense"])[1]
+        for row in rows.to_dict("records"):
+            x, loss = minimum(validation[row["name"]])
+            assert row["validation"] == pytest.approx(math.exp(loss), rel=1e-5)
+            there = np.polynomial.Polynomial(speeches[row["name"]])(math.log10(x))
+            assert row["speeches"] == pytest.approx(math.exp(there), rel=1e-5)
+            assert row["gap"] == pytest.approx(loss - dense, abs=1e-5)
+            z = np.log10(done[row["name"]]["flops_per_token"])
+            assert row["flagged"] == (not 0.2 <= (math.log10(x) - z.min()) / (z.max() - z.min()) <= 0.8)
+
+
+def test_a_variants_distance_is_to_dense_at_its_own_settings() -> None:
+    names = ["dense batch=8", "dense batch=16", "peer batch=8", "peer batch=16", "moe"]
+    table = pd.DataFrame({"budget": 1e11, "name": names, "validation": [100.0, 50.0, 90.0, 40.0, 1.0]})
+    gaps = tables.with_gap(table, "validation")["gap"]
+    assert list(gaps[:4]) == pytest.approx([0, 0, math.log(0.9), math.log(0.8)])
+    assert math.isnan(gaps[4])
 
 
 def test_table_2_holds_ours_and_the_papers() -> None:
@@ -95,7 +115,7 @@ def test_conventions_from_columns_are_those_from_the_configuration(method: str) 
     row = {f"flops_{name}": n for name, n in model.flops.items()}
     row |= {"flops_per_token": model.flops_per_token, "params_active": model.params_active}
     row |= {"params_total": model.params_total}
-    found = {name: float(column.iloc[0]) for name, column in tables.conventions(pd.DataFrame([row])).items()}
+    found = {name: float(column.iloc[0]) for name, column in conventions(pd.DataFrame([row])).items()}
     layers, context, d, forward_and_backward = 4, 64, 64, 3
     scores_and_values = forward_and_backward * layers * 2 * (2 * context * d)
     router = {"dense": 0, "moe": 2 * d * 16}.get(method, 2 * d * 4 * 32 + 2 * 4 * 64 * 32) * forward_and_backward
@@ -106,57 +126,142 @@ def test_conventions_from_columns_are_those_from_the_configuration(method: str) 
     assert found["6 x total parameters"] == 6 * model.params_total
 
 
-def test_multipliers_by_convention(study: tuple[pd.DataFrame, Any]) -> None:
-    runs, fits = study
-    found = tables.multipliers_by_convention(runs, fits).set_index(["name", "budget"])
-    known = frontier_table(runs).set_index(["name", "budget"])["multiplier"].dropna()
-    np.testing.assert_allclose(found.loc[known.index, "as counted"], known, rtol=1e-6)
-    for column in found.columns.drop("flagged"):
-        np.testing.assert_allclose(found.loc["dense", column], 1, rtol=1e-9)
+def test_multipliers_by_convention(study: Study) -> None:
+    _, fits = study
+    found = {(row["method"], row["budget"]): row["multipliers"] for row in fits["conventions"]}
+    known = {(m["method"], m["budget"]): m["multiplier"] for m in fits["multipliers"]}
+    assert known and all(found[key]["as counted"] == pytest.approx(value, rel=1e-6) for key, value in known.items())
     # A parameter that is counted and not used makes a sparse layer look worse, a free router a routed one better.
-    for name in ("moe", "pkm", "peer"):
-        for budget in GRID:
-            row = found.loc[(name, budget)]
+    for key in known:
+        row = found[key]
+        if None not in row.values() and key[0] in ("moe", "pkm", "peer"):
             assert row["6 x total parameters"] < row["6 x active parameters"]
             assert row["without router"] > row["as counted"]
 
 
-def test_a_convention_that_doubles_a_methods_cost_halves_its_multiplier(study: tuple[pd.DataFrame, Any]) -> None:
+def test_a_convention_that_doubles_a_methods_cost_halves_its_multiplier(study: Study) -> None:
     runs, fits = study
-    before = tables.multipliers_by_convention(runs, fits).set_index(["name", "budget"])
     doubled = runs.assign(params_active=runs["params_active"] * np.where(runs["method"] == "peer", 2, 1))
-    after = tables.multipliers_by_convention(doubled, fits).set_index(["name", "budget"])
-    ratio = after["6 x active parameters"] / before["6 x active parameters"]
-    np.testing.assert_allclose(ratio["peer"], 0.5)
-    np.testing.assert_allclose(ratio.sort_index().drop("peer", level=0), 1)
+    column = "6 x active parameters"
+    before, after = (
+        {
+            (row["method"], row["budget"]): row["multipliers"][column]
+            for row in multipliers_by_convention(table, fits["budgets"])
+        }
+        for table in (runs, doubled)
+    )
+    pairs = {
+        key: (before[key], after[key]) for key in before if before[key] and after[key] and before[key] == before[key]
+    }
+    assert any(name == "peer" for name, _ in pairs)
+    for (name, _), (first, second) in pairs.items():
+        assert second == pytest.approx(first / (2 if name == "peer" else 1), nan_ok=True)
 
 
-def test_ranks_stand_beside_multipliers(study: tuple[pd.DataFrame, Any]) -> None:
-    lines = tables.convention_lines(tables.multipliers_by_convention(*study))
-    at_first = [line for line in lines if line.startswith("| 1e11 ")]
-    assert len(at_first) == 5
-    assert sorted(line.split("|")[3].split("(")[1].strip(" )") for line in at_first) == ["1", "2", "3", "4", "5"]
-    assert any(line.startswith("| 1e11 | PEER |") and "(1)" in line.split("|")[3] for line in at_first)
-    assert any(line.startswith("| 1e11 | PKM † |") for line in at_first)
+def ranked(*rows: tuple[float, str, float | None]) -> list[str]:
+    """The table of one convention."""
+    names = {name for _, name, _ in rows} | {
+        "dense" + name.partition(" ")[1] + name.partition(" ")[2] for _, name, _ in rows
+    }
+    budgets = [{"budget": 1e11, "methods": [{"name": name} for name in names]}]
+    found = [{"budget": budget, "method": name, "multipliers": {"as counted": x}} for budget, name, x in rows]
+    return tables.convention_lines({"budgets": budgets, "conventions": found})[2:]
 
 
-def test_one_budget_of_dense_ranks_nothing(study: tuple[pd.DataFrame, Any]) -> None:
-    runs, fits = study
-    assert tables.multipliers_by_convention(runs[runs["budget"] == 1e11], fits)["as counted"].isna().all()
-    nothing = runs[runs["status"] != "done"]
-    assert tables.multipliers_by_convention(nothing, fits).empty and tables.perplexities(nothing, fits).empty
+def test_ranks_stand_beside_multipliers() -> None:
+    lines = ranked((1e11, "moe", 0.9), (1e11, "pkm", 1.2), (1e11, "peer", 1.2), (3e11, "peer", None))
+    assert lines == [
+        "| 1e11 | dense | 1.000 (3) |",
+        "| 1e11 | MoE (expert choice) | 0.900 (4) |",
+        "| 1e11 | PKM | 1.200 (1) |",
+        "| 1e11 | PEER | 1.200 (1) |",
+        "| 3e11 | dense | 1.000 (1) |",
+        "| 3e11 | PEER | — |",
+    ]
 
 
-def test_exponents_of_three_approaches_stand_side_by_side(study: tuple[pd.DataFrame, Any]) -> None:
+def test_variants_are_ranked_beside_dense_at_their_own_settings() -> None:
+    assert ranked((1e11, "peer batch_sequences=8", 1.1), (1e11, "peer batch_sequences=16", 0.8)) == [
+        "| 1e11 | dense, batch 8 | 1.000 (2) |",
+        "| 1e11 | PEER, batch 8 | 1.100 (1) |",
+        "| 1e11 | dense, batch 16 | 1.000 (1) |",
+        "| 1e11 | PEER, batch 16 | 0.800 (2) |",
+    ]
+
+
+def test_nothing_fitted_is_no_table(study: Study) -> None:
+    _, fits = study
+    assert tables.convention_lines({**fits, "conventions": []}) == []
+    assert tables.perplexities({**fits, "budgets": []}, "validation").empty
+    assert tables.multiplier_lines({**fits, "multipliers": []}) == tables.claim_lines({**fits, "claims": []}) == []
+    assert tables.parts_lines({**fits, "budgets": []}) == []
+
+
+def difference(**changes: Any) -> dict[str, Any]:
+    found = {
+        "method": "peer", "reference": "dense", "value": -0.033, "low": -0.049, "high": -0.0171, "se": 0.0075,
+        "df": 14.6, "fit_se": 0.0066, "seeds_se": 0.0027, "sequences_se": 0.0011, "rate_se": None, "p": 0.0004,
+        "own": {"value": -0.031, "se": 0.008},
+    }  # fmt: skip
+    return {**found, **changes}
+
+
+def test_errors_stand_by_source() -> None:
+    unknown = {"method": "pkm", "reference": "dense", "size": "", "note": "pkm: too_few"}
+    entry = {"budget": 3e12, "differences": [difference(), unknown, difference(reference="peer")]}
+    header, _, *rows = tables.parts_lines({"budgets": [entry]})
+    assert rows == [
+        "| 3e12 | PEER | −0.033 [−0.049, −0.017] | 0.0066 | 0.0027 | 0.0011 | — | 0.0075 | 15 | −0.031 ± 0.008 |"
+    ]
+    columns = [cell.strip() for cell in header.strip("|").split("|")]
+    assert columns[3:8] == [
+        "s.e. from sizes", "s.e. from seeds", "s.e. from sequences", "s.e. from learning rates", "s.e., all"
+    ]  # fmt: skip
+    bare = difference(seeds_se=None, df=None, own=None)
+    assert tables.parts_lines({"budgets": [{"budget": 3e12, "differences": [bare]}]})[2].endswith("| 0.0075 | ∞ | — |")
+
+
+def claim(**changes: Any) -> dict[str, Any]:
+    found = {
+        "budget": 3e12, "size": "", "method": "peer", "rival": "dense", "value": -0.033, "low": -0.049, "high": -0.017,
+        "p": 0.00004, "p_holm": 0.0123,
+    }  # fmt: skip
+    return {**found, **changes}
+
+
+def test_claims_name_both_methods_and_their_common_settings_once() -> None:
+    arm = {"method": "peer batch_sequences=8", "rival": "dense batch_sequences=8"}
+    claims = [claim(), claim(**arm), claim(size="d40", p=None, p_holm=None), claim(method="peer n_experts=4096")]
+    rows = tables.claim_lines({"claims": claims})[2:]
+    interval = "−0.033 [−0.049, −0.017]"
+    assert rows == [
+        f"| 3e12 | PEER minus dense | {interval} | < 0.0001 | 0.0123 |",
+        f"| 3e12 | PEER minus dense, batch 8 | {interval} | < 0.0001 | 0.0123 |",
+        f"| 3e12 | PEER minus dense, d_model 40 | {interval} | — | — |",
+        f"| 3e12 | PEER, 4,096 experts minus dense | {interval} | < 0.0001 | 0.0123 |",
+    ]
+
+
+def test_multipliers_are_listed_by_budget_with_their_intervals() -> None:
+    found = [
+        {"method": "peer", "reference": "dense", "budget": 3e12, "multiplier": 1.183, "low": 1.09, "high": 1.26},
+        {"method": "peer", "reference": "dense", "budget": 1e12, "multiplier": 1.0, "low": None, "high": None},
+    ]
+    rows = tables.multiplier_lines({"multipliers": found})[2:]
+    assert rows == ["| 1e12 | PEER | 1.00 [none] |", "| 3e12 | PEER | 1.18 [1.09, 1.26] |"]
+
+
+def test_exponents_of_three_approaches_stand_side_by_side(study: Study) -> None:
     runs = surface_runs(noise=1e-4)
-    fits = fit_study(runs, surface_curves(runs))
+    fits = fit_study(runs, surface_curves(runs), [])
     header, _, dense, peer = tables.exponent_lines(fits)
-    assert header == "| method | 1: curves | 2: parabolas | 3: surface | largest budget: predicted | observed |"
+    laws = fits["laws"]
+    assert header == "| method | 1: curves | 2: isoFLOP optima | 3: surface | largest budget: predicted | observed |"
     assert peer.startswith("| PEER |")
     cells = dense.strip("| ").split(" | ")
     shown = [float(cell.split(" ")[0]) for cell in cells[1:]]
-    surface = fits["dense/parametric"]
-    wanted = [fits["dense/envelope"]["exponent"], fits["dense"]["exponent"], surface["a"]]
+    surface = laws["dense/parametric"]
+    wanted = [laws["dense/envelope"]["exponent"], laws["dense"]["exponent"], surface["a"]]
     wanted += [surface["hold_out"]["predicted"], surface["hold_out"]["observed"]]
     assert shown == pytest.approx(wanted, abs=5.1e-4)
     low, high = surface["ci"]["a"]

@@ -192,11 +192,11 @@ def legend(figure: Figure, handles: Sequence[Line2D]) -> None:
     """One legend for all panels, above them, read row by row; rows beyond the first make the figure higher."""
     widths = sorted((0.4 + 0.05 * len(str(handle.get_label())) for handle in handles), reverse=True)
     fitting = next((n for n in range(len(widths), 1, -1) if sum(widths[:n]) <= TEXT_WIDTH), 1)
-    rows = math.ceil(len(widths) / fitting)
+    rows = max(math.ceil(len(widths) / fitting), 1)
     columns = math.ceil(len(widths) / rows)
     figure.set_figheight(figure.get_figheight() + 0.17 * (rows - 1))
     by_column = [handle for i in range(columns) for handle in handles[i::columns]]  # as matplotlib fills a legend
-    figure.legend(handles=by_column, loc="outside upper center", ncols=columns)
+    figure.legend(handles=by_column, loc="outside upper center", ncols=max(columns, 1))
 
 
 def method_legend(figure: Figure, names: Sequence[str]) -> None:
