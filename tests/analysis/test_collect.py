@@ -4,13 +4,14 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
-from synthetic_study import SWEEP, WRONG, cells, records, script, write_cells
+from synthetic_study import METHODS, SWEEP, WRONG, cells, minimum, records, script, shared_curvature, write_cells
 
 from peerscale.errors import UserError, exit_code
+from peerscale.runs.fits import fit_study
 from peerscale.runs.record import Record, Status, read_record, write_record
 from peerscale.runs.study import collected
 from peerscale.runs.table import curves_table, runs_table
@@ -73,57 +74,56 @@ def test_curves_are_the_metrics_of_each_cell(collected_runs: Path) -> None:
     assert len(mine) <= 50
 
 
-def test_fits_are_keyed_by_method_and_size(collected_runs: Path, runs: pd.DataFrame) -> None:
+def differences(fits: dict[str, Any]) -> dict[tuple[float, str, str], dict[str, Any]]:
+    return {(e["budget"], d["reference"], d["method"]): d for e in fits["budgets"] for d in e["differences"]}
+
+
+def test_fits_hold_each_methods_optimum_and_the_differences(collected_runs: Path, runs: pd.DataFrame) -> None:
     fits = json.loads(collected(SWEEP, collected_runs).fits.read_text())
-    for name in ("dense", "moe", "moe_token_choice", "pkm", "peer"):
-        for key, x in ((name, "flops_per_token"), (f"{name}/params_total", "params_total")):
-            assert (fits[key]["method"], fits[key]["x"], fits[key]["law"]) == (name, x, "isoflop")
-            for vertex in fits[key]["vertices"]:
-                at_budget = runs["cell"].str.startswith(f"{name}-") & (runs["budget"] == vertex["budget"])
-                rows = runs[at_budget & (runs["status"] == "done")]
-                c2, c1, _ = np.polyfit(np.log10(rows[x]), rows["val_loss"], 2)
-                assert vertex["x"] == pytest.approx(10 ** (-c1 / (2 * c2)), rel=1e-6)
-                assert vertex["n"] == len(rows)
-
-
-def test_differences_are_those_of_the_fitted_minima(collected_runs: Path) -> None:
-    study = collected(SWEEP, collected_runs)
-    fits, differences = json.loads(study.fits.read_text()), pd.read_csv(study.differences)
-    assert len(differences) == 2 * 2 * 4
-    for row in differences.to_dict("records"):
-        mine, other = (
-            next(v for v in fits[name]["vertices"] if v["budget"] == row["budget"])["loss"]
-            for name in (row["method"], row["reference"])
-        )
-        assert row["difference"] == pytest.approx(mine - other, abs=2e-6)
-        assert row["low"] < row["difference"] < row["high"]
+    assert set(fits) >= {"x", "loss", "budgets", "claims", "multipliers", "growth", "laws", "conventions", "rates"}
+    found = differences(fits)
+    assert len(found) == 2 * 2 * 4
+    for entry in fits["budgets"]:
+        done = runs[(runs["budget"] == entry["budget"]) & (runs["status"] == "done")]
+        cells = {name: done[done["cell"].str.startswith(f"{name}-")] for name in METHODS}
+        optima = {
+            name: minimum(coefficients)
+            for name, coefficients in shared_curvature(
+                {name: (rows["flops_per_token"], rows["val_loss"]) for name, rows in cells.items()}
+            ).items()
+        }
+        assert [m["name"] for m in entry["methods"]] == list(METHODS)
+        for method in entry["methods"]:
+            assert (method["x"], method["loss"]) == pytest.approx(optima[method["name"]], rel=1e-6)
+            assert len(method["sizes"]) == len(cells[method["name"]]) and method["left_out"] == []
+    for (budget, reference, method), row in found.items():
+        losses = {m["name"]: m["loss"] for e in fits["budgets"] if e["budget"] == budget for m in e["methods"]}
+        assert row["value"] == pytest.approx(losses[method] - losses[reference], abs=1e-9)
+        assert row["low"] < row["value"] < row["high"]
         # Unpaired, the 0.5 nats by which sequences differ would make it 0.5 x 2 x 1.96 x sqrt(2 / 512) > 0.12 wide.
-        assert row["high"] - row["low"] < 0.02
+        assert row["sequences_se"] < 0.005 and row["high"] - row["low"] < 0.03
 
 
-def compared(some: list[Record]) -> pd.DataFrame:
-    table = runs_table(some)
-    return collect.compare(table, some, collect.fit_study(table, curves_table(())))
+def fitted(some: list[Record]) -> dict[str, Any]:
+    return fit_study(runs_table(some), curves_table(()), some)
 
 
-def test_a_cell_without_sequence_losses_costs_its_method_the_interval_only() -> None:
+def test_a_cell_without_sequence_losses_costs_its_budget_only_their_part_of_the_error() -> None:
     some = [replace(r, sequence_losses=[]) if r.cell == "peer-d16-1e11-s0" else r for r in records()]
-    differences = compared(some).set_index(["budget", "reference", "method"])
-    peer = differences.loc[(1e11, "dense", "peer")]
-    assert np.isfinite(peer["difference"]) and np.isnan(peer["low"]) and "no interval" in peer["note"]
-    assert np.isfinite(differences.loc[(1e11, "dense", "moe"), "low"])
-    assert np.isfinite(differences.loc[(3e11, "dense", "peer"), "low"])
+    found = differences(fitted(some))
+    peer = found[1e11, "dense", "peer"]
+    assert peer["sequences_se"] is None and peer["fit_se"] > 0 and peer["low"] < peer["value"] < peer["high"]
+    assert found[3e11, "dense", "peer"]["sequences_se"] > 0
 
 
-def test_a_method_without_a_minimum_has_no_difference() -> None:
-    def turned(record):
+def test_without_minima_there_are_no_differences() -> None:
+    def turned(record: Record) -> Record:
         losses = {**record.evaluation["validation"], "loss": 10 - record.evaluation["validation"]["loss"]}
         return replace(record, evaluation={"validation": losses})
 
-    some = [turned(r) if r.method == "pkm" and r.status is Status.DONE else r for r in records()]
-    differences = compared(some).set_index(["budget", "reference", "method"])
-    assert np.isnan(differences.loc[(3e11, "dense", "pkm"), "difference"])
-    assert "curvature" in differences.loc[(3e11, "dense", "pkm"), "note"]
+    found = differences(fitted([turned(r) if r.status is Status.DONE else r for r in records()]))
+    assert found[3e11, "dense", "pkm"]["note"] == "pkm: curvature; dense: curvature"
+    assert all("value" not in row for row in found.values())
 
 
 def test_arms_of_an_axis_are_compared_with_their_own() -> None:
@@ -135,17 +135,17 @@ def test_arms_of_an_axis_are_compared_with_their_own() -> None:
         return replace(record, cell=cell, evaluation=worse, sequence_losses=sequences)
 
     some = [r for r in records() if r.method in ("dense", "peer")]
-    found = compared([arm(r, value, harder) for value, harder in ((8, 0.5), (16, 0.0)) for r in some])
-    plain = compared(some).set_index(["budget", "reference", "method"])["difference"]
+    found = differences(fitted([arm(r, value, harder) for value, harder in ((8, 0.5), (16, 0.0)) for r in some]))
+    plain = differences(fitted(some))
     assert len(found) == 2 * len(plain)
-    for row in found.to_dict("records"):
-        method = row["method"].partition(" ")[0]
-        assert row["difference"] == pytest.approx(plain[row["budget"], row["reference"], method], abs=1e-9)
+    for (budget, reference, method), row in found.items():
+        assert method.partition(" ")[2] == reference.partition(" ")[2]
+        key = (budget, reference.partition(" ")[0], method.partition(" ")[0])
+        assert row["value"] == pytest.approx(plain[key]["value"], abs=1e-9)
 
 
 def test_without_dense_there_is_nothing_to_compare_with_it() -> None:
-    some = [r for r in records() if r.method in ("moe", "pkm")]
-    assert compared(some).empty
+    assert differences(fitted([r for r in records() if r.method in ("moe", "pkm")])) == {}
 
 
 def test_a_second_collection_changes_no_byte(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_second_collection_changes_no_byte(tmp_path: Path) -> None:
         assert collect.main([SWEEP, "--runs", str(tmp_path)]) == 0
         contents.append({path.name: path.read_bytes() for path in collected(SWEEP, tmp_path).folder.iterdir()})
     assert contents[0] == contents[1]
-    assert set(contents[0]) == {"runs.csv", "records.jsonl", "curves.csv", "fits.json", "differences.csv"}
+    assert set(contents[0]) == {"runs.csv", "records.jsonl", "curves.csv", "fits.json"}
 
 
 def test_a_published_study_is_collected_from_its_files(collected_runs: Path, tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_published_study_is_collected_from_its_files(collected_runs: Path, tmp
     arguments = [SWEEP, "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
     assert collect.main(arguments) == 0
     again = collected(SWEEP, tmp_path / "runs")
-    for path in ("runs", "records", "fits", "differences", "curves"):
+    for path in ("runs", "records", "fits", "curves"):
         assert getattr(again, path).read_text() == getattr(source, path).read_text()
 
 
@@ -211,7 +211,7 @@ def test_published_cells_fill_in_what_was_not_run_here(
     assert collect.main(arguments) == 0
     assert f"{len(peer)} cells of" in capsys.readouterr().out
     merged, whole = collected(SWEEP, tmp_path / "runs"), collected(SWEEP, collected_runs)
-    for path in ("runs", "records", "fits", "differences"):
+    for path in ("runs", "records", "fits"):
         assert getattr(merged, path).read_text() == getattr(whole, path).read_text(), path
     both = (pd.read_csv(s.curves).sort_values(["cell", "step"], ignore_index=True) for s in (merged, whole))
     pd.testing.assert_frame_equal(*both)

@@ -79,9 +79,8 @@ def test_a_study_of_rates_has_its_figure(tmp_path: Path) -> None:
 def test_a_table_alone_is_enough_for_the_isoflop_figure(runs: Path) -> None:
     study = collected(SWEEP, runs)
     study.curves.unlink()
-    study.differences.unlink()
     assert figures.main([SWEEP, "--runs", str(runs)]) == 0
-    names = ("isoflop", "frontier", "time")
+    names = ("isoflop", "differences", "frontier", "time")
     assert set(drawn(study.figures)) == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
 
 

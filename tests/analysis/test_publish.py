@@ -31,7 +31,7 @@ def folders(collected_runs: Path, tmp_path: Path) -> list[str]:
 def test_what_is_published(folders: list[str], tmp_path: Path) -> None:
     assert publish.main(folders) == 0
     source, target = collected(SWEEP, tmp_path / "runs"), published(SWEEP, tmp_path / "results")
-    names = {"runs.csv", "records.jsonl", "curves.csv", "fits.json", "differences.csv", "table.md", "figures"}
+    names = {"runs.csv", "records.jsonl", "curves.csv", "fits.json", "table.md", "figures"}
     assert {path.name for path in target.folder.iterdir()} == names
     for name in names - {"records.jsonl", "figures"}:
         assert (target.folder / name).read_bytes() == (source.folder / name).read_bytes()

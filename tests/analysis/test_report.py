@@ -23,6 +23,7 @@ from peerscale.files import ROOT
 from peerscale.runs.fits import fit_study
 from peerscale.runs.record import Status
 from peerscale.runs.study import Study, collected, published
+from peerscale.viz.answer import answer
 
 report = script("report")
 SCRIPT = ROOT / "analysis" / "report.py"
@@ -119,46 +120,77 @@ def test_cells_gone_wrong_and_signals_with_reasons(page: Page) -> None:
     assert [row["signal"] for row in page.table("cell", "signal")] == [SIGNAL]
 
 
-def test_fits_are_those_of_fits_json_with_intervals_and_flags(study: Study, page: Page) -> None:
-    vertices = {v["budget"]: v for v in json.loads(study.fits.read_text())["peer"]["vertices"]}
-    rows = [row for row in page.table("budget", "optimal size") if row["method"] == "PEER"]
-    assert [row["flag"] for row in rows] == ["—", "too few"]  # one of the five cells at the second budget diverged
-    for row in rows:
-        vertex = vertices[float(row["budget"])]
-        for heading, value in (("optimal size", vertex["x"]), ("loss there", vertex["loss"])):
-            shown, low, high = (float(n.replace(",", "")) for n in re.split(r" \[|, ", row[heading].rstrip("]")))
-            assert shown == pytest.approx(value, rel=1e-4)
-            assert low < shown < high
-    warned = {row["warning"]: row["of"] for row in page.table("fit over", "warning")}
-    assert "PEER" in warned["too few: the minimum at budget 3e+11 is flagged"]
+def test_optima_are_those_of_fits_json_with_intervals_and_flags(study: Study, page: Page) -> None:
+    entries = {e["budget"]: e for e in json.loads(study.fits.read_text())["budgets"]}
+    rows = page.table("budget", "own curvature")
+    assert len(rows) == 10
+    peer = [row for row in rows if row["method"] == "PEER"]
+    assert len(peer) == 2
+    for row in peer:
+        optimum = next(m for m in entries[float(row["budget"])]["methods"] if m["name"] == "peer")
+        shown, low, high = (float(n) for n in re.split(r" \[|, ", row["optimal FLOPs per token"].rstrip("]")))
+        assert shown == pytest.approx(optimum["x"], rel=5e-3) and low < shown < high
+        assert row["loss there"] == f"{optimum['loss']:.4f}" and row["± s.e."] == f"{optimum['se']:.4f}"
+        assert row["sizes"] == str(len(optimum["sizes"]))
+        assert row["flag"] == ("—" if optimum["status"] == "ok" else optimum["status"].replace("_", " "))
 
 
-def test_the_command_of_a_fit_gives_its_intervals(study: Study, source: str, page: Page, tmp_path: Path) -> None:
+def test_a_minimum_without_a_number_has_its_flag_alone() -> None:
+    method = {
+        "name": "peer", "status": "too_few", "x": None, "x_interval": [None, None], "loss": None, "sizes": [1, 2, 3],
+        "own": {"loss": None, "curvature": 1.5},
+    }  # fmt: skip
+    (row,) = report.optima({"budgets": [{"budget": 1e11, "methods": [method]}]}).to_dict("records")
+    assert (row["optimal FLOPs per token"], row["loss there"], row["± s.e."], row["flag"]) == ("—", "—", "—", "too few")
+
+
+def test_the_command_of_a_fit_runs(study: Study, source: str, tmp_path: Path) -> None:
     command = html.unescape(re.findall(r"<pre>(.*?)</pre>", source, re.DOTALL)[-1]).replace("\\\n", "")
     words = [str(study.folder) if word == f"runs/{SWEEP}/study" else word for word in shlex.split(command)]
     assert words[:2] == [".venv/bin/python", "analysis/fit.py"] and words[-2:] == ["--out", "fit.json"]
     assert script("fit").main([*words[2:-1], str(tmp_path / "fit.json")]) in (None, 0)
-    vertices = json.loads((tmp_path / "fit.json").read_text())["vertices"]
-    rows = [row for row in page.table("budget", "optimal size") if row["method"] == "dense"]
-    for row, vertex in zip(rows, vertices, strict=True):
-        low, high = vertex["loss_interval"]
-        assert row["loss there"] == f"{vertex['loss']:.4f} [{low:.4f}, {high:.4f}]"
+    assert len(json.loads((tmp_path / "fit.json").read_text())["vertices"]) == 2
 
 
 def test_laws_of_three_budgets_by_three_approaches() -> None:
     runs = surface_runs(noise=1e-4)
-    fits = fit_study(runs, surface_curves(runs))
-    laws = report.power_laws(fits)
-    assert list(laws["approach"].unique()) == ["2, parabolas", "1, envelope of curves"]
-    dense = laws[(laws["method"] == "dense") & (laws["size"] == "training FLOPs per token")].set_index("approach")
-    assert dense.loc["2, parabolas", "exponent"].startswith(f"{fits['dense']['exponent']:.4g} [")
-    assert dense.loc["1, envelope of curves", "exponent"].startswith(f"{fits['dense/envelope']['exponent']:.4g} [")
+    fits = fit_study(runs, surface_curves(runs), [])
+    laws, found = report.power_laws(fits), fits["laws"]
+    assert list(laws["approach"].unique()) == ["2, isoFLOP optima", "1, envelope of curves"]
+    dense = laws[laws["method"] == "dense"].set_index("approach")
+    assert dense.loc["2, isoFLOP optima", "exponent"].startswith(f"{found['dense']['exponent']:.4g} [")
+    assert dense.loc["1, envelope of curves", "exponent"].startswith(f"{found['dense/envelope']['exponent']:.4g} [")
     surface = report.surfaces(fits).set_index("method").loc["dense"]
-    assert surface["alpha"].startswith(f"{fits['dense/parametric']['alpha']:.4g} [")
-    assert surface["largest budget: mean loss predicted"].startswith(
-        f"{fits['dense/parametric']['hold_out']['predicted']:.4f} ["
-    )
+    assert surface["alpha"].startswith(f"{found['dense/parametric']['alpha']:.4g} [")
+    held = found["dense/parametric"]["hold_out"]["predicted"]
+    assert surface["largest budget: mean loss predicted"].startswith(f"{held:.4f} [")
     assert list(report.surfaces({})) == list(report.power_laws({})) == []
+
+
+def test_the_page_opens_with_the_answer_and_then_figure_1(study: Study, source: str) -> None:
+    body = source.partition("<body>")[2]
+    sentence = html.escape(answer(json.loads(study.fits.read_text())), quote=False)
+    opening = rf'\s*<h1>{SWEEP}</h1>\s*<p class="answer">{re.escape(sentence)}</p>\s*<figure>.*?figures/isoflop\.png'
+    assert re.match(opening, body, re.DOTALL)
+    assert "<table" not in body[: body.index("<nav>")] and body.count("<p", 0, body.index("<figure>")) == 1
+    assert sentence.startswith("At 3e11 FLOPs PEER ") and "at 1e11 it leads dense" in sentence
+
+
+def test_a_study_without_claims_says_so_in_its_place(study: Study, tmp_path: Path) -> None:
+    found = collected(SWEEP, tmp_path)
+    shutil.copytree(study.folder, found.folder)
+    fits = json.loads(study.fits.read_text())
+    found.fits.write_text(json.dumps({**fits, "claims": []}))
+    assert report.main([SWEEP, "--runs", str(tmp_path)]) == 0
+    body = (found.folder / "report.html").read_text().partition("<body>")[2]
+    assert '<p class="answer">No claim: no difference here has an error' in body.partition("<figure>")[0]
+
+
+def test_every_table_has_headings_to_sort_by(source: str) -> None:
+    tables = re.findall(r"<table>(.*?)</table>", source, re.DOTALL)
+    assert len(tables) > 10
+    for table in tables:
+        assert re.match(r"\s*<thead>\s*<tr>(\s*<th[^>]*>[^<]*</th>)+\s*</tr>\s*</thead>\s*<tbody>", table), table[:300]
 
 
 def test_figures_are_embedded_whole_and_nothing_is_loaded(study: Study, source: str, page: Page) -> None:
@@ -182,7 +214,12 @@ def test_setup_recipe_and_versions(page: Page) -> None:
     assert "optim.weight_decay" in page.text and "optim.weight_decay" not in settings
     sizes = {(row["budget"], row["method"]): row for row in page.table("sizes", "finished")}
     assert len(sizes) == 10 and sizes["3e11", "PEER"]["finished"] == "4 of 5"
-    for told in ("per-operation, full attention, backward 2x", "0123456789ab", "PEER leads at 1e11", "kernel native"):
+    for told in (
+        "per-operation, full attention, backward 2x",
+        "0123456789ab",
+        "At 1e11 FLOPs PEER leads dense",
+        "kernel native",
+    ):
         assert told in page.text
 
 
@@ -230,14 +267,18 @@ def test_in_a_browser_it_fits_both_widths_and_sorts(source: str, tmp_path: Path)
     const found = {};
     for (const frame of document.querySelectorAll("iframe")) {
       const page = frame.contentDocument, root = page.documentElement;
-      const table = [...page.querySelectorAll("table")].find(t => t.tHead.textContent.includes("s.e."));
+      const table = [...page.querySelectorAll("table")].find(t => t.tHead.textContent.includes("bits per byte"));
       const heads = [...table.tHead.rows[0].cells], i = heads.findIndex(head => head.textContent.startsWith("loss"));
+      const sorts = [...page.querySelectorAll("table")].map(({ tHead: { rows: [{ cells: [first] }] } }) => {
+        first.click();
+        return first.ariaSort;
+      });
       const column = () => [...table.tBodies[0].rows].map(row => row.cells[i].textContent);
       heads[i].click();
       const up = column();
       heads[i].click();
       const images = [...page.images].map(image => image.naturalWidth);
-      found[frame.id] = {inner: root.clientWidth, scroll: root.scrollWidth, up, down: column(), images};
+      found[frame.id] = {inner: root.clientWidth, scroll: root.scrollWidth, up, down: column(), images, sorts};
     }
     document.body.innerHTML = "<p>" + JSON.stringify(found) + "</p>";
     """
@@ -258,4 +299,5 @@ def test_in_a_browser_it_fits_both_widths_and_sorts(source: str, tmp_path: Path)
         assert losses == sorted(losses) and len(losses) == 47
         assert seen["down"] == [*(f"{loss:.4f}" for loss in reversed(losses)), "—", "—", "—"]
         assert seen["up"][-3:] == ["—"] * 3
+        assert set(seen["sorts"]) == {"ascending"} and len(seen["sorts"]) == source.count("<table>")
     assert found["control"]["scroll"] > 390
