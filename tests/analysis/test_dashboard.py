@@ -74,7 +74,7 @@ def test_saved_twice_there_is_one_workspace_and_one_report(wandb_server: WandbSe
         "figures/isoflop",
         "isoFLOP curve",
         *(f"{budget:g} FLOPs" for budget in read_runs("results/reproduce")["budget"].unique()),
-        "moe_token_choice",
+        "MoE (token choice)",
     ):
         assert needed in text, needed
     assert wandb_server.unknown == []
