@@ -26,10 +26,10 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 T = TypeVar("T")
 
 
-def parse(adapter: TypeAdapter[T], root: type, tree: Mapping[str, Any]) -> T:
-    """A nested mapping as a `root`; raises `ConfigError` for the first thing that is wrong with it."""
+def parse(adapter: TypeAdapter[T], root: type, tree: Mapping[str, Any], section: str = "") -> T:
+    """A nested mapping, `section` of the file or all of it, as a `root`; raises `ConfigError` for its first mistake."""
     try:
         return adapter.validate_python(tree)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ConfigError(one_line(first, root)) from None
+        raise ConfigError(one_line(first, root, section)) from None

@@ -36,7 +36,7 @@ class FailedCells(Exception):
 
 
 def exit_code(main: Callable[[], int | None]) -> int:
-    """Run a program's `main`; turn a `UserError`, a place that is none or a full disk into a line and exit code 2."""
+    """Run a program's `main`; turn a `UserError`, an unusable path or a full disk into a line and exit code 2."""
     try:
         return main() or 0
     except FailedCells as error:

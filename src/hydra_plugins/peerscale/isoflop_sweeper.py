@@ -4,7 +4,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
@@ -32,16 +31,17 @@ class IsoflopSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         # Hydra imports every plugin at every start; what the sweep needs is imported when there is one.
         from hydra_plugins.peerscale.slurm_launcher import SlurmLauncher
+        from peerscale.composition import registered_file
         from peerscale.config import ConfigError
         from peerscale.data.prepare import prepare
         from peerscale.errors import FailedCells
         from peerscale.runs.record import Status
-        from peerscale.sweeper import diverged_lines, pending_cells, planned_cells
+        from peerscale.sweeper import STUDY_OVERRIDES, diverged_lines, pending_cells, planned_cells
 
         assert self.config is not None and self.launcher is not None
-        if "sweep" not in self.config:
+        if (study := registered_file(str(self.config.hydra.job.config_name))) is None:
             raise ConfigError("a multirun needs a sweep file: --config-dir sweeps --config-name NAME")
-        cells = planned_cells(self._file(), arguments)
+        cells = planned_cells(study, [*STUDY_OVERRIDES, *arguments])
         corpus = prepare(cells[0].config.data)
         pending = pending_cells(cells, corpus.manifest.fingerprint)
         dropped = sum(cell.plan.verdict == "DROP" for cell in cells)
@@ -69,14 +69,6 @@ class IsoflopSweeper(Sweeper):
         with Progress(name, pending, already_done=done), _workers_end_with(self.launcher):
             returns = self.launcher.launch([list(cell.overrides) for cell in pending], initial_job_idx=0)
         return {cell.name: job.return_value for cell, job in zip(pending, returns, strict=True)}
-
-    def _file(self) -> Path:
-        """The sweep file: the primary config, in the folder that `--config-dir` names."""
-        assert self.config is not None
-        runtime = self.config.hydra.runtime
-        folders = [Path(source.path) for source in runtime.config_sources if source.schema == "file"]
-        found = [f for folder in folders if (f := folder / f"{self.config.hydra.job.config_name}.yaml").is_file()]
-        return found[0]
 
 
 @contextmanager
