@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -435,6 +436,34 @@ def test_a_study_needs_no_lines_for_hydra_and_may_have_them(start: str, tmp_path
     assert {(cell.config.context, cell.config.batch_sequences) for cell in cells} == {(32, 8)}
     assert {cell.config.data.source for cell in cells} == {"text" if "text" in start else "gutenberg"}
     assert_planned_is_what_a_job_loads(cells[::3], file)
+
+
+@pytest.mark.parametrize("start", ["", "defaults: [config, _self_]\n", "hydra: {mode: RUN}\n"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["sweep.methods=[peer]", "ffn.n_experts=1024", "sweep.seeds=[1,2]"],
+        ["optim.lr=.02", "data=text", "data.path=x", "data.evaluation={validation:512}"],
+    ],
+    ids=" ".join,
+)
+def test_a_sweep_runs_the_cells_that_the_plan_lists(
+    start: str, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import peerscale.data.prepare
+    import peerscale.sweeper
+    from peerscale.train import main
+
+    ran: list[Cell] = []
+    corpus = SimpleNamespace(manifest=SimpleNamespace(fingerprint=CORPUS))
+    monkeypatch.setattr(peerscale.data.prepare, "prepare", lambda config: corpus)
+    monkeypatch.setattr(peerscale.sweeper, "pending_cells", lambda cells, _: ran.extend(cells) or [])
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"{start}sweep: {TOY}\n")
+    monkeypatch.setattr("sys.argv", ["train", "--config-dir", str(tmp_path), "--config-name", "mine", *overrides])
+    assert main() == 0
+    assert ran and ran == planned_cells(file, overrides)
 
 
 # What a study cannot smuggle in

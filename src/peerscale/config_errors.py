@@ -49,7 +49,7 @@ def unknown_key(key: str, root: type, layer: str | None = None) -> str:
         layer: the `ffn.method` of the configuration, if it is known.
     """
     if key.partition(".")[0] == "sweep":
-        return f"unknown key {key}; only a study has it: --config-dir sweeps --config-name NAME"
+        return f"unknown key {key}; only a study has it: make sweep SWEEP=NAME OVERRIDES=..."
     known = dict.fromkeys(_keys(root))
     if key in known:
         owners = layers_with(key, root)
@@ -113,7 +113,7 @@ def first_line(error: Exception, root: type, layer: Callable[[], str | None]) ->
         return f"unknown choice {group}={choice}; there are: {', '.join(error.options)}"
     if isinstance(error, MarkedYAMLError) and error.problem_mark:
         mark = error.problem_mark
-        return f"{mark.name}:{mark.line + 1}: no valid YAML: {error.problem}"
+        return f"{mark.name}:{mark.line + 1}: not valid YAML: {error.problem}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if lines and lines[0].startswith("Could not override '"):
         key = lines[0].split("'")[1]

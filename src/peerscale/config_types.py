@@ -18,7 +18,7 @@ def _no_bool(value: Any) -> Any:
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 Whole = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
 Seed = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, lt=2**32)]
-"""What numpy takes for one."""
+"""The seeds that numpy accepts."""
 Positive = Annotated[int, BeforeValidator(_no_bool), Field(gt=0)]
 Rate = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]

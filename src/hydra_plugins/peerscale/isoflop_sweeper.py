@@ -40,7 +40,7 @@ class IsoflopSweeper(Sweeper):
 
         assert self.config is not None and self.launcher is not None
         if (study := registered_file(str(self.config.hydra.job.config_name))) is None:
-            raise ConfigError("a multirun needs a sweep file: --config-dir sweeps --config-name NAME")
+            raise ConfigError("only a study runs several cells: make sweep SWEEP=NAME")
         cells = planned_cells(study, [*STUDY_OVERRIDES, *arguments])
         corpus = prepare(cells[0].config.data)
         pending = pending_cells(cells, corpus.manifest.fingerprint)
