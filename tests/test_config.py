@@ -351,7 +351,21 @@ def test_replaced_blocks_count_from_one(replaced: str, n_layers: int, blocks: tu
         ({"d_model": 32, "n_layers": 6}, "d32-l6"),
         ({"d_model": 32, "n_heads": 8}, "d32-h8"),
         ({"d_model": 64, "n_heads": 2, "n_layers": 12}, "d64-l12-h2"),
+        ({"d_model": 48, "n_heads": 4}, "d48"),
+        ({"d_model": 48, "n_heads": 3}, "d48-h3"),
+        ({"d_model": 2, "n_heads": 1}, "d2"),
+        ({"d_model": 72, "n_heads": 6}, "d72"),
+        ({"d_model": 72, "n_heads": 9}, "d72-h9"),
     ],
 )
 def test_a_sizes_name_says_what_is_unusual(size: dict[str, int], name: str) -> None:
     assert SizeConfig(**size).name == name
+
+
+def test_sizes_of_one_width_have_names_of_their_own() -> None:
+    names: dict[str, SizeConfig] = {}
+    for d_model in range(2, 130, 2):
+        for n_heads in (n for n in range(1, d_model) if d_model % (2 * n) == 0):
+            for n_layers in (3, 4):
+                size = SizeConfig(d_model=d_model, n_heads=n_heads, n_layers=n_layers)
+                assert names.setdefault(size.name, size) == size

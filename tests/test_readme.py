@@ -4,9 +4,12 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 from peerscale.files import ROOT
+from peerscale.plan import Verdict
+from peerscale.sweeper import planned_cells
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -37,6 +40,18 @@ def test_the_python_of_the_readme_runs() -> None:
     (code,) = [block for block in blocks(README, "python") if "read_runs" in block]
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_study_of_the_readme_plans_as_it_stands(tmp_path: Path) -> None:
+    (text,) = [block for block in blocks(README, "yaml") if block.startswith("sweep:")]
+    (tmp_path / "mine.yaml").write_text(text)
+    cells = planned_cells(tmp_path / "mine.yaml")
+    dense, peer = (Counter(c.config.size.name for c in cells if c.config.ffn.method == m) for m in ("dense", "peer"))
+    assert dense == dict.fromkeys(("d16", "d20", "d24", "d32", "d48"), 4), "two seeds of two batches"
+    assert peer == {size: 2 * n for size, n in dense.items()}, "of two numbers of experts each"
+    assert {cell.config.budget for cell in cells} == {9e11}
+    assert [cell.name for cell in cells if cell.plan.verdict is Verdict.DROP] == []
+    assert f"its {len(cells)} cells" in README
 
 
 def test_a_new_layer_takes_what_the_readme_says(tmp_path: Path) -> None:

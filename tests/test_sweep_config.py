@@ -1,14 +1,16 @@
 """The `sweep` section of a study file."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from peerscale.config_errors import ConfigError
+from peerscale.files import ROOT
 from peerscale.runs.record import science
-from peerscale.sweep_config import ClaimsConfig, load_sweep, parse_sweep
+from peerscale.sweep_config import ClaimsConfig, GridRow, SweepConfig, load_sweep, parse_sweep
 from peerscale.sweeper import planned_cells
 from toy_study import CORPUS, write_study
 
@@ -16,29 +18,32 @@ NOT_POSITIVE = "input should be greater than 0, not"
 STUDY = {"methods": ["dense"], "grid": [{"budget": 1e12, "sizes": ["d8"]}]}
 
 SWEEP_MESSAGES = [
-    ({"methods": []}, "methods: list should have at least 1 item, not []"),
-    ({"grid": []}, "grid: list should have at least 1 item, not []"),
-    ({"grid": [{"budget": 0, "sizes": ["d8"]}]}, f"grid.0.budget: {NOT_POSITIVE} 0"),
-    ({"grid": [{"budget": 1e12}]}, "grid.0.sizes: missing"),
-    ({"seeds": []}, "seeds: list should have at least 1 item, not []"),
-    ({"min_sizes": 0}, f"min_sizes: {NOT_POSITIVE} 0"),
-    ({"grid": [{"budget": 1, "sizes": ["d8"], "window": 3}]}, "grid.0.window: [low, high] in FLOPs per token, not 3"),
+    ({"methods": []}, "sweep.methods: list should have at least 1 item, not []"),
+    ({"grid": []}, "sweep.grid: list should have at least 1 item, not []"),
+    ({"grid": [{"budget": 0, "sizes": ["d8"]}]}, f"sweep.grid.0.budget: {NOT_POSITIVE} 0"),
+    ({"grid": [{"budget": 1e12}]}, "sweep.grid.0.sizes: missing"),
+    ({"seeds": []}, "sweep.seeds: list should have at least 1 item, not []"),
+    ({"min_sizes": 0}, f"sweep.min_sizes: {NOT_POSITIVE} 0"),
+    (
+        {"grid": [{"budget": 1, "sizes": ["d8"], "window": 3}]},
+        "sweep.grid.0.window: [low, high] in FLOPs per token, not 3",
+    ),
     (
         {"grid": [{"budget": 1, "sizes": ["d8"], "window": [1, 2, 3]}]},
-        "grid.0.window: [low, high] in FLOPs per token, not [1, 2, 3]",
+        "sweep.grid.0.window: [low, high] in FLOPs per token, not [1, 2, 3]",
     ),
-    ({"grid": [{"budget": 1, "sizes": ["d8"], "window": [0, 2]}]}, f"grid.0.window.0: {NOT_POSITIVE} 0"),
+    ({"grid": [{"budget": 1, "sizes": ["d8"], "window": [0, 2]}]}, f"sweep.grid.0.window.0: {NOT_POSITIVE} 0"),
     (
         {"grid": [{"budget": 1, "sizes": ["d8"], "window": [3e6, 1e6]}]},
-        "grid.0: window [3e+06, 1e+06] must be [low, high] with low < high, in FLOPs per token",
+        "sweep.grid.0: window [3e+06, 1e+06] must be [low, high] with low < high, in FLOPs per token",
     ),
     (
         {"grid": [{"budget": 1e12, "sizes": ["d8"], "window": [1, high]} for high in (2, 3)]},
         "grid has the windows [1, 2] and [1, 3] at 1e+12: a budget has one",
     ),
-    ({"claims": {"method": "dense"}}, "claims.rivals: missing"),
-    ({"claims": {"method": "dense", "rivals": []}}, "claims.rivals: list should have at least 1 item, not []"),
-    ({"claims": 3}, "claims: input should be a mapping, not 3"),
+    ({"claims": {"method": "dense"}}, "sweep.claims.rivals: missing"),
+    ({"claims": {"method": "dense", "rivals": []}}, "sweep.claims.rivals: list should have at least 1 item, not []"),
+    ({"claims": 3}, "sweep.claims: input should be a mapping, not 3"),
 ]
 
 
@@ -51,10 +56,17 @@ def test_a_wrong_study_is_refused_in_one_line(change: dict[str, Any], message: s
 
 @pytest.mark.parametrize(
     ("change", "key"),
-    [({"axis": {}}, "axis"), ({"grid": [{"budget": 1e12, "sizes": ["d8"], "seed": [1]}]}, "grid.0.seed")],
+    [
+        ({"axis": {}}, "axis; there are: methods, grid, budgets, seeds, axes, method_axes, min_sizes, claims"),
+        ({"sizes": ["d8"]}, "sizes; there are: methods, grid, budgets, seeds, axes, method_axes, min_sizes, claims"),
+        (
+            {"grid": [{"budget": 1e12, "sizes": ["d8"], "seed": [1]}]},
+            "grid.0.seed; there are: budget, sizes, seeds, window",
+        ),
+    ],
 )
 def test_an_unknown_key_of_a_study_is_refused_by_name(change: dict[str, Any], key: str) -> None:
-    with pytest.raises(ConfigError, match=f"^unknown key {re.escape(key)}; "):
+    with pytest.raises(ConfigError, match=f"^unknown key sweep.{re.escape(key)}$"):
         parse_sweep({**STUDY, **change})
 
 
@@ -158,3 +170,25 @@ def test_windows_and_claims_change_no_cell(tmp_path: Path) -> None:
     without = planned_cells(write_study(tmp_path, str(plain)))
     assert [cell.name for cell in with_both] == [cell.name for cell in without]
     assert [science(cell.config, CORPUS) for cell in with_both] == [science(cell.config, CORPUS) for cell in without]
+
+
+# The template
+
+
+def test_the_template_names_every_key_of_a_study() -> None:
+    text = (ROOT / "sweeps/template.yaml").read_text()
+    for field in fields(SweepConfig):
+        assert re.search(rf"^  (# )?{field.name}:", text, flags=re.M), field.name
+    for field in fields(GridRow):
+        assert f"{field.name}: " in text, field.name
+
+
+def test_every_line_of_the_template_that_is_commented_out_works(tmp_path: Path) -> None:
+    text = (ROOT / "sweeps/template.yaml").read_text()
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        re.sub(r"^  # (?=(axes|method_axes|budgets|  peer): )|^  # (?=method_axes:$)", "  ", text, flags=re.M)
+    )
+    cells = planned_cells(file)
+    assert {cell.config.budget for cell in cells} == {2e11}
+    assert len(cells) == (5 + 1) * (4 + 4 * 2)

@@ -4,16 +4,19 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peerscale.config import ConfigError, load, load_sweep
+from peerscale.config import ConfigError, load
 from peerscale.errors import UserError
 from peerscale.files import ROOT
 from peerscale.plan import Verdict
 from peerscale.runs.record import NOT_HASHED, Status, fingerprint, science, write_record
+from peerscale.runs.table import read_runs
+from peerscale.sweep_config import load_sweep
 from peerscale.sweeper import (
     OPERATIONAL,
     Cell,
@@ -257,7 +260,7 @@ def test_axes_of_a_method_that_is_not_in_the_study_are_refused(study: Write) -> 
     [
         (["ffn=peer", "size=d64", "budget=1e12"], "peer-d64-1e12-s0"),
         (["ffn=moe_token_choice", "seed=7"], "moe_token_choice-d32-2e11-s7"),
-        (["ffn=peer", "ffn.top_k=8", "optim.lr=1e-3"], "peer-d32-2e11-top_k=8-lr=1e-3-s0"),
+        (["ffn=peer", "ffn.top_k=8", "optim.lr=1e-3"], "peer-d32-2e11-top_k=8-lr=0.001-s0"),
         (["replaced=[1,3]"], "dense-d32-2e11-replaced=1_3-s0"),
         (["ffn=peer", "++ffn.query_norm=false"], "peer-d32-2e11-query_norm=false-s0"),
         (["trainer.threads=2", "tracking=disabled", "data.directory=x", "trainer=cpu"], "dense-d32-2e11-s0"),
@@ -302,6 +305,48 @@ def test_two_corpora_of_one_name_are_not_mixed(tmp_path: Path) -> None:
     write_record(here.folder, record_of(here, Status.DONE, corpus="e" * 16))
     with pytest.raises(UserError, match=r"holds a run of another configuration: data_fingerprint"):
         state(there, "f" * 16)
+
+
+@pytest.mark.parametrize(
+    "spellings",
+    [
+        ["optim.lr=2e-2", "optim.lr=.02", "optim.lr=0.020", "++optim.lr=0.02", "optim.lr='0.02'"],
+        ["optim.lr=1", "optim.lr=1.0", "optim.lr=1e0"],
+        ["context=32", "context=32.0", "context='32'"],
+        ["trainer.threads=1 ++ffn.variant=x", "++ffn.variant='x'"],
+        ["replaced=[1,3]", "replaced=[ 1, 3 ]"],
+        ["optim.lr=5 optim.lr=2e-2", "optim.lr=2e-2"],
+        ["optim.table_lr=null", "optim.table_lr=Null"],
+    ],
+    ids=lambda spellings: spellings[0],
+)
+def test_a_value_has_one_name_however_it_is_written(spellings: list[str]) -> None:
+    assert len({cell_name(load(words), words) for words in map(_words, spellings)}) == 1
+
+
+def _words(line: str) -> list[str]:
+    return re.split(r" (?=[a-z+])", line)
+
+
+def test_booleans_have_one_name() -> None:
+    names = {
+        cell_name(load(["ffn=peer", f"ffn.query_norm={word}"]), [f"ffn.query_norm={word}"]) for word in ("True", "true")
+    }
+    assert names == {"peer-d32-2e11-query_norm=true-s0"}
+
+
+def test_axes_and_overrides_name_a_value_alike(study: Write) -> None:
+    (axis,) = planned_cells(study("{methods: [dense], grid: [{budget: 1e10, sizes: [d8]}], axes: {optim.lr: [2e-2]}}"))
+    (override,) = planned_cells(study("{methods: [dense], grid: [{budget: 1e10, sizes: [d8]}]}"), ["optim.lr=.02"])
+    assert axis.name == override.name == "dense-d8-1e10-lr=0.02-s0"
+
+
+@pytest.mark.parametrize(
+    "results", sorted(path.parent for path in (ROOT / "results").glob("*/runs.csv")), ids=lambda folder: folder.name
+)
+def test_published_cells_keep_their_names(results: Path) -> None:
+    published = set(read_runs(results)["cell"])
+    assert published and published <= {cell.name for cell in planned(results.name)}
 
 
 @pytest.mark.parametrize("override", ["min_steps=10", "data.max_epochs=2", "data.train_tokens=100000000"])
@@ -402,6 +447,59 @@ def test_a_cells_overrides_are_plain_text_for_any_launcher(cells: list[Cell]) ->
     for cell in cells:
         assert json.loads(json.dumps(cell.overrides)) == list(cell.overrides)
         assert all(re.fullmatch(r"[a-z_.]+=\S+", override) for override in cell.overrides)
+
+
+# Lines for Hydra
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "",
+        "defaults: [config, _self_]\nhydra: {mode: MULTIRUN}\n",
+        "defaults: [config]\n",
+        "defaults: [override data: text]\n",
+        "defaults: [base, _self_]\n",
+    ],
+    ids=lambda start: start.partition("\n")[0],
+)
+def test_a_study_needs_no_lines_for_hydra_and_may_have_them(start: str, tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("defaults: [config, _self_]\nseed: 3\n")
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"{start}sweep: {TOY}\ncontext: 32\ndata: {{path: x, evaluation: {{validation: 512}}}}\n")
+    cells = planned_cells(file, ["batch_sequences=8"])
+    assert len(cells) == 8
+    assert {(cell.config.context, cell.config.batch_sequences) for cell in cells} == {(32, 8)}
+    assert {cell.config.data.source for cell in cells} == {"text" if "text" in start else "gutenberg"}
+    assert_planned_is_what_a_job_loads(cells[::3], file)
+
+
+@pytest.mark.parametrize("start", ["", "defaults: [config, _self_]\n", "hydra: {mode: RUN}\n"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["sweep.methods=[peer]", "ffn.n_experts=1024", "sweep.seeds=[1,2]"],
+        ["optim.lr=.02", "data=text", "data.path=x", "data.evaluation={validation:512}"],
+    ],
+    ids=" ".join,
+)
+def test_a_sweep_runs_the_cells_that_the_plan_lists(
+    start: str, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import peerscale.data.prepare
+    import peerscale.sweeper
+    from peerscale.train import main
+
+    ran: list[Cell] = []
+    corpus = SimpleNamespace(manifest=SimpleNamespace(fingerprint=CORPUS))
+    monkeypatch.setattr(peerscale.data.prepare, "prepare", lambda config: corpus)
+    monkeypatch.setattr(peerscale.sweeper, "pending_cells", lambda cells, _: ran.extend(cells) or [])
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"{start}sweep: {TOY}\n")
+    monkeypatch.setattr("sys.argv", ["train", "--config-dir", str(tmp_path), "--config-name", "mine", *overrides])
+    assert main() == 0
+    assert ran and ran == planned_cells(file, overrides)
 
 
 # What a study cannot smuggle in

@@ -7,6 +7,9 @@ from typing import Any
 from peerscale.config_errors import ConfigError, first_line
 from peerscale.files import ROOT
 
+STUDY = ".study"
+"""Ends the names by which Hydra knows studies, so that it does not read the file of a study by itself."""
+
 
 def sweep_file(sweep: str | Path) -> Path:
     """The file of a study given by name or path; raises `ConfigError` with the studies there are."""
@@ -16,6 +19,51 @@ def sweep_file(sweep: str | Path) -> Path:
         known = ", ".join(sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml")))
         raise ConfigError(f"no sweep file {path.name}; in sweeps/ there are: {known or 'none'}")
     return path.resolve()
+
+
+def register_study(sweep: str | Path) -> str:
+    """Make a study known to Hydra, and return the name under which Hydra composes it.
+
+    The file needs no lines for Hydra: its settings are laid over `conf/config.yaml`, unless its `defaults` name another
+    file to lay them over, and Hydra always runs it as a multirun.
+
+    Raises:
+        ConfigError: there is no such file, or it is not a YAML mapping.
+    """
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    file = sweep_file(sweep)
+    try:
+        study = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise config_error(error) from None
+    if not isinstance(study, dict):
+        raise ConfigError(f"{file.name}: input should be a mapping with a `sweep:` section, not a list")
+    hydra, defaults = study.get("hydra") or {}, study.get("defaults") or []
+    for key, value, kind, name in (("hydra", hydra, dict, "mapping"), ("defaults", defaults, list, "list")):
+        if not isinstance(value, kind):
+            raise ConfigError(f"{file.name}: {key}: input should be a {name}, not {value!r}")
+    bases = [entry for entry in defaults if isinstance(entry, str) and entry != "_self_"]
+    node = {
+        **study,
+        "defaults": [*([] if bases else ["config"]), *defaults, *([] if "_self_" in defaults else ["_self_"])],
+        # Files that its `defaults` name may lie beside it.
+        "hydra": {**hydra, "mode": "MULTIRUN", "searchpath": [f"file://{file.parent}"]},
+    }
+    ConfigStore.instance().store(f"{file.stem}{STUDY}", OmegaConf.create(node), provider=str(file))
+    return f"{file.stem}{STUDY}"
+
+
+def registered_file(config_name: str) -> Path | None:
+    """The file of the study that Hydra knows as `config_name`; None if that is no study."""
+    from hydra.core.config_store import ConfigStore
+
+    if not config_name.endswith(STUDY):
+        return None
+    return Path(str(ConfigStore.instance().load(f"{config_name}.yaml").provider))
 
 
 def check_hydra(sweep: Path) -> None:
@@ -34,7 +82,7 @@ def check_hydra(sweep: Path) -> None:
         target = its.get(key, {}).get("_target_", "")
         if not target.startswith(("hydra_plugins.", "hydra._internal.core_plugins.")):
             raise ConfigError(
-                f"{sweep.name}: hydra.{key} {target!r} is no plugin; choose one: override hydra/{key}: NAME"
+                f"{sweep.name}: hydra.{key} {target!r} is not a plugin; choose one: override hydra/{key}: NAME"
             )
 
 
@@ -52,22 +100,31 @@ def compose(overrides: Sequence[str] = (), *, sweep: str | Path | None = None, h
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    conf = ROOT / "conf"
-    file = sweep_file(sweep) if sweep is not None else conf / "config.yaml"
-    search = [f"hydra.searchpath=[file://{conf}]"] if sweep is not None else []
-    running = get_gh_backup()  # a sweep composes its cells inside a running Hydra, which allows but one at a time
+    name = "config" if sweep is None else register_study(sweep)
+    running = get_gh_backup()  # a sweep composes its cells inside a running Hydra, which allows only one at a time
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(file.parent), version_base="1.3"):
-            composed = hydra_compose(file.stem, overrides=[*search, *overrides], return_hydra_config=hydra)
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            composed = hydra_compose(name, overrides=list(overrides), return_hydra_config=hydra)
         tree = OmegaConf.to_container(
             composed.hydra if hydra else composed, resolve=not hydra, throw_on_missing=not hydra
         )
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:  # ValueError: size=null and such
-        from peerscale.config import Config  # which imports this module
-
-        raise ConfigError(first_line(error, Config)) from None
+        raise config_error(error, overrides, sweep=sweep) from None
     finally:
         restore_gh_from_backup(running)
     assert isinstance(tree, dict)
     return {str(key): value for key, value in tree.items()}
+
+
+def config_error(error: Exception, overrides: Sequence[str] = (), *, sweep: str | Path | None = None) -> ConfigError:
+    """An error of Hydra, OmegaConf or YAML that `overrides` met, as ours."""
+    from peerscale.config import Config  # which imports this module
+
+    def layer() -> str | None:
+        try:
+            return compose([o for o in overrides if not o.startswith("ffn.")], sweep=sweep)["ffn"]["method"]
+        except (ConfigError, KeyError, TypeError):
+            return None
+
+    return ConfigError(first_line(error, Config, layer).replace(f"{STUDY}'", "'"))

@@ -43,10 +43,17 @@ class SizeConfig:
 
     @property
     def name(self) -> str:
-        """`d32`; a depth other than 4 or a head width outside 8..16 shows: `d32-l6-h8`."""
+        """`d32`; a depth other than 4 and a number of heads other than the usual one show: `d32-l6-h8`."""
         depth = "" if self.n_layers == 4 else f"-l{self.n_layers}"
-        heads = "" if 8 <= self.d_model // self.n_heads <= 16 else f"-h{self.n_heads}"
+        heads = "" if self.n_heads == self._usual_heads else f"-h{self.n_heads}"
         return f"d{self.d_model}{depth}{heads}"
+
+    @property
+    def _usual_heads(self) -> int:
+        """As in conf/size: the fewest heads that are at most 16 wide, but 4 of d48."""
+        if self.d_model == 48:
+            return 4
+        return next(n for n in range(1, self.d_model) if self.d_model % (2 * n) == 0 and self.d_model // n <= 16)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -275,7 +282,7 @@ class TrainerConfig:
 
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: Positive = 1
-    """GPUs of one cell, or processes where there is none; they share each batch, so must divide `batch_sequences`."""
+    """GPUs of one cell, or processes on a machine without; they share each batch, so must divide `batch_sequences`."""
     shard_tables: bool = False
     """Each device holds a share of the rows of the expert tables, for tables that one cannot hold; their number must be
     a multiple of `devices`."""

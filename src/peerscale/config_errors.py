@@ -1,10 +1,10 @@
-"""What Hydra, OmegaConf and pydantic have against a configuration, in one line of the user's terms."""
+"""Errors of Hydra, OmegaConf and pydantic about a configuration, each as one line in the user's terms."""
 
 import difflib
 import itertools
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Annotated, Any
 
@@ -15,17 +15,19 @@ class ConfigError(UserError):
     """A configuration that cannot be run: the key, what was given, what is allowed."""
 
 
-def one_line(problem: Mapping[str, Any], root: type) -> str:
-    """The first of pydantic's complaints about a `root`."""
+def one_line(problem: Mapping[str, Any], root: type, section: str = "") -> str:
+    """The first of pydantic's complaints about a `root`, which is a `section` of the user's file, or all of it."""
     # The tag of a union of layers stands in pydantic's location after its key; the user's key has no such part.
     loc = [str(part) for part in problem["loc"]]
-    where = ".".join(part for i, part in enumerate(loc) if i == 0 or loc[i - 1] not in ("ffn", "params_of"))
+    parts = [part for i, part in enumerate(loc) if i == 0 or loc[i - 1] not in ("ffn", "params_of")]
+    where = ".".join([*([section] if section else []), *parts])
     given = problem["input"]
-    where = where or "sweep"  # of a configuration Hydra makes sure that it is a mapping
     message = problem["msg"].removeprefix("Value error, ")
     match problem["type"]:
         case "unexpected_keyword_argument" | "extra_forbidden":
-            return unknown_key(where, root)
+            if section:
+                return f"unknown key {where}; there are: {', '.join(_siblings(parts, root))}"
+            return unknown_key(where, root, loc[1] if loc[0] == "ffn" else None)
         case "missing" | "missing_argument" | "missing_keyword_only_argument":
             return f"{where}: missing"
         case "value_error":
@@ -38,19 +40,54 @@ def one_line(problem: Mapping[str, Any], root: type) -> str:
             return f"{where}: {message[0].lower()}{message[1:]}, not {given!r}"
 
 
-def unknown_key(key: str, root: type) -> str:
-    """What to say of a key that there is none of: the nearest there are."""
-    near = difflib.get_close_matches(key, dict.fromkeys(_keys(root)), n=3)
+def unknown_key(key: str, root: type, layer: str | None = None) -> str:
+    """The message about an unknown key: which layers have it, or the nearest keys.
+
+    Args:
+        key: dotted.
+        root: the dataclass that was to hold it.
+        layer: the `ffn.method` of the configuration, if it is known.
+    """
+    if key.partition(".")[0] == "sweep":
+        return f"unknown key {key}; only a study has it: make sweep SWEEP=NAME OVERRIDES=..."
+    known = dict.fromkeys(_keys(root))
+    if key in known:
+        owners = layers_with(key, root)
+        if owners and layer not in owners:
+            return f"unknown key {key}; {layer or 'the layer'} does not have it, only {', '.join(owners)}"
+        return f"unknown key {key}; the files of conf/ in use do not list it; to add it: ++{key}=VALUE"
+    near = difflib.get_close_matches(key, known, n=3)
     return f"unknown key {key}; " + (
         f"did you mean {' or '.join(near)}?" if near else "see conf/ for the keys there are"
     )
 
 
+def layers_with(key: str, root: type) -> list[str]:
+    """The `ffn.method` of every layer that has `key`, such as `ffn.top_k`; none for a key that is no layer's."""
+    group, _, name = key.partition(".")
+    if group != "ffn":
+        return []
+    ffn = typing.get_type_hints(root, include_extras=True)[group]
+    layers = typing.get_args(typing.get_args(ffn)[0])
+    return [_default(layer, "method") for layer in layers if name in {*_keys(layer)}]
+
+
+def _default(kind: Any, name: str) -> Any:
+    return next(field.default for field in fields(kind) if field.name == name)
+
+
+def _siblings(parts: list[str], root: type) -> list[str]:
+    """The names of the fields beside the one that `parts` lead to."""
+    prefix = "".join(f"{part}." for part in parts[:-1] if not part.isdigit())
+    keys = [key.removeprefix(prefix) for key in _keys(root) if key.startswith(prefix)]
+    return [key for key in keys if "." not in key]
+
+
 def _keys(kind: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted keys of a dataclass, and of every member of a union of them."""
+    """Dotted keys of a dataclass, of the members of a union, and of the items of a list."""
     if typing.get_origin(kind) is Annotated:
         kind = typing.get_args(kind)[0]
-    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) in (typing.Union, list):
         for member in typing.get_args(kind):
             yield from _keys(member, prefix)
     elif is_dataclass(kind):
@@ -60,8 +97,14 @@ def _keys(kind: Any, prefix: str = "") -> Iterator[str]:
             yield from _keys(hints[field.name], f"{prefix}{field.name}.")
 
 
-def first_line(error: Exception, root: type) -> str:
-    """An error of Hydra, OmegaConf or YAML, which takes several lines, in one."""
+def first_line(error: Exception, root: type, layer: Callable[[], str | None]) -> str:
+    """An error of Hydra, OmegaConf or YAML, which takes several lines, in one.
+
+    Args:
+        error: what was raised.
+        root: the dataclass that was to be made.
+        layer: gives the `ffn.method` of the configuration if it can be found out.
+    """
     from hydra.errors import MissingConfigException, OverrideParseException
     from yaml import MarkedYAMLError
 
@@ -70,17 +113,18 @@ def first_line(error: Exception, root: type) -> str:
         return f"unknown choice {group}={choice}; there are: {', '.join(error.options)}"
     if isinstance(error, MarkedYAMLError) and error.problem_mark:
         mark = error.problem_mark
-        return f"{mark.name}:{mark.line + 1}: no valid YAML: {error.problem}"
+        return f"{mark.name}:{mark.line + 1}: not valid YAML: {error.problem}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    dull = ("Set the environment variable", "full_key:", "object_type=", "To append to your config", "See https://")
     if lines and lines[0].startswith("Could not override '"):
-        return unknown_key(lines[0].split("'")[1], root)
+        key = lines[0].split("'")[1]
+        return unknown_key(key, root, layer() if key.startswith("ffn.") else None)
     if lines and lines[0].startswith("Ambiguous value for argument '"):
         given = lines[0].split("'")[1]
-        return f"{given} names several values; that is for a study to do (sweeps/), and a text with a comma is quoted"
+        return f"{given} gives several values, which only a study can (sweeps/); quote a text that has a comma"
     if lines and lines[0].startswith("Config group override must be"):
         return f"a group of conf/ takes the name of one of its files, such as size=d32, not {lines[0].split()[-1]}"
-    kept = [line for line in lines if not line.startswith(dull)]
+    hints = ("Set the environment variable", "full_key:", "object_type=", "To append to your config", "See https://")
+    kept = [line for line in lines if not line.startswith(hints)]
     kept = list(itertools.takewhile(lambda line: not line.startswith("Config search path"), kept))
     given = f"override {error.override}: " if isinstance(error, OverrideParseException) else ""
     return given + " ".join(kept).replace("must be a DictConfig, got ListConfig", "must be a mapping, not a list") or (

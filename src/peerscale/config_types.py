@@ -18,7 +18,7 @@ def _no_bool(value: Any) -> Any:
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 Whole = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
 Seed = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, lt=2**32)]
-"""What numpy takes for one."""
+"""The seeds that numpy accepts."""
 Positive = Annotated[int, BeforeValidator(_no_bool), Field(gt=0)]
 Rate = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -26,10 +26,10 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 T = TypeVar("T")
 
 
-def parse(adapter: TypeAdapter[T], root: type, tree: Mapping[str, Any]) -> T:
-    """A nested mapping as a `root`; raises `ConfigError` for the first thing that is wrong with it."""
+def parse(adapter: TypeAdapter[T], root: type, tree: Mapping[str, Any], section: str = "") -> T:
+    """A nested mapping, `section` of the file or all of it, as a `root`; raises `ConfigError` for its first mistake."""
     try:
         return adapter.validate_python(tree)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ConfigError(one_line(first, root)) from None
+        raise ConfigError(one_line(first, root, section)) from None

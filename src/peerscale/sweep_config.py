@@ -111,7 +111,7 @@ _SWEEP: TypeAdapter[SweepConfig] = TypeAdapter(SweepConfig)
 
 def parse_sweep(tree: Mapping[str, Any]) -> SweepConfig:
     """The `sweep` section of a sweep file; raises `ConfigError`."""
-    return parse(_SWEEP, SweepConfig, tree)
+    return parse(_SWEEP, SweepConfig, tree, "sweep")
 
 
 def load_sweep(sweep: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
@@ -122,13 +122,16 @@ def load_sweep(sweep: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
     Raises:
         ConfigError: the file or the overrides describe no study.
     """
-    tree = compose(sweep=sweep).get("sweep")
-    if tree is None:
-        raise ConfigError(f"{sweep_file(sweep)}: no `sweep:` section")
-    study = parse_sweep(tree)
+    composed, file = compose(sweep=sweep), sweep_file(sweep)
+    if "budget" not in composed:
+        raise ConfigError(f"{file.name}: its defaults leave out conf/config.yaml: write config first in that list")
+    if "sweep" not in composed:
+        raise ConfigError(f"{file}: no `sweep:` section")
+    study = parse_sweep(composed["sweep"])
     chosen = [f"++{o.lstrip('+')}" for o in overrides if of_sweep(o)]  # Hydra adds no key without being told to
     if not chosen:
         return study
+    _refuse_repeated(chosen)
     tree = compose(chosen, sweep=sweep)["sweep"]
     if isinstance(tree.get("methods"), list) and isinstance(tree.get("method_axes"), dict):
         left_out = set(study.methods) - set(tree["methods"])
@@ -137,6 +140,19 @@ def load_sweep(sweep: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
         return parse_sweep(tree)
     part = parse_sweep({**tree, "claims": None})
     return replace(part, claims=_claims_about(part, study.claims))
+
+
+def _refuse_repeated(overrides: Sequence[str]) -> None:
+    """Refuse a key that is given twice: a shell makes two overrides of one that has braces with a comma inside."""
+    values: dict[str, str] = {}
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if key in values:
+            raise ConfigError(
+                f"{key} is given twice, as {values[key]} and {value}; if a shell made them of one with braces, quote "
+                f"it once more: OVERRIDES=\"'{key}=...'\""
+            )
+        values[key] = value
 
 
 def _claims_about(part: SweepConfig, claims: ClaimsConfig) -> ClaimsConfig | None:

@@ -4,8 +4,8 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from peerscale.composition import sweep_file
 from peerscale.config import Config, load
-from peerscale.config_errors import ConfigError, one_line
+from peerscale.config_errors import ConfigError, layers_with, one_line
 from peerscale.data.store import read_manifest
 from peerscale.errors import UserError
 from peerscale.files import ROOT
@@ -25,8 +25,15 @@ from peerscale.sweep_config import SweepConfig, load_sweep, of_sweep
 SINGLE = "single"
 """The folder of cells that belong to no study."""
 
+STUDY_OVERRIDES: list[str] = []
+"""Overrides of the study that this process runs. Hydra does not see them: it would apply them to the default layer."""
+
+PUBLISHED = "sweep.published="
+"""Override that names a folder of published studies, as results/: cells finished there are not run again. It is for
+the sweep, not for its cells, which never see it."""
+
 WORDS = ("null", "true", "false", "nan", "inf")
-"""What Hydra would not read as a text."""
+"""Words that Hydra does not read as texts."""
 
 NAMED = ("ffn", "size", "budget", "seed")
 """Overrides that have a place of their own in a cell's name."""
@@ -64,17 +71,26 @@ def cell_folder(config: Config, sweep: str, cell: str) -> Path:
 
 
 def cell_name(config: Config, overrides: Sequence[str]) -> str:
-    """`<method>-<size>-<budget>[-<axis>=<value>...]-s<seed>`; every other override that matters is an axis."""
-    axes = []
+    """`<method>-<size>-<budget>[-<axis>=<value>...]-s<seed>`; every other override that matters is an axis.
+
+    A value is written as the configuration holds it, so that 2e-2 and .02 name one cell.
+    """
+    axes = {}
     for override in overrides:
         key, value = _key(override), override.partition("=")[2]
         if key in CORPUS:
-            key, value = "data", config.data.corpus_name
-            if f"data={value}" in axes:
-                continue
-        if key not in NAMED and not any(key == o or key.startswith((f"{o}.", f"{o}/")) for o in OPERATIONAL):
-            axes.append(f"{key.rsplit('.', 1)[-1]}={_file_name(value)}")
-    return "-".join([config.ffn.name, config.size.name, budget_name(config.budget), *axes, f"s{config.seed}"])
+            axes["data"] = f"data={_file_name(config.data.corpus_name)}"
+        elif key not in NAMED and not any(key == o or key.startswith((f"{o}.", f"{o}/")) for o in OPERATIONAL):
+            axes[key] = f"{key.rsplit('.', 1)[-1]}={_file_name(_canonical(config, key, value))}"
+    return "-".join([config.ffn.name, config.size.name, budget_name(config.budget), *axes.values(), f"s{config.seed}"])
+
+
+def _canonical(config: Config, key: str, text: str) -> str:
+    """The value that `config` has for `key`; for a group of conf/, `text`, the name of the file that was chosen."""
+    value: Any = config
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else getattr(value, name, None)
+    return text if is_dataclass(value) else _hydra_value(value)
 
 
 def budget_name(budget: float) -> str:
@@ -98,14 +114,18 @@ def planned_cells(sweep: str | Path, overrides: Sequence[str] = ()) -> list[Cell
     study = load_sweep(file, overrides)
     overrides = [override for override in overrides if not of_sweep(override)]
     compose = functools.cache(lambda *choice: load(choice, sweep=file))
-    own = {*NAMED, *study.axes, *(axis for axes in study.method_axes.values() for axis in axes)}
-    if taken := [key for key in map(_key, overrides) if key in own]:
-        raise ConfigError(f"{taken[0]} is for {file.name} to say, which varies it: edit its sweep section")
+    own_axes = {*study.axes, *(axis for axes in study.method_axes.values() for axis in axes)}
+    own = {*NAMED, *own_axes}
+    for override in overrides:
+        if (key := _key(override)) in map(_key, own):
+            raise ConfigError(f"{file.name} varies {key}; {_instead(key, override.partition('=')[2])}")
     for key in sorted(own - {*NAMED}):
         if not re.fullmatch(r"\+{0,2}[a-zA-Z_][\w.]*", key) or _key(key).partition(".")[0] in ("hydra", "sweep"):
-            raise ConfigError(f"{file.name}: axes: {key!r} is no key that a study can vary, such as optim.lr")
-    if twice_said := {*NAMED} & {*study.axes, *(axis for axes in study.method_axes.values() for axis in axes)}:
-        raise ConfigError(f"{file.name}: axes: {min(twice_said)} is what methods, grid and seeds vary")
+            raise ConfigError(f"{file.name}: axes: {key!r} is not a key that a study can vary, such as optim.lr")
+    if named := {*NAMED} & own_axes:
+        raise ConfigError(f"{file.name}: axes: {min(named)} is what methods, grid and seeds vary")
+    for method in study.methods:
+        _check_layer_axes(file, study, method, compose)
     size_overrides = [o for o in overrides if _key(o).startswith("size.")]
     cells: list[Cell] = []
     for method, row in itertools.product(study.methods, study.rows):
@@ -225,6 +245,27 @@ def _with_estimates(cells: list[Cell]) -> list[Cell]:
 
 def _key(override: str) -> str:
     return override.lstrip("+~").partition("=")[0]
+
+
+def _instead(key: str, value: str) -> str:
+    """What to do in place of overriding a key that the study varies."""
+    lists = {"ffn": "methods", "budget": "budgets", "seed": "seeds"}
+    if key in lists:
+        return f"use sweep.{lists[key]}=[{value}]"
+    where = "sizes are in the grid" if key == "size" else "values are in the axes"
+    return f"its {where} of its sweep section: edit them there"
+
+
+def _check_layer_axes(file: Path, study: SweepConfig, method: str, compose: Callable[..., Config]) -> None:
+    """Refuse an axis of the layer that the layer of `method` does not have; raises `ConfigError`."""
+    for where, axes in (("axes", study.axes), ("method_axes", study.method_axes.get(method, {}))):
+        for key, values in ((_key(axis), values) for axis, values in axes.items()):
+            owners = layers_with(key, Config)
+            if owners and compose(f"ffn={method}").ffn.method not in owners:
+                raise ConfigError(
+                    f"{file.name}: {where}: {method} has no {key}, only {', '.join(owners)}; name it for those, "
+                    f"such as method_axes: {{{owners[-1]}: {{{key}: {values}}}}}"
+                )
 
 
 def _axis_overrides(study: SweepConfig, method: str) -> list[tuple[str, ...]]:

@@ -24,17 +24,27 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from peerscale.composition import check_hydra, sweep_file
-from peerscale.config import Config, parse_config
-from peerscale.config_errors import ConfigError, first_line
+from peerscale.composition import STUDY, check_hydra, config_error, register_study, sweep_file
+from peerscale.config import parse_config
+from peerscale.config_errors import ConfigError
 from peerscale.data.prepare import prepare
 from peerscale.errors import FailedCells, UserError, exit_code
 from peerscale.files import ROOT
 from peerscale.plan import Verdict
 from peerscale.progress import Progress
 from peerscale.runs.record import LOCK, Status, read_record
-from peerscale.sweep_config import of_sweep
-from peerscale.sweeper import FINISHED, SINGLE, Cell, evaluation_lines, how_to_rerun, single_cell, state
+from peerscale.sweep_config import load_sweep
+from peerscale.sweeper import (
+    FINISHED,
+    PUBLISHED,
+    SINGLE,
+    STUDY_OVERRIDES,
+    Cell,
+    evaluation_lines,
+    how_to_rerun,
+    single_cell,
+    state,
+)
 
 
 @hydra.main(config_path=str(ROOT / "conf"), config_name="config", version_base="1.3")
@@ -43,16 +53,24 @@ def hydra_job(tree: DictConfig) -> str:
     if HydraConfig.get().mode is RunMode.MULTIRUN:
         return run_cell(_cell(tree))
     # Leave Hydra at once: it would print a line of its own above an error's.
-    sys.exit(exit_code(lambda: run_single(_cell(tree))))
+    sys.exit(exit_code(lambda: run_single(_single(tree))))
+
+
+def _single(tree: DictConfig) -> Cell:
+    if "sweep" in tree:
+        raise ConfigError("a study is run as a whole: leave out hydra.mode, or train one cell without --config-name")
+    return _cell(tree)
 
 
 def _cell(tree: DictConfig) -> Cell:
     try:
         plain: dict[str, Any] = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
-        raise ConfigError(first_line(error, Config)) from None
-    study = HydraConfig.get().job.config_name if plain.pop("sweep", None) else SINGLE
-    return single_cell(parse_config(plain), HydraConfig.get().overrides.task, sweep=str(study))
+        raise config_error(error) from None
+    plain.pop("sweep", None)
+    name = str(HydraConfig.get().job.config_name)
+    study = name.removesuffix(STUDY) if name.endswith(STUDY) else SINGLE
+    return single_cell(parse_config(plain), HydraConfig.get().overrides.task, sweep=study)
 
 
 def refuse_dropped(cell: Cell) -> None:
@@ -108,23 +126,32 @@ def main() -> int:
     words = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for short, long in (("-cd", "--config-dir"), ("-cp", "--config-path"), ("-cn", "--config-name")):
         words.add_argument(short, long)
-    named, _ = words.parse_known_args()
-    # A study is chosen from by keys that its file need not hold, and Hydra adds no key without being told to.
-    sys.argv = [f"++{word.lstrip('+')}" if of_sweep(word) else word for word in sys.argv]
+    named, others = words.parse_known_args()
     if named.config_name is not None:
-        name = named.config_name.removesuffix(".yaml") + ".yaml"
-        folder = Path(named.config_dir or named.config_path or ROOT / "conf")
-        if folder.is_dir():  # else Hydra says so
-            check_hydra(sweep_file(folder / name))
+        folder = Path(named.config_dir or named.config_path or ROOT / "sweeps")
+        study = sweep_file(folder / f"{named.config_name.removesuffix('.yaml')}.yaml")
+        STUDY_OVERRIDES[:] = [
+            word for word in others if _is_override(word) and not word.lstrip("+~").startswith("hydra")
+        ]
+        load_sweep(study, [word for word in STUDY_OVERRIDES if not word.startswith(PUBLISHED)])
+        check_hydra(study)
+        kept = [word for word in others if word not in STUDY_OVERRIDES]
+        sys.argv[1:] = ["--config-name", register_study(study), *kept]
+    overrides = [word for word in sys.argv[1:] if _is_override(word)]
     try:
         hydra_job()
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(first_line(error, Config)) from None
+        raise config_error(error, overrides) from None
     except ValueError as error:
         if not str(error).startswith("Config group override"):  # Hydra's, of size=null and such
             raise
-        raise ConfigError(first_line(error, Config)) from None
+        raise config_error(error) from None
     return 0
+
+
+def _is_override(word: str) -> bool:
+    """Whether a word of the command line is an override rather than an option of Hydra's or its value."""
+    return not word.startswith("-") and ("=" in word or word.startswith("~"))
 
 
 if __name__ == "__main__":

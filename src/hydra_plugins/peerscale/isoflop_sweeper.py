@@ -4,7 +4,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
@@ -14,10 +13,6 @@ from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
-
-PUBLISHED = "sweep.published="
-"""Override that names a folder of published studies, as results/: cells finished there are not run again. It is for
-this sweep, not for its cells, which never see it."""
 
 
 class IsoflopSweeper(Sweeper):
@@ -36,25 +31,34 @@ class IsoflopSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         # Hydra imports every plugin at every start; what the sweep needs is imported when there is one.
         from hydra_plugins.peerscale.slurm_launcher import SlurmLauncher
+        from peerscale.composition import registered_file
         from peerscale.config import ConfigError
         from peerscale.data.prepare import prepare
         from peerscale.data.store import read_manifest
         from peerscale.errors import FailedCells
         from peerscale.outcomes import published_as_done, published_study, some
         from peerscale.runs.record import Status
-        from peerscale.sweeper import diverged_lines, evaluation_lines, pending_cells, planned_cells
+        from peerscale.sweeper import (
+            PUBLISHED,
+            STUDY_OVERRIDES,
+            diverged_lines,
+            evaluation_lines,
+            pending_cells,
+            planned_cells,
+        )
 
         assert self.config is not None and self.launcher is not None
-        if "sweep" not in self.config:
-            raise ConfigError("a multirun needs a sweep file: --config-dir sweeps --config-name NAME")
+        if (file := registered_file(str(self.config.hydra.job.config_name))) is None:
+            raise ConfigError("only a study runs several cells: make sweep SWEEP=NAME")
+        arguments = [*STUDY_OVERRIDES, *arguments]
         chosen = [word for word in arguments if not word.lstrip("+").startswith(PUBLISHED)]
         results = [word.partition("=")[2] for word in arguments if word not in chosen]
-        cells = planned_cells(self._file(), chosen)
+        cells = planned_cells(file, chosen)
         study = published_study(cells[0].sweep, results[-1]) if results else None
         was_there = read_manifest(cells[0].config.data)
         manifest = prepare(cells[0].config.data).manifest
         if manifest != was_there:  # how large its sets are decides which cells are dropped
-            cells = planned_cells(self._file(), chosen)
+            cells = planned_cells(file, chosen)
         corpus = manifest.fingerprint
         elsewhere = published_as_done(cells, study, corpus) if study else set()
         left = [cell for cell in cells if cell.name not in elsewhere]
@@ -90,14 +94,6 @@ class IsoflopSweeper(Sweeper):
         with Progress(name, pending, already_done=done), _workers_end_with(self.launcher):
             returns = self.launcher.launch([list(cell.overrides) for cell in pending], initial_job_idx=0)
         return {cell.name: job.return_value for cell, job in zip(pending, returns, strict=True)}
-
-    def _file(self) -> Path:
-        """The sweep file: the primary config, in the folder that `--config-dir` names."""
-        assert self.config is not None
-        runtime = self.config.hydra.runtime
-        folders = [Path(source.path) for source in runtime.config_sources if source.schema == "file"]
-        found = [f for folder in folders if (f := folder / f"{self.config.hydra.job.config_name}.yaml").is_file()]
-        return found[0]
 
 
 @contextmanager
