@@ -30,7 +30,7 @@ from peerscale.runs.study import Study, find_study, header, method_names, read_f
 from peerscale.runs.table import read_records, read_runs
 from peerscale.sweeper import budget_name
 from peerscale.viz.ablations import has_curves
-from peerscale.viz.style import label, ordered, short_number
+from peerscale.viz.style import label, ordered, short_number, size_label
 from peerscale.viz.tables import Fits, number, with_interval
 
 FIGURES = {
@@ -133,7 +133,10 @@ def grid(runs: pd.DataFrame) -> pd.DataFrame:
         for name in at_budget["name"].unique():  # the plan's order, in which settings ascend
             mine = at_budget[at_budget["name"] == name]
             row = {"budget": budget_name(float(str(budget))), "method": label(name)}
-            row |= {"sizes": " ".join(mine["size"].unique()), "seeds": ", ".join(map(str, sorted(set(mine["seed"]))))}
+            row |= {
+                "sizes": ", ".join(map(size_label, mine["size"].unique())).replace(", d_model ", ", "),
+                "seeds": ", ".join(map(str, sorted(set(mine["seed"])))),
+            }
             row["finished"] = f"{usable(mine).sum()} of {len(mine)}"
             for key, title in spans.items():
                 row[title] = " – ".join(dict.fromkeys(map(short_number, (mine[key].min(), mine[key].max()))))

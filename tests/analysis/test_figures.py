@@ -68,12 +68,14 @@ def test_what_a_study_varies_decides_its_figures(sweep: str, names: set[str], tm
     assert set(contents[0]) == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
 
 
-def test_a_study_of_rates_has_its_figure(tmp_path: Path) -> None:
-    arguments = ["lr", "--runs", str(tmp_path / "none"), "--results", str(tmp_path)]
-    published("lr", tmp_path).folder.mkdir()
-    shutil.copyfile(published("lr").runs, published("lr", tmp_path).runs)
+@pytest.mark.parametrize("sweep", ["lr", "table_optimizer"])
+def test_a_study_of_rates_has_their_figure_alone(sweep: str, tmp_path: Path) -> None:
+    """Also where it varies experts: its cells at one number of experts differ in their rates, not in their seeds."""
+    arguments = [sweep, "--runs", str(tmp_path / "none"), "--results", str(tmp_path)]
+    published(sweep, tmp_path).folder.mkdir()
+    shutil.copyfile(published(sweep).runs, published(sweep, tmp_path).runs)
     assert figures.main(arguments) == 0
-    assert set(drawn(published("lr", tmp_path).figures)) == {"rates.png", "rates.pdf"}
+    assert set(drawn(published(sweep, tmp_path).figures)) == {"rates.png", "rates.pdf"}
 
 
 def test_a_table_alone_is_enough_for_the_isoflop_figure(runs: Path) -> None:

@@ -214,6 +214,7 @@ def test_setup_recipe_and_versions(page: Page) -> None:
     assert "optim.weight_decay" in page.text and "optim.weight_decay" not in settings
     sizes = {(row["budget"], row["method"]): row for row in page.table("sizes", "finished")}
     assert len(sizes) == 10 and sizes["3e11", "PEER"]["finished"] == "4 of 5"
+    assert sizes["3e11", "PEER"]["sizes"] == "d_model 12 (2 heads), 16, 24, 32, 48 (2 heads)"
     for told in (
         "per-operation, full attention, backward 2x",
         "0123456789ab",

@@ -68,6 +68,17 @@ def test_settings_are_words(settings: str, words: str) -> None:
     assert style.in_words(settings) == words
 
 
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        ("d64", "d_model 64"), ("d12-h2", "d_model 12 (2 heads)"), ("d32-l6", "d_model 32 (6 layers)"),
+        ("d32-l6-h8", "d_model 32 (6 layers, 8 heads)"), ("mine", "mine"), ("", ""),
+    ],
+)  # fmt: skip
+def test_sizes_are_words(size: str, words: str) -> None:
+    assert style.size_label(size) == words
+
+
 def test_variants_are_shades_of_their_method_from_light_to_dark() -> None:
     names = [f"{method} batch_sequences={n}" for method in ("dense", "peer", "mine") for n in (8, 16, 32)]
     chosen = style.colours(names)

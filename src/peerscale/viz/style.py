@@ -146,8 +146,13 @@ def _setting(text: str) -> str:
 
 
 def size_label(size: str) -> str:
-    """`d64`, the name of a file of `conf/size`, as `d_model 64`."""
-    return re.sub(r"^d(?=\d+$)", "d_model ", size)
+    """A size as figures and tables write it: `d32-l6-h8` is `d_model 32 (6 layers, 8 heads)`."""
+    found = re.fullmatch(r"d(\d+)(?:-l(\d+))?(?:-h(\d+))?", size)
+    if found is None:
+        return size
+    width, depth, heads = found.groups()
+    more = ", ".join(f"{n} {what}" for n, what in ((depth, "layers"), (heads, "heads")) if n)
+    return f"d_model {width} ({more})" if more else f"d_model {width}"
 
 
 def markers(budgets: Iterable[float]) -> dict[float, str]:
