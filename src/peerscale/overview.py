@@ -51,7 +51,7 @@ def print_plan(sweep: str, overrides: Sequence[str]) -> int:
         print("time? is a guess: no finished cell of that method on this machine yet")
     print(*evaluation_lines(cells), sep="\n", end="\n" if kept else "")
     if any(cell.plan.epochs is None for cell in cells):
-        print("the corpus is not prepared and its tokens not known: cells may still be dropped for too many epochs")
+        print("the corpus is not prepared and its tokens not known: cells may still be dropped, and sets be skipped")
     short = short_methods(cells, load_sweep(sweep).min_sizes)
     for line in short:
         print(f"error: {line}", file=sys.stderr)
