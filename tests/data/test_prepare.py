@@ -151,7 +151,7 @@ def test_damage_is_found_and_mended(config, capsys):
     open_corpus(config)
     with pytest.raises(
         UserError,
-        match=r"train\.bin is damaged \(sha256 differs from the manifest's\): \.venv/bin/python -m peerscale\.data\.prepare ",
+        match=r"train\.bin is damaged \(sha256 differs from the manifest's\): \.venv/bin/python -m peerscale",
     ):
         open_corpus(config, verify=True)
     prepare(config, quiet=True, verify=True)
