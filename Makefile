@@ -67,7 +67,7 @@ status: setup ## the grid of SWEEP: losses, and what runs, failed or is missing
 	@$(BIN)/python -m peerscale.overview status $(SWEEP) $(OVERRIDES)
 
 figures: setup ## table, fits and figures of SWEEP, from its runs, or from results/; PUBLISHED=1: from both
-	@$(BIN)/python analysis/collect.py $(SWEEP) $(if $(PUBLISHED),--with-published)
+	@$(BIN)/python analysis/collect.py $(SWEEP) $(OVERRIDES) $(if $(PUBLISHED),--with-published)
 	@$(BIN)/python analysis/figures.py $(SWEEP)
 	@$(BIN)/python analysis/table.py $(SWEEP)
 	@test ! -d runs/$(SWEEP)/study/figures || { echo; \

@@ -23,22 +23,26 @@ from peerscale.runs.fits import fit_study
 from peerscale.runs.record import Record, Status
 from peerscale.runs.study import PlannedCell, Study, collected, planned_record, published, study_parser
 from peerscale.runs.table import CURVES, curves_table, read_records, read_runs, read_table, runs_table
-from peerscale.sweep_config import load_sweep
+from peerscale.sweep_config import load_sweep, of_sweep
 from peerscale.sweeper import planned_cells
 from peerscale.viz.answer import answer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = study_parser(__doc__)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides that the cells were run with")
     parser.add_argument("--with-published", action="store_true", help="add the published cells that were not run here")
     arguments = parser.parse_args(argv)
+    overrides = [word for word in arguments.overrides if not of_sweep(word)]  # further cells count in any case
     table, study = published(arguments.sweep, arguments.results), collected(arguments.sweep, arguments.runs)
     if table.runs.is_file() and not table.records.is_file() and not read_records(arguments.runs / arguments.sweep):
         runs = read_runs(table.runs)
         write_fits(study, runs, curves_table(()), [])
         print(f"{arguments.sweep}: {len(runs)} cells, from {table.runs} (without records) -> {study.folder}")
         return 0
-    read = read_study(arguments.sweep, arguments.runs, arguments.results, with_published=arguments.with_published)
+    read = read_study(
+        arguments.sweep, arguments.runs, arguments.results, overrides, with_published=arguments.with_published
+    )
     records = [*read.planned, *read.further]
     write_text(study.records, "".join(json.dumps(asdict(record)) + "\n" for record in records))
     write_text(study.curves, read.curves.to_csv(index=False))
@@ -81,7 +85,9 @@ class StudyRecords(NamedTuple):
     """Published finished cells, by name, that were not asked for."""
 
 
-def read_study(sweep: str, runs: Path, results: Path, *, with_published: bool = False) -> StudyRecords:
+def read_study(
+    sweep: str, runs: Path, results: Path, overrides: Sequence[str] = (), *, with_published: bool = False
+) -> StudyRecords:
     """Records of all cells, planned ones included, and the training curves; from `runs`, else as published.
 
     With `with_published` both are read. A published cell counts where `runs` has no finished one of its name, unless
@@ -94,7 +100,7 @@ def read_study(sweep: str, runs: Path, results: Path, *, with_published: bool = 
     own = {record.cell: record for record in read_records(here)}
     if not source.records.is_file() and (with_published or not own):
         raise UserError(f"no runs of {sweep!r}: neither cells in {here} nor {source.records}")
-    cells = plan_of(sweep)
+    cells = plan_of(sweep, overrides)
     there = read_published(source)
     same, notices = of_the_plan(cells or (), there, source.folder, None)
     if own and not with_published:
@@ -130,10 +136,10 @@ def _listed(values: set[Any]) -> str:
     return ", ".join(sorted(map(str, values)))
 
 
-def plan_of(sweep: str) -> Sequence[PlannedCell] | None:
-    """The cells of the study's file; None, with a notice, where it cannot be read."""
+def plan_of(sweep: str, overrides: Sequence[str]) -> Sequence[PlannedCell] | None:
+    """The cells of the study's file with `overrides`; None, with a notice, where it cannot be read."""
     try:
-        return planned_cells(sweep)
+        return planned_cells(sweep, overrides)
     except UserError as error:
         notice = "notice: only cells with a record are in the table, as the plan cannot be read"
         print(f"{notice}: {error}", file=sys.stderr)

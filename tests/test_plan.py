@@ -126,8 +126,7 @@ def test_says_where_no_budget_fits() -> None:
         (300, "3.00 epochs are more than data.max_epochs 1"),
     ):
         assert plan(steps_for(config, steps), set_tokens=sets(train=102_400)).reason == (
-            f"{problem}: no budget fits, since 200 steps of 1,024 tokens are more than data.max_epochs 1 "
-            "of the 102,400 training tokens"
+            f"{problem}: no budget fits, since 200 steps take 204,800 tokens and data.max_epochs 1 allows 102,400"
         )
 
 

@@ -78,7 +78,7 @@ def print_plan(sweep: str, overrides: Sequence[str], workers: int, results: Path
         print("time? is a guess by the published runs: no finished cell of that method on this machine yet")
     print(*evaluation_lines(cells), sep="\n", end="\n" if kept else "")
     if any(cell.plan.epochs is None for cell in cells):
-        print("the corpus is not prepared and its tokens not known: cells may still be dropped for too many epochs")
+        print("the corpus is not prepared and its tokens not known: cells may still be dropped, and sets be skipped")
     _print_notices(found)
     short = short_methods(cells, load_sweep(sweep, overrides).min_sizes)
     for line in short:

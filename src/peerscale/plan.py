@@ -228,10 +228,10 @@ def _unusable_budget(
         problem = f"{epochs:,.2f} epochs are more than data.max_epochs {max_epochs:g}"
     else:
         return ""
-    if most is not None and most < fewest:
+    if train_tokens and most is not None and most < fewest:
         return (
-            f"{problem}: no budget fits, since {fewest:,} steps of {per_step:,} tokens are more than "
-            f"data.max_epochs {max_epochs:g} of the {train_tokens:,} training tokens"
+            f"{problem}: no budget fits, since {fewest:,} steps take {fewest * per_step:,} tokens and "
+            f"data.max_epochs {max_epochs:g} allows {int(max_epochs * train_tokens):,}"
         )
     smallest, largest = fewest * per_step * flops_per_token, None if most is None else most * per_step * flops_per_token
     if too_long and largest is not None:

@@ -1,5 +1,7 @@
 import errno
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,6 +16,7 @@ from peerscale.data import prepare as module
 from peerscale.data.blocks import GAP_BYTES
 from peerscale.data.prepare import prepare
 from peerscale.errors import UserError, exit_code
+from peerscale.files import ROOT
 
 N_BYTES = 400_000
 
@@ -23,6 +26,19 @@ def config(tmp_path, text_config):
     path = tmp_path / "text.txt"
     path.write_text(prose(N_BYTES), encoding="utf-8")
     return text_config(path)
+
+
+def preparing(config):
+    return (
+        f".venv/bin/python -m peerscale.data.prepare data=text data.path={config.path} data.vocab_size=512 "
+        f"data.directory={config.directory}"
+    )
+
+
+def run_hint(hint):
+    program, *words = shlex.split(hint)
+    assert program == ".venv/bin/python"
+    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, timeout=60)
 
 
 def pieces(corpus, split):
@@ -86,8 +102,13 @@ def test_the_tokenizer_never_sees_held_out_text(config, monkeypatch):
 
 def test_a_prepared_corpus_is_reused_and_read_back(config, monkeypatch):
     assert read_manifest(config) is None
-    with pytest.raises(UserError, match=r"^data text \(vocab_size 512\) is not prepared: run `make data`$"):
+    with pytest.raises(UserError) as error:
         open_corpus(config)
+    refusal, _, hint = str(error.value).partition(": ")
+    assert refusal == "corpus text is not prepared"
+    assert run_hint(hint).returncode == 0
+    assert open_corpus(config).manifest.vocab_size == 512
+    shutil.rmtree(store.folder(config))
     first = prepare(config, quiet=True)
     monkeypatch.setattr(module, "_build", refuse)
     again = prepare(config, quiet=True, verify=True)
@@ -121,7 +142,7 @@ def test_damage_is_found_and_mended(config, capsys):
     path.write_bytes(whole[:-2])
     with pytest.raises(UserError) as error:
         open_corpus(config)
-    assert str(error.value) == f"{path} is missing or damaged (not {n_tokens:,} tokens): run `make data`"
+    assert str(error.value) == f"{path} is missing or damaged (not {n_tokens:,} tokens): {preparing(config)}"
     assert prepare(config).manifest == first.manifest
     assert f"{path} is missing or damaged (not {n_tokens:,} tokens): preparing it again\n" in capsys.readouterr().err
     assert path.read_bytes() == whole
@@ -129,7 +150,8 @@ def test_damage_is_found_and_mended(config, capsys):
     path.write_bytes(whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:])
     open_corpus(config)
     with pytest.raises(
-        UserError, match=r"train\.bin is damaged \(sha256 differs from the manifest's\): run `make data`$"
+        UserError,
+        match=r"train\.bin is damaged \(sha256 differs from the manifest's\): \.venv/bin/python -m peerscale",
     ):
         open_corpus(config, verify=True)
     prepare(config, quiet=True, verify=True)
@@ -137,7 +159,10 @@ def test_damage_is_found_and_mended(config, capsys):
 
     saved = first.folder / "tokenizer.json"
     saved.write_text(saved.read_text(encoding="utf-8") + " ", encoding="utf-8")
-    with pytest.raises(UserError, match=r"tokenizer\.json is missing or damaged: run `make data`$"):
+    with pytest.raises(
+        UserError,
+        match=r"tokenizer\.json is missing or damaged: \.venv/bin/python -m peerscale\.data\.prepare data=text .*$",
+    ):
         open_corpus(config)
 
 
@@ -162,7 +187,9 @@ def test_a_manifest_that_does_not_describe_its_corpus_counts_as_nothing(config, 
     path = folder / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     assert read_manifest(config) is None
-    with pytest.raises(UserError, match=r"is not prepared: run `make data`$"):
+    with pytest.raises(
+        UserError, match=r"is not prepared: \.venv/bin/python -m peerscale\.data\.prepare data=text .*$"
+    ):
         open_corpus(config)
 
 

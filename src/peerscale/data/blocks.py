@@ -11,9 +11,10 @@ HELD_OUT_BYTES = 1_250_000
 MAX_SPANS = 40
 BYTES_PER_SPAN = 250_000
 GAP_BYTES = 6_000
-"""Thrown away on both sides of a held-out span, so that no poem or page stands on both sides. No block is longer."""
+"""Left out of every set on both sides of a held-out span, so that no poem or page is both held out and trained on. No
+block is longer."""
 MIN_BYTES = 100_000
-"""Of a corpus: spans and gaps then leave two thirds of it to train on."""
+"""A corpus needs as many: spans and gaps then leave two thirds of it to train on."""
 
 
 class Block(NamedTuple):

@@ -1,6 +1,6 @@
 """C4 (Raffel et al. 2020), the paper's corpus: streamed from the Hugging Face hub, or read from shards in a folder.
 
-Needs the package `datasets` (extra `hub`), but only while the corpus is prepared.
+Only its preparation needs the package `datasets` (extra `hub`).
 """
 
 import urllib.error
@@ -16,7 +16,7 @@ from peerscale.errors import UserError
 
 HUB_NAME, HUB_SUBSET = "allenai/c4", "en"
 HELD_OUT_PAGES = 4_000
-"""Of C4's own validation set, whose pages are unrelated: the even ones are `validation`, the odd ones `tuning`."""
+"""Pages read of C4's own validation set: the even ones become `validation`, the odd ones `tuning`."""
 TIMEOUT_S = 10
 
 
@@ -30,7 +30,7 @@ def sources(config: DataConfig) -> dict[str, str]:
 
 
 def blocks(config: DataConfig) -> Iterator[Block]:
-    """Held-out pages, if the shards have any, and training pages, from which spans are held out if they have none."""
+    """The held-out pages, then the training pages; without held-out pages, spans of the training pages are held out."""
     shards = {} if config.path is None else _shards(config.path)
     has_validation = not shards or "validation" in shards
     if has_validation:

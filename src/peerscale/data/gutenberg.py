@@ -25,8 +25,8 @@ BLOCK_LINES = 64
 SIGNIFICANT = 15
 """Lines of no more characters (refrains, "Amen.") say nothing about repeats."""
 MAX_REPEATED = 0.25
-"""12 % of all lines occur twice or more, as editions of one poem. A block is dropped when this share of its lines stood
-earlier: else a held-out poem would stand in train under another title."""
+"""12 % of all lines occur twice or more, in several editions of one poem. A block is dropped if this share of its lines
+or more occurred earlier; otherwise a held-out poem could also be in the training set, under another title."""
 MIN_STOP_WORDS = 0.12
 """A block with a smaller share of English stop words is Latin, dialect or a glossary."""
 

@@ -40,14 +40,14 @@ T = TypeVar("T")
 
 
 def prepare(config: DataConfig, *, quiet: bool = False, verify: bool = False) -> Corpus:
-    """Make the corpus of `config` unless it is there. Two processes that want the same one make it once.
+    """Prepare the corpus of `config` unless that is done. Of several processes only one does the work.
 
     Args:
         quiet: show no progress.
         verify: before the corpus is reused, compare the sha256 of all token files, not just their sizes.
 
     Raises:
-        UserError: the text cannot be had or read, or there is too little for its vocabulary or held-out sets.
+        UserError: the text cannot be downloaded or read, or is too short for its vocabulary or held-out sets.
     """
     folder = store.folder(config)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +168,7 @@ def _progress(items: Iterable[T], what: str, total: int | None = None, *, quiet:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line: Hydra overrides, and the sweep whose data settings count."""
+    """The command line: Hydra overrides, and a sweep whose data settings are used."""
     parser = ArgumentParser(prog="python -m peerscale.data.prepare", description=__doc__.splitlines()[0])
     parser.add_argument("overrides", nargs="*", help="such as data=text data.path=FILE_OR_FOLDER data.vocab_size=4096")
     parser.add_argument("--sweep", help="prepare what this study needs")

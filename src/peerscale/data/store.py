@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
@@ -129,10 +130,17 @@ def open_corpus(config: DataConfig, *, verify: bool = False) -> Corpus:
     """
     corpus = Corpus(folder(config), manifest) if (manifest := read_manifest(config)) else None
     if corpus is None:
-        raise UserError(f"data {config.source} (vocab_size {config.vocab_size}) is not prepared: run `make data`")
+        raise UserError(f"corpus {config.corpus_name} is not prepared: {_preparing(config)}")
     if damage := find_damage(corpus, verify=verify):
-        raise UserError(f"{damage}: run `make data`")
+        raise UserError(f"{damage}: {_preparing(config)}")
     return corpus
+
+
+def _preparing(config: DataConfig) -> str:
+    """The command that prepares the corpus."""
+    settings = {key: getattr(config, key) for key in ("path", "vocab_size", "max_documents", "directory")}
+    words = [f"data={config.source}", *(f"data.{key}={value}" for key, value in settings.items() if value is not None)]
+    return f".venv/bin/python -m peerscale.data.prepare {shlex.join(words)}"
 
 
 def find_damage(corpus: Corpus, *, verify: bool) -> str | None:

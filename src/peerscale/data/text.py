@@ -1,6 +1,5 @@
-"""Text of the user's: a .txt file (one document), a .jsonl file (one on each line, under `text`), or a folder of these.
-
-Either may be gzip'd.
+"""The user's own text: a .txt file (one document), a .jsonl file (one document a line, under the key `text`), or a
+folder of such files, any of them compressed with gzip or not.
 """
 
 import gzip

