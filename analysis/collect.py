@@ -44,9 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.sweep, arguments.runs, arguments.results, overrides, with_published=arguments.with_published
     )
     records = [*read.planned, *read.further]
+    runs = runs_table(records)  # before anything is written: a record may be refused
     write_text(study.records, "".join(json.dumps(asdict(record)) + "\n" for record in records))
     write_text(study.curves, read.curves.to_csv(index=False))
-    write_fits(study, runs_table(records), read.curves, records)
+    write_fits(study, runs, read.curves, records)
     counts = Counter(record.status for record in read.planned)
     states = ", ".join(f"{n} {status}" for status, n in counts.items())
     print(f"{arguments.sweep}: {len(read.planned)} cells ({states}), from {read.source} -> {study.folder}")

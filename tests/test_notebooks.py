@@ -103,7 +103,7 @@ def test_explore_reads_refits_predicts_and_compares_the_published_study() -> Non
     text = written(found)
     assert "50 cells, 50 with a loss" in text
     largest = read_runs("results/reproduce")["budget"].max()
-    assert f"at {10 * largest:.2g} FLOPs" in text and "minus dense" in text and "extrapolated" in text
+    assert f"at {10 * largest:.2g} FLOPs" in text and "sequences_se" in text and "multiplier" in text
 
 
 def test_a_new_layer_gets_to_the_figure(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_a_recorded_cell_outside_the_plan_keeps_its_row_and_is_counted_apart(
 ) -> None:
     write_cells(tmp_path)
     left_out = ("dense-d8-1e11-s0", "peer-d16-3e11-s0")
-    collect.planned_cells = lambda sweep: [cell for cell in cells() if cell.name not in left_out]
+    collect.planned_cells = lambda sweep, overrides: [cell for cell in cells() if cell.name not in left_out]
     assert collect.main([SWEEP, "--runs", str(tmp_path), "--results", str(tmp_path / "results")]) == 0
     out = capsys.readouterr().out
     assert "synthetic: 48 cells (45 done, 1 failed, 1 dropped, 1 diverged), from" in out
@@ -68,11 +68,11 @@ def test_a_recorded_cell_outside_the_plan_keeps_its_row_and_is_counted_apart(
 
 
 def test_an_unreadable_plan_is_noticed_and_stops_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    def broken(sweep: str) -> None:
+    def broken(sweep: str, overrides: list[str]) -> None:
         raise UserError("no sweep file synthetic.yaml")
 
     collect.planned_cells = broken
-    assert collect.with_planned(SWEEP, collect.plan_of(SWEEP), by_cell(records())) == (records(), [])
+    assert collect.with_planned(SWEEP, collect.plan_of(SWEEP, []), by_cell(records())) == (records(), [])
     assert "no sweep file synthetic.yaml" in capsys.readouterr().err
 
 
@@ -81,7 +81,7 @@ def test_a_running_record_that_no_process_holds_is_interrupted(tmp_path: Path) -
     for cell in ("dense-d8-1e11-s0", "peer-d16-3e11-s0"):
         record = by_cell(records())[cell]
         write_record(tmp_path / SWEEP / cell, replace(record, status=Status.RUNNING, evaluation={}, timing={}))
-    collect.planned_cells = lambda sweep: cells()
+    collect.planned_cells = lambda sweep, overrides: cells()
     with FileLock(tmp_path / SWEEP / "dense-d8-1e11-s0" / "lock"):
         assert collect.main([SWEEP, "--runs", str(tmp_path), "--results", str(tmp_path / "results")]) == 0
     status = pd.read_csv(collected(SWEEP, tmp_path).runs).set_index("cell")["status"]
@@ -173,7 +173,7 @@ def test_without_dense_there_is_nothing_to_compare_with_it() -> None:
 
 def test_a_second_collection_changes_no_byte(tmp_path: Path) -> None:
     write_cells(tmp_path)
-    collect.planned_cells = lambda sweep: cells()
+    collect.planned_cells = lambda sweep, overrides: cells()
     contents = []
     for _ in range(2):
         assert collect.main([SWEEP, "--runs", str(tmp_path)]) == 0
@@ -214,7 +214,7 @@ def published_and_run_here(folder: Path, own: list, others: list) -> list[str]:
             shutil.rmtree(folder / "elsewhere" / SWEEP / record.cell, ignore_errors=True)
     for record in others:
         write_record(folder / "elsewhere" / SWEEP / record.cell, record)
-    collect.planned_cells = lambda sweep: cells()
+    collect.planned_cells = lambda sweep, overrides: cells()
     assert collect.main([SWEEP, "--runs", str(folder / "elsewhere")]) == 0
     shutil.copytree(collected(SWEEP, folder / "elsewhere").folder, folder / "results" / SWEEP)
     write_cells(folder / "runs")

@@ -180,7 +180,7 @@ def test_a_study_without_claims_says_so_in_its_place(study: Study, tmp_path: Pat
     found = collected(SWEEP, tmp_path)
     shutil.copytree(study.folder, found.folder)
     fits = json.loads(study.fits.read_text())
-    found.fits.write_text(json.dumps({**fits, "claims": []}))
+    found.fits.write_text(json.dumps({**fits, "claims": [], "answer": answer({**fits, "claims": []})}))
     assert report.main([SWEEP, "--runs", str(tmp_path)]) == 0
     body = (found.folder / "report.html").read_text().partition("<body>")[2]
     assert '<p class="answer">No claim: no difference here has an error' in body.partition("<figure>")[0]
@@ -214,7 +214,7 @@ def test_setup_recipe_and_versions(page: Page) -> None:
     assert "optim.weight_decay" in page.text and "optim.weight_decay" not in settings
     sizes = {(row["budget"], row["method"]): row for row in page.table("sizes", "finished")}
     assert len(sizes) == 10 and sizes["3e11", "PEER"]["finished"] == "4 of 5"
-    assert sizes["3e11", "PEER"]["sizes"] == "d_model 12 (2 heads), 16, 24, 32, 48 (2 heads)"
+    assert sizes["3e11", "PEER"]["sizes"] == "d_model 12 (2 heads), 16 (2 heads), 24, 32, 48 (2 heads)"
     for told in (
         "per-operation, full attention, backward 2x",
         "0123456789ab",

@@ -145,7 +145,7 @@ def test_a_dead_server_is_one_line_and_the_same_command_goes_on(
         cell.finish()
     wandb_server.down = True
     capsys.readouterr()
-    assert upload("--timeout", "1", "--jobs", "1") == 1
+    assert upload("--timeout", "1", "--jobs", "1") == 3
     errors = capsys.readouterr().err
     assert errors.startswith("error: 3 cells are not uploaded, ") and errors.count("\n") == 1, errors
     assert errors.endswith("the same command goes on from here\n")

@@ -203,6 +203,6 @@ def collected_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("synthetic") / "runs"
     write_cells(runs)
     collect = script("collect")
-    setattr(collect, "planned_cells", lambda sweep: cells())  # noqa: B010
+    setattr(collect, "planned_cells", lambda sweep, overrides: cells())  # noqa: B010
     assert collect.main([SWEEP, "--runs", str(runs)]) == 0
     return runs
