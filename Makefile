@@ -32,7 +32,7 @@ endif
 help: ## print every target
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 	@echo; echo "Variables: SWEEP=$(SWEEP) LAUNCHER=joblib|local|slurm JOBS=$(JOBS) OVERRIDES='key=value ...' PYTHON=$(PYTHON)"
-	@echo "PUBLISHED=1: sweep and figures count finished cells of results/ as done; REPLACE=1: publish may remove or replace them"
+	@echo "PUBLISHED=1: sweep and figures count finished cells of results/ as done; REPLACE=1: publish may remove them, or put cells of another configuration in their place"
 	@echo "Exit codes of the programs: 0 done, 1 a crash, 2 wrong input, 3 some cells failed (make sweep goes on), 130 Ctrl-C"
 
 reproduce: ## the main job: train the isoFLOP study on real text, fit it, draw it (21 minutes on 2 cores)

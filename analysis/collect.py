@@ -18,7 +18,7 @@ import pandas as pd
 
 from peerscale.errors import UserError, exit_code
 from peerscale.files import write_json, write_text
-from peerscale.outcomes import further_line, of_the_plan, read_published, which_counts
+from peerscale.outcomes import further_line, of_the_plan, read_published, some, which_counts
 from peerscale.runs.fits import fit_study
 from peerscale.runs.record import Record, Status
 from peerscale.runs.study import PlannedCell, Study, collected, planned_record, published, study_parser
@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     read = read_study(
         arguments.sweep, arguments.runs, arguments.results, overrides, with_published=arguments.with_published
     )
-    records = [*read.planned, *read.further]
+    further, foreign = of_one_corpus(read.planned, read.further)
+    records = [*read.planned, *further]
     runs = runs_table(records)  # before anything is written: a record may be refused
     write_text(study.records, "".join(json.dumps(asdict(record)) + "\n" for record in records))
     write_text(study.curves, read.curves.to_csv(index=False))
@@ -51,12 +52,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     counts = Counter(record.status for record in read.planned)
     states = ", ".join(f"{n} {status}" for status, n in counts.items())
     print(f"{arguments.sweep}: {len(read.planned)} cells ({states}), from {read.source} -> {study.folder}")
-    if read.further:
-        print(f"{further_line([record.cell for record in read.further])}; they are in the table and the fits too")
+    if further:
+        print(f"{further_line([record.cell for record in further])}; they are in the table and the fits too")
+    if foreign:
+        print(f"{len(foreign)} cells of another corpus are left out: {some([record.cell for record in foreign])}")
     missed = sum(record.cell in read.left_out and record.status is not Status.DONE for record in read.planned)
     if missed:
         print(f"{missed} of them are finished in {table.folder}: make figures SWEEP={arguments.sweep} PUBLISHED=1")
     return 0
+
+
+def of_one_corpus(planned: Sequence[Record], further: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+    """Cells outside the plan that were trained on the corpus of its finished cells, and those that were not."""
+    corpora = {record.science["data_fingerprint"] for record in planned if record.status is Status.DONE}
+    same = [record for record in further if not corpora or record.science["data_fingerprint"] in corpora]
+    return same, [record for record in further if record not in same]
 
 
 def write_fits(study: Study, runs: pd.DataFrame, curves: pd.DataFrame, records: Sequence[Record]) -> None:

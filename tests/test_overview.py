@@ -314,11 +314,11 @@ def test_studies_are_listed_with_question_and_state(tmp_path: Path, capsys: pyte
     assert main(["studies", "--runs", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("smoke "))
-    assert columns(lines[at]) == ["smoke", "10", "cells:", "1", "done", "here,", "0", "published"]
+    assert columns(lines[at]) == ["smoke", "10", "cells:", "1", "finished", "here,", "0", "published"]
     assert lines[at + 1].startswith("    does everything work, from text to figure?")
     listed = [line.split()[0] for line in lines if line and not line.startswith((" ", "make"))]
     assert listed == sorted(file.stem for file in (ROOT / "sweeps").glob("*.yaml"))
-    assert any(line.startswith("reproduce ") and line.endswith("0 done here, 50 published") for line in lines)
+    assert any(line.startswith("reproduce ") and line.endswith("0 finished here, 50 published") for line in lines)
 
 
 def test_cells_are_counted_without_planning_them(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from statistics import mean, stdev
 import yaml
 
 from peerscale.accounting import CONVENTION
+from peerscale.data import text
 from peerscale.data.store import read_manifest
 from peerscale.errors import USER_ERROR, ArgumentParser, UserError, exit_code
 from peerscale.files import ROOT
@@ -26,7 +27,7 @@ from peerscale.plan import Verdict
 from peerscale.progress import duration
 from peerscale.runs.record import RECORD, Status, cell_folders
 from peerscale.runs.speed import makespan_s
-from peerscale.runs.study import RESULTS, RUNS, find_study, header, published, read_fits
+from peerscale.runs.study import RESULTS, RUNS, Study, collected, header, published, read_fits
 from peerscale.slurm import Job, jobs_folder, log_path, queued, read_job_ids
 from peerscale.sweep_config import SweepConfig, load_sweep, parse_sweep
 from peerscale.sweeper import Cell, budget_name, count_cells, evaluation_lines, planned_cells, short_methods
@@ -62,6 +63,8 @@ lr, table lr: peak learning rates of the backbone and of expert tables; FLOPs/bu
 def print_plan(sweep: str, overrides: Sequence[str], workers: int, results: Path) -> int:
     """Print the plan; exit code 2 if a method keeps too few sizes at a budget."""
     cells = planned_cells(sweep, overrides)
+    if cells[0].config.data.source == "text":
+        text.files(cells[0].config.data)  # at once, not when the corpus is prepared
     found = _outcomes(cells, results)
     kept = [cell for cell in cells if cell.plan.verdict is Verdict.OK]
     rows = [plan_row(cell, found.planned[cell.name]) for cell in cells]
@@ -133,14 +136,13 @@ def print_status(sweep: str, overrides: Sequence[str], results: Path) -> int:
     for note in notes:
         print(note)
     _print_notices(found)
-    _print_answer(name, results)
+    _print_answer(published(name, results) if n_published else collected(name, cells[0].folder.parents[1]))
     return 0
 
 
-def _print_answer(sweep: str, results: Path) -> None:
+def _print_answer(study: Study) -> None:
     """The study's answer as last fitted, with where it stands; nothing where it was never fitted."""
     with contextlib.suppress(UserError):
-        study = find_study(sweep, results=results)
         print(f"\n{read_fits(study.fits)['answer']} ({_short(study.fits)}, as last fitted)")
 
 
@@ -195,7 +197,7 @@ def print_studies(runs: Path, results: Path) -> int:
             planned = f"cannot be planned: {error}"
         here = Counter(_status(folder / RECORD) for folder in cell_folders(runs / file.stem))
         there = Counter(_statuses(results / file.stem / "runs.csv"))
-        state = [f"{here[Status.DONE]} done here", f"{there[Status.DONE]} published"]
+        state = [f"{here[Status.DONE]} finished here", f"{there[Status.DONE]} published"]
         state += [f"{there[Status.DROPPED]} dropped"] if there[Status.DROPPED] else []
         print(f"{file.stem:<16} {planned}: {', '.join(state)}")
         question = header(file.read_text(encoding="utf-8")).get("Question", "its file names no question")

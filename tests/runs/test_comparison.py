@@ -13,6 +13,7 @@ from made_up_study import SIZES, bowl, curves, record, run
 from scipy import stats
 
 from peerscale.files import write_json
+from peerscale.laws.prediction import predict
 from peerscale.runs.comparison import compare, half_width
 from peerscale.runs.record import Record, Status
 from peerscale.sweep_config import ClaimsConfig
@@ -439,7 +440,23 @@ def test_the_law_of_optimal_sizes() -> None:
     low, high = law["ci"]["exponent"]
     assert low < law["exponent"] < high and low < 0.5 < high
     assert law["x"] == "flops_per_token" and law["n"] == 4
-    assert compare(ladder(1.5, LADDER[:2], noise=0.004), [])["laws"] == {}
+    two = compare(ladder(1.5, LADDER[:2], noise=0.004), [])["laws"]["dense"]
+    assert two["exponent"] is None and two["status"] == "too_few_points"
+    assert [vertex["loss"] for vertex in two["vertices"]] == pytest.approx(
+        [v["loss"] for v in law["vertices"][:2]], abs=0.02
+    )
+    assert compare(ladder(1.5, LADDER[:1], noise=0.004), [])["laws"] == {}
+
+
+def test_a_stored_law_predicts_the_loss_with_an_interval() -> None:
+    """The losses of the ladder fall as a power of the budget, which holds a little further on too."""
+    law = compare(ladder(1.5, LADDER, noise=0.004), [])["laws"]["dense"]
+    losses = [vertex["loss"] for vertex in law["vertices"]]
+    slope, start = np.polyfit(np.log(LADDER), np.log(losses), 1)
+    target = 3 * max(LADDER)
+    value, interval = predict(law, {"budget": target}, {"x": "flops_per_token"}).values["loss at the optimum"]
+    assert value == pytest.approx(np.exp(start + slope * np.log(target)))
+    assert interval is not None and interval[0] < value < interval[1]
 
 
 def test_everything_is_plain_json(tmp_path: Path) -> None:

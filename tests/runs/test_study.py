@@ -63,7 +63,7 @@ def test_broken_json_is_one_clear_line(tmp_path: Path) -> None:
 
 def test_fits_of_another_version_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "fits.json"
-    whole = {"budgets": [], "claims": [], "multipliers": [], "laws": {}, "rates": {}, "growth": []}
+    whole = {"answer": "none", "budgets": [], "claims": [], "multipliers": [], "laws": {}, "rates": {}, "growth": []}
     path.write_text(json.dumps(whole))
     assert read_fits(path) == whole
     del whole["rates"]

@@ -20,12 +20,12 @@ READ_AT_ONCE = 1 << 20
 
 def sources(config: DataConfig) -> dict[str, str]:
     """File -> sha256."""
-    return {name: file_sha256(path) for name, path in _files(config).items()}
+    return {name: file_sha256(path) for name, path in files(config).items()}
 
 
 def blocks(config: DataConfig) -> Iterator[Block]:
     """All documents, files in the order of their names."""
-    for path in _files(config).values():
+    for path in files(config).values():
         try:
             with _open(path) as file:
                 yield from _jsonl(path, file) if path.name.endswith((".jsonl", ".jsonl.gz")) else _plain(file)

@@ -14,9 +14,9 @@ import pandas as pd
 from scipy.stats import t as student
 
 from peerscale.laws.bootstrap import LEVEL as INTERVAL
-from peerscale.laws.bootstrap import Bootstrap, percentile_interval, resample_counts
+from peerscale.laws.bootstrap import STORED_DRAWS, Bootstrap, percentile_interval, resample_counts
 from peerscale.laws.multiplier import compute_multipliers, growth
-from peerscale.laws.optima import Estimate, OptimaFit, Optimum, equality_of_curvatures, holm
+from peerscale.laws.optima import Estimate, OptimaFit, Optimum, OptimumStatus, equality_of_curvatures, holm
 from peerscale.laws.power_law import MIN_BUDGETS, fit_power_law
 from peerscale.laws.results import Array, FitStatus, to_plain
 from peerscale.runs.record import Record
@@ -310,19 +310,29 @@ def _ends(draws: Array) -> dict[str, float]:
 
 
 def _power_laws(budgets: Array, frontiers: Mapping[str, Array]) -> dict[str, Any]:
-    """The power law through each method's optimal sizes, of those that have three budgets or more."""
+    """Each method's optima at two budgets or more, and from three on the power law through their sizes."""
     laws = {}
-    for name, (x, _) in frontiers.items():
+    for name, (x, losses) in frontiers.items():
         known = np.isfinite(x[0])
-        if known.sum() < MIN_BUDGETS:
+        if known.sum() < 2:
             continue
-        exponent, coefficient = fit_power_law(budgets[known], x[:, known])
-        whole = np.isfinite(exponent[1:])
-        draws = {"exponent": exponent[1:][whole], "coefficient": coefficient[1:][whole]}
+        whole = np.isfinite(x[1:, known]).all(axis=1)
+        power = dict.fromkeys(("exponent", "coefficient"))
+        draws: dict[str, Array] = {}
+        if enough := known.sum() >= MIN_BUDGETS:
+            fitted = dict(zip(power, fit_power_law(budgets[known], x[:, known]), strict=True))
+            power = {key: float(values[0]) for key, values in fitted.items()}
+            draws = {key: values[1:][whole] for key, values in fitted.items()}
         bootstrap = Bootstrap(draws=draws, resamples=DRAWS, failed=int((~whole).sum()), seed=0)
+        stored = bootstrap.to_dict()
+        stored["draws"]["loss"] = losses[1:, known][whole][:STORED_DRAWS].round(5)
         laws[name] = {
-            "law": "isoflop", "method": name, "x": X, "n": int(known.sum()), "status": FitStatus.CONVERGED,
-            "exponent": float(exponent[0]), "coefficient": float(coefficient[0]), "ci": bootstrap.intervals(),
-            "bootstrap": bootstrap.to_dict(),
+            "law": "isoflop", "method": name, "x": X, "n": int(known.sum()),
+            "status": FitStatus.CONVERGED if enough else FitStatus.TOO_FEW_POINTS, **power, "ci": bootstrap.intervals(),
+            "vertices": [
+                {"budget": budget, "x": size, "loss": loss, "status": OptimumStatus.OK}
+                for budget, size, loss in zip(budgets[known], x[0, known], losses[0, known], strict=True)
+            ],
+            "bootstrap": stored,
         }  # fmt: skip
     return laws

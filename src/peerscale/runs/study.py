@@ -101,7 +101,7 @@ def find_study(sweep: str, runs: Path = RUNS, results: Path = RESULTS) -> Study:
 def header(text: str) -> dict[str, str]:
     """The opening comment of a study's file by its words: `# Question: ...`, continued on further lines."""
     entries: dict[str, str] = {}
-    for line in itertools.takewhile(lambda line: line.startswith("#"), text.splitlines()):
+    for line in itertools.takewhile(lambda line: line.startswith("# "), text.splitlines()):
         word, colon, rest = line.lstrip("# ").partition(": ")
         starts = bool(colon) and word.isalpha() and word.istitle()
         key = word if starts else next(reversed(entries), "Question")

@@ -22,12 +22,7 @@ def answer(fits: Mapping[str, Any]) -> str:
     """The study's answer in one line, the largest budget first; what is missing if there is none."""
     places = _places(fits["claims"])
     if not places:
-        known = any(entry["differences"] for entry in fits["budgets"])
-        return (
-            "No claim: no difference here has an error that includes seeds or the misfit of sizes."
-            if known
-            else "No answer yet: no two methods have finished cells to compare."
-        )
+        return _no_answer(fits["budgets"])
     largest = max(budget for budget, *_ in places)
     if any(size or settings for _, size, settings in places):
         return " ".join(_sentence(place, found) for place, found in places.items() if place[0] == largest)
@@ -40,6 +35,16 @@ def answer(fits: Mapping[str, Any]) -> str:
     dense = next((c for c in fits["claims"] if c["budget"] == largest and c["rival"] == "dense"), None)
     text = f"{'; '.join(parts)}."
     return text if dense is None else f"{text} Against dense at {budget_name(largest)}: {_with_error(dense)} nats."
+
+
+def _no_answer(budgets: Sequence[Mapping[str, Any]]) -> str:
+    """Why a study claims nothing."""
+    if not any(entry["differences"] for entry in budgets):
+        return "No answer yet: no two methods have finished cells to compare."
+    without = [entry["budget"] for entry in budgets if any(m["loss"] is None for m in entry["methods"])]
+    if without and not any(found.get("value") for entry in budgets for found in entry["differences"]):
+        return f"No answer: no minimum lies within the sizes at {_listed(map(budget_name, without))} FLOPs."
+    return "No claim: no difference here has an error that includes seeds or the misfit of sizes."
 
 
 def verdicts(claims: Sequence[Claim]) -> list[str]:

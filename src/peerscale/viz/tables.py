@@ -119,7 +119,7 @@ def exponent_lines(fits: Fits) -> list[str]:
     laws, rows = fits["laws"], []
     for name in ordered(fit["method"] for fit in laws.values()):
         envelope, isoflop, surface = (laws.get(name + end, {}) for end in ("/envelope", "", "/parametric"))
-        if not isoflop and not surface:
+        if isoflop.get("exponent") is None and not surface:
             continue
         texts = [with_interval(fit.get(key), fit.get("ci", {}).get(key), "{:.3f}")
                  for fit, key in ((envelope, "exponent"), (isoflop, "exponent"), (surface, "a"))]  # fmt: skip
