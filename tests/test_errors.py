@@ -1,5 +1,6 @@
 """Exit codes: what each of them means, and that a crash is told from all others."""
 
+import os
 import subprocess
 import sys
 
@@ -48,7 +49,11 @@ def test_a_reader_that_stops_is_no_error(lines: int, options: list[str]) -> None
 def make(*words: str, python: str = "true") -> subprocess.CompletedProcess[str]:
     """What `make` does if every program of the environment were this one."""
     command = ["make", "-o", ".venv/installed", "-o", "setup", *words, f"BIN={python}"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    # As a user calls it, not as a target of the make that runs the tests.
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    }
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
 @pytest.mark.parametrize(("code", "ends"), [(0, 0), (1, 2), (2, 2), (3, 0), (130, 2)])

@@ -35,7 +35,8 @@ def blocks(config: DataConfig) -> Iterator[Block]:
             raise UserError(f"{path}: not a whole gzip file ({error})") from None
 
 
-def _files(config: DataConfig) -> dict[str, Path]:
+def files(config: DataConfig) -> dict[str, Path]:
+    """The files of `data.path` by name; raises `UserError` if there is none that can be read as text."""
     assert config.path is not None
     path = Path(config.path).expanduser()
     if path.is_file() and path.suffix in SUFFIXES:
