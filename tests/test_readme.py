@@ -7,8 +7,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from peerscale.files import ROOT
 from peerscale.plan import Verdict
+from peerscale.runs.study import read_fits
 from peerscale.sweeper import planned_cells
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -95,3 +98,26 @@ print(peerscale.files.ROOT, type(layer).__name__)
     result = subprocess.run([sys.executable, "-c", check], env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == [str(tmp_path), "Gated"]
+
+
+@pytest.mark.parametrize(
+    ("study", "budget", "method", "reference"),
+    [
+        ("reproduce", 2.7e12, "peer", "dense"),
+        ("isoflop_cpu", 3e12, "peer", "dense"),
+        ("isoflop_cpu", 1e13, "peer", "dense"),
+        ("batch", 3e12, "peer batch_sequences=32", "dense batch_sequences=32"),
+    ],
+)
+def test_the_numbers_of_the_readme_are_the_published_fits(
+    study: str, budget: float, method: str, reference: str
+) -> None:
+    fits = read_fits(ROOT / "results" / study / "fits.json")
+    (entry,) = [entry for entry in fits["budgets"] if entry["budget"] == budget]
+    (found,) = [d for d in entry["differences"] if (d["method"], d["reference"]) == (method, reference)]
+    said = f"{-found['value']:.3f} ± {(found['high'] - found['low']) / 2:.3f}"
+    assert said in README
+    for worth in fits["multipliers"]:
+        if study == "isoflop_cpu" and worth["method"] == "peer" and worth["budget"] == budget:
+            numbers = f"{worth['multiplier']:.2f} [{worth['low']:.2f}, {worth['high']:.2f}]"
+            assert numbers in " ".join(README.split())
