@@ -20,8 +20,8 @@ from peerscale.viz.ablations import (
 )
 from peerscale.viz.published import read_published
 
-T_975_2 = 4.302652729911275
-"""Student's t, 2 degrees of freedom, two-sided 5 %: any statistical table."""
+T_975_16 = 2.1199052992210112
+"""Student's t, 16 degrees of freedom, two-sided 5 %: any statistical table."""
 
 
 def points(axes: Axes) -> dict[str, dict[float, float]]:
@@ -90,6 +90,9 @@ def test_query_norm_shows_means_intervals_and_every_seed() -> None:
     runs = ablation_runs("query_bn")
     figure = query_norm_figure(runs, read_published())
     ours, paper, unevenness = figure.axes
+    by_point = runs.groupby(["query_norm", "n_experts"])["val_loss"]
+    assert len(by_point) == 8 and (by_point.size() == 3).all()  # so 16 degrees of freedom
+    pooled = math.sqrt(by_point.var(ddof=1).mean())
     for norm, label in ((True, "PEER with BatchNorm on the queries"), (False, "without")):
         rows = runs[runs["query_norm"].astype(str) == str(norm)]
         (container,) = (c for c in ours.containers if c.get_label() == label)
@@ -97,7 +100,7 @@ def test_query_norm_shows_means_intervals_and_every_seed() -> None:
         for (n, group), segment in zip(rows.groupby("n_experts"), segments, strict=True):
             losses = group["val_loss"].to_numpy(float)
             assert points(ours)[label][n] == pytest.approx(math.exp(losses.mean()))
-            half = T_975_2 * losses.std(ddof=1) / math.sqrt(3)
+            half = T_975_16 * pooled / math.sqrt(3)
             np.testing.assert_allclose(segment[:, 1], np.exp([losses.mean() - half, losses.mean() + half]), rtol=1e-9)
         assert points(unevenness)[label] == pytest.approx(rows.groupby("n_experts")["unevenness"].mean().to_dict())
     dots = np.concatenate([line.get_ydata() for line in ours.lines if line.get_label() == "_seeds"])

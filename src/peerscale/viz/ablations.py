@@ -66,13 +66,18 @@ def over_seeds(runs: pd.DataFrame, by: Sequence[str], y: str = "val_loss") -> pd
     """A row for each combination of `by`, with the mean of `y` over seeds and an interval.
 
     Returns:
-        `by`, mean, low, high, seeds. The interval is Student's 95 % of the mean over seeds; with one seed it is +-1
-        standard error over validation sequences if `y` is the loss, else empty (low = high = mean).
+        `by`, mean, low, high, seeds. The interval is Student's 95 % of the mean over seeds; the scatter of a loss over
+        seeds is pooled over all rows, as in `runs.comparison`. With one seed the interval is +-1 standard error over
+        validation sequences if `y` is the loss, else empty (low = high = mean).
     """
-    rows = []
-    for key, group in runs.groupby(list(by)):
+    rows, groups = [], runs.groupby(list(by))
+    scatter = runs[y].astype(float) - groups[y].transform("mean").astype(float)
+    pooled_df = len(runs) - groups.ngroups
+    for key, group in groups:
         values, n = np.asarray(group[y], float), len(group)
-        if n > 1:
+        if n > 1 and y == "val_loss":
+            half = float(student.ppf(0.975, pooled_df) * math.sqrt((scatter**2).sum() / pooled_df / n))
+        elif n > 1:
             half = float(student.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n))
         else:
             half = float(np.nan_to_num(group["val_loss_se"].iloc[0])) if y == "val_loss" else 0.0
@@ -248,5 +253,6 @@ def _said(cells: pd.DataFrame, column: str) -> str:
 def _bars(cells: pd.DataFrame) -> str:
     seeds = cells["seed"].nunique()
     if seeds > 1:
-        return f"bars: 95 % interval of the mean over {seeds} seeds (dots), Student's t"
+        bars = f"bars: 95 % interval of the mean over {seeds} seeds (dots), Student's t"
+        return f"{bars}; of losses with their scatter pooled"
     return "bars: ±1 standard error over validation sequences, most of it common to all points; one seed"
