@@ -64,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def of_one_corpus(planned: Sequence[Record], further: Sequence[Record]) -> tuple[list[Record], list[Record]]:
     """Cells outside the plan that were trained on the corpus of its finished cells, and those that were not."""
-    corpora = {record.science["data_fingerprint"] for record in planned if record.status is Status.DONE}
-    same = [record for record in further if not corpora or record.science["data_fingerprint"] in corpora]
+    corpora = {record.science.get("data_fingerprint") for record in planned if record.status is Status.DONE}
+    same = [record for record in further if not corpora or record.science.get("data_fingerprint") in corpora]
     return same, [record for record in further if record not in same]
 
 

@@ -11,6 +11,9 @@ from peerscale.runs.record import Record, Status
 SIZES = np.array([3e5, 4.8e5, 7.5e5, 1.2e6, 1.9e6])
 """FLOPs per token."""
 
+LADDER = [1e12, 3e12, 1e13, 3e13]
+"""Budgets."""
+
 
 def run(
     method: str,
@@ -57,3 +60,21 @@ def record(cell: str, losses: np.ndarray, status: Status = Status.DONE) -> Recor
         sweep="made_up", cell=cell, status=status, fingerprint="", science={}, method="", variant="", plan={},
         params={}, flops_per_token={}, sequence_losses=[float(loss) for loss in losses],
     )  # fmt: skip
+
+
+def ladder(gain: float, budgets: list[float], **options: Any) -> pd.DataFrame:
+    """Dense's optimum is 40 C^-0.07, and PEER's that of `gain` times the compute."""
+    return curves(
+        {(m, c): 40 * (g * c) ** -0.07 for m, g in (("dense", 1.0), ("peer", gain)) for c in budgets}, **options
+    )
+
+
+def with_sequences(
+    runs: pd.DataFrame, *, own: float = 0.05, n: int = 256
+) -> tuple[pd.DataFrame, list[Record], np.ndarray]:
+    """The runs with mean losses over sequences, their records, and the losses (runs, sequences)."""
+    rng = np.random.default_rng(4)
+    difficulty = rng.normal(0, 0.5, n)  # of a text, common to all models
+    losses = runs["val_loss"].to_numpy()[:, None] + difficulty + rng.normal(0, own, (len(runs), n))
+    records = [record(cell, values) for cell, values in zip(runs["cell"], losses, strict=True)]
+    return runs.assign(val_loss=losses.mean(axis=1)), records, losses
