@@ -12,14 +12,13 @@ Works on runs/SWEEP/study, else on results/SWEEP; writes the tables to table.md 
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from peerscale.errors import exit_code
-from peerscale.files import ROOT, write_text
+from peerscale.files import from_checkout, write_text
 from peerscale.laws.optima import OptimumStatus
 from peerscale.runs.rates import RATES, settings_table
 from peerscale.runs.study import find_study, method_names, read_fits, study_parser, usable
@@ -61,19 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if compared:  # on a terminal the answer and its figure first, then what they rest on
         shown, *further = text.split(SECTION)
         figure = study.figures / "isoflop.png"
-        print(f"\n{fits['answer']}\n" + f"Figure 1: {relative(figure)}\n" * figure.is_file())
+        print(f"\n{fits['answer']}\n" + f"Figure 1: {from_checkout(figure)}\n" * figure.is_file())
         print("\n".join(shown.splitlines()[4:]))
         if further:
             titles = "; ".join(section.partition("\n")[0] for section in further)
-            print(f"\nFurther tables in {relative(study.table)}: {titles}")
+            print(f"\nFurther tables in {from_checkout(study.table)}: {titles}")
     else:
         print(text, end="")
     return 0
-
-
-def relative(path: Path) -> Path:
-    """The path as seen from the checkout, where it lies in it."""
-    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
 def closing_table(runs: pd.DataFrame, fits: Fits) -> list[str]:

@@ -14,6 +14,11 @@ ROOT = Path(__file__).resolve().parents[2]
 """The checkout: `conf/`, `sweeps/`, `runs/`, `results/` and `data/` lie here (the install is editable)."""
 
 
+def from_checkout(path: Path) -> Path:
+    """The path as a user types it in the checkout; as it is if it lies elsewhere."""
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, renamed onto it at the end; removed, with `path` untouched, on an error.

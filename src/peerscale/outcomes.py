@@ -8,13 +8,10 @@ from pathlib import Path
 from peerscale.errors import UserError
 from peerscale.files import ROOT
 from peerscale.plan import Verdict
-from peerscale.runs.record import Record, Status, cell_folders, differences, read_cell
+from peerscale.runs.record import ENDED, Record, Status, cell_folders, differences, read_cell
 from peerscale.runs.study import PlannedCell, Study, published
 from peerscale.runs.table import read_records
 from peerscale.sweeper import Cell, check_same
-
-ENDED = (Status.DONE, Status.FAILED, Status.DIVERGED)
-"""What a published record can say; that a cell is pending or dropped is for the plan to say."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +92,10 @@ def which_counts(own: Record | None, published: Record | None) -> Record | None:
 
 
 def read_published(study: Study) -> dict[str, Record]:
-    """The published cells that have ended, by name; none if the study, or its records, are not published."""
+    """The published cells that have ended, by name; none if the study, or its records, are not published.
+
+    That a cell is pending or dropped is for the plan to say.
+    """
     records = read_records(study.folder) if study.records.is_file() else []
     return {record.cell: record for record in records if record.status in ENDED}
 

@@ -21,11 +21,11 @@ from peerscale.accounting import CONVENTION
 from peerscale.data import text
 from peerscale.data.store import read_manifest
 from peerscale.errors import USER_ERROR, ArgumentParser, UserError, exit_code
-from peerscale.files import ROOT
-from peerscale.outcomes import ENDED, Outcome, Outcomes, further_line, outcomes
+from peerscale.files import ROOT, from_checkout
+from peerscale.outcomes import Outcome, Outcomes, further_line, outcomes
 from peerscale.plan import Verdict
 from peerscale.progress import duration
-from peerscale.runs.record import RECORD, Status, cell_folders
+from peerscale.runs.record import ENDED, RECORD, Status, cell_folders
 from peerscale.runs.speed import makespan_s
 from peerscale.runs.study import RESULTS, RUNS, Study, collected, header, published, read_fits
 from peerscale.slurm import Job, jobs_folder, log_path, queued, read_job_ids
@@ -120,17 +120,17 @@ def print_status(sweep: str, overrides: Sequence[str], results: Path) -> int:
         words.append(word)
         evaluation = outcome.record.evaluation if outcome.record and outcome.done else {}
         loss = evaluation.get(cell.config.data.val_set, {}).get("loss")
-        grid.add(cell, loss, (word if loss is None else f"{loss:.4f}") + PUBLISHED * outcome.published)
+        grid.add(cell, loss, (word if loss is None else f"{loss:.4f}") + PUBLISHED_MARK * outcome.published)
     print(text_table(grid.rows()))
     if means := grid.means():
         print(f"\nmean ± standard deviation (number of seeds):\n{text_table(means)}")
     counts = {word: f"{n} {word}" for word, n in Counter(words).items()}
     if n_published := sum(found.planned[cell.name].done_published for cell in cells):
-        where = f"{words.count('done') - n_published} run here in {_short(cells[0].folder.parent)}"
-        counts["done"] += f" ({where}, {n_published} published in {_short(results / name)})"
+        where = f"{words.count('done') - n_published} run here in {from_checkout(cells[0].folder.parent)}"
+        counts["done"] += f" ({where}, {n_published} published in {from_checkout(results / name)})"
     print(f"\n{', '.join(counts.values())}; losses in nats per token ({sweep})")
     if n_published:
-        print(f"{PUBLISHED} is published; make sweep SWEEP={name} PUBLISHED=1 runs only the others")
+        print(f"{PUBLISHED_MARK} is published; make sweep SWEEP={name} PUBLISHED=1 runs only the others")
     if found.further and not overrides:  # a part of a study has too many others to name
         print(further_line(list(found.further)))
     for note in notes:
@@ -143,10 +143,10 @@ def print_status(sweep: str, overrides: Sequence[str], results: Path) -> int:
 def _print_answer(study: Study) -> None:
     """The study's answer as last fitted, with where it stands; nothing where it was never fitted."""
     with contextlib.suppress(UserError):
-        print(f"\n{read_fits(study.fits)['answer']} ({_short(study.fits)}, as last fitted)")
+        print(f"\n{read_fits(study.fits)['answer']} ({from_checkout(study.fits)}, as last fitted)")
 
 
-PUBLISHED = "*"
+PUBLISHED_MARK = "*"
 """Marks what is not from this machine's runs/."""
 
 
@@ -181,11 +181,6 @@ class Grid:
     def _table(self, shown: Mapping[str, Mapping[str, str]]) -> list[list[str]]:
         budgets = list(dict.fromkeys(budget for at in self.shown.values() for budget in at))
         return [["", *budgets], *([row, *(at.get(b, "") for b in budgets)] for row, at in shown.items())]
-
-
-def _short(folder: Path) -> str:
-    """A folder as a user types it in the checkout."""
-    return str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder)
 
 
 def print_studies(runs: Path, results: Path) -> int:

@@ -65,6 +65,13 @@ class Cell:
         return cell_folder(self.config, self.sweep, self.name)
 
 
+def split_published(words: Sequence[str]) -> tuple[list[str], str | None]:
+    """Overrides of a sweep without `PUBLISHED`, and the folder that it names; None if it is not among them."""
+    others = [word for word in words if not word.lstrip("+").startswith(PUBLISHED)]
+    named = [word.partition("=")[2] for word in words if word not in others]
+    return others, named[-1] if named else None
+
+
 def cell_folder(config: Config, sweep: str, cell: str) -> Path:
     """`runs/<sweep>/<cell>`."""
     return ROOT / config.trainer.runs_directory / sweep / cell

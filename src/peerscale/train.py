@@ -28,6 +28,7 @@ from peerscale.composition import STUDY, check_hydra, config_error, register_stu
 from peerscale.config import parse_config
 from peerscale.config_errors import ConfigError
 from peerscale.data.prepare import prepare
+from peerscale.data.store import read_manifest
 from peerscale.errors import FailedCells, UserError, exit_code
 from peerscale.files import ROOT
 from peerscale.plan import Verdict
@@ -36,13 +37,13 @@ from peerscale.runs.record import LOCK, Status, read_record
 from peerscale.sweep_config import load_sweep
 from peerscale.sweeper import (
     FINISHED,
-    PUBLISHED,
     SINGLE,
     STUDY_OVERRIDES,
     Cell,
     evaluation_lines,
     how_to_rerun,
     single_cell,
+    split_published,
     state,
 )
 
@@ -82,9 +83,11 @@ def refuse_dropped(cell: Cell) -> None:
 def run_single(cell: Cell) -> None:
     """Run one cell for a user who waits for it."""
     refuse_dropped(cell)
+    was_there = read_manifest(cell.config.data)
     corpus = prepare(cell.config.data)
-    cell = single_cell(cell.config, cell.overrides, cell.sweep)  # planned again, now that the size of its sets is known
-    refuse_dropped(cell)
+    if corpus.manifest != was_there:  # how large its sets are decides whether the cell is dropped
+        cell = single_cell(cell.config, cell.overrides, cell.sweep)
+        refuse_dropped(cell)
     for line in evaluation_lines([cell], short_only=True):
         print(f"notice: {line}", file=sys.stderr)
     if (status := state(cell, corpus.manifest.fingerprint)) not in FINISHED:
@@ -133,7 +136,7 @@ def main() -> int:
         STUDY_OVERRIDES[:] = [
             word for word in others if _is_override(word) and not word.lstrip("+~").startswith("hydra")
         ]
-        load_sweep(study, [word for word in STUDY_OVERRIDES if not word.startswith(PUBLISHED)])
+        load_sweep(study, split_published(STUDY_OVERRIDES)[0])
         check_hydra(study)
         kept = [word for word in others if word not in STUDY_OVERRIDES]
         sys.argv[1:] = ["--config-name", register_study(study), *kept]

@@ -39,22 +39,20 @@ class IsoflopSweeper(Sweeper):
         from peerscale.outcomes import published_as_done, published_study, some
         from peerscale.runs.record import Status
         from peerscale.sweeper import (
-            PUBLISHED,
             STUDY_OVERRIDES,
             diverged_lines,
             evaluation_lines,
             pending_cells,
             planned_cells,
+            split_published,
         )
 
         assert self.config is not None and self.launcher is not None
         if (file := registered_file(str(self.config.hydra.job.config_name))) is None:
             raise ConfigError("only a study runs several cells: make sweep SWEEP=NAME")
-        arguments = [*STUDY_OVERRIDES, *arguments]
-        chosen = [word for word in arguments if not word.lstrip("+").startswith(PUBLISHED)]
-        results = [word.partition("=")[2] for word in arguments if word not in chosen]
+        chosen, results = split_published([*STUDY_OVERRIDES, *arguments])
         cells = planned_cells(file, chosen)
-        study = published_study(cells[0].sweep, results[-1]) if results else None
+        study = published_study(cells[0].sweep, results) if results else None
         was_there = read_manifest(cells[0].config.data)
         manifest = prepare(cells[0].config.data).manifest
         if manifest != was_there:  # how large its sets are decides which cells are dropped

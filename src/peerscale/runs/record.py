@@ -46,6 +46,10 @@ class Status(StrEnum):
     PENDING = "pending"
 
 
+ENDED = (Status.DONE, Status.FAILED, Status.DIVERGED)
+"""How a run ends."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
     """One cell. Losses in nats per token, times in seconds, FLOPs by `accounting.CONVENTION`."""
