@@ -10,6 +10,9 @@ from peerscale.files import ROOT
 STUDY = ".study"
 """Ends the names by which Hydra knows studies, so that it does not read the file of a study by itself."""
 
+REGISTERED: dict[str, tuple[Path, int, int]] = {}
+"""The file, its time and its size that each name of a study stands for in Hydra's store."""
+
 
 def sweep_file(sweep: str | Path) -> Path:
     """The file of a study given by name or path; raises `ConfigError` with the studies there are."""
@@ -36,6 +39,9 @@ def register_study(sweep: str | Path) -> str:
     from yaml import YAMLError
 
     file = sweep_file(sweep)
+    name, version = f"{file.stem}{STUDY}", (file, file.stat().st_mtime_ns, file.stat().st_size)
+    if REGISTERED.get(name) == version:  # a plan composes a study once for each layer, size and value of an axis
+        return name
     try:
         study = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     except (OmegaConfBaseException, YAMLError) as error:
@@ -43,18 +49,19 @@ def register_study(sweep: str | Path) -> str:
     if not isinstance(study, dict):
         raise ConfigError(f"{file.name}: input should be a mapping with a `sweep:` section, not a list")
     hydra, defaults = study.get("hydra") or {}, study.get("defaults") or []
-    for key, value, kind, name in (("hydra", hydra, dict, "mapping"), ("defaults", defaults, list, "list")):
+    for key, value, kind, wanted in (("hydra", hydra, dict, "mapping"), ("defaults", defaults, list, "list")):
         if not isinstance(value, kind):
-            raise ConfigError(f"{file.name}: {key}: input should be a {name}, not {value!r}")
+            raise ConfigError(f"{file.name}: {key}: input should be a {wanted}, not {value!r}")
     bases = [entry for entry in defaults if isinstance(entry, str) and entry != "_self_"]
     node = {
         **study,
         "defaults": [*([] if bases else ["config"]), *defaults, *([] if "_self_" in defaults else ["_self_"])],
-        # Files that its `defaults` name may lie beside it.
-        "hydra": {**hydra, "mode": "MULTIRUN", "searchpath": [f"file://{file.parent}"]},
+        # Files that its `defaults` name may lie beside it; without any, nothing is looked for there.
+        "hydra": {**hydra, "mode": "MULTIRUN", "searchpath": [f"file://{file.parent}"] if defaults else []},
     }
-    ConfigStore.instance().store(f"{file.stem}{STUDY}", OmegaConf.create(node), provider=str(file))
-    return f"{file.stem}{STUDY}"
+    ConfigStore.instance().store(name, OmegaConf.create(node), provider=str(file))
+    REGISTERED[name] = version
+    return name
 
 
 def registered_file(config_name: str) -> Path | None:
