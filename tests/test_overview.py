@@ -10,9 +10,10 @@ from peerscale.accounting import CONVENTION
 from peerscale.data.store import PREPARATION_VERSION, Manifest, folder, manifest_json
 from peerscale.errors import exit_code
 from peerscale.files import ROOT
-from peerscale.overview import main, read_section, text_table
+from peerscale.overview import main, text_table
 from peerscale.progress import duration
 from peerscale.runs.record import Record, Status, write_record
+from peerscale.sweep_config import load_sweep
 from peerscale.sweeper import Cell, count_cells, planned_cells
 from toy_study import TOY, record_of, write_study
 
@@ -328,7 +329,7 @@ def test_cells_are_counted_without_planning_them(tmp_path: Path) -> None:
         "seeds: [0, 5], axes: {optim.weight_decay: [0.0, 0.1]}, method_axes: {peer: {optim.table_lr: [1e-3, 0.5, 1]}}}",
     )
     # (2 sizes x 2 seeds + 1) x 2 rates of decay, for dense once and for PEER with three rates
-    assert count_cells(read_section(file)) == 5 * 2 * (1 + 3) == len(planned_cells(file))
+    assert count_cells(load_sweep(file)) == 5 * 2 * (1 + 3) == len(planned_cells(file))
 
 
 def test_a_wrong_request_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture) -> None:

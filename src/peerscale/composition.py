@@ -24,6 +24,21 @@ def sweep_file(sweep: str | Path) -> Path:
     return path.resolve()
 
 
+def read_study(file: Path) -> dict[str, Any]:
+    """What stands in a study's file, before Hydra lays it over anything; raises `ConfigError` if it is no mapping."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        study = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise config_error(error) from None
+    if not isinstance(study, dict):
+        raise ConfigError(f"{file.name}: input should be a mapping with a `sweep:` section, not a list")
+    return {str(key): value for key, value in study.items()}
+
+
 def register_study(sweep: str | Path) -> str:
     """Make a study known to Hydra, and return the name under which Hydra composes it.
 
@@ -35,19 +50,12 @@ def register_study(sweep: str | Path) -> str:
     """
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
     file = sweep_file(sweep)
     name, version = f"{file.stem}{STUDY}", (file, file.stat().st_mtime_ns, file.stat().st_size)
     if REGISTERED.get(name) == version:  # a plan composes a study once for each layer, size and value of an axis
         return name
-    try:
-        study = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise config_error(error) from None
-    if not isinstance(study, dict):
-        raise ConfigError(f"{file.name}: input should be a mapping with a `sweep:` section, not a list")
+    study = read_study(file)
     hydra, defaults = study.get("hydra") or {}, study.get("defaults") or []
     for key, value, kind, wanted in (("hydra", hydra, dict, "mapping"), ("defaults", defaults, list, "list")):
         if not isinstance(value, kind):
@@ -79,6 +87,8 @@ def check_hydra(sweep: Path) -> None:
     Raises:
         ConfigError: the section sets callbacks, logging, environment variables, or a launcher or sweeper of its own.
     """
+    if not {"hydra", "defaults"} & read_study(sweep).keys():
+        return  # nothing of it reaches Hydra's own section
     ours, its = compose(hydra=True), compose(sweep=sweep, hydra=True)
     for key in ("callbacks", "job_logging", "hydra_logging"):
         if its.get(key) != ours.get(key):

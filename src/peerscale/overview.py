@@ -15,8 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-import yaml
-
 from peerscale.accounting import CONVENTION
 from peerscale.data import text
 from peerscale.data.store import read_manifest
@@ -29,7 +27,7 @@ from peerscale.runs.record import ENDED, RECORD, Status, cell_folders
 from peerscale.runs.speed import makespan_s
 from peerscale.runs.study import RESULTS, RUNS, Study, collected, header, published, read_fits
 from peerscale.slurm import Job, jobs_folder, log_path, queued, read_job_ids
-from peerscale.sweep_config import SweepConfig, load_sweep, parse_sweep
+from peerscale.sweep_config import load_sweep
 from peerscale.sweeper import Cell, budget_name, count_cells, evaluation_lines, planned_cells, short_methods
 
 
@@ -187,7 +185,7 @@ def print_studies(runs: Path, results: Path) -> int:
     """Print every study of sweeps/: its question, its number of cells, and how many are done, here and published."""
     for file in sorted((ROOT / "sweeps").glob("*.yaml")):
         try:
-            planned = f"{count_cells(read_section(file))} cells"
+            planned = f"{count_cells(load_sweep(file))} cells"
         except UserError as error:
             planned = f"cannot be planned: {error}"
         here = Counter(_status(folder / RECORD) for folder in cell_folders(runs / file.stem))
@@ -199,14 +197,6 @@ def print_studies(runs: Path, results: Path) -> int:
         print(textwrap.fill(question, 100, initial_indent="    ", subsequent_indent="    "))
     print("\nmake status SWEEP=NAME shows one of them cell by cell; make plan SWEEP=NAME what it costs")
     return 0
-
-
-def read_section(file: Path) -> SweepConfig:
-    """The `sweep` section of a study; composed by Hydra, which is slow, only where the file does not hold all of it."""
-    try:
-        return parse_sweep(yaml.safe_load(file.read_text(encoding="utf-8"))["sweep"])
-    except (yaml.YAMLError, KeyError, TypeError, UserError):
-        return load_sweep(file)
 
 
 def _status(path: Path) -> str:
