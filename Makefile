@@ -7,14 +7,11 @@ OVERRIDES ?=
 PYTHON    ?= python3
 EXTRAS    ?= dev
 BIN       := .venv/bin
-TRAIN      = $(BIN)/python -m peerscale.train --config-dir sweeps --config-name
-LAUNCH_joblib = hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS) hydra.launcher.batch_size=1
-LAUNCH_local  = hydra/launcher=basic
-# Cells of an array that run at once, if JOBS is said; cores of the login node are not a reason for any number.
-LAUNCH_slurm  = hydra/launcher=slurm $(if $(filter command environment,$(firstword $(origin JOBS))),hydra.launcher.array_parallelism=$(JOBS))
+# Cells that run at once; on Slurm only if JOBS is said, as the cores of the login node are not a reason for any number.
+AT_ONCE_joblib = --jobs $(JOBS)
+AT_ONCE_slurm  = $(if $(filter command environment,$(firstword $(origin JOBS))),--jobs $(JOBS))
 # Workers that the plan's time is for.
 WORKERS       = $(if $(filter joblib,$(LAUNCHER)),$(JOBS),1)
-LAUNCH        = $(or $(LAUNCH_$(LAUNCHER)),hydra/launcher=$(LAUNCHER))
 # One thread a cell, one cell a core; more threads only spin.
 export OMP_NUM_THREADS      ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
@@ -61,7 +58,7 @@ studies: setup ## every study: its question, and how many of its cells are done
 	@$(BIN)/python -m peerscale.overview studies
 
 sweep: setup ## run what is missing of SWEEP; failed cells stop nothing; PUBLISHED=1: what results/ holds is done
-	@$(TRAIN) $(SWEEP) $(LAUNCH) $(if $(PUBLISHED),sweep.published=results) $(OVERRIDES) || { code=$$?; test $$code -eq 3 || exit $$code; }
+	@$(BIN)/python -m peerscale.launch $(SWEEP) --launcher $(LAUNCHER) $(AT_ONCE_$(LAUNCHER)) $(if $(PUBLISHED),--published results) $(OVERRIDES) || { code=$$?; test $$code -eq 3 || exit $$code; }
 
 status: setup ## the grid of SWEEP: losses, and what runs, failed or is missing
 	@$(BIN)/python -m peerscale.overview status $(SWEEP) $(OVERRIDES)

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from peerscale.cells import planned_cells
+from peerscale.composition import of_cells
 from peerscale.errors import UserError, exit_code
 from peerscale.files import write_json, write_text
 from peerscale.outcomes import further_line, of_the_plan, read_published, some, which_counts
@@ -23,8 +25,7 @@ from peerscale.runs.fits import fit_study
 from peerscale.runs.record import Record, Status
 from peerscale.runs.study import PlannedCell, Study, collected, planned_record, published, study_parser
 from peerscale.runs.table import CURVES, curves_table, read_records, read_runs, read_table, runs_table
-from peerscale.sweep_config import load_sweep, of_sweep
-from peerscale.sweeper import planned_cells
+from peerscale.sweep_config import load_sweep
 from peerscale.viz.answer import answer
 
 
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides that the cells were run with")
     parser.add_argument("--with-published", action="store_true", help="add the published cells that were not run here")
     arguments = parser.parse_args(argv)
-    overrides = [word for word in arguments.overrides if not of_sweep(word)]  # further cells count in any case
+    overrides = of_cells(arguments.overrides)  # further cells count in any case
     table, study = published(arguments.sweep, arguments.results), collected(arguments.sweep, arguments.runs)
     if table.runs.is_file() and not table.records.is_file() and not read_records(arguments.runs / arguments.sweep):
         runs = read_runs(table.runs)

@@ -20,7 +20,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from peerscale.config import ConfigError, sweep_file
+from peerscale.cells import budget_name
+from peerscale.composition import sweep_file
+from peerscale.config import ConfigError
 from peerscale.errors import UserError, exit_code
 from peerscale.files import write_text
 from peerscale.laws.optima import OptimumStatus
@@ -28,7 +30,6 @@ from peerscale.runs.fits import RESAMPLES
 from peerscale.runs.record import Record
 from peerscale.runs.study import Study, find_study, header, method_names, read_fits, study_parser, usable
 from peerscale.runs.table import read_records, read_runs
-from peerscale.sweeper import budget_name
 from peerscale.viz.ablations import has_curves
 from peerscale.viz.style import label, ordered, short_number, size_label
 from peerscale.viz.tables import Fits, number, with_interval

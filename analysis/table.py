@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from peerscale.cells import budget_name
 from peerscale.errors import exit_code
 from peerscale.files import from_checkout, write_text
 from peerscale.laws.optima import OptimumStatus
 from peerscale.runs.rates import RATES, settings_table
 from peerscale.runs.study import find_study, method_names, read_fits, study_parser, usable
 from peerscale.runs.table import read_runs
-from peerscale.sweeper import budget_name
 from peerscale.viz import tables
 from peerscale.viz.ablations import has_curves, over_seeds, varied
 from peerscale.viz.answer import verdicts

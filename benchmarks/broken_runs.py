@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from peerscale import train
+from peerscale import launch, train
 from peerscale.accounting import cost
 from peerscale.config import load
 from peerscale.errors import exit_code
@@ -69,8 +69,7 @@ class Bench:
         settings = {key: value for key, value in self.settings(runs).items() if not key.startswith("data.evaluation")}
         settings |= {key.replace("__", "."): value for key, value in changed.items()}
         lines = [
-            "defaults: [config, override data: text, override tracking: disabled, _self_]",
-            "hydra: {mode: MULTIRUN}",
+            "defaults: [override data: text, override tracking: disabled]",
             f"sweep: {{methods: [dense, peer], grid: [{{budget: 2e8, sizes: [d8, d12, d16]}}], min_sizes: 1{sweep}}}",
         ]
         for group in ("data", "size", "trainer", "optim"):
@@ -79,7 +78,7 @@ class Bench:
             lines.append(f"{group}: {{{', '.join(inner)}}}")
         lines += [f"{key}: {value}" for key, value in settings.items() if "." not in key]
         (self.folder / "toy.yaml").write_text("\n".join(lines) + "\n")
-        return ["--config-dir", str(self.folder), "--config-name", "toy"]
+        return [str(self.folder / "toy.yaml")]
 
     def start(self, words: list[str], change: Change | None = None) -> Any:
         process = FORK.Process(target=_run, args=(words, self.folder / "log", change))
@@ -124,8 +123,9 @@ def _run(words: list[str], log: Path, change: Change | None) -> None:
         if change:
             change()
         sys.argv = ["train", *words]
+        program = launch if words[0].endswith(".yaml") else train
         try:
-            code = exit_code(train.main)
+            code = exit_code(program.main)
         except SystemExit as end:  # how `train` leaves Hydra
             code = end.code
         sys.stdout.flush()

@@ -11,13 +11,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from broken_runs import check
+from pydantic import TypeAdapter
 
+from peerscale.cells import Cell, planned_cells
 from peerscale.runs.record import Record, Status, read_record
 from peerscale.runs.table import read_metrics
-from peerscale.slurm import jobs_folder, read_job_ids
-from peerscale.submission import check as check_settings
+from peerscale.slurm import SlurmConfig, jobs_folder, read_job_ids
 from peerscale.submission import submit
-from peerscale.sweeper import Cell, planned_cells
 from peerscale.train import run_cell
 from slurm_cluster import ask, missing, one_node_slurm, trainable_study
 
@@ -41,7 +41,7 @@ def in_slices(folder: Path) -> tuple[int, str, int]:
     settings |= {"gpus_per_node": 0, "mem_gb": 1, "timeout_min": 1, "signal_delay_s": 10, "max_num_timeout": 20}
     settings |= {"array_parallelism": 1, "time_factor": 1, "max_timeout_min": 1, "setup": []}
     with one_node_slurm(folder / "slurm"):
-        submit([cell], check_settings(settings))
+        submit([cell], TypeAdapter(SlurmConfig).validate_python(settings))
         reference = _train_here(unbroken)
         while ask("squeue", "--noheader"):
             time.sleep(1)

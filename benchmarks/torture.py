@@ -183,7 +183,7 @@ def ctrl_c(bench: Bench) -> Outcome:
 
 def terminated(bench: Bench) -> Outcome:
     """SIGTERM to a sweep of two workers"""
-    words, times, lost = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.launcher.batch_size=1"], 3, 0
+    words, times, lost = ["--launcher", "joblib", "--jobs", "2"], 3, 0
     bench.finish(bench.study("whole"))
     for i in range(times):
         runs = f"terminated-{i}"

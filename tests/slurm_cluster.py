@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from peerscale.accounting import cost
+from peerscale.cells import planned_cells
 from peerscale.config import load
 from peerscale.data.prepare import prepare
-from peerscale.sweeper import planned_cells
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "srun", "scontrol", "scancel")
 
@@ -55,8 +55,7 @@ PartitionName=main Nodes=localhost Default=YES MaxTime=INFINITE State=UP
 """
 
 STUDY = """\
-defaults: [config, override data: text, override tracking: disabled, _self_]
-hydra: {{mode: MULTIRUN}}
+defaults: [override data: text, override tracking: disabled]
 sweep:
   methods: [dense, peer]
   grid: [{{budget: {short}, sizes: [d8]}}, {{budget: {long}, sizes: [d8]}}]

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from peerscale.composition import sweep_file
-from peerscale.config import ConfigError, PeerConfig, load, load_sweep
+from peerscale.config import ConfigError, PeerConfig, load
 from peerscale.files import ROOT
+from peerscale.sweep_config import load_sweep
 
 
 def test_a_study_is_found_by_name_or_path(tmp_path: Path) -> None:
@@ -60,7 +61,7 @@ HEAVY = ("torch", "lightning", "wandb")
     [
         "import peerscale.config, peerscale.accounting, peerscale.plan, peerscale.laws, peerscale.viz.isoflop",
         "import peerscale.runs, peerscale.runs.study, peerscale.runs.record, peerscale.runs.speed, peerscale.progress",
-        "import peerscale.train",
+        "import peerscale.train, peerscale.launch",
         "from peerscale.overview import main; main(['plan', 'smoke'])",
         "from peerscale.overview import main; main(['status', 'smoke'])",
     ],

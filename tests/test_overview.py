@@ -7,6 +7,7 @@ import pytest
 from filelock import FileLock
 
 from peerscale.accounting import CONVENTION
+from peerscale.cells import Cell, count_cells, planned_cells
 from peerscale.data.store import PREPARATION_VERSION, Manifest, folder, manifest_json
 from peerscale.errors import exit_code
 from peerscale.files import ROOT
@@ -14,7 +15,6 @@ from peerscale.overview import main, text_table
 from peerscale.progress import duration
 from peerscale.runs.record import Record, Status, write_record
 from peerscale.sweep_config import load_sweep
-from peerscale.sweeper import Cell, count_cells, planned_cells
 from toy_study import TOY, record_of, write_study
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from peerscale.cells import Cell, planned_cells
 from peerscale.progress import Progress, duration
 from peerscale.runs.record import Status, write_record
-from peerscale.sweeper import Cell, planned_cells
 from toy_study import record_of, write_study
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from peerscale.cells import planned_cells
 from peerscale.files import ROOT
 from peerscale.plan import Verdict
 from peerscale.runs.study import read_fits
-from peerscale.sweeper import planned_cells
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from peerscale.cells import Cell, planned_cells
 from peerscale.errors import UserError
 from peerscale.files import ROOT
 from peerscale.overview import main as overview
 from peerscale.runs.record import Record, Status, read_record, write_record
 from peerscale.runs.table import METRICS, read_metrics
-from peerscale.slurm import SlurmConfig, queued, resources
-from peerscale.submission import check
+from peerscale.slurm import SlurmConfig, load_settings, queued, resources
 from peerscale.submission import submit as submit_cells
-from peerscale.sweeper import Cell, planned_cells
+from peerscale.submission import submitter
 from slurm_cluster import ask, missing, one_node_slurm, trainable_study
 from toy_study import record_of, write_study
 
@@ -40,9 +40,12 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def sweep_command(study: Path, *settings: str) -> list[str]:
     """As `make sweep LAUNCHER=slurm` does, but with the jobs held: a test says when they start."""
-    folder = ["--config-dir", str(study.parent), "--config-name", study.stem]
-    held = "hydra.launcher.additional_parameters={hold: true}"
-    return [sys.executable, "-m", "peerscale.train", *folder, "hydra/launcher=slurm", held, *settings]
+    held = "slurm.additional_parameters={hold: true}"
+    return [sys.executable, "-m", "peerscale.launch", str(study), "--launcher", "slurm", held, *settings]
+
+
+def slurm_settings(**changed: object) -> SlurmConfig:
+    return load_settings([f"slurm.{key}={json.dumps(value)}" for key, value in changed.items()])
 
 
 def wait(condition: Callable[[], object], seconds: float = 240) -> None:
@@ -71,9 +74,9 @@ def test_a_sweep_is_submitted_once_and_survives_preemption(
     folder = tmp_path / "runs" / "toy" / "study" / "slurm"
 
     with pytest.raises(UserError, match=r"^sbatch: Batch job submission failed: Invalid partition"):
-        submit_cells([short], check(DEFAULTS | {"partition": "nowhere"}))
+        submit_cells([short], slurm_settings(partition="nowhere"))
     # The factor puts the long cells, guessed at a little over a second, in a class of their own.
-    command = sweep_command(study, "hydra.launcher.time_factor=400", "hydra.launcher.mem_gb=1")
+    command = sweep_command(study, "slurm.time_factor=400", "slurm.mem_gb=1")
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
     assert result.returncode == 0, result.stderr
     assert "toy: 0 cells queued or running in Slurm, 3 to submit" in result.stdout
@@ -84,7 +87,7 @@ def test_a_sweep_is_submitted_once_and_survives_preemption(
     }
     asked = ask("squeue", "--noheader", "--array", "--format=%i %l %c %m", "--sort=i").splitlines()
     assert asked == ["1_0 20:00 1 1G", "1_1 20:00 1 1G", "2 10:00 1 1G"]
-    submit_cells([short, preempted, warned], check(DEFAULTS))
+    submit_cells([short, preempted, warned], slurm_settings())
     assert "3 cells queued or running in Slurm, 0 to submit" in capsys.readouterr().out
     assert json.loads((folder / "jobs.json").read_text()) == jobs
     overview(["status", str(study)])
@@ -135,7 +138,7 @@ def test_a_sweep_is_submitted_once_and_survives_preemption(
     overview(["status", str(study)])
     out = capsys.readouterr().out
     assert "2 done" in out and f"failed: OSError: no space; Slurm job 2 has ended, see {log}" in out
-    submit_cells([short], check(DEFAULTS))
+    submit_cells([short], slurm_settings())
     assert re.search(r"0 cells queued or running in Slurm, 1 to submit\n  job \d+: 1 x", capsys.readouterr().out)
     assert int(json.loads((folder / "jobs.json").read_text())[short.name]) > 2
 
@@ -147,18 +150,18 @@ def test_a_class_of_resources_comes_from_the_plan(tmp_path: Path, monkeypatch: p
     cell = planned_cells(write_study(tmp_path))[0]
     times = {0: 10, 159: 10, 161: 20, 900: 80, 24 * 3600: 1440}  # 2 + 3 t / 60 minutes, up to 10, 20, 40 ... a day
     for seconds, minutes in times.items():
-        assert resources(replace(cell, estimate_s=seconds), check(DEFAULTS)).time_min == minutes
-    small = resources(cell, check(DEFAULTS))
+        assert resources(replace(cell, estimate_s=seconds), slurm_settings()).time_min == minutes
+    small = resources(cell, slurm_settings())
     assert (small.mem_gb, small.cpus, small.gpus) == (4, 1, 0)  # 2 GB and a little, up to a power of two
     trainer = replace(cell.config.trainer, threads=3, accelerator="gpu")
     big = replace(cell.plan, cost=replace(cell.plan.cost, params={"table": 10**9}))
-    other = resources(replace(cell, config=replace(cell.config, trainer=trainer), plan=big), check(DEFAULTS))
+    other = resources(replace(cell, config=replace(cell.config, trainer=trainer), plan=big), slurm_settings())
     assert (other.mem_gb, other.cpus, other.gpus) == (64, 3, 1)  # 32 GB of state and 2 GB
     shared = replace(cell.config, trainer=replace(trainer, devices=2))
-    both = resources(replace(cell, config=shared, plan=big), check(DEFAULTS))
+    both = resources(replace(cell, config=shared, plan=big), slurm_settings())
     assert (both.cpus, both.gpus) == (6, 2)
     said = {"timeout_min": 7, "mem_gb": 1.5, "cpus_per_task": 2, "gpus_per_node": 4}
-    assert str(resources(cell, check(DEFAULTS | said))) == "2 CPU, 4 GPU, 1.5 GB, 7 min"
+    assert str(resources(cell, slurm_settings(**said))) == "2 CPU, 4 GPU, 1.5 GB, 7 min"
 
 
 def fake_program(folder: Path, name: str, script: str) -> Path:
@@ -171,7 +174,7 @@ def fake_program(folder: Path, name: str, script: str) -> Path:
 
 
 def test_without_slurm_one_line_says_what_to_install(tmp_path: Path) -> None:
-    command = sweep_command(write_study(tmp_path, settings="hydra: {mode: MULTIRUN}"))
+    command = sweep_command(write_study(tmp_path))
     nothing = {"PATH": str(tmp_path)}
     result = subprocess.run(command, cwd=ROOT, env=nothing, capture_output=True, text=True, timeout=100, check=False)
     assert result.returncode == 2
@@ -182,22 +185,22 @@ def test_without_slurm_one_line_says_what_to_install(tmp_path: Path) -> None:
 def test_without_submitit_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UserError, match=r"^Slurm jobs need submitit: .*pip install --editable '\.\[slurm\]'$"):
-        check(DEFAULTS)
+        submitter([], None)
 
 
 @pytest.mark.parametrize(
     ("wrong", "line"),
     [
-        ({"array_parallelism": "many"}, "hydra.launcher: array_parallelism: .*'many'"),
-        ({"mem_gb": 0}, "hydra.launcher: mem_gb: .* 0"),
+        ({"array_parallelism": "many"}, "slurm.array_parallelism: .*'many'"),
+        ({"mem_gb": 0}, "slurm.mem_gb: .* 0"),
         ({"timeout_min": 2}, "signal_delay_s 120 leaves nothing of a time limit of 2 min"),
-        ({"partitions": "main"}, "hydra.launcher: unknown key partitions; did you mean partition"),
+        ({"partitions": "main"}, "unknown key slurm.partitions; there are: partition, account"),
     ],
 )
 def test_a_wrong_setting_is_one_line(wrong: dict, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(fake_program(tmp_path, "sbatch", "true")))
     with pytest.raises(UserError, match=line):
-        check(DEFAULTS | wrong)
+        load_settings([f"slurm.{key}={json.dumps(value)}" for key, value in wrong.items()])
 
 
 def test_a_queue_that_does_not_answer_is_not_an_empty_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +221,5 @@ def test_a_queue_that_does_not_answer_is_not_an_empty_queue(tmp_path: Path, monk
 def test_the_defaults_are_those_of_the_configuration() -> None:
     import yaml
 
-    settings = yaml.safe_load((ROOT / "conf" / "hydra" / "launcher" / "slurm.yaml").read_text())
-    del settings["_target_"]
+    settings = yaml.safe_load((ROOT / "conf" / "slurm.yaml").read_text())
     assert settings == DEFAULTS and settings.keys() == set(SlurmConfig.__dataclass_fields__)

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from peerscale.cells import count_cells, planned_cells
+from peerscale.config import load
 from peerscale.config_errors import ConfigError
 from peerscale.files import ROOT
 from peerscale.runs.record import science
 from peerscale.sweep_config import ClaimsConfig, GridRow, SweepConfig, load_sweep, parse_sweep
-from peerscale.sweeper import planned_cells
 from toy_study import CORPUS, write_study
 
 NOT_POSITIVE = "input should be greater than 0, not"
@@ -61,7 +62,7 @@ def test_a_wrong_study_is_refused_in_one_line(change: dict[str, Any], message: s
         ({"sizes": ["d8"]}, "sizes; there are: methods, grid, budgets, seeds, axes, method_axes, min_sizes, claims"),
         (
             {"grid": [{"budget": 1e12, "sizes": ["d8"], "seed": [1]}]},
-            "grid.0.seed; there are: budget, sizes, seeds, window",
+            "grid.0.seed; there are: budget, sizes, seeds, methods, axes, window",
         ),
     ],
 )
@@ -81,6 +82,31 @@ def test_an_unknown_key_of_a_study_is_refused_by_name(change: dict[str, Any], ke
 def test_a_study_without_possible_cells_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         parse_sweep({**STUDY, **change})
+
+
+# Rows of the grid with methods and axes of their own
+
+
+def test_a_row_may_name_methods_and_axes_of_its_own(tmp_path: Path) -> None:
+    grid = [row(1e10, "d8"), row(3e10, "d12", "d16", methods=["peer"], axes={"optim.lr": [0.02, 0.03]}, seeds=[0, 1])]
+    study = {"methods": ["dense", "peer"], "grid": grid, "axes": {"context": [32]}, "min_sizes": 1}
+    file = write_study(tmp_path, str(study))
+    expected = {f"{method}-d8-1e10-context=32-s0" for method in ("dense", "peer")}
+    expected |= {
+        f"peer-{s}-3e10-context=32-lr={lr}-s{n}" for s in ("d12", "d16") for lr in (0.02, 0.03) for n in (0, 1)
+    }
+    cells = planned_cells(file)
+    assert {cell.name for cell in cells} == expected and len(cells) == len(expected) == count_cells(load_sweep(file))
+    assert {cell.config.optim.lr for cell in cells if "lr=0.03" in cell.name} == {0.03}
+    part = planned_cells(file, ["sweep.methods=[dense]"])
+    assert [cell.name for cell in part] == ["dense-d8-1e10-context=32-s0"]
+
+
+def test_the_usual_value_in_a_row_makes_no_other_cell(tmp_path: Path) -> None:
+    usual = load(["ffn=dense"]).optim.lr
+    grid = [row(1e10, "d8", axes={"optim.lr": [usual, usual / 2]})]
+    names = [cell.name for cell in planned_cells(write_study(tmp_path, str({"methods": ["dense"], "grid": grid})))]
+    assert names == ["dense-d8-1e10-s0", f"dense-d8-1e10-lr={usual / 2}-s0"]
 
 
 # The window of sizes that a fit takes

@@ -6,19 +6,20 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from peerscale.config import load, load_sweep
+from peerscale.cells import planned_cells, single_cell
+from peerscale.config import composed, load
 from peerscale.data.prepare import prepare
 from peerscale.errors import UserError
 from peerscale.files import ROOT
 from peerscale.runs.record import Record, Status, read_record
 from peerscale.runs.table import read_metrics, read_runs
-from peerscale.sweeper import planned_cells, single_cell
+from peerscale.sweep_config import load_sweep
 from peerscale.train import run_cell
 from toy_study import record_of
 
@@ -61,9 +62,8 @@ def budget(overrides: list[str], steps: int) -> str:
 
 
 def train(overrides: list[str]) -> tuple[Status, Record]:
-    config = load(overrides)
-    prepare(config.data, quiet=True)
-    cell = single_cell(config, overrides)
+    prepare(load(overrides).data, quiet=True)
+    cell = single_cell(composed(overrides))
     status = run_cell(cell)
     record = read_record(cell.folder)
     assert record is not None
@@ -134,8 +134,8 @@ def test_a_done_cell_is_not_run_again_and_another_configuration_is_refused(setti
     _, first = train(overrides)
     _, second = train([*overrides, "trainer.threads=2"])
     assert second == first, "threads don't change what a cell is"
-    config = load([*overrides, "optim.weight_decay=0.5"])
-    cell = single_cell(config, overrides)  # the same name, as if conf/ had been edited
+    cell = single_cell(composed(overrides))
+    cell = replace(cell, config=load([*overrides, "optim.weight_decay=0.5"]))  # as if conf/ had been edited
     with pytest.raises(UserError, match=r"another configuration: optim.weight_decay 0.1 -> 0.5"):
         run_cell(cell)
 
@@ -189,7 +189,7 @@ def test_the_time_of_a_resumed_cell_is_that_of_all_its_parts(
 
 def test_what_a_killed_process_left_half_written_is_removed(settings: list[str], tmp_path: Path) -> None:
     overrides = [*settings, "tracking=disabled", budget(settings, 6)]
-    cell = single_cell(load(overrides), overrides).folder
+    cell = single_cell(composed(overrides)).folder
     for scratch in (cell / ".record.json.abcd1234", cell / "checkpoints" / ".step-000000003.ckpt.x_y_z_12"):
         scratch.mkdir(parents=True)
         (scratch / "half").write_text("half")
@@ -235,8 +235,7 @@ def study(settings: list[str], tmp_path: Path) -> Path:
     steps = budget([*settings, "ffn=dense"], 12).removeprefix("budget=")
     keys = dict(setting.split("=", 1) for setting in settings)
     lines = [
-        "defaults: [config, override data: text, override tracking: disabled, _self_]",
-        "hydra: {mode: MULTIRUN}",
+        "defaults: [override data: text, override tracking: disabled]",
         "sweep:",
         "  methods: [dense, peer]",
         f"  grid: [{{budget: {steps}, sizes: [d8]}}]",
@@ -261,7 +260,7 @@ def study(settings: list[str], tmp_path: Path) -> Path:
 
 
 def test_a_sweep_evaluates_on_what_a_new_corpus_has_and_says_so_once(study: Path, tmp_path: Path) -> None:
-    sweep = ["-m", "peerscale.train", "--config-dir", study.parent, "--config-name", "tiny", "hydra/launcher=basic"]
+    sweep = ["-m", "peerscale.launch", study]
     part = ["sweep.methods=[dense]", "sweep.seeds=[0,1]", f"data.directory={tmp_path / 'new'}"]
     done = run_command(*sweep, *part, "data.evaluation.validation=131072", "+data.evaluation.speeches=4096")
     assert done.returncode == 0, done.stderr
@@ -280,11 +279,11 @@ def test_a_sweep_evaluates_on_what_a_new_corpus_has_and_says_so_once(study: Path
         assert len(record.sequence_losses) == tokens // 8
 
 
-@pytest.mark.parametrize("launcher", [["hydra/launcher=basic"], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]])
+@pytest.mark.parametrize("launcher", [[], ["--launcher", "joblib", "--jobs", "2"]])
 def test_a_sweep_goes_on_after_failures_and_skips_what_is_done(
     launcher: list[str], study: Path, tmp_path: Path
 ) -> None:
-    sweep = ["-m", "peerscale.train", "--config-dir", study.parent, "--config-name", "tiny", *launcher]
+    sweep = ["-m", "peerscale.launch", study, *launcher]
     first = run_command(*sweep)
     assert first.returncode == 3, first.stderr
     assert "4 cells, 0 done, 2 dropped, 2 to run" in first.stderr
@@ -311,7 +310,8 @@ def test_a_refused_run_leaves_no_folder(settings: list[str], tmp_path: Path) -> 
     assert not list((tmp_path / "runs" / "single").iterdir())
     _, record = train(overrides[:-1])
     with pytest.raises(UserError, match="another configuration"):
-        run_cell(single_cell(load([*overrides[:-1], "optim.weight_decay=0.5"]), overrides[:-1]))
+        cell = single_cell(composed(overrides[:-1]))
+        run_cell(replace(cell, config=load([*overrides[:-1], "optim.weight_decay=0.5"])))
     folder = tmp_path / "runs" / "single" / record.cell
     assert read_record(folder) == record, "what was there before stays"
 
@@ -326,8 +326,7 @@ def test_a_sweep_runs_only_what_is_not_published(study: Path, tmp_path: Path) ->
     published.mkdir(parents=True)
     dense, peer = (record_of(cell, Status.DONE, corpus=corpus) for cell in cells)
     other = record_of(cells[1], Status.DONE, corpus=corpus, config={"context": 4})
-    sweep = ["-m", "peerscale.train", "--config-dir", study.parent, "--config-name", "tiny.v2"]
-    sweep.append(f"sweep.published={tmp_path / 'results'}")
+    sweep = ["-m", "peerscale.launch", study, "--published", tmp_path / "results"]
     for records, done, said in (
         ((dense, peer), 2, "nothing to run; next: make figures SWEEP=tiny.v2 PUBLISHED=1"),
         ((dense, other), 1, "all cells are done; next: make figures SWEEP=tiny.v2 PUBLISHED=1"),
@@ -385,7 +384,7 @@ def test_a_two_cell_sweep_goes_from_text_to_figure(study: Path, tmp_path: Path) 
         (["sweep.methods=[dense]", f"sweep.budgets=[{steps}]"], "1 cells, 0 done, 0 dropped, 1 to run"),
         ([], "2 cells, 1 done, 0 dropped, 1 to run"),
     ):
-        sweep = run_command("-m", "peerscale.train", "--config-dir", study.parent, "--config-name", "tiny", *part)
+        sweep = run_command("-m", "peerscale.launch", study, *part)
         assert sweep.returncode == 0 and said in sweep.stderr, sweep.stderr
     for script in ("collect", "figures", "table"):
         result = run_command(ROOT / "analysis" / f"{script}.py", "tiny", "--runs", tmp_path / "runs")

@@ -4,10 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from peerscale.cells import Cell
 from peerscale.runs.machine import cpu_name
 from peerscale.runs.record import Record, Status, fingerprint, science
 from peerscale.runs.study import plan_summary
-from peerscale.sweeper import Cell
 
 CORPUS = "0123456789abcdef"
 """Stands for the fingerprint of a prepared corpus."""
@@ -20,7 +20,7 @@ def write_study(folder: Path, sweep: str = TOY, settings: str = "") -> Path:
     """A study's file, from its `sweep` section and other settings; cells and data belong in the same folder."""
     file = folder / "toy.yaml"
     file.write_text(
-        f"defaults: [config, _self_]\nsweep: {sweep}\n"
+        f"sweep: {sweep}\n"
         f"trainer: {{runs_directory: {folder / 'runs'}}}\ndata: {{directory: {folder / 'data'}}}\n{settings}\n"
     )
     return file

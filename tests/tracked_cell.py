@@ -9,9 +9,9 @@ from typing import Any
 import wandb
 import yaml
 
-from peerscale.config import load, to_dict
+from peerscale.cells import single_cell
+from peerscale.config import composed, to_dict
 from peerscale.runs.record import Record, Status, write_record
-from peerscale.sweeper import single_cell
 from peerscale.training.tracking import Tracker, cut_back
 from toy_study import record_of
 from wandb_server import Run
@@ -33,7 +33,7 @@ class TrackedCell:
 
     def __init__(self, runs: Path, mode: str = "offline", seed: int = 0) -> None:
         overrides = ["ffn=dense", "size=d8", f"seed={seed}", f"tracking={mode}", f"trainer.runs_directory={runs}"]
-        cell = single_cell(load(overrides), overrides)
+        cell = single_cell(composed(overrides))
         self.folder, self.config = cell.folder, to_dict(cell.config)
         self.record: Record = record_of(cell, Status.RUNNING)
         self.folder.mkdir(parents=True, exist_ok=True)

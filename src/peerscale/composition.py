@@ -1,10 +1,10 @@
 """YAML files and overrides -> one nested mapping, by Hydra, whose parts are imported when first needed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
-from peerscale.config_errors import ConfigError, first_line
+from peerscale.config_errors import ConfigError
 from peerscale.files import ROOT
 
 STUDY = ".study"
@@ -12,6 +12,35 @@ STUDY = ".study"
 
 REGISTERED: dict[str, tuple[Path, int, int]] = {}
 """The file, its time and its size that each name of a study stands for in Hydra's store."""
+
+
+SECTIONS = ("sweep", "slurm")
+"""What may be overridden for a study besides the configuration of its cells: which cells, and where they run."""
+
+
+class Composition(NamedTuple):
+    """What Hydra composed, before it is checked against the dataclasses."""
+
+    tree: dict[str, Any]
+    """Plain nested values."""
+    choices: dict[str, str]
+    """The file of each group of conf/ that was chosen, such as `ffn: peer`."""
+
+    @classmethod
+    def of(cls, tree: Any, choices: Mapping[str, Any]) -> Self:
+        """From Hydra's own; its groups, such as `hydra/launcher`, are left out."""
+        ours = {str(group): str(choice) for group, choice in choices.items() if not str(group).startswith("hydra/")}
+        return cls({str(key): value for key, value in tree.items()}, ours)
+
+
+def of_section(override: str, section: str) -> bool:
+    """Whether an override is of one of the `SECTIONS`, such as `sweep.methods=[peer]`."""
+    return override.lstrip("+").startswith(f"{section}.") and "=" in override
+
+
+def of_cells(overrides: Sequence[str]) -> list[str]:
+    """Those of a study's overrides that change its cells."""
+    return [override for override in overrides if not any(of_section(override, section) for section in SECTIONS)]
 
 
 def sweep_file(sweep: str | Path) -> Path:
@@ -25,123 +54,71 @@ def sweep_file(sweep: str | Path) -> Path:
 
 
 def read_study(file: Path) -> dict[str, Any]:
-    """What stands in a study's file, before Hydra lays it over anything; raises `ConfigError` if it is no mapping."""
+    """What stands in a study's file, before it is laid over conf/; raises `ConfigError` if that is no study."""
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
-    try:
-        study = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise config_error(error) from None
+    study = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     if not isinstance(study, dict):
         raise ConfigError(f"{file.name}: input should be a mapping with a `sweep:` section, not a list")
+    if {*(study.pop("hydra", None) or {})} - {"mode"}:  # a line that studies once needed, and which says nothing now
+        raise ConfigError(f"{file.name}: hydra is not for a study to set, since it could run code")
+    if not isinstance(defaults := study.get("defaults", []), list):
+        raise ConfigError(f"{file.name}: defaults: input should be a list, not {defaults!r}")
     return {str(key): value for key, value in study.items()}
 
 
-def register_study(sweep: str | Path) -> str:
-    """Make a study known to Hydra, and return the name under which Hydra composes it.
+def compose(overrides: Sequence[str] = (), *, sweep: str | Path | None = None, name: str = "config") -> Composition:
+    """Compose conf/, a study's settings laid over it and the overrides over both.
 
-    The file needs no lines for Hydra: its settings are laid over `conf/config.yaml`, unless its `defaults` name another
-    file to lay them over, and Hydra always runs it as a multirun.
+    Args:
+        overrides: in Hydra's grammar, such as `["ffn=peer", "optim.lr=0.01"]`.
+        sweep: a study's name or file.
+        name: the file of conf/ to start from, where there is no study.
 
     Raises:
-        ConfigError: there is no such file, or it is not a YAML mapping.
+        Exception: Hydra's, OmegaConf's or YAML's, which `config_errors.first_line` puts into one line.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.initialize import get_gh_backup, restore_gh_from_backup
+    from omegaconf import OmegaConf, open_dict
+
+    name = name if sweep is None else _register(sweep)
+    running = get_gh_backup()  # a cell may be composed inside a running Hydra, which allows only one at a time
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            composed = hydra_compose(name, overrides=list(overrides), return_hydra_config=True)
+    finally:
+        restore_gh_from_backup(running)
+    choices = composed.hydra.runtime.choices
+    with open_dict(composed):
+        del composed["hydra"]
+    return Composition.of(OmegaConf.to_container(composed, resolve=True, throw_on_missing=True), choices)
+
+
+def _register(sweep: str | Path) -> str:
+    """Make a study known to Hydra, and return the name under which Hydra composes it.
+
+    Its settings are laid over `conf/config.yaml`, unless its `defaults` name another file to lay them over.
     """
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
     file = sweep_file(sweep)
     name, version = f"{file.stem}{STUDY}", (file, file.stat().st_mtime_ns, file.stat().st_size)
-    if REGISTERED.get(name) == version:  # a plan composes a study once for each layer, size and value of an axis
+    if REGISTERED.get(name) == version:  # a plan composes a study once for each layer and size
         return name
     study = read_study(file)
-    hydra, defaults = study.get("hydra") or {}, study.get("defaults") or []
-    for key, value, kind, wanted in (("hydra", hydra, dict, "mapping"), ("defaults", defaults, list, "list")):
-        if not isinstance(value, kind):
-            raise ConfigError(f"{file.name}: {key}: input should be a {wanted}, not {value!r}")
+    defaults = study.get("defaults", [])
     bases = [entry for entry in defaults if isinstance(entry, str) and entry != "_self_"]
     node = {
         **study,
         "defaults": [*([] if bases else ["config"]), *defaults, *([] if "_self_" in defaults else ["_self_"])],
         # Files that its `defaults` name may lie beside it; without any, nothing is looked for there.
-        "hydra": {**hydra, "mode": "MULTIRUN", "searchpath": [f"file://{file.parent}"] if defaults else []},
+        "hydra": {"searchpath": [f"file://{file.parent}"] if defaults else []},
     }
     ConfigStore.instance().store(name, OmegaConf.create(node), provider=str(file))
     REGISTERED[name] = version
     return name
-
-
-def registered_file(config_name: str) -> Path | None:
-    """The file of the study that Hydra knows as `config_name`; None if that is no study."""
-    from hydra.core.config_store import ConfigStore
-
-    if not config_name.endswith(STUDY):
-        return None
-    return Path(str(ConfigStore.instance().load(f"{config_name}.yaml").provider))
-
-
-def check_hydra(sweep: Path) -> None:
-    """Refuse a study whose `hydra` section names what Hydra would call: a study is data, and runs no code of its own.
-
-    Raises:
-        ConfigError: the section sets callbacks, logging, environment variables, or a launcher or sweeper of its own.
-    """
-    if not {"hydra", "defaults"} & read_study(sweep).keys():
-        return  # nothing of it reaches Hydra's own section
-    ours, its = compose(hydra=True), compose(sweep=sweep, hydra=True)
-    for key in ("callbacks", "job_logging", "hydra_logging"):
-        if its.get(key) != ours.get(key):
-            raise ConfigError(f"{sweep.name}: hydra.{key} is not for a study to set, since it could run code")
-    if its["job"].get("env_set"):
-        raise ConfigError(f"{sweep.name}: hydra.job.env_set is not for a study to set, since it could run code")
-    for key in ("launcher", "sweeper"):
-        target = its.get(key, {}).get("_target_", "")
-        if not target.startswith(("hydra_plugins.", "hydra._internal.core_plugins.")):
-            raise ConfigError(
-                f"{sweep.name}: hydra.{key} {target!r} is not a plugin; choose one: override hydra/{key}: NAME"
-            )
-
-
-def compose(overrides: Sequence[str] = (), *, sweep: str | Path | None = None, hydra: bool = False) -> dict[str, Any]:
-    """The composed configuration as plain nested values, before it is checked against the dataclasses.
-
-    With `hydra` it is Hydra's own section in place of ours, unresolved.
-    """
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
-    from hydra.initialize import get_gh_backup, restore_gh_from_backup
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    name = "config" if sweep is None else register_study(sweep)
-    running = get_gh_backup()  # a sweep composes its cells inside a running Hydra, which allows only one at a time
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            composed = hydra_compose(name, overrides=list(overrides), return_hydra_config=hydra)
-        tree = OmegaConf.to_container(
-            composed.hydra if hydra else composed, resolve=not hydra, throw_on_missing=not hydra
-        )
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:  # ValueError: size=null and such
-        raise config_error(error, overrides, sweep=sweep) from None
-    finally:
-        restore_gh_from_backup(running)
-    assert isinstance(tree, dict)
-    return {str(key): value for key, value in tree.items()}
-
-
-def config_error(error: Exception, overrides: Sequence[str] = (), *, sweep: str | Path | None = None) -> ConfigError:
-    """An error of Hydra, OmegaConf or YAML that `overrides` met, as ours."""
-    from peerscale.config import Config  # which imports this module
-
-    def layer() -> str | None:
-        try:
-            return compose([o for o in overrides if not o.startswith("ffn.")], sweep=sweep)["ffn"]["method"]
-        except (ConfigError, KeyError, TypeError):
-            return None
-
-    return ConfigError(first_line(error, Config, layer).replace(f"{STUDY}'", "'"))

@@ -4,7 +4,8 @@ Strict: an unknown key, a wrong type or a size that cannot be built is a `Config
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import isqrt
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,12 +13,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from peerscale.composition import compose
-from peerscale.composition import sweep_file as sweep_file
-from peerscale.config_errors import ConfigError as ConfigError
+from peerscale.composition import STUDY, Composition, compose, of_cells
+from peerscale.config_errors import ConfigError, first_line, of_composition
 from peerscale.config_types import STRICT, Fraction, Positive, Rate, Seed, parse
-from peerscale.sweep_config import load_sweep as load_sweep
-from peerscale.sweep_config import of_sweep
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -383,6 +381,30 @@ def load(overrides: Sequence[str] = (), *, sweep: str | Path | None = None) -> C
     Raises:
         ConfigError: an unknown key or value, or a model that cannot be built.
     """
-    tree = compose([o for o in overrides if sweep is None or not of_sweep(o)], sweep=sweep)
-    tree.pop("sweep", None)
-    return parse_config(tree)
+    return parse_config(composed(overrides if sweep is None else of_cells(overrides), sweep=sweep).tree)
+
+
+def composed(overrides: Sequence[str] = (), *, sweep: str | Path | None = None, name: str = "config") -> Composition:
+    """As `composition.compose`, with errors as `ConfigError`, and without the `sweep` section of a study."""
+    with hydra_errors(overrides, sweep):
+        composition = compose(overrides, sweep=sweep, name=name)
+    composition.tree.pop("sweep", None)
+    return composition
+
+
+@contextmanager
+def hydra_errors(overrides: Sequence[str] = (), sweep: str | Path | None = None) -> Iterator[None]:
+    """Errors of Hydra, OmegaConf and YAML about `overrides` of a study's file come out as `ConfigError`."""
+
+    def layer() -> str | None:
+        try:
+            return composed([o for o in overrides if not o.startswith("ffn.")], sweep=sweep).tree["ffn"]["method"]
+        except (ConfigError, KeyError, TypeError):
+            return None
+
+    try:
+        yield
+    except Exception as error:
+        if not of_composition(error):
+            raise
+        raise ConfigError(first_line(error, Config, layer).replace(f"{STUDY}'", "'")) from None

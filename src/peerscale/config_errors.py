@@ -97,6 +97,17 @@ def _keys(kind: Any, prefix: str = "") -> Iterator[str]:
             yield from _keys(hints[field.name], f"{prefix}{field.name}.")
 
 
+def of_composition(error: Exception) -> bool:
+    """Whether an error is Hydra's, OmegaConf's or YAML's about what a user wrote."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    # Hydra's ValueError is of size=null and such.
+    hydras = type(error) is ValueError and str(error).startswith("Config group override")
+    return hydras or isinstance(error, HydraException | OmegaConfBaseException | YAMLError)
+
+
 def first_line(error: Exception, root: type, layer: Callable[[], str | None]) -> str:
     """An error of Hydra, OmegaConf or YAML, which takes several lines, in one.
 

@@ -5,13 +5,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from peerscale.cells import Cell, check_same
 from peerscale.errors import UserError
 from peerscale.files import ROOT
 from peerscale.plan import Verdict
 from peerscale.runs.record import ENDED, Record, Status, cell_folders, differences, read_cell
 from peerscale.runs.study import PlannedCell, Study, published
 from peerscale.runs.table import read_records
-from peerscale.sweeper import Cell, check_same
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

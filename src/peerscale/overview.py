@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from peerscale.accounting import CONVENTION
+from peerscale.cells import Cell, budget_name, count_cells, evaluation_lines, planned_cells, short_methods
 from peerscale.data import text
 from peerscale.data.store import read_manifest
 from peerscale.errors import USER_ERROR, ArgumentParser, UserError, exit_code
@@ -28,7 +29,6 @@ from peerscale.runs.speed import makespan_s
 from peerscale.runs.study import RESULTS, RUNS, Study, collected, header, published, read_fits
 from peerscale.slurm import Job, jobs_folder, log_path, queued, read_job_ids
 from peerscale.sweep_config import load_sweep
-from peerscale.sweeper import Cell, budget_name, count_cells, evaluation_lines, planned_cells, short_methods
 
 
 def plan_row(cell: Cell, outcome: Outcome) -> dict[str, str]:

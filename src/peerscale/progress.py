@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
+from peerscale.cells import Cell
 from peerscale.errors import UserError
 from peerscale.runs.record import ENDED, RECORD, Status
 from peerscale.runs.table import METRICS
-from peerscale.sweeper import Cell
 
 LIVE_S, LOG_S = 1.0, 30.0
 """Seconds between two updates, on a terminal and in a log."""

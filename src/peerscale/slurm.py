@@ -4,16 +4,19 @@ import json
 import math
 import shutil
 import subprocess
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from peerscale.config_types import STRICT, Positive, Rate, Whole
+from peerscale.cells import Cell
+from peerscale.composition import of_section
+from peerscale.config import composed
+from peerscale.config_types import STRICT, Positive, Rate, Whole, parse
 from peerscale.errors import UserError
 from peerscale.files import write_text
-from peerscale.sweeper import Cell
 
 BASE_GB = 2.0
 """What Python, torch and Lightning take before there is a model."""
@@ -27,7 +30,7 @@ STARTING_MIN = 2.0
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class SlurmConfig:
-    """The launcher's settings; defaults and meanings: conf/hydra/launcher/slurm.yaml."""
+    """What is asked of Slurm; defaults and meanings: conf/slurm.yaml."""
 
     partition: str | None
     account: str | None
@@ -49,6 +52,12 @@ class SlurmConfig:
         limit = self.timeout_min or min(SHORTEST_MIN, self.max_timeout_min)
         if self.signal_delay_s >= 60 * limit:
             raise ValueError(f"signal_delay_s {self.signal_delay_s} leaves nothing of a time limit of {limit} min")
+
+
+def load_settings(overrides: Sequence[str] = ()) -> SlurmConfig:
+    """conf/slurm.yaml, changed by those overrides that start with `slurm.`; raises `ConfigError`."""
+    chosen = [f"++{override.lstrip('+')}" for override in overrides if of_section(override, "slurm")]
+    return parse(TypeAdapter(SlurmConfig), SlurmConfig, composed(chosen, name="slurm").tree["slurm"], "slurm")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, order=True)

@@ -9,34 +9,40 @@ import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 from filelock import FileLock
-from pydantic import TypeAdapter, ValidationError
 
-from peerscale.config import parse_config, to_dict
-from peerscale.config_errors import ConfigError, one_line
+from peerscale.cells import Cell
 from peerscale.errors import FailedCells, UserError, exit_code
 from peerscale.runs.record import Status
 from peerscale.slurm import (
     Resources,
     SlurmConfig,
     jobs_folder,
+    load_settings,
     log_path,
     queued,
     read_job_ids,
     resources,
     write_job_ids,
 )
-from peerscale.sweeper import Cell, single_cell
 
 
-def check(settings: Any) -> SlurmConfig:
-    """The launcher's settings; raises `UserError` for a wrong one, and where nothing can be submitted from here."""
+def submitter(overrides: Sequence[str], jobs: int | None) -> Callable[[Sequence[Cell]], None]:
+    """The function that submits cells, by conf/slurm.yaml and those of a study's overrides that change it.
+
+    Args:
+        overrides: of the study; those that start with `slurm.` count here.
+        jobs: jobs of an array that run at once; None: as the settings say.
+
+    Raises:
+        UserError: a wrong setting, or nothing can be submitted from here.
+    """
     if find_spec("submitit") is None:
         raise UserError("Slurm jobs need submitit: .venv/bin/python -m pip install --editable '.[slurm]'")
     if shutil.which("sbatch") is None:
@@ -44,10 +50,9 @@ def check(settings: Any) -> SlurmConfig:
             "no sbatch here: submit on a login node of a Slurm cluster (Debian: apt-get install slurm-wlm munge), "
             "or run on this machine: LAUNCHER=joblib"
         )
-    try:
-        return TypeAdapter(SlurmConfig).validate_python(settings)
-    except ValidationError as error:
-        raise ConfigError(f"hydra.launcher: {one_line(error.errors()[0], SlurmConfig)}") from None
+    settings = load_settings(overrides)
+    settings = settings if jobs is None else replace(settings, array_parallelism=jobs)
+    return lambda cells: submit(cells, settings)
 
 
 def submit(cells: Sequence[Cell], settings: SlurmConfig) -> None:
@@ -105,27 +110,17 @@ def _submit_array(cells: Sequence[Cell], need: Resources, settings: SlurmConfig)
         with contextlib.redirect_stderr(io.StringIO()):  # submitit prints sbatch's complaint besides raising it
             executor = submitit.SlurmExecutor(jobs_folder(cells[0]), max_num_timeout=settings.max_num_timeout)
             executor.update_parameters(**{key: value for key, value in asked.items() if value is not None})
-            return [job.job_id for job in executor.submit_array([CellJob.of(cell) for cell in cells])]
+            return [job.job_id for job in executor.submit_array([CellJob(cell=cell) for cell in cells])]
     except (FailedJobError, FailedSubmissionError) as error:
         reason = (str(error).strip().splitlines() or ["no reason given"])[-1].removeprefix("sbatch: error: ")
-        raise UserError(f"sbatch: {reason} (asked for {need}; settings: conf/hydra/launcher/slurm.yaml)") from None
+        raise UserError(f"sbatch: {reason} (asked for {need}; settings: conf/slurm.yaml)") from None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CellJob:
-    """What a Slurm job runs: one cell, in the configuration that was submitted, whatever conf/ says by then."""
+    """What a Slurm job runs: one cell, as it was planned when it was submitted, whatever conf/ says by then."""
 
-    sweep: str
-    overrides: tuple[str, ...]
-    tree: dict[str, Any]
-    """The cell's configuration; plain values, so that it is checked again where it runs."""
-
-    @classmethod
-    def of(cls, cell: Cell) -> Self:
-        return cls(sweep=cell.sweep, overrides=cell.overrides, tree=to_dict(cell.config))
-
-    def cell(self) -> Cell:
-        return single_cell(parse_config(self.tree), self.overrides, self.sweep)
+    cell: Cell
 
     def checkpoint(self) -> Any:
         """What submitit requeues: the same again, since the cell's folder holds how far it came."""
@@ -159,7 +154,7 @@ class CellJob:
             signal.raise_signal(signal.SIGTERM)  # on this Lightning stops after the step
 
         signal.signal(warning, stop_training)
-        cell = self.cell()
+        cell = self.cell
         try:
             if (status := run_cell(cell)) in (Status.FAILED, Status.DIVERGED):
                 raise FailedCells(f"{cell.name} {status}; reason: make status SWEEP={cell.sweep}")

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from peerscale.composition import compose, read_study, sweep_file
+from peerscale.composition import compose, of_section, read_study, sweep_file
+from peerscale.config import hydra_errors
 from peerscale.config_errors import ConfigError
 from peerscale.config_types import STRICT, Positive, Rate, Seed, parse
 
@@ -32,6 +33,10 @@ class GridRow:
     sizes: list[str] = Field(min_length=1)
     seeds: Annotated[list[Seed], Field(min_length=1)] | None = None
     """In place of the study's, such as further seeds of one size."""
+    methods: Annotated[list[str], Field(min_length=1)] | None = None
+    """Only these of the study's."""
+    axes: dict[str, Values] = Field(default_factory=dict)
+    """Further keys that vary in this row only, such as rates around the usual one."""
     window: Window | None = None
     """[low, high]: FLOPs per token of the sizes that the fit of this budget takes, the same for all methods; null: all
     sizes. All sizes are trained either way."""
@@ -77,6 +82,11 @@ class SweepConfig:
         methods, grid = set(self.methods), {row.budget for row in self.grid}
         if unknown := sorted(self.method_axes.keys() - methods):
             raise ValueError(f"method_axes names {', '.join(unknown)}, but the methods are {', '.join(self.methods)}")
+        for row in self.grid:
+            if unknown := [name for name in row.methods or () if name not in methods]:
+                raise ValueError(
+                    f"grid names {unknown[0]} at {row.budget:g}, but the methods are {', '.join(self.methods)}"
+                )
         claims = self.claims
         for where, named in (("budgets", self.budgets), ("claims.budgets", claims.budgets if claims else None)):
             if absent := sorted(set(named or ()) - grid):
@@ -115,7 +125,7 @@ def parse_sweep(tree: Mapping[str, Any]) -> SweepConfig:
 
 
 def load_sweep(sweep: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
-    """The `sweep` section of a study, changed by those of `overrides` that are `of_sweep`.
+    """The `sweep` section of a study, changed by the overrides of it, such as `sweep.budgets=[1e12]`.
 
     Axes and claims of methods and budgets that the overrides leave out are left out too.
 
@@ -123,27 +133,46 @@ def load_sweep(sweep: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
         ConfigError: the file or the overrides describe no study.
     """
     study = parse_sweep(_section(sweep_file(sweep)))
-    chosen = [f"++{o.lstrip('+')}" for o in overrides if of_sweep(o)]  # Hydra adds no key without being told to
+    chosen = [
+        f"++{o.lstrip('+')}" for o in overrides if of_section(o, "sweep")
+    ]  # Hydra adds no key without being told to
     if not chosen:
         return study
     _refuse_repeated(chosen)
-    tree = compose(chosen, sweep=sweep)["sweep"]
-    if isinstance(tree.get("methods"), list) and isinstance(tree.get("method_axes"), dict):
-        left_out = set(study.methods) - set(tree["methods"])
-        tree["method_axes"] = {name: axes for name, axes in tree["method_axes"].items() if name not in left_out}
+    with hydra_errors(chosen, sweep):
+        tree = compose(chosen, sweep=sweep).tree["sweep"]
+    if isinstance(tree.get("methods"), list):
+        _leave_out(tree, set(study.methods) - set(tree["methods"]))
     if study.claims is None or any(o.startswith("++sweep.claims") for o in chosen):
         return parse_sweep(tree)
     part = parse_sweep({**tree, "claims": None})
     return replace(part, claims=_claims_about(part, study.claims))
 
 
+def _leave_out(tree: dict[str, Any], methods: set[str]) -> None:
+    """Take what is said of these methods alone out of a `sweep` section."""
+    if isinstance(tree.get("method_axes"), dict):
+        tree["method_axes"] = {name: axes for name, axes in tree["method_axes"].items() if name not in methods}
+    rows = []
+    for row in tree.get("grid") or ():
+        if isinstance(row, dict) and isinstance(row.get("methods"), list):
+            row = {**row, "methods": [name for name in row["methods"] if name not in methods]}
+            if not row["methods"]:
+                continue
+        rows.append(row)
+    tree["grid"] = rows
+
+
 def _section(file: Path) -> Any:
     """The `sweep` section of a file; composed by Hydra, which is slow, only where the file does not hold all of it."""
-    study = read_study(file)
-    if "defaults" in study or "${" in str(study.get("sweep")):
-        study = compose(sweep=file)
-        if "budget" not in study:
-            raise ConfigError(f"{file.name}: its defaults leave out conf/config.yaml: write config first in that list")
+    with hydra_errors(sweep=file):
+        study = read_study(file)
+        if "defaults" in study or "${" in str(study.get("sweep")):
+            study = compose(sweep=file).tree
+            if "budget" not in study:
+                raise ConfigError(
+                    f"{file.name}: its defaults leave out conf/config.yaml: write config first in that list"
+                )
     if "sweep" not in study:
         raise ConfigError(f"{file}: no `sweep:` section")
     return study["sweep"]
@@ -170,8 +199,3 @@ def _claims_about(part: SweepConfig, claims: ClaimsConfig) -> ClaimsConfig | Non
     if claims.method not in part.methods or not rivals or budgets == []:
         return None
     return ClaimsConfig(method=claims.method, rivals=rivals, budgets=budgets)
-
-
-def of_sweep(override: str) -> bool:
-    """Whether an override chooses a part of a study, such as `sweep.methods=[peer]`, rather than changing its cells."""
-    return override.lstrip("+").startswith("sweep.") and "=" in override

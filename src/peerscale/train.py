@@ -1,32 +1,25 @@
-"""One cell: compose, plan, skip or resume, fit, record. `python -m peerscale.train` is also every sweep.
+"""One cell: compose, plan, skip or resume, fit, record. Several: Hydra's `-m`, or a study (`peerscale.launch`).
 
     python -m peerscale.train ffn=peer size=d32 budget=2e11
-    python -m peerscale.train --config-dir sweeps --config-name reproduce
-    python -m peerscale.train --config-dir sweeps --config-name reproduce hydra/launcher=joblib hydra.launcher.n_jobs=2
+    python -m peerscale.train -m ffn=peer,dense size=d32,d48
 
 torch and lightning are imported inside the cell, so that planning and skipping take no time. Exit codes:
 `peerscale.errors`.
 """
 
-import argparse
 import os
 import shutil
 import sys
-from pathlib import Path
-from typing import Any
 
 import hydra
 from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
-from peerscale.composition import STUDY, check_hydra, config_error, register_study, sweep_file
-from peerscale.config import parse_config
-from peerscale.config_errors import ConfigError
+from peerscale.cells import FINISHED, Cell, evaluation_lines, how_to_rerun, single_cell, state
+from peerscale.composition import Composition
+from peerscale.config import hydra_errors
 from peerscale.data.prepare import prepare
 from peerscale.data.store import read_manifest
 from peerscale.errors import FailedCells, UserError, exit_code
@@ -34,44 +27,21 @@ from peerscale.files import ROOT
 from peerscale.plan import Verdict
 from peerscale.progress import Progress
 from peerscale.runs.record import LOCK, Status, read_record
-from peerscale.sweep_config import load_sweep
-from peerscale.sweeper import (
-    FINISHED,
-    SINGLE,
-    STUDY_OVERRIDES,
-    Cell,
-    evaluation_lines,
-    how_to_rerun,
-    single_cell,
-    split_published,
-    state,
-)
 
 
 @hydra.main(config_path=str(ROOT / "conf"), config_name="config", version_base="1.3")
-def hydra_job(tree: DictConfig) -> str:
-    """One job of Hydra's: a single cell, or a cell of a sweep in whatever process the launcher made."""
+def hydra_job(tree: DictConfig) -> None:
+    """One job of Hydra's: a single cell."""
+
+    def run() -> None:
+        with hydra_errors():
+            plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+        run_single(Composition.of(plain, HydraConfig.get().runtime.choices))
+
     if HydraConfig.get().mode is RunMode.MULTIRUN:
-        return run_cell(_cell(tree))
+        return run()  # whose errors end the others
     # Leave Hydra at once: it would print a line of its own above an error's.
-    sys.exit(exit_code(lambda: run_single(_single(tree))))
-
-
-def _single(tree: DictConfig) -> Cell:
-    if "sweep" in tree:
-        raise ConfigError("a study is run as a whole: leave out hydra.mode, or train one cell without --config-name")
-    return _cell(tree)
-
-
-def _cell(tree: DictConfig) -> Cell:
-    try:
-        plain: dict[str, Any] = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
-    except OmegaConfBaseException as error:
-        raise config_error(error) from None
-    plain.pop("sweep", None)
-    name = str(HydraConfig.get().job.config_name)
-    study = name.removesuffix(STUDY) if name.endswith(STUDY) else SINGLE
-    return single_cell(parse_config(plain), HydraConfig.get().overrides.task, sweep=study)
+    sys.exit(exit_code(run))
 
 
 def refuse_dropped(cell: Cell) -> None:
@@ -80,13 +50,14 @@ def refuse_dropped(cell: Cell) -> None:
         raise UserError(f"{cell.name} cannot be run: {cell.plan.reason}")
 
 
-def run_single(cell: Cell) -> None:
+def run_single(composition: Composition) -> None:
     """Run one cell for a user who waits for it."""
+    cell = single_cell(composition)
     refuse_dropped(cell)
     was_there = read_manifest(cell.config.data)
     corpus = prepare(cell.config.data)
     if corpus.manifest != was_there:  # how large its sets are decides whether the cell is dropped
-        cell = single_cell(cell.config, cell.overrides, cell.sweep)
+        cell = single_cell(composition)
         refuse_dropped(cell)
     for line in evaluation_lines([cell], short_only=True):
         print(f"notice: {line}", file=sys.stderr)
@@ -126,35 +97,10 @@ def run_cell(cell: Cell) -> Status:
 def main() -> int:
     """Hand over to Hydra, its errors in our form."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that errors come out in our form
-    words = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for short, long in (("-cd", "--config-dir"), ("-cp", "--config-path"), ("-cn", "--config-name")):
-        words.add_argument(short, long)
-    named, others = words.parse_known_args()
-    if named.config_name is not None:
-        folder = Path(named.config_dir or named.config_path or ROOT / "sweeps")
-        study = sweep_file(folder / f"{named.config_name.removesuffix('.yaml')}.yaml")
-        STUDY_OVERRIDES[:] = [
-            word for word in others if _is_override(word) and not word.lstrip("+~").startswith("hydra")
-        ]
-        load_sweep(study, split_published(STUDY_OVERRIDES)[0])
-        check_hydra(study)
-        kept = [word for word in others if word not in STUDY_OVERRIDES]
-        sys.argv[1:] = ["--config-name", register_study(study), *kept]
-    overrides = [word for word in sys.argv[1:] if _is_override(word)]
-    try:
+    overrides = [word for word in sys.argv[1:] if not word.startswith("-") and ("=" in word or word.startswith("~"))]
+    with hydra_errors(overrides):
         hydra_job()
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        raise config_error(error, overrides) from None
-    except ValueError as error:
-        if not str(error).startswith("Config group override"):  # Hydra's, of size=null and such
-            raise
-        raise config_error(error) from None
     return 0
-
-
-def _is_override(word: str) -> bool:
-    """Whether a word of the command line is an override rather than an option of Hydra's or its value."""
-    return not word.startswith("-") and ("=" in word or word.startswith("~"))
 
 
 if __name__ == "__main__":

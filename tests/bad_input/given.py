@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 from programs import call
 
-from peerscale.config import load
+from peerscale.cells import planned_cells, single_cell
+from peerscale.config import composed, load
 from peerscale.data.prepare import prepare
 from peerscale.data.store import folder as corpus_folder
 from peerscale.runs.record import Status, write_record
-from peerscale.sweeper import planned_cells, single_cell
 from toy_study import record_of, write_study
 
 WORDS = [f"{a}{b}" for a in ("ba", "ke", "li", "mo", "nu", "ra") for b in ("", "n", "st", "lly", "rk")]
@@ -57,7 +57,7 @@ def record(folder: Path) -> None:
     """The record of a finished single cell, with its corpus, and a link `cell` to it."""
     corpus(folder)
     overrides = [*TINY, *places(folder)]
-    cell = single_cell(load(overrides), overrides)
+    cell = single_cell(composed(overrides))
     from peerscale.data.store import open_corpus
 
     finished = record_of(cell, Status.DONE, corpus=open_corpus(cell.config.data).manifest.fingerprint)

@@ -15,7 +15,12 @@ from unittest.mock import patch
 from peerscale.errors import exit_code
 from peerscale.files import ROOT
 
-MODULES = {"train": "peerscale.train", "overview": "peerscale.overview", "prepare": "peerscale.data.prepare"}
+MODULES = {
+    "train": "peerscale.train",
+    "launch": "peerscale.launch",
+    "overview": "peerscale.overview",
+    "prepare": "peerscale.data.prepare",
+}
 SCRIPTS = ("collect", "figures", "fit", "publish", "table", "validate")
 
 

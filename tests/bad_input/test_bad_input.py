@@ -44,7 +44,7 @@ def prepare(case: dict[str, Any], here: Path) -> str:
         (here / name).write_text(text.replace("{here}", str(here)))
     line = case["run"].replace("{runs}", "--runs {here}/runs --results {here}/results")
     line = line.replace("{tiny}", " ".join([*given.TINY, *given.places(here)]))
-    if line.startswith("train") and "--config-dir" not in line and "trainer.runs_directory" not in line:
+    if line.startswith("train") and "trainer.runs_directory" not in line:
         line += " trainer.runs_directory={here}/runs data.directory={here}/data"
     return line.replace("{here}", str(here))
 

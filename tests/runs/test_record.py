@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from peerscale.config import load, to_dict
+from peerscale.cells import single_cell
+from peerscale.config import composed, load, to_dict
 from peerscale.errors import UserError
 from peerscale.runs.record import (
     LOCK,
@@ -28,12 +29,11 @@ from peerscale.runs.record import (
     write_record,
 )
 from peerscale.runs.table import read_records
-from peerscale.sweeper import single_cell
 from toy_study import CORPUS, record_of
 
 
 def record(status: Status = Status.DONE, **fields: Any) -> Record:
-    return record_of(single_cell(load(["ffn=peer"]), ["ffn=peer"]), status, **fields)
+    return record_of(single_cell(composed(["ffn=peer"])), status, **fields)
 
 
 @pytest.mark.parametrize("status", Status)

@@ -8,14 +8,14 @@ import pandas as pd
 import pytest
 
 from peerscale.accounting import CONVENTION, cost
-from peerscale.config import load
+from peerscale.cells import Cell, planned_cells, single_cell
+from peerscale.config import composed
 from peerscale.errors import UserError
 from peerscale.files import ROOT
 from peerscale.runs import read_runs
 from peerscale.runs.record import Record, Status, write_record
 from peerscale.runs.study import planned_record
 from peerscale.runs.table import curves_table, read_metrics, read_records, runs_table
-from peerscale.sweeper import Cell, planned_cells, single_cell
 from toy_study import record_of, write_study
 
 COLUMNS = [
@@ -107,8 +107,8 @@ def test_a_row_says_what_its_configuration_and_cost_are(cells: list[Cell]) -> No
 
 
 def test_active_experts_are_of_the_realised_capacity() -> None:
-    config = load(["ffn=moe", "ffn.capacity_factor=2"])
-    (row,) = runs_table([record_of(single_cell(config, []), Status.DONE)]).to_dict("records")
+    cell = single_cell(composed(["ffn=moe", "ffn.capacity_factor=2"]))
+    (row,) = runs_table([record_of(cell, Status.DONE)]).to_dict("records")
     assert row["active_experts"] == 2
 
 

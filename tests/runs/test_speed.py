@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from peerscale.cells import planned_cells
 from peerscale.runs.machine import cpu_name
 from peerscale.runs.record import Status, write_record
 from peerscale.runs.speed import GUESS_FLOPS_PER_S, estimate_s, makespan_s, measured_speeds
-from peerscale.sweeper import planned_cells
 from toy_study import record_of, write_study
 
 

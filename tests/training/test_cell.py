@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 import peerscale.model
-from peerscale.config import load
+from peerscale.cells import Cell, single_cell
+from peerscale.config import composed, load
 from peerscale.data.batches import EvaluationBatches
 from peerscale.data.prepare import prepare
 from peerscale.data.store import open_corpus
 from peerscale.errors import UserError
 from peerscale.model import load_model
 from peerscale.runs.record import Record, Status, read_record, write_record
-from peerscale.sweeper import Cell, single_cell
 from peerscale.train import run_single
 from peerscale.training import cell as cells
 from peerscale.training.cell import train_cell
@@ -33,7 +33,7 @@ def tiny(settings: list[str]) -> list[str]:  # noqa: F811
 
 
 def cell(overrides: list[str]) -> Cell:
-    return single_cell(load(overrides), overrides)
+    return single_cell(composed(overrides))
 
 
 def trained(overrides: list[str]) -> tuple[Path, Record]:

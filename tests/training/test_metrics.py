@@ -6,11 +6,11 @@ import pytest
 import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
+from peerscale.cells import cell_folder
 from peerscale.config import load
 from peerscale.plan import plan, schedule
 from peerscale.runs.record import Status
 from peerscale.runs.table import read_metrics
-from peerscale.sweeper import cell_folder
 from peerscale.training.module import LanguageModel
 from test_train import budget, corpus_path, settings, train  # noqa: F401
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from peerscale.config import load
+from peerscale.cells import single_cell
+from peerscale.config import composed, load
 from peerscale.data.prepare import prepare
 from peerscale.files import ROOT
 from peerscale.runs.record import RECORD, Status, parse_record, read_record
-from peerscale.sweeper import single_cell
 from peerscale.training.signals import Watch
 
 PEER = {"n_experts": 1024, "n_heads": 8, "top_k": 16}
@@ -92,10 +92,9 @@ def test_signals_come_to_the_record_and_older_records_have_none(
         f"trainer.runs_directory={tmp_path / 'runs'}", "trainer.log_every_steps=1", "tracking=disabled", "budget=2e7",
         "min_steps=1",
     ]  # fmt: skip
-    config = load(overrides)
-    prepare(config.data, quiet=True)
+    prepare(load(overrides).data, quiet=True)
     monkeypatch.setattr(signals, "LOSS_JUMP", -100.0)
-    cell = single_cell(config, overrides)
+    cell = single_cell(composed(overrides))
     assert train_cell(cell) is Status.DONE
     record = read_record(cell.folder)
     assert record is not None

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from peerscale.cells import Cell, planned_cells
 from peerscale.runs.record import Record, Status
 from peerscale.runs.study import planned_record
 from peerscale.runs.table import runs_table
-from peerscale.sweeper import Cell, planned_cells
 
 SEQUENCES = 256
 USED = 32768

@@ -16,6 +16,7 @@ import torch
 import yaml
 from lightning.fabric.plugins.environments import LightningEnvironment
 
+from peerscale.cells import FINISHED, Cell, check_same
 from peerscale.config import Config, to_dict
 from peerscale.data.batches import TrainBatches
 from peerscale.data.store import Corpus, open_corpus
@@ -27,7 +28,6 @@ from peerscale.plan import Plan
 from peerscale.runs.machine import energy_counters, energy_j
 from peerscale.runs.record import Record, Status, fingerprint, read_record, science, write_record
 from peerscale.runs.study import plan_summary
-from peerscale.sweeper import FINISHED, Cell, check_same
 from peerscale.training import distributed
 from peerscale.training.checkpoint import TimedCheckpoint, newest_readable
 from peerscale.training.environment import EXACT_KEYS, describe

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from peerscale.cells import budget_name
 from peerscale.laws.optima import OptimumStatus
 from peerscale.runs.study import same_arm, usable
-from peerscale.sweeper import budget_name
 from peerscale.viz.ablations import with_norm
 from peerscale.viz.published import WITHOUT_NORM, paper_values
 from peerscale.viz.style import in_words, label, ordered, size_label

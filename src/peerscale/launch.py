@@ -1,0 +1,120 @@
+"""Run what is missing of a study: on this machine, or as Slurm jobs.
+
+python -m peerscale.launch SWEEP [key=value ...] [--launcher joblib --jobs 4]
+
+Failed cells stop nothing. Exit codes: `peerscale.errors`.
+"""
+
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from peerscale.cells import Cell, diverged_lines, evaluation_lines, pending_cells, planned_cells
+from peerscale.data.prepare import prepare
+from peerscale.data.store import read_manifest
+from peerscale.errors import ArgumentParser, FailedCells, UserError, exit_code
+from peerscale.outcomes import published_as_done, published_study, some
+from peerscale.plan import Verdict
+from peerscale.progress import Progress
+from peerscale.runs.record import Status
+from peerscale.train import run_cell
+
+LAUNCHERS = ("local", "joblib", "slurm")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = ArgumentParser(prog="python -m peerscale.launch", description=__doc__.splitlines()[0])
+    parser.add_argument("sweep", help="name of a file in sweeps/, or a path")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="overrides of every cell")
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="local", help="this process, several, or Slurm jobs")
+    parser.add_argument("--jobs", type=int, metavar="N", help="cells that run at once (default: one, or Slurm's limit)")
+    parser.add_argument("--published", type=Path, metavar="DIR", help="count as done what this folder has finished")
+    options = parser.parse_intermixed_args(arguments)
+    if options.jobs is not None and options.jobs < 1:
+        raise UserError(f"--jobs must be at least 1, not {options.jobs}")
+    submit = None
+    if options.launcher == "slurm":
+        from peerscale.submission import submitter
+
+        submit = submitter(options.overrides, options.jobs)  # before a corpus is prepared for what cannot be submitted
+    cells = planned_cells(options.sweep, options.overrides)
+    name = cells[0].sweep
+    study = published_study(name, options.published) if options.published else None
+    was_there = read_manifest(cells[0].config.data)
+    manifest = prepare(cells[0].config.data).manifest
+    if manifest != was_there:  # how large its sets are decides which cells are dropped
+        cells = planned_cells(options.sweep, options.overrides)
+    corpus = manifest.fingerprint
+    elsewhere = published_as_done(cells, study, corpus) if study else set()
+    left = [cell for cell in cells if cell.name not in elsewhere]
+    pending, diverged = pending_cells(left, corpus), diverged_lines(left, corpus)
+    dropped = sum(cell.plan.verdict is Verdict.DROP for cell in left)
+    done = len(cells) - len(pending) - dropped - len(diverged)
+    published = f" ({len(elsewhere)} of them published)" if elsewhere else ""
+    counts = f"{done} done{published}, {dropped} dropped, {len(pending)} to run"
+    print(f"{name}: {len(cells)} cells, {counts}", file=sys.stderr)
+    notices = [f"notice: {line}" for line in evaluation_lines(cells, short_only=True)]
+    print(*(f"{line}\n" for line in notices + diverged), sep="", end="", file=sys.stderr)
+    if pending and submit:
+        submit(pending)
+        return 0
+    statuses: dict[str, Status] = {}
+    if pending:
+        with Progress(name, pending, already_done=done):
+            statuses = run_here(pending, options.jobs or 1 if options.launcher == "joblib" else None)
+    failed = [cell for cell, status in statuses.items() if status in (Status.FAILED, Status.DIVERGED)]
+    failed += [line.partition(" ")[0] for line in diverged]
+    if failed:
+        raise FailedCells(
+            f"{len(failed)} of {len(cells)} cells failed: {some(failed)}; reasons: make status SWEEP={name}"
+        )
+    draw = f"make figures SWEEP={name}{' PUBLISHED=1' if elsewhere else ''}"
+    if Status.RUNNING in statuses.values():
+        print(f"some cells are being run by another process: make status SWEEP={name}", file=sys.stderr)
+    else:
+        print(f"{'all cells are done' if pending else 'nothing to run'}; next: {draw}", file=sys.stderr)
+    return 0
+
+
+def run_here(cells: Sequence[Cell], n_processes: int | None) -> dict[str, Status]:
+    """Run cells on this machine, `n_processes` at once, or one after the other in this process; their statuses.
+
+    Raises:
+        UserError: of the first cell that cannot be run as it is, once the others have been run.
+    """
+    if n_processes is None:
+        outcomes = [_status(cell) for cell in cells]
+    else:
+        from joblib import Parallel, delayed
+
+        with _terminated_as_by_ctrl_c():
+            outcomes = Parallel(n_jobs=n_processes, batch_size=1)(delayed(_status)(cell) for cell in cells)
+    statuses = {}
+    for cell, outcome in zip(cells, outcomes, strict=True):
+        if isinstance(outcome, UserError):
+            raise outcome
+        statuses[cell.name] = outcome
+    return statuses
+
+
+def _status(cell: Cell) -> Status | UserError:
+    try:
+        return run_cell(cell)
+    except UserError as error:
+        return error
+
+
+@contextmanager
+def _terminated_as_by_ctrl_c() -> Iterator[None]:
+    """A SIGTERM is taken as Ctrl-C is, or the worker processes would stay."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
