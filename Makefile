@@ -24,7 +24,7 @@ $(error $(firstword $(UNKNOWN)) is no variable of this Makefile; there are: $(KN
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce smoke test check data studies plan sweep status figures report validate publish sync dashboard notebooks bench torture clean
+.PHONY: help setup reproduce smoke test check convert data studies plan sweep status figures report validate publish sync dashboard notebooks bench torture clean
 
 help: ## print every target
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -80,6 +80,9 @@ validate: setup ## fit published data sets in DATA=DIR and compare with the publ
 
 publish: setup ## copy the table, fits and figures of SWEEP into results/, to be committed; nothing published is lost unless REPLACE=1
 	@$(BIN)/python analysis/publish.py $(SWEEP) $(if $(REPLACE),--replace)
+
+convert: setup ## records and tables that an earlier peerscale wrote, in runs/ and results/, to the present schema
+	@$(BIN)/python -m peerscale.runs.convert
 
 sync: setup ## upload the W&B runs, table, fits and figures of SWEEP that are not uploaded yet
 	@$(BIN)/python analysis/sync.py $(SWEEP)

@@ -22,8 +22,8 @@ from peerscale.errors import UserError, exit_code
 from peerscale.files import write_json, write_text
 from peerscale.outcomes import further_line, of_the_plan, read_published, some, which_counts
 from peerscale.runs.fits import fit_study
-from peerscale.runs.record import Record, Status
-from peerscale.runs.study import PlannedCell, Study, collected, planned_record, published, study_parser
+from peerscale.runs.record import PlannedCell, Record, Status
+from peerscale.runs.study import Study, collected, planned_record, published, study_parser
 from peerscale.runs.table import CURVES, curves_table, read_records, read_runs, read_table, runs_table
 from peerscale.sweep_config import load_sweep
 from peerscale.viz.answer import answer
@@ -65,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def of_one_corpus(planned: Sequence[Record], further: Sequence[Record]) -> tuple[list[Record], list[Record]]:
     """Cells outside the plan that were trained on the corpus of its finished cells, and those that were not."""
-    corpora = {record.science.get("data_fingerprint") for record in planned if record.status is Status.DONE}
-    same = [record for record in further if not corpora or record.science.get("data_fingerprint") in corpora]
+    corpora = {record.hashed_config.get("data_fingerprint") for record in planned if record.status is Status.DONE}
+    same = [record for record in further if not corpora or record.hashed_config.get("data_fingerprint") in corpora]
     return same, [record for record in further if record not in same]
 
 
@@ -139,7 +139,7 @@ def read_study(
 def refuse_incomparable(own: Sequence[Record], others: Sequence[Record], where: Path) -> None:
     """Raise `UserError` unless all finished cells were trained by one recipe on one corpus."""
     for key in ("recipe_version", "data_fingerprint"):
-        here, there = ({r.science[key] for r in records if r.status is Status.DONE} for records in (own, others))
+        here, there = ({r.hashed_config[key] for r in records if r.status is Status.DONE} for records in (own, others))
         if here and there and here != there:
             raise UserError(f"{where}: {key} {_listed(there)}, but the cells run here have {_listed(here)}")
 
@@ -164,7 +164,7 @@ def with_planned(
     """A record for each cell of the plan, in its order, made where there is none; and those of no cell of the plan."""
     if cells is None:
         return [*found.values()], []
-    planned = [found.get(cell.name) or planned_record(sweep, cell) for cell in cells]
+    planned = [found.get(cell.name) or planned_record(cell) for cell in cells]
     names = {cell.name for cell in cells}
     return planned, [record for name, record in found.items() if name not in names]
 

@@ -102,7 +102,7 @@ def _differences(old: Record | None, new: Record) -> str:
     if old is None:
         return "published without its record, so not known to be the same"
     same = old.fingerprint == new.fingerprint
-    return "" if same else ", ".join(differing_keys(old.science, new.science)) or "fingerprint only"
+    return "" if same else ", ".join(differing_keys(old.hashed_config, new.hashed_config)) or "fingerprint only"
 
 
 def copy(source: Study, target: Study, records: Sequence[Record]) -> None:

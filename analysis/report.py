@@ -20,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from peerscale.cells import budget_name
+from peerscale.cell_names import budget_name
 from peerscale.composition import sweep_file
 from peerscale.config import ConfigError
 from peerscale.errors import UserError, exit_code
@@ -149,7 +149,7 @@ def recipe(records: Sequence[Record], names: Mapping[str, str]) -> tuple[dict[st
     """Every setting that determines a result: common to all cells, and, a column a method, those that differ."""
     if not records:
         return {}, pd.DataFrame()
-    settings = pd.json_normalize([record.science for record in records]).map(plain)
+    settings = pd.json_normalize([record.hashed_config for record in records]).map(plain)
     by_method = settings.groupby([names.get(record.cell, record.method) for record in records], sort=False)
     differ = [key for key in settings if settings[key].nunique() > 1]
     columns = {label(str(name)): [", ".join(rows[key].unique()) for key in differ] for name, rows in by_method}

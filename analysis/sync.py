@@ -155,7 +155,7 @@ def upload_cell(cell: CellFiles, server: str, timeout_s: float) -> str:
     problem = ""
     with tempfile.TemporaryDirectory() as scratch:
         run = WandbRun(Path(scratch), cell.settings, cell.record, online=True, timeout_s=timeout_s)
-        watch = Watch(cell.record.science["ffn"])
+        watch = Watch(cell.record.hashed_config["ffn"])
         for row in read_metrics(cell.folder):
             run.log(row, watch.see(row))
         if cell.record.status is not Status.RUNNING:

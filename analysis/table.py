@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from peerscale.cells import budget_name
+from peerscale.cell_names import budget_name
 from peerscale.errors import exit_code
 from peerscale.files import from_checkout, write_text
 from peerscale.laws.optima import OptimumStatus

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peerscale.cells import budget_name, planned_cells, single_cell
+from peerscale.cell_names import budget_name
+from peerscale.cells import planned_cells, single_cell
 from peerscale.config import composed
-from peerscale.runs.record import science
+from peerscale.runs.record import hashed_config
 from toy_study import CORPUS, write_study
 
 
@@ -70,7 +71,7 @@ def test_axes_and_overrides_name_a_value_alike(tmp_path: Path) -> None:
 @pytest.mark.parametrize("override", ["min_steps=10", "data.max_epochs=2", "data.train_tokens=100000000"])
 def test_what_the_fingerprint_leaves_out_is_not_in_the_name(override: str) -> None:
     plain, changed = single_cell(composed()), single_cell(composed([override]))
-    assert science(plain.config, CORPUS) == science(changed.config, CORPUS)
+    assert hashed_config(plain.config, plain.plan, CORPUS) == hashed_config(changed.config, changed.plan, CORPUS)
     assert changed.name == plain.name
 
 

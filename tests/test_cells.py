@@ -24,7 +24,7 @@ from peerscale.config import ConfigError, composed, load
 from peerscale.errors import UserError
 from peerscale.files import ROOT
 from peerscale.plan import Verdict
-from peerscale.runs.record import Status, fingerprint, science, write_record
+from peerscale.runs.record import Status, fingerprint, hashed_config, write_record
 from peerscale.runs.table import read_runs
 from peerscale.sweep_config import load_sweep
 from toy_study import CORPUS, TOY, record_of, write_study
@@ -91,7 +91,7 @@ def test_every_study_plans(file: Path) -> None:
         assert cell.folder == ROOT / "runs" / file.stem / cell.name
     names = [cell.name for cell in cells]
     assert len({*names}) == len(names)
-    fingerprints = [fingerprint(science(cell.config, CORPUS)) for cell in cells]
+    fingerprints = [fingerprint(hashed_config(cell.config, cell.plan, CORPUS)) for cell in cells]
     assert len({*fingerprints}) == len(fingerprints), "two cells of one result"
 
 

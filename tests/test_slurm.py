@@ -133,7 +133,7 @@ def test_a_sweep_is_submitted_once_and_survives_preemption(
     overview(["status", str(study)])
     log = folder / "2_0_log.err"
     assert f"{short.name} interrupted: Slurm job 2 has ended, see {log}" in capsys.readouterr().out
-    corpus = record(preempted).science["data_fingerprint"]
+    corpus = record(preempted).hashed_config["data_fingerprint"]
     write_record(short.folder, record_of(short, Status.FAILED, corpus=corpus, reason="OSError: no space"))
     overview(["status", str(study)])
     out = capsys.readouterr().out
@@ -221,5 +221,5 @@ def test_a_queue_that_does_not_answer_is_not_an_empty_queue(tmp_path: Path, monk
 def test_the_defaults_are_those_of_the_configuration() -> None:
     import yaml
 
-    settings = yaml.safe_load((ROOT / "conf" / "slurm.yaml").read_text())
+    settings = yaml.safe_load((ROOT / "conf" / "slurm.yaml").read_text())["slurm"]
     assert settings == DEFAULTS and settings.keys() == set(SlurmConfig.__dataclass_fields__)

@@ -1,13 +1,14 @@
 """A study of a few tiny cells, kept wholly in a test's own folder, and the records that its cells would leave."""
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from peerscale.cells import Cell
 from peerscale.runs.machine import cpu_name
-from peerscale.runs.record import Record, Status, fingerprint, science
-from peerscale.runs.study import plan_summary
+from peerscale.runs.record import Record, Status, new_record
 
 CORPUS = "0123456789abcdef"
 """Stands for the fingerprint of a prepared corpus."""
@@ -31,21 +32,21 @@ def record_of(
 ) -> Record:
     """The record of a cell, `config` changed in its configuration and `fields` in the record."""
     changed = replace(cell.config, **(config or {}))
-    hashed = science(changed, corpus)
-    common = {
-        "sweep": cell.sweep,
-        "cell": cell.name,
-        "status": status,
-        "fingerprint": fingerprint(hashed),
-        "science": hashed,
-        "method": changed.ffn.method,
-        "variant": changed.ffn.variant,
-        "plan": plan_summary(changed, cell.plan),
-        "params": cell.plan.cost.params,
-        "flops_per_token": cell.plan.cost.flops,
-        "environment": {"hardware": cpu_name(), "n_threads": changed.trainer.threads},
-    }
+    common: dict[str, Any] = {"environment": {"hardware": cpu_name(), "n_threads": changed.trainer.threads}}
     if status is Status.DONE:
         loss = {"loss": 5.25, "se": 0.125, "tokens": 131072.0, "bits_per_byte": 2.5, "ppl": 190.5}
         common |= {"evaluation": {"validation": loss}, "timing": {"wall_s": 2.0, "flops_per_s": 1e9}}
-    return Record(**{**common, **fields})
+    return replace(new_record(replace(cell, config=changed), status, corpus), **{**common, **fields})
+
+
+def axes_text(arm: str) -> str:
+    """The column `axes` of a cell with settings such as `batch_sequences=8-lr=0.1`."""
+    pairs = dict(pair.split("=") for pair in re.split(r"-(?=[a-z])", arm)) if arm else {}
+    keys = {"lr": "optim.lr", "table_lr": "optim.table_lr"}
+    return (
+        json.dumps(
+            {keys.get(key, key): value if value.isalpha() else json.loads(value) for key, value in pairs.items()}
+        )
+        if pairs
+        else ""
+    )

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -10,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from peerscale.cell_names import budget_name, cell_name
 from peerscale.composition import Composition, of_cells, sweep_file
 from peerscale.config import Config, composed, parse_config, to_dict
 from peerscale.config_errors import ConfigError, layers_with, unknown_key
@@ -44,7 +44,7 @@ class Cell:
     sweep: str
     name: str
     axes: dict[str, Any]
-    """What else than method, size, budget and seed makes this cell another one: dotted keys and their values."""
+    """Dotted keys, and their values, besides method, size, budget and seed that tell this cell from others."""
     config: Config
     plan: Plan
     estimate_s: float
@@ -54,23 +54,6 @@ class Cell:
     def folder(self) -> Path:
         """`runs/<sweep>/<cell>`."""
         return ROOT / self.config.trainer.runs_directory / self.sweep / self.name
-
-
-def cell_name(config: Config, axes: Mapping[str, Any]) -> str:
-    """`<method>-<size>-<budget>[-<axis>=<value>...]-s<seed>`."""
-    parts = [config.ffn.name, config.size.name, budget_name(config.budget), axes_label(axes), f"s{config.seed}"]
-    return "-".join(part for part in parts if part)
-
-
-def axes_label(axes: Mapping[str, Any]) -> str:
-    """`top_k=8-lr=0.001`, each axis by the last part of its key."""
-    return "-".join(f"{key.rpartition('.')[2]}={_file_name(value)}" for key, value in axes.items())
-
-
-def budget_name(budget: float) -> str:
-    """`3e11`."""
-    mantissa, exponent = f"{budget:.6e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def planned_cells(sweep: str | Path, overrides: Sequence[str] = ()) -> list[Cell]:
@@ -150,7 +133,7 @@ def state(cell: Cell, data_fingerprint: str) -> Status:
 
 def check_same(cell: Cell, record: Record, data_fingerprint: str | None) -> None:
     """Refuse to mix two configurations in one folder."""
-    if found := differences(cell.config, record, data_fingerprint):
+    if found := differences(cell, record, data_fingerprint):
         raise UserError(
             f"{cell.folder} holds a run of another configuration: {'; '.join(found)}. "
             f"To keep it and go on: {set_aside(cell.folder)}"
@@ -321,9 +304,3 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
             raise ConfigError(unknown_key(key, Config))
         tree = inner
     tree[name] = value
-
-
-def _file_name(value: Any) -> str:
-    """A value as a name of files can hold it."""
-    text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
-    return "".join(c if c.isalnum() or c in "._+-" else "_" for c in text).strip("_")

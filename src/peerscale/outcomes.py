@@ -9,8 +9,8 @@ from peerscale.cells import Cell, check_same
 from peerscale.errors import UserError
 from peerscale.files import ROOT
 from peerscale.plan import Verdict
-from peerscale.runs.record import ENDED, Record, Status, cell_folders, differences, read_cell
-from peerscale.runs.study import PlannedCell, Study, published
+from peerscale.runs.record import ENDED, PlannedCell, Record, Status, cell_folders, differences, read_cell
+from peerscale.runs.study import Study, published
 from peerscale.runs.table import read_records
 
 
@@ -124,7 +124,7 @@ def of_the_plan(
     differ = {
         cell.name: found
         for cell in cells
-        if cell.name in records and (found := differences(cell.config, records[cell.name], data_fingerprint))
+        if cell.name in records and (found := differences(cell, records[cell.name], data_fingerprint))
     }
     kept = {name: record for name, record in records.items() if name not in differ}
     if not differ:

@@ -155,7 +155,8 @@ def test_arms_of_an_axis_are_compared_with_their_own() -> None:
         worse = {"validation": {**losses, "loss": losses["loss"] + harder}} if losses else {}
         cell = record.cell.replace("-s0", f"-batch_sequences={value}-s0")
         sequences = [loss + harder for loss in record.sequence_losses]
-        return replace(record, cell=cell, evaluation=worse, sequence_losses=sequences)
+        axes = {"batch_sequences": value}
+        return replace(record, cell=cell, axes=axes, evaluation=worse, sequence_losses=sequences)
 
     some = [r for r in records() if r.method in ("dense", "peer")]
     found = differences(fitted([arm(r, value, harder) for value, harder in ((8, 0.5), (16, 0.0)) for r in some]))
@@ -265,8 +266,8 @@ def test_a_published_cell_of_another_configuration_does_not_fill_in(
     peer = [r for r in records() if r.method == "peer"]
 
     def changed(record: Record) -> Record:
-        hashed = {**record.science, "context": 32}
-        return replace(record, science=hashed, fingerprint=fingerprint(hashed))
+        hashed = {**record.hashed_config, "context": 32}
+        return replace(record, hashed_config=hashed, fingerprint=fingerprint(hashed))
 
     others = [changed(r) if r.cell == "dense-d16-3e11-s0" else r for r in records()]
     arguments = published_and_run_here(tmp_path, peer, others)
@@ -281,7 +282,7 @@ def test_a_published_cell_of_another_configuration_does_not_fill_in(
 @pytest.mark.parametrize("key", ["recipe_version", "data_fingerprint"])
 def test_published_cells_of_another_recipe_or_corpus_are_refused(tmp_path: Path, key: str) -> None:
     others = [
-        replace(r, science={**r.science, key: "other"}) if r.status is Status.DONE else r
+        replace(r, hashed_config={**r.hashed_config, key: "other"}) if r.status is Status.DONE else r
         for r in records()
         if r.method != "peer"
     ]

@@ -111,9 +111,9 @@ def test_finished_cells_are_not_replaced_by_another_configuration_unasked(
     folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def shorter(record: Record) -> Record:
-        science = {**record.science, "context": 32}
+        hashed = {**record.hashed_config, "context": 32}
         of_peer = record.cell == "peer-d16-1e11-s0"
-        return replace(record, science=science, fingerprint="f" * 16) if of_peer else record
+        return replace(record, hashed_config=hashed, fingerprint="f" * 16) if of_peer else record
 
     collect_again(folders, tmp_path, shorter)
     before = contents(tmp_path / "results")

@@ -234,9 +234,10 @@ def test_the_best_rate_is_the_minimum_of_the_parabolas(tmp_path: Path, capsys: p
     losses = {"dense": (0.02, 4.0), "peer": (0.03, 3.95)}
     rows = [
         {
-            "sweep": "mine", "cell": f"{name}-d16-5e11-lr={lr:g}-s0", "method": name, "variant": "", "size": "d16",
-            "seed": 0, "budget": 5e11, "status": "done", "reason": "", "val_set": "tuning", "table_lr": np.nan,
-            "lr": lr, "val_loss": best + 0.3 * np.log(lr / at) ** 2 + 1e-6 * (-1) ** i, "val_loss_se": 0.01,
+            "sweep": "mine", "cell": f"{name}-d16-5e11-lr={lr:g}-s0", "axes": f'{{"optim.lr": {lr}}}',
+            "method": name, "variant": "", "size": "d16", "seed": 0, "budget": 5e11, "status": "done",
+            "reason": "", "val_set": "tuning", "table_lr": np.nan, "lr": lr,
+            "val_loss": best + 0.3 * np.log(lr / at) ** 2 + 1e-6 * (-1) ** i, "val_loss_se": 0.01,
             "flops_per_token": 1e5, "flops_attention_scores": 0, "flops_attention_values": 0, "params_total": 1000,
             "params_active": 1000, "tokens": 10000, "convention": "counted",
         }

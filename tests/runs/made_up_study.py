@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from peerscale.runs.record import Record, Status
+from toy_study import axes_text
 
 SIZES = np.array([3e5, 4.8e5, 7.5e5, 1.2e6, 1.9e6])
 """FLOPs per token."""
@@ -30,7 +31,8 @@ def run(
     size = size or f"d{x / 1e4:.0f}"
     cell = "-".join(filter(None, (method, size, f"{budget:g}", arm, f"s{seed}")))
     return {
-        "cell": cell, "method": method, "variant": "", "size": size, "seed": seed, "budget": budget, "status": "done",
+        "cell": cell, "axes": axes_text(arm),
+        "method": method, "variant": "", "size": size, "seed": seed, "budget": budget, "status": "done",
         "flops_per_token": x, "val_loss": loss, **more,
     }  # fmt: skip
 
@@ -57,8 +59,9 @@ def curves(
 def record(cell: str, losses: np.ndarray, status: Status = Status.DONE) -> Record:
     """A record that holds nothing but the losses of validation sequences."""
     return Record(
-        sweep="made_up", cell=cell, status=status, fingerprint="", science={}, method="", variant="", plan={},
-        params={}, flops_per_token={}, sequence_losses=[float(loss) for loss in losses],
+        sweep="made_up", cell=cell, status=status, fingerprint="", hashed_config={}, method="", variant="", plan={},
+        size="d8", budget=1e10, seed=0, axes={}, batch_sequences=16, lr=0.01, table_lr=None, params={},
+        flops_per_token={}, sequence_losses=[float(loss) for loss in losses],
     )  # fmt: skip
 
 

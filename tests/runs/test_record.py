@@ -10,8 +10,9 @@ import pytest
 from filelock import FileLock
 
 from peerscale.cells import single_cell
-from peerscale.config import composed, load, to_dict
+from peerscale.config import Config, composed, load, to_dict
 from peerscale.errors import UserError
+from peerscale.plan import plan
 from peerscale.runs.record import (
     LOCK,
     RECIPE_VERSION,
@@ -22,10 +23,10 @@ from peerscale.runs.record import (
     differences,
     differing_keys,
     fingerprint,
+    hashed_config,
     parse_record,
     read_cell,
     read_record,
-    science,
     write_record,
 )
 from peerscale.runs.table import read_records
@@ -52,7 +53,7 @@ def test_round_trips_through_its_file(tmp_path: Path, status: Status) -> None:
     assert back is not None
     assert back.status is status
     assert json.loads(json.dumps(asdict(back))) == json.loads(json.dumps(asdict(full)))
-    assert fingerprint(back.science) == full.fingerprint
+    assert fingerprint(back.hashed_config) == full.fingerprint
     assert [path.name for path in (tmp_path / "cell").iterdir()] == ["record.json"]
 
 
@@ -79,11 +80,15 @@ def broken(tmp_path: Path, **change: Any) -> str:
 
 def test_another_schema_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
-    for version in (SCHEMA_VERSION + 1, SCHEMA_VERSION - 1, None, "1"):
+    for version in (SCHEMA_VERSION + 1, 0, None, "1"):
         message = broken(tmp_path, schema_version=version)
         problem = f"{path}: schema version {version}, but this peerscale reads version {SCHEMA_VERSION}"
         assert message == f"{problem}; to go on without it: mv '{tmp_path}' '{tmp_path}.old'"
     assert "schema version None" in broken(tmp_path, schema_version="GONE")
+    message = broken(tmp_path, schema_version=1)
+    assert message.startswith(
+        f"{path}: schema version 1, of an earlier peerscale; to convert all records: make convert"
+    )
 
 
 @pytest.mark.parametrize(
@@ -122,13 +127,17 @@ BASE = ("ffn=peer", "size=d16", "budget=1e12")
 
 @functools.cache
 def hashed(*overrides: str, corpus: str = CORPUS) -> str:
-    return fingerprint(science(load([*BASE, *overrides]), corpus))
+    return fingerprint(hashed_of(load([*BASE, *overrides]), corpus))
+
+
+def hashed_of(config: Config, corpus: str = CORPUS) -> dict[str, Any]:
+    return hashed_config(config, plan(config), corpus)
 
 
 def test_is_16_hexadecimal_digits_and_stable() -> None:
     assert len(hashed()) == 16 and int(hashed(), 16) >= 0
     assert hashed() == hashed("ffn=peer", "seed=0")
-    tree = science(load(BASE), CORPUS)
+    tree = hashed_of(load(BASE))
     assert fingerprint(dict(reversed(tree.items()))) == fingerprint(tree)
     assert fingerprint(json.loads(json.dumps(tree))) == fingerprint(tree)
 
@@ -170,9 +179,12 @@ def test_every_key_is_either_hashed_or_known_to_be_operational() -> None:
         *(f"trainer.{key}" for key in to_dict(config)["trainer"]),
         *(f"tracking.{key}" for key in to_dict(config)["tracking"]),
         *("min_steps", "data.directory", "data.name", "data.path", "data.train_tokens", "data.max_epochs"),
+        # What these name is hashed: the layer's settings, the tokens of the corpus, the rates of this width.
+        *("ffn.variant", "data.source", "data.max_documents", "optim.lr_rule"),
+        *(f"data.evaluation.{name}" for name, tokens in config.data.evaluation.items() if not tokens),
     }
-    assert {*flat(to_dict(config))} - {*flat(science(config, CORPUS))} == left_out
-    assert {*flat(science(config, CORPUS))} - {*flat(to_dict(config))} == {"data_fingerprint", "recipe_version"}
+    assert {*flat(to_dict(config))} - {*flat(hashed_of(config))} == left_out
+    assert {*flat(hashed_of(config))} - {*flat(to_dict(config))} == {"data_fingerprint", "recipe_version"}
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> list[str]:
@@ -185,10 +197,10 @@ def flat(tree: dict[str, Any], prefix: str = "") -> list[str]:
 
 def test_changes_with_the_corpus_and_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load(BASE)
-    before = fingerprint(science(config, CORPUS))
-    assert fingerprint(science(config, "f" * 16)) != before
+    before = fingerprint(hashed_of(config))
+    assert fingerprint(hashed_of(config, "f" * 16)) != before
     monkeypatch.setattr("peerscale.runs.record.RECIPE_VERSION", RECIPE_VERSION + 1)
-    assert fingerprint(science(config, CORPUS)) != before
+    assert fingerprint(hashed_of(config)) != before
 
 
 def test_differing_keys_are_dotted_and_in_order() -> None:
@@ -206,8 +218,8 @@ def test_differing_keys_are_dotted_and_in_order() -> None:
 def test_two_configurations_differ_in_what_was_changed() -> None:
     old = load(BASE)
     new = replace(old, seed=3, optim=replace(old.optim, lr=0.5))
-    assert differing_keys(science(old, CORPUS), science(new, CORPUS)) == [
-        f"optim.lr {old.optim.lr} -> 0.5",
+    assert differing_keys(hashed_of(old), hashed_of(new)) == [
+        f"optim.lr {old.optim.lr * 2**0.5} -> {0.5 * 2**0.5}",  # at d_model 16, for rates meant at 32
         "seed 0 -> 3",
     ]
 
@@ -240,9 +252,38 @@ def test_a_running_record_is_interrupted_where_no_process_holds_its_lock(tmp_pat
 
 
 def test_without_a_corpus_all_but_the_corpus_is_compared() -> None:
-    config = load(["ffn=peer"])
-    hashed = science(config, "a" * 16)
-    kept = replace(record(), science=json.loads(json.dumps(hashed)), fingerprint=fingerprint(hashed))
-    assert differences(config, kept, None) == differences(config, kept, "a" * 16) == []
-    assert differences(config, kept, "b" * 16) == [f"data_fingerprint '{'a' * 16}' -> '{'b' * 16}'"]
-    assert differences(load(["ffn=peer", "context=32"]), kept, None) == ["context 64 -> 32"]
+    cell = single_cell(composed(["ffn=peer"]))
+    kept = record_of(cell, Status.DONE, corpus="a" * 16)
+    kept = replace(kept, hashed_config=json.loads(json.dumps(kept.hashed_config)))
+    assert differences(cell, kept, None) == differences(cell, kept, "a" * 16) == []
+    assert differences(cell, kept, "b" * 16) == [f"data_fingerprint '{'a' * 16}' -> '{'b' * 16}'"]
+    assert differences(single_cell(composed(["ffn=peer", "context=32"])), kept, None) == ["context 64 -> 32"]
+
+
+def test_the_names_of_rules_and_layers_are_not_hashed_but_what_they_stand_for() -> None:
+    rule = load([*BASE, "optim.lr_rule=inverse_sqrt_width", "optim.lr=0.02"])
+    value = load([*BASE, "optim.lr_rule=constant", f"optim.lr={0.02 * (32 / 16) ** 0.5!r}"])
+    assert hashed_of(rule) == hashed_of(value)
+    assert hashed("++ffn.variant=other") == hashed()
+    assert hashed("replaced=[2]") == hashed("replaced=middle") != hashed("replaced=[1]")
+    assert hashed("data.evaluation.speeches=0") == fingerprint(
+        {
+            **hashed_of(load(BASE)),
+            "data": {
+                **(data := hashed_of(load(BASE))["data"]),
+                "evaluation": {name: tokens for name, tokens in data["evaluation"].items() if name != "speeches"},
+            },
+        }
+    )
+
+
+def test_a_key_added_later_is_hashed_only_where_it_departs_from_what_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = hashed()
+    config = load(BASE)
+    later = {**to_dict(config), "optim": {**to_dict(config)["optim"], "amsgrad": False}}
+    monkeypatch.setattr("peerscale.runs.record.to_dict", lambda _: json.loads(json.dumps(later)))
+    assert fingerprint(hashed_of(config)) != before
+    monkeypatch.setattr("peerscale.runs.record.ADDED_LATER", {"optim.amsgrad": False})
+    assert fingerprint(hashed_of(config)) == before
+    later["optim"]["amsgrad"] = True
+    assert fingerprint(hashed_of(config)) != before

@@ -19,12 +19,12 @@ from peerscale.runs.table import curves_table, read_metrics, read_records, runs_
 from toy_study import record_of, write_study
 
 COLUMNS = [
-    "sweep", "method", "variant", "size", "seed", "budget", "flops", "flops_per_token", "layer_share", "tokens",
+    "sweep", "method", "variant", "size", "seed", "budget", "axes", "flops", "flops_per_token", "layer_share", "tokens",
     "steps", "batch_sequences", "context", "precision", "d_model", "n_layers", "n_heads", "vocab_size",
     "params_total", "params_active", "params_non_embedding", "n_experts", "ffn_heads", "top_k", "d_key",
     "query_norm", "active_experts", "granularity", "capacity_factor", "lr", "table_lr", "optimizer", "kernel",
     "n_threads", "val_loss", "val_loss_se", "val_bits_per_byte", "expert_usage", "unevenness", "usage_tokens",
-    "wall_s", "tokens_per_s", "flops_per_s", "energy_j", "bytes_moved", "status", "reason", "convention",
+    "wall_s", "tokens_per_s", "flops_per_s", "energy_j", "status", "reason", "convention",
     "recipe_version", "git_commit",
 ]  # fmt: skip
 """Of the design, in its order, but for those that depend on the methods and the evaluation sets."""
@@ -42,7 +42,7 @@ def records(cells: list[Cell]) -> list[Record]:
     """Cells of every fate: done, failed, diverged, running, dropped, pending."""
     fates = [Status.DONE, Status.FAILED, Status.DIVERGED, Status.RUNNING, Status.DONE]
     records = [record_of(cell, fates[i % 5], reason="why" * (i % 5 == 1)) for i, cell in enumerate(cells)]
-    return [*records[:-2], *(planned_record("toy", cell) for cell in cells[-2:])]
+    return [*records[:-2], *(planned_record(cell) for cell in cells[-2:])]
 
 
 def test_a_row_for_every_cell_whatever_became_of_it(cells: list[Cell], records: list[Record]) -> None:
@@ -57,17 +57,9 @@ def test_a_row_for_every_cell_whatever_became_of_it(cells: list[Cell], records: 
 def test_a_users_text_stands_in_the_table_by_its_name(tmp_path: Path) -> None:
     own = ["min_steps=1", "data=text", "data.path=/home/me/stories.txt"]
     cell = planned_cells(write_study(tmp_path, SWEEP), own)[0]
-    for record in (record_of(cell, Status.DONE), planned_record("toy", cell)):
+    for record in (record_of(cell, Status.DONE), planned_record(cell)):
         row = runs_table([record]).iloc[0]
         assert row["data"] == "stories"
-        assert row["bytes_moved"] > 0
-
-
-def test_a_record_from_before_corpora_had_names_tells_the_source(cells: list[Cell]) -> None:
-    record = record_of(cells[0], Status.DONE)
-    assert runs_table([record])["data"].item() == "gutenberg"
-    del record.plan["data"]
-    assert runs_table([record])["data"].item() == "gutenberg"
 
 
 def test_columns_are_the_designs_in_its_order(records: list[Record]) -> None:

@@ -8,11 +8,13 @@ import pytest
 
 from peerscale.errors import UserError
 from peerscale.runs.study import collected, find_study, method_names, published, read_fits, read_json, same_arm, usable
+from toy_study import axes_text
 
 
-def table(*rows: tuple[str, str | None, str]) -> pd.DataFrame:
-    frame = pd.DataFrame(rows, columns=["method", "variant", "cell"])
-    return frame.assign(seed=0)
+def table(*rows: tuple[str, str | None, str, str]) -> pd.DataFrame:
+    """Method, variant, cell, and settings such as `lr=0.001`."""
+    frame = pd.DataFrame(rows, columns=["method", "variant", "cell", "axes"])
+    return frame.assign(seed=0, axes=frame["axes"].map(axes_text))
 
 
 def test_collected_study_comes_before_the_published_one(tmp_path: Path) -> None:
@@ -27,21 +29,22 @@ def test_collected_study_comes_before_the_published_one(tmp_path: Path) -> None:
 
 
 def test_a_curve_is_named_by_method_and_variant() -> None:
-    rows = table(("moe", None, "moe-d8-1e11-s0"), ("moe", "token_choice", "moe_token_choice-d8-1e11-s0"))
+    rows = table(("moe", None, "moe-d8-1e11-s0", ""), ("moe", "token_choice", "moe_token_choice-d8-1e11-s0", ""))
     assert list(method_names(rows)) == ["moe", "moe_token_choice"]
 
 
 def test_arms_of_an_axis_are_curves_of_their_own() -> None:
     rows = table(
-        ("dense", None, "dense-d8-1e11-s0"),
-        ("peer", None, "peer-d8-1e11-lr=1e-3-s0"),
-        ("peer", None, "peer-d8-1e11-lr=3e-3-top_k=8-s0"),
+        ("dense", None, "dense-d8-1e11-s0", ""),
+        ("peer", None, "peer-d8-1e11-lr=0.001-s0", "lr=0.001"),
+        ("peer", None, "peer-d8-1e11-lr=0.003-top_k=8-s0", "lr=0.003-top_k=8"),
     )
-    assert list(method_names(rows)) == ["dense", "peer lr=1e-3", "peer lr=3e-3-top_k=8"]
+    assert list(method_names(rows)) == ["dense", "peer lr=0.001", "peer lr=0.003-top_k=8"]
+    assert list(method_names(rows, without=["optim.lr"])) == ["dense", "peer", "peer top_k=8"]
 
 
 def test_a_setting_common_to_all_cells_is_no_arm() -> None:
-    rows = table(("dense", None, "dense-d8-1e11-data=text-s0"), ("peer", None, "peer-d8-1e11-data=text-s0"))
+    rows = table(*((method, None, f"{method}-d8-1e11-context=8-s0", "context=8") for method in ("dense", "peer")))
     assert list(method_names(rows)) == ["dense", "peer"]
 
 

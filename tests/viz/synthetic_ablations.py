@@ -53,7 +53,7 @@ def _record(cell: Cell, difficulty: np.ndarray, rng: np.random.Generator) -> Rec
         "expert_usage": 0.9, "unevenness": unevenness(cell.config), "usage_tokens": USED,
     }  # fmt: skip
     return replace(
-        planned_record(cell.sweep, cell),
+        planned_record(cell),
         status=Status.DONE,
         evaluation={"validation": values, "speeches": {**values, "ppl": 1.3 * values["ppl"]}},
         sequence_losses=losses.tolist(),

@@ -23,8 +23,7 @@ from peerscale.config import (
     TrainerConfig,
 )
 from peerscale.plan import Plan, plan
-from peerscale.runs.record import Record, Status, fingerprint, science, write_record
-from peerscale.runs.study import plan_summary
+from peerscale.runs.record import Record, Status, new_record, write_record
 
 SWEEP = "synthetic"
 SEQUENCES, CONTEXT = 512, 64
@@ -54,7 +53,9 @@ WRONG = {
 
 @dataclass(frozen=True)
 class SyntheticCell:
+    sweep: str
     name: str
+    axes: dict[str, Any]
     method: str
     config: Config
     plan: Plan
@@ -81,7 +82,7 @@ def cells() -> list[SyntheticCell]:
                 train = 4000 if WRONG.get(name) is Status.DROPPED else 10**9
                 sets = {"train": train, "validation": 10**9, "speeches": 10**9}
                 planned = plan(config, set_tokens=sets)
-                found.append(SyntheticCell(name=name, method=method, config=config, plan=planned))
+                found.append(SyntheticCell(SWEEP, name, {}, method, config, planned))
     return found
 
 
@@ -100,21 +101,9 @@ def records() -> list[Record]:
 
 def _record(cell: SyntheticCell, difficulty: np.ndarray, rng: np.random.Generator) -> Record:
     config, planned = cell.config, cell.plan
-    hashed = science(config, "0123456789abcdef")
+    environment = {"kernel": "native", "n_threads": 1, "git_commit": "0123456789ab"}
     status = WRONG.get(cell.name, Status.DONE)
-    record = Record(
-        sweep=SWEEP,
-        cell=cell.name,
-        status=status,
-        fingerprint=fingerprint(hashed),
-        science=hashed,
-        method=config.ffn.method,
-        variant=config.ffn.variant,
-        plan=plan_summary(config, planned),
-        params=planned.cost.params,
-        flops_per_token=planned.cost.flops,
-        environment={"kernel": "native", "n_threads": 1, "git_commit": "0123456789ab"},
-    )
+    record = new_record(cell, status, "0123456789abcdef", environment=environment)
     if status is Status.FAILED:
         return replace(record, reason="RuntimeError: out of memory", traceback="Traceback ...")
     if status is Status.DIVERGED:

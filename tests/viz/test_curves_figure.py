@@ -10,6 +10,7 @@ from synthetic_study import GRID, METHODS, SWEEP
 
 from peerscale.runs.study import collected
 from peerscale.viz.curves import SKIPPED_SHARE, curves_figure
+from toy_study import axes_text
 
 Tables = tuple[pd.DataFrame, pd.DataFrame]
 
@@ -48,6 +49,7 @@ def straight(methods: dict[str, float]) -> Tables:
         parts.append(pd.DataFrame({"cell": cell, "flops": flops, "loss": 5 + constant - np.log10(flops / 1e10)}))
     runs = pd.DataFrame({
         "cell": cells, "method": [name.partition(" ")[0] for name in methods], "variant": "", "seed": 0, "size": "d8",
+        "axes": [axes_text(name.partition(" ")[2]) for name in methods],
         "budget": 1e11, "status": "done", "val_loss": 4.0,
     })  # fmt: skip
     return pd.concat(parts), runs

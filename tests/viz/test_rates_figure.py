@@ -6,6 +6,7 @@ import pytest
 
 from peerscale.errors import UserError
 from peerscale.viz.rates import edges, rates_figure, settings_table
+from toy_study import axes_text
 
 LOSSES = {
     ("0.01", 0.1): 3.0,
@@ -23,7 +24,8 @@ def table() -> pd.DataFrame:
     rows += [("dense", size, lr, None, loss) for size in ("d16", "d32") for lr, loss in (("0.01", 3.0), ("0.02", 2.0))]
     frame = pd.DataFrame(rows, columns=["method", "size", "lr", "table_lr", "val_loss"])
     cells = frame["method"] + "-" + frame["size"] + "-5e11-lr=" + frame["lr"] + "-s0"
-    return frame.assign(cell=cells, variant="", status="done", budget=5e11, seed=0, lr=1.0)
+    axes = ("lr=" + frame["lr"]).map(axes_text)
+    return frame.assign(cell=cells, axes=axes, variant="", status="done", budget=5e11, seed=0, lr=1.0)
 
 
 def test_lines_and_stars() -> None:
@@ -50,6 +52,7 @@ def run(method: str, size: str, lr: str, loss: float, table_lr: float | None = N
     axes = f"lr={lr}" + (f"-table_lr={table_lr}" if table_lr else "")
     return {
         "cell": f"{method}-{size}-5e11-{axes}-s0",
+        "axes": axes_text(axes),
         "method": method,
         "variant": "",
         "size": size,
@@ -95,7 +98,11 @@ def test_says_so_when_nothing_is_complete() -> None:
 def test_what_varies_besides_rates_is_another_curve() -> None:
     runs = [run("peer", "d16", "0.01", 3.0 + n, rate) for n, rate in enumerate((1e-05, 0.2, 0.3))]
     runs += [
-        {**r, "cell": r["cell"].replace("-lr=0.01", f"-n_experts={n}-name=adamw"), "val_loss": r["val_loss"] + n}
+        {
+            **r,
+            "axes": r["axes"].replace('"optim.lr": 0.01', f'"n_experts": {n}, "name": "adamw"'),
+            "val_loss": r["val_loss"] + n,
+        }
         for r in runs
         for n in (4, 9)
     ]
@@ -110,7 +117,7 @@ def test_what_varies_besides_rates_is_another_curve() -> None:
 
 def test_a_rate_that_a_study_leaves_alone_keeps_its_sizes_together() -> None:
     runs = [
-        {**run("peer", size, "", 3.0, rate), "lr": lr, "cell": f"peer-{size}-5e11-table_lr={rate}-s0", "budget": 5e11}
+        {**run("peer", size, "0.01", 3.0, rate), "lr": lr, "axes": axes_text(f"table_lr={rate}"), "budget": 5e11}
         for size, lr in (("d16", 0.014), ("d32", 0.01))
         for rate in (0.1, 0.2)
     ]

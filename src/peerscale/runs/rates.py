@@ -7,10 +7,9 @@ import pandas as pd
 
 from peerscale.errors import UserError
 from peerscale.laws.optima import OptimaFit
-from peerscale.runs.study import method_names, usable
+from peerscale.runs.study import axes_of, method_names, usable
 
 RATES = ["lr", "table_lr"]
-NUMBER = r"[\d.]+(?:e-?\d+)?"
 
 REACH = 2.2
 """A parabola in ln rate is fitted to the rates within this factor of the best one that was tried."""
@@ -37,10 +36,10 @@ def settings_table(runs: pd.DataFrame) -> pd.DataFrame:
 
 def with_rates_as_set(runs: pd.DataFrame) -> pd.DataFrame:
     """The finished runs with `name` less its rates, and with the rates as the study sets them."""
-    names = method_names(runs).str.replace(rf"[ -](?:table_)?lr={NUMBER}(?=-|$)", "", regex=True)
+    as_set = axes_of(runs).map(lambda axes: axes.get("optim.lr", np.nan)).astype(float)
+    names = method_names(runs, without=("optim.lr", "optim.table_lr"))
     runs = runs.assign(name=names)[usable(runs)]
-    as_set = runs["cell"].str.extract(rf"-lr=({NUMBER})", expand=False).astype(float)
-    runs["lr"] = as_set.fillna(runs.groupby("name")["lr"].transform("max"))
+    runs["lr"] = as_set[runs.index].fillna(runs.groupby("name")["lr"].transform("max"))
     runs["table_lr"] = runs["table_lr"].fillna(0.0)
     return runs
 

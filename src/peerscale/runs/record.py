@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import TypeAdapter, ValidationError
 
-from peerscale.config import Config, parse_config, to_dict
+from peerscale.config import Config, RetrievalConfig, to_dict
 from peerscale.errors import UserError
 from peerscale.files import write_text
+from peerscale.plan import Plan
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised when the fields of a record change their meaning."""
 
 RECIPE_VERSION = 1
@@ -33,6 +34,13 @@ NOT_HASHED = (
     "data.directory", "data.name", "data.path", "data.train_tokens", "data.max_epochs",
 )  # fmt: skip
 """Keys of the configuration that say how and where a cell runs and what is kept of it, not what its result is."""
+
+NAMES = ("ffn.variant", "ffn.params_of.variant", "data.source", "data.max_documents", "optim.lr_rule")
+"""Keys that are not hashed, since what they stand for is: the layer's settings, the corpus's tokens, the rates."""
+
+ADDED_LATER: dict[str, Any] = {}
+"""Keys that configurations did not always have, and the values under which cells are as they were before. Hashed only
+where they are others, so that finished cells stay finished."""
 
 
 class Status(StrEnum):
@@ -60,11 +68,22 @@ class Record:
     status: Status
     reason: str = ""
     """Why the cell failed, diverged or was dropped."""
-    fingerprint: str
-    science: dict[str, Any]
-    """What the fingerprint hashes, kept so that a refused run can name the keys that differ."""
     method: str
     variant: str
+    size: str
+    """Its name, such as d32."""
+    budget: float
+    seed: int
+    axes: dict[str, Any]
+    """Dotted keys, and their values, besides the five above that tell the cell from others of its study."""
+    batch_sequences: int
+    lr: float
+    """Peak rate at this width."""
+    table_lr: float | None
+    """The same of the expert tables; None: the layer has none."""
+    fingerprint: str
+    hashed_config: dict[str, Any]
+    """What the fingerprint hashes, kept so that a refused run can name the keys that differ."""
     plan: dict[str, Any]
     params: dict[str, int]
     flops_per_token: dict[str, int]
@@ -89,25 +108,87 @@ class Record:
 _RECORD = TypeAdapter(Record)
 
 
-def science(config: Config, data_fingerprint: str) -> dict[str, Any]:
-    """What determines the result: the configuration less how and where it runs, the data, and the recipe."""
+class PlannedCell(Protocol):
+    """What a record needs of a cell before it runs."""
+
+    @property
+    def sweep(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def axes(self) -> dict[str, Any]: ...
+    @property
+    def config(self) -> Config: ...
+    @property
+    def plan(self) -> Plan: ...
+
+
+def new_record(cell: PlannedCell, status: Status, data_fingerprint: str, **fields: Any) -> Record:
+    """The record of a cell before anything came of it, with `fields` besides."""
+    config, plan, ffn = cell.config, cell.plan, cell.config.ffn
+    hashed = hashed_config(config, plan, data_fingerprint)
+    return Record(
+        sweep=cell.sweep,
+        cell=cell.name,
+        status=status,
+        method=ffn.method,
+        variant=ffn.variant,
+        size=config.size.name,
+        budget=config.budget,
+        seed=config.seed,
+        axes=cell.axes,
+        batch_sequences=config.batch_sequences,
+        lr=plan.lr,
+        table_lr=plan.table_lr,
+        fingerprint=fingerprint(hashed),
+        hashed_config=hashed,
+        plan={
+            "data": config.data.corpus_name,
+            "steps": plan.steps,
+            "tokens": plan.tokens,
+            "flops": plan.flops,
+            "flops_per_token": plan.cost.flops_per_token,
+            "layer_share": plan.cost.layer_share,
+            "params_total": plan.cost.params_total,
+            "params_active": plan.cost.params_active,
+            "tokens_per_param": plan.tokens_per_param,
+            "epochs": plan.epochs,
+            "warmup_steps": plan.warmup_steps,
+            "d_key": config.ffn.resolved_d_key(config.size.d_model)
+            if isinstance(config.ffn, RetrievalConfig)
+            else None,
+        },
+        params=plan.cost.params,
+        flops_per_token=plan.cost.flops,
+        **fields,
+    )
+
+
+def hashed_config(config: Config, plan: Plan, data_fingerprint: str) -> dict[str, Any]:
+    """What determines the result, as resolved values: configuration, rates of this width, tokens, and the recipe."""
     tree = to_dict(config)
-    for dotted in NOT_HASHED:
-        group, _, key = dotted.rpartition(".")
-        del (tree[group] if group else tree)[key]
+    for key in (*NOT_HASHED, *NAMES):
+        remove_key(tree, key)
+    for key, usual in ADDED_LATER.items():
+        remove_key(tree, key, usual)
+    tree["optim"] |= {"lr": plan.lr, "table_lr": plan.table_lr}
+    tree["data"]["evaluation"] = {name: tokens for name, tokens in tree["data"]["evaluation"].items() if tokens}
+    tree["replaced"] = list(config.replaced_blocks)
     return {**tree, "data_fingerprint": data_fingerprint, "recipe_version": RECIPE_VERSION}
 
 
-def config_of(science: Mapping[str, Any]) -> Config:
-    """The configuration that `science` was made of, how and where it ran aside; raises `ConfigError`."""
-    tree = {key: value for key, value in science.items() if key not in ("data_fingerprint", "recipe_version")}
-    data = {**tree["data"], "path": "-"}  # which a text must have
-    return parse_config({**tree, "data": data, "trainer": {}, "tracking": {}})
+def remove_key(tree: dict[str, Any], key: str, *only: Any) -> None:
+    """Take a dotted key out, if it is there and, with `only`, has that value."""
+    *sections, name = key.split(".")
+    for section in sections:
+        tree = tree.get(section, {})
+    if name in tree and (not only or tree[name] == only[0]):
+        del tree[name]
 
 
-def fingerprint(science: Mapping[str, Any]) -> str:
+def fingerprint(hashed: Mapping[str, Any]) -> str:
     """16 hexadecimal digits of the SHA-256 of the canonical JSON."""
-    return hashlib.sha256(json.dumps(science, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -122,16 +203,16 @@ def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str =
     return differences
 
 
-def differences(config: Config, record: Record, data_fingerprint: str | None) -> list[str]:
-    """Where a record is not of the cell that `config` describes: keys as `differing_keys` gives them.
+def differences(cell: PlannedCell, record: Record, data_fingerprint: str | None) -> list[str]:
+    """Where a record is not of this cell: keys as `differing_keys` gives them.
 
     Where the corpus is not prepared and `data_fingerprint` is None, that of the record is taken for the right one.
     """
-    known = record.science.get("data_fingerprint") if data_fingerprint is None else data_fingerprint
-    wanted = json.loads(json.dumps(science(config, str(known))))
+    known = record.hashed_config.get("data_fingerprint") if data_fingerprint is None else data_fingerprint
+    wanted = json.loads(json.dumps(hashed_config(cell.config, cell.plan, str(known))))
     if fingerprint(wanted) == record.fingerprint:
         return []
-    return differing_keys(record.science, wanted) or ["fingerprint only"]
+    return differing_keys(record.hashed_config, wanted) or ["fingerprint only"]
 
 
 def write_record(folder: Path, record: Record) -> None:
@@ -194,6 +275,8 @@ def set_aside(folder: Path) -> str:
 def parse_record(tree: Any, where: str) -> Record:
     """A record from its JSON; raises `UserError` naming `where`."""
     version = tree.get("schema_version") if isinstance(tree, dict) else None
+    if version == 1:
+        raise UserError(f"{where}: schema version 1, of an earlier peerscale; to convert all records: make convert")
     if version != SCHEMA_VERSION:
         raise UserError(f"{where}: schema version {version}, but this peerscale reads version {SCHEMA_VERSION}")
     known = {f.name for f in fields(Record)}

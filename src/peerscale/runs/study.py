@@ -3,18 +3,18 @@
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from peerscale.config import Config, RetrievalConfig
+from peerscale.cell_names import axes_label
 from peerscale.errors import ArgumentParser, UserError
 from peerscale.files import ROOT
-from peerscale.plan import Plan, Verdict
-from peerscale.runs.record import Record, Status, science
+from peerscale.plan import Verdict
+from peerscale.runs.record import PlannedCell, Record, Status, new_record
 
 RUNS, RESULTS = ROOT / "runs", ROOT / "results"
 
@@ -54,17 +54,6 @@ class Study:
     @property
     def figures(self) -> Path:
         return self.folder / "figures"
-
-
-class PlannedCell(Protocol):
-    """What a study's table needs of a cell that was never run."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def config(self) -> Config: ...
-    @property
-    def plan(self) -> Plan: ...
 
 
 def study_parser(description: str | None) -> ArgumentParser:
@@ -127,26 +116,25 @@ def read_fits(path: Path) -> dict[str, Any]:
     return fits
 
 
-def method_names(table: pd.DataFrame) -> pd.Series:
+def method_names(table: pd.DataFrame, without: Sequence[str] = ()) -> pd.Series:
     """For each row the name of the curve that it is a point of.
 
-    `<method>[_<variant>]`, the name of the layer's file; where a study has further axes, also the values of those in
-    the cell's name, so that arms are never mixed in one fit.
+    `<method>[_<variant>]`, the name of the layer's file; where a study has further axes, also the values of those, so
+    that arms are never mixed in one fit; less the axes `without`.
     """
     variant = table["variant"].fillna("").astype(str)
     names = table["method"].astype(str) + variant.where(variant == "", "_" + variant)
-    axes = pd.Series(
-        [_axes(str(cell), seed) for cell, seed in zip(table["cell"], table["seed"], strict=True)],
-        index=table.index,
-        dtype=str,
-    )
-    return names if axes.nunique() < 2 else names + axes.where(axes == "", " " + axes)
+    axes = axes_of(table)
+    if axes.map(axes_label).nunique() < 2:
+        return names
+    labels = axes.map(lambda each: axes_label({key: value for key, value in each.items() if key not in without}))
+    return names + labels.where(labels == "", " " + labels)
 
 
-def _axes(cell: str, seed: int) -> str:
-    """The `<axis>=<value>...` part of `<method>-<size>-<budget>[-<axis>=<value>...]-s<seed>`; values may hold a `-`."""
-    head, equals, rest = cell.partition("=")
-    return f"{head.rpartition('-')[2]}={rest.removesuffix(f'-s{seed}')}" if equals else ""
+def axes_of(table: pd.DataFrame) -> pd.Series:
+    """For each row the axes of its cell, dotted keys and their values, which the table holds as JSON."""
+    texts = table["axes"].fillna("").astype(str) if "axes" in table else pd.Series("", index=table.index)
+    return pd.Series([json.loads(text or "{}") for text in texts], index=table.index, dtype=object)
 
 
 def same_arm(reference: str, name: str, names: Sequence[str]) -> str | None:
@@ -161,41 +149,7 @@ def usable(table: pd.DataFrame) -> pd.Series:
     return (table["status"] == str(Status.DONE)) & np.isfinite(loss)
 
 
-def planned_record(sweep: str, cell: PlannedCell) -> Record:
+def planned_record(cell: PlannedCell) -> Record:
     """The record of a cell that has none: dropped by its plan, or still to be run."""
-    config, plan = cell.config, cell.plan
-    return Record(
-        sweep=sweep,
-        cell=cell.name,
-        status=Status.DROPPED if plan.verdict is Verdict.DROP else Status.PENDING,
-        reason=plan.reason,
-        fingerprint="",
-        science=science(config, data_fingerprint=""),
-        method=config.ffn.method,
-        variant=config.ffn.variant,
-        plan=plan_summary(config, plan),
-        params=plan.cost.params,
-        flops_per_token=plan.cost.flops,
-    )
-
-
-def plan_summary(config: Config, plan: Plan) -> dict[str, Any]:
-    """The plan's numbers, as a record keeps them."""
-    ffn = config.ffn
-    return {
-        "size": config.size.name,
-        "data": config.data.corpus_name,
-        "steps": plan.steps,
-        "tokens": plan.tokens,
-        "flops": plan.flops,
-        "flops_per_token": plan.cost.flops_per_token,
-        "layer_share": plan.cost.layer_share,
-        "params_total": plan.cost.params_total,
-        "params_active": plan.cost.params_active,
-        "tokens_per_param": plan.tokens_per_param,
-        "epochs": plan.epochs,
-        "warmup_steps": plan.warmup_steps,
-        "lr": plan.lr,
-        "table_lr": plan.table_lr,
-        "d_key": ffn.resolved_d_key(config.size.d_model) if isinstance(ffn, RetrievalConfig) else None,
-    }
+    status = Status.DROPPED if cell.plan.verdict is Verdict.DROP else Status.PENDING
+    return replace(new_record(cell, status, ""), reason=cell.plan.reason, fingerprint="")

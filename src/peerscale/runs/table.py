@@ -8,16 +8,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from peerscale.accounting import CONVENTION, parameter_bytes_per_step
-from peerscale.config import ConfigError
+from peerscale.accounting import CONVENTION
 from peerscale.errors import UserError
 from peerscale.files import ROOT
-from peerscale.runs.record import Record, cell_folders, config_of, parse_record, read_cell
+from peerscale.runs.record import Record, cell_folders, parse_record, read_cell
 
 METRICS = "metrics.jsonl"
 
-NEEDED = ("cell", "method", "variant", "size", "seed", "budget", "flops_per_token", "val_loss", "status", "convention")
+NEEDED = (
+    *("cell", "method", "variant", "size", "seed", "budget", "axes", "flops_per_token", "val_loss", "status"),
+    "convention",
+)
 """Columns that no table of runs can do without."""
+
+TEXTS = ("variant", "axes", "reason")
+"""Columns that may be empty and are no numbers."""
 
 CURVES = ("cell", "step", "tokens", "flops", "loss")
 """Columns of a study's training curves."""
@@ -55,8 +60,10 @@ def read_runs(path: str | Path) -> pd.DataFrame:
     path = path if path.is_absolute() or path.exists() else ROOT / path
     csv = path / "runs.csv" if path.is_dir() else path
     if csv.is_file():
-        table = read_table(csv, NEEDED, dtype={"variant": str, "reason": str})
-        return table.fillna({"variant": "", **({"reason": ""} if "reason" in table else {})})
+        table = read_table(csv, [column for column in NEEDED if column != "axes"], dtype=dict.fromkeys(TEXTS, str))
+        if "axes" not in table:
+            raise UserError(f"{csv}: no column 'axes', as an earlier peerscale wrote it; to convert it: make convert")
+        return table.fillna({column: "" for column in TEXTS if column in table})
     records = read_records(path)
     if not records:
         raise UserError(f"no runs in {path}: expected cells with a record.json, or runs.csv")
@@ -89,7 +96,7 @@ def runs_table(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def _row(record: Record) -> dict[str, Any]:
-    config, plan = record.science, record.plan
+    config, plan = record.hashed_config, record.plan
     ffn, router = config["ffn"], record.router
     val = record.evaluation.get(config["data"]["val_set"], {})
     retrieval = "n_heads" in ffn
@@ -99,22 +106,23 @@ def _row(record: Record) -> dict[str, Any]:
         "cell": record.cell,
         "method": record.method,
         "variant": record.variant,
-        "size": plan["size"],
-        "seed": config["seed"],
-        "budget": config["budget"],
+        "size": record.size,
+        "seed": record.seed,
+        "budget": record.budget,
+        "axes": json.dumps(record.axes) if record.axes else "",
         "flops": plan["flops"],
         "flops_per_token": sum(record.flops_per_token.values()),
         **{f"flops_{component}": n for component, n in record.flops_per_token.items()},
         "layer_share": plan["layer_share"],
         "tokens": plan["tokens"],
         "steps": plan["steps"],
-        "batch_sequences": config["batch_sequences"],
+        "batch_sequences": record.batch_sequences,
         "context": config["context"],
         "precision": config["precision"],
         "d_model": config["size"]["d_model"],
         "n_layers": config["size"]["n_layers"],
         "n_heads": config["size"]["n_heads"],
-        "data": plan.get("data", config["data"]["source"]),
+        "data": plan["data"],
         "val_set": config["data"]["val_set"],
         "vocab_size": config["data"]["vocab_size"],
         "params_total": sum(record.params.values()),
@@ -128,8 +136,8 @@ def _row(record: Record) -> dict[str, Any]:
         "active_experts": active,
         "granularity": active if record.method == "peer" else None,
         "capacity_factor": ffn.get("capacity_factor") if ffn.get("routing") == "expert_choice" else None,
-        "lr": plan["lr"],
-        "table_lr": plan["table_lr"],
+        "lr": record.lr,
+        "table_lr": record.table_lr,
         "optimizer": config["optim"]["name"],
         "kernel": record.environment.get("kernel"),
         "n_threads": record.environment.get("n_threads"),
@@ -144,20 +152,12 @@ def _row(record: Record) -> dict[str, Any]:
         "tokens_per_s": record.timing.get("tokens_per_s"),
         "flops_per_s": record.timing.get("flops_per_s"),
         "energy_j": record.timing.get("energy_j"),
-        "bytes_moved": _bytes_moved(record),
         "status": str(record.status),
         "reason": record.reason,
         "convention": CONVENTION,
         "recipe_version": config["recipe_version"],
         "git_commit": record.environment.get("git_commit"),
     }
-
-
-def _bytes_moved(record: Record) -> int | None:
-    try:
-        return record.plan["steps"] * parameter_bytes_per_step(config_of(record.science))
-    except ConfigError:  # of an older version, with other keys
-        return None
 
 
 def _active_experts(ffn: dict[str, Any]) -> float | None:

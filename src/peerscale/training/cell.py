@@ -26,8 +26,7 @@ from peerscale.kernels.backends import resolve
 from peerscale.model.trained import CHECKPOINTS, checkpoints
 from peerscale.plan import Plan
 from peerscale.runs.machine import energy_counters, energy_j
-from peerscale.runs.record import Record, Status, fingerprint, read_record, science, write_record
-from peerscale.runs.study import plan_summary
+from peerscale.runs.record import Record, Status, new_record, read_record, write_record
 from peerscale.training import distributed
 from peerscale.training.checkpoint import TimedCheckpoint, newest_readable
 from peerscale.training.environment import EXACT_KEYS, describe
@@ -86,20 +85,8 @@ class CellRun:
             exact = old.bit_exact and not changed
             if changed:
                 print(f"notice: {cell.name} goes on with another {', '.join(changed)}: not bit-exact", file=sys.stderr)
-        hashed = science(self.config, corpus.manifest.fingerprint)
-        self.record = Record(
-            sweep=cell.sweep,
-            cell=cell.name,
-            status=Status.RUNNING,
-            fingerprint=fingerprint(hashed),
-            science=hashed,
-            method=self.config.ffn.method,
-            variant=self.config.ffn.variant,
-            plan=plan_summary(self.config, self.plan),
-            params=self.plan.cost.params,
-            flops_per_token=self.plan.cost.flops,
-            environment=environment,
-            bit_exact=exact,
+        self.record = new_record(
+            cell, Status.RUNNING, corpus.manifest.fingerprint, environment=environment, bit_exact=exact
         )
         self.tracker: Tracker | None = None
 

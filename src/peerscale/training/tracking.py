@@ -75,7 +75,7 @@ class WandbRun:
                 name=record.cell,
                 group=record.sweep,
                 job_type="train",
-                tags=[record.sweep, record.method, record.plan["size"], *tracking["tags"]],
+                tags=[record.sweep, record.method, record.size, *tracking["tags"]],
                 config={**settings, "derived": record.plan},
                 settings=client_settings(timeout_s),
             )
@@ -140,7 +140,7 @@ class Tracker:
         folder.mkdir(parents=True, exist_ok=True)
         kept = list(read_metrics(folder))
         self.file = (folder / METRICS).open("a", encoding="utf-8")
-        self.watch = Watch(record.science["ffn"])
+        self.watch = Watch(record.hashed_config["ffn"])
         self.signals: list[str] = []
         self.sweep = record.sweep
         self.run = _start(folder, settings, record)

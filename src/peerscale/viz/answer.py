@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from peerscale.cells import budget_name
+from peerscale.cell_names import budget_name
 from peerscale.runs.comparison import FAMILY_LEVEL
 from peerscale.viz.style import in_words, label, ordered, size_label
 from peerscale.viz.tables import number

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from peerscale.cells import budget_name
+from peerscale.cell_names import budget_name
 from peerscale.laws.optima import OptimumStatus
 from peerscale.runs.study import same_arm, usable
 from peerscale.viz.ablations import with_norm

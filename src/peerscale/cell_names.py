@@ -1,0 +1,30 @@
+"""What cells are called: `<method>-<size>-<budget>[-<axis>=<value>...]-s<seed>`. For people; programs read records."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from peerscale.config import Config
+
+
+def cell_name(config: Config, axes: Mapping[str, Any]) -> str:
+    """The name of a cell; `axes` are the dotted keys besides method, size, budget and seed that tell it from others."""
+    parts = [config.ffn.name, config.size.name, budget_name(config.budget), axes_label(axes), f"s{config.seed}"]
+    return "-".join(part for part in parts if part)
+
+
+def axes_label(axes: Mapping[str, Any]) -> str:
+    """`top_k=8-lr=0.001`, each axis by the last part of its key."""
+    return "-".join(f"{key.rpartition('.')[2]}={_file_name(value)}" for key, value in axes.items())
+
+
+def budget_name(budget: float) -> str:
+    """`3e11`."""
+    mantissa, exponent = f"{budget:.6e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def _file_name(value: Any) -> str:
+    """A value as a name of files can hold it."""
+    text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+    return "".join(c if c.isalnum() or c in "._+-" else "_" for c in text).strip("_")
