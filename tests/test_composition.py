@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from peerscale.composition import sweep_file
-from peerscale.config import ConfigError, PeerConfig, load, load_sweep
+from peerscale.config import ConfigError, load, load_sweep
 from peerscale.files import ROOT
+from peerscale.layers.peer import PeerConfig
 
 
 def test_a_study_is_found_by_name_or_path(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peerscale.config_errors import ConfigError, first_line
+from peerscale.config_errors import ConfigError, first_line, method_in
 from peerscale.files import ROOT
 
 STUDY = ".study"
@@ -140,8 +140,8 @@ def config_error(error: Exception, overrides: Sequence[str] = (), *, sweep: str 
 
     def layer() -> str | None:
         try:
-            return compose([o for o in overrides if not o.startswith("ffn.")], sweep=sweep)["ffn"]["method"]
-        except (ConfigError, KeyError, TypeError):
+            return method_in(compose([o for o in overrides if not o.startswith("ffn.")], sweep=sweep))
+        except ConfigError:
             return None
 
     return ConfigError(first_line(error, Config, layer).replace(f"{STUDY}'", "'"))

@@ -267,8 +267,9 @@ def _check_layer_axes(file: Path, study: SweepConfig, method: str, compose: Call
     """Refuse an axis of the layer that the layer of `method` does not have; raises `ConfigError`."""
     for where, axes in (("axes", study.axes), ("method_axes", study.method_axes.get(method, {}))):
         for key, values in ((_key(axis), values) for axis, values in axes.items()):
-            owners = layers_with(key, Config)
-            if owners and compose(f"ffn={method}").ffn.method not in owners:
+            layer = compose(f"ffn={method}").ffn.method  # first: a layer outside peerscale is known from then on
+            owners = layers_with(key)
+            if owners and layer not in owners:
                 raise ConfigError(
                     f"{file.name}: {where}: {method} has no {key}, only {', '.join(owners)}; name it for those, "
                     f"such as method_axes: {{{owners[-1]}: {{{key}: {values}}}}}"

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 
-from peerscale.config import Config, RetrievalConfig
+from peerscale.config import Config
 from peerscale.errors import ArgumentParser, UserError
 from peerscale.files import ROOT
 from peerscale.plan import Plan, Verdict
@@ -181,7 +181,6 @@ def planned_record(sweep: str, cell: PlannedCell) -> Record:
 
 def plan_summary(config: Config, plan: Plan) -> dict[str, Any]:
     """The plan's numbers, as a record keeps them."""
-    ffn = config.ffn
     return {
         "size": config.size.name,
         "data": config.data.corpus_name,
@@ -197,5 +196,4 @@ def plan_summary(config: Config, plan: Plan) -> dict[str, Any]:
         "warmup_steps": plan.warmup_steps,
         "lr": plan.lr,
         "table_lr": plan.table_lr,
-        "d_key": ffn.resolved_d_key(config.size.d_model) if isinstance(ffn, RetrievalConfig) else None,
     }
