@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from peerscale.errors import FailedCells, UserError, exit_code
 from peerscale.files import write_text
+from peerscale.layers.registry import parse_layer
 from peerscale.runs.record import RECORD, Record, Status, read_record
 from peerscale.runs.study import Study, collected, study_parser
 from peerscale.runs.table import METRICS, read_metrics
@@ -155,7 +156,7 @@ def upload_cell(cell: CellFiles, server: str, timeout_s: float) -> str:
     problem = ""
     with tempfile.TemporaryDirectory() as scratch:
         run = WandbRun(Path(scratch), cell.settings, cell.record, online=True, timeout_s=timeout_s)
-        watch = Watch(cell.record.hashed_config["ffn"])
+        watch = Watch(*parse_layer(cell.record.hashed_config["ffn"]).routed())
         for row in read_metrics(cell.folder):
             run.log(row, watch.see(row))
         if cell.record.status is not Status.RUNNING:

@@ -13,11 +13,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from peerscale.accounting import cost, parameter_bytes_per_step
-from peerscale.config import Config, WideDenseConfig, load
+from peerscale.config import Config, load
 from peerscale.files import ROOT
+from peerscale.layers.dense import WideDenseConfig
+from peerscale.layers.fine_grained_moe import FineGrainedMoeConfig
+from peerscale.layers.modules.fine_grained_moe import FineGrainedMoe
+from peerscale.layers.modules.moe import TokenChoiceMoe
+from peerscale.layers.moe import MoeConfig
 from peerscale.model import build_model
-from peerscale.model.fine_grained_moe import FineGrainedMoe
-from peerscale.model.moe import TokenChoiceMoe
 from peerscale.model.transformer import Transformer
 
 FFNS = sorted(path.stem for path in (ROOT / "conf/ffn").glob("*.yaml"))
@@ -147,7 +150,10 @@ def test_flops_are_what_torch_counts(overrides: list[str]) -> None:
 
 def test_the_loop_over_experts_is_token_choice() -> None:
     torch.manual_seed(0)
-    for layer in (TokenChoiceMoe(6, 24, 5, 2), FineGrainedMoe(6, 4, 9, 3, n_shared=2)):
+    for layer in (
+        TokenChoiceMoe(6, 24, MoeConfig(n_experts=5, top_k=2)),
+        FineGrainedMoe(6, 16, FineGrainedMoeConfig(n_experts=9, top_k=3, n_shared=2)),
+    ):
         x = torch.randn(3, 7, 6)
         torch.testing.assert_close(LoopedTokenChoice(layer)(x), layer(x))
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from peerscale.composition import sweep_file
-from peerscale.config import ConfigError, PeerConfig, load
+from peerscale.config import ConfigError, load
 from peerscale.files import ROOT
+from peerscale.layers.peer import PeerConfig
 from peerscale.sweep_config import load_sweep
 
 

@@ -194,6 +194,11 @@ def test_drops_expert_choice_without_a_whole_capacity(sequences, n_experts, capa
     )
 
 
+def test_drops_experts_that_are_no_whole_part_of_a_dense_layer() -> None:
+    planned = plan(steps_for(configured("ffn=fine_grained_moe", "ffn.granularity=3"), 300))
+    assert (planned.verdict, planned.reason) == (Verdict.DROP, "ffn.granularity 3 does not divide d_ff 128")
+
+
 @pytest.mark.parametrize(("sequences", "n_experts", "factor"), [(16, 16, 1), (32, 16, 1), (16, 16, 2), (32, 8, 0.25)])
 def test_keeps_expert_choice_with_a_whole_capacity(sequences, n_experts, factor) -> None:
     config = configured(

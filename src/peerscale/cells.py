@@ -12,7 +12,7 @@ from typing import Any
 from peerscale.cell_names import budget_name, cell_name
 from peerscale.composition import Composition, of_cells, sweep_file
 from peerscale.config import Config, composed, parse_config, to_dict
-from peerscale.config_errors import ConfigError, layers_with, unknown_key
+from peerscale.config_errors import ConfigError, layers_with, method_in, unknown_key
 from peerscale.data.store import read_manifest
 from peerscale.errors import UserError
 from peerscale.files import ROOT
@@ -30,7 +30,7 @@ NAMED = ("ffn", "size", "budget", "seed")
 FINISHED = (Status.DONE, Status.DIVERGED, Status.DROPPED)
 """What a sweep leaves alone. A diverged cell would diverge again; `how_to_rerun` says what makes it a new one."""
 
-UNNAMED = ("ffn.method", "ffn.variant", "size", "budget", "seed")
+UNNAMED = ("ffn.class", "ffn.method", "ffn.variant", "size", "budget", "seed")
 """Keys of these."""
 
 CORPUS = ("data.name", "data.path", "data.source", "data.max_documents")
@@ -83,7 +83,7 @@ def planned_cells(sweep: str | Path, overrides: Sequence[str] = ()) -> list[Cell
         if method not in (row.methods or study.methods):
             continue
         changed = _changes(compose(f"ffn={method}", *overrides), compose(f"ffn={method}"), compose)
-        _refuse_axes_of_other_layers(file, study, method, row, compose(f"ffn={method}").tree["ffn"]["method"])
+        _refuse_axes_of_other_layers(file, study, method, row, method_in(compose(f"ffn={method}").tree))
         for size, (axes, row_axes, seed) in itertools.product(row.sizes, _values(study, method, row)):
             groups = {key: value for key, value in {**axes, **row_axes}.items() if (ROOT / "conf" / key).is_dir()}
             usual = compose(f"ffn={method}", *(f"{key}={value}" for key, value in groups.items()), *overrides).tree
@@ -233,13 +233,13 @@ def _check_axes(file: Path, study: SweepConfig) -> None:
                 raise ConfigError(f"{file.name}: {where}: {key} is what methods, grid and seeds vary")
 
 
-def _refuse_axes_of_other_layers(file: Path, study: SweepConfig, method: str, row: GridRow, layer: str) -> None:
+def _refuse_axes_of_other_layers(file: Path, study: SweepConfig, method: str, row: GridRow, layer: str | None) -> None:
     """Raise `ConfigError` for an axis of `method` that its `layer` does not have."""
     for where, axes in (
         ("axes", study.axes), ("method_axes", study.method_axes.get(method, {})), ("axes of the grid", row.axes)
     ):  # fmt: skip
         for key, values in axes.items():
-            if (owners := layers_with(key, Config)) and layer not in owners:
+            if (owners := layers_with(key)) and layer not in owners:
                 raise ConfigError(
                     f"{file.name}: {where}: {method} has no {key}, only {', '.join(owners)}; name it for those, "
                     f"such as method_axes: {{{owners[-1]}: {{{key}: {values}}}}}"

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from peerscale.config_errors import ConfigError
+from peerscale.errors import ConfigError
 from peerscale.files import ROOT
 
 STUDY = ".study"

@@ -6,7 +6,6 @@ Strict: an unknown key, a wrong type or a size that cannot be built is a `Config
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import isqrt
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,8 +13,10 @@ from pydantic import BeforeValidator, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from peerscale.composition import STUDY, Composition, compose, of_cells
-from peerscale.config_errors import ConfigError, first_line, of_composition
-from peerscale.config_types import STRICT, Fraction, Positive, Rate, Seed, parse
+from peerscale.config_errors import ConfigError, first_line, method_in, of_composition, parse
+from peerscale.config_types import STRICT, Fraction, Positive, Rate, Seed
+from peerscale.layers.base import Surroundings
+from peerscale.layers.registry import Layer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -54,151 +55,12 @@ class SizeConfig:
         return next(n for n in range(1, self.d_model) if self.d_model % (2 * n) == 0 and self.d_model // n <= 16)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
-class FfnConfig:
-    """What every feed-forward layer has: `method` names its class, `variant` a form of it that is not the paper's."""
-
-    method: str
-    variant: str = ""
-
-    @property
-    def name(self) -> str:
-        """The name of the layer's YAML file, and of its curve in a figure."""
-        return f"{self.method}_{self.variant}" if self.variant else self.method
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
-class DenseConfig(FfnConfig):
-    """d_model -> 4 d_model -> d_model."""
-
-    method: Literal["dense"] = "dense"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
-class MoeConfig(FfnConfig):
-    """Coarse mixture of experts: every expert is a full dense feed-forward layer."""
-
-    method: Literal["moe"] = "moe"
-    routing: Literal["expert_choice", "token_choice"] = "expert_choice"
-    n_experts: Positive = 16
-    capacity_factor: Rate = 1.0
-    """Expert choice: mean experts per token. Not stated in the paper; 1 keeps the active parameters of dense."""
-    top_k: Positive = 1
-    """Token choice: experts per token."""
-    load_balance_weight: Annotated[float, Field(ge=0)] = 1e-2
-    """Token choice: weight of the load-balance loss (Fedus et al. 2021)."""
-    z_loss_weight: Annotated[float, Field(ge=0)] = 1e-3
-    """Token choice: weight of mean(logsumexp^2) of the router scores (Zoph et al. 2022)."""
-
-    def __post_init__(self) -> None:
-        if self.top_k > self.n_experts:
-            raise ValueError(f"top_k {self.top_k} is more than n_experts {self.n_experts}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
-class FineGrainedMoeConfig(FfnConfig):
-    """Token-choice mixture of narrow experts and shared ones (DeepSeekMoE, Dai et al. 2024)."""
-
-    method: Literal["fine_grained_moe"] = "fine_grained_moe"
-    n_experts: Positive = 63
-    """Routed experts; with one shared, 16 dense layers in all, as the coarse mixture and the paper's section 4.1.3."""
-    n_shared: Positive = 1
-    """Experts that every token uses."""
-    top_k: Positive = 3
-    """Routed experts per token. The paper takes 7; 3 and the shared one have the active parameters of dense."""
-    granularity: Positive = 4
-    """m: an expert has d_ff / m hidden units."""
-    load_balance_weight: Annotated[float, Field(ge=0)] = 1e-2
-    """alpha_1 of the expert-level balance loss (equation 12; 0.01 in section 4.1.3)."""
-
-    def __post_init__(self) -> None:
-        if self.top_k > self.n_experts:
-            raise ValueError(f"top_k {self.top_k} is more than n_experts {self.n_experts}")
-
-    def d_expert(self, d_ff: int) -> int:
-        """Hidden width of one expert."""
-        return d_ff // self.granularity
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
-class RetrievalConfig(FfnConfig):
-    """What PKM and PEER share: queries and the product keys that they are compared with."""
-
-    n_experts: Positive
-    n_heads: Positive
-    top_k: Positive
-    d_key: Literal["half_d_model"] | Positive = "half_d_model"
-    """Query and key width per head, both halves together. Not stated in the paper; the rule is d_model / 2, at least 8,
-    as a fixed 128 would cost small models more than the layer that it routes to."""
-    query_norm: bool = True
-    """BatchNorm on the queries (paper, section 3.4)."""
-    query_bias: bool = True
-    """Not stated in the paper; on in the product-key memory code that it points to."""
-    shared_keys: bool = True
-    """One set of product keys for all heads (paper, section 2) or one for each (the code that it points to)."""
-
-    def __post_init__(self) -> None:
-        side = isqrt(self.n_experts)
-        if side * side != self.n_experts:
-            raise ValueError(
-                f"n_experts {self.n_experts} is not a square (product keys); nearest: {side**2}, {(side + 1) ** 2}"
-            )
-        if self.top_k > side:
-            raise ValueError(f"top_k {self.top_k} is more than the {side} sub-keys of a side; allowed: 1..{side}")
-        if self.d_key != "half_d_model" and self.d_key % 2:
-            raise ValueError(f"d_key {self.d_key} is odd, but a key has two equal halves")
-
-    @property
-    def n_keys(self) -> int:
-        """Sub-keys per side: sqrt(n_experts) (paper, equation 4)."""
-        return isqrt(self.n_experts)
-
-    def resolved_d_key(self, d_model: int) -> int:
-        """`d_key` for this model width; the rule rounds up to a multiple of 4 so that halves stay even."""
-        return max(8, -(-d_model // 8) * 4) if self.d_key == "half_d_model" else self.d_key
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
-class PkmConfig(RetrievalConfig):
-    """Product-key memory (Lample et al. 2019): retrieved values that do not depend on the input."""
-
-    method: Literal["pkm"] = "pkm"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
-class PeerConfig(RetrievalConfig):
-    """Parameter-efficient expert retrieval (He 2024): retrieved experts of one neuron each."""
-
-    method: Literal["peer"] = "peer"
-    activation: Literal["gelu", "relu"] = "gelu"
-    """Not stated in the paper ("e.g. ReLU or GELU")."""
-    score: Literal["softmax", "sigmoid"] = "softmax"
-    """Over the retrieved experts of each head (paper, equation 2 and algorithm 1)."""
-
-
-Sparse = MoeConfig | FineGrainedMoeConfig | PkmConfig | PeerConfig
-"""Layers of which a token uses a part."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
-class WideDenseConfig(FfnConfig):
-    """A dense layer with all the parameters of a sparse one in use: the bound of Dai et al. (2024, section 4)."""
-
-    method: Literal["wide_dense"] = "wide_dense"
-    params_of: Annotated[Sparse, Field(discriminator="method")]
-    """The sparse layer, with its settings."""
-
-
 def _blocks(value: Any) -> Any:
     """Checked as one, since a union would report each of its members."""
     blocks = isinstance(value, list) and value and all(type(i) is int and i >= 1 for i in value)
     if value not in ("middle", "all") and not blocks:
         raise ValueError(f"middle, all or a list of blocks counted from 1, not {value!r}")
     return value
-
-
-Ffn = Annotated[DenseConfig | WideDenseConfig | Sparse, Field(discriminator="method")]
-"""The slot under study. A new layer is one dataclass more here, and one `case` in `build_ffn` and in `ffn_cost`."""
 
 
 HELD_OUT_SETS = ("validation", "tuning", "speeches", "wikipedia")
@@ -318,7 +180,8 @@ class Config:
     """One cell: a model, its data and recipe, and the training compute that it may use."""
 
     size: SizeConfig
-    ffn: Ffn
+    ffn: Layer
+    """The layer under study."""
     data: DataConfig
     optim: OptimConfig
     trainer: TrainerConfig
@@ -338,9 +201,6 @@ class Config:
     def __post_init__(self) -> None:
         if isinstance(self.replaced, list) and max(self.replaced) > self.size.n_layers:
             raise ValueError(f"replaced {self.replaced} names a block outside 1..{self.size.n_layers}")
-        layer = self.ffn.params_of if isinstance(self.ffn, WideDenseConfig) else self.ffn
-        if isinstance(layer, FineGrainedMoeConfig) and self.size.d_ff % layer.granularity:
-            raise ValueError(f"ffn.granularity {layer.granularity} does not divide d_ff {self.size.d_ff}")
 
     @property
     def replaced_blocks(self) -> tuple[int, ...]:
@@ -352,6 +212,16 @@ class Config:
                 return tuple(range(1, self.size.n_layers + 1))
             case blocks:
                 return tuple(sorted(set(blocks)))
+
+    @property
+    def surroundings(self) -> Surroundings:
+        """What the layer under study may know of the rest."""
+        return Surroundings(
+            d_model=self.size.d_model,
+            d_ff=self.size.d_ff,
+            batch_sequences=self.batch_sequences,
+            kernel=self.trainer.kernel,
+        )
 
     @property
     def tokens_per_step(self) -> int:
@@ -398,8 +268,8 @@ def hydra_errors(overrides: Sequence[str] = (), sweep: str | Path | None = None)
 
     def layer() -> str | None:
         try:
-            return composed([o for o in overrides if not o.startswith("ffn.")], sweep=sweep).tree["ffn"]["method"]
-        except (ConfigError, KeyError, TypeError):
+            return method_in(composed([o for o in overrides if not o.startswith("ffn.")], sweep=sweep).tree)
+        except ConfigError:
             return None
 
     try:

@@ -6,20 +6,40 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from peerscale.errors import UserError
+from pydantic import TypeAdapter, ValidationError
+
+from peerscale.errors import ConfigError as ConfigError
+from peerscale.layers.base import FfnConfig
+from peerscale.layers.registry import known_layers, layer_class, method_of
+
+T = TypeVar("T")
 
 
-class ConfigError(UserError):
-    """A configuration that cannot be run: the key, what was given, what is allowed."""
+def parse(adapter: TypeAdapter[T], root: type, tree: Mapping[str, Any], section: str = "") -> T:
+    """A nested mapping, `section` of the file or all of it, as a `root`; raises `ConfigError` for its first mistake."""
+    try:
+        return adapter.validate_python(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(one_line(first, root, section, method_in(tree))) from None
 
 
-def one_line(problem: Mapping[str, Any], root: type, section: str = "") -> str:
-    """The first of pydantic's complaints about a `root`, which is a `section` of the user's file, or all of it."""
-    # The tag of a union of layers stands in pydantic's location after its key; the user's key has no such part.
-    loc = [str(part) for part in problem["loc"]]
-    parts = [part for i, part in enumerate(loc) if i == 0 or loc[i - 1] not in ("ffn", "params_of")]
+def method_in(tree: Mapping[str, Any]) -> str | None:
+    """The `method` of the layer in a configuration that may have mistakes; None if it cannot be told."""
+    try:
+        return method_of(layer_class(tree["ffn"]))
+    except (ConfigError, KeyError, AttributeError, TypeError):
+        return None
+
+
+def one_line(problem: Mapping[str, Any], root: type, section: str = "", layer: str | None = None) -> str:
+    """The first of pydantic's complaints about a `root`, which is a `section` of the user's file, or all of it.
+
+    `layer` is the `ffn.method` of the configuration, if it is known.
+    """
+    parts = [str(part) for part in problem["loc"]]
     where = ".".join([*([section] if section else []), *parts])
     given = problem["input"]
     message = problem["msg"].removeprefix("Value error, ")
@@ -27,7 +47,7 @@ def one_line(problem: Mapping[str, Any], root: type, section: str = "") -> str:
         case "unexpected_keyword_argument" | "extra_forbidden":
             if section:
                 return f"unknown key {where}; there are: {', '.join(_siblings(parts, root))}"
-            return unknown_key(where, root, loc[1] if loc[0] == "ffn" else None)
+            return unknown_key(where, root, layer)
         case "missing" | "missing_argument" | "missing_keyword_only_argument":
             return f"{where}: missing"
         case "value_error":
@@ -52,28 +72,21 @@ def unknown_key(key: str, root: type, layer: str | None = None) -> str:
         return f"unknown key {key}; only a study has it: make sweep SWEEP=NAME OVERRIDES=..."
     known = dict.fromkeys(_keys(root))
     if key in known:
-        owners = layers_with(key, root)
+        owners = layers_with(key)
         if owners and layer not in owners:
             return f"unknown key {key}; {layer or 'the layer'} does not have it, only {', '.join(owners)}"
         return f"unknown key {key}; the files of conf/ in use do not list it; to add it: ++{key}=VALUE"
-    near = difflib.get_close_matches(key, known, n=3)
+    own = [name for name in known if layer is None or layer in (layers_with(name) or [layer])]
+    near = difflib.get_close_matches(key, own, n=3)
     return f"unknown key {key}; " + (
         f"did you mean {' or '.join(near)}?" if near else "see conf/ for the keys there are"
     )
 
 
-def layers_with(key: str, root: type) -> list[str]:
+def layers_with(key: str) -> list[str]:
     """The `ffn.method` of every layer that has `key`, such as `ffn.top_k`; none for a key that is no layer's."""
     group, _, name = key.partition(".")
-    if group != "ffn":
-        return []
-    ffn = typing.get_type_hints(root, include_extras=True)[group]
-    layers = typing.get_args(typing.get_args(ffn)[0])
-    return [_default(layer, "method") for layer in layers if name in {*_keys(layer)}]
-
-
-def _default(kind: Any, name: str) -> Any:
-    return next(field.default for field in fields(kind) if field.name == name)
+    return [method for method, kind in known_layers().items() if group == "ffn" and name in {*_keys(kind)}]
 
 
 def _siblings(parts: list[str], root: type) -> list[str]:
@@ -84,12 +97,15 @@ def _siblings(parts: list[str], root: type) -> list[str]:
 
 
 def _keys(kind: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted keys of a dataclass, of the members of a union, and of the items of a list."""
+    """Dotted keys of a dataclass, of the members of a union, of the items of a list; of all layers where any can be."""
     if typing.get_origin(kind) is Annotated:
         kind = typing.get_args(kind)[0]
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) in (typing.Union, list):
         for member in typing.get_args(kind):
             yield from _keys(member, prefix)
+    elif kind is FfnConfig and prefix.count(".") < 3:  # a layer inside a layer, such as `ffn.params_of`, is the last
+        for layer in known_layers().values():
+            yield from _keys(layer, prefix)
     elif is_dataclass(kind):
         hints = typing.get_type_hints(kind, include_extras=True)
         for field in fields(kind):

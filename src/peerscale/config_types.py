@@ -1,11 +1,8 @@
-"""What the configuration's dataclasses have in common: the types of their fields, and how they are checked."""
+"""The types of the fields of the configuration's dataclasses."""
 
-from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
-
-from peerscale.config_errors import ConfigError, one_line
+from pydantic import BeforeValidator, ConfigDict, Field
 
 
 def _no_bool(value: Any) -> Any:
@@ -22,14 +19,3 @@ Seed = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, lt=2**32)]
 Positive = Annotated[int, BeforeValidator(_no_bool), Field(gt=0)]
 Rate = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-
-T = TypeVar("T")
-
-
-def parse(adapter: TypeAdapter[T], root: type, tree: Mapping[str, Any], section: str = "") -> T:
-    """A nested mapping, `section` of the file or all of it, as a `root`; raises `ConfigError` for its first mistake."""
-    try:
-        return adapter.validate_python(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(one_line(first, root, section)) from None

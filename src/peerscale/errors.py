@@ -26,6 +26,10 @@ class UserError(ValueError):
     """Wrong input. The message is one line: what was wrong, where, what is allowed."""
 
 
+class ConfigError(UserError):
+    """A configuration that cannot be run: the key, what was given, what is allowed."""
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's, whose complaints take one line too."""
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from peerscale.accounting import Cost, cost, expert_choice_capacity
-from peerscale.config import Config, MoeConfig, RetrievalConfig
+from peerscale.accounting import Cost, cost
+from peerscale.config import Config
 from peerscale.data.batches import fewest_tokens, whole_batches
+from peerscale.layers.product_keys import RetrievalConfig
 
 REFERENCE_WIDTH = 32
 """d_model at which `OptimConfig.lr` is meant."""
@@ -76,6 +77,7 @@ def plan(config: Config, *, set_tokens: Mapping[str, int] | None = None) -> Plan
     reason = (
         _unusable_data(config, set_tokens)
         or _indivisible(config)
+        or config.ffn.unusable(config.surroundings)
         or _unusable_budget(config, model.flops_per_token, train_tokens, steps, warmup_steps)
     )
     if not reason:
@@ -199,14 +201,6 @@ def _indivisible(config: Config) -> str:
     n_rows = config.ffn.n_experts if isinstance(config.ffn, RetrievalConfig) else 0
     if config.trainer.shard_tables and n_rows % config.trainer.devices:
         return f"tables of {n_rows} rows cannot be sharded evenly over trainer.devices {config.trainer.devices}"
-    if isinstance(config.ffn, MoeConfig) and config.ffn.routing == "expert_choice":
-        ffn, sequences = config.ffn, config.batch_sequences
-        if expert_choice_capacity(sequences, ffn.capacity_factor, ffn.n_experts) is None:
-            return (
-                f"expert choice needs a whole capacity in 1..{sequences}: {sequences} sequences x "
-                f"{ffn.capacity_factor:g} / {ffn.n_experts} experts = "
-                f"{sequences * ffn.capacity_factor / ffn.n_experts:g}"
-            )
     return ""
 
 

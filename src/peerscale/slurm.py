@@ -14,7 +14,8 @@ from pydantic.dataclasses import dataclass
 from peerscale.cells import Cell
 from peerscale.composition import of_section
 from peerscale.config import composed
-from peerscale.config_types import STRICT, Positive, Rate, Whole, parse
+from peerscale.config_errors import parse
+from peerscale.config_types import STRICT, Positive, Rate, Whole
 from peerscale.errors import UserError
 from peerscale.files import write_text
 

@@ -10,8 +10,8 @@ from pydantic.dataclasses import dataclass
 
 from peerscale.composition import compose, of_section, read_study, sweep_file
 from peerscale.config import hydra_errors
-from peerscale.config_errors import ConfigError
-from peerscale.config_types import STRICT, Positive, Rate, Seed, parse
+from peerscale.config_errors import ConfigError, parse
+from peerscale.config_types import STRICT, Positive, Rate, Seed
 
 Values = Annotated[list[Any], Field(min_length=1)]
 

@@ -2,19 +2,19 @@ import cmath
 import math
 from dataclasses import replace
 
-import per_token
 import pytest
 import torch
 from torch import Tensor
 
+import per_token
 from peerscale.config import load
+from peerscale.layers.modules.dense import Dense
+from peerscale.layers.modules.fine_grained_moe import FineGrainedMoe
+from peerscale.layers.modules.moe import ExpertChoiceMoe, TokenChoiceMoe
+from peerscale.layers.modules.peer import Peer
+from peerscale.layers.modules.pkm import Pkm
 from peerscale.model import build_model
 from peerscale.model.attention import Attention
-from peerscale.model.dense import Dense
-from peerscale.model.fine_grained_moe import FineGrainedMoe
-from peerscale.model.moe import ExpertChoiceMoe, TokenChoiceMoe
-from peerscale.model.peer import Peer
-from peerscale.model.pkm import Pkm
 from peerscale.model.transformer import Transformer
 
 KINDS = {
@@ -153,7 +153,7 @@ def test_the_layer_gets_every_setting_of_its_configuration() -> None:
         .blocks[0]
         .ffn
     )
-    assert (token.n_experts, token.top_k, token.load_balance_weight, token.z_loss_weight) == (6, 2, 0.5, 0.25)
+    assert (token.n_experts, token.top_k, token.config.load_balance_weight, token.z_loss_weight) == (6, 2, 0.5, 0.25)
     fine = build_model(
         load(
             [
@@ -170,10 +170,10 @@ def test_the_layer_gets_every_setting_of_its_configuration() -> None:
         )
     )
     layer = fine.blocks[0].ffn
-    assert (layer.n_experts, layer.top_k, layer.load_balance_weight, layer.z_loss_weight) == (6, 2, 0.5, 0)
+    assert (layer.n_experts, layer.top_k, layer.config.load_balance_weight, layer.z_loss_weight) == (6, 2, 0.5, 0)
     assert layer.experts.down.shape == (6, 8, 4) and layer.shared.down.weight.shape == (12, 8)
     choice = build_model(load(["ffn=moe", *SMALL, "ffn.n_experts=8", "ffn.capacity_factor=2"])).blocks[0].ffn
-    assert (choice.n_experts, choice.capacity_factor) == (8, 2)
+    assert (choice.n_experts, choice.config.capacity_factor) == (8, 2)
 
 
 def test_auxiliary_losses_of_all_layers_are_summed() -> None:

@@ -14,12 +14,9 @@ from peerscale.files import ROOT
 from peerscale.runs.record import RECORD, Status, parse_record, read_record
 from peerscale.training.signals import Watch
 
-PEER = {"n_experts": 1024, "n_heads": 8, "top_k": 16}
-ONE_OF_EIGHT = {"n_experts": 8, "top_k": 1}
 
-
-def told(rows: list[dict[str, Any]], ffn: dict[str, Any] | None = None) -> list[str]:
-    watch = Watch(ffn or {})
+def told(rows: list[dict[str, Any]], *routed: int) -> list[str]:
+    watch = Watch(*routed)
     usual = {"loss": 5.0, "tokens_per_s": 1000.0, "usage_tokens": 1024}
     return [text for step, row in enumerate(rows, 1) for text in watch.see({**usual, "step": step, **row}).values()]
 
@@ -41,25 +38,25 @@ def test_a_falling_loss_is_no_spike_and_the_first_row_is_compared_with_nothing()
 
 
 @pytest.mark.parametrize(
-    ("ffn", "usage", "tokens", "collapsed"),
+    ("n_experts", "per_token", "usage", "tokens", "collapsed"),
     [
-        (PEER, 0.17, 1024, False),  # the least of any healthy run
-        (PEER, 0.126, 1024, False),
-        (PEER, 0.125, 1024, True),  # 128 experts a token: every token chooses the same ones
-        ({**PEER, "n_experts": 2**20}, 0.10, 1024, False),
-        ({**PEER, "n_experts": 2**20}, 0.01, 1024, True),  # 1024 tokens could reach an eighth of a million: 1.25 %
-        ({**PEER, "n_experts": 2**20}, 0.015, 1024, False),
-        (ONE_OF_EIGHT, 0.25, 1024, False),
-        (ONE_OF_EIGHT, 0.125, 1024, True),
-        ({**PEER, "n_experts": 128}, 1.0, 1024, False),  # all are retrieved always
+        (1024, 128, 0.17, 1024, False),  # the least of any healthy run
+        (1024, 128, 0.126, 1024, False),
+        (1024, 128, 0.125, 1024, True),  # 128 experts a token: every token chooses the same ones
+        (2**20, 128, 0.10, 1024, False),
+        (2**20, 128, 0.01, 1024, True),  # 1024 tokens could reach an eighth of a million: 1.25 %
+        (2**20, 128, 0.015, 1024, False),
+        (8, 1, 0.25, 1024, False),
+        (8, 1, 0.125, 1024, True),
+        (128, 128, 1.0, 1024, False),  # all are retrieved always
     ],
 )
 def test_a_router_collapses_below_a_tenth_of_what_the_tokens_could_reach(
-    ffn: dict[str, Any], usage: float, tokens: int, collapsed: bool
+    n_experts: int, per_token: int, usage: float, tokens: int, collapsed: bool
 ) -> None:
-    signals = told([{"expert_usage": usage, "usage_tokens": tokens}] * 3, ffn)
+    signals = told([{"expert_usage": usage, "usage_tokens": tokens}] * 3, n_experts, per_token)
     assert len(signals) == collapsed
-    assert all(f"router collapse, {usage:.2%} of {ffn['n_experts']} experts used" in text for text in signals)
+    assert all(f"router collapse, {usage:.2%} of {n_experts} experts used" in text for text in signals)
 
 
 def test_a_throughput_below_half_is_told_if_it_lasts() -> None:

@@ -10,18 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peerscale.config import (
-    Config,
-    DataConfig,
-    DenseConfig,
-    MoeConfig,
-    OptimConfig,
-    PeerConfig,
-    PkmConfig,
-    SizeConfig,
-    TrackingConfig,
-    TrainerConfig,
-)
+from peerscale.config import Config, DataConfig, OptimConfig, SizeConfig, TrackingConfig, TrainerConfig
+from peerscale.layers.dense import DenseConfig
+from peerscale.layers.moe import MoeConfig
+from peerscale.layers.peer import PeerConfig
+from peerscale.layers.pkm import PkmConfig
 from peerscale.plan import Plan, plan
 from peerscale.runs.record import Record, Status, new_record, write_record
 

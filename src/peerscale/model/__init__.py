@@ -2,25 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import assert_never
 
 from torch import nn
 
-from peerscale.accounting import wide_d_ff
-from peerscale.config import (
-    Config,
-    DenseConfig,
-    FineGrainedMoeConfig,
-    MoeConfig,
-    PeerConfig,
-    PkmConfig,
-    WideDenseConfig,
-)
-from peerscale.model.dense import Dense
-from peerscale.model.fine_grained_moe import FineGrainedMoe
-from peerscale.model.moe import ExpertChoiceMoe, TokenChoiceMoe
-from peerscale.model.peer import Peer
-from peerscale.model.pkm import Pkm
+from peerscale.config import Config
+from peerscale.errors import UserError
+from peerscale.layers.dense import DenseConfig
 from peerscale.model.trained import read_trained
 from peerscale.model.transformer import Transformer
 
@@ -29,11 +16,14 @@ def build_model(config: Config) -> Transformer:
     """The transformer with the layer under study in its replaced blocks: tokens (B, T) -> logits (B, T, V).
 
     Raises:
-        UserError: the layer has parameters and no method `init_weights(output_scale)` that draws them.
+        UserError: the layer has not the parameters that it is priced at, or has some and no method
+            `init_weights(output_scale)` that draws them, or cannot be used in this model.
     """
     size = config.size
+    if reason := config.ffn.unusable(config.surroundings):
+        raise UserError(reason)
     ffns = [
-        build_ffn(config) if block in config.replaced_blocks else Dense(size.d_model, size.d_ff)
+        build_ffn(config) if block in config.replaced_blocks else DenseConfig().build(config.surroundings)
         for block in range(1, size.n_layers + 1)
     ]
     return Transformer(size.d_model, size.n_heads, config.context, config.data.vocab_size, ffns, config.trainer.kernel)
@@ -56,58 +46,12 @@ def load_model(folder: str | Path) -> Transformer:
 
 
 def build_ffn(config: Config) -> nn.Module:
-    """One feed-forward layer of the kind under study."""
-    d_model, d_ff, ffn = config.size.d_model, config.size.d_ff, config.ffn
-    match ffn:
-        case DenseConfig():
-            return Dense(d_model, d_ff)
-        case WideDenseConfig():
-            return Dense(d_model, wide_d_ff(config, ffn))
-        case MoeConfig(routing="expert_choice"):
-            return ExpertChoiceMoe(d_model, d_ff, ffn.n_experts, ffn.capacity_factor)
-        case MoeConfig():
-            return TokenChoiceMoe(
-                d_model,
-                d_ff,
-                ffn.n_experts,
-                ffn.top_k,
-                load_balance_weight=ffn.load_balance_weight,
-                z_loss_weight=ffn.z_loss_weight,
-            )
-        case FineGrainedMoeConfig():
-            return FineGrainedMoe(
-                d_model,
-                ffn.d_expert(d_ff),
-                ffn.n_experts,
-                ffn.top_k,
-                n_shared=ffn.n_shared,
-                load_balance_weight=ffn.load_balance_weight,
-            )
-        case PkmConfig():
-            return Pkm(
-                d_model,
-                ffn.n_experts,
-                ffn.n_heads,
-                ffn.top_k,
-                ffn.resolved_d_key(d_model),
-                n_key_sets=1 if ffn.shared_keys else ffn.n_heads,
-                query_norm=ffn.query_norm,
-                query_bias=ffn.query_bias,
-                kernel=config.trainer.kernel,
-            )
-        case PeerConfig():
-            return Peer(
-                d_model,
-                ffn.n_experts,
-                ffn.n_heads,
-                ffn.top_k,
-                ffn.resolved_d_key(d_model),
-                n_key_sets=1 if ffn.shared_keys else ffn.n_heads,
-                query_norm=ffn.query_norm,
-                query_bias=ffn.query_bias,
-                activation=ffn.activation,
-                score=ffn.score,
-                kernel=config.trainer.kernel,
-            )
-        case _:
-            assert_never(ffn)
+    """One layer under study; raises `UserError` if it has not the parameters that it is priced at."""
+    ffn, around = config.ffn, config.surroundings
+    layer, priced = ffn.build(around), ffn.cost(around).params
+    if (built := sum(p.numel() for p in layer.parameters())) != sum(priced.values()):
+        raise UserError(
+            f"{type(layer).__name__} has {built:,} parameters at d_model {around.d_model}, but cost of "
+            f"{type(ffn).__name__} says {sum(priced.values()):,}: {priced}"
+        )
+    return layer

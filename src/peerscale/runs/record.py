@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from pydantic import TypeAdapter, ValidationError
 
-from peerscale.config import Config, RetrievalConfig, to_dict
+from peerscale.config import Config, to_dict
 from peerscale.errors import UserError
 from peerscale.files import write_text
 from peerscale.plan import Plan
@@ -35,7 +35,7 @@ NOT_HASHED = (
 )  # fmt: skip
 """Keys of the configuration that say how and where a cell runs and what is kept of it, not what its result is."""
 
-NAMES = ("ffn.variant", "ffn.params_of.variant", "data.source", "data.max_documents", "optim.lr_rule")
+NAMES = ("ffn.class", "ffn.variant", "ffn.params_of.variant", "data.source", "data.max_documents", "optim.lr_rule")
 """Keys that are not hashed, since what they stand for is: the layer's settings, the corpus's tokens, the rates."""
 
 ADDED_LATER: dict[str, Any] = {}
@@ -154,9 +154,6 @@ def new_record(cell: PlannedCell, status: Status, data_fingerprint: str, **field
             "tokens_per_param": plan.tokens_per_param,
             "epochs": plan.epochs,
             "warmup_steps": plan.warmup_steps,
-            "d_key": config.ffn.resolved_d_key(config.size.d_model)
-            if isinstance(config.ffn, RetrievalConfig)
-            else None,
         },
         params=plan.cost.params,
         flops_per_token=plan.cost.flops,

@@ -11,6 +11,7 @@ import pandas as pd
 from peerscale.accounting import CONVENTION
 from peerscale.errors import UserError
 from peerscale.files import ROOT
+from peerscale.layers.registry import parse_layer
 from peerscale.runs.record import Record, cell_folders, parse_record, read_cell
 
 METRICS = "metrics.jsonl"
@@ -29,6 +30,11 @@ CURVES = ("cell", "step", "tokens", "flops", "loss")
 
 METRIC = CURVES[1:]
 """What every row of metrics holds, in numbers."""
+
+LAYER_COLUMNS = (
+    "n_experts", "ffn_heads", "top_k", "d_key", "query_norm", "active_experts", "granularity", "capacity_factor",
+)  # fmt: skip
+"""What a layer may tell of itself."""
 
 WHOLE = ("flops_per_token", "flops_per_s")
 """Columns that start like a component of the FLOPs per token and are none."""
@@ -96,11 +102,9 @@ def runs_table(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def _row(record: Record) -> dict[str, Any]:
-    config, plan = record.hashed_config, record.plan
-    ffn, router = config["ffn"], record.router
+    config, plan, router = record.hashed_config, record.plan, record.router
     val = record.evaluation.get(config["data"]["val_set"], {})
-    retrieval = "n_heads" in ffn
-    active = _active_experts(ffn)
+    layer = _layer_columns(record)
     return {
         "sweep": record.sweep,
         "cell": record.cell,
@@ -128,14 +132,7 @@ def _row(record: Record) -> dict[str, Any]:
         "params_total": sum(record.params.values()),
         "params_active": plan["params_active"],
         "params_non_embedding": sum(record.params.values()) - record.params["embedding"],
-        "n_experts": ffn.get("n_experts"),
-        "ffn_heads": ffn.get("n_heads"),
-        "top_k": ffn.get("top_k") if retrieval or ffn.get("routing") == "token_choice" else None,
-        "d_key": plan.get("d_key"),
-        "query_norm": ffn.get("query_norm"),
-        "active_experts": active,
-        "granularity": active if record.method == "peer" else None,
-        "capacity_factor": ffn.get("capacity_factor") if ffn.get("routing") == "expert_choice" else None,
+        **{column: layer.get(column) for column in LAYER_COLUMNS},
         "lr": record.lr,
         "table_lr": record.table_lr,
         "optimizer": config["optim"]["name"],
@@ -160,15 +157,12 @@ def _row(record: Record) -> dict[str, Any]:
     }
 
 
-def _active_experts(ffn: dict[str, Any]) -> float | None:
-    if "n_heads" in ffn:
-        return ffn["n_heads"] * ffn["top_k"]
-    match ffn.get("routing"):
-        case "token_choice":
-            return ffn["top_k"]
-        case "expert_choice":
-            return ffn["capacity_factor"]
-    return ffn["top_k"] + ffn["n_shared"] if "n_shared" in ffn else None
+def _layer_columns(record: Record) -> dict[str, Any]:
+    """What the layer of a cell tells of itself; nothing where its class is not at hand, or of another version."""
+    try:
+        return parse_layer(record.hashed_config["ffn"]).columns(record.hashed_config["size"]["d_model"])
+    except ValueError:
+        return {}
 
 
 def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from peerscale.config import Config
 from peerscale.kernels.gradients import Pairs, TableGradient, collect_row_gradients, collected_gradients
-from peerscale.model.product_keys import ProductKeyRetrieval
+from peerscale.layers.modules.product_keys import ProductKeyRetrieval
 from peerscale.model.ranks import gather, gather_on_first, mean_over_ranks, n_ranks, share
 from peerscale.model.sharded_tables import keep_own_rows
 from peerscale.plan import Plan

@@ -8,8 +8,6 @@ from torch import nn
 
 from peerscale.config import Config
 from peerscale.kernels.row_sparse_adamw import RowSparseAdamW
-from peerscale.model.peer import Peer
-from peerscale.model.pkm import Pkm
 from peerscale.plan import Plan
 
 
@@ -31,8 +29,8 @@ class ParameterGroups:
 
 
 def parameter_groups(model: nn.Module) -> ParameterGroups:
-    """Sort a model's parameters into groups."""
-    tables = [table for m in model.modules() if isinstance(m, Peer | Pkm) for table in m.expert_tables()]
+    """Sort a model's parameters into groups; a layer's method `expert_tables`, if it has one, lists its tables."""
+    tables = [table for m in model.modules() if (own := getattr(m, "expert_tables", None)) for table in own()]
     table_ids = {id(table) for table in tables}
     others = [p for p in model.parameters() if id(p) not in table_ids]
     return ParameterGroups(

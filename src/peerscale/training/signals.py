@@ -5,7 +5,6 @@ They are a function of the rows of `metrics.jsonl` alone, so that a resumed run,
 
 from collections.abc import Mapping
 from statistics import median
-from typing import Any
 
 WINDOW = 10
 """Rows that a loss is compared with, and that a throughput must have before it is judged."""
@@ -25,10 +24,9 @@ checkpoint, or another program's."""
 class Watch:
     """Reads the rows of one run in order; a state that lasts is reported once, when it begins."""
 
-    def __init__(self, ffn: Mapping[str, Any]) -> None:
-        """`ffn` is the layer's configuration."""
-        self.n_experts = ffn.get("n_experts") or 0
-        self.per_token = (ffn.get("n_heads") or 1) * (ffn.get("top_k") or 1)
+    def __init__(self, n_experts: int = 0, per_token: int = 0) -> None:
+        """Experts that the layer's router chooses among, and the choices of one token (`FfnConfig.routed`)."""
+        self.n_experts, self.per_token = n_experts, per_token
         self.losses: list[float] = []
         self.speeds: list[float] = []
         self.lasting: set[str] = set()

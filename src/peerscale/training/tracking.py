@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from peerscale.files import write_text
+from peerscale.layers.registry import parse_layer
 from peerscale.runs.record import Record, Status, fingerprint
 from peerscale.runs.table import METRICS, read_metrics
 from peerscale.training.signals import Watch
@@ -140,7 +141,7 @@ class Tracker:
         folder.mkdir(parents=True, exist_ok=True)
         kept = list(read_metrics(folder))
         self.file = (folder / METRICS).open("a", encoding="utf-8")
-        self.watch = Watch(record.hashed_config["ffn"])
+        self.watch = Watch(*parse_layer(record.hashed_config["ffn"]).routed())
         self.signals: list[str] = []
         self.sweep = record.sweep
         self.run = _start(folder, settings, record)

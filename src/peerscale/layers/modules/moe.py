@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peerscale.accounting import expert_choice_capacity
+from peerscale.layers.fine_grained_moe import FineGrainedMoeConfig
+from peerscale.layers.moe import MoeConfig
 from peerscale.model.ranks import gather, mean_over_ranks, n_ranks, share
 from peerscale.model.usage import CountsUsage
 
@@ -45,11 +46,11 @@ class ExpertChoiceMoe(nn.Module, CountsUsage):
         ValueError: if batch sequences x capacity_factor / n_experts is not a whole number in 1..sequences.
     """
 
-    def __init__(self, d_model: int, d_ff: int, n_experts: int, capacity_factor: float) -> None:
+    def __init__(self, d_model: int, d_ff: int, config: MoeConfig) -> None:
         super().__init__()
-        self.n_experts, self.capacity_factor = n_experts, capacity_factor
-        self.router = nn.Linear(d_model, n_experts, bias=False)
-        self.experts = Experts(n_experts, d_model, d_ff)
+        self.config, self.n_experts = config, config.n_experts
+        self.router = nn.Linear(d_model, config.n_experts, bias=False)
+        self.experts = Experts(config.n_experts, d_model, d_ff)
 
     def init_weights(self, output_scale: float) -> None:
         """Variance 1 / fan-in; each expert's second product times `output_scale`."""
@@ -60,10 +61,10 @@ class ExpertChoiceMoe(nn.Module, CountsUsage):
         """x (B, T, D) -> y (B, T, D)."""
         B, T, D = x_BTD.shape
         sequences = B * n_ranks()
-        capacity = expert_choice_capacity(sequences, self.capacity_factor, self.n_experts)
+        capacity = self.config.capacity(sequences)
         if capacity is None:
             raise ValueError(
-                f"{sequences} sequences x {self.capacity_factor:g} / {self.n_experts} experts "
+                f"{sequences} sequences x {self.config.capacity_factor:g} / {self.n_experts} experts "
                 f"is not a whole number in 1..{sequences}"
             )
         gates_BTE = _router_probabilities(self.router, x_BTD)[0]
@@ -111,21 +112,12 @@ class TokenChoiceMoe(nn.Module, CountsUsage):
     (Zoph et al. 2022).
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        d_ff: int,
-        n_experts: int,
-        top_k: int,
-        *,
-        load_balance_weight: float = 0.0,
-        z_loss_weight: float = 0.0,
-    ) -> None:
+    def __init__(self, d_model: int, d_expert: int, config: MoeConfig | FineGrainedMoeConfig) -> None:
         super().__init__()
-        self.n_experts, self.top_k = n_experts, top_k
-        self.load_balance_weight, self.z_loss_weight = load_balance_weight, z_loss_weight
-        self.router = nn.Linear(d_model, n_experts, bias=False)
-        self.experts = Experts(n_experts, d_model, d_ff)
+        self.config, self.n_experts, self.top_k = config, config.n_experts, config.top_k
+        self.z_loss_weight = config.z_loss_weight if isinstance(config, MoeConfig) else 0.0
+        self.router = nn.Linear(d_model, config.n_experts, bias=False)
+        self.experts = Experts(config.n_experts, d_model, d_expert)
         self.auxiliary_loss: Tensor | None = None
 
     def init_weights(self, output_scale: float) -> None:
@@ -144,7 +136,7 @@ class TokenChoiceMoe(nn.Module, CountsUsage):
             share_E = mean_over_ranks(load_E / expert_MK.numel())
             balance = self.n_experts * (share_E * probabilities_ME.mean(0)).sum()
             z_loss = scores_ME.logsumexp(-1).square().mean()
-            self.auxiliary_loss = self.load_balance_weight * balance + self.z_loss_weight * z_loss
+            self.auxiliary_loss = self.config.load_balance_weight * balance + self.z_loss_weight * z_loss
         if self.usage is not None:
             self.usage.add(expert_MK, gates_MK, len(x_MD))
         # Sorted by expert, the pairs of one expert are consecutive rows.

@@ -3,13 +3,12 @@
 Shapes: T tokens, D model width, H heads, S the 2 halves of a key, C half a key's width, K top_k.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from peerscale.kernels.backends import operators_for
 from peerscale.kernels.operators import Operators
+from peerscale.layers.product_keys import RetrievalConfig
 from peerscale.model.ranks import n_ranks, sum_over_ranks
 from peerscale.model.sharded_tables import ShardedTables
 
@@ -39,45 +38,19 @@ class ProductKeyRetrieval(nn.Module):
 
     Args:
         d_model: width of the input.
-        n_experts: rows to choose from, a square.
-        n_heads: independent query networks.
-        top_k: rows a head retrieves.
-        d_key: width of a query and a key, even.
-        n_key_sets: 1, shared by the heads, or `n_heads`.
-        query_norm: BatchNorm over the queries' features.
-        query_bias: a bias on the query projection.
-        kernel: the implementation (`kernels.backends`).
+        config: the layer's settings.
+        kernel: the implementation of the operators (`kernels.backends`).
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        n_experts: int,
-        n_heads: int,
-        top_k: int,
-        d_key: int,
-        *,
-        n_key_sets: int = 1,
-        query_norm: bool = True,
-        query_bias: bool = True,
-        kernel: str = "auto",
-    ) -> None:
+    def __init__(self, d_model: int, config: RetrievalConfig, kernel: str = "auto") -> None:
         super().__init__()
-        n_keys = math.isqrt(n_experts)
-        if n_keys**2 != n_experts:
-            raise ValueError(f"n_experts {n_experts} is not a square; nearest: {n_keys**2}, {(n_keys + 1) ** 2}")
-        if not 1 <= top_k <= n_keys:
-            raise ValueError(f"top_k {top_k} is not in 1..{n_keys}, the sub-keys of a side")
-        if d_key % 2:
-            raise ValueError(f"d_key {d_key} is odd, but a key has two equal halves")
-        if n_key_sets not in (1, n_heads):
-            raise ValueError(f"n_key_sets {n_key_sets} is neither 1 nor n_heads {n_heads}")
-        self.n_experts, self.n_heads, self.top_k, self.n_keys = n_experts, n_heads, top_k, n_keys
-        self.kernel = kernel
+        self.config, self.kernel = config, kernel
+        self.n_experts, self.n_heads, self.top_k = config.n_experts, config.n_heads, config.top_k
         self.sharded = False
-        self.query = nn.Linear(d_model, n_heads * d_key, bias=query_bias)
-        self.query_norm = QueryNorm(n_heads * d_key) if query_norm else None
-        self.sub_keys = nn.Parameter(torch.empty(n_key_sets, 2, n_keys, d_key // 2))
+        d_key = config.resolved_d_key(d_model)
+        self.query = nn.Linear(d_model, self.n_heads * d_key, bias=config.query_bias)
+        self.query_norm = QueryNorm(self.n_heads * d_key) if config.query_norm else None
+        self.sub_keys = nn.Parameter(torch.empty(config.n_key_sets, 2, config.n_keys, d_key // 2))
         self.reset_parameters()
 
     @property

@@ -1,9 +1,12 @@
 """PEER: parameter-efficient expert retrieval (He 2024, section 2 and algorithm 1)."""
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor, nn
 
-from peerscale.model.product_keys import ProductKeyRetrieval
+from peerscale.layers.modules.product_keys import ProductKeyRetrieval
+from peerscale.layers.peer import PeerConfig
 from peerscale.model.usage import CountsUsage
 
 
@@ -11,12 +14,15 @@ class Peer(ProductKeyRetrieval, CountsUsage):
     """f(x) = sum over heads and their top k experts of g_i(x) sigma(u_i . x) v_i.
 
     No bias, norm, dropout or output projection (algorithm 1). `w_down` holds the u, `w_up` the v, both
-    (n_experts, d_model). For the other arguments see `ProductKeyRetrieval`.
+    (n_experts, d_model).
 
     Args:
-        activation: sigma, `gelu` or `relu`.
-        score: `softmax` over the top k of each head, or `sigmoid`.
-        kernel: the implementation of the experts (`kernels.backends`).
+        d_model: width of input and output.
+        n_experts, n_heads, top_k, d_key, settings: the settings of `PeerConfig`, where they are explained.
+        kernel: the implementation of the operators (`kernels.backends`).
+
+    Raises:
+        ValueError: settings that cannot be.
     """
 
     def __init__(
@@ -25,20 +31,14 @@ class Peer(ProductKeyRetrieval, CountsUsage):
         n_experts: int,
         n_heads: int,
         top_k: int,
-        d_key: int,
+        d_key: int | Literal["half_d_model"] = "half_d_model",
         *,
-        n_key_sets: int = 1,
-        query_norm: bool = True,
-        query_bias: bool = True,
-        activation: str = "gelu",
-        score: str = "softmax",
         kernel: str = "auto",
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            d_model, n_experts, n_heads, top_k, d_key,
-            n_key_sets=n_key_sets, query_norm=query_norm, query_bias=query_bias, kernel=kernel,
-        )  # fmt: skip
-        self.activation, self.score = activation, score
+        config = PeerConfig(n_experts=n_experts, n_heads=n_heads, top_k=top_k, d_key=d_key, **settings)
+        super().__init__(d_model, config, kernel)
+        self.activation, self.score = config.activation, config.score
         # Not stated in the paper: rows of norm about 1, so that u . x has the variance of x's features.
         self.w_down = nn.Parameter(torch.randn(n_experts, d_model) * d_model**-0.5)
         self.w_up = nn.Parameter(torch.randn(n_experts, d_model) * d_model**-0.5)

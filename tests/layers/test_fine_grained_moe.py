@@ -1,18 +1,23 @@
 import math
 from functools import partial
 
-import per_token
 import pytest
 import torch
 
-from peerscale.model.fine_grained_moe import FineGrainedMoe
-from peerscale.model.moe import TokenChoiceMoe
+import per_token
+from peerscale.layers.fine_grained_moe import FineGrainedMoeConfig
+from peerscale.layers.modules.fine_grained_moe import FineGrainedMoe
+from peerscale.layers.modules.moe import TokenChoiceMoe
+from peerscale.layers.moe import MoeConfig
 from peerscale.model.usage import ExpertUsage
 
 
 def fine_grained(n_experts: int, top_k: int, n_shared: int = 1, weight: float = 0.0) -> FineGrainedMoe:
     torch.manual_seed(0)
-    return FineGrainedMoe(5, 3, n_experts, top_k, n_shared=n_shared, load_balance_weight=weight)
+    config = FineGrainedMoeConfig(
+        n_experts=n_experts, top_k=top_k, n_shared=n_shared, granularity=4, load_balance_weight=weight
+    )
+    return FineGrainedMoe(5, 12, config)
 
 
 @pytest.mark.parametrize(("n_experts", "top_k", "n_shared"), [(6, 1, 1), (6, 3, 1), (4, 4, 2), (9, 2, 3)])
@@ -32,7 +37,7 @@ def test_the_gates_of_the_chosen_do_not_sum_to_one() -> None:
 
 
 def test_without_its_shared_expert_is_token_choice() -> None:
-    layer, plain, x = fine_grained(6, 2), TokenChoiceMoe(5, 3, 6, 2), torch.randn(2, 4, 5)
+    layer, plain, x = fine_grained(6, 2), TokenChoiceMoe(5, 3, MoeConfig(n_experts=6, top_k=2)), torch.randn(2, 4, 5)
     plain.load_state_dict({name: value for name, value in layer.state_dict().items() if "shared" not in name})
     torch.nn.init.zeros_(layer.shared.up.weight)
     torch.testing.assert_close(layer(x), plain(x))

@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
-from peerscale.model.dense import Dense
-from peerscale.model.moe import TokenChoiceMoe
+from peerscale.layers.fine_grained_moe import FineGrainedMoeConfig
+from peerscale.layers.modules.dense import Dense
+from peerscale.layers.modules.moe import TokenChoiceMoe
 
 
 class FineGrainedMoe(TokenChoiceMoe):
@@ -11,29 +12,13 @@ class FineGrainedMoe(TokenChoiceMoe):
 
     s is the softmax over all routed experts and is not normalised again over the top k. `auxiliary_loss` is as in
     `TokenChoiceMoe`, without the z loss: the paper's expert-level balance loss (equations 12 to 14).
-
-    Args:
-        d_model: width of input and output.
-        d_expert: hidden width of every expert, a fraction of a dense layer's (equation 6).
-        n_experts: routed experts.
-        top_k: routed experts per token.
-        n_shared: further experts, which every token uses.
-        load_balance_weight: alpha_1 of equation 12.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        d_expert: int,
-        n_experts: int,
-        top_k: int,
-        *,
-        n_shared: int = 1,
-        load_balance_weight: float = 0.0,
-    ) -> None:
-        super().__init__(d_model, d_expert, n_experts, top_k, load_balance_weight=load_balance_weight)
+    def __init__(self, d_model: int, d_ff: int, config: FineGrainedMoeConfig) -> None:
+        d_expert = config.d_expert(d_ff)
+        super().__init__(d_model, d_expert, config)
         # Experts without gates add up to one dense layer of their total width.
-        self.shared = Dense(d_model, n_shared * d_expert)
+        self.shared = Dense(d_model, config.n_shared * d_expert)
 
     def init_weights(self, output_scale: float) -> None:
         super().init_weights(output_scale)

@@ -1,16 +1,16 @@
 import itertools
 
-import per_token
 import pytest
 import torch
 
-from peerscale.model.peer import Peer
+import per_token
+from peerscale.layers.modules.peer import Peer
 from peerscale.model.usage import ExpertUsage
 
 FORMS = [
-    {"activation": activation, "score": score, "n_key_sets": key_sets, "query_norm": norm, "query_bias": bias}
-    for activation, score, key_sets, norm, bias in itertools.product(
-        ("gelu", "relu"), ("softmax", "sigmoid"), (1, 3), (True, False), (True, False)
+    {"activation": activation, "score": score, "shared_keys": shared, "query_norm": norm, "query_bias": bias}
+    for activation, score, shared, norm, bias in itertools.product(
+        ("gelu", "relu"), ("softmax", "sigmoid"), (True, False), (True, False), (True, False)
     )
 ]
 
@@ -71,9 +71,8 @@ def test_parameters_have_the_documented_shapes() -> None:
         "query_norm.weight": (12,),
         "query_norm.bias": (12,),
     }
-    own = {
-        name: tuple(p.shape) for name, p in make(n_key_sets=3, query_norm=False, query_bias=False).named_parameters()
-    }
+    layer = make(shared_keys=False, query_norm=False, query_bias=False)
+    own = {name: tuple(p.shape) for name, p in layer.named_parameters()}
     assert own == {"w_down": (16, 6), "w_up": (16, 6), "sub_keys": (3, 2, 4, 2), "query.weight": (12, 6)}
 
 
@@ -132,10 +131,9 @@ def test_routes_and_runs_its_experts_in_fp32_under_autocast(kernel: str) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"n_experts": 15}, "15 is not a square; nearest: 9, 16"),
-        ({"top_k": 5}, r"top_k 5 is not in 1\.\.4"),
-        ({"top_k": 0}, r"top_k 0 is not in 1\.\.4"),
-        ({"n_key_sets": 2}, "n_key_sets 2 is neither 1 nor n_heads 3"),
+        ({"n_experts": 15}, r"n_experts 15 is not a square \(product keys\); nearest: 9, 16"),
+        ({"top_k": 5}, "top_k 5 is more than the 4 sub-keys of a side"),
+        ({"top_k": 0}, "top_k\n  Input should be greater than 0"),
     ],
 )
 def test_refuses_what_cannot_be_built(arguments: dict, message: str) -> None:

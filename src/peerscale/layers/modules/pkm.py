@@ -1,16 +1,25 @@
 """Product-key memory (Lample et al. 2019)."""
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor, nn
 
-from peerscale.model.product_keys import ProductKeyRetrieval
+from peerscale.layers.modules.product_keys import ProductKeyRetrieval
+from peerscale.layers.pkm import PkmConfig
 from peerscale.model.usage import CountsUsage
 
 
 class Pkm(ProductKeyRetrieval, CountsUsage):
     """f(x) = sum over heads and their top k values of softmax_k(q . k_i) v_i; `values` is (n_experts, d_model).
 
-    For the arguments see `ProductKeyRetrieval`.
+    Args:
+        d_model: width of input and output.
+        n_experts, n_heads, top_k, d_key, settings: the settings of `PkmConfig`, where they are explained.
+        kernel: the implementation of the operators (`kernels.backends`).
+
+    Raises:
+        ValueError: settings that cannot be.
     """
 
     def __init__(
@@ -19,17 +28,13 @@ class Pkm(ProductKeyRetrieval, CountsUsage):
         n_experts: int,
         n_heads: int,
         top_k: int,
-        d_key: int,
+        d_key: int | Literal["half_d_model"] = "half_d_model",
         *,
-        n_key_sets: int = 1,
-        query_norm: bool = True,
-        query_bias: bool = True,
         kernel: str = "auto",
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            d_model, n_experts, n_heads, top_k, d_key,
-            n_key_sets=n_key_sets, query_norm=query_norm, query_bias=query_bias, kernel=kernel,
-        )  # fmt: skip
+        config = PkmConfig(n_experts=n_experts, n_heads=n_heads, top_k=top_k, d_key=d_key, **settings)
+        super().__init__(d_model, config, kernel)
         self.values = nn.Parameter(torch.randn(n_experts, d_model) * d_model**-0.5)
 
     def expert_tables(self) -> list[nn.Parameter]:

@@ -97,7 +97,7 @@ def expert_choice(layer: nn.Module, x_BTD: Tensor) -> Tensor:
     """Zhou et al. 2022 within each group of the tokens at one position: every expert takes its best tokens."""
     B, T, _ = x_BTD.shape
     n_experts = len(layer.router.weight)
-    capacity = round(B * layer.capacity_factor / n_experts)
+    capacity = round(B * layer.config.capacity_factor / n_experts)
     y = [[torch.zeros_like(x_BTD[b, t]) for t in range(T)] for b in range(B)]
     for t in range(T):
         probability_BE = torch.stack([softmax(layer.router.weight @ x_BTD[b, t]) for b in range(B)])

@@ -1,15 +1,15 @@
 import itertools
 
-import per_token
 import pytest
 import torch
 
-from peerscale.model.pkm import Pkm
+import per_token
+from peerscale.layers.modules.pkm import Pkm
 from peerscale.model.usage import ExpertUsage
 
 FORMS = [
-    {"n_key_sets": key_sets, "query_norm": norm, "query_bias": bias}
-    for key_sets, norm, bias in itertools.product((1, 2), (True, False), (True, False))
+    {"shared_keys": shared, "query_norm": norm, "query_bias": bias}
+    for shared, norm, bias in itertools.product((True, False), (True, False), (True, False))
 ]
 
 

@@ -1,22 +1,26 @@
 import math
 
-import per_token
 import pytest
 import torch
 
-from peerscale.model.dense import Dense
-from peerscale.model.moe import ExpertChoiceMoe, TokenChoiceMoe
+import per_token
+from peerscale.layers.modules.dense import Dense
+from peerscale.layers.modules.moe import ExpertChoiceMoe, TokenChoiceMoe
+from peerscale.layers.moe import MoeConfig
 from peerscale.model.usage import ExpertUsage
 
 
 def expert_choice(n_experts: int, capacity_factor: float = 1.0, d_model: int = 5) -> ExpertChoiceMoe:
     torch.manual_seed(0)
-    return ExpertChoiceMoe(d_model, 4 * d_model, n_experts, capacity_factor)
+    return ExpertChoiceMoe(d_model, 4 * d_model, MoeConfig(n_experts=n_experts, capacity_factor=capacity_factor))
 
 
-def token_choice(n_experts: int, top_k: int = 1, d_model: int = 5, **weights: float) -> TokenChoiceMoe:
+def token_choice(
+    n_experts: int, top_k: int = 1, d_model: int = 5, d_ff: int | None = None, **weights: float
+) -> TokenChoiceMoe:
     torch.manual_seed(0)
-    return TokenChoiceMoe(d_model, 4 * d_model, n_experts, top_k, **weights)
+    config = MoeConfig(n_experts=n_experts, top_k=top_k, **{"load_balance_weight": 0, "z_loss_weight": 0, **weights})
+    return TokenChoiceMoe(d_model, d_ff or 4 * d_model, config)
 
 
 @pytest.mark.parametrize(
@@ -43,8 +47,7 @@ def test_token_choice_is_every_tokens_best_experts(n_experts: int, top_k: int) -
 @pytest.mark.parametrize("loads", [[3, 0, 5, 1], [0, 0, 9, 0], [1, 1, 1, 1]])
 def test_grouped_experts_are_each_expert_on_its_own_rows(d_model: int, d_ff: int, loads: list[int]) -> None:
     # Widths that torch's grouped product takes and widths that it does not, in the precision that it takes.
-    torch.manual_seed(0)
-    layer = TokenChoiceMoe(d_model, d_ff, 4, 1)
+    layer = token_choice(4, d_model=d_model, d_ff=d_ff)
     x = torch.randn(sum(loads), d_model, requires_grad=True)
     wanted = torch.cat([per_token.coarse_expert(layer, e, rows) for e, rows in enumerate(x.split(loads))])
     got = layer.experts.grouped(x, torch.tensor(loads))
@@ -90,8 +93,7 @@ def test_one_expert_is_the_dense_layer(make) -> None:
 
 
 def test_experts_start_with_the_variance_of_one_over_fan_in() -> None:
-    torch.manual_seed(0)
-    experts = TokenChoiceMoe(64, 256, 8, 1).experts
+    experts = token_choice(8, d_model=64).experts
     assert experts.down.std().item() == pytest.approx(64**-0.5, rel=0.02)
     assert experts.up.std().item() == pytest.approx(256**-0.5, rel=0.02)
 

@@ -1,0 +1,98 @@
+"""What every layer says of itself before it is built, and without torch: its settings, its cost, what limits it."""
+
+import importlib
+from dataclasses import dataclass as plain_dataclass
+from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
+
+from pydantic.dataclasses import dataclass
+
+from peerscale.config_types import STRICT
+
+if TYPE_CHECKING:
+    from torch import nn
+
+T = TypeVar("T")
+
+
+@plain_dataclass(frozen=True, kw_only=True, slots=True)
+class Surroundings:
+    """What a layer may know of the model around it."""
+
+    d_model: int
+    """Width of its input and output."""
+    d_ff: int
+    """Hidden width of the dense layer of this model."""
+    batch_sequences: int
+    """Sequences of a batch."""
+    kernel: str = "auto"
+    """`trainer.kernel`: the implementation of the operators (`kernels.backends`)."""
+
+
+@plain_dataclass(frozen=True, kw_only=True, slots=True)
+class LayerCost:
+    """One feed-forward layer."""
+
+    params: dict[str, int]
+    """Parameters by group."""
+    forward_flops: dict[str, int]
+    """Forward FLOPs per token by component: 2 for each multiply-add of a matrix product, nothing else."""
+    inactive: int = 0
+    """Parameters that a token does not use (of expert choice: on average)."""
+    table_params: int = 0
+    """Parameters in tables of which a token reads some rows (`expert_tables` of the module)."""
+    table_params_read: int = 0
+    """Of these, how many one token reads."""
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=())
+def layer_config(kind: type[T]) -> type[T]:
+    """Make a layer's settings a frozen dataclass, strictly checked, whose fields are the keys of its YAML file."""
+    decorate: Any = dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+    return decorate(kind)
+
+
+def module_class(path: str) -> Any:
+    """A class of `layers.modules`, such as `peer.Peer`; imported when it is used, not when a study is planned."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(f"peerscale.layers.modules.{module}"), name)
+
+
+@layer_config
+class FfnConfig:
+    """The settings of a feed-forward layer, and what follows from them; a layer is a subclass.
+
+    `method` names the layer, `variant` a form of it that is not the paper's. A subclass defines `cost` and `build`.
+    """
+
+    method: str
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        """The name of the layer's YAML file, and of its curve in a figure."""
+        return f"{self.method}_{self.variant}" if self.variant else self.method
+
+    def cost(self, around: Surroundings) -> LayerCost:
+        """Parameters and forward FLOPs of one layer; its parameters are compared with the built layer's."""
+        raise NotImplementedError
+
+    def build(self, around: Surroundings) -> "nn.Module":
+        """One layer, x (B, T, D) -> y (B, T, D).
+
+        Its `init_weights(output_scale)` draws all weights that training starts from; `output_scale`,
+        (2 n_layers)^-1/2, is meant for its last product. A layer may also have `expert_tables()`, the parameters that
+        `optim.table_lr` is for, and `auxiliary_loss`, which is added to the loss (None: nothing to add).
+        """
+        raise NotImplementedError
+
+    def unusable(self, around: Surroundings) -> str:
+        """Why a cell with this layer in this model is dropped; empty if it can be trained."""
+        return ""
+
+    def routed(self) -> tuple[int, int]:
+        """How many experts a router chooses among, and how many choices one token has; (0, 0) without a router."""
+        return 0, 0
+
+    def columns(self, d_model: int) -> dict[str, Any]:
+        """What the table of runs tells of the layer: values of those of its `LAYER_COLUMNS` that the layer has."""
+        return {}

@@ -1,0 +1,44 @@
+"""The dense feed-forward layer, and one that is wider."""
+
+from typing import Any, Literal
+
+from peerscale.layers.base import FfnConfig, LayerCost, Surroundings, layer_config, module_class
+from peerscale.layers.registry import Layer
+
+
+@layer_config
+class _AnyDenseConfig(FfnConfig):
+    """d_model -> d_hidden -> d_model."""
+
+    def d_hidden(self, around: Surroundings) -> int:
+        raise NotImplementedError
+
+    def cost(self, around: Surroundings) -> LayerCost:
+        weights = 2 * around.d_model * self.d_hidden(around)
+        return LayerCost(params={"ffn": weights}, forward_flops={"ffn": 2 * weights})
+
+    def build(self, around: Surroundings) -> Any:
+        return module_class("dense.Dense")(around.d_model, self.d_hidden(around))
+
+
+@layer_config
+class DenseConfig(_AnyDenseConfig):
+    """d_model -> 4 d_model -> d_model."""
+
+    method: Literal["dense"] = "dense"
+
+    def d_hidden(self, around: Surroundings) -> int:
+        return around.d_ff
+
+
+@layer_config
+class WideDenseConfig(_AnyDenseConfig):
+    """A dense layer with all the parameters of a sparse one in use: the bound of Dai et al. (2024, section 4)."""
+
+    method: Literal["wide_dense"] = "wide_dense"
+    params_of: Layer
+    """The sparse layer, with its settings."""
+
+    def d_hidden(self, around: Surroundings) -> int:
+        """The hidden width nearest to equal parameters: off by less than d_model of them."""
+        return round(sum(self.params_of.cost(around).params.values()) / (2 * around.d_model))

@@ -1,0 +1,1 @@
+"""What the layers compute: their weights and forward passes, in torch, which planning does without."""

@@ -1,0 +1,83 @@
+"""Coarse mixture of experts: every expert is a full dense feed-forward layer."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from peerscale.config_types import Positive, Rate
+from peerscale.layers.base import FfnConfig, LayerCost, Surroundings, layer_config, module_class
+
+
+@layer_config
+class MoeConfig(FfnConfig):
+    """Coarse mixture of experts: every expert is a full dense feed-forward layer."""
+
+    method: Literal["moe"] = "moe"
+    routing: Literal["expert_choice", "token_choice"] = "expert_choice"
+    n_experts: Positive = 16
+    capacity_factor: Rate = 1.0
+    """Expert choice: mean experts per token. Not stated in the paper; 1 keeps the active parameters of dense."""
+    top_k: Positive = 1
+    """Token choice: experts per token."""
+    load_balance_weight: Annotated[float, Field(ge=0)] = 1e-2
+    """Token choice: weight of the load-balance loss (Fedus et al. 2021)."""
+    z_loss_weight: Annotated[float, Field(ge=0)] = 1e-3
+    """Token choice: weight of mean(logsumexp^2) of the router scores (Zoph et al. 2022)."""
+
+    def __post_init__(self) -> None:
+        if self.top_k > self.n_experts:
+            raise ValueError(f"top_k {self.top_k} is more than n_experts {self.n_experts}")
+
+    @property
+    def chooses_tokens(self) -> bool:
+        """Whether experts choose their tokens, rather than tokens their experts."""
+        return self.routing == "expert_choice"
+
+    def cost(self, around: Surroundings) -> LayerCost:
+        router, expert = around.d_model * self.n_experts, 2 * around.d_model * around.d_ff
+        active = self._active_experts(around.batch_sequences)
+        return LayerCost(
+            params={"router": router, "experts": self.n_experts * expert},
+            inactive=round((self.n_experts - active) * expert),
+            forward_flops={"router": 2 * router, "experts": round(2 * active * expert)},
+        )
+
+    def build(self, around: Surroundings) -> Any:
+        name = "ExpertChoiceMoe" if self.chooses_tokens else "TokenChoiceMoe"
+        return module_class(f"moe.{name}")(around.d_model, around.d_ff, self)
+
+    def unusable(self, around: Surroundings) -> str:
+        sequences = around.batch_sequences
+        if not self.chooses_tokens or self.capacity(sequences) is not None:
+            return ""
+        return (
+            f"expert choice needs a whole capacity in 1..{sequences}: {sequences} sequences x "
+            f"{self.capacity_factor:g} / {self.n_experts} experts = "
+            f"{sequences * self.capacity_factor / self.n_experts:g}"
+        )
+
+    def capacity(self, batch_sequences: int) -> int | None:
+        """Tokens that an expert takes of a group, the tokens at one position of a batch.
+
+        None if that is no whole number, less than one, or more than the group has.
+        """
+        capacity = batch_sequences * self.capacity_factor / self.n_experts
+        whole = round(capacity)
+        return whole if abs(capacity - whole) < 1e-9 * capacity and 1 <= whole <= batch_sequences else None
+
+    def _active_experts(self, batch_sequences: int) -> float:
+        """Experts per token, on average."""
+        if not self.chooses_tokens:
+            return self.top_k
+        capacity = self.capacity(batch_sequences)
+        return self.capacity_factor if capacity is None else capacity * self.n_experts / batch_sequences
+
+    def routed(self) -> tuple[int, int]:
+        return self.n_experts, 1 if self.chooses_tokens else self.top_k
+
+    def columns(self, d_model: int) -> dict[str, Any]:
+        if self.chooses_tokens:
+            own = {"capacity_factor": self.capacity_factor, "active_experts": self.capacity_factor}
+        else:
+            own = {"top_k": self.top_k, "active_experts": self.top_k}
+        return {"n_experts": self.n_experts, **own}

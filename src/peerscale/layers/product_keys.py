@@ -1,0 +1,99 @@
+"""What product-key memory and PEER share: queries, and the product keys that they are compared with."""
+
+from dataclasses import fields
+from math import isqrt
+from typing import Any, ClassVar, Literal
+
+from peerscale.config_types import Positive
+from peerscale.layers.base import FfnConfig, LayerCost, Surroundings, layer_config
+
+
+@layer_config
+class RetrievalConfig(FfnConfig):
+    """The settings and the cost of both."""
+
+    n_experts: Positive
+    n_heads: Positive
+    top_k: Positive
+    d_key: Literal["half_d_model"] | Positive = "half_d_model"
+    """Query and key width per head, both halves together. Not stated in the paper; the rule is d_model / 2, at least 8,
+    as a fixed 128 would cost small models more than the layer that it routes to."""
+    query_norm: bool = True
+    """BatchNorm on the queries (paper, section 3.4)."""
+    query_bias: bool = True
+    """Not stated in the paper; on in the product-key memory code that it points to."""
+    shared_keys: bool = True
+    """One set of product keys for all heads (paper, section 2) or one for each (the code that it points to)."""
+
+    ROWS_PER_EXPERT: ClassVar[int]
+    """Table rows of d_model numbers that an expert has."""
+
+    def __post_init__(self) -> None:
+        side = isqrt(self.n_experts)
+        if side * side != self.n_experts:
+            raise ValueError(
+                f"n_experts {self.n_experts} is not a square (product keys); nearest: {side**2}, {(side + 1) ** 2}"
+            )
+        if self.top_k > side:
+            raise ValueError(f"top_k {self.top_k} is more than the {side} sub-keys of a side; allowed: 1..{side}")
+        if self.d_key != "half_d_model" and self.d_key % 2:
+            raise ValueError(f"d_key {self.d_key} is odd, but a key has two equal halves")
+
+    @property
+    def n_keys(self) -> int:
+        """Sub-keys per side: sqrt(n_experts) (paper, equation 4)."""
+        return isqrt(self.n_experts)
+
+    @property
+    def n_key_sets(self) -> int:
+        """Sets of product keys: one, or one for each head."""
+        return 1 if self.shared_keys else self.n_heads
+
+    @property
+    def active_experts(self) -> int:
+        """Experts that one token retrieves."""
+        return self.n_heads * self.top_k
+
+    def resolved_d_key(self, d_model: int) -> int:
+        """`d_key` for this model width; the rule rounds up to a multiple of 4 so that halves stay even."""
+        return max(8, -(-d_model // 8) * 4) if self.d_key == "half_d_model" else self.d_key
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments of the module."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("method", "variant")}
+
+    def cost(self, around: Surroundings) -> LayerCost:
+        """Product-key retrieval and a weighted sum of table rows (paper, section 2)."""
+        d_model, d_key, heads = around.d_model, self.resolved_d_key(around.d_model), self.n_heads
+        expert = self.ROWS_PER_EXPERT * d_model
+        params = {
+            "query": heads * d_key * (d_model + self.query_bias),
+            "sub_keys": self.n_key_sets * self.n_keys * d_key,
+            "experts": self.n_experts * expert,
+        }
+        if self.query_norm:
+            params["query_norm"] = 2 * heads * d_key
+        return LayerCost(
+            params=params,
+            inactive=max(0, self.n_experts - self.active_experts) * expert,
+            forward_flops={
+                "query": 2 * d_model * heads * d_key,
+                "sub_keys": 2 * heads * self.n_keys * d_key,
+                "experts": 2 * self.active_experts * expert,
+            },
+            table_params=params["experts"],
+            table_params_read=self.active_experts * expert,
+        )
+
+    def routed(self) -> tuple[int, int]:
+        return self.n_experts, self.active_experts
+
+    def columns(self, d_model: int) -> dict[str, Any]:
+        return {
+            "n_experts": self.n_experts,
+            "ffn_heads": self.n_heads,
+            "top_k": self.top_k,
+            "d_key": self.resolved_d_key(d_model),
+            "query_norm": self.query_norm,
+            "active_experts": self.active_experts,
+        }

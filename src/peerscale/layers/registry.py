@@ -1,0 +1,126 @@
+"""From a mapping of settings to a layer: one of ours by its `method`, any other by the import path in its `class`."""
+
+import functools
+import hashlib
+import importlib
+import sys
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, PlainSerializer, TypeAdapter
+
+from peerscale.errors import ConfigError
+from peerscale.layers.base import FfnConfig
+
+BUILT_IN = {
+    "dense": "peerscale.layers.dense.DenseConfig",
+    "wide_dense": "peerscale.layers.dense.WideDenseConfig",
+    "moe": "peerscale.layers.moe.MoeConfig",
+    "fine_grained_moe": "peerscale.layers.fine_grained_moe.FineGrainedMoeConfig",
+    "pkm": "peerscale.layers.pkm.PkmConfig",
+    "peer": "peerscale.layers.peer.PeerConfig",
+}
+"""The layers that are known without a `class`, by `method`."""
+
+_FOUND: dict[str, type[FfnConfig]] = {}
+"""The other layers that this process has met, by `method`."""
+
+
+def parse_layer(value: Any) -> FfnConfig:
+    """The layer that a mapping describes; pydantic calls this for every field that holds a layer.
+
+    Raises:
+        ConfigError: there is no such layer, or its class cannot be used.
+        ValidationError: of its settings.
+    """
+    if isinstance(value, FfnConfig):
+        return value
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"input should be a mapping, not {value!r}")
+    settings = {key: setting for key, setting in value.items() if key not in ("class", "source_sha256")}
+    return _adapter(layer_class(value)).validate_python(settings)
+
+
+def layer_class(value: Mapping[str, Any]) -> type[FfnConfig]:
+    """The class of the layer that a mapping describes, whatever its settings; raises `ConfigError` as `parse_layer`."""
+    if path := value.get("class"):
+        return _outside(str(path))
+    if (method := value.get("method")) not in BUILT_IN:
+        raise ConfigError(
+            f"method {method!r} is no layer of peerscale, which are {', '.join(BUILT_IN)}; "
+            "class names one of your own, such as class: mylab.gated.GatedConfig"
+        )
+    return _load(BUILT_IN[method])
+
+
+def method_of(kind: type[FfnConfig]) -> Any:
+    """The `method` of all layers of a class."""
+    return next(field.default for field in fields(kind) if field.name == "method")
+
+
+def dump_layer(layer: FfnConfig) -> dict[str, Any]:
+    """Plain values; the inverse of `parse_layer`.
+
+    Of a layer outside peerscale with its `class` and the SHA-256 of the file that defines it, which is hashed with the
+    rest: another text of that file is another layer.
+    """
+    settings = _adapter(type(layer)).dump_python(layer, mode="json")
+    path = f"{type(layer).__module__}.{type(layer).__qualname__}"
+    if BUILT_IN.get(layer.method) == path:
+        return settings
+    return {"class": path, "source_sha256": _source_sha256(type(layer).__module__), **settings}
+
+
+Layer = Annotated[FfnConfig, BeforeValidator(parse_layer), PlainSerializer(dump_layer, return_type=dict[str, Any])]
+"""The type of a field that holds any layer."""
+
+
+def known_layers() -> dict[str, type[FfnConfig]]:
+    """Our layers, and the others that were met so far, by `method`."""
+    return {method: _load(path) for method, path in BUILT_IN.items()} | _FOUND
+
+
+@functools.cache
+def _adapter(kind: type[FfnConfig]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _outside(path: str) -> type[FfnConfig]:
+    """A layer outside peerscale; its module may lie in the current folder."""
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
+    module = path.rpartition(".")[0]
+    try:
+        kind = _load(path)
+    except ModuleNotFoundError as error:
+        if f"{module}.".startswith(f"{error.name}."):
+            raise ConfigError(f"class {path}: no module {error.name} in the current folder or on PYTHONPATH") from None
+        raise ConfigError(f"class {path}: {module} cannot be imported: {error}") from None
+    except Exception as error:
+        why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ConfigError(f"class {path}: {module or 'it'} cannot be imported: {why}") from None
+    if not (isinstance(kind, type) and issubclass(kind, FfnConfig)) or "__dataclass_fields__" not in vars(kind):
+        raise ConfigError(f"class {path} is no subclass of peerscale.layers.FfnConfig with the decorator layer_config")
+    for needed in ("cost", "build"):
+        if getattr(kind, needed) is getattr(FfnConfig, needed):
+            raise ConfigError(f"class {path} has no method {needed}(self, around)")
+    if not isinstance(method := method_of(kind), str) or method in BUILT_IN:
+        raise ConfigError(f"class {path} needs a default for method, and none of {', '.join(BUILT_IN)}")
+    _FOUND[method] = kind
+    return kind
+
+
+@functools.cache
+def _load(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+@functools.cache
+def _source_sha256(module: str) -> str:
+    file = getattr(sys.modules[module], "__file__", None)
+    if file is None:
+        raise ConfigError(f"the layer of {module} is in no file; training wants its class in a module's file")
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()

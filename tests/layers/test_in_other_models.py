@@ -1,0 +1,55 @@
+"""PEER and PKM in a plain PyTorch model, with a plain optimiser."""
+
+import re
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from peerscale.files import ROOT
+from peerscale.layers import Peer, Pkm
+
+
+class TwoLayers(nn.Module):
+    """Someone else's model: tokens to the probability of two classes."""
+
+    def __init__(self, kernel: str) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 16)
+        self.memory = Pkm(16, n_experts=64, n_heads=2, top_k=4, query_bias=False, kernel=kernel)
+        self.experts = Peer(16, 64, 2, 4, 8, activation="relu", query_norm=False, kernel=kernel)
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        x_BTD = self.embedding(tokens_BT)
+        x_BTD = x_BTD + self.memory(x_BTD)
+        return self.head((x_BTD + self.experts(x_BTD)).mean(1))
+
+
+def test_trains_as_the_readable_reference_does() -> None:
+    torch.manual_seed(0)
+    fast = TwoLayers("auto")
+    readable = TwoLayers("reference")
+    readable.load_state_dict(fast.state_dict())
+    tokens, classes = torch.randint(50, (8, 5)), torch.randint(2, (8,))
+    losses: dict[str, list[float]] = {"fast": [], "readable": []}
+    for name, model in (("fast", fast), ("readable", readable)):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(5):
+            loss = nn.functional.cross_entropy(model(tokens), classes)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[name].append(loss.item())
+    assert losses["fast"] == pytest.approx(losses["readable"], rel=1e-4)
+    assert losses["fast"][-1] < losses["fast"][0]
+    for (name, one), other in zip(fast.named_parameters(), readable.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+    assert sum(len(layer.expert_tables()) for layer in (fast.memory, fast.experts)) == 3
+
+
+def test_the_lines_of_the_readme_run() -> None:
+    (lines,) = [
+        code for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "Pkm" in code
+    ]
+    exec(lines, {})

@@ -1,0 +1,166 @@
+"""A layer outside peerscale: one module and one YAML file in a folder of the user's, and nothing edited here."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from peerscale.accounting import cost
+from peerscale.cells import planned_cells
+from peerscale.config import Config, ConfigError, load, parse_config, to_dict
+from peerscale.errors import UserError
+from peerscale.files import ROOT
+from peerscale.layers import registry
+from peerscale.model import build_model
+from peerscale.runs.record import config_of, differing_keys, science
+from peerscale.runs.study import planned_record
+from peerscale.runs.table import runs_table
+
+RECIPE = (ROOT / "README.md").read_text().split("## Add a layer")[1].split("\n## ")[0]
+BLOCKS = dict(re.findall(r"^   ```(python|yaml)\n(.*?)^   ```", RECIPE, flags=re.S | re.M))
+MODULE, YAML = (re.sub(r"^   ", "", BLOCKS[language], flags=re.M) for language in ("python", "yaml"))
+
+
+@pytest.fixture
+def mylab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The README's two files in the current folder, and none of its imports left afterwards."""
+    folder = tmp_path / "mylab"
+    (folder / "conf" / "ffn").mkdir(parents=True)
+    (folder / "gated.py").write_text(MODULE)
+    (folder / "conf" / "ffn" / "gated.yaml").write_text(YAML)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    forget()
+    yield folder
+    forget()
+
+
+def forget() -> None:
+    """As a new process would start."""
+    sys.modules.pop("gated", None)
+    registry._load.cache_clear()
+    registry._source_sha256.cache_clear()
+    registry._adapter.cache_clear()
+    registry._FOUND.clear()
+
+
+def small(*overrides: str) -> Config:
+    return load(["ffn=gated", "size=d8", "data.vocab_size=257", "context=6", "batch_sequences=4", *overrides])
+
+
+def test_is_built_priced_and_initialised_as_the_readme_says(mylab: Path) -> None:
+    config = load(["ffn=gated", "size=d32", "ffn.d_hidden_over_d_model=2.5", "replaced=[2,3]"])
+    model = build_model(config)
+    layer = model.blocks[1].ffn
+    assert type(layer).__name__ == "Gated" and config.ffn.name == "gated"
+    for linear, std in ((layer.gate, 32**-0.5), (layer.down, 32**-0.5), (layer.up, 80**-0.5 / 8**0.5)):
+        assert linear.weight.std().item() == pytest.approx(std, rel=0.1), "1 / fan-in, the last over sqrt(2 x 4 layers)"
+    assert cost(config).params_total == sum(p.numel() for p in model.parameters())
+    tokens = torch.zeros(2, config.context, dtype=torch.long)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(tokens)
+    assert 3 * counter.get_total_flops() == cost(config).flops_per_token * tokens.numel()
+
+
+def test_is_hashed_with_its_source(mylab: Path) -> None:
+    config = small()
+    before = science(config, "corpus")
+    assert before["ffn"]["class"] == "gated.GatedConfig"
+    assert parse_config(json.loads(json.dumps(to_dict(config)))) == config
+    assert config_of(before).ffn == config.ffn
+    (mylab / "gated.py").write_text(f"{MODULE}\n# another text\n")
+    forget()
+    (change,) = differing_keys(before, science(small(), "corpus"))
+    assert change.startswith("ffn.source_sha256 ")
+    assert "source_sha256" not in science(load(["ffn=peer"]), "corpus")["ffn"]
+
+
+def test_a_study_varies_its_keys_and_tabulates_it(mylab: Path) -> None:
+    study = mylab / "mine.yaml"
+    study.write_text(
+        "sweep:\n  methods: [dense, gated]\n  grid: [{budget: 9.0e11, sizes: [d16, d20]}]\n"
+        "  method_axes: {gated: {ffn.d_hidden_over_d_model: [2, 3]}}\n"
+    )
+    cells = planned_cells(study)
+    assert [cell.name for cell in cells if cell.config.size.d_model == 16] == [
+        "dense-d16-9e11-s0",
+        "gated-d16-9e11-d_hidden_over_d_model=2.0-s0",
+        "gated-d16-9e11-d_hidden_over_d_model=3.0-s0",
+    ]
+    table = runs_table(planned_record("mine", cell) for cell in cells)
+    assert list(table["method"].unique()) == ["dense", "gated"] and table["n_experts"].isna().all()
+
+
+def test_stands_in_a_folder_of_pythonpath_and_trains(mylab: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"line {n} of {n * 7919 % 1000} words" for n in range(6000)))
+    overrides = [
+        "ffn=gated", "size=d8", "size.n_layers=2", "context=8", "budget=2e7", "min_steps=1", "data=text",
+        f"data.path={text}", "data.vocab_size=300", f"data.directory={tmp_path / 'data'}", "tracking=disabled",
+        "data.evaluation.validation=512", "data.max_epochs=100", f"trainer.runs_directory={tmp_path / 'runs'}",
+    ]  # fmt: skip
+    elsewhere = {**os.environ, "PYTHONPATH": str(mylab)}
+    command = [sys.executable, "-m", "peerscale.train", *overrides]
+    done = subprocess.run(command, cwd=tmp_path, env=elsewhere, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (record,) = (json.loads(path.read_text()) for path in (tmp_path / "runs").glob("single/gated-*/record.json"))
+    assert record["status"] == "done" and record["science"]["ffn"]["class"] == "gated.GatedConfig"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("class: nosuch.GatedConfig", "no module nosuch in the current folder or on PYTHONPATH"),
+        ("class: gated.nosuch.GatedConfig", "no module gated.nosuch in the current folder or on PYTHONPATH"),
+        ("class: gated.GatedConfg", "AttributeError: module 'gated' has no attribute 'GatedConfg'"),
+        ("class: GatedConfig", "Empty module name"),
+        ("class: gated.Gated", "class gated.Gated is no subclass of peerscale.layers.FfnConfig"),
+        ("class: peerscale.layers.peer.PeerConfig", "needs a default for method, and none of dense, "),
+        ("method: gated", "method 'gated' is no layer of peerscale, which are dense, "),
+        (
+            "class: gated.GatedConfig, d_hidden_over: 3",
+            "unknown key ffn.d_hidden_over; did you mean ffn.d_hidden_over_d_model?",
+        ),
+        ("class: gated.GatedConfig, d_hidden_over_d_model: x", "ffn.d_hidden_over_d_model: input should be a valid"),
+    ],
+)
+def test_a_mistake_in_its_file_takes_one_line(mylab: Path, change: str, message: str) -> None:
+    (mylab / "conf" / "ffn" / "gated.yaml").write_text(f"# @package _global_\nffn: {{{change}}}\n")
+    with pytest.raises(ConfigError) as refused:
+        small("optim.lr=1")
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("def cost(", "def costs(", "class gated.GatedConfig has no method cost(self, around)"),
+        ("def build(", "def make(", "class gated.GatedConfig has no method build(self, around)"),
+        ("@layer_config", "# ", "no subclass of peerscale.layers.FfnConfig with the decorator layer_config"),
+        ('"gated"', '"peer"', "needs a default for method, and none of dense, "),
+        ("return round(", "return rnd round(", "gated cannot be imported: SyntaxError: "),
+        ("import torch.nn", "import nosuch\nimport torch.nn", "gated cannot be imported: No module named 'nosuch'"),
+        ("3 * around", "2 * around", "Gated has 504 parameters at d_model 8, but cost of GatedConfig says 336: {'ffn"),
+        ("def init_weights", "def init", "Gated has parameters but no method init_weights(self, output_scale)"),
+    ],
+)
+def test_a_mistake_in_its_module_takes_one_line(mylab: Path, old: str, new: str, message: str) -> None:
+    (mylab / "gated.py").write_text(MODULE.replace(old, new, 1))
+    with pytest.raises(UserError) as refused:
+        build_model(small())
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_an_override_of_a_key_that_it_lacks_is_answered_with_its_own(mylab: Path) -> None:
+    with pytest.raises(ConfigError, match=r"unknown key ffn.d_hidden; did you mean ffn.d_hidden_over_d_model\?"):
+        small("ffn.d_hidden=3")
+    with pytest.raises(ConfigError, match=r"unknown key ffn.top_k; gated does not have it, only moe, "):
+        small("ffn.top_k=3")
