@@ -283,9 +283,6 @@ class TrainerConfig:
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: Positive = 1
     """GPUs of one cell, or processes on a machine without; they share each batch, so must divide `batch_sequences`."""
-    shard_tables: bool = False
-    """Each device holds a share of the rows of the expert tables, for tables that one cannot hold; their number must be
-    a multiple of `devices`."""
     threads: Positive = 1
     """CPU threads of each process of a cell; parallel sweeps run fastest with one."""
     kernel: Literal["auto", "fused", "triton", "native", "reference"] = "auto"
@@ -333,6 +330,9 @@ class Config:
     batch_sequences: Positive = 16
     context: Annotated[int, Field(ge=2)] = 64
     """Tokens a sequence."""
+    routing_group_sequences: Positive | None = None
+    """Sequences among which expert choice chooses, and over which the BatchNorm of queries takes its statistics; null:
+    those of the whole batch, on all devices."""
     precision: Literal["fp32", "bf16"] = "fp32"
     min_steps: Positive = 200
     """A cell with fewer optimiser steps is dropped."""
@@ -358,6 +358,11 @@ class Config:
     @property
     def tokens_per_step(self) -> int:
         return self.batch_sequences * self.context
+
+    @property
+    def n_routing_groups(self) -> int:
+        """Consecutive parts of a batch, each with statistics of its own."""
+        return self.batch_sequences // (self.routing_group_sequences or self.batch_sequences)
 
 
 _CONFIG: TypeAdapter[Config] = TypeAdapter(Config)

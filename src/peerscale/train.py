@@ -1,6 +1,7 @@
 """One cell: compose, plan, skip or resume, fit, record. `python -m peerscale.train` is also every sweep.
 
     python -m peerscale.train ffn=peer size=d32 budget=2e11
+    torchrun --nproc-per-node 2 -m peerscale.train ffn=peer size=d32 budget=2e11 trainer.devices=2
     python -m peerscale.train --config-dir sweeps --config-name reproduce
     python -m peerscale.train --config-dir sweeps --config-name reproduce hydra/launcher=joblib hydra.launcher.n_jobs=2
 
@@ -46,6 +47,7 @@ from peerscale.sweeper import (
     split_published,
     state,
 )
+from peerscale.training.distributed import started_ranks
 
 
 @hydra.main(config_path=str(ROOT / "conf"), config_name="config", version_base="1.3")
@@ -81,8 +83,12 @@ def refuse_dropped(cell: Cell) -> None:
 
 
 def run_single(cell: Cell) -> None:
-    """Run one cell for a user who waits for it."""
+    """Run one cell for a user who waits for it; if torchrun or srun started its ranks, the first one reports."""
     refuse_dropped(cell)
+    if started_ranks()[0] > 0:
+        prepare(cell.config.data, quiet=True)
+        run_cell(cell)
+        return
     was_there = read_manifest(cell.config.data)
     corpus = prepare(cell.config.data)
     if corpus.manifest != was_there:  # how large its sets are decides whether the cell is dropped
@@ -107,12 +113,14 @@ def run_cell(cell: Cell) -> Status:
     Raises:
         UserError: it cannot be run as it is; if it was never run before, nothing of it stays.
     """
+    from peerscale.training.cell import train_cell
+
+    if started_ranks()[0] > 0:  # the first rank has the lock
+        return train_cell(cell)
     cell.folder.mkdir(parents=True, exist_ok=True)
     try:
         # A second, since `status` takes the lock for a moment to see whether it is held.
         with FileLock(cell.folder / LOCK, timeout=1):
-            from peerscale.training.cell import train_cell
-
             return train_cell(cell)
     except UserError:
         if not any(path.name != LOCK for path in cell.folder.iterdir()):
@@ -131,6 +139,8 @@ def main() -> int:
         words.add_argument(short, long)
     named, others = words.parse_known_args()
     if named.config_name is not None:
+        if started_ranks()[1] > 1:
+            raise UserError("torchrun and srun start the ranks of one cell; a study starts those of its cells itself")
         folder = Path(named.config_dir or named.config_path or ROOT / "sweeps")
         study = sweep_file(folder / f"{named.config_name.removesuffix('.yaml')}.yaml")
         STUDY_OVERRIDES[:] = [

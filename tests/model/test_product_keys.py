@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from peerscale.kernels.backends import BACKENDS, resolve
 from peerscale.kernels.product_keys import candidate_pairs
-from peerscale.model.product_keys import ProductKeyRetrieval
+from peerscale.model.product_keys import ProductKeyRetrieval, QueryNorm
 
 FINDERS = ["reference", "fused"]
 
@@ -208,3 +208,21 @@ def test_impossible_sizes(change, message):
     sizes = {"d_model": 6, "n_experts": 25, "n_heads": 3, "top_k": 4, "d_key": 8} | change
     with pytest.raises(ValueError, match=message):
         ProductKeyRetrieval(**sizes)
+
+
+def test_query_norm_in_groups_is_the_batch_norm_of_each_group() -> None:
+    torch.manual_seed(0)
+    norm, groups = QueryNorm(5, n_groups=3), [nn.BatchNorm1d(5) for _ in range(3)]
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    for group in groups:
+        group.weight.data.copy_(norm.weight.data)
+    x = torch.randn(12, 5, requires_grad=True)
+    y, probe = norm(x), torch.randn(12, 5)
+    wanted = torch.cat([group(part) for group, part in zip(groups, x.chunk(3), strict=True)])
+    torch.testing.assert_close(y, wanted)
+    torch.testing.assert_close(
+        *(torch.autograd.grad((out * probe).sum(), x, retain_graph=True)[0] for out in (y, wanted))
+    )
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(norm, name), torch.stack([getattr(group, name) for group in groups]).mean(0))
+    assert norm.eval()(x).shape == x.shape

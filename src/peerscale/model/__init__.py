@@ -64,7 +64,7 @@ def build_ffn(config: Config) -> nn.Module:
         case WideDenseConfig():
             return Dense(d_model, wide_d_ff(config, ffn))
         case MoeConfig(routing="expert_choice"):
-            return ExpertChoiceMoe(d_model, d_ff, ffn.n_experts, ffn.capacity_factor)
+            return ExpertChoiceMoe(d_model, d_ff, ffn.n_experts, ffn.capacity_factor, config.n_routing_groups)
         case MoeConfig():
             return TokenChoiceMoe(
                 d_model,
@@ -93,6 +93,7 @@ def build_ffn(config: Config) -> nn.Module:
                 n_key_sets=1 if ffn.shared_keys else ffn.n_heads,
                 query_norm=ffn.query_norm,
                 query_bias=ffn.query_bias,
+                n_groups=config.n_routing_groups,
                 kernel=config.trainer.kernel,
             )
         case PeerConfig():
@@ -105,6 +106,7 @@ def build_ffn(config: Config) -> nn.Module:
                 n_key_sets=1 if ffn.shared_keys else ffn.n_heads,
                 query_norm=ffn.query_norm,
                 query_bias=ffn.query_bias,
+                n_groups=config.n_routing_groups,
                 activation=ffn.activation,
                 score=ffn.score,
                 kernel=config.trainer.kernel,

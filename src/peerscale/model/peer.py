@@ -30,13 +30,15 @@ class Peer(ProductKeyRetrieval, CountsUsage):
         n_key_sets: int = 1,
         query_norm: bool = True,
         query_bias: bool = True,
+        n_groups: int = 1,
         activation: str = "gelu",
         score: str = "softmax",
         kernel: str = "auto",
     ) -> None:
         super().__init__(
             d_model, n_experts, n_heads, top_k, d_key,
-            n_key_sets=n_key_sets, query_norm=query_norm, query_bias=query_bias, kernel=kernel,
+            n_key_sets=n_key_sets, query_norm=query_norm, query_bias=query_bias,
+            n_groups=n_groups, kernel=kernel,
         )  # fmt: skip
         self.activation, self.score = activation, score
         # Not stated in the paper: rows of norm about 1, so that u . x has the variance of x's features.

@@ -24,11 +24,13 @@ class Pkm(ProductKeyRetrieval, CountsUsage):
         n_key_sets: int = 1,
         query_norm: bool = True,
         query_bias: bool = True,
+        n_groups: int = 1,
         kernel: str = "auto",
     ) -> None:
         super().__init__(
             d_model, n_experts, n_heads, top_k, d_key,
-            n_key_sets=n_key_sets, query_norm=query_norm, query_bias=query_bias, kernel=kernel,
+            n_key_sets=n_key_sets, query_norm=query_norm, query_bias=query_bias,
+            n_groups=n_groups, kernel=kernel,
         )  # fmt: skip
         self.values = nn.Parameter(torch.randn(n_experts, d_model) * d_model**-0.5)
 

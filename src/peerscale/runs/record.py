@@ -95,6 +95,8 @@ def science(config: Config, data_fingerprint: str) -> dict[str, Any]:
     for dotted in NOT_HASHED:
         group, _, key = dotted.rpartition(".")
         del (tree[group] if group else tree)[key]
+    if config.n_routing_groups == 1:  # what was the only way before there was the key, so that fingerprints stay
+        del tree["routing_group_sequences"]
     return {**tree, "data_fingerprint": data_fingerprint, "recipe_version": RECIPE_VERSION}
 
 
