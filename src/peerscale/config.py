@@ -276,6 +276,10 @@ class OptimConfig:
     """Bound on the global gradient norm of all but the expert tables."""
 
 
+RENAMED_KERNELS = {"fused": "cpp", "native": "torch"}
+"""Names that older configurations and records have for a kernel."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class TrainerConfig:
     """How and where a cell runs; nothing here changes its result beyond floating-point order."""
@@ -285,8 +289,11 @@ class TrainerConfig:
     """GPUs of one cell, or processes on a machine without; they share each batch, so must divide `batch_sequences`."""
     threads: Positive = 1
     """CPU threads of each process of a cell; parallel sweeps run fastest with one."""
-    kernel: Literal["auto", "fused", "triton", "native", "reference"] = "auto"
-    """Which implementation of the single-neuron-expert operator."""
+    kernel: Annotated[
+        Literal["auto", "cpp", "triton", "torch", "reference"],
+        BeforeValidator(lambda name: RENAMED_KERNELS.get(name, name) if isinstance(name, str) else name),
+    ] = "auto"
+    """Which implementation of the operators (`kernels.backends`)."""
     compile: bool = False
     """torch.compile: takes 6 to 20 s at the start and saves 2 to 10 % of a step: for cells of 15 minutes or more."""
     checkpoint_every_s: Rate = 60.0

@@ -8,15 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from peerscale.kernels.backends import BACKENDS, resolve
-from peerscale.kernels.product_keys import candidate_pairs
+from peerscale.kernels.backends import choose_operators
+from peerscale.kernels.reference import candidate_pairs
 from peerscale.model.product_keys import ProductKeyRetrieval, QueryNorm
 
-FINDERS = ["reference", "fused"]
+FINDERS = ["reference", "cpp"]
 
 
 def top_k(name: str, query: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    return BACKENDS[resolve(name)].product_key_top_k(query, sub_keys, k)
+    return choose_operators(name).product_key_top_k(query, sub_keys, k)
 
 
 def all_scores(query: Tensor, sub_keys: Tensor) -> Tensor:
@@ -68,13 +68,13 @@ def test_equal_scores_are_taken_in_a_fixed_order(n, levels):
     torch.manual_seed(0)
     query = torch.ones(40, 1, 2, 1)
     sub_keys = torch.randint(levels, (1, 2, n, 1)).float()
-    scores, rows = top_k("fused", query, sub_keys, 16)
+    scores, rows = top_k("cpp", query, sub_keys, 16)
     assert_top_k(scores, rows, all_scores(query, sub_keys))
     assert (rows == rows[0]).all()
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        again = [top_k("fused", query[:tokens], sub_keys, 16)[1] for tokens in (1, 17, 40)]
+        again = [top_k("cpp", query[:tokens], sub_keys, 16)[1] for tokens in (1, 17, 40)]
     finally:
         torch.set_num_threads(threads)
     assert all((other == rows[0]).all() for other in again)
@@ -86,7 +86,7 @@ def test_rows_of_a_diverged_model_stay_inside_the_table(n):
     query, sub_keys = torch.randn(64, 1, 2, 1), torch.randn(1, 2, n, 1)
     sub_keys[torch.rand_like(sub_keys) < 0.4] = float("nan")
     query[::7], query[1::7], query[2::7] = float("nan"), float("inf"), 0.0
-    _, rows = top_k("fused", query, sub_keys, 16)
+    _, rows = top_k("cpp", query, sub_keys, 16)
     assert rows.min() >= 0 and rows.max() < n * n
 
 
@@ -113,7 +113,7 @@ def test_gradients_of_keys_of_any_width_and_many_queries(width, shared, dtype):
     torch.manual_seed(width)
     query = torch.randn(700, 2, 2, width, dtype=dtype, requires_grad=True)
     sub_keys = torch.randn(1 if shared else 2, 2, 20, width, dtype=dtype, requires_grad=True)
-    scores, rows = top_k("fused", query, sub_keys, 9)
+    scores, rows = top_k("cpp", query, sub_keys, 9)
     probe = torch.randn(700, 2, 9, dtype=dtype)
     found = torch.autograd.grad((scores * probe).sum(), (query, sub_keys))
     every = all_scores(query, sub_keys)
@@ -121,15 +121,6 @@ def test_gradients_of_keys_of_any_width_and_many_queries(width, shared, dtype):
     brute = torch.autograd.grad((every.gather(-1, rows) * probe).sum(), (query, sub_keys))
     for one, other in zip(found, brute, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4 if dtype is torch.float32 else 1e-9, atol=1e-4)
-
-
-def test_many_tokens_are_scored_in_parts(monkeypatch):
-    torch.manual_seed(0)
-    query, sub_keys = torch.randn(50, 2, 2, 4), torch.randn(2, 2, 300, 4)
-    whole = top_k("fused", query, sub_keys, 8)
-    monkeypatch.setattr("peerscale.kernels.fused._SCORES_AT_ONCE", 7 * 2 * 2 * 300)
-    for one, other in zip(whole, top_k("fused", query, sub_keys, 8), strict=True):
-        torch.testing.assert_close(one, other)
 
 
 def test_results_do_not_depend_on_the_number_of_threads():
@@ -140,7 +131,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
     try:
         for n in (1, 3):
             torch.set_num_threads(n)
-            scores, rows = top_k("fused", query, sub_keys, 8)
+            scores, rows = top_k("cpp", query, sub_keys, 8)
             results.append([scores, rows, *torch.autograd.grad(scores.square().sum(), (query, sub_keys))])
     finally:
         torch.set_num_threads(threads)
@@ -163,12 +154,14 @@ def test_candidate_pairs_are_those_with_fewer_than_k_better_or_equal_ones(k):
     assert len(pairs) == len(set(pairs)) <= k * (1 + math.log(k))
 
 
-@pytest.mark.parametrize("name", [*FINDERS, "native"])
+@pytest.mark.parametrize("name", [*FINDERS, "torch"])
 @pytest.mark.parametrize("shared", [True, False])
 def test_layout_of_queries_and_keys(name, shared):
     """The query projection's outputs are (head, half, width); the row of sub-keys (i, j) is i sqrt(n_experts) + j."""
     torch.manual_seed(0)
-    layer = ProductKeyRetrieval(6, 25, 3, 4, 8, n_key_sets=1 if shared else 3, query_norm=False, kernel=name).double()
+    layer = ProductKeyRetrieval(
+        6, 25, 3, 4, 8, n_key_sets=1 if shared else 3, query_norm=False, operators=choose_operators(name)
+    ).double()
     x = torch.randn(7, 6, dtype=torch.float64)
     scores, rows = layer.retrieve(x)
     q = (x @ layer.query.weight.T + layer.query.bias).view(7, 3, 2, 4)

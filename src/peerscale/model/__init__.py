@@ -16,6 +16,8 @@ from peerscale.config import (
     PkmConfig,
     WideDenseConfig,
 )
+from peerscale.kernels.backends import choose_operators
+from peerscale.kernels.operators import Operators
 from peerscale.model.dense import Dense
 from peerscale.model.fine_grained_moe import FineGrainedMoe
 from peerscale.model.moe import ExpertChoiceMoe, TokenChoiceMoe
@@ -25,18 +27,22 @@ from peerscale.model.trained import read_trained
 from peerscale.model.transformer import Transformer
 
 
-def build_model(config: Config) -> Transformer:
+def build_model(config: Config, device: str = "cpu") -> Transformer:
     """The transformer with the layer under study in its replaced blocks: tokens (B, T) -> logits (B, T, V).
+
+    Args:
+        config: of the cell.
+        device: type of device that the model is for, on which depends which backend computes it.
 
     Raises:
         UserError: the layer has parameters and no method `init_weights(output_scale)` that draws them.
     """
-    size = config.size
+    size, operators = config.size, choose_operators(config.trainer.kernel, device)
     ffns = [
-        build_ffn(config) if block in config.replaced_blocks else Dense(size.d_model, size.d_ff)
+        build_ffn(config, operators) if block in config.replaced_blocks else Dense(size.d_model, size.d_ff)
         for block in range(1, size.n_layers + 1)
     ]
-    return Transformer(size.d_model, size.n_heads, config.context, config.data.vocab_size, ffns, config.trainer.kernel)
+    return Transformer(size.d_model, size.n_heads, config.context, config.data.vocab_size, ffns, operators)
 
 
 def load_model(folder: str | Path) -> Transformer:
@@ -55,7 +61,7 @@ def load_model(folder: str | Path) -> Transformer:
     return model.eval()
 
 
-def build_ffn(config: Config) -> nn.Module:
+def build_ffn(config: Config, operators: Operators) -> nn.Module:
     """One feed-forward layer of the kind under study."""
     d_model, d_ff, ffn = config.size.d_model, config.size.d_ff, config.ffn
     match ffn:
@@ -94,7 +100,7 @@ def build_ffn(config: Config) -> nn.Module:
                 query_norm=ffn.query_norm,
                 query_bias=ffn.query_bias,
                 n_groups=config.n_routing_groups,
-                kernel=config.trainer.kernel,
+                operators=operators,
             )
         case PeerConfig():
             return Peer(
@@ -109,7 +115,7 @@ def build_ffn(config: Config) -> nn.Module:
                 n_groups=config.n_routing_groups,
                 activation=ffn.activation,
                 score=ffn.score,
-                kernel=config.trainer.kernel,
+                operators=operators,
             )
         case _:
             assert_never(ffn)

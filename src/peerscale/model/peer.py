@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from peerscale.kernels.operators import Operators
 from peerscale.model.product_keys import ProductKeyRetrieval
 from peerscale.model.usage import CountsUsage
 
@@ -16,7 +17,6 @@ class Peer(ProductKeyRetrieval, CountsUsage):
     Args:
         activation: sigma, `gelu` or `relu`.
         score: `softmax` over the top k of each head, or `sigmoid`.
-        kernel: the implementation of the experts (`kernels.backends`).
     """
 
     def __init__(
@@ -33,12 +33,12 @@ class Peer(ProductKeyRetrieval, CountsUsage):
         n_groups: int = 1,
         activation: str = "gelu",
         score: str = "softmax",
-        kernel: str = "auto",
+        operators: Operators | None = None,
     ) -> None:
         super().__init__(
             d_model, n_experts, n_heads, top_k, d_key,
             n_key_sets=n_key_sets, query_norm=query_norm, query_bias=query_bias,
-            n_groups=n_groups, kernel=kernel,
+            n_groups=n_groups, operators=operators,
         )  # fmt: skip
         self.activation, self.score = activation, score
         # Not stated in the paper: rows of norm about 1, so that u . x has the variance of x's features.

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from peerscale.kernels.operators import Operators
 from peerscale.model.product_keys import ProductKeyRetrieval
 from peerscale.model.usage import CountsUsage
 
@@ -25,12 +26,12 @@ class Pkm(ProductKeyRetrieval, CountsUsage):
         query_norm: bool = True,
         query_bias: bool = True,
         n_groups: int = 1,
-        kernel: str = "auto",
+        operators: Operators | None = None,
     ) -> None:
         super().__init__(
             d_model, n_experts, n_heads, top_k, d_key,
             n_key_sets=n_key_sets, query_norm=query_norm, query_bias=query_bias,
-            n_groups=n_groups, kernel=kernel,
+            n_groups=n_groups, operators=operators,
         )  # fmt: skip
         self.values = nn.Parameter(torch.randn(n_experts, d_model) * d_model**-0.5)
 

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from peerscale.kernels.backends import operators_for
+from peerscale.kernels.backends import choose_operators
 from peerscale.kernels.operators import Operators
 from peerscale.model.ranks import groups_here, mean_over_ranks, n_ranks, sum_over_ranks
 
@@ -59,7 +59,7 @@ class ProductKeyRetrieval(nn.Module):
         query_norm: BatchNorm over the queries' features.
         query_bias: a bias on the query projection.
         n_groups: consecutive parts of a batch, on all ranks, each with a BatchNorm of its own.
-        kernel: the implementation (`kernels.backends`).
+        operators: the backend; None: the fastest for torch's default device (`kernels.backends`).
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class ProductKeyRetrieval(nn.Module):
         query_norm: bool = True,
         query_bias: bool = True,
         n_groups: int = 1,
-        kernel: str = "auto",
+        operators: Operators | None = None,
     ) -> None:
         super().__init__()
         n_keys = math.isqrt(n_experts)
@@ -87,16 +87,11 @@ class ProductKeyRetrieval(nn.Module):
         if n_key_sets not in (1, n_heads):
             raise ValueError(f"n_key_sets {n_key_sets} is neither 1 nor n_heads {n_heads}")
         self.n_experts, self.n_heads, self.top_k, self.n_keys = n_experts, n_heads, top_k, n_keys
-        self.kernel = kernel
+        self.operators = operators or choose_operators()
         self.query = nn.Linear(d_model, n_heads * d_key, bias=query_bias)
         self.query_norm = QueryNorm(n_heads * d_key, n_groups) if query_norm else None
         self.sub_keys = nn.Parameter(torch.empty(n_key_sets, 2, n_keys, d_key // 2))
         self.reset_parameters()
-
-    @property
-    def operators(self) -> Operators:
-        """The implementation, which depends on the device that the layer is on."""
-        return operators_for(self.kernel, self.sub_keys.device.type)
 
     def reset_parameters(self) -> None:
         """The paper states no initialisation; this is that of the product-key memory code it refers to."""

@@ -20,7 +20,7 @@ from peerscale.data.batches import TrainBatches
 from peerscale.data.store import Corpus, open_corpus
 from peerscale.errors import UserError
 from peerscale.files import remove_abandoned, write_text
-from peerscale.kernels.backends import resolve
+from peerscale.kernels.backends import choose_operators
 from peerscale.model.ranks import as_first_rank
 from peerscale.model.trained import CHECKPOINTS, checkpoints
 from peerscale.plan import Plan
@@ -82,12 +82,13 @@ def train_cell(cell: Cell) -> Status:
         of_another = read_record(cell.folder) if is_broken_connection(error) else None
         if of_another is not None and of_another.status is Status.FAILED:
             return run.close(of_another)
-        return run.close(_failed(run.record, error))
+        failed = _failed(run.record, error)
+        print(f"\n{cell.name} failed: {failed.reason}", file=sys.stderr)
+        return run.close(failed)
 
 
 def _failed(record: Record, error: Exception) -> Record:
     reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    print(f"\n{record.cell} failed: {reason}", file=sys.stderr)
     return replace(record, status=Status.FAILED, reason=reason, traceback="".join(traceback.format_exception(error)))
 
 
@@ -97,8 +98,9 @@ def _launch_ranks(cell: Cell, corpus: Corpus, old: Record | None) -> Status:
     try:
         launch(cell.config.trainer.devices, job)
     except RankError as error:
-        record = read_record(cell.folder) or CellRun(cell, corpus, old).record
-        write_record(cell.folder, _failed(record, error))
+        failed = _failed(read_record(cell.folder) or CellRun(cell, corpus, old).record, error)
+        print(f"\n{cell.name} failed: {failed.reason}", file=sys.stderr)
+        write_record(cell.folder, failed)
     record = read_record(cell.folder)
     assert record is not None
     return record.status
@@ -118,7 +120,7 @@ def _train_with_first_rank(cell: Cell, corpus: Corpus) -> Status:
     prepare_process(config)
     device = pick_device(config)
     with joined_ranks(device):
-        module = build_module(config, cell.plan)
+        module = build_module(config, cell.plan, device)
         resumed_step = as_first_rank(0)
         resumed = checkpoint_path(folder, resumed_step) if resumed_step else None
         try:
@@ -142,7 +144,7 @@ class CellRun:
         remove_abandoned(self.checkpoint_folder)
         prepare_process(self.config)
         self.device = pick_device(self.config)
-        kernel = resolve(self.config.trainer.kernel, self.device.type)
+        kernel = choose_operators(self.config.trainer.kernel, self.device.type).name
         environment = describe(kernel, self.device, self.config.trainer)
         self.resumed = newest_readable(self.checkpoint_folder)
         exact = True
@@ -173,7 +175,7 @@ class CellRun:
         config, plan, trainer = self.config, self.plan, self.config.trainer
         resumed, first_step = self.resumed or (None, 0)
         with joined_ranks(self.device):
-            module = build_module(config, plan)
+            module = build_module(config, plan, self.device)
             as_first_rank(first_step)
             self._write(self.record)
             cut_back(self.cell.folder, first_step)
@@ -235,10 +237,10 @@ def prepare_process(config: Config) -> None:
     keep_freed_memory()
 
 
-def build_module(config: Config, plan: Plan) -> LanguageModel:
+def build_module(config: Config, plan: Plan, device: torch.device) -> LanguageModel:
     """The untrained model of a cell on this rank; raises `UserError` if its layer draws no weights of its own."""
     lightning.seed_everything(config.seed, verbose=False)
-    module = LanguageModel(config, plan)
+    module = LanguageModel(config, plan, device.type)
     if config.trainer.compile:
         module.model.features = torch.compile(module.model.features)
     return module

@@ -85,11 +85,14 @@ def _name_as_torchrun() -> None:
         return
     from lightning.fabric.plugins.environments import SLURMEnvironment
 
-    slurm, (rank, count) = SLURMEnvironment(auto_requeue=False), started_ranks()
+    rank, count = started_ranks()
+    # Steps of a job run side by side, and jobs may share a machine, so each needs a port of its own.
+    port = 15_000 + (int(os.environ["SLURM_JOB_ID"]) + 10 * int(os.environ["SLURM_STEP_ID"])) % 10_000
     os.environ |= {
         "RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": os.environ["SLURM_LOCALID"],
         "GROUP_RANK": os.environ["SLURM_NODEID"], "GROUP_WORLD_SIZE": os.environ["SLURM_STEP_NUM_NODES"],
-        "MASTER_ADDR": slurm.main_address, "MASTER_PORT": str(slurm.main_port),
+        "MASTER_ADDR": SLURMEnvironment.resolve_root_node_address(os.environ["SLURM_STEP_NODELIST"]),
+        "MASTER_PORT": str(port),
     }  # fmt: skip
 
 

@@ -3,7 +3,8 @@
 import lightning
 from torch.nn.parallel import DistributedDataParallel
 
-from peerscale.kernels.gradients import Pairs, TableGradient, collect_row_gradients, collected_gradients
+from peerscale.kernels.gradients import collect_row_gradients, collected_gradients
+from peerscale.kernels.operators import Pairs, TableGradient
 from peerscale.model.ranks import gather, mean_over_ranks, n_ranks
 from peerscale.training.module import LanguageModel
 
@@ -32,13 +33,13 @@ class TableExchange(lightning.Callback):
             assert collected is not None
             if (here := collected.total()) is None:
                 continue
-            backend, n_rows = here.pairs.backend, here.pairs.n_rows
+            operators = here.pairs.operators
             if id(here.pairs) not in shared:
-                shared[id(here.pairs)] = Pairs(backend, gather(here.pairs.rows_TJ), n_rows)
+                shared[id(here.pairs)] = Pairs(operators, gather(here.pairs.rows_TJ), here.pairs.n_rows)
             pairs = shared[id(here.pairs)]
             gradient = TableGradient(pairs, gather(here.coefficients_TJ) / n_ranks(), gather(here.vectors_TD))
             collected.clear()
             if self.row_sparse:
                 collected.gradients.append(gradient)
             else:
-                table.grad = backend.table_gradient(gradient, n_rows)
+                table.grad = operators.table_gradient(gradient)
