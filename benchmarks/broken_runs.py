@@ -55,7 +55,7 @@ class Bench:
         return {
             "data.path": self.folder / "text.txt", "data.directory": self.folder / "data", "data.vocab_size": 300,
             "data.evaluation.validation": 512, "data.max_epochs": 100, "size.n_layers": 2, "batch_sequences": 16,
-            "context": 8, "min_steps": 4, "trainer.runs_directory": self.folder / runs, "trainer.kernel": "native",
+            "context": 8, "min_steps": 4, "trainer.runs_directory": self.folder / runs, "trainer.kernel": "torch",
             "trainer.log_every_steps": 1, "trainer.checkpoint_every_steps": 3, "trainer.keep_checkpoint": "true",
         }  # fmt: skip
 

@@ -61,7 +61,7 @@ sweep:
   grid: [{{budget: {short}, sizes: [d8]}}, {{budget: {long}, sizes: [d8]}}]
   min_sizes: 1
 data: {{path: {text}, directory: {folder}/data, vocab_size: 300, max_epochs: 1e6, evaluation: {{validation: 512}}}}
-trainer: {{runs_directory: {folder}/runs, kernel: native, log_every_steps: 20, checkpoint_every_s: 3600}}
+trainer: {{runs_directory: {folder}/runs, kernel: torch, log_every_steps: 20, checkpoint_every_s: 3600}}
 size: {{n_layers: 2}}
 context: 8
 min_steps: 40

@@ -49,7 +49,7 @@ def settings(corpus_path: Path, tmp_path: Path) -> list[str]:
         "data=text", f"data.path={corpus_path}", "data.vocab_size=300", f"data.directory={corpus_path.parent / 'data'}",
         "data.evaluation.validation=512", "data.max_epochs=100", "size=d8", "size.n_layers=2",
         "batch_sequences=16", "context=8", "min_steps=4", f"trainer.runs_directory={tmp_path / 'runs'}",
-        "trainer.log_every_steps=2", "trainer.kernel=native",
+        "trainer.log_every_steps=2", "trainer.kernel=torch",
     ]  # fmt: skip
 
 

@@ -136,6 +136,10 @@ class OptimConfig:
     """Bound on the global gradient norm of all but the expert tables."""
 
 
+RENAMED_KERNELS = {"fused": "cpp", "native": "torch"}
+"""Names that older configurations and records have for a kernel."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class TrainerConfig:
     """How and where a cell runs; nothing here changes its result beyond floating-point order."""
@@ -143,13 +147,13 @@ class TrainerConfig:
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: Positive = 1
     """GPUs of one cell, or processes on a machine without; they share each batch, so must divide `batch_sequences`."""
-    shard_tables: bool = False
-    """Each device holds a share of the rows of the expert tables, for tables that one cannot hold; their number must be
-    a multiple of `devices`."""
     threads: Positive = 1
     """CPU threads of each process of a cell; parallel sweeps run fastest with one."""
-    kernel: Literal["auto", "fused", "triton", "native", "reference"] = "auto"
-    """Which implementation of the single-neuron-expert operator."""
+    kernel: Annotated[
+        Literal["auto", "cpp", "triton", "torch", "reference"],
+        BeforeValidator(lambda name: RENAMED_KERNELS.get(name, name) if isinstance(name, str) else name),
+    ] = "auto"
+    """Which implementation of the operators (`kernels.backends`)."""
     compile: bool = False
     """torch.compile: takes 6 to 20 s at the start and saves 2 to 10 % of a step: for cells of 15 minutes or more."""
     checkpoint_every_s: Rate = 60.0
@@ -194,6 +198,9 @@ class Config:
     batch_sequences: Positive = 16
     context: Annotated[int, Field(ge=2)] = 64
     """Tokens a sequence."""
+    routing_group_sequences: Positive | None = None
+    """Sequences among which expert choice chooses, and over which the BatchNorm of queries takes its statistics; null:
+    those of the whole batch, on all devices."""
     precision: Literal["fp32", "bf16"] = "fp32"
     min_steps: Positive = 200
     """A cell with fewer optimiser steps is dropped."""
@@ -219,13 +226,18 @@ class Config:
         return Surroundings(
             d_model=self.size.d_model,
             d_ff=self.size.d_ff,
-            batch_sequences=self.batch_sequences,
-            kernel=self.trainer.kernel,
+            group_sequences=self.routing_group_sequences or self.batch_sequences,
+            n_groups=self.n_routing_groups,
         )
 
     @property
     def tokens_per_step(self) -> int:
         return self.batch_sequences * self.context
+
+    @property
+    def n_routing_groups(self) -> int:
+        """Consecutive parts of a batch, each with statistics of its own."""
+        return self.batch_sequences // (self.routing_group_sequences or self.batch_sequences)
 
 
 _CONFIG: TypeAdapter[Config] = TypeAdapter(Config)

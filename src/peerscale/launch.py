@@ -20,6 +20,7 @@ from peerscale.plan import Verdict
 from peerscale.progress import Progress
 from peerscale.runs.record import Status
 from peerscale.train import run_cell
+from peerscale.training.distributed import started_ranks
 
 LAUNCHERS = ("local", "joblib", "slurm")
 
@@ -34,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     if options.jobs is not None and options.jobs < 1:
         raise UserError(f"--jobs must be at least 1, not {options.jobs}")
+    if started_ranks()[1] > 1:
+        raise UserError("torchrun and srun start the ranks of one cell; a study starts those of its cells itself")
     submit = None
     if options.launcher == "slurm":
         from peerscale.submission import submitter

@@ -191,16 +191,19 @@ def _unusable_data(config: Config, set_tokens: Mapping[str, int] | None) -> str:
 
 
 def _indivisible(config: Config) -> str:
-    """Why batch or tables cannot be divided as the configuration asks; empty if they can."""
+    """Why a batch cannot be divided as the configuration asks; empty if it can."""
     if config.batch_sequences % config.trainer.devices:
         allowed = [str(n) for n in range(1, config.batch_sequences + 1) if config.batch_sequences % n == 0]
         return (
             f"{config.batch_sequences} sequences cannot be shared by trainer.devices {config.trainer.devices}; "
             f"allowed: {', '.join(allowed)}"
         )
-    n_rows = config.ffn.n_experts if isinstance(config.ffn, RetrievalConfig) else 0
-    if config.trainer.shard_tables and n_rows % config.trainer.devices:
-        return f"tables of {n_rows} rows cannot be sharded evenly over trainer.devices {config.trainer.devices}"
+    sequences = config.routing_group_sequences or config.batch_sequences
+    here = config.batch_sequences // config.trainer.devices
+    if config.batch_sequences % sequences:
+        return f"routing_group_sequences {sequences} does not divide batch_sequences {config.batch_sequences}"
+    if sequences < config.batch_sequences and here % sequences:
+        return f"routing_group_sequences {sequences} does not divide the {here} sequences of a device"
     return ""
 
 

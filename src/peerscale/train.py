@@ -2,6 +2,7 @@
 
     python -m peerscale.train ffn=peer size=d32 budget=2e11
     python -m peerscale.train -m ffn=peer,dense size=d32,d48
+    torchrun --nproc-per-node 2 -m peerscale.train ffn=peer size=d32 budget=2e11 trainer.devices=2
 
 torch and lightning are imported inside the cell, so that planning and skipping take no time. Exit codes:
 `peerscale.errors`.
@@ -27,6 +28,7 @@ from peerscale.files import ROOT
 from peerscale.plan import Verdict
 from peerscale.progress import Progress
 from peerscale.runs.record import LOCK, Status, read_record
+from peerscale.training.distributed import started_ranks
 
 
 @hydra.main(config_path=str(ROOT / "conf"), config_name="config", version_base="1.3")
@@ -51,9 +53,13 @@ def refuse_dropped(cell: Cell) -> None:
 
 
 def run_single(composition: Composition) -> None:
-    """Run one cell for a user who waits for it."""
+    """Run one cell for a user who waits for it; if torchrun or srun started its ranks, the first one reports."""
     cell = single_cell(composition)
     refuse_dropped(cell)
+    if started_ranks()[0] > 0:
+        prepare(cell.config.data, quiet=True)
+        run_cell(cell)
+        return
     was_there = read_manifest(cell.config.data)
     corpus = prepare(cell.config.data)
     if corpus.manifest != was_there:  # how large its sets are decides whether the cell is dropped
@@ -78,12 +84,14 @@ def run_cell(cell: Cell) -> Status:
     Raises:
         UserError: it cannot be run as it is; if it was never run before, nothing of it stays.
     """
+    from peerscale.training.cell import train_cell
+
+    if started_ranks()[0] > 0:  # the first rank has the lock
+        return train_cell(cell)
     cell.folder.mkdir(parents=True, exist_ok=True)
     try:
         # A second, since `status` takes the lock for a moment to see whether it is held.
         with FileLock(cell.folder / LOCK, timeout=1):
-            from peerscale.training.cell import train_cell
-
             return train_cell(cell)
     except UserError:
         if not any(path.name != LOCK for path in cell.folder.iterdir()):

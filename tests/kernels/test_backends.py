@@ -9,8 +9,13 @@ import torch
 
 from peerscale.errors import UserError
 from peerscale.kernels import backends, compiler
+<<<<<<< ours
 from peerscale.kernels.backends import resolve
 from peerscale.layers.modules.peer import Peer
+=======
+from peerscale.kernels.backends import choose_operators
+from peerscale.model.peer import Peer
+>>>>>>> theirs
 
 
 @pytest.fixture
@@ -36,15 +41,15 @@ def no_compiler(monkeypatch, tmp_path, forgetful):
 @pytest.fixture
 def broken_compiler(monkeypatch, tmp_path, forgetful):
     script = tmp_path / "broken"
-    script.write_text("#!/bin/sh\necho 'fused.cpp:1: fatal error: no omp.h' >&2\nexit 1\n")
+    script.write_text("#!/bin/sh\necho 'operators.cpp:1: fatal error: no omp.h' >&2\nexit 1\n")
     script.chmod(0o755)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", str(script))
 
 
 def test_auto_is_the_fastest_backend_here():
-    assert resolve("auto") == "fused"
-    assert [resolve(name) for name in ("fused", "native", "reference")] == ["fused", "native", "reference"]
+    assert choose_operators("auto").name == "cpp"
+    assert [choose_operators(name).name for name in ("cpp", "torch", "reference")] == ["cpp", "torch", "reference"]
 
 
 @pytest.fixture
@@ -61,65 +66,63 @@ def without_triton(monkeypatch, forgetful):
 
 
 def test_auto_on_a_gpu(with_triton):
-    assert resolve("auto", "cuda") == resolve("triton", "cuda") == "triton"
-    assert resolve("auto", "cpu") == "fused"
+    assert choose_operators("auto", "cuda").name == choose_operators("triton", "cuda").name == "triton"
+    assert choose_operators("auto", "cpu").name == "cpp"
 
 
 def test_auto_where_no_backend_is_made_for_the_device(with_triton, capsys):
-    assert resolve("auto", "mps") == resolve("auto", "meta") == "native"
+    assert choose_operators("auto", "mps").name == choose_operators("auto", "meta").name == "torch"
     assert not capsys.readouterr().err
 
 
-def test_auto_on_a_gpu_without_triton_is_native_with_one_line_of_notice(without_triton, capsys):
-    assert resolve("auto", "cuda") == resolve("auto", "cuda") == "native"
+def test_auto_on_a_gpu_without_triton_is_torch_with_one_line_of_notice(without_triton, capsys):
+    assert choose_operators("auto", "cuda").name == choose_operators("auto", "cuda").name == "torch"
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("notice: kernel native in place of triton") and "peerscale[gpu]" in line
+    assert line.startswith("notice: kernel torch in place of triton") and "peerscale[gpu]" in line
 
 
 def test_triton_is_refused_where_it_cannot_run(with_triton):
     with pytest.raises(UserError) as error:
-        resolve("triton", "cpu")
-    assert str(error.value) == (
-        "kernel triton cannot run here: it needs a GPU; these can: auto, fused, native, reference"
-    )
+        choose_operators("triton", "cpu")
+    assert str(error.value) == ("kernel triton cannot run here: it needs a GPU; these can: auto, cpp, torch, reference")
 
 
 def test_triton_is_refused_where_it_is_not_installed(without_triton):
-    with pytest.raises(UserError, match=r"there is no package triton.*; these can: auto, native, reference$"):
-        resolve("triton", "cuda")
+    with pytest.raises(UserError, match=r"there is no package triton.*; these can: auto, torch, reference$"):
+        choose_operators("triton", "cuda")
 
 
-def test_fused_is_refused_on_a_gpu(with_triton):
-    with pytest.raises(UserError, match=r"it is for the CPU; these can: auto, triton, native, reference$"):
-        resolve("fused", "cuda")
+def test_cpp_is_refused_on_a_gpu(with_triton):
+    with pytest.raises(UserError, match=r"it is for the CPU; these can: auto, triton, torch, reference$"):
+        choose_operators("cpp", "cuda")
 
 
-@pytest.mark.parametrize("kernel", ["auto", "native"])
+@pytest.mark.parametrize("kernel", ["auto", "torch"])
 def test_torch_compile_takes_a_layer(kernel):
-    layer, x = Peer(6, 16, 2, 4, 8, kernel=kernel).eval(), torch.randn(5, 6)
+    layer, x = Peer(6, 16, 2, 4, 8, operators=choose_operators(kernel)).eval(), torch.randn(5, 6)
     torch.testing.assert_close(torch.compile(layer, backend="aot_eager")(x), layer(x))
 
 
 def test_unknown_backend():
     with pytest.raises(
-        UserError, match="kernel 'tensor' does not exist; there are: auto, fused, triton, native, reference"
+        UserError, match="kernel 'tensor' does not exist; there are: auto, cpp, triton, torch, reference"
     ):
-        resolve("tensor")
+        choose_operators("tensor")
 
 
-def test_without_a_compiler_auto_is_native_with_one_line_of_notice(no_compiler, capsys):
-    assert resolve("auto") == resolve("auto") == "native"
+def test_without_a_compiler_auto_is_torch_with_one_line_of_notice(no_compiler, capsys):
+    assert choose_operators("auto").name == choose_operators("auto").name == "torch"
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("notice: kernel native") and "no C++ compiler" in lines[0]
+    assert len(lines) == 1 and lines[0].startswith("notice: kernel torch") and "no C++ compiler" in lines[0]
 
 
-def test_without_a_compiler_fused_is_refused(no_compiler):
-    with pytest.raises(UserError, match=r"kernel fused cannot run here: no C\+\+ compiler"):
-        resolve("fused")
+def test_without_a_compiler_cpp_is_refused(no_compiler):
+    with pytest.raises(UserError, match=r"kernel cpp cannot run here: no C\+\+ compiler"):
+        choose_operators("cpp")
 
 
 def test_a_compiler_that_fails_is_reported_in_one_line(broken_compiler, capsys):
-    assert resolve("auto") == "native"
+    assert choose_operators("auto").name == "torch"
     [line] = capsys.readouterr().err.splitlines()
     assert "fatal error: no omp.h" in line
 
@@ -127,7 +130,7 @@ def test_a_compiler_that_fails_is_reported_in_one_line(broken_compiler, capsys):
 def test_a_cache_that_cannot_be_written_is_reported_in_one_line(monkeypatch, tmp_path, forgetful, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert resolve("auto") == "native"
+    assert choose_operators("auto").name == "torch"
     [line] = capsys.readouterr().err.splitlines()
     assert str(tmp_path / "file") in line
 

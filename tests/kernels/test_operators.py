@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peerscale.kernels.backends import BACKENDS, obstacle, resolve
+from peerscale.kernels.adamw import AdamW, Moments
+from peerscale.kernels.backends import BACKENDS, choose_operators
+from peerscale.kernels.operators import Pairs, TableGradient
 
 REFERENCE = BACKENDS["reference"]
 DEVICE = torch.get_default_device().type
 # Triton's turn is in test_triton.
-RUNNABLE = [name for name in BACKENDS if obstacle(name, DEVICE) is None]
+RUNNABLE = [name for name in BACKENDS if BACKENDS[name].obstacle(DEVICE) is None]
 OTHERS = [name for name in RUNNABLE if name != "reference"]
 
 # Tokens, width, rows of a table, rows a token: one head with top_k 1; repeated rows; widths that are and are not whole
@@ -28,7 +30,7 @@ SHAPES = [
     (12, 100, 30, 9),
     (3, 70, 50, 40),
 ]
-# A table beyond the cache whose rows are read several times, which the fused backend goes through row by row.
+# A table beyond the cache whose rows are read several times, which the C++ backend goes through row by row.
 LARGE = (90, 300, 4000, 128)
 
 
@@ -38,7 +40,7 @@ def seed() -> None:
 
 
 def backend(name: str):
-    return BACKENDS[resolve(name, DEVICE)]
+    return choose_operators(name, DEVICE)
 
 
 def inputs(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
@@ -63,6 +65,29 @@ def assert_same(actual: list[Tensor], expected: list[Tensor], tolerance: float) 
         assert a.shape == e.shape
         scale = max(1.0, e.abs().max().item()) if e.numel() else 1.0
         torch.testing.assert_close(a.double(), e.double(), rtol=tolerance, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, LARGE], ids=str)
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_parts_equal_their_definition(name, shape):
+    (x, table, _, weights), rows = inputs(shape, torch.float64)
+    found = []
+    for operators in (backend(name), REFERENCE):
+        pairs = Pairs(operators, rows, len(table))
+        gradient = TableGradient(pairs, weights, x)
+        changed, moments = (
+            table.clone(),
+            [torch.zeros_like(table), torch.zeros_like(table), table.new_zeros(len(table))],
+        )
+        if rows.numel():
+            rates = AdamW(lr=0.1, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
+            named = Moments(mean_ND=moments[0], square_ND=moments[1], steps_N=moments[2])
+            operators.adamw_rows(gradient, changed, named, rates)
+        found.append([
+            operators.row_dot_products(x, table, pairs), operators.weighted_row_sum(table, pairs, weights),
+            operators.table_gradient(gradient), changed, *moments,
+        ])  # fmt: skip
+    assert_same(*found, 1e-12)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 3e-6)])
@@ -113,12 +138,12 @@ def test_gradcheck(name, activation):
     assert torch.autograd.gradcheck(lambda t, w: operators.weighted_rows(t, rows, w), (w_up, gates))
 
 
-def test_fused_gelu_is_accurate_in_float32():
+def test_cpp_gelu_is_accurate_in_float32():
     z = torch.cat([torch.linspace(-15, 15, 20001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 80.0, -80.0, 3e38])])
     one, rows = torch.ones(1, 1), torch.zeros(len(z), 1, dtype=torch.long)
 
     def gelu(x):
-        return backend("fused").single_neuron_experts(x, one, one, rows, torch.ones(len(x), 1), "gelu")
+        return backend("cpp").single_neuron_experts(x, one, one, rows, torch.ones(len(x), 1), "gelu")
 
     x, exact = z[:, None].clone().requires_grad_(), z.double().requires_grad_()
     value, expected = gelu(x), F.gelu(exact)
@@ -137,13 +162,13 @@ def test_not_a_number_is_not_hidden(name, activation):
 
 
 @pytest.mark.parametrize("shape", [(64, 48, 100, 12), LARGE], ids=str)
-def test_fused_results_do_not_depend_on_the_number_of_threads(shape):
+def test_cpp_results_do_not_depend_on_the_number_of_threads(shape):
     tensors, rows = inputs(shape, torch.float32)
     threads = torch.get_num_threads()
 
     def run(n):
         torch.set_num_threads(n)
-        return results(lambda x, u, v, g: backend("fused").single_neuron_experts(x, u, v, rows, g, "gelu"), tensors)
+        return results(lambda x, u, v, g: backend("cpp").single_neuron_experts(x, u, v, rows, g, "gelu"), tensors)
 
     try:
         assert all(torch.equal(one, three) for one, three in zip(run(1), run(3), strict=True))
@@ -152,13 +177,13 @@ def test_fused_results_do_not_depend_on_the_number_of_threads(shape):
 
 
 @pytest.mark.parametrize("wrong", [-1, 9])
-def test_fused_refuses_rows_outside_the_table(wrong):
+def test_cpp_refuses_rows_outside_the_table(wrong):
     (x, w_down, w_up, gates), rows = inputs((5, 3, 9, 2), torch.float32)
     rows[3, 1] = wrong
     with pytest.raises(IndexError, match=r"0\.\.8"):
-        backend("fused").single_neuron_experts(x, w_down, w_up, rows, gates, "gelu")
+        backend("cpp").single_neuron_experts(x, w_down, w_up, rows, gates, "gelu")
     with pytest.raises(IndexError, match=r"0\.\.8"):
-        backend("fused").weighted_rows(w_up, rows, gates)
+        backend("cpp").weighted_rows(w_up, rows, gates)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -208,9 +233,9 @@ def test_backends_can_be_copied_and_pickled_with_a_model(name):
 def test_other_devices_and_types_run_on_torch():
     (x, w_down, w_up, gates), rows = inputs((6, 4, 8, 4), torch.float32)
     on_meta = [tensor.to("meta") for tensor in (x, w_down, w_up, rows, gates)]
-    assert BACKENDS["fused"].single_neuron_experts(*on_meta, "gelu").shape == x.shape
+    assert BACKENDS["cpp"].single_neuron_experts(*on_meta, "gelu").shape == x.shape
     half = [tensor.bfloat16() for tensor in (x, w_down, w_up, gates)]
-    y = BACKENDS["fused"].single_neuron_experts(*half[:3], rows, half[3], "gelu")
+    y = BACKENDS["cpp"].single_neuron_experts(*half[:3], rows, half[3], "gelu")
     exact = REFERENCE.single_neuron_experts(x, w_down, w_up, rows, gates, "gelu")
     torch.testing.assert_close(y.float(), exact, rtol=0.1, atol=0.1)
 

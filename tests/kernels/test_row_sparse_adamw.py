@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peerscale.kernels.backends import BACKENDS, obstacle, resolve
+from peerscale.kernels.backends import BACKENDS, choose_operators
 from peerscale.kernels.gradients import collect_row_gradients, collected_gradients
 from peerscale.kernels.row_sparse_adamw import RowSparseAdamW
 from peerscale.layers.modules.peer import Peer
@@ -17,7 +17,7 @@ RATES = {"lr": 0.03, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 N, D, T, J = 30, 5, 4, 3
 DEVICE = torch.get_default_device().type
 # Triton's turn is in test_triton.
-RUNNABLE = [name for name in BACKENDS if obstacle(name, DEVICE) is None]
+RUNNABLE = [name for name in BACKENDS if BACKENDS[name].obstacle(DEVICE) is None]
 COMPACT = [name for name in RUNNABLE if name != "reference"]
 
 
@@ -27,7 +27,7 @@ def seed() -> None:
 
 
 def operators(name: str):
-    return BACKENDS[resolve(name, DEVICE)]
+    return choose_operators(name, DEVICE)
 
 
 def table(dtype: torch.dtype = torch.float64) -> nn.Parameter:
@@ -81,7 +81,7 @@ def test_each_row_is_an_adamw_of_its_own(name):
 def test_equals_dense_adamw_when_every_row_is_retrieved(layer, name, dtype, tolerance):
     # Four rows, of which each of 40 tokens retrieves some. No query norm: under it the gradient of the query's bias is
     # rounding noise, which Adam turns into steps of full size.
-    model = layer(6, 4, 2, 2, 8, query_norm=False, kernel=name).to(dtype)
+    model = layer(6, 4, 2, 2, 8, query_norm=False, operators=operators(name)).to(dtype)
     dense, sparse = copy.deepcopy(model), model
     tables = sparse.expert_tables()
     rest = [p for p in sparse.parameters() if all(p is not t for t in tables)]
@@ -122,7 +122,7 @@ def test_backward_passes_add_up_until_zero_grad(name):
 
 @pytest.mark.parametrize("name", COMPACT)
 def test_compact_gradients_are_the_dense_ones(name):
-    model = Peer(6, 16, 2, 4, 8, kernel=name).double()
+    model = Peer(6, 16, 2, 4, 8, operators=operators(name)).double()
     x = torch.randn(9, 6, dtype=torch.float64)
     model(x).square().sum().backward()
     dense = [parameter.grad for parameter in model.expert_tables()]
@@ -133,7 +133,7 @@ def test_compact_gradients_are_the_dense_ones(name):
     for parameter, expected in zip(model.expert_tables(), dense, strict=True):
         assert parameter.grad is None
         total = collected_gradients(parameter).total()
-        torch.testing.assert_close(total.pairs.backend.table_gradient(total, 16), expected)
+        torch.testing.assert_close(total.pairs.operators.table_gradient(total), expected)
         collect_row_gradients(parameter, False)
     model(x).square().sum().backward()
     for parameter, expected in zip(model.expert_tables(), dense, strict=True):
@@ -178,7 +178,7 @@ def test_other_groups_are_torchs_own_adamw():
             optimizer.zero_grad()
             layer(x).square().sum().backward()
             if optimizer is mixed:
-                backward("fused", parameter, batch)
+                backward("cpp", parameter, batch)
             optimizer.step()
     assert torch.equal(one.weight, other.weight) and torch.equal(one.bias, other.bias)
 
@@ -195,12 +195,12 @@ def test_closure_computes_the_gradients():
     parameter, [batch] = table(), batches(1)
     twin = nn.Parameter(parameter.detach().clone())
     optimizers = row_sparse(parameter), row_sparse(twin)
-    backward("fused", parameter, batch)
+    backward("cpp", parameter, batch)
     optimizers[0].step()
 
     def closure():
         assert torch.is_grad_enabled()
-        backward("fused", twin, batch)
+        backward("cpp", twin, batch)
         return 3.5
 
     assert optimizers[1].step(closure) == 3.5
@@ -237,7 +237,7 @@ def test_updates_do_not_depend_on_the_number_of_threads():
             optimizer = row_sparse(parameter)
             for batch in passes:
                 optimizer.zero_grad()
-                backward("fused", parameter, batch)
+                backward("cpp", parameter, batch)
                 optimizer.step()
             results.append(parameter.detach())
     finally:

@@ -30,20 +30,20 @@ def test_cases(cases):
 
 
 @pytest.mark.parametrize("real", ["fp32", "fp64"])
-@pytest.mark.parametrize("kernel", ["row_scores", "row_bags", "table_gradient", "adamw_rows"])
+@pytest.mark.parametrize("kernel", ["row_dot_products", "weighted_row_sum", "table_gradient", "adamw_rows"])
 def test_compiles_for_a_gpu(monkeypatch, tmp_path, kernel, real):
     """To machine code of an H100, which needs none; the interpreter lets more pass than the compiler."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from peerscale.kernels import gpu_kernels
+    from peerscale.kernels import triton_kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     constants = {"BY_ROW": True, "BLOCK_P": 4, "BLOCK_D": 256, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
     numbers = {"P": "i32", "J": "i32", "D": "i32", "PAIRS_A_ROW": "i32"}
     integers = dict.fromkeys(("rows", "order", "starts"), "*i64")
     vectors = dict.fromkeys(("x", "table", "vectors", "mean", "square"), "*bf16" if real == "fp32" else "*fp64")
-    function = getattr(gpu_kernels, kernel)
+    function = getattr(triton_kernels, kernel)
     while not isinstance(function, triton.JITFunction):
         function = function.fn
     names = function.arg_names

@@ -8,14 +8,14 @@ import torch
 from test_operators import DEVICE, assert_same, inputs, results
 from torch import nn
 
-from peerscale.kernels import gpu, gpu_kernels
+from peerscale.kernels import triton_kernels, triton_operators
 from peerscale.kernels.adamw import AdamW, Moments
-from peerscale.kernels.backends import BACKENDS, resolve
+from peerscale.kernels.backends import BACKENDS, choose_operators
 from peerscale.kernels.gradients import Pairs, TableGradient
 from peerscale.kernels.row_sparse_adamw import RowSparseAdamW
 
-TRITON, REFERENCE = BACKENDS[resolve("triton", DEVICE)], BACKENDS["reference"]
-TUNED = [gpu_kernels.row_scores, gpu_kernels.row_bags, gpu_kernels.table_gradient]
+TRITON, REFERENCE = choose_operators("triton", DEVICE), BACKENDS["reference"]
+TUNED = [triton_kernels.row_dot_products, triton_kernels.weighted_row_sum, triton_kernels.table_gradient]
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,9 @@ def assert_equal_to_the_definition(shape, dtype, tolerance):
     )
 
 
-@pytest.mark.parametrize("config", gpu_kernels._CONFIGS, ids=lambda config: "-".join(map(str, config.kwargs.values())))
+@pytest.mark.parametrize(
+    "config", triton_kernels._CONFIGS, ids=lambda config: "-".join(map(str, config.kwargs.values()))
+)
 def test_every_block_size_gives_the_same(monkeypatch, config):
     for kernel in TUNED:
         monkeypatch.setattr(kernel, "configs", [config])
@@ -42,10 +44,10 @@ def test_every_block_size_gives_the_same(monkeypatch, config):
 
 
 def test_pairs_in_the_order_of_their_rows(monkeypatch):
-    monkeypatch.setattr(gpu, "_CACHE_BYTES", 0)
+    monkeypatch.setattr(triton_operators, "_CACHE_BYTES", 0)
     shape = (12, 70, 30, 9)
     tensors, rows = inputs(shape, torch.float64)
-    assert gpu._by_row(Pairs(TRITON, rows, 30), tensors[0], tensors[1])
+    assert Pairs(TRITON, rows, 30).quicker_by_row(tensors[0], tensors[1], 0)
     assert_equal_to_the_definition(shape, torch.float64, 1e-12)
 
 
@@ -100,10 +102,10 @@ def test_adamw_refuses_a_table_that_is_not_contiguous():
 
 
 def test_deterministic_algorithms_do_not_depend_on_which_blocks_are_fastest():
-    assert gpu_kernels._candidates(gpu_kernels._CONFIGS, {}) == gpu_kernels._CONFIGS
+    assert triton_kernels._candidates(triton_kernels._CONFIGS, {}) == triton_kernels._CONFIGS
     torch.use_deterministic_algorithms(True)
     try:
-        assert len(gpu_kernels._candidates(gpu_kernels._CONFIGS, {})) == 1
+        assert len(triton_kernels._candidates(triton_kernels._CONFIGS, {})) == 1
     finally:
         torch.use_deterministic_algorithms(False)
 

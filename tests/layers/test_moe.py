@@ -38,6 +38,20 @@ def test_expert_choice_is_every_experts_best_tokens_at_each_position(
         per_token.assert_equal_with_gradients(layer, per_token.expert_choice, torch.randn(sequences, 3, 5))
 
 
+@pytest.mark.parametrize("n_groups", [2, 4])
+def test_expert_choice_in_groups_is_each_group_by_itself(n_groups: int) -> None:
+    layer, x = expert_choice(2), torch.randn(8, 3, 5)
+    layer.n_groups = n_groups
+
+    def group_by_group(layer: ExpertChoiceMoe, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([per_token.expert_choice(layer, group) for group in x.chunk(n_groups)])
+
+    per_token.assert_equal_with_gradients(layer, group_by_group, x)
+    layer.usage = ExpertUsage(2)
+    layer(x.double())
+    assert layer.usage.tokens == 24
+
+
 @pytest.mark.parametrize(("n_experts", "top_k"), [(4, 1), (4, 2), (3, 3), (8, 3)])
 def test_token_choice_is_every_tokens_best_experts(n_experts: int, top_k: int) -> None:
     per_token.assert_equal_with_gradients(token_choice(n_experts, top_k), per_token.token_choice, torch.randn(11, 5))

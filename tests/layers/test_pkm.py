@@ -3,8 +3,13 @@ import itertools
 import pytest
 import torch
 
+<<<<<<< ours
 import per_token
 from peerscale.layers.modules.pkm import Pkm
+=======
+from peerscale.kernels.backends import choose_operators
+from peerscale.model.pkm import Pkm
+>>>>>>> theirs
 from peerscale.model.usage import ExpertUsage
 
 FORMS = [
@@ -13,9 +18,9 @@ FORMS = [
 ]
 
 
-def make(**form) -> Pkm:
+def make(kernel: str = "reference", **form) -> Pkm:
     torch.manual_seed(0)
-    layer = Pkm(6, 25, 2, 4, 6, **{"kernel": "reference", **form})
+    layer = Pkm(6, 25, 2, 4, 6, operators=choose_operators(kernel), **form)
     with torch.no_grad():
         layer.sub_keys.normal_()
         if layer.query.bias is not None:
@@ -27,7 +32,7 @@ def make(**form) -> Pkm:
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(map(str, form.values())))
-@pytest.mark.parametrize("kernel", ["native", "reference"])
+@pytest.mark.parametrize("kernel", ["torch", "reference"])
 def test_is_the_weighted_sum_of_the_best_values_of_all(form: dict, kernel: str) -> None:
     layer = make(kernel=kernel, **form)
     if form["query_norm"]:
@@ -37,7 +42,7 @@ def test_is_the_weighted_sum_of_the_best_values_of_all(form: dict, kernel: str) 
     per_token.assert_equal_with_gradients(layer, per_token.pkm, torch.randn(5, 6))
 
 
-@pytest.mark.parametrize("kernel", ["auto", "native"])
+@pytest.mark.parametrize("kernel", ["auto", "torch"])
 def test_every_kernel_is_the_same_layer(kernel: str) -> None:
     layer, reference, x = make(kernel=kernel).eval(), make(kernel="reference").eval(), torch.randn(4, 5, 6)
     torch.testing.assert_close(layer(x), per_token.pkm(reference, x.view(-1, 6)).view(x.shape), rtol=1e-4, atol=1e-5)
@@ -81,7 +86,7 @@ def test_usage_can_exceed_the_candidates_and_sums_the_weights() -> None:
 @pytest.mark.parametrize(
     "kernel",
     [
-        "native",
+        "torch",
         "reference",
     ],
 )

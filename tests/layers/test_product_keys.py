@@ -6,18 +6,24 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+<<<<<<< ours
 from peerscale.kernels.backends import BACKENDS, resolve
 from peerscale.kernels.product_keys import candidate_pairs
 from peerscale.layers.modules.product_keys import ProductKeyRetrieval
 from peerscale.layers.peer import PeerConfig
+=======
+from peerscale.kernels.backends import choose_operators
+from peerscale.kernels.reference import candidate_pairs
+from peerscale.model.product_keys import ProductKeyRetrieval, QueryNorm
+>>>>>>> theirs
 
-FINDERS = ["reference", "fused"]
+FINDERS = ["reference", "cpp"]
 
 
 def top_k(name: str, query: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    return BACKENDS[resolve(name)].product_key_top_k(query, sub_keys, k)
+    return choose_operators(name).product_key_top_k(query, sub_keys, k)
 
 
 def all_scores(query: Tensor, sub_keys: Tensor) -> Tensor:
@@ -69,13 +75,13 @@ def test_equal_scores_are_taken_in_a_fixed_order(n, levels):
     torch.manual_seed(0)
     query = torch.ones(40, 1, 2, 1)
     sub_keys = torch.randint(levels, (1, 2, n, 1)).float()
-    scores, rows = top_k("fused", query, sub_keys, 16)
+    scores, rows = top_k("cpp", query, sub_keys, 16)
     assert_top_k(scores, rows, all_scores(query, sub_keys))
     assert (rows == rows[0]).all()
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        again = [top_k("fused", query[:tokens], sub_keys, 16)[1] for tokens in (1, 17, 40)]
+        again = [top_k("cpp", query[:tokens], sub_keys, 16)[1] for tokens in (1, 17, 40)]
     finally:
         torch.set_num_threads(threads)
     assert all((other == rows[0]).all() for other in again)
@@ -87,7 +93,7 @@ def test_rows_of_a_diverged_model_stay_inside_the_table(n):
     query, sub_keys = torch.randn(64, 1, 2, 1), torch.randn(1, 2, n, 1)
     sub_keys[torch.rand_like(sub_keys) < 0.4] = float("nan")
     query[::7], query[1::7], query[2::7] = float("nan"), float("inf"), 0.0
-    _, rows = top_k("fused", query, sub_keys, 16)
+    _, rows = top_k("cpp", query, sub_keys, 16)
     assert rows.min() >= 0 and rows.max() < n * n
 
 
@@ -114,7 +120,7 @@ def test_gradients_of_keys_of_any_width_and_many_queries(width, shared, dtype):
     torch.manual_seed(width)
     query = torch.randn(700, 2, 2, width, dtype=dtype, requires_grad=True)
     sub_keys = torch.randn(1 if shared else 2, 2, 20, width, dtype=dtype, requires_grad=True)
-    scores, rows = top_k("fused", query, sub_keys, 9)
+    scores, rows = top_k("cpp", query, sub_keys, 9)
     probe = torch.randn(700, 2, 9, dtype=dtype)
     found = torch.autograd.grad((scores * probe).sum(), (query, sub_keys))
     every = all_scores(query, sub_keys)
@@ -122,15 +128,6 @@ def test_gradients_of_keys_of_any_width_and_many_queries(width, shared, dtype):
     brute = torch.autograd.grad((every.gather(-1, rows) * probe).sum(), (query, sub_keys))
     for one, other in zip(found, brute, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4 if dtype is torch.float32 else 1e-9, atol=1e-4)
-
-
-def test_many_tokens_are_scored_in_parts(monkeypatch):
-    torch.manual_seed(0)
-    query, sub_keys = torch.randn(50, 2, 2, 4), torch.randn(2, 2, 300, 4)
-    whole = top_k("fused", query, sub_keys, 8)
-    monkeypatch.setattr("peerscale.kernels.fused._SCORES_AT_ONCE", 7 * 2 * 2 * 300)
-    for one, other in zip(whole, top_k("fused", query, sub_keys, 8), strict=True):
-        torch.testing.assert_close(one, other)
 
 
 def test_results_do_not_depend_on_the_number_of_threads():
@@ -141,7 +138,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
     try:
         for n in (1, 3):
             torch.set_num_threads(n)
-            scores, rows = top_k("fused", query, sub_keys, 8)
+            scores, rows = top_k("cpp", query, sub_keys, 8)
             results.append([scores, rows, *torch.autograd.grad(scores.square().sum(), (query, sub_keys))])
     finally:
         torch.set_num_threads(threads)
@@ -164,13 +161,19 @@ def test_candidate_pairs_are_those_with_fewer_than_k_better_or_equal_ones(k):
     assert len(pairs) == len(set(pairs)) <= k * (1 + math.log(k))
 
 
-@pytest.mark.parametrize("name", [*FINDERS, "native"])
+@pytest.mark.parametrize("name", [*FINDERS, "torch"])
 @pytest.mark.parametrize("shared", [True, False])
 def test_layout_of_queries_and_keys(name, shared):
     """The query projection's outputs are (head, half, width); the row of sub-keys (i, j) is i sqrt(n_experts) + j."""
     torch.manual_seed(0)
+<<<<<<< ours
     config = PeerConfig(n_experts=25, n_heads=3, top_k=4, d_key=8, shared_keys=shared, query_norm=False)
     layer = ProductKeyRetrieval(6, config, kernel=name).double()
+=======
+    layer = ProductKeyRetrieval(
+        6, 25, 3, 4, 8, n_key_sets=1 if shared else 3, query_norm=False, operators=choose_operators(name)
+    ).double()
+>>>>>>> theirs
     x = torch.randn(7, 6, dtype=torch.float64)
     scores, rows = layer.retrieve(x)
     q = (x @ layer.query.weight.T + layer.query.bias).view(7, 3, 2, 4)
@@ -194,3 +197,40 @@ def test_query_norm_is_batch_norm_in_full_precision():
     normed = (projected - projected.mean(0)) / (projected.var(0, unbiased=False) + 1e-5).sqrt()
     every = all_scores(normed.view(7, 3, 2, 4), layer.sub_keys)
     torch.testing.assert_close(scores, every.topk(4, dim=-1).values)
+<<<<<<< ours
+=======
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_experts": 24}, "n_experts 24 is not a square; nearest: 16, 25"),
+        ({"top_k": 6}, r"top_k 6 is not in 1\.\.5"),
+        ({"top_k": 0}, r"top_k 0 is not in 1\.\.5"),
+        ({"d_key": 7}, "d_key 7 is odd"),
+        ({"n_key_sets": 2}, "n_key_sets 2 is neither 1 nor n_heads 3"),
+    ],
+)
+def test_impossible_sizes(change, message):
+    sizes = {"d_model": 6, "n_experts": 25, "n_heads": 3, "top_k": 4, "d_key": 8} | change
+    with pytest.raises(ValueError, match=message):
+        ProductKeyRetrieval(**sizes)
+
+
+def test_query_norm_in_groups_is_the_batch_norm_of_each_group() -> None:
+    torch.manual_seed(0)
+    norm, groups = QueryNorm(5, n_groups=3), [nn.BatchNorm1d(5) for _ in range(3)]
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    for group in groups:
+        group.weight.data.copy_(norm.weight.data)
+    x = torch.randn(12, 5, requires_grad=True)
+    y, probe = norm(x), torch.randn(12, 5)
+    wanted = torch.cat([group(part) for group, part in zip(groups, x.chunk(3), strict=True)])
+    torch.testing.assert_close(y, wanted)
+    torch.testing.assert_close(
+        *(torch.autograd.grad((out * probe).sum(), x, retain_graph=True)[0] for out in (y, wanted))
+    )
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(norm, name), torch.stack([getattr(group, name) for group in groups]).mean(0))
+    assert norm.eval()(x).shape == x.shape
+>>>>>>> theirs

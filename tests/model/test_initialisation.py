@@ -85,7 +85,7 @@ def small() -> Config:
 
 
 def build_with(layer: nn.Module, config: Config, monkeypatch: pytest.MonkeyPatch) -> Transformer:
-    monkeypatch.setattr(peerscale.model, "build_ffn", lambda config: layer)
+    monkeypatch.setattr(peerscale.model, "build_ffn", lambda *_: layer)
     return build_model(config)
 
 

@@ -151,6 +151,7 @@ def test_is_16_hexadecimal_digits_and_stable() -> None:
         *("++ffn.activation=relu", "++ffn.score=sigmoid", "++ffn.query_bias=false", "++ffn.shared_keys=false"),
         *("optim.lr=0.1", "optim.table_lr=0.1", "optim.lr_rule=constant", "optim.warmup_fraction=0.2"),
         *("optim.final_lr_fraction=0", "optim.weight_decay=0", "optim.beta1=0.8", "optim.beta2=0.9", "optim.eps=1e-7"),
+        "routing_group_sequences=4",
         *("optim.grad_clip=2", "data.vocab_size=1024", "data.evaluation.validation=1024", "data.val_set=speeches"),
     ],
 )
@@ -166,7 +167,7 @@ def test_changes_with_everything_that_changes_the_result(override: str) -> None:
         *("trainer.runs_directory=elsewhere", "tracking.mode=online", "tracking.tags=[a]", "tracking.id_salt=x"),
         *("data.directory=elsewhere", "++data.path=elsewhere", "data.train_tokens=12345", "data.max_epochs=3"),
         "data.name=verse",
-        "min_steps=3",
+        *("min_steps=3", "routing_group_sequences=16"),
     ],
 )
 def test_stays_with_everything_that_does_not(override: str) -> None:
@@ -182,6 +183,7 @@ def test_every_key_is_either_hashed_or_known_to_be_operational() -> None:
         # What these name is hashed: the layer's settings, the tokens of the corpus, the rates of this width.
         *("ffn.variant", "data.source", "data.max_documents", "optim.lr_rule"),
         *(f"data.evaluation.{name}" for name, tokens in config.data.evaluation.items() if not tokens),
+        "routing_group_sequences",  # where it is the whole batch
     }
     assert {*flat(to_dict(config))} - {*flat(hashed_of(config))} == left_out
     assert {*flat(hashed_of(config))} - {*flat(to_dict(config))} == {"data_fingerprint", "recipe_version"}

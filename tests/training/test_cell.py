@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 import peerscale.model
@@ -21,6 +22,7 @@ from peerscale.train import run_single
 from peerscale.training import cell as cells
 from peerscale.training.cell import train_cell
 from peerscale.training.checkpoint import checkpoints
+from peerscale.training.environment import changed_keys
 from test_train import budget, corpus_path, settings  # noqa: F401
 
 
@@ -48,7 +50,7 @@ def trained(overrides: list[str]) -> tuple[Path, Record]:
 def test_a_layer_that_draws_no_weights_is_refused_before_anything_is_written(
     tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peerscale.model, "build_ffn", lambda config: nn.Linear(8, 8))
+    monkeypatch.setattr(peerscale.model, "build_ffn", lambda *_: nn.Linear(8, 8))
     with pytest.raises(UserError, match=r"^Linear has parameters but no method init_weights"):
         train_cell(cell(tiny))
     assert not cell(tiny).folder.exists()
@@ -136,6 +138,28 @@ def test_a_cell_killed_in_its_evaluation_keeps_the_same_model(tiny: list[str], m
     loaded = load_model(str(folder)).state_dict()
     assert {f"model.{name}" for name in loaded} == set(weights)
     assert all(torch.equal(weights[f"model.{name}"], weight) for name, weight in loaded.items())
+
+
+def test_what_older_cells_left_is_still_understood(tiny: list[str]) -> None:
+    """They named two kernels otherwise, and had a key for tables that several devices shared."""
+    folder, record = trained([*tiny, "trainer.keep_checkpoint=true"])
+    now = record.environment
+    assert (now["kernel"], now["n_devices"]) == ("torch", 1)
+    before = {**now, "kernel": "native", "shard_tables": False}
+    assert changed_keys(before, now) == []
+    assert changed_keys({**before, "kernel": "fused"}, now) == ["kernel"]
+    del before["n_devices"]
+    assert changed_keys(before, now) == []
+    path = folder / "config.yaml"
+    tree = yaml.safe_load(path.read_text())
+    tree["trainer"] |= {"kernel": "fused", "shard_tables": False}
+    path.write_text(yaml.safe_dump(tree))
+    assert isinstance(load_model(folder), nn.Module)
+
+
+@pytest.mark.parametrize(("old", "new"), [("fused", "cpp"), ("native", "torch"), ("cpp", "cpp")])
+def test_older_names_of_kernels_are_read(old: str, new: str) -> None:
+    assert load(["ffn=peer", f"trainer.kernel={old}"]).trainer.kernel == new
 
 
 class Code:

@@ -1,4 +1,4 @@
-"""Compiles `fused.cpp` on first use, and loads it.
+"""Compiles `operators.cpp` on first use, and loads it.
 
 The library is kept under a name that hashes all that it depends on: source, flags, compiler, OpenMP runtime and the
 processor's instruction sets (a home folder may be shared by unlike machines). Plain C functions and ctypes: the source
@@ -20,7 +20,7 @@ import torch
 
 from peerscale.files import replacing
 
-SOURCE = Path(__file__).with_name("fused.cpp")
+SOURCE = Path(__file__).with_name("operators.cpp")
 HEADERS = sorted(SOURCE.parent.glob("*.h"))
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
 
@@ -31,7 +31,7 @@ class CompilerError(Exception):
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled `fused.cpp`; raises `CompilerError` if it can be neither found nor made. Five seconds at first."""
+    """The compiled `operators.cpp`, made in five seconds at first; raises `CompilerError` if it cannot be."""
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
     if compiler is None:
         raise CompilerError("no C++ compiler (c++ or g++, or another in CXX)")
@@ -41,7 +41,7 @@ def library() -> ctypes.CDLL:
     command = [compiler, *FLAGS, *wide, str(SOURCE), *openmp_runtime()]
     sources = [path.read_text("utf-8") for path in (SOURCE, *HEADERS)]
     key = hashlib.sha256("\0".join([*sources, *command, processor]).encode()).hexdigest()
-    path = cache_folder() / f"fused-{key[:16]}.so"
+    path = cache_folder() / f"operators-{key[:16]}.so"
     try:
         if not path.exists():
             # Processes that do this at once each compile their own and put it in place whole: the last one stays.

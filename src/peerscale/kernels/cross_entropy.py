@@ -15,8 +15,10 @@ _LOGITS_AT_ONCE = {"cpu": 2**18}  # a megabyte in float32: they stay in a core's
 _LOGITS_AT_ONCE_ELSEWHERE = 2**27
 
 
-def linear_cross_entropy(x_TD: Tensor, head_VD: Tensor, targets_T: Tensor, operators: Operators) -> Tensor:
-    """Mean over the tokens of -log softmax(head x[t])[targets[t]], in nats.
+def linear_cross_entropy(
+    x_TD: Tensor, head_VD: Tensor, targets_T: Tensor, operators: Operators
+) -> tuple[Tensor, Tensor]:
+    """-log softmax(head x[t])[targets[t]] in nats: its mean over the tokens, differentiable, and that of each (T,).
 
     The gradients are formed beside the loss, a slice of the tokens at a time (as Hsu et al. 2024, "Liger Kernel"). The
     products follow autocast; loss and softmax are in the precision of the head's weights.
@@ -24,12 +26,14 @@ def linear_cross_entropy(x_TD: Tensor, head_VD: Tensor, targets_T: Tensor, opera
     Args:
         operators: of the backend that computes losses and softmax.
     """
-    return _LinearCrossEntropy.apply(x_TD, head_VD, targets_T, operators)
+    return _LinearCrossEntropy.apply(x_TD, head_VD, targets_T, operators, torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, head_VD: Tensor, targets_T: Tensor, backend: Operators) -> Tensor:
+    def forward(
+        ctx: Any, x_TD: Tensor, head_VD: Tensor, targets_T: Tensor, operators: Operators, with_gradients: bool
+    ) -> tuple[Tensor, Tensor]:
         T, V = len(x_TD), len(head_VD)
         device = x_TD.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
@@ -41,7 +45,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, T, step):
                 part = slice(start, start + step)
                 logits = (x_TD[part] @ cast_head_VD.T).to(head_VD.dtype)
-                losses_T[part] = backend.cross_entropy_(logits, targets_T[part], 1 / T)
+                losses_T[part] = operators.cross_entropy_(logits, targets_T[part], 1 / T)
+                if not with_gradients:
+                    continue
                 grad_logits = logits.to(dtype)
                 torch.mm(grad_logits, cast_head_VD, out=grad_x[part])
                 if dtype == head_VD.dtype:
@@ -49,10 +55,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 else:
                     grad_head += grad_logits.T @ x_TD[part]
         ctx.save_for_backward(grad_x, grad_head)
-        return losses_T.mean()
+        ctx.mark_non_differentiable(losses_T)
+        return losses_T.mean(), losses_T
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         grad_x, grad_head = ctx.saved_tensors
-        return grad_x * grads[0], grad_head * grads[0], None, None
+        return grad_x * grads[0], grad_head * grads[0], None, None, None

@@ -5,7 +5,6 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from peerscale.kernels.adamw import AdamW, Moments, update_rows
 from peerscale.kernels.gradients import collect_row_gradients, collected_gradients
@@ -18,28 +17,8 @@ class RowSparseAdamW(torch.optim.AdamW):
     passes of `peerscale.kernels` collect their gradients in compact form and leave `grad` at `None`
     (`collect_row_gradients(table, False)` ends that, for a table that shall go to another optimiser). Several backward
     passes before a step add up; `zero_grad` forgets them. A table with a dense `grad`, as other operators leave it, is
-    updated in the rows that are not all zero.
-
-    Args:
-        params: parameters or groups, as of any optimiser.
-        lr: learning rate.
-        betas: decay of the two moments.
-        eps: added to the denominator.
-        weight_decay: decoupled.
-        fused: torch's implementation for the groups that are not marked.
+    updated in the rows that are not all zero. The arguments are those of torch's.
     """
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        *,
-        fused: bool | None = None,
-    ) -> None:
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As of any optimiser."""
@@ -104,7 +83,7 @@ class RowSparseAdamW(torch.optim.AdamW):
             weight_decay=group["weight_decay"],
         )
         if gradient is not None:
-            gradient.pairs.backend.adamw_rows(gradient, table, moments, adamw)
+            gradient.pairs.operators.adamw_rows(gradient, table, moments, adamw)
         if table.grad is not None:
             rows = table.grad.any(dim=1).nonzero().squeeze(1)
             update_rows(table, moments, rows, table.grad[rows], adamw)

@@ -1,99 +1,113 @@
-// The best k of n values, for k up to some dozens and n up to some thousands.
+// The best k of n values for many sets of values at once, one a lane of the processor's vectors.
 #pragma once
 #include <algorithm>
+#include <array>
+#include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <type_traits>
-#include <vector>
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
+#include <utility>
 
-// Best first, the earlier of equal ones first. Memory-safe, if meaningless, for NaN.
-template <class Real>
+namespace peerscale {
+
+using Exchanges = std::pair<int, int>;  // places to compare, the better of the two to the first
+
+constexpr int log2(int size) { return size == 1 ? 0 : 1 + log2(size / 2); }
+
+// Batcher's odd-even merge sort.
+template <int kSize>
+struct SortNetwork {
+  static constexpr int kLog = log2(kSize), kCount = (kLog * kLog - kLog + 4) * kSize / 4 - 1;
+  static constexpr std::array<Exchanges, kCount> make() {
+    std::array<Exchanges, kCount> all{};
+    int n = 0;
+    for (int p = 1; p < kSize; p *= 2)
+      for (int d = p; d >= 1; d /= 2)
+        for (int j = d % p; j + d < kSize; j += 2 * d)
+          for (int i = j; i < j + d && i + d < kSize; ++i)
+            if (i / (2 * p) == (i + d) / (2 * p)) all[n].first = i, all[n].second = i + d, ++n;
+    return all;
+  }
+  static constexpr std::array<Exchanges, kCount> kExchanges = make();
+};
+
+// Sorts what first rises and then falls.
+template <int kSize>
+struct MergeNetwork {
+  static constexpr int kCount = kSize / 2 * log2(kSize);
+  static constexpr std::array<Exchanges, kCount> make() {
+    std::array<Exchanges, kCount> all{};
+    int n = 0;
+    for (int d = kSize / 2; d >= 1; d /= 2)
+      for (int i = 0; i < kSize; ++i)
+        if (!(i & d)) all[n].first = i, all[n].second = i + d, ++n;
+    return all;
+  }
+  static constexpr std::array<Exchanges, kCount> kExchanges = make();
+};
+
+// Sorting networks compare the same places whatever the values are, so that a vector sorts a set in each of its lanes.
+// A set costs some (n / k) log(k)^2 comparisons: less than to look at it by itself as long as n is a few times k.
+// Best first, `kSize` of them; the order of equal ones depends on their set alone. Memory-safe, if meaningless, for NaN.
+template <class Real, int kSize>
 class TopK {
  public:
-  explicit TopK(std::int64_t n) : value_(n + kLanes), index_(n + kLanes), position_(n + kLanes) {}
+  using Int = std::conditional_t<sizeof(Real) == 4, std::int32_t, std::int64_t>;
+  typedef Real Values __attribute__((vector_size(64)));
+  typedef Int Indices __attribute__((vector_size(64)));
+  static constexpr std::int64_t kLanes = sizeof(Values) / sizeof(Real);
+  struct Item {
+    Values value;
+    Indices index;
+  };
 
-  void operator()(const Real* values, std::int64_t n, std::int64_t k, Real* best, std::int32_t* where) {
-    std::int64_t m = keep_candidates(values, n, lower_bound(values, n, k));
-    if (m > kMany) {  // hardly ever: many equal values
-      std::partial_sort(index_.begin(), index_.begin() + k, index_.begin() + m, [=](std::int32_t a, std::int32_t b) {
-        return values[a] > values[b] || (!(values[a] < values[b]) && a < b);
-      });
-      m = k;
-      for (std::int64_t i = 0; i < k; ++i) value_[i] = values[index_[i]];
+  // `fill(start, count, to)` writes the items from the start-th on; `sorted` of the first ones are known to be so.
+  template <class Fill>
+  const Item* operator()(std::int64_t n, std::int64_t sorted, Fill fill) {
+    for (std::int64_t start = 0; start < n; start += kSize) {
+      Item* to = start ? block_ : best_;
+      const std::int64_t count = std::min<std::int64_t>(kSize, n - start);
+      fill(start, count, to);
+      std::fill(to + count, to + kSize, Item{Values{} - std::numeric_limits<Real>::infinity(), Indices{}});
+      if (start + count > sorted) sort(to);
+      if (start) merge(best_, block_);
     }
-    rank_candidates(m, k, best, where);
+    return best_;
   }
 
  private:
-  typedef Real Vector __attribute__((vector_size(__BIGGEST_ALIGNMENT__)));
-  static constexpr std::int64_t kLanes = sizeof(Vector) / sizeof(Real);
-  static constexpr std::int64_t kMany = 512;
-  std::vector<Real> value_;
-  std::vector<std::int32_t> index_, position_;
+  Item best_[kSize], block_[kSize];
 
-  // The least of the maxima of at least k disjoint groups of values: k values or more are no smaller.
-  static Real lower_bound(const Real* values, std::int64_t n, std::int64_t k) {
-    const std::int64_t blocks = (k + kLanes - 1) / kLanes, length = n / blocks;
-    Real bound = std::numeric_limits<Real>::infinity();
-    if (length < 2 * kLanes) return -bound;
-    for (std::int64_t b = 0; b < blocks; ++b) {
-      const Real* block = values + b * length;
-      Vector maxima, v;
-      std::memcpy(&maxima, block, sizeof v);
-      for (std::int64_t i = kLanes; i + kLanes <= length; i += kLanes) {
-        std::memcpy(&v, block + i, sizeof v);
-        maxima = v > maxima ? v : maxima;
-      }
-      for (std::int64_t l = 0; l < std::min(kLanes, k - b * kLanes); ++l) bound = maxima[l] < bound ? maxima[l] : bound;
-    }
-    return bound;
+  static void exchange(Item& a, Item& b) {
+    const auto swap = b.value > a.value;
+    const Item first{swap ? b.value : a.value, swap ? b.index : a.index};
+    const Item second{swap ? a.value : b.value, swap ? a.index : b.index};
+    a = first, b = second;
   }
-
-  // Collects the values that are not below the bound, in their order.
-  std::int64_t keep_candidates(const Real* values, std::int64_t n, Real bound) {
-    std::int64_t m = 0, i = 0;
-#ifdef __AVX512F__
-    if constexpr (std::is_same_v<Real, float>) {
-      __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-      for (; i + kLanes <= n; i += kLanes, index = _mm512_add_epi32(index, _mm512_set1_epi32(kLanes))) {
-        const __m512 v = _mm512_loadu_ps(values + i);
-        const __mmask16 kept = _mm512_cmp_ps_mask(v, _mm512_set1_ps(bound), _CMP_NLT_UQ);
-        _mm512_storeu_ps(value_.data() + m, _mm512_maskz_compress_ps(kept, v));
-        _mm512_storeu_si512(index_.data() + m, _mm512_maskz_compress_epi32(kept, index));
-        m += __builtin_popcount(kept);
-      }
-    }
-#endif
-    for (; i < n; ++i) {
-      value_[m] = values[i];
-      index_[m] = static_cast<std::int32_t>(i);
-      m += !(values[i] < bound);
-    }
-    return m;
+  // Unrolled, on a copy, so that items live in registers.
+  template <class Network, std::size_t... I>
+  static void run(Item* items, std::index_sequence<I...>) {
+    (exchange(items[Network::kExchanges[I].first], items[Network::kExchanges[I].second]), ...);
   }
-
-  // A candidate's rank is the number of better ones; equal ones, in their order, take the next free ranks.
-  void rank_candidates(std::int64_t m, std::int64_t k, Real* best, std::int32_t* where) {
-    std::fill_n(value_.begin() + m, kLanes, -std::numeric_limits<Real>::infinity());
-    std::fill_n(position_.begin(), m, -1);
-    for (std::int64_t i = 0; i < m; i += kLanes) {
-      Vector mine;
-      std::memcpy(&mine, value_.data() + i, sizeof mine);
-      auto better = mine < mine;  // zeros; a comparison that holds is -1
-      for (std::int64_t j = 0; j < m; ++j) better += value_[j] > mine;
-      for (std::int64_t l = 0; l < std::min(kLanes, m - i); ++l) {
-        std::int64_t rank = -better[l];
-        while (position_[rank] >= 0) ++rank;
-        position_[rank] = static_cast<std::int32_t>(i + l);
-      }
+  template <class Network>
+  static void run(Item* items) {
+    run<Network>(items, std::make_index_sequence<Network::kCount>());
+  }
+  static __attribute__((noinline)) void sort(Item* items) {
+    Item local[kSize];
+    std::copy_n(items, kSize, local);
+    run<SortNetwork<kSize>>(local);
+    std::copy_n(local, kSize, items);
+  }
+  static __attribute__((noinline)) void merge(Item* best, Item* block) {
+    Item local[kSize];
+    for (int i = 0; i < kSize; ++i) {
+      local[i] = best[i];
+      exchange(local[i], block[kSize - 1 - i]);
     }
-    for (std::int64_t r = 0; r < k; ++r) {
-      best[r] = value_[position_[r]];
-      where[r] = index_[position_[r]];
-    }
+    run<MergeNetwork<kSize>>(local);
+    std::copy_n(local, kSize, best);
   }
 };
+
+}  // namespace peerscale

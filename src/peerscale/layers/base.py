@@ -11,6 +11,8 @@ from peerscale.config_types import STRICT
 if TYPE_CHECKING:
     from torch import nn
 
+    from peerscale.kernels.operators import Operators
+
 T = TypeVar("T")
 
 
@@ -22,10 +24,12 @@ class Surroundings:
     """Width of its input and output."""
     d_ff: int
     """Hidden width of the dense layer of this model."""
-    batch_sequences: int
-    """Sequences of a batch."""
-    kernel: str = "auto"
-    """`trainer.kernel`: the implementation of the operators (`kernels.backends`)."""
+    group_sequences: int
+    """Sequences over which a layer may take statistics or choose: `routing_group_sequences`, or those of a batch."""
+    n_groups: int = 1
+    """How many of these groups a batch has, on all devices."""
+    operators: "Operators | None" = None
+    """The backend of the operators (`kernels.backends`); known once a model is built."""
 
 
 @plain_dataclass(frozen=True, kw_only=True, slots=True)

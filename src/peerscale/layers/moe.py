@@ -35,7 +35,7 @@ class MoeConfig(FfnConfig):
 
     def cost(self, around: Surroundings) -> LayerCost:
         router, expert = around.d_model * self.n_experts, 2 * around.d_model * around.d_ff
-        active = self._active_experts(around.batch_sequences)
+        active = self._active_experts(around.group_sequences)
         return LayerCost(
             params={"router": router, "experts": self.n_experts * expert},
             inactive=round((self.n_experts - active) * expert),
@@ -43,11 +43,12 @@ class MoeConfig(FfnConfig):
         )
 
     def build(self, around: Surroundings) -> Any:
-        name = "ExpertChoiceMoe" if self.chooses_tokens else "TokenChoiceMoe"
-        return module_class(f"moe.{name}")(around.d_model, around.d_ff, self)
+        if self.chooses_tokens:
+            return module_class("moe.ExpertChoiceMoe")(around.d_model, around.d_ff, self, around.n_groups)
+        return module_class("moe.TokenChoiceMoe")(around.d_model, around.d_ff, self)
 
     def unusable(self, around: Surroundings) -> str:
-        sequences = around.batch_sequences
+        sequences = around.group_sequences
         if not self.chooses_tokens or self.capacity(sequences) is not None:
             return ""
         return (
@@ -56,21 +57,21 @@ class MoeConfig(FfnConfig):
             f"{sequences * self.capacity_factor / self.n_experts:g}"
         )
 
-    def capacity(self, batch_sequences: int) -> int | None:
-        """Tokens that an expert takes of a group, the tokens at one position of a batch.
+    def capacity(self, sequences: int) -> int | None:
+        """Tokens that an expert takes of those at one position of so many sequences.
 
         None if that is no whole number, less than one, or more than the group has.
         """
-        capacity = batch_sequences * self.capacity_factor / self.n_experts
+        capacity = sequences * self.capacity_factor / self.n_experts
         whole = round(capacity)
-        return whole if abs(capacity - whole) < 1e-9 * capacity and 1 <= whole <= batch_sequences else None
+        return whole if abs(capacity - whole) < 1e-9 * capacity and 1 <= whole <= sequences else None
 
-    def _active_experts(self, batch_sequences: int) -> float:
+    def _active_experts(self, sequences: int) -> float:
         """Experts per token, on average."""
         if not self.chooses_tokens:
             return self.top_k
-        capacity = self.capacity(batch_sequences)
-        return self.capacity_factor if capacity is None else capacity * self.n_experts / batch_sequences
+        capacity = self.capacity(sequences)
+        return self.capacity_factor if capacity is None else capacity * self.n_experts / sequences
 
     def routed(self) -> tuple[int, int]:
         return self.n_experts, 1 if self.chooses_tokens else self.top_k

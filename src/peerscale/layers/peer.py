@@ -19,7 +19,9 @@ class PeerConfig(RetrievalConfig):
     ROWS_PER_EXPERT: ClassVar[int] = 2
 
     def build(self, around: Surroundings) -> Any:
-        return module_class("peer.Peer")(around.d_model, kernel=around.kernel, **self.settings())
+        return module_class("peer.Peer")(
+            around.d_model, n_groups=around.n_groups, operators=around.operators, **self.settings()
+        )
 
     def columns(self, d_model: int) -> dict[str, Any]:
         return {**RetrievalConfig.columns(self, d_model), "granularity": self.active_experts}

@@ -15,4 +15,6 @@ class PkmConfig(RetrievalConfig):
     ROWS_PER_EXPERT: ClassVar[int] = 1
 
     def build(self, around: Surroundings) -> Any:
-        return module_class("pkm.Pkm")(around.d_model, kernel=around.kernel, **self.settings())
+        return module_class("pkm.Pkm")(
+            around.d_model, n_groups=around.n_groups, operators=around.operators, **self.settings()
+        )

@@ -7,26 +7,33 @@ from torch import nn
 
 from peerscale.config import Config
 from peerscale.errors import UserError
+from peerscale.kernels.backends import choose_operators
+from peerscale.layers.base import FfnConfig, Surroundings
 from peerscale.layers.dense import DenseConfig
 from peerscale.model.trained import read_trained
 from peerscale.model.transformer import Transformer
 
 
-def build_model(config: Config) -> Transformer:
+def build_model(config: Config, device: str = "cpu") -> Transformer:
     """The transformer with the layer under study in its replaced blocks: tokens (B, T) -> logits (B, T, V).
+
+    Args:
+        config: of the cell.
+        device: type of device that the model is for, on which depends which backend computes it.
 
     Raises:
         UserError: the layer has not the parameters that it is priced at, or has some and no method
             `init_weights(output_scale)` that draws them, or cannot be used in this model.
     """
-    size = config.size
-    if reason := config.ffn.unusable(config.surroundings):
+    size, operators = config.size, choose_operators(config.trainer.kernel, device)
+    around = replace(config.surroundings, operators=operators)
+    if reason := config.ffn.unusable(around):
         raise UserError(reason)
     ffns = [
-        build_ffn(config) if block in config.replaced_blocks else DenseConfig().build(config.surroundings)
+        build_ffn(config.ffn, around) if block in config.replaced_blocks else DenseConfig().build(around)
         for block in range(1, size.n_layers + 1)
     ]
-    return Transformer(size.d_model, size.n_heads, config.context, config.data.vocab_size, ffns, config.trainer.kernel)
+    return Transformer(size.d_model, size.n_heads, config.context, config.data.vocab_size, ffns, operators)
 
 
 def load_model(folder: str | Path) -> Transformer:
@@ -45,9 +52,8 @@ def load_model(folder: str | Path) -> Transformer:
     return model.eval()
 
 
-def build_ffn(config: Config) -> nn.Module:
+def build_ffn(ffn: FfnConfig, around: Surroundings) -> nn.Module:
     """One layer under study; raises `UserError` if it has not the parameters that it is priced at."""
-    ffn, around = config.ffn, config.surroundings
     layer, priced = ffn.build(around), ffn.cost(around).params
     if (built := sum(p.numel() for p in layer.parameters())) != sum(priced.values()):
         raise UserError(

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peerscale.kernels.backends import operators_for
+from peerscale.kernels.operators import Operators
 
 ROTARY_BASE = 10_000.0
 
@@ -15,10 +15,10 @@ ROTARY_BASE = 10_000.0
 class Attention(nn.Module):
     """Multi-head causal attention, no biases; rotary positions (Su et al. 2021) by halves."""
 
-    def __init__(self, d_model: int, n_heads: int, context: int, kernel: str = "auto") -> None:
+    def __init__(self, d_model: int, n_heads: int, context: int, operators: Operators) -> None:
         super().__init__()
         self.n_heads = n_heads
-        self.kernel = kernel
+        self.operators = operators
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
         d_head = d_model // n_heads
@@ -37,7 +37,6 @@ class Attention(nn.Module):
         """x (B, T, D) -> y (B, T, D)."""
         B, T, D = x_BTD.shape
         qkv_BT3HC = self.qkv(x_BTD).view(B, T, 3, self.n_heads, D // self.n_heads)
-        operators = operators_for(self.kernel, x_BTD.device.type)
-        query, key, value = operators.rotary(qkv_BT3HC, self.cos_TC, self.sin_TC).transpose(1, 3).unbind(2)
+        query, key, value = self.operators.rotary(qkv_BT3HC, self.cos_TC, self.sin_TC).transpose(1, 3).unbind(2)
         y_BHTC = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return self.out(y_BHTC.transpose(1, 2).reshape(B, T, D))

@@ -5,7 +5,6 @@ gradients are averaged over the ranks; so the gradient of something that the ran
 losses of all ranks.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,12 +23,17 @@ def is_first_rank() -> bool:
     return n_ranks() == 1 or dist.get_rank() == 0
 
 
-def share(batch_sequences: int) -> slice:
-    """The sequences of a batch that lie on this rank."""
+def share(n: int) -> slice:
+    """Which of the n sequences of a batch, or other things in their order, lie on this rank."""
     if n_ranks() == 1:
         return slice(None)
-    here = batch_sequences // n_ranks()
+    here = n // n_ranks()
     return slice(dist.get_rank() * here, (dist.get_rank() + 1) * here)
+
+
+def groups_here(n_groups: int) -> int:
+    """How many of the equal consecutive groups of a batch this rank has; 1 if the ranks share a single one."""
+    return 1 if n_groups == 1 else n_groups // n_ranks()
 
 
 @torch.compiler.disable
@@ -42,18 +46,10 @@ def gather(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def gather_on_first(x: Tensor) -> Tensor:
-    """The x of all ranks, concatenated, on the first rank; their own x on the others. In the CPU's memory."""
-    x = x.cpu()
-    parts = [torch.empty_like(x) for _ in range(n_ranks())] if is_first_rank() else None
-    dist.gather(x, parts)
-    return x if parts is None else torch.cat(parts)
-
-
 @torch.compiler.disable
 def sum_over_ranks(x: Tensor) -> Tensor:
     """The sum of the x of all ranks, differentiable."""
-    return x if n_ranks() == 1 else with_adjoint(x, _summed, _summed)
+    return x if n_ranks() == 1 else _SumOverRanks.apply(x)
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
@@ -61,35 +57,29 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     return x if n_ranks() == 1 else sum_over_ranks(x) / n_ranks()
 
 
-def as_first_rank(decision: bool) -> bool:
-    """The first rank's `decision`, on every rank."""
+def as_first_rank(number: int) -> int:
+    """The first rank's `number`, on every rank."""
     if n_ranks() == 1:
-        return decision
-    first_ranks = torch.tensor(decision, dtype=torch.uint8)
+        return number
+    first_ranks = torch.tensor(number)
     dist.broadcast(first_ranks, src=0)
-    return bool(first_ranks)
+    return int(first_ranks)
 
 
-def with_adjoint(x: Tensor, collective: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor]) -> Tensor:
-    """`collective(x)`, a linear function of the x of all ranks, whose gradient goes back through its adjoint."""
-    return _Collective.apply(x, collective, adjoint)
+class _SumOverRanks(torch.autograd.Function):
+    """As torch.distributed.nn.functional.all_reduce, which torch deprecates in favour of private functions."""
 
-
-class _Collective(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, collective: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        ctx.adjoint = adjoint
-        return collective(x)
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return _all_reduced(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # pyrefly: ignore[bad-override]
-        return ctx.adjoint(grads[0]), None, None
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
+        return _all_reduced(grads[0])
 
 
-def _summed(x: Tensor) -> Tensor:
+def _all_reduced(x: Tensor) -> Tensor:
     total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total)
     return total

@@ -29,7 +29,9 @@ def read_trained(folder: Path) -> tuple[Config, dict[str, Tensor]]:
         UserError: the folder holds no finished cell, or one without a checkpoint, or with a damaged one.
     """
     try:
-        config = parse_config(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+        tree = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        tree["trainer"].pop("shard_tables", None)  # a key of older cells, which says nothing about the model
+        config = parse_config(tree)
         status = json.loads((folder / "record.json").read_text(encoding="utf-8"))["status"]
     except OSError as error:
         raise UserError(f"{folder} is not the folder of a cell: it has no {Path(error.filename).name}") from None

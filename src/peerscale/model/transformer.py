@@ -8,31 +8,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peerscale.errors import UserError
-from peerscale.kernels.backends import operators_for
+from peerscale.kernels.operators import Operators
 from peerscale.model.attention import Attention
 
 
 class RmsNorm(nn.RMSNorm):
-    """torch's RMSNorm, computed by the operators of a kernel."""
+    """torch's RMSNorm, computed by the operators of a backend."""
 
-    def __init__(self, d_model: int, kernel: str = "auto") -> None:
+    def __init__(self, d_model: int, operators: Operators) -> None:
         super().__init__(d_model)
-        self.kernel = kernel
+        self.operators = operators
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> y (..., D)."""
-        operators = operators_for(self.kernel, x.device.type)
-        return operators.rms_norm(x, self.weight, torch.finfo(self.weight.dtype).eps)
+        return self.operators.rms_norm(x, self.weight, torch.finfo(self.weight.dtype).eps)
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + ffn(norm(x))."""
 
-    def __init__(self, d_model: int, n_heads: int, context: int, ffn: nn.Module, kernel: str = "auto") -> None:
+    def __init__(self, d_model: int, n_heads: int, context: int, ffn: nn.Module, operators: Operators) -> None:
         super().__init__()
-        self.attention_norm = RmsNorm(d_model, kernel)
-        self.attention = Attention(d_model, n_heads, context, kernel)
-        self.ffn_norm = RmsNorm(d_model, kernel)
+        self.attention_norm = RmsNorm(d_model, operators)
+        self.attention = Attention(d_model, n_heads, context, operators)
+        self.ffn_norm = RmsNorm(d_model, operators)
         self.ffn = ffn
 
     def init_weights(self, output_scale: float) -> None:
@@ -66,12 +65,13 @@ class Transformer(nn.Module):
         context: int,
         vocab_size: int,
         ffns: list[nn.Module],
-        kernel: str = "auto",
+        operators: Operators,
     ) -> None:
         super().__init__()
+        self.operators = operators
         self.embedding = nn.Embedding(vocab_size, d_model)
-        self.blocks = nn.ModuleList(Block(d_model, n_heads, context, ffn, kernel) for ffn in ffns)
-        self.norm = RmsNorm(d_model, kernel)
+        self.blocks = nn.ModuleList(Block(d_model, n_heads, context, ffn, operators) for ffn in ffns)
+        self.norm = RmsNorm(d_model, operators)
         self.init_weights()
 
     def init_weights(self) -> None:

@@ -38,7 +38,7 @@ NOT_HASHED = (
 NAMES = ("ffn.class", "ffn.variant", "ffn.params_of.variant", "data.source", "data.max_documents", "optim.lr_rule")
 """Keys that are not hashed, since what they stand for is: the layer's settings, the corpus's tokens, the rates."""
 
-ADDED_LATER: dict[str, Any] = {}
+ADDED_LATER: dict[str, Any] = {"routing_group_sequences": None}
 """Keys that configurations did not always have, and the values under which cells are as they were before. Hashed only
 where they are others, so that finished cells stay finished."""
 
@@ -164,6 +164,7 @@ def new_record(cell: PlannedCell, status: Status, data_fingerprint: str, **field
 def hashed_config(config: Config, plan: Plan, data_fingerprint: str) -> dict[str, Any]:
     """What determines the result, as resolved values: configuration, rates of this width, tokens, and the recipe."""
     tree = to_dict(config)
+    tree["routing_group_sequences"] = config.routing_group_sequences if config.n_routing_groups > 1 else None
     for key in (*NOT_HASHED, *NAMES):
         remove_key(tree, key)
     for key, usual in ADDED_LATER.items():

@@ -1,6 +1,5 @@
 """Training of one cell, from its plan to its record."""
 
-import contextlib
 import logging
 import sys
 import time
@@ -22,19 +21,29 @@ from peerscale.data.batches import TrainBatches
 from peerscale.data.store import Corpus, open_corpus
 from peerscale.errors import UserError
 from peerscale.files import remove_abandoned, write_text
-from peerscale.kernels.backends import resolve
+from peerscale.kernels.backends import choose_operators
+from peerscale.model.ranks import as_first_rank
 from peerscale.model.trained import CHECKPOINTS, checkpoints
 from peerscale.plan import Plan
 from peerscale.runs.machine import energy_counters, energy_j
 from peerscale.runs.record import Record, Status, new_record, read_record, write_record
-from peerscale.training import distributed
-from peerscale.training.checkpoint import TimedCheckpoint, newest_readable
-from peerscale.training.environment import EXACT_KEYS, describe
+from peerscale.training.checkpoint import TimedCheckpoint, checkpoint_path, newest_readable
+from peerscale.training.distributed import (
+    RankError,
+    is_broken_connection,
+    joined_ranks,
+    launch,
+    local_rank,
+    started_ranks,
+    trainer_settings,
+)
+from peerscale.training.environment import changed_keys, describe
 from peerscale.training.evaluation import Evaluation, evaluate
 from peerscale.training.loader import StepLoader
 from peerscale.training.memory import keep_freed_memory
 from peerscale.training.metrics import Diverged, MetricsLog
 from peerscale.training.module import LanguageModel
+from peerscale.training.table_exchange import TableExchange
 from peerscale.training.tracking import Tracker, cut_back
 
 
@@ -49,6 +58,18 @@ def train_cell(cell: Cell) -> Status:
         check_same(cell, old, corpus.manifest.fingerprint)
         if old.status in FINISHED:
             return old.status
+    devices, (rank, n_started) = cell.config.trainer.devices, started_ranks()
+    if n_started not in (1, devices):
+        raise UserError(f"torchrun or srun started {n_started} processes, but trainer.devices is {devices}")
+    if n_started < devices:
+        return _launch_ranks(cell, corpus, old)
+    if rank > 0:
+        try:
+            return _train_with_first_rank(cell, corpus)
+        except Exception as error:
+            if not isinstance(error, UserError) and not is_broken_connection(error):
+                _record_failure_of_rank(rank, cell, error)
+            raise
     run = CellRun(cell, corpus, old)
     try:
         return run.train()
@@ -57,9 +78,55 @@ def train_cell(cell: Cell) -> Status:
     except Diverged as error:
         return run.close(replace(run.record, status=Status.DIVERGED, reason=str(error)))
     except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        print(f"\n{cell.name} failed: {reason}", file=sys.stderr)
-        return run.close(replace(run.record, status=Status.FAILED, reason=reason, traceback=traceback.format_exc()))
+        of_another = read_record(cell.folder) if is_broken_connection(error) else None
+        if of_another is not None and of_another.status is Status.FAILED:
+            return run.close(of_another)
+        failed = _failed(run.record, error)
+        print(f"\n{cell.name} failed: {failed.reason}", file=sys.stderr)
+        return run.close(failed)
+
+
+def _failed(record: Record, error: Exception) -> Record:
+    reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return replace(record, status=Status.FAILED, reason=reason, traceback="".join(traceback.format_exception(error)))
+
+
+def _launch_ranks(cell: Cell, corpus: Corpus, old: Record | None) -> Status:
+    """Train the cell with processes started for its ranks, the first of which records it."""
+    try:
+        launch(cell.config.trainer.devices, cell)
+    except RankError as error:
+        failed = _failed(read_record(cell.folder) or CellRun(cell, corpus, old).record, error)
+        print(f"\n{cell.name} failed: {failed.reason}", file=sys.stderr)
+        write_record(cell.folder, failed)
+    record = read_record(cell.folder)
+    assert record is not None
+    return record.status
+
+
+def _record_failure_of_rank(rank: int, cell: Cell, error: Exception) -> None:
+    """Record what ended another rank than the first, whose own failure would be of a broken connection."""
+    record = read_record(cell.folder)
+    if record is not None and record.status is Status.RUNNING:
+        failed = _failed(record, error)
+        write_record(cell.folder, replace(failed, reason=f"RankError: rank {rank}: {failed.reason}"))
+
+
+def _train_with_first_rank(cell: Cell, corpus: Corpus) -> Status:
+    """Fit and evaluate as another rank than the first, which writes and decides."""
+    config, folder = cell.config, cell.folder / CHECKPOINTS
+    prepare_process(config)
+    device = pick_device(config)
+    with joined_ranks(device):
+        module = build_module(config, cell.plan, device)
+        resumed_step = as_first_rank(0)
+        resumed = checkpoint_path(folder, resumed_step) if resumed_step else None
+        try:
+            fit(module, corpus, None, TimedCheckpoint(folder, config.trainer.checkpoint_every_s), resumed)
+        except Diverged:
+            return Status.DIVERGED
+        evaluate(module, corpus, config, device)
+    return Status.DONE
 
 
 class CellRun:
@@ -75,13 +142,12 @@ class CellRun:
         remove_abandoned(self.checkpoint_folder)
         prepare_process(self.config)
         self.device = pick_device(self.config)
-        kernel = resolve(self.config.trainer.kernel, self.device.type)
+        kernel = choose_operators(self.config.trainer.kernel, self.device.type).name
         environment = describe(kernel, self.device, self.config.trainer)
         self.resumed = newest_readable(self.checkpoint_folder)
         exact = True
         if self.resumed and old is not None:
-            before = {"n_devices": 1, "shard_tables": False, **old.environment}  # older records don't name them
-            changed = [key for key in EXACT_KEYS if before.get(key) != environment[key]]
+            changed = changed_keys(old.environment, environment)
             exact = old.bit_exact and not changed
             if changed:
                 print(f"notice: {cell.name} goes on with another {', '.join(changed)}: not bit-exact", file=sys.stderr)
@@ -94,8 +160,9 @@ class CellRun:
         """Fit, evaluate, record."""
         config, plan, trainer = self.config, self.plan, self.config.trainer
         resumed, first_step = self.resumed or (None, 0)
-        with self._further_ranks():
-            module = build_module(config, plan)
+        with joined_ranks(self.device):
+            module = build_module(config, plan, self.device)
+            as_first_rank(first_step)
             self._write(self.record)
             cut_back(self.cell.folder, first_step)
             self.tracker = Tracker(self.cell.folder, to_dict(config), self.record)
@@ -119,16 +186,6 @@ class CellRun:
         if used is not None and not resumed:  # what an interrupted cell used before is not known
             timing["energy_j"] = used
         return self.close(self._result(evaluation, timing))
-
-    def _further_ranks(self) -> contextlib.AbstractContextManager[None]:
-        if self.config.trainer.devices == 1:
-            return contextlib.nullcontext()
-        job = {
-            "config": to_dict(self.config),
-            "checkpoints": str(self.checkpoint_folder),
-            "resumed": str(self.resumed[0]) if self.resumed else None,
-        }
-        return distributed.ranks(self.config.trainer.devices, self.device, job)
 
     def close(self, record: Record) -> Status:
         """Write the record and end the W&B run with what it says; a finished cell keeps one checkpoint, or none."""
@@ -166,11 +223,10 @@ def prepare_process(config: Config) -> None:
     keep_freed_memory()
 
 
-def build_module(config: Config, plan: Plan) -> LanguageModel:
+def build_module(config: Config, plan: Plan, device: torch.device) -> LanguageModel:
     """The untrained model of a cell on this rank; raises `UserError` if its layer draws no weights of its own."""
     lightning.seed_everything(config.seed, verbose=False)
-    sharded = config.trainer.shard_tables and config.trainer.devices > 1
-    module = distributed.ShardedLanguageModel(config, plan) if sharded else LanguageModel(config, plan)
+    module = LanguageModel(config, plan, device.type)
     if config.trainer.compile:
         module.model.features = torch.compile(module.model.features)
     return module
@@ -200,8 +256,8 @@ def build_trainer(
     # By default a cluster's variables, or srun on the PATH, would change what is run.
     devices: dict[str, Any] = {"devices": 1, "plugins": [LightningEnvironment()]}
     if config.trainer.devices > 1:
-        devices = distributed.settings(config.trainer.devices)
-        callbacks = [*callbacks, distributed.TableExchange(module)]
+        devices = trainer_settings()
+        callbacks = [*callbacks, TableExchange(module)]
     logging.getLogger("lightning").setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     return lightning.Trainer(
@@ -220,16 +276,16 @@ def build_trainer(
     )
 
 
-def pick_device(config: Config, rank: int = 0) -> torch.device:
-    """Where a rank of the cell runs; raises `UserError` if the GPUs asked for are not there."""
+def pick_device(config: Config) -> torch.device:
+    """Where this rank of the cell runs; raises `UserError` if the GPU asked for is not there."""
     has_gpu = torch.cuda.is_available()
     if config.trainer.accelerator == "gpu" and not has_gpu:
         raise UserError("trainer.accelerator=gpu, but torch sees no GPU here; allowed: auto, cpu")
     if not has_gpu or config.trainer.accelerator == "cpu":
         return torch.device("cpu")
-    if config.trainer.devices > torch.cuda.device_count():
+    if local_rank() >= torch.cuda.device_count():
         raise UserError(
             f"trainer.devices={config.trainer.devices}, but torch sees {torch.cuda.device_count()} GPUs here; "
             "fewer devices, or trainer.accelerator=cpu"
         )
-    return torch.device("cuda", rank) if config.trainer.devices > 1 else torch.device("cuda")
+    return torch.device("cuda", local_rank()) if config.trainer.devices > 1 else torch.device("cuda")

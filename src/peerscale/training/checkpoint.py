@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from peerscale.files import replacing
-from peerscale.model.ranks import as_first_rank, is_first_rank
+from peerscale.model.ranks import as_first_rank, is_first_rank, n_ranks
 from peerscale.model.trained import checkpoints
 
 KEPT = 2
@@ -27,8 +27,9 @@ COST = 0.02
 class TimedCheckpoint(lightning.Callback):
     """Saves the whole training state every `every_s` seconds or `every_steps` steps, and counts the time trained.
 
-    It also saves after step `last_step`, and after the step in which a SIGTERM came; Lightning then ends the run. It
-    does not save when a run breaks off: an exception inside a step leaves weights and counters between two steps.
+    It also saves after step `last_step`, and after the step in which a SIGTERM came, or on several ranks Ctrl-C;
+    Lightning then ends the run. It does not save when a run breaks off: an exception inside a step leaves weights and
+    counters between two steps.
     """
 
     def __init__(
@@ -69,6 +70,8 @@ class TimedCheckpoint(lightning.Callback):
         if threading.current_thread() is threading.main_thread():
             # Lightning's own handler may end the run, on all ranks, before the step is saved.
             signal.signal(signal.SIGTERM, self._terminate)
+            if n_ranks() > 1:  # which end together, or some would wait for the others
+                signal.signal(signal.SIGINT, self._terminate)
 
     def _terminate(self, *_: object) -> None:
         self.terminated = True
@@ -83,7 +86,7 @@ class TimedCheckpoint(lightning.Callback):
         step = trainer.global_step
         if step == self.saved_step:
             return
-        path, started = self.folder / f"step-{step:09d}.ckpt", time.monotonic()
+        path, started = checkpoint_path(self.folder, step), time.monotonic()
         if not is_first_rank():
             return trainer.save_checkpoint(path)  # takes part, and writes nothing
         with replacing(path) as temporary:
@@ -94,6 +97,11 @@ class TimedCheckpoint(lightning.Callback):
             old.unlink()
         self.saved_step, self.saved_at = step, time.monotonic()
         self.save_s = self.saved_at - started
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint after a step is."""
+    return folder / f"step-{step:09d}.ckpt"
 
 
 def newest_readable(folder: Path) -> tuple[Path, int] | None:

@@ -1,243 +1,174 @@
-"""One cell on several devices of a machine: a process for each, its rank, joined by Lightning's DDP.
+"""One cell on several devices: a process for each, its rank; torch's collectives join them.
 
-The process that runs the cell is the first rank, and the only one that writes. It starts the others and sends each its
-job on standard input. They end when it ends, for whatever reason, because that closes the pipe.
+torchrun or srun starts the ranks, on one machine or several, or else `launch` does, on this machine. All ranks train
+and evaluate; only the first one writes.
 """
 
 import contextlib
-import json
+import pickle
+import logging
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning
-import torch
-import torch.distributed as dist
-from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
+from peerscale.errors import FAILED_CELLS, INTERRUPTED, UserError
 
-from peerscale.config import Config
-from peerscale.kernels.gradients import Pairs, TableGradient, collect_row_gradients, collected_gradients
-from peerscale.layers.modules.product_keys import ProductKeyRetrieval
-from peerscale.model.ranks import gather, gather_on_first, mean_over_ranks, n_ranks, share
-from peerscale.model.sharded_tables import keep_own_rows
-from peerscale.plan import Plan
-from peerscale.training.module import LanguageModel
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 TIMEOUT = timedelta(minutes=10)
 """Longest that a rank waits for another, such as one that compiles or writes a checkpoint to a slow disk."""
 
 GRACE_S = 3.0
-"""A failing rank breaks its connections before it ends; the first rank waits this long to see which one ended."""
+"""When one rank ends, the others fail because their connections break; they wait this long, so that it ends first."""
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""A terminal or Slurm sends these to all processes of a job; only the first rank acts on them."""
-
-PROGRAM = "from peerscale.training.distributed import further_rank; further_rank()"
+PROGRAM = ("-m", "peerscale.training.rank")
+"""What Python runs as each rank that `launch` starts, with the path of the job's file as its argument."""
 
 
 class RankError(Exception):
-    """Another rank failed; its traceback follows the first line."""
+    """A rank failed, or was killed; its traceback follows the first line."""
+
+
+def started_ranks() -> tuple[int, int]:
+    """This process's rank, and how many torchrun or srun started; 0 and 1 if neither did."""
+    for rank, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
+        if int(os.environ.get(count, 1)) > 1:
+            return int(os.environ[rank]), int(os.environ[count])
+    return 0, 1
 
 
 @contextlib.contextmanager
-def ranks(n_devices: int, device: torch.device, job: Mapping[str, Any]) -> Iterator[None]:
-    """Start the further ranks with `job`, which holds what `further_rank` reads; be the first rank while entered.
+def joined_ranks(device: "torch.device") -> Iterator[None]:
+    """Be one of the started ranks while entered, or, if there is one only, do nothing."""
+    import torch.distributed as dist
 
-    Raises:
-        RankError: one of them failed, or was killed.
-    """
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as running:
-        job = {**job, "rendezvous_file": str(Path(folder, "rendezvous"))}
-        others = [running.enter_context(_process({**job, "rank": rank})) for rank in range(1, n_devices)]
-        for rank, process in enumerate(others, start=1):
-            assert process.stdout is not None
-            if process.stdout.readline() != b"ready\n":
-                raise _rank_error(rank, process)
-        with _group(device, 0, n_devices, job["rendezvous_file"]):
-            try:
-                yield
-            except RuntimeError as error:  # perhaps of a broken connection
-                limit = time.monotonic() + GRACE_S
-                while time.monotonic() < limit:
-                    for rank, process in enumerate(others, start=1):
-                        if process.poll():
-                            raise _rank_error(rank, process) from error
-                    time.sleep(0.05)
-                raise
-
-
-@contextlib.contextmanager
-def _process(job: Mapping[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
-    """A further rank; killed on leaving, which loses nothing since it writes nothing."""
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # which a new process inherits
-    try:
-        process = subprocess.Popen([sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    assert process.stdin is not None
-    with process:
-        try:
-            with contextlib.suppress(BrokenPipeError):  # it has ended, which `ranks` notices next
-                process.stdin.write(json.dumps(job).encode() + b"\n")
-                process.stdin.flush()
-            yield process
-        finally:
-            process.kill()
-
-
-def _rank_error(rank: int, process: subprocess.Popen[bytes]) -> RankError:
-    assert process.stdout is not None
-    output, code = process.stdout.read().decode(errors="replace").strip(), process.wait()
-    ending = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
-    return RankError(f"rank {rank}: {output.splitlines()[-1] if output else ending}\n{output}")
-
-
-@contextlib.contextmanager
-def _group(device: torch.device, rank: int, size: int, rendezvous_file: str) -> Iterator[None]:
-    """Be one of `size` ranks that find each other through a file."""
+    if started_ranks()[1] == 1:
+        yield
+        return
+    _name_as_torchrun()
     backend = "gloo"
     if device.type == "cuda":
+        import torch
+
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(
-        backend, init_method=f"file://{rendezvous_file}", rank=rank, world_size=size, timeout=TIMEOUT
-    )
+    dist.init_process_group(backend, timeout=TIMEOUT)
     try:
         yield
+    except RuntimeError as error:
+        if is_broken_connection(error):
+            time.sleep(GRACE_S)
+        raise
     finally:
         dist.destroy_process_group()
 
 
-def further_rank() -> None:
-    """The program of every rank but the first: fit and evaluate the job that standard input holds, in one line."""
-    job = json.loads(sys.stdin.buffer.readline())
-    threading.Thread(target=_end_with_first_rank, daemon=True).start()
-    stdout, sys.stdout = sys.stdout, sys.stderr  # the first rank reads it
+def is_broken_connection(error: Exception) -> bool:
+    """Whether this is the failure of a collective because another rank has ended."""
+    import torch.distributed as dist
 
-    from peerscale.config import parse_config
-    from peerscale.data.store import open_corpus
-    from peerscale.plan import plan
-    from peerscale.training.cell import build_module, fit, pick_device, prepare_process
-    from peerscale.training.checkpoint import TimedCheckpoint
-    from peerscale.training.evaluation import evaluate
-    from peerscale.training.metrics import Diverged
-
-    try:
-        config, rank = parse_config(job["config"]), job["rank"]
-        corpus = open_corpus(config.data)
-        prepare_process(config)
-        device = pick_device(config, rank)
-        print("ready", file=stdout, flush=True)
-        with _group(device, rank, config.trainer.devices, job["rendezvous_file"]):
-            saving = TimedCheckpoint(Path(job["checkpoints"]), config.trainer.checkpoint_every_s)
-            resumed = Path(job["resumed"]) if job["resumed"] else None
-            module = build_module(config, plan(config, set_tokens=corpus.manifest.splits))
-            fit(module, corpus, None, saving, resumed)
-            evaluate(module, corpus, config, device)
-    except Diverged:
-        pass  # the first rank finds that at the same step
-    except BaseException:
-        print(traceback.format_exc(), file=stdout, flush=True)
-        os._exit(1)  # without waiting for threads of a broken group
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-def _end_with_first_rank() -> None:
-    sys.stdin.buffer.read()  # until the pipe is closed, which happens at the latest when the first rank dies
-    os._exit(1)
+def _name_as_torchrun() -> None:
+    """Give srun's variables the names that torchrun's have, which torch and Lightning read."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return
+    from lightning.fabric.plugins.environments import SLURMEnvironment
+
+    rank, count = started_ranks()
+    # Steps of a job run side by side, and jobs may share a machine, so each needs a port of its own.
+    port = 15_000 + (int(os.environ["SLURM_JOB_ID"]) + 10 * int(os.environ["SLURM_STEP_ID"])) % 10_000
+    os.environ |= {
+        "RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+        "GROUP_RANK": os.environ["SLURM_NODEID"], "GROUP_WORLD_SIZE": os.environ["SLURM_STEP_NUM_NODES"],
+        "MASTER_ADDR": SLURMEnvironment.resolve_root_node_address(os.environ["SLURM_STEP_NODELIST"]),
+        "MASTER_PORT": str(port),
+    }  # fmt: skip
 
 
-class _Environment(LightningEnvironment):
-    """Ranks that run already, so Lightning starts none."""
-
-    @property
-    def creates_processes_externally(self) -> bool:
-        return True
-
-    def local_rank(self) -> int:
-        return dist.get_rank()
+def local_rank() -> int:
+    """This rank's number on its machine, which is the number of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
 
 
-def settings(n_devices: int) -> dict[str, Any]:
-    """What Lightning's Trainer must know of the ranks."""
+def trainer_settings() -> dict[str, Any]:
+    """What Lightning's Trainer must know of the ranks that this process has joined."""
+    from lightning.fabric.plugins.environments import TorchElasticEnvironment
+    from lightning.pytorch.strategies import DDPStrategy
+
+    n_nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
     # All ranks compute the same buffers, and `TableExchange` takes the place of DDP for the tables.
     strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
-    return {"devices": n_devices, "strategy": strategy, "plugins": [_Environment()]}
+    devices = started_ranks()[1] // n_nodes
+    return {"devices": devices, "num_nodes": n_nodes, "strategy": strategy, "plugins": [TorchElasticEnvironment()]}
 
 
-class ShardedLanguageModel(LanguageModel):
-    """A model whose expert tables hold this rank's share of the rows; its checkpoints hold whole tables."""
+def launch(n_ranks: int, cell: Any) -> None:
+    """Run `PROGRAM` as each of `n_ranks` ranks on this machine until all have ended; its argument is a file with the
+    pickled `cell`.
 
-    def __init__(self, config: Config, plan: Plan) -> None:
-        super().__init__(config, plan)
-        for layer in self.modules():
-            if isinstance(layer, ProductKeyRetrieval):
-                layer.sharded = True
-        for table in self.groups.tables:
-            keep_own_rows(table)
+    A signal that asks this process to end goes on to the ranks, which have half a minute for a checkpoint.
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._change_tables(checkpoint, gather_on_first)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._change_tables(checkpoint, lambda whole: whole[share(len(whole))].clone())
-
-    def _change_tables(self, checkpoint: dict[str, Any], change: Callable[[Tensor], Tensor]) -> None:
-        ids = {id(table) for table in self.groups.tables}
-        for name, parameter in self.named_parameters():
-            if id(parameter) in ids:
-                checkpoint["state_dict"][name] = change(checkpoint["state_dict"][name])
-        (optimizer,) = checkpoint["optimizer_states"]
-        for i in optimizer["param_groups"][-1]["params"] if ids else []:  # the tables' group
-            state = optimizer["state"][i]
-            optimizer["state"][i] = {key: change(value) if value.ndim else value for key, value in state.items()}
-
-
-class TableExchange(lightning.Callback):
-    """Averages the gradients of the expert tables, in place of DDP.
-
-    The ranks exchange the factors of a gradient, which are as large as the batch, instead of the gradient, which is as
-    large as the table; only the `reference` kernel, which has no factors, exchanges gradients. Sharded tables hold the
-    sum over all ranks already.
+    Raises:
+        UserError: a rank was given what cannot be run.
+        RankError: a rank failed, or was killed; the others are ended.
+        KeyboardInterrupt: a signal ended them.
     """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    def __init__(self, module: LanguageModel) -> None:
-        self.tables, self.row_sparse = module.groups.tables, module.config.optim.name == "row_sparse_adamw"
-        self.sharded = module.config.trainer.shard_tables
-        ids = {id(table) for table in self.tables}
-        names = [name for name, parameter in module.named_parameters() if id(parameter) in ids]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
-        for table in self.tables:
-            collect_row_gradients(table)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its warnings repeat what we report
+    with tempfile.TemporaryDirectory() as folder, _signal_handlers_restored():
+        path = Path(folder, "cell.pickle")
+        path.write_bytes(pickle.dumps(cell))
+        config = LaunchConfig(
+            min_nodes=1, max_nodes=1, nproc_per_node=n_ranks, max_restarts=0, run_id="cell", local_addr="localhost",
+            rdzv_backend="c10d", rdzv_endpoint="localhost:0", logs_specs=DefaultLogsSpecs(log_dir=folder),
+        )  # fmt: skip
+        try:
+            elastic_launch(config, sys.executable)(*PROGRAM, str(path))
+        except SignalException:
+            raise KeyboardInterrupt from None
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if failure.exitcode != FAILED_CELLS:  # with which the first rank ends once it has recorded why
+                raise _reason(rank, failure) from None
 
-    def on_after_backward(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        together = (lambda x: x) if self.sharded else gather
-        shared: dict[int, Pairs] = {}  # a layer's tables have the same rows
-        for table in self.tables:
-            if table.grad is not None:
-                table.grad = table.grad / n_ranks() if self.sharded else mean_over_ranks(table.grad)
-            collected = collected_gradients(table)
-            assert collected is not None
-            if (here := collected.total()) is None:
-                continue
-            backend, n_rows = here.pairs.backend, here.pairs.n_rows
-            if id(here.pairs) not in shared:
-                shared[id(here.pairs)] = Pairs(backend, together(here.pairs.rows_TJ), n_rows)
-            pairs = shared[id(here.pairs)]
-            gradient = TableGradient(pairs, together(here.coefficients_TJ) / n_ranks(), together(here.vectors_TD))
-            collected.clear()
-            if self.row_sparse:
-                collected.gradients.append(gradient)
-            else:
-                table.grad = backend.table_gradient(gradient, n_rows)
+
+def _reason(rank: int, failure: "ProcessFailure") -> BaseException:
+    """What to raise for the rank that ended first."""
+    if failure.exitcode == INTERRUPTED:
+        return KeyboardInterrupt()
+    if isinstance(failure.message, dict):  # an exception, which `record` wrote down
+        message = failure.message["message"]
+        if message.startswith("UserError: "):
+            return UserError(message.removeprefix("UserError: "))
+        return RankError(f"rank {rank}: {message}\n{failure.message['extraInfo']['py_callstack']}")
+    ending = f"ended by {failure.signal_name()}" if failure.exitcode < 0 else f"exit {failure.exitcode}"
+    return RankError(f"rank {rank}: {ending}")
+
+
+@contextlib.contextmanager
+def _signal_handlers_restored() -> Iterator[None]:
+    """Put back the handlers that torch's launcher replaces; off the main thread it replaces none."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

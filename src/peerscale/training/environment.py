@@ -2,16 +2,24 @@
 
 import os
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
-from peerscale.config import TrainerConfig
+from peerscale.config import RENAMED_KERNELS, TrainerConfig
 from peerscale.runs.machine import cpu_name, git_commit
 
-EXACT_KEYS = ("hardware", "device", "kernel", "compiled", "n_devices", "shard_tables", "n_threads", "torch")
+EXACT_KEYS = ("hardware", "device", "kernel", "compiled", "n_devices", "n_threads", "torch")
 """A resumed run is bit-exact if these are as they were."""
+
+
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Which of `EXACT_KEYS` differ between the environment in a record and that of now."""
+    before = {"n_devices": 1, **old}  # which older records do not name
+    before["kernel"] = RENAMED_KERNELS.get(str(old.get("kernel")), old.get("kernel"))
+    return [key for key in EXACT_KEYS if before.get(key) != new[key]]
 
 
 def describe(kernel: str, device: torch.device, trainer: TrainerConfig) -> dict[str, Any]:
@@ -23,7 +31,6 @@ def describe(kernel: str, device: torch.device, trainer: TrainerConfig) -> dict[
         "kernel": kernel,
         "compiled": trainer.compile,
         "n_devices": trainer.devices,
-        "shard_tables": trainer.shard_tables,
         "n_threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -56,7 +56,7 @@ def evaluate(module: LanguageModel, corpus: Corpus, config: Config, device: torc
 
 def _sequence_losses(module: LanguageModel, batch: np.ndarray, device: torch.device) -> np.ndarray:
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, module.config.precision == "bf16"):
-        losses_BT = module.losses(torch.from_numpy(batch[share(len(batch))]).to(device))
+        _, losses_BT = module.losses(torch.from_numpy(batch[share(len(batch))]).to(device))
         return gather(losses_BT.mean(dim=1)).double().cpu().numpy()
 
 

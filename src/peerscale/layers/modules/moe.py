@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peerscale.layers.fine_grained_moe import FineGrainedMoeConfig
 from peerscale.layers.moe import MoeConfig
-from peerscale.model.ranks import gather, mean_over_ranks, n_ranks, share
+from peerscale.model.ranks import gather, groups_here, mean_over_ranks, n_ranks, share
 from peerscale.model.usage import CountsUsage
 
 
@@ -39,16 +39,19 @@ class Experts(nn.Module):
 class ExpertChoiceMoe(nn.Module, CountsUsage):
     """Every expert chooses its tokens (Zhou et al. 2022), so that all have equal work.
 
-    Experts choose among the tokens at one position of all sequences of the batch (as Krajewski et al. 2024), so that no
-    sequence sees its own future; the output depends on the other sequences of the batch.
+    Experts choose among the tokens at one position of all sequences of a group (as Krajewski et al. 2024), so that no
+    sequence sees its own future; the output depends on the other sequences of the group.
+
+    Args:
+        n_groups: consecutive parts of a batch, on all ranks, of which each is a group.
 
     Raises (forward):
-        ValueError: if batch sequences x capacity_factor / n_experts is not a whole number in 1..sequences.
+        ValueError: if a group's sequences x capacity_factor / n_experts is not a whole number in 1..sequences.
     """
 
-    def __init__(self, d_model: int, d_ff: int, config: MoeConfig) -> None:
+    def __init__(self, d_model: int, d_ff: int, config: MoeConfig, n_groups: int = 1) -> None:
         super().__init__()
-        self.config, self.n_experts = config, config.n_experts
+        self.config, self.n_experts, self.n_groups = config, config.n_experts, n_groups
         self.router = nn.Linear(d_model, config.n_experts, bias=False)
         self.experts = Experts(config.n_experts, d_model, d_ff)
 
@@ -60,7 +63,7 @@ class ExpertChoiceMoe(nn.Module, CountsUsage):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """x (B, T, D) -> y (B, T, D)."""
         B, T, D = x_BTD.shape
-        sequences = B * n_ranks()
+        sequences = B * n_ranks() // self.n_groups
         capacity = self.config.capacity(sequences)
         if capacity is None:
             raise ValueError(
@@ -68,8 +71,8 @@ class ExpertChoiceMoe(nn.Module, CountsUsage):
                 f"is not a whole number in 1..{sequences}"
             )
         gates_BTE = _router_probabilities(self.router, x_BTD)[0]
-        if n_ranks() > 1:
-            return self._forward_on_ranks(x_BTD, gates_BTE, capacity)
+        if n_ranks() * self.n_groups > 1:
+            return self._forward_in_groups(x_BTD, gates_BTE, capacity)
         gates_ETC, sequence_ETC = gates_BTE.permute(2, 1, 0).topk(capacity, dim=-1)
         # Row of each chosen token in the batch laid out as (B x T, D).
         token_EM = (sequence_ETC * T + torch.arange(T, device=x_BTD.device)[:, None]).flatten(1)
@@ -83,16 +86,18 @@ class ExpertChoiceMoe(nn.Module, CountsUsage):
         return y_MD.view(B, T, D)
 
     @torch.compiler.disable  # its shapes change with every batch
-    def _forward_on_ranks(self, x_BTD: Tensor, gates_BTE: Tensor, capacity: int) -> Tensor:
-        """The output for this rank's sequences, where experts choose among the sequences of all ranks.
+    def _forward_in_groups(self, x_BTD: Tensor, gates_BTE: Tensor, capacity: int) -> Tensor:
+        """The output for this rank's sequences, where experts choose in several groups, or on several ranks.
 
         Each rank computes the chosen tokens that it holds, whose number differs between experts.
         """
         B, T, D = x_BTD.shape
-        all_gates_ETB = gather(gates_BTE).permute(2, 1, 0)
-        chosen_ETB = torch.zeros_like(all_gates_ETB, dtype=torch.bool)
-        chosen_ETB.scatter_(-1, all_gates_ETB.topk(capacity, dim=-1).indices, True)
-        chosen_ETB = chosen_ETB[..., share(chosen_ETB.shape[-1])]
+        together = self.n_groups == 1
+        gates_ETB = (gather(gates_BTE) if together else gates_BTE).permute(2, 1, 0)
+        gates_ETGS = gates_ETB.unflatten(-1, (groups_here(self.n_groups), -1))  # S sequences of each group G
+        chosen_ETGS = torch.zeros_like(gates_ETGS, dtype=torch.bool)
+        chosen_ETGS.scatter_(-1, gates_ETGS.topk(capacity, dim=-1).indices, True)
+        chosen_ETB = chosen_ETGS.flatten(-2)[..., share(B * n_ranks()) if together else slice(None)]
         expert_P, position_P, sequence_P = chosen_ETB.nonzero(as_tuple=True)
         gates_P = gates_BTE[sequence_P, position_P, expert_P]
         if self.usage is not None:

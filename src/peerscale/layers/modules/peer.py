@@ -5,6 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from peerscale.kernels.operators import Operators
 from peerscale.layers.modules.product_keys import ProductKeyRetrieval
 from peerscale.layers.peer import PeerConfig
 from peerscale.model.usage import CountsUsage
@@ -19,7 +20,7 @@ class Peer(ProductKeyRetrieval, CountsUsage):
     Args:
         d_model: width of input and output.
         n_experts, n_heads, top_k, d_key, settings: the settings of `PeerConfig`, where they are explained.
-        kernel: the implementation of the operators (`kernels.backends`).
+        n_groups, operators: see `ProductKeyRetrieval`.
 
     Raises:
         ValueError: settings that cannot be.
@@ -33,11 +34,12 @@ class Peer(ProductKeyRetrieval, CountsUsage):
         top_k: int,
         d_key: int | Literal["half_d_model"] = "half_d_model",
         *,
-        kernel: str = "auto",
+        n_groups: int = 1,
+        operators: Operators | None = None,
         **settings: Any,
     ) -> None:
         config = PeerConfig(n_experts=n_experts, n_heads=n_heads, top_k=top_k, d_key=d_key, **settings)
-        super().__init__(d_model, config, kernel)
+        super().__init__(d_model, config, n_groups=n_groups, operators=operators)
         self.activation, self.score = config.activation, config.score
         # Not stated in the paper: rows of norm about 1, so that u . x has the variance of x's features.
         self.w_down = nn.Parameter(torch.randn(n_experts, d_model) * d_model**-0.5)

@@ -5,6 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from peerscale.kernels.operators import Operators
 from peerscale.layers.modules.product_keys import ProductKeyRetrieval
 from peerscale.layers.pkm import PkmConfig
 from peerscale.model.usage import CountsUsage
@@ -30,11 +31,12 @@ class Pkm(ProductKeyRetrieval, CountsUsage):
         top_k: int,
         d_key: int | Literal["half_d_model"] = "half_d_model",
         *,
-        kernel: str = "auto",
+        n_groups: int = 1,
+        operators: Operators | None = None,
         **settings: Any,
     ) -> None:
         config = PkmConfig(n_experts=n_experts, n_heads=n_heads, top_k=top_k, d_key=d_key, **settings)
-        super().__init__(d_model, config, kernel)
+        super().__init__(d_model, config, n_groups=n_groups, operators=operators)
         self.values = nn.Parameter(torch.randn(n_experts, d_model) * d_model**-0.5)
 
     def expert_tables(self) -> list[nn.Parameter]:

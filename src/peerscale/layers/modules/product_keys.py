@@ -3,34 +3,48 @@
 Shapes: T tokens, D model width, H heads, S the 2 halves of a key, C half a key's width, K top_k.
 """
 
+from typing import Any, Self
+
 import torch
 from torch import Tensor, nn
 
-from peerscale.kernels.backends import operators_for
+from peerscale.kernels.backends import choose_operators
 from peerscale.kernels.operators import Operators
 from peerscale.layers.product_keys import RetrievalConfig
-from peerscale.model.ranks import n_ranks, sum_over_ranks
-from peerscale.model.sharded_tables import ShardedTables
+from peerscale.model.ranks import groups_here, mean_over_ranks, n_ranks, sum_over_ranks
 
 
 class QueryNorm(nn.BatchNorm1d):
-    """torch's BatchNorm over the batch of all ranks; torch's SyncBatchNorm does not run on a CPU."""
+    """torch's BatchNorm over the batch of all ranks, or by itself over each of `n_groups` consecutive parts of it.
+
+    The running statistics follow the mean of those of the groups. (torch's SyncBatchNorm does not run on a CPU.)
+    """
+
+    def __init__(self, n_features: int, n_groups: int = 1) -> None:
+        super().__init__(n_features)
+        self.n_groups = n_groups
 
     def forward(self, input: Tensor) -> Tensor:
         """x (T, features) -> y (T, features)."""
-        if not self.training or n_ranks() == 1:
+        if not self.training or n_ranks() * self.n_groups == 1:
             return super().forward(input)
-        n = len(input) * n_ranks()
-        mean = sum_over_ranks(input.sum(0)) / n
-        centred = input - mean
-        variance = sum_over_ranks(centred.square().sum(0)) / n
+        n = len(input) * n_ranks() // self.n_groups
+        parts_GTF = input.unflatten(0, (groups_here(self.n_groups), -1))
+        mean_G1F = self._sum(parts_GTF) / n
+        centred_GTF = parts_GTF - mean_G1F
+        variance_G1F = self._sum(centred_GTF.square()) / n
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         assert self.momentum is not None
         with torch.no_grad():
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
-        return centred * (variance + self.eps).rsqrt() * self.weight + self.bias
+            self.running_mean.lerp_(mean_over_ranks(mean_G1F.mean((0, 1))), self.momentum)
+            self.running_var.lerp_(mean_over_ranks(variance_G1F.mean((0, 1))) * n / (n - 1), self.momentum)
+        return (centred_GTF * (variance_G1F + self.eps).rsqrt()).flatten(0, 1) * self.weight + self.bias
+
+    def _sum(self, parts_GTF: Tensor) -> Tensor:
+        """The sum over each group; a single one lies on all ranks."""
+        here_G1F = parts_GTF.sum(1, keepdim=True)
+        return sum_over_ranks(here_G1F) if self.n_groups == 1 else here_G1F
 
 
 class ProductKeyRetrieval(nn.Module):
@@ -39,25 +53,30 @@ class ProductKeyRetrieval(nn.Module):
     Args:
         d_model: width of the input.
         config: the layer's settings.
-        kernel: the implementation of the operators (`kernels.backends`).
+        n_groups: consecutive parts of a batch, on all ranks, each with a BatchNorm of its own.
+        operators: the backend; None: the fastest for the kind of device that the layer is on (`kernels.backends`).
     """
 
-    def __init__(self, d_model: int, config: RetrievalConfig, kernel: str = "auto") -> None:
+    def __init__(
+        self, d_model: int, config: RetrievalConfig, *, n_groups: int = 1, operators: Operators | None = None
+    ) -> None:
         super().__init__()
-        self.config, self.kernel = config, kernel
+        self.config = config
         self.n_experts, self.n_heads, self.top_k = config.n_experts, config.n_heads, config.top_k
-        self.sharded = False
+        self.follows_device = operators is None
+        self.operators = operators or choose_operators()
         d_key = config.resolved_d_key(d_model)
         self.query = nn.Linear(d_model, self.n_heads * d_key, bias=config.query_bias)
-        self.query_norm = QueryNorm(self.n_heads * d_key) if config.query_norm else None
+        self.query_norm = QueryNorm(self.n_heads * d_key, n_groups) if config.query_norm else None
         self.sub_keys = nn.Parameter(torch.empty(config.n_key_sets, 2, config.n_keys, d_key // 2))
         self.reset_parameters()
 
-    @property
-    def operators(self) -> Operators | ShardedTables:
-        """The implementation, which depends on the device that the layer is on."""
-        operators = operators_for(self.kernel, self.sub_keys.device.type)
-        return ShardedTables(operators) if self.sharded else operators
+    def _apply(self, *arguments: Any, **options: Any) -> Self:
+        """As torch's, which `to` and `cuda` call: another kind of device may have another fastest backend."""
+        super()._apply(*arguments, **options)
+        if self.follows_device:
+            self.operators = choose_operators(device=self.sub_keys.device.type)
+        return self
 
     def reset_parameters(self) -> None:
         """The paper states no initialisation; this is that of the product-key memory code it refers to."""

@@ -14,7 +14,7 @@
 
 #include "activations.h"
 #include "backbone.h"
-#include "product_keys.h"
+#include "product_key_search.h"
 #include "rows.h"
 
 namespace peerscale {
@@ -23,8 +23,8 @@ namespace peerscale {
 
 // out[t, j] = <x[t], table[rows[t, j]]>
 template <class Real>
-void row_scores(const Real* x, const Real* table, const int64_t* rows, Real* out, int64_t T, int64_t J, int64_t D,
-                int64_t threads) {
+void row_dot_products(const Real* x, const Real* table, const int64_t* rows, Real* out, int64_t T, int64_t J,
+                      int64_t D, int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t t = 0; t < T; ++t)
     dot_rows(x + t * D, D, J, (T - t) * J, [=](int64_t i) { return table + rows[t * J + i] * D; },
@@ -33,8 +33,8 @@ void row_scores(const Real* x, const Real* table, const int64_t* rows, Real* out
 
 // out[t] = sum over j of weights[t, j] table[rows[t, j]]
 template <class Real>
-void row_bags(const Real* table, const int64_t* rows, const Real* weights, Real* out, int64_t T, int64_t J, int64_t D,
-              int64_t threads) {
+void weighted_row_sum(const Real* table, const int64_t* rows, const Real* weights, Real* out, int64_t T, int64_t J,
+                      int64_t D, int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t t = 0; t < T; ++t) {
     std::fill_n(out + t * D, D, Real(0));
@@ -47,7 +47,7 @@ void row_bags(const Real* table, const int64_t* rows, const Real* weights, Real*
 
 // The pairs p = t J + j sorted by row, and within a row by p: the i-th is order[i], of token tokens[i]. Those of run r
 // are the starts[r]-th to the (starts[r + 1] - 1)-th.
-struct Runs {
+struct SortedPairs {
   const int64_t* rows;
   const int32_t *order, *tokens, *starts;
   int64_t R;
@@ -55,34 +55,35 @@ struct Runs {
   int64_t row(int64_t run) const { return rows[order[starts[run]]]; }
 };
 
-// As `row_scores`.
+// As `row_dot_products`.
 template <class Real>
-void row_scores_by_row(const Runs& runs, const Real* x, const Real* table, Real* out, int64_t D, int64_t threads) {
+void row_dot_products_by_row(const SortedPairs& pairs, const Real* x, const Real* table, Real* out, int64_t D,
+                             int64_t threads) {
 #pragma omp parallel for schedule(dynamic, 16) num_threads(threads)
-  for (int64_t run = 0; run < runs.R; ++run) {
-    if (run + 2 < runs.R) prefetch(table + runs.row(run + 2) * D, D);
-    const int32_t *order = runs.order + runs.starts[run], *tokens = runs.tokens + runs.starts[run];
-    const int64_t count = runs.starts[run + 1] - runs.starts[run], known = runs.starts[runs.R] - runs.starts[run];
-    dot_rows(table + runs.row(run) * D, D, count, known,
+  for (int64_t run = 0; run < pairs.R; ++run) {
+    if (run + 2 < pairs.R) prefetch(table + pairs.row(run + 2) * D, D);
+    const int32_t *order = pairs.order + pairs.starts[run], *tokens = pairs.tokens + pairs.starts[run];
+    const int64_t count = pairs.starts[run + 1] - pairs.starts[run], known = pairs.starts[pairs.R] - pairs.starts[run];
+    dot_rows(table + pairs.row(run) * D, D, count, known,
              [=](int64_t i) { return x + tokens[i] * D; }, [=](int64_t i) -> Real& { return out[order[i]]; });
   }
 }
 
-// As `row_bags`. A thread adds up the output of its own tokens, for which it looks through all runs.
+// As `weighted_row_sum`. A thread adds up the output of its own tokens, for which it looks through all pairs.
 template <class Real>
-void row_bags_by_row(const Runs& runs, const Real* table, const Real* weights, Real* out, int64_t T, int64_t D,
-                     int64_t threads) {
+void weighted_row_sum_by_row(const SortedPairs& pairs, const Real* table, const Real* weights, Real* out, int64_t T,
+                             int64_t D, int64_t threads) {
 #pragma omp parallel num_threads(threads)
   {
     const int64_t begin = T * omp_get_thread_num() / omp_get_num_threads();
     const int64_t end = T * (omp_get_thread_num() + 1) / omp_get_num_threads();
     std::fill(out + begin * D, out + end * D, Real(0));
-    for (int64_t run = 0; run < runs.R; ++run) {
-      if (run + 2 < runs.R) prefetch(table + runs.row(run + 2) * D, D);
-      const Real* row = table + runs.row(run) * D;
-      const int32_t *tokens = runs.tokens + runs.starts[run], *last = runs.tokens + runs.starts[run + 1];
+    for (int64_t run = 0; run < pairs.R; ++run) {
+      if (run + 2 < pairs.R) prefetch(table + pairs.row(run + 2) * D, D);
+      const Real* row = table + pairs.row(run) * D;
+      const int32_t *tokens = pairs.tokens + pairs.starts[run], *last = pairs.tokens + pairs.starts[run + 1];
       for (tokens = std::lower_bound(tokens, last, begin); tokens < last && *tokens < end; ++tokens)
-        add_row(out + *tokens * D, D, weights[runs.order[tokens - runs.tokens]], row);
+        add_row(out + *tokens * D, D, weights[pairs.order[tokens - pairs.tokens]], row);
     }
   }
 }
@@ -90,43 +91,43 @@ void row_bags_by_row(const Runs& runs, const Real* table, const Real* weights, R
 // ---- The gradient of a table: row r gets the sum over its pairs (t, j) of coefficients[t, j] vectors[t]
 
 template <class Real>
-inline void add_run(const Runs& runs, int64_t run, const Real* coefficients, const Real* vectors, int64_t D,
+inline void add_run(const SortedPairs& pairs, int64_t run, const Real* coefficients, const Real* vectors, int64_t D,
                     Real* sum) {
-  const int32_t *order = runs.order + runs.starts[run], *tokens = runs.tokens + runs.starts[run];
-  const int64_t count = runs.starts[run + 1] - runs.starts[run], known = runs.starts[runs.R] - runs.starts[run];
+  const int32_t *order = pairs.order + pairs.starts[run], *tokens = pairs.tokens + pairs.starts[run];
+  const int64_t count = pairs.starts[run + 1] - pairs.starts[run], known = pairs.starts[pairs.R] - pairs.starts[run];
   add_rows(sum, D, count, known, [=](int64_t i) { return vectors + tokens[i] * D; },
            [=](int64_t i) { return coefficients[order[i]]; });
 }
 
 // Rows that have no pair are left as they are.
 template <class Real>
-void table_gradient(const Runs& runs, const Real* coefficients, const Real* vectors, Real* out, int64_t D,
+void table_gradient(const SortedPairs& pairs, const Real* coefficients, const Real* vectors, Real* out, int64_t D,
                     int64_t threads) {
 #pragma omp parallel for schedule(dynamic, 16) num_threads(threads)
-  for (int64_t run = 0; run < runs.R; ++run) {
-    Real* row = out + runs.row(run) * D;
+  for (int64_t run = 0; run < pairs.R; ++run) {
+    Real* row = out + pairs.row(run) * D;
     std::fill_n(row, D, Real(0));
-    add_run(runs, run, coefficients, vectors, D, row);
+    add_run(pairs, run, coefficients, vectors, D, row);
   }
 }
 
 // AdamW on the rows that have pairs; a row's gradient never leaves the cache. `steps` counts the updates of each row.
 template <class Real>
-void adamw_rows(const Runs& runs, const Real* coefficients, const Real* vectors, Real* table, Real* mean, Real* square,
-                Real* steps, int64_t D, double lr, double beta1, double beta2, double eps, double weight_decay,
-                int64_t threads) {
+void adamw_rows(const SortedPairs& pairs, const Real* coefficients, const Real* vectors, Real* table, Real* mean,
+                Real* square, Real* steps, int64_t D, double lr, double beta1, double beta2, double eps,
+                double weight_decay, int64_t threads) {
   const Real b1 = beta1, b2 = beta2, c1 = 1 - beta1, c2 = 1 - beta2, keep = 1 - lr * weight_decay, e = eps;
 #pragma omp parallel num_threads(threads)
   {
     std::vector<Real> gradient(D);
     Real* g = gradient.data();
 #pragma omp for schedule(dynamic, 64)
-    for (int64_t run = 0; run < runs.R; ++run) {
-      if (run + 2 < runs.R)
-        for (const Real* array : {table, mean, square}) prefetch(array + runs.row(run + 2) * D, D);
+    for (int64_t run = 0; run < pairs.R; ++run) {
+      if (run + 2 < pairs.R)
+        for (const Real* array : {table, mean, square}) prefetch(array + pairs.row(run + 2) * D, D);
       std::fill_n(g, D, Real(0));
-      add_run(runs, run, coefficients, vectors, D, g);
-      const int64_t row = runs.row(run);
+      add_run(pairs, run, coefficients, vectors, D, g);
+      const int64_t row = pairs.row(run);
       const double step = steps[row] += 1;
       const Real size = lr / (1 - std::pow(beta1, step)), scale = 1 / std::sqrt(1 - std::pow(beta2, step));
       Real *__restrict p = table + row * D, *__restrict m = mean + row * D, *__restrict v = square + row * D;
@@ -148,16 +149,15 @@ using namespace peerscale;
 extern "C" const void* peerscale_find(const char* name, int64_t is_double) {
 #define FIND(function) \
   if (!std::strcmp(name, #function)) return is_double ? (const void*)&function<double> : (const void*)&function<float>
-  FIND(row_scores);
-  FIND(row_bags);
-  FIND(row_scores_by_row);
-  FIND(row_bags_by_row);
+  FIND(row_dot_products);
+  FIND(weighted_row_sum);
+  FIND(row_dot_products_by_row);
+  FIND(weighted_row_sum_by_row);
   FIND(table_gradient);
   FIND(adamw_rows);
   FIND(gate);
   FIND(gate_backward);
   FIND(product_key_top_k);
-  FIND(product_key_top_k_lanes);
   FIND(cross_entropy);
   FIND(rms_norm);
   FIND(rms_norm_backward);
@@ -167,7 +167,7 @@ extern "C" const void* peerscale_find(const char* name, int64_t is_double) {
   return nullptr;
 }
 
-// Fills the arrays of a `Runs`, P, P and P + 1 numbers, by a radix sort, and returns R.
+// Fills the arrays of a `SortedPairs`, P, P and P + 1 numbers, by a radix sort, and returns R.
 extern "C" int64_t peerscale_sort_pairs(const int64_t* rows, int64_t T, int64_t J, int64_t N, int32_t* order,
                                         int32_t* tokens, int32_t* starts) {
   constexpr int kMostBits = 12;  // places to fill that stay in the nearest cache

@@ -1,4 +1,4 @@
-"""The operators in Triton (`gpu_kernels`) for tensors on a GPU; others, and empty batches, run on `Native`.
+"""The operators in Triton (`triton_kernels`) for tensors on a GPU; others, and empty batches, run on `TorchOperators`.
 
 Half-precision vectors and rows are multiplied and summed in float32, in which scores and coefficients of pairs stay.
 Memory beyond the tables is O(T (D + J)), nothing waits for the GPU, and row numbers are not checked.
@@ -13,53 +13,60 @@ import torch
 from torch import Tensor
 
 from peerscale.kernels.adamw import AdamW, Moments
-from peerscale.kernels.gradients import Pairs, Runs, TableGradient
-from peerscale.kernels.native import Native
+from peerscale.kernels.operators import Pairs, SortedPairs, TableGradient
+from peerscale.kernels.torch_operators import TorchOperators
 
-_eager = torch.compiler.disable  # torch.compile would look into the choice of the blocks too
 _CACHE_BYTES = 2**25  # a table of this size stays in the cache of a large GPU
 _ADAMW_BLOCKS = {"BLOCK_P": 8, "BLOCK_D": 256, "num_warps": 4}  # not tuned, since trials would be steps
 
 
-class Triton(Native):
-    """See `Operators` and `gradients.Arithmetic`."""
+class TritonOperators(TorchOperators):
+    """See `Operators`."""
 
-    single_neuron_experts = _eager(Native.single_neuron_experts)
-    weighted_rows = _eager(Native.weighted_rows)
+    name = "triton"
 
-    def row_scores(self, x_TD: Tensor, table_ND: Tensor, pairs: Pairs) -> Tensor:
+    def obstacle(self, device: str) -> str | None:
+        if not _runs_on(device):
+            return "it needs a GPU"
+        if importlib.util.find_spec("triton") is None:
+            return "there is no package triton: pip install 'peerscale[gpu]'"
+        return None
+
+    def row_dot_products(self, x_TD: Tensor, table_ND: Tensor, pairs: Pairs) -> Tensor:
         rows_TJ = pairs.rows_TJ
         if not _takes(rows_TJ):
-            return super().row_scores(x_TD, table_ND, pairs)
+            return super().row_dot_products(x_TD, table_ND, pairs)
         (T, J), D = rows_TJ.shape, x_TD.shape[1]
-        by_row = _by_row(pairs, x_TD, table_ND)
+        by_row = pairs.quicker_by_row(x_TD, table_ND, _CACHE_BYTES)
         out_TJ = x_TD.new_empty(T, J, dtype=_summed_in(x_TD))
-        order = pairs.runs.order_P if by_row else rows_TJ
+        order = pairs.by_row.order_P if by_row else rows_TJ
         tensors = (x_TD, table_ND, rows_TJ, order, out_TJ)
-        _launch("row_scores", lambda size: (-(-T * J // size["BLOCK_P"]),), *tensors, T * J, J, D, BY_ROW=by_row)
+        _launch("row_dot_products", lambda size: (-(-T * J // size["BLOCK_P"]),), *tensors, T * J, J, D, BY_ROW=by_row)
         return out_TJ
 
-    def row_bags(self, table_ND: Tensor, pairs: Pairs, weights_TJ: Tensor) -> Tensor:
+    def weighted_row_sum(self, table_ND: Tensor, pairs: Pairs, weights_TJ: Tensor) -> Tensor:
         if not _takes(pairs.rows_TJ):
-            return super().row_bags(table_ND, pairs, weights_TJ)
+            return super().weighted_row_sum(table_ND, pairs, weights_TJ)
         (T, J), D = pairs.rows_TJ.shape, table_ND.shape[1]
         out_TD = table_ND.new_empty(T, D)
         tensors = (table_ND, pairs.rows_TJ, weights_TJ.to(_summed_in(table_ND)), out_TD)
-        _launch("row_bags", _columns(T, D), *tensors, J, D)
+        _launch("weighted_row_sum", _columns(T, D), *tensors, J, D)
         return out_TD
 
-    def sort_pairs(self, rows_TJ: Tensor, n_rows: int) -> Runs:
+    def sort_pairs(self, pairs: Pairs) -> SortedPairs:
+        rows_TJ = pairs.rows_TJ
         if not _takes(rows_TJ):
-            return super().sort_pairs(rows_TJ, n_rows)
+            return super().sort_pairs(pairs)
         rows_P, order_P = rows_TJ.view(-1).int().sort(stable=True)
         run_P = (rows_P.diff(prepend=rows_P[:1]) != 0).cumsum(0)
         # As many runs as there can be, empty ones last: to learn how many there are would be to wait for the GPU.
-        runs = torch.arange(min(n_rows, len(rows_P)) + 1, device=rows_P.device)
-        return Runs(order_P, order_P // rows_TJ.shape[1], torch.searchsorted(run_P, runs))
+        runs = torch.arange(min(pairs.n_rows, len(rows_P)) + 1, device=rows_P.device)
+        return SortedPairs(order_P, order_P // rows_TJ.shape[1], torch.searchsorted(run_P, runs))
 
-    def table_gradient(self, gradient: TableGradient, n_rows: int) -> Tensor:
+    def table_gradient(self, gradient: TableGradient) -> Tensor:
         if not _takes(gradient.pairs.rows_TJ):
-            return super().table_gradient(gradient, n_rows)
+            return super().table_gradient(gradient)
+        n_rows = gradient.pairs.n_rows
         out_ND = gradient.vectors_TD.new_zeros(n_rows, gradient.vectors_TD.shape[1])
         tensors, grid, (J, D) = _by_runs(gradient)
         pairs_a_row = (gradient.pairs.rows_TJ.numel() // n_rows).bit_length()
@@ -72,7 +79,7 @@ class Triton(Native):
         changed = (table_ND, moments.mean_ND, moments.square_ND)
         if not all(tensor.is_contiguous() for tensor in changed):
             raise ValueError("a row-sparse table on a GPU must be contiguous")
-        rows_P, runs = gradient.pairs.rows_TJ.view(-1), gradient.pairs.runs
+        rows_P, runs = gradient.pairs.rows_TJ.view(-1), gradient.pairs.by_row
         # Empty runs name the last row once more, whose count is then written twice.
         rows_R = rows_P[runs.order_P[runs.starts_R[:-1].clamp(max=len(rows_P) - 1)]]
         steps_R = moments.steps_N[rows_R] + 1
@@ -85,15 +92,6 @@ class Triton(Native):
         tensors, grid, widths = _by_runs(gradient)
         rates = {"beta1": adamw.beta1, "beta2": adamw.beta2, "eps": adamw.eps}
         _launch("adamw_rows", grid, *tensors, *changed, *factors, *widths, **rates, **_ADAMW_BLOCKS)
-
-
-def obstacle(device: str) -> str | None:
-    """Why this backend cannot run on such a device here; `None` if it can."""
-    if not _runs_on(device):
-        return "it needs a GPU"
-    if importlib.util.find_spec("triton") is None:
-        return "there is no package triton: pip install 'peerscale[gpu]'"
-    return None
 
 
 def _runs_on(device: str) -> bool:
@@ -109,15 +107,9 @@ def _summed_in(vectors: Tensor) -> torch.dtype:
     return torch.promote_types(vectors.dtype, torch.float32)
 
 
-def _by_row(pairs: Pairs, x_TD: Tensor, table_ND: Tensor) -> bool:
-    """Whether it is faster to read each row once, and the vectors many times, than the other way round."""
-    reads_per_row = pairs.rows_TJ.numel() / pairs.n_rows
-    return reads_per_row >= 2 and table_ND.nbytes > _CACHE_BYTES and table_ND.nbytes > 2 * x_TD.nbytes
-
-
 def _by_runs(gradient: TableGradient) -> tuple[tuple[Tensor, ...], Callable[..., tuple[int, ...]], tuple[int, int]]:
     """What the kernels that go from run to run begin with: their tensors, grid, and J and D."""
-    pairs, runs, vectors_TD = gradient.pairs, gradient.pairs.runs, gradient.vectors_TD
+    pairs, runs, vectors_TD = gradient.pairs, gradient.pairs.by_row, gradient.vectors_TD
     J, D = pairs.rows_TJ.shape[1], vectors_TD.shape[1]
     coefficients_TJ = gradient.coefficients_TJ.to(_summed_in(vectors_TD))
     tensors = (coefficients_TJ, vectors_TD, pairs.rows_TJ, runs.order_P, runs.starts_R)
@@ -130,8 +122,8 @@ def _columns(n: int, D: int) -> Callable[[dict[str, int]], tuple[int, int]]:
 
 
 def _launch(kernel: str, grid: Callable[..., tuple[int, ...]], *arguments: Tensor | int, **constants: Any) -> None:
-    from peerscale.kernels import gpu_kernels  # imports Triton, which need not be there
+    from peerscale.kernels import triton_kernels  # imports Triton, which need not be there
 
     # Whether a product and a sum are fused, which shows in the last digit, is not left to Triton's changing default.
     with torch.cuda.device_of(arguments[0]):
-        getattr(gpu_kernels, kernel)[grid](*arguments, **constants, enable_fp_fusion=True)
+        getattr(triton_kernels, kernel)[grid](*arguments, **constants, enable_fp_fusion=True)

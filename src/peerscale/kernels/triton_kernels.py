@@ -1,4 +1,4 @@
-"""The retrieved-row operators as Triton kernels; `gpu` calls them.
+"""The retrieved-row operators as Triton kernels; `triton_operators` calls them.
 
 Shapes: T tokens, D vector width, J retrieved rows a token, P = T J pairs of a token and a row, R runs of pairs that
 share a row. All arrays are contiguous. `order` holds the positions t J + j of the pairs sorted by row; those of run r
@@ -37,7 +37,7 @@ def _tuned(*key: str):
 
 @_tuned("D", "BY_ROW")
 @triton.jit
-def row_scores(
+def row_dot_products(
     x, table, rows, order, out, P, J, D, BY_ROW: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """out[t, j] = <x[t], table[rows[t, j]]>, in the order of the tokens, or by row.
@@ -62,12 +62,13 @@ def row_scores(
 
 @_tuned("D", "J")
 @triton.jit
-def row_bags(table, rows, weights, out, J, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+def weighted_row_sum(table, rows, weights, out, J, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
     """out[t] = sum_j weights[t, j] table[rows[t, j]]; a program for each token and block of columns."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    bag = _bag(table, rows, rows, weights, token * J, token * J + J, column, J, D, _BY_TOKEN, BLOCK_P, BLOCK_D)
-    tl.store(out + token * D + column, bag, column < D)
+    begin = token * J
+    total = _weighted_sum(table, rows, rows, weights, begin, begin + J, column, J, D, _BY_TOKEN, BLOCK_P, BLOCK_D)
+    tl.store(out + token * D + column, total, column < D)
 
 
 @_tuned("D", "PAIRS_A_ROW")
@@ -80,8 +81,8 @@ def table_gradient(
     begin, end = tl.load(starts + tl.program_id(0)), tl.load(starts + tl.program_id(0) + 1)
     if begin < end:
         column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        bag = _bag(vectors, rows, order, coefficients, begin, end, column, J, D, _BY_ROW, BLOCK_P, BLOCK_D)
-        tl.store(out + tl.load(rows + tl.load(order + begin)) * D + column, bag, column < D)
+        total = _weighted_sum(vectors, rows, order, coefficients, begin, end, column, J, D, _BY_ROW, BLOCK_P, BLOCK_D)
+        tl.store(out + tl.load(rows + tl.load(order + begin)) * D + column, total, column < D)
 
 
 @triton.jit
@@ -98,7 +99,7 @@ def adamw_rows(
     begin, end = tl.load(starts + run), tl.load(starts + run + 1)
     if begin < end:
         column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        g = _bag(vectors, rows, order, coefficients, begin, end, column, J, D, _BY_ROW, BLOCK_P, BLOCK_D)
+        g = _weighted_sum(vectors, rows, order, coefficients, begin, end, column, J, D, _BY_ROW, BLOCK_P, BLOCK_D)
         at = tl.load(rows + tl.load(order + begin)) * D + column
         known = column < D
         m = beta1 * tl.load(mean + at, known, 0).to(g.dtype) + (1 - beta1) * g
@@ -110,7 +111,7 @@ def adamw_rows(
 
 
 @triton.jit
-def _bag(
+def _weighted_sum(
     vectors, rows, order, weights, begin, end, column, J, D,
     BY_ROW: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip

@@ -9,39 +9,8 @@
 
 #include "rows.h"
 #include "top_k.h"
-#include "top_k_lanes.h"
 
 namespace peerscale {
-
-// For every token and head the best K sums of a first-side and a second-side score. Of the pairs of ranks among the K
-// best of either side only those (first[c], second[c]) can be in the result. The scores of (token, head, side) lie
-// `stride_*` apart. Results, best first: sums and rows (T, H, K), the row of sub-keys i and j being i n + j; sub_keys
-// (T, H, 2, K), the numbers of i and j among the sub-keys (G, 2, n) of all G = 1 or H key sets.
-template <class Real>
-void product_key_top_k(const Real* scores, int64_t T, int64_t H, int64_t G, int64_t n, int64_t K, int64_t stride_token,
-                       int64_t stride_head, int64_t stride_side, const int64_t* first, const int64_t* second,
-                       int64_t n_candidates, Real* sums, int64_t* rows, int32_t* sub_keys, int64_t threads) {
-#pragma omp parallel num_threads(threads)
-  {
-    TopK<Real> top_k(std::max(n, n_candidates));
-    std::vector<Real> best(2 * K), candidates(n_candidates);
-    std::vector<int32_t> key(2 * K), chosen(K);
-#pragma omp for schedule(static)
-    for (int64_t th = 0; th < T * H; ++th) {
-      const Real* mine = scores + th / H * stride_token + th % H * stride_head;
-      for (int64_t s = 0; s < 2; ++s) top_k(mine + s * stride_side, n, K, best.data() + s * K, key.data() + s * K);
-      for (int64_t c = 0; c < n_candidates; ++c) candidates[c] = best[first[c]] + best[K + second[c]];
-      top_k(candidates.data(), n_candidates, K, sums + th * K, chosen.data());
-      const int64_t offset = G == 1 ? 0 : 2 * n * (th % H);
-      for (int64_t k = 0; k < K; ++k) {
-        const int64_t i = key[first[chosen[k]]], j = key[K + second[chosen[k]]];
-        rows[th * K + k] = i * n + j;
-        sub_keys[2 * th * K + k] = static_cast<int32_t>(offset + i);
-        sub_keys[(2 * th + 1) * K + k] = static_cast<int32_t>(offset + n + j);
-      }
-    }
-  }
-}
 
 // Scores of the sub-keys `key` (count, C) with the queries in `query`, a vector of lanes for each of the C numbers.
 template <class Real, class Item, class Values, class Int>
@@ -61,12 +30,15 @@ inline void score_lanes(const Real* key, int64_t C, const Values* query, Int ind
   }
 }
 
-// As `product_key_top_k`, but from the queries (T, H, 2, C) and the sub-keys (G, 2, n, C), and for K up to kSize.
+// For every token and head the best K sums of a first-side and a second-side score of the queries (T, H, 2, C) with the
+// sub-keys (G, 2, n, C) of all G = 1 or H key sets, for K up to kSize. Of the pairs of ranks among the K best of either
+// side only those (first[c], second[c]) can be in the result. Results, best first: sums and rows (T, H, K), the row of
+// sub-keys i and j being i n + j; sub_keys (T, H, 2, K), the numbers of i and j among all sub-keys.
 template <class Real, int kSize>
-void top_k_by_lanes(const Real* query, const Real* keys, int64_t T, int64_t H, int64_t G, int64_t n, int64_t C,
+void product_key_top_k_up_to(const Real* query, const Real* keys, int64_t T, int64_t H, int64_t G, int64_t n, int64_t C,
                     int64_t K, const int64_t* first, const int64_t* second, int64_t n_candidates, Real* sums,
                     int64_t* rows, int32_t* sub_keys, int64_t threads) {
-  using Top = TopKLanes<Real, kSize>;
+  using Top = TopK<Real, kSize>;
   using Item = typename Top::Item;
   using Int = typename Top::Int;
   constexpr int kSideBits = 4 * sizeof(Int);  // an index holds those of both sides, half its bits each
@@ -111,15 +83,15 @@ void top_k_by_lanes(const Real* query, const Real* keys, int64_t T, int64_t H, i
   }
 }
 
-// Faster than `product_key_top_k` for K up to 64 and some hundred sub-keys or fewer.
+// For K up to 64.
 template <class Real>
-void product_key_top_k_lanes(const Real* query, const Real* keys, int64_t T, int64_t H, int64_t G, int64_t n,
-                             int64_t C, int64_t K, const int64_t* first, const int64_t* second, int64_t n_candidates,
-                             Real* sums, int64_t* rows, int32_t* sub_keys, int64_t threads) {
-  const auto of_size = K <= 8    ? top_k_by_lanes<Real, 8>
-                       : K <= 16 ? top_k_by_lanes<Real, 16>
-                       : K <= 32 ? top_k_by_lanes<Real, 32>
-                                 : top_k_by_lanes<Real, 64>;
+void product_key_top_k(const Real* query, const Real* keys, int64_t T, int64_t H, int64_t G, int64_t n,
+                       int64_t C, int64_t K, const int64_t* first, const int64_t* second, int64_t n_candidates,
+                       Real* sums, int64_t* rows, int32_t* sub_keys, int64_t threads) {
+  const auto of_size = K <= 8    ? product_key_top_k_up_to<Real, 8>
+                       : K <= 16 ? product_key_top_k_up_to<Real, 16>
+                       : K <= 32 ? product_key_top_k_up_to<Real, 32>
+                                 : product_key_top_k_up_to<Real, 64>;
   of_size(query, keys, T, H, G, n, C, K, first, second, n_candidates, sums, rows, sub_keys, threads);
 }
 

@@ -1,4 +1,4 @@
-"""The operators in C++ (`fused.cpp`) for float32 and float64 on a CPU; other tensors run on `Native`.
+"""The operators in C++ (`operators.cpp`) for float32 and float64 on a CPU; others run on `TorchOperators`.
 
 The results do not depend on the number of threads.
 """
@@ -13,38 +13,39 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from peerscale.kernels.adamw import AdamW, Moments
-from peerscale.kernels.compiler import library
-from peerscale.kernels.gradients import Pairs, Runs, TableGradient
-from peerscale.kernels.native import Native
-from peerscale.kernels.product_keys import candidate_pairs
+from peerscale.kernels.compiler import CompilerError, library
+from peerscale.kernels.operators import Pairs, SortedPairs, TableGradient
+from peerscale.kernels.reference import candidate_pairs
+from peerscale.kernels.torch_operators import TorchOperators
 
-_eager = torch.compiler.disable  # torch.compile cannot look into a C function: it calls these operators as they are
 _ACTIVATIONS = {"gelu": 0, "relu": 1}
-_SCORES_AT_ONCE = 2**21  # sub-key scores that are held in memory: they need not leave the cache
-_SUB_KEYS_BY_LANES, _TOP_K_BY_LANES = 256, 64  # up to so many a side, and of these, many queries are ranked at once
+_MOST_TOP_K = 64  # that `product_key_search.h` finds
 _NARROW_KEYS = 32  # half a key's numbers up to which it is faster not to ask which sub-keys a query has twice
 _QUERIES_A_PART = 1024  # whose gradients of the sub-keys are added up by themselves, whatever the number of threads
 _CACHE_BYTES = 2**22  # a table of this size stays in a core's cache
 
 
-class Fused(Native):
-    """See `Operators` and `gradients.Arithmetic`."""
+class CppOperators(TorchOperators):
+    """See `Operators`."""
 
-    @_eager
-    def single_neuron_experts(
-        self, x_TD: Tensor, w_down_ND: Tensor, w_up_ND: Tensor, rows_TJ: Tensor, gates_TJ: Tensor, activation: str
-    ) -> Tensor:
-        _check_rows(rows_TJ, len(w_down_ND))
-        return super().single_neuron_experts(x_TD, w_down_ND, w_up_ND, rows_TJ, gates_TJ, activation)
+    name = "cpp"
 
-    @_eager
-    def weighted_rows(self, table_ND: Tensor, rows_TJ: Tensor, weights_TJ: Tensor) -> Tensor:
-        _check_rows(rows_TJ, len(table_ND))
-        return super().weighted_rows(table_ND, rows_TJ, weights_TJ)
+    def obstacle(self, device: str) -> str | None:
+        if device != "cpu":
+            return "it is for the CPU"
+        try:
+            library()
+        except CompilerError as error:
+            return str(error)
+        return None
 
-    @_eager
+    def pairs(self, rows_TJ: Tensor, n_rows: int) -> Pairs:
+        _check_rows(rows_TJ, n_rows)
+        return super().pairs(rows_TJ, n_rows)
+
+    @torch.compiler.disable
     def product_key_top_k(self, query_THSC: Tensor, sub_keys_GSNC: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        if not _takes(query_THSC, sub_keys_GSNC):
+        if not _takes(query_THSC, sub_keys_GSNC) or top_k > _MOST_TOP_K:
             return super().product_key_top_k(query_THSC, sub_keys_GSNC, top_k)
         return _ProductKeyTopK.apply(query_THSC, sub_keys_GSNC, top_k)
 
@@ -71,42 +72,42 @@ class Fused(Native):
             return super().gate(scores_TJ, gates_TJ, activation)
         return _Gate.apply(scores_TJ, gates_TJ, _ACTIVATIONS[activation])
 
-    def row_scores(self, x_TD: Tensor, table_ND: Tensor, pairs: Pairs) -> Tensor:
+    def row_dot_products(self, x_TD: Tensor, table_ND: Tensor, pairs: Pairs) -> Tensor:
         if not _takes(x_TD, table_ND):
-            return super().row_scores(x_TD, table_ND, pairs)
+            return super().row_dot_products(x_TD, table_ND, pairs)
         T, J, D = *pairs.rows_TJ.shape, x_TD.shape[1]
         out_TJ = x_TD.new_empty(T, J)
-        if _by_row(pairs, x_TD, table_ND):
-            _run("row_scores_by_row", x_TD.dtype, _as_struct(pairs), x_TD, table_ND, out_TJ, D)
+        if pairs.quicker_by_row(x_TD, table_ND, _CACHE_BYTES):
+            _run("row_dot_products_by_row", x_TD.dtype, _as_struct(pairs), x_TD, table_ND, out_TJ, D)
         else:
-            _run("row_scores", x_TD.dtype, x_TD, table_ND, pairs.rows_TJ, out_TJ, T, J, D)
+            _run("row_dot_products", x_TD.dtype, x_TD, table_ND, pairs.rows_TJ, out_TJ, T, J, D)
         return out_TJ
 
-    def row_bags(self, table_ND: Tensor, pairs: Pairs, weights_TJ: Tensor) -> Tensor:
+    def weighted_row_sum(self, table_ND: Tensor, pairs: Pairs, weights_TJ: Tensor) -> Tensor:
         if not _takes(table_ND, weights_TJ):
-            return super().row_bags(table_ND, pairs, weights_TJ)
+            return super().weighted_row_sum(table_ND, pairs, weights_TJ)
         T, J, D = *pairs.rows_TJ.shape, table_ND.shape[1]
         out_TD = table_ND.new_empty(T, D)
-        if _by_row(pairs, out_TD, table_ND):
-            _run("row_bags_by_row", table_ND.dtype, _as_struct(pairs), table_ND, weights_TJ, out_TD, T, D)
+        if pairs.quicker_by_row(out_TD, table_ND, _CACHE_BYTES):
+            _run("weighted_row_sum_by_row", table_ND.dtype, _as_struct(pairs), table_ND, weights_TJ, out_TD, T, D)
         else:
-            _run("row_bags", table_ND.dtype, table_ND, pairs.rows_TJ, weights_TJ, out_TD, T, J, D)
+            _run("weighted_row_sum", table_ND.dtype, table_ND, pairs.rows_TJ, weights_TJ, out_TD, T, J, D)
         return out_TD
 
-    def sort_pairs(self, rows_TJ: Tensor, n_rows: int) -> Runs:
-        P = rows_TJ.numel()
+    def sort_pairs(self, pairs: Pairs) -> SortedPairs:
+        rows_TJ, P = pairs.rows_TJ, pairs.rows_TJ.numel()
         if rows_TJ.device.type != "cpu" or P >= 2**31:
-            return super().sort_pairs(rows_TJ, n_rows)
+            return super().sort_pairs(pairs)
         order, tokens, starts = (torch.empty(size, dtype=torch.int32) for size in (P, P, P + 1))
-        R = library().peerscale_sort_pairs(*_as_c(rows_TJ, *rows_TJ.shape, n_rows, order, tokens, starts))
-        return Runs(order, tokens, starts[: R + 1])
+        R = library().peerscale_sort_pairs(*_as_c(rows_TJ, *rows_TJ.shape, pairs.n_rows, order, tokens, starts))
+        return SortedPairs(order, tokens, starts[: R + 1])
 
-    def table_gradient(self, gradient: TableGradient, n_rows: int) -> Tensor:
+    def table_gradient(self, gradient: TableGradient) -> Tensor:
         coefficients_TJ, vectors_TD = gradient.coefficients_TJ, gradient.vectors_TD
         if not _takes(coefficients_TJ, vectors_TD):
-            return super().table_gradient(gradient, n_rows)
+            return super().table_gradient(gradient)
         D = vectors_TD.shape[1]
-        out_ND = vectors_TD.new_zeros(n_rows, D)
+        out_ND = vectors_TD.new_zeros(gradient.pairs.n_rows, D)
         _run("table_gradient", out_ND.dtype, _as_struct(gradient.pairs), coefficients_TJ, vectors_TD, out_ND, D)
         return out_ND
 
@@ -192,24 +193,10 @@ class _ProductKeyTopK(torch.autograd.Function):
         scores_THK = query_THSC.new_empty(T, H, top_k)
         rows_THK = torch.empty(T, H, top_k, dtype=torch.long)
         sub_keys_THSK = torch.empty(T, H, 2, top_k, dtype=torch.int32)
-        if N <= _SUB_KEYS_BY_LANES and top_k <= _TOP_K_BY_LANES:
-            _run(
-                "product_key_top_k_lanes", query_THSC.dtype, query_THSC, sub_keys_GSNC, T, H, G, N, C, top_k, *ranks,
-                len(ranks[0]), scores_THK, rows_THK, sub_keys_THSK,
-            )  # fmt: skip
-        else:
-            step = max(1, _SCORES_AT_ONCE // (2 * H * N))
-            for start in range(0, T, step):
-                part = slice(start, start + step)
-                # A product for each set and side, of the queries of all tokens, and of all heads if they share a set.
-                query_BRC = query_THSC[part].reshape(-1, 2 * G, C).transpose(0, 1)
-                scores_BRN = query_BRC @ sub_keys_GSNC.view(2 * G, N, C).mT
-                side, row = scores_BRN.stride()[:2]
-                token, head = (H * row, row) if G == 1 else (row, 2 * side)
-                _run(
-                    "product_key_top_k", scores_BRN.dtype, scores_BRN, len(query_THSC[part]), H, G, N, top_k, token,
-                    head, side, *ranks, len(ranks[0]), scores_THK[part], rows_THK[part], sub_keys_THSK[part],
-                )  # fmt: skip
+        _run(
+            "product_key_top_k", query_THSC.dtype, query_THSC, sub_keys_GSNC, T, H, G, N, C, top_k, *ranks,
+            len(ranks[0]), scores_THK, rows_THK, sub_keys_THSK,
+        )  # fmt: skip
         ctx.save_for_backward(query_THSC, sub_keys_GSNC, sub_keys_THSK)
         ctx.mark_non_differentiable(rows_THK)
         return scores_THK, rows_THK
@@ -235,8 +222,8 @@ class _ProductKeyTopK(torch.autograd.Function):
         return grad_query, grad_sub_keys, None
 
 
-class _Runs(ctypes.Structure):
-    """`struct Runs` of `fused.cpp`."""
+class _SortedPairs(ctypes.Structure):
+    """`struct SortedPairs` of `operators.cpp`."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("rows", "order", "tokens", "starts")),
@@ -244,20 +231,14 @@ class _Runs(ctypes.Structure):
     ]
 
 
-def _as_struct(pairs: Pairs) -> _Runs:
-    runs = pairs.runs
-    tensors = (pairs.rows_TJ, runs.order_P, runs.tokens_P, runs.starts_R)
-    return _Runs(*(tensor.data_ptr() for tensor in tensors), len(runs.starts_R) - 1)
-
-
-def _by_row(pairs: Pairs, vectors_TD: Tensor, table_ND: Tensor) -> bool:
-    """Whether it is faster to read each row once, and the vectors many times, than the other way round."""
-    reads_per_row = pairs.rows_TJ.numel() / pairs.n_rows
-    return reads_per_row >= 2 and table_ND.nbytes > _CACHE_BYTES and table_ND.nbytes > 2 * vectors_TD.nbytes
+def _as_struct(pairs: Pairs) -> _SortedPairs:
+    by_row = pairs.by_row
+    tensors = (pairs.rows_TJ, by_row.order_P, by_row.tokens_P, by_row.starts_R)
+    return _SortedPairs(*(tensor.data_ptr() for tensor in tensors), len(by_row.starts_R) - 1)
 
 
 def _run(name: str, dtype: torch.dtype, *arguments: Tensor | float | ctypes.Structure) -> None:
-    """Call a function of `fused.cpp` with as many threads as torch uses."""
+    """Call a function of `operators.cpp` with as many threads as torch uses."""
     _function(name, dtype)(*_as_c(*arguments, torch.get_num_threads()))
 
 
@@ -279,7 +260,7 @@ def _as_c(*arguments: Tensor | float | ctypes.Structure) -> list[Any]:
 
 
 def _takes(*tensors: Tensor) -> bool:
-    """Whether `fused.cpp` takes these."""
+    """Whether `operators.cpp` takes these."""
     dtype = tensors[0].dtype
     known = dtype in (torch.float32, torch.float64)
     return known and all(tensor.device.type == "cpu" and tensor.dtype == dtype for tensor in tensors)

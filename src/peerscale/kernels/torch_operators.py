@@ -1,0 +1,132 @@
+"""The operators on torch's own embedding bags: no gathered row is materialised, and no compiler needed.
+
+Faster backends replace the parts; how these make up the operators and their gradients is written here once. The
+gradient of an embedding bag with respect to its per-sample weights *is* the dot product of a row with a vector, so that
+operator computes `row_dot_products`.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from peerscale.kernels.adamw import AdamW, Moments, update_rows
+from peerscale.kernels.gradients import CollectedGradients, collected_gradients
+from peerscale.kernels.operators import Pairs, TableGradient
+from peerscale.kernels.reference import ACTIVATIONS, Reference
+
+_aten = torch.ops.aten
+_SUM = 0  # embedding_bag's mode
+
+
+class TorchOperators(Reference):
+    """See `Operators`."""
+
+    name = "torch"
+
+    @torch.compiler.disable  # it cannot look into the C functions of faster backends
+    def single_neuron_experts(
+        self, x_TD: Tensor, w_down_ND: Tensor, w_up_ND: Tensor, rows_TJ: Tensor, gates_TJ: Tensor, activation: str
+    ) -> Tensor:
+        pairs = self.pairs(rows_TJ, len(w_down_ND))
+        scores_TJ = _RowOperator.apply(x_TD, w_down_ND, pairs, collected_gradients(w_down_ND), True)
+        hidden_TJ = self.gate(scores_TJ, gates_TJ, activation)
+        return _RowOperator.apply(hidden_TJ, w_up_ND, pairs, collected_gradients(w_up_ND), False)
+
+    @torch.compiler.disable
+    def weighted_rows(self, table_ND: Tensor, rows_TJ: Tensor, weights_TJ: Tensor) -> Tensor:
+        pairs = self.pairs(rows_TJ, len(table_ND))
+        return _RowOperator.apply(weights_TJ, table_ND, pairs, collected_gradients(table_ND), False)
+
+    def pairs(self, rows_TJ: Tensor, n_rows: int) -> Pairs:
+        """The pairs of a batch."""
+        return Pairs(self, rows_TJ, n_rows)
+
+    def gate(self, scores_TJ: Tensor, gates_TJ: Tensor, activation: str) -> Tensor:
+        """gates sigma(scores), differentiable."""
+        return ACTIVATIONS[activation](scores_TJ) * gates_TJ
+
+    def row_dot_products(self, x_TD: Tensor, table_ND: Tensor, pairs: Pairs) -> Tensor:
+        rows_TJ = pairs.rows_TJ
+        T, J = rows_TJ.shape
+        if T * J == 0:
+            return x_TD.new_zeros(T, J)
+        offsets = torch.arange(0, T * J, J, device=x_TD.device)
+        scores = _aten._embedding_bag_per_sample_weights_backward(
+            x_TD, table_ND, rows_TJ.view(-1), offsets, _tokens(rows_TJ), _SUM
+        )
+        return scores.view(T, J)
+
+    def weighted_row_sum(self, table_ND: Tensor, pairs: Pairs, weights_TJ: Tensor) -> Tensor:
+        return F.embedding_bag(pairs.rows_TJ, table_ND, mode="sum", per_sample_weights=weights_TJ)
+
+    def table_gradient(self, gradient: TableGradient) -> Tensor:
+        rows_TJ, n_rows, vectors_TD = gradient.pairs.rows_TJ, gradient.pairs.n_rows, gradient.vectors_TD
+        T, J = rows_TJ.shape
+        if T * J == 0:
+            return vectors_TD.new_zeros(n_rows, vectors_TD.shape[1])
+        sizes = torch.full((T,), J, device=rows_TJ.device)
+        return _aten._embedding_bag_dense_backward(
+            vectors_TD, rows_TJ.view(-1), _tokens(rows_TJ), sizes, sizes.new_empty(0), n_rows, False, _SUM,
+            gradient.coefficients_TJ.view(-1), -1,
+        )  # fmt: skip
+
+    def adamw_rows(self, gradient: TableGradient, table_ND: Tensor, moments: Moments, adamw: AdamW) -> None:
+        by_row = gradient.pairs.by_row
+        # A row's gradient is itself a weighted sum of rows: of the vectors of its pairs' tokens.
+        weights = gradient.coefficients_TJ.view(-1)[by_row.order_P]
+        begin = by_row.starts_R[:-1]
+        gradient_RD = F.embedding_bag(
+            by_row.tokens_P, gradient.vectors_TD, begin, mode="sum", per_sample_weights=weights
+        )
+        rows_R = gradient.pairs.rows_TJ.view(-1)[by_row.order_P[begin]]
+        update_rows(table_ND, moments, rows_R, gradient_RD, adamw)
+
+
+class _RowOperator(torch.autograd.Function):
+    """`row_dot_products` of a factor (T, D) or `weighted_row_sum` of one (T, J): each is the other's adjoint.
+
+    The gradient of the table is formed for autograd, or, where it is collected, left as its factors.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, factor: Tensor, table_ND: Tensor, pairs: Pairs, collected: CollectedGradients | None, products: bool
+    ) -> Tensor:
+        factor, table_ND = factor.contiguous(), table_ND.contiguous()
+        ctx.save_for_backward(factor, table_ND)
+        ctx.pairs, ctx.collected, ctx.products = pairs, collected, products
+        return _apply(factor, table_ND, pairs, products=products)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        factor, table_ND = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        grad_factor = grad_table = None
+        if ctx.needs_input_grad[0]:
+            grad_factor = _apply(grad, table_ND, ctx.pairs, products=not ctx.products)
+        if ctx.needs_input_grad[1]:
+            gradient = TableGradient(ctx.pairs, *((grad, factor) if ctx.products else (factor, grad)))
+            if ctx.collected is None:
+                grad_table = ctx.pairs.operators.table_gradient(gradient)
+            else:
+                ctx.collected.gradients.append(gradient)
+        return grad_factor, grad_table, None, None, None
+
+
+def _apply(factor: Tensor, table_ND: Tensor, pairs: Pairs, *, products: bool) -> Tensor:
+    operators = pairs.operators
+    return (
+        operators.row_dot_products(factor, table_ND, pairs)
+        if products
+        else operators.weighted_row_sum(table_ND, pairs, factor)
+    )
+
+
+def _tokens(rows_TJ: Tensor) -> Tensor:
+    """The token of each pair."""
+    T, J = rows_TJ.shape
+    return torch.arange(T, device=rows_TJ.device).repeat_interleave(J)

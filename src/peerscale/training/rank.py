@@ -1,0 +1,52 @@
+"""The program of a rank that `distributed.launch` started: one cell, from the file that its argument names."""
+
+import contextlib
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from peerscale.cells import Cell
+from peerscale.errors import FAILED_CELLS, INTERRUPTED
+from peerscale.runs.record import Status
+from peerscale.training.cell import train_cell
+
+
+@record  # which tells the launcher about an exception
+def run_rank(path: Path) -> int:
+    """Train the cell, and return the exit code of this rank."""
+    cell: Cell = pickle.loads(path.read_bytes())
+    try:
+        status = train_cell(cell)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return FAILED_CELLS if status is Status.FAILED else 0
+
+
+def main() -> None:
+    """Run the rank; end at once if it fails, without waiting for threads of broken connections."""
+    threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
+    for number in (signal.SIGUSR1, signal.SIGUSR2):  # Slurm's warnings go to all processes of a job
+        signal.signal(number, signal.SIG_IGN)
+    code: int | None = 1
+    with contextlib.suppress(Exception):
+        code = run_rank(Path(sys.argv[1]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
+
+
+def _end_with(launcher: int) -> None:
+    """End this process when its launcher has ended, which then was killed."""
+    while os.getppid() == launcher:
+        time.sleep(0.2)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

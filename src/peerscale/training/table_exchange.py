@@ -1,0 +1,45 @@
+"""How ranks share the gradients of expert tables."""
+
+import lightning
+from torch.nn.parallel import DistributedDataParallel
+
+from peerscale.kernels.gradients import collect_row_gradients, collected_gradients
+from peerscale.kernels.operators import Pairs, TableGradient
+from peerscale.model.ranks import gather, mean_over_ranks, n_ranks
+from peerscale.training.module import LanguageModel
+
+
+class TableExchange(lightning.Callback):
+    """Averages the gradients of the expert tables over the ranks, in place of DDP.
+
+    The ranks exchange the factors of a gradient, which are as large as the batch, instead of the gradient, which is as
+    large as the table; only the `reference` kernel, which has no factors, exchanges gradients.
+    """
+
+    def __init__(self, module: LanguageModel) -> None:
+        self.tables, self.row_sparse = module.groups.tables, module.config.optim.name == "row_sparse_adamw"
+        ids = {id(table) for table in self.tables}
+        names = [name for name, parameter in module.named_parameters() if id(parameter) in ids]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
+        for table in self.tables:
+            collect_row_gradients(table)
+
+    def on_after_backward(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        shared: dict[int, Pairs] = {}  # a layer's tables have the same rows
+        for table in self.tables:
+            if table.grad is not None:
+                table.grad = mean_over_ranks(table.grad)
+            collected = collected_gradients(table)
+            assert collected is not None
+            if (here := collected.total()) is None:
+                continue
+            operators = here.pairs.operators
+            if id(here.pairs) not in shared:
+                shared[id(here.pairs)] = Pairs(operators, gather(here.pairs.rows_TJ), here.pairs.n_rows)
+            pairs = shared[id(here.pairs)]
+            gradient = TableGradient(pairs, gather(here.coefficients_TJ) / n_ranks(), gather(here.vectors_TD))
+            collected.clear()
+            if self.row_sparse:
+                collected.gradients.append(gradient)
+            else:
+                table.grad = operators.table_gradient(gradient)
