@@ -156,7 +156,7 @@ def upload_cell(cell: CellFiles, server: str, timeout_s: float) -> str:
     problem = ""
     with tempfile.TemporaryDirectory() as scratch:
         run = WandbRun(Path(scratch), cell.settings, cell.record, online=True, timeout_s=timeout_s)
-        watch = Watch(*parse_layer(cell.record.hashed_config["ffn"]).routed())
+        watch = Watch(*parse_layer(cell.settings["ffn"]).routed())
         for row in read_metrics(cell.folder):
             run.log(row, watch.see(row))
         if cell.record.status is not Status.RUNNING:

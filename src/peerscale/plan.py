@@ -10,7 +10,6 @@ from enum import StrEnum
 from peerscale.accounting import Cost, cost
 from peerscale.config import Config
 from peerscale.data.batches import fewest_tokens, whole_batches
-from peerscale.layers.product_keys import RetrievalConfig
 
 REFERENCE_WIDTH = 32
 """d_model at which `OptimConfig.lr` is meant."""

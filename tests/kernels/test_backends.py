@@ -9,13 +9,8 @@ import torch
 
 from peerscale.errors import UserError
 from peerscale.kernels import backends, compiler
-<<<<<<< ours
-from peerscale.kernels.backends import resolve
-from peerscale.layers.modules.peer import Peer
-=======
 from peerscale.kernels.backends import choose_operators
-from peerscale.model.peer import Peer
->>>>>>> theirs
+from peerscale.layers.modules.peer import Peer
 
 
 @pytest.fixture

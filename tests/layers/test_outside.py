@@ -19,8 +19,10 @@ from peerscale.config import Config, ConfigError, load, parse_config, to_dict
 from peerscale.errors import UserError
 from peerscale.files import ROOT
 from peerscale.layers import registry
+from peerscale.layers.registry import parse_layer
 from peerscale.model import build_model
-from peerscale.runs.record import config_of, differing_keys, science
+from peerscale.plan import plan
+from peerscale.runs.record import differing_keys, hashed_config
 from peerscale.runs.study import planned_record
 from peerscale.runs.table import runs_table
 
@@ -72,15 +74,14 @@ def test_is_built_priced_and_initialised_as_the_readme_says(mylab: Path) -> None
 
 def test_is_hashed_with_its_source(mylab: Path) -> None:
     config = small()
-    before = science(config, "corpus")
-    assert before["ffn"]["class"] == "gated.GatedConfig"
+    before = hashed_config(config, plan(config), "corpus")
     assert parse_config(json.loads(json.dumps(to_dict(config)))) == config
-    assert config_of(before).ffn == config.ffn
+    assert parse_layer({**before["ffn"], "class": "gated.GatedConfig"}) == config.ffn
     (mylab / "gated.py").write_text(f"{MODULE}\n# another text\n")
     forget()
-    (change,) = differing_keys(before, science(small(), "corpus"))
+    (change,) = differing_keys(before, hashed_config(small(), plan(small()), "corpus"))
     assert change.startswith("ffn.source_sha256 ")
-    assert "source_sha256" not in science(load(["ffn=peer"]), "corpus")["ffn"]
+    assert "source_sha256" not in hashed_config(load(["ffn=peer"]), plan(load(["ffn=peer"])), "corpus")["ffn"]
 
 
 def test_a_study_varies_its_keys_and_tabulates_it(mylab: Path) -> None:
@@ -95,7 +96,7 @@ def test_a_study_varies_its_keys_and_tabulates_it(mylab: Path) -> None:
         "gated-d16-9e11-d_hidden_over_d_model=2.0-s0",
         "gated-d16-9e11-d_hidden_over_d_model=3.0-s0",
     ]
-    table = runs_table(planned_record("mine", cell) for cell in cells)
+    table = runs_table(planned_record(cell) for cell in cells)
     assert list(table["method"].unique()) == ["dense", "gated"] and table["n_experts"].isna().all()
 
 

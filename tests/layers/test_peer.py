@@ -3,13 +3,9 @@ import itertools
 import pytest
 import torch
 
-<<<<<<< ours
 import per_token
-from peerscale.layers.modules.peer import Peer
-=======
 from peerscale.kernels.backends import choose_operators
-from peerscale.model.peer import Peer
->>>>>>> theirs
+from peerscale.layers.modules.peer import Peer
 from peerscale.model.usage import ExpertUsage
 
 FORMS = [

@@ -3,13 +3,9 @@ import itertools
 import pytest
 import torch
 
-<<<<<<< ours
 import per_token
-from peerscale.layers.modules.pkm import Pkm
-=======
 from peerscale.kernels.backends import choose_operators
-from peerscale.model.pkm import Pkm
->>>>>>> theirs
+from peerscale.layers.modules.pkm import Pkm
 from peerscale.model.usage import ExpertUsage
 
 FORMS = [

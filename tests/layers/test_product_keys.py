@@ -8,16 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-<<<<<<< ours
-from peerscale.kernels.backends import BACKENDS, resolve
-from peerscale.kernels.product_keys import candidate_pairs
-from peerscale.layers.modules.product_keys import ProductKeyRetrieval
-from peerscale.layers.peer import PeerConfig
-=======
 from peerscale.kernels.backends import choose_operators
 from peerscale.kernels.reference import candidate_pairs
-from peerscale.model.product_keys import ProductKeyRetrieval, QueryNorm
->>>>>>> theirs
+from peerscale.layers.modules.product_keys import ProductKeyRetrieval, QueryNorm
+from peerscale.layers.peer import PeerConfig
 
 FINDERS = ["reference", "cpp"]
 
@@ -166,14 +160,8 @@ def test_candidate_pairs_are_those_with_fewer_than_k_better_or_equal_ones(k):
 def test_layout_of_queries_and_keys(name, shared):
     """The query projection's outputs are (head, half, width); the row of sub-keys (i, j) is i sqrt(n_experts) + j."""
     torch.manual_seed(0)
-<<<<<<< ours
     config = PeerConfig(n_experts=25, n_heads=3, top_k=4, d_key=8, shared_keys=shared, query_norm=False)
-    layer = ProductKeyRetrieval(6, config, kernel=name).double()
-=======
-    layer = ProductKeyRetrieval(
-        6, 25, 3, 4, 8, n_key_sets=1 if shared else 3, query_norm=False, operators=choose_operators(name)
-    ).double()
->>>>>>> theirs
+    layer = ProductKeyRetrieval(6, config, operators=choose_operators(name)).double()
     x = torch.randn(7, 6, dtype=torch.float64)
     scores, rows = layer.retrieve(x)
     q = (x @ layer.query.weight.T + layer.query.bias).view(7, 3, 2, 4)
@@ -197,24 +185,6 @@ def test_query_norm_is_batch_norm_in_full_precision():
     normed = (projected - projected.mean(0)) / (projected.var(0, unbiased=False) + 1e-5).sqrt()
     every = all_scores(normed.view(7, 3, 2, 4), layer.sub_keys)
     torch.testing.assert_close(scores, every.topk(4, dim=-1).values)
-<<<<<<< ours
-=======
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"n_experts": 24}, "n_experts 24 is not a square; nearest: 16, 25"),
-        ({"top_k": 6}, r"top_k 6 is not in 1\.\.5"),
-        ({"top_k": 0}, r"top_k 0 is not in 1\.\.5"),
-        ({"d_key": 7}, "d_key 7 is odd"),
-        ({"n_key_sets": 2}, "n_key_sets 2 is neither 1 nor n_heads 3"),
-    ],
-)
-def test_impossible_sizes(change, message):
-    sizes = {"d_model": 6, "n_experts": 25, "n_heads": 3, "top_k": 4, "d_key": 8} | change
-    with pytest.raises(ValueError, match=message):
-        ProductKeyRetrieval(**sizes)
 
 
 def test_query_norm_in_groups_is_the_batch_norm_of_each_group() -> None:
@@ -233,4 +203,3 @@ def test_query_norm_in_groups_is_the_batch_norm_of_each_group() -> None:
     for name in ("running_mean", "running_var"):
         torch.testing.assert_close(getattr(norm, name), torch.stack([getattr(group, name) for group in groups]).mean(0))
     assert norm.eval()(x).shape == x.shape
->>>>>>> theirs

@@ -60,7 +60,7 @@ def record(cell: str, losses: np.ndarray, status: Status = Status.DONE) -> Recor
     """A record that holds nothing but the losses of validation sequences."""
     return Record(
         sweep="made_up", cell=cell, status=status, fingerprint="", hashed_config={}, method="", variant="", plan={},
-        size="d8", budget=1e10, seed=0, axes={}, batch_sequences=16, lr=0.01, table_lr=None, params={},
+        size="d8", budget=1e10, seed=0, axes={}, batch_sequences=16, lr=0.01, table_lr=None, layer={}, params={},
         flops_per_token={}, sequence_losses=[float(loss) for loss in losses],
     )  # fmt: skip
 

@@ -28,7 +28,7 @@ def as_schema_1(cell: Cell, name: str | None = None) -> dict[str, Any]:
     science["data"] = {key: value for key, value in science["data"].items() if key not in OF_DATA}
     science |= {"data_fingerprint": CORPUS, "recipe_version": 1}
     plan = {**new["plan"], "size": new["size"], "lr": new["lr"], "table_lr": new["table_lr"]}
-    gone = ("size", "budget", "seed", "axes", "batch_sequences", "lr", "table_lr", "hashed_config")
+    gone = ("size", "budget", "seed", "axes", "batch_sequences", "lr", "table_lr", "hashed_config", "layer")
     old = {key: value for key, value in new.items() if key not in gone}
     cell_name = {"cell": name or cell.name}
     return {**old, **cell_name, "schema_version": 1, "fingerprint": "0" * 16, "science": science, "plan": plan}

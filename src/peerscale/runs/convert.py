@@ -18,6 +18,7 @@ from peerscale.cell_names import axes_label
 from peerscale.config import Config, parse_config
 from peerscale.errors import ArgumentParser, UserError, exit_code
 from peerscale.files import write_text
+from peerscale.layers.registry import parse_layer
 from peerscale.runs.record import NAMES, RECORD, SCHEMA_VERSION, SET_ASIDE, fingerprint, parse_record, remove_key
 from peerscale.runs.study import RESULTS, RUNS
 
@@ -71,6 +72,7 @@ def record_of_schema_1(old: Mapping[str, Any]) -> dict[str, Any]:
     science, plan = old["science"], dict(old["plan"])
     axes = axes_of_name(old["cell"], science)
     table_lr, lr, size = plan.pop("table_lr"), plan.pop("lr"), plan.pop("size")
+    plan.pop("d_key", None)  # the layer's own
     hashed = hashed_of_schema_1(science, lr, table_lr)
     new = {
         "schema_version": 2,
@@ -85,6 +87,7 @@ def record_of_schema_1(old: Mapping[str, Any]) -> dict[str, Any]:
         "fingerprint": fingerprint(hashed) if old["fingerprint"] else "",
         "hashed_config": hashed,
         "plan": {"data": science["data"]["source"], **plan},
+        "layer": parse_layer(science["ffn"]).columns(science["size"]["d_model"]),
     }
     return {**new, **{key: value for key, value in old.items() if key not in (*new, "science")}}
 

@@ -85,6 +85,8 @@ class Record:
     hashed_config: dict[str, Any]
     """What the fingerprint hashes, kept so that a refused run can name the keys that differ."""
     plan: dict[str, Any]
+    layer: dict[str, Any]
+    """What the layer tells of itself, for the table of runs (`layers.base.FfnConfig.columns`)."""
     params: dict[str, int]
     flops_per_token: dict[str, int]
     """Training FLOPs per token by component."""
@@ -155,6 +157,7 @@ def new_record(cell: PlannedCell, status: Status, data_fingerprint: str, **field
             "epochs": plan.epochs,
             "warmup_steps": plan.warmup_steps,
         },
+        layer=ffn.columns(config.size.d_model),
         params=plan.cost.params,
         flops_per_token=plan.cost.flops,
         **fields,

@@ -11,7 +11,6 @@ import pandas as pd
 from peerscale.accounting import CONVENTION
 from peerscale.errors import UserError
 from peerscale.files import ROOT
-from peerscale.layers.registry import parse_layer
 from peerscale.runs.record import Record, cell_folders, parse_record, read_cell
 
 METRICS = "metrics.jsonl"
@@ -104,7 +103,6 @@ def runs_table(records: Iterable[Record]) -> pd.DataFrame:
 def _row(record: Record) -> dict[str, Any]:
     config, plan, router = record.hashed_config, record.plan, record.router
     val = record.evaluation.get(config["data"]["val_set"], {})
-    layer = _layer_columns(record)
     return {
         "sweep": record.sweep,
         "cell": record.cell,
@@ -132,7 +130,7 @@ def _row(record: Record) -> dict[str, Any]:
         "params_total": sum(record.params.values()),
         "params_active": plan["params_active"],
         "params_non_embedding": sum(record.params.values()) - record.params["embedding"],
-        **{column: layer.get(column) for column in LAYER_COLUMNS},
+        **{column: record.layer.get(column) for column in LAYER_COLUMNS},
         "lr": record.lr,
         "table_lr": record.table_lr,
         "optimizer": config["optim"]["name"],
@@ -155,14 +153,6 @@ def _row(record: Record) -> dict[str, Any]:
         "recipe_version": config["recipe_version"],
         "git_commit": record.environment.get("git_commit"),
     }
-
-
-def _layer_columns(record: Record) -> dict[str, Any]:
-    """What the layer of a cell tells of itself; nothing where its class is not at hand, or of another version."""
-    try:
-        return parse_layer(record.hashed_config["ffn"]).columns(record.hashed_config["size"]["d_model"])
-    except ValueError:
-        return {}
 
 
 def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:

@@ -5,15 +5,15 @@ and evaluate; only the first one writes.
 """
 
 import contextlib
-import pickle
 import logging
 import os
+import pickle
 import signal
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

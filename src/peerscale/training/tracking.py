@@ -141,7 +141,7 @@ class Tracker:
         folder.mkdir(parents=True, exist_ok=True)
         kept = list(read_metrics(folder))
         self.file = (folder / METRICS).open("a", encoding="utf-8")
-        self.watch = Watch(*parse_layer(record.hashed_config["ffn"]).routed())
+        self.watch = Watch(*parse_layer(settings["ffn"]).routed())
         self.signals: list[str] = []
         self.sweep = record.sweep
         self.run = _start(folder, settings, record)
