@@ -96,8 +96,8 @@ def runs_table(records: Iterable[Record]) -> pd.DataFrame:
 
 def _row(record: Record) -> dict[str, Any]:
     config, plan, router = record.science, record.plan, record.router
-    val = record.evaluation.get(config["data"]["val_set"], {})
     layer = _layer_columns(record)
+    val = record.evaluation.get(config["data"]["val_set"], {})
     return {
         "sweep": record.sweep,
         "cell": record.cell,
