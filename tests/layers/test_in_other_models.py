@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from peerscale.files import ROOT
+from peerscale.kernels.backends import choose_operators
 from peerscale.layers import Peer, Pkm
 
 
@@ -16,8 +17,8 @@ class TwoLayers(nn.Module):
     def __init__(self, kernel: str) -> None:
         super().__init__()
         self.embedding = nn.Embedding(50, 16)
-        self.memory = Pkm(16, n_experts=64, n_heads=2, top_k=4, query_bias=False, kernel=kernel)
-        self.experts = Peer(16, 64, 2, 4, 8, activation="relu", query_norm=False, kernel=kernel)
+        self.memory = Pkm(16, n_experts=64, n_heads=2, top_k=4, query_bias=False, operators=choose_operators(kernel))
+        self.experts = Peer(16, 64, 2, 4, 8, activation="relu", query_norm=False, operators=choose_operators(kernel))
         self.head = nn.Linear(16, 2)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:

@@ -40,7 +40,11 @@ def parse_layer(value: Any) -> FfnConfig:
     if not isinstance(value, Mapping):
         raise ConfigError(f"input should be a mapping, not {value!r}")
     settings = {key: setting for key, setting in value.items() if key not in ("class", "source_sha256")}
-    return _adapter(layer_class(value)).validate_python(settings)
+    kind = layer_class(value)
+    layer = _adapter(kind).validate_python(settings)
+    if layer.method != (method := method_of(kind)):
+        raise ConfigError(f"method {layer.method!r} is not that of {kind.__name__}, which is {method!r}")
+    return layer
 
 
 def layer_class(value: Mapping[str, Any]) -> type[FfnConfig]:
