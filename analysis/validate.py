@@ -21,7 +21,7 @@ from scipy.special import huber
 
 from peerscale.errors import ArgumentParser, UserError, exit_code
 from peerscale.laws import fit_granular, fit_isoflop, fit_parametric, fit_routed
-from peerscale.laws.granular import GranularLaw
+from peerscale.laws.moe import GranularLaw
 from peerscale.laws.parametric import Surface
 from peerscale.runs.table import read_table
 
@@ -144,8 +144,8 @@ def chinchilla(folder: Path) -> Iterator[Check]:
         ("a", fitted.exponent, 0.4951, 3e-3), ("b", 1 - fitted.exponent, 0.5049, 3e-3),
         ("coefficient", fitted.coefficient, 0.1038, 0.001),
     )  # fmt: skip
-    flagged = [vertex.budget for vertex in fitted.vertices if vertex.status == "outside_range"]
-    yield Check("Chinchilla E7 the vertex outside its range", flagged[0] if len(flagged) == 1 else np.nan, 1e20)
+    flagged = [optimum.budget for optimum in fitted.vertices if optimum.status == "outside_range"]
+    yield Check("Chinchilla E7 the optimum outside its range", flagged[0] if len(flagged) == 1 else np.nan, 1e20)
 
     part = surface(small)
     expected = {"E": (1.8205, 5e-4), "alpha": (0.32713, 5e-4), "beta": (0.39609, 5e-4)}

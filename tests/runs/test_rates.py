@@ -11,7 +11,7 @@ from made_up_study import run
 from scipy import stats
 
 from peerscale.errors import UserError
-from peerscale.laws.results import to_plain
+from peerscale.laws.fitting import to_plain
 from peerscale.runs.rates import fit_rates, settings_table
 
 GRID = 0.01 * 2.0 ** np.arange(-2, 3)

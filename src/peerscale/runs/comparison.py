@@ -13,12 +13,12 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
-from peerscale.laws.bootstrap import LEVEL as INTERVAL
-from peerscale.laws.bootstrap import STORED_DRAWS, Bootstrap, percentile_interval, resample_counts
+from peerscale.laws.fitting import LEVEL as INTERVAL
+from peerscale.laws.fitting import STORED_DRAWS, Bootstrap, percentile_interval, resample_counts, to_plain
+from peerscale.laws.isoflop import MIN_BUDGETS, fit_power_law
 from peerscale.laws.multiplier import compute_multipliers, growth
 from peerscale.laws.optima import Estimate, OptimaFit, Optimum, OptimumStatus, equality_of_curvatures, holm
-from peerscale.laws.power_law import MIN_BUDGETS, fit_power_law
-from peerscale.laws.results import Array, FitStatus, to_plain
+from peerscale.laws.solver import Array, FitStatus
 from peerscale.runs.record import Record
 from peerscale.runs.study import method_names, same_arm, usable
 
@@ -278,7 +278,7 @@ def _frontiers(fitted: Sequence[Budget]) -> dict[str, Array]:
         )
         if one.sequences is not None:
             drawn += resampled @ one.sequences.T
-        minima = np.stack(one.fit.minima(drawn))
+        minima = np.stack(one.fit.optima_of(drawn))
         for method, (name, optimum) in enumerate(one.optima.items()):
             if optimum.status.has_number:
                 frontiers[name][:, 0, i] = optimum.x, optimum.loss

@@ -7,9 +7,9 @@ from typing import Any
 import pandas as pd
 
 from peerscale.laws import fit_envelope, fit_parametric
+from peerscale.laws.fitting import to_plain
+from peerscale.laws.isoflop import MIN_BUDGETS
 from peerscale.laws.parametric import Surface
-from peerscale.laws.power_law import MIN_BUDGETS
-from peerscale.laws.results import to_plain
 from peerscale.runs.comparison import Claims, compare
 from peerscale.runs.conventions import multipliers_by_convention
 from peerscale.runs.rates import fit_rates
