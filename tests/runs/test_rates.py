@@ -28,7 +28,7 @@ def study(
     rng = np.random.default_rng(0)
     rows = [
         run(method, budget, LOWEST[method, size] + CURVATURE * math.log(lr / at) ** 2 + noise * rng.normal(),
-            size=size, seed=seed, arm=f"lr={lr:g}", lr=lr * (32 / int(size[1:])) ** 0.5, table_lr=math.nan)
+            size=size, seed=seed, settings=f"lr={lr:g}", lr=lr * (32 / int(size[1:])) ** 0.5, table_lr=math.nan)
         for (method, size), at in best.items() for lr in grid for seed in range(seeds)
     ]  # fmt: skip
     return pd.DataFrame(rows)

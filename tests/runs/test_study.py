@@ -7,7 +7,16 @@ import pandas as pd
 import pytest
 
 from peerscale.errors import UserError
-from peerscale.runs.study import collected, find_study, method_names, published, read_fits, read_json, same_arm, usable
+from peerscale.runs.study import (
+    collected,
+    find_study,
+    method_names,
+    published,
+    read_fits,
+    read_json,
+    same_variant,
+    usable,
+)
 
 
 def table(*rows: tuple[str, str | None, str]) -> pd.DataFrame:
@@ -31,7 +40,7 @@ def test_a_curve_is_named_by_method_and_variant() -> None:
     assert list(method_names(rows)) == ["moe", "moe_token_choice"]
 
 
-def test_arms_of_an_axis_are_curves_of_their_own() -> None:
+def test_variants_of_an_axis_are_curves_of_their_own() -> None:
     rows = table(
         ("dense", None, "dense-d8-1e11-s0"),
         ("peer", None, "peer-d8-1e11-lr=1e-3-s0"),
@@ -40,7 +49,7 @@ def test_arms_of_an_axis_are_curves_of_their_own() -> None:
     assert list(method_names(rows)) == ["dense", "peer lr=1e-3", "peer lr=3e-3-top_k=8"]
 
 
-def test_a_setting_common_to_all_cells_is_no_arm() -> None:
+def test_a_setting_common_to_all_cells_is_no_variant() -> None:
     rows = table(("dense", None, "dense-d8-1e11-data=text-s0"), ("peer", None, "peer-d8-1e11-data=text-s0"))
     assert list(method_names(rows)) == ["dense", "peer"]
 
@@ -74,7 +83,7 @@ def test_fits_of_another_version_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reference", "name", "names", "arm"),
+    ("reference", "name", "names", "variant"),
     [
         ("dense", "peer", ["dense", "peer"], "dense"),
         ("dense", "peer batch_sequences=8", ["dense batch_sequences=8", "dense", "peer batch_sequences=8"],
@@ -88,5 +97,5 @@ def test_fits_of_another_version_are_refused(tmp_path: Path) -> None:
         ("moe", "peer", ["moe_token_choice", "peer"], None),
     ],
 )  # fmt: skip
-def test_the_curve_to_compare_with(reference: str, name: str, names: list[str], arm: str | None) -> None:
-    assert same_arm(reference, name, names) == arm
+def test_the_curve_to_compare_with(reference: str, name: str, names: list[str], variant: str | None) -> None:
+    assert same_variant(reference, name, names) == variant

@@ -122,16 +122,21 @@ def read_json(path: Path) -> Any:
 def read_fits(path: Path) -> dict[str, Any]:
     """What `runs.fits.fit_study` found, and the `answer` in a sentence; `UserError` if the file holds anything else."""
     fits = read_json(path)
-    if not (isinstance(fits, dict) and {"answer", "budgets", "claims", "multipliers", "laws", "rates"} <= fits.keys()):
+    keys = {"answer", "budgets", "claims", "multipliers", "laws", "rates"}
+    if not (isinstance(fits, dict) and keys <= fits.keys() and all(map(_has_intervals, fits["budgets"]))):
         raise UserError(f"{path}: not the fits of a study as this version writes them: make figures, to fit it again")
     return fits
+
+
+def _has_intervals(budget: dict[str, Any]) -> bool:
+    return all("low" in method for method in budget["methods"] if method["loss"] is not None)
 
 
 def method_names(table: pd.DataFrame) -> pd.Series:
     """For each row the name of the curve that it is a point of.
 
     `<method>[_<variant>]`, the name of the layer's file; where a study has further axes, also the values of those in
-    the cell's name, so that arms are never mixed in one fit.
+    the cell's name, so that variants are never mixed in one fit.
     """
     variant = table["variant"].fillna("").astype(str)
     names = table["method"].astype(str) + variant.where(variant == "", "_" + variant)
@@ -149,10 +154,10 @@ def _axes(cell: str, seed: int) -> str:
     return f"{head.rpartition('-')[2]}={rest.removesuffix(f'-s{seed}')}" if equals else ""
 
 
-def same_arm(reference: str, name: str, names: Sequence[str]) -> str | None:
+def same_variant(reference: str, name: str, names: Sequence[str]) -> str | None:
     """The curve of `reference` at the settings of curve `name`, such as its batch; else without any; None if absent."""
-    arm = reference + name.removeprefix(name.partition(" ")[0])
-    return next((found for found in (arm, reference) if found in names and found != name), None)
+    variant = reference + name.removeprefix(name.partition(" ")[0])
+    return next((found for found in (variant, reference) if found in names and found != name), None)
 
 
 def usable(table: pd.DataFrame) -> pd.Series:
