@@ -126,19 +126,12 @@ def parser() -> argparse.ArgumentParser:
             add("--budget", metavar="COL", help="column by which the largest runs are held out")
             add("--hold-out", type=positive, metavar="NUMBER", help="hold out the runs from this budget on")
         if name in ("parametric", "peer"):
-            add(
-                "--objective",
-                choices=list(Objective),
-                default=Objective.HUBER_LOG,
-                help="what is minimised (huber-log)",
-            )
+            minimised, default = "what is minimised (huber-log)", Objective.HUBER_LOG
+            add("--objective", choices=list(Objective), default=default, help=minimised)
             add("--delta", type=positive, default=1e-3, metavar="NUMBER", help="where Huber turns linear (1e-3)")
         if name == "parametric":
-            add(
-                "--unique-tokens",
-                metavar="COL",
-                help="column of the different tokens: also fits what repeated ones are worth",
-            )
+            unique = "column of the different tokens: also fits what repeated ones are worth"
+            add("--unique-tokens", metavar="COL", help=unique)
         if name == "isoflop":
             add("--include-flagged", action="store_true", help="let the power law use flagged minima too")
             far = "leave sizes out whose loss is more than this share above the budget's lowest, such as .04; keep five"
@@ -147,13 +140,11 @@ def parser() -> argparse.ArgumentParser:
             add("--tolerance", type=positive, metavar="SHARE", help=close)
         add("--out", type=Path, required=True, metavar="JSON", help="where the fit goes")
     text = "optimum of a budget, or loss of a run, from a fit"
-    prediction = commands.add_parser("predict", help=text, description=text)
-    prediction.add_argument(
-        "file", type=Path, metavar="JSON", help="a fit, or fits by name such as a study's fits.json"
-    )
-    prediction.add_argument("--budget", type=positive, metavar="NUMBER", help="training FLOPs: what is optimal?")
+    add = commands.add_parser("predict", help=text, description=text).add_argument
+    add("file", type=Path, metavar="JSON", help="a fit, or fits by name such as a study's fits.json")
+    add("--budget", type=positive, metavar="NUMBER", help="training FLOPs: what is optimal?")
     for name in PREDICT_FROM[1:]:
-        prediction.add_argument(_option(name), type=positive, metavar="NUMBER", help="of the run whose loss is wanted")
+        add(_option(name), type=positive, metavar="NUMBER", help="of the run whose loss is wanted")
     return top
 
 

@@ -70,6 +70,18 @@ def test_broken_json_is_one_clear_line(tmp_path: Path) -> None:
         read_json(path)
 
 
+def test_optima_without_an_interval_are_of_another_version(tmp_path: Path) -> None:
+    path = tmp_path / "fits.json"
+    keys = ("answer", "claims", "multipliers", "laws", "rates")
+    ends = {"low": 2.9, "high": 3.1}
+    for optimum in ({"loss": 3.0, **ends}, {"loss": None}):
+        path.write_text(json.dumps({**dict.fromkeys(keys, ""), "budgets": [{"methods": [optimum]}]}))
+        assert read_fits(path)["budgets"][0]["methods"] == [optimum]
+    path.write_text(json.dumps({**dict.fromkeys(keys, ""), "budgets": [{"methods": [{"loss": 3.0}]}]}))
+    with pytest.raises(UserError, match="not the fits of a study as this version writes them"):
+        read_fits(path)
+
+
 def test_fits_of_another_version_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "fits.json"
     whole = {"answer": "none", "budgets": [], "claims": [], "multipliers": [], "laws": {}, "rates": {}, "growth": []}

@@ -2,9 +2,9 @@
 
 All members of a batch take their Newton steps together. A fit has five to seven coefficients and a few hundred runs, so
 one at a time costs the interpreter's time, not the arithmetic's. SciPy's `least_squares(loss="huber")` minimises the
-same objective (its cost is the sum below, with f_scale = delta) and finds the same optima. It is not used here because
-4,000 refits of 240 runs take five to eight times longer with it, beyond eight seconds on two cores: it solves one
-problem at a time, and processes, which alone would use both cores, have to be started first.
+same objective (its cost is the sum below, with f_scale = delta) and finds the same optima, but it solves one problem at
+a time, and only processes, which have to be started first, let it use several cores. It needs some ten times as long
+for 4,000 refits of 240 runs, and every fit refits twice as often: for its coefficients and for its held-out runs.
 
 Most laws here are sums of power laws, L = sum_k s_k prod_v v^(-exponent), with positive sizes s_k. With the logarithms
 of the sizes and the exponents as coordinates theta every power is exp(M_k . theta), whose derivatives are exact and
