@@ -21,6 +21,7 @@ from peerscale.composition import of_cells
 from peerscale.errors import UserError, exit_code
 from peerscale.files import write_json, write_text
 from peerscale.outcomes import further_line, of_the_plan, read_published, some, which_counts
+from peerscale.runs.comparison import compare
 from peerscale.runs.fits import fit_study
 from peerscale.runs.record import PlannedCell, Record, Status
 from peerscale.runs.study import Study, collected, planned_record, published, study_parser
@@ -77,7 +78,8 @@ def write_fits(study: Study, runs: pd.DataFrame, curves: pd.DataFrame, records: 
     except UserError:  # of a study without a file, such as one that was renamed
         settings = None
     windows = {row.budget: settings.window(row.budget) for row in settings.grid} if settings else {}
-    fits = fit_study(runs, curves, records, windows=windows, claims=settings.claims if settings else None)
+    compared = compare(runs, records, windows=windows, claims=settings.claims if settings else None)
+    fits = fit_study(runs, curves, compared)
     fits["answer"] = answer(fits)
     write_text(study.runs, runs.to_csv(index=False))
     write_json(study.fits, fits)

@@ -30,17 +30,12 @@ import pandas as pd
 from peerscale import laws
 from peerscale.errors import ArgumentParser, UserError, exit_code
 from peerscale.files import write_json
-from peerscale.laws.bootstrap import STORED_DRAWS
-from peerscale.laws.fit import Fit
-from peerscale.laws.holdout import HoldOut
-from peerscale.laws.isoflop import IsoflopFit
-from peerscale.laws.objective import Objective
+from peerscale.laws.fitting import SHOWN, STORED_DRAWS, Fit, HoldOut, positive_columns, require_column, to_plain
+from peerscale.laws.isoflop import IsoflopFit, PowerLaw
+from peerscale.laws.moe import PeerFit
 from peerscale.laws.parametric import Surface
-from peerscale.laws.peer import PeerFit
-from peerscale.laws.power_law import PowerLaw
-from peerscale.laws.prediction import VARIABLES
-from peerscale.laws.results import FitStatus, to_plain
-from peerscale.laws.table import SHOWN, positive_columns, require_column
+from peerscale.laws.prediction import LAWS
+from peerscale.laws.solver import FitStatus, Objective
 from peerscale.runs import read_runs
 from peerscale.runs.table import CURVES, METRICS, curves_table
 from peerscale.runs.table import read_table as read_csv
@@ -131,19 +126,12 @@ def parser() -> argparse.ArgumentParser:
             add("--budget", metavar="COL", help="column by which the largest runs are held out")
             add("--hold-out", type=positive, metavar="NUMBER", help="hold out the runs from this budget on")
         if name in ("parametric", "peer"):
-            add(
-                "--objective",
-                choices=list(Objective),
-                default=Objective.HUBER_LOG,
-                help="what is minimised (huber-log)",
-            )
+            minimised, default = "what is minimised (huber-log)", Objective.HUBER_LOG
+            add("--objective", choices=list(Objective), default=default, help=minimised)
             add("--delta", type=positive, default=1e-3, metavar="NUMBER", help="where Huber turns linear (1e-3)")
         if name == "parametric":
-            add(
-                "--unique-tokens",
-                metavar="COL",
-                help="column of the different tokens: also fits what repeated ones are worth",
-            )
+            unique = "column of the different tokens: also fits what repeated ones are worth"
+            add("--unique-tokens", metavar="COL", help=unique)
         if name == "isoflop":
             add("--include-flagged", action="store_true", help="let the power law use flagged minima too")
             far = "leave sizes out whose loss is more than this share above the budget's lowest, such as .04; keep five"
@@ -152,13 +140,11 @@ def parser() -> argparse.ArgumentParser:
             add("--tolerance", type=positive, metavar="SHARE", help=close)
         add("--out", type=Path, required=True, metavar="JSON", help="where the fit goes")
     text = "optimum of a budget, or loss of a run, from a fit"
-    prediction = commands.add_parser("predict", help=text, description=text)
-    prediction.add_argument(
-        "file", type=Path, metavar="JSON", help="a fit, or fits by name such as a study's fits.json"
-    )
-    prediction.add_argument("--budget", type=positive, metavar="NUMBER", help="training FLOPs: what is optimal?")
+    add = commands.add_parser("predict", help=text, description=text).add_argument
+    add("file", type=Path, metavar="JSON", help="a fit, or fits by name such as a study's fits.json")
+    add("--budget", type=positive, metavar="NUMBER", help="training FLOPs: what is optimal?")
     for name in PREDICT_FROM[1:]:
-        prediction.add_argument(_option(name), type=positive, metavar="NUMBER", help="of the run whose loss is wanted")
+        add(_option(name), type=positive, metavar="NUMBER", help="of the run whose loss is wanted")
     return top
 
 
@@ -232,8 +218,8 @@ def fit_groups(
         require_column(table, by)
     named = [("", table)] if by is None else table.groupby(by, sort=False, dropna=False)
     groups = {str(name): fit(rows) for name, rows in named}
-    vertices = [vertex for group in groups.values() if isinstance(group, IsoflopFit) for vertex in group.vertices]
-    if vertices and not any(np.isfinite(vertex.curvature) for vertex in vertices):
+    optima = [optimum for group in groups.values() if isinstance(group, IsoflopFit) for optimum in group.vertices]
+    if optima and not any(np.isfinite(optimum.curvature) for optimum in optima):
         raise UserError(
             "no budget has runs of three different sizes, the least for a parabola (five are wanted); measured FLOPs "
             "are grouped into budgets by --tolerance .1"
@@ -267,9 +253,9 @@ def to_json(fit: Any) -> dict[str, Any]:
 def summary(fit: Any, x: str) -> str:
     """A fit in a few lines: coefficients and minima of `x` with intervals and flags, held-out error, every warning."""
     lines = [f"{fit.law}: {fit.n} runs, {fit.status}, {fit.objective_name} {fit.objective_value:.8g}"]
-    for vertex in fit.vertices if isinstance(fit, IsoflopFit) else ():
-        size, loss = _number(vertex.x, vertex.x_interval), _number(vertex.loss, vertex.loss_interval)
-        lines.append(f"  budget {vertex.budget:<8.4g} {x} {size}  loss {loss}  n {vertex.n}  {vertex.status}")
+    for optimum in fit.vertices if isinstance(fit, IsoflopFit) else ():
+        size, loss = _number(optimum.x, optimum.x_interval), _number(optimum.loss, optimum.loss_interval)
+        lines.append(f"  budget {optimum.budget:<8.4g} {x} {size}  loss {loss}  n {optimum.n}  {optimum.status}")
     for form in fit.candidates if isinstance(fit, PeerFit) else ():
         errors = ", ".join(f"{axis} {error:.4g}" for axis, error in form.held_out.items())
         lines.append(f"  form {form.form:<11} held-out error {form.error:.4g} ({errors})  {form.status}")
@@ -357,8 +343,8 @@ def stored_fits(path: Path) -> list[tuple[str, dict[str, Any], Mapping[str, Any]
 
 def needs(law: str) -> str:
     """The options that a prediction of a law takes."""
-    sizes = [_option(name) for name in VARIABLES[law] if name not in ("budget", "unique_tokens")]
-    options = ["--budget"] * ("budget" in VARIABLES[law]) + [", ".join(sizes)] * bool(sizes)
+    sizes = [_option(name) for name in LAWS[law][1] if name not in ("budget", "unique_tokens")]
+    options = ["--budget"] * ("budget" in LAWS[law][1]) + [", ".join(sizes)] * bool(sizes)
     return ", or ".join(options)
 
 

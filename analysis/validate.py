@@ -21,7 +21,7 @@ from scipy.special import huber
 
 from peerscale.errors import ArgumentParser, UserError, exit_code
 from peerscale.laws import fit_granular, fit_isoflop, fit_parametric, fit_routed
-from peerscale.laws.granular import GranularLaw
+from peerscale.laws.moe import GranularLaw
 from peerscale.laws.parametric import Surface
 from peerscale.runs.table import read_table
 
@@ -84,8 +84,8 @@ def surface(table: pd.DataFrame, **options: Any) -> Any:
     return fit_parametric(table, params="N", tokens="D", loss="loss", **options)
 
 
-def minima(table: pd.DataFrame, budget: str, x: str) -> Any:
-    """Approach 2 as published, flagged minima included."""
+def approach_2(table: pd.DataFrame, budget: str, x: str) -> Any:
+    """Approach 2 as published, flagged optima included."""
     return fit_isoflop(table, budget=budget, x=x, loss="loss", include_flagged=True)
 
 
@@ -138,14 +138,14 @@ def chinchilla(folder: Path) -> Iterator[Check]:
     yield Check("Chinchilla E7 runs within 10 % of a budget", len(snapped), 129)
     snapped = snapped.sort_values("off", kind="stable").drop_duplicates(["size", "budget"])
     yield Check("Chinchilla E7 runs, one per size and budget", len(snapped), 123)
-    fitted = minima(snapped, "budget", "N")
+    fitted = approach_2(snapped, "budget", "N")
     yield from near(
         "Chinchilla E7 approach 2",
         ("a", fitted.exponent, 0.4951, 3e-3), ("b", 1 - fitted.exponent, 0.5049, 3e-3),
         ("coefficient", fitted.coefficient, 0.1038, 0.001),
     )  # fmt: skip
-    flagged = [vertex.budget for vertex in fitted.vertices if vertex.status == "outside_range"]
-    yield Check("Chinchilla E7 the vertex outside its range", flagged[0] if len(flagged) == 1 else np.nan, 1e20)
+    flagged = [optimum.budget for optimum in fitted.vertices if optimum.status == "outside_range"]
+    yield Check("Chinchilla E7 the optimum outside its range", flagged[0] if len(flagged) == 1 else np.nan, 1e20)
 
     part = surface(small)
     expected = {"E": (1.8205, 5e-4), "alpha": (0.32713, 5e-4), "beta": (0.39609, 5e-4)}
@@ -168,7 +168,7 @@ def llama(folder: Path) -> Iterator[Check]:
     columns = {"compute_budget": "C", "training_tokens": "D", "validation_loss": "loss"}
     points = read(folder, "llama3_isoflops_points.csv", *columns).rename(columns=columns)
     points["N"] = points["C"] / (6 * points["D"])
-    fitted = minima(points, "C", "D")
+    fitted = approach_2(points, "C", "D")
     tokens = float(fitted.optimum(3.8e25))
     yield from near(
         "Llama 3 approach 2",
@@ -182,7 +182,7 @@ def llama(folder: Path) -> Iterator[Check]:
     }  # fmt: skip
     yield from coefficients("Llama 3 squared loss", fit, expected)
     yield Check("Llama 3 residual sum of squares", fit.objective_value, 0.0020197, 1e-7)
-    small = minima(points[points["C"] <= 1e21], "C", "D")
+    small = approach_2(points[points["C"] <= 1e21], "C", "D")
     yield from near(
         "Llama 3 budgets up to 1e21",
         ("exponent", small.exponent, 0.4993, 5e-4), ("coefficient", small.coefficient, 1.6277, 0.016),

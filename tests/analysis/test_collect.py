@@ -12,6 +12,7 @@ from filelock import FileLock
 from synthetic_study import METHODS, SWEEP, WRONG, cells, minimum, records, script, shared_curvature, write_cells
 
 from peerscale.errors import UserError, exit_code
+from peerscale.runs.comparison import compare
 from peerscale.runs.fits import fit_study
 from peerscale.runs.record import Record, Status, fingerprint, read_record, write_record
 from peerscale.runs.study import collected
@@ -128,7 +129,7 @@ def test_fits_hold_each_methods_optimum_and_the_differences(collected_runs: Path
 
 
 def fitted(some: list[Record]) -> dict[str, Any]:
-    return fit_study(runs_table(some), curves_table(()), some)
+    return fit_study(runs_table(some), curves_table(()), compare(runs_table(some), some))
 
 
 def test_a_cell_without_sequence_losses_costs_its_budget_only_their_part_of_the_error() -> None:
@@ -149,8 +150,8 @@ def test_without_minima_there_are_no_differences() -> None:
     assert all("value" not in row for row in found.values())
 
 
-def test_arms_of_an_axis_are_compared_with_their_own() -> None:
-    def arm(record: Record, value: int, harder: float) -> Record:
+def test_variants_of_an_axis_are_compared_with_their_own() -> None:
+    def variant(record: Record, value: int, harder: float) -> Record:
         losses = record.evaluation.get("validation")
         worse = {"validation": {**losses, "loss": losses["loss"] + harder}} if losses else {}
         cell = record.cell.replace("-s0", f"-batch_sequences={value}-s0")
@@ -159,7 +160,7 @@ def test_arms_of_an_axis_are_compared_with_their_own() -> None:
         return replace(record, cell=cell, axes=axes, evaluation=worse, sequence_losses=sequences)
 
     some = [r for r in records() if r.method in ("dense", "peer")]
-    found = differences(fitted([arm(r, value, harder) for value, harder in ((8, 0.5), (16, 0.0)) for r in some]))
+    found = differences(fitted([variant(r, value, harder) for value, harder in ((8, 0.5), (16, 0.0)) for r in some]))
     plain = differences(fitted(some))
     assert len(found) == 2 * len(plain)
     for (budget, reference, method), row in found.items():

@@ -90,21 +90,21 @@ def test_isoflop_by_method(table: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert {"law", "n", "status", "objective_name", "objective_value", "ci"} <= stored.keys()
     dense, peer = stored["groups"].values()
     assert dense["exponent"] == pytest.approx(peer["exponent"], abs=1e-6)  # the same losses, halved
-    assert [vertex["budget"] for vertex in dense["vertices"]] == [1e18, 1e19, 1e20, 1e21]
+    assert [optimum["budget"] for optimum in dense["vertices"]] == [1e18, 1e19, 1e20, 1e21]
     assert len(dense["vertices"][0]["x_interval"]) == 2
     assert "method = peer" in capsys.readouterr().out
     assert run("predict", out, "--budget", "1e22") == 0
     assert capsys.readouterr().out.count("optimal N ") == 2
 
 
-def vertex_loss(c: np.ndarray) -> np.ndarray:
+def optimal_loss(c: np.ndarray) -> np.ndarray:
     return 40 * c**-0.06
 
 
 def write_parabolas(path: Path, budgets: tuple[float, ...], *, noise: float = 0.0) -> None:
     """Runs on parabolas whose minima lie at 0.1 C^0.5, with losses on a power law."""
     c, offset = (axis.ravel() for axis in np.meshgrid(budgets, np.linspace(-0.5, 0.5, 7)))
-    loss = vertex_loss(c) + 0.2 * offset**2 + noise * np.random.default_rng(0).standard_normal(len(c))
+    loss = optimal_loss(c) + 0.2 * offset**2 + noise * np.random.default_rng(0).standard_normal(len(c))
     pd.DataFrame({"C": c, "my size": 0.1 * c**0.5 * 10**offset, "L": loss}).to_csv(path, index=False)
 
 
@@ -122,7 +122,7 @@ def test_an_isoflop_fit_predicts_size_and_loss_by_their_names(
     found = answers(printed := capsys.readouterr().out)
     assert found.keys() == {"optimal my size", "loss at the optimum"} and "warning" not in printed
     assert found["optimal my size"] == pytest.approx([0.1 * 1e21**0.5], rel=1e-4)
-    assert found["loss at the optimum"] == pytest.approx([vertex_loss(1e21)], rel=1e-4)
+    assert found["loss at the optimum"] == pytest.approx([optimal_loss(1e21)], rel=1e-4)
     assert run("predict", out, "--budget", "1e22") == 0
     assert "warning: 1e+22 is far beyond the largest budget, 1e+20;" in capsys.readouterr().out
 
@@ -131,7 +131,7 @@ def test_an_isoflop_fit_predicts_size_and_loss_by_their_names(
     capsys.readouterr()
     assert run("predict", out, "--budget", "1e21") == 0
     value, low, high = answers(capsys.readouterr().out)["loss at the optimum"]
-    assert low < vertex_loss(1e21) < high and low < value < high and high - low < 0.05
+    assert low < optimal_loss(1e21) < high and low < value < high and high - low < 0.05
 
 
 def test_two_budgets_are_enough_for_the_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,7 +142,7 @@ def test_two_budgets_are_enough_for_the_loss(tmp_path: Path, capsys: pytest.Capt
     assert run("predict", out, "--budget", "3e18") == 0
     found = answers(printed := capsys.readouterr().out)
     assert found.keys() == {"loss at the optimum"}
-    assert found["loss at the optimum"][0] == pytest.approx(vertex_loss(3e18), rel=1e-4)
+    assert found["loss at the optimum"][0] == pytest.approx(optimal_loss(3e18), rel=1e-4)
     assert printed.endswith("no optimum: too few budgets with a usable optimum, three are needed\n")
 
 
@@ -343,7 +343,7 @@ def test_odd_names_measured_budgets_and_mixtures(
     assert "three different sizes" in (error := capsys.readouterr().err) and "--tolerance .1" in error
     assert run("isoflop", table, *columns, "--tolerance", ".1", "--bootstrap", 0) == 0
     stored = json.loads(out.read_text())
-    assert [vertex["n"] for vertex in stored["vertices"]] == [7] * 4 and stored["exponent"] == pytest.approx(
+    assert [optimum["n"] for optimum in stored["vertices"]] == [7] * 4 and stored["exponent"] == pytest.approx(
         0.5, abs=0.1
     )
     assert "column 'Tokenizer' mixes bytes, bpe" in capsys.readouterr().out

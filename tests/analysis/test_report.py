@@ -20,6 +20,7 @@ from synthetic_surface import surface_curves, surface_runs
 
 from peerscale.errors import exit_code
 from peerscale.files import ROOT
+from peerscale.runs.comparison import compare
 from peerscale.runs.fits import fit_study
 from peerscale.runs.record import Status
 from peerscale.runs.study import Study, collected, published
@@ -154,7 +155,7 @@ def test_the_command_of_a_fit_runs(study: Study, source: str, tmp_path: Path) ->
 
 def test_laws_of_three_budgets_by_three_approaches() -> None:
     runs = surface_runs(noise=1e-4)
-    fits = fit_study(runs, surface_curves(runs), [])
+    fits = fit_study(runs, surface_curves(runs), compare(runs, []))
     laws, found = report.power_laws(fits), fits["laws"]
     assert list(laws["approach"].unique()) == ["2, isoFLOP optima", "1, envelope of curves"]
     dense = laws[laws["method"] == "dense"].set_index("approach")

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from peerscale.laws.bootstrap import Bootstrap, percentile_interval, resample_counts, resample_residuals
+from peerscale.laws.fitting import Bootstrap, percentile_interval, resample_counts
+from peerscale.laws.isoflop import resample_residuals
 
 
 @dataclass

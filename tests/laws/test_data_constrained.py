@@ -9,7 +9,7 @@ from scipy.optimize import minimize_scalar
 
 from peerscale.laws import fit_data_constrained
 from peerscale.laws.data_constrained import DataConstrainedFit, DataConstrainedLaw
-from peerscale.laws.results import FitStatus
+from peerscale.laws.solver import FitStatus
 
 TRUTH = DataConstrainedLaw(E=1.87, A=521.0, B=1488.0, alpha=0.353, beta=0.353, R_N=5.31, R_D=15.39)
 NAMES = ("E", "A", "B", "alpha", "beta", "R_N", "R_D")

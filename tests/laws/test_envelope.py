@@ -8,9 +8,9 @@ import pytest
 
 from peerscale.errors import UserError
 from peerscale.laws import fit_envelope
-from peerscale.laws.envelope import EnvelopeFit, envelope, smooth_curves
+from peerscale.laws.envelope import EnvelopeFit, smooth_curves, winning_sizes
 from peerscale.laws.parametric import Surface
-from peerscale.laws.results import FitStatus
+from peerscale.laws.solver import FitStatus
 
 TRUTH = Surface(E=1.8, A=400.0, B=2000.0, alpha=0.3, beta=0.36)
 
@@ -48,7 +48,7 @@ def test_recovers_the_exponent(noise: float) -> None:
 def test_the_winner_is_the_lowest_of_the_runs_that_got_so_far() -> None:
     nan = np.nan
     losses = np.array([[3.0, 2.9, nan, nan], [3.5, 2.8, 2.5, 2.4], [4.0, 3.0, 2.6, 2.1], [nan, 5.0, 4.0, nan]])
-    optima, lowest, interior = envelope(losses, np.array([1.0, 2.0, 3.0, 4.0]))
+    optima, lowest, interior = winning_sizes(losses, np.array([1.0, 2.0, 3.0, 4.0]))
     assert optima.tolist() == [1, 2, 2, 3] and lowest.tolist() == [3, 2.8, 2.5, 2.1]
     assert interior.tolist() == [False, True, False, False]  # third: nothing smaller has got so far
 

@@ -8,8 +8,8 @@ import pytest
 
 from peerscale.errors import UserError
 from peerscale.laws import fit_granular
-from peerscale.laws.granular import GranularFit, GranularLaw
-from peerscale.laws.results import FitStatus
+from peerscale.laws.moe import GranularFit, GranularLaw
+from peerscale.laws.solver import FitStatus
 
 TRUTH = GranularLaw(a=18.1, alpha=0.115, b=30.8, beta=0.147, g=2.1, gamma=0.58, c=0.47)
 NAMES = ("a", "alpha", "b", "beta", "g", "gamma", "c")

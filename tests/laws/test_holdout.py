@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from peerscale.laws import fit_granular, fit_isoflop, fit_parametric, fit_routed
-from peerscale.laws.holdout import largest
+from peerscale.laws.fitting import largest
 from peerscale.laws.parametric import Surface
 
 TRUTH = Surface(E=1.82, A=480.0, B=2100.0, alpha=0.347, beta=0.367)

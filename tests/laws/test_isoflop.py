@@ -8,9 +8,10 @@ import pytest
 
 from peerscale.errors import UserError
 from peerscale.laws import fit_isoflop
-from peerscale.laws.isoflop import IsoflopFit, VertexStatus
+from peerscale.laws.isoflop import IsoflopFit
+from peerscale.laws.optima import OptimumStatus
 from peerscale.laws.parametric import Surface
-from peerscale.laws.results import FitStatus
+from peerscale.laws.solver import FitStatus
 
 BUDGETS = np.array([1e15, 3e15, 1e16, 3e16, 1e17])
 
@@ -38,8 +39,8 @@ def fit(table: pd.DataFrame, **options) -> IsoflopFit:
     return fit_isoflop(table, budget="C", x="x", loss="loss", **options)
 
 
-def statuses(result: IsoflopFit) -> list[VertexStatus]:
-    return [vertex.status for vertex in result.vertices]
+def statuses(result: IsoflopFit) -> list[OptimumStatus]:
+    return [optimum.status for optimum in result.vertices]
 
 
 def test_recovers_exact_parabolas() -> None:
@@ -48,11 +49,11 @@ def test_recovers_exact_parabolas() -> None:
     assert result.exponent == pytest.approx(0.48, abs=1e-9)
     assert result.coefficient == pytest.approx(0.1, rel=1e-7)
     assert result.optimum(1e20) == pytest.approx(0.1 * 1e20**0.48, rel=1e-7)
-    for vertex, c in zip(result.vertices, BUDGETS, strict=True):
-        assert (vertex.budget, vertex.n, vertex.status) == (c, 5, VertexStatus.OK)
-        assert vertex.x == pytest.approx(0.1 * c**0.48, rel=1e-7)
-        assert vertex.loss == pytest.approx(30 * c**-0.06)
-        assert vertex.curvature == pytest.approx(0.2)
+    for optimum, c in zip(result.vertices, BUDGETS, strict=True):
+        assert (optimum.budget, optimum.n, optimum.status) == (c, 5, OptimumStatus.OK)
+        assert optimum.x == pytest.approx(0.1 * c**0.48, rel=1e-7)
+        assert optimum.loss == pytest.approx(30 * c**-0.06)
+        assert optimum.curvature == pytest.approx(0.2)
     assert not result.warnings
 
 
@@ -60,12 +61,12 @@ def test_agrees_with_polyfit_under_noise() -> None:
     table = runs(noise=0.003, grid=(0.3, 0.5, 0.8, 1.3, 2, 3.5))
     result = fit(table)
     optima = []
-    for c, vertex in zip(BUDGETS, result.vertices, strict=True):
+    for c, optimum in zip(BUDGETS, result.vertices, strict=True):
         rows = table[table["C"] == c]
         parabola = np.polyfit(np.log10(rows["x"]), rows["loss"], 2)
         optima.append(-parabola[1] / (2 * parabola[0]))
-        assert vertex.x == pytest.approx(10 ** optima[-1], rel=1e-6)
-        np.testing.assert_allclose(vertex.predict(rows["x"]), np.polyval(parabola, np.log10(rows["x"])), rtol=1e-9)
+        assert optimum.x == pytest.approx(10 ** optima[-1], rel=1e-6)
+        np.testing.assert_allclose(optimum.predict(rows["x"]), np.polyval(parabola, np.log10(rows["x"])), rtol=1e-9)
     assert result.exponent == pytest.approx(np.polyfit(np.log10(BUDGETS), optima, 1)[0], abs=1e-7)
 
 
@@ -87,32 +88,32 @@ def test_concave_parabola_is_flagged_and_never_used() -> None:
     table = changed(runs(), 1e16, loss=lambda loss: 8 - loss)
     for include_flagged in (False, True):
         result = fit(table, include_flagged=include_flagged)
-        assert statuses(result)[2] is VertexStatus.CURVATURE
+        assert statuses(result)[2] is OptimumStatus.CURVATURE
         assert result.vertices[2].curvature < 0 and np.isnan(result.vertices[2].x)
         assert result.exponent == pytest.approx(0.48, abs=1e-9)
     assert any("curvature" in warning and "1e+16" in warning for warning in result.warnings)
 
 
 def test_flat_losses_are_flagged() -> None:
-    assert statuses(fit(changed(runs(), 1e16, loss=lambda loss: 0 * loss + 3)))[2] is VertexStatus.CURVATURE
+    assert statuses(fit(changed(runs(), 1e16, loss=lambda loss: 0 * loss + 3)))[2] is OptimumStatus.CURVATURE
 
 
 @pytest.mark.parametrize(
     ("grid", "status"),
     [
-        ((1.2, 2, 4, 8, 16), VertexStatus.OUTSIDE_RANGE),
-        ((0.01, 0.02, 0.1, 0.5, 0.8), VertexStatus.OUTSIDE_RANGE),
-        ((0.8, 2, 4, 8, 16), VertexStatus.OFF_CENTRE),
-        ((0.25, 1, 2, 4), VertexStatus.TOO_FEW),
-        ((0.25, 1), VertexStatus.TOO_FEW),
-        ((0.25, 0.25, 1, 1, 4), VertexStatus.TOO_FEW),
+        ((1.2, 2, 4, 8, 16), OptimumStatus.OUTSIDE_RANGE),
+        ((0.01, 0.02, 0.1, 0.5, 0.8), OptimumStatus.OUTSIDE_RANGE),
+        ((0.8, 2, 4, 8, 16), OptimumStatus.OFF_CENTRE),
+        ((0.25, 1, 2, 4), OptimumStatus.TOO_FEW),
+        ((0.25, 1), OptimumStatus.TOO_FEW),
+        ((0.25, 0.25, 1, 1, 4), OptimumStatus.TOO_FEW),
     ],
 )
-def test_flagged_minimum_is_kept_but_left_out_of_the_power_law(grid: tuple[float, ...], status: VertexStatus) -> None:
+def test_flagged_minimum_is_kept_but_left_out_of_the_power_law(grid: tuple[float, ...], status: OptimumStatus) -> None:
     # A minimum four times too large at the last budget: an honest exponent does not know of it.
     off = runs(budgets=BUDGETS[4:], grid=grid).assign(x=lambda rows: 4 * rows["x"])
     result = fit(pd.concat([runs(budgets=BUDGETS[:4]), off]))
-    assert statuses(result) == [VertexStatus.OK] * 4 + [status]
+    assert statuses(result) == [OptimumStatus.OK] * 4 + [status]
     assert result.exponent == pytest.approx(0.48, abs=1e-9)
     with_flagged = fit(pd.concat([runs(budgets=BUDGETS[:4]), off]), include_flagged=True)
     has_parabola = len(set(grid)) >= 3
@@ -127,9 +128,9 @@ def test_sizes_far_above_the_lowest_loss_are_left_out_on_demand() -> None:
     far = table["x"].isin(table.groupby("C")["x"].agg(["min", "max"]).to_numpy().ravel())
     table.loc[far, "loss"] += 0.5
     fitted, subset = fit(table, within=0.08), fit(table[~far])
-    for vertex, other in zip(fitted.vertices, subset.vertices, strict=True):
-        assert (vertex.x, vertex.loss, vertex.n) == pytest.approx((other.x, other.loss, 5))
-        assert vertex.sizes == other.sizes == tuple(table.loc[(table["C"] == vertex.budget) & ~far, "x"])
+    for optimum, other in zip(fitted.vertices, subset.vertices, strict=True):
+        assert (optimum.x, optimum.loss, optimum.n) == pytest.approx((other.x, other.loss, 5))
+        assert optimum.sizes == other.sizes == tuple(table.loc[(table["C"] == optimum.budget) & ~far, "x"])
     assert fitted.exponent == pytest.approx(0.48, abs=1e-9) and (fitted.n, subset.n) == (25, 25)
     assert any("left out" in warning and "1e+16 (2)" in warning for warning in fitted.warnings)
     assert fit(table).vertices[0].n == 7 and not any("left out" in warning for warning in fit(table).warnings)
@@ -194,9 +195,9 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
     trials, covered = 60, np.zeros(3)
     for seed in range(trials):
         result = fit(runs(noise=0.002, seed=seed), bootstrap=300, seed=seed)
-        vertex = result.vertices[2]
+        optimum = result.vertices[2]
         truths = (0.48, 0.1 * 1e16**0.48, 30 * 1e16**-0.06)
-        intervals = (result.ci["exponent"], vertex.x_interval, vertex.loss_interval)
+        intervals = (result.ci["exponent"], optimum.x_interval, optimum.loss_interval)
         covered += [low <= truth <= high for (low, high), truth in zip(intervals, truths, strict=True)]
     assert (covered >= 0.82 * trials).all(), covered / trials
     width = np.subtract(*fit(runs(noise=0.002), bootstrap=300).ci["exponent"])

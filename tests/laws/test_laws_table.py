@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from peerscale.errors import UserError
-from peerscale.laws.table import positive_columns, row_labels, table_warnings
+from peerscale.laws.fitting import positive_columns, row_labels, table_warnings
 
 
 def columns(table: pd.DataFrame, *names: str, at_least: int = 1) -> list[np.ndarray]:

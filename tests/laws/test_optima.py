@@ -74,7 +74,7 @@ def hat(fit: OptimaFit, n_methods: int) -> np.ndarray:
     return design @ np.linalg.inv(design.T @ design) @ design.T
 
 
-def test_coefficients_minima_and_errors_are_those_of_curve_fit() -> None:
+def test_coefficients_optima_and_errors_are_those_of_curve_fit() -> None:
     names, x, losses = runs()
     fit, (theta, covariance, minimum) = OptimaFit.of(names, x, losses), scipys(names, x, losses)
     assert fit.df == 15 - 7
@@ -214,16 +214,16 @@ def test_sequences_add_what_their_weighted_sum_scatters() -> None:
     assert one.sequences_se == pytest.approx(0.5 / 20, rel=0.1)  # of a loss by itself it is the largest part
 
 
-def test_minima_of_other_losses_equal_fits_of_them() -> None:
+def test_optima_of_other_losses_equal_fits_of_them() -> None:
     names, x, losses = runs()
     fit = OptimaFit.of(names, x, losses)
     others = losses + np.random.default_rng(1).normal(0, 0.01, (20, 15))
-    at, lowest = fit.minima(others)
+    at, lowest = fit.optima_of(others)
     for row, places, values in zip(others, at, lowest, strict=True):
         again = OptimaFit.of(names, x, row)
         assert places == pytest.approx([again.optimum(name).x for name in NAMES], rel=1e-8)
         assert values == pytest.approx([again.optimum(name).loss for name in NAMES], abs=1e-10)
-    assert np.isnan(np.stack(fit.minima(-others))).all()
+    assert np.isnan(np.stack(fit.optima_of(-others))).all()
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,9 @@ from scipy.special import huber
 
 from peerscale.errors import UserError
 from peerscale.laws import fit_parametric
-from peerscale.laws.bootstrap import resample_counts
-from peerscale.laws.objective import Coordinates, Objective, Problem
+from peerscale.laws.fitting import resample_counts
 from peerscale.laws.parametric import ParametricFit, Surface
-from peerscale.laws.powers import PowerSum
-from peerscale.laws.results import FitStatus
+from peerscale.laws.solver import Coordinates, FitStatus, Objective, PowerSum, Problem
 
 TRUTH = Surface(E=1.82, A=480.0, B=2100.0, alpha=0.347, beta=0.367)
 NAMES = ("E", "A", "B", "alpha", "beta")

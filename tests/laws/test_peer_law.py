@@ -8,8 +8,8 @@ import pytest
 
 from peerscale.errors import UserError
 from peerscale.laws import fit_peer
-from peerscale.laws.peer import FORMS, PeerFit, PeerLaw
-from peerscale.laws.results import FitStatus
+from peerscale.laws.moe import FORMS, PeerFit, PeerLaw
+from peerscale.laws.solver import FitStatus
 
 TRUTHS = {
     "active": PeerLaw(E=1.6, A=300.0, B=500.0, alpha=0.3, beta=0.28),

@@ -9,11 +9,8 @@ from scipy.optimize import minimize
 from scipy.special import huber
 
 from peerscale.laws import fit_isoflop, fit_parametric
-from peerscale.laws.objective import Objective, Problem
 from peerscale.laws.parametric import START_EXPONENTS, ParametricFit, Surface
-from peerscale.laws.powers import power_problem
-from peerscale.laws.results import FitStatus
-from peerscale.laws.solver import minimise
+from peerscale.laws.solver import FitStatus, Objective, Problem, minimise, power_problem
 
 TRUTH = Surface(E=1.82, A=480.0, B=2100.0, alpha=0.347, beta=0.367)
 
@@ -110,7 +107,7 @@ def test_parabolas_are_grouped_by_the_designed_budget() -> None:
     per_token = 6 * table["N"] * (1 + 0.5 * (table["N"] / 1e7) ** -0.5)
     table = table.assign(D=table["C"] / per_token, loss=lambda runs: TRUTH.predict(runs["N"], runs["D"]))
     result = fit_isoflop(table, budget="C", x="N", loss="loss")
-    assert len(result.vertices) == 4 and all(vertex.n == 7 for vertex in result.vertices)
+    assert len(result.vertices) == 4 and all(optimum.n == 7 for optimum in result.vertices)
     assert len(fit_isoflop(table.assign(C=6 * table["N"] * table["D"]), budget="C", x="N", loss="loss").vertices) == 28
 
 
@@ -145,7 +142,7 @@ def test_minima_that_scatter_more_than_their_runs_widen_the_interval() -> None:
         rows += [(c, best * f, 3 + 0.2 * np.log10(f) ** 2 + 1e-4 * rng.normal()) for f in np.geomspace(0.25, 4, 7)]
     table = pd.DataFrame(rows, columns=["C", "x", "loss"])
     result = fit_isoflop(table, budget="C", x="x", loss="loss", bootstrap=500)
-    log_c, log_x = np.log10(table["C"].unique()), np.log10([vertex.x for vertex in result.vertices])
+    log_c, log_x = np.log10(table["C"].unique()), np.log10([optimum.x for optimum in result.vertices])
     off = log_x - np.polyval(np.polyfit(log_c, log_x, 1), log_c)
     error = np.sqrt(off @ off / 4 / np.sum((log_c - log_c.mean()) ** 2))  # of the slope, by least squares
     assert np.diff(result.ci["exponent"])[0] == pytest.approx(2 * 1.96 * error, rel=0.25)

@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 from scipy.optimize import lsq_linear
 
-from peerscale.laws.objective import Coordinates, Objective, Problem
-from peerscale.laws.results import Array, FitStatus
-from peerscale.laws.solver import CHUNK, diagnose, minimise, solve
+from peerscale.laws.solver import CHUNK, Array, Coordinates, FitStatus, Objective, Problem, diagnose, minimise, solve
 
 
 class Line:

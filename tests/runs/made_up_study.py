@@ -24,12 +24,12 @@ def run(
     x: float = 7.5e5,
     size: str = "",
     seed: int = 0,
-    arm: str = "",
+    settings: str = "",
     **more: Any,
 ) -> dict[str, Any]:
-    """A row of the table: one finished cell; `arm` is its settings, such as `batch_sequences=8`."""
+    """A row of the table: one finished cell; `settings` are those of its variant, such as `batch_sequences=8`."""
     size = size or f"d{x / 1e4:.0f}"
-    cell = "-".join(filter(None, (method, size, f"{budget:g}", arm, f"s{seed}")))
+    cell = "-".join(filter(None, (method, size, f"{budget:g}", settings, f"s{seed}")))
     return {
         "cell": cell, "axes": axes_text(arm),
         "method": method, "variant": "", "size": size, "seed": seed, "budget": budget, "status": "done",
@@ -45,14 +45,14 @@ def curves(
     lowest: Mapping[tuple[str, float], float], *, noise: float = 0.0, rng: int | np.random.Generator = 0,
     seeds: int = 1, seed_sd: float = 0.0, sizes: np.ndarray = SIZES,
 ) -> pd.DataFrame:  # fmt: skip
-    """Parabolas of the given minima by (method, budget); a method may name an arm after a blank."""
+    """Parabolas of the given minima by (method, budget); a method may name settings after a blank."""
     draw = np.random.default_rng(rng).normal
     rows = []
     for (name, budget), loss in lowest.items():
-        method, _, arm = name.partition(" ")
+        method, _, settings = name.partition(" ")
         for x in sizes * (budget / 1e12) ** 0.5:
             mean = bowl(x, loss, at=7.5e5 * (budget / 1e12) ** 0.5) + noise * draw()
-            rows += [run(method, budget, mean + seed_sd * draw(), x=x, seed=s, arm=arm) for s in range(seeds)]
+            rows += [run(method, budget, mean + seed_sd * draw(), x=x, seed=s, settings=settings) for s in range(seeds)]
     return pd.DataFrame(rows)
 
 

@@ -6,7 +6,7 @@ import pytest
 from made_up_study import curves, run
 
 from peerscale.runs.comparison import compare
-from peerscale.runs.conventions import conventions, multipliers_by_convention
+from peerscale.runs.conventions import flops_by_convention, multipliers_by_convention
 
 LADDER = [1e12, 3e12, 1e13]
 GAIN = 1.5
@@ -28,7 +28,7 @@ def study(shares: dict[str, float]) -> pd.DataFrame:
 def test_each_convention_counts_what_it_says() -> None:
     parts = {"flops_attention_scores": 100.0, "flops_attention_values": 60.0, "flops_router": 40.0, "flops_query": 7.0}
     row = run("moe", 1e12, 4.5, x=1000.0, params_active=50, params_total=90, **parts)
-    counted = {name: float(flops.iloc[0]) for name, flops in conventions(pd.DataFrame([row])).items()}
+    counted = {name: float(flops.iloc[0]) for name, flops in flops_by_convention(pd.DataFrame([row])).items()}
     assert counted == {
         "as counted": 1000, "6 x active parameters": 300, "6 x total parameters": 540, "causal attention": 920,
         "without router": 953,

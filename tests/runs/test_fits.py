@@ -26,7 +26,7 @@ WINDOWS = {
 @pytest.fixture(scope="module")
 def fits() -> Fits:
     runs = surface_runs(noise=1e-4)
-    return fit_study(runs, surface_curves(runs), [], windows=WINDOWS)
+    return fit_study(runs, surface_curves(runs), compare(runs, [], windows=WINDOWS))
 
 
 def test_every_method_has_every_law(fits: Fits, tmp_path: Path) -> None:
@@ -82,8 +82,8 @@ def test_other_conventions_are_counted(fits: Fits) -> None:
 def test_two_budgets_have_no_surface_and_one_size_no_envelope() -> None:
     runs = surface_runs()
     two = runs[runs["budget"] < BUDGETS[-1]]
-    assert set(fit_study(two, surface_curves(two), [])["laws"]) == {
+    assert set(fit_study(two, surface_curves(two), compare(two, []))["laws"]) == {
         "dense", "peer", "dense/envelope", "peer/envelope",
     }  # fmt: skip
     one = runs[runs["size"] == f"d{len(GRID) // 2}"].groupby("method").head(1)
-    assert fit_study(one, surface_curves(one), [])["laws"] == {}
+    assert fit_study(one, surface_curves(one), compare(one, []))["laws"] == {}

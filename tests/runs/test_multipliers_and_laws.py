@@ -84,7 +84,7 @@ def test_the_law_of_optimal_sizes() -> None:
     assert law["x"] == "flops_per_token" and law["n"] == 4
     two = compare(ladder(1.5, LADDER[:2], noise=0.004), [])["laws"]["dense"]
     assert two["exponent"] is None and two["status"] == "too_few_points"
-    assert [vertex["loss"] for vertex in two["vertices"]] == pytest.approx(
+    assert [optimum["loss"] for optimum in two["vertices"]] == pytest.approx(
         [v["loss"] for v in law["vertices"][:2]], abs=0.02
     )
     assert compare(ladder(1.5, LADDER[:1], noise=0.004), [])["laws"] == {}
@@ -93,7 +93,7 @@ def test_the_law_of_optimal_sizes() -> None:
 def test_a_stored_law_predicts_the_loss_with_an_interval() -> None:
     """The losses of the ladder fall as a power of the budget, which holds a little further on too."""
     law = compare(ladder(1.5, LADDER, noise=0.004), [])["laws"]["dense"]
-    losses = [vertex["loss"] for vertex in law["vertices"]]
+    losses = [optimum["loss"] for optimum in law["vertices"]]
     slope, start = np.polyfit(np.log(LADDER), np.log(losses), 1)
     target = 3 * max(LADDER)
     value, interval = predict(law, {"budget": target}, {"x": "flops_per_token"}).values["loss at the optimum"]

@@ -11,7 +11,7 @@ from made_up_study import run
 from scipy import stats
 
 from peerscale.errors import UserError
-from peerscale.laws.results import to_plain
+from peerscale.laws.fitting import to_plain
 from peerscale.runs.rates import fit_rates, settings_table
 
 GRID = 0.01 * 2.0 ** np.arange(-2, 3)
@@ -28,7 +28,7 @@ def study(
     rng = np.random.default_rng(0)
     rows = [
         run(method, budget, LOWEST[method, size] + CURVATURE * math.log(lr / at) ** 2 + noise * rng.normal(),
-            size=size, seed=seed, arm=f"lr={lr:g}", lr=lr * (32 / int(size[1:])) ** 0.5, table_lr=math.nan)
+            size=size, seed=seed, settings=f"lr={lr:g}", lr=lr * (32 / int(size[1:])) ** 0.5, table_lr=math.nan)
         for (method, size), at in best.items() for lr in grid for seed in range(seeds)
     ]  # fmt: skip
     return pd.DataFrame(rows)

@@ -7,7 +7,16 @@ import pandas as pd
 import pytest
 
 from peerscale.errors import UserError
-from peerscale.runs.study import collected, find_study, method_names, published, read_fits, read_json, same_arm, usable
+from peerscale.runs.study import (
+    collected,
+    find_study,
+    method_names,
+    published,
+    read_fits,
+    read_json,
+    same_variant,
+    usable,
+)
 from toy_study import axes_text
 
 
@@ -33,7 +42,7 @@ def test_a_curve_is_named_by_method_and_variant() -> None:
     assert list(method_names(rows)) == ["moe", "moe_token_choice"]
 
 
-def test_arms_of_an_axis_are_curves_of_their_own() -> None:
+def test_variants_of_an_axis_are_curves_of_their_own() -> None:
     rows = table(
         ("dense", None, "dense-d8-1e11-s0", ""),
         ("peer", None, "peer-d8-1e11-lr=0.001-s0", "lr=0.001"),
@@ -43,7 +52,7 @@ def test_arms_of_an_axis_are_curves_of_their_own() -> None:
     assert list(method_names(rows, without=["optim.lr"])) == ["dense", "peer", "peer top_k=8"]
 
 
-def test_a_setting_common_to_all_cells_is_no_arm() -> None:
+def test_a_setting_common_to_all_cells_is_no_variant() -> None:
     rows = table(*((method, None, f"{method}-d8-1e11-context=8-s0", "context=8") for method in ("dense", "peer")))
     assert list(method_names(rows)) == ["dense", "peer"]
 
@@ -64,6 +73,18 @@ def test_broken_json_is_one_clear_line(tmp_path: Path) -> None:
         read_json(path)
 
 
+def test_optima_without_an_interval_are_of_another_version(tmp_path: Path) -> None:
+    path = tmp_path / "fits.json"
+    keys = ("answer", "claims", "multipliers", "laws", "rates")
+    ends = {"low": 2.9, "high": 3.1}
+    for optimum in ({"loss": 3.0, **ends}, {"loss": None}):
+        path.write_text(json.dumps({**dict.fromkeys(keys, ""), "budgets": [{"methods": [optimum]}]}))
+        assert read_fits(path)["budgets"][0]["methods"] == [optimum]
+    path.write_text(json.dumps({**dict.fromkeys(keys, ""), "budgets": [{"methods": [{"loss": 3.0}]}]}))
+    with pytest.raises(UserError, match="not the fits of a study as this version writes them"):
+        read_fits(path)
+
+
 def test_fits_of_another_version_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "fits.json"
     whole = {"answer": "none", "budgets": [], "claims": [], "multipliers": [], "laws": {}, "rates": {}, "growth": []}
@@ -77,7 +98,7 @@ def test_fits_of_another_version_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reference", "name", "names", "arm"),
+    ("reference", "name", "names", "variant"),
     [
         ("dense", "peer", ["dense", "peer"], "dense"),
         ("dense", "peer batch_sequences=8", ["dense batch_sequences=8", "dense", "peer batch_sequences=8"],
@@ -91,5 +112,5 @@ def test_fits_of_another_version_are_refused(tmp_path: Path) -> None:
         ("moe", "peer", ["moe_token_choice", "peer"], None),
     ],
 )  # fmt: skip
-def test_the_curve_to_compare_with(reference: str, name: str, names: list[str], arm: str | None) -> None:
-    assert same_arm(reference, name, names) == arm
+def test_the_curve_to_compare_with(reference: str, name: str, names: list[str], variant: str | None) -> None:
+    assert same_variant(reference, name, names) == variant

@@ -13,7 +13,8 @@ from synthetic_surface import surface_curves, surface_runs
 
 from peerscale.accounting import cost
 from peerscale.config import load
-from peerscale.runs.conventions import conventions, multipliers_by_convention
+from peerscale.runs.comparison import compare
+from peerscale.runs.conventions import flops_by_convention, multipliers_by_convention
 from peerscale.runs.fits import fit_study
 from peerscale.runs.study import collected, read_json
 from peerscale.runs.table import read_runs
@@ -115,7 +116,7 @@ def test_conventions_from_columns_are_those_from_the_configuration(method: str) 
     row = {f"flops_{name}": n for name, n in model.flops.items()}
     row |= {"flops_per_token": model.flops_per_token, "params_active": model.params_active}
     row |= {"params_total": model.params_total}
-    found = {name: float(column.iloc[0]) for name, column in conventions(pd.DataFrame([row])).items()}
+    found = {name: float(column.iloc[0]) for name, column in flops_by_convention(pd.DataFrame([row])).items()}
     layers, context, d, forward_and_backward = 4, 64, 64, 3
     scores_and_values = forward_and_backward * layers * 2 * (2 * context * d)
     router = {"dense": 0, "moe": 2 * d * 16}.get(method, 2 * d * 4 * 32 + 2 * 4 * 64 * 32) * forward_and_backward
@@ -230,8 +231,8 @@ def claim(**changes: Any) -> dict[str, Any]:
 
 
 def test_claims_name_both_methods_and_their_common_settings_once() -> None:
-    arm = {"method": "peer batch_sequences=8", "rival": "dense batch_sequences=8"}
-    claims = [claim(), claim(**arm), claim(size="d40", p=None, p_holm=None), claim(method="peer n_experts=4096")]
+    variant = {"method": "peer batch_sequences=8", "rival": "dense batch_sequences=8"}
+    claims = [claim(), claim(**variant), claim(size="d40", p=None, p_holm=None), claim(method="peer n_experts=4096")]
     rows = tables.claim_lines({"claims": claims})[2:]
     interval = "−0.033 [−0.049, −0.017]"
     assert rows == [
@@ -253,7 +254,7 @@ def test_multipliers_are_listed_by_budget_with_their_intervals() -> None:
 
 def test_exponents_of_three_approaches_stand_side_by_side(study: Study) -> None:
     runs = surface_runs(noise=1e-4)
-    fits = fit_study(runs, surface_curves(runs), [])
+    fits = fit_study(runs, surface_curves(runs), compare(runs, []))
     header, _, dense, peer = tables.exponent_lines(fits)
     laws = fits["laws"]
     assert header == "| method | 1: curves | 2: isoFLOP optima | 3: surface | largest budget: predicted | observed |"

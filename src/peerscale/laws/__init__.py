@@ -2,13 +2,11 @@
 
 from peerscale.laws.data_constrained import fit_data_constrained
 from peerscale.laws.envelope import fit_envelope
-from peerscale.laws.granular import fit_granular
 from peerscale.laws.isoflop import fit_isoflop
+from peerscale.laws.moe import fit_granular, fit_peer, fit_routed
 from peerscale.laws.multiplier import compute_multipliers
 from peerscale.laws.parametric import fit_parametric
-from peerscale.laws.peer import fit_peer
 from peerscale.laws.prediction import predict
-from peerscale.laws.routed import fit_routed
 
 __all__ = [
     "compute_multipliers",

@@ -17,13 +17,9 @@ from numpy.typing import ArrayLike
 from scipy.linalg import block_diag
 
 from peerscale.errors import UserError
-from peerscale.laws.fit import Fit, Resampling, estimate
-from peerscale.laws.objective import Coordinates, Numerical, Objective
+from peerscale.laws.fitting import Fit, Resampling, estimate, positive_columns
 from peerscale.laws.parametric import START_EXPONENTS, Surface
-from peerscale.laws.powers import power_problem
-from peerscale.laws.results import Number
-from peerscale.laws.solver import solve
-from peerscale.laws.table import positive_columns
+from peerscale.laws.solver import Coordinates, Number, Numerical, Objective, power_problem, solve
 
 CONSTANT_RANGE = (np.log(0.01), np.log(1e4))
 START_CONSTANTS = np.log([(params, tokens) for params in (1, 5, 30) for tokens in (2, 15, 100)])

@@ -14,11 +14,9 @@ import numpy as np
 import pandas as pd
 
 from peerscale.errors import UserError
-from peerscale.laws.bootstrap import Bootstrap, resample_counts
-from peerscale.laws.fit import Fit
-from peerscale.laws.power_law import MIN_BUDGETS, PowerLaw, fit_power_law, predict_largest
-from peerscale.laws.results import Array, FitStatus
-from peerscale.laws.table import positive_columns, row_labels, table_warnings
+from peerscale.laws.fitting import Bootstrap, Fit, positive_columns, resample_counts, row_labels, table_warnings
+from peerscale.laws.isoflop import MIN_BUDGETS, PowerLaw, fit_power_law, predict_largest
+from peerscale.laws.solver import Array, FitStatus
 
 PER_DECADE = 20
 """Points of the envelope per decade of compute; a curve is averaged within each, which smooths it."""
@@ -60,7 +58,7 @@ def fit_envelope(
         raise UserError(f"run {several.index[0]} has {several.iloc[0]} values of {x!r}: a run has one size")
     sizes = step_sizes[np.unique(labels, return_index=True)[1]]
     budgets, curves = smooth_curves(labels, compute, losses)
-    optima, lowest, interior = envelope(curves, sizes)
+    optima, lowest, interior = winning_sizes(curves, sizes)
     law, status, hold_out, draws = PowerLaw(exponent=None, coefficient=None), FitStatus.TOO_FEW_POINTS, None, None
     found, warnings = len(np.unique(optima[interior])), ()
     if found < MIN_BUDGETS:
@@ -71,7 +69,7 @@ def fit_envelope(
         law, status = PowerLaw(exponent=exponent, coefficient=coefficient), FitStatus.CONVERGED
         refits = []
         for counts in resample_counts(len(sizes), bootstrap, seed):
-            drawn, _, inside = envelope(curves[counts > 0], sizes[counts > 0])
+            drawn, _, inside = winning_sizes(curves[counts > 0], sizes[counts > 0])
             if len(np.unique(drawn[inside])) > 1:
                 refits.append((budgets[inside], drawn[inside]))
         hold_out = predict_largest(budgets[interior], optima[interior], refits)
@@ -116,8 +114,8 @@ def smooth_curves(labels: Array, compute: Array, losses: Array) -> tuple[Array, 
     return 10.0**grid, np.array(curves)
 
 
-def envelope(curves: Array, sizes: Array) -> tuple[Array, Array, Array]:
-    """Of curves (runs, points) the winning size, its loss, and whether smaller and larger ones compete, (points,)."""
+def winning_sizes(curves: Array, sizes: Array) -> tuple[Array, Array, Array]:
+    """The envelope of curves (runs, points): the winning size, its loss, whether smaller and larger ones compete."""
     there = np.isfinite(curves)
     known = np.where(there, curves, np.inf)
     best = np.argmin(known, axis=0)

@@ -1,58 +1,113 @@
-"""Approach 2 (Hoffmann et al. 2022, section 3.2): a parabola per compute budget, a power law through the minima.
+"""Approach 2 (Hoffmann et al. 2022, section 3.2): a parabola per compute budget, a power law through the optima.
 
 Within one budget C the loss is fitted by least squares as c0 + c1 z + c2 z^2, z = log10 x, where x is a model size,
-a token count or FLOPs per token. The minima x* then give x*(C) = coefficient * C^exponent by least squares in log10.
+a token count or FLOPs per token. The optima x* then give x*(C) = coefficient * C^exponent by least squares in log10.
 
 A parabola is only the start of a series: its minimum is biased even without noise, unless the loss is symmetric in
 log x, and the more so the wider or the more off-centre the grid. Read it beside a fit of the whole surface, or let it
-go through the sizes near the minimum only.
+go through the sizes near the optimum only.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from typing import ClassVar
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from peerscale.laws.bootstrap import Bootstrap, percentile_interval, resample_residuals
-from peerscale.laws.fit import Fit
+from peerscale.laws.fitting import (
+    Bootstrap,
+    Fit,
+    HoldOut,
+    percentile_interval,
+    positive_columns,
+    row_labels,
+    table_warnings,
+)
+from peerscale.laws.optima import OptimumStatus, optimum_status
 from peerscale.laws.parametric import fit_parametric
-from peerscale.laws.power_law import MIN_BUDGETS, PowerLaw, fit_power_law, predict_largest
-from peerscale.laws.results import Array, FitStatus, Number
-from peerscale.laws.table import positive_columns, row_labels, table_warnings
+from peerscale.laws.solver import Array, FitStatus, Number
 
+MIN_BUDGETS = 3
+"""Different optima wanted for a power law: one more than its coefficients."""
 MIN_SIZES = 5
-"""Sizes wanted for a parabola: two more than its coefficients."""
-MAX_OFF_CENTRE = 0.3
-"""How far from the middle of the sampled log range, as a share of it, a minimum may lie."""
+"""Sizes wanted for a parabola: two more than its coefficients; below three there is no parabola at all."""
 MAX_SPAN = 20.0
 """Largest over smallest x of a budget beyond which the parabola's bias is worth a warning: about +-4x."""
 
 
-class VertexStatus(StrEnum):
-    """Whether a budget's minimum can be trusted; anything but `ok` is a flag."""
+@dataclass(frozen=True, kw_only=True)
+class PowerLaw:
+    """x*(C) = coefficient * C^exponent; both None with too few optima."""
 
-    OK = "ok"
-    TOO_FEW = "too_few"
-    """Fewer than five different sizes; below three there is no parabola at all."""
-    CURVATURE = "curvature"
-    """The parabola is flat or opens downwards: its vertex is no minimum."""
-    OUTSIDE_RANGE = "outside_range"
-    """The minimum lies beyond the sampled sizes: an extrapolation."""
-    OFF_CENTRE = "off_centre"
-    """The minimum lies in the outermost fifth of the sampled range."""
+    exponent: Number | None
+    """d log x* / d log C."""
+    coefficient: Number | None
+    """x* at C = 1 FLOP."""
+
+    def optimum(self, budget: ArrayLike) -> Number:
+        """Compute-optimal x at `budget` FLOPs; NaN without a power law."""
+        if self.exponent is None or self.coefficient is None:
+            return np.full_like(np.asarray(budget, float), np.nan)
+        return self.coefficient * np.asarray(budget, float) ** self.exponent
+
+
+def fit_power_law(budgets: Array, optima: Array) -> tuple[Array, Array]:
+    """Least squares of log10 x*, (..., budgets), on log10 C: exponent and coefficient, (...)."""
+    log_budgets, log_optima = np.log10(budgets), np.log10(optima)
+    centred = log_budgets - log_budgets.mean()
+    exponent = log_optima @ centred / (centred @ centred)
+    with np.errstate(over="ignore", under="ignore"):
+        return exponent, 10 ** (log_optima.mean(axis=-1) - exponent * log_budgets.mean())
+
+
+def predict_largest(
+    budgets: Array, optima: Array, refits: Iterable[tuple[Array, Array]] = (), observed: Array | None = None
+) -> HoldOut | None:
+    """The optimum of the largest budget from a power law through those of the others, two or more.
+
+    Args:
+        budgets, optima: (budgets,), ascending. The budgets at the end that share one optimum are held out together.
+        refits: budgets and optima of each bootstrap resample.
+        observed: the bootstrap's optima at the largest budget.
+    """
+    held = budgets > budgets[optima != optima[-1]].max(initial=0)
+    start, at = float(budgets[held][0]), float(np.exp(np.log(budgets[held]).mean()))
+
+    def prediction(budgets: Array, optima: Array) -> float:
+        below = budgets < start
+        if len(np.unique(optima[below])) < 2:
+            return float("nan")
+        exponent, coefficient = fit_power_law(budgets[below], optima[below])
+        with np.errstate(over="ignore", invalid="ignore"):
+            return float(coefficient * at**exponent)
+
+    predicted, actual = prediction(budgets, optima), float(optima[-1])
+    if not np.isfinite(predicted):
+        return None
+    drawn = np.array([prediction(*refit) for refit in refits])
+    return HoldOut(
+        quantity="x",
+        budget=start,
+        n=int(held.sum()),
+        observed=actual,
+        predicted=predicted,
+        interval=percentile_interval(drawn) if len(drawn) else None,
+        observed_interval=None if observed is None else percentile_interval(observed),
+        rmse=abs(predicted - actual),
+        mape=100 * abs(predicted / actual - 1),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Vertex:
-    """The fitted minimum of one budget."""
+class BudgetOptimum:
+    """The optimum of one budget: the minimum of its parabola."""
 
     budget: float
     x: float
-    """Minimiser 10^(-c1 / (2 c2)); NaN where no parabola opens upwards."""
+    """10^(-c1 / (2 c2)); NaN where no parabola opens upwards."""
     loss: float
     """Loss there, c0 - c1^2 / (4 c2)."""
     curvature: float
@@ -61,17 +116,12 @@ class Vertex:
     """Runs that the parabola is fitted to, repeats included."""
     sizes: tuple[float, ...]
     """Their x, ascending."""
-    status: VertexStatus
+    status: OptimumStatus
     coefficients: tuple[float, float, float]
     """(c0, c1, c2) of the parabola in log10 x; NaN below three sizes."""
     x_interval: tuple[float, float] | None = None
     loss_interval: tuple[float, float] | None = None
-    """Bootstrap intervals of the minimum, if asked for."""
-
-    @property
-    def is_minimum(self) -> bool:
-        """Whether there is a parabola that opens upwards, flagged or not."""
-        return math.isfinite(self.x)
+    """Bootstrap intervals, if asked for."""
 
     def predict(self, x: ArrayLike) -> Number:
         """Loss of the fitted parabola at `x`, in raw units."""
@@ -80,16 +130,16 @@ class Vertex:
 
 @dataclass(frozen=True, kw_only=True)
 class IsoflopFit(PowerLaw, Fit):
-    """Minima per budget and the power law through the unflagged ones.
+    """The optimum of each budget and the power law through the unflagged ones.
 
-    The bootstrap's draws are `exponent` and `coefficient`, (resamples,), and the minima's `x` and `loss`,
+    The bootstrap's draws are `exponent` and `coefficient`, (resamples,), and the optima's `x` and `loss`,
     (resamples, budgets).
     """
 
     law: ClassVar[str] = "isoflop"
     form: ClassVar[type] = PowerLaw
-    vertices: tuple[Vertex, ...]
-    """One per budget, ascending; flagged ones are here too."""
+    vertices: tuple[BudgetOptimum, ...]
+    """The optima, under the name that they have in `fit.json`: one per budget, ascending, flagged ones too."""
     surface_exponent: float | None
     """The exponent by approach 3, squared error, on the same runs, which no parabola biases; None below six runs."""
 
@@ -106,13 +156,13 @@ def fit_isoflop(
     seed: int = 0,
     cluster: str | None = None,
 ) -> IsoflopFit:
-    """Fit a parabola in log x to each budget and a power law through the minima.
+    """Fit a parabola in log x to each budget and a power law through the optima.
 
     Args:
         table: one row per run.
         budget, x, loss: columns; rows of one budget hold exactly the same value.
-        include_flagged: let the power law use flagged minima too, as most published fits do. Vertices of parabolas
-            that open downwards are never used.
+        include_flagged: let the power law use flagged optima too, as most published fits do. Parabolas that open
+            downwards are never used.
         within: leave out sizes whose loss is more than this share above the budget's lowest, see `near_lowest`; None,
             as in Hoffmann et al., fits all.
         bootstrap: number of resamples, 0 for none. Residuals are resampled over all budgets together, scaled for the
@@ -133,12 +183,12 @@ def fit_isoflop(
         budgets, sizes, losses = budgets[near], sizes[near], losses[near]
     values, group = np.unique(budgets, return_inverse=True)
     rows_of = [np.flatnonzero(group == i) for i in range(len(values))]
-    vertices = [_vertex(float(c), sizes[rows], losses[rows]) for c, rows in zip(values, rows_of, strict=True)]
+    found = [_optimum(float(c), sizes[rows], losses[rows]) for c, rows in zip(values, rows_of, strict=True)]
     fitted = np.empty(len(losses))
-    for vertex, rows in zip(vertices, rows_of, strict=True):
-        fitted[rows] = vertex.predict(sizes[rows])
-    usable = np.array([v.status is VertexStatus.OK or (include_flagged and v.is_minimum) for v in vertices])
-    optima = np.array([vertex.x for vertex in vertices])
+    for one, rows in zip(found, rows_of, strict=True):
+        fitted[rows] = one.predict(sizes[rows])
+    optima = np.array([one.x for one in found])
+    usable = np.array([one.status is OptimumStatus.OK for one in found]) | (include_flagged & np.isfinite(optima))
     draws = drawn = None
     if bootstrap:
         freedom = np.bincount(group)[group] - 3.0  # runs beyond the parabola's three coefficients
@@ -146,9 +196,9 @@ def fit_isoflop(
         clusters = row_labels(table, cluster)[near] if cluster else None
         resampled = fitted + resample_residuals(scaled, bootstrap, seed, clusters)
         draws, drawn = _bootstrap(values, rows_of, sizes, resampled, optima, usable, seed)
-        vertices = [
-            replace(vertex, x_interval=percentile_interval(xs), loss_interval=percentile_interval(minimal))
-            for vertex, xs, minimal in zip(vertices, draws.draws["x"].T, draws.draws["loss"].T, strict=True)
+        found = [
+            replace(one, x_interval=percentile_interval(x), loss_interval=percentile_interval(lowest))
+            for one, x, lowest in zip(found, draws.draws["x"].T, draws.draws["loss"].T, strict=True)
         ]
     exponent = coefficient = hold_out = surface = None
     if usable.sum() >= MIN_BUDGETS:
@@ -164,13 +214,13 @@ def fit_isoflop(
         status=FitStatus.TOO_FEW_POINTS if exponent is None else FitStatus.CONVERGED,
         objective_name="mse",
         objective_value=float(np.nansum((losses - fitted) ** 2)),
-        vertices=tuple(vertices),
+        vertices=tuple(found),
         surface_exponent=None if surface is None else float(surface.a),
         exponent=exponent,
         coefficient=coefficient,
         warnings=(
             *left_out,
-            *_warnings(vertices, [float(sizes[rows].max() / sizes[rows].min()) for rows in rows_of], usable.sum()),
+            *_warnings(found, [float(sizes[rows].max() / sizes[rows].min()) for rows in rows_of], usable.sum()),
             *table_warnings(table, budget, x, loss),
             *(hold_out.warnings() if hold_out else ()),
         ),
@@ -205,7 +255,7 @@ def fit_parabolas(x: Array, losses: Array) -> Array:
     return np.stack([c0 - c1 * centre + c2 * centre**2, c1 - 2 * c2 * centre, c2])
 
 
-def minima(coefficients: Array) -> tuple[Array, Array]:
+def parabola_optima(coefficients: Array) -> tuple[Array, Array]:
     """x and loss where parabolas of `coefficients` (3, ...) are lowest; NaN where they open downwards."""
     c0, c1, c2 = coefficients
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
@@ -214,41 +264,32 @@ def minima(coefficients: Array) -> tuple[Array, Array]:
     return np.where(there, x, np.nan), np.where(there, loss, np.nan)
 
 
-def _vertex(budget: float, sizes: Array, losses: Array) -> Vertex:
-    coefficients, status, n_sizes = np.full(3, np.nan), VertexStatus.TOO_FEW, len(np.unique(sizes))
-    if n_sizes >= 3:
-        coefficients = fit_parabolas(sizes, losses)
-    x, loss = map(float, minima(coefficients))
-    if n_sizes >= MIN_SIZES:
-        low, high = np.log10(sizes.min()), np.log10(sizes.max())
-        off_centre = abs(np.log10(x) - (low + high) / 2) / (high - low)
-        if not math.isfinite(x):
-            status = VertexStatus.CURVATURE
-        elif off_centre > 0.5:
-            status = VertexStatus.OUTSIDE_RANGE
-        else:
-            status = VertexStatus.OFF_CENTRE if off_centre > MAX_OFF_CENTRE else VertexStatus.OK
+def _optimum(budget: float, sizes: Array, losses: Array) -> BudgetOptimum:
+    different = np.unique(sizes)
+    coefficients = fit_parabolas(sizes, losses) if len(different) >= 3 else np.full(3, np.nan)
+    x, loss = map(float, parabola_optima(coefficients))
     c0, c1, c2 = map(float, coefficients)
-    return Vertex(
-        budget=budget, x=x, loss=loss, curvature=c2, n=len(sizes), sizes=tuple(np.unique(sizes).tolist()),
-        status=status, coefficients=(c0, c1, c2),
+    at, curvature = (math.log10(x), c2) if math.isfinite(x) else (math.nan, math.nan)
+    return BudgetOptimum(
+        budget=budget, x=x, loss=loss, curvature=c2, n=len(sizes), sizes=tuple(different.tolist()),
+        status=optimum_status(at, np.log10(different), curvature, MIN_SIZES), coefficients=(c0, c1, c2),
     )  # fmt: skip
 
 
 def _bootstrap(
     budgets: Array, rows_of: list[Array], sizes: Array, losses: Array, optima: Array, usable: Array, seed: int
 ) -> tuple[Bootstrap, Array]:
-    """Refits to resampled losses (resamples, runs), and the minima that their power laws go through.
+    """Refits to resampled losses (resamples, runs), and the optima that their power laws go through.
 
-    Minima may scatter about the power law by more than the runs' scatter explains. Noise of the excess variance, by
-    moments (DerSimonian and Laird 1986; here over the median minimum's), is added before a power law goes through.
+    Optima may scatter about the power law by more than the runs' scatter explains. Noise of the excess variance, by
+    moments (DerSimonian and Laird 1986; here over the median optimum's), is added before a power law goes through.
     A resample fails where a parabola of the power law opens downwards.
     """
     x = np.full((len(losses), len(budgets)), np.nan)
     loss = x.copy()
     for i, rows in enumerate(rows_of):
         if len(np.unique(sizes[rows])) >= 3:
-            x[:, i], loss[:, i] = minima(fit_parabolas(sizes[rows], losses[:, rows]))
+            x[:, i], loss[:, i] = parabola_optima(fit_parabolas(sizes[rows], losses[:, rows]))
     draws = {"x": x, "loss": loss}
     good = np.isfinite(x).any(axis=1)
     scattered = np.empty((len(losses), 0))
@@ -265,6 +306,26 @@ def _bootstrap(
     return Bootstrap(draws=draws, resamples=len(losses), failed=int(np.sum(~good)), seed=seed), scattered[good]
 
 
+def resample_residuals(residuals: Array, resamples: int, seed: int, clusters: Array | None = None) -> Array:
+    """Residuals drawn with replacement, (resamples, n), for designs too small to lose a run, such as five sizes.
+
+    Every run takes the residual of a run of a drawn cluster; runs of one cluster draw from the same one, so that a
+    shift common to a cluster stays common. Without `clusters` this is the plain residual bootstrap. Residuals that
+    are NaN are never drawn; all is NaN if there are no others.
+    """
+    rng = np.random.default_rng(seed)
+    n = len(residuals)
+    labels = np.arange(n) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+    known = np.flatnonzero(np.isfinite(residuals))
+    if not len(known):
+        return np.full((resamples, n), np.nan)
+    by_cluster = known[np.argsort(labels[known], kind="stable")]
+    sizes = np.bincount(labels[known], minlength=labels.max() + 1)
+    first = np.cumsum(sizes) - sizes
+    source = rng.choice(np.flatnonzero(sizes), size=(resamples, len(sizes)))[:, labels]
+    return residuals[by_cluster[first[source] + np.floor(rng.random((resamples, n)) * sizes[source]).astype(int)]]
+
+
 def _left_out(budgets: Array, sizes: Array, within: float) -> tuple[str, ...]:
     """A warning that counts the sizes left out (runs,) at each budget."""
     counts = [f"{value:.3g} ({len(np.unique(sizes[budgets == value]))})" for value in np.unique(budgets)]
@@ -272,13 +333,13 @@ def _left_out(budgets: Array, sizes: Array, within: float) -> tuple[str, ...]:
     return (f"sizes left out, more than {far}: at budget {', '.join(counts)}",) if counts else ()
 
 
-def _warnings(vertices: list[Vertex], spans: list[float], n_usable: int) -> tuple[str, ...]:
+def _warnings(optima: list[BudgetOptimum], spans: list[float], n_usable: int) -> tuple[str, ...]:
     found = []
-    for status in VertexStatus:
-        flagged = [f"{vertex.budget:.3g}" for vertex in vertices if vertex.status is status]
-        if flagged and status is not VertexStatus.OK:
+    for status in OptimumStatus:
+        flagged = [f"{one.budget:.3g}" for one in optima if one.status is status]
+        if flagged and status is not OptimumStatus.OK:
             found.append(f"{status}: the minimum at budget {', '.join(flagged)} is flagged")
-    wide = [f"{v.budget:.3g} ({span:.0f}x)" for v, span in zip(vertices, spans, strict=True) if span > MAX_SPAN]
+    wide = [f"{one.budget:.3g} ({span:.0f}x)" for one, span in zip(optima, spans, strict=True) if span > MAX_SPAN]
     if wide:
         found.append(f"wide grid at budget {', '.join(wide)}: a parabola is biased beyond about +-4x of the optimum")
     if n_usable < MIN_BUDGETS:

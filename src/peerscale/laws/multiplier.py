@@ -7,7 +7,7 @@ budget; at the smallest budget that both have it is the lower of the two, which 
 
 import numpy as np
 
-from peerscale.laws.results import Array
+from peerscale.laws.solver import Array
 
 
 def compute_multipliers(dense: tuple[Array, Array], method: tuple[Array, Array]) -> Array:

@@ -25,30 +25,31 @@ import numpy as np
 from scipy.stats import f as fisher
 from scipy.stats import t as student
 
-from peerscale.laws.bootstrap import LEVEL
-from peerscale.laws.results import Array
+from peerscale.laws.fitting import LEVEL
+from peerscale.laws.solver import Array
 
 MIN_SIZES = 4
 """Sizes that a method needs at a budget: one more than a parabola has coefficients."""
 OUTER = 0.2
-"""A minimum in the outermost fifth of the sampled log range is flagged."""
+"""An optimum in the outermost fifth of the sampled log range is flagged."""
 
 
 class OptimumStatus(StrEnum):
-    """Whether a minimum can be trusted. Only `ok` and `off_centre` have a number."""
+    """Whether an optimum can be trusted: anything but `ok` is a flag."""
 
     OK = "ok"
-    OFF_CENTRE = "off_centre"
-    """In the outermost fifth of the sampled range: the number is there, with a flag."""
-    OUTSIDE_RANGE = "outside_range"
-    """Beyond the sampled sizes: no number, as it would be an extrapolation."""
+    TOO_FEW = "too_few"
+    """Fewer sizes than are wanted."""
     CURVATURE = "curvature"
     """The fit is flat or opens downwards: there is no minimum."""
-    TOO_FEW = "too_few"
-    """Fewer than four sizes: no number."""
+    OUTSIDE_RANGE = "outside_range"
+    """Beyond the sampled sizes: an extrapolation."""
+    OFF_CENTRE = "off_centre"
+    """In the outermost fifth of the sampled range."""
 
     @property
     def has_number(self) -> bool:
+        """Whether a study gives the number at all."""
         return self in (OptimumStatus.OK, OptimumStatus.OFF_CENTRE)
 
 
@@ -88,7 +89,7 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Optimum:
-    """The fitted minimum of one method."""
+    """The optimum of one method: the minimum of its curve."""
 
     name: str
     status: OptimumStatus
@@ -207,7 +208,7 @@ class OptimaFit:
         a, b, c = self.curve(name)
         here = self.method == self.names.index(name)
         at = -b / (2 * c) if c > 0 else math.nan
-        status = _status(at, self.z[here], c, self.at_least)
+        status = optimum_status(at, self.z[here], c, self.at_least)
         if not status.has_number:
             at = math.nan  # and so is all that follows from it
         weights = np.array([1, at, at**2]) @ self._to_curve(name)
@@ -222,8 +223,8 @@ class OptimaFit:
             ),
         )  # fmt: skip
 
-    def minima(self, losses: Array) -> tuple[Array, Array]:
-        """x and loss of every method's minimum for other size means, losses (draws, points): (draws, methods) each.
+    def optima_of(self, losses: Array) -> tuple[Array, Array]:
+        """x and loss of every method's optimum for other size means, losses (draws, points): (draws, methods) each.
 
         NaN where the curve opens downwards, or so little upwards that no model has such a size or loss.
         """
@@ -297,7 +298,8 @@ def _design(method: Array, z: Array, n_methods: int, shared: bool) -> Array:
     return np.hstack([one, one * z[:, None], square])
 
 
-def _status(at: float, z: Array, curvature: float, at_least: int) -> OptimumStatus:
+def optimum_status(at: float, z: Array, curvature: float, at_least: int) -> OptimumStatus:
+    """Status of the minimum at log size `at` of a curve through the log sizes z, of which it needs `at_least`."""
     if len(z) < at_least:
         return OptimumStatus.TOO_FEW
     if not curvature > 0:

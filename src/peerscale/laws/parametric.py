@@ -12,11 +12,8 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from peerscale.errors import UserError
-from peerscale.laws.fit import Fit, Resampling, estimate
-from peerscale.laws.objective import Objective
-from peerscale.laws.powers import power_problem
-from peerscale.laws.results import FitStatus, Number
-from peerscale.laws.table import positive_columns
+from peerscale.laws.fitting import Fit, Resampling, estimate, positive_columns
+from peerscale.laws.solver import FitStatus, Number, Objective, power_problem
 
 START_EXPONENTS = (0.1, 0.2, 0.35, 0.5, 0.8, 1.2)
 

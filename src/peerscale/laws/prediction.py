@@ -1,43 +1,30 @@
 """Predictions from fits as they are stored: the optimum of a budget, or the loss of a run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
-from peerscale.laws.bootstrap import Bootstrap, percentile_interval
-from peerscale.laws.data_constrained import DataConstrainedFit
-from peerscale.laws.envelope import EnvelopeFit
-from peerscale.laws.fit import Fit
-from peerscale.laws.granular import GranularFit
-from peerscale.laws.isoflop import IsoflopFit, VertexStatus
-from peerscale.laws.parametric import ParametricFit
-from peerscale.laws.peer import PeerFit
-from peerscale.laws.power_law import PowerLaw, fit_power_law
-from peerscale.laws.results import Array, FitStatus, Number
-from peerscale.laws.routed import RoutedFit
+from peerscale.laws.data_constrained import DataConstrainedLaw
+from peerscale.laws.fitting import Bootstrap, percentile_interval
+from peerscale.laws.isoflop import PowerLaw, fit_power_law
+from peerscale.laws.moe import GranularLaw, PeerLaw, RoutedLaw
+from peerscale.laws.optima import OptimumStatus
+from peerscale.laws.parametric import Surface
+from peerscale.laws.solver import Array, FitStatus, Number
 
-KINDS: tuple[type[Fit], ...] = (
-    DataConstrainedFit,
-    EnvelopeFit,
-    GranularFit,
-    IsoflopFit,
-    ParametricFit,
-    PeerFit,
-    RoutedFit,
-)
-FORMS = {kind.law: kind.form for kind in KINDS}
-VARIABLES = {
-    "isoflop": ("budget",),
-    "envelope": ("budget",),
-    "parametric": ("budget", "params", "tokens"),
-    "data_constrained": ("budget", "params", "tokens", "unique_tokens"),
-    "routed": ("params", "experts"),
-    "granular": ("params", "tokens", "granularity"),
-    "peer": ("params", "tokens", "experts", "granularity"),
+LAWS: Mapping[str, tuple[type, tuple[str, ...]]] = {
+    "isoflop": (PowerLaw, ("budget",)),
+    "envelope": (PowerLaw, ("budget",)),
+    "parametric": (Surface, ("budget", "params", "tokens")),
+    "data_constrained": (DataConstrainedLaw, ("budget", "params", "tokens", "unique_tokens")),
+    "routed": (RoutedLaw, ("params", "experts")),
+    "granular": (GranularLaw, ("params", "tokens", "granularity")),
+    "peer": (PeerLaw, ("params", "tokens", "experts", "granularity")),
 }
-"""What a prediction of each law takes: a budget for the optimum, all others for a loss (unique tokens if wanted)."""
+"""Class of the coefficients, and what a prediction takes: a budget for the optimum, all others for a loss (unique
+tokens if wanted)."""
 DOUBTS = {
     FitStatus.AT_BOUND: ", a coefficient is at the end of its range",
     FitStatus.NOT_IDENTIFIABLE: ", a coefficient is uncertain by more than its own size",
@@ -65,16 +52,16 @@ def predict(stored: Mapping[str, Any], given: Mapping[str, float], columns: Mapp
 
     Args:
         stored: `Fit.to_dict()`; in that of an isoFLOP fit the bootstrap's draws may hold `loss`, (draws, budgets).
-        given: numbers by name, see `VARIABLES`.
+        given: numbers by name, see `LAWS`.
         columns: names of the columns that were fitted, such as `{"x": "params_total"}`; and `include_flagged`.
 
     Raises:
         ValueError, KeyError, TypeError, AttributeError: `stored` is no such fit.
     """
     name, missing, warnings = stored["law"], "", []
-    if name not in FORMS:
+    if name not in LAWS:
         raise ValueError(f"unknown law {name!r}")
-    form = FORMS[name]
+    form, variables = LAWS[name]
     coefficients = {item.name: stored[item.name] for item in fields(form)}
     if wrong := [key for key, value in coefficients.items() if not isinstance(value, float | int | None)]:
         raise ValueError(f"{wrong[0]} is no number")
@@ -88,9 +75,12 @@ def predict(stored: Mapping[str, Any], given: Mapping[str, float], columns: Mapp
     else:
         few = "too few budgets with a usable optimum, three are needed"
         missing = few if form is PowerLaw else f"the fit's status is {stored['status']}"
-    if name == IsoflopFit.law and (budget := given.get("budget")):
-        used = _used_minima(stored["vertices"], include_flagged=columns.get("include_flagged", False))
-        budgets, losses = (np.array([stored["vertices"][i][key] for i in used], float) for key in ("budget", "loss"))
+    if name == "isoflop" and (budget := given.get("budget")):
+        optima, flagged = stored["vertices"], columns.get("include_flagged", False)
+        used = [
+            i for i, one in enumerate(optima) if one["status"] == OptimumStatus.OK or (flagged and one["x"] is not None)
+        ]  # the optima that the power law goes through
+        budgets, losses = (np.array([optima[i][key] for i in used], float) for key in ("budget", "loss"))
         if len(used) > 1:
             values[LOWEST_LOSS] = _lowest_loss(budget, budgets, losses)
             if bootstrap and "loss" in bootstrap.draws:
@@ -102,14 +92,14 @@ def predict(stored: Mapping[str, Any], given: Mapping[str, float], columns: Mapp
     return Prediction(
         values={what: (float(value), intervals.get(what)) for what, value in values.items()},
         missing=missing,
-        unused=tuple(key for key in given if key not in VARIABLES[name]),
+        unused=tuple(key for key in given if key not in variables),
         warnings=tuple(warnings),
     )
 
 
 def _answers(name: str, law: Any, given: Mapping[str, float], columns: Mapping[str, Any]) -> dict[str, Number]:
     """What the numbers given ask of a law, by name; nothing if they are too few."""
-    found, variables = {}, {key: given.get(key) for key in VARIABLES[name]}
+    found, variables = {}, {key: given.get(key) for key in LAWS[name][1]}
     budget, unique = (variables.pop(key, None) for key in ("budget", "unique_tokens"))
     if budget:
         best = law.optimum(budget)
@@ -127,16 +117,10 @@ def _answers(name: str, law: Any, given: Mapping[str, float], columns: Mapping[s
     return found
 
 
-def _used_minima(vertices: Sequence[Mapping[str, Any]], *, include_flagged: bool) -> list[int]:
-    """Which of a stored isoFLOP fit's minima its power law goes through."""
-    flagged = [include_flagged and vertex["x"] is not None for vertex in vertices]
-    return [i for i, vertex in enumerate(vertices) if flagged[i] or vertex["status"] == VertexStatus.OK]
-
-
 def _lowest_loss(budget: float, budgets: Array, losses: Array) -> Number:
-    """The power law through minimal losses (..., budgets), two or more, at `budget`.
+    """The power law through the losses of optima (..., budgets), two or more, at `budget`.
 
-    It has no irreducible loss, which the minima of a few budgets cannot tell.
+    It has no irreducible loss, which the optima of a few budgets cannot tell.
     """
     exponent, coefficient = fit_power_law(budgets, losses)
     return coefficient * budget**exponent

@@ -7,20 +7,20 @@ study brackets them.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student
 
-from peerscale.laws.bootstrap import LEVEL as INTERVAL
-from peerscale.laws.bootstrap import STORED_DRAWS, Bootstrap, percentile_interval, resample_counts
+from peerscale.laws.fitting import LEVEL as INTERVAL
+from peerscale.laws.fitting import STORED_DRAWS, Bootstrap, percentile_interval, resample_counts, to_plain
+from peerscale.laws.isoflop import MIN_BUDGETS, fit_power_law
 from peerscale.laws.multiplier import compute_multipliers, growth
 from peerscale.laws.optima import Estimate, OptimaFit, Optimum, OptimumStatus, equality_of_curvatures, holm
-from peerscale.laws.power_law import MIN_BUDGETS, fit_power_law
-from peerscale.laws.results import Array, FitStatus, to_plain
+from peerscale.laws.solver import Array, FitStatus
 from peerscale.runs.record import Record
-from peerscale.runs.study import method_names, same_arm, usable
+from peerscale.runs.study import method_names, same_variant, usable
+from peerscale.sweep_config import ClaimsConfig
 
 X = "flops_per_token"
 """The size that all fits are over: it means the same for every method."""
@@ -40,17 +40,6 @@ Sequences = Mapping[str, list[float]]
 """Losses of each validation sequence by cell."""
 
 
-class Claims(Protocol):
-    """The family of comparisons that a study's file names."""
-
-    @property
-    def method(self) -> str: ...
-    @property
-    def rivals(self) -> Sequence[str]: ...
-    @property
-    def budgets(self) -> Sequence[float] | None: ...
-
-
 class Budget(NamedTuple):
     """The fit of one budget, and the cells behind each size mean."""
 
@@ -66,7 +55,7 @@ def compare(
     records: Sequence[Record],
     *,
     windows: Mapping[float, tuple[float, float] | None] | None = None,
-    claims: Claims | None = None,
+    claims: ClaimsConfig | None = None,
 ) -> dict[str, Any]:
     """The statistics of a study in plain values for JSON.
 
@@ -173,14 +162,14 @@ def _at_each_size(rows: pd.DataFrame, references: Sequence[str], sequences: Sequ
     """Methods compared at one and the same size: means over seeds, whose scatter is pooled over methods."""
     differences = []
     for size, cells in rows.groupby("size", sort=False):
-        arms = {str(name): arm for name, arm in cells.groupby("name", sort=False)}
-        freedom = len(cells) - len(arms)
-        squares = sum(len(arm) * float(arm["val_loss"].to_numpy(float).var()) for arm in arms.values())
+        variants = {str(name): variant for name, variant in cells.groupby("name", sort=False)}
+        freedom = len(cells) - len(variants)
+        squares = sum(len(seeds) * float(seeds["val_loss"].to_numpy(float).var()) for seeds in variants.values())
         variance = squares / freedom if freedom else 0.0
-        for name, reference in _pairs(list(arms), references):
-            pair = arms[name], arms[reference]
-            seeds = math.sqrt(variance * sum(1 / len(arm) for arm in pair))
-            losses, others = (_mean_losses(arm["cell"], sequences) for arm in pair)
+        for name, reference in _pairs(list(variants), references):
+            pair = variants[name], variants[reference]
+            seeds = math.sqrt(variance * sum(1 / len(variant) for variant in pair))
+            losses, others = (_mean_losses(variant["cell"], sequences) for variant in pair)
             sampled = None if losses is None or others is None else losses - others
             found = Estimate(
                 value=float(pair[0]["val_loss"].mean() - pair[1]["val_loss"].mean()), df=freedom or math.inf,
@@ -192,32 +181,24 @@ def _at_each_size(rows: pd.DataFrame, references: Sequence[str], sequences: Sequ
     return {"window": None, "methods": [], "differences": differences}
 
 
-def half_width(found: Mapping[str, Any]) -> float:
-    """Half of Student's 95 % interval of an estimate in `fits.json`; NaN without an error."""
-    if found.get("se") is None:
-        return math.nan
-    df = found["df"] or math.inf  # no number in JSON is infinite
-    return float(student.ppf((1 + INTERVAL) / 2, df)) * found["se"]
-
-
 def _pairs(names: Sequence[str], references: Sequence[str]) -> list[tuple[str, str]]:
     """Method and reference: each against every reference, and with query BatchNorm against without."""
-    found = [(name, same_arm(reference, name, names)) for reference in references for name in names]
+    found = [(name, same_variant(reference, name, names)) for reference in references for name in names]
     with_norm = [(name, name.replace("query_norm=true", "query_norm=false")) for name in names]
     found += [(name, other) for name, other in with_norm if other != name and other in names]
     return list(dict.fromkeys((name, other) for name, other in found if other is not None))
 
 
 def _described(estimate: Estimate) -> dict[str, Any]:
-    low, high = estimate.interval
-    return {"value": estimate.value, **_error(estimate), "low": low, "high": high, "p": estimate.p}
+    return {"value": estimate.value, **_error(estimate), "p": estimate.p}
 
 
 def _error(estimate: Estimate) -> dict[str, Any]:
-    """The error by source; `rate_se` is for studies that bracket their learning rates."""
+    """The error by source, and the interval; `rate_se` is for studies that bracket their learning rates."""
+    low, high = estimate.interval
     return {
         "se": estimate.se, "df": estimate.df, "fit_se": estimate.fit_se, "seeds_se": estimate.seeds_se,
-        "sequences_se": estimate.sequences_se, "rate_se": None,
+        "sequences_se": estimate.sequences_se, "rate_se": None, "low": low, "high": high,
     }  # fmt: skip
 
 
@@ -227,7 +208,7 @@ def _mean_losses(cells: Iterable[str], sequences: Sequences) -> Array | None:
     return np.mean(known, axis=0) if known else None
 
 
-def _claims(budgets: Sequence[Mapping[str, Any]], claims: Claims | None) -> list[dict[str, Any]]:
+def _claims(budgets: Sequence[Mapping[str, Any]], claims: ClaimsConfig | None) -> list[dict[str, Any]]:
     """The comparisons of the family, each as method minus rival, with Holm's correction over all of them."""
     method = claims.method if claims else "peer"
     family: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -278,7 +259,7 @@ def _frontiers(fitted: Sequence[Budget]) -> dict[str, Array]:
         )
         if one.sequences is not None:
             drawn += resampled @ one.sequences.T
-        minima = np.stack(one.fit.minima(drawn))
+        minima = np.stack(one.fit.optima_of(drawn))
         for method, (name, optimum) in enumerate(one.optima.items()):
             if optimum.status.has_number:
                 frontiers[name][:, 0, i] = optimum.x, optimum.loss
@@ -290,7 +271,7 @@ def _multipliers(budgets: Array, frontiers: Mapping[str, Array]) -> tuple[list[d
     """Dense's compute over each method's by budget, and the growth of its logarithm where four budgets have one."""
     found, slopes = [], []
     for name, (_, losses) in frontiers.items():
-        reference = same_arm("dense", name, list(frontiers))
+        reference = same_variant("dense", name, list(frontiers))
         if reference is None or name.partition(" ")[0] == "dense":
             continue
         each = compute_multipliers((budgets, frontiers[reference][1]), (budgets, losses))

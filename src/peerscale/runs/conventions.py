@@ -8,13 +8,13 @@ import numpy as np
 import pandas as pd
 
 from peerscale.laws.multiplier import compute_multipliers
-from peerscale.runs.study import method_names, same_arm, usable
+from peerscale.runs.study import method_names, same_variant, usable
 
 ROUTER = ("flops_router", "flops_query", "flops_sub_keys")
 """Components that choose experts."""
 
 
-def conventions(runs: pd.DataFrame) -> dict[str, pd.Series]:
+def flops_by_convention(runs: pd.DataFrame) -> dict[str, pd.Series]:
     """Training FLOPs per token of every row under other conventions, from the table's columns.
 
     `as counted` is the study's own. 6N counts 6 for each parameter and leaves out attention scores; the embedding,
@@ -48,7 +48,7 @@ def multipliers_by_convention(runs: pd.DataFrame, budgets: Sequence[Mapping[str,
     optima = {(entry["budget"], m["name"]): m for entry in budgets for m in entry["methods"] if m["loss"] is not None}
     at = np.array(sorted({budget for budget, _ in optima}))
     names = list(dict.fromkeys(name for _, name in optima))
-    shares = {convention: flops / done["flops_per_token"] for convention, flops in conventions(done).items()}
+    shares = {convention: flops / done["flops_per_token"] for convention, flops in flops_by_convention(done).items()}
 
     def frontier(name: str, share: pd.Series) -> tuple[np.ndarray, np.ndarray]:
         found = [optima.get((budget, name)) for budget in at]
@@ -60,7 +60,7 @@ def multipliers_by_convention(runs: pd.DataFrame, budgets: Sequence[Mapping[str,
 
     rows = []
     for name in names:
-        reference = same_arm("dense", name, names)
+        reference = same_variant("dense", name, names)
         if reference is None:
             continue
         found = {c: compute_multipliers(frontier(reference, s), frontier(name, s)) for c, s in shares.items()}

@@ -1,19 +1,17 @@
 """All that is computed from a study's tables, once, for its `fits.json`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
 import pandas as pd
 
 from peerscale.laws import fit_envelope, fit_parametric
+from peerscale.laws.fitting import to_plain
+from peerscale.laws.isoflop import MIN_BUDGETS
 from peerscale.laws.parametric import Surface
-from peerscale.laws.power_law import MIN_BUDGETS
-from peerscale.laws.results import to_plain
-from peerscale.runs.comparison import Claims, compare
 from peerscale.runs.conventions import multipliers_by_convention
 from peerscale.runs.rates import fit_rates
-from peerscale.runs.record import Record
 from peerscale.runs.study import method_names, usable
 
 RESAMPLES = 1000
@@ -26,32 +24,29 @@ MIN_SIZES = 3
 def fit_study(
     runs: pd.DataFrame,
     curves: pd.DataFrame,
-    records: Sequence[Record],
-    *,
-    windows: Mapping[float, tuple[float, float] | None] | None = None,
-    claims: Claims | None = None,
+    compared: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Statistics and laws of a study in plain values for JSON.
 
     Args:
         runs: the study's table.
         curves: its training curves; cell, flops and loss of logged steps.
-        records: of its cells.
-        windows, claims: what the study's file says of them, see `comparison.compare`.
+        compared: what `comparison.compare` found in them.
 
     Returns:
-        What `comparison.compare` returns, and further
+        `compared`, and further
         `laws`: `<method>` the power law of optimal sizes, `<method>/envelope` of the sizes on the lower envelope of
         the curves and, from three budgets on, `<method>/parametric` the loss surface over tokens D and N = FLOPs per
         token / 6, with which C = 6 N D is exact. A method's three exponents are of one and the same size.
         `conventions`: multipliers under other conventions of counting FLOPs.
         `rates`: the best learning rates, of a study that varies them.
     """
-    found = compare(runs, records, windows=windows, claims=claims)
-    found["laws"] |= _laws(runs, curves)
-    found["conventions"] = to_plain(multipliers_by_convention(runs, found["budgets"]))
-    found["rates"] = to_plain(fit_rates(runs))
-    return found
+    return {
+        **compared,
+        "laws": compared["laws"] | _laws(runs, curves),
+        "conventions": to_plain(multipliers_by_convention(runs, compared["budgets"])),
+        "rates": to_plain(fit_rates(runs)),
+    }
 
 
 def _laws(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Any]:

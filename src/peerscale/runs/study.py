@@ -111,16 +111,21 @@ def read_json(path: Path) -> Any:
 def read_fits(path: Path) -> dict[str, Any]:
     """What `runs.fits.fit_study` found, and the `answer` in a sentence; `UserError` if the file holds anything else."""
     fits = read_json(path)
-    if not (isinstance(fits, dict) and {"answer", "budgets", "claims", "multipliers", "laws", "rates"} <= fits.keys()):
+    keys = {"answer", "budgets", "claims", "multipliers", "laws", "rates"}
+    if not (isinstance(fits, dict) and keys <= fits.keys() and all(map(_has_intervals, fits["budgets"]))):
         raise UserError(f"{path}: not the fits of a study as this version writes them: make figures, to fit it again")
     return fits
+
+
+def _has_intervals(budget: dict[str, Any]) -> bool:
+    return all("low" in method for method in budget["methods"] if method["loss"] is not None)
 
 
 def method_names(table: pd.DataFrame, without: Sequence[str] = ()) -> pd.Series:
     """For each row the name of the curve that it is a point of.
 
     `<method>[_<variant>]`, the name of the layer's file; where a study has further axes, also the values of those, so
-    that arms are never mixed in one fit; less the axes `without`.
+    that variants are never mixed in one fit; less the axes `without`.
     """
     variant = table["variant"].fillna("").astype(str)
     names = table["method"].astype(str) + variant.where(variant == "", "_" + variant)
@@ -137,10 +142,10 @@ def axes_of(table: pd.DataFrame) -> pd.Series:
     return pd.Series([json.loads(text or "{}") for text in texts], index=table.index, dtype=object)
 
 
-def same_arm(reference: str, name: str, names: Sequence[str]) -> str | None:
+def same_variant(reference: str, name: str, names: Sequence[str]) -> str | None:
     """The curve of `reference` at the settings of curve `name`, such as its batch; else without any; None if absent."""
-    arm = reference + name.removeprefix(name.partition(" ")[0])
-    return next((found for found in (arm, reference) if found in names and found != name), None)
+    variant = reference + name.removeprefix(name.partition(" ")[0])
+    return next((found for found in (variant, reference) if found in names and found != name), None)
 
 
 def usable(table: pd.DataFrame) -> pd.Series:

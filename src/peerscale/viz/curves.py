@@ -5,7 +5,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from peerscale.runs.study import method_names, same_arm, usable
+from peerscale.runs.study import method_names, same_variant, usable
 from peerscale.viz import style
 from peerscale.viz.isoflop import missing_note
 
@@ -25,7 +25,7 @@ def curves_figure(curves: pd.DataFrame, runs: pd.DataFrame, *, note: str = "") -
     drawn = runs[usable(runs)]
     budgets = sorted((runs if drawn.empty else drawn)["budget"].unique())
     names = style.ordered(drawn["name"])
-    rows = 1 + (len(names) > 1 and any(same_arm("dense", name, names) for name in names))
+    rows = 1 + (len(names) > 1 and any(same_variant("dense", name, names) for name in names))
     with style.applied():
         figure = Figure(figsize=(style.TEXT_WIDTH, 2.2 * rows + 0.5), layout="constrained")
         panels = figure.subplots(rows, len(budgets), sharex="col", sharey="row", squeeze=False)
@@ -67,7 +67,7 @@ def draw_distances(axes: Axes, best: dict[str, pd.DataFrame]) -> None:
     colours = style.colours(best)
     axes.axhline(0, color=style.COLOURS["dense"], linewidth=0.9, label="_dense")
     for name in style.ordered(best):
-        reference = same_arm("dense", name, list(best))
+        reference = same_variant("dense", name, list(best))
         if reference is None or best[name].empty or best[reference].empty:
             continue
         flops, dense = np.log(best[name]["flops"]), best[reference]

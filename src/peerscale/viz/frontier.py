@@ -9,7 +9,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from peerscale.laws.optima import OptimumStatus
-from peerscale.runs.comparison import half_width
 from peerscale.runs.study import method_names, usable
 from peerscale.viz import style
 from peerscale.viz.isoflop import missing_note
@@ -36,8 +35,8 @@ def points_panel(axes: Axes, table: pd.DataFrame, *, colours: Mapping[str, str])
 def frontier_figure(fits: Mapping[str, Any], *, note: str = "") -> Figure | None:
     """The loss at the compute optimum and the compute multiplier over dense, from `fits.json`; None without optima."""
     optima = [
-        {"name": m["name"], "budget": entry["budget"], "value": m["loss"], "low": m["loss"] - half_width(m),
-         "high": m["loss"] + half_width(m), "hollow": m["status"] != OptimumStatus.OK}
+        {"name": m["name"], "budget": entry["budget"], "value": m["loss"], "low": m["low"], "high": m["high"],
+         "hollow": m["status"] != OptimumStatus.OK}
         for entry in fits["budgets"] for m in entry["methods"] if m["loss"] is not None
     ]  # fmt: skip
     if not optima:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from peerscale.cell_names import budget_name
 from peerscale.laws.optima import OptimumStatus
-from peerscale.runs.study import same_arm, usable
+from peerscale.runs.study import same_variant, usable
 from peerscale.viz.ablations import with_norm
 from peerscale.viz.published import WITHOUT_NORM, paper_values
 from peerscale.viz.style import in_words, label, ordered, size_label
@@ -60,7 +60,7 @@ def with_gap(table: pd.DataFrame, column: str) -> pd.DataFrame:
 
 def dense_of(name: str, names: Collection[str]) -> str | None:
     """The dense curve that a curve is compared with, itself if it is dense; None if there is none."""
-    return name if name.partition(" ")[0] == "dense" else same_arm("dense", name, list(names))
+    return name if name.partition(" ")[0] == "dense" else same_variant("dense", name, list(names))
 
 
 def experts_by_norm(runs: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:

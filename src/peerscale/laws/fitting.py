@@ -1,0 +1,398 @@
+"""What all laws share: checked columns, the best fit with its status, bootstrap intervals, held-out errors, JSON.
+
+Intervals come from the bootstrap (Efron 1979), refits of resampled runs. They cover the scatter of the runs about the
+law, and nothing else: not the law's own misfit beyond the data, nor the noise of a loss evaluated on few tokens unless
+that differs from run to run.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
+from typing import Any, ClassVar, Self, TypedDict, TypeVar
+
+import numpy as np
+import pandas as pd
+
+from peerscale.errors import UserError
+from peerscale.laws.solver import Array, FitStatus, Number, Problem, Solution, minimise, solve
+
+LEVEL = 0.95
+"""Of all intervals."""
+STORED_DRAWS = 500
+"""Draws written to JSON, for intervals of later predictions."""
+HELD_OUT = 0.1
+"""Share of the runs that is held out at least."""
+TIE = 0.01
+"""Relative difference within which two runs have one budget."""
+OUTLIER = 6.0
+"""Robust standard deviations from the law beyond which a run is named."""
+SMALLEST_SCATTER = 1e-4
+"""Standard deviation of residuals below which a run's distance from the law is rounding."""
+SHOWN = 5
+"""Rows named in a message."""
+INCOMPARABLE = {
+    "FLOPs of different conventions": ("convention", "flop_convention", "flops_convention"),
+    "losses per token of different tokenizers": ("tokenizer", "tokeniser", "vocab", "vocab_size", "vocabulary"),
+    "losses on different data": ("data", "dataset", "corpus", "val_set"),
+}
+"""What a column of such a name, in whatever case, must not mix within one fit."""
+
+
+def to_plain(value: Any) -> Any:
+    """Dicts, lists, strings and finite numbers (None where not finite), ready for JSON."""
+    match value:
+        case StrEnum():
+            return str(value)
+        case float() | np.floating():
+            return float(value) if math.isfinite(value) else None
+        case np.integer() | np.bool_():
+            return value.item()
+        case Mapping():
+            return {str(key): to_plain(item) for key, item in value.items()}
+        case list() | tuple() | np.ndarray():
+            return [to_plain(item) for item in value]
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    return fields_to_plain(value) if dataclasses.is_dataclass(value) else value
+
+
+def fields_to_plain(result: Any) -> dict[str, Any]:
+    """The fields of a dataclass by name, each as `to_plain` gives it."""
+    return {item.name: to_plain(getattr(result, item.name)) for item in fields(result)}
+
+
+def positive_columns(table: pd.DataFrame, *names: str, law: str, at_least: int) -> list[Array]:
+    """The named columns as float64, for integer products such as 6 N D overflow int64.
+
+    Raises:
+        UserError: a column is missing, a value is not a finite number above zero (with the rows' labels), or there
+            are fewer than `at_least` rows.
+    """
+    if table.empty:
+        raise UserError(f"the table has no rows for the {law} law")
+    values = []
+    for name in names:
+        require_column(table, name)
+        column = pd.to_numeric(table[name], errors="coerce").to_numpy(np.float64, na_value=np.nan)
+        bad = ~(np.isfinite(column) & (column > 0))
+        if bad.any():
+            found = ", ".join(map(str, table.loc[bad, name].iloc[:SHOWN]))
+            where = name_rows(table.index[bad])
+            raise UserError(f"column {name!r} must hold finite numbers above 0, not so in {where}: {found}")
+        values.append(np.asarray(column))
+    if len(table) < at_least:
+        raise UserError(f"{len(table)} rows are too few for the {law} law: it has {at_least} coefficients")
+    return values
+
+
+def require_column(table: pd.DataFrame, name: str) -> None:
+    """Raises UserError if the table has no column `name`."""
+    if name not in table.columns:
+        raise UserError(f"no column {name!r} in the table; there are: {', '.join(map(str, table.columns))}")
+
+
+def row_labels(table: pd.DataFrame, column: str) -> Array:
+    """The values of a column as integers from 0, equal ones alike. Raises UserError if there is no such column."""
+    require_column(table, column)
+    return np.asarray(pd.factorize(table[column], use_na_sentinel=False)[0])
+
+
+def table_warnings(table: pd.DataFrame, *names: str) -> tuple[str, ...]:
+    """What makes a fit of these rows doubtful: rows equal to an earlier one in all `names`, and mixed measures.
+
+    Duplicates stay in the fit: whether they are repeats or a mistake is the reader's to judge.
+    """
+    found = []
+    rows = table.index[table.duplicated(list(names))]
+    if len(rows):
+        found.append(f"{len(rows)} duplicated rows, kept and so counted again: {name_rows(rows)}")
+    for what, columns in INCOMPARABLE.items():
+        for column in table.columns:
+            kinds = table[column].dropna().unique() if str(column).lower().replace(" ", "_") in columns else ()
+            if len(kinds) > 1:
+                shown = ", ".join(map(str, kinds[:SHOWN]))
+                found.append(f"column {column!r} mixes {shown}: {what} are not comparable")
+    return tuple(found)
+
+
+def name_rows(rows: pd.Index) -> str:
+    """The first labels, and how many more."""
+    more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
+    return f"{rows.name or 'row'} {', '.join(map(str, rows[:SHOWN]))}{more}"
+
+
+def resample_counts(n: int, resamples: int, seed: int, clusters: Array | None = None) -> Array:
+    """How often each of `n` runs occurs in each resample, (resamples, n): weights for a weighted fit.
+
+    Runs with one label in `clusters` (n,) are drawn together; None: every run is its own cluster.
+    """
+    labels = np.arange(n) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+    n_clusters = labels.max() + 1
+    draw = np.random.default_rng(seed).multinomial
+    return draw(n_clusters, np.full(n_clusters, 1 / n_clusters), size=resamples)[:, labels].astype(float)
+
+
+def percentile_interval(values: Array) -> tuple[float, float]:
+    """95 % percentile interval of `values` (draws,), leaving out what is not finite; NaN if nothing is."""
+    finite = values[np.isfinite(values)]
+    tail = 50 * (1 - LEVEL)
+    low, high = np.percentile(finite, [tail, 100 - tail]) if len(finite) else (np.nan, np.nan)
+    return float(low), float(high)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bootstrap:
+    """Coefficients of the resampled fits."""
+
+    draws: Mapping[str, Array]
+    """By coefficient; the first axis is the resamples that succeeded."""
+    resamples: int
+    """How many were asked for."""
+    failed: int
+    """How many gave no fit and are left out."""
+    at_bound: int = 0
+    """How many of the others ended on a bound; they are kept."""
+    seed: int
+
+    @classmethod
+    def of(cls, problem: Problem, refits: Solution, seed: int) -> Self:
+        """From the solver's refits of the resamples."""
+        good = ~refits.failed
+        return cls(
+            draws=problem.coordinates.coefficients(refits.points[good]), resamples=len(good),
+            failed=int(np.sum(~good)), at_bound=int(np.sum(refits.at_bound[good])), seed=seed,
+        )  # fmt: skip
+
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Percentile interval of every coefficient."""
+        return {name: percentile_interval(values) for name, values in self.draws.items() if values.ndim == 1}
+
+    def law(self, form: type) -> Any:
+        """A law of class `form` whose coefficients are arrays of draws; those never fitted keep their defaults."""
+        return form(**{item.name: self.draws[item.name] for item in fields(form) if item.name in self.draws})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Counts, seed, level and the first draws to six digits, for JSON."""
+        draws = {
+            name: to_plain([float(f"{value:.6g}") for value in values[:STORED_DRAWS]])
+            for name, values in self.draws.items()
+            if values.ndim == 1
+        }
+        return asdict(self) | {"level": LEVEL, "draws": draws}
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`, with the draws that were stored."""
+        draws = {name: np.asarray(values, float) for name, values in stored["draws"].items()}
+        return cls(**{key: stored[key] for key in ("resamples", "failed", "at_bound", "seed")}, draws=draws)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HoldOut:
+    """The largest budget, as observed and as predicted by a fit of the smaller ones."""
+
+    quantity: str
+    """`loss`, averaged over the held-out runs, or `x`, the optimum at their budget."""
+    budget: float
+    """The smallest that was held out."""
+    n: int
+    """Runs held out, or budgets for `x`."""
+    observed: float
+    predicted: float
+    interval: tuple[float, float] | None
+    """Bootstrap interval of the prediction, over the runs that were fitted."""
+    observed_interval: tuple[float, float] | None = None
+    """Bootstrap interval of what was observed, for `x`."""
+    rmse: float
+    """Root mean squared error over the held-out runs."""
+    mape: float
+    """Mean absolute error in percent of what was observed."""
+
+    @property
+    def missed(self) -> bool:
+        """Whether the intervals of prediction and observation are apart: the law does not extrapolate so far."""
+        if self.interval is None:
+            return False
+        low, high = self.observed_interval or (self.observed, self.observed)
+        return bool(self.interval[1] < low or self.interval[0] > high)
+
+    def warnings(self) -> tuple[str, ...]:
+        """One that names the miss, if it is one."""
+        if not self.missed:
+            return ()
+        off = 100 * (self.predicted / self.observed - 1)
+        return (f"the smaller budgets do not predict {self.quantity} at {self.budget:.4g}: it is {off:+.2g} % off",)
+
+    def to_dict(self) -> dict[str, Any]:
+        return fields_to_plain(self) | {"missed": self.missed}
+
+
+def largest(scale: Array, start: float | None = None) -> Array:
+    """Which runs to hold out, (runs,): those from `start` on, or else the largest tenth of `scale` with its ties."""
+    if start is None:
+        start = np.sort(scale)[-max(int(np.ceil(HELD_OUT * len(scale))), 1)] * (1 - TIE)
+    return scale >= start
+
+
+def predict_held_out(
+    problem: Problem, start: Array, held: Array, scale: Array,
+    *, bootstrap: int = 0, seed: int = 0, clusters: Array | None = None,
+) -> HoldOut | None:  # fmt: skip
+    """The runs `held` (runs,) predicted from the others; None if those are no more than the law has coefficients.
+
+    Args:
+        problem: the fit of all runs.
+        start: (p,), such as its solution.
+        held, scale: which runs, and the budgets (runs,).
+        bootstrap, seed, clusters: of the interval.
+    """
+    kept = np.flatnonzero(~held)
+    if not held.any() or len(kept) <= len(problem.coordinates.names):
+        return None
+
+    best = minimise(problem, start, (~held)[None].astype(float)).points
+    predicted, losses, interval = problem.law.predict(best)[0, held], problem.loss[held], None
+    if bootstrap:
+        weights = np.zeros((bootstrap, len(held)))
+        weights[:, kept] = resample_counts(len(kept), bootstrap, seed, None if clusters is None else clusters[kept])
+        refits = minimise(problem, start, weights)
+        interval = percentile_interval(problem.law.predict(refits.points[~refits.failed])[:, held].mean(axis=1))
+    return HoldOut(
+        quantity="loss",
+        budget=float(scale[held].min()),
+        n=int(held.sum()),
+        observed=float(losses.mean()),
+        predicted=float(predicted.mean()),
+        interval=interval,
+        rmse=float(np.sqrt(np.mean((predicted - losses) ** 2))),
+        mape=float(100 * np.mean(np.abs(predicted / losses - 1))),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """Common part of the results; each law adds its coefficients."""
+
+    law: ClassVar[str]
+    """Its name on the command line and in JSON."""
+    form: ClassVar[type]
+    """Dataclass of the law's coefficients, whose methods predict; the fit is one too."""
+    derived: ClassVar[tuple[str, ...]] = ()
+    """Properties reported beside the coefficients."""
+    n: int
+    """Runs."""
+    status: FitStatus
+    objective_name: str
+    objective_value: float
+    """Summed over the runs."""
+    warnings: tuple[str, ...] = ()
+    hold_out: HoldOut | None = None
+    """The largest budget predicted from the smaller ones; None with too few runs below it."""
+    bootstrap: Bootstrap | None = field(default=None, repr=False)
+
+    @property
+    def ci(self) -> dict[str, tuple[float, float]]:
+        """Bootstrap intervals of the coefficients and what derives from them; empty without a bootstrap."""
+        if self.bootstrap is None:
+            return {}
+        names = [name for name in self.derived if hasattr(self.form, name)]
+        return self.bootstrap.intervals() | {n: self.interval(lambda law, n=n: getattr(law, n)) for n in names}
+
+    def interval(self, prediction: Callable[[Any], Number]) -> tuple[float, float]:
+        """Bootstrap interval of a prediction: `fit.interval(lambda law: law.optimum(1e21).loss)`.
+
+        Raises:
+            ValueError: the fit has no bootstrap.
+        """
+        if self.bootstrap is None:
+            raise ValueError("the fit has no bootstrap: ask for one, such as bootstrap=4000")
+        return percentile_interval(np.asarray(prediction(self.bootstrap.law(self.form))))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and finite numbers for JSON."""
+        plain = fields_to_plain(self) | {name: to_plain(getattr(self, name)) for name in self.derived}
+        draws = plain.pop("bootstrap")  # long: last
+        return {"law": self.law} | plain | {"ci": to_plain(self.ci), "bootstrap": draws}
+
+
+AnyFit = TypeVar("AnyFit", bound=Fit)
+
+
+class Resampling(TypedDict, total=False):
+    """What every law of the loss takes besides its columns."""
+
+    bootstrap: int
+    """Number of resamples of the runs; 0, the default, for none."""
+    seed: int
+    """Of the resampling."""
+    cluster: str | None
+    """Column whose equal values are drawn together, such as the run of several checkpoints."""
+    budget: str | None
+    """Column by which the largest runs are held out; else what `estimate` is given."""
+    hold_out: float | None
+    """Hold out the runs of this budget or more; else the largest tenth, or all of the largest budget."""
+
+
+def estimate(
+    kind: type[AnyFit],
+    table: pd.DataFrame,
+    columns: Sequence[str],
+    problem: Problem,
+    scale: np.ndarray,
+    *,
+    bootstrap: int = 0,
+    seed: int = 0,
+    cluster: str | None = None,
+    budget: str | None = None,
+    hold_out: float | None = None,
+    **described: Any,
+) -> AnyFit:
+    """The best fit of a law with its status, intervals, held-out error and warnings.
+
+    Args:
+        kind: class of the result.
+        table, columns: what the rows are, for warnings.
+        problem: law, losses, penalty and starts.
+        scale: (runs,), by which the largest runs are held out without a column `budget`.
+        bootstrap, seed, cluster, budget, hold_out: see `Resampling`.
+        described: further fields of the result.
+    """
+    clusters = row_labels(table, cluster) if cluster else None
+    if budget is not None:
+        (scale,) = positive_columns(table, budget, law=kind.law, at_least=0)
+    point, value, status = solve(problem)
+    draws = None
+    if bootstrap:
+        weights = resample_counts(len(table), bootstrap, seed, clusters)
+        draws = Bootstrap.of(problem, minimise(problem, point, weights), seed)
+    held = largest(scale, hold_out)
+    held_out = predict_held_out(problem, point, held, scale, bootstrap=bootstrap, seed=seed, clusters=clusters)
+    return kind(
+        **{name: float(coefficient) for name, coefficient in problem.coordinates.coefficients(point).items()},
+        n=len(table),
+        status=status,
+        objective_name=str(problem.objective),
+        objective_value=value,
+        warnings=(
+            *table_warnings(table, *columns),
+            *_outliers(problem, point, table.index),
+            *(held_out.warnings() if held_out else (f"no held-out error: {held.sum()} of {len(table)} runs held out",)),
+        ),
+        hold_out=held_out,
+        bootstrap=draws,
+        **described,
+    )
+
+
+def _outliers(problem: Problem, point: np.ndarray, rows: pd.Index) -> tuple[str, ...]:
+    """A warning that names the runs far from the law, and the coefficients without them; they stay in the fit."""
+    residuals = problem.residuals(problem.law.predict(point[None]))[0]
+    distance = np.abs(residuals - np.median(residuals))
+    far = distance > OUTLIER * max(1.4826 * float(np.median(distance)), SMALLEST_SCATTER)
+    if not far.any():
+        return ()
+    refitted = minimise(problem, point, (~far)[None].astype(float)).points[0]
+    without = ", ".join(f"{name} {value:.4g}" for name, value in problem.coordinates.coefficients(refitted).items())
+    return (f"{far.sum()} runs far from the law, kept: {name_rows(rows[far])}; without them {without}",)
