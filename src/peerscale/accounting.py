@@ -100,30 +100,6 @@ def cost(config: Config) -> Cost:
     )
 
 
-BYTES = 4
-"""Of a number: parameters and moments are fp32 whatever the precision of the products."""
-
-READ, UPDATED = 2, 8
-"""How often a parameter is read for a step's products (forward, backward), and what its update moves: the gradient is
-written; AdamW reads it with the parameter and two moments, and writes these three."""
-
-
-def parameter_bytes_per_step(config: Config) -> int:
-    """Bytes of parameters, gradients and moments that a training step moves if nothing stays in a cache.
-
-    Activations, much the same for all methods, are left out. A row of an expert table is read once for every token
-    that retrieves it; `row_sparse_adamw` updates the rows of a step alone, here as many as if all were different.
-    """
-    params, table, rows_read, rows_updated = cost(config).params_total, 0, 0, 0
-    if isinstance(config.ffn, RetrievalConfig):
-        layer, n_replaced = ffn_cost(config), len(config.replaced_blocks)
-        table, ffn = n_replaced * layer.params["experts"], config.ffn
-        retrieved = config.tokens_per_step * ffn.n_heads * ffn.top_k
-        rows_read = table * retrieved // ffn.n_experts
-        rows_updated = min(table, rows_read) if config.optim.name == "row_sparse_adamw" else table
-    return BYTES * ((READ + UPDATED) * (params - table) + READ * rows_read + UPDATED * rows_updated)
-
-
 def ffn_cost(config: Config) -> LayerCost:
     """Parameters and forward FLOPs per token of one layer of the kind under study."""
     d, ffn = config.size.d_model, config.ffn

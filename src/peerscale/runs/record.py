@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from peerscale.config import Config, parse_config, to_dict
+from peerscale.config import Config, to_dict
 from peerscale.errors import UserError
 from peerscale.files import write_text
 
@@ -78,7 +78,7 @@ class Record:
     signals: list[str] = field(default_factory=list)
     """What happened during training, each with its step: loss spikes, router collapse, throughput halved."""
     timing: dict[str, float] = field(default_factory=dict)
-    """wall_s of training, evaluation_s, tokens_per_s, flops_per_s; energy_j of the machine's processors in training."""
+    """wall_s of training, evaluation_s, tokens_per_s, flops_per_s."""
     environment: dict[str, Any] = field(default_factory=dict)
     """Hardware, versions, commit, kernel, threads: recorded, not hashed."""
     bit_exact: bool = True
@@ -96,13 +96,6 @@ def science(config: Config, data_fingerprint: str) -> dict[str, Any]:
         group, _, key = dotted.rpartition(".")
         del (tree[group] if group else tree)[key]
     return {**tree, "data_fingerprint": data_fingerprint, "recipe_version": RECIPE_VERSION}
-
-
-def config_of(science: Mapping[str, Any]) -> Config:
-    """The configuration that `science` was made of, how and where it ran aside; raises `ConfigError`."""
-    tree = {key: value for key, value in science.items() if key not in ("data_fingerprint", "recipe_version")}
-    data = {**tree["data"], "path": "-"}  # which a text must have
-    return parse_config({**tree, "data": data, "trainer": {}, "tracking": {}})
 
 
 def fingerprint(science: Mapping[str, Any]) -> str:

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from peerscale.accounting import CONVENTION, parameter_bytes_per_step
-from peerscale.config import ConfigError
+from peerscale.accounting import CONVENTION
 from peerscale.errors import UserError
 from peerscale.files import ROOT
-from peerscale.runs.record import Record, cell_folders, config_of, parse_record, read_cell
+from peerscale.runs.record import Record, cell_folders, parse_record, read_cell
 
 METRICS = "metrics.jsonl"
 
@@ -143,21 +142,12 @@ def _row(record: Record) -> dict[str, Any]:
         "wall_s": record.timing.get("wall_s"),
         "tokens_per_s": record.timing.get("tokens_per_s"),
         "flops_per_s": record.timing.get("flops_per_s"),
-        "energy_j": record.timing.get("energy_j"),
-        "bytes_moved": _bytes_moved(record),
         "status": str(record.status),
         "reason": record.reason,
         "convention": CONVENTION,
         "recipe_version": config["recipe_version"],
         "git_commit": record.environment.get("git_commit"),
     }
-
-
-def _bytes_moved(record: Record) -> int | None:
-    try:
-        return record.plan["steps"] * parameter_bytes_per_step(config_of(record.science))
-    except ConfigError:  # of an older version, with other keys
-        return None
 
 
 def _active_experts(ffn: dict[str, Any]) -> float | None:
