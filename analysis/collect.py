@@ -15,7 +15,7 @@ from peerscale.runs.study import study_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = study_parser(__doc__)
+    parser = study_parser("collect", __doc__)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides that the cells were run with")
     parser.add_argument("--with-published", action="store_true", help="add the published cells that were not run here")
     given = parser.parse_args(argv)

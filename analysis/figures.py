@@ -20,7 +20,7 @@ from peerscale.viz.study_table import compares_curves, study_table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = study_parser(__doc__)
+    parser = study_parser("figures", __doc__)
     size = f"model size of the isoFLOP figure (default: {DEFAULT_X})"
     parser.add_argument("--x", choices=list(X_LABELS), default=DEFAULT_X, help=size)
     arguments = parser.parse_args(argv)

@@ -15,7 +15,7 @@ from peerscale.runs.study import collected, published, study_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = study_parser(__doc__)
+    parser = study_parser("publish", __doc__)
     parser.add_argument("--replace", action="store_true", help="remove or replace finished cells published before")
     given = parser.parse_args(argv)
     source, target = collected(given.sweep, given.runs), published(given.sweep, given.results)

@@ -15,7 +15,7 @@ from peerscale.viz.report import report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = study_parser(__doc__).parse_args(argv)
+    arguments = study_parser("report", __doc__).parse_args(argv)
     study = find_study(arguments.sweep, arguments.runs, arguments.results)
     path = study.folder / "report.html"
     write_text(path, report(study))

@@ -16,7 +16,7 @@ from peerscale.errors import exit_code
 from peerscale.files import ROOT
 
 MODULES = {"train": "peerscale.train", "overview": "peerscale.overview", "prepare": "peerscale.data.prepare"}
-SCRIPTS = ("collect", "figures", "fit", "publish", "table", "validate")
+SCRIPTS = ("collect", "figures", "fit", "publish", "validate")
 
 
 @dataclass(frozen=True)
