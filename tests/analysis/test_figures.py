@@ -15,7 +15,7 @@ from peerscale.errors import exit_code
 from peerscale.results.collection import write_fits
 from peerscale.runs.study import collected, published
 from peerscale.runs.table import curves_table
-from peerscale.viz.figures import conventions
+from peerscale.viz.figures import small_print
 
 figures = script("figures")
 SCRIPT = Path(__file__).parents[2] / "analysis" / "figures.py"
@@ -103,6 +103,6 @@ def test_no_finished_cell_is_one_clear_line(runs: Path, capsys: pytest.CaptureFi
 def test_small_print_names_data_and_convention(collected_runs: Path) -> None:
     table = pd.read_csv(collected(SWEEP, collected_runs).runs)
     table = table.drop(columns=["data", "val_set"], errors="ignore")
-    assert conventions(table) == "FLOPs: per-operation, full attention, backward 2x"
+    assert small_print(table) == "FLOPs: per-operation, full attention, backward 2x"
     named = table.assign(data="gutenberg", val_set="validation")
-    assert conventions(named).startswith("data: gutenberg, set: validation; FLOPs:")
+    assert small_print(named).startswith("data: gutenberg, set: validation; FLOPs:")

@@ -36,7 +36,7 @@ TITLES = {
 
 def study_figures(study: Study, runs: pd.DataFrame, x: str = DEFAULT_X) -> Iterator[tuple[str, Figure]]:
     """The figures that a study's tables can feed, by name; `x` is the size of the isoFLOP figure."""
-    note, settings, published = conventions(runs), varied(runs), read_published()
+    note, settings, published = small_print(runs), varied(runs), read_published()
     if compares_curves(runs):
         name, fits = "isoflop" if x == DEFAULT_X else f"isoflop_{x}", read_fits(study.fits)
         yield name, isoflop_figure(runs, fits, x=x, note=note)
@@ -57,7 +57,7 @@ def study_figures(study: Study, runs: pd.DataFrame, x: str = DEFAULT_X) -> Itera
         yield "query_norm", query_norm_figure(runs, published, note=note)
 
 
-def conventions(runs: pd.DataFrame) -> str:
+def small_print(runs: pd.DataFrame) -> str:
     """Data set and FLOP convention, as the small print of every figure."""
     named = {"data": "data: ", "val_set": "set: ", "convention": "FLOPs: "}
     data, val_set, flops = (
