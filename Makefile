@@ -66,7 +66,6 @@ status: setup ## the grid of SWEEP: losses, and what runs, failed or is missing
 figures: setup ## table, fits and figures of SWEEP, from its runs, or from results/; PUBLISHED=1: from both
 	@$(BIN)/python analysis/collect.py $(SWEEP) $(OVERRIDES) $(if $(PUBLISHED),--with-published)
 	@$(BIN)/python analysis/figures.py $(SWEEP)
-	@$(BIN)/python analysis/table.py $(SWEEP)
 	@test ! -d runs/$(SWEEP)/study/figures || { echo; \
 		echo "Figures:              runs/$(SWEEP)/study/figures/"; \
 		echo "All as one HTML page: make report SWEEP=$(SWEEP)    copied to results/: make publish SWEEP=$(SWEEP)"; }

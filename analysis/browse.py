@@ -9,23 +9,19 @@ the runs, named after their cells, are made in runs/SWEEP/study/wandb first.
 import os
 import re
 import sys
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 
-from peerscale.errors import ArgumentParser, UserError, exit_code
-from peerscale.files import ROOT, replacing
+from peerscale.errors import UserError, exit_code
+from peerscale.files import replacing
+from peerscale.runs.study import study_parser
 
 LONGEST = 200
 """Of a cell's name in a link's, since file systems take 255 bytes."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = ArgumentParser(prog=".venv/bin/python analysis/browse.py", description=__doc__)
-    parser.formatter_class = RawDescriptionHelpFormatter
-    parser.add_argument("sweep", metavar="SWEEP", help="name of a study")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs", metavar="DIR", help="where cells are kept (runs)")
-    arguments = parser.parse_args(argv)
+    arguments = study_parser("browse", __doc__).parse_args(argv)
     cells = arguments.runs / arguments.sweep
     links = named_links(cells)
     if not links:

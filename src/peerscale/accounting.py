@@ -77,24 +77,3 @@ def cost(config: Config) -> Cost:
         flops={component: TRAINING * n for component, n in forward.items()},
         layer_flops=TRAINING * n_replaced * sum(layer.forward_flops.values()),
     )
-
-
-BYTES = 4
-"""Of a number: parameters and moments are fp32 whatever the precision of the products."""
-
-READ, UPDATED = 2, 8
-"""How often a parameter is read for a step's products (forward, backward), and what its update moves: the gradient is
-written; AdamW reads it with the parameter and two moments, and writes these three."""
-
-
-def parameter_bytes_per_step(config: Config) -> int:
-    """Bytes of parameters, gradients and moments that a training step moves if nothing stays in a cache.
-
-    Activations, much the same for all methods, are left out. A row of an expert table is read once for every token
-    that retrieves it; `row_sparse_adamw` updates the rows of a step alone, here as many as if all were different.
-    """
-    layer, n_replaced = config.ffn.cost(config.surroundings), len(config.replaced_blocks)
-    params, table = cost(config).params_total, n_replaced * layer.table_params
-    rows_read = n_replaced * layer.table_params_read * config.tokens_per_step
-    rows_updated = min(table, rows_read) if config.optim.name == "row_sparse_adamw" else table
-    return BYTES * ((READ + UPDATED) * (params - table) + READ * rows_read + UPDATED * rows_updated)

@@ -12,6 +12,7 @@ from filelock import FileLock
 from synthetic_study import METHODS, SWEEP, WRONG, cells, minimum, records, script, shared_curvature, write_cells
 
 from peerscale.errors import UserError, exit_code
+from peerscale.results import collection
 from peerscale.runs.comparison import compare
 from peerscale.runs.fits import fit_study
 from peerscale.runs.record import Record, Status, fingerprint, read_record, write_record
@@ -19,6 +20,12 @@ from peerscale.runs.study import collected
 from peerscale.runs.table import curves_table, runs_table
 
 collect = script("collect")
+
+
+@pytest.fixture(autouse=True)
+def restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests put their own plan in the place of this."""
+    monkeypatch.setattr(collection, "planned_cells", collection.planned_cells)
 
 
 @pytest.fixture
@@ -47,7 +54,7 @@ def by_cell(some: list[Record]) -> dict[str, Record]:
 
 def test_a_cell_never_run_is_pending() -> None:
     found = by_cell([record for record in records() if record.cell != "peer-d8-1e11-s0"])
-    planned, further = collect.with_planned(SWEEP, cells(), found)
+    planned, further = collection.with_planned(SWEEP, cells(), found)
     all_records = by_cell(planned)
     assert len(all_records) == len(cells()) and further == []
     assert all_records["peer-d8-1e11-s0"].status is Status.PENDING
@@ -59,7 +66,7 @@ def test_a_recorded_cell_outside_the_plan_keeps_its_row_and_is_counted_apart(
 ) -> None:
     write_cells(tmp_path)
     left_out = ("dense-d8-1e11-s0", "peer-d16-3e11-s0")
-    collect.planned_cells = lambda sweep, overrides: [cell for cell in cells() if cell.name not in left_out]
+    collection.planned_cells = lambda sweep, overrides: [cell for cell in cells() if cell.name not in left_out]
     assert collect.main([SWEEP, "--runs", str(tmp_path), "--results", str(tmp_path / "results")]) == 0
     out = capsys.readouterr().out
     assert "synthetic: 48 cells (45 done, 1 failed, 1 dropped, 1 diverged), from" in out
@@ -72,8 +79,8 @@ def test_an_unreadable_plan_is_noticed_and_stops_nothing(capsys: pytest.CaptureF
     def broken(sweep: str, overrides: list[str]) -> None:
         raise UserError("no sweep file synthetic.yaml")
 
-    collect.planned_cells = broken
-    assert collect.with_planned(SWEEP, collect.plan_of(SWEEP, []), by_cell(records())) == (records(), [])
+    collection.planned_cells = broken
+    assert collection.with_planned(SWEEP, collection.plan_of(SWEEP, []), by_cell(records())) == (records(), [])
     assert "no sweep file synthetic.yaml" in capsys.readouterr().err
 
 
@@ -82,7 +89,7 @@ def test_a_running_record_that_no_process_holds_is_interrupted(tmp_path: Path) -
     for cell in ("dense-d8-1e11-s0", "peer-d16-3e11-s0"):
         record = by_cell(records())[cell]
         write_record(tmp_path / SWEEP / cell, replace(record, status=Status.RUNNING, evaluation={}, timing={}))
-    collect.planned_cells = lambda sweep, overrides: cells()
+    collection.planned_cells = lambda sweep, overrides: cells()
     with FileLock(tmp_path / SWEEP / "dense-d8-1e11-s0" / "lock"):
         assert collect.main([SWEEP, "--runs", str(tmp_path), "--results", str(tmp_path / "results")]) == 0
     status = pd.read_csv(collected(SWEEP, tmp_path).runs).set_index("cell")["status"]
@@ -175,7 +182,7 @@ def test_without_dense_there_is_nothing_to_compare_with_it() -> None:
 
 def test_a_second_collection_changes_no_byte(tmp_path: Path) -> None:
     write_cells(tmp_path)
-    collect.planned_cells = lambda sweep, overrides: cells()
+    collection.planned_cells = lambda sweep, overrides: cells()
     contents = []
     for _ in range(2):
         assert collect.main([SWEEP, "--runs", str(tmp_path)]) == 0
@@ -187,6 +194,7 @@ def test_a_second_collection_changes_no_byte(tmp_path: Path) -> None:
 def test_a_published_study_is_collected_from_its_files(collected_runs: Path, tmp_path: Path) -> None:
     source = collected(SWEEP, collected_runs)
     shutil.copytree(source.folder, tmp_path / "results" / SWEEP)
+    collection.planned_cells = lambda sweep, overrides: cells()
     arguments = [SWEEP, "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
     assert collect.main(arguments) == 0
     again = collected(SWEEP, tmp_path / "runs")
@@ -216,7 +224,7 @@ def published_and_run_here(folder: Path, own: list, others: list) -> list[str]:
             shutil.rmtree(folder / "elsewhere" / SWEEP / record.cell, ignore_errors=True)
     for record in others:
         write_record(folder / "elsewhere" / SWEEP / record.cell, record)
-    collect.planned_cells = lambda sweep, overrides: cells()
+    collection.planned_cells = lambda sweep, overrides: cells()
     assert collect.main([SWEEP, "--runs", str(folder / "elsewhere")]) == 0
     shutil.copytree(collected(SWEEP, folder / "elsewhere").folder, folder / "results" / SWEEP)
     write_cells(folder / "runs")

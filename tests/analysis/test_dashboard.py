@@ -11,6 +11,7 @@ from synthetic_study import script
 from peerscale.errors import exit_code
 from peerscale.files import ROOT
 from peerscale.runs import read_runs
+from peerscale.training import views
 from wandb_server import WandbServer
 
 dashboard = script("dashboard")
@@ -32,7 +33,7 @@ def call(runs: Path, *options: str) -> int:
 def test_without_the_library_it_says_what_to_install(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(dashboard, "ws", None)
+    monkeypatch.setattr(views, "ws", None)
     assert call(runs) == 2
     assert ".venv/bin/python -m pip install --editable '.[report]'\n" in capsys.readouterr().err
 
@@ -84,7 +85,7 @@ def test_a_dead_server_leaves_the_file(
     wandb_server: WandbServer, runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     pytest.importorskip("wandb_workspaces")
-    monkeypatch.setattr(dashboard, "save", lambda *_: (_ for _ in ()).throw(TimeoutError("no answer")))
+    monkeypatch.setattr(views, "save", lambda *_: (_ for _ in ()).throw(TimeoutError("no answer")))
     assert call(runs, "--save") == 3
     assert "no answer" in capsys.readouterr().err
     assert (runs / "reproduce" / "study" / "workspace.json").is_file()

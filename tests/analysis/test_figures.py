@@ -12,7 +12,10 @@ from synthetic_ablations import ablation_runs
 from synthetic_study import SWEEP, script
 
 from peerscale.errors import exit_code
+from peerscale.results.collection import write_fits
 from peerscale.runs.study import collected, published
+from peerscale.runs.table import curves_table
+from peerscale.viz.figures import small_print
 
 figures = script("figures")
 SCRIPT = Path(__file__).parents[2] / "analysis" / "figures.py"
@@ -32,7 +35,7 @@ def drawn(folder: Path) -> dict[str, bytes]:
 def test_the_same_bytes_from_a_second_process(runs: Path) -> None:
     assert figures.main([SWEEP, "--runs", str(runs)]) == 0
     first = drawn(collected(SWEEP, runs).figures)
-    names = ("isoflop", "curves", "differences", "frontier", "time")
+    names = ("isoflop", "curves", "differences", "frontier")
     assert set(first) == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
     environment = {**os.environ, "PYTHONHASHSEED": "5"}
     subprocess.run([sys.executable, SCRIPT, SWEEP, "--runs", runs], check=True, env=environment, capture_output=True)
@@ -56,10 +59,12 @@ def test_a_published_study_is_drawn_in_its_place(collected_runs: Path, tmp_path:
     [("experts", {"experts"}), ("active", {"active"}), ("query_bn", {"experts", "query_norm"})],
 )
 def test_what_a_study_varies_decides_its_figures(sweep: str, names: set[str], tmp_path: Path) -> None:
-    """From runs.csv alone, and the same bytes twice."""
+    """And the same bytes twice."""
     study = collected(sweep, tmp_path)
     study.folder.mkdir(parents=True)
-    ablation_runs(sweep).to_csv(study.runs, index=False)
+    runs = ablation_runs(sweep)
+    runs.to_csv(study.runs, index=False)
+    write_fits(study, runs, curves_table(()), [])
     contents = []
     for _ in range(2):
         assert figures.main([sweep, "--runs", str(tmp_path)]) == 0
@@ -73,7 +78,8 @@ def test_a_study_of_rates_has_their_figure_alone(sweep: str, tmp_path: Path) -> 
     """Also where it varies experts: its cells at one number of experts differ in their rates, not in their seeds."""
     arguments = [sweep, "--runs", str(tmp_path / "none"), "--results", str(tmp_path)]
     published(sweep, tmp_path).folder.mkdir()
-    shutil.copyfile(published(sweep).runs, published(sweep, tmp_path).runs)
+    for name in ("runs.csv", "fits.json"):
+        shutil.copyfile(published(sweep).folder / name, published(sweep, tmp_path).folder / name)
     assert figures.main(arguments) == 0
     assert set(drawn(published(sweep, tmp_path).figures)) == {"rates.png", "rates.pdf"}
 
@@ -82,7 +88,7 @@ def test_a_table_alone_is_enough_for_the_isoflop_figure(runs: Path) -> None:
     study = collected(SWEEP, runs)
     study.curves.unlink()
     assert figures.main([SWEEP, "--runs", str(runs)]) == 0
-    names = ("isoflop", "differences", "frontier", "time")
+    names = ("isoflop", "differences", "frontier")
     assert set(drawn(study.figures)) == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
 
 
@@ -97,6 +103,6 @@ def test_no_finished_cell_is_one_clear_line(runs: Path, capsys: pytest.CaptureFi
 def test_small_print_names_data_and_convention(collected_runs: Path) -> None:
     table = pd.read_csv(collected(SWEEP, collected_runs).runs)
     table = table.drop(columns=["data", "val_set"], errors="ignore")
-    assert figures.conventions(table) == "FLOPs: per-operation, full attention, backward 2x"
+    assert small_print(table) == "FLOPs: per-operation, full attention, backward 2x"
     named = table.assign(data="gutenberg", val_set="validation")
-    assert figures.conventions(named).startswith("data: gutenberg, set: validation; FLOPs:")
+    assert small_print(named).startswith("data: gutenberg, set: validation; FLOPs:")

@@ -10,11 +10,12 @@ import pytest
 from synthetic_study import SWEEP, records, script
 
 from peerscale.errors import exit_code
+from peerscale.results import publication
 from peerscale.runs.record import Record, Status
 from peerscale.runs.study import collected, published
 from peerscale.runs.table import read_records, read_runs
 
-publish, table = script("publish"), script("table")
+publish = script("publish")
 
 
 @pytest.fixture
@@ -24,8 +25,8 @@ def folders(collected_runs: Path, tmp_path: Path) -> list[str]:
     study = collected(SWEEP, runs)
     shutil.copytree(collected(SWEEP, collected_runs).folder, study.folder)
     arguments = ["--runs", str(runs), "--results", str(tmp_path / "results")]
-    table.main([SWEEP, *arguments])
-    study.figures.mkdir(exist_ok=True)
+    study.table.write_text(f"# {SWEEP}: losses")
+    study.figures.mkdir()
     (study.figures / "isoflop.png").write_bytes(b"a figure")
     return [SWEEP, *arguments]
 
@@ -170,7 +171,7 @@ def test_an_interrupted_publication_leaves_the_old_one(
     def full_disk(record: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(publish, "public", full_disk)
+    monkeypatch.setattr(publication, "public", full_disk)
     with pytest.raises(OSError):
         publish.main(folders)
     assert target.records.read_bytes() == before
@@ -179,9 +180,9 @@ def test_an_interrupted_publication_leaves_the_old_one(
 
 def test_doubts_about_the_code_that_ran() -> None:
     clean = records()[:2]
-    assert publish.doubts(clean) == []
+    assert publication.doubts(clean) == []
     dirty = replace(clean[0], environment={"git_commit": "0123456789ab+dirty"})
     unknown = replace(clean[0], environment={"git_commit": None, "kernel": "native"})
-    assert "0123456789ab+dirty" in publish.doubts([clean[1], dirty])[0]
-    assert any("2 different commits" in line for line in publish.doubts([clean[1], dirty]))
-    assert any("do not say" in line for line in publish.doubts([unknown]))
+    assert "0123456789ab+dirty" in publication.doubts([clean[1], dirty])[0]
+    assert any("2 different commits" in line for line in publication.doubts([clean[1], dirty]))
+    assert any("do not say" in line for line in publication.doubts([unknown]))

@@ -11,24 +11,25 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from synthetic_study import SWEEP, WRONG, script
-from synthetic_surface import surface_curves, surface_runs
 
 from peerscale.errors import exit_code
 from peerscale.files import ROOT
-from peerscale.runs.comparison import compare
-from peerscale.runs.fits import fit_study
 from peerscale.runs.record import Status
-from peerscale.runs.study import Study, collected, published
+from peerscale.runs.study import Study, collected, header, published, read_fits
+from peerscale.runs.table import read_runs
 from peerscale.viz.answer import answer
+from peerscale.viz.study_table import study_table
 
 report = script("report")
 SCRIPT = ROOT / "analysis" / "report.py"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+TITLE = "validation perplexity against"
 SIGNAL = "step 40: loss spike, 5.913 nats per token after 5.412"
 
 
@@ -71,6 +72,10 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.texts).split())
 
 
+def without_scripts(source: str) -> str:
+    return re.sub(r"<script>.*?</script>", "", source, flags=re.DOTALL)
+
+
 @pytest.fixture(scope="module")
 def study(collected_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
     """The collected study with a signal, a table and two figures; tests leave it as it is."""
@@ -87,7 +92,7 @@ def study(collected_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Stu
     found.figures.mkdir(exist_ok=True)
     for i, name in enumerate(("another_one", "isoflop")):
         Figure(figsize=(5.5, 2 + i), facecolor="#eeeeff").savefig(found.figures / f"{name}.png", dpi=220)
-    assert script("table").main([SWEEP, "--runs", str(runs)]) == 0
+    found.table.write_text(study_table(SWEEP, read_runs(found.runs), read_fits(found.fits)))
     assert report.main([SWEEP, "--runs", str(runs)]) == 0
     return found
 
@@ -121,55 +126,24 @@ def test_cells_gone_wrong_and_signals_with_reasons(page: Page) -> None:
     assert [row["signal"] for row in page.table("cell", "signal")] == [SIGNAL]
 
 
-def test_optima_are_those_of_fits_json_with_intervals_and_flags(study: Study, page: Page) -> None:
-    entries = {e["budget"]: e for e in json.loads(study.fits.read_text())["budgets"]}
-    rows = page.table("budget", "own curvature")
-    assert len(rows) == 10
-    peer = [row for row in rows if row["method"] == "PEER"]
-    assert len(peer) == 2
-    for row in peer:
-        optimum = next(m for m in entries[float(row["budget"])]["methods"] if m["name"] == "peer")
-        shown, low, high = (float(n) for n in re.split(r" \[|, ", row["optimal FLOPs per token"].rstrip("]")))
-        assert shown == pytest.approx(optimum["x"], rel=5e-3) and low < shown < high
-        assert row["loss there"] == f"{optimum['loss']:.4f}" and row["± s.e."] == f"{optimum['se']:.4f}"
-        assert row["sizes"] == str(len(optimum["sizes"]))
-        assert row["flag"] == ("—" if optimum["status"] == "ok" else optimum["status"].replace("_", " "))
-
-
-def test_a_minimum_without_a_number_has_its_flag_alone() -> None:
-    method = {
-        "name": "peer", "status": "too_few", "x": None, "x_interval": [None, None], "loss": None, "sizes": [1, 2, 3],
-        "own": {"loss": None, "curvature": 1.5},
-    }  # fmt: skip
-    (row,) = report.optima({"budgets": [{"budget": 1e11, "methods": [method]}]}).to_dict("records")
-    assert (row["optimal FLOPs per token"], row["loss there"], row["± s.e."], row["flag"]) == ("—", "—", "—", "too few")
+def test_results_are_the_tables_of_table_md(study: Study, page: Page) -> None:
+    lines = [line for line in study.table.read_text().splitlines() if line.startswith("|") and "---" not in line]
+    written = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    shown = [row for rows in page.tables for row in rows]
+    begin = shown.index(written[0])
+    assert shown[begin : begin + len(written)] == written and len(written) > 50
 
 
 def test_the_command_of_a_fit_runs(study: Study, source: str, tmp_path: Path) -> None:
-    command = html.unescape(re.findall(r"<pre>(.*?)</pre>", source, re.DOTALL)[-1]).replace("\\\n", "")
+    command = html.unescape(re.findall(r"<pre><code>(.*?)</code></pre>", source, re.DOTALL)[-1]).replace("\\\n", "")
     words = [str(study.folder) if word == f"runs/{SWEEP}/study" else word for word in shlex.split(command)]
     assert words[:2] == [".venv/bin/python", "analysis/fit.py"] and words[-2:] == ["--out", "fit.json"]
     assert script("fit").main([*words[2:-1], str(tmp_path / "fit.json")]) in (None, 0)
     assert len(json.loads((tmp_path / "fit.json").read_text())["vertices"]) == 2
 
 
-def test_laws_of_three_budgets_by_three_approaches() -> None:
-    runs = surface_runs(noise=1e-4)
-    fits = fit_study(runs, surface_curves(runs), compare(runs, []))
-    laws, found = report.power_laws(fits), fits["laws"]
-    assert list(laws["approach"].unique()) == ["2, isoFLOP optima", "1, envelope of curves"]
-    dense = laws[laws["method"] == "dense"].set_index("approach")
-    assert dense.loc["2, isoFLOP optima", "exponent"].startswith(f"{found['dense']['exponent']:.4g} [")
-    assert dense.loc["1, envelope of curves", "exponent"].startswith(f"{found['dense/envelope']['exponent']:.4g} [")
-    surface = report.surfaces(fits).set_index("method").loc["dense"]
-    assert surface["alpha"].startswith(f"{found['dense/parametric']['alpha']:.4g} [")
-    held = found["dense/parametric"]["hold_out"]["predicted"]
-    assert surface["largest budget: mean loss predicted"].startswith(f"{held:.4f} [")
-    assert list(report.surfaces({})) == list(report.power_laws({})) == []
-
-
 def test_the_page_opens_with_the_answer_and_then_figure_1(study: Study, source: str) -> None:
-    body = source.partition("<body>")[2]
+    body = without_scripts(source).partition("<body>")[2]
     sentence = html.escape(answer(json.loads(study.fits.read_text())), quote=False)
     opening = rf'\s*<h1>{SWEEP}</h1>\s*<p class="answer">{re.escape(sentence)}</p>\s*<figure>.*?figures/isoflop\.png'
     assert re.match(opening, body, re.DOTALL)
@@ -188,7 +162,7 @@ def test_a_study_without_claims_says_so_in_its_place(study: Study, tmp_path: Pat
 
 
 def test_every_table_has_headings_to_sort_by(source: str) -> None:
-    tables = re.findall(r"<table>(.*?)</table>", source, re.DOTALL)
+    tables = re.findall(r"<table>(.*?)</table>", without_scripts(source), re.DOTALL)
     assert len(tables) > 10
     for table in tables:
         assert re.match(r"\s*<thead>\s*<tr>(\s*<th[^>]*>[^<]*</th>)+\s*</tr>\s*</thead>\s*<tbody>", table), table[:300]
@@ -199,23 +173,22 @@ def test_figures_are_embedded_whole_and_nothing_is_loaded(study: Study, source: 
     names = ("isoflop.png", "another_one.png")  # known figures first
     assert [base64.b64decode(image) for image in images] == [(study.figures / n).read_bytes() for n in names]
     assert all(address.startswith(("data:", "#")) for address in page.addresses)
-    assert not re.search(r"@import|url\(|https?:|fetch\(", re.sub(r"base64,[\w+/=]+", "", source))
+    assert not re.search(r"@import|url\(|https?:|fetch\(", re.sub(r"base64,[\w+/=]+", "", without_scripts(source)))
     assert "default-src 'none'" in source  # so that a browser refuses what this test overlooks
     ids = set(re.findall(r'id="(\w+)"', source))
     assert {address[1:] for address in page.addresses if address.startswith("#")} <= ids
 
 
 def test_setup_recipe_and_versions(page: Page) -> None:
-    settings = {row["setting"]: row for row in page.table("setting", "PEER")}
+    rows = page.table("setting", "PEER")
+    settings = {row["setting"]: row for row in rows}
     assert settings["ffn.top_k"] == {
         "setting": "ffn.top_k", "dense": "—", "MoE (expert choice)": "1", "MoE (token choice)": "1", "PKM": "32",
         "PEER": "16",
     }  # fmt: skip
     assert settings["budget"]["dense"] == "1e11, 3e11"
-    assert "optim.weight_decay" in page.text and "optim.weight_decay" not in settings
-    sizes = {(row["budget"], row["method"]): row for row in page.table("sizes", "finished")}
-    assert len(sizes) == 10 and sizes["3e11", "PEER"]["finished"] == "4 of 5"
-    assert sizes["3e11", "PEER"]["sizes"] == "d_model 12 (2 heads), 16 (2 heads), 24, 32, 48 (2 heads)"
+    assert len({*settings["optim.weight_decay"].values()}) == 2, "its name, and one value for all"
+    assert list(settings).index("ffn.top_k") < list(settings).index("optim.weight_decay"), "what differs comes first"
     for told in (
         "per-operation, full attention, backward 2x",
         "0123456789ab",
@@ -227,9 +200,9 @@ def test_setup_recipe_and_versions(page: Page) -> None:
 
 def test_the_question_is_the_opening_comment() -> None:
     text = "# Question: is a\n#           b? See: there.\n# Command:  make x\nsweep: {}\n# Late: no\n"
-    assert report.header(text) == {"Question": "is a b? See: there.", "Command": "make x"}
-    assert report.header("# just words\n# and more: so\nx: 1\n") == {"Question": "just words and more: so"}
-    assert report.header("x: 1\n") == {}
+    assert header(text) == {"Question": "is a b? See: there.", "Command": "make x"}
+    assert header("# just words\n# and more: so\nx: 1\n") == {"Question": "just words and more: so"}
+    assert header("x: 1\n") == {}
 
 
 def test_what_is_not_there_is_named(study: Study, tmp_path: Path) -> None:
@@ -254,6 +227,74 @@ def test_the_same_bytes_from_a_second_process(study: Study, source: str) -> None
     runs = study.folder.parents[1]
     subprocess.run([sys.executable, SCRIPT, SWEEP, "--runs", runs], check=True, env=environment, capture_output=True)
     assert (study.folder / "report.html").read_text() == source
+
+
+def told_by_browser(path: Path) -> dict[str, Any]:
+    """The JSON that a page's scripts leave in its only paragraph."""
+    assert CHROMIUM is not None
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += f" --disable-component-update --disable-sync --user-data-dir={path.parent / 'profile'} --hide-scrollbars"
+    command = [CHROMIUM, *flags.split(), "--virtual-time-budget=20000", "--dump-dom", f"file://{path}"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    dumped = re.search(r"<p>(\{.*\})</p>", done.stdout)
+    assert dumped is not None, done.stderr[-2000:]
+    return json.loads(html.unescape(dumped[1]))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path: apt-get install chromium")
+def test_figure_1_changes_its_axis_and_switches_methods_and_budgets(study: Study, source: str, tmp_path: Path) -> None:
+    act = """
+    const settled = () => new Promise(done => setTimeout(done, 500));
+    const labels = role => [...document.querySelectorAll(`#figure-1 svg [aria-roledescription="${role}"]`)];
+    const look = () => ({
+      points: labels("point").map(point => point.getAttribute("aria-label")),
+      curves: document.querySelectorAll("#figure-1 svg .mark-line.role-mark path").length,
+      titles: [...document.querySelectorAll("#figure-1 svg .role-title-text")].map(title => title.textContent),
+    });
+    const boxes = () => [...document.querySelectorAll(".vega-bind label")];
+    const box = name => boxes().find(label => label.textContent.trim() === name).querySelector("input");
+    const found = { refused: [] };
+    addEventListener("securitypolicyviolation", event => found.refused.push(event.violatedDirective));
+    addEventListener("load", async () => {
+      while (!document.querySelector("#figure-1 svg")) await settled();
+      found.first = look();
+      box("PEER").click();
+      box("1e11 FLOPs").click();
+      await settled();
+      found.fewer = look();
+      const axis = document.querySelector(".vega-bind select");
+      axis.value = "wall_s";
+      axis.dispatchEvent(new Event("input"));
+      axis.dispatchEvent(new Event("change"));
+      await settled();
+      found.time = look();
+      const point = labels("point")[0];
+      const { x, y } = point.getBoundingClientRect(), options = { bubbles: true, clientX: x + 3, clientY: y + 3 };
+      for (const kind of ["pointerover", "pointermove"]) point.dispatchEvent(new PointerEvent(kind, options));
+      await settled();
+      found.tip = document.querySelector("#vg-tooltip-element")?.textContent ?? "";
+      const loaded = performance.getEntriesByType("resource").map(entry => entry.name);
+      found.loaded = loaded.filter(name => !name.startsWith("data:"));
+      document.body.innerHTML = "<p>" + JSON.stringify(found) + "</p>";
+    });
+    """
+    (tmp_path / "page.html").write_text(source.replace("<body>", f"<body><script>{act}</script>", 1))
+    found = told_by_browser(tmp_path / "page.html")
+    runs = pd.read_csv(study.runs)
+    done = runs[runs["status"] == "done"]
+    drawn = {
+        key: {label for label in found[key]["points"] if "optimum" not in label} for key in ("first", "fewer", "time")
+    }
+    assert drawn["first"] == {*done["cell"]} and found["first"]["curves"] == 10
+    assert {*found["first"]["titles"]} == {f"{TITLE} parameters, total", "1e11 FLOPs", "3e11 FLOPs"}
+    kept = done[(done["method"] != "peer") & (done["budget"] == 3e11)]
+    assert drawn["fewer"] == {*kept["cell"]} and found["fewer"]["curves"] == 4
+    assert drawn["time"] == {*kept["cell"]} and found["time"]["curves"] == 0
+    assert {*found["time"]["titles"]} == {f"{TITLE} training time (s)", "3e11 FLOPs"}
+    cell = done.set_index("cell").loc[found["time"]["points"][0]]
+    for told in (cell.name, f"{cell['val_loss']:.4f}", f"{cell['flops_per_token']:,}", f"{cell['params_total']:,}"):
+        assert told in found["tip"]
+    assert found["refused"] == found["loaded"] == []
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path: apt-get install chromium")
@@ -286,20 +327,14 @@ def test_in_a_browser_it_fits_both_widths_and_sorts(source: str, tmp_path: Path)
     """
     measured = f'<script>addEventListener("load", () => {{{measure}}})</script>'
     (tmp_path / "frames.html").write_text(f'<!DOCTYPE html><meta charset="utf-8"><body>{frames}{measured}')
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    flags += f" --disable-component-update --disable-sync --user-data-dir={tmp_path / 'profile'} --hide-scrollbars"
-    command = [CHROMIUM, *flags.split(), "--dump-dom", f"file://{tmp_path / 'frames.html'}"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
-    dumped = re.search(r"<p>(\{.*\})</p>", done.stdout)
-    assert dumped is not None, done.stderr[-2000:]
-    found = json.loads(html.unescape(dumped[1]))
+    found = told_by_browser(tmp_path / "frames.html")
     for name, width in (("desk", 1280), ("phone", 390)):
         seen = found[name]
         assert (seen["inner"], seen["scroll"]) == (width, width)
-        assert seen["images"] == [1210, 1210]
+        assert seen["images"] == [1210], "Figure 1 is drawn in the page"
         losses = [float(text) for text in seen["up"] if text != "—"]
         assert losses == sorted(losses) and len(losses) == 47
         assert seen["down"] == [*(f"{loss:.4f}" for loss in reversed(losses)), "—", "—", "—"]
         assert seen["up"][-3:] == ["—"] * 3
-        assert set(seen["sorts"]) == {"ascending"} and len(seen["sorts"]) == source.count("<table>")
+        assert set(seen["sorts"]) == {"ascending"} and len(seen["sorts"]) == without_scripts(source).count("<table>")
     assert found["control"]["scroll"] > 390

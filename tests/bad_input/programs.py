@@ -21,7 +21,7 @@ MODULES = {
     "overview": "peerscale.overview",
     "prepare": "peerscale.data.prepare",
 }
-SCRIPTS = ("collect", "figures", "fit", "publish", "table", "validate")
+SCRIPTS = ("collect", "figures", "fit", "publish", "validate")
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def run(
     size = size or f"d{x / 1e4:.0f}"
     cell = "-".join(filter(None, (method, size, f"{budget:g}", settings, f"s{seed}")))
     return {
-        "cell": cell, "axes": axes_text(arm),
+        "cell": cell, "axes": axes_text(settings),
         "method": method, "variant": "", "size": size, "seed": seed, "budget": budget, "status": "done",
         "flops_per_token": x, "val_loss": loss, **more,
     }  # fmt: skip

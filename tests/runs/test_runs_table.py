@@ -24,8 +24,7 @@ COLUMNS = [
     "params_total", "params_active", "params_non_embedding", "n_experts", "ffn_heads", "top_k", "d_key",
     "query_norm", "active_experts", "granularity", "capacity_factor", "lr", "table_lr", "optimizer", "kernel",
     "n_threads", "val_loss", "val_loss_se", "val_bits_per_byte", "expert_usage", "unevenness", "usage_tokens",
-    "wall_s", "tokens_per_s", "flops_per_s", "energy_j", "status", "reason", "convention",
-    "recipe_version", "git_commit",
+    "wall_s", "tokens_per_s", "flops_per_s", "status", "reason", "convention", "recipe_version", "git_commit",
 ]  # fmt: skip
 """Of the design, in its order, but for those that depend on the methods and the evaluation sets."""
 

@@ -16,6 +16,7 @@ from peerscale.layers.moe import MoeConfig
 from peerscale.layers.peer import PeerConfig
 from peerscale.layers.pkm import PkmConfig
 from peerscale.plan import Plan, plan
+from peerscale.results import collection
 from peerscale.runs.record import Record, Status, new_record, write_record
 
 SWEEP = "synthetic"
@@ -184,7 +185,7 @@ def collected_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `runs` folder with the synthetic study, collected; tests leave it as it is."""
     runs = tmp_path_factory.mktemp("synthetic") / "runs"
     write_cells(runs)
-    collect = script("collect")
-    setattr(collect, "planned_cells", lambda sweep, overrides: cells())  # noqa: B010
-    assert collect.main([SWEEP, "--runs", str(runs)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collection, "planned_cells", lambda sweep, overrides: cells())
+        assert script("collect").main([SWEEP, "--runs", str(runs)]) == 0
     return runs

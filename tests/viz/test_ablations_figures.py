@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
-import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
@@ -112,15 +111,6 @@ def test_query_norm_shows_means_intervals_and_every_seed() -> None:
     dotted = [list(line.get_ydata()) for line in unevenness.lines if line.get_label() == "_paper"]
     assert dotted == [[0.30, 0.44, 0.66, 1.06], [0.45, 0.63, 0.97, 1.52]]
     assert "3 seeds" in figure.get_supxlabel() and "32,768 tokens" in figure.get_supxlabel()
-
-
-def test_query_norm_of_one_number_of_experts_is_drawn_over_sizes() -> None:
-    runs = ablation_runs("query_bn")
-    runs = runs[(runs["n_experts"] == 4096) & (runs["seed"] == 0)]
-    larger = runs.assign(size="d128", params_total=4 * runs["params_total"], val_loss=runs["val_loss"] - 0.1)
-    ours = query_norm_figure(pd.concat([runs, larger]), read_published()).axes[0]
-    assert ours.get_xlabel() == "parameters, total"
-    assert [len(line) for line in points(ours).values()] == [2, 2]
 
 
 def test_one_seed_has_the_standard_error_and_says_so() -> None:

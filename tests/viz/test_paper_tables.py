@@ -18,7 +18,8 @@ from peerscale.runs.conventions import flops_by_convention, multipliers_by_conve
 from peerscale.runs.fits import fit_study
 from peerscale.runs.study import collected, read_json
 from peerscale.runs.table import read_runs
-from peerscale.viz import tables
+from peerscale.viz import paper_tables, study_table
+from peerscale.viz.markdown import table
 from peerscale.viz.published import paper_values, read_published
 
 Study = tuple[pd.DataFrame, dict[str, Any]]
@@ -37,7 +38,7 @@ def test_published_numbers_are_the_papers() -> None:
     assert set(published.columns) == {"item", "method", "x_name", "x", "metric", "value", "source"}
     assert not published.duplicated(["item", "method", "x", "metric", "value"]).any()
     assert published["source"].str.startswith("arXiv 2407.04153").all()
-    ours = tables.paper_perplexities(published).set_index(["budget", "name"])
+    ours = paper_tables.paper_perplexities(published).set_index(["budget", "name"])
     gaps = {(6e18, "moe"): -0.108, (6e18, "pkm"): -0.084, (6e18, "peer"): -0.145}
     gaps |= {(2e19, "moe"): -0.067, (2e19, "pkm"): -0.053, (2e19, "peer"): -0.107}
     for key, gap in gaps.items():
@@ -54,7 +55,7 @@ def test_published_numbers_are_the_papers() -> None:
 
 def test_table_1_is_each_sets_fit_at_the_validation_optimum(study: Study) -> None:
     runs, fits = study
-    found = tables.perplexities(fits, "validation")
+    found = paper_tables.perplexities(fits, "validation")
     assert list(found["name"]) == [*NAMES, *NAMES]
     for budget, rows in found.groupby("budget"):
         done = {
@@ -83,14 +84,14 @@ def test_table_1_is_each_sets_fit_at_the_validation_optimum(study: Study) -> Non
 def test_a_variants_distance_is_to_dense_at_its_own_settings() -> None:
     names = ["dense batch=8", "dense batch=16", "peer batch=8", "peer batch=16", "moe"]
     table = pd.DataFrame({"budget": 1e11, "name": names, "validation": [100.0, 50.0, 90.0, 40.0, 1.0]})
-    gaps = tables.with_gap(table, "validation")["gap"]
+    gaps = paper_tables.with_gap(table, "validation")["gap"]
     assert list(gaps[:4]) == pytest.approx([0, 0, math.log(0.9), math.log(0.8)])
     assert math.isnan(gaps[4])
 
 
 def test_table_2_holds_ours_and_the_papers() -> None:
     runs = ablation_runs("query_bn")
-    table = tables.experts_by_norm(runs, read_published()).set_index(["source", "n_experts", "norm"])
+    table = paper_tables.experts_by_norm(runs, read_published()).set_index(["source", "n_experts", "norm"])
     for (n, norm), cells in runs.groupby(["n_experts", runs["query_norm"].astype(str) == "True"]):
         row = table.loc[("ours", n, norm)]
         assert row["ppl"] == pytest.approx(np.prod(cells["ppl_validation"]) ** (1 / 3))
@@ -100,7 +101,7 @@ def test_table_2_holds_ours_and_the_papers() -> None:
 
 
 def test_table_2_of_a_study_with_batchnorm_alone() -> None:
-    lines = tables.norm_lines(tables.experts_by_norm(ablation_runs("experts"), read_published()))
+    lines = table(paper_tables.norm_rows(paper_tables.experts_by_norm(ablation_runs("experts"), read_published())))
     first = next(line for line in lines if line.startswith("| 256 |"))
     assert first.startswith("| 256 | — / ") and first.endswith("| — | — | — |")
     last = lines[-1]
@@ -166,7 +167,7 @@ def ranked(*rows: tuple[float, str, float | None]) -> list[str]:
     }
     budgets = [{"budget": 1e11, "methods": [{"name": name} for name in names]}]
     found = [{"budget": budget, "method": name, "multipliers": {"as counted": x}} for budget, name, x in rows]
-    return tables.convention_lines({"budgets": budgets, "conventions": found})[2:]
+    return table(study_table.conventions({"budgets": budgets, "conventions": found}))[2:]
 
 
 def test_ranks_stand_beside_multipliers() -> None:
@@ -192,10 +193,14 @@ def test_variants_are_ranked_beside_dense_at_their_own_settings() -> None:
 
 def test_nothing_fitted_is_no_table(study: Study) -> None:
     _, fits = study
-    assert tables.convention_lines({**fits, "conventions": []}) == []
-    assert tables.perplexities({**fits, "budgets": []}, "validation").empty
-    assert tables.multiplier_lines({**fits, "multipliers": []}) == tables.claim_lines({**fits, "claims": []}) == []
-    assert tables.parts_lines({**fits, "budgets": []}) == []
+    assert table(study_table.conventions({**fits, "conventions": []})) == []
+    assert paper_tables.perplexities({**fits, "budgets": []}, "validation").empty
+    assert (
+        table(study_table.multipliers({**fits, "multipliers": []}))
+        == table(study_table.claims({**fits, "claims": []}))
+        == []
+    )
+    assert table(study_table.parts({**fits, "budgets": []})) == []
 
 
 def difference(**changes: Any) -> dict[str, Any]:
@@ -210,7 +215,7 @@ def difference(**changes: Any) -> dict[str, Any]:
 def test_errors_stand_by_source() -> None:
     unknown = {"method": "pkm", "reference": "dense", "size": "", "note": "pkm: too_few"}
     entry = {"budget": 3e12, "differences": [difference(), unknown, difference(reference="peer")]}
-    header, _, *rows = tables.parts_lines({"budgets": [entry]})
+    header, _, *rows = table(study_table.parts({"budgets": [entry]}))
     assert rows == [
         "| 3e12 | PEER | −0.033 [−0.049, −0.017] | 0.0066 | 0.0027 | 0.0011 | — | 0.0075 | 15 | −0.031 ± 0.008 |"
     ]
@@ -219,7 +224,9 @@ def test_errors_stand_by_source() -> None:
         "s.e. from sizes", "s.e. from seeds", "s.e. from sequences", "s.e. from learning rates", "s.e., all"
     ]  # fmt: skip
     bare = difference(seeds_se=None, df=None, own=None)
-    assert tables.parts_lines({"budgets": [{"budget": 3e12, "differences": [bare]}]})[2].endswith("| 0.0075 | ∞ | — |")
+    assert table(study_table.parts({"budgets": [{"budget": 3e12, "differences": [bare]}]}))[2].endswith(
+        "| 0.0075 | ∞ | — |"
+    )
 
 
 def claim(**changes: Any) -> dict[str, Any]:
@@ -233,7 +240,7 @@ def claim(**changes: Any) -> dict[str, Any]:
 def test_claims_name_both_methods_and_their_common_settings_once() -> None:
     variant = {"method": "peer batch_sequences=8", "rival": "dense batch_sequences=8"}
     claims = [claim(), claim(**variant), claim(size="d40", p=None, p_holm=None), claim(method="peer n_experts=4096")]
-    rows = tables.claim_lines({"claims": claims})[2:]
+    rows = table(study_table.claims({"claims": claims}))[2:]
     interval = "−0.033 [−0.049, −0.017]"
     assert rows == [
         f"| 3e12 | PEER minus dense | {interval} | < 0.0001 | 0.0123 |",
@@ -248,14 +255,14 @@ def test_multipliers_are_listed_by_budget_with_their_intervals() -> None:
         {"method": "peer", "reference": "dense", "budget": 3e12, "multiplier": 1.183, "low": 1.09, "high": 1.26},
         {"method": "peer", "reference": "dense", "budget": 1e12, "multiplier": 1.0, "low": None, "high": None},
     ]
-    rows = tables.multiplier_lines({"multipliers": found})[2:]
+    rows = table(study_table.multipliers({"multipliers": found}))[2:]
     assert rows == ["| 1e12 | PEER | 1.00 [none] |", "| 3e12 | PEER | 1.18 [1.09, 1.26] |"]
 
 
 def test_exponents_of_three_approaches_stand_side_by_side(study: Study) -> None:
     runs = surface_runs(noise=1e-4)
     fits = fit_study(runs, surface_curves(runs), compare(runs, []))
-    header, _, dense, peer = tables.exponent_lines(fits)
+    header, _, dense, peer = table(study_table.exponents(fits))
     laws = fits["laws"]
     assert header == "| method | 1: curves | 2: isoFLOP optima | 3: surface | largest budget: predicted | observed |"
     assert peer.startswith("| PEER |")
@@ -267,4 +274,4 @@ def test_exponents_of_three_approaches_stand_side_by_side(study: Study) -> None:
     assert shown == pytest.approx(wanted, abs=5.1e-4)
     low, high = surface["ci"]["a"]
     assert cells[3].endswith(f"[{low:.3f}, {high:.3f}]")
-    assert tables.exponent_lines(study[1]) == []  # two budgets have no exponent
+    assert table(study_table.exponents(study[1])) == []  # two budgets have no exponent

@@ -99,7 +99,7 @@ class Record:
     signals: list[str] = field(default_factory=list)
     """What happened during training, each with its step: loss spikes, router collapse, throughput halved."""
     timing: dict[str, float] = field(default_factory=dict)
-    """wall_s of training, evaluation_s, tokens_per_s, flops_per_s; energy_j of the machine's processors in training."""
+    """wall_s of training, evaluation_s, tokens_per_s, flops_per_s."""
     environment: dict[str, Any] = field(default_factory=dict)
     """Hardware, versions, commit, kernel, threads: recorded, not hashed."""
     bit_exact: bool = True

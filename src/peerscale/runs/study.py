@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,9 +57,10 @@ class Study:
         return self.folder / "figures"
 
 
-def study_parser(description: str | None) -> ArgumentParser:
-    """Command line of a script that works on one study."""
-    parser = ArgumentParser(description=description)
+def study_parser(script: str, description: str | None) -> ArgumentParser:
+    """Command line of `analysis/<script>.py`, which works on one study."""
+    program = f".venv/bin/python analysis/{script}.py"
+    parser = ArgumentParser(prog=program, description=description, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("sweep", metavar="SWEEP", help="name of a study")
     parser.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help="where cells are kept (default: runs)")
     parser.add_argument(

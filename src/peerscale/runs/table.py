@@ -146,7 +146,6 @@ def _row(record: Record) -> dict[str, Any]:
         "wall_s": record.timing.get("wall_s"),
         "tokens_per_s": record.timing.get("tokens_per_s"),
         "flops_per_s": record.timing.get("flops_per_s"),
-        "energy_j": record.timing.get("energy_j"),
         "status": str(record.status),
         "reason": record.reason,
         "convention": CONVENTION,

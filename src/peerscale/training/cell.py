@@ -25,7 +25,6 @@ from peerscale.kernels.backends import choose_operators
 from peerscale.model.ranks import as_first_rank
 from peerscale.model.trained import CHECKPOINTS, checkpoints
 from peerscale.plan import Plan
-from peerscale.runs.machine import energy_counters, energy_j
 from peerscale.runs.record import Record, Status, new_record, read_record, write_record
 from peerscale.training.checkpoint import TimedCheckpoint, checkpoint_path, newest_readable
 from peerscale.training.distributed import (
@@ -172,10 +171,8 @@ class CellRun:
                 trainer.checkpoint_every_steps,
                 last_step=plan.steps if trainer.keep_checkpoint else None,
             )
-            used_before = energy_counters()
             fit(module, self.corpus, self.tracker, saving, resumed)
             wall_s, started = saving.trained_s, time.perf_counter()
-            used = energy_j(used_before, energy_counters())
             evaluation = evaluate(module, self.corpus, config, self.device)
         timing = {
             "wall_s": wall_s,
@@ -183,8 +180,6 @@ class CellRun:
             "tokens_per_s": plan.tokens / wall_s,
             "flops_per_s": plan.flops / wall_s,
         }
-        if used is not None and not resumed:  # what an interrupted cell used before is not known
-            timing["energy_j"] = used
         return self.close(self._result(evaluation, timing))
 
     def close(self, record: Record) -> Status:

@@ -174,44 +174,41 @@ def active_figure(runs: pd.DataFrame, *, note: str = "") -> Figure:
 def query_norm_figure(runs: pd.DataFrame, published: pd.DataFrame, *, note: str = "") -> Figure:
     """Figure 4 and table 2: perplexity and unevenness with and without BatchNorm on the queries; beside it the paper's.
 
-    Against the number of experts where that varies, else against the total parameters.
+    Both against the number of experts.
     """
     peer = runs[runs["method"] == "peer"]
-    x = "n_experts" if "n_experts" in varied(peer) else "params_total"
-    cells, _, where = _at_one_size(peer, any_size=x != "n_experts")
-    cells, apart = cells.assign(norm=with_norm(cells)), APART if x == "n_experts" else 1.0
+    cells, _, where = _at_one_size(peer)
+    cells, x = cells.assign(norm=with_norm(cells)), "n_experts"
     with style.applied():
         figure, (ours, paper, unevenness) = style.panels(3)
-        lines_panel(ours, cells, x=x, series="norm", looks=NORM, apart=apart)
+        lines_panel(ours, cells, x=x, series="norm", looks=NORM, apart=APART)
         lines_panel(
-            unevenness, cells, x=x, series="norm", looks=NORM, y="unevenness", transform=np.asarray, apart=apart
+            unevenness, cells, x=x, series="norm", looks=NORM, y="unevenness", transform=np.asarray, apart=APART
         )
         for norm, look in NORM.items():
             method = "peer" if norm else WITHOUT_NORM
             for axes, metric, line in ((paper, "ppl_c4", "-"), (unevenness, "unevenness", ":")):
                 values = paper_values(published, "table 2", method, metric)
-                if axes is paper or x == "n_experts":
-                    unnamed: dict[str, Any] = {**EDGE, **look, "label": "_paper"}
-                    axes.plot(list(values), list(values.values()), line, **unnamed)
-                    _ticks(axes, "n_experts", [*values, *(cells[x] if axes is unevenness else ())])
+                unnamed: dict[str, Any] = {**EDGE, **look, "label": "_paper"}
+                axes.plot(list(values), list(values.values()), line, **unnamed)
+                _ticks(axes, x, [*values, *(cells[x] if axes is unevenness else ())])
         _perplexity(ours, where)
         _perplexity(paper, "the paper, on C4")
         unevenness.set(title="unevenness (nats)", ylim=(0, None))
         style.legend(figure, [_handle(look) for look in NORM.values()])
-        dotted = "dotted lines and " if x == "n_experts" else ""
         tokens = style.listed(cells["usage_tokens"])
-        counted = f"our unevenness is counted over {tokens} tokens; {dotted}middle panel: the paper's table 2"
+        counted = f"our unevenness is counted over {tokens} tokens; dotted lines and middle panel: the paper's table 2"
         style.caption(figure, note, f"{_said(cells, 'active_experts')}{_bars(cells)}", counted, missing_note(runs))
     return figure
 
 
-def _at_one_size(runs: pd.DataFrame, *, any_size: bool = False) -> tuple[pd.DataFrame, list[float], str]:
+def _at_one_size(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[float], str]:
     """The finished runs of the size and budget with most of them: sparse ones, dense perplexities, and a title."""
     done = runs.assign(name=layer_names(runs))[usable(runs)]
     budget, size = done[["budget", "size"]].value_counts().index[0]
-    cells = done[(done["budget"] == budget) & ((done["size"] == size) | any_size)]
+    cells = done[(done["budget"] == budget) & (done["size"] == size)]
     dense = cells["method"] == "dense"
-    title = style.budget_title(budget) + ("" if any_size else f", {style.size_label(str(size))}")
+    title = f"{style.budget_title(budget)}, {style.size_label(str(size))}"
     return cells[~dense], np.exp(cells.loc[dense, "val_loss"].astype(float)).tolist(), title
 
 
@@ -228,9 +225,6 @@ def _perplexity(axes: Axes, title: str, dense: Iterable[float] = ()) -> None:
 def _ticks(axes: Axes, x: str, values: Iterable[float]) -> None:
     """A logarithmic abscissa with a tick at each value; numbers of experts as squares, as the paper writes them."""
     axes.set(xscale="log", xlabel=LABELS[x])
-    if x == "params_total":
-        style.log_axis(axes.xaxis, *axes.get_xlim())
-        return
     ticks = sorted(set(values))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_locator(FixedLocator(ticks))

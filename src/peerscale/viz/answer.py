@@ -6,8 +6,8 @@ from typing import Any
 
 from peerscale.cell_names import budget_name
 from peerscale.runs.comparison import FAMILY_LEVEL
+from peerscale.viz.markdown import number
 from peerscale.viz.style import in_words, label, ordered, size_label
-from peerscale.viz.tables import number
 
 Claim = Mapping[str, Any]
 Place = tuple[float, str, str]

@@ -1,4 +1,4 @@
-"""Beyond the paper: the compute-optimal frontier, what a method is worth in dense compute, and loss against time."""
+"""Beyond the paper: the compute-optimal frontier, and what a method is worth in dense compute."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,9 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from peerscale.laws.optima import OptimumStatus
-from peerscale.runs.study import method_names, usable
 from peerscale.viz import style
-from peerscale.viz.isoflop import missing_note
 
 
 def points_panel(axes: Axes, table: pd.DataFrame, *, colours: Mapping[str, str]) -> None:
@@ -61,32 +59,3 @@ def frontier_figure(fits: Mapping[str, Any], *, note: str = "") -> Figure | None
         apart = "methods are drawn side by side at each budget"
         style.caption(figure, note, bars, "; ".join(filter(None, (same, marks, apart))))
     return figure
-
-
-def time_figure(runs: pd.DataFrame, *, note: str = "") -> Figure:
-    """Each method's lowest loss for at most so much training time; a point is a cell that reaches it."""
-    cells = runs.assign(name=method_names(runs))[usable(runs)]
-    names = style.ordered(cells["name"])
-    colours, markers = style.colours(names), style.markers(cells["budget"])
-    with style.applied():
-        figure, (axes,) = style.panels(1, height=3.2)
-        for name in names:
-            front = envelope(cells[cells["name"] == name], "wall_s")
-            axes.plot(front["wall_s"], front["val_loss"], color=colours[name], label=name)
-            for budget, rows in front.groupby("budget"):
-                look: dict[str, Any] = {"color": colours[name], "markeredgecolor": "white", "markeredgewidth": 0.5}
-                axes.plot(rows["wall_s"], rows["val_loss"], markers[float(str(budget))], **look, label=f"_cell {name}")
-        axes.set(xscale="log", xlabel="training time (s)", ylabel="validation loss (nats per token)")
-        style.log_axis(axes.xaxis, *axes.get_xlim())
-        style.method_legend(figure, names)
-        lines = "lines: the lowest loss that each method reaches within a training time; points: the runs that reach it"
-        how = f"kernel {style.listed(cells['kernel'])}, threads a cell {style.listed(cells['n_threads'])}"
-        clock = f"time: of the machine that ran the cells, without evaluation; {how}"
-        style.caption(figure, note, lines, clock, missing_note(runs))
-    return figure
-
-
-def envelope(rows: pd.DataFrame, x: str) -> pd.DataFrame:
-    """The rows, by `x`, whose loss is below that of every row with a smaller `x`."""
-    rows = rows.sort_values([x, "val_loss"])
-    return rows[rows["val_loss"] < rows["val_loss"].cummin().shift(fill_value=np.inf)]

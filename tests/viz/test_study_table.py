@@ -15,10 +15,12 @@ from peerscale.runs.comparison import compare
 from peerscale.runs.record import write_record
 from peerscale.runs.study import collected, method_names, published, read_json
 from peerscale.runs.table import read_runs
+from peerscale.viz import study_table
 from peerscale.viz.answer import answer
+from peerscale.viz.markdown import signed_interval
 from peerscale.viz.published import read_published
 
-table = script("table")
+figures = script("figures")
 
 
 Tables = tuple[pd.DataFrame, dict[str, Any]]
@@ -45,7 +47,7 @@ def number(text: str) -> float:
 
 def test_numbers(study: Tables) -> None:
     runs, fits = study
-    rows = rows_of(table.closing_table(runs, fits))
+    rows = rows_of(study_table.closing_table(runs, fits))
     assert len(rows) == 10
     for budget, at in ((1e11, "1e11"), (3e11, "3e11")):
         done = {
@@ -71,7 +73,7 @@ def test_numbers(study: Tables) -> None:
 
 
 def test_flags_are_in_words(study: Tables) -> None:
-    rows = rows_of(table.closing_table(*study))
+    rows = rows_of(study_table.closing_table(*study))
     assert rows["1e11", "dense"]["flags"] == "—"
     assert rows["1e11", "PKM"]["flags"].startswith("1 dropped")
     assert rows["3e11", "MoE (expert choice)"]["flags"].startswith("1 failed")
@@ -82,9 +84,9 @@ def test_sizes_outside_the_window_are_finished_and_not_fitted(study: Tables) -> 
     runs, _ = study
     sizes = np.sort(runs.loc[(runs["method"] == "dense") & (runs["budget"] == 1e11), "flops_per_token"])
     fits = compare(runs, [], windows={1e11: (sizes[1], 1e9)})
-    row = rows_of(table.closing_table(runs, fits))["1e11", "dense"]
+    row = rows_of(study_table.closing_table(runs, fits))["1e11", "dense"]
     assert row["sizes"] == "5 finished, 4 fitted"
-    (note,) = (line for line in table.closing_table(runs, fits) if line.startswith("- Fit at 1e11"))
+    (note,) = (line for line in study_table.closing_table(runs, fits) if line.startswith("- Fit at 1e11"))
     assert f"sizes of {sizes[1]:.3g}".replace("e+0", "e") in note and "FLOPs per token" in note
 
 
@@ -99,7 +101,7 @@ def test_a_degenerate_minimum_has_its_flag_and_no_number(study: Tables, status: 
         fits = compare(runs.assign(val_loss=runs["val_loss"] + np.where(runs["method"] == "dense", 3 * slope, 0)), [])
     else:
         fits = compare(runs.assign(val_loss=10 - runs["val_loss"]), [])
-    rows = rows_of(table.closing_table(runs, fits))
+    rows = rows_of(study_table.closing_table(runs, fits))
     dense = rows["1e11", "dense"]
     assert (dense["optimal FLOPs per token"], dense["loss there"]) == ("—", "—")
     assert dense["flags"] == status.replace("_", " ")
@@ -110,7 +112,7 @@ def test_a_degenerate_minimum_has_its_flag_and_no_number(study: Tables, status: 
 
 def test_how_the_fits_came_out_is_said(study: Tables) -> None:
     runs, fits = study
-    lines = [line for line in table.closing_table(runs, fits) if line.startswith("- ")]
+    lines = [line for line in study_table.closing_table(runs, fits) if line.startswith("- ")]
     entry = fits["budgets"][0]
     f, p = entry["equality"]["f"], entry["equality"]["p"]
     assert lines[0].startswith("- At 1e11 FLOPs PEER leads dense (−0.1") and lines[1].startswith(
@@ -126,25 +128,25 @@ def test_how_the_fits_came_out_is_said(study: Tables) -> None:
 
 def test_a_difference_of_one_size_says_what_its_interval_leaves_out() -> None:
     found = {"value": -0.0374, "low": -0.042, "high": -0.033, "fit_se": None, "seeds_se": None, "sequences_se": 0.002}
-    assert table.difference(found) == "−0.037 [−0.042, −0.033] (sequences only)"
-    assert table.difference({**found, "seeds_se": 0.003}) == "−0.037 [−0.042, −0.033]"
-    assert table.difference({**found, "fit_se": 0.003}) == "−0.037 [−0.042, −0.033]"
-    assert table.difference(None) == table.difference({"note": "peer: too_few"}) == "—"
+    assert signed_interval(found) == "−0.037 [−0.042, −0.033] (sequences only)"
+    assert signed_interval({**found, "seeds_se": 0.003}) == "−0.037 [−0.042, −0.033]"
+    assert signed_interval({**found, "fit_se": 0.003}) == "−0.037 [−0.042, −0.033]"
+    assert signed_interval(None) == signed_interval({"note": "peer: too_few"}) == "—"
 
 
 def test_growth_is_claimed_from_four_budgets_on(study: Tables) -> None:
     runs, fits = study
     published = read_published()
-    assert "No growth is claimed: it would need four budgets." in table.at_the_optimum(runs, fits, published)
+    assert "No growth is claimed: it would need four budgets." in study_table.at_the_optimum(runs, fits, published)
     slope = {"method": "peer", "reference": "dense", "slope": 0.123, "low": 0.05, "high": 0.2}
-    lines = table.at_the_optimum(runs, {**fits, "growth": [slope]}, published)
+    lines = study_table.at_the_optimum(runs, {**fits, "growth": [slope]}, published)
     assert "Slope of its logarithm per factor of ten in the budget: PEER +0.123 [+0.050, +0.200]." in lines
 
 
 def test_a_study_of_one_method_has_a_table(study: Tables) -> None:
     runs, _ = study
     alone = runs[runs["cell"].str.startswith("moe-")]
-    lines = table.closing_table(alone, compare(alone, []))
+    lines = study_table.closing_table(alone, compare(alone, []))
     rows = rows_of(lines)
     assert set(rows) == {("1e11", "MoE (expert choice)"), ("3e11", "MoE (expert choice)")}
     assert rows["1e11", "MoE (expert choice)"]["difference to dense [95 %]"] == "—"
@@ -154,7 +156,7 @@ def test_a_study_of_one_method_has_a_table(study: Tables) -> None:
 def test_a_study_with_nothing_finished_has_a_table(study: Tables) -> None:
     runs, _ = study
     nothing = runs[runs["status"] != "done"]
-    row = rows_of(table.closing_table(nothing, compare(nothing, [])))["3e11", "PEER"]
+    row = rows_of(study_table.closing_table(nothing, compare(nothing, [])))["3e11", "PEER"]
     assert row["sizes"] == "0 finished, 0 fitted" and row["flags"] == "1 diverged"
     assert {row[column] for column in ("optimal FLOPs per token", "loss there", "loss with own curvature")} == {"—"}
 
@@ -162,26 +164,22 @@ def test_a_study_with_nothing_finished_has_a_table(study: Tables) -> None:
 def test_it_prints_the_answer_and_names_the_further_tables(
     collected_runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert table.main([SWEEP, "--runs", str(collected_runs)]) == 0
+    assert figures.main([SWEEP, "--runs", str(collected_runs)]) == 0
     printed = capsys.readouterr().out
-    written = collected(SWEEP, collected_runs).table.read_text()
-    said, rest = printed.lstrip("\n").split("\n", 1)
-    shown, further = rest.strip("\n").rsplit("\n", 1)
-    assert said == answer(read_json(collected(SWEEP, collected_runs).fits)), "the answer comes first"
-    assert shown.strip("\n") in written
-    title, _, answered = written.splitlines()[:3]
-    assert title == f"# {SWEEP}: losses at equal compute"
-    assert answered == f"**{answer(read_json(collected(SWEEP, collected_runs).fits))}**"
+    study = collected(SWEEP, collected_runs)
+    written, said = study.table.read_text(), answer(read_json(study.fits))
+    assert written.splitlines()[:3] == [f"# {SWEEP}: losses at equal compute", "", f"**{said}**"]
     headings = [line.removeprefix("## ") for line in written.splitlines() if line.startswith("## ")]
     assert {"Errors by source", "Claims", "Compute multiplier"} <= set(headings)
-    assert further == f"Further tables in {collected(SWEEP, collected_runs).table}: {'; '.join(headings)}"
-    assert "They leave out the choice of learning rates." in printed
+    shown, further = printed.partition("# ")[2].rstrip("\n").rsplit("\n", 1)
+    assert written.startswith(f"# {shown}") and "They leave out the choice of learning rates." in shown
+    assert "## " not in shown and further == f"Further tables in {study.table}: {'; '.join(headings)}"
 
 
 def test_the_papers_table_1_and_other_conventions_follow(
     collected_runs: Path,
 ) -> None:
-    table.main([SWEEP, "--runs", str(collected_runs)])
+    figures.main([SWEEP, "--runs", str(collected_runs)])
     printed = collected(SWEEP, collected_runs).table.read_text()
     assert "| 6e18 | PEER | 20.63 | 20.68 | 17.65 | 19.01 | 25.48 | −0.145 |" in printed
     assert "This study has no c4, curation_corpus, lambada, pile, wikitext." in printed
@@ -195,7 +193,7 @@ def test_settings_of_one_size_are_compared_with_dense_there(tmp_path: Path, caps
         folder.mkdir(parents=True)
         write_record(folder, record)
     arguments = ["experts", "--runs", str(tmp_path)]
-    assert script("collect").main(arguments) == 0 and table.main(arguments) == 0
+    assert script("collect").main(arguments) == 0 and figures.main(arguments) == 0
     printed = capsys.readouterr().out
     losses = {record.cell: np.array(record.sequence_losses) for record in ablation_records("experts")}
     paired = losses["peer-d64-3e12-n_experts=4096-s0"] - losses["dense-d64-3e12-s0"]
@@ -217,7 +215,7 @@ def test_rates_are_listed_best_first(tmp_path: Path, capsys: pytest.CaptureFixtu
     shutil.copyfile(published("lr").runs, published("lr", tmp_path).runs)
     arguments = ["lr", "--runs", str(tmp_path / "none"), "--results", str(tmp_path)]
     assert script("collect").main(arguments) == 0, "a table without records is left as it is"
-    assert table.main(arguments) == 0
+    assert figures.main(arguments) == 0
     printed = capsys.readouterr().out
     means = [
         float(line.split("|")[-2]) for line in printed.partition("## PEER")[2].splitlines() if line.startswith("| 0")
@@ -248,7 +246,7 @@ def test_the_best_rate_is_the_minimum_of_the_parabolas(tmp_path: Path, capsys: p
     pd.DataFrame(rows).to_csv(folder / "runs.csv", index=False)
     places = ["mine", "--runs", str(tmp_path / "none"), "--results", str(tmp_path)]
     assert script("collect").main(places) == 0  # published without its records
-    assert table.main(places) == 0
+    assert figures.main(places) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 5e11 | d_model 16")]
     best, compared = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:2]], lines[2]
     assert [(row[2], *map(float, row[3:5])) for row in best] == [("dense", 0.02, 4.0), ("PEER", 0.03, 3.95)]
@@ -258,5 +256,5 @@ def test_the_best_rate_is_the_minimum_of_the_parabolas(tmp_path: Path, capsys: p
 
 def test_an_uncollected_study_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["absent", "--runs", str(tmp_path), "--results", str(tmp_path)]
-    assert exit_code(lambda: table.main(arguments)) == 2
+    assert exit_code(lambda: figures.main(arguments)) == 2
     assert "first: make figures SWEEP=absent" in capsys.readouterr().err

@@ -1,0 +1,101 @@
+"""The published copy of a study in results/: its tables, fits and figures, to be committed."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+
+import pandas as pd
+
+from peerscale.errors import UserError
+from peerscale.files import replacing
+from peerscale.outcomes import some
+from peerscale.runs.record import Record, Status, differing_keys
+from peerscale.runs.study import Study
+from peerscale.runs.table import read_records, read_runs
+
+
+def publish(source: Study, target: Study, *, replace_cells: bool = False) -> tuple[str, list[str]]:
+    """Copy a collected study to its place among the published ones; other files that lie there stay.
+
+    Sequence losses are rounded to four decimals and tracebacks left out; everything else is copied as it is.
+
+    Args:
+        source, target: the study as collected, and as published.
+        replace_cells: whether published finished cells may be removed, or replaced by cells of another configuration.
+
+    Returns:
+        How many finished cells were added, replaced, kept and removed, and what a reader could not reproduce.
+
+    Raises:
+        UserError: the study is not complete, or published finished cells would be lost; nothing is written then.
+    """
+    for path in (source.runs, source.table, source.figures):
+        if not path.exists():
+            raise UserError(f"{path} is not there; first: make figures SWEEP={source.sweep}")
+    records = [public(record) for record in read_records(source.folder)]
+    old, new = finished(target), {record.cell: record for record in records if record.status is Status.DONE}
+    removed = [cell for cell in old if cell not in new]
+    replaced = {cell: _differences(old[cell], new[cell]) for cell in old if cell in new and old[cell] != new[cell]}
+    others = [f"{cell}: {found}" for cell, found in replaced.items() if found]
+    if (removed or others) and not replace_cells:
+        raise UserError(refusal(source, target, removed, others))
+    with replacing(target.folder) as folder:
+        if target.folder.is_dir():
+            shutil.copytree(target.folder, folder, ignore=shutil.ignore_patterns(target.figures.name))
+        folder.mkdir(exist_ok=True)
+        for kept in (source.runs, source.curves, source.fits, source.table):
+            if kept.is_file():
+                shutil.copyfile(kept, folder / kept.name)
+        shutil.copytree(source.figures, folder / source.figures.name, copy_function=shutil.copyfile)
+        with (folder / target.records.name).open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(asdict(record)) + "\n" for record in records)
+    kept = len(old) - len(removed) - len(replaced)
+    counts = f"{len(new) - kept - len(replaced)} added, {len(replaced)} replaced, {kept} kept, {len(removed)} removed"
+    return f"finished cells: {counts} -> {target.folder}", doubts(records)
+
+
+def finished(study: Study) -> dict[str, Record | None]:
+    """The finished cells of a published study by name; None for each if it was published without its records."""
+    if study.records.is_file():
+        return {record.cell: record for record in read_records(study.folder) if record.status is Status.DONE}
+    runs = read_runs(study.runs) if study.runs.is_file() else pd.DataFrame(columns=["cell", "status"])
+    return dict.fromkeys(runs.loc[runs["status"] == str(Status.DONE), "cell"])
+
+
+def refusal(source: Study, target: Study, removed: Sequence[str], others: Sequence[str]) -> str:
+    """One line: what would be lost, and what to type."""
+    losses, remedies = [], []
+    if removed:
+        losses.append(f"remove {len(removed)} finished cells ({some(removed)})")
+        remedies.append(f"to keep them: make figures SWEEP={source.sweep} PUBLISHED=1")
+    if others:
+        losses.append(f"replace {len(others)} by cells of another configuration ({some(others)})")
+    remedies.append(f"to do it all the same: make publish SWEEP={source.sweep} REPLACE=1")
+    return f"this would {' and '.join(losses)} in {target.folder}; {'; '.join(remedies)}"
+
+
+def _differences(old: Record | None, new: Record) -> str:
+    """How the configuration of a cell differs from the one published; empty if it is the same cell trained again."""
+    if old is None:
+        return "published without its record, so not known to be the same"
+    same = old.fingerprint == new.fingerprint
+    return "" if same else ", ".join(differing_keys(old.hashed_config, new.hashed_config)) or "fingerprint only"
+
+
+def public(record: Record) -> Record:
+    """The record as published: a traceback names a machine's folders, and a fifth decimal of a loss is noise."""
+    return replace(record, sequence_losses=[round(loss, 4) for loss in record.sequence_losses], traceback="")
+
+
+def doubts(records: Sequence[Record]) -> list[str]:
+    """What a reader of the published study could not reproduce."""
+    commits = {str(record.environment.get("git_commit") or "") for record in records if record.environment}
+    found = []
+    if dirty := sorted(commit for commit in commits if "dirty" in commit):
+        found.append(f"some cells ran uncommitted code ({', '.join(dirty)}): others cannot check it out")
+    if "" in commits:
+        found.append("some cells do not say which commit they ran")
+    if len(commits) > 1:
+        found.append(f"the cells ran {len(commits)} different commits")
+    return found

@@ -1,0 +1,179 @@
+"""Uploading a study to Weights & Biases: what is not there yet of its cells, tables, fits and figures.
+
+It reads the cells' files, so it does not matter whether they were tracked online, offline or not at all. The client's
+own `wandb sync` is no help here: it sends all rows of a run again, so that a cell uploaded half-way would have them
+twice, and it knows neither cells without a W&B run nor artifacts.
+"""
+
+import hashlib
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from tqdm import tqdm
+
+from peerscale.errors import FailedCells, UserError
+from peerscale.files import write_text
+from peerscale.layers.registry import parse_layer
+from peerscale.runs.record import RECORD, Record, Status, read_record
+from peerscale.runs.study import Study, collected
+from peerscale.runs.table import METRICS, read_metrics
+from peerscale.training.signals import Watch
+from peerscale.training.tracking import WandbError, WandbRun, client_errors, client_settings
+
+MARKER = "wandb-upload.json"
+"""File beside what was uploaded: the server's address and a digest of each file."""
+
+CONFIG = "config.yaml"
+
+
+class CellFiles(NamedTuple):
+    """What a cell's folder has for W&B."""
+
+    folder: Path
+    record: Record
+    settings: Mapping[str, Any]
+
+    @property
+    def files(self) -> list[Path]:
+        return _there(self.folder / name for name in (RECORD, CONFIG, METRICS))
+
+    @property
+    def artifact(self) -> str:
+        """Its name at W&B, which allows few characters."""
+        return re.sub(r"[^\w.-]", "-", f"{self.record.sweep}-{self.record.cell}")
+
+    @property
+    def logs_online(self) -> bool:
+        """Whether it may still be training and writing to its W&B run."""
+        return self.record.status is Status.RUNNING and self.settings["tracking"]["mode"] == "online"
+
+
+def upload(sweep: str, runs: Path, *, jobs: int, timeout_s: float) -> Iterator[str]:
+    """Upload what the server lacks of a study, `jobs` cells at a time; cells still logging online are skipped.
+
+    Each ended cell becomes an artifact. The run `<sweep>-study` uses these and logs table, fits and figures, so that
+    W&B shows which runs a figure was made from.
+
+    Yields:
+        What was done, in words.
+
+    Raises:
+        UserError: there are no cells.
+        FailedCells: the server did not take everything in time; the same call goes on from there.
+    """
+    import wandb
+
+    cells = [*study_cells(runs / sweep)]
+    if not cells:
+        raise UserError(f"no cells in {runs / sweep}: make sweep SWEEP={sweep}")
+    server = wandb.setup(wandb.Settings(silent=True)).settings.base_url
+    live = sum(cell.logs_online for cell in cells)
+    waiting = [cell for cell in cells if not cell.logs_online and is_new(cell.folder, cell.files, server)]
+    with ThreadPoolExecutor(jobs) as pool:
+        pending = [pool.submit(upload_cell, cell, server, timeout_s) for cell in waiting]
+        try:
+            for future in tqdm(pending, unit="cell", disable=not sys.stderr.isatty()):
+                future.result()
+        except WandbError as error:  # a server that does not answer once is not asked for the rest
+            pool.shutdown(cancel_futures=True)
+            left = sum(is_new(cell.folder, cell.files, server) for cell in waiting)
+            raise FailedCells(f"{left} cells are not uploaded, {error}; the same command goes on from here") from None
+    skipped = f", {live} still logging online, skipped" if live else ""
+    before = len(cells) - len(waiting) - live
+    yield f"{sweep}: {len(waiting)} cells uploaded to {server}, {before} were there already{skipped}"
+    yield f"{sweep}: {upload_study(collected(sweep, runs), cells, server, timeout_s)}"
+
+
+def study_cells(folder: Path) -> Iterator[CellFiles]:
+    """The cells of a study that have started."""
+    for cell in sorted(folder.iterdir()) if folder.is_dir() else ():
+        record = read_record(cell) if cell.is_dir() else None
+        if record is not None and record.cell == cell.name and (cell / CONFIG).is_file():
+            yield CellFiles(cell, record, yaml.safe_load((cell / CONFIG).read_text(encoding="utf-8")))
+
+
+def is_new(folder: Path, files: Iterable[Path], server: str) -> bool:
+    """Whether `files` differ from what was uploaded from `folder` to this server."""
+    marker = folder / MARKER
+    return not marker.is_file() or json.loads(marker.read_text(encoding="utf-8")) != contents(files, server)
+
+
+def contents(files: Iterable[Path], server: str) -> dict[str, str]:
+    """What a marker says: the server, and a digest of each file."""
+    return {"server": server} | {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def upload_cell(cell: CellFiles, server: str, timeout_s: float) -> None:
+    """Send what the server lacks of one cell; raises `WandbError`, naming the cell, if it does not take it."""
+    state = contents(cell.files, server)  # before it is read: rows written meanwhile are sent the next time
+    try:
+        with tempfile.TemporaryDirectory() as scratch, client_errors():
+            run = WandbRun(Path(scratch), cell.settings, cell.record, online=True, timeout_s=timeout_s)
+            watch = Watch(*parse_layer(cell.settings["ffn"]).routed())
+            for row in read_metrics(cell.folder):
+                run.log(row, watch.see(row))
+            if cell.record.status is not Status.RUNNING:
+                log_artifact(run.run, cell.artifact, "cell", cell.files)
+            run.finish(cell.record)
+    except WandbError as error:
+        raise WandbError(f"{cell.record.cell}: {error}") from None
+    write_text(cell.folder / MARKER, json.dumps(state) + "\n")
+
+
+def log_artifact(run: Any, name: str, kind: str, files: Iterable[Path]) -> None:
+    """Log files as an artifact, without copying them to a cache."""
+    import wandb
+
+    artifact = wandb.Artifact(name, type=kind)
+    for path in files:
+        artifact.add_file(str(path), name=path.name, policy="immutable", skip_cache=True)
+    run.log_artifact(artifact)
+
+
+def upload_study(study: Study, cells: Sequence[CellFiles], server: str, timeout_s: float) -> str:
+    """Log a study's table, fits and figures as artifacts of a run that used the cells'; says what it did.
+
+    Raises:
+        FailedCells: the server did not take them.
+    """
+    figures = sorted(study.figures.glob("*.p*"))
+    tables = _there((study.runs, study.records, study.curves, study.table))
+    artifacts = {"table": tables, "fits": _there([study.fits]), "figures": figures}
+    files = [path for paths in artifacts.values() for path in paths]
+    if not study.runs.is_file():
+        return f"no table, fits and figures yet: make figures SWEEP={study.sweep}"
+    if not is_new(study.folder, files, server):
+        return "table, fits and figures are there already"
+    import wandb
+
+    tracking = cells[0].settings["tracking"]
+    used = [cell.artifact for cell in cells if cell.record.status is not Status.RUNNING]
+    try:
+        with tempfile.TemporaryDirectory() as scratch, client_errors():
+            run = wandb.init(
+                mode="online", project=tracking["project"], entity=tracking["entity"], dir=scratch,
+                id=re.sub(r"[^\w-]", "-", f"{study.sweep}-study{tracking['id_salt']}"), resume="allow",
+                reinit="create_new", name=f"{study.sweep}-study", group=study.sweep, job_type="study",
+                settings=client_settings(timeout_s),
+            )  # fmt: skip
+            for name in used:
+                run.use_artifact(f"{name}:latest")
+            for kind, paths in artifacts.items():
+                log_artifact(run, f"{study.sweep}-{kind}", kind, paths)
+            run.log({f"figures/{path.stem}": wandb.Image(str(path)) for path in figures if path.suffix == ".png"})
+            run.finish()
+    except WandbError as error:
+        raise FailedCells(f"the cells are uploaded, but not the study's table, fits and figures: {error}") from None
+    write_text(study.folder / MARKER, json.dumps(contents(files, server)) + "\n")
+    return f"table, fits and {len(figures)} figure files uploaded, made from {len(used)} cells"
+
+
+def _there(paths: Iterable[Path]) -> list[Path]:
+    return [path for path in paths if path.is_file()]

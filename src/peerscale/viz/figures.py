@@ -1,0 +1,66 @@
+"""The figures of a study: what it varies besides method, size and budget decides which."""
+
+from collections.abc import Iterator
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from peerscale.runs.rates import RATES
+from peerscale.runs.study import Study, method_names, read_fits, usable
+from peerscale.runs.table import CURVES, read_table
+from peerscale.viz import style
+from peerscale.viz.ablations import active_figure, experts_figure, query_norm_figure, varied
+from peerscale.viz.curves import curves_figure
+from peerscale.viz.differences import differences_figure
+from peerscale.viz.frontier import frontier_figure
+from peerscale.viz.isoflop import isoflop_figure
+from peerscale.viz.published import read_published
+from peerscale.viz.rates import rates_figure
+from peerscale.viz.study_table import compares_curves
+
+DEFAULT_X = "params_total"
+"""Model size of the isoFLOP figure, as in the paper."""
+
+TITLES = {
+    "isoflop": "Perplexity against model size at equal training compute (the paper's Figure 1)",
+    "experts": "Number of experts (the paper's Figure 3a)",
+    "active": "Active experts and heads (the paper's Figure 3b)",
+    "query_norm": "BatchNorm on the queries (the paper's Figure 4)",
+    "differences": "Difference to dense at the compute optimum",
+    "frontier": "Compute-optimal loss, and the compute multiplier over dense",
+    "curves": "Training curves",
+    "rates": "Learning rates",
+}
+"""Titles of figures by name, in the order of a report."""
+
+
+def study_figures(study: Study, runs: pd.DataFrame, x: str = DEFAULT_X) -> Iterator[tuple[str, Figure]]:
+    """The figures that a study's tables can feed, by name; `x` is the size of the isoFLOP figure."""
+    note, settings, published = small_print(runs), varied(runs), read_published()
+    if compares_curves(runs):
+        name, fits = "isoflop" if x == DEFAULT_X else f"isoflop_{x}", read_fits(study.fits)
+        yield name, isoflop_figure(runs, fits, x=x, note=note)
+        if study.curves.is_file():
+            yield "curves", curves_figure(read_table(study.curves, CURVES), runs, note=note)
+        if drawn := differences_figure(fits, methods=method_names(runs[usable(runs)]), note=note):
+            yield "differences", drawn
+        if drawn := frontier_figure(fits, note=note):
+            yield "frontier", drawn
+    if settings & set(RATES):  # the cells at one setting are then no seeds of each other
+        yield "rates", rates_figure(runs, note=note)
+        return
+    if "n_experts" in settings:
+        yield "experts", experts_figure(runs, published, note=note)
+    if settings & {"ffn_heads", "top_k"}:
+        yield "active", active_figure(runs, note=note)
+    if "query_norm" in settings:
+        yield "query_norm", query_norm_figure(runs, published, note=note)
+
+
+def small_print(runs: pd.DataFrame) -> str:
+    """Data set and FLOP convention, as the small print of every figure."""
+    named = {"data": "data: ", "val_set": "set: ", "convention": "FLOPs: "}
+    data, val_set, flops = (
+        word + style.listed(runs[column]) if column in runs else "" for column, word in named.items()
+    )
+    return "; ".join(filter(None, (", ".join(filter(None, (data, val_set))), flops)))

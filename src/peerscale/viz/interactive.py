@@ -1,0 +1,114 @@
+"""Figure 1 for a browser: the isoFLOP curves with a choice of axis, methods and budgets, by Vega-Lite.
+
+What it looks like is `isoflop.vl.json`; this module adds the data. All of the library stands in the page, so that it
+works without a network.
+"""
+
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import vl_convert
+
+from peerscale.cell_names import budget_name
+from peerscale.laws.optima import OptimumStatus
+from peerscale.runs.study import method_names, usable
+from peerscale.viz import style
+from peerscale.viz.isoflop import FITTED, size_on_axis
+
+AXES = {
+    "params_total": "parameters, total",
+    "flops_per_token": "training FLOPs per token",
+    "params_active": "parameters, active per token",
+    "wall_s": "training time (s)",
+}
+"""Columns that the x axis can show."""
+
+SIZES = ("params_total", "flops_per_token", "params_active")
+"""Those of them that a curve over FLOPs per token can be read off on."""
+
+POINTS_OF_A_CURVE = 60
+
+
+def isoflop_html(runs: pd.DataFrame, fits: Mapping[str, Any]) -> str:
+    """The figure as a piece of a page: the library, the figure's data, and the place where it appears."""
+    spec = json.dumps(isoflop_spec(runs, fits), allow_nan=False).replace("</", "<\\/")
+    options = '{renderer: "svg", actions: false, ast: true}'  # without eval, which the page forbids
+    return f'<div id="figure-1"></div>\n<script>{_library()}vegaEmbed("#figure-1", {spec}, {options});</script>'
+
+
+def isoflop_spec(runs: pd.DataFrame, fits: Mapping[str, Any]) -> dict[str, Any]:
+    """The figure in Vega-Lite: a panel a budget.
+
+    Args:
+        runs: the study's table; unfinished runs are not drawn.
+        fits: the study's `fits.json`.
+    """
+    runs = runs.assign(name=method_names(runs))[usable(runs)]
+    names, budgets = style.ordered(runs["name"]), sorted(runs["budget"].unique())
+    spec = json.loads(Path(__file__).with_name("isoflop.vl.json").read_text(encoding="utf-8"))
+    axes = {"input": "select", "options": [*AXES], "labels": [*AXES.values()], "name": "x axis: "}
+    spec["params"] = [
+        {"name": "axis_labels", "value": AXES},
+        {"name": "size_axis", "value": "params_total", "bind": axes},
+    ]
+    spec["params"] += _switches("methods_on", [style.label(name) for name in names])
+    spec["params"] += _switches("budgets_on", [f"{budget_name(budget)} FLOPs" for budget in budgets])
+    colours = style.colours(names)
+    scale = {"domain": [style.label(name) for name in names], "range": [colours[name] for name in names]}
+    spec["spec"]["encoding"]["color"]["scale"] = spec["spec"]["layer"][1]["encoding"]["fill"]["scale"] = scale
+    entries = {entry["budget"]: {m["name"]: m for m in entry["methods"]} for entry in fits["budgets"]}
+    spec["data"] = {"values": [row for b in budgets for row in _marks(runs[runs["budget"] == b], entries.get(b, {}))]}
+    return spec
+
+
+def _switches(name: str, labels: Sequence[str]) -> list[dict[str, Any]]:
+    """A check box for each label, and the parameter `name` that says by label whether its box is ticked."""
+    boxes = [
+        {"name": f"{name}_{i}", "value": True, "bind": {"input": "checkbox", "name": label}}
+        for i, label in enumerate(labels)
+    ]
+    ticked = ", ".join(f"{json.dumps(label)}: {box['name']}" for label, box in zip(labels, boxes, strict=True))
+    return [*boxes, {"name": name, "expr": f"{{{ticked}}}"}]
+
+
+def _marks(runs: pd.DataFrame, fitted: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Points, curves and optima of one budget; sizes left out of the fit far above the others stand at the edge."""
+    no_fit = {"sizes": [], "coefficients": [None], "loss": None}
+    kept = [
+        name not in fitted or size in fitted[name]["sizes"]
+        for name, size in zip(runs["name"], runs[FITTED], strict=True)
+    ]
+    top = 1.02 * float(np.exp((runs[kept] if any(kept) else runs)["val_loss"].max()))
+    runs = runs.assign(kept=kept, perplexity=np.exp(runs["val_loss"]))
+    for name, rows in runs.groupby("name"):
+        found = fitted.get(str(name), no_fit)
+        common = {"budget": f"{budget_name(rows['budget'].iloc[0])} FLOPs", "method": style.label(str(name))}
+        for row in rows.rename(columns={"val_loss": "loss"}).to_dict("records"):
+            kind = "fitted" if row["kept"] else "left out" if row["perplexity"] <= top else "above the axis"
+            numbers = {key: float(row[key]) for key in ("loss", "perplexity", "flops", *AXES) if pd.notna(row.get(key))}
+            yield common | numbers | {"kind": kind, "cell": row["cell"], "drawn": min(row["perplexity"], top)}
+        if None not in found["coefficients"]:
+            sizes = np.geomspace(found["sizes"][0], found["sizes"][-1], POINTS_OF_A_CURVE)
+            losses = np.polynomial.polynomial.polyval(np.log10(sizes), found["coefficients"])
+            yield from ({**common, "kind": "curve", **place} for place in _places(rows, sizes, losses))
+        if found["loss"] is not None:
+            kind = "optimum" if found["status"] == OptimumStatus.OK else "flagged optimum"
+            (place,) = _places(rows, np.array([found["x"]]), np.array([found["loss"]]))
+            yield common | place | {"kind": kind, "cell": f"{kind} of {common['method']}", "loss": found["loss"]}
+
+
+def _places(rows: pd.DataFrame, flops_per_token: np.ndarray, losses: np.ndarray) -> list[dict[str, float]]:
+    """Where points of a method's curve are drawn, by each size that the x axis can show."""
+    places = pd.DataFrame({column: size_on_axis(rows, column, flops_per_token) for column in SIZES})
+    return places.assign(drawn=np.exp(losses)).to_dict("records")  # pyrefly: ignore
+
+
+@functools.cache
+def _library() -> str:
+    """Vega, Vega-Lite and Vega-Embed in one script."""
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")

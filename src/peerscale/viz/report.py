@@ -1,0 +1,179 @@
+"""One self-contained HTML page of a study: answer, figures, results, setup, what went wrong, how to repeat it.
+
+Its text is `report.md.j2`, in Markdown; `report.html.j2` is the page around it. Nothing in the page is loaded from
+elsewhere, and what is not there to be shown is named in it.
+"""
+
+import base64
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from peerscale.composition import sweep_file
+from peerscale.config import ConfigError
+from peerscale.errors import UserError
+from peerscale.runs.record import Record
+from peerscale.runs.study import Study, header, method_names, read_fits, usable
+from peerscale.runs.table import read_records, read_runs
+from peerscale.viz.ablations import has_curves
+from peerscale.viz.figures import TITLES
+from peerscale.viz.interactive import isoflop_html
+from peerscale.viz.markdown import html, number, table
+from peerscale.viz.style import label
+
+COLUMNS = {
+    "val_loss": ("loss, nats per token", "{:.4f}"), "val_loss_se": ("± s.e.", "{:.4f}"),
+    "val_bits_per_byte": ("bits per byte", "{:.3f}"), "params_total": ("parameters", "{:,.0f}"),
+    "params_active": ("active parameters", "{:,.0f}"), "flops_per_token": ("FLOPs per token", "{:,.0f}"),
+    "layer_share": ("layer's share", "{:.1%}"), "tokens": ("tokens", "{:,.0f}"), "steps": ("steps", "{:,.0f}"),
+    "batch_sequences": ("batch", "{:.0f}"), "lr": ("learning rate", "{:.3g}"), "table_lr": ("of tables", "{:.3g}"),
+    "expert_usage": ("experts used", "{:.1%}"), "unevenness": ("unevenness", "{:.2f}"),
+    "wall_s": ("training seconds", "{:,.0f}"), "tokens_per_s": ("tokens per second", "{:,.0f}"),
+}  # fmt: skip
+"""Columns of runs.csv that are shown: heading and format."""
+
+
+def report(study: Study) -> str:
+    """The page of a study.
+
+    Raises:
+        UserError: its table has no rows.
+    """
+    runs = read_runs(study.runs)
+    if runs.empty:
+        raise UserError(f"{study.runs} has no rows")
+    runs = runs.assign(name=method_names(runs))
+    records, text = read_records(study.folder), sweep_text(study.sweep)
+    fits = read_fits(study.fits) if has_curves(runs) and study.fits.is_file() else {}
+    names = [path.stem for path in study.figures.glob("*.png")]
+    figures = [name for name in TITLES if name in names] + sorted({*names} - {*TITLES})
+    absent = {
+        f"sweeps/{study.sweep}.yaml: the question, and what it takes to run the study": not text,
+        "fits.json: optima and laws (make figures)": has_curves(runs) and not fits,
+        "records.jsonl: recipe, run signals, versions and hardware": not records,
+        "table.md: the results (make figures)": not study.table.is_file(),
+        "figures (make figures)": not figures,
+    }
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        autoescape=lambda name: str(name).endswith(".html.j2"),
+    )  # fmt: skip
+    ran = [record for record in records if record.environment]
+    content = {
+        "sweep": study.sweep,
+        "folder": f"runs/{study.sweep}/study" if study.folder.name == "study" else f"results/{study.sweep}",
+        "missing": [what for what, missing in absent.items() if missing],
+        "runs": runs,
+        "counts": ", ".join(f"{n} {status}" for status, n in runs["status"].value_counts().sort_index().items()),
+        "header": header(text),
+        "sweep_text": text,
+        "results": study.table.read_text(encoding="utf-8") if study.table.is_file() else "",
+        "figures": {name: TITLES.get(name, name.replace("_", " ")) for name in figures},
+        "answer": fits.get("answer", ""),
+        "unfinished": [
+            {key: escaped(cell[key] or "—") for key in ("cell", "status", "reason")}
+            for cell in runs[~usable(runs)].to_dict("records")
+        ],
+        "warnings": warnings(fits),
+        "signals": signals(records),
+        "recipe": recipe(ran or records, dict(zip(runs["cell"], runs["name"], strict=True))),
+        "cells": cells(runs),
+        "environment": environment(ran),
+        "commits": sorted({str(record.environment.get("git_commit")) for record in ran}),
+    }
+    templates.filters |= {"lines": "\n".join, "table": table, "demoted": demoted}
+    body = html(templates.get_template("report.md.j2").render(content))
+    body = re.sub(r"<h2>(\w+)", lambda found: f'<h2 id="{found[1].lower()}">{found[1]}', body)
+    interactive = Markup(isoflop_html(runs, fits)) if fits and "isoflop" in figures else ""
+    page = templates.get_template("report.html.j2").render(content, body=Markup(body), interactive=interactive)
+    return re.sub(r'src="(figures/[^"]+)"', lambda found: f'src="{_data(study.folder / found[1])}"', page)
+
+
+def _data(path: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def sweep_text(sweep: str) -> str:
+    """The study's file; empty if there is none."""
+    try:
+        return sweep_file(sweep).read_text(encoding="utf-8")
+    except ConfigError:
+        return ""
+
+
+def demoted(text: str) -> str:
+    """Markdown whose headings are all of the third level."""
+    return re.sub(r"^#+", "###", text, flags=re.MULTILINE)
+
+
+def escaped(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return re.sub(r"([\\`*_{}\[\]<>|])", r"\\\1", " ".join(text.split()))
+
+
+def recipe(records: Sequence[Record], names: Mapping[str, str]) -> list[dict[str, str]]:
+    """Every setting that determines a result, with a column for each method; those that differ come first."""
+    if not records:
+        return []
+    settings = pd.json_normalize([record.hashed_config for record in records]).map(plain)
+    by_method = settings.groupby([names.get(record.cell, record.method) for record in records], sort=False)
+    rows = [
+        {"setting": str(key), **{label(str(name)): ", ".join(rows[key].unique()) for name, rows in by_method}}
+        for key in settings
+    ]
+    return sorted(rows, key=lambda row: settings[row["setting"]].nunique() == 1)
+
+
+def plain(value: Any) -> str:
+    """A setting in a few characters; a dash for one that the layer does not have."""
+    if value is None or value == "" or value != value:
+        return "—"
+    return escaped(f"{value:.6g}".replace("e+", "e") if isinstance(value, float) else str(value))
+
+
+def warnings(fits: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Every warning of the laws once, with the methods that it is of."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for fit in fits.get("laws", {}).values():
+        for warning in fit.get("warnings", ()):
+            found.setdefault((fit["law"], warning.replace("_", " ")), []).append(label(fit["method"]))
+    return [{"law": law, "warning": warning, "of": ", ".join(who)} for (law, warning), who in found.items()]
+
+
+def signals(records: Iterable[Record]) -> list[dict[str, str]]:
+    """What happened in training, cell by cell."""
+    inexact = "resumed on another machine, thread count, kernel or torch: not bit for bit what one run gives"
+    return [
+        {"cell": escaped(record.cell), "signal": escaped(signal)}
+        for record in records
+        for signal in (*record.signals, *([] if record.bit_exact else [inexact]))
+    ]
+
+
+def cells(runs: pd.DataFrame) -> list[dict[str, str]]:
+    """Every cell, with the columns that hold anything."""
+    sets = {str(c): (f"ppl {str(c)[4:]}", "{:.2f}") for c in runs if str(c).startswith("ppl_")}
+    chosen = {key: shown for key, shown in (COLUMNS | sets).items() if key in runs and runs[key].notna().any()}
+    return [
+        {"cell": escaped(row["cell"]), "status": row["status"],
+         **{title: number(row[key], form) for key, (title, form) in chosen.items()}}
+        for row in runs.to_dict("records")
+    ]  # fmt: skip
+
+
+def environment(records: Sequence[Record]) -> list[dict[str, str]]:
+    """What the cells ran on; where they differ, with the number of cells."""
+    known = pd.json_normalize([record.environment for record in records]).map(plain)
+    counts = {str(key): known[key].value_counts().sort_index() for key in known}
+    return [
+        {
+            "environment": key,
+            "value": ", ".join(f"{v} ({n} cells)" if len(found) > 1 else str(v) for v, n in found.items()),
+        }
+        for key, found in counts.items()
+    ]

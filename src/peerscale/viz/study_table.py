@@ -1,0 +1,360 @@
+"""The tables of a study, its `table.md`: what it varies decides which.
+
+Losses at the compute optimum with their errors, perplexities there (the paper's table 1), compute multipliers and
+rankings under other FLOP conventions; or a layer's settings at one size, with the paper's table 2; or learning rates.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from peerscale.cell_names import budget_name
+from peerscale.laws.optima import OptimumStatus
+from peerscale.runs.rates import RATES, settings_table
+from peerscale.runs.study import method_names, usable
+from peerscale.viz.ablations import has_curves, over_seeds, varied
+from peerscale.viz.answer import verdicts
+from peerscale.viz.isoflop import missing_note
+from peerscale.viz.markdown import number, probability, section, signed_interval, table, with_interval
+from peerscale.viz.paper_tables import (
+    dense_of,
+    experts_by_norm,
+    norm_rows,
+    paper_perplexities,
+    perplexities,
+    perplexity_rows,
+)
+from peerscale.viz.published import read_published
+from peerscale.viz.rates import edges
+from peerscale.viz.style import in_words, label, listed, ordered, size_label
+
+Fits = Mapping[str, Any]
+"""A study's `fits.json`."""
+Rows = list[dict[str, str]]
+"""Rows of a table by its headings."""
+
+RATE_TITLES = {"lr": "learning rate", "table_lr": "rate of the tables", "mean": "mean over sizes"}
+
+
+def study_table(sweep: str, runs: pd.DataFrame, fits: Fits) -> str:
+    """`table.md` of a study from its table of runs and `fits.json`."""
+    runs, settings, published = runs.assign(name=method_names(runs)), varied(runs), read_published()
+    rated = settings & set(RATES)
+    if compares_curves(runs):
+        title, lines = "losses at equal compute", [f"**{fits['answer']}**", "", *closing_table(runs, fits)]
+        lines += at_the_optimum(runs, fits, published)
+    elif rated:
+        about = f"Losses in nats per token on the {listed(runs['val_set'])} set. Rates are for the reference width."
+        title, lines = "learning rates", [about, "", *best_rates(fits), *rates(runs)]
+    else:
+        title, lines = "settings at one size", settings_lines(runs, fits)
+    if settings & {"n_experts", "query_norm"} and not rated:
+        lines += experts_and_norm(runs, fits, published)
+    return "\n".join([f"# {sweep}: {title}", "", *lines])
+
+
+def compares_curves(runs: pd.DataFrame) -> bool:
+    """Whether a study compares methods over sizes, rather than settings at one size."""
+    return has_curves(runs) or not varied(runs)
+
+
+def closing_table(runs: pd.DataFrame, fits: Fits) -> list[str]:
+    """A row a budget and method, and below it how it was fitted and what the study claims."""
+    rows, notes = [], []
+    entries = {entry["budget"]: entry for entry in fits["budgets"]}
+    for budget in sorted(runs["budget"].unique()):
+        at_budget, entry = runs[runs["budget"] == budget], entries.get(budget, {"methods": [], "differences": []})
+        optima = {m["name"]: m for m in entry["methods"]}
+        differences = {d["method"]: d for d in entry["differences"] if _is_dense(d["reference"])}
+        for name in ordered(at_budget["name"]):
+            mine = at_budget[at_budget["name"] == name]
+            found, finished = optima.get(name), mine.loc[usable(mine), "size"].nunique()
+            missing = mine.loc[~usable(mine), "status"].value_counts().sort_index()
+            flags = [f"{n} {status}" for status, n in missing.items()]
+            if found and found["status"] != OptimumStatus.OK:
+                flags.append(found["status"].replace("_", " "))
+            rows.append({
+                "budget": budget_name(budget), "method": label(name),
+                "sizes": f"{finished} finished, {len(found['sizes']) if found else 0} fitted",
+                "optimal FLOPs per token": number(found and found["x"], "{:.3g}"),
+                "loss there": number(found and found["loss"], "{:.4f}"),
+                "loss with own curvature": number(found and found["own"]["loss"], "{:.4f}"),
+                "difference to dense [95 %]":
+                    "reference" if _is_dense(name) else signed_interval(differences.get(name)),
+                "flags": "; ".join(flags) or "—",
+            })  # fmt: skip
+        notes += fit_note(budget, entry)
+    return [
+        *table(rows),
+        "",
+        "Validation losses in nats per token at the compute optimum, the minimum of a parabola in the logarithm of "
+        "FLOPs per token. All methods of a budget are fitted together, over one window of sizes, with one curvature; "
+        "the next column gives each method its own. Intervals are Student's and include the misfit of sizes, seeds and "
+        "the sampling of validation sequences. They leave out the choice of learning rates. A minimum has no number if "
+        "it lies outside the sampled sizes (outside range), if the fit does not open upwards (curvature) or has fewer "
+        "than four sizes (too few). It is flagged if it lies in the outer fifth of the sizes (off centre). "
+        f"FLOPs: {listed(runs['convention'])}.",
+        "",
+        *(f"- {line}" for line in (*verdicts(fits["claims"]), *notes)),
+        "",
+    ]
+
+
+def fit_note(budget: float, entry: Mapping[str, Any]) -> list[str]:
+    """How the fit of one budget came out."""
+    if not entry["methods"] or entry["scatter"] is None:
+        return []
+    low, high = entry["window"] or (None, None)
+    window = f"sizes of {low:.3g} to {high:.3g} FLOPs per token" if low else "all sizes"
+    text = f"Fit at {budget_name(budget)}: {window.replace('e+0', 'e')}; size means scatter by {entry['scatter']:.4f} "
+    text += f"nats about the curves ({entry['df']} degrees of freedom)"
+    if entry["seeds_df"]:
+        text += f", seeds by {entry['seeds_sd']:.4f} ({entry['seeds_df']})"
+    if test := entry["equality"]:
+        text += f"; one curvature for all: F({test['df'][0]}, {test['df'][1]}) = {test['f']:.2f}, p = {test['p']:.2f}"
+    return [f"{text}."]
+
+
+def at_the_optimum(runs: pd.DataFrame, fits: Fits, published: pd.DataFrame) -> list[str]:
+    """Errors by source, multipliers, the paper's table 1, exponents, other conventions; as far as there are any."""
+    slopes = [f"{label(g['method'])} {with_interval(g['slope'], (g['low'], g['high']), '{:+.3f}')}"
+              for g in fits["growth"]]  # fmt: skip
+    lines = section(
+        "Errors by source",
+        parts(fits),
+        "Standard errors (s.e.) in nats per token. Sizes: misfit of the curves; if no size has a second seed it "
+        "includes the scatter of seeds. Sequences: sampling of the validation set, paired between methods. "
+        "Learning rates: only in a study that brackets them. Last column: the difference if each method has its "
+        "own curvature.",
+    )
+    lines += section(
+        "Claims",
+        claims(fits),
+        f"Two-sided t tests, corrected by Holm's method for the {len(fits['claims'])} comparisons of this table. A "
+        "lead is claimed where the corrected p is below 0.05.",
+    )
+    lines += section(
+        "Compute multiplier",
+        multipliers(fits),
+        "Dense's FLOPs over the FLOPs that the method needs for the same loss. Losses are interpolated between "
+        "the budgets; intervals are from a joint bootstrap of all budgets.",
+        f"Slope of its logarithm per factor of ten in the budget: {', '.join(slopes)}."
+        if slopes
+        else "No growth is claimed: it would need four budgets.",
+    )
+    ours, theirs = perplexities(fits, str(runs["val_set"].iloc[0])), paper_perplexities(published)
+    if ours.empty:
+        return lines
+    absent = [n for n in theirs.columns if n not in ("budget", "name", "gap", "flagged") and f"ppl_{n}" not in runs]
+    lines += section(
+        "Perplexity at the compute optimum (the paper's table 1)",
+        perplexity_rows(ours),
+        "Perplexity on each evaluation set, at the minimum of the validation loss over FLOPs per token. Last column: "
+        "difference to dense on the validation set, nats per token.",
+        f"The paper's table 1, with the difference to dense on c4. This study has no {', '.join(absent)}. The "
+        "paper's tokenizer and data differ from ours, so only the differences can be compared.",
+    )
+    lines += [*table(perplexity_rows(theirs)), ""]
+    lines += section(
+        "The compute optimum by three approaches",
+        exponents(fits),
+        "Exponent b of optimal FLOPs per token = a × FLOPs^b [95 %, bootstrap]. 1: from the lowest curve at "
+        "each compute, in mid-run before the learning rate has decayed; 2: from the fitted minima; 3: from the "
+        "surface loss = E + A / N^alpha + B / D^beta through all runs. Last two columns: the mean loss of the "
+        "largest budget's runs, predicted by a surface through the smaller budgets, and observed. All "
+        "coefficients: fits.json.",
+    ) or ["No exponents: they need three budgets.", ""] * (runs["budget"].nunique() < 3)
+    return lines + section(
+        "Ranking under other FLOP conventions",
+        conventions(fits),
+        "Compute multiplier and, in brackets, the method's rank at the budget. Losses at the optimum are those of "
+        "the first table; each convention counts anew what they cost. A dash: it would be an extrapolation.",
+    )
+
+
+def parts(fits: Fits) -> Rows:
+    """Each difference to dense with its 95 % interval and the parts of its standard error."""
+    keys = {"fit_se": "s.e. from sizes", "seeds_se": "s.e. from seeds", "sequences_se": "s.e. from sequences",
+            "rate_se": "s.e. from learning rates", "se": "s.e., all"}  # fmt: skip
+    rows = []
+    for entry in fits["budgets"]:
+        for found in entry["differences"]:
+            if not _is_dense(found["reference"]) or found.get("value") is None:
+                continue
+            own = found.get("own")
+            rows.append({
+                "budget": budget_name(entry["budget"]), "method": label(found["method"]),
+                "difference to dense [95 %]": signed_interval(found),
+                **{title: number(found[key], "{:.4f}") for key, title in keys.items()},
+                "degrees of freedom": number(found["df"], "{:.0f}") if found["df"] else "∞",
+                "difference with own curvatures ± s.e.":
+                    f"{number(own['value'], '{:+.3f}')} ± {number(own['se'], '{:.3f}')}" if own else "—",
+            })  # fmt: skip
+    return rows
+
+
+def claims(fits: Fits) -> Rows:
+    """Each comparison of the family with its probability."""
+    rows = []
+    for claim in fits["claims"]:
+        (method, _, settings), (rival, _, others) = (claim[key].partition(" ") for key in ("method", "rival"))
+        if settings != others:
+            method, rival, settings = claim["method"], claim["rival"], ""
+        named = (f"{label(method)} minus {label(rival)}", size_label(claim["size"]), in_words(settings))
+        rows.append({
+            "budget": budget_name(claim["budget"]), "comparison": ", ".join(filter(None, named)),
+            "difference [95 %]": signed_interval(claim), "p": probability(claim["p"]),
+            "p, corrected for the family": probability(claim["p_holm"]),
+        })  # fmt: skip
+    return rows
+
+
+def multipliers(fits: Fits) -> Rows:
+    """Compute multipliers with their intervals, by budget."""
+    return [
+        {"budget": budget_name(m["budget"]), "method": label(m["method"]),
+         "compute multiplier [95 %]": with_interval(m["multiplier"], (m["low"], m["high"]), "{:.2f}")}
+        for m in sorted(fits["multipliers"], key=lambda m: m["budget"])
+    ]  # fmt: skip
+
+
+def exponents(fits: Fits) -> Rows:
+    """Exponents of the optimal FLOPs per token by approaches 1, 2 and 3, and the largest budget held out.
+
+    Empty where no method has the three budgets of a power law.
+    """
+    laws, rows = fits["laws"], []
+    for name in ordered(fit["method"] for fit in laws.values()):
+        envelope, isoflop, surface = (laws.get(name + end, {}) for end in ("/envelope", "", "/parametric"))
+        if isoflop.get("exponent") is None and not surface:
+            continue
+        row, held = {"method": label(name)}, surface.get("hold_out") or {}
+        approaches = {"1: curves": (envelope, "exponent"), "2: isoFLOP optima": (isoflop, "exponent"),
+                      "3: surface": (surface, "a")}  # fmt: skip
+        for title, (fit, key) in approaches.items():
+            row[title] = with_interval(fit.get(key), fit.get("ci", {}).get(key), "{:.3f}")
+        row["largest budget: predicted"] = with_interval(held.get("predicted"), held.get("interval"), "{:.3f}")
+        rows.append(row | {"observed": number(held.get("observed"), "{:.3f}")})
+    return rows
+
+
+def conventions(fits: Fits) -> Rows:
+    """Multipliers under other conventions of counting FLOPs.
+
+    Ranks are among the methods at one budget that are compared with the same dense curve.
+    """
+    curves = {m["name"] for entry in fits["budgets"] for m in entry["methods"]}
+    groups: dict[tuple[float, str], dict[str, Mapping[str, float | None]]] = {}
+    for found in fits["conventions"]:
+        dense = dense_of(found["method"], curves) or "dense"
+        group = groups.setdefault((found["budget"], dense), {dense: dict.fromkeys(found["multipliers"], 1.0)})
+        group[found["method"]] = found["multipliers"]
+    return [
+        {"budget": budget_name(budget), "method": label(name),
+         **{c: _ranked(value, [other[c] for other in group.values()]) for c, value in found.items()}}
+        for (budget, _), group in sorted(groups.items(), key=lambda pair: pair[0][0]) for name, found in group.items()
+    ]  # fmt: skip
+
+
+def _ranked(value: float | None, among: Iterable[float | None]) -> str:
+    """A multiplier with its rank."""
+    return "—" if value is None else f"{value:.3f} ({1 + sum(other is not None and other > value for other in among)})"
+
+
+def settings_lines(runs: pd.DataFrame, fits: Fits) -> list[str]:
+    """A row for each variant of a study of one size, over its seeds."""
+    done = runs[usable(runs)]
+    order = {name: i for i, name in enumerate(done["name"].unique())}  # the plan's, in which settings ascend
+    variants = over_seeds(done, ["size", "budget", "name"]).sort_values("name", key=lambda names: names.map(order))
+    columns = ["layer_share", "expert_usage", "unevenness"]
+    others = done.groupby(["size", "budget", "name"], as_index=False)[columns].mean()
+    differences = {
+        (entry["budget"], found["size"], found["method"]): found
+        for entry in fits["budgets"] for found in entry["differences"] if _is_dense(found["reference"])
+    }  # fmt: skip
+    rows = [
+        {
+            "budget": budget_name(row["budget"]), "size": size_label(row["size"]), "method": label(row["name"]),
+            "seeds": str(row["seeds"]), "loss": f"{row['mean']:.4f}", "perplexity": f"{np.exp(row['mean']):.2f}",
+            "difference to dense [95 %]": "reference" if _is_dense(row["name"])
+            else signed_interval(differences.get((row["budget"], row["size"], row["name"]))),
+            "layer's share of FLOPs": number(row["layer_share"], "{:.1%}"),
+            "experts used": number(row["expert_usage"], "{:.1%}"), "unevenness": number(row["unevenness"]),
+        }
+        for row in variants.merge(others, how="left").to_dict("records")
+    ]  # fmt: skip
+    return [
+        *table(rows),
+        "",
+        "Validation losses in nats per token, means over seeds. Intervals include the sampling of validation sequences "
+        "and, where there are several seeds, their scatter, pooled over the rows. With one seed they leave seeds out "
+        "(sequences only). In other studies seeds scatter by 0.004 to 0.010 nats, so a difference of that size is no "
+        "evidence. Experts used and unevenness: the paper's definitions (section 3.3). "
+        f"FLOPs: {listed(runs['convention'])}.",
+        "",
+        *([f"- {missing_note(runs)}.", ""] if missing_note(runs) else []),
+    ]
+
+
+def experts_and_norm(runs: pd.DataFrame, fits: Fits, published: pd.DataFrame) -> list[str]:
+    """The paper's table 2 beside ours, and what BatchNorm changes."""
+    pairs = [
+        {"method": label(re.sub("[ -]query_norm=true", "", found["method"])),
+         "loss with BatchNorm minus loss without [95 %]": signed_interval(found)}
+        for entry in fits["budgets"] for found in entry["differences"]
+        if "query_norm=true" in found["method"] and "query_norm=false" in found["reference"]
+    ]  # fmt: skip
+    return section(
+        "Experts and BatchNorm on the queries (the paper's table 2)",
+        norm_rows(experts_by_norm(runs, published)),
+        "Pairs: without / with BatchNorm. Experts used and unevenness: by the paper's section 3.3, ours over "
+        f"{listed(runs['usage_tokens'])} tokens.",
+    ) + section("What BatchNorm on the queries changes", pairs)
+
+
+def best_rates(fits: Fits) -> list[str]:
+    """The best rate of each method and size, and methods compared at their best rates."""
+    best = [
+        {"budget": budget_name(b["budget"]), "size": size_label(b["size"]), "method": label(b["method"]),
+         "best rate, fitted": number(b["rate"], "{:.3g}"), "loss there": number(b["loss"], "{:.4f}"),
+         "best rate tried": f"{b['best_tried']['rate']:g}", "loss at that": f"{b['best_tried']['loss']:.4f}",
+         "status": b["status"].replace("_", " ")}
+        for b in fits["rates"]["best"]
+    ]  # fmt: skip
+    pairs = [
+        {"budget": budget_name(d["budget"]), "size": size_label(d["size"]), "method": label(d["method"]),
+         "difference to dense, each at its best rate [95 %]": signed_interval(d)}
+        for d in fits["rates"]["differences"]
+    ]  # fmt: skip
+    return section(
+        "Best rates",
+        best,
+        "The minimum of a parabola in the logarithm of the rate, with one curvature for all methods and sizes of a "
+        "budget, through the rates near the best one tried.",
+    ) + section(
+        "Methods at their best rates",
+        pairs,
+        "The interval includes the scatter about the parabolas, not seeds: one seed tried all rates of a model.",
+    )
+
+
+def rates(runs: pd.DataFrame) -> list[str]:
+    """The settings of a learning-rate study, best first."""
+    lines: list[str] = []
+    for name, rows in settings_table(runs).groupby("name", sort=False):
+        forms = {rate: "{:g}" for rate in RATES if (rows[rate] > 0).any()}
+        sizes = [str(column) for column in rows if column not in ("name", *RATES)]
+        forms |= dict.fromkeys(sizes[:-1] if len(sizes) == 2 else sizes, "{:.4f}")  # the mean of one size is its loss
+        texts = [
+            {RATE_TITLES.get(column, size_label(column)): form.format(row[column]) for column, form in forms.items()}
+            for row in rows.to_dict("records")
+        ]
+        lines += section(label(str(name)), texts, *(f"- {edge}" for edge in edges(rows)))
+    return lines
+
+
+def _is_dense(name: str) -> bool:
+    return name.partition(" ")[0] == "dense"
