@@ -15,7 +15,7 @@ from peerscale.config import Config, composed, parse_config, to_dict
 from peerscale.config_errors import ConfigError, layers_with, method_in, unknown_key
 from peerscale.data.store import read_manifest
 from peerscale.errors import UserError
-from peerscale.files import ROOT
+from peerscale.files import OURS, ROOT
 from peerscale.plan import Plan, Verdict, as_asked, evaluation_line, plan
 from peerscale.runs.record import NOT_HASHED, Record, Status, differences, read_record, set_aside
 from peerscale.runs.speed import estimate_s, measured_speeds
@@ -85,7 +85,7 @@ def planned_cells(sweep: str | Path, overrides: Sequence[str] = ()) -> list[Cell
         changed = _changes(compose(f"ffn={method}", *overrides), compose(f"ffn={method}"), compose)
         _refuse_axes_of_other_layers(file, study, method, row, method_in(compose(f"ffn={method}").tree))
         for size, (axes, row_axes, seed) in itertools.product(row.sizes, _values(study, method, row)):
-            groups = {key: value for key, value in {**axes, **row_axes}.items() if (ROOT / "conf" / key).is_dir()}
+            groups = {key: value for key, value in {**axes, **row_axes}.items() if (OURS / "conf" / key).is_dir()}
             usual = compose(f"ffn={method}", *(f"{key}={value}" for key, value in groups.items()), *overrides).tree
             backbone = compose(f"size={size}", *of_size).tree["size"]
             tree = {**deepcopy(usual), "size": {**backbone}, "budget": row.budget, "seed": seed}

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from peerscale.errors import ConfigError
-from peerscale.files import ROOT
+from peerscale.files import OURS, ROOT
 
 STUDY = ".study"
 """Ends the names by which Hydra knows studies, so that it does not read the file of a study by itself."""
@@ -46,11 +46,18 @@ def of_cells(overrides: Sequence[str]) -> list[str]:
 def sweep_file(sweep: str | Path) -> Path:
     """The file of a study given by name or path; raises `ConfigError` with the studies there are."""
     path = Path(sweep)
-    path = path if path.suffix in (".yaml", ".yml") else ROOT / "sweeps" / f"{sweep}.yaml"
+    if path.suffix not in (".yaml", ".yml"):
+        path = next((file for file in study_files() if file.stem == str(sweep)), Path(f"{sweep}.yaml"))
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml")))
+        known = ", ".join(file.stem for file in study_files())
         raise ConfigError(f"no sweep file {path.name}; in sweeps/ there are: {known or 'none'}")
     return path.resolve()
+
+
+def study_files() -> list[Path]:
+    """The studies in `sweeps/`: the user's own and ours, by name."""
+    files = {path.stem: path for folder in (OURS, ROOT) for path in (folder / "sweeps").glob("*.yaml")}
+    return [files[name] for name in sorted(files)]
 
 
 def read_study(file: Path) -> dict[str, Any]:
@@ -88,7 +95,7 @@ def compose(overrides: Sequence[str] = (), *, sweep: str | Path | None = None, n
     running = get_gh_backup()  # a cell may be composed inside a running Hydra, which allows only one at a time
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        with initialize_config_dir(str(OURS / "conf"), version_base="1.3"):
             composed = hydra_compose(name, overrides=list(overrides), return_hydra_config=True)
     finally:
         restore_gh_from_backup(running)

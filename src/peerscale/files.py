@@ -10,8 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-"""The checkout: `conf/`, `sweeps/`, `runs/`, `results/` and `data/` lie here (the install is editable)."""
+PACKAGE = Path(__file__).resolve().parent
+IN_CHECKOUT = (PACKAGE.parents[1] / "conf").is_dir()
+"""Whether this is a checkout, and not installed from a wheel."""
+
+ROOT = PACKAGE.parents[1] if IN_CHECKOUT else Path.cwd()
+"""Where `runs/`, `results/`, `data/` and the user's own `sweeps/` lie: the checkout, or else the current folder."""
+
+OURS = ROOT if IN_CHECKOUT else PACKAGE
+"""Where `conf/` and the published `sweeps/` lie: the checkout, or else the package, as the wheel has them too."""
 
 
 def from_checkout(path: Path) -> Path:

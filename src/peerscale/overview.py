@@ -21,7 +21,7 @@ from peerscale.cells import Cell, count_cells, evaluation_lines, planned_cells, 
 from peerscale.data import text
 from peerscale.data.store import read_manifest
 from peerscale.errors import USER_ERROR, ArgumentParser, UserError, exit_code
-from peerscale.files import ROOT, from_checkout
+from peerscale.files import from_checkout
 from peerscale.outcomes import Outcome, Outcomes, further_line, outcomes
 from peerscale.plan import Verdict
 from peerscale.progress import duration
@@ -184,7 +184,7 @@ class Grid:
 
 def print_studies(runs: Path, results: Path) -> int:
     """Print every study of sweeps/: its question, its number of cells, and how many are done, here and published."""
-    for file in sorted((ROOT / "sweeps").glob("*.yaml")):
+    for file in study_files():
         try:
             planned = f"{count_cells(load_sweep(file))} cells"
         except UserError as error:

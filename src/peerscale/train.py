@@ -24,14 +24,14 @@ from peerscale.config import hydra_errors
 from peerscale.data.prepare import prepare
 from peerscale.data.store import read_manifest
 from peerscale.errors import FailedCells, UserError, exit_code
-from peerscale.files import ROOT
+from peerscale.files import OURS
 from peerscale.plan import Verdict
 from peerscale.progress import Progress
 from peerscale.runs.record import LOCK, Status, read_record
 from peerscale.training.distributed import started_ranks
 
 
-@hydra.main(config_path=str(ROOT / "conf"), config_name="config", version_base="1.3")
+@hydra.main(config_path=str(OURS / "conf"), config_name="config", version_base="1.3")
 def hydra_job(tree: DictConfig) -> None:
     """One job of Hydra's: a single cell."""
 

@@ -42,10 +42,6 @@ class LayerCost:
     """Forward FLOPs per token by component: 2 for each multiply-add of a matrix product, nothing else."""
     inactive: int = 0
     """Parameters that a token does not use (of expert choice: on average)."""
-    table_params: int = 0
-    """Parameters in tables of which a token reads some rows (`expert_tables` of the module)."""
-    table_params_read: int = 0
-    """Of these, how many one token reads."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=())

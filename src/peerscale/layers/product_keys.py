@@ -81,8 +81,6 @@ class RetrievalConfig(FfnConfig):
                 "sub_keys": 2 * heads * self.n_keys * d_key,
                 "experts": 2 * self.active_experts * expert,
             },
-            table_params=params["experts"],
-            table_params_read=self.active_experts * expert,
         )
 
     def routed(self) -> tuple[int, int]:

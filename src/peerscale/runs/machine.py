@@ -4,7 +4,7 @@ import platform
 import subprocess
 from pathlib import Path
 
-from peerscale.files import ROOT
+from peerscale.files import IN_CHECKOUT, ROOT
 
 
 def cpu_name() -> str:
@@ -16,7 +16,9 @@ def cpu_name() -> str:
 
 
 def git_commit() -> str | None:
-    """The checkout's commit, with `+dirty` if tracked files differ from it; None outside git."""
+    """The checkout's commit, with `+dirty` if tracked files differ from it; None outside one."""
+    if not IN_CHECKOUT:
+        return None
     try:
         commit = _git("rev-parse", "--short=12", "HEAD")
         return commit + ("+dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")

@@ -1,12 +1,10 @@
-"""The numbers that the PEER paper prints, `analysis/published/he2024.csv`."""
+"""The numbers that the PEER paper prints, `he2024.csv`."""
 
 from pathlib import Path
 
 import pandas as pd
 
-from peerscale.files import ROOT
-
-HE2024 = ROOT / "analysis" / "published" / "he2024.csv"
+HE2024 = Path(__file__).with_name("he2024.csv")
 
 WITHOUT_NORM = "peer query_norm=false"
 """The table's name for PEER without BatchNorm on its queries; `peer` has it."""
