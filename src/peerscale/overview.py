@@ -18,6 +18,7 @@ from statistics import mean, stdev
 from peerscale.accounting import CONVENTION
 from peerscale.cell_names import budget_name
 from peerscale.cells import Cell, count_cells, evaluation_lines, planned_cells, short_methods
+from peerscale.composition import study_files
 from peerscale.data import text
 from peerscale.data.store import read_manifest
 from peerscale.errors import USER_ERROR, ArgumentParser, UserError, exit_code
