@@ -17,7 +17,7 @@ export OMP_NUM_THREADS      ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
 # A word that make takes for a variable, such as sweep=smoke or a second override without quotes, must not be ignored.
-KNOWN   = SWEEP LAUNCHER JOBS OVERRIDES PUBLISHED REPLACE WANDB DATA PYTHON EXTRAS BIN SHELL OMP_NUM_THREADS OPENBLAS_NUM_THREADS
+KNOWN   = SWEEP LAUNCHER JOBS OVERRIDES PUBLISHED REPLACE LOCKED WANDB DATA PYTHON EXTRAS BIN SHELL OMP_NUM_THREADS OPENBLAS_NUM_THREADS
 UNKNOWN = $(foreach name,$(filter-out $(KNOWN) -%,$(.VARIABLES)),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 ifneq (,$(strip $(UNKNOWN)))
 $(error $(firstword $(UNKNOWN)) is no variable of this Makefile; there are: $(KNOWN); keys of the configuration go together into one pair of quotes: OVERRIDES='key=value key=value')
@@ -30,6 +30,7 @@ help: ## print every target
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 	@echo; echo "Variables: SWEEP=$(SWEEP) LAUNCHER=joblib|local|slurm JOBS=$(JOBS) OVERRIDES='key=value ...' PYTHON=$(PYTHON)"
 	@echo "PUBLISHED=1: sweep and figures count finished cells of results/ as done; REPLACE=1: publish may remove them, or put cells of another configuration in their place"
+	@echo "LOCKED=1: setup installs the versions that the published studies ran on (requirements.lock)"
 	@echo "Exit codes of the programs: 0 done, 1 a crash, 2 wrong input, 3 some cells failed (make sweep goes on), 130 Ctrl-C"
 
 reproduce: ## the main job: train the isoFLOP study on real text, fit it, draw it (21 minutes on 2 cores)
@@ -45,7 +46,7 @@ setup: .venv/installed ## create .venv and install the package (a second call do
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: peerscale needs Python 3.11 or newer: name one with PYTHON=..."; exit 2; }
 	@echo "creating .venv and installing peerscale into it: some minutes, once"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(LOCKED),--constraint requirements.lock) --editable '.[$(EXTRAS)]'
 	@touch $@
 
 data: setup ## fetch and tokenize the corpus of SWEEP, once
