@@ -386,7 +386,7 @@ def test_a_two_cell_sweep_goes_from_text_to_figure(study: Path, tmp_path: Path) 
     ):
         sweep = run_command("-m", "peerscale.launch", study, *part)
         assert sweep.returncode == 0 and said in sweep.stderr, sweep.stderr
-    for script in ("collect", "figures", "table"):
+    for script in ("collect", "figures"):
         result = run_command(ROOT / "analysis" / f"{script}.py", "tiny", "--runs", tmp_path / "runs")
         assert result.returncode == 0, result.stderr
     folder = tmp_path / "runs" / "tiny" / "study"

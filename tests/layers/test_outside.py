@@ -113,7 +113,7 @@ def test_stands_in_a_folder_of_pythonpath_and_trains(mylab: Path, tmp_path: Path
     done = subprocess.run(command, cwd=tmp_path, env=elsewhere, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (record,) = (json.loads(path.read_text()) for path in (tmp_path / "runs").glob("single/gated-*/record.json"))
-    assert record["status"] == "done" and record["science"]["ffn"]["class"] == "gated.GatedConfig"
+    assert record["status"] == "done" and len(record["hashed_config"]["ffn"]["source_sha256"]) == 64
 
 
 @pytest.mark.parametrize(
