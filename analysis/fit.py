@@ -69,7 +69,7 @@ COLUMNS = {
 }
 OPTIONS = ("objective", "delta", "include_flagged", "within")
 RESAMPLING = ("bootstrap", "seed", "cluster", "budget", "hold_out")
-PREDICT_FROM = ("budget", "params", "tokens", "unique_tokens", "experts", "granularity")
+PREDICT_FROM = ("budget", "params", "tokens", "experts", "granularity")
 MEANINGS = {
     "a": "the optimal N grows as C^a",
     "b": "the optimal D grows as C^b",
@@ -89,11 +89,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     law: Callable[..., Fit] = COMMANDS[arguments.command][0]
     columns = {name: given[name] for name in COMMANDS[arguments.command][1].replace("-", "_").split()}
     table = read_table(arguments.table, arguments.where, curves=law is laws.fit_envelope)
-    if given.get("unique_tokens"):
-        if arguments.flops or not arguments.tokens:
-            raise UserError("--unique-tokens goes with --tokens, not with --flops")
-        law, columns["unique_tokens"] = laws.fit_data_constrained, arguments.unique_tokens
-        del columns["flops"]
     if law is laws.fit_isoflop:
         table = one_budget_each(table, arguments.budget, arguments.tolerance)
     described = columns | {name: given[name] for name in OPTIONS if name in given}
@@ -129,9 +124,6 @@ def parser() -> argparse.ArgumentParser:
             minimised, default = "what is minimised (huber-log)", Objective.HUBER_LOG
             add("--objective", choices=list(Objective), default=default, help=minimised)
             add("--delta", type=positive, default=1e-3, metavar="NUMBER", help="where Huber turns linear (1e-3)")
-        if name == "parametric":
-            unique = "column of the different tokens: also fits what repeated ones are worth"
-            add("--unique-tokens", metavar="COL", help=unique)
         if name == "isoflop":
             add("--include-flagged", action="store_true", help="let the power law use flagged minima too")
             far = "leave sizes out whose loss is more than this share above the budget's lowest, such as .04; keep five"
@@ -343,7 +335,7 @@ def stored_fits(path: Path) -> list[tuple[str, dict[str, Any], Mapping[str, Any]
 
 def needs(law: str) -> str:
     """The options that a prediction of a law takes."""
-    sizes = [_option(name) for name in LAWS[law][1] if name not in ("budget", "unique_tokens")]
+    sizes = [_option(name) for name in LAWS[law][1] if name != "budget"]
     options = ["--budget"] * ("budget" in LAWS[law][1]) + [", ".join(sizes)] * bool(sizes)
     return ", or ".join(options)
 
