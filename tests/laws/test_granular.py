@@ -50,14 +50,6 @@ def test_one_granularity_cannot_tell_g_from_a() -> None:
     assert fit(runs(noise=0.0001).query("G == 4")).status is not FitStatus.CONVERGED
 
 
-def test_surface_at_one_granularity_has_the_same_losses_and_the_optimum() -> None:
-    surface = TRUTH.surface(8)
-    assert surface.predict(1e9, 3e10) == pytest.approx(TRUTH.predict(1e9, 3e10, 8), abs=1e-12)
-    best = surface.optimum(1e21, flops_per_parameter_token=0.14)
-    for factor in (0.9, 1.1):
-        assert TRUTH.predict(best.params * factor, best.tokens / factor, 8) > best.loss
-
-
 def test_intervals_and_json() -> None:
     result = fit(runs(noise=0.005), bootstrap=100)
     low, high = result.interval(lambda law: law.predict(4.3e9, 1e11, 16))

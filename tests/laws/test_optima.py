@@ -130,9 +130,9 @@ def test_equality_of_curvatures_is_the_f_test_of_two_regressions() -> None:
     f = (float(((losses - shared) ** 2).sum()) - own) / (own / 4)
     fits = (OptimaFit.of(names, x, losses, shared=s) for s in (True, False))
     found = equality_of_curvatures(*fits)
-    assert found is not None and found.df == (1, 4)
-    assert found.f == pytest.approx(f, rel=1e-5) and found.p == pytest.approx(stats.f.sf(f, 1, 4), rel=1e-5)
-    assert found.p < 0.01
+    assert found is not None and found["df"] == (1, 4)
+    assert found["f"] == pytest.approx(f, rel=1e-5) and found["p"] == pytest.approx(stats.f.sf(f, 1, 4), rel=1e-5)
+    assert found["p"] < 0.01
 
 
 def test_one_method_has_no_curvature_to_compare() -> None:

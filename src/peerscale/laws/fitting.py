@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from peerscale.errors import UserError
-from peerscale.laws.solver import Array, FitStatus, Number, Problem, Solution, minimise, solve
+from peerscale.laws.solver import Array, FitStatus, Number, Problem, minimise, solve
 
 LEVEL = 0.95
 """Of all intervals."""
@@ -155,15 +155,6 @@ class Bootstrap:
     at_bound: int = 0
     """How many of the others ended on a bound; they are kept."""
     seed: int
-
-    @classmethod
-    def of(cls, problem: Problem, refits: Solution, seed: int) -> Self:
-        """From the solver's refits of the resamples."""
-        good = ~refits.failed
-        return cls(
-            draws=problem.coordinates.coefficients(refits.points[good]), resamples=len(good),
-            failed=int(np.sum(~good)), at_bound=int(np.sum(refits.at_bound[good])), seed=seed,
-        )  # fmt: skip
 
     def intervals(self) -> dict[str, tuple[float, float]]:
         """Percentile interval of every coefficient."""
@@ -363,10 +354,14 @@ def estimate(
     if budget is not None:
         (scale,) = positive_columns(table, budget, law=kind.law, at_least=0)
     point, value, status = solve(problem)
-    draws = None
+    drawn = None
     if bootstrap:
-        weights = resample_counts(len(table), bootstrap, seed, clusters)
-        draws = Bootstrap.of(problem, minimise(problem, point, weights), seed)
+        refits = minimise(problem, point, resample_counts(len(table), bootstrap, seed, clusters))
+        good = ~refits.failed
+        drawn = Bootstrap(
+            draws=problem.coordinates.coefficients(refits.points[good]), resamples=bootstrap,
+            failed=int(np.sum(~good)), at_bound=int(np.sum(refits.at_bound[good])), seed=seed,
+        )  # fmt: skip
     held = largest(scale, hold_out)
     held_out = predict_held_out(problem, point, held, scale, bootstrap=bootstrap, seed=seed, clusters=clusters)
     return kind(
@@ -381,7 +376,7 @@ def estimate(
             *(held_out.warnings() if held_out else (f"no held-out error: {held.sum()} of {len(table)} runs held out",)),
         ),
         hold_out=held_out,
-        bootstrap=draws,
+        bootstrap=drawn,
         **described,
     )
 
