@@ -30,7 +30,7 @@ import pandas as pd
 from peerscale import laws
 from peerscale.errors import ArgumentParser, UserError, exit_code
 from peerscale.files import write_json
-from peerscale.laws.fitting import SHOWN, STORED_DRAWS, Fit, HoldOut, positive_columns, require_column, to_plain
+from peerscale.laws.fitting import SHOWN, Fit, HoldOut, positive_columns, require_column
 from peerscale.laws.isoflop import IsoflopFit, PowerLaw
 from peerscale.laws.moe import PeerFit
 from peerscale.laws.parametric import Surface
@@ -218,7 +218,7 @@ def fit_groups(
         )
     first = next(iter(groups.values()))
     if by is None:
-        return to_json(first), summary(first, x)
+        return first.to_dict(), summary(first, x)
     statuses = [group.status for group in groups.values() if group.status is not FitStatus.CONVERGED]
     stored = {
         "law": first.law,
@@ -228,18 +228,9 @@ def fit_groups(
         "objective_value": sum(group.objective_value for group in groups.values()),
         "ci": {},
         "by": by,
-        "groups": {name: to_json(group) for name, group in groups.items()},
+        "groups": {name: group.to_dict() for name, group in groups.items()},
     }
     return stored, "\n".join(f"{by} = {name}\n{summary(group, x)}" for name, group in groups.items())
-
-
-def to_json(fit: Any) -> dict[str, Any]:
-    """The fit in plain values; of an isoFLOP fit also the drawn losses of its minima, for `predict`."""
-    plain = fit.to_dict()
-    if isinstance(fit, IsoflopFit) and fit.bootstrap is not None:
-        draws = fit.bootstrap.draws["loss"][:STORED_DRAWS]
-        plain["bootstrap"]["draws"]["loss"] = to_plain([[float(f"{loss:.6g}") for loss in draw] for draw in draws])
-    return plain
 
 
 def summary(fit: Any, x: str) -> str:

@@ -165,11 +165,12 @@ class Bootstrap:
         return form(**{item.name: self.draws[item.name] for item in fields(form) if item.name in self.draws})
 
     def to_dict(self) -> dict[str, Any]:
-        """Counts, seed, level and the first draws to six digits, for JSON."""
+        """Counts, seed, level and the first draws to six digits, for JSON: of coefficients, and of optima's losses."""
+        six_digits = np.vectorize(lambda value: float(f"{value:.6g}"), otypes=[float])
         draws = {
-            name: to_plain([float(f"{value:.6g}") for value in values[:STORED_DRAWS]])
+            name: to_plain(six_digits(values[:STORED_DRAWS]))
             for name, values in self.draws.items()
-            if values.ndim == 1
+            if values.ndim == 1 or name == "loss"
         }
         return asdict(self) | {"level": LEVEL, "draws": draws}
 

@@ -176,10 +176,14 @@ def fit_isoflop(
     budgets, sizes, losses = positive_columns(table, budget, x, loss, law=IsoflopFit.law, at_least=1)
     near, left_out = np.ones(len(table), bool), ()
     if within is not None:
+        counts = []
         for value in np.unique(budgets):
             here = budgets == value
             near[here] = near_lowest(sizes[here], losses[here], within)
-        left_out = _left_out(budgets[~near], sizes[~near], within)
+            if n_far := len(np.unique(sizes[here & ~near])):
+                counts.append(f"{value:.3g} ({n_far})")
+        far = f"{100 * within:.3g} % above the lowest loss"
+        left_out = (f"sizes left out, more than {far}: at budget {', '.join(counts)}",) if counts else ()
         budgets, sizes, losses = budgets[near], sizes[near], losses[near]
     values, group = np.unique(budgets, return_inverse=True)
     rows_of = [np.flatnonzero(group == i) for i in range(len(values))]
@@ -290,7 +294,7 @@ def _bootstrap(
     for i, rows in enumerate(rows_of):
         if len(np.unique(sizes[rows])) >= 3:
             x[:, i], loss[:, i] = parabola_optima(fit_parabolas(sizes[rows], losses[:, rows]))
-    draws = {"x": x, "loss": loss}
+    draws = {}
     good = np.isfinite(x).any(axis=1)
     scattered = np.empty((len(losses), 0))
     if usable.sum() >= MIN_BUDGETS:
@@ -302,7 +306,7 @@ def _bootstrap(
         noise = np.random.default_rng(seed).normal(0, np.sqrt(excess), (len(losses), len(misses)))
         scattered = x[:, usable] * 10**noise
         draws["exponent"], draws["coefficient"] = fit_power_law(budgets[usable], scattered)
-    draws = {name: values[good] for name, values in draws.items()}
+    draws = {name: values[good] for name, values in {**draws, "x": x, "loss": loss}.items()}
     return Bootstrap(draws=draws, resamples=len(losses), failed=int(np.sum(~good)), seed=seed), scattered[good]
 
 
@@ -324,13 +328,6 @@ def resample_residuals(residuals: Array, resamples: int, seed: int, clusters: Ar
     first = np.cumsum(sizes) - sizes
     source = rng.choice(np.flatnonzero(sizes), size=(resamples, len(sizes)))[:, labels]
     return residuals[by_cluster[first[source] + np.floor(rng.random((resamples, n)) * sizes[source]).astype(int)]]
-
-
-def _left_out(budgets: Array, sizes: Array, within: float) -> tuple[str, ...]:
-    """A warning that counts the sizes left out (runs,) at each budget."""
-    counts = [f"{value:.3g} ({len(np.unique(sizes[budgets == value]))})" for value in np.unique(budgets)]
-    far = f"{100 * within:.3g} % above the lowest loss"
-    return (f"sizes left out, more than {far}: at budget {', '.join(counts)}",) if counts else ()
 
 
 def _warnings(optima: list[BudgetOptimum], spans: list[float], n_usable: int) -> tuple[str, ...]:
