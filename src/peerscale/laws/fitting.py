@@ -202,6 +202,15 @@ class HoldOut:
     mape: float
     """Mean absolute error in percent of what was observed."""
 
+    @classmethod
+    def of(cls, observed: Array, predicted: Array, **described: Any) -> Self:
+        """From what was held out and its predictions, (n,) each, with the other fields."""
+        return cls(
+            observed=float(observed.mean()), predicted=float(predicted.mean()),
+            rmse=float(np.sqrt(np.mean((predicted - observed) ** 2))),
+            mape=float(100 * np.mean(np.abs(predicted / observed - 1))), **described,
+        )  # fmt: skip
+
     @property
     def missed(self) -> bool:
         """Whether the intervals of prediction and observation are apart: the law does not extrapolate so far."""
@@ -245,22 +254,14 @@ def predict_held_out(
         return None
 
     best = minimise(problem, start, (~held)[None].astype(float)).points
-    predicted, losses, interval = problem.law.predict(best)[0, held], problem.loss[held], None
+    predicted, interval = problem.law.predict(best)[0, held], None
     if bootstrap:
         weights = np.zeros((bootstrap, len(held)))
         weights[:, kept] = resample_counts(len(kept), bootstrap, seed, None if clusters is None else clusters[kept])
         refits = minimise(problem, start, weights)
         interval = percentile_interval(problem.law.predict(refits.points[~refits.failed])[:, held].mean(axis=1))
-    return HoldOut(
-        quantity="loss",
-        budget=float(scale[held].min()),
-        n=int(held.sum()),
-        observed=float(losses.mean()),
-        predicted=float(predicted.mean()),
-        interval=interval,
-        rmse=float(np.sqrt(np.mean((predicted - losses) ** 2))),
-        mape=float(100 * np.mean(np.abs(predicted / losses - 1))),
-    )
+    about = {"quantity": "loss", "budget": float(scale[held].min()), "n": int(held.sum()), "interval": interval}
+    return HoldOut.of(problem.loss[held], predicted, **about)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,19 +329,10 @@ class Resampling(TypedDict, total=False):
 
 
 def estimate(
-    kind: type[AnyFit],
-    table: pd.DataFrame,
-    columns: Sequence[str],
-    problem: Problem,
-    scale: np.ndarray,
-    *,
-    bootstrap: int = 0,
-    seed: int = 0,
-    cluster: str | None = None,
-    budget: str | None = None,
-    hold_out: float | None = None,
-    **described: Any,
-) -> AnyFit:
+    kind: type[AnyFit], table: pd.DataFrame, columns: Sequence[str], problem: Problem, scale: Array,
+    *, bootstrap: int = 0, seed: int = 0, cluster: str | None = None, budget: str | None = None,
+    hold_out: float | None = None, **described: Any,
+) -> AnyFit:  # fmt: skip
     """The best fit of a law with its status, intervals, held-out error and warnings.
 
     Args:
@@ -365,21 +357,14 @@ def estimate(
         )  # fmt: skip
     held = largest(scale, hold_out)
     held_out = predict_held_out(problem, point, held, scale, bootstrap=bootstrap, seed=seed, clusters=clusters)
+    said = held_out.warnings() if held_out else (f"no held-out error: {held.sum()} of {len(table)} runs held out",)
     return kind(
         **{name: float(coefficient) for name, coefficient in problem.coordinates.coefficients(point).items()},
         n=len(table),
-        status=status,
-        objective_name=str(problem.objective),
-        objective_value=value,
-        warnings=(
-            *table_warnings(table, *columns),
-            *_outliers(problem, point, table.index),
-            *(held_out.warnings() if held_out else (f"no held-out error: {held.sum()} of {len(table)} runs held out",)),
-        ),
-        hold_out=held_out,
-        bootstrap=drawn,
-        **described,
-    )
+        status=status, objective_name=str(problem.objective), objective_value=value,
+        warnings=(*table_warnings(table, *columns), *_outliers(problem, point, table.index), *said),
+        hold_out=held_out, bootstrap=drawn, **described,
+    )  # fmt: skip
 
 
 def _outliers(problem: Problem, point: np.ndarray, rows: pd.Index) -> tuple[str, ...]:

@@ -84,21 +84,15 @@ def predict_largest(
         with np.errstate(over="ignore", invalid="ignore"):
             return float(coefficient * at**exponent)
 
-    predicted, actual = prediction(budgets, optima), float(optima[-1])
+    predicted = prediction(budgets, optima)
     if not np.isfinite(predicted):
         return None
     drawn = np.array([prediction(*refit) for refit in refits])
-    return HoldOut(
-        quantity="x",
-        budget=start,
-        n=int(held.sum()),
-        observed=actual,
-        predicted=predicted,
+    return HoldOut.of(
+        optima[-1:], np.array([predicted]), quantity="x", budget=start, n=int(held.sum()),
         interval=percentile_interval(drawn) if len(drawn) else None,
         observed_interval=None if observed is None else percentile_interval(observed),
-        rmse=abs(predicted - actual),
-        mape=100 * abs(predicted / actual - 1),
-    )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,17 +139,9 @@ class IsoflopFit(PowerLaw, Fit):
 
 
 def fit_isoflop(
-    table: pd.DataFrame,
-    *,
-    budget: str,
-    x: str,
-    loss: str,
-    include_flagged: bool = False,
-    within: float | None = None,
-    bootstrap: int = 0,
-    seed: int = 0,
-    cluster: str | None = None,
-) -> IsoflopFit:
+    table: pd.DataFrame, *, budget: str, x: str, loss: str, include_flagged: bool = False,
+    within: float | None = None, bootstrap: int = 0, seed: int = 0, cluster: str | None = None,
+) -> IsoflopFit:  # fmt: skip
     """Fit a parabola in log x to each budget and a power law through the optima.
 
     Args:
@@ -213,24 +199,14 @@ def fit_isoflop(
     if len(losses) > 5 and len(values) > 1:  # L = E + A / x^alpha + B / (C / x)^beta, whatever x is
         runs = pd.DataFrame({"x": sizes, "rest": budgets / sizes, "loss": losses})
         surface = fit_parametric(runs, params="x", tokens="rest", loss="loss", objective="mse")
+    spans = [float(sizes[rows].max() / sizes[rows].min()) for rows in rows_of]
+    warnings = (*left_out, *_warnings(found, spans, usable.sum()), *table_warnings(table, budget, x, loss))
     return IsoflopFit(
-        n=len(losses),
-        status=FitStatus.TOO_FEW_POINTS if exponent is None else FitStatus.CONVERGED,
-        objective_name="mse",
-        objective_value=float(np.nansum((losses - fitted) ** 2)),
-        vertices=tuple(found),
-        surface_exponent=None if surface is None else float(surface.a),
-        exponent=exponent,
-        coefficient=coefficient,
-        warnings=(
-            *left_out,
-            *_warnings(found, [float(sizes[rows].max() / sizes[rows].min()) for rows in rows_of], usable.sum()),
-            *table_warnings(table, budget, x, loss),
-            *(hold_out.warnings() if hold_out else ()),
-        ),
-        hold_out=hold_out,
-        bootstrap=draws,
-    )
+        n=len(losses), status=FitStatus.TOO_FEW_POINTS if exponent is None else FitStatus.CONVERGED,
+        objective_name="mse", objective_value=float(np.nansum((losses - fitted) ** 2)), vertices=tuple(found),
+        surface_exponent=None if surface is None else float(surface.a), exponent=exponent, coefficient=coefficient,
+        warnings=(*warnings, *(hold_out.warnings() if hold_out else ())), hold_out=hold_out, bootstrap=draws,
+    )  # fmt: skip
 
 
 def near_lowest(sizes: Array, losses: Array, within: float) -> Array:

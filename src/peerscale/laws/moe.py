@@ -166,16 +166,9 @@ class GranularFit(GranularLaw, Fit):
 
 
 def fit_granular(
-    table: pd.DataFrame,
-    *,
-    params: str,
-    tokens: str,
-    granularity: str,
-    loss: str,
-    objective: Objective | str = Objective.HUBER,
-    delta: float = 0.1,
-    **resampling: Unpack[Resampling],
-) -> GranularFit:
+    table: pd.DataFrame, *, params: str, tokens: str, granularity: str, loss: str,
+    objective: Objective | str = Objective.HUBER, delta: float = 0.1, **resampling: Unpack[Resampling],
+) -> GranularFit:  # fmt: skip
     """Fit L = c + (g / G^gamma + a) / N^alpha + b / D^beta.
 
     Args:
@@ -246,17 +239,9 @@ class PeerFit(PeerLaw, Fit):
 
 
 def fit_peer(
-    table: pd.DataFrame,
-    *,
-    params: str,
-    tokens: str,
-    experts: str,
-    granularity: str,
-    loss: str,
-    objective: Objective | str = Objective.HUBER_LOG,
-    delta: float = 1e-3,
-    **resampling: Unpack[Resampling],
-) -> PeerFit:
+    table: pd.DataFrame, *, params: str, tokens: str, experts: str, granularity: str, loss: str,
+    objective: Objective | str = Objective.HUBER_LOG, delta: float = 1e-3, **resampling: Unpack[Resampling],
+) -> PeerFit:  # fmt: skip
     """Fit every form, choose one by held-out error, and report them all.
 
     A form's error is that of predicting the runs of the largest N D, of the most experts and of the most active

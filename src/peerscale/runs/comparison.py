@@ -16,7 +16,7 @@ import pandas as pd
 from peerscale.laws.fitting import LEVEL as INTERVAL
 from peerscale.laws.fitting import Bootstrap, percentile_interval, resample_counts, to_plain
 from peerscale.laws.isoflop import MIN_BUDGETS, fit_power_law
-from peerscale.laws.multiplier import compute_multipliers, growth
+from peerscale.laws.multiplier import compute_multipliers
 from peerscale.laws.optima import Estimate, OptimaFit, Optimum, OptimumStatus, equality_of_curvatures, holm
 from peerscale.laws.solver import Array, FitStatus
 from peerscale.runs.record import Record
@@ -264,7 +264,7 @@ def _frontiers(fitted: Sequence[Budget]) -> dict[str, Array]:
 
 
 def _multipliers(budgets: Array, frontiers: Mapping[str, Array]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Dense's compute over each method's by budget, and the growth of its logarithm where four budgets have one."""
+    """Dense's compute over each method's by budget, and from four on the growth of its logarithm in log10 C."""
     found, slopes = [], []
     for name, (_, losses) in frontiers.items():
         reference = same_variant("dense", name, list(frontiers))
@@ -275,7 +275,7 @@ def _multipliers(budgets: Array, frontiers: Mapping[str, Array]) -> tuple[list[d
         for i in np.flatnonzero(known):
             found.append({**pair, "budget": budgets[i], "multiplier": each[0, i], **_ends(each[1:, i])})
         if known.sum() >= GROWTH_BUDGETS:
-            slope = growth(budgets[known], each[:, known])
+            slope = math.log(10) * fit_power_law(budgets[known], each[:, known])[0]
             slopes.append({**pair, "slope": slope[0], **_ends(slope[1:])})
     return found, slopes
 

@@ -15,11 +15,8 @@ from peerscale.runs.record import Record, cell_folders, parse_record, read_cell
 
 METRICS = "metrics.jsonl"
 
-NEEDED = (
-    *("cell", "method", "variant", "size", "seed", "budget", "axes", "flops_per_token", "val_loss", "status"),
-    "convention",
-)
-"""Columns that no table of runs can do without."""
+NEEDED = ("cell", "method", "variant", "size", "seed", "budget", "flops_per_token", "val_loss", "status", "convention")
+"""Columns that no table of runs can do without, besides `axes`."""
 
 TEXTS = ("variant", "axes", "reason")
 """Columns that may be empty and are no numbers."""
@@ -64,7 +61,7 @@ def read_runs(path: str | Path) -> pd.DataFrame:
     path = path if path.is_absolute() or path.exists() else ROOT / path
     csv = path / "runs.csv" if path.is_dir() else path
     if csv.is_file():
-        table = read_table(csv, [column for column in NEEDED if column != "axes"], dtype=dict.fromkeys(TEXTS, str))
+        table = read_table(csv, NEEDED, dtype=dict.fromkeys(TEXTS, str))
         if "axes" not in table:
             raise UserError(f"{csv}: no column 'axes', as an earlier peerscale wrote it; to convert it: make convert")
         return table.fillna({column: "" for column in TEXTS if column in table})
