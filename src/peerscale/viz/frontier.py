@@ -57,5 +57,5 @@ def frontier_figure(fits: Mapping[str, Any], *, note: str = "") -> Figure | None
         marks = "hollow: flagged minimum" if losses["hollow"].any() else ""
         same = "multiplier: for the same loss, losses interpolated between the budgets" if worth else ""
         apart = "methods are drawn side by side at each budget"
-        style.caption(figure, note, bars, "; ".join(filter(None, (same, apart))), marks)
+        style.caption(figure, note, bars, "; ".join(filter(None, (same, marks, apart))))
     return figure
