@@ -43,8 +43,10 @@ def isoflop_panel(
         x: column of the model size.
         marker, colours: of the points, and by method name.
     """
-    runs = runs[usable(runs)].sort_values(x, kind="stable")
-    of_methods = [(name, runs[runs["name"] == name], methods.get(name)) for name in style.ordered(runs["name"])]
+    runs = runs[usable(runs)]
+    of_methods = [
+        (name, runs[runs["name"] == name].sort_values(x), methods.get(name)) for name in style.ordered(runs["name"])
+    ]
     axes.set(xscale="log", yscale="log")
     for name, rows, fitted in of_methods:
         look: dict[str, Any] = {"fmt": marker, "color": colours[name], "markeredgecolor": "white", "label": name}
