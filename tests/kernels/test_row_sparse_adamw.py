@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from peerscale.kernels.backends import BACKENDS, choose_operators
 from peerscale.kernels.gradients import collect_row_gradients, collected_gradients
 from peerscale.kernels.row_sparse_adamw import RowSparseAdamW
-from peerscale.layers.modules.peer import Peer
-from peerscale.layers.modules.pkm import Pkm
+from peerscale.layers.modules.product_keys import Peer, Pkm
 
 RATES = {"lr": 0.03, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 N, D, T, J = 30, 5, 4, 3
