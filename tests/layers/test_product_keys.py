@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from peerscale.kernels.backends import choose_operators
-from peerscale.kernels.reference import candidate_pairs
+from peerscale.kernels.operators import candidate_pairs
 from peerscale.layers.modules.product_keys import Pkm, QueryNorm
 
 FINDERS = ["reference", "cpp"]
