@@ -1,7 +1,7 @@
 """AdamW that touches only the retrieved rows of a table (see `adamw`): no cost grows with the number of experts."""
 
 from collections.abc import Callable
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,12 +39,8 @@ class RowSparseAdamW(torch.optim.AdamW):
             if collected := collected_gradients(table):
                 collected.clear()
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyrefly: ignore[bad-override]
         """One step of all groups; `closure`, if given, computes the gradients and returns the loss."""
         loss = None
         if closure is not None:
