@@ -124,7 +124,7 @@ def test_stands_in_a_folder_of_pythonpath_and_trains(mylab: Path, tmp_path: Path
         ("class: gated.GatedConfg", "AttributeError: module 'gated' has no attribute 'GatedConfg'"),
         ("class: GatedConfig", "Empty module name"),
         ("class: gated.Gated", "class gated.Gated is no subclass of peerscale.layers.FfnConfig"),
-        ("class: peerscale.layers.peer.PeerConfig", "needs a default for method, and none of dense, "),
+        ("class: peerscale.layers.product_keys.PeerConfig", "needs a default for method, and none of dense, "),
         ("class: gated.GatedConfig, method: peer", "method 'peer' is not that of GatedConfig, which is 'gated'"),
         ("method: gated", "method 'gated' is no layer of peerscale, which are dense, "),
         (
