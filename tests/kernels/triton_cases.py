@@ -66,7 +66,7 @@ def test_half_precision_is_summed_in_float32(dtype):
 
 def test_runs_are_those_of_a_loop():
     rows = torch.randint(0, 50, (6, 4))
-    runs = TRITON.sort_pairs(Pairs(rows, 50))
+    runs = TRITON.sort_pairs(Pairs(TRITON, rows, 50))
     starts = runs.starts_R.tolist()
     positions = [runs.order_P[a:b].tolist() for a, b in itertools.pairwise(starts)]
     flat = rows.flatten().tolist()
