@@ -10,6 +10,18 @@ import torch
 from torch import Tensor, nn
 
 
+def unlike_new(layer: nn.Module) -> nn.Module:
+    """The layer with keys, biases and norms that are not those of its initialisation, which hide mistakes."""
+    with torch.no_grad():
+        layer.sub_keys.normal_()
+        if layer.query.bias is not None:
+            layer.query.bias.normal_()
+        if layer.query_norm is not None:
+            layer.query_norm.weight.uniform_(0.5, 1.5)
+            layer.query_norm.bias.normal_()
+    return layer
+
+
 def gelu(x: Tensor) -> Tensor:
     """x Phi(x) (Hendrycks and Gimpel 2016)."""
     return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))

@@ -26,17 +26,9 @@ def make(
     kernel: str = "reference",
     **form,
 ) -> Peer:
-    """A small layer whose biases and norms are not those of its initialisation, which hide mistakes."""
     torch.manual_seed(seed)
     layer = Peer(d_model, n_experts, n_heads, top_k, d_key=4, operators=choose_operators(kernel), **form)
-    with torch.no_grad():
-        layer.sub_keys.normal_()
-        if layer.query.bias is not None:
-            layer.query.bias.normal_()
-        if layer.query_norm is not None:
-            layer.query_norm.weight.uniform_(0.5, 1.5)
-            layer.query_norm.bias.normal_()
-    return layer
+    return per_token.unlike_new(layer)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(map(str, form.values())))

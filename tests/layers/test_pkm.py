@@ -17,14 +17,7 @@ FORMS = [
 def make(kernel: str = "reference", **form) -> Pkm:
     torch.manual_seed(0)
     layer = Pkm(6, 25, 2, 4, 6, operators=choose_operators(kernel), **form)
-    with torch.no_grad():
-        layer.sub_keys.normal_()
-        if layer.query.bias is not None:
-            layer.query.bias.normal_()
-        if layer.query_norm is not None:
-            layer.query_norm.weight.uniform_(0.5, 1.5)
-            layer.query_norm.bias.normal_()
-    return layer
+    return per_token.unlike_new(layer)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(map(str, form.values())))
