@@ -138,8 +138,9 @@ def method_names(table: pd.DataFrame, without: Sequence[str] = ()) -> pd.Series:
 
 def axes_of(table: pd.DataFrame) -> pd.Series:
     """For each row the axes of its cell, dotted keys and their values, which the table holds as JSON."""
-    texts = table["axes"].fillna("").astype(str) if "axes" in table else pd.Series("", index=table.index)
-    return pd.Series([json.loads(text or "{}") for text in texts], index=table.index, dtype=object)
+    texts = table["axes"] if "axes" in table else [""] * len(table)
+    parsed = [json.loads(text) if isinstance(text, str) and text else {} for text in texts]
+    return pd.Series(parsed, index=table.index, dtype=object)
 
 
 def same_variant(reference: str, name: str, names: Sequence[str]) -> str | None:
