@@ -73,7 +73,7 @@ figures: setup ## table, fits and figures of SWEEP, from its runs, or from resul
 
 report: figures ## one HTML page of SWEEP in its study folder; WANDB=1 also puts a report on the W&B server
 	@$(BIN)/python analysis/report.py $(SWEEP)
-	@$(if $(WANDB),$(BIN)/python analysis/dashboard.py $(SWEEP) --save)
+	@$(if $(WANDB),$(BIN)/python analysis/dashboard.py $(SWEEP))
 
 validate: setup ## fit published data sets in DATA=DIR and compare with the published values
 	@$(BIN)/python analysis/validate.py $(DATA)

@@ -1,44 +1,140 @@
-"""The W&B workspace of a study, and a report with its figures, tables and how to read them.
+"""A W&B report of a study: how to read it, its figures and tables, and panels of its cells.
 
-    .venv/bin/python analysis/dashboard.py SWEEP [--save]
+    .venv/bin/python analysis/dashboard.py SWEEP
 
-Writes the workspace to runs/SWEEP/study/workspace.json, which needs no server. With --save it also puts both on the W&B
-server; a second call updates them there. They show what `make sync` has uploaded. Needs the package
-wandb-workspaces: .venv/bin/python -m pip install --editable '.[report]'
+It is saved on the W&B server, where a second call updates it, and shows what `make sync` has uploaded. Needs the
+package wandb-workspaces: .venv/bin/python -m pip install --editable '.[report]'
 """
 
+import contextlib
+import importlib
+import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from peerscale.errors import FailedCells, UserError, exit_code
 from peerscale.files import write_text
-from peerscale.runs.study import collected, study_parser
-from peerscale.training import views
+from peerscale.runs.study import Study, collected, read_json, study_parser, usable
+from peerscale.runs.table import read_runs
 from peerscale.training.tracking import WandbError, client_errors
+
+wr: Any = None
+expr: Any = None
+with contextlib.suppress(ImportError):
+    wr = importlib.import_module("wandb_workspaces.reports.v2")
+    expr = importlib.import_module("wandb_workspaces.expr")
+
+VIEWS = "wandb-views.json"
+"""File that remembers where the report was saved."""
+
+HOW_TO_READ = """
+Every run is one cell: a model of one method and size, trained with one budget of FLOPs. Losses are nats per token on
+the same held-out tokens for every cell. FLOPs are counted per operation. The x axes are `flops` and `tokens`, because a
+step of a larger model costs more compute. Final losses against parameters form one isoFLOP curve for each method and
+budget; its minimum is the compute-optimal size. Usage is the share of experts that got any weight. Unevenness is the KL
+divergence of the experts' shares from uniform, in nats (0 is even). A run's `signals` say at which step its loss
+spiked, its router collapsed or its throughput halved.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = study_parser("dashboard", __doc__)
-    parser.add_argument("--save", action="store_true", help="put workspace and report on the W&B server")
-    given = parser.parse_args(argv)
+    given = study_parser("dashboard", __doc__).parse_args(argv)
     study = collected(given.sweep, given.runs)
     if not study.runs.is_file():
         raise UserError(f"{study.runs} is not there; first: make figures SWEEP={given.sweep}")
-    tracking = views.tracking_of(given.runs / given.sweep)
-    path = study.folder / "workspace.json"
-    write_text(path, views.workspace_json(study.sweep, tracking))
-    print(path)
-    if not given.save:
-        steps = f".venv/bin/wandb login, make sync SWEEP={study.sweep}, then add --save"
-        print(f"not on the server; to put it and a report there: {steps}")
-        return 0
+    tracking = tracking_of(given.runs / given.sweep)
     try:
         with client_errors():
-            for name, url in views.save(study, tracking).items():
-                print(f"{name}: {url}")
+            print(save(study, tracking))
     except WandbError as error:
-        raise FailedCells(f"W&B server: {error}; {path} is written, but workspace and report are not saved") from None
+        raise FailedCells(f"W&B server: {error}; the report is not saved") from None
     return 0
+
+
+def tracking_of(folder: Path) -> dict[str, Any]:
+    """Project and entity, as the first cell of a study has them; raises `UserError` without cells or the package."""
+    if wr is None:
+        raise UserError("wandb-workspaces is not installed: .venv/bin/python -m pip install --editable '.[report]'")
+    for path in sorted(folder.glob("*/config.yaml")):
+        return yaml.safe_load(path.read_text(encoding="utf-8"))["tracking"]
+    raise UserError(
+        f"no cells in {folder}, whose config.yaml names the W&B project; first: make sweep SWEEP={folder.name}"
+    )
+
+
+def save(study: Study, tracking: dict[str, Any]) -> str:
+    """Put the report on the server, over that of an earlier call; its address."""
+    import wandb
+
+    wandb.setup(wandb.Settings(silent=True))
+    views = study.folder / VIEWS
+    text = report(study, tracking["entity"] or str(wandb.Api().default_entity), tracking["project"])
+    text.id = read_json(views).get("report", "") if views.is_file() else ""
+    text.save()
+    write_text(views, json.dumps({"report": text.id}) + "\n")
+    return text.url
+
+
+def sections() -> dict[str, list[Any]]:
+    """The panels by section."""
+    by_method: dict[str, Any] = {"groupby": "ffn.method", "max_runs_to_show": 100}
+
+    def lines(title: str, metric: str, x: str, **options: Any) -> Any:
+        return wr.LinePlot(title=title, x=x, y=[metric], title_x=x, **by_method, **options)
+
+    def bars(title: str, metrics: list[str], how: str) -> Any:
+        return wr.BarPlot(title=title, metrics=metrics, groupby_aggfunc=how, **by_method)
+
+    budget = wr.Config("budget")
+    return {
+        "Loss": [lines(f"Training loss against {name}", "train/loss", name.lower(), log_x=True)
+                 for name in ("FLOPs", "tokens")],
+        "Final loss": [final(f"Final loss against {name}; colour: budget", f"derived.{column}", z=budget)
+                       for name, column in (("parameters", "params_total"), ("FLOPs per token", "flops_per_token"))],
+        "Router": [lines("Expert usage", "train/expert_usage", "tokens"),
+                   lines("Unevenness, nats", "train/unevenness", "tokens")],
+        "Speed": [lines("Tokens per second", "train/tokens_per_s", "tokens"),
+                  bars("FLOP/s, mean", ["flops_per_s"], "mean")],
+        "Failed and diverged": [bars("Failed and diverged cells", ["failed", "diverged"], "sum")],
+    }  # fmt: skip
+
+
+def final(title: str, x: str, **options: Any) -> Any:
+    """Final losses against a number of the configuration."""
+    return wr.ScatterPlot(title=title, x=wr.Config(x), y=wr.SummaryMetric("validation/loss"), log_x=True, **options)
+
+
+def report(study: Study, entity: str, project: str) -> Any:
+    """The report: how to read it, figures, tables, final losses a budget, and the panels by section."""
+    runs = read_runs(study.runs)
+
+    def grid(name: str, panels: list[Any], *more: Any, job: str = "train") -> Any:
+        filters = expr.And(expr.Metric("Group") == study.sweep, expr.Metric("JobType") == job, *more)
+        shown = wr.Runset(entity=entity, project=project, name=name, filters=filters)
+        return wr.PanelGrid(runsets=[shown], panels=panels)
+
+    figures = [f"figures/{path.stem}" for path in sorted(study.figures.glob("*.png"))]
+    browser = wr.MediaBrowser(media_keys=figures, layout=wr.Layout(w=24, h=16))
+    blocks = [
+        wr.H1("How to read this"), wr.MarkdownBlock(HOW_TO_READ),
+        wr.H1("Figures"), grid("study", [browser], job="study"),
+        *([wr.MarkdownBlock(study.table.read_text(encoding="utf-8"))] if study.table.is_file() else []),
+        wr.H1("Final loss against parameters, a budget each"),
+    ]  # fmt: skip
+    for budget in sorted(runs.loc[usable(runs), "budget"].unique()):
+        name = f"{budget:g} FLOPs"
+        blocks.append(grid(name, [final(name, "derived.params_total")], expr.Config("budget") == float(budget)))
+    for name, panels in sections().items():
+        blocks += [wr.H1(name), grid("cells", panels)]
+    bad = runs[runs["status"].isin(["failed", "diverged"])]
+    listed = "\n".join(f"- `{row.cell}`: {row.status}, {row.reason}" for row in bad.itertuples()) or "None."
+    blocks.append(wr.MarkdownBlock(listed))
+    title = f"peerscale {study.sweep}"
+    return wr.Report(entity=entity, project=project, title=title, description="IsoFLOP study", blocks=blocks)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import pandas as pd
 from peerscale import laws
 from peerscale.errors import ArgumentParser, UserError, exit_code
 from peerscale.files import write_json
-from peerscale.laws.fitting import SHOWN, STORED_DRAWS, Fit, HoldOut, positive_columns, require_column, to_plain
+from peerscale.laws.fitting import SHOWN, Fit, HoldOut, positive_columns, require_column
 from peerscale.laws.isoflop import IsoflopFit, PowerLaw
 from peerscale.laws.moe import PeerFit
 from peerscale.laws.parametric import Surface
@@ -69,7 +69,7 @@ COLUMNS = {
 }
 OPTIONS = ("objective", "delta", "include_flagged", "within")
 RESAMPLING = ("bootstrap", "seed", "cluster", "budget", "hold_out")
-PREDICT_FROM = ("budget", "params", "tokens", "unique_tokens", "experts", "granularity")
+PREDICT_FROM = ("budget", "params", "tokens", "experts", "granularity")
 MEANINGS = {
     "a": "the optimal N grows as C^a",
     "b": "the optimal D grows as C^b",
@@ -89,11 +89,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     law: Callable[..., Fit] = COMMANDS[arguments.command][0]
     columns = {name: given[name] for name in COMMANDS[arguments.command][1].replace("-", "_").split()}
     table = read_table(arguments.table, arguments.where, curves=law is laws.fit_envelope)
-    if given.get("unique_tokens"):
-        if arguments.flops or not arguments.tokens:
-            raise UserError("--unique-tokens goes with --tokens, not with --flops")
-        law, columns["unique_tokens"] = laws.fit_data_constrained, arguments.unique_tokens
-        del columns["flops"]
     if law is laws.fit_isoflop:
         table = one_budget_each(table, arguments.budget, arguments.tolerance)
     described = columns | {name: given[name] for name in OPTIONS if name in given}
@@ -129,9 +124,6 @@ def parser() -> argparse.ArgumentParser:
             minimised, default = "what is minimised (huber-log)", Objective.HUBER_LOG
             add("--objective", choices=list(Objective), default=default, help=minimised)
             add("--delta", type=positive, default=1e-3, metavar="NUMBER", help="where Huber turns linear (1e-3)")
-        if name == "parametric":
-            unique = "column of the different tokens: also fits what repeated ones are worth"
-            add("--unique-tokens", metavar="COL", help=unique)
         if name == "isoflop":
             add("--include-flagged", action="store_true", help="let the power law use flagged minima too")
             far = "leave sizes out whose loss is more than this share above the budget's lowest, such as .04; keep five"
@@ -226,7 +218,7 @@ def fit_groups(
         )
     first = next(iter(groups.values()))
     if by is None:
-        return to_json(first), summary(first, x)
+        return first.to_dict(), summary(first, x)
     statuses = [group.status for group in groups.values() if group.status is not FitStatus.CONVERGED]
     stored = {
         "law": first.law,
@@ -236,18 +228,9 @@ def fit_groups(
         "objective_value": sum(group.objective_value for group in groups.values()),
         "ci": {},
         "by": by,
-        "groups": {name: to_json(group) for name, group in groups.items()},
+        "groups": {name: group.to_dict() for name, group in groups.items()},
     }
     return stored, "\n".join(f"{by} = {name}\n{summary(group, x)}" for name, group in groups.items())
-
-
-def to_json(fit: Any) -> dict[str, Any]:
-    """The fit in plain values; of an isoFLOP fit also the drawn losses of its minima, for `predict`."""
-    plain = fit.to_dict()
-    if isinstance(fit, IsoflopFit) and fit.bootstrap is not None:
-        draws = fit.bootstrap.draws["loss"][:STORED_DRAWS]
-        plain["bootstrap"]["draws"]["loss"] = to_plain([[float(f"{loss:.6g}") for loss in draw] for draw in draws])
-    return plain
 
 
 def summary(fit: Any, x: str) -> str:
@@ -343,7 +326,7 @@ def stored_fits(path: Path) -> list[tuple[str, dict[str, Any], Mapping[str, Any]
 
 def needs(law: str) -> str:
     """The options that a prediction of a law takes."""
-    sizes = [_option(name) for name in LAWS[law][1] if name not in ("budget", "unique_tokens")]
+    sizes = [_option(name) for name in LAWS[law][1] if name != "budget"]
     options = ["--budget"] * ("budget" in LAWS[law][1]) + [", ".join(sizes)] * bool(sizes)
     return ", or ".join(options)
 

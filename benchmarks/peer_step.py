@@ -197,7 +197,7 @@ def make_optimizer(layer: Any, step_name: str) -> Any:
 
 def peerscale_layer(experts: int) -> Any:
     """PEER-pytorch knows no query norm, no query bias, and keys of each head only."""
-    from peerscale.layers.modules.peer import Peer
+    from peerscale.layers.modules.product_keys import Peer
 
     return Peer(WIDTH, experts, HEADS, TOP_K, WIDTH, shared_keys=False, query_norm=False, query_bias=False)
 

@@ -16,10 +16,8 @@ from peerscale.accounting import cost
 from peerscale.config import Config, load
 from peerscale.files import ROOT
 from peerscale.layers.dense import WideDenseConfig
-from peerscale.layers.fine_grained_moe import FineGrainedMoeConfig
-from peerscale.layers.modules.fine_grained_moe import FineGrainedMoe
-from peerscale.layers.modules.moe import TokenChoiceMoe
-from peerscale.layers.moe import MoeConfig
+from peerscale.layers.modules.moe import FineGrainedMoe, TokenChoiceMoe
+from peerscale.layers.moe import FineGrainedMoeConfig, MoeConfig
 from peerscale.model import build_model
 from peerscale.model.transformer import Transformer
 

@@ -10,7 +10,7 @@ import pytest
 from peerscale.composition import sweep_file
 from peerscale.config import ConfigError, load
 from peerscale.files import ROOT
-from peerscale.layers.peer import PeerConfig
+from peerscale.layers.product_keys import PeerConfig
 from peerscale.sweep_config import load_sweep
 
 

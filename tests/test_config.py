@@ -21,10 +21,8 @@ from peerscale.config import (
 )
 from peerscale.files import ROOT
 from peerscale.layers.dense import DenseConfig, WideDenseConfig
-from peerscale.layers.fine_grained_moe import FineGrainedMoeConfig
-from peerscale.layers.moe import MoeConfig
-from peerscale.layers.peer import PeerConfig
-from peerscale.layers.pkm import PkmConfig
+from peerscale.layers.moe import FineGrainedMoeConfig, MoeConfig
+from peerscale.layers.product_keys import PeerConfig, PkmConfig
 
 GROUPS = ("data", "ffn", "optim", "size", "tracking", "trainer")
 FILES = [(group, path.stem) for group in GROUPS for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]

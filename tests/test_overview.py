@@ -8,7 +8,7 @@ from filelock import FileLock
 
 from peerscale.accounting import CONVENTION
 from peerscale.cells import Cell, count_cells, planned_cells
-from peerscale.data.store import PREPARATION_VERSION, Manifest, folder, manifest_json
+from peerscale.data.store import PREPARATION_VERSION, Manifest, folder, write_manifest
 from peerscale.errors import exit_code
 from peerscale.files import ROOT
 from peerscale.overview import main, text_table
@@ -50,7 +50,7 @@ def corpus(cells: list[Cell]) -> str:
     )
     place = folder(cells[0].config.data)
     place.mkdir(parents=True)
-    (place / "manifest.json").write_text(manifest_json(manifest))
+    write_manifest(place, manifest)
     return manifest.fingerprint
 
 

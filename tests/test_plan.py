@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from peerscale.accounting import cost
 from peerscale.config import Config, ConfigError, load
-from peerscale.data import EvaluationBatches
+from peerscale.data.batches import EvaluationBatches
 from peerscale.errors import UserError
 from peerscale.files import ROOT
 from peerscale.plan import Verdict, as_asked, evaluation_line, plan, schedule
@@ -273,7 +273,7 @@ def test_what_the_plan_keeps_can_be_evaluated_and_nothing_more(held, asked, batc
     tokens, a_batch = np.zeros(held, np.uint16), batch_sequences * context
     if "validation" in planned.evaluation:
         batches = EvaluationBatches(tokens, planned.evaluation["validation"], **shape)
-        assert batches.n_tokens == planned.evaluation["validation"] <= asked
+        assert len(batches) * a_batch == planned.evaluation["validation"] <= asked
         more = planned.evaluation["validation"] + a_batch
         if more > asked:
             return

@@ -54,7 +54,7 @@ def by_cell(some: list[Record]) -> dict[str, Record]:
 
 def test_a_cell_never_run_is_pending() -> None:
     found = by_cell([record for record in records() if record.cell != "peer-d8-1e11-s0"])
-    planned, further = collection.with_planned(SWEEP, cells(), found)
+    planned, further = collection.with_planned(cells(), found)
     all_records = by_cell(planned)
     assert len(all_records) == len(cells()) and further == []
     assert all_records["peer-d8-1e11-s0"].status is Status.PENDING
@@ -80,7 +80,7 @@ def test_an_unreadable_plan_is_noticed_and_stops_nothing(capsys: pytest.CaptureF
         raise UserError("no sweep file synthetic.yaml")
 
     collection.planned_cells = broken
-    assert collection.with_planned(SWEEP, collection.plan_of(SWEEP, []), by_cell(records())) == (records(), [])
+    assert collection.with_planned(collection.plan_of(SWEEP, []), by_cell(records())) == (records(), [])
     assert "no sweep file synthetic.yaml" in capsys.readouterr().err
 
 
@@ -218,7 +218,7 @@ def test_records_survive_the_collection(collected_runs: Path) -> None:
 def published_and_run_here(collected_runs: Path, folder: Path, own: list[Record], others: list[Record]) -> list[str]:
     """The arguments for a study whose `others` were published and whose `own` were run here."""
     shutil.copytree(collected(SWEEP, collected_runs).folder, folder / "results" / SWEEP)
-    planned, _ = collection.with_planned(SWEEP, cells(), by_cell(others))
+    planned, _ = collection.with_planned(cells(), by_cell(others))
     lines = "".join(json.dumps(asdict(record)) + "\n" for record in planned)
     (folder / "results" / SWEEP / "records.jsonl").write_text(lines)
     for record in own:

@@ -281,19 +281,11 @@ def test_unfit_numbers_are_refused(table: Path, tmp_path: Path) -> None:
         assert run("parametric", table, *SURFACE, *option, "--out", tmp_path / "fit.json") == 2
 
 
-def test_duplicates_are_named_and_repeated_data_has_its_law(
-    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_duplicates_are_named(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = pd.read_csv(table).query("method == 'dense'")
-    runs["unique"] = np.where(runs["N"] < runs["N"].median(), runs["D"] / 3, runs["D"])
     pd.concat([runs, runs.head(1)]).to_csv(table, index=False)
-    out = tmp_path / "fit.json"
-    assert run("parametric", table, *SURFACE, "--unique-tokens", "unique", "--bootstrap", 0, "--out", out) == 0
-    stored = json.loads(out.read_text())
-    assert stored["law"] == "data_constrained" and {"R_N", "R_D"} <= stored.keys() and stored["n"] == 29
+    assert run("parametric", table, *SURFACE, "--bootstrap", 0, "--out", tmp_path / "fit.json") == 0
     assert "1 duplicated rows, kept and so counted again: line 30" in capsys.readouterr().out
-    columns = ("--params", "N", "--flops", "C", "--loss", "loss", "--unique-tokens", "unique")
-    assert run("parametric", table, *columns, "--out", out) == 2
 
 
 def test_the_commands_of_the_help_text_can_be_typed() -> None:
@@ -379,8 +371,8 @@ def test_envelope_of_a_study_and_of_a_csv(tmp_path: Path, capsys: pytest.Capture
         for c in [np.geomspace(1e13, 1e18, 60)]
     )  # fmt: skip
     runs = pd.DataFrame({"cell": cells.keys(), "params_total": cells.values(), "method": "dense", "variant": ""})
-    runs = runs.assign(size="d", seed=0, budget=1e18, flops_per_token=1.0, val_loss=3.0, status="done", convention="x")
-    runs.assign(flops=1e18).to_csv(tmp_path / "runs.csv", index=False)
+    runs = runs.assign(size="d", seed=0, budget=1e18, flops_per_token=1.0, val_loss=3.0, status="done", axes="")
+    runs.assign(flops=1e18, convention="x").to_csv(tmp_path / "runs.csv", index=False)
     curves.to_csv(tmp_path / "curves.csv", index=False)
     out = tmp_path / "fit.json"
     columns = ("--run", "cell", "--flops", "flops", "--x", "params_total", "--loss", "loss", "--bootstrap", 20)

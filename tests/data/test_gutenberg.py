@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from peerscale.config import load
-from peerscale.data import open_corpus, read_manifest
 from peerscale.data.gutenberg import pickled_strings, verse_blocks
+from peerscale.data.store import open_corpus, read_manifest
 
 
 class Evil:

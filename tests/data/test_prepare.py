@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from made_up_text import prose
 
-from peerscale.data import open_corpus, read_manifest, store, tokenizer
 from peerscale.data import prepare as module
+from peerscale.data import store, tokenizer
 from peerscale.data.blocks import GAP_BYTES
 from peerscale.data.prepare import prepare
+from peerscale.data.store import open_corpus, read_manifest
 from peerscale.errors import UserError, exit_code
 from peerscale.files import ROOT
 

@@ -4,7 +4,7 @@ import zipfile
 import pytest
 
 from peerscale.data import wheels
-from peerscale.data.wheels import Wheel, fetch
+from peerscale.data.wheels import fetch
 from peerscale.errors import UserError
 
 FILE = "tinyverse-1.0-py3-none-any.whl"
@@ -23,7 +23,7 @@ def wheel(tmp_path, monkeypatch):
     for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(index), "PIP_CONFIG_FILE": "/dev/null"}.items():
         monkeypatch.setenv(name, value)
     digest = hashlib.sha256((index / FILE).read_bytes()).hexdigest()
-    return Wheel(project="tinyverse", version="1.0", file=FILE, sha256=digest)
+    return {FILE: digest}
 
 
 def refuse(*_, **__):
@@ -32,37 +32,36 @@ def refuse(*_, **__):
 
 def test_a_wheel_is_downloaded_once_and_kept(tmp_path, wheel, monkeypatch):
     kept = tmp_path / "data" / "wheels"
-    assert fetch([wheel], kept) == [kept / FILE]
+    assert fetch(wheel, kept) == [kept / FILE]
     assert [path.name for path in kept.iterdir()] == [FILE]
     monkeypatch.setattr(wheels, "_download", refuse)
-    assert fetch([wheel], kept) == [kept / FILE]
+    assert fetch(wheel, kept) == [kept / FILE]
 
     (kept / FILE).write_bytes(b"damaged")
     with pytest.raises(AssertionError, match="downloaded again"):
-        fetch([wheel], kept)
+        fetch(wheel, kept)
 
 
 def test_pip_refuses_a_wheel_with_another_sum(tmp_path, wheel):
-    other = Wheel(project="tinyverse", version="1.0", file=FILE, sha256="0" * 64)
     with pytest.raises(
         UserError, match=r"^pip cannot download tinyverse==1\.0 \(.*HASH.*\); without network, put "
     ) as error:
-        fetch([other], tmp_path / "kept")
+        fetch({FILE: "0" * 64}, tmp_path / "kept")
     assert "\n" not in str(error.value)
     assert list((tmp_path / "kept").iterdir()) == []
 
 
 def test_the_sum_is_checked_again_whatever_pip_let_through(tmp_path, wheel, monkeypatch):
     monkeypatch.setattr(wheels, "_download", lambda wheels, target, kept_in: (target / FILE).write_bytes(b"other"))
-    with pytest.raises(UserError, match=f"^{FILE}: downloaded, but its sha256 is not {wheel.sha256}$"):
-        fetch([wheel], tmp_path / "kept")
+    with pytest.raises(UserError, match=f"^{FILE}: downloaded, but its sha256 is not {wheel[FILE]}$"):
+        fetch(wheel, tmp_path / "kept")
     assert list((tmp_path / "kept").iterdir()) == []
 
 
 def test_a_wheel_that_cannot_be_had_is_one_line(tmp_path, wheel):
-    absent = Wheel(project="no-such-verse", version="1.0", file="no_such_verse-1.0-py3-none-any.whl", sha256="0" * 64)
+    absent = {"no_such_verse-1.0-py3-none-any.whl": "0" * 64}
     with pytest.raises(UserError) as error:
-        fetch([absent], tmp_path / "kept")
+        fetch(absent, tmp_path / "kept")
     assert str(error.value) == (
         "pip cannot download no-such-verse==1.0 (No matching distribution found for no-such-verse==1.0); "
         f"without network, put no_such_verse-1.0-py3-none-any.whl into {tmp_path / 'kept'}"

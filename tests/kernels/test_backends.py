@@ -10,7 +10,7 @@ import torch
 from peerscale.errors import UserError
 from peerscale.kernels import backends, compiler
 from peerscale.kernels.backends import choose_operators
-from peerscale.layers.modules.peer import Peer
+from peerscale.layers.modules.product_keys import Peer
 
 
 @pytest.fixture

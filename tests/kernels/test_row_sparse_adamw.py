@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from peerscale.kernels.backends import BACKENDS, choose_operators
-from peerscale.kernels.gradients import collect_row_gradients, collected_gradients
+from peerscale.kernels.operators import collect_row_gradients, collected_gradients, total_gradient
 from peerscale.kernels.row_sparse_adamw import RowSparseAdamW
-from peerscale.layers.modules.peer import Peer
-from peerscale.layers.modules.pkm import Pkm
+from peerscale.layers.modules.product_keys import Peer, Pkm
 
 RATES = {"lr": 0.03, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 N, D, T, J = 30, 5, 4, 3
@@ -132,7 +131,7 @@ def test_compact_gradients_are_the_dense_ones(name):
     model(x).square().sum().backward()
     for parameter, expected in zip(model.expert_tables(), dense, strict=True):
         assert parameter.grad is None
-        total = collected_gradients(parameter).total()
+        total = total_gradient(collected_gradients(parameter))
         torch.testing.assert_close(total.pairs.operators.table_gradient(total), expected)
         collect_row_gradients(parameter, False)
     model(x).square().sum().backward()

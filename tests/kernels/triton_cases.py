@@ -11,7 +11,7 @@ from torch import nn
 from peerscale.kernels import triton_kernels, triton_operators
 from peerscale.kernels.adamw import AdamW, Moments
 from peerscale.kernels.backends import BACKENDS, choose_operators
-from peerscale.kernels.gradients import Pairs, TableGradient
+from peerscale.kernels.operators import Pairs, TableGradient
 from peerscale.kernels.row_sparse_adamw import RowSparseAdamW
 
 TRITON, REFERENCE = choose_operators("triton", DEVICE), BACKENDS["reference"]

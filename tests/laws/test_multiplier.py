@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from peerscale.laws import compute_multipliers
-from peerscale.laws.multiplier import compute_to_reach, growth
+from peerscale.laws.multiplier import compute_to_reach
 
 BUDGETS = np.array([1e12, 3e12, 1e13, 3e13])
 NAN = np.nan
@@ -91,11 +91,3 @@ def test_the_least_compute_that_reaches_a_loss(losses: list[float]) -> None:
     levels = np.array([4.5, 4.0, 3.95, 3.5, 3.1, 3.0, 2.5, 2.0, 1.9])
     expected = [reach_by_steps(np.array(losses), level) for level in levels]
     np.testing.assert_allclose(compute_to_reach(BUDGETS, np.array(losses), levels), expected, rtol=1e-4)
-
-
-def test_growth_is_the_slope_per_factor_of_ten() -> None:
-    multipliers = np.exp(0.1 + 0.25 * np.log10(BUDGETS / 1e12))
-    assert growth(BUDGETS, multipliers) == pytest.approx(0.25)
-    noisy = multipliers * np.exp(np.random.default_rng(2).normal(0, 0.1, (3, 4)))
-    expected = [np.polyfit(np.log10(BUDGETS), np.log(row), 1)[0] for row in noisy]
-    assert growth(BUDGETS, noisy) == pytest.approx(expected)

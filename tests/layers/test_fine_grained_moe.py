@@ -5,10 +5,8 @@ import pytest
 import torch
 
 import per_token
-from peerscale.layers.fine_grained_moe import FineGrainedMoeConfig
-from peerscale.layers.modules.fine_grained_moe import FineGrainedMoe
-from peerscale.layers.modules.moe import TokenChoiceMoe
-from peerscale.layers.moe import MoeConfig
+from peerscale.layers.modules.moe import FineGrainedMoe, TokenChoiceMoe
+from peerscale.layers.moe import FineGrainedMoeConfig, MoeConfig
 from peerscale.model.usage import ExpertUsage
 
 

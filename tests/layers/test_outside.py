@@ -113,7 +113,7 @@ def test_stands_in_a_folder_of_pythonpath_and_trains(mylab: Path, tmp_path: Path
     done = subprocess.run(command, cwd=tmp_path, env=elsewhere, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (record,) = (json.loads(path.read_text()) for path in (tmp_path / "runs").glob("single/gated-*/record.json"))
-    assert record["status"] == "done" and record["science"]["ffn"]["class"] == "gated.GatedConfig"
+    assert record["status"] == "done" and len(record["hashed_config"]["ffn"]["source_sha256"]) == 64
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_stands_in_a_folder_of_pythonpath_and_trains(mylab: Path, tmp_path: Path
         ("class: gated.GatedConfg", "AttributeError: module 'gated' has no attribute 'GatedConfg'"),
         ("class: GatedConfig", "Empty module name"),
         ("class: gated.Gated", "class gated.Gated is no subclass of peerscale.layers.FfnConfig"),
-        ("class: peerscale.layers.peer.PeerConfig", "needs a default for method, and none of dense, "),
+        ("class: peerscale.layers.product_keys.PeerConfig", "needs a default for method, and none of dense, "),
         ("class: gated.GatedConfig, method: peer", "method 'peer' is not that of GatedConfig, which is 'gated'"),
         ("method: gated", "method 'gated' is no layer of peerscale, which are dense, "),
         (

@@ -5,7 +5,7 @@ import torch
 
 import per_token
 from peerscale.kernels.backends import choose_operators
-from peerscale.layers.modules.peer import Peer
+from peerscale.layers.modules.product_keys import Peer
 from peerscale.model.usage import ExpertUsage
 
 FORMS = [

@@ -5,7 +5,7 @@ import torch
 
 import per_token
 from peerscale.kernels.backends import choose_operators
-from peerscale.layers.modules.pkm import Pkm
+from peerscale.layers.modules.product_keys import Pkm
 from peerscale.model.usage import ExpertUsage
 
 FORMS = [

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from peerscale.kernels.backends import choose_operators
-from peerscale.kernels.reference import candidate_pairs
-from peerscale.layers.modules.product_keys import ProductKeyRetrieval, QueryNorm
-from peerscale.layers.peer import PeerConfig
+from peerscale.kernels.operators import candidate_pairs
+from peerscale.layers.modules.product_keys import Pkm, QueryNorm
 
 FINDERS = ["reference", "cpp"]
 
@@ -160,8 +159,7 @@ def test_candidate_pairs_are_those_with_fewer_than_k_better_or_equal_ones(k):
 def test_layout_of_queries_and_keys(name, shared):
     """The query projection's outputs are (head, half, width); the row of sub-keys (i, j) is i sqrt(n_experts) + j."""
     torch.manual_seed(0)
-    config = PeerConfig(n_experts=25, n_heads=3, top_k=4, d_key=8, shared_keys=shared, query_norm=False)
-    layer = ProductKeyRetrieval(6, config, operators=choose_operators(name)).double()
+    layer = Pkm(6, 25, 3, 4, 8, shared_keys=shared, query_norm=False, operators=choose_operators(name)).double()
     x = torch.randn(7, 6, dtype=torch.float64)
     scores, rows = layer.retrieve(x)
     q = (x @ layer.query.weight.T + layer.query.bias).view(7, 3, 2, 4)
@@ -176,7 +174,7 @@ def test_layout_of_queries_and_keys(name, shared):
 
 def test_query_norm_is_batch_norm_in_full_precision():
     torch.manual_seed(0)
-    layer = ProductKeyRetrieval(6, PeerConfig(n_experts=25, n_heads=3, top_k=4, d_key=8))
+    layer = Pkm(6, 25, 3, 4, 8)
     x = torch.randn(7, 6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         scores, _ = layer.retrieve(x.bfloat16())

@@ -12,8 +12,7 @@ from peerscale.config import Config, load
 from peerscale.errors import UserError
 from peerscale.files import ROOT
 from peerscale.model import build_model
-from peerscale.model.attention import Attention
-from peerscale.model.transformer import Transformer
+from peerscale.model.transformer import Attention, Transformer
 
 DRAWS = "1866a7ec96260b60"
 """Of torch's generator on the machine that trained the published runs: others may round a normal number otherwise."""

@@ -9,13 +9,10 @@ from torch import Tensor
 import per_token
 from peerscale.config import load
 from peerscale.layers.modules.dense import Dense
-from peerscale.layers.modules.fine_grained_moe import FineGrainedMoe
-from peerscale.layers.modules.moe import ExpertChoiceMoe, TokenChoiceMoe
-from peerscale.layers.modules.peer import Peer
-from peerscale.layers.modules.pkm import Pkm
+from peerscale.layers.modules.moe import ExpertChoiceMoe, FineGrainedMoe, TokenChoiceMoe
+from peerscale.layers.modules.product_keys import Peer, Pkm
 from peerscale.model import build_model
-from peerscale.model.attention import Attention
-from peerscale.model.transformer import Transformer
+from peerscale.model.transformer import Attention, Transformer
 
 KINDS = {
     "dense": Dense,

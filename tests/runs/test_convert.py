@@ -17,14 +17,14 @@ from peerscale.runs.study import axes_of
 from peerscale.runs.table import read_records, read_runs
 from toy_study import CORPUS, record_of
 
-SCHEMA_1 = ("trainer", "tracking", "min_steps")
+NOT_IN_SCHEMA_1 = ("trainer", "tracking", "min_steps", "routing_group_sequences")
 OF_DATA = ("directory", "name", "path", "train_tokens", "max_epochs")
 
 
 def as_schema_1(cell: Cell, name: str | None = None) -> dict[str, Any]:
     """The record that schema 1 had of a finished cell."""
     new = json.loads(json.dumps(asdict(record_of(cell, Status.DONE))))
-    science = {key: value for key, value in to_dict(cell.config).items() if key not in SCHEMA_1}
+    science = {key: value for key, value in to_dict(cell.config).items() if key not in NOT_IN_SCHEMA_1}
     science["data"] = {key: value for key, value in science["data"].items() if key not in OF_DATA}
     science |= {"data_fingerprint": CORPUS, "recipe_version": 1}
     plan = {**new["plan"], "size": new["size"], "lr": new["lr"], "table_lr": new["table_lr"]}

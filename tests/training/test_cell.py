@@ -194,9 +194,10 @@ def test_what_cannot_be_loaded_is_one_line(tiny: list[str], tmp_path: Path) -> N
 
 
 def test_the_last_line_of_a_single_cell_says_where_its_model_is(tiny: list[str], capsys: pytest.CaptureFixture) -> None:
-    planned = cell([*tiny, "trainer.keep_checkpoint=true"])
+    overrides = [*tiny, "trainer.keep_checkpoint=true"]
+    planned = cell(overrides)
     path = planned.folder / "checkpoints" / "step-000000008.ckpt"
     for _ in range(2):  # trained, and found done
-        run_single(planned)
+        run_single(composed(overrides))
         last = capsys.readouterr().out.splitlines()[-1]
         assert last.endswith(f" nats per token; {planned.folder}; trained model: {path}")

@@ -22,10 +22,11 @@ from peerscale.config import Config, composed, load
 from peerscale.data.store import open_corpus
 from peerscale.errors import UserError
 from peerscale.files import ROOT
+from peerscale.launch import main
 from peerscale.plan import Verdict, plan
 from peerscale.runs.record import Record, Status, read_record
 from peerscale.runs.table import read_metrics
-from peerscale.train import main, run_cell
+from peerscale.train import run_cell
 from peerscale.training import cell, distributed
 from peerscale.training import rank as rank_program
 from peerscale.training.cell import build_module, fit, train_cell
@@ -353,10 +354,7 @@ def test_ranks_that_srun_started_train_one_cell(parallel: list[str], tmp_path: P
     ("words", "problem"),
     [
         (["trainer.devices=3"], "torchrun or srun started 2 processes, but trainer.devices is 3"),
-        (
-            ["--config-name", "smoke"],
-            "torchrun and srun start the ranks of one cell; a study starts those of its cells itself",
-        ),
+        (["smoke"], "torchrun and srun start the ranks of one cell; a study starts those of its cells itself"),
     ],
 )
 def test_what_ranks_cannot_run_is_refused(
@@ -364,10 +362,9 @@ def test_what_ranks_cannot_run_is_refused(
 ) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    if "--config-name" in words:
-        monkeypatch.setattr(sys, "argv", ["train", *words])
+    if words == ["smoke"]:
         with pytest.raises(UserError, match=problem):
-            main()
+            main(words)
     else:
         overrides = [*settings, *words, "ffn=dense", "batch_sequences=12", "tracking=disabled"]
         with pytest.raises(UserError, match=problem):

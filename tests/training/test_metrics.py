@@ -6,8 +6,8 @@ import pytest
 import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from peerscale.cells import cell_folder
 from peerscale.config import load
+from peerscale.files import ROOT
 from peerscale.plan import plan, schedule
 from peerscale.runs.record import Status
 from peerscale.runs.table import read_metrics
@@ -42,7 +42,7 @@ def test_a_row_has_the_rate_of_its_own_step(interrupted: list[str]) -> None:
     assert status is Status.DONE
     config = load(interrupted)
     planned = plan(config)
-    rows = list(read_metrics(cell_folder(config, "single", record.cell)))
+    rows = list(read_metrics(ROOT / config.trainer.runs_directory / "single" / record.cell))
     assert [row["step"] for row in rows] == [5, 10, 12]
     # The schedule counts from 0: the first step takes its factor 0.
     assert [row["lr"] for row in rows] == pytest.approx([planned.lr * schedule(config, planned, s) for s in (4, 9, 11)])
@@ -51,6 +51,9 @@ def test_a_row_has_the_rate_of_its_own_step(interrupted: list[str]) -> None:
 def test_the_first_row_after_a_resume_counts_only_steps_since(interrupted: list[str]) -> None:
     _, record = train(interrupted)
     config = load(interrupted)
-    speeds = {row["step"]: row["tokens_per_s"] for row in read_metrics(cell_folder(config, "single", record.cell))}
+    speeds = {
+        row["step"]: row["tokens_per_s"]
+        for row in read_metrics(ROOT / config.trainer.runs_directory / "single" / record.cell)
+    }
     fastest = config.tokens_per_step / STEP_S
     assert all(0 < speed <= fastest for speed in speeds.values()), (speeds, fastest)

@@ -13,8 +13,7 @@ import pytest
 from peerscale.config import Config, DataConfig, OptimConfig, SizeConfig, TrackingConfig, TrainerConfig
 from peerscale.layers.dense import DenseConfig
 from peerscale.layers.moe import MoeConfig
-from peerscale.layers.peer import PeerConfig
-from peerscale.layers.pkm import PkmConfig
+from peerscale.layers.product_keys import PeerConfig, PkmConfig
 from peerscale.plan import Plan, plan
 from peerscale.results import collection
 from peerscale.runs.record import Record, Status, new_record, write_record

@@ -15,7 +15,8 @@ def fits(*rows: tuple[float, str, str, float | None, float, float]) -> dict[str,
     return {
         "budgets": [
             {"budget": budget, "differences": [
-                {"method": method, "reference": of} | ({} if v is None else {"value": v, "low": low, "high": high})
+                {"method": method, "reference": of, "size": ""}
+                | ({} if v is None else {"value": v, "low": low, "high": high})
                 for at, method, of, v, low, high in rows if at == budget
             ]}
             for budget in budgets

@@ -205,7 +205,8 @@ def test_nothing_fitted_is_no_table(study: Study) -> None:
 
 def difference(**changes: Any) -> dict[str, Any]:
     found = {
-        "method": "peer", "reference": "dense", "value": -0.033, "low": -0.049, "high": -0.0171, "se": 0.0075,
+        "method": "peer", "reference": "dense", "size": "",
+        "value": -0.033, "low": -0.049, "high": -0.0171, "se": 0.0075,
         "df": 14.6, "fit_se": 0.0066, "seeds_se": 0.0027, "sequences_se": 0.0011, "rate_se": None, "p": 0.0004,
         "own": {"value": -0.031, "se": 0.008},
     }  # fmt: skip

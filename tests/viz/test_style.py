@@ -114,7 +114,7 @@ def test_budget_title(budget: float, title: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(105, "105"), (1500, "1.5k"), (3e5, "300k"), (1e6, "1M"), (2e9, "2G"), (6e18, "6e18")]
+    ("value", "text"), [(105, "105"), (1500, "1.5k"), (3e5, "300k"), (1e6, "1M"), (2e9, "2G"), (6e15, "6P")]
 )
 def test_short_number(value: float, text: str) -> None:
     assert style.short_number(value) == text

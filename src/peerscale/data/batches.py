@@ -4,8 +4,6 @@ Tokens are cut into windows of `context` tokens, each with the token after it: t
 windows of one batch are never neighbours in the text, since expert choice compares the sequences of a batch.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 import numpy.typing as npt
 
@@ -102,20 +100,12 @@ class EvaluationBatches:
         # how it is cut into batches.
         self._windows = (np.arange(n_chosen) * n_windows // n_chosen).reshape(batch_sequences, n_batches).T
 
-    @property
-    def n_tokens(self) -> int:
-        """Tokens predicted in all batches together."""
-        return self._windows.size * self._context
-
     def __len__(self) -> int:
         return len(self._windows)
 
     def __getitem__(self, index: int) -> Batch:
         """Shape (B, T + 1)."""
         return _gather(self._tokens, self._windows[index], self._context)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return (self[i] for i in range(len(self)))
 
 
 def _gather(tokens: Tokens, windows: npt.NDArray[np.int64], context: int) -> Batch:

@@ -39,7 +39,7 @@ STOP_WORDS = frozenset(
 
 def sources(config: DataConfig) -> dict[str, str]:
     """Wheel -> sha256."""
-    return {wheel.file: wheel.sha256 for wheel in wheels.WHEELS}
+    return dict(wheels.WHEELS)
 
 
 def blocks(config: DataConfig) -> Iterator[Block]:

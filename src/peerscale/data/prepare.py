@@ -3,11 +3,11 @@
 python -m peerscale.data.prepare data=gutenberg
 """
 
-import hashlib
 import json
 import platform
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -90,22 +90,22 @@ def _build(config: DataConfig, sources: dict[str, str], folder: Path, *, quiet: 
     tokenizer = train(progress(sample, f"training a tokenizer of {config.vocab_size}"), config.vocab_size)
     store.tokenizer_file(folder).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
-    sets = _encode(progress(_placed(spool, held_out), "encoding", n_blocks), tokenizer, folder)
-    sets = {name: sets[name] for name in SETS if name in sets}
+    utf8_bytes = _encode(progress(_placed(spool, held_out), "encoding", n_blocks), tokenizer, folder)
+    files = {name: store.tokens_file(folder, name) for name in SETS if name in utf8_bytes}
     spool.unlink()
     manifest = Manifest(
         preparation_version=store.PREPARATION_VERSION,
         source=config.source,
         vocab_size=config.vocab_size,
         dtype=store.DTYPE,
-        splits={name: written.n_tokens for name, written in sets.items()},
-        utf8_bytes={name: written.n_bytes for name, written in sets.items()},
-        tokens_sha256={name: written.sha256.hexdigest() for name, written in sets.items()},
+        splits={name: file.stat().st_size // np.dtype(store.DTYPE).itemsize for name, file in files.items()},
+        utf8_bytes={name: utf8_bytes[name] for name in files},
+        tokens_sha256={name: store.file_sha256(file) for name, file in files.items()},
         tokenizer_sha256=store.file_sha256(store.tokenizer_file(folder)),
         sources=sources,
         versions={"python": platform.python_version()} | {name: version(name) for name in ("numpy", "tokenizers")},
     )
-    store.manifest_file(folder).write_text(store.manifest_json(manifest), encoding="utf-8")
+    store.write_manifest(folder, manifest)
     return manifest
 
 
@@ -125,37 +125,24 @@ def _placed(spool: Path, held_out: HeldOut) -> Iterator[Block]:
                 yield block
 
 
-class _Set:
-    """One set as it is written."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.n_tokens = self.n_bytes = 0
-        self.sha256 = hashlib.sha256()
-
-    def append(self, ids: list[int]) -> None:
-        raw = np.array(ids, dtype=store.DTYPE).tobytes()
-        self.file.write(raw)
-        self.sha256.update(raw)
-        self.n_tokens += len(ids)
-
-
-def _encode(blocks: Iterable[Block], tokenizer: Tokenizer, folder: Path) -> dict[str, _Set]:
-    sets: dict[str, _Set] = {}
+def _encode(blocks: Iterable[Block], tokenizer: Tokenizer, folder: Path) -> Counter[str]:
+    """Write the tokens of every set, and return its bytes of text."""
+    utf8_bytes: Counter[str] = Counter()
     blocks = iter(blocks)
-    with ExitStack() as files:
+    with ExitStack() as stack:
+        files: dict[str, BinaryIO] = {}
         while some := list(islice(blocks, ENCODED_AT_ONCE)):
             encodings = tokenizer.encode_batch_fast([block.text for block in some])
             for block, encoding in zip(some, encodings, strict=True):
-                assert block.split is not None
-                if block.split not in sets:
-                    file = files.enter_context(store.tokens_file(folder, block.split).open("wb"))
-                    sets[block.split] = _Set(file)
+                split, ids = block.split, encoding.ids
+                assert split is not None
+                if split not in files:
+                    files[split] = stack.enter_context(store.tokens_file(folder, split).open("wb"))
                 elif block.starts_document:
-                    sets[block.split].append([END_OF_TEXT_ID])
-                sets[block.split].append(encoding.ids)
-                sets[block.split].n_bytes += len(block.text.encode())
-    return sets
+                    ids = [END_OF_TEXT_ID, *ids]
+                files[split].write(np.array(ids, dtype=store.DTYPE).tobytes())
+                utf8_bytes[split] += len(block.text.encode())
+    return utf8_bytes
 
 
 def _progress(items: Iterable[T], what: str, total: int | None = None, *, quiet: bool) -> Iterable[T]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shlex
+from dataclasses import dataclass as plain_dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
@@ -56,17 +57,12 @@ class Manifest:
 _MANIFEST: TypeAdapter[Manifest] = TypeAdapter(Manifest)
 
 
+@plain_dataclass(frozen=True)
 class Corpus:
-    """A prepared corpus.
+    """A prepared corpus."""
 
-    Attributes:
-        folder: where it lies.
-        manifest: what it is.
-    """
-
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.folder = folder
-        self.manifest = manifest
+    folder: Path
+    manifest: Manifest
 
     def tokens(self, split: str) -> npt.NDArray[np.uint16]:
         """All tokens of a set, mapped from disk and read-only."""
@@ -101,18 +97,15 @@ def tokenizer_file(folder: Path) -> Path:
     return folder / "tokenizer.json"
 
 
-def manifest_file(folder: Path) -> Path:
-    return folder / "manifest.json"
-
-
-def manifest_json(manifest: Manifest) -> str:
-    return json.dumps(_MANIFEST.dump_python(manifest), indent=2) + "\n"
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    text = json.dumps(_MANIFEST.dump_python(manifest), indent=2) + "\n"
+    (folder / "manifest.json").write_text(text, encoding="utf-8")
 
 
 def read_manifest(config: DataConfig) -> Manifest | None:
     """What is prepared for `config`, from its manifest alone; None if nothing usable is."""
     try:
-        manifest = _MANIFEST.validate_json(manifest_file(folder(config)).read_bytes())
+        manifest = _MANIFEST.validate_json((folder(config) / "manifest.json").read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValidationError):
         return None
     current = manifest.preparation_version == PREPARATION_VERSION and manifest.vocab_size == config.vocab_size

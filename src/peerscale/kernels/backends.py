@@ -8,12 +8,11 @@ import torch
 from peerscale.errors import UserError
 from peerscale.kernels.cpp_operators import CppOperators
 from peerscale.kernels.operators import Operators
-from peerscale.kernels.reference import Reference
 from peerscale.kernels.torch_operators import TorchOperators
 from peerscale.kernels.triton_operators import TritonOperators
 
 BACKENDS: dict[str, Operators] = {
-    operators.name: operators for operators in (CppOperators(), TritonOperators(), TorchOperators(), Reference())
+    operators.name: operators for operators in (CppOperators(), TritonOperators(), TorchOperators(), Operators())
 }
 
 

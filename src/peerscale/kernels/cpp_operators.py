@@ -14,8 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from peerscale.kernels.adamw import AdamW, Moments
 from peerscale.kernels.compiler import CompilerError, library
-from peerscale.kernels.operators import Pairs, SortedPairs, TableGradient
-from peerscale.kernels.reference import candidate_pairs
+from peerscale.kernels.operators import Pairs, SortedPairs, TableGradient, candidate_pairs
 from peerscale.kernels.torch_operators import TorchOperators
 
 _ACTIVATIONS = {"gelu": 0, "relu": 1}

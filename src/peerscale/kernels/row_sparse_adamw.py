@@ -1,13 +1,13 @@
 """AdamW that touches only the retrieved rows of a table (see `adamw`): no cost grows with the number of experts."""
 
 from collections.abc import Callable
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from peerscale.kernels.adamw import AdamW, Moments, update_rows
-from peerscale.kernels.gradients import collect_row_gradients, collected_gradients
+from peerscale.kernels.operators import collect_row_gradients, collected_gradients, total_gradient
 
 
 class RowSparseAdamW(torch.optim.AdamW):
@@ -39,12 +39,8 @@ class RowSparseAdamW(torch.optim.AdamW):
             if collected := collected_gradients(table):
                 collected.clear()
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyrefly: ignore[bad-override]
         """One step of all groups; `closure`, if given, computes the gradients and returns the loss."""
         loss = None
         if closure is not None:
@@ -66,8 +62,7 @@ class RowSparseAdamW(torch.optim.AdamW):
         return [(table, group) for group in self.param_groups if group["row_sparse"] for table in group["params"]]
 
     def _step_table(self, table: Tensor, group: dict[str, Any]) -> None:
-        collected = collected_gradients(table)
-        gradient = collected.total() if collected else None
+        gradient = total_gradient(collected_gradients(table) or [])
         if gradient is None and table.grad is None:
             return
         state = self.state[table]
@@ -75,13 +70,9 @@ class RowSparseAdamW(torch.optim.AdamW):
             state["step"] = table.new_zeros(len(table))
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(table), torch.zeros_like(table)
         moments = Moments(mean_ND=state["exp_avg"], square_ND=state["exp_avg_sq"], steps_N=state["step"])
-        adamw = AdamW(
-            lr=float(group["lr"]),
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-        )
+        beta1, beta2 = group["betas"]
+        rates = {"lr": float(group["lr"]), "eps": group["eps"], "weight_decay": group["weight_decay"]}
+        adamw = AdamW(beta1=beta1, beta2=beta2, **rates)
         if gradient is not None:
             gradient.pairs.operators.adamw_rows(gradient, table, moments, adamw)
         if table.grad is not None:

@@ -13,15 +13,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from peerscale.kernels.adamw import AdamW, Moments, update_rows
-from peerscale.kernels.gradients import CollectedGradients, collected_gradients
-from peerscale.kernels.operators import Pairs, TableGradient
-from peerscale.kernels.reference import ACTIVATIONS, Reference
+from peerscale.kernels.operators import ACTIVATIONS, Operators, Pairs, TableGradient, collected_gradients
 
 _aten = torch.ops.aten
 _SUM = 0  # embedding_bag's mode
 
 
-class TorchOperators(Reference):
+class TorchOperators(Operators):
     """See `Operators`."""
 
     name = "torch"
@@ -93,12 +91,12 @@ class _RowOperator(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, factor: Tensor, table_ND: Tensor, pairs: Pairs, collected: CollectedGradients | None, products: bool
+        ctx: Any, factor: Tensor, table_ND: Tensor, pairs: Pairs, collected: list[TableGradient] | None, products: bool
     ) -> Tensor:
         factor, table_ND = factor.contiguous(), table_ND.contiguous()
         ctx.save_for_backward(factor, table_ND)
         ctx.pairs, ctx.collected, ctx.products = pairs, collected, products
-        return _apply(factor, table_ND, pairs, products=products)
+        return _apply(factor, table_ND, pairs, products)
 
     @staticmethod
     @once_differentiable
@@ -107,23 +105,20 @@ class _RowOperator(torch.autograd.Function):
         grad = grads[0].contiguous()
         grad_factor = grad_table = None
         if ctx.needs_input_grad[0]:
-            grad_factor = _apply(grad, table_ND, ctx.pairs, products=not ctx.products)
+            grad_factor = _apply(grad, table_ND, ctx.pairs, not ctx.products)
         if ctx.needs_input_grad[1]:
             gradient = TableGradient(ctx.pairs, *((grad, factor) if ctx.products else (factor, grad)))
             if ctx.collected is None:
                 grad_table = ctx.pairs.operators.table_gradient(gradient)
             else:
-                ctx.collected.gradients.append(gradient)
+                ctx.collected.append(gradient)
         return grad_factor, grad_table, None, None, None
 
 
-def _apply(factor: Tensor, table_ND: Tensor, pairs: Pairs, *, products: bool) -> Tensor:
-    operators = pairs.operators
-    return (
-        operators.row_dot_products(factor, table_ND, pairs)
-        if products
-        else operators.weighted_row_sum(table_ND, pairs, factor)
-    )
+def _apply(factor: Tensor, table_ND: Tensor, pairs: Pairs, products: bool) -> Tensor:
+    if products:
+        return pairs.operators.row_dot_products(factor, table_ND, pairs)
+    return pairs.operators.weighted_row_sum(table_ND, pairs, factor)
 
 
 def _tokens(rows_TJ: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """Scaling laws: pure functions from a table of runs to coefficients, optima and intervals."""
 
-from peerscale.laws.data_constrained import fit_data_constrained
 from peerscale.laws.envelope import fit_envelope
 from peerscale.laws.isoflop import fit_isoflop
 from peerscale.laws.moe import fit_granular, fit_peer, fit_routed
@@ -10,7 +9,6 @@ from peerscale.laws.prediction import predict
 
 __all__ = [
     "compute_multipliers",
-    "fit_data_constrained",
     "fit_envelope",
     "fit_granular",
     "fit_isoflop",

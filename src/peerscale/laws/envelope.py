@@ -74,27 +74,19 @@ def fit_envelope(
                 refits.append((budgets[inside], drawn[inside]))
         hold_out = predict_largest(budgets[interior], optima[interior], refits)
         if refits:
-            drawn = dict(
-                zip(("exponent", "coefficient"), np.array([fit_power_law(*one) for one in refits]).T, strict=True)
-            )
+            exponents, coefficients = np.array([fit_power_law(*one) for one in refits]).T
+            drawn = {"exponent": exponents, "coefficient": coefficients}
             draws = Bootstrap(draws=drawn, resamples=bootstrap, failed=bootstrap - len(refits), seed=seed)
-            if np.std(drawn["exponent"]) > abs(exponent):
+            if np.std(exponents) > abs(exponent):
                 status = FitStatus.NOT_IDENTIFIABLE
     return EnvelopeFit(
-        n=len(sizes),
-        status=status,
-        objective_name="mse-log10",
+        n=len(sizes), status=status, objective_name="mse-log10",
         objective_value=float(np.nansum(np.log10(optima / law.optimum(budgets))[interior] ** 2)),
-        exponent=law.exponent,
-        coefficient=law.coefficient,
-        budgets=budgets,
-        optima=optima,
-        losses=lowest,
-        interior=interior,
+        exponent=law.exponent, coefficient=law.coefficient,
+        budgets=budgets, optima=optima, losses=lowest, interior=interior,
         warnings=(*warnings, *table_warnings(table, run, flops, x, loss), *(hold_out.warnings() if hold_out else ())),
-        hold_out=hold_out,
-        bootstrap=draws,
-    )
+        hold_out=hold_out, bootstrap=draws,
+    )  # fmt: skip
 
 
 def smooth_curves(labels: Array, compute: Array, losses: Array) -> tuple[Array, Array]:

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from peerscale.errors import UserError
-from peerscale.laws.solver import Array, FitStatus, Number, Problem, Solution, minimise, solve
+from peerscale.laws.solver import Array, FitStatus, Number, Problem, minimise, solve
 
 LEVEL = 0.95
 """Of all intervals."""
@@ -156,15 +156,6 @@ class Bootstrap:
     """How many of the others ended on a bound; they are kept."""
     seed: int
 
-    @classmethod
-    def of(cls, problem: Problem, refits: Solution, seed: int) -> Self:
-        """From the solver's refits of the resamples."""
-        good = ~refits.failed
-        return cls(
-            draws=problem.coordinates.coefficients(refits.points[good]), resamples=len(good),
-            failed=int(np.sum(~good)), at_bound=int(np.sum(refits.at_bound[good])), seed=seed,
-        )  # fmt: skip
-
     def intervals(self) -> dict[str, tuple[float, float]]:
         """Percentile interval of every coefficient."""
         return {name: percentile_interval(values) for name, values in self.draws.items() if values.ndim == 1}
@@ -174,11 +165,12 @@ class Bootstrap:
         return form(**{item.name: self.draws[item.name] for item in fields(form) if item.name in self.draws})
 
     def to_dict(self) -> dict[str, Any]:
-        """Counts, seed, level and the first draws to six digits, for JSON."""
+        """Counts, seed, level and the first draws to six digits, for JSON: of coefficients, and of optima's losses."""
+        six_digits = np.vectorize(lambda value: float(f"{value:.6g}"), otypes=[float])
         draws = {
-            name: to_plain([float(f"{value:.6g}") for value in values[:STORED_DRAWS]])
+            name: to_plain(six_digits(values[:STORED_DRAWS]))
             for name, values in self.draws.items()
-            if values.ndim == 1
+            if values.ndim == 1 or name == "loss"
         }
         return asdict(self) | {"level": LEVEL, "draws": draws}
 
@@ -209,6 +201,15 @@ class HoldOut:
     """Root mean squared error over the held-out runs."""
     mape: float
     """Mean absolute error in percent of what was observed."""
+
+    @classmethod
+    def of(cls, observed: Array, predicted: Array, **described: Any) -> Self:
+        """From what was held out and its predictions, (n,) each, with the other fields."""
+        return cls(
+            observed=float(observed.mean()), predicted=float(predicted.mean()),
+            rmse=float(np.sqrt(np.mean((predicted - observed) ** 2))),
+            mape=float(100 * np.mean(np.abs(predicted / observed - 1))), **described,
+        )  # fmt: skip
 
     @property
     def missed(self) -> bool:
@@ -253,22 +254,14 @@ def predict_held_out(
         return None
 
     best = minimise(problem, start, (~held)[None].astype(float)).points
-    predicted, losses, interval = problem.law.predict(best)[0, held], problem.loss[held], None
+    predicted, interval = problem.law.predict(best)[0, held], None
     if bootstrap:
         weights = np.zeros((bootstrap, len(held)))
         weights[:, kept] = resample_counts(len(kept), bootstrap, seed, None if clusters is None else clusters[kept])
         refits = minimise(problem, start, weights)
         interval = percentile_interval(problem.law.predict(refits.points[~refits.failed])[:, held].mean(axis=1))
-    return HoldOut(
-        quantity="loss",
-        budget=float(scale[held].min()),
-        n=int(held.sum()),
-        observed=float(losses.mean()),
-        predicted=float(predicted.mean()),
-        interval=interval,
-        rmse=float(np.sqrt(np.mean((predicted - losses) ** 2))),
-        mape=float(100 * np.mean(np.abs(predicted / losses - 1))),
-    )
+    about = {"quantity": "loss", "budget": float(scale[held].min()), "n": int(held.sum()), "interval": interval}
+    return HoldOut.of(problem.loss[held], predicted, **about)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,19 +329,10 @@ class Resampling(TypedDict, total=False):
 
 
 def estimate(
-    kind: type[AnyFit],
-    table: pd.DataFrame,
-    columns: Sequence[str],
-    problem: Problem,
-    scale: np.ndarray,
-    *,
-    bootstrap: int = 0,
-    seed: int = 0,
-    cluster: str | None = None,
-    budget: str | None = None,
-    hold_out: float | None = None,
-    **described: Any,
-) -> AnyFit:
+    kind: type[AnyFit], table: pd.DataFrame, columns: Sequence[str], problem: Problem, scale: Array,
+    *, bootstrap: int = 0, seed: int = 0, cluster: str | None = None, budget: str | None = None,
+    hold_out: float | None = None, **described: Any,
+) -> AnyFit:  # fmt: skip
     """The best fit of a law with its status, intervals, held-out error and warnings.
 
     Args:
@@ -363,27 +347,24 @@ def estimate(
     if budget is not None:
         (scale,) = positive_columns(table, budget, law=kind.law, at_least=0)
     point, value, status = solve(problem)
-    draws = None
+    drawn = None
     if bootstrap:
-        weights = resample_counts(len(table), bootstrap, seed, clusters)
-        draws = Bootstrap.of(problem, minimise(problem, point, weights), seed)
+        refits = minimise(problem, point, resample_counts(len(table), bootstrap, seed, clusters))
+        good = ~refits.failed
+        drawn = Bootstrap(
+            draws=problem.coordinates.coefficients(refits.points[good]), resamples=bootstrap,
+            failed=int(np.sum(~good)), at_bound=int(np.sum(refits.at_bound[good])), seed=seed,
+        )  # fmt: skip
     held = largest(scale, hold_out)
     held_out = predict_held_out(problem, point, held, scale, bootstrap=bootstrap, seed=seed, clusters=clusters)
+    said = held_out.warnings() if held_out else (f"no held-out error: {held.sum()} of {len(table)} runs held out",)
     return kind(
         **{name: float(coefficient) for name, coefficient in problem.coordinates.coefficients(point).items()},
         n=len(table),
-        status=status,
-        objective_name=str(problem.objective),
-        objective_value=value,
-        warnings=(
-            *table_warnings(table, *columns),
-            *_outliers(problem, point, table.index),
-            *(held_out.warnings() if held_out else (f"no held-out error: {held.sum()} of {len(table)} runs held out",)),
-        ),
-        hold_out=held_out,
-        bootstrap=draws,
-        **described,
-    )
+        status=status, objective_name=str(problem.objective), objective_value=value,
+        warnings=(*table_warnings(table, *columns), *_outliers(problem, point, table.index), *said),
+        hold_out=held_out, bootstrap=drawn, **described,
+    )  # fmt: skip
 
 
 def _outliers(problem: Problem, point: np.ndarray, rows: pd.Index) -> tuple[str, ...]:

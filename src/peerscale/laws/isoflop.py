@@ -84,21 +84,15 @@ def predict_largest(
         with np.errstate(over="ignore", invalid="ignore"):
             return float(coefficient * at**exponent)
 
-    predicted, actual = prediction(budgets, optima), float(optima[-1])
+    predicted = prediction(budgets, optima)
     if not np.isfinite(predicted):
         return None
     drawn = np.array([prediction(*refit) for refit in refits])
-    return HoldOut(
-        quantity="x",
-        budget=start,
-        n=int(held.sum()),
-        observed=actual,
-        predicted=predicted,
+    return HoldOut.of(
+        optima[-1:], np.array([predicted]), quantity="x", budget=start, n=int(held.sum()),
         interval=percentile_interval(drawn) if len(drawn) else None,
         observed_interval=None if observed is None else percentile_interval(observed),
-        rmse=abs(predicted - actual),
-        mape=100 * abs(predicted / actual - 1),
-    )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,17 +139,9 @@ class IsoflopFit(PowerLaw, Fit):
 
 
 def fit_isoflop(
-    table: pd.DataFrame,
-    *,
-    budget: str,
-    x: str,
-    loss: str,
-    include_flagged: bool = False,
-    within: float | None = None,
-    bootstrap: int = 0,
-    seed: int = 0,
-    cluster: str | None = None,
-) -> IsoflopFit:
+    table: pd.DataFrame, *, budget: str, x: str, loss: str, include_flagged: bool = False,
+    within: float | None = None, bootstrap: int = 0, seed: int = 0, cluster: str | None = None,
+) -> IsoflopFit:  # fmt: skip
     """Fit a parabola in log x to each budget and a power law through the optima.
 
     Args:
@@ -176,10 +162,14 @@ def fit_isoflop(
     budgets, sizes, losses = positive_columns(table, budget, x, loss, law=IsoflopFit.law, at_least=1)
     near, left_out = np.ones(len(table), bool), ()
     if within is not None:
+        counts = []
         for value in np.unique(budgets):
             here = budgets == value
             near[here] = near_lowest(sizes[here], losses[here], within)
-        left_out = _left_out(budgets[~near], sizes[~near], within)
+            if n_far := len(np.unique(sizes[here & ~near])):
+                counts.append(f"{value:.3g} ({n_far})")
+        far = f"{100 * within:.3g} % above the lowest loss"
+        left_out = (f"sizes left out, more than {far}: at budget {', '.join(counts)}",) if counts else ()
         budgets, sizes, losses = budgets[near], sizes[near], losses[near]
     values, group = np.unique(budgets, return_inverse=True)
     rows_of = [np.flatnonzero(group == i) for i in range(len(values))]
@@ -209,24 +199,14 @@ def fit_isoflop(
     if len(losses) > 5 and len(values) > 1:  # L = E + A / x^alpha + B / (C / x)^beta, whatever x is
         runs = pd.DataFrame({"x": sizes, "rest": budgets / sizes, "loss": losses})
         surface = fit_parametric(runs, params="x", tokens="rest", loss="loss", objective="mse")
+    spans = [float(sizes[rows].max() / sizes[rows].min()) for rows in rows_of]
+    warnings = (*left_out, *_warnings(found, spans, usable.sum()), *table_warnings(table, budget, x, loss))
     return IsoflopFit(
-        n=len(losses),
-        status=FitStatus.TOO_FEW_POINTS if exponent is None else FitStatus.CONVERGED,
-        objective_name="mse",
-        objective_value=float(np.nansum((losses - fitted) ** 2)),
-        vertices=tuple(found),
-        surface_exponent=None if surface is None else float(surface.a),
-        exponent=exponent,
-        coefficient=coefficient,
-        warnings=(
-            *left_out,
-            *_warnings(found, [float(sizes[rows].max() / sizes[rows].min()) for rows in rows_of], usable.sum()),
-            *table_warnings(table, budget, x, loss),
-            *(hold_out.warnings() if hold_out else ()),
-        ),
-        hold_out=hold_out,
-        bootstrap=draws,
-    )
+        n=len(losses), status=FitStatus.TOO_FEW_POINTS if exponent is None else FitStatus.CONVERGED,
+        objective_name="mse", objective_value=float(np.nansum((losses - fitted) ** 2)), vertices=tuple(found),
+        surface_exponent=None if surface is None else float(surface.a), exponent=exponent, coefficient=coefficient,
+        warnings=(*warnings, *(hold_out.warnings() if hold_out else ())), hold_out=hold_out, bootstrap=draws,
+    )  # fmt: skip
 
 
 def near_lowest(sizes: Array, losses: Array, within: float) -> Array:
@@ -290,7 +270,7 @@ def _bootstrap(
     for i, rows in enumerate(rows_of):
         if len(np.unique(sizes[rows])) >= 3:
             x[:, i], loss[:, i] = parabola_optima(fit_parabolas(sizes[rows], losses[:, rows]))
-    draws = {"x": x, "loss": loss}
+    draws = {}
     good = np.isfinite(x).any(axis=1)
     scattered = np.empty((len(losses), 0))
     if usable.sum() >= MIN_BUDGETS:
@@ -302,7 +282,7 @@ def _bootstrap(
         noise = np.random.default_rng(seed).normal(0, np.sqrt(excess), (len(losses), len(misses)))
         scattered = x[:, usable] * 10**noise
         draws["exponent"], draws["coefficient"] = fit_power_law(budgets[usable], scattered)
-    draws = {name: values[good] for name, values in draws.items()}
+    draws = {name: values[good] for name, values in {**draws, "x": x, "loss": loss}.items()}
     return Bootstrap(draws=draws, resamples=len(losses), failed=int(np.sum(~good)), seed=seed), scattered[good]
 
 
@@ -324,13 +304,6 @@ def resample_residuals(residuals: Array, resamples: int, seed: int, clusters: Ar
     first = np.cumsum(sizes) - sizes
     source = rng.choice(np.flatnonzero(sizes), size=(resamples, len(sizes)))[:, labels]
     return residuals[by_cluster[first[source] + np.floor(rng.random((resamples, n)) * sizes[source]).astype(int)]]
-
-
-def _left_out(budgets: Array, sizes: Array, within: float) -> tuple[str, ...]:
-    """A warning that counts the sizes left out (runs,) at each budget."""
-    counts = [f"{value:.3g} ({len(np.unique(sizes[budgets == value]))})" for value in np.unique(budgets)]
-    far = f"{100 * within:.3g} % above the lowest loss"
-    return (f"sizes left out, more than {far}: at budget {', '.join(counts)}",) if counts else ()
 
 
 def _warnings(optima: list[BudgetOptimum], spans: list[float], n_usable: int) -> tuple[str, ...]:

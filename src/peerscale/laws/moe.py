@@ -27,7 +27,6 @@ from numpy.typing import ArrayLike
 
 from peerscale.errors import UserError
 from peerscale.laws.fitting import Fit, Resampling, estimate, largest, positive_columns, predict_held_out
-from peerscale.laws.parametric import Surface
 from peerscale.laws.solver import Coordinates, FitStatus, Number, Numerical, Objective, Problem, power_problem, solve
 
 E_START_RANGE = np.log([0.1, 1e3])
@@ -152,17 +151,10 @@ class GranularLaw:
     gamma: Number
     c: Number
 
-    def surface(self, granularity: ArrayLike) -> Surface:
-        """The law at one granularity: E = c, A = g / G^gamma + a, B = b.
-
-        Its `optimum` takes the FLOPs per *total* parameter and token, which depend on the share of active experts.
-        """
-        size = self.g * np.asarray(granularity, float) ** -self.gamma + self.a
-        return Surface(E=self.c, A=size, B=self.b, alpha=self.alpha, beta=self.beta)
-
     def predict(self, params: ArrayLike, tokens: ArrayLike, granularity: ArrayLike) -> Number:
         """Loss at N = `params`, D = `tokens`, G = `granularity`, in raw counts."""
-        return self.surface(granularity).predict(params, tokens)
+        n, d, g = (np.asarray(count, float) for count in (params, tokens, granularity))
+        return self.c + (self.g * g**-self.gamma + self.a) * n**-self.alpha + self.b * d**-self.beta
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,16 +166,9 @@ class GranularFit(GranularLaw, Fit):
 
 
 def fit_granular(
-    table: pd.DataFrame,
-    *,
-    params: str,
-    tokens: str,
-    granularity: str,
-    loss: str,
-    objective: Objective | str = Objective.HUBER,
-    delta: float = 0.1,
-    **resampling: Unpack[Resampling],
-) -> GranularFit:
+    table: pd.DataFrame, *, params: str, tokens: str, granularity: str, loss: str,
+    objective: Objective | str = Objective.HUBER, delta: float = 0.1, **resampling: Unpack[Resampling],
+) -> GranularFit:  # fmt: skip
     """Fit L = c + (g / G^gamma + a) / N^alpha + b / D^beta.
 
     Args:
@@ -254,17 +239,9 @@ class PeerFit(PeerLaw, Fit):
 
 
 def fit_peer(
-    table: pd.DataFrame,
-    *,
-    params: str,
-    tokens: str,
-    experts: str,
-    granularity: str,
-    loss: str,
-    objective: Objective | str = Objective.HUBER_LOG,
-    delta: float = 1e-3,
-    **resampling: Unpack[Resampling],
-) -> PeerFit:
+    table: pd.DataFrame, *, params: str, tokens: str, experts: str, granularity: str, loss: str,
+    objective: Objective | str = Objective.HUBER_LOG, delta: float = 1e-3, **resampling: Unpack[Resampling],
+) -> PeerFit:  # fmt: skip
     """Fit every form, choose one by held-out error, and report them all.
 
     A form's error is that of predicting the runs of the largest N D, of the most experts and of the most active

@@ -44,9 +44,3 @@ def compute_to_reach(compute: Array, losses: Array, levels: Array) -> Array:
     with np.errstate(divide="ignore", invalid="ignore"):
         between = x0 + (x1 - x0) * (y0 - target) / (y0 - y1)
     return np.exp(np.where(reached.any(axis=-1), np.where(y1 == target, x1, between), np.nan))
-
-
-def growth(budgets: Array, multipliers: Array) -> Array:
-    """Slope of ln multiplier in log10 of the budget, by least squares; multipliers (..., budgets) -> (...)."""
-    centred = np.log10(budgets) - np.log10(budgets).mean()
-    return np.log(multipliers) @ centred / (centred @ centred)

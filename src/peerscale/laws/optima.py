@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from scipy.stats import f as fisher
@@ -105,15 +105,6 @@ class Optimum:
     """Of the size means (points,), whose weighted sum is `loss`."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Equality:
-    """F test of one curvature for all methods against one for each."""
-
-    f: float
-    df: tuple[int, int]
-    p: float
-
-
 @dataclass(frozen=True, kw_only=True)
 class OptimaFit:
     """The fit of one budget."""
@@ -126,10 +117,6 @@ class OptimaFit:
     """Size means (points,)."""
     n_seeds: Array
     """Runs behind each size mean (points,)."""
-    design: Array
-    """(points, coefficients): an intercept and a slope for each method, then curvatures."""
-    centre: float
-    """log10 x is counted from here."""
     seeds_variance: float
     """sigma^2, pooled over methods and sizes; NaN without replicates."""
     seeds_df: int
@@ -155,20 +142,27 @@ class OptimaFit:
         run = run.reshape(-1)
         n_seeds = np.bincount(run)
         means = np.bincount(run, losses) / n_seeds
-        method, sizes = points[:, 0].astype(int), points[:, 1]
         freedom = int(len(losses) - len(means))
         scatter = float(((losses - means[run]) ** 2).sum()) / freedom if freedom else math.nan
-        z = np.log10(sizes)
-        centre = float(z.mean())
         return cls(
-            names=methods, method=method, x=sizes, losses=means, n_seeds=n_seeds, centre=centre,
-            design=_design(method, z - centre, len(methods), shared), seeds_variance=scatter, seeds_df=freedom,
-            shared=shared, at_least=at_least,
+            names=methods, method=points[:, 0].astype(int), x=points[:, 1], losses=means, n_seeds=n_seeds,
+            seeds_variance=scatter, seeds_df=freedom, shared=shared, at_least=at_least,
         )  # fmt: skip
+
+    @cached_property
+    def centre(self) -> float:
+        """log10 x is counted from here."""
+        return float(np.log10(self.x).mean())
 
     @cached_property
     def z(self) -> Array:
         return np.log10(self.x) - self.centre
+
+    @cached_property
+    def design(self) -> Array:
+        """(points, coefficients): an intercept and a slope for each method, then curvatures."""
+        one, z = (self.method[:, None] == np.arange(len(self.names))).astype(float), self.z[:, None]
+        return np.hstack([one, one * z, z**2 if self.shared else one * z**2])
 
     @cached_property
     def solution(self) -> Array:
@@ -275,13 +269,16 @@ class OptimaFit:
         return 0.0, pooled, df + self.seeds_df
 
 
-def equality_of_curvatures(shared: OptimaFit, own: OptimaFit) -> Equality | None:
-    """Whether the methods' curvatures differ by more than chance; None with one method or no degrees of freedom."""
+def equality_of_curvatures(shared: OptimaFit, own: OptimaFit) -> dict[str, Any] | None:
+    """F test of one curvature for all methods against one for each: `f`, its degrees of freedom `df`, and `p`.
+
+    None with one method or no degrees of freedom.
+    """
     constraints = shared.df - own.df
     if not (constraints and own.df):
         return None
     f = (shared.rss - own.rss) / constraints / (own.rss / own.df)
-    return Equality(f=f, df=(constraints, own.df), p=float(fisher.sf(f, constraints, own.df)))
+    return {"f": f, "df": (constraints, own.df), "p": float(fisher.sf(f, constraints, own.df))}
 
 
 def holm(p: Array) -> Array:
@@ -290,12 +287,6 @@ def holm(p: Array) -> Array:
     corrected = np.full(len(p), np.nan)
     corrected[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)), 1)
     return corrected
-
-
-def _design(method: Array, z: Array, n_methods: int, shared: bool) -> Array:
-    one = (method[:, None] == np.arange(n_methods)).astype(float)
-    square = (z**2)[:, None] if shared else one * (z**2)[:, None]
-    return np.hstack([one, one * z[:, None], square])
 
 
 def optimum_status(at: float, z: Array, curvature: float, at_least: int) -> OptimumStatus:

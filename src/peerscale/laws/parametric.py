@@ -77,16 +77,9 @@ class ParametricFit(Surface, Fit):
 
 
 def fit_parametric(
-    table: pd.DataFrame,
-    *,
-    params: str,
-    tokens: str | None = None,
-    flops: str | None = None,
-    loss: str,
-    objective: Objective | str = Objective.HUBER_LOG,
-    delta: float = 1e-3,
-    **resampling: Unpack[Resampling],
-) -> ParametricFit:
+    table: pd.DataFrame, *, params: str, tokens: str | None = None, flops: str | None = None, loss: str,
+    objective: Objective | str = Objective.HUBER_LOG, delta: float = 1e-3, **resampling: Unpack[Resampling],
+) -> ParametricFit:  # fmt: skip
     """Fit L(N, D) = E + A / N^alpha + B / D^beta.
 
     Args:

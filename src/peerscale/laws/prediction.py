@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from peerscale.laws.data_constrained import DataConstrainedLaw
 from peerscale.laws.fitting import Bootstrap, percentile_interval
 from peerscale.laws.isoflop import PowerLaw, fit_power_law
 from peerscale.laws.moe import GranularLaw, PeerLaw, RoutedLaw
@@ -18,13 +17,11 @@ LAWS: Mapping[str, tuple[type, tuple[str, ...]]] = {
     "isoflop": (PowerLaw, ("budget",)),
     "envelope": (PowerLaw, ("budget",)),
     "parametric": (Surface, ("budget", "params", "tokens")),
-    "data_constrained": (DataConstrainedLaw, ("budget", "params", "tokens", "unique_tokens")),
     "routed": (RoutedLaw, ("params", "experts")),
     "granular": (GranularLaw, ("params", "tokens", "granularity")),
     "peer": (PeerLaw, ("params", "tokens", "experts", "granularity")),
 }
-"""Class of the coefficients, and what a prediction takes: a budget for the optimum, all others for a loss (unique
-tokens if wanted)."""
+"""Class of the coefficients, and what a prediction takes: a budget for the optimum, all others for a loss."""
 DOUBTS = {
     FitStatus.AT_BOUND: ", a coefficient is at the end of its range",
     FitStatus.NOT_IDENTIFIABLE: ", a coefficient is uncertain by more than its own size",
@@ -100,8 +97,7 @@ def predict(stored: Mapping[str, Any], given: Mapping[str, float], columns: Mapp
 def _answers(name: str, law: Any, given: Mapping[str, float], columns: Mapping[str, Any]) -> dict[str, Number]:
     """What the numbers given ask of a law, by name; nothing if they are too few."""
     found, variables = {}, {key: given.get(key) for key in LAWS[name][1]}
-    budget, unique = (variables.pop(key, None) for key in ("budget", "unique_tokens"))
-    if budget:
+    if budget := variables.pop("budget", None):
         best = law.optimum(budget)
         if not variables:
             return {f"optimal {columns.get('x') or 'x'}": best}
@@ -111,7 +107,7 @@ def _answers(name: str, law: Any, given: Mapping[str, float], columns: Mapping[s
             if (size := variables[one]) and not variables[other]:
                 variables[other] = budget / (6 * size)  # of the budget, C = 6 N D
     if variables and all(variables.values()):
-        found["loss"] = law.predict(*variables.values(), *([unique] if unique else []))
+        found["loss"] = law.predict(*variables.values())
         if name == "routed":
             found["effective params"] = law.effective_params(*variables.values())
     return found

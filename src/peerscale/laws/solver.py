@@ -13,7 +13,6 @@ cheap. The logarithms of the variables in M are centred, so that no coordinate i
 
 import itertools
 import os
-from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -192,9 +191,7 @@ class Problem:
         """Gradient (R, p) and Hessian (R, p, p)."""
         predicted, residuals, jacobian, curvature = self.linearised(points)
         if self.objective.robust:
-            slope, size = np.clip(residuals, -self.delta, self.delta), np.abs(residuals)
-            # Without curvature the linear parts would have no Hessian at all: take the square touching them from above.
-            bend = self.delta / np.maximum(size, self.delta) if curvature is None else size <= self.delta
+            slope, bend = np.clip(residuals, -self.delta, self.delta), np.abs(residuals) <= self.delta
         else:
             slope, bend = 2 * residuals, 2.0
         slope, bend = slope * weights, bend * weights
@@ -298,7 +295,7 @@ def minimise(problem: Problem, starts: Array, weights: Array | None = None) -> S
         points[part], values[part], failed[part] = _minimise(problem, points[part], weights[part])
 
     with ThreadPoolExecutor(os.cpu_count()) as cores:  # NumPy lets go of the interpreter; parts do not depend on it
-        deque(cores.map(solve_part, range(0, len(points), CHUNK)), maxlen=0)
+        list(cores.map(solve_part, range(0, len(points), CHUNK)))
     at_bound = np.any((points <= lower) | (points >= upper), axis=1)
     return Solution(points=points, values=values, at_bound=at_bound, failed=failed)
 

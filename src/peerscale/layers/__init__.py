@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 from peerscale.layers.base import FfnConfig, LayerCost, Surroundings, layer_config, module_class
 
 if TYPE_CHECKING:
-    from peerscale.layers.modules.peer import Peer
-    from peerscale.layers.modules.pkm import Pkm
+    from peerscale.layers.modules.product_keys import Peer, Pkm
 
 __all__ = ["FfnConfig", "LayerCost", "Peer", "Pkm", "Surroundings", "layer_config"]
 
@@ -20,5 +19,5 @@ __all__ = ["FfnConfig", "LayerCost", "Peer", "Pkm", "Surroundings", "layer_confi
 def __getattr__(name: str) -> Any:
     """`Peer` and `Pkm`, imported when first asked for, since they import torch."""
     if name in ("Peer", "Pkm"):
-        return module_class(f"{name.lower()}.{name}")
+        return module_class(f"product_keys.{name}")
     raise AttributeError(f"module {__name__} has no attribute {name}")

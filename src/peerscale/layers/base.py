@@ -94,5 +94,5 @@ class FfnConfig:
         return 0, 0
 
     def columns(self, d_model: int) -> dict[str, Any]:
-        """What the table of runs tells of the layer: values of those of its `LAYER_COLUMNS` that the layer has."""
+        """The layer's values for the table of runs, by column; the columns are `LAYER_COLUMNS` of `runs.table`."""
         return {}

@@ -7,11 +7,13 @@ from peerscale.layers.registry import Layer
 
 
 @layer_config
-class _AnyDenseConfig(FfnConfig):
-    """d_model -> d_hidden -> d_model."""
+class DenseConfig(FfnConfig):
+    """d_model -> 4 d_model -> d_model."""
+
+    method: Literal["dense"] = "dense"
 
     def d_hidden(self, around: Surroundings) -> int:
-        raise NotImplementedError
+        return around.d_ff
 
     def cost(self, around: Surroundings) -> LayerCost:
         weights = 2 * around.d_model * self.d_hidden(around)
@@ -22,20 +24,10 @@ class _AnyDenseConfig(FfnConfig):
 
 
 @layer_config
-class DenseConfig(_AnyDenseConfig):
-    """d_model -> 4 d_model -> d_model."""
-
-    method: Literal["dense"] = "dense"
-
-    def d_hidden(self, around: Surroundings) -> int:
-        return around.d_ff
-
-
-@layer_config
-class WideDenseConfig(_AnyDenseConfig):
+class WideDenseConfig(DenseConfig):
     """A dense layer with all the parameters of a sparse one in use: the bound of Dai et al. (2024, section 4)."""
 
-    method: Literal["wide_dense"] = "wide_dense"
+    method: Literal["wide_dense"] = "wide_dense"  # pyrefly: ignore[bad-override]
     params_of: Layer
     """The sparse layer, with its settings."""
 

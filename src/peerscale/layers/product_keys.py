@@ -1,11 +1,11 @@
-"""What product-key memory and PEER share: queries, and the product keys that they are compared with."""
+"""Layers that retrieve rows by product keys: product-key memory (Lample et al. 2019) and PEER (He 2024)."""
 
 from dataclasses import fields
 from math import isqrt
 from typing import Any, ClassVar, Literal
 
 from peerscale.config_types import Positive
-from peerscale.layers.base import FfnConfig, LayerCost, Surroundings, layer_config
+from peerscale.layers.base import FfnConfig, LayerCost, Surroundings, layer_config, module_class
 
 
 @layer_config
@@ -27,6 +27,8 @@ class RetrievalConfig(FfnConfig):
 
     ROWS_PER_EXPERT: ClassVar[int]
     """Table rows of d_model numbers that an expert has."""
+    MODULE: ClassVar[str]
+    """Its class in `layers.modules`."""
 
     def __post_init__(self) -> None:
         side = isqrt(self.n_experts)
@@ -58,10 +60,6 @@ class RetrievalConfig(FfnConfig):
         """`d_key` for this model width; the rule rounds up to a multiple of 4 so that halves stay even."""
         return max(8, -(-d_model // 8) * 4) if self.d_key == "half_d_model" else self.d_key
 
-    def settings(self) -> dict[str, Any]:
-        """The arguments of the module."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("method", "variant")}
-
     def cost(self, around: Surroundings) -> LayerCost:
         """Product-key retrieval and a weighted sum of table rows (paper, section 2)."""
         d_model, d_key, heads = around.d_model, self.resolved_d_key(around.d_model), self.n_heads
@@ -83,6 +81,12 @@ class RetrievalConfig(FfnConfig):
             },
         )
 
+    def build(self, around: Surroundings) -> Any:
+        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("method", "variant")}
+        return module_class(self.MODULE)(
+            around.d_model, n_groups=around.n_groups, operators=around.operators, **settings
+        )
+
     def routed(self) -> tuple[int, int]:
         return self.n_experts, self.active_experts
 
@@ -95,3 +99,30 @@ class RetrievalConfig(FfnConfig):
             "query_norm": self.query_norm,
             "active_experts": self.active_experts,
         }
+
+
+@layer_config
+class PkmConfig(RetrievalConfig):
+    """Product-key memory (Lample et al. 2019): retrieved values that do not depend on the input."""
+
+    method: Literal["pkm"] = "pkm"
+
+    ROWS_PER_EXPERT: ClassVar[int] = 1
+    MODULE: ClassVar[str] = "product_keys.Pkm"
+
+
+@layer_config
+class PeerConfig(RetrievalConfig):
+    """Parameter-efficient expert retrieval (He 2024): retrieved experts of one neuron each."""
+
+    method: Literal["peer"] = "peer"
+    activation: Literal["gelu", "relu"] = "gelu"
+    """Not stated in the paper ("e.g. ReLU or GELU")."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """Over the retrieved experts of each head (paper, equation 2 and algorithm 1)."""
+
+    ROWS_PER_EXPERT: ClassVar[int] = 2
+    MODULE: ClassVar[str] = "product_keys.Peer"
+
+    def columns(self, d_model: int) -> dict[str, Any]:
+        return {**RetrievalConfig.columns(self, d_model), "granularity": self.active_experts}

@@ -18,9 +18,9 @@ BUILT_IN = {
     "dense": "peerscale.layers.dense.DenseConfig",
     "wide_dense": "peerscale.layers.dense.WideDenseConfig",
     "moe": "peerscale.layers.moe.MoeConfig",
-    "fine_grained_moe": "peerscale.layers.fine_grained_moe.FineGrainedMoeConfig",
-    "pkm": "peerscale.layers.pkm.PkmConfig",
-    "peer": "peerscale.layers.peer.PeerConfig",
+    "fine_grained_moe": "peerscale.layers.moe.FineGrainedMoeConfig",
+    "pkm": "peerscale.layers.product_keys.PkmConfig",
+    "peer": "peerscale.layers.product_keys.PeerConfig",
 }
 """The layers that are known without a `class`, by `method`."""
 

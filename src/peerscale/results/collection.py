@@ -116,7 +116,7 @@ def read_study(
     if own and not with_published:
         finished = {name for name, record in same.items() if record.status is Status.DONE}
         curves = curves_table(here / cell for cell in own)
-        return StudyRecords(*with_planned(sweep, cells, own), curves, str(here), finished)
+        return StudyRecords(*with_planned(cells, own), curves, str(here), finished)
     if own:
         refuse_incomparable([*own.values()], [*there.values()], source.records)
         there = same
@@ -131,7 +131,7 @@ def read_study(
     if run_here:
         own_curves = curves_table(here / cell for cell in run_here)
         curves = pd.concat([own_curves, curves[~curves["cell"].isin(run_here)]], ignore_index=True)
-    return StudyRecords(*with_planned(sweep, cells, found), curves, words, set())
+    return StudyRecords(*with_planned(cells, found), curves, words, set())
 
 
 def refuse_incomparable(own: Sequence[Record], others: Sequence[Record], where: Path) -> None:
@@ -155,9 +155,7 @@ def plan_of(sweep: str, overrides: Sequence[str]) -> Sequence[PlannedCell] | Non
         return None
 
 
-def with_planned(
-    sweep: str, cells: Sequence[PlannedCell] | None, found: Mapping[str, Record]
-) -> tuple[list[Record], list[Record]]:
+def with_planned(cells: Sequence[PlannedCell] | None, found: Mapping[str, Record]) -> tuple[list[Record], list[Record]]:
     """A record for each cell of the plan, in its order, made where there is none; and those of no cell of the plan."""
     if cells is None:
         return [*found.values()], []

@@ -7,15 +7,16 @@ study brackets them.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from peerscale.laws.fitting import LEVEL as INTERVAL
-from peerscale.laws.fitting import STORED_DRAWS, Bootstrap, percentile_interval, resample_counts, to_plain
+from peerscale.laws.fitting import Bootstrap, percentile_interval, resample_counts, to_plain
 from peerscale.laws.isoflop import MIN_BUDGETS, fit_power_law
-from peerscale.laws.multiplier import compute_multipliers, growth
+from peerscale.laws.multiplier import compute_multipliers
 from peerscale.laws.optima import Estimate, OptimaFit, Optimum, OptimumStatus, equality_of_curvatures, holm
 from peerscale.laws.solver import Array, FitStatus
 from peerscale.runs.record import Record
@@ -130,10 +131,11 @@ def _by_curves(
     methods = []
     for name, optimum in optima.items():
         has_number, one = optimum.status.has_number, alone[name]
+        error = _described(shared.estimate(optimum.weights, drawn), "value", "p") if has_number else {}
         methods.append({
             "name": name, "status": optimum.status, "x": optimum.x, "x_interval": optimum.x_interval,
-            "loss": optimum.loss, **(_error(shared.estimate(optimum.weights, drawn)) if has_number else {}),
-            "sizes": optimum.sizes, "left_out": sorted({*rows.loc[rows["name"] == name, X]} - {*optimum.sizes}),
+            "loss": optimum.loss, **error, "sizes": optimum.sizes,
+            "left_out": sorted({*rows.loc[rows["name"] == name, X]} - {*optimum.sizes}),
             "coefficients": optimum.coefficients,
             "own": {"status": one.status, "x": one.x, "loss": one.loss, "curvature": one.coefficients[2]},
             "sets": {s: float(optimum.weights @ fit.losses) for s, fit in others.items()} if has_number else {},
@@ -189,17 +191,11 @@ def _pairs(names: Sequence[str], references: Sequence[str]) -> list[tuple[str, s
     return list(dict.fromkeys((name, other) for name, other in found if other is not None))
 
 
-def _described(estimate: Estimate) -> dict[str, Any]:
-    return {"value": estimate.value, **_error(estimate), "p": estimate.p}
-
-
-def _error(estimate: Estimate) -> dict[str, Any]:
-    """The error by source, and the interval; `rate_se` is for studies that bracket their learning rates."""
+def _described(estimate: Estimate, *left_out: str) -> dict[str, Any]:
+    """The value with its error by source, its interval and p; `rate_se` is for studies that bracket their rates."""
     low, high = estimate.interval
-    return {
-        "se": estimate.se, "df": estimate.df, "fit_se": estimate.fit_se, "seeds_se": estimate.seeds_se,
-        "sequences_se": estimate.sequences_se, "rate_se": None, "low": low, "high": high,
-    }  # fmt: skip
+    found = {**asdict(estimate), "rate_se": None, "low": low, "high": high, "p": estimate.p}
+    return {key: value for key, value in found.items() if key not in left_out}
 
 
 def _mean_losses(cells: Iterable[str], sequences: Sequences) -> Array | None:
@@ -268,7 +264,7 @@ def _frontiers(fitted: Sequence[Budget]) -> dict[str, Array]:
 
 
 def _multipliers(budgets: Array, frontiers: Mapping[str, Array]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Dense's compute over each method's by budget, and the growth of its logarithm where four budgets have one."""
+    """Dense's compute over each method's by budget, and from four on the growth of its logarithm in log10 C."""
     found, slopes = [], []
     for name, (_, losses) in frontiers.items():
         reference = same_variant("dense", name, list(frontiers))
@@ -279,7 +275,7 @@ def _multipliers(budgets: Array, frontiers: Mapping[str, Array]) -> tuple[list[d
         for i in np.flatnonzero(known):
             found.append({**pair, "budget": budgets[i], "multiplier": each[0, i], **_ends(each[1:, i])})
         if known.sum() >= GROWTH_BUDGETS:
-            slope = growth(budgets[known], each[:, known])
+            slope = math.log(10) * fit_power_law(budgets[known], each[:, known])[0]
             slopes.append({**pair, "slope": slope[0], **_ends(slope[1:])})
     return found, slopes
 
@@ -299,14 +295,12 @@ def _power_laws(budgets: Array, frontiers: Mapping[str, Array]) -> dict[str, Any
             continue
         whole = np.isfinite(x[1:, known]).all(axis=1)
         power = dict.fromkeys(("exponent", "coefficient"))
-        draws: dict[str, Array] = {}
+        draws = {"loss": losses[1:, known][whole]}
         if enough := known.sum() >= MIN_BUDGETS:
             fitted = dict(zip(power, fit_power_law(budgets[known], x[:, known]), strict=True))
             power = {key: float(values[0]) for key, values in fitted.items()}
-            draws = {key: values[1:][whole] for key, values in fitted.items()}
+            draws = {key: values[1:][whole] for key, values in fitted.items()} | draws
         bootstrap = Bootstrap(draws=draws, resamples=DRAWS, failed=int((~whole).sum()), seed=0)
-        stored = bootstrap.to_dict()
-        stored["draws"]["loss"] = losses[1:, known][whole][:STORED_DRAWS].round(5)
         laws[name] = {
             "law": "isoflop", "method": name, "x": X, "n": int(known.sum()),
             "status": FitStatus.CONVERGED if enough else FitStatus.TOO_FEW_POINTS, **power, "ci": bootstrap.intervals(),
@@ -314,6 +308,6 @@ def _power_laws(budgets: Array, frontiers: Mapping[str, Array]) -> dict[str, Any
                 {"budget": budget, "x": size, "loss": loss, "status": OptimumStatus.OK}
                 for budget, size, loss in zip(budgets[known], x[0, known], losses[0, known], strict=True)
             ],
-            "bootstrap": stored,
+            "bootstrap": bootstrap,
         }  # fmt: skip
     return laws

@@ -6,9 +6,9 @@ import functools
 import heapq
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from peerscale.config import Config
 from peerscale.plan import Plan
@@ -23,36 +23,29 @@ OVERHEAD_S = 1.0
 """Starting a cell and closing it."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Measured:
+class Measured(NamedTuple):
     """The speed of one finished cell."""
 
     name: str
-    threads: int
-    devices: int
-    flops_per_token: int
+    flops_per_token: float
     flops_per_s: float
+    threads: int = 1
+    devices: int = 1
+    """Which a guess by published cells does not ask for."""
 
 
 def measured_speeds(runs: Path) -> list[Measured]:
     """Speeds of the finished cells of this machine under `runs`, by any study."""
     speeds, hardware = [], cpu_name()
     for path in runs.glob(f"*/*/{RECORD}"):
-        try:
+        # A record of another version has no speed that we can read, and planning must not fail on it.
+        with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, OSError):
             record = json.loads(path.read_text(encoding="utf-8"))
-            if record["status"] == Status.DONE and record["environment"]["hardware"] == hardware:
-                name = f"{record['method']}_{record['variant']}" if record["variant"] else record["method"]
-                speeds.append(
-                    Measured(
-                        name=name,
-                        threads=record["environment"]["n_threads"],
-                        devices=record["environment"].get("n_devices", 1),
-                        flops_per_token=sum(record["flops_per_token"].values()),
-                        flops_per_s=record["timing"]["flops_per_s"],
-                    )
-                )
-        except (KeyError, TypeError, ValueError, AttributeError, OSError):
-            continue  # a record of another version has no speed that we can read, and planning must not fail on it
+            environment = record["environment"]
+            if record["status"] == Status.DONE and environment["hardware"] == hardware:
+                flops_per_token, flops_per_s = sum(record["flops_per_token"].values()), record["timing"]["flops_per_s"]
+                on = (environment["n_threads"], environment.get("n_devices", 1))
+                speeds.append(Measured(_name(record), flops_per_token, flops_per_s, *on))
     return speeds
 
 
@@ -63,17 +56,15 @@ def published_speeds(results: Path) -> list[Measured]:
     for path in results.glob("*/runs.csv"):
         with path.open(encoding="utf-8", newline="") as file, contextlib.suppress(KeyError, ValueError, csv.Error):
             speeds += [
-                Measured(
-                    name=f"{row['method']}_{row['variant']}" if row["variant"] else row["method"],
-                    threads=round(float(row["n_threads"])),
-                    devices=1,
-                    flops_per_token=round(float(row["flops_per_token"])),
-                    flops_per_s=float(row["flops_per_s"]),
-                )
+                Measured(_name(row), float(row["flops_per_token"]), float(row["flops_per_s"]))
                 for row in csv.DictReader(file)
                 if row["status"] == Status.DONE
             ]
     return speeds
+
+
+def _name(row: Mapping[str, str]) -> str:
+    return f"{row['method']}_{row['variant']}" if row["variant"] else row["method"]
 
 
 def estimate_s(config: Config, plan: Plan, speeds: list[Measured], results: Path = RESULTS) -> tuple[float, bool]:

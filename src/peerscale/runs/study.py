@@ -114,13 +114,11 @@ def read_fits(path: Path) -> dict[str, Any]:
     """What `runs.fits.fit_study` found, and the `answer` in a sentence; `UserError` if the file holds anything else."""
     fits = read_json(path)
     keys = {"answer", "budgets", "claims", "multipliers", "laws", "rates"}
-    if not (isinstance(fits, dict) and keys <= fits.keys() and all(map(_has_intervals, fits["budgets"]))):
-        raise UserError(f"{path}: not the fits of a study as this version writes them: make figures, to fit it again")
-    return fits
-
-
-def _has_intervals(budget: dict[str, Any]) -> bool:
-    return all("low" in method for method in budget["methods"] if method["loss"] is not None)
+    if isinstance(fits, dict) and keys <= fits.keys():
+        methods = [method for budget in fits["budgets"] for method in budget["methods"]]
+        if all("low" in method for method in methods if method["loss"] is not None):
+            return fits
+    raise UserError(f"{path}: not the fits of a study as this version writes them: make figures, to fit it again")
 
 
 def method_names(table: pd.DataFrame, without: Sequence[str] = ()) -> pd.Series:

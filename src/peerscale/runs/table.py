@@ -15,11 +15,8 @@ from peerscale.runs.record import Record, cell_folders, parse_record, read_cell
 
 METRICS = "metrics.jsonl"
 
-NEEDED = (
-    *("cell", "method", "variant", "size", "seed", "budget", "axes", "flops_per_token", "val_loss", "status"),
-    "convention",
-)
-"""Columns that no table of runs can do without."""
+NEEDED = ("cell", "method", "variant", "size", "seed", "budget", "flops_per_token", "val_loss", "status", "convention")
+"""Columns that no table of runs can do without, besides `axes`."""
 
 TEXTS = ("variant", "axes", "reason")
 """Columns that may be empty and are no numbers."""
@@ -50,9 +47,8 @@ def read_records(folder: Path) -> list[Record]:
         if not lines:
             raise UserError(f"{published}: no record in it")
         return [parse_record(tree, f"{published}:{n}") for n, tree in enumerate(lines, 1)]
-    records = [(cell, record) for cell in cell_folders(folder) if (record := read_cell(cell)) is not None]
     # A renamed folder is a cell that was set aside.
-    return [record for cell, record in records if record.cell == cell.name]
+    return [record for cell in cell_folders(folder) if (record := read_cell(cell)) and record.cell == cell.name]
 
 
 def read_runs(path: str | Path) -> pd.DataFrame:
@@ -65,7 +61,7 @@ def read_runs(path: str | Path) -> pd.DataFrame:
     path = path if path.is_absolute() or path.exists() else ROOT / path
     csv = path / "runs.csv" if path.is_dir() else path
     if csv.is_file():
-        table = read_table(csv, [column for column in NEEDED if column != "axes"], dtype=dict.fromkeys(TEXTS, str))
+        table = read_table(csv, NEEDED, dtype=dict.fromkeys(TEXTS, str))
         if "axes" not in table:
             raise UserError(f"{csv}: no column 'axes', as an earlier peerscale wrote it; to convert it: make convert")
         return table.fillna({column: "" for column in TEXTS if column in table})
@@ -101,32 +97,21 @@ def runs_table(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def _row(record: Record) -> dict[str, Any]:
-    config, plan, router = record.hashed_config, record.plan, record.router
+    config, plan = record.hashed_config, record.plan
     val = record.evaluation.get(config["data"]["val_set"], {})
     return {
-        "sweep": record.sweep,
-        "cell": record.cell,
-        "method": record.method,
-        "variant": record.variant,
-        "size": record.size,
-        "seed": record.seed,
-        "budget": record.budget,
+        **{name: getattr(record, name) for name in ("sweep", "cell", "method", "variant", "size", "seed", "budget")},
         "axes": json.dumps(record.axes) if record.axes else "",
         "flops": plan["flops"],
         "flops_per_token": sum(record.flops_per_token.values()),
         **{f"flops_{component}": n for component, n in record.flops_per_token.items()},
-        "layer_share": plan["layer_share"],
-        "tokens": plan["tokens"],
-        "steps": plan["steps"],
+        **{name: plan[name] for name in ("layer_share", "tokens", "steps")},
         "batch_sequences": record.batch_sequences,
         "context": config["context"],
         "precision": config["precision"],
-        "d_model": config["size"]["d_model"],
-        "n_layers": config["size"]["n_layers"],
-        "n_heads": config["size"]["n_heads"],
+        **{name: config["size"][name] for name in ("d_model", "n_layers", "n_heads")},
         "data": plan["data"],
-        "val_set": config["data"]["val_set"],
-        "vocab_size": config["data"]["vocab_size"],
+        **{name: config["data"][name] for name in ("val_set", "vocab_size")},
         "params_total": sum(record.params.values()),
         "params_active": plan["params_active"],
         "params_non_embedding": sum(record.params.values()) - record.params["embedding"],
@@ -134,18 +119,13 @@ def _row(record: Record) -> dict[str, Any]:
         "lr": record.lr,
         "table_lr": record.table_lr,
         "optimizer": config["optim"]["name"],
-        "kernel": record.environment.get("kernel"),
-        "n_threads": record.environment.get("n_threads"),
+        **{name: record.environment.get(name) for name in ("kernel", "n_threads")},
         "val_loss": val.get("loss"),
         "val_loss_se": val.get("se"),
         "val_bits_per_byte": val.get("bits_per_byte"),
         **{f"ppl_{name}": values.get("ppl") for name, values in record.evaluation.items()},
-        "expert_usage": router.get("expert_usage"),
-        "unevenness": router.get("unevenness"),
-        "usage_tokens": router.get("usage_tokens"),
-        "wall_s": record.timing.get("wall_s"),
-        "tokens_per_s": record.timing.get("tokens_per_s"),
-        "flops_per_s": record.timing.get("flops_per_s"),
+        **{name: record.router.get(name) for name in ("expert_usage", "unevenness", "usage_tokens")},
+        **{name: record.timing.get(name) for name in ("wall_s", "tokens_per_s", "flops_per_s")},
         "status": str(record.status),
         "reason": record.reason,
         "convention": CONVENTION,

@@ -1,10 +1,17 @@
 """How ranks share the gradients of expert tables."""
 
+from typing import Any
+
 import lightning
 from torch.nn.parallel import DistributedDataParallel
 
-from peerscale.kernels.gradients import collect_row_gradients, collected_gradients
-from peerscale.kernels.operators import Pairs, TableGradient
+from peerscale.kernels.operators import (
+    Pairs,
+    TableGradient,
+    collect_row_gradients,
+    collected_gradients,
+    total_gradient,
+)
 from peerscale.model.ranks import gather, mean_over_ranks, n_ranks
 from peerscale.training.module import LanguageModel
 
@@ -24,14 +31,14 @@ class TableExchange(lightning.Callback):
         for table in self.tables:
             collect_row_gradients(table)
 
-    def on_after_backward(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_after_backward(self, *args: Any, **kwargs: Any) -> None:
         shared: dict[int, Pairs] = {}  # a layer's tables have the same rows
         for table in self.tables:
             if table.grad is not None:
                 table.grad = mean_over_ranks(table.grad)
             collected = collected_gradients(table)
             assert collected is not None
-            if (here := collected.total()) is None:
+            if (here := total_gradient(collected)) is None:
                 continue
             operators = here.pairs.operators
             if id(here.pairs) not in shared:
@@ -40,6 +47,6 @@ class TableExchange(lightning.Callback):
             gradient = TableGradient(pairs, gather(here.coefficients_TJ) / n_ranks(), gather(here.vectors_TD))
             collected.clear()
             if self.row_sparse:
-                collected.gradients.append(gradient)
+                collected.append(gradient)
             else:
                 table.grad = operators.table_gradient(gradient)

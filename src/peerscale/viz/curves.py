@@ -31,11 +31,12 @@ def curves_figure(curves: pd.DataFrame, runs: pd.DataFrame, *, note: str = "") -
         panels = figure.subplots(rows, len(budgets), sharex="col", sharey="row", squeeze=False)
         for column, budget in zip(panels.T, budgets, strict=True):
             finished = drawn[drawn["budget"] == budget]
-            best = {
-                str(name): one_curve(curves, str(cells.loc[cells["val_loss"].idxmin(), "cell"]), float(budget))
-                for name, cells in finished.groupby("name")
-            }
-            draw_losses(column[0], best)
+            lowest = finished.loc[finished.groupby("name")["val_loss"].idxmin(), ["name", "cell"]]
+            late = curves[curves["flops"] >= SKIPPED_SHARE * budget]
+            best = {name: late[late["cell"] == cell] for name, cell in lowest.itertuples(index=False)}
+            for name in style.ordered(best):
+                look = {"color": style.colours(best)[name], "linewidth": 0.9, "label": name}
+                column[0].plot(best[name]["flops"], best[name]["loss"], **look)
             if rows > 1:
                 draw_distances(column[1], best)
             limits = (0.9 * SKIPPED_SHARE * budget, 1.1 * budget)
@@ -49,17 +50,6 @@ def curves_figure(curves: pd.DataFrame, runs: pd.DataFrame, *, note: str = "") -
         which = "each method's run of lowest validation loss; below, its loss minus dense's at equal FLOPs spent"
         style.caption(figure, note, which if rows > 1 else which.partition(";")[0], missing_note(runs))
     return figure
-
-
-def one_curve(curves: pd.DataFrame, cell: str, budget: float) -> pd.DataFrame:
-    """FLOPs and loss of one run from `SKIPPED_SHARE` of its budget on."""
-    return curves[(curves["cell"] == cell) & (curves["flops"] >= SKIPPED_SHARE * budget)]
-
-
-def draw_losses(axes: Axes, best: dict[str, pd.DataFrame]) -> None:
-    colours = style.colours(best)
-    for name in style.ordered(best):
-        axes.plot(best[name]["flops"], best[name]["loss"], color=colours[name], linewidth=0.9, label=name)
 
 
 def draw_distances(axes: Axes, best: dict[str, pd.DataFrame]) -> None:

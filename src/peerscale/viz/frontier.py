@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from peerscale.laws.optima import OptimumStatus
 from peerscale.viz import style
+from peerscale.viz.differences import BARS
 
 
 def points_panel(axes: Axes, table: pd.DataFrame, *, colours: Mapping[str, str]) -> None:
@@ -53,9 +54,8 @@ def frontier_figure(fits: Mapping[str, Any], *, note: str = "") -> Figure | None
             panels[1].set(yscale="log", ylabel="compute multiplier", title="dense's FLOPs over the method's")
             style.log_axis(panels[1].yaxis, *panels[1].get_ylim())
         style.method_legend(figure, names)
-        bars = "bars: 95 % interval from misfit of sizes, seeds and validation sequences, not from learning rates"
         marks = "hollow: flagged minimum" if losses["hollow"].any() else ""
         same = "multiplier: for the same loss, losses interpolated between the budgets" if worth else ""
         apart = "methods are drawn side by side at each budget"
-        style.caption(figure, note, bars, "; ".join(filter(None, (same, marks, apart))))
+        style.caption(figure, note, BARS, "; ".join(filter(None, (same, marks, apart))))
     return figure

@@ -18,18 +18,13 @@ from peerscale.cell_names import budget_name
 from peerscale.laws.optima import OptimumStatus
 from peerscale.runs.study import method_names, usable
 from peerscale.viz import style
-from peerscale.viz.isoflop import FITTED, size_on_axis
-
-AXES = {
-    "params_total": "parameters, total",
-    "flops_per_token": "training FLOPs per token",
-    "params_active": "parameters, active per token",
-    "wall_s": "training time (s)",
-}
-"""Columns that the x axis can show."""
+from peerscale.viz.isoflop import X_LABELS, by_budget, fitted_curve, in_fit, size_on_axis
 
 SIZES = ("params_total", "flops_per_token", "params_active")
-"""Those of them that a curve over FLOPs per token can be read off on."""
+"""Columns that the x axis can show and that a curve over FLOPs per token can be read off on."""
+
+AXES = {**{column: X_LABELS[column] for column in SIZES}, "wall_s": "training time (s)"}
+"""All columns that the x axis can show, with their titles."""
 
 POINTS_OF_A_CURVE = 60
 
@@ -61,8 +56,8 @@ def isoflop_spec(runs: pd.DataFrame, fits: Mapping[str, Any]) -> dict[str, Any]:
     colours = style.colours(names)
     scale = {"domain": [style.label(name) for name in names], "range": [colours[name] for name in names]}
     spec["spec"]["encoding"]["color"]["scale"] = spec["spec"]["layer"][1]["encoding"]["fill"]["scale"] = scale
-    entries = {entry["budget"]: {m["name"]: m for m in entry["methods"]} for entry in fits["budgets"]}
-    spec["data"] = {"values": [row for b in budgets for row in _marks(runs[runs["budget"] == b], entries.get(b, {}))]}
+    fitted = by_budget(fits)
+    spec["data"] = {"values": [row for b in budgets for row in _marks(runs[runs["budget"] == b], fitted.get(b, {}))]}
     return spec
 
 
@@ -78,24 +73,20 @@ def _switches(name: str, labels: Sequence[str]) -> list[dict[str, Any]]:
 
 def _marks(runs: pd.DataFrame, fitted: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Points, curves and optima of one budget; sizes left out of the fit far above the others stand at the edge."""
-    no_fit = {"sizes": [], "coefficients": [None], "loss": None}
-    kept = [
-        name not in fitted or size in fitted[name]["sizes"]
-        for name, size in zip(runs["name"], runs[FITTED], strict=True)
-    ]
-    top = 1.02 * float(np.exp((runs[kept] if any(kept) else runs)["val_loss"].max()))
+    kept = pd.concat([in_fit(rows, fitted.get(str(name))) for name, rows in runs.groupby("name")])[runs.index]
+    top = 1.02 * float(np.exp((runs[kept] if kept.any() else runs)["val_loss"].max()))
     runs = runs.assign(kept=kept, perplexity=np.exp(runs["val_loss"]))
     for name, rows in runs.groupby("name"):
-        found = fitted.get(str(name), no_fit)
         common = {"budget": f"{budget_name(rows['budget'].iloc[0])} FLOPs", "method": style.label(str(name))}
         for row in rows.rename(columns={"val_loss": "loss"}).to_dict("records"):
             kind = "fitted" if row["kept"] else "left out" if row["perplexity"] <= top else "above the axis"
             numbers = {key: float(row[key]) for key in ("loss", "perplexity", "flops", *AXES) if pd.notna(row.get(key))}
             yield common | numbers | {"kind": kind, "cell": row["cell"], "drawn": min(row["perplexity"], top)}
+        if (found := fitted.get(str(name))) is None:
+            continue
         if None not in found["coefficients"]:
-            sizes = np.geomspace(found["sizes"][0], found["sizes"][-1], POINTS_OF_A_CURVE)
-            losses = np.polynomial.polynomial.polyval(np.log10(sizes), found["coefficients"])
-            yield from ({**common, "kind": "curve", **place} for place in _places(rows, sizes, losses))
+            places = _places(rows, *fitted_curve(found, POINTS_OF_A_CURVE))
+            yield from ({**common, "kind": "curve", **place} for place in places)
         if found["loss"] is not None:
             kind = "optimum" if found["status"] == OptimumStatus.OK else "flagged optimum"
             (place,) = _places(rows, np.array([found["x"]]), np.array([found["loss"]]))

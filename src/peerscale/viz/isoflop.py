@@ -44,24 +44,21 @@ def isoflop_panel(
         marker, colours: of the points, and by method name.
     """
     runs = runs[usable(runs)]
+    of_methods = [
+        (name, runs[runs["name"] == name].sort_values(x), methods.get(name)) for name in style.ordered(runs["name"])
+    ]
     axes.set(xscale="log", yscale="log")
-    for name in style.ordered(runs["name"]):
-        rows, fitted = runs[runs["name"] == name].sort_values(x), methods.get(name)
-        inside = rows[FITTED].isin(fitted["sizes"]) if fitted else rows[x].notna()
-        look: dict[str, Any] = {"fmt": marker, "color": colours[name]}
-        _points(axes, rows[inside], x, **look, markeredgecolor="white", label=name)
+    for name, rows, fitted in of_methods:
+        look: dict[str, Any] = {"fmt": marker, "color": colours[name], "markeredgecolor": "white", "label": name}
+        _points(axes, rows[in_fit(rows, fitted)], x, **look)
         if fitted and None not in fitted["coefficients"]:
-            sizes = np.geomspace(fitted["sizes"][0], fitted["sizes"][-1], 200)
-            curve = np.polynomial.polynomial.polyval(np.log10(sizes), fitted["coefficients"])
-            axes.plot(size_on_axis(rows, x, sizes), np.exp(curve), color=colours[name], label=f"_fit {name}")
+            sizes, losses = fitted_curve(fitted, 200)
+            axes.plot(size_on_axis(rows, x, sizes), np.exp(losses), color=colours[name], label=f"_fit {name}")
     if len(runs):
         _limits(axes, runs[x])
     top = axes.get_ylim()[1]
-    for name in style.ordered(runs["name"]):
-        rows, fitted = runs[runs["name"] == name].sort_values(x), methods.get(name)
-        if fitted is None:
-            continue
-        outside = rows[~rows[FITTED].isin(fitted["sizes"])]
+    for name, rows, fitted in of_methods:
+        outside = rows[~in_fit(rows, fitted)]
         above = np.exp(outside["val_loss"]) > top
         hollow = {"color": colours[name], "markerfacecolor": "white", "markeredgecolor": colours[name]}
         if not above.all():
@@ -70,9 +67,25 @@ def isoflop_panel(
             edge = np.full(above.sum(), top)
             label = f"_left out {name}, above"
             axes.plot(outside.loc[above, x], edge, "^", **hollow, markersize=4, clip_on=False, label=label)
-        if fitted["loss"] is not None:
+        if fitted and fitted["loss"] is not None:
             at, flagged = size_on_axis(rows, x, np.array([fitted["x"]]))[0], fitted["status"] != OptimumStatus.OK
             style.star(axes, at, float(np.exp(fitted["loss"])), colours[name], f"_minimum {name}", hollow=flagged)
+
+
+def by_budget(fits: Mapping[str, Any]) -> dict[float, dict[str, Any]]:
+    """What `fits.json` says of each curve, by budget and name."""
+    return {entry["budget"]: {m["name"]: m for m in entry["methods"]} for entry in fits["budgets"]}
+
+
+def in_fit(rows: pd.DataFrame, fitted: Mapping[str, Any] | None) -> pd.Series:
+    """Which of a method's rows are of a size that its fit took; all of them if there is no fit."""
+    return rows[FITTED].isin(fitted["sizes"] if fitted else rows[FITTED])
+
+
+def fitted_curve(fitted: Mapping[str, Any], points: int) -> tuple[np.ndarray, np.ndarray]:
+    """FLOPs per token and losses along the parabola of a fit that has one."""
+    sizes = np.geomspace(fitted["sizes"][0], fitted["sizes"][-1], points)
+    return sizes, np.polynomial.polynomial.polyval(np.log10(sizes), fitted["coefficients"])
 
 
 def size_on_axis(rows: pd.DataFrame, x: str, flops_per_token: np.ndarray) -> np.ndarray:
@@ -101,7 +114,7 @@ def isoflop_figure(runs: pd.DataFrame, fits: Mapping[str, Any], *, x: str, note:
     """
     runs = runs.assign(name=method_names(runs))
     drawn = runs[usable(runs)]
-    methods = {entry["budget"]: {m["name"]: m for m in entry["methods"]} for entry in fits["budgets"]}
+    methods = by_budget(fits)
     budgets = sorted((runs if drawn.empty else drawn)["budget"].unique())
     names = style.ordered(drawn["name"])
     colours, markers = style.colours(names), style.markers(budgets)
@@ -129,9 +142,13 @@ def isoflop_figure(runs: pd.DataFrame, fits: Mapping[str, Any], *, x: str, note:
 
 def missing_note(runs: pd.DataFrame) -> str:
     """How many cells of the table a figure cannot show, by status; empty if none."""
-    counts = runs.loc[~usable(runs), "status"].value_counts().sort_index()
-    named = ", ".join(f"{n} {status}" for status, n in counts.items())
+    named = ", ".join(status_counts(runs[~usable(runs)]))
     return f"cells without a result: {named}" if named else ""
+
+
+def status_counts(runs: pd.DataFrame) -> list[str]:
+    """`2 failed`, `1 pending`, ..."""
+    return [f"{n} {status}" for status, n in runs["status"].value_counts().sort_index().items()]
 
 
 def _limits(axes: Axes, sizes: pd.Series) -> None:

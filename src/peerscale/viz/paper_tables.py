@@ -11,6 +11,7 @@ from peerscale.cell_names import budget_name
 from peerscale.laws.optima import OptimumStatus
 from peerscale.runs.study import same_variant, usable
 from peerscale.viz.ablations import with_norm
+from peerscale.viz.differences import is_dense
 from peerscale.viz.markdown import number
 from peerscale.viz.published import WITHOUT_NORM, paper_values
 from peerscale.viz.style import label, ordered
@@ -56,7 +57,7 @@ def with_gap(table: pd.DataFrame, column: str) -> pd.DataFrame:
 
 def dense_of(name: str, names: Collection[str]) -> str | None:
     """The dense curve that a curve is compared with, itself if it is dense; None if there is none."""
-    return name if name.partition(" ")[0] == "dense" else same_variant("dense", name, list(names))
+    return name if is_dense(name) else same_variant("dense", name, list(names))
 
 
 def perplexity_rows(table: pd.DataFrame) -> list[dict[str, str]]:

@@ -4,15 +4,13 @@ from pathlib import Path
 
 import pandas as pd
 
-HE2024 = Path(__file__).with_name("he2024.csv")
-
 WITHOUT_NORM = "peer query_norm=false"
 """The table's name for PEER without BatchNorm on its queries; `peer` has it."""
 
 
-def read_published(path: Path = HE2024) -> pd.DataFrame:
+def read_published() -> pd.DataFrame:
     """In long form: item (figure or table), method, x_name, x, metric, value, source."""
-    return pd.read_csv(path)
+    return pd.read_csv(Path(__file__).with_name("he2024.csv"))
 
 
 def paper_values(published: pd.DataFrame, item: str, method: str, metric: str) -> dict[float, float]:

@@ -72,7 +72,7 @@ def report(study: Study) -> str:
         "counts": ", ".join(f"{n} {status}" for status, n in runs["status"].value_counts().sort_index().items()),
         "header": header(text),
         "sweep_text": text,
-        "results": study.table.read_text(encoding="utf-8") if study.table.is_file() else "",
+        "results": re.sub("^#+", "###", study.table.read_text("utf-8"), flags=re.M) if study.table.is_file() else "",
         "figures": {name: TITLES.get(name, name.replace("_", " ")) for name in figures},
         "answer": fits.get("answer", ""),
         "unfinished": [
@@ -86,7 +86,7 @@ def report(study: Study) -> str:
         "environment": environment(ran),
         "commits": sorted({str(record.environment.get("git_commit")) for record in ran}),
     }
-    templates.filters |= {"lines": "\n".join, "table": table, "demoted": demoted}
+    templates.filters |= {"lines": "\n".join, "table": table}
     body = html(templates.get_template("report.md.j2").render(content))
     body = re.sub(r"<h2>(\w+)", lambda found: f'<h2 id="{found[1].lower()}">{found[1]}', body)
     interactive = Markup(isoflop_html(runs, fits)) if fits and "isoflop" in figures else ""
@@ -104,11 +104,6 @@ def sweep_text(sweep: str) -> str:
         return sweep_file(sweep).read_text(encoding="utf-8")
     except ConfigError:
         return ""
-
-
-def demoted(text: str) -> str:
-    """Markdown whose headings are all of the third level."""
-    return re.sub(r"^#+", "###", text, flags=re.MULTILINE)
 
 
 def escaped(text: str) -> str:

@@ -17,7 +17,8 @@ from peerscale.runs.rates import RATES, settings_table
 from peerscale.runs.study import method_names, usable
 from peerscale.viz.ablations import has_curves, over_seeds, varied
 from peerscale.viz.answer import verdicts
-from peerscale.viz.isoflop import missing_note
+from peerscale.viz.differences import is_dense, to_dense
+from peerscale.viz.isoflop import by_budget, missing_note, status_counts
 from peerscale.viz.markdown import number, probability, section, signed_interval, table, with_interval
 from peerscale.viz.paper_tables import (
     dense_of,
@@ -63,17 +64,12 @@ def compares_curves(runs: pd.DataFrame) -> bool:
 
 def closing_table(runs: pd.DataFrame, fits: Fits) -> list[str]:
     """A row a budget and method, and below it how it was fitted and what the study claims."""
-    rows, notes = [], []
-    entries = {entry["budget"]: entry for entry in fits["budgets"]}
+    rows, optima, differences = [], by_budget(fits), to_dense(fits)
     for budget in sorted(runs["budget"].unique()):
-        at_budget, entry = runs[runs["budget"] == budget], entries.get(budget, {"methods": [], "differences": []})
-        optima = {m["name"]: m for m in entry["methods"]}
-        differences = {d["method"]: d for d in entry["differences"] if _is_dense(d["reference"])}
-        for name in ordered(at_budget["name"]):
-            mine = at_budget[at_budget["name"] == name]
-            found, finished = optima.get(name), mine.loc[usable(mine), "size"].nunique()
-            missing = mine.loc[~usable(mine), "status"].value_counts().sort_index()
-            flags = [f"{n} {status}" for status, n in missing.items()]
+        for name in ordered(runs.loc[runs["budget"] == budget, "name"]):
+            mine = runs[(runs["budget"] == budget) & (runs["name"] == name)]
+            found, finished = optima.get(budget, {}).get(name), mine.loc[usable(mine), "size"].nunique()
+            flags = status_counts(mine[~usable(mine)])
             if found and found["status"] != OptimumStatus.OK:
                 flags.append(found["status"].replace("_", " "))
             rows.append({
@@ -83,10 +79,9 @@ def closing_table(runs: pd.DataFrame, fits: Fits) -> list[str]:
                 "loss there": number(found and found["loss"], "{:.4f}"),
                 "loss with own curvature": number(found and found["own"]["loss"], "{:.4f}"),
                 "difference to dense [95 %]":
-                    "reference" if _is_dense(name) else signed_interval(differences.get(name)),
+                    "reference" if is_dense(name) else signed_interval(differences.get((budget, "", name))),
                 "flags": "; ".join(flags) or "—",
             })  # fmt: skip
-        notes += fit_note(budget, entry)
     return [
         *table(rows),
         "",
@@ -98,24 +93,24 @@ def closing_table(runs: pd.DataFrame, fits: Fits) -> list[str]:
         "than four sizes (too few). It is flagged if it lies in the outer fifth of the sizes (off centre). "
         f"FLOPs: {listed(runs['convention'])}.",
         "",
-        *(f"- {line}" for line in (*verdicts(fits["claims"]), *notes)),
+        *(f"- {line}" for line in (*verdicts(fits["claims"]), *filter(None, map(fit_note, fits["budgets"])))),
         "",
     ]
 
 
-def fit_note(budget: float, entry: Mapping[str, Any]) -> list[str]:
-    """How the fit of one budget came out."""
-    if not entry["methods"] or entry["scatter"] is None:
-        return []
+def fit_note(entry: Mapping[str, Any]) -> str:
+    """How the fit of one budget came out; empty if nothing could be fitted."""
+    if entry.get("scatter") is None:
+        return ""
     low, high = entry["window"] or (None, None)
     window = f"sizes of {low:.3g} to {high:.3g} FLOPs per token" if low else "all sizes"
-    text = f"Fit at {budget_name(budget)}: {window.replace('e+0', 'e')}; size means scatter by {entry['scatter']:.4f} "
-    text += f"nats about the curves ({entry['df']} degrees of freedom)"
+    text = f"Fit at {budget_name(entry['budget'])}: {window.replace('e+0', 'e')}; size means scatter "
+    text += f"by {entry['scatter']:.4f} nats about the curves ({entry['df']} degrees of freedom)"
     if entry["seeds_df"]:
         text += f", seeds by {entry['seeds_sd']:.4f} ({entry['seeds_df']})"
     if test := entry["equality"]:
         text += f"; one curvature for all: F({test['df'][0]}, {test['df'][1]}) = {test['f']:.2f}, p = {test['p']:.2f}"
-    return [f"{text}."]
+    return f"{text}."
 
 
 def at_the_optimum(runs: pd.DataFrame, fits: Fits, published: pd.DataFrame) -> list[str]:
@@ -179,21 +174,18 @@ def parts(fits: Fits) -> Rows:
     """Each difference to dense with its 95 % interval and the parts of its standard error."""
     keys = {"fit_se": "s.e. from sizes", "seeds_se": "s.e. from seeds", "sequences_se": "s.e. from sequences",
             "rate_se": "s.e. from learning rates", "se": "s.e., all"}  # fmt: skip
-    rows = []
-    for entry in fits["budgets"]:
-        for found in entry["differences"]:
-            if not _is_dense(found["reference"]) or found.get("value") is None:
-                continue
-            own = found.get("own")
-            rows.append({
-                "budget": budget_name(entry["budget"]), "method": label(found["method"]),
-                "difference to dense [95 %]": signed_interval(found),
-                **{title: number(found[key], "{:.4f}") for key, title in keys.items()},
-                "degrees of freedom": number(found["df"], "{:.0f}") if found["df"] else "∞",
-                "difference with own curvatures ± s.e.":
-                    f"{number(own['value'], '{:+.3f}')} ± {number(own['se'], '{:.3f}')}" if own else "—",
-            })  # fmt: skip
-    return rows
+    return [
+        {
+            "budget": budget_name(budget), "method": label(method),
+            "difference to dense [95 %]": signed_interval(found),
+            **{title: number(found[key], "{:.4f}") for key, title in keys.items()},
+            "degrees of freedom": number(found["df"], "{:.0f}") if found["df"] else "∞",
+            "difference with own curvatures ± s.e.":
+                f"{number(own['value'], '{:+.3f}')} ± {number(own['se'], '{:.3f}')}" if own else "—",
+        }
+        for (budget, _, method), found in to_dense(fits).items() if found.get("value") is not None
+        for own in [found.get("own")]
+    ]  # fmt: skip
 
 
 def claims(fits: Fits) -> Rows:
@@ -271,15 +263,12 @@ def settings_lines(runs: pd.DataFrame, fits: Fits) -> list[str]:
     variants = over_seeds(done, ["size", "budget", "name"]).sort_values("name", key=lambda names: names.map(order))
     columns = ["layer_share", "expert_usage", "unevenness"]
     others = done.groupby(["size", "budget", "name"], as_index=False)[columns].mean()
-    differences = {
-        (entry["budget"], found["size"], found["method"]): found
-        for entry in fits["budgets"] for found in entry["differences"] if _is_dense(found["reference"])
-    }  # fmt: skip
+    differences = to_dense(fits)
     rows = [
         {
             "budget": budget_name(row["budget"]), "size": size_label(row["size"]), "method": label(row["name"]),
             "seeds": str(row["seeds"]), "loss": f"{row['mean']:.4f}", "perplexity": f"{np.exp(row['mean']):.2f}",
-            "difference to dense [95 %]": "reference" if _is_dense(row["name"])
+            "difference to dense [95 %]": "reference" if is_dense(row["name"])
             else signed_interval(differences.get((row["budget"], row["size"], row["name"]))),
             "layer's share of FLOPs": number(row["layer_share"], "{:.1%}"),
             "experts used": number(row["expert_usage"], "{:.1%}"), "unevenness": number(row["unevenness"]),
@@ -354,7 +343,3 @@ def rates(runs: pd.DataFrame) -> list[str]:
         ]
         lines += section(label(str(name)), texts, *(f"- {edge}" for edge in edges(rows)))
     return lines
-
-
-def _is_dense(name: str) -> bool:
-    return name.partition(" ")[0] == "dense"

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import matplotlib
 import pandas as pd
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis, XAxis
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from peerscale.files import replacing
 
@@ -111,8 +111,8 @@ def colours(names: Iterable[str]) -> dict[str, str]:
         variants.setdefault(name.partition(" ")[0], []).append(name)
     chosen: dict[str, str] = {}
     for method in variants:
-        slot = zlib.crc32(method.encode())
-        spare = [SPARE_COLOURS[(slot + i) % len(SPARE_COLOURS)] for i in range(len(SPARE_COLOURS))]
+        slot = zlib.crc32(method.encode()) % len(SPARE_COLOURS)
+        spare = SPARE_COLOURS[slot:] + SPARE_COLOURS[:slot]
         chosen[method] = COLOURS.get(method) or next((c for c in spare if c not in chosen.values()), spare[0])
     return {
         name: shaded(chosen[method], (i + 0.5) / len(members)) if len(members) > 1 else chosen[method]
@@ -136,13 +136,12 @@ def label(name: str) -> str:
 
 def in_words(settings: str) -> str:
     """The settings of a variant: `n_experts=4096-name=adamw` is `4,096 experts, AdamW`."""
-    return ", ".join(map(_setting, filter(None, re.split(r"-(?=[a-z_]+=)", settings))))
-
-
-def _setting(text: str) -> str:
-    key, _, value = text.partition("=")
-    value = f"{int(value):,}" if value.isdecimal() else value
-    return SETTINGS.get(text) or SETTINGS.get(key, key.replace("_", " ") + " {}").format(value)
+    words = []
+    for text in filter(None, re.split(r"-(?=[a-z_]+=)", settings)):
+        key, _, value = text.partition("=")
+        value = f"{int(value):,}" if value.isdecimal() else value
+        words.append(SETTINGS.get(text) or SETTINGS.get(key, key.replace("_", " ") + " {}").format(value))
+    return ", ".join(words)
 
 
 def size_label(size: str) -> str:
@@ -184,8 +183,7 @@ def panels(n: int, *, height: float = 2.6) -> tuple[Figure, list[Axes]]:
     columns = min(n, 3)
     rows = math.ceil(n / columns)
     figure = Figure(figsize=(TEXT_WIDTH, rows * height + 0.5), layout="constrained")
-    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(n)]
-    return figure, axes
+    return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(n)]
 
 
 def caption(figure: Figure, *lines: str) -> None:
@@ -228,44 +226,37 @@ def listed(column: pd.Series) -> str:
 def log_axis(axis: Axis, low: float, high: float) -> None:
     """Ticks of a logarithmic axis with plain labels (`200k`, `3M`), however short its range."""
     decades = math.log10(high / low)
-    axis.set_minor_formatter(NullFormatter())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+    axis.set_minor_formatter(ticker.NullFormatter())
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: short_number(value)))
     if decades < 0.7:
         nbins = 4 if isinstance(axis, XAxis) else 6
-        axis.set_major_locator(MaxNLocator(nbins=nbins, steps=[1, 2, 2.5, 5, 10]))
-        axis.set_minor_locator(NullLocator())
+        axis.set_major_locator(ticker.MaxNLocator(nbins=nbins, steps=[1, 2, 2.5, 5, 10]))
+        axis.set_minor_locator(ticker.NullLocator())
     else:
         subs = (1.0, 2.0, 5.0) if decades < 1.4 else (1.0, 3.0) if decades < 2.5 else (1.0,)
-        axis.set_major_locator(LogLocator(subs=subs))
+        axis.set_major_locator(ticker.LogLocator(subs=subs))
 
 
 def decade_axis(axis: Axis, values: Iterable[float] = (), text: Callable[[float], str] = power_of_ten) -> None:
     """Ticks of a logarithmic axis at 1 and 3 times the powers of ten, or at the values themselves if they are few."""
     ticks = sorted(set(values))
     few = 0 < len(ticks) <= 4
-    axis.set_major_locator(FixedLocator(ticks) if few else LogLocator(subs=(1.0, 3.0)))
+    axis.set_major_locator(ticker.FixedLocator(ticks) if few else ticker.LogLocator(subs=(1.0, 3.0)))
     if few:
-        axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
-    axis.set_minor_formatter(NullFormatter())
+        axis.set_minor_locator(ticker.NullLocator())
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: text(value)))
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def short_number(value: float) -> str:
-    """`1500` -> `1.5k`, `2e6` -> `2M`, `1e9` -> `1G`; four digits at most."""
-    if value < 1000:
-        return f"{value:g}"
-    for factor, suffix in ((1e3, "k"), (1e6, "M"), (1e9, "G"), (1e12, "T")):
-        if value < 1000 * factor:
-            return f"{value / factor:.4g}{suffix}"
-    return f"{value:.0e}".replace("e+", "e")
+    """`1500` -> `1.5k`, `2e6` -> `2M`, `1e9` -> `1G`."""
+    return f"{value:g}" if value < 1000 else ticker.EngFormatter(sep="").format_eng(value)
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
     """Write `<stem>.png` and `<stem>.pdf`, each atomically; the same figure gives the same bytes."""
-    paths = []
-    for kind, metadata in NO_METADATA.items():
-        path = stem.with_name(f"{stem.name}.{kind}")
+    paths = {kind: stem.with_name(f"{stem.name}.{kind}") for kind in NO_METADATA}
+    for kind, path in paths.items():
         with replacing(path) as temporary, applied():
-            figure.savefig(temporary, format=kind, metadata=metadata)
-        paths.append(path)
-    return paths
+            figure.savefig(temporary, format=kind, metadata=NO_METADATA[kind])
+    return [*paths.values()]

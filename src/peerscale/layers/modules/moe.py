@@ -1,4 +1,4 @@
-"""Coarse mixtures of experts: every expert is a full dense feed-forward layer, and all run as batched products.
+"""Mixtures of experts, each of which is a dense feed-forward layer; all run as batched products.
 
 Shapes: B sequences, T tokens of a sequence, D model width, F hidden width, E experts, C tokens that an expert chooses
 at each position (capacity), K top_k, M tokens of the whole batch, P pairs of a token and an expert.
@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peerscale.layers.fine_grained_moe import FineGrainedMoeConfig
-from peerscale.layers.moe import MoeConfig
+from peerscale.layers.modules.dense import Dense
+from peerscale.layers.moe import FineGrainedMoeConfig, MoeConfig
 from peerscale.model.ranks import gather, groups_here, mean_over_ranks, n_ranks, share
 from peerscale.model.usage import CountsUsage
 
@@ -36,7 +36,28 @@ class Experts(nn.Module):
         return _grouped_product(F.gelu(_grouped_product(x_PD, self.down, rows_E)), self.up, rows_E)
 
 
-class ExpertChoiceMoe(nn.Module, CountsUsage):
+class RoutedExperts(nn.Module, CountsUsage):
+    """Experts, and the router whose scores choose among them."""
+
+    def __init__(self, d_model: int, d_expert: int, n_experts: int) -> None:
+        super().__init__()
+        self.n_experts = n_experts
+        self.router = nn.Linear(d_model, n_experts, bias=False)
+        self.experts = Experts(n_experts, d_model, d_expert)
+
+    def init_weights(self, output_scale: float) -> None:
+        """Variance 1 / fan-in; each expert's second product times `output_scale`."""
+        nn.init.normal_(self.router.weight, std=self.router.in_features**-0.5)
+        self.experts.init_weights(output_scale)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Softmax over the experts, and the scores, both in fp32 whatever the precision."""
+        with torch.autocast(x.device.type, enabled=False):
+            scores = self.router(x.to(self.router.weight.dtype))
+            return scores.softmax(dim=-1), scores
+
+
+class ExpertChoiceMoe(RoutedExperts):
     """Every expert chooses its tokens (Zhou et al. 2022), so that all have equal work.
 
     Experts choose among the tokens at one position of all sequences of a group (as Krajewski et al. 2024), so that no
@@ -50,15 +71,8 @@ class ExpertChoiceMoe(nn.Module, CountsUsage):
     """
 
     def __init__(self, d_model: int, d_ff: int, config: MoeConfig, n_groups: int = 1) -> None:
-        super().__init__()
-        self.config, self.n_experts, self.n_groups = config, config.n_experts, n_groups
-        self.router = nn.Linear(d_model, config.n_experts, bias=False)
-        self.experts = Experts(config.n_experts, d_model, d_ff)
-
-    def init_weights(self, output_scale: float) -> None:
-        """Variance 1 / fan-in; each expert's second product times `output_scale`."""
-        nn.init.normal_(self.router.weight, std=self.router.in_features**-0.5)
-        self.experts.init_weights(output_scale)
+        super().__init__(d_model, d_ff, config.n_experts)
+        self.config, self.n_groups = config, n_groups
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """x (B, T, D) -> y (B, T, D)."""
@@ -70,7 +84,7 @@ class ExpertChoiceMoe(nn.Module, CountsUsage):
                 f"{sequences} sequences x {self.config.capacity_factor:g} / {self.n_experts} experts "
                 f"is not a whole number in 1..{sequences}"
             )
-        gates_BTE = _router_probabilities(self.router, x_BTD)[0]
+        gates_BTE = self.route(x_BTD)[0]
         if n_ranks() * self.n_groups > 1:
             return self._forward_in_groups(x_BTD, gates_BTE, capacity)
         gates_ETC, sequence_ETC = gates_BTE.permute(2, 1, 0).topk(capacity, dim=-1)
@@ -109,7 +123,7 @@ class ExpertChoiceMoe(nn.Module, CountsUsage):
         return torch.zeros_like(x_MD, dtype=y_PD.dtype).index_add(0, token_P, y_PD).view(B, T, D)
 
 
-class TokenChoiceMoe(nn.Module, CountsUsage):
+class TokenChoiceMoe(RoutedExperts):
     """Every token chooses its top k experts; no token is dropped and the output does not depend on the batch.
 
     After a forward pass in training `auxiliary_loss` holds the weighted load-balance loss, E sum_i f_i P_i with f the
@@ -118,22 +132,15 @@ class TokenChoiceMoe(nn.Module, CountsUsage):
     """
 
     def __init__(self, d_model: int, d_expert: int, config: MoeConfig | FineGrainedMoeConfig) -> None:
-        super().__init__()
-        self.config, self.n_experts, self.top_k = config, config.n_experts, config.top_k
+        super().__init__(d_model, d_expert, config.n_experts)
+        self.config, self.top_k = config, config.top_k
         self.z_loss_weight = config.z_loss_weight if isinstance(config, MoeConfig) else 0.0
-        self.router = nn.Linear(d_model, config.n_experts, bias=False)
-        self.experts = Experts(config.n_experts, d_model, d_expert)
         self.auxiliary_loss: Tensor | None = None
-
-    def init_weights(self, output_scale: float) -> None:
-        """Variance 1 / fan-in; each expert's second product times `output_scale`."""
-        nn.init.normal_(self.router.weight, std=self.router.in_features**-0.5)
-        self.experts.init_weights(output_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> y (..., D)."""
         x_MD = x.reshape(-1, x.shape[-1])
-        probabilities_ME, scores_ME = _router_probabilities(self.router, x_MD)
+        probabilities_ME, scores_ME = self.route(x_MD)
         gates_MK, expert_MK = probabilities_ME.topk(self.top_k, dim=-1)
         load_E = torch.bincount(expert_MK.flatten(), minlength=self.n_experts)
         if self.training:
@@ -152,6 +159,29 @@ class TokenChoiceMoe(nn.Module, CountsUsage):
         return (y_MKD * gates_MK.unsqueeze(-1).to(x.dtype)).sum(1).view(x.shape)
 
 
+class FineGrainedMoe(TokenChoiceMoe):
+    """f(x) = sum of the shared experts + sum over the top k routed experts of s_i(x) FFN_i(x), in the manner of
+    DeepSeekMoE (Dai et al. 2024, equations 9 to 11).
+
+    s is the softmax over all routed experts and is not normalised again over the top k. `auxiliary_loss` is as in
+    `TokenChoiceMoe`, without the z loss: the paper's expert-level balance loss (equations 12 to 14).
+    """
+
+    def __init__(self, d_model: int, d_ff: int, config: FineGrainedMoeConfig) -> None:
+        d_expert = config.d_expert(d_ff)
+        super().__init__(d_model, d_expert, config)
+        # Experts without gates add up to one dense layer of their total width.
+        self.shared = Dense(d_model, config.n_shared * d_expert)
+
+    def init_weights(self, output_scale: float) -> None:
+        super().init_weights(output_scale)
+        self.shared.init_weights(output_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> y (..., D)."""
+        return self.shared(x) + super().forward(x)
+
+
 def _grouped_product(x_PD: Tensor, weight_EDF: Tensor, rows_E: Tensor) -> Tensor:
     """The first rows_E[0] rows times weight_EDF[0], the next rows_E[1] times weight_EDF[1], and so on: (P, F)."""
     if torch.is_autocast_enabled(x_PD.device.type):  # which does not cover grouped products
@@ -162,10 +192,3 @@ def _grouped_product(x_PD: Tensor, weight_EDF: Tensor, rows_E: Tensor) -> Tensor
     if hasattr(F, "grouped_mm") and x_PD.dtype != torch.float64 and aligned:
         return F.grouped_mm(x_PD, weight_EDF, offs=rows_E.cumsum(0, dtype=torch.int32))
     return torch.cat([x @ weight for x, weight in zip(x_PD.split(rows_E.tolist()), weight_EDF, strict=True)])
-
-
-def _router_probabilities(router: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax over the experts, and the scores, both in fp32 whatever the precision."""
-    with torch.autocast(x.device.type, enabled=False):
-        scores = F.linear(x.to(router.weight.dtype), router.weight)
-        return scores.softmax(dim=-1), scores

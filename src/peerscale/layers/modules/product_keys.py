@@ -1,17 +1,19 @@
-"""Product-key retrieval: the exact top k of N keys at the cost of 2 sqrt(N) (PEER, section 2, equations 4 and 5).
+"""Product-key memory (Lample et al. 2019) and PEER (He 2024), which retrieve rows of tables by product keys: the exact
+top k of N keys at the cost of 2 sqrt(N) (PEER, section 2, equations 4 and 5).
 
-Shapes: T tokens, D model width, H heads, S the 2 halves of a key, C half a key's width, K top_k.
+Shapes: T tokens, D model width, H heads, S the 2 halves of a key, C half a key's width, K top_k, J = H K.
 """
 
-from typing import Any, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from peerscale.kernels.backends import choose_operators
 from peerscale.kernels.operators import Operators
-from peerscale.layers.product_keys import RetrievalConfig
+from peerscale.layers.product_keys import PeerConfig, PkmConfig, RetrievalConfig
 from peerscale.model.ranks import groups_here, mean_over_ranks, n_ranks, sum_over_ranks
+from peerscale.model.usage import CountsUsage
 
 
 class QueryNorm(nn.BatchNorm1d):
@@ -47,22 +49,36 @@ class QueryNorm(nn.BatchNorm1d):
         return sum_over_ranks(here_G1F) if self.n_groups == 1 else here_G1F
 
 
-class ProductKeyRetrieval(nn.Module):
-    """Queries, product keys and their top k; scores in fp32 whatever the precision.
+class ProductKeyRetrieval(nn.Module, CountsUsage):
+    """Queries, product keys and their top k; scores in fp32 whatever the precision. The layers add tables of rows.
 
     Args:
-        d_model: width of the input.
-        config: the layer's settings.
+        d_model: width of input and output.
+        n_experts, n_heads, top_k, d_key, settings: the settings of `CONFIG`, where they are explained.
         n_groups: consecutive parts of a batch, on all ranks, each with a BatchNorm of its own.
         operators: the backend; None: the fastest for the kind of device that the layer is on (`kernels.backends`).
+
+    Raises:
+        ValueError: settings that cannot be.
     """
 
+    CONFIG: ClassVar[type[RetrievalConfig]]
+
     def __init__(
-        self, d_model: int, config: RetrievalConfig, *, n_groups: int = 1, operators: Operators | None = None
+        self,
+        d_model: int,
+        n_experts: int,
+        n_heads: int,
+        top_k: int,
+        d_key: int | Literal["half_d_model"] = "half_d_model",
+        *,
+        n_groups: int = 1,
+        operators: Operators | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__()
-        self.config = config
-        self.n_experts, self.n_heads, self.top_k = config.n_experts, config.n_heads, config.top_k
+        config = self.CONFIG(n_experts=n_experts, n_heads=n_heads, top_k=top_k, d_key=d_key, **settings)
+        self.config, self.n_experts, self.n_heads, self.top_k = config, n_experts, n_heads, top_k
         self.follows_device = operators is None
         self.operators = operators or choose_operators()
         d_key = config.resolved_d_key(d_model)
@@ -97,3 +113,74 @@ class ProductKeyRetrieval(nn.Module):
                 query = self.query_norm(query)
             query_THSC = query.view(len(x), self.n_heads, 2, self.sub_keys.shape[-1])
             return self.operators.product_key_top_k(query_THSC, self.sub_keys, self.top_k)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> y (..., D)."""
+        x_TD = x.reshape(-1, x.shape[-1])
+        scores_THK, rows_THK = self.retrieve(x_TD)
+        gates_THK = self.gates(scores_THK)
+        if self.usage is not None:
+            self.usage.add(rows_THK, gates_THK, len(x_TD))
+        with torch.autocast(x.device.type, enabled=False):
+            y_TD = self.combine(x_TD, rows_THK.flatten(1), gates_THK.flatten(1))
+        return y_TD.view(x.shape).to(x.dtype)
+
+    def gates(self, scores_THK: Tensor) -> Tensor:
+        """What the retrieved rows are weighted with."""
+        return scores_THK.softmax(dim=-1)
+
+    def combine(self, x_TD: Tensor, rows_TJ: Tensor, gates_TJ: Tensor) -> Tensor:
+        """The output (T, D), from the rows that were retrieved."""
+        raise NotImplementedError
+
+    def new_table(self, d_model: int) -> nn.Parameter:
+        """A row for each expert, of norm about 1: the papers state no initialisation."""
+        return nn.Parameter(torch.randn(self.n_experts, d_model) * d_model**-0.5)
+
+
+class Pkm(ProductKeyRetrieval):
+    """f(x) = sum over heads and their top k values of softmax_k(q . k_i) v_i; `values` is (n_experts, d_model).
+
+    See `ProductKeyRetrieval` for the arguments, `PkmConfig` for the settings.
+    """
+
+    CONFIG = PkmConfig
+
+    def __init__(self, d_model: int, *arguments: Any, **settings: Any) -> None:
+        super().__init__(d_model, *arguments, **settings)
+        self.values = self.new_table(d_model)
+
+    def expert_tables(self) -> list[nn.Parameter]:
+        """The parameters with a row an expert, which have a learning rate of their own."""
+        return [self.values]
+
+    def combine(self, x_TD: Tensor, rows_TJ: Tensor, gates_TJ: Tensor) -> Tensor:
+        return self.operators.weighted_rows(self.values, rows_TJ, gates_TJ)
+
+
+class Peer(ProductKeyRetrieval):
+    """f(x) = sum over heads and their top k experts of g_i(x) sigma(u_i . x) v_i (He 2024, section 2, algorithm 1).
+
+    No bias, norm, dropout or output projection. `w_down` holds the u, `w_up` the v, both (n_experts, d_model).
+    See `ProductKeyRetrieval` for the arguments, `PeerConfig` for the settings.
+    """
+
+    CONFIG = PeerConfig
+
+    def __init__(self, d_model: int, *arguments: Any, **settings: Any) -> None:
+        super().__init__(d_model, *arguments, **settings)
+        assert isinstance(self.config, PeerConfig)
+        self.activation, self.score = self.config.activation, self.config.score
+        # Rows of norm about 1 also give u . x the variance of x's features.
+        self.w_down, self.w_up = self.new_table(d_model), self.new_table(d_model)
+
+    def expert_tables(self) -> list[nn.Parameter]:
+        """The parameters with a row an expert, which have a learning rate of their own."""
+        return [self.w_down, self.w_up]
+
+    def gates(self, scores_THK: Tensor) -> Tensor:
+        return super().gates(scores_THK) if self.score == "softmax" else scores_THK.sigmoid()
+
+    def combine(self, x_TD: Tensor, rows_TJ: Tensor, gates_TJ: Tensor) -> Tensor:
+        x_TD = x_TD.to(self.w_down.dtype)
+        return self.operators.single_neuron_experts(x_TD, self.w_down, self.w_up, rows_TJ, gates_TJ, self.activation)
