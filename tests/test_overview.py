@@ -15,7 +15,7 @@ from peerscale.overview import main, text_table
 from peerscale.progress import duration
 from peerscale.runs.record import Record, Status, write_record
 from peerscale.sweep_config import load_sweep
-from toy_study import TOY, record_of, write_study
+from toy_study import TOY, kept_in, record_of, write_study
 
 
 @pytest.fixture
@@ -23,9 +23,14 @@ def study(tmp_path: Path) -> Path:
     return write_study(tmp_path, settings="min_steps: 65")
 
 
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> list[Cell]:
+    return planned_cells(write_study(tmp_path_factory.mktemp("toy"), settings="min_steps: 65"))
+
+
 @pytest.fixture
-def cells(study: Path) -> list[Cell]:
-    return planned_cells(study)
+def cells(toy: list[Cell], study: Path) -> list[Cell]:
+    return [kept_in(study.parent, cell) for cell in toy]
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Training for real, on a tiny corpus: from text to a figure, interrupted and resumed, failed and diverged."""
 
+import functools
 import json
 import os
 import signal
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from peerscale.cells import planned_cells, single_cell
+from peerscale.accounting import cost
+from peerscale.cells import Cell, planned_cells, single_cell
 from peerscale.config import composed, load
 from peerscale.data.prepare import prepare
 from peerscale.errors import UserError
@@ -21,6 +23,7 @@ from peerscale.runs.record import Record, Status, read_record
 from peerscale.runs.table import read_metrics, read_runs
 from peerscale.sweep_config import load_sweep
 from peerscale.train import run_cell
+from programs import call, call_as_process
 from toy_study import record_of
 
 LAYERS = sorted(path.stem for path in (ROOT / "conf" / "ffn").glob("*.yaml"))
@@ -39,6 +42,7 @@ def corpus_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines.append(" ".join(line))
     path = tmp_path_factory.mktemp("corpus") / "text.txt"
     path.write_text("\n".join(lines), encoding="utf-8")
+    prepare(load(settings.__wrapped__(path, path.parent)).data, quiet=True)
     return path
 
 
@@ -53,17 +57,25 @@ def settings(corpus_path: Path, tmp_path: Path) -> list[str]:
     ]  # fmt: skip
 
 
+@functools.cache
+def flops_per_step(*overrides: str) -> int:
+    config = load([*overrides, "budget=1e9"])
+    return cost(config).flops_per_token * config.tokens_per_step
+
+
 def budget(overrides: list[str], steps: int) -> str:
     """The override that plans `steps` steps."""
-    config = load([*overrides, "budget=1e9"])
-    from peerscale.accounting import cost
+    of_model = [word for word in overrides if not word.startswith(("trainer.", "tracking", "optim"))]
+    return f"budget={flops_per_step(*of_model) * steps:.10g}"
 
-    return f"budget={cost(config).flops_per_token * config.tokens_per_step * steps:.10g}"
+
+@functools.cache
+def planned(*overrides: str) -> Cell:
+    return single_cell(composed(overrides))
 
 
 def train(overrides: list[str]) -> tuple[Status, Record]:
-    prepare(load(overrides).data, quiet=True)
-    cell = single_cell(composed(overrides))
+    cell = planned(*overrides)
     status = run_cell(cell)
     record = read_record(cell.folder)
     assert record is not None
@@ -85,10 +97,16 @@ def test_every_layer_trains_and_learns(layer: str, settings: list[str]) -> None:
     assert ("unevenness" in record.router) == (layer not in ("dense", "wide_dense"))
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("recipe", ["precision=fp32", "precision=bf16", "optim=row_sparse_adamw"])
+@pytest.mark.parametrize(
+    ("recipe", "layer"),
+    [
+        *(("precision=fp32", layer) for layer in LAYERS),
+        *(("precision=bf16", layer) for layer in ("dense", "moe", "peer")),
+        *(("optim=row_sparse_adamw", layer) for layer in ("dense", "pkm", "peer")),
+    ],
+)
 def test_an_interrupted_cell_ends_as_an_unbroken_one(
-    layer: str, recipe: str, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: str, layer: str, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = [
         *settings,
@@ -224,11 +242,6 @@ def test_wandb_receives_what_metrics_jsonl_holds(settings: list[str], tmp_path: 
     assert "train/loss" in text
 
 
-def run_command(*arguments: object, cwd: Path = ROOT, timeout: int = 240) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
-
-
 @pytest.fixture
 def study(settings: list[str], tmp_path: Path) -> Path:
     """A study of four cells: one of them diverges, and one is dropped."""
@@ -260,14 +273,13 @@ def study(settings: list[str], tmp_path: Path) -> Path:
 
 
 def test_a_sweep_evaluates_on_what_a_new_corpus_has_and_says_so_once(study: Path, tmp_path: Path) -> None:
-    sweep = ["-m", "peerscale.launch", study]
-    part = ["sweep.methods=[dense]", "sweep.seeds=[0,1]", f"data.directory={tmp_path / 'new'}"]
-    done = run_command(*sweep, *part, "data.evaluation.validation=131072", "+data.evaluation.speeches=4096")
-    assert done.returncode == 0, done.stderr
+    part = f"sweep.methods=[dense] sweep.seeds=[0,1] data.directory={tmp_path / 'new'}"
+    done = call(f"launch {study} {part} data.evaluation.validation=131072 +data.evaluation.speeches=4096")
+    assert done.code == 0, done.err
     (manifest,) = (tmp_path / "new").glob("*/manifest.json")
     held = json.loads(manifest.read_text())["splits"]["validation"]
     tokens = (held - 1) // 8 // 16 * 16 * 8  # whole batches of 16 x 8
-    notices = [line for line in done.stderr.splitlines() if line.startswith("notice: ")]
+    notices = [line for line in done.err.splitlines() if line.startswith("notice: ")]
     assert notices == [
         f"notice: evaluation: validation {tokens:,} of 131,072 tokens asked; speeches: not in this corpus, skipped"
     ]
@@ -279,26 +291,24 @@ def test_a_sweep_evaluates_on_what_a_new_corpus_has_and_says_so_once(study: Path
         assert len(record.sequence_losses) == tokens // 8
 
 
-@pytest.mark.parametrize("launcher", [[], ["--launcher", "joblib", "--jobs", "2"]])
-def test_a_sweep_goes_on_after_failures_and_skips_what_is_done(
-    launcher: list[str], study: Path, tmp_path: Path
-) -> None:
-    sweep = ["-m", "peerscale.launch", study, *launcher]
-    first = run_command(*sweep)
-    assert first.returncode == 3, first.stderr
-    assert "4 cells, 0 done, 2 dropped, 2 to run" in first.stderr
-    assert "error: 1 of 4 cells failed: peer-d8-l2-" in first.stderr
-    assert "Traceback" not in first.stderr
+@pytest.mark.parametrize("launcher", ["", " --launcher joblib --jobs 2"])
+def test_a_sweep_goes_on_after_failures_and_skips_what_is_done(launcher: str, study: Path, tmp_path: Path) -> None:
+    sweep = f"launch {study}{launcher}"
+    first = call_as_process(sweep) if launcher else call(sweep)
+    assert first.code == 3, first.err
+    assert "4 cells, 0 done, 2 dropped, 2 to run" in first.err
+    assert "error: 1 of 4 cells failed: peer-d8-l2-" in first.err
+    assert "Traceback" not in first.err
     records = {path.parent.name: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "tiny").glob("*/record.json")}
     assert len(records) == 2
-    second = run_command(*sweep)
-    assert "2 dropped, 0 to run" in second.stderr, "a diverged cell would diverge again"
+    second = call(sweep)
+    assert "2 dropped, 0 to run" in second.err, "a diverged cell would diverge again"
     after = {path.parent.name: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "tiny").glob("*/record.json")}
     assert after == records
-    status = run_command("-m", "peerscale.overview", "status", study)
-    assert status.returncode == 0, status.stderr
-    assert "2 dropped" in status.stdout and "1 diverged" in status.stdout and "1 done" in status.stdout
-    assert "the training loss is" in status.stdout
+    status = call(f"overview status {study}")
+    assert status.code == 0, status.err
+    assert "2 dropped" in status.out and "1 diverged" in status.out and "1 done" in status.out
+    assert "the training loss is" in status.out
 
 
 def test_a_refused_run_leaves_no_folder(settings: list[str], tmp_path: Path) -> None:
@@ -326,18 +336,17 @@ def test_a_sweep_runs_only_what_is_not_published(study: Path, tmp_path: Path) ->
     published.mkdir(parents=True)
     dense, peer = (record_of(cell, Status.DONE, corpus=corpus) for cell in cells)
     other = record_of(cells[1], Status.DONE, corpus=corpus, config={"context": 4})
-    sweep = ["-m", "peerscale.launch", study, "--published", tmp_path / "results"]
     for records, done, said in (
         ((dense, peer), 2, "nothing to run; next: make figures SWEEP=tiny.v2 PUBLISHED=1"),
         ((dense, other), 1, "all cells are done; next: make figures SWEEP=tiny.v2 PUBLISHED=1"),
     ):
         lines = [json.dumps(asdict(record)) for record in records]
         (published / "records.jsonl").write_text("\n".join(lines) + "\n")
-        result = run_command(*sweep)
-        assert result.returncode == 0, result.stderr
-        assert f"2 cells, {done} done ({done} of them published), 0 dropped, {2 - done} to run" in result.stderr
-        assert said in result.stderr
-    assert f"published {cells[1].name} is of another configuration than the plan's: context 4 -> 8" in result.stderr
+        result = call(f"launch {study} --published {tmp_path / 'results'}")
+        assert result.code == 0, result.err
+        assert f"2 cells, {done} done ({done} of them published), 0 dropped, {2 - done} to run" in result.err
+        assert said in result.err
+    assert f"published {cells[1].name} is of another configuration than the plan's: context 4 -> 8" in result.err
     assert [path.parent.name for path in tmp_path.glob("runs/tiny.v2/*/record.json")] == [cells[1].name]
 
 
@@ -381,14 +390,14 @@ def test_a_two_cell_sweep_goes_from_text_to_figure(study: Path, tmp_path: Path) 
     study.write_text(text.replace("  method_axes: {peer: {optim.lr: [1e30]}}\n", ""))
     steps = load_sweep(study).grid[0].budget
     for part, said in (
-        (["sweep.methods=[dense]", f"sweep.budgets=[{steps}]"], "1 cells, 0 done, 0 dropped, 1 to run"),
-        ([], "2 cells, 1 done, 0 dropped, 1 to run"),
+        (f"sweep.methods=[dense] sweep.budgets=[{steps}]", "1 cells, 0 done, 0 dropped, 1 to run"),
+        ("", "2 cells, 1 done, 0 dropped, 1 to run"),
     ):
-        sweep = run_command("-m", "peerscale.launch", study, *part)
-        assert sweep.returncode == 0 and said in sweep.stderr, sweep.stderr
+        sweep = call(f"launch {study} {part}")
+        assert sweep.code == 0 and said in sweep.err, sweep.err
     for script in ("collect", "figures"):
-        result = run_command(ROOT / "analysis" / f"{script}.py", "tiny", "--runs", tmp_path / "runs")
-        assert result.returncode == 0, result.stderr
+        result = call(f"{script} tiny --runs {tmp_path / 'runs'}")
+        assert result.code == 0, result.err
     folder = tmp_path / "runs" / "tiny" / "study"
     runs = read_runs(folder)
     assert list(runs["method"]) == ["dense", "peer"] and runs["val_loss"].notna().all()

@@ -27,6 +27,15 @@ def write_study(folder: Path, sweep: str = TOY, settings: str = "") -> Path:
     return file
 
 
+def kept_in(folder: Path, cell: Cell) -> Cell:
+    """The cell as it is in a study of the same text in `folder`."""
+    config = cell.config
+    trainer = replace(config.trainer, runs_directory=str(folder / "runs"))
+    return replace(
+        cell, config=replace(config, trainer=trainer, data=replace(config.data, directory=str(folder / "data")))
+    )
+
+
 def record_of(
     cell: Cell, status: Status, *, corpus: str = CORPUS, config: dict[str, Any] | None = None, **fields
 ) -> Record:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -180,13 +180,12 @@ def test_without_dense_there_is_nothing_to_compare_with_it() -> None:
     assert differences(fitted([r for r in records() if r.method in ("moe", "pkm")])) == {}
 
 
-def test_a_second_collection_changes_no_byte(tmp_path: Path) -> None:
-    write_cells(tmp_path)
+def test_a_second_collection_changes_no_byte(collected_runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(collected_runs, tmp_path, dirs_exist_ok=True)
     collection.planned_cells = lambda sweep, overrides: cells()
-    contents = []
-    for _ in range(2):
-        assert collect.main([SWEEP, "--runs", str(tmp_path)]) == 0
-        contents.append({path.name: path.read_bytes() for path in collected(SWEEP, tmp_path).folder.iterdir()})
+    contents = [{path.name: path.read_bytes() for path in collected(SWEEP, tmp_path).folder.iterdir()}]
+    assert collect.main([SWEEP, "--runs", str(tmp_path)]) == 0
+    contents.append({path.name: path.read_bytes() for path in collected(SWEEP, tmp_path).folder.iterdir()})
     assert contents[0] == contents[1]
     assert set(contents[0]) == {"runs.csv", "records.jsonl", "curves.csv", "fits.json"}
 
@@ -216,21 +215,15 @@ def test_records_survive_the_collection(collected_runs: Path) -> None:
     assert by_cell[record.cell]["sequence_losses"] == record.sequence_losses
 
 
-def published_and_run_here(folder: Path, own: list, others: list) -> list[str]:
+def published_and_run_here(collected_runs: Path, folder: Path, own: list[Record], others: list[Record]) -> list[str]:
     """The arguments for a study whose `others` were published and whose `own` were run here."""
-    write_cells(folder / "elsewhere")
-    for record in records():
-        if record.cell not in {other.cell for other in others}:
-            shutil.rmtree(folder / "elsewhere" / SWEEP / record.cell, ignore_errors=True)
-    for record in others:
-        write_record(folder / "elsewhere" / SWEEP / record.cell, record)
+    shutil.copytree(collected(SWEEP, collected_runs).folder, folder / "results" / SWEEP)
+    planned, _ = collection.with_planned(cells(), by_cell(others))
+    lines = "".join(json.dumps(asdict(record)) + "\n" for record in planned)
+    (folder / "results" / SWEEP / "records.jsonl").write_text(lines)
+    for record in own:
+        shutil.copytree(collected_runs / SWEEP / record.cell, folder / "runs" / SWEEP / record.cell)
     collection.planned_cells = lambda sweep, overrides: cells()
-    assert collect.main([SWEEP, "--runs", str(folder / "elsewhere")]) == 0
-    shutil.copytree(collected(SWEEP, folder / "elsewhere").folder, folder / "results" / SWEEP)
-    write_cells(folder / "runs")
-    for record in records():
-        if record.cell not in {mine.cell for mine in own}:
-            shutil.rmtree(folder / "runs" / SWEEP / record.cell, ignore_errors=True)
     return [SWEEP, "--runs", str(folder / "runs"), "--results", str(folder / "results"), "--with-published"]
 
 
@@ -239,7 +232,7 @@ def test_published_cells_fill_in_what_was_not_run_here(
 ) -> None:
     peer = [r for r in records() if r.method == "peer"]
     others = [replace(r, status=Status.FAILED) if r.cell == peer[0].cell else r for r in records()]
-    arguments = published_and_run_here(tmp_path, peer, others)
+    arguments = published_and_run_here(collected_runs, tmp_path, peer, others)
     capsys.readouterr()
     assert collect.main(arguments) == 0
     assert f"{len(peer)} cells of" in capsys.readouterr().out
@@ -250,9 +243,11 @@ def test_published_cells_fill_in_what_was_not_run_here(
     pd.testing.assert_frame_equal(*both)
 
 
-def test_without_them_it_says_what_is_published(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_them_it_says_what_is_published(
+    collected_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     peer = [r for r in records() if r.method == "peer"]
-    arguments = published_and_run_here(tmp_path, peer, records())
+    arguments = published_and_run_here(collected_runs, tmp_path, peer, records())
     capsys.readouterr()
     assert collect.main(arguments[:-1]) == 0
     done_elsewhere = sum(r.status is Status.DONE and r.method != "peer" for r in records())
@@ -260,9 +255,9 @@ def test_without_them_it_says_what_is_published(tmp_path: Path, capsys: pytest.C
     assert f"{said} PUBLISHED=1\n" in capsys.readouterr().out
 
 
-def test_a_published_finished_cell_counts_before_one_that_failed_here(tmp_path: Path) -> None:
+def test_a_published_finished_cell_counts_before_one_that_failed_here(collected_runs: Path, tmp_path: Path) -> None:
     failed = next(r for r in records() if r.cell == "peer-d16-3e11-s0")
-    arguments = published_and_run_here(tmp_path, [failed], records())
+    arguments = published_and_run_here(collected_runs, tmp_path, [failed], records())
     write_record(tmp_path / "runs" / SWEEP / failed.cell, replace(failed, status=Status.FAILED, evaluation={}))
     assert collect.main(arguments) == 0
     table = pd.read_csv(collected(SWEEP, tmp_path / "runs").runs).set_index("cell")
@@ -270,7 +265,7 @@ def test_a_published_finished_cell_counts_before_one_that_failed_here(tmp_path: 
 
 
 def test_a_published_cell_of_another_configuration_does_not_fill_in(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    collected_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     peer = [r for r in records() if r.method == "peer"]
 
@@ -279,7 +274,7 @@ def test_a_published_cell_of_another_configuration_does_not_fill_in(
         return replace(record, hashed_config=hashed, fingerprint=fingerprint(hashed))
 
     others = [changed(r) if r.cell == "dense-d16-3e11-s0" else r for r in records()]
-    arguments = published_and_run_here(tmp_path, peer, others)
+    arguments = published_and_run_here(collected_runs, tmp_path, peer, others)
     capsys.readouterr()
     assert collect.main(arguments) == 0
     said = "published dense-d16-3e11-s0 is of another configuration than the plan's: context 32 -> 64"
@@ -289,13 +284,15 @@ def test_a_published_cell_of_another_configuration_does_not_fill_in(
 
 
 @pytest.mark.parametrize("key", ["recipe_version", "data_fingerprint"])
-def test_published_cells_of_another_recipe_or_corpus_are_refused(tmp_path: Path, key: str) -> None:
+def test_published_cells_of_another_recipe_or_corpus_are_refused(
+    collected_runs: Path, tmp_path: Path, key: str
+) -> None:
     others = [
         replace(r, hashed_config={**r.hashed_config, key: "other"}) if r.status is Status.DONE else r
         for r in records()
         if r.method != "peer"
     ]
-    arguments = published_and_run_here(tmp_path, [r for r in records() if r.method == "peer"], others)
+    arguments = published_and_run_here(collected_runs, tmp_path, [r for r in records() if r.method == "peer"], others)
     with pytest.raises(UserError, match=rf"records.jsonl: {key} other, but the cells run here have "):
         collect.main(arguments)
     assert not collected(SWEEP, tmp_path / "runs").runs.exists()

@@ -42,22 +42,19 @@ def test_the_same_bytes_from_a_second_process(runs: Path) -> None:
     assert drawn(collected(SWEEP, runs).figures) == first
 
 
-def test_another_meaning_of_size_is_another_figure(runs: Path) -> None:
-    assert figures.main([SWEEP, "--runs", str(runs), "--x", "flops_per_token"]) == 0
-    assert "isoflop_flops_per_token.png" in drawn(collected(SWEEP, runs).figures)
+def test_a_published_table_alone_is_enough_with_another_meaning_of_size(runs: Path, tmp_path: Path) -> None:
+    """Without curves there is no figure of them; the figures are in the place of the published study."""
+    target = published(SWEEP, tmp_path / "results")
+    target.folder.parent.mkdir()
+    collected(SWEEP, runs).folder.rename(target.folder)
+    target.curves.unlink()
+    options = ["--x", "flops_per_token", "--runs", str(tmp_path / "none"), "--results", str(tmp_path / "results")]
+    assert figures.main([SWEEP, *options]) == 0
+    names = ("isoflop_flops_per_token", "differences", "frontier")
+    assert set(drawn(target.figures)) == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
 
 
-def test_a_published_study_is_drawn_in_its_place(collected_runs: Path, tmp_path: Path) -> None:
-    target = published(SWEEP, tmp_path)
-    shutil.copytree(collected(SWEEP, collected_runs).folder, target.folder)
-    assert figures.main([SWEEP, "--runs", str(tmp_path / "none"), "--results", str(tmp_path)]) == 0
-    assert "isoflop.pdf" in drawn(target.figures)
-
-
-@pytest.mark.parametrize(
-    ("sweep", "names"),
-    [("experts", {"experts"}), ("active", {"active"}), ("query_bn", {"experts", "query_norm"})],
-)
+@pytest.mark.parametrize(("sweep", "names"), [("active", {"active"}), ("query_bn", {"experts", "query_norm"})])
 def test_what_a_study_varies_decides_its_figures(sweep: str, names: set[str], tmp_path: Path) -> None:
     """And the same bytes twice."""
     study = collected(sweep, tmp_path)
@@ -82,14 +79,6 @@ def test_a_study_of_rates_has_their_figure_alone(sweep: str, tmp_path: Path) -> 
         shutil.copyfile(published(sweep).folder / name, published(sweep, tmp_path).folder / name)
     assert figures.main(arguments) == 0
     assert set(drawn(published(sweep, tmp_path).figures)) == {"rates.png", "rates.pdf"}
-
-
-def test_a_table_alone_is_enough_for_the_isoflop_figure(runs: Path) -> None:
-    study = collected(SWEEP, runs)
-    study.curves.unlink()
-    assert figures.main([SWEEP, "--runs", str(runs)]) == 0
-    names = ("isoflop", "differences", "frontier")
-    assert set(drawn(study.figures)) == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
 
 
 def test_no_finished_cell_is_one_clear_line(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,13 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from programs import call
 
 from peerscale.cells import planned_cells, single_cell
 from peerscale.config import composed, load
 from peerscale.data.prepare import prepare
 from peerscale.data.store import folder as corpus_folder
 from peerscale.runs.record import Status, write_record
+from programs import call
 from toy_study import record_of, write_study
 
 WORDS = [f"{a}{b}" for a in ("ba", "ke", "li", "mo", "nu", "ra") for b in ("", "n", "st", "lly", "rk")]

@@ -11,16 +11,16 @@ The cases lie in the YAML files beside this one:
 """
 
 import re
-import subprocess
+import shutil
 from pathlib import Path
 from typing import Any
 
 import given
 import pytest
 import yaml
-from programs import MODULES, SCRIPTS, call, command
 
 from peerscale.files import ROOT
+from programs import MODULES, SCRIPTS, call, call_as_process
 from toy_study import write_study
 
 HERE = Path(__file__).parent
@@ -33,10 +33,29 @@ PROGRESS = re.compile(r"(notice: |single \d/1 ).*|(reading|training|encoding)\b.
 """What may stand above the error."""
 
 
+@pytest.fixture(scope="session")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `given` makes, once; all cases have the same folder, as it may hold its own path."""
+    return tmp_path_factory.mktemp("given")
+
+
+@pytest.fixture
+def here(kept: Path) -> Path:
+    """An empty folder."""
+    folder = kept / "here"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
+
+
 def prepare(case: dict[str, Any], here: Path) -> str:
     """Lay out the folder; returns the command line."""
     if "given" in case:
-        getattr(given, case["given"])(here)
+        original = here.with_name(case["given"])
+        if not original.exists():
+            getattr(given, case["given"])(here)
+            here.rename(original)
+        shutil.copytree(original, here, symlinks=True, dirs_exist_ok=True)
     if "sweep" in case:
         write_study(here, case["sweep"], case.get("settings", "").replace("{here}", str(here)))
     for name, text in case.get("files", {}).items():
@@ -71,22 +90,21 @@ def assert_refused(case: dict[str, Any], code: int, errors: str, here: Path) -> 
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_wrong_input_is_one_line_and_leaves_nothing_behind(case: dict[str, Any], tmp_path: Path) -> None:
-    line = prepare(case, tmp_path)
-    before = contents(tmp_path)
+def test_wrong_input_is_one_line_and_leaves_nothing_behind(case: dict[str, Any], here: Path) -> None:
+    line = prepare(case, here)
+    before = contents(here)
     result = call(line)
-    assert_refused(case, result.code, result.err, tmp_path)
-    after = contents(tmp_path)
+    assert_refused(case, result.code, result.err, here)
+    after = contents(here)
     written = {name for name in {*before, *after} if before.get(name) != after.get(name)}
     # What was whole before the error may stay: a corpus that is prepared, a notice of a failed cell.
     assert {name for name in written if not re.match(case.get("keeps", "^$"), name)} == set()
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.values[0].get("process")])
-def test_so_it_is_for_a_process_of_its_own(case: dict[str, Any], tmp_path: Path) -> None:
-    line = prepare(case, tmp_path)
-    result = subprocess.run(command(line), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert_refused(case, result.returncode, result.stderr, tmp_path)
+def test_so_it_is_for_a_process_of_its_own(case: dict[str, Any], here: Path) -> None:
+    result = call_as_process(prepare(case, here))
+    assert_refused(case, result.code, result.err, here)
 
 
 def test_there_are_cases_of_every_program() -> None:

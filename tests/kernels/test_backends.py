@@ -131,7 +131,8 @@ def test_a_cache_that_cannot_be_written_is_reported_in_one_line(monkeypatch, tmp
 
 
 def test_processes_that_compile_at_once_share_one_library(tmp_path):
-    program = "from peerscale.kernels.compiler import library; library().peerscale_find; print('loaded')"
+    program = "from peerscale.kernels import compiler; compiler.FLAGS = ['-O0', *compiler.FLAGS[2:]]; "  # soon done
+    program += "compiler.library().peerscale_find; print('loaded')"
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     command = [sys.executable, "-c", program]
     processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]

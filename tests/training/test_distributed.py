@@ -10,23 +10,26 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from peerscale.config import Config, load, parse_config, to_dict
-from peerscale.data.prepare import prepare
+from peerscale.cells import Cell, single_cell
+from peerscale.config import Config, composed, load
 from peerscale.data.store import open_corpus
 from peerscale.errors import UserError
 from peerscale.files import ROOT
 from peerscale.launch import main
 from peerscale.plan import Verdict, plan
-from peerscale.runs.record import Status, read_record
+from peerscale.runs.record import Record, Status, read_record
 from peerscale.runs.table import read_metrics
+from peerscale.train import run_cell
 from peerscale.training import cell, distributed
-from peerscale.training.cell import build_module, fit
+from peerscale.training import rank as rank_program
+from peerscale.training.cell import build_module, fit, train_cell
 from peerscale.training.checkpoint import TimedCheckpoint, checkpoints
 from peerscale.training.distributed import joined_ranks, started_ranks
 from peerscale.training.evaluation import Evaluation, evaluate
@@ -72,14 +75,40 @@ def trained(config: Config, folder: Path) -> tuple[Rows, Evaluation, dict[str, A
 
 
 def train_all() -> None:
-    """Program of each of two ranks: all cases; the first rank keeps what comes of them."""
-    job = pickle.loads(Path(sys.argv[1]).read_bytes())
-    rank, folder = started_ranks()[0], Path(job["folder"])
+    """Program of each of two ranks, which join once for everything; the first rank keeps what comes of it.
+
+    All cases, a cell of which copies are kept, one begun on one process, and at last the cell that was launched.
+    """
+    job = pickle.loads(Path(os.environ["JOB"]).read_bytes())
+    rank, folder, cells = started_ranks()[0], job["folder"], job["cells"]
+    sys.stderr = (folder / f"{rank}.err").open("w", buffering=1)
     with joined_ranks(CPU):
-        found = {name: trained(parse_config(tree), folder / f"{rank} {name}") for name, tree in job["configs"].items()}
-    assert rank == 0 or not list(folder.glob("1 *"))
-    if rank == 0:
-        (folder / "found.pickle").write_bytes(pickle.dumps(found))
+        found = {name: trained(config, folder / f"{rank} {name}") for name, config in job["configs"].items()}
+        assert rank == 0 or not list(folder.glob("1 *"))
+        if rank == 0:
+            (folder / "found.pickle").write_bytes(pickle.dumps(found))
+        cell.joined_ranks = lambda _: contextlib.nullcontext()
+        with broken_off_copies(cells["unbroken"], *([cells["again"], cells["alone"]] if rank == 0 else [])):
+            train_cell(cells["unbroken"])
+        train_cell(cells["two"])
+        rank_program.main()
+
+
+@contextlib.contextmanager
+def broken_off_copies(original: Cell, *copies: Cell) -> Iterator[None]:
+    """Copy a cell between its training and its evaluation, as it would be had it been killed after step 4."""
+
+    def copy_first(*arguments: Any) -> Evaluation:
+        for copy in copies:
+            shutil.copytree(original.folder, copy.folder, dirs_exist_ok=True)
+            for path in (copy.folder / "checkpoints").iterdir():
+                if path.name != "step-000000004.ckpt":
+                    path.unlink()
+        return evaluate(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cell, "evaluate", copy_first)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -89,25 +118,49 @@ def configs(corpus_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     for name, case in CASES.items():
         overrides = [*settings.__wrapped__(corpus_path, folder), *case, "optim.lr=2e-3"]
         found[name] = load([*overrides, budget(overrides, STEPS)])
-    prepare(found["dense"].data, quiet=True)
     return found
 
 
 @pytest.fixture(scope="module")
-def on_two(
-    configs: dict[str, Config], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[Rows, Evaluation, dict[str, Any]]]:
-    """What comes of all cases on two processes."""
-    folder = tmp_path_factory.mktemp("two")
-    two = {
-        name: parse_config({**to_dict(config), "trainer": {**to_dict(config)["trainer"], "devices": 2}})
-        for name, config in configs.items()
-    }
-    job = {"configs": {name: to_dict(config) for name, config in two.items()}, "folder": str(folder)}
+def cells(corpus_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Cell]:  # noqa: F811
+    """Cells of 8 steps, the same ones on one process and on two, each in a folder of its own."""
+    planned = {}
+    for name, case, n_ranks in (
+        ("unbroken", "peer, row-sparse", 2), ("again", "peer, row-sparse", 2), ("alone", "peer, row-sparse", 1),
+        ("one", "peer, reference", 1), ("two", "peer, reference", 2),
+    ):  # fmt: skip
+        overrides = [*on_two_ranks(settings.__wrapped__(corpus_path, tmp_path_factory.mktemp(name))), *CASES[case]]
+        planned[name] = single_cell(composed([*overrides, budget(overrides, 8), f"trainer.devices={n_ranks}"]))
+    return planned
+
+
+def on_two_ranks(settings: list[str]) -> list[str]:
+    return [
+        *settings, "tracking=disabled", "trainer.devices=2", "trainer.checkpoint_every_steps=4",
+        "trainer.keep_checkpoint=true",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def launched(configs: dict[str, Config], cells: dict[str, Cell], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a launch of two ranks, which trained all cases and cells."""
+    folder = tmp_path_factory.mktemp("launched")
+    with broken_off_copies(cells["one"], cells["two"]):
+        assert train_cell(cells["one"]) is Status.DONE
+    two = {name: replace(config, trainer=replace(config.trainer, devices=2)) for name, config in configs.items()}
+    job = folder / "job.pickle"
+    job.write_bytes(pickle.dumps({"configs": two, "cells": cells, "folder": folder}))
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JOB", str(job))
         run_in_ranks(patch, "from test_distributed import train_all; train_all()")
-        distributed.launch(2, job)
-    return pickle.loads((folder / "found.pickle").read_bytes())
+        assert run_cell(cells["again"]) is Status.DONE
+    return folder
+
+
+@pytest.fixture(scope="module")
+def on_two(launched: Path) -> dict[str, tuple[Rows, Evaluation, dict[str, Any]]]:
+    """What comes of all cases on two processes."""
+    return pickle.loads((launched / "found.pickle").read_bytes())
 
 
 def run_in_ranks(patch: pytest.MonkeyPatch, program: str) -> None:
@@ -149,89 +202,41 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.fixture
 def parallel(settings: list[str]) -> list[str]:
-    return [
-        *settings, "tracking=disabled", "trainer.devices=2", "trainer.checkpoint_every_steps=4",
-        "trainer.keep_checkpoint=true",
-    ]  # fmt: skip
+    return on_two_ranks(settings)
 
 
-COPIES = """
-import os, shutil
-from pathlib import Path
-from peerscale.training import cell, rank
-
-def evaluate(*arguments):
-    if os.environ["RANK"] == "0" and not Path("{copy}").exists():
-        shutil.copytree("{runs}", "{copy}")
-    return original(*arguments)
-
-original, cell.evaluate = cell.evaluate, evaluate
-rank.main()
-"""
-
-
-@pytest.fixture
-def unevaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the first cell is copied to between its training and its evaluation, with its last two checkpoints."""
-    copy = tmp_path / "unevaluated"
-
-    def copy_first(*arguments: Any) -> Evaluation:
-        if not copy.exists():
-            shutil.copytree(tmp_path / "runs", copy)
-        return evaluate(*arguments)
-
-    monkeypatch.setattr(cell, "evaluate", copy_first)
-    run_in_ranks(monkeypatch, COPIES.format(copy=copy, runs=tmp_path / "runs"))
-    return copy
-
-
-def broken_off_at(step: int, unevaluated: Path, copy: Path) -> None:
-    """A copy of a cell as it would be, had it been killed after `step`."""
-    shutil.copytree(unevaluated, copy)
-    for path in copy.glob("single/*/checkpoints/*"):
-        if path.name != f"step-{step:09d}.ckpt":
-            path.unlink()
+def done(cell: Cell) -> Record:
+    record = read_record(cell.folder)
+    assert record is not None and (record.status, record.reason) == (Status.DONE, "")
+    return record
 
 
 def test_a_cell_on_two_processes_is_resumed(
-    parallel: list[str], unevaluated: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+    launched: Path, cells: dict[str, Cell], capsys: pytest.CaptureFixture
 ) -> None:
-    overrides = [*parallel, *CASES["peer, row-sparse"]]
-    overrides.append(budget(overrides, 8))
-    status, unbroken = train(overrides)
-    assert (status, unbroken.reason) == (Status.DONE, "")
+    unbroken, again = done(cells["unbroken"]), done(cells["again"])
     assert unbroken.environment["n_devices"] == 2
-    folder = tmp_path / "runs" / "single" / unbroken.cell
-    assert [p.name for p in checkpoints(folder / "checkpoints")] == ["step-000000008.ckpt"]
-
-    broken_off_at(4, unevaluated, tmp_path / "again")
-    status, again = train([*overrides, f"trainer.runs_directory={tmp_path / 'again'}"])
-    assert status is Status.DONE and again.bit_exact
+    kept = [checkpoints(cells[name].folder / "checkpoints") for name in ("unbroken", "again")]
+    assert [[path.name for path in paths] for paths in kept] == [["step-000000008.ckpt"]] * 2
+    assert again.bit_exact
     assert again.sequence_losses == unbroken.sequence_losses and again.evaluation == unbroken.evaluation
-    copy = tmp_path / "again" / "single" / unbroken.cell
-    states = [torch.load(checkpoints(f / "checkpoints")[0], weights_only=True) for f in (folder, copy)]
+    states = [torch.load(paths[0], weights_only=True) for paths in kept]
     for name, weight in states[0]["state_dict"].items():
         assert torch.equal(states[1]["state_dict"][name], weight), name
-    assert "notice" not in capfd.readouterr().err
 
-    broken_off_at(4, unevaluated, tmp_path / "alone")
-    status, alone = train([*overrides, f"trainer.runs_directory={tmp_path / 'alone'}", "trainer.devices=1"])
-    assert status is Status.DONE and not alone.bit_exact
+    run_cell(cells["alone"])
+    alone = done(cells["alone"])
+    assert not alone.bit_exact
     assert alone.sequence_losses == pytest.approx(unbroken.sequence_losses, abs=2e-5)
-    assert f"{alone.cell} goes on with another n_devices: not bit-exact" in capfd.readouterr().err
+    assert f"{alone.cell} goes on with another n_devices: not bit-exact" in capsys.readouterr().err
 
 
-def test_a_cell_begun_on_one_process_goes_on_on_two(
-    parallel: list[str], unevaluated: Path, tmp_path: Path, capfd: pytest.CaptureFixture
-) -> None:
-    overrides = [*parallel, *CASES["peer, reference"]]
-    overrides.append(budget(overrides, 8))
-    _, alone = train([*overrides, "trainer.devices=1"])
-    broken_off_at(4, unevaluated, tmp_path / "two")
-    status, two = train([*overrides, f"trainer.runs_directory={tmp_path / 'two'}"])
-    assert status is Status.DONE and not two.bit_exact
+def test_a_cell_begun_on_one_process_goes_on_on_two(launched: Path, cells: dict[str, Cell]) -> None:
+    alone, two = done(cells["one"]), done(cells["two"])
+    assert not two.bit_exact
     assert two.sequence_losses == pytest.approx(alone.sequence_losses, abs=2e-5)
-    assert "goes on with another n_devices: not bit-exact" in capfd.readouterr().err
+    notices = [line for line in (launched / "0.err").read_text().splitlines() if line.startswith("notice")]
+    assert notices == [f"notice: {two.cell} goes on with another n_devices: not bit-exact"], "and `again` with none"
 
 
 FAILS = """
@@ -286,7 +291,6 @@ def test_wrong_input_that_a_rank_finds_is_the_users_to_mend(monkeypatch: pytest.
 def test_ranks_that_torchrun_started_train_one_cell(parallel: list[str], tmp_path: Path) -> None:
     overrides = [*parallel, "ffn=dense"]
     overrides.append(budget(overrides, 8))
-    prepare(load(overrides).data, quiet=True)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost"]
     ran = subprocess.run(
         [*torchrun, "--nproc-per-node", "2", "-m", "peerscale.train", *overrides],
@@ -336,7 +340,6 @@ sys.exit(max(rank.wait() for rank in ranks))
 def test_ranks_that_srun_started_train_one_cell(parallel: list[str], tmp_path: Path) -> None:
     overrides = [*parallel, "ffn=dense"]
     overrides.append(budget(overrides, 8))
-    prepare(load(overrides).data, quiet=True)
     command = [sys.executable, "-m", "peerscale.train", *overrides]
     job_id = str(os.getpid())  # on which depends the port
     ran = subprocess.run([sys.executable, "-c", SRUN, job_id, *command], cwd=ROOT, capture_output=True, text=True)
@@ -418,7 +421,6 @@ def test_a_signal_ends_all_processes_and_leaves_a_cell_that_goes_on(
     overrides = [*parallel, "ffn=peer", "trainer.checkpoint_every_steps=50"]
     overrides.append(budget(overrides, 30_000))
     overrides.append("data.max_epochs=10000")
-    prepare(load(overrides).data, quiet=True)
     with training(overrides, tmp_path / "runs") as (process, others):
         assert len(others) == 2
         for warning in (signal.SIGUSR1, signal.SIGUSR2):

@@ -1,10 +1,11 @@
-"""The programs that a user calls, run inside this process: their exit code and what they print."""
+"""The programs that a user calls, run inside this process or as one of their own: exit code, and what they print."""
 
 import functools
 import importlib
 import importlib.util
 import io
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -43,11 +44,12 @@ def program(name: str) -> ModuleType:
     return module
 
 
-def command(line: str) -> list[str]:
-    """The same as words for a process of its own."""
+def call_as_process(line: str) -> Result:
+    """Run `NAME WORD ...` in a process of its own."""
     name, *words = shlex.split(line)
     start = ["-m", MODULES[name]] if name in MODULES else [str(ROOT / "analysis" / f"{name}.py")]
-    return [sys.executable, *start, *words]
+    ran = subprocess.run([sys.executable, *start, *words], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    return Result(ran.returncode, ran.stdout, ran.stderr)
 
 
 def call(line: str) -> Result:
