@@ -111,9 +111,9 @@ def count_cells(study: SweepConfig) -> int:
 def single_cell(composition: Composition, sweep: str = SINGLE) -> Cell:
     """The cell of one configuration."""
     config = parse_config(composition.tree)
-    compose = functools.cache(lambda *choice: composed(choice))
-    usual = compose(f"ffn={composition.choices['ffn']}")
-    return _with_estimates([_cell(sweep, config, _changes(composition, usual, compose))])[0]
+    usual = composed([f"ffn={composition.choices['ffn']}"])
+    changes = _changes(composition, usual, lambda *choice: composed(choice))
+    return _with_estimates([_cell(sweep, config, changes)])[0]
 
 
 def state(cell: Cell, data_fingerprint: str) -> Status:

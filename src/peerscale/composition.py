@@ -1,6 +1,8 @@
 """YAML files and overrides -> one nested mapping, by Hydra, whose parts are imported when first needed."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Hashable, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -85,13 +87,25 @@ def compose(overrides: Sequence[str] = (), *, sweep: str | Path | None = None, n
     Raises:
         Exception: Hydra's, OmegaConf's or YAML's, which `config_errors.first_line` puts into one line.
     """
+    if sweep is not None:
+        return _composed(_register(sweep), overrides)
+    files = sorted({*(OURS / "conf").rglob("*.yaml"), *(ROOT / "conf").rglob("*.yaml")})
+    return deepcopy(_kept(name, tuple(overrides), tuple((file, file.stat().st_mtime_ns) for file in files)))
+
+
+@functools.lru_cache(maxsize=1000)
+def _kept(name: str, overrides: tuple[str, ...], files: Hashable) -> Composition:
+    """Kept for as long as no file of conf/ changes: Hydra takes 80 ms, and planning asks for the same things again."""
+    return _composed(name, overrides)
+
+
+def _composed(name: str, overrides: Sequence[str]) -> Composition:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.initialize import get_gh_backup, restore_gh_from_backup
     from omegaconf import OmegaConf, open_dict
 
-    name = name if sweep is None else _register(sweep)
     running = get_gh_backup()  # a cell may be composed inside a running Hydra, which allows only one at a time
     GlobalHydra.instance().clear()
     try:
