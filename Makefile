@@ -104,7 +104,7 @@ torture: setup ## break a small study in every way: nothing recorded may be lost
 	@$(BIN)/python benchmarks/torture.py
 
 test: setup check ## lint, types, import rules and tests
-	@$(BIN)/pytest -n 2 --dist worksteal
+	@$(BIN)/pytest -n 3 --dist worksteal
 
 check: setup ## lint, types and import rules
 	@$(BIN)/ruff check .

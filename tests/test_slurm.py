@@ -52,7 +52,7 @@ def wait(condition: Callable[[], object], seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, ask("squeue", "--array")
-        time.sleep(0.02)
+        time.sleep(0.2)
 
 
 def record(cell: Cell) -> Record:

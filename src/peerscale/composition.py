@@ -1,6 +1,7 @@
 """YAML files and overrides -> one nested mapping, by Hydra, whose parts are imported when first needed."""
 
 import functools
+import os
 from collections.abc import Hashable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -89,8 +90,14 @@ def compose(overrides: Sequence[str] = (), *, sweep: str | Path | None = None, n
     """
     if sweep is not None:
         return _composed(_register(sweep), overrides)
-    files = sorted({*(OURS / "conf").rglob("*.yaml"), *(ROOT / "conf").rglob("*.yaml")})
+    files = [file for folder in (OURS / "conf", *own_folders()) for file in sorted(folder.rglob("*.yaml"))]
     return deepcopy(_kept(name, tuple(overrides), tuple((file, file.stat().st_mtime_ns) for file in files)))
+
+
+def own_folders() -> list[Path]:
+    """The user's `conf/`: of the current folder, and of the folders in PYTHONPATH."""
+    folders = dict.fromkeys([".", *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    return [conf for folder in folders if folder and (conf := Path(folder, "conf").resolve()).is_dir()]
 
 
 @functools.lru_cache(maxsize=1000)

@@ -258,7 +258,6 @@ rank.main()
     ("rank", "failure", "reason"),
     [
         (1, "raise MemoryError('too large')", "RankError: rank 1: MemoryError: too large"),
-        (1, "os.kill(os.getpid(), signal.SIGKILL)", "RankError: rank 1: ended by SIGKILL"),
         (0, "raise ValueError('out of something')", "ValueError: out of something"),
     ],
 )
@@ -268,15 +267,24 @@ def test_a_failing_rank_ends_the_cell_with_its_reason(
     run_in_ranks(monkeypatch, FAILS.format(rank=rank, failure=failure))
     status, record = train([*parallel, "ffn=dense", budget([*parallel, "ffn=dense"], 8)])
     assert (status, record.reason) == (Status.FAILED, reason)
-    if "raise" in failure:
-        assert "line 8, in fail" in record.traceback
+    assert "line 8, in fail" in record.traceback
     assert not ranks_of(os.getpid())
 
 
-def test_a_rank_that_cannot_start_ends_the_cell(parallel: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    run_in_ranks(monkeypatch, "import sys; sys.exit(4)")
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("import sys; sys.exit(4)", "RankError: rank [01]: exit 4"),
+        ("import os, time; os.kill(os.getpid(), 9) if os.environ['RANK'] == '1' else time.sleep(60)",
+         "RankError: rank 1: ended by SIGKILL"),
+    ],
+)  # fmt: skip
+def test_a_rank_that_ends_without_a_word_ends_the_cell(
+    program: str, reason: str, parallel: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_in_ranks(monkeypatch, program)
     status, record = train([*parallel, "ffn=dense", budget([*parallel, "ffn=dense"], 8)])
-    assert status is Status.FAILED and re.fullmatch("RankError: rank [01]: exit 4", record.reason)
+    assert status is Status.FAILED and re.fullmatch(reason, record.reason)
     assert not ranks_of(os.getpid())
 
 
@@ -328,26 +336,31 @@ def test_what_started_the_ranks_is_known_from_the_environment(
     assert started_ranks() == rank_and_count
 
 
-SRUN = """
-import os, subprocess, sys
-names = dict(SLURM_STEP_NUM_TASKS="2", SLURM_NTASKS="2", SLURM_STEP_NUM_NODES="1", SLURM_NODEID="0",
-             SLURM_STEP_NODELIST="localhost", SLURM_JOB_ID=sys.argv[1], SLURM_STEP_ID="0")
-ranks = [subprocess.Popen(sys.argv[2:], env=os.environ | names | dict(SLURM_PROCID=n, SLURM_LOCALID=n)) for n in "01"]
-sys.exit(max(rank.wait() for rank in ranks))
+STARTED_BY_SRUN = """
+import os, torch, torch.distributed as dist
+from peerscale.training.distributed import joined_ranks, local_rank
+with joined_ranks(torch.device("cpu")):
+    total = torch.tensor(float(10 ** dist.get_rank()))
+    dist.all_reduce(total)
+    print(dist.get_world_size(), dist.get_rank(), local_rank(), int(total))
 """
 
 
-def test_ranks_that_srun_started_train_one_cell(parallel: list[str], tmp_path: Path) -> None:
-    overrides = [*parallel, "ffn=dense"]
-    overrides.append(budget(overrides, 8))
-    command = [sys.executable, "-m", "peerscale.train", *overrides]
-    job_id = str(os.getpid())  # on which depends the port
-    ran = subprocess.run([sys.executable, "-c", SRUN, job_id, *command], cwd=ROOT, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.count("is done") == 1
-    (folder,) = (tmp_path / "runs" / "single").iterdir()
-    record = read_record(folder)
-    assert record is not None and record.environment["n_devices"] == 2
+def test_ranks_that_srun_started_join() -> None:
+    """As `peerscale.train` joins them; what they train then is the same however they were started."""
+    names = {
+        "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_NODEID": "0",
+        "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0",
+    }  # fmt: skip
+    command = [sys.executable, "-c", STARTED_BY_SRUN]
+    ranks = [
+        subprocess.Popen(
+            command, env={**os.environ, **names, "SLURM_PROCID": rank, "SLURM_LOCALID": rank},
+            stdout=subprocess.PIPE, text=True,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    assert [rank.communicate(timeout=100)[0] for rank in ranks] == ["2 0 0 11\n", "2 1 1 11\n"]
 
 
 @pytest.mark.parametrize(
@@ -414,7 +427,7 @@ def ended(processes: list[int], within_s: float = 10.0) -> bool:
     return True
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_ends_all_processes_and_leaves_a_cell_that_goes_on(
     number: signal.Signals, parallel: list[str], tmp_path: Path
 ) -> None:

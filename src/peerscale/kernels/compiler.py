@@ -38,9 +38,12 @@ def library() -> ctypes.CDLL:
     processor = instruction_sets()
     # Compilers hold back the widest vectors, which pay off here.
     wide = ["-mprefer-vector-width=512"] if "avx512f" in processor else []
-    command = [compiler, *FLAGS, *wide, str(SOURCE), *openmp_runtime()]
+    flags, runtime = [*FLAGS, *wide], openmp_runtime()
+    command = [compiler, *flags, str(SOURCE), *runtime]
     sources = [path.read_text("utf-8") for path in (SOURCE, *HEADERS)]
-    key = hashlib.sha256("\0".join([*sources, *command, processor]).encode()).hexdigest()
+    # Not the folders of checkout and environment: what is the same in two of them is compiled once.
+    parts = [*sources, compiler, *flags, *(Path(path).name for path in runtime), processor]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     path = cache_folder() / f"operators-{key[:16]}.so"
     try:
         if not path.exists():

@@ -223,7 +223,9 @@ def fit_rates(
     columns = [*variables.values()]
     names = list(dict.fromkeys(table[by].astype(str))) if by else ["all"]
     told = [*([by] if by else []), *columns, *curve]
-    labels = table[told].map(lambda value: f"{value:g}" if isinstance(value, float) else str(value)).agg(" ".join, axis=1)
+    labels = (
+        table[told].map(lambda value: f"{value:g}" if isinstance(value, float) else str(value)).agg(" ".join, axis=1)
+    )
     runs = _Runs(
         x=np.log(rates), loss=losses, curve=row_labels(labels.to_frame("curve"), "curve"),
         method=np.array([names.index(str(name)) for name in table[by]]) if by else np.zeros(len(table), int),
@@ -237,7 +239,9 @@ def fit_rates(
     shared = _Regression.of(fitted, fitted.places(len(names), own=False))
     if not shared.determined:
         which = f" of {', '.join(columns)}" if columns else ""
-        raise UserError(f"the rates do not determine the exponents{which}: a column that never varies is to be left out")
+        raise UserError(
+            f"the rates do not determine the exponents{which}: a column that never varies is to be left out"
+        )
     if not shared.k > 0:
         raise UserError("the losses do not rise on both sides of a best rate: try lower and higher rates")
     own = _Regression.of(fitted, fitted.places(len(names), own=True))
@@ -313,7 +317,10 @@ def _held_out(runs: "_Runs", near: Array, held: Array, n_methods: int, labels: A
         best, predicted = -slope / (2 * law.k), float(places[rows[0]] @ law.products) / law.k
         found.append(
             HeldOutRate(
-                curve=labels[rows[0]], n=len(rows), best=math.exp(best), predicted=math.exp(predicted),
+                curve=labels[rows[0]],
+                n=len(rows),
+                best=math.exp(best),
+                predicted=math.exp(predicted),
                 cost=law.k * (predicted - best) ** 2,
             )  # fmt: skip
         )
