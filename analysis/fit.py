@@ -7,12 +7,14 @@
     .venv/bin/python analysis/fit.py peer runs.csv --params N --tokens D --experts X --granularity G --loss loss \\
         --out fit.json
     .venv/bin/python analysis/fit.py envelope curves.csv --run run --flops C --x N --loss loss --out fit.json
+    .venv/bin/python analysis/fit.py rates runs.csv --lr lr --loss loss --width d --tokens D --batch B --by method \\
+        --out fit.json
     .venv/bin/python analysis/fit.py predict fit.json --budget 1e21
 
 The words after --params, --x and so on are names of columns. The folder of a study, such as results/isoflop_cpu, may
 stand in place of its table of runs, or for `envelope` of its training curves; `predict` reads a study's fits.json too.
 Intervals are 95 % percentile intervals of a bootstrap over runs. Every fit also says how well the smaller budgets
-predict the largest.
+predict the largest; that of rates, how well the law predicts the best rates of models that it has not seen.
 """
 
 import argparse
@@ -69,7 +71,14 @@ COLUMNS = {
 }
 OPTIONS = ("objective", "delta", "include_flagged", "within")
 RESAMPLING = ("bootstrap", "seed", "cluster", "budget", "hold_out")
-PREDICT_FROM = ("budget", "params", "tokens", "experts", "granularity")
+PREDICT_FROM = ("budget", "params", "tokens", "experts", "granularity", "width", "batch")
+RATE_COLUMNS = {
+    "lr": "the peak learning rate as it was used",
+    "loss": "the loss",
+    "width": "the model's width",
+    "tokens": "the training tokens",
+    "batch": "the batch, in tokens or sequences",
+}
 MEANINGS = {
     "a": "the optimal N grows as C^a",
     "b": "the optimal D grows as C^b",
@@ -83,8 +92,8 @@ NEEDS, NONE = "law needs", "none"
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     given = vars(arguments)
-    if arguments.command == "predict":
-        predict(arguments)
+    if arguments.command in ("predict", "rates"):
+        (predict if arguments.command == "predict" else fit_learning_rates)(arguments)
         return 0
     law: Callable[..., Fit] = COMMANDS[arguments.command][0]
     columns = {name: given[name] for name in COMMANDS[arguments.command][1].replace("-", "_").split()}
@@ -131,7 +140,17 @@ def parser() -> argparse.ArgumentParser:
             close = "budgets this close to their neighbour are one, such as .1"
             add("--tolerance", type=positive, metavar="SHARE", help=close)
         add("--out", type=Path, required=True, metavar="JSON", help="where the fit goes")
-    text = "optimum of a budget, or loss of a run, from a fit"
+    text = "lr = m (width / width_0)^-a (tokens / tokens_0)^-b (batch / batch_0)^c"
+    add = commands.add_parser("rates", help=text, description=text).add_argument
+    add("table", type=Path, metavar="TABLE", help="CSV file, one row per run; or a study's folder")
+    for column, meaning in RATE_COLUMNS.items():
+        add(f"--{column}", metavar="COL", required=column in ("lr", "loss"), help=f"column of {meaning}")
+    add("--by", metavar="COL", help="column of the method, which has an m of its own")
+    add("--curve", metavar="COL", nargs="*", default=[], help="further columns in which the runs of one curve are equal")
+    add("--where", metavar="EXPR", help="rows to fit, as a pandas query")
+    add("--hold-out", metavar="EXPR", help="rows to judge the law by; without it each model is left out in turn")
+    add("--out", type=Path, required=True, metavar="JSON", help="where the fit goes")
+    text = "optimum of a budget, loss of a run, or best rate, from a fit"
     add = commands.add_parser("predict", help=text, description=text).add_argument
     add("file", type=Path, metavar="JSON", help="a fit, or fits by name such as a study's fits.json")
     add("--budget", type=positive, metavar="NUMBER", help="training FLOPs: what is optimal?")
@@ -167,17 +186,22 @@ def read_table(path: Path, where: str | None, *, curves: bool = False) -> pd.Dat
         raise UserError(f"the table {path} has no rows")
     if where is None:
         return table
-    try:
-        rows = table.eval(where, local_dict={}, global_dict={})  # a query sees columns only
-    except Exception as error:  # the query language raises whatever Python does
-        there = ", ".join(map(str, table.columns))
-        raise UserError(f"--where {where!r}: {_first_line(error)}; columns: {there}") from None
-    if not (isinstance(rows, pd.Series) and pd.api.types.is_bool_dtype(rows)):
-        raise UserError(f"--where {where!r} is not a condition on rows, such as \"method == 'dense'\"")
-    chosen = table[rows.fillna(False)]
+    chosen = table[rows_that("--where", where, table)]
     if chosen.empty:
         raise UserError(f"--where {where!r} leaves none of the {len(table)} rows")
     return chosen
+
+
+def rows_that(option: str, query: str, table: pd.DataFrame) -> pd.Series:
+    """Which rows satisfy the query."""
+    try:
+        rows = table.eval(query, local_dict={}, global_dict={})  # a query sees columns only
+    except Exception as error:  # the query language raises whatever Python does
+        there = ", ".join(map(str, table.columns))
+        raise UserError(f"{option} {query!r}: {_first_line(error)}; columns: {there}") from None
+    if not (isinstance(rows, pd.Series) and pd.api.types.is_bool_dtype(rows)):
+        raise UserError(f"{option} {query!r} is not a condition on rows, such as \"method == 'dense'\"")
+    return rows.fillna(False)
 
 
 def study_curves(folder: Path) -> pd.DataFrame:
@@ -254,6 +278,35 @@ def summary(fit: Any, x: str) -> str:
     if fit.hold_out is not None:
         lines.append(held_out(fit.hold_out, x))
     return "\n".join([*lines, *(f"  warning: {warning}" for warning in fit.warnings)])
+
+
+def fit_learning_rates(arguments: argparse.Namespace) -> None:
+    """Fit the law of the best rate, write it, and print it with its intervals and held-out error."""
+    table, columns = read_table(arguments.table, arguments.where), {name: getattr(arguments, name) for name in RATE_COLUMNS}
+    held = None if arguments.hold_out is None else rows_that("--hold-out", arguments.hold_out, table)
+    if held is not None and not held.any():
+        raise UserError(f"--hold-out {arguments.hold_out!r} holds out none of the {len(table)} rows")
+    fit = laws.fit_rates(table, **columns, by=arguments.by, curve=arguments.curve, hold_out=held)
+    asked = {name: getattr(arguments, name) for name in ("by", "curve", "where", "hold_out")}
+    write_fit(arguments.out, fit.to_dict() | {"source": {"table": arguments.table.name, **columns, **asked}})
+    lines = [
+        f"rates: {fit.n} runs on {fit.n_curves} curves, which scatter by {fit.scatter:.2g} about parabolas in ln lr of "
+        f"curvature {fit.curvature:.3g} +- {fit.curvature_se:.1g}"
+    ]
+    for method, law in fit.laws.items():
+        at = ", ".join(f"{name} {getattr(law, f'{name}_0'):g}" for name in fit.fitted)
+        at = f"at {at}" if at else ""
+        lines.append(f"  m of {method:<20} {_number(law.m, fit.ci[method]['m']):<32} {at}".rstrip())
+    law, intervals = next(iter(fit.laws.values())), next(iter(fit.ci.values()))
+    lines += [f"  {name:<25} {_number(getattr(law, name), ci)}" for name, ci in intervals.items() if name != "m"]
+    if test := fit.equal_exponents:
+        lines.append(f"  one set of exponents for all: F{test['df']} = {test['f']:.2f}, p = {test['p']:.2g}")
+    for one in fit.held_out if held is not None else ():
+        lines.append(f"  held out {one.curve}: best {one.best:.3g}, predicted {one.predicted:.3g}, costs {one.cost:.2g}")
+    if fit.held_out:
+        off = math.exp(fit.held_out_error)
+        lines.append(f"  {len(fit.held_out)} held-out curves: rates off by x {off:.3g}, which costs {fit.held_out_cost:.2g}")
+    print("\n".join([*lines, *(f"  warning: {warning}" for warning in fit.warnings), f"-> {arguments.out}"]))
 
 
 def held_out(found: HoldOut, x: str) -> str:

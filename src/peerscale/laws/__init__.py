@@ -6,6 +6,7 @@ from peerscale.laws.moe import fit_granular, fit_peer, fit_routed
 from peerscale.laws.multiplier import compute_multipliers
 from peerscale.laws.parametric import fit_parametric
 from peerscale.laws.prediction import predict
+from peerscale.laws.rates import fit_rates
 
 __all__ = [
     "compute_multipliers",
@@ -14,6 +15,7 @@ __all__ = [
     "fit_isoflop",
     "fit_parametric",
     "fit_peer",
+    "fit_rates",
     "fit_routed",
     "predict",
 ]

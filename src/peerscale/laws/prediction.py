@@ -11,6 +11,7 @@ from peerscale.laws.isoflop import PowerLaw, fit_power_law
 from peerscale.laws.moe import GranularLaw, PeerLaw, RoutedLaw
 from peerscale.laws.optima import OptimumStatus
 from peerscale.laws.parametric import Surface
+from peerscale.laws.rates import RateLaw
 from peerscale.laws.solver import Array, FitStatus, Number
 
 LAWS: Mapping[str, tuple[type, tuple[str, ...]]] = {
@@ -20,8 +21,10 @@ LAWS: Mapping[str, tuple[type, tuple[str, ...]]] = {
     "routed": (RoutedLaw, ("params", "experts")),
     "granular": (GranularLaw, ("params", "tokens", "granularity")),
     "peer": (PeerLaw, ("params", "tokens", "experts", "granularity")),
+    "rates": (RateLaw, ("width", "tokens", "batch")),
 }
-"""Class of the coefficients, and what a prediction takes: a budget for the optimum, all others for a loss."""
+"""Class of the coefficients, and what a prediction takes: a budget for the optimum, all others for a loss; for a rate
+any of them."""
 DOUBTS = {
     FitStatus.AT_BOUND: ", a coefficient is at the end of its range",
     FitStatus.NOT_IDENTIFIABLE: ", a coefficient is uncertain by more than its own size",
@@ -97,6 +100,8 @@ def predict(stored: Mapping[str, Any], given: Mapping[str, float], columns: Mapp
 def _answers(name: str, law: Any, given: Mapping[str, float], columns: Mapping[str, Any]) -> dict[str, Number]:
     """What the numbers given ask of a law, by name; nothing if they are too few."""
     found, variables = {}, {key: given.get(key) for key in LAWS[name][1]}
+    if isinstance(law, RateLaw):
+        return {"best lr": law.predict(**variables)} if any(variables.values()) else {}
     if budget := variables.pop("budget", None):
         best = law.optimum(budget)
         if not variables:

@@ -23,7 +23,7 @@ from scipy.stats import f as fisher
 from scipy.stats import t as student
 
 from peerscale.errors import UserError
-from peerscale.laws.fitting import LEVEL, fields_to_plain, positive_columns, require_column, row_labels
+from peerscale.laws.fitting import LEVEL, fields_to_plain, positive_columns, require_column
 from peerscale.laws.solver import Array
 
 MIN_RATES = 3
@@ -46,14 +46,11 @@ class RateLaw:
     tokens_0: float = 1.0
     batch_0: float = 1.0
 
-    def predict(self, width: float = 1.0, tokens: float = 1.0, batch: float = 1.0) -> float:
-        """The best rate."""
-        return (
-            self.m
-            * (width / self.width_0) ** -self.a
-            * (tokens / self.tokens_0) ** -self.b
-            * (batch / self.batch_0) ** self.c
-        )
+    def predict(self, width: float | None = None, tokens: float | None = None, batch: float | None = None) -> float:
+        """The best rate; what is not given is at its reference."""
+        by_width = ((width or self.width_0) / self.width_0) ** -self.a
+        by_tokens = ((tokens or self.tokens_0) / self.tokens_0) ** -self.b
+        return self.m * by_width * by_tokens * ((batch or self.batch_0) / self.batch_0) ** self.c
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,17 +128,23 @@ class _Runs:
     """ln lr."""
     loss: Array
     curve: Array
-    """Index of each run's curve."""
+    """Name of each run's curve."""
+    model: Array
+    """Width, tokens and batch, as one name."""
     method: Array
     """Index of each run's method."""
     z: Array
     """(n, variables): ln(variable / its reference), with the sign of its exponent."""
+    near: Array
+    """Whether the parabola describes the run."""
+    at_edge: Array
+    """Whether the run has the lowest loss of its curve, at the edge of the rates tried."""
 
     def of(self, rows: Array) -> Self:
         return replace(self, **{item.name: getattr(self, item.name)[rows] for item in fields(self)})
 
     def places(self, n_methods: int, *, own: bool) -> Array:
-        """(n, coefficients): what ln best is linear in: a method's ln m and exponents, shared or one's own."""
+        """(n, coefficients): what ln best is linear in: a method's ln m, and exponents, shared or its own."""
         one = (self.method[:, None] == np.arange(n_methods)).astype(float)
         exponents = (one[:, :, None] * self.z[:, None]).reshape(len(self.x), -1) if own else self.z
         return np.hstack([one, exponents])
@@ -166,9 +169,11 @@ class _Regression:
         columns = np.column_stack([runs.x**2, -2 * runs.x[:, None] * places])
         _, curve = np.unique(runs.curve, return_inverse=True)
         counts = np.bincount(curve)
-        centred, y = columns.copy(), runs.loss - (np.bincount(curve, runs.loss) / counts)[curve]
-        for column in centred.T:  # the level of a curve is its own
-            column -= (np.bincount(curve, column) / counts)[curve]
+
+        def less_mean(values: Array) -> Array:  # since the level of a curve is its own
+            return values - (np.bincount(curve, values) / counts)[curve]
+
+        centred, y = np.column_stack([less_mean(column) for column in columns.T]), less_mean(runs.loss)
         inverse = np.linalg.pinv(centred.T @ centred, rcond=1e-12, hermitian=True)
         solution, rank = inverse @ centred.T @ y, int(np.linalg.matrix_rank(centred, tol=1e-9 * np.abs(centred).max()))
         rss, df = float(np.square(y - centred @ solution).sum()), len(y) - len(counts) - rank
@@ -217,62 +222,73 @@ def fit_rates(
     for column in (by, *curve):
         if column is not None:
             require_column(table, column)
-    of = dict(zip(variables, values, strict=True))
-    reference = {name: float(f"{np.exp(np.log(column).mean()):.2g}") for name, column in of.items()}
-    logs = [SIGNS[name] * np.log(column / reference[name]) for name, column in of.items()]
-    columns = [*variables.values()]
-    names = list(dict.fromkeys(table[by].astype(str))) if by else ["all"]
-    told = [*([by] if by else []), *columns, *curve]
-    labels = (
-        table[told].map(lambda value: f"{value:g}" if isinstance(value, float) else str(value)).agg(" ".join, axis=1)
-    )
-    runs = _Runs(
-        x=np.log(rates), loss=losses, curve=row_labels(labels.to_frame("curve"), "curve"),
-        method=np.array([names.index(str(name)) for name in table[by]]) if by else np.zeros(len(table), int),
-        z=np.column_stack(logs) if logs else np.empty((len(table), 0)),
-    )  # fmt: skip
+    methods = table[by].astype(str) if by else pd.Series("all", table.index)
+    names = list(dict.fromkeys(methods))
+    told = _Told(dict(zip(variables, values, strict=True)))
+    rows = _runs(table, rates, losses, methods, told, [*variables.values()], curve, reach)
     held = np.zeros(len(table), bool) if hold_out is None else hold_out.to_numpy(bool)
-    near, at_edge = _near_the_lowest(runs, reach)
-    fitted = runs.of(near & ~held)
-    if not len(fitted.x) or max(len(np.unique(fitted.x[fitted.curve == one])) for one in fitted.curve) < MIN_RATES:
+    fitted = rows.of(rows.near & ~held)
+    if not any(len(np.unique(fitted.x[fitted.curve == one])) >= MIN_RATES for one in np.unique(fitted.curve)):
         raise UserError(f"no curve has {MIN_RATES} rates near its lowest loss, as many as a parabola needs")
     shared = _Regression.of(fitted, fitted.places(len(names), own=False))
     if not shared.determined:
-        which = f" of {', '.join(columns)}" if columns else ""
-        raise UserError(
-            f"the rates do not determine the exponents{which}: a column that never varies is to be left out"
-        )
+        which = ", ".join(variables.values())
+        raise UserError(f"these runs do not determine the exponents of {which}: leave out a column that hardly varies")
     if not shared.k > 0:
         raise UserError("the losses do not rise on both sides of a best rate: try lower and higher rates")
     own = _Regression.of(fitted, fitted.places(len(names), own=True))
     if len(names) == 1 or not variables or not own.determined or not own.k > 0:
         own = None
-    models = row_labels(table[columns].astype(str).agg(" ".join, axis=1).to_frame("model"), "model")
-    split = [held] if held.any() else [models == model for model in np.unique(models)]
-    said = [f"{(~near).sum()} runs beyond {reach:g} times a curve's best rate left out"] * (not near.all())
-    if edges := dict.fromkeys(labels[at_edge & ~held]):
-        said.append(f"the lowest loss is at the edge of the rates tried: {', '.join(edges)}")
-    laws, intervals = _laws(shared, names, reference, own=False)
+    said = [f"{(~rows.near).sum()} runs beyond {reach:g} times a curve's best rate left out"] * (not rows.near.all())
+    if edges := ", ".join(fitted.curve[fitted.at_edge]):
+        said.append(f"the lowest loss is at the edge of the rates tried: {edges}")
+    split = [held] if held.any() else [rows.model == model for model in np.unique(rows.model)]
+    laws, intervals = _laws(shared, names, told.reference, own=False)
     return RateFit(
         n=len(fitted.x), n_curves=len(np.unique(fitted.curve)), laws=laws, ci=intervals,
-        own=_laws(own, names, reference, own=True)[0] if own else None, equal_exponents=_f_test(shared, own),
+        own=_laws(own, names, told.reference, own=True)[0] if own else None, equal_exponents=_f_test(shared, own),
         curvature=shared.k, curvature_se=math.sqrt(shared.covariance[0, 0]), df=shared.df,
-        scatter=math.sqrt(shared.rss / shared.df) if shared.df else math.nan,
-        fitted={name: (float(column[near & ~held].min()), float(column[near & ~held].max())) for name, column in of.items()},
-        held_out=tuple(one for rows in split for one in _held_out(runs, near, rows, len(names), labels.to_numpy())),
-        warnings=tuple(said),
+        scatter=math.sqrt(shared.rss / shared.df) if shared.df else math.nan, fitted=told.range(rows.near & ~held),
+        held_out=tuple(one for out in split for one in _held_out(rows, out, len(names))), warnings=tuple(said),
     )  # fmt: skip
 
 
-def _near_the_lowest(runs: "_Runs", reach: float) -> tuple[Array, Array]:
-    """(n,) each: runs within `reach` of the rate with their curve's lowest loss; and those lowest at an edge."""
-    near, at_edge = np.zeros(len(runs.x), bool), np.zeros(len(runs.x), bool)
-    for curve in np.unique(runs.curve):
-        rows = np.flatnonzero(runs.curve == curve)
-        lowest = rows[runs.loss[rows].argmin()]
-        near[rows] = np.abs(runs.x[rows] - runs.x[lowest]) <= math.log(reach)
-        at_edge[lowest] = runs.x[lowest] in (runs.x[rows].min(), runs.x[rows].max())
-    return near, at_edge
+class _Told(dict[str, Array]):
+    """Width, tokens and batch of every run, as far as the law depends on them."""
+
+    @property
+    def reference(self) -> dict[str, float]:
+        """The geometric mean of each to two digits, where m is the best rate."""
+        return {name: float(f"{np.exp(np.log(values).mean()):.2g}") for name, values in self.items()}
+
+    def range(self, rows: Array) -> dict[str, tuple[float, float]]:
+        return {name: (float(values[rows].min()), float(values[rows].max())) for name, values in self.items()}
+
+
+def _runs(
+    table: pd.DataFrame, rates: Array, losses: Array, methods: pd.Series, told: _Told, columns: Sequence[str],
+    curve: Sequence[str], reach: float,
+) -> _Runs:  # fmt: skip
+    """The rows of the table, each with its curve, and with its distance from the curve's lowest loss judged."""
+
+    def label(*parts: pd.Series) -> Array:
+        words = [part.map(lambda value: f"{value:g}" if isinstance(value, float) else str(value)) for part in parts]
+        return np.array([" ".join(row) for row in zip(*words, strict=True)]) if words else np.full(len(table), "")
+
+    x, curves = np.log(rates), label(methods, *(table[column] for column in (*columns, *curve)))
+    near, at_edge = np.zeros(len(x), bool), np.zeros(len(x), bool)
+    for name in np.unique(curves):
+        of_curve = np.flatnonzero(curves == name)
+        lowest = of_curve[losses[of_curve].argmin()]
+        near[of_curve] = np.abs(x[of_curve] - x[lowest]) <= math.log(reach)
+        at_edge[lowest] = x[lowest] in (x[of_curve].min(), x[of_curve].max())
+    reference = told.reference
+    z = [SIGNS[name] * np.log(values / reference[name]) for name, values in told.items()]
+    return _Runs(
+        x=x, loss=losses, curve=curves, model=label(*(table[column] for column in columns)),
+        method=pd.factorize(methods)[0], z=np.column_stack(z) if z else np.empty((len(x), 0)),
+        near=near, at_edge=at_edge,
+    )  # fmt: skip
 
 
 def _laws(
@@ -286,10 +302,10 @@ def _laws(
         log_m, (low, high) = fit.ratio(unit[i])
         exponents = {EXPONENTS[variable]: fit.ratio(unit[first + j]) for j, variable in enumerate(reference)}
         laws[name] = RateLaw(
-            m=math.exp(log_m), **{key: value for key, (value, _) in exponents.items()},
+            m=float(np.exp(log_m)), **{key: value for key, (value, _) in exponents.items()},
             **{f"{variable}_0": value for variable, value in reference.items()},
         )  # fmt: skip
-        intervals[name] = {"m": (math.exp(low), math.exp(high))} | {key: ci for key, (_, ci) in exponents.items()}
+        intervals[name] = {"m": (float(np.exp(low)), float(np.exp(high)))} | {key: ci for key, (_, ci) in exponents.items()}
     return laws, intervals
 
 
@@ -301,27 +317,23 @@ def _f_test(shared: _Regression, own: _Regression | None) -> dict[str, Any] | No
     return {"f": f, "df": (constraints, own.df), "p": float(fisher.sf(f, constraints, own.df))}
 
 
-def _held_out(runs: "_Runs", near: Array, held: Array, n_methods: int, labels: Array) -> list[HeldOutRate]:
-    """The curves among `held` (n,) with two rates or more, predicted from the runs that are not; none if they can't."""
-    rest = runs.of(near & ~held)
+def _held_out(runs: _Runs, held: Array, n_methods: int) -> list[HeldOutRate]:
+    """The curves among `held` (n,) with two rates or more, predicted from the other runs; none if these can't."""
     places = runs.places(n_methods, own=False)
-    law = _Regression.of(rest, places[near & ~held])
+    law = _Regression.of(runs.of(runs.near & ~held), places[runs.near & ~held])
     if not (law.determined and law.k > 0):
         return []
     found = []
     for curve in dict.fromkeys(runs.curve[held]):
-        rows = np.flatnonzero(near & (runs.curve == curve))
+        rows = np.flatnonzero(runs.near & (runs.curve == curve))
         if len(rows) < 2:
             continue
         slope = np.polyfit(runs.x[rows], runs.loss[rows] - law.k * runs.x[rows] ** 2, 1)[0]
         best, predicted = -slope / (2 * law.k), float(places[rows[0]] @ law.products) / law.k
         found.append(
             HeldOutRate(
-                curve=labels[rows[0]],
-                n=len(rows),
-                best=math.exp(best),
-                predicted=math.exp(predicted),
+                curve=str(curve), n=len(rows), best=float(np.exp(best)), predicted=float(np.exp(predicted)),
                 cost=law.k * (predicted - best) ** 2,
-            )  # fmt: skip
-        )
+            )
+        )  # fmt: skip
     return found
