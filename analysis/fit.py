@@ -146,7 +146,9 @@ def parser() -> argparse.ArgumentParser:
     for column, meaning in RATE_COLUMNS.items():
         add(f"--{column}", metavar="COL", required=column in ("lr", "loss"), help=f"column of {meaning}")
     add("--by", metavar="COL", help="column of the method, which has an m of its own")
-    add("--curve", metavar="COL", nargs="*", default=[], help="further columns in which the runs of one curve are equal")
+    add(
+        "--curve", metavar="COL", nargs="*", default=[], help="further columns in which the runs of one curve are equal"
+    )
     add("--where", metavar="EXPR", help="rows to fit, as a pandas query")
     add("--hold-out", metavar="EXPR", help="rows to judge the law by; without it each model is left out in turn")
     add("--out", type=Path, required=True, metavar="JSON", help="where the fit goes")
@@ -282,7 +284,10 @@ def summary(fit: Any, x: str) -> str:
 
 def fit_learning_rates(arguments: argparse.Namespace) -> None:
     """Fit the law of the best rate, write it, and print it with its intervals and held-out error."""
-    table, columns = read_table(arguments.table, arguments.where), {name: getattr(arguments, name) for name in RATE_COLUMNS}
+    table, columns = (
+        read_table(arguments.table, arguments.where),
+        {name: getattr(arguments, name) for name in RATE_COLUMNS},
+    )
     held = None if arguments.hold_out is None else rows_that("--hold-out", arguments.hold_out, table)
     if held is not None and not held.any():
         raise UserError(f"--hold-out {arguments.hold_out!r} holds out none of the {len(table)} rows")
@@ -302,10 +307,14 @@ def fit_learning_rates(arguments: argparse.Namespace) -> None:
     if test := fit.equal_exponents:
         lines.append(f"  one set of exponents for all: F{test['df']} = {test['f']:.2f}, p = {test['p']:.2g}")
     for one in fit.held_out if held is not None else ():
-        lines.append(f"  held out {one.curve}: best {one.best:.3g}, predicted {one.predicted:.3g}, costs {one.cost:.2g}")
+        lines.append(
+            f"  held out {one.curve}: best {one.best:.3g}, predicted {one.predicted:.3g}, costs {one.cost:.2g}"
+        )
     if fit.held_out:
         off = math.exp(fit.held_out_error)
-        lines.append(f"  {len(fit.held_out)} held-out curves: rates off by x {off:.3g}, which costs {fit.held_out_cost:.2g}")
+        lines.append(
+            f"  {len(fit.held_out)} held-out curves: rates off by x {off:.3g}, which costs {fit.held_out_cost:.2g}"
+        )
     print("\n".join([*lines, *(f"  warning: {warning}" for warning in fit.warnings), f"-> {arguments.out}"]))
 
 

@@ -15,7 +15,8 @@ from peerscale.config import Config, ConfigError, load
 from peerscale.data.batches import EvaluationBatches
 from peerscale.errors import UserError
 from peerscale.files import ROOT
-from peerscale.plan import Verdict, as_asked, evaluation_line, plan, schedule
+from peerscale.plan import Verdict, as_asked, beyond_law, evaluation_line, plan, schedule
+from peerscale.runs.record import hashed_config
 
 FFNS = sorted(path.stem for path in (ROOT / "conf/ffn").glob("*.yaml"))
 
@@ -337,3 +338,30 @@ def test_schedule_is_the_cosine() -> None:
     # Quarters of the 300 steps after a warm-up of 100: 0.2 + 0.8 (1 + cos(pi p)) / 2.
     factors = [schedule(config, planned, 100 + 75 * quarter) for quarter in range(5)]
     assert factors == pytest.approx([1.0, 0.6 + 0.4 * math.sqrt(0.5), 0.6, 0.6 - 0.4 * math.sqrt(0.5), 0.2])
+
+
+LAW = (
+    "{d_model: 64, tokens: 1e7, batch_sequences: 16, width_exponent: 0.4, tokens_exponent: 0.3, batch_exponent: 0.5, "
+    "fitted_d_model: [32, 64], fitted_tokens: [1e5, 1e7], fitted_batch_sequences: [8, 32]}"
+)
+
+
+def test_a_law_gives_the_rate_of_width_tokens_and_batch() -> None:
+    law = ["optim.lr_rule=law", f"optim.lr_law={LAW}", "optim.lr=0.01", "budget=1e12", "batch_sequences=32"]
+    here = plan(load([*law, "size=d32"]))
+    assert here.lr == pytest.approx(0.01 * (32 / 64) ** -0.4 * (here.tokens / 1e7) ** -0.3 * (32 / 16) ** 0.5)
+    assert plan(load([*law, "size=d32", "optim.lr_factor=0.5"])).lr == pytest.approx(here.lr / 2)
+    assert beyond_law(load([*law, "size=d32"]), here.tokens) == {}
+    assert beyond_law(load([*law, "size=d96"]), 20_000_000) == {
+        "d_model": (96, (32, 64)), "tokens": (20_000_000, (1e5, 1e7))
+    }  # fmt: skip
+    assert beyond_law(load(["size=d96"]), 20_000_000) == {}, "no law, no range"
+    with pytest.raises(ConfigError, match=r"lr_rule law needs optim\.lr_law"):
+        load(["optim.lr_rule=law"])
+
+
+def test_a_cell_is_the_same_whichever_rule_gave_its_rate() -> None:
+    by_width = load(["size=d32", "optim.lr=0.01"])
+    constant = load(["size=d32", "optim.lr=0.02", "optim.lr_rule=constant", "optim.lr_factor=0.5"])
+    first, second = (hashed_config(config, plan(config), "corpus") for config in (by_width, constant))
+    assert first == second

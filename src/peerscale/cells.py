@@ -16,7 +16,7 @@ from peerscale.config_errors import ConfigError, layers_with, method_in, unknown
 from peerscale.data.store import read_manifest
 from peerscale.errors import UserError
 from peerscale.files import OURS, ROOT
-from peerscale.plan import Plan, Verdict, as_asked, evaluation_line, plan
+from peerscale.plan import Plan, Verdict, as_asked, beyond_law, evaluation_line, plan
 from peerscale.runs.record import NOT_HASHED, Record, Status, differences, read_record, set_aside
 from peerscale.runs.speed import estimate_s, measured_speeds
 from peerscale.sweep_config import GridRow, SweepConfig, load_sweep
@@ -179,6 +179,19 @@ def evaluation_lines(cells: Sequence[Cell], *, short_only: bool = False) -> list
     kept = [cell for cell in cells if cell.plan.verdict is Verdict.OK]
     shown = [cell for cell in kept if not (short_only and as_asked(cell.config, cell.plan))]
     return list(dict.fromkeys(evaluation_line(cell.config, cell.plan) for cell in shown))
+
+
+def rate_lines(cells: Sequence[Cell]) -> list[str]:
+    """Which of the cells that are not dropped have a learning rate from beyond the runs that its law was fitted to."""
+    beyond = [beyond_law(cell.config, cell.plan.tokens) for cell in cells if cell.plan.verdict is Verdict.OK]
+    parts = []
+    for name in dict.fromkeys(name for places in beyond for name in places):
+        values = [places[name][0] for places in beyond if name in places]
+        low, high = next(places[name][1] for places in beyond if name in places)
+        between = f"{min(values):.3g}" if len({*values}) == 1 else f"{min(values):.3g} to {max(values):.3g}"
+        parts.append(f"{name} {between} (fitted: {low:.3g} to {high:.3g})")
+    n = sum(map(bool, beyond))
+    return [f"learning rate: {n} of {len(beyond)} cells lie beyond the runs of its law: {'; '.join(parts)}"] * (n > 0)
 
 
 def _cell(sweep: str, config: Config, axes: Mapping[str, Any]) -> Cell:

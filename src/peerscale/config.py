@@ -115,16 +115,41 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class RateLawConfig:
+    """How the best learning rate changes, as `analysis/fit.py rates` finds it.
+
+    lr x (width / d_model)^-width_exponent x (tokens of training / tokens)^-tokens_exponent
+    x (batch / batch_sequences)^batch_exponent
+    """
+
+    d_model: Rate
+    tokens: Rate
+    batch_sequences: Rate
+    """The reference, where the best rate is `optim.lr`."""
+    width_exponent: float
+    tokens_exponent: float
+    batch_exponent: float
+    fitted_d_model: tuple[Rate, Rate]
+    """Lowest and highest of the runs that the law was fitted to; the plan names cells beyond them."""
+    fitted_tokens: tuple[Rate, Rate]
+    fitted_batch_sequences: tuple[Rate, Rate]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class OptimConfig:
-    """AdamW and its schedule. Rates are those of d_model 32; `lr_rule` carries them to other widths."""
+    """AdamW and its schedule."""
 
     name: Literal["adamw", "row_sparse_adamw"] = "adamw"
     """`row_sparse_adamw` updates only the table rows that were retrieved: no cost grows with the number of experts."""
     lr: Rate
+    """Peak rate where `lr_rule` multiplies it by one: at d_model 32, or at the reference of `lr_law`."""
     table_lr: Rate | None = None
-    """Rate of the expert tables and PKM values; null: the layer has none."""
-    lr_rule: Literal["constant", "inverse_sqrt_width"] = "inverse_sqrt_width"
-    """`inverse_sqrt_width`: lr x sqrt(32 / d_model). Table rates do not scale."""
+    """Rate of the expert tables and PKM values, the same for all sizes; null: the layer has none."""
+    lr_rule: Literal["constant", "inverse_sqrt_width", "law"] = "inverse_sqrt_width"
+    """`inverse_sqrt_width`: lr x sqrt(32 / d_model); `law`: by `lr_law`."""
+    lr_law: RateLawConfig | None = None
+    lr_factor: Rate = 1.0
+    """Multiplies the peak rate, but not the tables': the axis of a study that brackets its rates."""
     schedule: Literal["cosine"] = "cosine"
     warmup_fraction: Fraction = 0.1
     final_lr_fraction: Fraction = 0.1
@@ -134,6 +159,10 @@ class OptimConfig:
     eps: Rate = 1e-8
     grad_clip: Rate = 1.0
     """Bound on the global gradient norm of all but the expert tables."""
+
+    def __post_init__(self) -> None:
+        if self.lr_rule == "law" and self.lr_law is None:
+            raise ValueError("lr_rule law needs optim.lr_law, the law that analysis/fit.py rates fits")
 
 
 RENAMED_KERNELS = {"fused": "cpp", "native": "torch"}

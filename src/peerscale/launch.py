@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from peerscale.cells import Cell, diverged_lines, evaluation_lines, pending_cells, planned_cells
+from peerscale.cells import Cell, diverged_lines, evaluation_lines, pending_cells, planned_cells, rate_lines
 from peerscale.data.prepare import prepare
 from peerscale.data.store import read_manifest
 from peerscale.errors import ArgumentParser, FailedCells, UserError, exit_code
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     published = f" ({len(elsewhere)} of them published)" if elsewhere else ""
     counts = f"{done} done{published}, {dropped} dropped, {len(pending)} to run"
     print(f"{name}: {len(cells)} cells, {counts}", file=sys.stderr)
-    notices = [f"notice: {line}" for line in evaluation_lines(cells, short_only=True)]
+    notices = [f"notice: {line}" for line in [*evaluation_lines(cells, short_only=True), *rate_lines(cells)]]
     print(*(f"{line}\n" for line in notices + diverged), sep="", end="", file=sys.stderr)
     if pending and submit:
         submit(pending)

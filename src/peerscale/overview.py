@@ -17,7 +17,7 @@ from statistics import mean, stdev
 
 from peerscale.accounting import CONVENTION
 from peerscale.cell_names import budget_name
-from peerscale.cells import Cell, count_cells, evaluation_lines, planned_cells, short_methods
+from peerscale.cells import Cell, count_cells, evaluation_lines, planned_cells, rate_lines, short_methods
 from peerscale.composition import study_files
 from peerscale.data import text
 from peerscale.data.store import read_manifest
@@ -79,7 +79,7 @@ def print_plan(sweep: str, overrides: Sequence[str], workers: int, results: Path
         print(f"{command} PUBLISHED=1: {_to_run(not_done, workers)}, as {published_ones} are published")
     if any(cell.estimate_is_guess for cell in not_done_here):
         print("time? is a guess by the published runs: no finished cell of that method on this machine yet")
-    print(*evaluation_lines(cells), sep="\n", end="\n" if kept else "")
+    print(*evaluation_lines(cells), *rate_lines(cells), sep="\n", end="\n" if kept else "")
     if any(cell.plan.epochs is None for cell in cells):
         print("the corpus is not prepared and its tokens not known: cells may still be dropped, and sets be skipped")
     _print_notices(found)

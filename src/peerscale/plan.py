@@ -3,7 +3,7 @@
 import decimal
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -90,7 +90,7 @@ def plan(config: Config, *, set_tokens: Mapping[str, int] | None = None) -> Plan
         tokens=tokens,
         epochs=epochs,
         warmup_steps=warmup_steps,
-        lr=LR_RULES[config.optim.lr_rule](config.optim.lr, config.size.d_model),
+        lr=config.optim.lr * config.optim.lr_factor * lr_scale(config, tokens),
         table_lr=config.optim.table_lr,
         evaluation=evaluated_tokens(config, set_tokens),
         skipped=_skipped(config, set_tokens),
@@ -137,18 +137,30 @@ def schedule(config: Config, plan: Plan, step: int) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def _constant(lr: float, d_model: int) -> float:
-    return lr
+def lr_scale(config: Config, tokens: int) -> float:
+    """What `optim.lr_rule` multiplies the peak rate by in a cell of so many training tokens."""
+    law = config.optim.lr_law
+    match config.optim.lr_rule:
+        case "inverse_sqrt_width":
+            return math.sqrt(REFERENCE_WIDTH / config.size.d_model)
+        case "law" if law is not None:
+            by_width = (config.size.d_model / law.d_model) ** -law.width_exponent
+            by_tokens = (max(tokens, 1) / law.tokens) ** -law.tokens_exponent
+            return by_width * by_tokens * (config.batch_sequences / law.batch_sequences) ** law.batch_exponent
+    return 1.0
 
 
-def _inverse_sqrt_width(lr: float, d_model: int) -> float:
-    return lr * math.sqrt(REFERENCE_WIDTH / d_model)
-
-
-LR_RULES: dict[str, Callable[[float, int], float]] = {
-    "constant": _constant,
-    "inverse_sqrt_width": _inverse_sqrt_width,
-}
+def beyond_law(config: Config, tokens: int) -> dict[str, tuple[float, tuple[float, float]]]:
+    """Where a cell lies outside the runs that its `lr_law` was fitted to: its value, and the range of the runs."""
+    law = config.optim.lr_law
+    if config.optim.lr_rule != "law" or law is None:
+        return {}
+    places = {
+        "d_model": (config.size.d_model, law.fitted_d_model),
+        "tokens": (tokens, law.fitted_tokens),
+        "batch_sequences": (config.batch_sequences, law.fitted_batch_sequences),
+    }
+    return {name: place for name, place in places.items() if not place[1][0] <= place[0] <= place[1][1]}
 
 
 def _batches(config: Config, n_tokens: int) -> int:

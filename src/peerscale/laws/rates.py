@@ -305,7 +305,9 @@ def _laws(
             m=float(np.exp(log_m)), **{key: value for key, (value, _) in exponents.items()},
             **{f"{variable}_0": value for variable, value in reference.items()},
         )  # fmt: skip
-        intervals[name] = {"m": (float(np.exp(low)), float(np.exp(high)))} | {key: ci for key, (_, ci) in exponents.items()}
+        intervals[name] = {"m": (float(np.exp(low)), float(np.exp(high)))} | {
+            key: ci for key, (_, ci) in exponents.items()
+        }
     return laws, intervals
 
 

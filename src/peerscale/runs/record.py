@@ -35,7 +35,10 @@ NOT_HASHED = (
 )  # fmt: skip
 """Keys of the configuration that say how and where a cell runs and what is kept of it, not what its result is."""
 
-NAMES = ("ffn.class", "ffn.variant", "ffn.params_of.variant", "data.source", "data.max_documents", "optim.lr_rule")
+NAMES = (
+    "ffn.class", "ffn.variant", "ffn.params_of.variant", "data.source", "data.max_documents",
+    "optim.lr_rule", "optim.lr_law", "optim.lr_factor",
+)  # fmt: skip
 """Keys that are not hashed, since what they stand for is: the layer's settings, the corpus's tokens, the rates."""
 
 ADDED_LATER: dict[str, Any] = {"routing_group_sequences": None}
