@@ -365,3 +365,15 @@ def test_a_cell_is_the_same_whichever_rule_gave_its_rate() -> None:
     constant = load(["size=d32", "optim.lr=0.02", "optim.lr_rule=constant", "optim.lr_factor=0.5"])
     first, second = (hashed_config(config, plan(config), "corpus") for config in (by_width, constant))
     assert first == second
+
+
+def test_what_cannot_be_shared_is_dropped_with_its_reason() -> None:
+    three = plan(load(["ffn=dense", "trainer.devices=3"]))
+    assert three.verdict is Verdict.DROP
+    assert three.reason == "16 sequences cannot be shared by trainer.devices 3; allowed: 1, 2, 4, 8, 16"
+    split = plan(load(["ffn=moe", "ffn.n_experts=4", "trainer.devices=4", "routing_group_sequences=8"]))
+    assert split.reason == "routing_group_sequences 8 does not divide the 4 sequences of a device"
+    odd = plan(load(["ffn=peer", "routing_group_sequences=6"]))
+    assert odd.reason == "routing_group_sequences 6 does not divide batch_sequences 16"
+    few = plan(load(["ffn=moe", "ffn.n_experts=16", "routing_group_sequences=8"]))
+    assert few.reason == ("expert choice needs a whole capacity in 1..8: 8 sequences x 1 / 16 experts = 0.5")

@@ -52,7 +52,7 @@ def wait(condition: Callable[[], object], seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, ask("squeue", "--array")
-        time.sleep(0.2)
+        time.sleep(0.1)
 
 
 def record(cell: Cell) -> Record:
@@ -68,7 +68,7 @@ def rows(cell: Cell) -> list[dict]:
 def test_a_sweep_is_submitted_once_and_survives_preemption(
     slurm: None, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    study = trainable_study(tmp_path, steps=3000)  # seconds, so that no cell ends before it is disturbed
+    study = trainable_study(tmp_path, steps=1200)  # seconds, so that no cell ends before it is disturbed
     short, preempted, dropped, warned = planned_cells(study)
     assert dropped.plan.verdict == "DROP"
     folder = tmp_path / "runs" / "toy" / "study" / "slurm"

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from peerscale.runs.record import Record, Status, read_record
 from peerscale.runs.table import read_metrics, read_runs
 from peerscale.sweep_config import load_sweep
 from peerscale.train import run_cell
-from programs import call, call_as_process
+from programs import call
 from toy_study import record_of
 
 LAYERS = sorted(path.stem for path in (ROOT / "conf" / "ffn").glob("*.yaml"))
@@ -90,10 +91,9 @@ def final_weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("layer", LAYERS)
 def test_every_layer_trains_and_learns(layer: str, settings: list[str]) -> None:
     overrides = [*settings, f"ffn={layer}", "tracking=disabled"]
-    _, short = train([*overrides, budget(overrides, 4)])
     status, record = train([*overrides, budget(overrides, 60)])
     assert status is Status.DONE
-    assert record.evaluation["validation"]["loss"] < short.evaluation["validation"]["loss"] - 0.5
+    assert record.evaluation["validation"]["loss"] < math.log(300) - 1, "that of one guess in 300 tokens is ln 300"
     assert ("unevenness" in record.router) == (layer not in ("dense", "wide_dense"))
 
 
@@ -294,7 +294,7 @@ def test_a_sweep_evaluates_on_what_a_new_corpus_has_and_says_so_once(study: Path
 @pytest.mark.parametrize("launcher", ["", " --launcher joblib --jobs 2"])
 def test_a_sweep_goes_on_after_failures_and_skips_what_is_done(launcher: str, study: Path, tmp_path: Path) -> None:
     sweep = f"launch {study}{launcher}"
-    first = call_as_process(sweep) if launcher else call(sweep)
+    first = call(sweep)
     assert first.code == 3, first.err
     assert "4 cells, 0 done, 2 dropped, 2 to run" in first.err
     assert "error: 1 of 4 cells failed: peer-d8-l2-" in first.err

@@ -403,3 +403,29 @@ def test_peer_law_reports_the_losers(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert run("predict", out, *arguments) == 0
     expected = loss[(n == 5e7) & (d == 2e9) & (x == 16384)][0]
     assert f"{expected:.3f}" in capsys.readouterr().out
+
+
+def test_rates_of_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"layer": layer, "d": d, "D": tokens, "lr": best * factor, "L": 4 + 0.05 * np.log(factor) ** 2}
+        for layer, m in (("dense", 0.004), ("peer", 0.006))
+        for d, tokens in ((32, 2e6), (64, 2e6), (64, 1e7), (96, 1e7))
+        for best in [m * (d / 64) ** -0.5 * (tokens / 1e7) ** -0.3]
+        for factor in (0.5, 1.0, 2.0)
+    ]
+    path, out = tmp_path / "rates.csv", tmp_path / "fit.json"
+    pd.DataFrame(rows).to_csv(path, index=False)
+    columns = ("--lr", "lr", "--loss", "L", "--width", "d", "--tokens", "D", "--by", "layer", "--out", out)
+    assert run("rates", path, *columns, "--hold-out", "d == 96") == 0
+    printed = capsys.readouterr().out
+    assert "18 runs on 6 curves" in printed and "one set of exponents for all: F" in printed
+    assert "held out dense 96 1e+07: best 0.00327, predicted 0.00327, costs" in printed
+    stored = json.loads(out.read_text())
+    assert stored["groups"]["peer"]["a"] == pytest.approx(0.5) and stored["groups"]["peer"]["b"] == pytest.approx(0.3)
+    assert stored["source"]["hold_out"] == "d == 96" and stored["held_out_cost"] == pytest.approx(0, abs=1e-9)
+    assert run("predict", out, "--width", 96, "--tokens", "1e7") == 0
+    assert "peer\n  best lr  0.00489898" in capsys.readouterr().out
+    assert run("rates", path, *columns, "--hold-out", "d == 5") == 2
+    assert "--hold-out 'd == 5' holds out none of the 24 rows" in capsys.readouterr().err
+    assert run("rates", path, *columns, "--hold-out", "d") == 2
+    assert "--hold-out 'd' is not a condition on rows" in capsys.readouterr().err
