@@ -307,9 +307,7 @@ def fit_learning_rates(arguments: argparse.Namespace) -> None:
     if test := fit.equal_exponents:
         lines.append(f"  one set of exponents for all: F{test['df']} = {test['f']:.2f}, p = {test['p']:.2g}")
     for one in fit.held_out if held is not None else ():
-        lines.append(
-            f"  held out {one.curve}: best {one.best:.3g}, predicted {one.predicted:.3g}, costs {one.cost:.2g}"
-        )
+        lines.append(f"  held out {one.name}: best {one.best:.3g}, predicted {one.predicted:.3g}, costs {one.cost:.2g}")
     if fit.held_out:
         off = math.exp(fit.held_out_error)
         lines.append(

@@ -77,6 +77,8 @@ class SweepConfig:
     """Sizes that every method needs at every budget: a parabola wants five points."""
     claims: ClaimsConfig | None = None
     """What the study claims, if anything."""
+    held_out: list[str] = Field(default_factory=list)
+    """Sizes that a law of learning rates is judged by, and not fitted to."""
 
     def __post_init__(self) -> None:
         methods, grid = set(self.methods), {row.budget for row in self.grid}
@@ -87,6 +89,8 @@ class SweepConfig:
                 raise ValueError(
                     f"grid names {unknown[0]} at {row.budget:g}, but the methods are {', '.join(self.methods)}"
                 )
+        if unknown := sorted({*self.held_out} - {size for row in self.grid for size in row.sizes}):
+            raise ValueError(f"held_out names {unknown[0]}, a size that the grid does not have")
         claims = self.claims
         for where, named in (("budgets", self.budgets), ("claims.budgets", claims.budgets if claims else None)):
             if absent := sorted(set(named or ()) - grid):

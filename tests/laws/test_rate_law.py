@@ -97,7 +97,7 @@ def test_the_held_out_size_is_judged_by_what_its_rate_costs() -> None:
     table.loc[table["d"] == 80, "lr"] *= 2  # whose best rate then is twice the law's
     fit = fit_rates(table, **COLUMNS, hold_out=table["d"] == 80, reach=100)
     assert fit.laws["dense"].a == pytest.approx(0.4), "not fitted to them"
-    assert {one.curve for one in fit.held_out} == {"dense 80 1e+07 16", "peer 80 1e+07 16"}
+    assert {one.name for one in fit.held_out} == {"dense 80 1e+07 16", "peer 80 1e+07 16"}
     assert fit.held_out_error == pytest.approx(math.log(2))
     assert fit.held_out_cost == pytest.approx(0.06 * math.log(2) ** 2)
 

@@ -54,17 +54,25 @@ class RateLaw:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HeldOutRate:
-    """A curve that the law was not fitted to."""
+class CurveOptimum:
+    """The minimum of one curve, two rates of which are enough where others give the curvature."""
 
-    curve: str
+    at: Mapping[str, Any]
+    """Its method, width, tokens, batch and what else tells it from others, by column."""
     n: int
     """Runs on it."""
     best: float
-    """Its own best rate, from its parabola with the law's curvature."""
+    """Its own best rate."""
+    lowest: float
+    """The loss there."""
     predicted: float
+    """The best rate by the law."""
     cost: float
-    """Loss at the predicted rate less the lowest of its parabola, nats per token."""
+    """Loss at the predicted rate less the lowest."""
+
+    @property
+    def name(self) -> str:
+        return " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in self.at.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +100,12 @@ class RateFit:
     df: int
     fitted: Mapping[str, tuple[float, float]]
     """Lowest and highest width, tokens and batch among the runs: the law is untried elsewhere."""
-    held_out: tuple[HeldOutRate, ...]
-    """Curves of `hold_out`; else each in turn, predicted from the curves of other models."""
+    curves: tuple[CurveOptimum, ...]
+    """Those that were fitted, and have two rates."""
+    hold_out_given: bool
+    """Whether runs were set aside to judge the law by."""
+    held_out: tuple[CurveOptimum, ...]
+    """Curves of those; else each in turn, predicted from the curves of other models."""
     warnings: tuple[str, ...]
 
     @property
@@ -226,6 +238,8 @@ def fit_rates(
     names = list(dict.fromkeys(methods))
     told = _Told(dict(zip(variables, values, strict=True)))
     rows = _runs(table, rates, losses, methods, told, [*variables.values()], curve, reach)
+    told_apart = [*([by] if by else []), *variables.values(), *curve]
+    places = [dict(zip(told_apart, row, strict=True)) for row in table[told_apart].itertuples(index=False)]
     held = np.zeros(len(table), bool) if hold_out is None else hold_out.to_numpy(bool)
     fitted = rows.of(rows.near & ~held)
     if not any(len(np.unique(fitted.x[fitted.curve == one])) >= MIN_RATES for one in np.unique(fitted.curve)):
@@ -249,7 +263,8 @@ def fit_rates(
         own=_laws(own, names, told.reference, own=True)[0] if own else None, equal_exponents=_f_test(shared, own),
         curvature=shared.k, curvature_se=math.sqrt(shared.covariance[0, 0]), df=shared.df,
         scatter=math.sqrt(shared.rss / shared.df) if shared.df else math.nan, fitted=told.range(rows.near & ~held),
-        held_out=tuple(one for out in split for one in _held_out(rows, out, len(names))), warnings=tuple(said),
+        hold_out_given=bool(held.any()), curves=_optima(rows, ~held, shared, len(names), places), warnings=tuple(said),
+        held_out=tuple(one for out in split for one in _held_out(rows, out, len(names), places)),
     )  # fmt: skip
 
 
@@ -281,7 +296,8 @@ def _runs(
         of_curve = np.flatnonzero(curves == name)
         lowest = of_curve[losses[of_curve].argmin()]
         near[of_curve] = np.abs(x[of_curve] - x[lowest]) <= math.log(reach)
-        at_edge[lowest] = x[lowest] in (x[of_curve].min(), x[of_curve].max())
+        several = len(np.unique(x[of_curve])) >= MIN_RATES
+        at_edge[lowest] = several and x[lowest] in (x[of_curve].min(), x[of_curve].max())
     reference = told.reference
     z = [SIGNS[name] * np.log(values / reference[name]) for name, values in told.items()]
     return _Runs(
@@ -319,23 +335,28 @@ def _f_test(shared: _Regression, own: _Regression | None) -> dict[str, Any] | No
     return {"f": f, "df": (constraints, own.df), "p": float(fisher.sf(f, constraints, own.df))}
 
 
-def _held_out(runs: _Runs, held: Array, n_methods: int) -> list[HeldOutRate]:
-    """The curves among `held` (n,) with two rates or more, predicted from the other runs; none if these can't."""
-    places = runs.places(n_methods, own=False)
-    law = _Regression.of(runs.of(runs.near & ~held), places[runs.near & ~held])
-    if not (law.determined and law.k > 0):
-        return []
-    found = []
-    for curve in dict.fromkeys(runs.curve[held]):
+def _held_out(runs: _Runs, held: Array, n_methods: int, places: Sequence[dict[str, Any]]) -> tuple[CurveOptimum, ...]:
+    """The optima of the curves among `held` (n,), predicted from the other runs; none if these do not determine it."""
+    rest = runs.of(runs.near & ~held)
+    law = _Regression.of(rest, rest.places(n_methods, own=False))
+    return _optima(runs, held, law, n_methods, places) if law.determined and law.k > 0 else ()
+
+
+def _optima(
+    runs: _Runs, which: Array, law: _Regression, n_methods: int, places: Sequence[dict[str, Any]]
+) -> tuple[CurveOptimum, ...]:
+    """The minima of the curves among `which` (n,) that have two rates or more, with the curvature of the law."""
+    centres, found = runs.places(n_methods, own=False) @ law.products / law.k, []
+    for curve in dict.fromkeys(runs.curve[which]):
         rows = np.flatnonzero(runs.near & (runs.curve == curve))
-        if len(rows) < 2:
+        if len(np.unique(runs.x[rows])) < 2:
             continue
-        slope = np.polyfit(runs.x[rows], runs.loss[rows] - law.k * runs.x[rows] ** 2, 1)[0]
-        best, predicted = -slope / (2 * law.k), float(places[rows[0]] @ law.products) / law.k
+        slope, level = np.polyfit(runs.x[rows], runs.loss[rows] - law.k * runs.x[rows] ** 2, 1)
+        best, predicted = -slope / (2 * law.k), float(centres[rows[0]])
         found.append(
-            HeldOutRate(
-                curve=str(curve), n=len(rows), best=float(np.exp(best)), predicted=float(np.exp(predicted)),
-                cost=law.k * (predicted - best) ** 2,
+            CurveOptimum(
+                at=places[rows[0]], n=len(rows), best=float(np.exp(best)), predicted=float(np.exp(predicted)),
+                lowest=float(level - law.k * best**2), cost=float(law.k * (predicted - best) ** 2),
             )
         )  # fmt: skip
-    return found
+    return tuple(found)

@@ -75,7 +75,7 @@ def write_fits(study: Study, runs: pd.DataFrame, curves: pd.DataFrame, records: 
         settings = None
     windows = {row.budget: settings.window(row.budget) for row in settings.grid} if settings else {}
     compared = compare(runs, records, windows=windows, claims=settings.claims if settings else None)
-    fits = fit_study(runs, curves, compared)
+    fits = fit_study(runs, curves, compared, settings.held_out if settings else ())
     fits["answer"] = answer(fits)
     write_text(study.runs, runs.to_csv(index=False))
     write_json(study.fits, fits)

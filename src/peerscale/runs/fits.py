@@ -1,6 +1,6 @@
 """All that is computed from a study's tables, once, for its `fits.json`."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -11,7 +11,7 @@ from peerscale.laws.fitting import to_plain
 from peerscale.laws.isoflop import MIN_BUDGETS
 from peerscale.laws.parametric import Surface
 from peerscale.runs.conventions import multipliers_by_convention
-from peerscale.runs.rates import fit_rates
+from peerscale.runs.rates import fit_law, fit_rates
 from peerscale.runs.study import method_names, usable
 
 RESAMPLES = 1000
@@ -25,6 +25,7 @@ def fit_study(
     runs: pd.DataFrame,
     curves: pd.DataFrame,
     compared: Mapping[str, Any],
+    held_out: Collection[str] = (),
 ) -> dict[str, Any]:
     """Statistics and laws of a study in plain values for JSON.
 
@@ -32,6 +33,7 @@ def fit_study(
         runs: the study's table.
         curves: its training curves; cell, flops and loss of logged steps.
         compared: what `comparison.compare` found in them.
+        held_out: names of the sizes that a law of learning rates is not fitted to.
 
     Returns:
         `compared`, and further
@@ -39,13 +41,13 @@ def fit_study(
         the curves and, from three budgets on, `<method>/parametric` the loss surface over tokens D and N = FLOPs per
         token / 6, with which C = 6 N D is exact. A method's three exponents are of one and the same size.
         `conventions`: multipliers under other conventions of counting FLOPs.
-        `rates`: the best learning rates, of a study that varies them.
+        `rates`: the best learning rates, of a study that varies them, and their `law` (None: too few of them).
     """
     return {
         **compared,
         "laws": compared["laws"] | _laws(runs, curves),
         "conventions": to_plain(multipliers_by_convention(runs, compared["budgets"])),
-        "rates": to_plain(fit_rates(runs)),
+        "rates": to_plain({**fit_rates(runs), "law": fit_law(runs, held_out)}),
     }
 
 

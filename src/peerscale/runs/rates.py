@@ -1,13 +1,15 @@
-"""Learning rates: what a study of them tried, and the best rate of each method by a parabola in ln rate."""
+"""Learning rates: what a study of them tried, the best rate of each method by a parabola in ln rate, and their law."""
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from peerscale.errors import UserError
+from peerscale.laws import fit_rates as fit_rate_law
 from peerscale.laws.optima import OptimaFit
-from peerscale.runs.study import axes_of, method_names, usable
+from peerscale.runs.study import axes_of, method_names, same_variant, usable
 
 RATES = ["lr", "table_lr"]
 
@@ -76,13 +78,45 @@ def fit_rates(runs: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
                 "rate_interval": found.x_interval, "loss": found.loss, "se": fit.estimate(found.weights).se,
                 "best_tried": {"rate": cells.loc[row, "lr"], "loss": mean[row]},
             })  # fmt: skip
-            reference = optima.get(f"{size} dense")
-            if name != "dense" and reference and found.status.has_number and reference.status.has_number:
+            names = [other.partition(" ")[2] for other in optima if other.startswith(f"{size} ")]
+            dense = same_variant("dense", name, names)
+            reference = optima.get(f"{size} {dense}")
+            if not name.startswith("dense") and reference and found.status.has_number and reference.status.has_number:
                 estimate = fit.estimate(found.weights - reference.weights)
                 low, high = estimate.interval
                 differences.append({
-                    "budget": budget, "size": size, "method": name, "reference": "dense", "value": estimate.value,
+                    "budget": budget, "size": size, "method": name, "reference": dense, "value": estimate.value,
                     "se": estimate.se, "df": estimate.df, "low": low, "high": high,
                     "leaves_out": "seeds" if not fit.seeds_df else "",
                 })  # fmt: skip
     return {"best": best, "differences": differences}
+
+
+def fit_law(runs: pd.DataFrame, held_out: Collection[str] = ()) -> dict[str, Any] | None:
+    """The law of the best rate in width, tokens and, where it varies, batch; by method, with shared exponents.
+
+    Args:
+        runs: the study's table.
+        held_out: names of the sizes that the law is judged by, and not fitted to.
+
+    Returns:
+        `laws.rates.RateFit.to_dict()`; None where the study does not try rates at several widths and budgets, or the
+        runs that have finished do not determine a law.
+    """
+    cells = runs.assign(
+        name=method_names(runs, without=("optim.lr", "optim.table_lr", "batch_sequences")),
+        table_lr=runs["table_lr"].fillna(0.0),
+    )[usable(runs)]
+    tried = axes_of(cells).map(lambda axes: "optim.lr" in axes)
+    fitted = cells[~cells["size"].isin(held_out)]
+    if not tried.any() or min(fitted["d_model"].nunique(), fitted["budget"].nunique()) < 2:
+        return None
+    batch = "batch_sequences" if fitted["batch_sequences"].nunique() > 1 else None
+    out = cells["size"].isin(held_out) if held_out else None
+    try:
+        return fit_rate_law(
+            cells, loss="val_loss", width="d_model", tokens="tokens", batch=batch, by="name",
+            curve=("budget", "table_lr", "seed"), hold_out=out,
+        ).to_dict()  # fmt: skip
+    except UserError:
+        return None

@@ -15,6 +15,7 @@ from peerscale.viz.differences import differences_figure
 from peerscale.viz.frontier import frontier_figure
 from peerscale.viz.isoflop import isoflop_figure
 from peerscale.viz.published import read_published
+from peerscale.viz.rate_law import rate_law_figure
 from peerscale.viz.rates import rates_figure
 from peerscale.viz.study_table import compares_curves
 
@@ -47,7 +48,8 @@ def study_figures(study: Study, runs: pd.DataFrame, x: str = DEFAULT_X) -> Itera
         if drawn := frontier_figure(fits, note=note):
             yield "frontier", drawn
     if settings & set(RATES):  # the cells at one setting are then no seeds of each other
-        yield "rates", rates_figure(runs, note=note)
+        law = read_fits(study.fits)["rates"].get("law")
+        yield "rates", rate_law_figure(runs, law, note=note) if law else rates_figure(runs, note=note)
         return
     if "n_experts" in settings:
         yield "experts", experts_figure(runs, published, note=note)

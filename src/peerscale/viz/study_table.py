@@ -29,6 +29,7 @@ from peerscale.viz.paper_tables import (
     perplexity_rows,
 )
 from peerscale.viz.published import read_published
+from peerscale.viz.rate_law import rate_law_sections
 from peerscale.viz.rates import edges
 from peerscale.viz.style import in_words, label, listed, ordered, size_label
 
@@ -49,7 +50,9 @@ def study_table(sweep: str, runs: pd.DataFrame, fits: Fits) -> str:
         lines += at_the_optimum(runs, fits, published)
     elif rated:
         about = f"Losses in nats per token on the {listed(runs['val_set'])} set. Rates are for the reference width."
-        title, lines = "learning rates", [about, "", *best_rates(fits), *rates(runs)]
+        law = fits["rates"].get("law")
+        told = rate_law_sections(runs, law) if law else [*best_rates(fits), *rates(runs)]
+        title, lines = "learning rates", ["" if law else f"{about}\n", *told]
     else:
         title, lines = "settings at one size", settings_lines(runs, fits)
     if settings & {"n_experts", "query_norm"} and not rated:

@@ -1,0 +1,86 @@
+"""The figure and tables of the law of learning rates, of a made-up study whose law is known."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from peerscale.laws.fitting import to_plain
+from peerscale.runs.rates import fit_law
+from peerscale.viz.rate_law import rate_law_figure, rate_law_sections
+from toy_study import axes_text
+
+BEST = {"dense": 0.005, "peer": 0.007}
+"""At d_model 64, 1e7 tokens, 16 sequences."""
+LOWEST = {8: 4.30, 16: 4.25, 32: 4.28}
+
+
+def study() -> pd.DataFrame:
+    """Two widths and budgets, a third width held out, two further batches at one corner, and rates of tables."""
+    rows = []
+
+    def row(
+        method: str, budget: float, width: int, batch: int, seed: int, lr: float, table_lr: float, more: float
+    ) -> None:
+        best = BEST[method] * (width / 64) ** -0.5 * (budget / 1e13 * 64 / width) ** -0.3 * (batch / 16) ** 0.5
+        rate = lr * (32 / width) ** 0.5
+        settings = f"batch_sequences={batch}-lr={lr:g}" + f"-table_lr={table_lr:g}" * (table_lr > 0)
+        rows.append({
+            "cell": f"{method}-d{width}-{budget:g}-{settings}-s{seed}", "axes": axes_text(settings), "variant": "",
+            "method": method, "size": f"d{width}", "d_model": width, "budget": budget, "seed": seed, "status": "done",
+            "tokens": 1e7 * budget / 1e13 * 64 / width, "batch_sequences": batch, "lr": rate,
+            "table_lr": table_lr or None, "val_set": "tuning",
+            "val_loss": LOWEST[batch] + more + 0.06 * math.log(rate / best) ** 2,
+        })  # fmt: skip
+
+    for method in BEST:
+        table = 0.02 if method == "peer" else 0.0
+        for budget, width in ((3e12, 32), (3e12, 64), (1e13, 32), (1e13, 64), (1e13, 80)):
+            for lr in 0.01 * 1.6 ** np.arange(-2, 3):
+                row(method, budget, width, 16, 100, round(lr, 5), table, 0.0)
+        for batch, seed in ((8, 100), (8, 101), (32, 100), (32, 101)):
+            for lr in (0.006, 0.012):
+                row(method, 1e13, 64, batch, seed, lr, table, 0.02 * (seed == 101))
+    for table in (0.006, 0.06):
+        row("peer", 1e13, 64, 16, 100, 0.01, table, table)
+    return pd.DataFrame(rows)
+
+
+def test_tables_tell_the_law_the_batches_and_the_rates_of_tables() -> None:
+    runs = study()
+    law = to_plain(fit_law(runs, ["d80"]))
+    text = "\n".join(rate_law_sections(runs, law))
+    assert "lowest + 0.060 (ln rate − ln best rate)²" in text and "Equal exponents: p = " in text
+    assert "On 2 curves that it was not fitted to its rates are off by a factor of 1.00" in text
+    assert "| a (width) | 0.50 [0.50, 0.50] | 0.50 | 0.50 |" in text
+    assert "| c (batch) | 0.50 [0.50, 0.50] | 0.50 | 0.50 |" in text
+    assert "| budget | width | method | batch 8 | batch 16 | batch 32 |" in text
+    assert "| 1e13 | 64 | PEER | 4.3100 (2) | 4.2500 (1) | 4.2900 (2) |" in text
+    assert "| budget | width | method | 0.006 | 0.02 | 0.06 |" in text and text.count("| 1e13 | 64 | PEER | 4.2") >= 1
+    assert text.count("(held out)") == 2 and text.count("| 3e12 | 32 | dense | 16 | 100 | 5 |") == 1
+
+
+def test_the_figure_has_a_panel_a_corner_with_the_rates_of_the_law() -> None:
+    runs = study()
+    figure = rate_law_figure(runs, to_plain(fit_law(runs, ["d80"])))
+    titles = [axes.get_title() for axes in figure.axes]
+    assert [title.split(", ")[1] for title in titles] == [
+        "d_model 32", "d_model 64", "d_model 32", "d_model 64", "d_model 80 (held out)"
+    ]  # fmt: skip
+    corners = [(3e12, 32), (3e12, 64), (1e13, 32), (1e13, 64), (1e13, 80)]
+    for axes, (budget, width) in zip(figure.axes, corners, strict=True):
+        lines = {str(line.get_label()): line for line in axes.lines}
+        for method in BEST:
+            assert len(lines[method].get_xdata()) == 5, "neither other batches nor other table rates"
+            best = BEST[method] * (width / 64) ** -0.5 * (budget / 1e13 * 64 / width) ** -0.3
+            ((x, y),) = lines[f"_law {method}"].get_xydata()
+            assert (x, y) == pytest.approx((best, 4.25), rel=1e-6)
+            assert (lines[method].get_markerfacecolor() == "white") == (width == 80)
+
+
+def test_a_study_of_one_budget_or_of_no_rates_has_no_law() -> None:
+    runs = study()
+    assert fit_law(runs[runs["budget"] == 1e13]) is None
+    assert fit_law(runs.assign(axes="")) is None
+    assert fit_law(runs.groupby(["method", "size", "budget"]).head(1)) is None, "one rate a curve"
