@@ -341,7 +341,8 @@ def test_schedule_is_the_cosine() -> None:
 
 
 LAW = (
-    "{d_model: 64, tokens: 1e7, batch_sequences: 16, width_exponent: 0.4, tokens_exponent: 0.3, batch_exponent: 0.5, "
+    "{reference_d_model: 64, reference_tokens: 1e7, reference_batch_sequences: 16, width_exponent: 0.4, "
+    "tokens_exponent: 0.3, batch_exponent: 0.5, "
     "fitted_d_model: [32, 64], fitted_tokens: [1e5, 1e7], fitted_batch_sequences: [8, 32]}"
 )
 

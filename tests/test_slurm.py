@@ -75,8 +75,9 @@ def test_a_sweep_is_submitted_once_and_survives_preemption(
 
     with pytest.raises(UserError, match=r"^sbatch: Batch job submission failed: Invalid partition"):
         submit_cells([short], slurm_settings(partition="nowhere"))
-    # The factor puts the long cells, guessed at a little over a second, in a class of their own.
-    command = sweep_command(study, "slurm.time_factor=400", "slurm.mem_gb=1")
+    # The factor puts the long cells in a class of their own: 2 minutes + factor x seconds / 60 are 10 between the two.
+    factor = 480 / ((short.estimate_s + min(preempted.estimate_s, warned.estimate_s)) / 2)
+    command = sweep_command(study, f"slurm.time_factor={factor:.4f}", "slurm.mem_gb=1")
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
     assert result.returncode == 0, result.stderr
     assert "toy: 0 cells queued or running in Slurm, 3 to submit" in result.stdout

@@ -55,11 +55,20 @@ def test_a_wrong_study_is_refused_in_one_line(change: dict[str, Any], message: s
         parse_sweep({**STUDY, **change})
 
 
+KEYS = "methods, grid, budgets, seeds, axes, method_axes, min_sizes, claims, held_out"
+
+
 @pytest.mark.parametrize(
     ("change", "key"),
     [
-        ({"axis": {}}, "axis; there are: methods, grid, budgets, seeds, axes, method_axes, min_sizes, claims"),
-        ({"sizes": ["d8"]}, "sizes; there are: methods, grid, budgets, seeds, axes, method_axes, min_sizes, claims"),
+        (
+            {"axis": {}},
+            "axis; there are: methods, grid, budgets, seeds, axes, method_axes, min_sizes, claims, held_out",
+        ),
+        (
+            {"sizes": ["d8"]},
+            "sizes; there are: methods, grid, budgets, seeds, axes, method_axes, min_sizes, claims, held_out",
+        ),
         (
             {"grid": [{"budget": 1e12, "sizes": ["d8"], "seed": [1]}]},
             "grid.0.seed; there are: budget, sizes, seeds, methods, axes, window",

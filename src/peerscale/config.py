@@ -118,14 +118,14 @@ class DataConfig:
 class RateLawConfig:
     """How the best learning rate changes, as `analysis/fit.py rates` finds it.
 
-    lr x (width / d_model)^-width_exponent x (tokens of training / tokens)^-tokens_exponent
-    x (batch / batch_sequences)^batch_exponent
+    lr x (d_model / reference)^-width_exponent x (tokens / reference)^-tokens_exponent
+    x (batch_sequences / reference)^batch_exponent
     """
 
-    d_model: Rate
-    tokens: Rate
-    batch_sequences: Rate
-    """The reference, where the best rate is `optim.lr`."""
+    reference_d_model: Rate
+    reference_tokens: Rate
+    reference_batch_sequences: Rate
+    """Where the best rate is `optim.lr`."""
     width_exponent: float
     tokens_exponent: float
     batch_exponent: float

@@ -144,9 +144,9 @@ def lr_scale(config: Config, tokens: int) -> float:
         case "inverse_sqrt_width":
             return math.sqrt(REFERENCE_WIDTH / config.size.d_model)
         case "law" if law is not None:
-            by_width = (config.size.d_model / law.d_model) ** -law.width_exponent
-            by_tokens = (max(tokens, 1) / law.tokens) ** -law.tokens_exponent
-            return by_width * by_tokens * (config.batch_sequences / law.batch_sequences) ** law.batch_exponent
+            by_width = (config.size.d_model / law.reference_d_model) ** -law.width_exponent
+            by_tokens = (max(tokens, 1) / law.reference_tokens) ** -law.tokens_exponent
+            return by_width * by_tokens * (config.batch_sequences / law.reference_batch_sequences) ** law.batch_exponent
     return 1.0
 
 

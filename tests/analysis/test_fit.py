@@ -291,7 +291,7 @@ def test_duplicates_are_named(table: Path, tmp_path: Path, capsys: pytest.Captur
 def test_the_commands_of_the_help_text_can_be_typed() -> None:
     text = (fit.__doc__ or "").replace("\\\n", " ")
     commands = [line.split() for line in text.splitlines() if line.startswith("    ")]
-    assert {words[2] for words in commands} == {*fit.COMMANDS, "predict"}
+    assert {words[2] for words in commands} == {*fit.COMMANDS, "rates", "predict"}
     for python, program, *words in commands:
         assert f"{python} {program}" == fit.PROGRAM == fit.parser().prog
         fit.parser().parse_args(words)
