@@ -118,7 +118,7 @@ def by_component(counter: FlopCounterMode, config: Config) -> Iterator[tuple[str
         yield "qkv", qkv
         yield "attention_out", out
         yield "attention_scores + attention_values", modules[f"{block}.attention"] - qkv - out
-        yield "layer" if i in config.replaced_blocks else "ffn", modules[f"{block}.ffn"]
+        yield "layer" if i in config.replaced_blocks else "ffn", modules.get(f"{block}.ffn", 0)  # none of no layer
     yield "logits", modules["Global"] - sum(modules[block] for block in blocks)
 
 

@@ -20,7 +20,7 @@ from peerscale.config import (
     to_dict,
 )
 from peerscale.files import ROOT
-from peerscale.layers.dense import DenseConfig, WideDenseConfig
+from peerscale.layers.dense import DenseConfig, NoLayerConfig, WideDenseConfig
 from peerscale.layers.moe import FineGrainedMoeConfig, MoeConfig
 from peerscale.layers.product_keys import PeerConfig, PkmConfig
 
@@ -308,6 +308,7 @@ def test_a_layer_is_chosen_by_its_tag() -> None:
     assert {name: type(load([f"ffn={name}"]).ffn) for name in FFNS} == {
         "dense": DenseConfig,
         "wide_dense": WideDenseConfig,
+        "no_layer": NoLayerConfig,
         "fine_grained_moe": FineGrainedMoeConfig,
         "pkm_equal_top_k": PkmConfig,
         "moe": MoeConfig,

@@ -94,7 +94,7 @@ def test_every_layer_trains_and_learns(layer: str, settings: list[str]) -> None:
     status, record = train([*overrides, budget(overrides, 60)])
     assert status is Status.DONE
     assert record.evaluation["validation"]["loss"] < math.log(300) - 1, "that of one guess in 300 tokens is ln 300"
-    assert ("unevenness" in record.router) == (layer not in ("dense", "wide_dense"))
+    assert ("unevenness" in record.router) == (layer not in ("dense", "wide_dense", "no_layer"))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import peerscale.model
 from peerscale.config import Config, load
 from peerscale.errors import UserError
 from peerscale.files import ROOT
+from peerscale.layers.modules.dense import NoLayer
 from peerscale.model import build_model
 from peerscale.model.transformer import Attention, Transformer
 
@@ -26,6 +27,8 @@ STARTS = {
     ("moe", "d32"): ("acfe71ee4070f287", "ee0a10395198ddea"),
     ("moe_token_choice", "d16"): ("1296ddd6ffa3a2d3", "9fcfffd029deaa49"),
     ("moe_token_choice", "d32"): ("acfe71ee4070f287", "ee0a10395198ddea"),
+    ("no_layer", "d16"): ("45ec51bcf066e6ab", "4cdf021aeac39909"),
+    ("no_layer", "d32"): ("73da2f5ffbd82759", "3954967adb7f36eb"),
     ("peer", "d16"): ("c610eee6e4f2bb4d", "ef576d0793b32c5d"),
     ("peer", "d32"): ("97a9e5cf1fb4660a", "8ed89603ccd1cc76"),
     ("pkm", "d16"): ("6b46fd22b5ce81bb", "9cd91bd48edeece7"),
@@ -128,3 +131,18 @@ def test_names_of_a_layer_s_parameters_mean_nothing_to_the_backbone(
     assert all(torch.equal(linear.weight, torch.ones(8, 8)) for linear in layer.children())
     assert isinstance(attention := model.blocks[0].attention, Attention)
     assert not torch.equal(attention.qkv.weight, torch.ones(24, 8))
+
+
+def test_a_dense_layer_may_start_with_a_smaller_output() -> None:
+    outputs = []
+    for scale in (1.0, 0.25):
+        torch.manual_seed(0)
+        layer = build_model(load(["ffn=dense", "size=d16", f"ffn.initial_output_scale={scale}"])).blocks[1].ffn
+        outputs.append(layer(torch.linspace(-1, 1, 32).reshape(1, 2, 16)))
+    torch.testing.assert_close(outputs[1], outputs[0] / 4)
+
+
+def test_no_layer_adds_nothing_and_hands_back_a_gradient() -> None:
+    layer, x = NoLayer(), torch.ones(2, 3, requires_grad=True)
+    layer(x).sum().backward()
+    assert not layer(x).any() and x.grad is not None and not x.grad.any()

@@ -1,7 +1,8 @@
-"""The dense feed-forward layer, and one that is wider."""
+"""The dense feed-forward layer, one that is wider, and none at all."""
 
 from typing import Any, Literal
 
+from peerscale.config_types import Rate
 from peerscale.layers.base import FfnConfig, LayerCost, Surroundings, layer_config, module_class
 from peerscale.layers.registry import Layer
 
@@ -11,6 +12,8 @@ class DenseConfig(FfnConfig):
     """d_model -> 4 d_model -> d_model."""
 
     method: Literal["dense"] = "dense"
+    initial_output_scale: Rate = 1.0
+    """Multiplies the initial weights of the last product: sparse layers start with an output 4 to 8 times smaller."""
 
     def d_hidden(self, around: Surroundings) -> int:
         return around.d_ff
@@ -20,7 +23,7 @@ class DenseConfig(FfnConfig):
         return LayerCost(params={"ffn": weights}, forward_flops={"ffn": 2 * weights})
 
     def build(self, around: Surroundings) -> Any:
-        return module_class("dense.Dense")(around.d_model, self.d_hidden(around))
+        return module_class("dense.Dense")(around.d_model, self.d_hidden(around), self.initial_output_scale)
 
 
 @layer_config
@@ -34,3 +37,16 @@ class WideDenseConfig(DenseConfig):
     def d_hidden(self, around: Surroundings) -> int:
         """The hidden width nearest to equal parameters: off by less than d_model of them."""
         return round(sum(self.params_of.cost(around).params.values()) / (2 * around.d_model))
+
+
+@layer_config
+class NoLayerConfig(FfnConfig):
+    """No feed-forward layer in the block: the control for what any layer there is worth at equal compute."""
+
+    method: Literal["no_layer"] = "no_layer"
+
+    def cost(self, around: Surroundings) -> LayerCost:
+        return LayerCost(params={}, forward_flops={})
+
+    def build(self, around: Surroundings) -> Any:
+        return module_class("dense.NoLayer")()

@@ -17,6 +17,7 @@ from peerscale.layers.base import FfnConfig
 BUILT_IN = {
     "dense": "peerscale.layers.dense.DenseConfig",
     "wide_dense": "peerscale.layers.dense.WideDenseConfig",
+    "no_layer": "peerscale.layers.dense.NoLayerConfig",
     "moe": "peerscale.layers.moe.MoeConfig",
     "fine_grained_moe": "peerscale.layers.moe.FineGrainedMoeConfig",
     "pkm": "peerscale.layers.product_keys.PkmConfig",

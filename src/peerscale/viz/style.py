@@ -42,6 +42,7 @@ LABELS = {
     "moe_token_choice": "MoE (token choice)",
     "fine_grained_moe": "fine-grained MoE",
     "wide_dense": "wide dense",
+    "no_layer": "no layer",
     "pkm": "PKM",
     "pkm_equal_top_k": "PKM, PEER's top k",
     "peer": "PEER",
