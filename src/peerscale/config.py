@@ -176,6 +176,8 @@ class TrainerConfig:
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: Positive = 1
     """GPUs of one cell, or processes on a machine without; they share each batch, so must divide `batch_sequences`."""
+    micro_batches: Positive = 1
+    """Parts of a device's batch that are computed one after the other, for less memory; their gradients add up."""
     threads: Positive = 1
     """CPU threads of each process of a cell; parallel sweeps run fastest with one."""
     kernel: Annotated[
@@ -257,6 +259,7 @@ class Config:
             d_ff=self.size.d_ff,
             group_sequences=self.routing_group_sequences or self.batch_sequences,
             n_groups=self.n_routing_groups,
+            micro_batches=self.trainer.micro_batches,
         )
 
     @property

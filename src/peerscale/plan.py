@@ -210,11 +210,18 @@ def _indivisible(config: Config) -> str:
             f"allowed: {', '.join(allowed)}"
         )
     sequences = config.routing_group_sequences or config.batch_sequences
-    here = config.batch_sequences // config.trainer.devices
+    here, parts = config.batch_sequences // config.trainer.devices, config.trainer.micro_batches
+    if here % parts:
+        return f"the {here} sequences of a device cannot be divided into trainer.micro_batches {parts}"
     if config.batch_sequences % sequences:
         return f"routing_group_sequences {sequences} does not divide batch_sequences {config.batch_sequences}"
     if sequences < config.batch_sequences and here % sequences:
         return f"routing_group_sequences {sequences} does not divide the {here} sequences of a device"
+    if parts > 1 and config.ffn.takes_statistics and (here // parts) % sequences:
+        return (
+            f"{config.ffn.name} takes statistics over {sequences} sequences, which trainer.micro_batches {parts} "
+            f"divides; routing_group_sequences may be {here // parts} or a divisor of that"
+        )
     return ""
 
 

@@ -86,7 +86,9 @@ def trainer(save_s: float = 0.0) -> Any:
         path.write_bytes(b"state")
 
     connector = SimpleNamespace(received_sigterm=False)
-    return SimpleNamespace(global_step=0, _signal_connector=connector, save_checkpoint=save_checkpoint)
+    return SimpleNamespace(
+        accumulate_grad_batches=1, global_step=0, _signal_connector=connector, save_checkpoint=save_checkpoint
+    )
 
 
 def steps_saved(callback: TimedCheckpoint, training: Any, n_steps: int, step_s: float = 0.0) -> list[int]:

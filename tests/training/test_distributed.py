@@ -31,7 +31,7 @@ from peerscale.training import cell, distributed
 from peerscale.training import rank as rank_program
 from peerscale.training.cell import build_module, fit, train_cell
 from peerscale.training.checkpoint import TimedCheckpoint, checkpoints
-from peerscale.training.distributed import joined_ranks, local_rank, started_ranks
+from peerscale.training.distributed import joined_ranks, started_ranks
 from peerscale.training.evaluation import Evaluation, evaluate
 from test_train import budget, corpus_path, settings, train  # noqa: F401
 
@@ -50,6 +50,13 @@ CASES = {
     "peer, reference": ["ffn=peer", "ffn.query_bias=false", "trainer.kernel=reference"],
     "moe, in groups": ["ffn=moe", "ffn.n_experts=4", "routing_group_sequences=4"],
     "peer, in groups": ["ffn=peer", "ffn.query_bias=false", "routing_group_sequences=8"],
+    "peer, in micro-batches": [
+        "ffn=peer",
+        "ffn.query_bias=false",
+        "optim=row_sparse_adamw",
+        "routing_group_sequences=4",
+        "trainer.micro_batches=2",
+    ],
     "pkm, row-sparse": ["ffn=pkm", "ffn.query_bias=false", "optim=row_sparse_adamw"],
 }
 
@@ -310,50 +317,6 @@ def test_ranks_that_torchrun_started_train_one_cell(parallel: list[str], tmp_pat
     alone = tmp_path / "alone"
     _, of_one = train([*overrides, f"trainer.runs_directory={alone}", "trainer.devices=1"])
     assert record.sequence_losses == pytest.approx(of_one.sequence_losses, abs=2e-5)
-
-
-@pytest.mark.parametrize(
-    ("variables", "rank_and_count"),
-    [
-        ({}, (0, 1)),
-        ({"RANK": "2", "WORLD_SIZE": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, (2, 4)),
-        ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8"}, (3, 8)),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (0, 1)),  # a batch script, whose tasks srun would start
-        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"}, (0, 1)),
-    ],
-)
-def test_what_started_the_ranks_is_known_from_the_environment(
-    variables: dict[str, str], rank_and_count: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in [name for name in os.environ if name.startswith("SLURM")]:
-        monkeypatch.delenv(name)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert started_ranks() == rank_and_count
-
-
-def test_what_srun_says_is_what_torchrun_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = {
-        "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_NODEID": "2",
-        "SLURM_STEP_NUM_NODES": "4", "SLURM_STEP_NODELIST": "gpu[07-09,12]", "SLURM_JOB_ID": "123456",
-        "SLURM_STEP_ID": "3",
-    }  # fmt: skip
-    joined = []
-    monkeypatch.setattr(
-        "torch.distributed.init_process_group", lambda backend, timeout: joined.append(dict(os.environ))
-    )
-    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")  # so that they are put back
-        monkeypatch.delenv(name)
-    for name, value in names.items():
-        monkeypatch.setenv(name, value)
-    with joined_ranks(CPU):
-        assert (started_ranks(), local_rank()) == ((5, 8), 1)
-    (environment,) = joined
-    told = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "GROUP_RANK": "2", "GROUP_WORLD_SIZE": "4"}
-    assert told.items() <= environment.items()
-    assert environment["MASTER_ADDR"] == "gpu07" and 15_000 <= int(environment["MASTER_PORT"]) < 25_000
 
 
 @pytest.mark.parametrize(

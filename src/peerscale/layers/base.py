@@ -28,8 +28,15 @@ class Surroundings:
     """Sequences over which a layer may take statistics or choose: `routing_group_sequences`, or those of a batch."""
     n_groups: int = 1
     """How many of these groups a batch has, on all devices."""
+    micro_batches: int = 1
+    """Parts in which a batch passes through the layer, each of whole groups."""
     operators: "Operators | None" = None
     """The backend of the operators (`kernels.backends`); known once a model is built."""
+
+    @property
+    def groups_at_once(self) -> int:
+        """How many groups pass through the layer at once, on all devices."""
+        return max(1, self.n_groups // self.micro_batches)
 
 
 @plain_dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +95,11 @@ class FfnConfig:
     def unusable(self, around: Surroundings) -> str:
         """Why a cell with this layer in this model is dropped; empty if it can be trained."""
         return ""
+
+    @property
+    def takes_statistics(self) -> bool:
+        """Whether the output or loss depends on which sequences are in a group (`Surroundings.group_sequences`)."""
+        return False
 
     def routed(self) -> tuple[int, int]:
         """How many experts a router chooses among, and how many choices one token has; (0, 0) without a router."""

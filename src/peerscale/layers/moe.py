@@ -44,8 +44,8 @@ class MoeConfig(FfnConfig):
 
     def build(self, around: Surroundings) -> Any:
         if self.chooses_tokens:
-            return module_class("moe.ExpertChoiceMoe")(around.d_model, around.d_ff, self, around.n_groups)
-        return module_class("moe.TokenChoiceMoe")(around.d_model, around.d_ff, self)
+            return module_class("moe.ExpertChoiceMoe")(around.d_model, around.d_ff, self, around.groups_at_once)
+        return module_class("moe.TokenChoiceMoe")(around.d_model, around.d_ff, self, around.groups_at_once)
 
     def unusable(self, around: Surroundings) -> str:
         sequences = around.group_sequences
@@ -56,6 +56,10 @@ class MoeConfig(FfnConfig):
             f"{self.capacity_factor:g} / {self.n_experts} experts = "
             f"{sequences * self.capacity_factor / self.n_experts:g}"
         )
+
+    @property
+    def takes_statistics(self) -> bool:
+        return self.chooses_tokens or self.load_balance_weight > 0
 
     def capacity(self, sequences: int) -> int | None:
         """Tokens that an expert takes of those at one position of so many sequences.
@@ -118,7 +122,11 @@ class FineGrainedMoeConfig(FfnConfig):
         )
 
     def build(self, around: Surroundings) -> Any:
-        return module_class("moe.FineGrainedMoe")(around.d_model, around.d_ff, self)
+        return module_class("moe.FineGrainedMoe")(around.d_model, around.d_ff, self, around.groups_at_once)
+
+    @property
+    def takes_statistics(self) -> bool:
+        return self.load_balance_weight > 0
 
     def unusable(self, around: Surroundings) -> str:
         divides = around.d_ff % self.granularity == 0

@@ -84,8 +84,16 @@ class RetrievalConfig(FfnConfig):
     def build(self, around: Surroundings) -> Any:
         settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("method", "variant")}
         return module_class(self.MODULE)(
-            around.d_model, n_groups=around.n_groups, operators=around.operators, **settings
+            around.d_model,
+            n_groups=around.groups_at_once,
+            n_passes=around.micro_batches,
+            operators=around.operators,
+            **settings,
         )
+
+    @property
+    def takes_statistics(self) -> bool:
+        return self.query_norm
 
     def routed(self) -> tuple[int, int]:
         return self.n_experts, self.active_experts

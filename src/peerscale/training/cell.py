@@ -239,7 +239,12 @@ def fit(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         try:
-            trainer.fit(module, StepLoader(batches, plan.steps), ckpt_path=resumed, weights_only=True)
+            trainer.fit(
+                module,
+                StepLoader(batches, plan.steps, config.trainer.micro_batches),
+                ckpt_path=resumed,
+                weights_only=True,
+            )
         except SystemExit:  # Lightning turns Ctrl-C into this
             raise KeyboardInterrupt from None
 
@@ -261,6 +266,7 @@ def build_trainer(
         precision="bf16-mixed" if config.precision == "bf16" else "32-true",
         max_steps=plan.steps,
         max_epochs=1,
+        accumulate_grad_batches=config.trainer.micro_batches,
         callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,

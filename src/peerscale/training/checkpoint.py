@@ -51,6 +51,8 @@ class TimedCheckpoint(lightning.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return  # a micro-batch within a step
         step, terminated = trainer.global_step, self.terminated
         due = step == self.last_step or (self.every_steps and step % self.every_steps == 0)
         waited_s = time.monotonic() - self.saved_at

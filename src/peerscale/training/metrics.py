@@ -36,6 +36,8 @@ class MetricsLog(lightning.Callback):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        if batch_idx % trainer.accumulate_grad_batches:
+            return  # a micro-batch within a step
         self.lr = trainer.optimizers[0].param_groups[0]["lr"]  # after the step it is the next one's
         # Router health is sampled: over the tokens of the step whose row is logged.
         assert isinstance(pl_module, LanguageModel)
@@ -53,7 +55,7 @@ class MetricsLog(lightning.Callback):
         self.loss_sum = self.loss_sum.to(pl_module.device) + outputs["cross_entropy"]
         self.loss_count += 1
         step = trainer.global_step
-        if not self._logs(step):
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or not self._logs(step):
             return
         loss = float(self.loss_sum) / self.loss_count
         seconds, now = time.perf_counter() - self.since, time.perf_counter()

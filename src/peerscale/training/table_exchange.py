@@ -31,7 +31,7 @@ class TableExchange(lightning.Callback):
         for table in self.tables:
             collect_row_gradients(table)
 
-    def on_after_backward(self, *args: Any, **kwargs: Any) -> None:
+    def on_before_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         shared: dict[int, Pairs] = {}  # a layer's tables have the same rows
         for table in self.tables:
             if table.grad is not None:

@@ -64,7 +64,7 @@ class ExpertChoiceMoe(RoutedExperts):
     sequence sees its own future; the output depends on the other sequences of the group.
 
     Args:
-        n_groups: consecutive parts of a batch, on all ranks, of which each is a group.
+        n_groups: consecutive parts of the input, on all ranks, of which each is a group.
 
     Raises (forward):
         ValueError: if a group's sequences x capacity_factor / n_experts is not a whole number in 1..sequences.
@@ -128,12 +128,17 @@ class TokenChoiceMoe(RoutedExperts):
 
     After a forward pass in training `auxiliary_loss` holds the weighted load-balance loss, E sum_i f_i P_i with f the
     share of tokens and P the mean probability of expert i (Fedus et al. 2021), and z loss, mean(logsumexp(scores)^2)
-    (Zoph et al. 2022).
+    (Zoph et al. 2022). f and P are those of a group of sequences; the loss is the mean over groups.
+
+    Args:
+        n_groups: consecutive parts of the input, on all ranks, of which each is a group.
     """
 
-    def __init__(self, d_model: int, d_expert: int, config: MoeConfig | FineGrainedMoeConfig) -> None:
+    def __init__(
+        self, d_model: int, d_expert: int, config: MoeConfig | FineGrainedMoeConfig, n_groups: int = 1
+    ) -> None:
         super().__init__(d_model, d_expert, config.n_experts)
-        self.config, self.top_k = config, config.top_k
+        self.config, self.top_k, self.n_groups = config, config.top_k, n_groups
         self.z_loss_weight = config.z_loss_weight if isinstance(config, MoeConfig) else 0.0
         self.auxiliary_loss: Tensor | None = None
 
@@ -144,9 +149,12 @@ class TokenChoiceMoe(RoutedExperts):
         gates_MK, expert_MK = probabilities_ME.topk(self.top_k, dim=-1)
         load_E = torch.bincount(expert_MK.flatten(), minlength=self.n_experts)
         if self.training:
-            # Only the loads need a mean over ranks here: averaging the losses averages the probabilities.
-            share_E = mean_over_ranks(load_E / expert_MK.numel())
-            balance = self.n_experts * (share_E * probabilities_ME.mean(0)).sum()
+            if self.n_groups == 1:
+                # Only the loads need a mean over ranks here: averaging the losses averages the probabilities.
+                share_E = mean_over_ranks(load_E.to(probabilities_ME.dtype) / expert_MK.numel())
+                balance = self.n_experts * (share_E * probabilities_ME.mean(0)).sum()
+            else:
+                balance = self._balance_of_groups(probabilities_ME, expert_MK)
             z_loss = scores_ME.logsumexp(-1).square().mean()
             self.auxiliary_loss = self.config.load_balance_weight * balance + self.z_loss_weight * z_loss
         if self.usage is not None:
@@ -158,6 +166,13 @@ class TokenChoiceMoe(RoutedExperts):
         y_MKD = torch.zeros_like(y_PD).index_copy(0, order, y_PD).view(*expert_MK.shape, x.shape[-1])
         return (y_MKD * gates_MK.unsqueeze(-1).to(x.dtype)).sum(1).view(x.shape)
 
+    def _balance_of_groups(self, probabilities_ME: Tensor, expert_MK: Tensor) -> Tensor:
+        """E sum_i f_i P_i, the mean over the groups on this rank, each of which has the same number of tokens."""
+        groups = groups_here(self.n_groups)
+        chosen_ME = F.one_hot(expert_MK, self.n_experts).sum(1).to(probabilities_ME.dtype) / self.top_k
+        share_GE, mean_GE = (x.unflatten(0, (groups, -1)).mean(1) for x in (chosen_ME, probabilities_ME))
+        return self.n_experts * (share_GE * mean_GE).sum(-1).mean()
+
 
 class FineGrainedMoe(TokenChoiceMoe):
     """f(x) = sum of the shared experts + sum over the top k routed experts of s_i(x) FFN_i(x), in the manner of
@@ -167,9 +182,9 @@ class FineGrainedMoe(TokenChoiceMoe):
     `TokenChoiceMoe`, without the z loss: the paper's expert-level balance loss (equations 12 to 14).
     """
 
-    def __init__(self, d_model: int, d_ff: int, config: FineGrainedMoeConfig) -> None:
+    def __init__(self, d_model: int, d_ff: int, config: FineGrainedMoeConfig, n_groups: int = 1) -> None:
         d_expert = config.d_expert(d_ff)
-        super().__init__(d_model, d_expert, config)
+        super().__init__(d_model, d_expert, config, n_groups)
         # Experts without gates add up to one dense layer of their total width.
         self.shared = Dense(d_model, config.n_shared * d_expert)
 

@@ -17,18 +17,20 @@ from peerscale.model.usage import CountsUsage
 
 
 class QueryNorm(nn.BatchNorm1d):
-    """torch's BatchNorm over the batch of all ranks, or by itself over each of `n_groups` consecutive parts of it.
+    """torch's BatchNorm over the input of all ranks, or by itself over each of `n_groups` consecutive parts of it.
 
-    The running statistics follow the mean of those of the groups. (torch's SyncBatchNorm does not run on a CPU.)
+    The running statistics follow the mean of those of the groups, after every `n_passes` inputs in training, which make
+    up a batch. (torch's SyncBatchNorm does not run on a CPU.)
     """
 
-    def __init__(self, n_features: int, n_groups: int = 1) -> None:
+    def __init__(self, n_features: int, n_groups: int = 1, n_passes: int = 1) -> None:
         super().__init__(n_features)
-        self.n_groups = n_groups
+        self.n_groups, self.n_passes = n_groups, n_passes
+        self.passed: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, input: Tensor) -> Tensor:
         """x (T, features) -> y (T, features)."""
-        if not self.training or n_ranks() * self.n_groups == 1:
+        if not self.training or n_ranks() * self.n_groups * self.n_passes == 1:
             return super().forward(input)
         n = len(input) * n_ranks() // self.n_groups
         parts_GTF = input.unflatten(0, (groups_here(self.n_groups), -1))
@@ -38,9 +40,13 @@ class QueryNorm(nn.BatchNorm1d):
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         assert self.momentum is not None
         with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean_over_ranks(mean_G1F.mean((0, 1))), self.momentum)
-            self.running_var.lerp_(mean_over_ranks(variance_G1F.mean((0, 1))) * n / (n - 1), self.momentum)
+            self.passed.append((mean_G1F.mean((0, 1)), variance_G1F.mean((0, 1)) * n / (n - 1)))
+            if len(self.passed) == self.n_passes:
+                means, variances = (torch.stack(values).mean(0) for values in zip(*self.passed, strict=True))
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean_over_ranks(means), self.momentum)
+                self.running_var.lerp_(mean_over_ranks(variances), self.momentum)
+                self.passed.clear()
         return (centred_GTF * (variance_G1F + self.eps).rsqrt()).flatten(0, 1) * self.weight + self.bias
 
     def _sum(self, parts_GTF: Tensor) -> Tensor:
@@ -55,7 +61,8 @@ class ProductKeyRetrieval(nn.Module, CountsUsage):
     Args:
         d_model: width of input and output.
         n_experts, n_heads, top_k, d_key, settings: the settings of `CONFIG`, where they are explained.
-        n_groups: consecutive parts of a batch, on all ranks, each with a BatchNorm of its own.
+        n_groups: consecutive parts of the input, on all ranks, each with a BatchNorm of its own.
+        n_passes: inputs that make up a batch, after which the BatchNorm's running statistics move.
         operators: the backend; None: the fastest for the kind of device that the layer is on (`kernels.backends`).
 
     Raises:
@@ -73,6 +80,7 @@ class ProductKeyRetrieval(nn.Module, CountsUsage):
         d_key: int | Literal["half_d_model"] = "half_d_model",
         *,
         n_groups: int = 1,
+        n_passes: int = 1,
         operators: Operators | None = None,
         **settings: Any,
     ) -> None:
@@ -83,7 +91,7 @@ class ProductKeyRetrieval(nn.Module, CountsUsage):
         self.operators = operators or choose_operators()
         d_key = config.resolved_d_key(d_model)
         self.query = nn.Linear(d_model, self.n_heads * d_key, bias=config.query_bias)
-        self.query_norm = QueryNorm(self.n_heads * d_key, n_groups) if config.query_norm else None
+        self.query_norm = QueryNorm(self.n_heads * d_key, n_groups, n_passes) if config.query_norm else None
         self.sub_keys = nn.Parameter(torch.empty(config.n_key_sets, 2, config.n_keys, d_key // 2))
         self.reset_parameters()
 
