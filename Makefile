@@ -17,7 +17,7 @@ export OMP_NUM_THREADS      ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
 # A word that make takes for a variable, such as sweep=smoke or a second override without quotes, must not be ignored.
-KNOWN   = SWEEP LAUNCHER JOBS OVERRIDES PUBLISHED REPLACE LOCKED WANDB DATA PYTHON EXTRAS BIN SHELL OMP_NUM_THREADS OPENBLAS_NUM_THREADS
+KNOWN   = SWEEP LAUNCHER JOBS OVERRIDES PUBLISHED REPLACE PRICE LOCKED WANDB DATA PYTHON EXTRAS BIN SHELL OMP_NUM_THREADS OPENBLAS_NUM_THREADS
 UNKNOWN = $(foreach name,$(filter-out $(KNOWN) -%,$(.VARIABLES)),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 ifneq (,$(strip $(UNKNOWN)))
 $(error $(firstword $(UNKNOWN)) is no variable of this Makefile; there are: $(KNOWN); keys of the configuration go together into one pair of quotes: OVERRIDES='key=value key=value')
@@ -53,7 +53,7 @@ data: setup ## fetch and tokenize the corpus of SWEEP, once
 	@$(BIN)/python -m peerscale.data.prepare --sweep $(SWEEP) $(OVERRIDES)
 
 plan: setup ## what SWEEP would run: parameters, FLOPs, steps, time, dropped cells
-	@$(BIN)/python -m peerscale.overview plan --jobs $(WORKERS) $(SWEEP) $(OVERRIDES)
+	@$(BIN)/python -m peerscale.overview plan --jobs $(WORKERS) $(if $(PRICE),--price $(PRICE)) $(SWEEP) $(OVERRIDES)
 
 studies: setup ## every study: its question, and how many of its cells are done
 	@$(BIN)/python -m peerscale.overview studies

@@ -48,6 +48,30 @@ class Cost:
         return self.layer_flops / self.flops_per_token
 
 
+STATE_BYTES = 16
+"""Of a parameter: weight, gradient and two moments, in fp32."""
+LOGITS_BYTES = 2**30
+"""Of the slices of logits, and of their gradients, that a GPU holds at once (`kernels.cross_entropy`)."""
+
+
+def device_memory(config: Config) -> dict[str, int]:
+    """Bytes that training takes on one device, by what for; an estimate, without the allocator's losses.
+
+    `activations` are what one micro-batch keeps for its backward pass: of a block 9 d_model numbers per token, and what
+    its feed-forward layer says of itself (`saved_numbers`). The `reference` kernel keeps more of PKM and PEER.
+    """
+    around, bytes_each = config.surroundings, 2 if config.precision == "bf16" else 4
+    n_replaced, n_layers = len(config.replaced_blocks), config.size.n_layers
+    of_layers = n_replaced * config.ffn.saved_numbers(around)
+    of_layers += (n_layers - n_replaced) * DenseConfig().saved_numbers(around)
+    tokens = config.tokens_per_step // config.trainer.devices // config.trainer.micro_batches
+    return {
+        "state": STATE_BYTES * cost(config).params_total,
+        "activations": tokens * bytes_each * (9 * config.size.d_model * n_layers + of_layers),
+        "logits": LOGITS_BYTES,
+    }
+
+
 def cost(config: Config) -> Cost:
     """Parameters and training FLOPs per token; equal to the built model's, as a test asserts."""
     d, n_layers = config.size.d_model, config.size.n_layers

@@ -178,6 +178,12 @@ class TrainerConfig:
     """GPUs of one cell, or processes on a machine without; they share each batch, so must divide `batch_sequences`."""
     micro_batches: Positive = 1
     """Parts of a device's batch that are computed one after the other, for less memory; their gradients add up."""
+    device_memory_gb: Rate | None = None
+    """Memory of one GPU, which a cell that trains on GPUs must fit (`accounting.device_memory`); null: any fits."""
+    device_flops_per_s: Rate = 9.89e14
+    """Peak of one GPU (here an H100 in bf16): with `device_utilisation` a guess of times that no record tells."""
+    device_utilisation: Fraction = 0.3
+    """Share of the peak that training is guessed to reach."""
     threads: Positive = 1
     """CPU threads of each process of a cell; parallel sweeps run fastest with one."""
     kernel: Annotated[

@@ -8,6 +8,7 @@ python -m peerscale.overview studies
 import contextlib
 import csv
 import json
+import math
 import sys
 import textwrap
 from collections import Counter
@@ -15,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from peerscale.accounting import CONVENTION
+from peerscale.accounting import CONVENTION, device_memory
 from peerscale.cell_names import budget_name
 from peerscale.cells import Cell, count_cells, evaluation_lines, planned_cells, rate_lines, short_methods
 from peerscale.composition import study_files
@@ -60,7 +61,27 @@ lr, table lr: peak learning rates of the backbone and of expert tables; FLOPs/bu
 """What the columns of the plan mean."""
 
 
-def print_plan(sweep: str, overrides: Sequence[str], workers: int, results: Path) -> int:
+def time_lines(cells: Sequence[Cell], price: float | None) -> list[str]:
+    """By what times are guessed, and the GPU-hours of all cells that train on GPUs, at a `price` for each."""
+    lines, trainers = [], [cell.config.trainer for cell in cells if cell.config.trainer.accelerator == "gpu"]
+    guessed = [cell.config.trainer for cell in cells if cell.estimate_is_guess]
+    if any(trainer.accelerator != "gpu" for trainer in guessed):
+        lines.append("time? is a guess by the published runs: no finished cell of that method on this machine yet")
+    for share, peak in dict.fromkeys((t.device_utilisation, t.device_flops_per_s) for t in guessed if t in trainers):
+        lines.append(
+            f"time? is a guess, by trainer.device_utilisation {share:g} of trainer.device_flops_per_s {peak:.3g}: no "
+            "finished cell of that method on a GPU yet"
+        )
+    if trainers:
+        on_gpus = [cell for cell in cells if cell.config.trainer.accelerator == "gpu"]
+        hours = sum(cell.estimate_s * cell.config.trainer.devices for cell in on_gpus) / 3600
+        cost = f", {hours * price:,.3g} at {price:g} an hour" if price is not None else "; PRICE=2.5 gives their cost"
+        largest = max(sum(device_memory(cell.config).values()) for cell in on_gpus) / 1e9
+        lines.append(f"{hours:,.3g} GPU-hours{cost}; the largest cell takes about {largest:.3g} GB of a GPU's memory")
+    return lines
+
+
+def print_plan(sweep: str, overrides: Sequence[str], workers: int, results: Path, price: float | None = None) -> int:
     """Print the plan; exit code 2 if a method keeps too few sizes at a budget."""
     cells = planned_cells(sweep, overrides)
     if cells[0].config.data.source == "text":
@@ -77,8 +98,8 @@ def print_plan(sweep: str, overrides: Sequence[str], workers: int, results: Path
     print(f"{command}: {_to_run(not_done_here, workers)}")
     if published_ones := len(not_done_here) - len(not_done):
         print(f"{command} PUBLISHED=1: {_to_run(not_done, workers)}, as {published_ones} are published")
-    if any(cell.estimate_is_guess for cell in not_done_here):
-        print("time? is a guess by the published runs: no finished cell of that method on this machine yet")
+    for line in time_lines(not_done_here, price):
+        print(line)
     print(*evaluation_lines(cells), *rate_lines(cells), sep="\n", end="\n" if kept else "")
     if any(cell.plan.epochs is None for cell in cells):
         print("the corpus is not prepared and its tokens not known: cells may still be dropped, and sets be skipped")
@@ -268,17 +289,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("sweep", nargs="?", help="name of a file in sweeps/, or a path")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="overrides of every cell")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="workers that the plan's time is for")
+    parser.add_argument("--price", type=float, metavar="NUMBER", help="of a GPU-hour, for the cost of the plan")
     parser.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help="where `studies` looks for cells")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where studies are published")
     options = parser.parse_intermixed_args(arguments)
     if options.jobs < 1:
         raise UserError(f"--jobs must be at least 1, not {options.jobs}")
+    if options.price is not None and not 0 <= options.price < math.inf:
+        raise UserError(f"--price must be a number from 0, not {options.price:g}")
     if options.view == "studies":
         return print_studies(options.runs, options.results)
     if options.sweep is None:
         raise UserError(f"{options.view} of which study? make studies lists them")
     if options.view == "plan":
-        return print_plan(options.sweep, options.overrides, options.jobs, options.results)
+        return print_plan(options.sweep, options.overrides, options.jobs, options.results, options.price)
     return print_status(options.sweep, options.overrides, options.results)
 
 

@@ -4,10 +4,10 @@ import decimal
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from peerscale.accounting import Cost, cost
+from peerscale.accounting import Cost, cost, device_memory
 from peerscale.config import Config
 from peerscale.data.batches import fewest_tokens, whole_batches
 
@@ -77,6 +77,7 @@ def plan(config: Config, *, set_tokens: Mapping[str, int] | None = None) -> Plan
         _unusable_data(config, set_tokens)
         or _indivisible(config)
         or config.ffn.unusable(config.surroundings)
+        or _too_large(config)
         or _unusable_budget(config, model.flops_per_token, train_tokens, steps, warmup_steps)
     )
     if not reason:
@@ -223,6 +224,26 @@ def _indivisible(config: Config) -> str:
             f"divides; routing_group_sequences may be {here // parts} or a divisor of that"
         )
     return ""
+
+
+def _too_large(config: Config) -> str:
+    """Why a cell does not fit its GPUs, and in how many micro-batches it would; empty if it does, or none are used."""
+    room = config.trainer.device_memory_gb
+    if config.trainer.accelerator != "gpu" or room is None or (needed := _memory_gb(config)) <= room:
+        return ""
+    problem = f"{needed:.3g} GB are more than trainer.device_memory_gb {room:g}"
+    here = config.batch_sequences // config.trainer.devices
+    for parts in range(config.trainer.micro_batches + 1, here + 1):
+        smaller = replace(config, trainer=replace(config.trainer, micro_batches=parts))
+        if not _indivisible(smaller) and (fits := _memory_gb(smaller)) <= room:
+            return f"{problem}; trainer.micro_batches={parts} would take {fits:.3g}"
+    of_state = device_memory(config)["state"] / 1e9
+    hint = "; smaller routing_group_sequences allow more of them" if config.ffn.takes_statistics else ""
+    return f"{problem}, {of_state:.3g} of them weights and moments; no trainer.micro_batches is enough{hint}"
+
+
+def _memory_gb(config: Config) -> float:
+    return sum(device_memory(config).values()) / 1e9
 
 
 def _unusable_budget(

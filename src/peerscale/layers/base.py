@@ -96,6 +96,13 @@ class FfnConfig:
         """Why a cell with this layer in this model is dropped; empty if it can be trained."""
         return ""
 
+    def saved_numbers(self, around: Surroundings) -> int:
+        """Numbers per token that one layer keeps for its backward pass, with those of its norm; for the plan's memory.
+
+        As dense: an input, its norm, and two of the hidden width.
+        """
+        return 2 * around.d_model + 2 * around.d_ff
+
     @property
     def takes_statistics(self) -> bool:
         """Whether the output or loss depends on which sequences are in a group (`Surroundings.group_sequences`)."""

@@ -48,5 +48,8 @@ class NoLayerConfig(FfnConfig):
     def cost(self, around: Surroundings) -> LayerCost:
         return LayerCost(params={}, forward_flops={})
 
+    def saved_numbers(self, around: Surroundings) -> int:
+        return around.d_model
+
     def build(self, around: Surroundings) -> Any:
         return module_class("dense.NoLayer")()

@@ -57,6 +57,11 @@ class MoeConfig(FfnConfig):
             f"{sequences * self.capacity_factor / self.n_experts:g}"
         )
 
+    def saved_numbers(self, around: Surroundings) -> int:
+        # Chosen tokens are copied for the experts, and their outputs kept for the gates.
+        rows = max(1.0, self._active_experts(around.group_sequences))
+        return round(2 * around.d_model + rows * (2 * around.d_ff + 3 * around.d_model))
+
     @property
     def takes_statistics(self) -> bool:
         return self.chooses_tokens or self.load_balance_weight > 0
@@ -123,6 +128,11 @@ class FineGrainedMoeConfig(FfnConfig):
 
     def build(self, around: Surroundings) -> Any:
         return module_class("moe.FineGrainedMoe")(around.d_model, around.d_ff, self, around.groups_at_once)
+
+    def saved_numbers(self, around: Surroundings) -> int:
+        hidden = self.d_expert(around.d_ff)
+        of_routed = self.top_k * (2 * hidden + 3 * around.d_model)
+        return 2 * around.d_model + of_routed + self.n_shared * 2 * hidden
 
     @property
     def takes_statistics(self) -> bool:

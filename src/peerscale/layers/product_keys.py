@@ -91,6 +91,10 @@ class RetrievalConfig(FfnConfig):
             **settings,
         )
 
+    def saved_numbers(self, around: Surroundings) -> int:
+        queries = self.n_heads * self.resolved_d_key(around.d_model)  # before and after their norm
+        return 2 * around.d_model + 2 * queries + 8 * self.active_experts
+
     @property
     def takes_statistics(self) -> bool:
         return self.query_norm

@@ -32,19 +32,22 @@ class Measured(NamedTuple):
     threads: int = 1
     devices: int = 1
     """Which a guess by published cells does not ask for."""
+    device: str = "cpu"
+    """Its type."""
 
 
 def measured_speeds(runs: Path) -> list[Measured]:
-    """Speeds of the finished cells of this machine under `runs`, by any study."""
+    """Speeds of the finished cells of this machine, or of its cluster's GPUs, under `runs`, by any study."""
     speeds, hardware = [], cpu_name()
     for path in runs.glob(f"*/*/{RECORD}"):
         # A record of another version has no speed that we can read, and planning must not fail on it.
         with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, OSError):
             record = json.loads(path.read_text(encoding="utf-8"))
             environment = record["environment"]
-            if record["status"] == Status.DONE and environment["hardware"] == hardware:
+            device = environment.get("device", "cpu")
+            if record["status"] == Status.DONE and (device == "cuda" or environment["hardware"] == hardware):
                 flops_per_token, flops_per_s = sum(record["flops_per_token"].values()), record["timing"]["flops_per_s"]
-                on = (environment["n_threads"], environment.get("n_devices", 1))
+                on = (environment["n_threads"], environment.get("n_devices", 1), device)
                 speeds.append(Measured(_name(record), flops_per_token, flops_per_s, *on))
     return speeds
 
@@ -70,17 +73,22 @@ def _name(row: Mapping[str, str]) -> str:
 def estimate_s(config: Config, plan: Plan, speeds: list[Measured], results: Path = RESULTS) -> tuple[float, bool]:
     """Seconds for training and evaluation, and whether that is a guess.
 
-    By the cell of the nearest cost among `speeds`, of the same method, threads and devices; else, as a guess, among the
-    cells published in `results`, of the same method if there are any.
+    By the cell of the nearest cost among `speeds`, of the same method, threads and devices. Else it is a guess: on GPUs
+    by the share of their peak that `trainer.device_utilisation` says, on a CPU by the cells published in `results`, of
+    the same method if there are any.
     """
     per_token = plan.cost.flops_per_token
-    like = (config.ffn.name, config.trainer.threads, config.trainer.devices)
-    known = [s for s in speeds if (s.name, s.threads, s.devices) == like]
+    trainer = config.trainer
+    device = "cuda" if trainer.accelerator == "gpu" else "cpu"
+    like = (config.ffn.name, trainer.devices, device, 0 if device == "cuda" else trainer.threads)
+    known = [s for s in speeds if (s.name, s.devices, s.device, 0 if device == "cuda" else s.threads) == like]
     guess = not known
-    if guess:
+    if guess and device == "cpu":
         published = published_speeds(results)
         known = [s for s in published if s.name == config.ffn.name] or published
     rate = GUESS_FLOPS_PER_S
+    if device == "cuda":
+        rate = trainer.device_flops_per_s * trainer.device_utilisation * trainer.devices
     if known:
         rate = min(known, key=lambda s: abs(math.log(s.flops_per_token / per_token))).flops_per_s
     evaluation_flops = plan.evaluation_tokens * per_token / 3  # a forward pass is a third of a training step

@@ -1,0 +1,92 @@
+"""GPU memory, times and costs of a plan; what training keeps is compared with what autograd saves."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from peerscale.accounting import cost, device_memory
+from peerscale.cells import Cell, planned_cells
+from peerscale.config import Config, load
+from peerscale.files import ROOT
+from peerscale.kernels.cross_entropy import linear_cross_entropy
+from peerscale.model import build_model
+from peerscale.overview import time_lines
+from peerscale.plan import plan
+from peerscale.runs.speed import Measured, estimate_s
+
+FFNS = sorted(path.stem for path in (ROOT / "conf" / "ffn").glob("*.yaml"))
+GPU = ["trainer.accelerator=gpu"]
+
+
+def saved_bytes(config: Config) -> int:
+    """What autograd keeps of a forward pass, parameters apart; of the head only its gradient is kept."""
+    model, kept = build_model(config).train(), {}
+    own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), x)
+        return x
+
+    tokens = torch.randint(config.data.vocab_size, (config.batch_sequences, config.context + 1))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        features = model.features(tokens[:, :-1]).flatten(0, 1)
+        linear_cross_entropy(features, model.embedding.weight, tokens[:, 1:].flatten(), model.operators)
+        model.auxiliary_loss()
+    return sum(n for n, _ in kept.values()) - 4 * model.embedding.weight.numel()
+
+
+@pytest.mark.parametrize("ffn", FFNS)
+def test_activations_are_about_what_autograd_saves(ffn: str) -> None:
+    if ffn == "wide_dense":
+        pytest.skip("its hidden width is that of a million parameters")
+    settings = [f"ffn={ffn}", "trainer.kernel=torch", "++size.n_heads=4"]
+    for width, replaced in ((64, "all"), (128, "all"), (128, "middle")):
+        config = load([*settings, f"++size.d_model={width}", f"replaced={replaced}"])
+        assert device_memory(config)["activations"] == pytest.approx(saved_bytes(config), rel=0.15), (width, replaced)
+
+
+def test_memory_of_one_device() -> None:
+    config = load(["ffn=dense", "size=d64", "precision=bf16", "trainer.micro_batches=2", "trainer.devices=4"])
+    memory = device_memory(config)
+    assert memory["state"] == 16 * cost(config).params_total
+    assert memory["activations"] == 2 * 64 * 2 * 4 * 19 * 64  # 2 sequences of 64 tokens, 2 bytes, 4 blocks
+
+
+def test_a_cell_that_does_not_fit_is_dropped_with_the_parts_in_which_it_would() -> None:
+    large = [*GPU, "size=d256", "budget=5e14", "batch_sequences=64", "context=512", "trainer.device_memory_gb=2"]
+    dense = plan(load([*large, "ffn=dense"]))
+    assert dense.reason == "3.68 GB are more than trainer.device_memory_gb 2; trainer.micro_batches=4 would take 1.77"
+    assert plan(load([*large, "ffn=dense", "trainer.micro_batches=4"])).reason == ""
+    peer = plan(load([*large, "ffn=peer"]))
+    hint = "no trainer.micro_batches is enough; smaller routing_group_sequences allow more of them"
+    assert peer.reason.startswith("3.") and peer.reason.endswith(f"of them weights and moments; {hint}")
+    grouped = plan(load([*large, "ffn=peer", "routing_group_sequences=8"]))
+    assert grouped.reason.endswith("; trainer.micro_batches=4 would take 1.78")
+    assert plan(load([*large[1:], "ffn=dense"])).reason == "", "on a CPU nothing is asked"
+
+
+def test_a_time_on_gpus_is_of_their_records_or_a_share_of_their_peak() -> None:
+    config = load([*GPU, "ffn=dense", "budget=1e15", "trainer.devices=2", "trainer.device_flops_per_s=1e14"])
+    planned = plan(config)
+    work = planned.flops + planned.evaluation_tokens * planned.cost.flops_per_token / 3
+    assert estimate_s(config, planned, []) == (pytest.approx(1 + work / (2 * 0.3 * 1e14)), True)
+    of_cpu = Measured("dense", planned.cost.flops_per_token, 1e10, 1, 2, "cpu")
+    assert estimate_s(config, planned, [of_cpu])[1], "a CPU's speed is none of a GPU's"
+    of_gpus = Measured("dense", planned.cost.flops_per_token, 5e13, 3, 2, "cuda")
+    assert estimate_s(config, planned, [of_gpus, of_cpu]) == (pytest.approx(1 + work / 5e13), False)
+    on_cpu = load(["ffn=dense", "trainer.devices=2"])
+    assert estimate_s(on_cpu, plan(on_cpu), [of_gpus])[1]
+
+
+def test_the_plan_tells_gpu_hours_their_cost_and_the_largest_cell() -> None:
+    cells: list[Cell] = planned_cells("smoke", [*GPU, "trainer.devices=2"])
+    timed = [replace(cell, estimate_s=3600.0, estimate_is_guess=False) for cell in cells]
+    (line,) = time_lines(timed, 2.5)
+    assert line.startswith("20 GPU-hours, 50 at 2.5 an hour; the largest cell takes about 1.0")
+    guess, line = time_lines(cells, None)
+    assert "by trainer.device_utilisation 0.3 of trainer.device_flops_per_s 9.89e+14" in guess
+    assert "GPU-hours; PRICE=2.5 gives their cost" in line
+    assert time_lines([replace(cell, estimate_is_guess=False) for cell in planned_cells("smoke")], 2.5) == []
