@@ -41,7 +41,7 @@ Quantity = Literal["loss", "difference", "multiplier"]
 
 
 class Point(NamedTuple):
-    """A quantity at one of the smaller budgets, with its standard error and the degrees of freedom of that."""
+    """A quantity at one of the smaller budgets, its standard error, and the degrees of freedom of the budget's fit."""
 
     budget: float
     value: float
@@ -148,23 +148,21 @@ def forecast(fits: Mapping[str, Any], budget: float) -> list[dict[str, Any]]:
 def _points(fits: Mapping[str, Any], budget: float) -> dict[tuple[Quantity, str, str], list[Point]]:
     """The points below `budget` by quantity, method and reference; those without a number or an error are left out."""
     points: dict[tuple[Quantity, str, str], list[Point]] = {}
-    freedom: dict[tuple[float, str, str], float] = {}
-    for entry in (entry for entry in fits["budgets"] if entry["budget"] < budget):
-        for one in entry["methods"]:
-            if one["loss"] is not None:
-                points.setdefault(("loss", one["name"], ""), []).append(_point(entry["budget"], one["loss"], one))
-        for one in entry["differences"]:
-            if is_to_dense(one) and one.get("value") is not None:
-                pair, point = (one["method"], one["reference"]), _point(entry["budget"], one["value"], one)
-                points.setdefault(("difference", *pair), []).append(point)
-                freedom[entry["budget"], *pair] = point.df
+    entries = [entry for entry in fits["budgets"] if entry["budget"] < budget]
+    for entry in entries:
+        at, df = entry["budget"], entry.get("df", 0)
+        for one in (one for one in entry["methods"] if one["loss"] is not None):
+            points.setdefault(("loss", one["name"], ""), []).append(Point(at, one["loss"], _se(one), df))
+        for one in (one for one in entry["differences"] if is_to_dense(one) and one.get("value") is not None):
+            key: tuple[Quantity, str, str] = ("difference", one["method"], one["reference"])
+            points.setdefault(key, []).append(Point(at, one["value"], _se(one), df))
+    freedom = {entry["budget"]: entry.get("df", 0) for entry in entries}
     for one in fits["multipliers"]:
-        pair = one["method"], one["reference"]
-        df = freedom.get((one["budget"], *pair), math.inf)  # the errors are those of the difference
-        if one["budget"] < budget and one["low"] is not None:
+        if (df := freedom.get(one["budget"])) and one["low"] is not None:
             half = math.log(one["high"] / one["low"]) / 2
             se = one["multiplier"] * half / float(student.ppf((1 + LEVEL) / 2, df))
-            points.setdefault(("multiplier", *pair), []).append(Point(one["budget"], one["multiplier"], se, df))
+            key = ("multiplier", one["method"], one["reference"])
+            points.setdefault(key, []).append(Point(one["budget"], one["multiplier"], se, df))
     return {key: [point for point in values if point.se > 0] for key, values in points.items()}
 
 
@@ -173,18 +171,9 @@ def is_to_dense(difference: Mapping[str, Any]) -> bool:
     return difference["size"] == "" and difference["reference"].partition(" ")[0] == "dense"
 
 
-def _point(budget: float, value: float, found: Mapping[str, Any]) -> Point:
-    """A loss or difference with its error less that of the sampling of sequences, which all budgets share.
-
-    Of several thousand sequences, those hardly add to the total's degrees of freedom by Satterthwaite, se^4 / df =
-    rest^4 / rest_df + sequences^4 / sequences_df; without that last term `rest_df` comes out a little too small.
-    """
-    if found["se"] is None:
-        return Point(budget, value, math.nan, math.nan)
-    total = found["se"] ** 2
-    rest = total - (found.get("sequences_se") or 0) ** 2
-    df = math.inf if found["df"] is None else found["df"]
-    return Point(budget, value, math.sqrt(max(rest, 0)), df * (rest / total) ** 2 if total > 0 else df)
+def _se(found: Mapping[str, Any]) -> float:
+    """The error of a loss or difference, less that of sampling sequences, which all budgets share; NaN if none."""
+    return math.nan if found["se"] is None else math.sqrt(max(found["se"] ** 2 - (found["sequences_se"] or 0) ** 2, 0))
 
 
 def left_out(fits: Mapping[str, Any], budgets: Collection[float]) -> list[str]:
