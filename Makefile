@@ -4,6 +4,7 @@ SWEEP     ?= reproduce
 LAUNCHER  ?= joblib
 JOBS      ?= $(shell getconf _NPROCESSORS_ONLN)
 OVERRIDES ?=
+BUDGET    ?=
 PYTHON    ?= python3
 EXTRAS    ?= dev
 BIN       := .venv/bin
@@ -17,19 +18,19 @@ export OMP_NUM_THREADS      ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
 # A word that make takes for a variable, such as sweep=smoke or a second override without quotes, must not be ignored.
-KNOWN   = SWEEP LAUNCHER JOBS OVERRIDES PUBLISHED REPLACE PRICE LOCKED WANDB DATA PYTHON EXTRAS BIN SHELL OMP_NUM_THREADS OPENBLAS_NUM_THREADS
+KNOWN   = SWEEP BUDGET LAUNCHER JOBS OVERRIDES PUBLISHED REPLACE PRICE LOCKED WANDB DATA PYTHON EXTRAS BIN SHELL OMP_NUM_THREADS OPENBLAS_NUM_THREADS
 UNKNOWN = $(foreach name,$(filter-out $(KNOWN) -%,$(.VARIABLES)),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 ifneq (,$(strip $(UNKNOWN)))
 $(error $(firstword $(UNKNOWN)) is no variable of this Makefile; there are: $(KNOWN); keys of the configuration go together into one pair of quotes: OVERRIDES='key=value key=value')
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce smoke test check convert data studies plan sweep status figures report validate publish sync dashboard notebooks bench torture clean
+.PHONY: help setup reproduce smoke test check convert data studies plan sweep status figures forecast report validate publish sync dashboard notebooks bench torture clean
 
 help: ## print every target
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 	@echo; echo "Variables: SWEEP=$(SWEEP) LAUNCHER=joblib|local|slurm JOBS=$(JOBS) OVERRIDES='key=value ...' PYTHON=$(PYTHON)"
-	@echo "PUBLISHED=1: sweep and figures count finished cells of results/ as done; REPLACE=1: publish may remove them, or put cells of another configuration in their place"
+	@echo "BUDGET=FLOPs: of forecast; PRICE=NUMBER: of a GPU-hour, for plan; PUBLISHED=1: sweep, figures and forecast count finished cells of results/ as done; REPLACE=1: publish may remove them, or put cells of another configuration in their place"
 	@echo "LOCKED=1: setup installs the versions that the published studies ran on (requirements.lock)"
 	@echo "Exit codes of the programs: 0 done, 1 a crash, 2 wrong input, 3 some cells failed (make sweep goes on), 130 Ctrl-C"
 
@@ -70,6 +71,10 @@ figures: setup ## table, fits and figures of SWEEP, from its runs, or from resul
 	@test ! -d runs/$(SWEEP)/study/figures || { echo; \
 		echo "Figures:              runs/$(SWEEP)/study/figures/"; \
 		echo "All as one HTML page: make report SWEEP=$(SWEEP)    copied to results/: make publish SWEEP=$(SWEEP)"; }
+
+forecast: setup ## what the smaller budgets of SWEEP predict for BUDGET=1e14, into results/, before its cells run
+	@$(BIN)/python analysis/collect.py $(SWEEP) $(OVERRIDES) $(if $(PUBLISHED),--with-published)
+	@$(BIN)/python analysis/forecast.py $(SWEEP) $(BUDGET)
 
 report: figures ## one HTML page of SWEEP in its study folder; WANDB=1 also puts a report on the W&B server
 	@$(BIN)/python analysis/report.py $(SWEEP)

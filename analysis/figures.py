@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from peerscale.errors import UserError, exit_code
 from peerscale.files import from_checkout, write_text
-from peerscale.runs.study import find_study, read_fits, study_parser, usable
+from peerscale.runs.forecasts import read_forecasts
+from peerscale.runs.study import find_study, published, read_fits, study_parser, usable
 from peerscale.runs.table import read_runs
 from peerscale.viz import style
 from peerscale.viz.figures import DEFAULT_X, study_figures
@@ -31,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, figure in study_figures(study, runs, arguments.x):
         for path in style.save(figure, study.figures / name):
             print(path)
-    text = study_table(study.sweep, runs, read_fits(study.fits))
+    forecasts = read_forecasts(published(arguments.sweep, arguments.results))
+    text = study_table(study.sweep, runs, read_fits(study.fits), forecasts)
     write_text(study.table, text)
     shown, *further = text.split("\n## ") if compares_curves(runs) else [text]
     print(f"\n{shown}")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from peerscale.cell_names import axes_label
+from peerscale.cell_names import axes_label, budget_name
 from peerscale.errors import ArgumentParser, UserError
 from peerscale.files import ROOT
 from peerscale.plan import Verdict
@@ -55,6 +55,15 @@ class Study:
     @property
     def figures(self) -> Path:
         return self.folder / "figures"
+
+    def forecast(self, budget: float) -> Path:
+        """What the smaller budgets of a published study predict for `budget`."""
+        return self.folder / f"forecast-{budget_name(budget)}.json"
+
+    @property
+    def forecasts(self) -> list[Path]:
+        """All forecasts that were made."""
+        return sorted(self.folder.glob("forecast-*.json"))
 
 
 def study_parser(script: str, description: str | None) -> ArgumentParser:

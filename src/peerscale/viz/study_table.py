@@ -18,6 +18,7 @@ from peerscale.runs.study import method_names, usable
 from peerscale.viz.ablations import has_curves, over_seeds, varied
 from peerscale.viz.answer import verdicts
 from peerscale.viz.differences import is_dense, to_dense
+from peerscale.viz.forecasts import forecast_sections
 from peerscale.viz.isoflop import by_budget, missing_note, status_counts
 from peerscale.viz.markdown import number, probability, section, signed_interval, table, with_interval
 from peerscale.viz.paper_tables import (
@@ -41,13 +42,13 @@ Rows = list[dict[str, str]]
 RATE_TITLES = {"lr": "learning rate", "table_lr": "rate of the tables", "mean": "mean over sizes"}
 
 
-def study_table(sweep: str, runs: pd.DataFrame, fits: Fits) -> str:
-    """`table.md` of a study from its table of runs and `fits.json`."""
+def study_table(sweep: str, runs: pd.DataFrame, fits: Fits, forecasts: Iterable[Fits] = ()) -> str:
+    """`table.md` of a study from its table of runs, `fits.json` and the forecasts that were made (`runs.forecasts`)."""
     runs, settings, published = runs.assign(name=method_names(runs)), varied(runs), read_published()
     rated = settings & set(RATES)
     if compares_curves(runs):
         title, lines = "losses at equal compute", [f"**{fits['answer']}**", "", *closing_table(runs, fits)]
-        lines += at_the_optimum(runs, fits, published)
+        lines += [*at_the_optimum(runs, fits, published), *forecast_sections(forecasts, fits)]
     elif rated:
         about = f"Losses in nats per token on the {listed(runs['val_set'])} set. Rates are for the reference width."
         law = fits["rates"].get("law")

@@ -1,0 +1,228 @@
+"""What the smaller budgets of a study predict for a larger one, written down before its cells run.
+
+From three budgets on, for each method, a straight line in log10 C (`laws.trend`) through
+
+- the logarithm of the loss at the compute optimum, less an irreducible loss. Three budgets do not determine that. It is
+  taken to lie between none and half of the lowest loss observed: the interval reaches from the lower end without it to
+  the upper end with half, and the value is the mean of the two forecasts;
+- the difference of that loss to dense's;
+- the logarithm of the compute multiplier over dense.
+
+Each has its own line, so a forecast difference is only nearly that of two forecast losses. All budgets are evaluated on
+the same validation sequences. Their sampling shifts all losses alike, so it is no error of the forecast of what will be
+measured on them.
+"""
+
+import math
+from collections.abc import Collection, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy.stats import t as student
+
+from peerscale.cell_names import budget_name
+from peerscale.errors import UserError
+from peerscale.files import from_checkout, write_json
+from peerscale.laws.fitting import LEVEL, to_plain
+from peerscale.laws.trend import MIN_POINTS, extrapolate
+from peerscale.runs.machine import git_commit
+from peerscale.runs.record import Status
+from peerscale.runs.study import Study, collected, find_study, method_names, published, read_fits, read_json, usable
+from peerscale.runs.table import read_records, read_runs
+
+IRREDUCIBLE = 0.5
+"""The largest irreducible loss that a forecast allows for, as a share of the lowest loss observed."""
+
+Quantity = Literal["loss", "difference", "multiplier"]
+"""Loss at the compute optimum and its difference to dense's, in nats per token; compute multiplier over dense."""
+
+
+class Point(NamedTuple):
+    """A quantity at one of the smaller budgets, its standard error, and the degrees of freedom of the budget's fit."""
+
+    budget: float
+    value: float
+    se: float
+    df: float
+
+
+class Observation(NamedTuple):
+    """A quantity as its budget gave it, with its 95 % interval where that is known."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+def make_forecast(sweep: str, budget: float, runs: Path, results: Path) -> tuple[dict[str, Any], Path]:
+    """Forecast the optima of `budget` from the collected smaller budgets, and write it among the published studies.
+
+    Returns:
+        What was written, and where.
+
+    Raises:
+        UserError: the forecast was made before, cells of this budget or a larger one have finished, or there are too
+            few smaller budgets.
+    """
+    path = published(sweep, results).forecast(budget)
+    name = budget_name(budget)
+    if path.exists():
+        raise UserError(f"{from_checkout(path)} is there already: a forecast is made once, and is not replaced")
+    if cells := finished_cells(sweep, budget, runs, results):
+        raise UserError(
+            f"{len(cells)} cells of {sweep} at {name} FLOPs or more have finished, such as {cells[0]}: a forecast is "
+            f"made before any of them has"
+        )
+    study = find_study(sweep, runs, results)
+    fits = read_fits(study.fits)
+    found = forecast(fits, budget)
+    if not found:
+        smaller = ", ".join(budget_name(e["budget"]) for e in fits["budgets"] if e["budget"] < budget) or "none"
+        raise UserError(
+            f"no method of {sweep} has an optimum with an error at {MIN_POINTS} budgets below {name} FLOPs, as a "
+            f"forecast needs; budgets with finished cells: {smaller}"
+        )
+    used = {point["budget"] for one in found for point in one["points"]}
+    counts = fitted_cells(read_runs(study.runs), fits)
+    made = {
+        "sweep": sweep, "budget": budget, "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": git_commit(), "from": [{"budget": b, "cells": counts[b]} for b in sorted(used)],
+        "leaves_out": left_out(fits, used), "forecasts": found,
+    }  # fmt: skip
+    write_json(path, made)
+    return made, path
+
+
+def finished_cells(sweep: str, budget: float, runs: Path, results: Path) -> list[str]:
+    """Finished cells of `budget` or more: collected or not, and published."""
+    tables = [read_runs(s.runs) for s in (collected(sweep, runs), published(sweep, results)) if s.runs.is_file()]
+    found = {r.cell for r in read_records(runs / sweep) if r.status is Status.DONE and r.budget >= budget}
+    for table in tables:
+        found |= {*table.loc[(table["status"] == str(Status.DONE)) & (table["budget"] >= budget), "cell"]}
+    return sorted(found)
+
+
+def fitted_cells(runs: pd.DataFrame, fits: Mapping[str, Any]) -> dict[float, int]:
+    """How many cells each budget's fit took."""
+    done = runs.assign(name=method_names(runs))[usable(runs)]
+    sizes = {(e["budget"], m["name"]): m["sizes"] for e in fits["budgets"] for m in e["methods"]}
+    rows = zip(done["budget"], done["name"], done["flops_per_token"], strict=True)
+    taken = [budget for budget, name, x in rows if x in sizes.get((budget, name), ())]
+    return {e["budget"]: taken.count(e["budget"]) for e in fits["budgets"]}
+
+
+def forecast(fits: Mapping[str, Any], budget: float) -> list[dict[str, Any]]:
+    """Every quantity of every method that has it, with an error, at three budgets below `budget` FLOPs or more.
+
+    Args:
+        fits: the study's `fits.json`; its budgets of `budget` or more are not read.
+
+    Returns:
+        In plain values for JSON: `method`, `quantity`, `reference` (empty for a loss), the forecast `value` with its
+        95 % interval `low` to `high`, `misfit` of the line, and the `points` behind it (`Point`).
+    """
+    points = {key: values for key, values in _points(fits, budget).items() if len(values) >= MIN_POINTS}
+    losses = [point.value for (quantity, *_), values in points.items() if quantity == "loss" for point in values]
+    found = []
+    for (quantity, method, reference), values in points.items():
+        budgets, y, se, df = (np.array(column, float) for column in zip(*values, strict=True))
+        x, at = np.log10(budgets), math.log10(budget)
+        if quantity == "difference":
+            line = extrapolate(x, y, se, df, at)
+            value, (low, high) = line.value, line.interval
+        else:
+            floors = np.array([0.0, IRREDUCIBLE * min(losses)] if quantity == "loss" else [0.0])
+            lines = [extrapolate(x, np.log(y - floor), se / (y - floor), df, at) for floor in floors]
+            ends = floors[:, None] + np.exp([(one.value, *one.interval) for one in lines])
+            line, value, low, high = lines[0], ends[:, 0].mean(), ends.min(), ends.max()
+        found.append({
+            "method": method, "quantity": quantity, "reference": reference, "value": value, "low": low, "high": high,
+            "misfit": line.misfit, "points": [point._asdict() for point in values],
+        })  # fmt: skip
+    return to_plain(found)
+
+
+def _points(fits: Mapping[str, Any], budget: float) -> dict[tuple[Quantity, str, str], list[Point]]:
+    """The points below `budget` by quantity, method and reference; those without a number or an error are left out."""
+    points: dict[tuple[Quantity, str, str], list[Point]] = {}
+    entries = [entry for entry in fits["budgets"] if entry["budget"] < budget]
+    for entry in entries:
+        at, df = entry["budget"], entry.get("df", 0)
+        for one in (one for one in entry["methods"] if one["loss"] is not None):
+            points.setdefault(("loss", one["name"], ""), []).append(Point(at, one["loss"], _se(one), df))
+        for one in (one for one in entry["differences"] if is_to_dense(one) and one.get("value") is not None):
+            key: tuple[Quantity, str, str] = ("difference", one["method"], one["reference"])
+            points.setdefault(key, []).append(Point(at, one["value"], _se(one), df))
+    freedom = {entry["budget"]: entry.get("df", 0) for entry in entries}
+    for one in fits["multipliers"]:
+        if (df := freedom.get(one["budget"])) and one["low"] is not None:
+            half = math.log(one["high"] / one["low"]) / 2
+            se = one["multiplier"] * half / float(student.ppf((1 + LEVEL) / 2, df))
+            key = ("multiplier", one["method"], one["reference"])
+            points.setdefault(key, []).append(Point(one["budget"], one["multiplier"], se, df))
+    return {key: [point for point in values if point.se > 0] for key, values in points.items()}
+
+
+def is_to_dense(difference: Mapping[str, Any]) -> bool:
+    """Whether a difference of `fits.json` is one at the optimum, of a method to dense."""
+    return difference["size"] == "" and difference["reference"].partition(" ")[0] == "dense"
+
+
+def _se(found: Mapping[str, Any]) -> float:
+    """The error of a loss or difference, less that of sampling sequences, which all budgets share; NaN if none."""
+    return math.nan if found["se"] is None else math.sqrt(max(found["se"] ** 2 - (found["sequences_se"] or 0) ** 2, 0))
+
+
+def left_out(fits: Mapping[str, Any], budgets: Collection[float]) -> list[str]:
+    """What the intervals of a forecast from these budgets leave out."""
+    errors = [one.get("rate_se") for e in fits["budgets"] if e["budget"] in budgets for one in e["methods"]]
+    rates = ["the choice of learning rates"] * any(error is None for error in errors)
+    return [*rates, "a bend of a trend in the logarithm of the budget", "the sampling of validation sequences"]
+
+
+def read_forecasts(study: Study) -> list[dict[str, Any]]:
+    """The forecasts that lie in the folder of a published study, by budget; raises `UserError` where one is none."""
+    keys, found = {"budget", "made", "commit", "from", "leaves_out", "forecasts"}, []
+    for path in study.forecasts:
+        made = read_json(path)
+        if not (isinstance(made, dict) and keys <= made.keys()):
+            raise UserError(f"{path}: not a forecast as make forecast writes it")
+        found.append(made)
+    return sorted(found, key=lambda made: made["budget"])
+
+
+def observed(made: Mapping[str, Any], fits: Mapping[str, Any]) -> list[tuple[dict[str, Any], Observation | None]]:
+    """Each forecast of `make_forecast` with what its budget then gave; None where that has no number."""
+    there: dict[tuple[Quantity, str], tuple[float | None, float | None, float | None]] = {}
+    for entry in (entry for entry in fits["budgets"] if entry["budget"] == made["budget"]):
+        for one in entry["methods"]:
+            there["loss", one["name"]] = one["loss"], one.get("low"), one.get("high")
+        for one in filter(is_to_dense, entry["differences"]):
+            there["difference", one["method"]] = one.get("value"), one.get("low"), one.get("high")
+    for one in fits["multipliers"]:
+        if one["budget"] == made["budget"]:
+            there["multiplier", one["method"]] = one["multiplier"], one["low"], one["high"]
+    known = {key: Observation(value, *ends) for key, (value, *ends) in there.items() if value is not None}
+    return [(one, known.get((one["quantity"], one["method"]))) for one in made["forecasts"]]
+
+
+def inside(one: Mapping[str, Any], seen: Observation) -> str:
+    """Whether an observation lies within the forecast's interval, else within the errors of both.
+
+    The forecast's interval is for the true value. What is observed has an error of its own; half-widths of the two
+    intervals, on the sides that face each other, add in quadrature.
+    """
+    if one["low"] <= seen.value <= one["high"]:
+        return "yes"
+    if seen.low is None or seen.high is None:
+        return "no"
+    above = seen.value > one["value"]
+    halves = (
+        (one["high"] - one["value"], seen.value - seen.low)
+        if above
+        else (one["value"] - one["low"], seen.high - seen.value)
+    )
+    return "no, but within both errors" if abs(seen.value - one["value"]) <= math.hypot(*halves) else "no"
