@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from peerscale.errors import UserError, exit_code
 from peerscale.files import from_checkout, write_text
-from peerscale.runs.study import find_study, read_fits, study_parser, usable
+from peerscale.runs.study import find_study, read_fits, study_parser, usable, without_brackets
 from peerscale.runs.table import read_runs
 from peerscale.viz import style
 from peerscale.viz.figures import DEFAULT_X, study_figures
@@ -26,14 +26,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     study = find_study(arguments.sweep, arguments.runs, arguments.results)
     runs = read_runs(study.runs)
-    if not usable(runs).any():
+    if not usable(main := without_brackets(runs)).any():
         raise UserError(f"study {arguments.sweep!r} has no finished cell to draw")
     for name, figure in study_figures(study, runs, arguments.x):
         for path in style.save(figure, study.figures / name):
             print(path)
     text = study_table(study.sweep, runs, read_fits(study.fits))
     write_text(study.table, text)
-    shown, *further = text.split("\n## ") if compares_curves(runs) else [text]
+    shown, *further = text.split("\n## ") if compares_curves(main) else [text]
     print(f"\n{shown}")
     if further:
         titles = "; ".join(section.partition("\n")[0] for section in further)
