@@ -36,7 +36,13 @@ def what_intervals_hold(fits: Fits) -> str:
     known, unknown = errors_of_rates(fits)
     if not known:
         return LEFT_OUT
-    without = ", ".join(f"{style.label(one['method'])} at {budget_name(one['budget'])}" for one in unknown)
+    bracketed, left_out = {one["budget"] for one in known}, dict[float, list[str]]()
+    for one in unknown:
+        left_out.setdefault(one["budget"], []).append(style.label(one["method"]))
+    without = ", ".join(
+        f"{', '.join(methods) if budget in bracketed else 'all methods'} at {budget_name(budget)}"
+        for budget, methods in left_out.items()
+    )
     return "They include the choice of learning rates" + (f", except that of {without}." if unknown else ".")
 
 
