@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from peerscale.errors import UserError, exit_code
 from peerscale.files import from_checkout, write_text
 from peerscale.runs.forecasts import read_forecasts
-from peerscale.runs.study import find_study, published, read_fits, study_parser, usable
+from peerscale.runs.study import find_study, published, read_fits, study_parser, usable, without_brackets
 from peerscale.runs.table import read_runs
 from peerscale.viz import style
 from peerscale.viz.figures import DEFAULT_X, study_figures
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     study = find_study(arguments.sweep, arguments.runs, arguments.results)
     runs = read_runs(study.runs)
-    if not usable(runs).any():
+    if not usable(main := without_brackets(runs)).any():
         raise UserError(f"study {arguments.sweep!r} has no finished cell to draw")
     for name, figure in study_figures(study, runs, arguments.x):
         for path in style.save(figure, study.figures / name):
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     forecasts = read_forecasts(published(arguments.sweep, arguments.results))
     text = study_table(study.sweep, runs, read_fits(study.fits), forecasts)
     write_text(study.table, text)
-    shown, *further = text.split("\n## ") if compares_curves(runs) else [text]
+    shown, *further = text.split("\n## ") if compares_curves(main) else [text]
     print(f"\n{shown}")
     if further:
         titles = "; ".join(section.partition("\n")[0] for section in further)

@@ -351,3 +351,20 @@ def test_tables_are_aligned() -> None:
         "a     10     3 s  OK",
         "long   7  12 min  DROP: x",
     ]
+
+
+def test_rate_brackets_stand_below_the_grid_and_are_no_sizes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rows = "{budget: 1e10, sizes: [d8]}, {budget: 1e10, sizes: [d8], axes: {optim.lr_factor: [0.5, 2.0]}}"
+    file = write_study(tmp_path, f"{{methods: [dense], min_sizes: 1, grid: [{rows}]}}", "min_steps: 1")
+    assert [cell.plan.lr / planned_cells(file)[0].plan.lr for cell in planned_cells(file)] == [1, 0.5, 2]
+    assert main(["status", str(file)]) == 0
+    above, below = capsys.readouterr().out.split(
+        "rate brackets, at factors of the usual rate; no points of the curves:"
+    )
+    assert [line.split()[0] for line in above.splitlines() if line.startswith("dense")] == ["dense-d8-s0"]
+    assert [line.split()[0] for line in below.splitlines() if line.startswith("dense")] == [
+        "dense-d8-lr_factor=0.5-s0", "dense-d8-lr_factor=2.0-s0",
+    ]  # fmt: skip
+    assert "3 pending" in below
+    assert main(["plan", str(file), "sweep.min_sizes=2"]) == 2
+    assert capsys.readouterr().err == "error: dense has 1 sizes left at 1e10, fewer than 2\n"

@@ -55,7 +55,7 @@ def test_a_wrong_study_is_refused_in_one_line(change: dict[str, Any], message: s
         parse_sweep({**STUDY, **change})
 
 
-KEYS = "methods, grid, budgets, seeds, axes, method_axes, min_sizes, claims, held_out"
+KEYS = "methods, grid, budgets, seeds, axes, method_axes, min_sizes, claims, held_out, rates_cost"
 
 
 @pytest.mark.parametrize(
@@ -63,11 +63,11 @@ KEYS = "methods, grid, budgets, seeds, axes, method_axes, min_sizes, claims, hel
     [
         (
             {"axis": {}},
-            "axis; there are: methods, grid, budgets, seeds, axes, method_axes, min_sizes, claims, held_out",
+            f"axis; there are: {KEYS}",
         ),
         (
             {"sizes": ["d8"]},
-            "sizes; there are: methods, grid, budgets, seeds, axes, method_axes, min_sizes, claims, held_out",
+            f"sizes; there are: {KEYS}",
         ),
         (
             {"grid": [{"budget": 1e12, "sizes": ["d8"], "seed": [1]}]},

@@ -51,7 +51,7 @@ def record_of(
 def axes_text(arm: str) -> str:
     """The column `axes` of a cell with settings such as `batch_sequences=8-lr=0.1`."""
     pairs = dict(pair.split("=") for pair in re.split(r"-(?=[a-z])", arm)) if arm else {}
-    keys = {"lr": "optim.lr", "table_lr": "optim.table_lr"}
+    keys = {"lr": "optim.lr", "table_lr": "optim.table_lr", "lr_factor": "optim.lr_factor"}
     return (
         json.dumps(
             {keys.get(key, key): value if value.isalpha() else json.loads(value) for key, value in pairs.items()}

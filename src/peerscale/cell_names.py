@@ -1,10 +1,13 @@
 """What cells are called: `<method>-<size>-<budget>[-<axis>=<value>...]-s<seed>`. For people; programs read records."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peerscale.config import Config
+
+RATE_FACTOR = "optim.lr_factor"
+"""The axis of cells that bracket a learning rate: the same cell at a multiple of its rate."""
 
 
 def cell_name(config: Config, axes: Mapping[str, Any]) -> str:
@@ -16,6 +19,15 @@ def cell_name(config: Config, axes: Mapping[str, Any]) -> str:
 def axes_label(axes: Mapping[str, Any]) -> str:
     """`top_k=8-lr=0.001`, each axis by the last part of its key."""
     return "-".join(f"{key.rpartition('.')[2]}={_file_name(value)}" for key, value in axes.items())
+
+
+def are_brackets(methods: Sequence[str], axes: Sequence[Mapping[str, Any]]) -> list[bool]:
+    """Which cells bracket the rate of another: those with the axis `RATE_FACTOR`.
+
+    A method of which all cells have the axis brackets nothing: there it is a setting like others.
+    """
+    usual = {method for method, each in zip(methods, axes, strict=True) if RATE_FACTOR not in each}
+    return [method in usual and RATE_FACTOR in each for method, each in zip(methods, axes, strict=True)]
 
 
 def budget_name(budget: float) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peerscale.cell_names import budget_name, cell_name
+from peerscale.cell_names import are_brackets, budget_name, cell_name
 from peerscale.composition import Composition, of_cells, sweep_file
 from peerscale.config import Config, composed, parse_config, to_dict
 from peerscale.config_errors import ConfigError, layers_with, method_in, unknown_key
@@ -163,11 +163,18 @@ def diverged_lines(cells: Sequence[Cell], data_fingerprint: str) -> list[str]:
     ]
 
 
+def without_brackets(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells that are no brackets of another cell's rate."""
+    brackets = are_brackets([cell.config.ffn.name for cell in cells], [cell.axes for cell in cells])
+    return [cell for cell, bracket in zip(cells, brackets, strict=True) if not bracket]
+
+
 def short_methods(cells: Sequence[Cell], min_sizes: int) -> list[str]:
     """Methods with fewer sizes left at a budget than a parabola wants, one line each."""
     lines = []
+    usual = without_brackets(cells)
     for name, budget in sorted({(cell.config.ffn.name, cell.config.budget) for cell in cells}):
-        mine = [c for c in cells if (c.config.ffn.name, c.config.budget) == (name, budget)]
+        mine = [c for c in usual if (c.config.ffn.name, c.config.budget) == (name, budget)]
         left = {c.config.size for c in mine if c.plan.verdict is Verdict.OK}
         if len(left) < min_sizes:
             lines.append(f"{name} has {len(left)} sizes left at {budget_name(budget)}, fewer than {min_sizes}")

@@ -18,7 +18,15 @@ from statistics import mean, stdev
 
 from peerscale.accounting import CONVENTION, device_memory
 from peerscale.cell_names import budget_name
-from peerscale.cells import Cell, count_cells, evaluation_lines, planned_cells, rate_lines, short_methods
+from peerscale.cells import (
+    Cell,
+    count_cells,
+    evaluation_lines,
+    planned_cells,
+    rate_lines,
+    short_methods,
+    without_brackets,
+)
 from peerscale.composition import study_files
 from peerscale.data import text
 from peerscale.data.store import read_manifest
@@ -129,11 +137,12 @@ def _print_notices(found: Outcomes) -> None:
 
 
 def print_status(sweep: str, overrides: Sequence[str], results: Path) -> int:
-    """Print the grid, method and size by budget: a loss, or what became of the cell; and means over seeds."""
+    """Print the grid, method and size by budget: a loss, or what became of the cell; means over seeds; brackets."""
     cells = planned_cells(sweep, overrides)
     found = _outcomes(cells, results)
     name, job_of = cells[0].sweep, _slurm_jobs(cells)
-    grid, notes, words = Grid(), [], []
+    grid, brackets, notes, words = Grid(), Grid(), [], []
+    usual = {cell.name for cell in without_brackets(cells)}
     for cell in cells:
         outcome = found.planned[cell.name]
         word, note = _word(cell, outcome, job_of.get(cell.name))
@@ -141,10 +150,14 @@ def print_status(sweep: str, overrides: Sequence[str], results: Path) -> int:
         words.append(word)
         evaluation = outcome.record.evaluation if outcome.record and outcome.done else {}
         loss = evaluation.get(cell.config.data.val_set, {}).get("loss")
-        grid.add(cell, loss, (word if loss is None else f"{loss:.4f}") + PUBLISHED_MARK * outcome.published)
+        shown = grid if cell.name in usual else brackets
+        shown.add(cell, loss, (word if loss is None else f"{loss:.4f}") + PUBLISHED_MARK * outcome.published)
     print(text_table(grid.rows()))
     if means := grid.means():
         print(f"\nmean ± standard deviation (number of seeds):\n{text_table(means)}")
+    if len(usual) < len(cells):
+        print("\nrate brackets, at factors of the usual rate; no points of the curves:")
+        print(text_table(brackets.rows()))
     counts = {word: f"{n} {word}" for word, n in Counter(words).items()}
     if n_published := sum(found.planned[cell.name].done_published for cell in cells):
         where = f"{words.count('done') - n_published} run here in {from_checkout(cells[0].folder.parent)}"

@@ -1,5 +1,6 @@
 """The `sweep` section of a study file: the cells of a study, and what its statistics are to ask of them."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
+from peerscale.cell_names import RATE_FACTOR
 from peerscale.composition import compose, of_section, read_study, sweep_file
 from peerscale.config import hydra_errors
 from peerscale.config_errors import ConfigError, parse
@@ -79,6 +81,10 @@ class SweepConfig:
     """What the study claims, if anything."""
     held_out: list[str] = Field(default_factory=list)
     """Sizes that a law of learning rates is judged by, and not fitted to."""
+    rates_cost: Rate | None = None
+    """Nats per token that the rates in use may cost a method: what the law of rates cost on runs that it was not fitted
+    to, in a study that a comment beside this key names. It is a part of the errors wherever the grid has no bracket
+    (`axes: {optim.lr_factor: [0.5, 2.0]}`) of a method at a budget; null: that part is left out."""
 
     def __post_init__(self) -> None:
         methods, grid = set(self.methods), {row.budget for row in self.grid}
@@ -91,6 +97,7 @@ class SweepConfig:
                 )
         if unknown := sorted({*self.held_out} - {size for row in self.grid for size in row.sizes}):
             raise ValueError(f"held_out names {unknown[0]}, a size that the grid does not have")
+        self._check_brackets()
         claims = self.claims
         for where, named in (("budgets", self.budgets), ("claims.budgets", claims.budgets if claims else None)):
             if absent := sorted(set(named or ()) - grid):
@@ -109,6 +116,23 @@ class SweepConfig:
             if len(windows) > 1:
                 first, second, *_ = (f"[{low:g}, {high:g}]" for low, high in sorted(windows))
                 raise ValueError(f"grid has the windows {first} and {second} at {budget:g}: a budget has one")
+
+    def _check_brackets(self) -> None:
+        """Refuse rows that bracket the rate of a cell which no row has at its usual rate."""
+        usual: set[tuple[float, str, str, int]] = set()
+        brackets: dict[tuple[float, str, str, int], None] = {}
+        for row in self.grid:
+            cells = itertools.product([row.budget], row.sizes, row.methods or self.methods, row.seeds or self.seeds)
+            if 1 in row.axes.get(RATE_FACTOR, [1]):
+                usual.update(cells)
+            else:
+                brackets.update(dict.fromkeys(cells))
+        if usual and (alone := next((cell for cell in brackets if cell not in usual), None)):
+            budget, size, method, seed = alone
+            raise ValueError(
+                f"grid has {RATE_FACTOR} for {method}, {size}, seed {seed} at {budget:g}, but no row trains that cell "
+                "at its usual rate: add one, or take it out"
+            )
 
     @property
     def rows(self) -> list[GridRow]:

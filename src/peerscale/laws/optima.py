@@ -68,6 +68,8 @@ class Estimate:
     """Part of seeds; None where no size has several, so that they are within `fit_se` or, with one size, left out."""
     sequences_se: float | None
     """Part of the sampling of validation sequences; None where losses of sequences are not known."""
+    rate_se: float | None = None
+    """Part of the choice of learning rates; None where it is not known, so that it is left out."""
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -80,6 +82,18 @@ class Estimate:
         sampled, n = float(losses.std(ddof=1)) / math.sqrt(len(losses)), len(losses)
         df = _satterthwaite([(self.se**2, self.df), (sampled**2, n - 1)])
         return replace(self, se=math.hypot(self.se, sampled), df=df, sequences_se=sampled)
+
+    def with_rates(self, errors: Sequence[tuple[float, float]]) -> Self:
+        """The same with errors of learning rates, each a standard error with its degrees of freedom; the same if none.
+
+        One estimated scatter is behind all errors from brackets, so their variances are right or wrong together.
+        """
+        if not errors:
+            return self
+        rates, together = math.hypot(*(se for se, _ in errors)), sum(se**2 / math.sqrt(df) for se, df in errors)
+        of_rates = rates**4 / together**2 if together else math.inf
+        df = _satterthwaite([(self.se**2, self.df), (rates**2, of_rates)])
+        return replace(self, se=math.hypot(self.se, rates), df=df, rate_se=rates)
 
     @property
     def p(self) -> float:

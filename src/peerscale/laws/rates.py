@@ -338,6 +338,8 @@ def _f_test(shared: _Regression, own: _Regression | None) -> dict[str, Any] | No
 def _held_out(runs: _Runs, held: Array, n_methods: int, places: Sequence[dict[str, Any]]) -> tuple[CurveOptimum, ...]:
     """The optima of the curves among `held` (n,), predicted from the other runs; none if these do not determine it."""
     rest = runs.of(runs.near & ~held)
+    if not len(rest.x):
+        return ()
     law = _Regression.of(rest, rest.places(n_methods, own=False))
     return _optima(runs, held, law, n_methods, places) if law.determined and law.k > 0 else ()
 

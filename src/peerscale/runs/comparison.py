@@ -1,8 +1,8 @@
 """The statistics of a study, computed once: losses at the compute optimum, their differences, compute multipliers.
 
 All of it is written to `fits.json`, which figures, tables and the report read. The errors hold the misfit of sizes,
-seeds and the sampling of validation sequences (`laws.optima`); they leave out the choice of learning rates, unless a
-study brackets them.
+seeds and the sampling of validation sequences (`laws.optima`), and the choice of learning rates where a study brackets
+them (`runs.brackets`) or states what they cost.
 """
 
 import math
@@ -19,8 +19,9 @@ from peerscale.laws.isoflop import MIN_BUDGETS, fit_power_law
 from peerscale.laws.multiplier import compute_multipliers
 from peerscale.laws.optima import Estimate, OptimaFit, Optimum, OptimumStatus, equality_of_curvatures, holm
 from peerscale.laws.solver import Array, FitStatus
+from peerscale.runs.brackets import RateErrors, described, fit_rate_brackets, rate_errors
 from peerscale.runs.record import Record
-from peerscale.runs.study import method_names, same_variant, usable
+from peerscale.runs.study import method_names, same_variant, usable, without_brackets
 from peerscale.sweep_config import ClaimsConfig
 
 X = "flops_per_token"
@@ -57,6 +58,7 @@ def compare(
     *,
     windows: Mapping[float, tuple[float, float] | None] | None = None,
     claims: ClaimsConfig | None = None,
+    rates_cost: float | None = None,
 ) -> dict[str, Any]:
     """The statistics of a study in plain values for JSON.
 
@@ -65,6 +67,7 @@ def compare(
         records: of its cells, for the losses of validation sequences.
         windows: FLOPs per token (low, high) of the sizes that are fitted, by budget; none: all sizes.
         claims: the family of claims; none: PEER against every other method at every budget.
+        rates_cost: nats per token that learning rates may cost a method where they are not bracketed; None: not known.
 
     Returns:
         `x`, `loss`: columns that were fitted.
@@ -73,8 +76,11 @@ def compare(
         `claims`: each comparison of the family with its probability, alone and corrected by Holm's method.
         `multipliers`, `growth`: dense's compute over a method's, and the slope of its logarithm.
         `laws`: the power law of each method's optimal size.
+        `rates`: `brackets`, `cost` and `errors` of learning rates by budget and method; only where there are any.
     """
-    done = runs.assign(name=method_names(runs))[usable(runs)]
+    brackets, main = fit_rate_brackets(runs), without_brackets(runs)
+    rates = rate_errors(brackets, rates_cost)
+    done = main.assign(name=method_names(main))[usable(main)]
     sequences = sequence_losses(records, set(done["cell"]))
     entries: list[dict[str, Any]] = []
     fitted: list[Budget] = []
@@ -82,19 +88,21 @@ def compare(
     for budget in sorted(done["budget"].unique()):
         rows = done[done["budget"] == budget]
         if rows.groupby("name")["size"].nunique().max() >= CURVE_SIZES:
-            one, entry = _by_curves(rows, references, (windows or {}).get(budget), sequences)
+            one, entry = _by_curves(rows, references, (windows or {}).get(budget), sequences, rates)
             fitted += [one] if one else []
         else:
-            entry = _at_each_size(rows, references, sequences)
+            entry = _at_each_size(rows, references, sequences, rates)
         entries.append({"budget": float(budget), **entry})
-    budgets, frontiers = np.array([one.budget for one in fitted]), _frontiers(fitted)
+    budgets, frontiers = np.array([one.budget for one in fitted]), _frontiers(fitted, rates)
     multipliers, slopes = _multipliers(budgets, frontiers)
-    return to_plain(
-        {
-            "x": X, "loss": "val_loss", "budgets": entries, "claims": _claims(entries, claims),
-            "multipliers": multipliers, "growth": slopes, "laws": _power_laws(budgets, frontiers),
-        }
-    )  # fmt: skip
+    found = {
+        "x": X, "loss": "val_loss", "budgets": entries, "claims": _claims(entries, claims),
+        "multipliers": multipliers, "growth": slopes, "laws": _power_laws(budgets, frontiers),
+    }  # fmt: skip
+    if brackets or rates_cost is not None:
+        places = sorted(set(zip(done["budget"].astype(float), done["name"], strict=True)))
+        found["rates"] = {"brackets": brackets, "cost": rates_cost, "errors": described(rates, places)}
+    return to_plain(found)
 
 
 def sequence_losses(records: Sequence[Record], cells: set[str]) -> Sequences:
@@ -106,10 +114,11 @@ def sequence_losses(records: Sequence[Record], cells: set[str]) -> Sequences:
 
 
 def _by_curves(
-    rows: pd.DataFrame, references: Sequence[str], window: tuple[float, float] | None, sequences: Sequences
-) -> tuple[Budget | None, dict[str, Any]]:
+    rows: pd.DataFrame, references: Sequence[str], window: tuple[float, float] | None, sequences: Sequences,
+    rates: RateErrors,
+) -> tuple[Budget | None, dict[str, Any]]:  # fmt: skip
     """One fit of all methods that have a curve, over one window."""
-    low, high = window or (0.0, math.inf)
+    (low, high), budget = window or (0.0, math.inf), float(rows["budget"].iloc[0])
     inside = rows[rows[X].between(low, high)]
     inside = inside[inside.groupby("name")[X].transform("nunique") >= CURVE_SIZES]
     if inside.empty:
@@ -131,7 +140,8 @@ def _by_curves(
     methods = []
     for name, optimum in optima.items():
         has_number, one = optimum.status.has_number, alone[name]
-        error = _described(shared.estimate(optimum.weights, drawn), "value", "p") if has_number else {}
+        known = shared.estimate(optimum.weights, drawn).with_rates(rates.of_all(budget, name)) if has_number else None
+        error = _described(known, "value", "p") if known else {}
         methods.append({
             "name": name, "status": optimum.status, "x": optimum.x, "x_interval": optimum.x_interval,
             "loss": optimum.loss, **error, "sizes": optimum.sizes,
@@ -147,20 +157,22 @@ def _by_curves(
         if without:
             entry["note"] = "; ".join(without)
         else:
-            weights = optima[name].weights - optima[reference].weights
-            apart = own.estimate(alone[name].weights - alone[reference].weights, drawn)
-            entry |= _described(shared.estimate(weights, drawn))
+            weights, of_rates = optima[name].weights - optima[reference].weights, rates.of_all(budget, name, reference)
+            apart = own.estimate(alone[name].weights - alone[reference].weights, drawn).with_rates(of_rates)
+            entry |= _described(shared.estimate(weights, drawn).with_rates(of_rates))
             entry["own"] = {"value": apart.value, "se": apart.se} if math.isfinite(apart.value) else None
-            entry["sets"] = {s: _described(fit.estimate(weights)) for s, fit in others.items()}
+            entry["sets"] = {s: _described(fit.estimate(weights).with_rates(of_rates)) for s, fit in others.items()}
         differences.append(entry)
-    return Budget(float(rows["budget"].iloc[0]), shared, optima, drawn), {
+    return Budget(budget, shared, optima, drawn), {
         "window": window, "scatter": shared.scatter, "df": shared.df, "seeds_sd": math.sqrt(shared.seeds_variance),
         "seeds_df": shared.seeds_df, "curvature": float(shared.curve(shared.names[0])[2]),
         "equality": equality_of_curvatures(shared, own), "methods": methods, "differences": differences,
     }  # fmt: skip
 
 
-def _at_each_size(rows: pd.DataFrame, references: Sequence[str], sequences: Sequences) -> dict[str, Any]:
+def _at_each_size(
+    rows: pd.DataFrame, references: Sequence[str], sequences: Sequences, rates: RateErrors
+) -> dict[str, Any]:
     """Methods compared at one and the same size: means over seeds, whose scatter is pooled over methods."""
     differences = []
     for size, cells in rows.groupby("size", sort=False):
@@ -179,6 +191,7 @@ def _at_each_size(rows: pd.DataFrame, references: Sequence[str], sequences: Sequ
                 seeds_se=seeds if freedom else None, sequences_se=None,
             )  # fmt: skip
             found = found if sampled is None else found.with_sequences(sampled)
+            found = found.with_rates(rates.of_all(float(rows["budget"].iloc[0]), name, reference))
             differences.append({"method": name, "reference": reference, "size": str(size), **_described(found)})
     return {"window": None, "methods": [], "differences": differences}
 
@@ -192,9 +205,9 @@ def _pairs(names: Sequence[str], references: Sequence[str]) -> list[tuple[str, s
 
 
 def _described(estimate: Estimate, *left_out: str) -> dict[str, Any]:
-    """The value with its error by source, its interval and p; `rate_se` is for studies that bracket their rates."""
+    """The value with its error by source, its interval and p."""
     low, high = estimate.interval
-    found = {**asdict(estimate), "rate_se": None, "low": low, "high": high, "p": estimate.p}
+    found = {**asdict(estimate), "low": low, "high": high, "p": estimate.p}
     return {key: value for key, value in found.items() if key not in left_out}
 
 
@@ -236,11 +249,12 @@ def _turned(found: Mapping[str, Any]) -> dict[str, Any]:
     return {**found, "method": found["reference"], "reference": found["method"], **ends}
 
 
-def _frontiers(fitted: Sequence[Budget]) -> dict[str, Array]:
+def _frontiers(fitted: Sequence[Budget], rates: RateErrors) -> dict[str, Array]:
     """x and loss of each method's optimum at every budget, (2, 1 + draws, budgets): as fitted, then as drawn.
 
     The size means are drawn about the fit, under the errors of misfit and seeds, with a variance that is itself drawn,
-    so that intervals are Student's. All budgets draw the same sequences. NaN where a method has no number.
+    so that intervals are Student's. All budgets draw the same sequences. A method's losses are also drawn under the
+    error of its learning rate, where that is known. NaN where a method has no number.
     """
     n = next((one.sequences.shape[1] for one in fitted if one.sequences is not None), 0)
     resampled = resample_counts(n, DRAWS, seed=0) / n - 1 / n if n else np.array(0)
@@ -260,6 +274,8 @@ def _frontiers(fitted: Sequence[Budget]) -> dict[str, Array]:
             if optimum.status.has_number:
                 frontiers[name][:, 0, i] = optimum.x, optimum.loss
                 frontiers[name][:, 1:, i] = minima[:, :, method]
+                for se, _ in rates.of_all(one.budget, name):
+                    frontiers[name][1, 1:, i] += rng.normal(0, se, DRAWS)
     return frontiers
 
 

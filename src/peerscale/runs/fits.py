@@ -12,7 +12,7 @@ from peerscale.laws.isoflop import MIN_BUDGETS
 from peerscale.laws.parametric import Surface
 from peerscale.runs.conventions import multipliers_by_convention
 from peerscale.runs.rates import fit_law, fit_rates
-from peerscale.runs.study import method_names, usable
+from peerscale.runs.study import method_names, usable, without_brackets
 
 RESAMPLES = 1000
 """Of every bootstrap of a law."""
@@ -30,7 +30,7 @@ def fit_study(
     """Statistics and laws of a study in plain values for JSON.
 
     Args:
-        runs: the study's table.
+        runs: the study's table; laws and conventions leave its rate brackets out.
         curves: its training curves; cell, flops and loss of logged steps.
         compared: what `comparison.compare` found in them.
         held_out: names of the sizes that a law of learning rates is not fitted to.
@@ -41,13 +41,15 @@ def fit_study(
         the curves and, from three budgets on, `<method>/parametric` the loss surface over tokens D and N = FLOPs per
         token / 6, with which C = 6 N D is exact. A method's three exponents are of one and the same size.
         `conventions`: multipliers under other conventions of counting FLOPs.
-        `rates`: the best learning rates, of a study that varies them, and their `law` (None: too few of them).
+        `rates`: the best learning rates, of a study that varies them, and their `law` (None: too few of them);
+        and those of `compared`: `brackets` of the usual rates, and the errors from them.
     """
+    runs = without_brackets(runs)
     return {
         **compared,
         "laws": compared["laws"] | _laws(runs, curves),
         "conventions": to_plain(multipliers_by_convention(runs, compared["budgets"])),
-        "rates": to_plain({**fit_rates(runs), "law": fit_law(runs, held_out)}),
+        "rates": to_plain({**fit_rates(runs), "law": fit_law(runs, held_out)}) | compared.get("rates", {}),
     }
 
 

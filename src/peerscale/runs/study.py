@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from peerscale.cell_names import are_brackets as cells_are_brackets
 from peerscale.cell_names import axes_label, budget_name
 from peerscale.errors import ArgumentParser, UserError
 from peerscale.files import ROOT
@@ -150,6 +151,17 @@ def axes_of(table: pd.DataFrame) -> pd.Series:
     texts = table["axes"] if "axes" in table else [""] * len(table)
     parsed = [json.loads(text) if isinstance(text, str) and text else {} for text in texts]
     return pd.Series(parsed, index=table.index, dtype=object)
+
+
+def are_brackets(table: pd.DataFrame) -> pd.Series:
+    """Which rows bracket the learning rate of another: they are no points of a curve, and no settings of a method."""
+    methods = table["method"].astype(str) + "_" + table["variant"].fillna("").astype(str)
+    return pd.Series(cells_are_brackets(list(methods), list(axes_of(table))), index=table.index, dtype=bool)
+
+
+def without_brackets(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows that curves, laws and counts are made of."""
+    return table[~are_brackets(table)]
 
 
 def same_variant(reference: str, name: str, names: Sequence[str]) -> str | None:

@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from peerscale.viz import style
+from peerscale.viz.brackets import bars
 
-BARS = "bars: 95 % interval from misfit of sizes, seeds and validation sequences, not from learning rates"
 SPREAD = 0.8
 """Height that the budgets of one method share, in rows."""
 
@@ -57,5 +57,5 @@ def differences_figure(fits: Mapping[str, Any], *, methods: Iterable[str] = (), 
             for budget, marker in markers.items()
         ]
         style.legend(figure, handles)
-        style.caption(figure, note, BARS)
+        style.caption(figure, note, bars(fits))
     return figure

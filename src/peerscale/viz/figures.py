@@ -6,10 +6,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from peerscale.runs.rates import RATES
-from peerscale.runs.study import Study, method_names, read_fits, usable
+from peerscale.runs.study import Study, method_names, read_fits, usable, without_brackets
 from peerscale.runs.table import CURVES, read_table
 from peerscale.viz import style
 from peerscale.viz.ablations import active_figure, experts_figure, query_norm_figure, varied
+from peerscale.viz.brackets import brackets_figure
 from peerscale.viz.curves import curves_figure
 from peerscale.viz.differences import differences_figure
 from peerscale.viz.frontier import frontier_figure
@@ -31,12 +32,14 @@ TITLES = {
     "frontier": "Compute-optimal loss, and the compute multiplier over dense",
     "curves": "Training curves",
     "rates": "Learning rates",
+    "brackets": "Rate brackets: the same models at other learning rates",
 }
 """Titles of figures by name, in the order of a report."""
 
 
 def study_figures(study: Study, runs: pd.DataFrame, x: str = DEFAULT_X) -> Iterator[tuple[str, Figure]]:
     """The figures that a study's tables can feed, by name; `x` is the size of the isoFLOP figure."""
+    runs = without_brackets(runs)
     note, settings, published = small_print(runs), varied(runs), read_published()
     if compares_curves(runs):
         name, fits = "isoflop" if x == DEFAULT_X else f"isoflop_{x}", read_fits(study.fits)
@@ -47,6 +50,8 @@ def study_figures(study: Study, runs: pd.DataFrame, x: str = DEFAULT_X) -> Itera
             yield "differences", drawn
         if drawn := frontier_figure(fits, note=note):
             yield "frontier", drawn
+    if study.fits.is_file() and (drawn := brackets_figure(read_fits(study.fits), note=note)):
+        yield "brackets", drawn
     if settings & set(RATES):  # the cells at one setting are then no seeds of each other
         law = read_fits(study.fits)["rates"].get("law")
         yield "rates", rate_law_figure(runs, law, note=note) if law else rates_figure(runs, note=note)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from peerscale.laws.optima import OptimumStatus
 from peerscale.viz import style
-from peerscale.viz.differences import BARS
+from peerscale.viz.brackets import bars
 
 
 def points_panel(axes: Axes, table: pd.DataFrame, *, colours: Mapping[str, str]) -> None:
@@ -57,5 +57,5 @@ def frontier_figure(fits: Mapping[str, Any], *, note: str = "") -> Figure | None
         marks = "hollow: flagged minimum" if losses["hollow"].any() else ""
         same = "multiplier: for the same loss, losses interpolated between the budgets" if worth else ""
         apart = "methods are drawn side by side at each budget"
-        style.caption(figure, note, BARS, "; ".join(filter(None, (same, marks, apart))))
+        style.caption(figure, note, bars(fits), "; ".join(filter(None, (same, marks, apart))))
     return figure

@@ -41,12 +41,13 @@ def with_interval(value: float | None, interval: Sequence[float | None] | None, 
 
 
 def signed_interval(found: Mapping[str, Any] | None) -> str:
-    """A difference with its interval, `−0.033 [−0.049, −0.018]`, and a note if that holds only sequence sampling."""
+    """A difference with its interval, `−0.033 [−0.049, −0.018]`, and a note if that holds neither sizes nor seeds."""
     if found is None or found.get("value") is None:
         return "—"
     alone = found.get("fit_se", 0) is None and found.get("seeds_se", 0) is None
     interval = with_interval(found["value"], (found["low"], found["high"]), "{:+.3f}")
-    return interval + " (sequences only)" * alone
+    part = "sequences only" if found.get("rate_se") is None else "without seeds"
+    return interval + f" ({part})" * alone
 
 
 def probability(p: float | None) -> str:

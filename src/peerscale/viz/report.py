@@ -18,7 +18,7 @@ from peerscale.composition import sweep_file
 from peerscale.config import ConfigError
 from peerscale.errors import UserError
 from peerscale.runs.record import Record
-from peerscale.runs.study import Study, header, method_names, read_fits, usable
+from peerscale.runs.study import Study, header, method_names, read_fits, usable, without_brackets
 from peerscale.runs.table import read_records, read_runs
 from peerscale.viz.ablations import has_curves
 from peerscale.viz.figures import TITLES
@@ -47,14 +47,15 @@ def report(study: Study) -> str:
     runs = read_runs(study.runs)
     if runs.empty:
         raise UserError(f"{study.runs} has no rows")
-    runs = runs.assign(name=method_names(runs))
+    main = without_brackets(runs)
+    main, brackets = main.assign(name=method_names(main)), {*runs["cell"]} - {*main["cell"]}
     records, text = read_records(study.folder), sweep_text(study.sweep)
-    fits = read_fits(study.fits) if has_curves(runs) and study.fits.is_file() else {}
+    fits = read_fits(study.fits) if has_curves(main) and study.fits.is_file() else {}
     names = [path.stem for path in study.figures.glob("*.png")]
     figures = [name for name in TITLES if name in names] + sorted({*names} - {*TITLES})
     absent = {
         f"sweeps/{study.sweep}.yaml: the question, and what it takes to run the study": not text,
-        "fits.json: optima and laws (make figures)": has_curves(runs) and not fits,
+        "fits.json: optima and laws (make figures)": has_curves(main) and not fits,
         "records.jsonl: recipe, run signals, versions and hardware": not records,
         "table.md: the results (make figures)": not study.table.is_file(),
         "figures (make figures)": not figures,
@@ -81,7 +82,9 @@ def report(study: Study) -> str:
         ],
         "warnings": warnings(fits),
         "signals": signals(records),
-        "recipe": recipe(ran or records, dict(zip(runs["cell"], runs["name"], strict=True))),
+        "recipe": recipe(
+            [r for r in ran or records if r.cell not in brackets], dict(zip(main["cell"], main["name"], strict=True))
+        ),
         "cells": cells(runs),
         "environment": environment(ran),
         "commits": sorted({str(record.environment.get("git_commit")) for record in ran}),
@@ -89,7 +92,7 @@ def report(study: Study) -> str:
     templates.filters |= {"lines": "\n".join, "table": table}
     body = html(templates.get_template("report.md.j2").render(content))
     body = re.sub(r"<h2>(\w+)", lambda found: f'<h2 id="{found[1].lower()}">{found[1]}', body)
-    interactive = Markup(isoflop_html(runs, fits)) if fits and "isoflop" in figures else ""
+    interactive = Markup(isoflop_html(main, fits)) if fits and "isoflop" in figures else ""
     page = templates.get_template("report.html.j2").render(content, body=Markup(body), interactive=interactive)
     return re.sub(r'src="(figures/[^"]+)"', lambda found: f'src="{_data(study.folder / found[1])}"', page)
 

@@ -14,9 +14,10 @@ import pandas as pd
 from peerscale.cell_names import budget_name
 from peerscale.laws.optima import OptimumStatus
 from peerscale.runs.rates import RATES, settings_table
-from peerscale.runs.study import method_names, usable
+from peerscale.runs.study import method_names, usable, without_brackets
 from peerscale.viz.ablations import has_curves, over_seeds, varied
 from peerscale.viz.answer import verdicts
+from peerscale.viz.brackets import LEFT_OUT, brackets_section, how_rates_count, what_intervals_hold
 from peerscale.viz.differences import is_dense, to_dense
 from peerscale.viz.forecasts import forecast_sections
 from peerscale.viz.isoflop import by_budget, missing_note, status_counts
@@ -44,6 +45,7 @@ RATE_TITLES = {"lr": "learning rate", "table_lr": "rate of the tables", "mean": 
 
 def study_table(sweep: str, runs: pd.DataFrame, fits: Fits, forecasts: Iterable[Fits] = ()) -> str:
     """`table.md` of a study from its table of runs, `fits.json` and the forecasts that were made (`runs.forecasts`)."""
+    every, runs = runs, without_brackets(runs)
     runs, settings, published = runs.assign(name=method_names(runs)), varied(runs), read_published()
     rated = settings & set(RATES)
     if compares_curves(runs):
@@ -58,6 +60,7 @@ def study_table(sweep: str, runs: pd.DataFrame, fits: Fits, forecasts: Iterable[
         title, lines = "settings at one size", settings_lines(runs, fits)
     if settings & {"n_experts", "query_norm"} and not rated:
         lines += experts_and_norm(runs, fits, published)
+    lines += brackets_section(every, fits)
     return "\n".join([f"# {sweep}: {title}", "", *lines])
 
 
@@ -92,7 +95,7 @@ def closing_table(runs: pd.DataFrame, fits: Fits) -> list[str]:
         "Validation losses in nats per token at the compute optimum, the minimum of a parabola in the logarithm of "
         "FLOPs per token. All methods of a budget are fitted together, over one window of sizes, with one curvature; "
         "the next column gives each method its own. Intervals are Student's and include the misfit of sizes, seeds and "
-        "the sampling of validation sequences. They leave out the choice of learning rates. A minimum has no number if "
+        f"the sampling of validation sequences. {what_intervals_hold(fits)} A minimum has no number if "
         "it lies outside the sampled sizes (outside range), if the fit does not open upwards (curvature) or has fewer "
         "than four sizes (too few). It is flagged if it lies in the outer fifth of the sizes (off centre). "
         f"FLOPs: {listed(runs['convention'])}.",
@@ -126,8 +129,7 @@ def at_the_optimum(runs: pd.DataFrame, fits: Fits, published: pd.DataFrame) -> l
         parts(fits),
         "Standard errors (s.e.) in nats per token. Sizes: misfit of the curves; if no size has a second seed it "
         "includes the scatter of seeds. Sequences: sampling of the validation set, paired between methods. "
-        "Learning rates: only in a study that brackets them. Last column: the difference if each method has its "
-        "own curvature.",
+        f"{how_rates_count(fits)} Last column: the difference if each method has its own curvature.",
     )
     lines += section(
         "Claims",
@@ -267,7 +269,8 @@ def settings_lines(runs: pd.DataFrame, fits: Fits) -> list[str]:
     variants = over_seeds(done, ["size", "budget", "name"]).sort_values("name", key=lambda names: names.map(order))
     columns = ["layer_share", "expert_usage", "unevenness"]
     others = done.groupby(["size", "budget", "name"], as_index=False)[columns].mean()
-    differences = to_dense(fits)
+    differences, held = to_dense(fits), what_intervals_hold(fits)
+    held = "" if held == LEFT_OUT else f"{held} {how_rates_count(fits)} "
     rows = [
         {
             "budget": budget_name(row["budget"]), "size": size_label(row["size"]), "method": label(row["name"]),
@@ -285,7 +288,7 @@ def settings_lines(runs: pd.DataFrame, fits: Fits) -> list[str]:
         "Validation losses in nats per token, means over seeds. Intervals include the sampling of validation sequences "
         "and, where there are several seeds, their scatter, pooled over the rows. With one seed they leave seeds out "
         "(sequences only). In other studies seeds scatter by 0.004 to 0.010 nats, so a difference of that size is no "
-        "evidence. Experts used and unevenness: the paper's definitions (section 3.3). "
+        f"evidence. {held}Experts used and unevenness: the paper's definitions (section 3.3). "
         f"FLOPs: {listed(runs['convention'])}.",
         "",
         *([f"- {missing_note(runs)}.", ""] if missing_note(runs) else []),

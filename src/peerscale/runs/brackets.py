@@ -1,0 +1,117 @@
+"""The rate brackets of a study: cells that it also trained at other factors of their rate (`optim.lr_factor`).
+
+They are no points of its curves. They tell how much better a method's loss might be at a better rate, and so give the
+part of its error that comes from the choice of the rate.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from peerscale.cell_names import RATE_FACTOR
+from peerscale.laws.brackets import fit_brackets
+from peerscale.runs.study import are_brackets, axes_of, method_names, usable, without_brackets
+
+
+class RateError(NamedTuple):
+    """The error of a method's loss at a budget that comes from its learning rate."""
+
+    se: float
+    """Nats per token."""
+    df: float
+    source: str
+    """`brackets`, or `cost`: what the study's file states."""
+
+
+class RateErrors(NamedTuple):
+    """Those of all methods of a study, by budget and name."""
+
+    bracketed: dict[tuple[float, str], RateError]
+    cost: float | None
+    """For methods without a bracket at a budget; None: their error is not known."""
+
+    def of(self, budget: float, name: str) -> RateError | None:
+        """The error of a method at a budget; None where nothing is known of it."""
+        stated = None if self.cost is None else RateError(self.cost, math.inf, "cost")
+        return self.bracketed.get((budget, name), stated)
+
+    def of_all(self, budget: float, *names: str) -> list[tuple[float, float]]:
+        """Those that are known of several methods: standard errors and degrees of freedom."""
+        return [(error.se, error.df) for name in names if (error := self.of(budget, name)) is not None]
+
+
+def bracket_runs(runs: pd.DataFrame) -> pd.DataFrame:
+    """The finished runs of all brackets that have a finished cell at the usual rate, that cell included.
+
+    Returns:
+        The rows with `name`, as the study's curves are called, and `factor`, of the rate to the usual one.
+    """
+    axes = axes_of(runs).map(lambda each: {key: each[key] for key in sorted(each) if key != RATE_FACTOR})
+    keys = ["budget", "method", "variant", "size", "seed", "rest"]
+    rows = runs.assign(rest=axes.map(str), variant=runs["variant"].fillna(""), bracket=are_brackets(runs))
+    main = rows[~rows["bracket"] & usable(rows)]
+    main = main.assign(name=method_names(without_brackets(runs))[main.index])
+    others = rows[rows["bracket"] & usable(rows)].merge(main[[*keys, "name", "lr"]], on=keys, suffixes=("", "_usual"))
+    others["factor"] = (others["lr"] / others["lr_usual"]).map(lambda factor: float(f"{factor:.6g}"))
+    of_brackets = main.merge(others[keys].drop_duplicates(), on=keys).assign(factor=1.0)
+    found = pd.concat([of_brackets, others.drop(columns="lr_usual")], ignore_index=True)
+    return found.sort_values(["budget", "size", "name", "seed", "factor"], ignore_index=True)
+
+
+def fit_rate_brackets(runs: pd.DataFrame) -> dict[str, Any] | None:
+    """All brackets of a study, fitted together; None without any.
+
+    Returns:
+        `curvature`, `curvature_se`, `scatter`, `df` as in `laws.brackets.BracketFit`, and `each` bracket with its
+        budget, size, method, seeds, `losses` by factor (means over seeds), best factor, lowest loss, gain and its se.
+    """
+    if not are_brackets(runs).any() or (rows := bracket_runs(runs)).empty:
+        return None
+    places = list(zip(rows["budget"], rows["size"], rows["name"], strict=True))
+    names = [f"{budget!r} {size} {name}" for budget, size, name in places]
+    fit = fit_brackets(rows["factor"].to_numpy(float), rows["val_loss"].to_numpy(float), names, rows["seed"].tolist())
+    each = []
+    for (budget, size, name), found in zip(dict.fromkeys(places), fit.brackets, strict=True):
+        mine = rows[[place == (budget, size, name) for place in places]]
+        losses = mine.groupby("factor")["val_loss"].mean()
+        each.append({
+            "budget": float(budget), "size": str(size), "method": str(name), "seeds": mine["seed"].nunique(),
+            "losses": {f"{factor:g}": float(loss) for factor, loss in losses.items()}, "best": found.best,
+            "lowest": found.lowest, "gain": found.gain, "se": found.se,
+        })  # fmt: skip
+    shared = {key: getattr(fit, key) for key in ("curvature", "curvature_se", "scatter", "df")}
+    return {**shared, "each": each}
+
+
+def rate_errors(brackets: Mapping[str, Any] | None, cost: float | None = None) -> RateErrors:
+    """The error of every bracketed method and budget: the root of the mean of gain^2 + se^2 over its brackets.
+
+    The gain is how much the loss would fall at a better rate. The loss is not corrected by it; it is part of the error.
+    Degrees of freedom are Satterthwaite's, with those of the scatter for se^2; gain^2 is no estimate of a variance.
+
+    Args:
+        brackets: what `fit_rate_brackets` found. A single bracket has no scatter, and so gives no error.
+        cost: nats per token, where a method is not bracketed at a budget; None: not known.
+    """
+    squares: dict[tuple[float, str], list[tuple[float, float]]] = {}
+    for one in brackets["each"] if brackets else ():
+        squares.setdefault((one["budget"], one["method"]), []).append((one["gain"] ** 2, one["se"] ** 2))
+    known = {}
+    for place, pairs in squares.items():
+        of_gain, of_scatter = np.mean(pairs, axis=0)
+        if brackets and math.isfinite(total := float(of_gain + of_scatter)):
+            df = brackets["df"] * (total / float(of_scatter)) ** 2 if of_scatter > 0 else math.inf
+            known[place] = RateError(math.sqrt(total), df, "brackets")
+    return RateErrors(known, cost)
+
+
+def described(errors: RateErrors, places: Iterable[tuple[float, str]]) -> list[dict[str, Any]]:
+    """The errors of methods and budgets in plain values; `se` is None where nothing is known."""
+    rows = []
+    for budget, name in places:
+        found = errors.of(budget, name)
+        rows.append({"budget": budget, "method": name, **(found or RateError(math.nan, math.nan, ""))._asdict()})
+    return rows

@@ -1,0 +1,151 @@
+"""Rate brackets: loss against the factor of the learning rate, and what they say of the errors of a study."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from peerscale.cell_names import budget_name
+from peerscale.runs.study import are_brackets
+from peerscale.viz import style
+from peerscale.viz.isoflop import missing_note
+from peerscale.viz.markdown import number, section
+
+Fits = Mapping[str, Any]
+"""A study's `fits.json`; files of studies without brackets need not have their keys."""
+
+LEFT_OUT = "They leave out the choice of learning rates."
+
+
+def rate_brackets(fits: Fits) -> Mapping[str, Any] | None:
+    """The brackets of a study; None without any."""
+    return fits.get("rates", {}).get("brackets")
+
+
+def errors_of_rates(fits: Fits) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """The methods and budgets whose error from learning rates is known, and those of which it is not."""
+    errors = fits.get("rates", {}).get("errors", [])
+    known = [error for error in errors if error["se"] is not None]
+    return known, [error for error in errors if error["se"] is None]
+
+
+def what_intervals_hold(fits: Fits) -> str:
+    """A sentence: whether the intervals of a study include the choice of learning rates."""
+    known, unknown = errors_of_rates(fits)
+    if not known:
+        return LEFT_OUT
+    bracketed, left_out = {one["budget"] for one in known}, dict[float, list[str]]()
+    for one in unknown:
+        left_out.setdefault(one["budget"], []).append(style.label(one["method"]))
+    without = ", ".join(
+        f"{', '.join(methods) if budget in bracketed else 'all methods'} at {budget_name(budget)}"
+        for budget, methods in left_out.items()
+    )
+    return "They include the choice of learning rates" + (f", except that of {without}." if unknown else ".")
+
+
+def how_rates_count(fits: Fits) -> str:
+    """Where the error from learning rates comes from, for a table of errors by source."""
+    known, unknown = errors_of_rates(fits)
+    if not known:
+        return "Learning rates: only in a study that brackets them."
+    sources, text = {one["source"] for one in known}, "Learning rates: both methods' errors, added in quadrature."
+    if "brackets" in sources:
+        text += (
+            " A bracketed method's is the root of the mean of gain² + s.e.² over its brackets at the budget: at a "
+            "better rate its loss is lower by the gain at most. Losses and differences are not corrected for the gain."
+        )
+    if "cost" in sources:
+        others = "Methods without a bracket at the budget have" if "brackets" in sources else "Every method has"
+        text += (
+            f" {others} the {fits['rates']['cost']:g} nats that the study's file states, the cost of the rates in use "
+            "on runs that their law was not fitted to."
+        )
+    return text + " Methods for which neither is known add nothing." * bool(unknown)
+
+
+def bars(fits: Fits) -> str:
+    """What the intervals of a figure hold, for its small print."""
+    known, unknown = errors_of_rates(fits)
+    if not known:
+        return "bars: 95 % interval from misfit of sizes, seeds and validation sequences, not from learning rates"
+    of_all = "" if not unknown else ", as far as known (table.md)"
+    return f"bars: 95 % interval from misfit of sizes, seeds, validation sequences and learning rates{of_all}"
+
+
+def brackets_section(runs: pd.DataFrame, fits: Fits) -> list[str]:
+    """The table of all brackets; empty without any. `runs` is the whole table of the study."""
+    found = rate_brackets(fits)
+    if found is None:
+        return []
+    factors = sorted({factor for one in found["each"] for factor in one["losses"]}, key=float)
+    rows = [
+        {"budget": budget_name(one["budget"]), "size": style.size_label(one["size"]),
+         "method": style.label(one["method"]), "seeds": str(one["seeds"]),
+         **{f"loss at {factor}": number(one["losses"].get(factor), "{:.4f}") for factor in factors},
+         "best factor": number(one["best"]) + " (beyond those tried)" * is_beyond(one),
+         "gain ± s.e.": f"{number(one['gain'], '{:.4f}')} ± {number(one['se'], '{:.4f}')}"}
+        for one in found["each"]
+    ]  # fmt: skip
+    fit = (
+        f"one curvature, {number(found['curvature'], '{:.3f}')} ± {number(found['curvature_se'], '{:.3f}')} nats per "
+        f"(ln rate)²; losses scatter by {number(found['scatter'], '{:.4f}')} nats about the parabolas ({found['df']} "
+        "degrees of freedom)"
+    )
+    return section(
+        "Rate brackets",
+        rows,
+        "Losses in nats per token at factors of the usual learning rate, means over seeds. All brackets are fitted "
+        f"together by parabolas in the logarithm of the rate: {fit}. Gain: the fitted loss at factor 1 minus that at "
+        "the best factor. These cells are in no other table or figure.",
+        *([f"- Brackets: {note}."] if (note := missing_note(runs[are_brackets(runs)])) else []),
+        *(["- A single bracket has no scatter to judge it by: it gives no error."] * (found["df"] == 0)),
+        *(["- These losses do not rise on both sides of a best rate: they give no error."] * is_flat(found)),
+    )
+
+
+def is_flat(found: Mapping[str, Any]) -> bool:
+    """Whether the brackets have no parabola that opens upwards."""
+    return all(one["best"] is None for one in found["each"])
+
+
+def is_beyond(one: Mapping[str, Any]) -> bool:
+    """Whether the best factor of a bracket lies beyond those that were tried."""
+    tried = [float(factor) for factor in one["losses"]]
+    return one["best"] is not None and not min(tried) <= one["best"] <= max(tried)
+
+
+def brackets_figure(fits: Fits, *, note: str = "") -> Figure | None:
+    """A panel a budget and size: loss against the factor of the rate, with the fitted parabolas; None without any."""
+    found = rate_brackets(fits)
+    if found is None:
+        return None
+    places = list(dict.fromkeys((one["budget"], one["size"]) for one in found["each"]))
+    names = style.ordered(one["method"] for one in found["each"])
+    colours = style.colours(names)
+    with style.applied():
+        figure, panels = style.panels(len(places), height=2.1)
+        for axes, place in zip(panels, places, strict=True):
+            here = [one for one in found["each"] if (one["budget"], one["size"]) == place]
+            tried = sorted({float(factor) for one in here for factor in one["losses"]})
+            x = np.geomspace(tried[0], tried[-1], 100)
+            for one in here:
+                colour, name = colours[one["method"]], one["method"]
+                axes.plot([float(f) for f in one["losses"]], [*one["losses"].values()], "o", color=colour, label=name)
+                if one["best"] is None:
+                    continue
+                y = one["lowest"] + found["curvature"] * np.log(x / one["best"]) ** 2
+                axes.plot(x, y, color=colour, linewidth=0.9, label=f"_parabola {name}")
+                if not is_beyond(one):
+                    style.star(axes, one["best"], one["lowest"], colour, f"_best {name}")
+            axes.set(title=f"{style.budget_title(place[0])}, {style.size_label(place[1])}", xscale="log")
+            axes.set_xlabel("factor of the usual rate")
+            style.decade_axis(axes.xaxis, tried, "{:g}".format)
+        for axes in panels[::3]:
+            axes.set_ylabel("loss (nats per token)")
+        style.method_legend(figure, names)
+        drawn = "lines: parabolas in ln rate, one curvature for all; stars: their minima, where within the rates tried"
+        style.caption(figure, note, drawn, "points: means over seeds; at factor 1 the study's own cells")
+    return figure
