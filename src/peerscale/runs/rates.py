@@ -103,6 +103,8 @@ def fit_law(runs: pd.DataFrame, held_out: Collection[str] = ()) -> dict[str, Any
         `laws.rates.RateFit.to_dict()`; None where the study does not try rates at several widths and budgets, or the
         runs that have finished do not determine a law.
     """
+    if not {"d_model", "tokens", "batch_sequences"} <= {*runs}:
+        return None
     cells = runs.assign(
         name=method_names(runs, without=("optim.lr", "optim.table_lr", "batch_sequences")),
         table_lr=runs["table_lr"].fillna(0.0),
