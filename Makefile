@@ -54,7 +54,7 @@ data: setup ## fetch and tokenize the corpus of SWEEP, once
 	@$(BIN)/python -m peerscale.data.prepare --sweep $(SWEEP) $(OVERRIDES)
 
 plan: setup ## what SWEEP would run: parameters, FLOPs, steps, time, dropped cells
-	@$(BIN)/python -m peerscale.overview plan --jobs $(WORKERS) $(if $(PRICE),--price $(PRICE)) $(SWEEP) $(OVERRIDES)
+	@$(BIN)/python -m peerscale.overview plan --jobs $(WORKERS)$(if $(PRICE), --price $(PRICE)) $(SWEEP) $(OVERRIDES)
 
 studies: setup ## every study: its question, and how many of its cells are done
 	@$(BIN)/python -m peerscale.overview studies
