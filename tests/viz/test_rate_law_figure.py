@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from peerscale.laws.fitting import to_plain
-from peerscale.runs.rates import fit_law
-from peerscale.viz.rate_law import rate_law_figure, rate_law_sections
+from peerscale.runs.rates import fit_law, wants_law
+from peerscale.viz.rate_law import finished_cells, rate_law_figure, rate_law_sections
 from toy_study import axes_text
 
 BEST = {"dense": 0.005, "peer": 0.007}
@@ -84,3 +84,15 @@ def test_a_study_of_one_budget_or_of_no_rates_has_no_law() -> None:
     assert fit_law(runs[runs["budget"] == 1e13]) is None
     assert fit_law(runs.assign(axes="")) is None
     assert fit_law(runs.groupby(["method", "size", "budget"]).head(1)) is None, "one rate a curve"
+
+
+def test_before_the_law_is_determined_losses_are_listed_and_drawn() -> None:
+    runs = study()
+    runs.loc[(runs["d_model"] != 64) | (runs["budget"] != 1e13), ["status", "val_loss"]] = ["pending", math.nan]
+    assert wants_law(runs) and fit_law(runs, ["d80"]) is None
+    text = "\n".join(finished_cells(runs))
+    assert text.count("| 1e13 | 64 | ") == (runs["status"] == "done").sum()
+    assert f"{(runs['status'] == 'done').sum()} of {len(runs)}: too few for the law" in text
+    (axes,) = rate_law_figure(runs, None).axes
+    lines = {str(line.get_label()): len(line.get_xdata()) for line in axes.lines}
+    assert lines == {"dense": 5, "peer": 5}, "of the usual batch and table rate, and no parabola"

@@ -92,6 +92,14 @@ def fit_rates(runs: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
     return {"best": best, "differences": differences}
 
 
+def wants_law(runs: pd.DataFrame) -> bool:
+    """Whether a study, as planned, tries rates at several widths and several budgets."""
+    if not {"d_model", "tokens", "batch_sequences"} <= {*runs}:
+        return False
+    tried = runs[axes_of(runs).map(lambda axes: "optim.lr" in axes)]
+    return min(tried["d_model"].nunique(), tried["budget"].nunique()) > 1
+
+
 def fit_law(runs: pd.DataFrame, held_out: Collection[str] = ()) -> dict[str, Any] | None:
     """The law of the best rate in width, tokens and, where it varies, batch; by method, with shared exponents.
 
@@ -103,15 +111,14 @@ def fit_law(runs: pd.DataFrame, held_out: Collection[str] = ()) -> dict[str, Any
         `laws.rates.RateFit.to_dict()`; None where the study does not try rates at several widths and budgets, or the
         runs that have finished do not determine a law.
     """
-    if not {"d_model", "tokens", "batch_sequences"} <= {*runs}:
+    if not wants_law(runs):
         return None
     cells = runs.assign(
         name=method_names(runs, without=("optim.lr", "optim.table_lr", "batch_sequences")),
         table_lr=runs["table_lr"].fillna(0.0),
     )[usable(runs)]
-    tried = axes_of(cells).map(lambda axes: "optim.lr" in axes)
     fitted = cells[~cells["size"].isin(held_out)]
-    if not tried.any() or min(fitted["d_model"].nunique(), fitted["budget"].nunique()) < 2:
+    if fitted.empty:
         return None
     batch = "batch_sequences" if fitted["batch_sequences"].nunique() > 1 else None
     out = cells["size"].isin(held_out) if held_out else None

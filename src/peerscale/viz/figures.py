@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pandas as pd
 from matplotlib.figure import Figure
 
-from peerscale.runs.rates import RATES
+from peerscale.runs.rates import RATES, wants_law
 from peerscale.runs.study import Study, method_names, read_fits, usable, without_brackets
 from peerscale.runs.table import CURVES, read_table
 from peerscale.viz import style
@@ -54,7 +54,7 @@ def study_figures(study: Study, runs: pd.DataFrame, x: str = DEFAULT_X) -> Itera
         yield "brackets", drawn
     if settings & set(RATES):  # the cells at one setting are then no seeds of each other
         law = read_fits(study.fits)["rates"].get("law")
-        yield "rates", rate_law_figure(runs, law, note=note) if law else rates_figure(runs, note=note)
+        yield "rates", rate_law_figure(runs, law, note=note) if wants_law(runs) else rates_figure(runs, note=note)
         return
     if "n_experts" in settings:
         yield "experts", experts_figure(runs, published, note=note)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from peerscale.cell_names import budget_name
@@ -19,6 +20,9 @@ Law = Mapping[str, Any]
 
 EXPONENTS = {"a": "width", "b": "tokens", "c": "batch"}
 
+CURVE = ["name", "budget", "d_model", "table_lr", "seed"]
+"""What tells the curves of one batch apart."""
+
 
 def optima(law: Law) -> pd.DataFrame:
     """The curves of the study that have an optimum, one a row; `held_out`: the law was not fitted to it."""
@@ -30,40 +34,51 @@ def optima(law: Law) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def rate_law_figure(runs: pd.DataFrame, law: Law, *, note: str = "") -> Figure:
-    """A panel a budget and width: loss against rate, with the parabolas of the fit and, as ticks, the law's rates."""
-    curves = optima(law)
-    usual = curves["batch_sequences"].mode().iloc[0] if curves["batch_sequences"].notna().any() else None
-    curves = curves[(curves["batch_sequences"] == usual) | (usual is None)].sort_values("n")
-    curves = curves.drop_duplicates(["name", "budget", "d_model"], keep="last")  # of several seeds that with most rates
+def rate_law_figure(runs: pd.DataFrame, law: Law | None, *, note: str = "") -> Figure:
+    """A panel a budget and width: loss against rate, with the parabolas of the fit and, as ticks, the law's rates.
+
+    Without a law, as long as too few cells have finished, the losses alone.
+    """
     tried = runs.assign(name=names(runs), table_lr=runs["table_lr"].fillna(0.0))[usable(runs)]
-    colours, corners = style.colours(curves["name"]), sorted({*zip(curves["budget"], curves["d_model"], strict=True)})
+    usual = tried["batch_sequences"].mode().iloc[0]
+    tried = tried[tried["batch_sequences"] == usual]
+    fitted = optima(law) if law else pd.DataFrame(columns=["batch_sequences", *CURVE])
+    fitted = fitted[fitted["batch_sequences"].isna() | (fitted["batch_sequences"] == usual)]
+    colours, corners = style.colours(tried["name"]), sorted({*zip(tried["budget"], tried["d_model"], strict=True)})
     with style.applied():
         figure, panels = style.panels(len(corners))
         for axes, (budget, width) in zip(panels, corners, strict=True):
-            here = curves[(curves["budget"] == budget) & (curves["d_model"] == width)]
-            for curve in here.to_dict("records"):
-                keys = ["name", "budget", "d_model", "table_lr", "seed", *(["batch_sequences"] if usual else [])]
-                points = tried[(tried[keys] == pd.Series(curve)[keys]).all(axis=1)].sort_values("lr")
-                colour, held = colours[curve["name"]], curve["held_out"]
+            here = tried[(tried["budget"] == budget) & (tried["d_model"] == width)]
+            title = f"{style.budget_title(budget)}, d_model {width:g}"
+            for name in style.ordered(here["name"]):
+                curves = here[here["name"] == name].groupby(["table_lr", "seed"])
+                points = max((rows for _, rows in curves), key=lambda rows: rows["lr"].nunique()).sort_values("lr")
+                found = fitted[(fitted[CURVE] == points.iloc[0][CURVE]).all(axis=1)].to_dict("records")
+                held, colour = bool(found and found[0]["held_out"]), colours[name]
                 look = {"color": colour, "markersize": 3.5, "markerfacecolor": "white" if held else colour}
-                axes.plot(points["lr"], points["val_loss"], "o", label=curve["name"], **look)
-                x = np.geomspace(points["lr"].min(), points["lr"].max(), 100)
-                y = curve["lowest"] + law["curvature"] * np.log(x / curve["best"]) ** 2
-                axes.plot(x, y, color=colour, linewidth=0.9, label=f"_parabola {curve['name']}")
-                chosen = curve["lowest"] + law["curvature"] * math.log(curve["predicted"] / curve["best"]) ** 2
-                axes.plot([curve["predicted"]], [chosen], "|", color=colour, markersize=11, markeredgewidth=1.6,
-                          label=f"_law {curve['name']}")  # fmt: skip
-            held = " (held out)" if here["held_out"].any() else ""
-            axes.set(title=f"{style.budget_title(budget)}, d_model {width:g}{held}", xlabel="peak learning rate")
+                axes.plot(points["lr"], points["val_loss"], "o" if found else "o:", linewidth=0.7, label=name, **look)
+                if found and law:
+                    _draw_parabola(axes, found[0], law["curvature"], points["lr"], colour)
+                    title += " (held out)" * (held and "held" not in title)
+            axes.set(title=title, xlabel="peak learning rate")
             axes.set_xscale("log")
             style.log_axis(axes.xaxis, *axes.get_xlim())
         panels[0].set_ylabel("loss (nats per token)")
-        style.method_legend(figure, style.ordered(curves["name"]))
-        batch = f"{usual:g} sequences a batch" if usual else ""
+        style.method_legend(figure, style.ordered(tried["name"]))
         what = "lines: parabolas in ln rate with one curvature; ticks: the rates of the law; hollow: held out"
-        style.caption(figure, note, batch, what, missing_note(runs))
+        what = what if law else "too few cells have finished for the law"
+        style.caption(figure, note, f"{usual:g} sequences a batch", what, missing_note(runs))
     return figure
+
+
+def _draw_parabola(axes: Axes, curve: Mapping[str, Any], curvature: float, rates: pd.Series, colour: str) -> None:
+    """The fitted curve over its rates, and a tick at the law's."""
+    x = np.geomspace(rates.min(), rates.max(), 100)
+    y = curve["lowest"] + curvature * np.log(x / curve["best"]) ** 2
+    axes.plot(x, y, color=colour, linewidth=0.9, label=f"_parabola {curve['name']}")
+    chosen = curve["lowest"] + curvature * math.log(curve["predicted"] / curve["best"]) ** 2
+    tick = {"color": colour, "markersize": 11, "markeredgewidth": 1.6}
+    axes.plot([curve["predicted"]], [chosen], "|", label=f"_law {curve['name']}", **tick)
 
 
 def names(runs: pd.DataFrame) -> pd.Series:
@@ -143,3 +158,15 @@ def table_rates(runs: pd.DataFrame) -> list[dict[str, str]]:
         {**place(*model[:3]), **{f"{rate:g}": number(loss, "{:.4f}") for rate, loss in zip(losses, row, strict=True)}}
         for model, *row in losses.itertuples()
     ]
+
+
+def finished_cells(runs: pd.DataFrame) -> list[str]:
+    """The losses so far of a study whose law is not determined yet."""
+    done = runs.assign(name=names(runs))[usable(runs)].sort_values(["budget", "d_model", "name", "lr"])
+    rows = [
+        {**place(one["budget"], one["d_model"], one["name"]), "batch": f"{one['batch_sequences']:g}",
+         "seed": f"{one['seed']}", "learning rate": f"{one['lr']:.3g}",
+         "rate of the tables": number(one["table_lr"], "{:g}"), "loss": f"{one['val_loss']:.4f}"}
+        for one in done.to_dict("records")
+    ]  # fmt: skip
+    return section("Finished cells", rows, f"{len(done)} of {len(runs)}: too few for the law of the best rate.")

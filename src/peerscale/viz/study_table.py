@@ -13,7 +13,7 @@ import pandas as pd
 
 from peerscale.cell_names import budget_name
 from peerscale.laws.optima import OptimumStatus
-from peerscale.runs.rates import RATES, settings_table
+from peerscale.runs.rates import RATES, settings_table, wants_law
 from peerscale.runs.study import method_names, usable, without_brackets
 from peerscale.viz.ablations import has_curves, over_seeds, varied
 from peerscale.viz.answer import verdicts
@@ -31,7 +31,7 @@ from peerscale.viz.paper_tables import (
     perplexity_rows,
 )
 from peerscale.viz.published import read_published
-from peerscale.viz.rate_law import rate_law_sections
+from peerscale.viz.rate_law import finished_cells, rate_law_sections
 from peerscale.viz.rates import edges
 from peerscale.viz.style import in_words, label, listed, ordered, size_label
 
@@ -53,9 +53,12 @@ def study_table(sweep: str, runs: pd.DataFrame, fits: Fits, forecasts: Iterable[
         lines += [*at_the_optimum(runs, fits, published), *forecast_sections(forecasts, fits)]
     elif rated:
         about = f"Losses in nats per token on the {listed(runs['val_set'])} set. Rates are for the reference width."
-        law = fits["rates"].get("law")
-        told = rate_law_sections(runs, law) if law else [*best_rates(fits), *rates(runs)]
-        title, lines = "learning rates", ["" if law else f"{about}\n", *told]
+        if wants_law(runs):
+            law = fits["rates"].get("law")
+            told = rate_law_sections(runs, law) if law else finished_cells(runs)
+        else:
+            told = [about, "", *best_rates(fits), *rates(runs)]
+        title, lines = "learning rates", told
     else:
         title, lines = "settings at one size", settings_lines(runs, fits)
     if settings & {"n_experts", "query_norm"} and not rated:
