@@ -100,7 +100,7 @@ def test_every_layer_trains_and_learns(layer: str, settings: list[str]) -> None:
 @pytest.mark.parametrize(
     ("recipe", "layer"),
     [
-        *(("precision=fp32", layer) for layer in LAYERS),
+        *(("precision=fp32", layer) for layer in LAYERS if layer not in ("no_layer", "wide_dense", "pkm_equal_top_k")),
         *(("precision=bf16", layer) for layer in ("dense", "moe", "peer")),
         *(("optim=row_sparse_adamw", layer) for layer in ("dense", "pkm", "peer")),
     ],

@@ -75,16 +75,16 @@ def test_agrees_with_nonlinear_least_squares() -> None:
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
     covered = []
-    for seed in range(200):
+    for seed in range(80):
         fit = fit_rates(runs(0.01, seed), **COLUMNS, reach=100)
         for method in TRUTH:
             ci, truth = fit.ci[method], {"m": at_reference(fit, method), "a": 0.4, "b": 0.3, "c": 0.5}
             covered.append([ci[name][0] <= value <= ci[name][1] for name, value in truth.items()])
-    assert np.mean(covered, axis=0) == pytest.approx(np.full(4, 0.95), abs=0.035)
+    assert np.mean(covered, axis=0) == pytest.approx(np.full(4, 0.95), abs=0.045)
 
 
 def test_unequal_exponents_are_told_and_equal_ones_are_not() -> None:
-    p = [fit_rates(runs(0.004, seed), **COLUMNS).equal_exponents["p"] for seed in range(60)]
+    p = [fit_rates(runs(0.004, seed), **COLUMNS).equal_exponents["p"] for seed in range(40)]
     assert 0 <= np.mean(np.array(p) < 0.05) <= 0.15
     other = {**TRUTH, "peer": RateLaw(m=0.007, a=0.0, b=0.6, c=0.5)}
     fit = fit_rates(runs(0.004, laws=other), **COLUMNS)

@@ -58,7 +58,7 @@ def test_parts_of_a_batch_add_up(case: str, settings: list[str], tmp_path: Path)
     overrides.append(budget(overrides, STEPS))
     rows, losses, whole = trained(overrides, tmp_path / "1")
     assert [row["step"] for row in rows] == [2, 4]
-    for n in (2, 4):
+    for n in (2, 4) if case in ("peer", "token choice") else (4,):
         rows_of_parts, losses_of_parts, parts = trained([*overrides, f"trainer.micro_batches={n}"], tmp_path / str(n))
         assert len(rows) == len(rows_of_parts)
         for row, row_of_parts in zip(rows, rows_of_parts, strict=True):
