@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from peerscale.laws.rates import ParabolaRegression
 from peerscale.laws.solver import Array
 
 
@@ -59,27 +60,24 @@ def fit_brackets(factor: Array, loss: Array, bracket: Sequence[str], seed: Seque
     """
     x, names = np.log(factor), list(dict.fromkeys(bracket))
     of = (np.array(bracket)[:, None] == names).astype(float)
-    curves = list(dict.fromkeys(zip(bracket, seed, strict=True)))
-    level = np.array([[run == curve for curve in curves] for run in zip(bracket, seed, strict=True)], float)
-    design = np.hstack([x[:, None] ** 2, -2 * x[:, None] * of, level])
-    inverse, rank = np.linalg.pinv(design.T @ design, hermitian=True), int(np.linalg.matrix_rank(design))
-    k, *rest = inverse @ design.T @ loss
-    products, levels, df = np.array(rest[: len(names)]), np.array(rest[len(names) :]), len(x) - rank
-    residuals = loss - design @ np.array([k, *rest])
-    scatter = math.sqrt(float(residuals @ residuals) / df) if df else math.nan
-    determined, found = rank == design.shape[1] and k > 0, []
+    curves = np.array([f"{name} {number}" for name, number in zip(bracket, seed, strict=True)])
+    fit = ParabolaRegression.of(x, loss, curves, of)
+    k, scatter = fit.k, math.sqrt(fit.rss / fit.df) if fit.df else math.nan
+    at_usual = loss - k * x**2 + 2 * x * (of @ fit.products)  # each run's loss carried to factor 1
+    found = []
     for i, name in enumerate(names):
-        log_best = float(products[i] / k) if determined else math.nan
-        gradient = np.zeros(len(inverse))  # of the gain, (k ln best)^2 / k
+        log_best = float(fit.products[i] / k) if fit.determined and k > 0 else math.nan
+        gradient = np.zeros(1 + len(names))  # of the gain, (k ln best)^2 / k
         gradient[0], gradient[1 + i] = -(log_best**2), 2 * log_best
-        mean = float(np.mean([value for value, (of_curve, _) in zip(levels, curves, strict=True) if of_curve == name]))
+        mine = curves[of[:, i] > 0]
+        mean = float(np.mean([at_usual[curves == curve].mean() for curve in dict.fromkeys(mine)]))
         found.append(
             Bracket(
                 name=name, best=math.exp(log_best), lowest=mean - k * log_best**2, gain=k * log_best**2,
-                se=scatter * math.sqrt(max(gradient @ inverse @ gradient, 0.0)) if determined else math.nan,
+                se=math.sqrt(max(gradient @ fit.covariance @ gradient, 0.0)) if math.isfinite(log_best) else math.nan,
             )
         )  # fmt: skip
     return BracketFit(
-        curvature=float(k) if rank == design.shape[1] else math.nan, scatter=scatter, df=df, brackets=tuple(found),
-        curvature_se=scatter * math.sqrt(inverse[0, 0]) if rank == design.shape[1] else math.nan,
+        curvature=k if fit.determined else math.nan, scatter=scatter, df=fit.df, brackets=tuple(found),
+        curvature_se=math.sqrt(fit.covariance[0, 0]) if fit.determined else math.nan,
     )  # fmt: skip

@@ -288,11 +288,19 @@ def equality_of_curvatures(shared: OptimaFit, own: OptimaFit) -> dict[str, Any] 
 
     None with one method or no degrees of freedom.
     """
-    constraints = shared.df - own.df
-    if not (constraints and own.df):
+    return f_test(shared.rss, shared.df, own.rss, own.df)
+
+
+def f_test(restricted_rss: float, restricted_df: int, full_rss: float, full_df: int) -> dict[str, Any] | None:
+    """F test of a linear model against one that it is a case of: `f`, its degrees of freedom `df`, and `p`.
+
+    None if they are one model or the full one leaves no degrees of freedom.
+    """
+    constraints = restricted_df - full_df
+    if not (constraints and full_df):
         return None
-    f = (shared.rss - own.rss) / constraints / (own.rss / own.df)
-    return {"f": f, "df": (constraints, own.df), "p": float(fisher.sf(f, constraints, own.df))}
+    f = (restricted_rss - full_rss) / constraints / (full_rss / full_df)
+    return {"f": f, "df": (constraints, full_df), "p": float(fisher.sf(f, constraints, full_df))}
 
 
 def holm(p: Array) -> Array:

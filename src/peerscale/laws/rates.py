@@ -19,11 +19,11 @@ from typing import Any, Self
 
 import numpy as np
 import pandas as pd
-from scipy.stats import f as fisher
 from scipy.stats import t as student
 
 from peerscale.errors import UserError
 from peerscale.laws.fitting import LEVEL, fields_to_plain, positive_columns, require_column
+from peerscale.laws.optima import f_test
 from peerscale.laws.solver import Array
 
 MIN_RATES = 3
@@ -161,10 +161,17 @@ class _Runs:
         exponents = (one[:, :, None] * self.z[:, None]).reshape(len(self.x), -1) if own else self.z
         return np.hstack([one, exponents])
 
+    def regression(self, n_methods: int, *, own: bool) -> "ParabolaRegression":
+        """The fit of these runs."""
+        return ParabolaRegression.of(self.x, self.loss, self.curve, self.places(n_methods, own=own))
+
 
 @dataclass(frozen=True, kw_only=True)
-class _Regression:
-    """loss = lowest_curve + k x^2 - 2 x (places . k theta), by ordinary least squares."""
+class ParabolaRegression:
+    """Parabolas of one curvature, loss = level_curve + k x^2 - 2 x (places . k theta), by ordinary least squares.
+
+    The minimum of a curve lies at x = places . theta.
+    """
 
     k: float
     products: Array
@@ -177,15 +184,16 @@ class _Regression:
     """Whether the data determine all coefficients."""
 
     @classmethod
-    def of(cls, runs: _Runs, places: Array) -> "_Regression":
-        columns = np.column_stack([runs.x**2, -2 * runs.x[:, None] * places])
-        _, curve = np.unique(runs.curve, return_inverse=True)
+    def of(cls, x: Array, loss: Array, curves: Array, places: Array) -> Self:
+        """Fit runs (n,): x = ln rate, the name of each run's curve, and `places` (n, coefficients)."""
+        columns = np.column_stack([x**2, -2 * x[:, None] * places])
+        _, curve = np.unique(curves, return_inverse=True)
         counts = np.bincount(curve)
 
         def less_mean(values: Array) -> Array:  # since the level of a curve is its own
             return values - (np.bincount(curve, values) / counts)[curve]
 
-        centred, y = np.column_stack([less_mean(column) for column in columns.T]), less_mean(runs.loss)
+        centred, y = np.column_stack([less_mean(column) for column in columns.T]), less_mean(loss)
         inverse = np.linalg.pinv(centred.T @ centred, rcond=1e-12, hermitian=True)
         solution, rank = inverse @ centred.T @ y, int(np.linalg.matrix_rank(centred, tol=1e-9 * np.abs(centred).max()))
         rss, df = float(np.square(y - centred @ solution).sum()), len(y) - len(counts) - rank
@@ -244,23 +252,24 @@ def fit_rates(
     fitted = rows.of(rows.near & ~held)
     if not any(len(np.unique(fitted.x[fitted.curve == one])) >= MIN_RATES for one in np.unique(fitted.curve)):
         raise UserError(f"no curve has {MIN_RATES} rates near its lowest loss, as many as a parabola needs")
-    shared = _Regression.of(fitted, fitted.places(len(names), own=False))
+    shared = fitted.regression(len(names), own=False)
     if not shared.determined:
         which = ", ".join(variables.values())
         raise UserError(f"these runs do not determine the exponents of {which}: leave out a column that hardly varies")
     if not shared.k > 0:
         raise UserError("the losses do not rise on both sides of a best rate: try lower and higher rates")
-    own = _Regression.of(fitted, fitted.places(len(names), own=True))
+    own = fitted.regression(len(names), own=True)
     if len(names) == 1 or not variables or not own.determined or not own.k > 0:
         own = None
     said = [f"{(~rows.near).sum()} runs beyond {reach:g} times a curve's best rate left out"] * (not rows.near.all())
     if edges := ", ".join(fitted.curve[fitted.at_edge]):
         said.append(f"the lowest loss is at the edge of the rates tried: {edges}")
     split = [held] if held.any() else [rows.model == model for model in np.unique(rows.model)]
+    equal = f_test(shared.rss, shared.df, own.rss, own.df) if own else None
     laws, intervals = _laws(shared, names, told.reference, own=False)
     return RateFit(
         n=len(fitted.x), n_curves=len(np.unique(fitted.curve)), laws=laws, ci=intervals,
-        own=_laws(own, names, told.reference, own=True)[0] if own else None, equal_exponents=_f_test(shared, own),
+        own=_laws(own, names, told.reference, own=True)[0] if own else None, equal_exponents=equal,
         curvature=shared.k, curvature_se=math.sqrt(shared.covariance[0, 0]), df=shared.df,
         scatter=math.sqrt(shared.rss / shared.df) if shared.df else math.nan, fitted=told.range(rows.near & ~held),
         hold_out_given=bool(held.any()), curves=_optima(rows, ~held, shared, len(names), places), warnings=tuple(said),
@@ -308,7 +317,7 @@ def _runs(
 
 
 def _laws(
-    fit: _Regression, names: Sequence[str], reference: Mapping[str, float], *, own: bool
+    fit: ParabolaRegression, names: Sequence[str], reference: Mapping[str, float], *, own: bool
 ) -> tuple[dict[str, RateLaw], dict[str, dict[str, tuple[float, float]]]]:
     """The law of each method, and the intervals of its coefficients."""
     laws, intervals = {}, {}
@@ -327,25 +336,17 @@ def _laws(
     return laws, intervals
 
 
-def _f_test(shared: _Regression, own: _Regression | None) -> dict[str, Any] | None:
-    if own is None or not own.df:
-        return None
-    constraints = shared.df - own.df
-    f = (shared.rss - own.rss) / constraints / (own.rss / own.df)
-    return {"f": f, "df": (constraints, own.df), "p": float(fisher.sf(f, constraints, own.df))}
-
-
 def _held_out(runs: _Runs, held: Array, n_methods: int, places: Sequence[dict[str, Any]]) -> tuple[CurveOptimum, ...]:
     """The optima of the curves among `held` (n,), predicted from the other runs; none if these do not determine it."""
     rest = runs.of(runs.near & ~held)
     if not len(rest.x):
         return ()
-    law = _Regression.of(rest, rest.places(n_methods, own=False))
+    law = rest.regression(n_methods, own=False)
     return _optima(runs, held, law, n_methods, places) if law.determined and law.k > 0 else ()
 
 
 def _optima(
-    runs: _Runs, which: Array, law: _Regression, n_methods: int, places: Sequence[dict[str, Any]]
+    runs: _Runs, which: Array, law: ParabolaRegression, n_methods: int, places: Sequence[dict[str, Any]]
 ) -> tuple[CurveOptimum, ...]:
     """The minima of the curves among `which` (n,) that have two rates or more, with the curvature of the law."""
     centres, found = runs.places(n_methods, own=False) @ law.products / law.k, []

@@ -100,6 +100,11 @@ def wants_law(runs: pd.DataFrame) -> bool:
     return min(tried["d_model"].nunique(), tried["budget"].nunique()) > 1
 
 
+def names_under_law(runs: pd.DataFrame) -> pd.Series:
+    """The names of the methods, less what the law of the best rate describes or keeps apart by itself."""
+    return method_names(runs, without=("optim.lr", "optim.table_lr", "batch_sequences"))
+
+
 def fit_law(runs: pd.DataFrame, held_out: Collection[str] = ()) -> dict[str, Any] | None:
     """The law of the best rate in width, tokens and, where it varies, batch; by method, with shared exponents.
 
@@ -114,7 +119,7 @@ def fit_law(runs: pd.DataFrame, held_out: Collection[str] = ()) -> dict[str, Any
     if not wants_law(runs):
         return None
     cells = runs.assign(
-        name=method_names(runs, without=("optim.lr", "optim.table_lr", "batch_sequences")),
+        name=names_under_law(runs),
         table_lr=runs["table_lr"].fillna(0.0),
     )[usable(runs)]
     fitted = cells[~cells["size"].isin(held_out)]

@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from peerscale.cell_names import budget_name
-from peerscale.runs.study import method_names, usable
+from peerscale.runs.rates import names_under_law
+from peerscale.runs.study import usable
 from peerscale.viz import style
 from peerscale.viz.isoflop import missing_note
 from peerscale.viz.markdown import number, probability, section, with_interval
@@ -39,7 +40,7 @@ def rate_law_figure(runs: pd.DataFrame, law: Law | None, *, note: str = "") -> F
 
     Without a law, as long as too few cells have finished, the losses alone.
     """
-    tried = runs.assign(name=names(runs), table_lr=runs["table_lr"].fillna(0.0))[usable(runs)]
+    tried = runs.assign(name=names_under_law(runs), table_lr=runs["table_lr"].fillna(0.0))[usable(runs)]
     usual = tried["batch_sequences"].mode().iloc[0]
     tried = tried[tried["batch_sequences"] == usual]
     fitted = optima(law) if law else pd.DataFrame(columns=["batch_sequences", *CURVE])
@@ -79,11 +80,6 @@ def _draw_parabola(axes: Axes, curve: Mapping[str, Any], curvature: float, rates
     chosen = curve["lowest"] + curvature * math.log(curve["predicted"] / curve["best"]) ** 2
     tick = {"color": colour, "markersize": 11, "markeredgewidth": 1.6}
     axes.plot([curve["predicted"]], [chosen], "|", label=f"_law {curve['name']}", **tick)
-
-
-def names(runs: pd.DataFrame) -> pd.Series:
-    """The names under which the law knows the methods."""
-    return method_names(runs, without=("optim.lr", "optim.table_lr", "batch_sequences"))
 
 
 def rate_law_sections(runs: pd.DataFrame, law: Law) -> list[str]:
@@ -150,7 +146,7 @@ def batches(curves: pd.DataFrame) -> list[dict[str, str]]:
 
 def table_rates(runs: pd.DataFrame) -> list[dict[str, str]]:
     """A row a model and rate of which several table rates were tried."""
-    tried = runs.assign(name=names(runs))[usable(runs) & (runs["table_lr"].fillna(0) > 0)]
+    tried = runs.assign(name=names_under_law(runs))[usable(runs) & (runs["table_lr"].fillna(0) > 0)]
     same = ["budget", "d_model", "name", "lr", "batch_sequences"]
     tried = tried[tried.groupby(same)["table_lr"].transform("nunique") > 1]
     losses = tried.pivot_table(index=same, columns="table_lr", values="val_loss", sort=False).sort_index(axis=1)
@@ -162,7 +158,7 @@ def table_rates(runs: pd.DataFrame) -> list[dict[str, str]]:
 
 def finished_cells(runs: pd.DataFrame) -> list[str]:
     """The losses so far of a study whose law is not determined yet."""
-    done = runs.assign(name=names(runs))[usable(runs)].sort_values(["budget", "d_model", "name", "lr"])
+    done = runs.assign(name=names_under_law(runs))[usable(runs)].sort_values(["budget", "d_model", "name", "lr"])
     rows = [
         {**place(one["budget"], one["d_model"], one["name"]), "batch": f"{one['batch_sequences']:g}",
          "seed": f"{one['seed']}", "learning rate": f"{one['lr']:.3g}",
