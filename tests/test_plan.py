@@ -356,13 +356,16 @@ def test_a_law_gives_the_rate_of_width_tokens_and_batch() -> None:
     assert beyond_law(load([*law, "size=d96"]), 20_000_000) == {
         "d_model": (96, (32, 64)), "tokens": (20_000_000, (1e5, 1e7))
     }  # fmt: skip
-    assert beyond_law(load(["size=d96"]), 20_000_000) == {}, "no law, no range"
+    bounded = ["size=d32", *(override.replace("}", ", largest_lr: 0.011}") for override in law)]
+    assert here.lr > 0.011 and plan(load(bounded)).lr == pytest.approx(0.011)
+    assert plan(load([*bounded, "optim.lr_factor=2"])).lr == pytest.approx(0.022)
+    assert beyond_law(load(["size=d96", "optim.lr_rule=constant"]), 20_000_000) == {}, "no law, no range"
     with pytest.raises(ConfigError, match=r"lr_rule law needs optim\.lr_law"):
-        load(["optim.lr_rule=law"])
+        load(["optim.lr_rule=law", "optim.lr_law=null"])
 
 
 def test_a_cell_is_the_same_whichever_rule_gave_its_rate() -> None:
-    by_width = load(["size=d32", "optim.lr=0.01"])
+    by_width = load(["size=d32", "optim.lr=0.01", "optim.lr_rule=inverse_sqrt_width"])
     constant = load(["size=d32", "optim.lr=0.02", "optim.lr_rule=constant", "optim.lr_factor=0.5"])
     first, second = (hashed_config(config, plan(config), "corpus") for config in (by_width, constant))
     assert first == second

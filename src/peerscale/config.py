@@ -133,6 +133,8 @@ class RateLawConfig:
     """Lowest and highest of the runs that the law was fitted to; the plan names cells beyond them."""
     fitted_tokens: tuple[Rate, Rate]
     fitted_batch_sequences: tuple[Rate, Rate]
+    largest_lr: Rate | None = None
+    """No cell gets more, however short or narrow: the largest rate that the runs tried; null: no bound."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)

@@ -147,7 +147,8 @@ def lr_scale(config: Config, tokens: int) -> float:
         case "law" if law is not None:
             by_width = (config.size.d_model / law.reference_d_model) ** -law.width_exponent
             by_tokens = (max(tokens, 1) / law.reference_tokens) ** -law.tokens_exponent
-            return by_width * by_tokens * (config.batch_sequences / law.reference_batch_sequences) ** law.batch_exponent
+            by_batch = (config.batch_sequences / law.reference_batch_sequences) ** law.batch_exponent
+            return min(by_width * by_tokens * by_batch, (law.largest_lr or math.inf) / config.optim.lr)
     return 1.0
 
 

@@ -59,6 +59,9 @@ class ClaimsConfig:
     """The methods that it is compared with."""
     budgets: Annotated[list[Rate], Field(min_length=1)] | None = None
     """At these budgets; null: at all of the grid."""
+    equal_within: Rate | None = None
+    """Nats per token: two methods are called equal where the interval of their difference lies within plus and minus
+    this; null: none are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -79,6 +82,8 @@ class SweepConfig:
     """Sizes that every method needs at every budget: a parabola wants five points."""
     claims: ClaimsConfig | None = None
     """What the study claims, if anything."""
+    trend_from: Rate | None = None
+    """Smallest budget that the growth of multipliers and forecasts are taken from; null: the smallest of the grid."""
     held_out: list[str] = Field(default_factory=list)
     """Sizes that a law of learning rates is judged by, and not fitted to."""
     rates_cost: Rate | None = None
@@ -99,7 +104,11 @@ class SweepConfig:
             raise ValueError(f"held_out names {unknown[0]}, a size that the grid does not have")
         self._check_brackets()
         claims = self.claims
-        for where, named in (("budgets", self.budgets), ("claims.budgets", claims.budgets if claims else None)):
+        for where, named in (
+            ("budgets", self.budgets),
+            ("claims.budgets", claims.budgets if claims else None),
+            ("trend_from", self.trend_from and [self.trend_from]),
+        ):
             if absent := sorted(set(named or ()) - grid):
                 there = ", ".join(f"{budget:g}" for budget in sorted(grid))
                 raise ValueError(f"{where} names {absent[0]:g}, but the grid has {there}")
@@ -226,4 +235,4 @@ def _claims_about(part: SweepConfig, claims: ClaimsConfig) -> ClaimsConfig | Non
     budgets = None if claims.budgets is None else [budget for budget in claims.budgets if budget in planned]
     if claims.method not in part.methods or not rivals or budgets == []:
         return None
-    return ClaimsConfig(method=claims.method, rivals=rivals, budgets=budgets)
+    return replace(claims, rivals=rivals, budgets=budgets)

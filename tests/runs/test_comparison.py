@@ -249,6 +249,27 @@ def test_a_study_may_claim_about_any_of_its_methods() -> None:
     assert {c["method"] for c in found["claims"]} == {"moe"}
 
 
+def test_variants_are_not_of_a_named_family_whose_method_is_there_as_configured() -> None:
+    lowest = FIVE | {("peer ffn.n_experts=16384", 1e12): 4.40}
+    named = ClaimsConfig(method="peer", rivals=["dense", "moe"])
+    found = compare(curves(lowest, noise=0.002), [], claims=named)
+    assert [(c["method"], c["rival"]) for c in found["claims"]] == [("peer", "dense"), ("peer", "moe")]
+    assert of(found, "peer n_experts=16384", "dense")["value"] == pytest.approx(-0.10, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("margin", "equal"), [(0.05, {"moe": True, "dense": True}), (0.03, {"moe": True, "dense": False})]
+)
+def test_equal_is_an_interval_within_the_stated_margin(margin: float, equal: dict[str, bool]) -> None:
+    lowest = {("dense", 1e12): 4.50, ("moe", 1e12): 4.47, ("peer", 1e12): 4.465}
+    named = ClaimsConfig(method="peer", rivals=["dense", "moe"], equal_within=margin)
+    found = compare(curves(lowest, noise=0.002), [], claims=named)
+    assert {c["rival"]: c["equal"] for c in found["claims"]} == equal
+    for claim in found["claims"]:
+        assert claim["equal"] == (max(abs(claim["low"]), abs(claim["high"])) < margin)
+    assert "equal" not in compare(curves(lowest), [])["claims"][0]
+
+
 def test_variants_are_compared_with_the_same_variant() -> None:
     lowest = {
         (f"{method} batch_sequences={n}", 1e12): loss + shift
@@ -290,6 +311,20 @@ def test_seeds_of_one_size_give_students_two_sample_test() -> None:
     assert one["seeds_se"] == one["se"] and one["fit_se"] is None
     (claim,) = found["claims"]
     assert (claim["size"], claim["p"], claim["p_holm"]) == ("d64", one["p"], one["p"])
+
+
+def test_a_method_without_a_curve_is_compared_at_its_sizes_and_claims_nothing() -> None:
+    whole = curves(FIVE, noise=0.004, seeds=2, seed_sd=0.004)
+    runs = whole[(whole["method"] != "moe") | whole["flops_per_token"].isin(SIZES[1:3])]
+    found, without = compare(runs, []), compare(runs[runs["method"] != "moe"], [])
+    assert [(d["method"], d["reference"], d["size"]) for d in found["budgets"][0]["differences"] if d["size"]] == [
+        ("moe", "dense", "d48"), ("moe", "peer", "d48"), ("moe", "dense", "d75"), ("moe", "peer", "d75"),
+    ]  # fmt: skip
+    here = {m: runs.loc[(runs["method"] == m) & (runs["size"] == "d48"), "val_loss"] for m in ("dense", "moe", "peer")}
+    one = of(found, "moe", "dense", size="d48")
+    assert one["value"] == pytest.approx(here["moe"].mean() - here["dense"].mean())
+    assert one["seeds_se"] == pytest.approx(math.sqrt(sum(losses.var() for losses in here.values()) / 3))
+    assert found["claims"] == without["claims"] and found["multipliers"] == without["multipliers"]
 
 
 def test_seeds_are_pooled_over_methods_and_sequences_added() -> None:

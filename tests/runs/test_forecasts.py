@@ -86,6 +86,18 @@ def test_budgets_from_the_forecast_one_on_change_nothing() -> None:
     assert forecast(compare(runs, []), AT) == forecast(compare(smaller, []), AT) != []
 
 
+def test_budgets_below_the_start_of_the_trend_change_nothing() -> None:
+    runs = ladder(1.3, [3e11, *LADDER], noise=0.01)
+    without = compare(runs[runs["budget"] > 3e11], [])
+    found = {
+        one["method"]: one for one in forecast(compare(runs, [], trend_from=1e12), AT) if one["quantity"] == "loss"
+    }
+    for one in forecast(without, AT):
+        if one["quantity"] == "loss":
+            assert found[one["method"]] == one
+    assert [point["budget"] for point in found["peer"]["points"]] == LADDER
+
+
 def test_two_budgets_are_too_few() -> None:
     assert forecast(compare(ladder(1.3, LADDER[:2], noise=0.01), []), AT) == []
 

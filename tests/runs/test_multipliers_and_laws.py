@@ -1,5 +1,7 @@
 """Compute multipliers, their growth, and the power laws of a study, against frontiers that are known."""
 
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -31,6 +33,18 @@ def test_growth_wants_four_budgets() -> None:
     assert slope["low"] < slope["slope"] < slope["high"]
     three = compare(runs[runs["budget"] < 3e13], [])
     assert len(three["multipliers"]) == 3 and three["growth"] == []
+
+
+def test_growth_leaves_out_budgets_below_the_start_of_the_trend() -> None:
+    gains = {3e11: 3.0} | {c: 1.2 * (c / 1e12) ** 0.1 for c in LADDER}
+    runs = pd.concat([curves({("dense", c): 40 * c**-0.07, ("peer", c): 40 * (g * c) ** -0.07}, noise=1e-5)
+                      for c, g in gains.items()], ignore_index=True)  # fmt: skip
+    found = compare(runs, [], trend_from=1e12)
+    (slope,), of_budget = found["growth"], {m["budget"]: math.log(m["multiplier"]) for m in found["multipliers"]}
+    assert len(of_budget) == 5 and found["trend_from"] == 1e12
+    assert slope["slope"] == pytest.approx(np.polyfit(np.log10(LADDER), [of_budget[c] for c in LADDER], 1)[0])
+    assert compare(runs, [], trend_from=3e12)["growth"] == []
+    assert compare(runs, [])["growth"][0]["slope"] != pytest.approx(slope["slope"])
 
 
 def test_one_budget_has_no_multiplier() -> None:

@@ -22,6 +22,8 @@ def fits(*claims: dict) -> dict[str, Any]:
         ([claim(-0.034)], "At 3e12 FLOPs PEER leads dense (−0.034 ± 0.015)."),
         ([claim(0.034)], "At 3e12 FLOPs PEER trails dense (+0.034 ± 0.015)."),
         ([claim(-0.034, p_holm=0.06)], "At 3e12 FLOPs PEER cannot be told apart from dense (−0.034 ± 0.015)."),
+        ([claim(0.003, p_holm=0.4, equal=True)], "At 3e12 FLOPs PEER equals dense (+0.003 ± 0.015)."),
+        ([claim(-0.01, equal=True)], "At 3e12 FLOPs PEER leads dense (−0.010 ± 0.015)."),
         ([claim(0.0, p_holm=None)], "At 3e12 FLOPs PEER cannot be told apart from dense (+0.000 ± 0.015)."),
         (
             [claim(-0.02, "pkm"), claim(0.02, "moe", p_holm=0.2), claim(-0.034), claim(0.05, "moe_token_choice")],

@@ -74,8 +74,8 @@ def write_fits(study: Study, runs: pd.DataFrame, curves: pd.DataFrame, records: 
     except UserError:  # of a study without a file, such as one that was renamed
         settings = None
     windows = {row.budget: settings.window(row.budget) for row in settings.grid} if settings else {}
-    claims, cost = (settings.claims, settings.rates_cost) if settings else (None, None)
-    compared = compare(runs, records, windows=windows, claims=claims, rates_cost=cost)
+    said = {key: getattr(settings, key) for key in ("claims", "rates_cost", "trend_from")} if settings else {}
+    compared = compare(runs, records, windows=windows, **said)
     fits = fit_study(runs, curves, compared, settings.held_out if settings else ())
     fits["answer"] = answer(fits)
     write_text(study.runs, runs.to_csv(index=False))

@@ -28,7 +28,7 @@ X = "flops_per_token"
 """The size that all fits are over: it means the same for every method."""
 
 CURVE_SIZES = 3
-"""Sizes from which a method has a curve at a budget; below, methods are compared at one and the same size."""
+"""Sizes from which a method has a curve at a budget; below, it is compared with others at one and the same size."""
 
 GROWTH_BUDGETS = 4
 """Budgets from which a growth of the multiplier is told."""
@@ -59,6 +59,7 @@ def compare(
     windows: Mapping[float, tuple[float, float] | None] | None = None,
     claims: ClaimsConfig | None = None,
     rates_cost: float | None = None,
+    trend_from: float | None = None,
 ) -> dict[str, Any]:
     """The statistics of a study in plain values for JSON.
 
@@ -68,6 +69,7 @@ def compare(
         windows: FLOPs per token (low, high) of the sizes that are fitted, by budget; none: all sizes.
         claims: the family of claims; none: PEER against every other method at every budget.
         rates_cost: nats per token that learning rates may cost a method where they are not bracketed; None: not known.
+        trend_from: smallest budget that the growth of multipliers is taken from; None: the smallest that there is.
 
     Returns:
         `x`, `loss`: columns that were fitted.
@@ -76,6 +78,7 @@ def compare(
         `claims`: each comparison of the family with its probability, alone and corrected by Holm's method.
         `multipliers`, `growth`: dense's compute over a method's, and the slope of its logarithm.
         `laws`: the power law of each method's optimal size.
+        `trend_from`: as given; only where it was.
         `rates`: `brackets`, `cost` and `errors` of learning rates by budget and method; only where there are any.
     """
     brackets, main = fit_rate_brackets(runs), without_brackets(runs)
@@ -87,18 +90,24 @@ def compare(
     references = tuple(dict.fromkeys(("dense", "peer", *([claims.method] if claims else ()))))
     for budget in sorted(done["budget"].unique()):
         rows = done[done["budget"] == budget]
-        if rows.groupby("name")["size"].nunique().max() >= CURVE_SIZES:
+        n_sizes = rows.groupby("name")["size"].transform("nunique")
+        if n_sizes.max() >= CURVE_SIZES:
             one, entry = _by_curves(rows, references, (windows or {}).get(budget), sequences, rates)
             fitted += [one] if one else []
+            few = {*rows.loc[n_sizes < CURVE_SIZES, "name"]}
+            alike = _at_each_size(rows, references, sequences, rates)["differences"] if few else []
+            entry["differences"] += [one for one in alike if few & {one["method"], one["reference"]}]
         else:
             entry = _at_each_size(rows, references, sequences, rates)
         entries.append({"budget": float(budget), **entry})
     budgets, frontiers = np.array([one.budget for one in fitted]), _frontiers(fitted, rates)
-    multipliers, slopes = _multipliers(budgets, frontiers)
+    multipliers, slopes = _multipliers(budgets, frontiers, trend_from or 0.0)
     found = {
         "x": X, "loss": "val_loss", "budgets": entries, "claims": _claims(entries, claims),
         "multipliers": multipliers, "growth": slopes, "laws": _power_laws(budgets, frontiers),
     }  # fmt: skip
+    if trend_from is not None:
+        found["trend_from"] = trend_from
     if brackets or rates_cost is not None:
         places = sorted(set(zip(done["budget"].astype(float), done["name"], strict=True)))
         found["rates"] = {"brackets": brackets, "cost": rates_cost, "errors": described(rates, places)}
@@ -218,18 +227,25 @@ def _mean_losses(cells: Iterable[str], sequences: Sequences) -> Array | None:
 
 
 def _claims(budgets: Sequence[Mapping[str, Any]], claims: ClaimsConfig | None) -> list[dict[str, Any]]:
-    """The comparisons of the family, each as method minus rival, with Holm's correction over all of them."""
+    """The comparisons of the family, each as method minus rival, with Holm's correction over all of them.
+
+    Where a study names the family, variants along an axis are of it only if the method is there in no other way.
+    """
     method = claims.method if claims else "peer"
+    compared = {found[key] for entry in budgets for found in entry["differences"] for key in ("method", "reference")}
+    as_configured = claims is not None and method in compared
     family: dict[tuple[Any, ...], dict[str, Any]] = {}
     for entry in budgets:
         if claims and claims.budgets and entry["budget"] not in claims.budgets:
             continue
         for found in entry["differences"]:
-            # An error without misfit and seeds is no ground for a claim.
-            if found.get("fit_se") is None and found.get("seeds_se") is None:
+            # An error without misfit and seeds is no ground for a claim, nor is one size where others have curves.
+            if found.get("fit_se") is None and (found.get("seeds_se") is None or entry["methods"]):
                 continue
             for one in (found, _turned(found)):
                 name, rival = (one[key].partition(" ")[0] for key in ("method", "reference"))
+                if as_configured and one["method"] != method:
+                    continue
                 if name == method != rival and (not claims or rival in claims.rivals):
                     place = {"budget": entry["budget"], "size": one["size"], "method": one["method"],
                              "rival": one["reference"]}  # fmt: skip
@@ -237,10 +253,14 @@ def _claims(budgets: Sequence[Mapping[str, Any]], claims: ClaimsConfig | None) -
                         k: one[k] for k in ("value", "se", "df", "low", "high", "p")
                     }
     corrected = holm(np.array([claim["p"] for claim in family.values()], float))
-    return [
+    found = [
         {**claim, "p_holm": p, "leads": bool(p < FAMILY_LEVEL and claim["value"] < 0)}
         for claim, p in zip(family.values(), corrected, strict=True)
     ]
+    if claims and (margin := claims.equal_within) is not None:
+        for claim in found:
+            claim |= {"equal_within": margin, "equal": bool(-margin < claim["low"] and claim["high"] < margin)}
+    return found
 
 
 def _turned(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -279,7 +299,9 @@ def _frontiers(fitted: Sequence[Budget], rates: RateErrors) -> dict[str, Array]:
     return frontiers
 
 
-def _multipliers(budgets: Array, frontiers: Mapping[str, Array]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _multipliers(
+    budgets: Array, frontiers: Mapping[str, Array], trend_from: float
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Dense's compute over each method's by budget, and from four on the growth of its logarithm in log10 C."""
     found, slopes = [], []
     for name, (_, losses) in frontiers.items():
@@ -290,8 +312,9 @@ def _multipliers(budgets: Array, frontiers: Mapping[str, Array]) -> tuple[list[d
         pair, known = {"method": name, "reference": reference}, np.isfinite(each[0])
         for i in np.flatnonzero(known):
             found.append({**pair, "budget": budgets[i], "multiplier": each[0, i], **_ends(each[1:, i])})
-        if known.sum() >= GROWTH_BUDGETS:
-            slope = math.log(10) * fit_power_law(budgets[known], each[:, known])[0]
+        trend = known & (budgets >= trend_from)
+        if trend.sum() >= GROWTH_BUDGETS:
+            slope = math.log(10) * fit_power_law(budgets[trend], each[:, trend])[0]
             slopes.append({**pair, "slope": slope[0], **_ends(slope[1:])})
     return found, slopes
 

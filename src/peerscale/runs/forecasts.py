@@ -118,7 +118,7 @@ def forecast(fits: Mapping[str, Any], budget: float) -> list[dict[str, Any]]:
     """Every quantity of every method that has it, with an error, at three budgets below `budget` FLOPs or more.
 
     Args:
-        fits: the study's `fits.json`; its budgets of `budget` or more are not read.
+        fits: the study's `fits.json`; its budgets of `budget` or more, and those below its `trend_from`, are not read.
 
     Returns:
         In plain values for JSON: `method`, `quantity`, `reference` (empty for a loss), the forecast `value` with its
@@ -146,9 +146,10 @@ def forecast(fits: Mapping[str, Any], budget: float) -> list[dict[str, Any]]:
 
 
 def _points(fits: Mapping[str, Any], budget: float) -> dict[tuple[Quantity, str, str], list[Point]]:
-    """The points below `budget` by quantity, method and reference; those without a number or an error are left out."""
+    """The points by quantity, method and reference; those without a number or an error are left out."""
     points: dict[tuple[Quantity, str, str], list[Point]] = {}
-    entries = [entry for entry in fits["budgets"] if entry["budget"] < budget]
+    lowest = fits.get("trend_from", 0.0)
+    entries = [entry for entry in fits["budgets"] if lowest <= entry["budget"] < budget]
     for entry in entries:
         at, df = entry["budget"], entry.get("df", 0)
         for one in (one for one in entry["methods"] if one["loss"] is not None):

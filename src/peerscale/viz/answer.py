@@ -13,8 +13,9 @@ Claim = Mapping[str, Any]
 Place = tuple[float, str, str]
 """Budget, size (of a comparison at one size) and settings of the method's variant."""
 Outcomes = dict[str, list[Claim]]
-"""The claims about each rival under `leads`, `trails` and `UNDECIDED`; none of them is empty."""
+"""The claims about each rival under `leads`, `trails`, `EQUALS` and `UNDECIDED`; none of them is empty."""
 
+EQUALS = "equals"
 UNDECIDED = "cannot be told apart from"
 
 
@@ -50,7 +51,8 @@ def _no_answer(budgets: Sequence[Mapping[str, Any]]) -> str:
 def verdicts(claims: Sequence[Claim]) -> list[str]:
     """A sentence for each budget and variant: which rivals the method leads, trails, or cannot be told apart from.
 
-    A lead or trail is a difference whose probability, corrected for the whole family (Holm), is below 5 %.
+    A lead or trail is a difference whose probability, corrected for the whole family (Holm), is below 5 %. Of the
+    others those are equal whose interval lies within the margin that the study states.
     """
     return [_sentence(place, found) for place, found in _places(claims).items()]
 
@@ -64,10 +66,12 @@ def _places(claims: Sequence[Claim]) -> dict[Place, Outcomes]:
 
 
 def _outcomes(claims: Sequence[Claim]) -> Outcomes:
-    found: Outcomes = {"leads": [], "trails": [], UNDECIDED: []}
+    found: Outcomes = {"leads": [], "trails": [], EQUALS: [], UNDECIDED: []}
     for claim in claims:
-        certain = claim["p_holm"] is not None and claim["p_holm"] < FAMILY_LEVEL
-        found[("leads" if claim["value"] < 0 else "trails") if certain else UNDECIDED].append(claim)
+        if claim["p_holm"] is not None and claim["p_holm"] < FAMILY_LEVEL:
+            found["leads" if claim["value"] < 0 else "trails"].append(claim)
+        else:
+            found[EQUALS if claim.get("equal") else UNDECIDED].append(claim)
     return {verb: members for verb, members in found.items() if members}
 
 

@@ -40,12 +40,17 @@ def differences_figure(fits: Mapping[str, Any], *, methods: Iterable[str] = (), 
     names = style.ordered(name for _, _, name in shown)
     markers = style.markers(budget for budget, *_ in shown)
     colours, grey = style.colours([*methods, *names]), style.COLOURS["dense"]
+    curves = {entry["budget"] for entry in fits["budgets"] if entry.get("methods")}
+    hollow = {place for place in shown if place[1] and place[0] in curves}
     shift = {budget: SPREAD * ((i + 0.5) / len(markers) - 0.5) for i, budget in enumerate(markers)}
     with style.applied():
         figure, (axes,) = style.panels(1, height=0.55 + 0.36 * len(names))
         axes.axvline(0, color=grey, linewidth=0.9)
-        for (budget, _, name), found in shown.items():
+        for place, found in shown.items():
+            budget, _, name = place
             height, look = names.index(name) + shift[budget], {"color": colours[name], "markersize": 5}
+            if place in hollow:
+                look["markerfacecolor"] = "white"
             axes.plot([found["low"], found["high"]], [height, height], color=colours[name], label=f"_interval {name}")
             axes.plot([found["value"]], [height], markers[budget], **look, label=name)
         axes.set_yticks(range(len(names)), [style.label(name) for name in names])
@@ -57,5 +62,6 @@ def differences_figure(fits: Mapping[str, Any], *, methods: Iterable[str] = (), 
             for budget, marker in markers.items()
         ]
         style.legend(figure, handles)
-        style.caption(figure, note, bars(fits))
+        at_sizes = "Hollow: at one size, of a method with too few for a curve." * bool(hollow)
+        style.caption(figure, note, at_sizes, bars(fits))
     return figure

@@ -185,14 +185,14 @@ def parts(fits: Fits) -> Rows:
             "rate_se": "s.e. from learning rates", "se": "s.e., all"}  # fmt: skip
     return [
         {
-            "budget": budget_name(budget), "method": label(method),
+            "budget": budget_name(budget), "method": ", ".join(filter(None, (label(method), size_label(size)))),
             "difference to dense [95 %]": signed_interval(found),
             **{title: number(found[key], "{:.4f}") for key, title in keys.items()},
             "degrees of freedom": number(found["df"], "{:.0f}") if found["df"] else "∞",
             "difference with own curvatures ± s.e.":
                 f"{number(own['value'], '{:+.3f}')} ± {number(own['se'], '{:.3f}')}" if own else "—",
         }
-        for (budget, _, method), found in to_dense(fits).items() if found.get("value") is not None
+        for (budget, size, method), found in to_dense(fits).items() if found.get("value") is not None
         for own in [found.get("own")]
     ]  # fmt: skip
 
@@ -210,6 +210,8 @@ def claims(fits: Fits) -> Rows:
             "difference [95 %]": signed_interval(claim), "p": probability(claim["p"]),
             "p, corrected for the family": probability(claim["p_holm"]),
         })  # fmt: skip
+        if "equal" in claim:
+            rows[-1][f"equal within {claim['equal_within']:g}"] = "yes" if claim["equal"] else "no"
     return rows
 
 
