@@ -84,7 +84,7 @@ def read_table(path: Path, columns: Sequence[str] = (), **options: Any) -> pd.Da
 
 
 def runs_table(records: Iterable[Record]) -> pd.DataFrame:
-    """Records as a table; the columns are documented in the README."""
+    """Records as a table; the columns are documented in docs/runs.md."""
     rows = []
     for record in records:
         try:
