@@ -6,7 +6,7 @@ import pytest
 from made_up_study import curves, run
 
 from peerscale.runs.comparison import compare
-from peerscale.runs.conventions import flops_by_convention, multipliers_by_convention
+from peerscale.runs.conventions import flops_by_convention, multipliers_by_convention, seconds_per_flop
 
 LADDER = [1e12, 3e12, 1e13]
 GAIN = 1.5
@@ -80,3 +80,18 @@ def test_nothing_to_count_without_dense_or_minima() -> None:
     one = runs[runs["budget"] == 1e12]
     (row,) = multipliers_by_convention(one, compare(one, [])["budgets"])
     assert np.isnan(list(row["multipliers"].values())).all()
+
+
+def test_measured_time_counts_the_seconds_of_a_flop() -> None:
+    runs = study({"dense": 0.8, "peer": 0.5}).assign(d_model=48)
+    steps = pd.DataFrame([
+        {"size": size, "method": method, "flops": 1e9, "median_s": seconds}
+        for method, by_size in (("dense", (0.02, 0.01)), ("peer", (0.03, 0.02)))
+        for size, seconds in zip(("d32", "d64"), by_size, strict=True)
+    ])  # fmt: skip
+    part = np.log(48 / 32) / np.log(2)
+    slower = (0.03 - 0.01 * part) / (0.02 - 0.01 * part)
+    for row in multipliers_by_convention(runs, compare(runs, [])["budgets"], steps):
+        assert row["multipliers"]["measured time"] == pytest.approx(GAIN / slower, rel=1e-3)
+    unmeasured = seconds_per_flop(runs, steps[steps["method"] == "dense"])
+    assert unmeasured[runs["method"] == "peer"].isna().all() and unmeasured[runs["method"] == "dense"].notna().all()

@@ -47,6 +47,31 @@ def test_growth_leaves_out_budgets_below_the_start_of_the_trend() -> None:
     assert compare(runs, [])["growth"][0]["slope"] != pytest.approx(slope["slope"])
 
 
+def test_each_seed_has_its_own_loss_and_multiplier() -> None:
+    """A seed that shifts all losses of a method at a budget shifts its optimum by as much."""
+    runs = curves(
+        {(m, c): 40 * (g * c) ** -0.07 for m, g in (("dense", 1.0), ("peer", 1.5)) for c in LADDER[:3]},
+        noise=1e-5,
+        seeds=2,
+    )
+    luck = {("dense", 0): 0.01, ("dense", 1): -0.01, ("peer", 0): -0.02, ("peer", 1): 0.02}
+    at = runs["budget"] == 3e12
+    runs.loc[at, "val_loss"] += [luck[key] for key in zip(runs.loc[at, "method"], runs.loc[at, "seed"], strict=True)]
+    found = compare(runs[at | (runs["seed"] == 0)], [])
+    losses = {e["budget"]: {m["name"]: m for m in e["methods"]} for e in found["budgets"]}
+    for (method, seed), shift in luck.items():
+        one = losses[3e12][method]
+        assert one["by_seed"][str(seed)] - one["loss"] == pytest.approx(shift)
+    assert "by_seed" not in losses[1e12]["dense"]
+    (here,) = (m for m in found["multipliers"] if m["budget"] == 3e12)
+    assert here["by_seed"].keys() == {"0", "1"} and "by_seed" not in found["multipliers"][0]
+    for seed, value in here["by_seed"].items():
+        dense, peer = losses[3e12]["dense"]["by_seed"][seed], losses[3e12]["peer"]["by_seed"][seed]
+        log_c = np.log([1e12, 3e12])  # PEER reaches dense's loss between these two
+        part = np.interp(-np.log(dense), -np.log([losses[1e12]["peer"]["loss"], peer]), log_c)
+        assert value == pytest.approx(3e12 / np.exp(part))
+
+
 def test_one_budget_has_no_multiplier() -> None:
     assert compare(ladder(1.5, [1e12], noise=1e-4), [])["multipliers"] == []
 

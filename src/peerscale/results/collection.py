@@ -18,10 +18,13 @@ from peerscale.outcomes import further_line, of_the_plan, read_published, some, 
 from peerscale.runs.comparison import compare
 from peerscale.runs.fits import fit_study
 from peerscale.runs.record import PlannedCell, Record, Status
-from peerscale.runs.study import Study, collected, planned_record, published
+from peerscale.runs.study import RESULTS, Study, collected, planned_record, published
 from peerscale.runs.table import CURVES, curves_table, read_records, read_runs, read_table, runs_table
 from peerscale.sweep_config import load_sweep
 from peerscale.viz.answer import answer
+
+STEPS = RESULTS / "bench" / "training_step.csv"
+"""Times of training steps, which `make bench` publishes."""
 
 
 def collect(
@@ -76,7 +79,8 @@ def write_fits(study: Study, runs: pd.DataFrame, curves: pd.DataFrame, records: 
     windows = {row.budget: settings.window(row.budget) for row in settings.grid} if settings else {}
     said = {key: getattr(settings, key) for key in ("claims", "rates_cost", "trend_from")} if settings else {}
     compared = compare(runs, records, windows=windows, **said)
-    fits = fit_study(runs, curves, compared, settings.held_out if settings else ())
+    steps = pd.read_csv(STEPS) if STEPS.is_file() else None
+    fits = fit_study(runs, curves, compared, settings.held_out if settings else (), steps)
     fits["answer"] = answer(fits)
     write_text(study.runs, runs.to_csv(index=False))
     write_json(study.fits, fits)

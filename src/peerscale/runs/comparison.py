@@ -48,6 +48,8 @@ class Budget(NamedTuple):
     budget: float
     fit: OptimaFit
     optima: dict[str, Optimum]
+    by_seed: dict[str, dict[str, float]]
+    """The loss at each optimum with one seed's losses in place of the means, by seed."""
     sequences: Array | None
     """Losses of the validation sequences at every size mean (points, sequences)."""
 
@@ -76,7 +78,8 @@ def compare(
         `budgets`: for each budget `window`, `scatter`, `curvature`, `equality` (F test of one curvature), `methods`
         (optima) and `differences` between methods; all losses in nats per token with `se` and its parts.
         `claims`: each comparison of the family with its probability, alone and corrected by Holm's method.
-        `multipliers`, `growth`: dense's compute over a method's, and the slope of its logarithm.
+        `multipliers`, `growth`: dense's compute over a method's, and the slope of its logarithm. `by_seed` of a
+        multiplier or a method: the same of each seed, where two or more trained every size.
         `laws`: the power law of each method's optimal size.
         `trend_from`: as given; only where it was.
         `rates`: `brackets`, `cost` and `errors` of learning rates by budget and method; only where there are any.
@@ -101,7 +104,7 @@ def compare(
             entry = _at_each_size(rows, references, sequences, rates)
         entries.append({"budget": float(budget), **entry})
     budgets, frontiers = np.array([one.budget for one in fitted]), _frontiers(fitted, rates)
-    multipliers, slopes = _multipliers(budgets, frontiers, trend_from or 0.0)
+    multipliers, slopes = _multipliers(budgets, frontiers, [one.by_seed for one in fitted], trend_from or 0.0)
     found = {
         "x": X, "loss": "val_loss", "budgets": entries, "claims": _claims(entries, claims),
         "multipliers": multipliers, "growth": slopes, "laws": _power_laws(budgets, frontiers),
@@ -146,6 +149,7 @@ def _by_curves(
     ]
     known = [losses for losses in behind if losses is not None]
     drawn = np.array(known) if len(known) == len(behind) else None
+    by_seed = {name: _by_seed(inside, shared, optimum) for name, optimum in optima.items()}
     methods = []
     for name, optimum in optima.items():
         has_number, one = optimum.status.has_number, alone[name]
@@ -158,6 +162,7 @@ def _by_curves(
             "coefficients": optimum.coefficients,
             "own": {"status": one.status, "x": one.x, "loss": one.loss, "curvature": one.coefficients[2]},
             "sets": {s: float(optimum.weights @ fit.losses) for s, fit in others.items()} if has_number else {},
+            **({"by_seed": by_seed[name]} if by_seed[name] else {}),
         })  # fmt: skip
     differences = []
     for name, reference in _pairs(list(optima), references):
@@ -172,11 +177,27 @@ def _by_curves(
             entry["own"] = {"value": apart.value, "se": apart.se} if math.isfinite(apart.value) else None
             entry["sets"] = {s: _described(fit.estimate(weights).with_rates(of_rates)) for s, fit in others.items()}
         differences.append(entry)
-    return Budget(budget, shared, optima, drawn), {
+    return Budget(budget, shared, optima, by_seed, drawn), {
         "window": window, "scatter": shared.scatter, "df": shared.df, "seeds_sd": math.sqrt(shared.seeds_variance),
         "seeds_df": shared.seeds_df, "curvature": float(shared.curve(shared.names[0])[2]),
         "equality": equality_of_curvatures(shared, own), "methods": methods, "differences": differences,
     }  # fmt: skip
+
+
+def _by_seed(rows: pd.DataFrame, fit: OptimaFit, optimum: Optimum) -> dict[str, float]:
+    """The loss at an optimum with one seed's losses in place of the method's means.
+
+    For two seeds or more that trained every size; the curvature and the place of the optimum stay those of all runs.
+    """
+    mine = fit.method == fit.names.index(optimum.name)
+    each = rows[rows["name"] == optimum.name].pivot_table(index=X, columns="seed", values="val_loss")
+    each = each.reindex(fit.x[mine]).dropna(axis="columns")
+    if not optimum.status.has_number or len(each.columns) < 2:
+        return {}
+    losses = {str(seed): np.array(fit.losses, float) for seed in each}
+    for seed in each:
+        losses[str(seed)][mine] = each[seed]
+    return {seed: float(optimum.weights @ values) for seed, values in losses.items()}
 
 
 def _at_each_size(
@@ -300,7 +321,10 @@ def _frontiers(fitted: Sequence[Budget], rates: RateErrors) -> dict[str, Array]:
 
 
 def _multipliers(
-    budgets: Array, frontiers: Mapping[str, Array], trend_from: float
+    budgets: Array,
+    frontiers: Mapping[str, Array],
+    by_seed: Sequence[Mapping[str, Mapping[str, float]]],
+    trend_from: float,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Dense's compute over each method's by budget, and from four on the growth of its logarithm in log10 C."""
     found, slopes = [], []
@@ -311,7 +335,13 @@ def _multipliers(
         each = compute_multipliers((budgets, frontiers[reference][1]), (budgets, losses))
         pair, known = {"method": name, "reference": reference}, np.isfinite(each[0])
         for i in np.flatnonzero(known):
-            found.append({**pair, "budget": budgets[i], "multiplier": each[0, i], **_ends(each[1:, i])})
+            seeds = {}
+            for seed in by_seed[i].get(name, {}).keys() & by_seed[i].get(reference, {}).keys():
+                own = [np.where(np.arange(len(budgets)) == i, by_seed[i][one][seed], frontiers[one][1][0])
+                       for one in (reference, name)]  # fmt: skip
+                seeds[seed] = compute_multipliers((budgets, own[0]), (budgets, own[1]))[i]
+            found.append({**pair, "budget": budgets[i], "multiplier": each[0, i], **_ends(each[1:, i]),
+                          **({"by_seed": dict(sorted(seeds.items()))} if seeds else {})})  # fmt: skip
         trend = known & (budgets >= trend_from)
         if trend.sum() >= GROWTH_BUDGETS:
             slope = math.log(10) * fit_power_law(budgets[trend], each[:, trend])[0]

@@ -31,7 +31,30 @@ def flops_by_convention(runs: pd.DataFrame) -> dict[str, pd.Series]:
     }
 
 
-def multipliers_by_convention(runs: pd.DataFrame, budgets: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+MEASURED_TIME = "measured time"
+"""Seconds of a quiet benchmark in place of FLOPs."""
+
+
+def seconds_per_flop(runs: pd.DataFrame, steps: pd.DataFrame) -> pd.Series:
+    """Seconds that a FLOP of every row's training step takes, NaN where that was not measured.
+
+    Args:
+        runs: the study's table.
+        steps: size, method, flops and median_s of training steps, as `benchmarks/training_step.py` writes them.
+    """
+    found = pd.Series(math.nan, index=runs.index)
+    for name, rows in runs.groupby(method_names(runs)):
+        measured = steps[steps["method"] == name].assign(d_model=lambda table: table["size"].str[1:].astype(float))
+        if len(measured) > 1:
+            known = measured.sort_values("d_model")
+            each = known["median_s"] / known["flops"]
+            found[rows.index] = np.interp(np.log(rows["d_model"]), np.log(known["d_model"]), each)
+    return found
+
+
+def multipliers_by_convention(
+    runs: pd.DataFrame, budgets: Sequence[Mapping[str, Any]], steps: pd.DataFrame | None = None
+) -> list[dict[str, Any]]:
     """Dense's compute over each method's for the same loss, with compute counted by each convention.
 
     Losses and sizes at the optimum are those of the study's own budgets; what they cost is counted by the convention's
@@ -40,6 +63,7 @@ def multipliers_by_convention(runs: pd.DataFrame, budgets: Sequence[Mapping[str,
     Args:
         runs: the study's table.
         budgets: the entries of `fits.json`.
+        steps: of a benchmark (`seconds_per_flop`): one more convention, `measured time`, counts seconds.
 
     Returns:
         budget, method and `multipliers` by convention, None where it would be extrapolated.
@@ -49,6 +73,8 @@ def multipliers_by_convention(runs: pd.DataFrame, budgets: Sequence[Mapping[str,
     at = np.array(sorted({budget for budget, _ in optima}))
     names = list(dict.fromkeys(name for _, name in optima))
     shares = {convention: flops / done["flops_per_token"] for convention, flops in flops_by_convention(done).items()}
+    if steps is not None:
+        shares[MEASURED_TIME] = seconds_per_flop(done, steps)
 
     def frontier(name: str, share: pd.Series) -> tuple[np.ndarray, np.ndarray]:
         found = [optima.get((budget, name)) for budget in at]

@@ -26,6 +26,7 @@ def fit_study(
     curves: pd.DataFrame,
     compared: Mapping[str, Any],
     held_out: Collection[str] = (),
+    steps: pd.DataFrame | None = None,
 ) -> dict[str, Any]:
     """Statistics and laws of a study in plain values for JSON.
 
@@ -34,6 +35,7 @@ def fit_study(
         curves: its training curves; cell, flops and loss of logged steps.
         compared: what `comparison.compare` found in them.
         held_out: names of the sizes that a law of learning rates is not fitted to.
+        steps: times of training steps in a benchmark, for multipliers in measured time.
 
     Returns:
         `compared`, and further
@@ -48,7 +50,7 @@ def fit_study(
     return {
         **compared,
         "laws": compared["laws"] | _laws(runs, curves),
-        "conventions": to_plain(multipliers_by_convention(runs, compared["budgets"])),
+        "conventions": to_plain(multipliers_by_convention(runs, compared["budgets"], steps)),
         "rates": to_plain({**fit_rates(runs), "law": fit_law(runs, held_out)}) | compared.get("rates", {}),
     }
 

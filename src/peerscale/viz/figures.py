@@ -15,6 +15,7 @@ from peerscale.viz.curves import curves_figure
 from peerscale.viz.differences import differences_figure
 from peerscale.viz.frontier import frontier_figure
 from peerscale.viz.isoflop import isoflop_figure
+from peerscale.viz.multipliers import multipliers_figure
 from peerscale.viz.published import read_published
 from peerscale.viz.rate_law import rate_law_figure
 from peerscale.viz.rates import rates_figure
@@ -30,6 +31,7 @@ TITLES = {
     "query_norm": "BatchNorm on the queries (the paper's Figure 4)",
     "differences": "Difference to dense at the compute optimum",
     "frontier": "Compute-optimal loss, and the compute multiplier over dense",
+    "multipliers": "Compute multipliers over dense, in FLOPs and in measured time, beside the paper's",
     "curves": "Training curves",
     "rates": "Learning rates",
     "brackets": "Rate brackets: the same models at other learning rates",
@@ -50,6 +52,8 @@ def study_figures(study: Study, runs: pd.DataFrame, x: str = DEFAULT_X) -> Itera
             yield "differences", drawn
         if drawn := frontier_figure(fits, note=note):
             yield "frontier", drawn
+        if drawn := multipliers_figure(fits, published, note=note):
+            yield "multipliers", drawn
     if study.fits.is_file() and (drawn := brackets_figure(read_fits(study.fits), note=note)):
         yield "brackets", drawn
     if settings & set(RATES):  # the cells at one setting are then no seeds of each other

@@ -1,0 +1,100 @@
+"""What a layer is worth: dense's compute over a method's for the same loss, by budget, in FLOPs and in time."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from peerscale.laws.multiplier import compute_multipliers
+from peerscale.runs.conventions import MEASURED_TIME
+from peerscale.viz import style
+from peerscale.viz.brackets import bars
+from peerscale.viz.published import paper_values
+
+SIDE_BY_SIDE = 1.05
+"""Factor on the budget between two methods, so that they are not drawn on each other."""
+
+
+def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, *, note: str = "") -> Figure | None:
+    """Multipliers from `fits.json`, with intervals and a dot for every seed, and at the right those of the paper.
+
+    None where no method has a multiplier at two budgets.
+    """
+    found = pd.DataFrame(fits["multipliers"], columns=["method", "budget", "multiplier", "low", "high", "by_seed"])
+    if found.empty or found.groupby("method")["budget"].nunique().max() < 2:
+        return None
+    names = style.ordered(found["method"])
+    colours, paper = (
+        style.colours(["dense", *names]),
+        paper_multipliers(published, [n.partition(" ")[0] for n in names]),
+    )
+    times = [
+        {"method": row["method"], "budget": row["budget"], "multiplier": row["multipliers"][MEASURED_TIME]}
+        for row in fits["conventions"] if row["multipliers"].get(MEASURED_TIME) is not None
+    ]  # fmt: skip
+    with style.applied():
+        figure = Figure(figsize=(style.TEXT_WIDTH, 3.0), layout="constrained")
+        grid = figure.add_gridspec(1, 3, width_ratios=[5, 2.4, 5] if times else [5, 2.4, 0.01])
+        flops = figure.add_subplot(grid[0])
+        beside = figure.add_subplot(grid[1], sharey=flops)
+        for i, name in enumerate(names):
+            _draw(flops, found[found["method"] == name], colours[name], SIDE_BY_SIDE ** (i - (len(names) - 1) / 2))
+        for name, values in paper.items():
+            beside.plot(
+                [*values], [*values.values()], "D-", color=style.COLOURS[name], markerfacecolor="white", label=name
+            )
+        flops.set(ylabel="compute multiplier over dense", title="in FLOPs", yscale="log")
+        beside.set(title="the paper", xscale="log", xlim=(3.5e18, 3.5e19))
+        beside.tick_params(labelleft=False)
+        panels = [flops, beside]
+        if times:
+            panels.append(figure.add_subplot(grid[2], sharey=flops))
+            table = pd.DataFrame(times).assign(low=math.nan, high=math.nan, by_seed=None)
+            for i, name in enumerate(names):
+                factor = SIDE_BY_SIDE ** (i - (len(names) - 1) / 2)
+                _draw(panels[2], table[table["method"] == name], colours[name], factor)
+            panels[2].set(title="in measured time")
+            panels[2].tick_params(labelleft=False)
+        for axes in panels:
+            axes.axhline(1, color=colours["dense"], linewidth=0.9)
+            axes.set(xscale="log", xlabel="training FLOPs")
+        budgets = sorted(found["budget"].unique())
+        for axes in (flops, *panels[2:]):
+            style.decade_axis(axes.xaxis, budgets)
+        style.decade_axis(beside.xaxis, [6e18, 2e19])
+        style.log_axis(flops.yaxis, *flops.get_ylim())
+        style.method_legend(figure, names)
+        seeds = "small dots: one seed each, about the means of the other budgets" * any(map(bool, found["by_seed"]))
+        seconds = "measured time: of the steps of a quiet benchmark; it has no error bars" * bool(times)
+        theirs = "the paper: from the perplexities on C4 of its Table 1, by the same rule; it gives no errors"
+        style.caption(figure, note, bars(fits).replace("bars", "bands", 1), seeds, seconds, theirs)
+    return figure
+
+
+def paper_multipliers(published: pd.DataFrame, methods: Sequence[str]) -> dict[str, dict[float, float]]:
+    """The paper's multipliers by method and budget, from the perplexities of its Table 1 by the rule of ours."""
+    losses = {m: paper_values(published, "table 1", m, "ppl_c4") for m in ("dense", *dict.fromkeys(methods))}
+    dense = losses.pop("dense")
+    budgets = np.array([*dense])
+    found = {}
+    for name, values in losses.items():
+        if values.keys() == dense.keys():
+            both = ((budgets, np.log([*one.values()])) for one in (dense, values))
+            found[name] = dict(zip(budgets.tolist(), compute_multipliers(*both).tolist(), strict=True))
+    return found
+
+
+def _draw(axes: Axes, rows: pd.DataFrame, colour: str, shift: float) -> None:
+    """A line with its band of errors, and a dot for every seed."""
+    rows = rows.sort_values("budget")
+    x = rows["budget"].to_numpy(float) * shift
+    low, high = (rows[end].astype(float).to_numpy() for end in ("low", "high"))
+    axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.plot(x, rows["multiplier"].to_numpy(float), "o-", color=colour)
+    for at, seeds in zip(x, rows["by_seed"], strict=True):
+        if isinstance(seeds, dict):
+            axes.scatter([at] * len(seeds), [*seeds.values()], s=4, color=colour, alpha=0.7)

@@ -1,0 +1,61 @@
+"""The main figure draws the multipliers of fits.json, and beside them the paper's."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+
+from peerscale.viz.multipliers import multipliers_figure, paper_multipliers
+from peerscale.viz.published import read_published
+
+PEER = [
+    {"method": "peer", "reference": "dense", "budget": 1e12, "multiplier": 1.1, "low": 1.0, "high": 1.2,
+     "by_seed": {"0": 1.05, "1": 1.15}},
+    {"method": "peer", "reference": "dense", "budget": 3e12, "multiplier": 1.3, "low": 1.2, "high": 1.5},
+]  # fmt: skip
+
+
+def times(value: float | None) -> list[dict[str, Any]]:
+    return [{"budget": one["budget"], "method": "peer", "multipliers": {"measured time": value}} for one in PEER]
+
+
+def dots(axes: Axes) -> list[float]:
+    return sorted(float(y) for scatter in axes.collections[1:] for y in np.asarray(scatter.get_offsets())[:, 1])
+
+
+def test_multipliers_bands_seeds_and_time() -> None:
+    figure = multipliers_figure({"multipliers": PEER, "conventions": times(0.9)}, read_published(), note="a note")
+    assert figure is not None
+    flops, paper, time = figure.axes
+    np.testing.assert_allclose(flops.lines[0].get_ydata(), [1.1, 1.3])
+    np.testing.assert_allclose(time.lines[0].get_ydata(), [0.9, 0.9])
+    band = flops.collections[0].get_paths()[0].vertices[:, 1]
+    assert {*np.round(band, 6)} == {1.0, 1.2, 1.5}
+    assert dots(flops) == [1.05, 1.15]
+    assert paper.lines[0].get_label() == "peer" and "a note" in figure.get_supxlabel()
+    figure.draw_without_rendering()
+
+
+def test_without_measured_times_there_is_no_panel_of_them() -> None:
+    figure = multipliers_figure({"multipliers": PEER, "conventions": times(None)}, read_published())
+    assert figure is not None and [axes.get_title() for axes in figure.axes] == ["in FLOPs", "the paper"]
+
+
+def test_one_budget_makes_no_figure() -> None:
+    assert multipliers_figure({"multipliers": PEER[:1], "conventions": []}, read_published()) is None
+
+
+def test_the_papers_multipliers_by_hand() -> None:
+    """Table 1, C4: dense 23.84 and 18.31, PEER 20.63 and 16.45 at 6e18 and 2e19; lines in log C, log L."""
+    found = paper_multipliers(read_published(), ["peer", "moe_token_choice"])
+    assert found.keys() == {"peer"}
+
+    def between(loss: float, losses: tuple[float, float]) -> float:
+        part = (math.log(losses[0]) - math.log(loss)) / (math.log(losses[0]) - math.log(losses[1]))
+        return 6e18 * (2e19 / 6e18) ** part
+
+    dense, peer = ((math.log(a), math.log(b)) for a, b in ((23.84, 18.31), (20.63, 16.45)))
+    assert found["peer"][6e18] == pytest.approx(between(peer[0], dense) / 6e18)
+    assert found["peer"][2e19] == pytest.approx(2e19 / between(dense[1], peer))
