@@ -35,7 +35,7 @@ def drawn(folder: Path) -> dict[str, bytes]:
 def test_the_same_bytes_from_a_second_process(runs: Path) -> None:
     assert figures.main([SWEEP, "--runs", str(runs)]) == 0
     first = drawn(collected(SWEEP, runs).figures)
-    names = ("isoflop", "curves", "differences", "frontier")
+    names = ("isoflop", "curves", "differences", "frontier", "multipliers")
     assert set(first) == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
     environment = {**os.environ, "PYTHONHASHSEED": "5"}
     subprocess.run([sys.executable, SCRIPT, SWEEP, "--runs", runs], check=True, env=environment, capture_output=True)
@@ -50,7 +50,7 @@ def test_a_published_table_alone_is_enough_with_another_meaning_of_size(runs: Pa
     target.curves.unlink()
     options = ["--x", "flops_per_token", "--runs", str(tmp_path / "none"), "--results", str(tmp_path / "results")]
     assert figures.main([SWEEP, *options]) == 0
-    names = ("isoflop_flops_per_token", "differences", "frontier")
+    names = ("isoflop_flops_per_token", "differences", "frontier", "multipliers")
     assert set(drawn(target.figures)) == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
 
 
