@@ -15,7 +15,7 @@ from peerscale.config import Config, ConfigError, load
 from peerscale.data.batches import EvaluationBatches
 from peerscale.errors import UserError
 from peerscale.files import ROOT
-from peerscale.plan import Verdict, as_asked, beyond_law, evaluation_line, plan, schedule
+from peerscale.plan import Verdict, as_asked, beyond_law, decay_from, evaluation_line, plan, schedule
 from peerscale.runs.record import hashed_config
 
 FFNS = sorted(path.stem for path in (ROOT / "conf/ffn").glob("*.yaml"))
@@ -338,6 +338,23 @@ def test_schedule_is_the_cosine() -> None:
     # Quarters of the 300 steps after a warm-up of 100: 0.2 + 0.8 (1 + cos(pi p)) / 2.
     factors = [schedule(config, planned, 100 + 75 * quarter) for quarter in range(5)]
     assert factors == pytest.approx([1.0, 0.6 + 0.4 * math.sqrt(0.5), 0.6, 0.6 - 0.4 * math.sqrt(0.5), 0.2])
+
+
+def test_wsd_keeps_the_peak_until_its_straight_decay() -> None:
+    config = configured("ffn=dense", "optim.schedule=wsd", "optim.warmup_steps=50", "optim.decay_fraction=0.25")
+    config = replace(config, optim=replace(config.optim, final_lr_fraction=0.2))
+    planned = plan(steps_for(config, 400))
+    assert (planned.warmup_steps, decay_from(config, planned)) == (50, 300)
+    assert [schedule(config, planned, step) for step in (0, 24, 49)] == pytest.approx([0.02, 0.5, 1.0])
+    assert {schedule(config, planned, step) for step in range(50, 301)} == {1.0}
+    assert [schedule(config, planned, 300 + 25 * part) for part in range(5)] == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_warm_up_in_steps_is_as_long_for_any_budget() -> None:
+    config = configured("ffn=dense", "optim.warmup_steps=250")
+    assert [plan(steps_for(config, n)).warmup_steps for n in (400, 4000)] == [250, 250]
+    short = plan(steps_for(config, 230))
+    assert short.verdict is Verdict.DROP and "warm-up of 250 steps leaves none to train" in short.reason
 
 
 LAW = (

@@ -55,7 +55,7 @@ def test_a_wrong_study_is_refused_in_one_line(change: dict[str, Any], message: s
         parse_sweep({**STUDY, **change})
 
 
-KEYS = "methods, grid, budgets, seeds, axes, method_axes, min_sizes, claims, trend_from, held_out, rates_cost"
+KEYS = "methods, grid, budgets, seeds, axes, method_axes, min_sizes, claims, branches, trend_from, held_out, rates_cost"
 
 
 @pytest.mark.parametrize(

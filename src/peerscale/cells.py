@@ -16,7 +16,7 @@ from peerscale.config_errors import ConfigError, layers_with, method_in, unknown
 from peerscale.data.store import read_manifest
 from peerscale.errors import UserError
 from peerscale.files import OURS, ROOT
-from peerscale.plan import Plan, Verdict, as_asked, beyond_law, evaluation_line, plan
+from peerscale.plan import Plan, Verdict, as_asked, beyond_law, decay_from, evaluation_line, plan
 from peerscale.runs.record import NOT_HASHED, Record, Status, differences, read_record, set_aside
 from peerscale.runs.speed import estimate_s, measured_speeds
 from peerscale.sweep_config import GridRow, SweepConfig, load_sweep
@@ -49,6 +49,10 @@ class Cell:
     plan: Plan
     estimate_s: float
     estimate_is_guess: bool
+    trunk: str = ""
+    """The cell that leaves this one a checkpoint of what both have in common; empty: none."""
+    branches: tuple[tuple[int, str], ...] = ()
+    """Steps after which this cell leaves a checkpoint, and the cells that it is for."""
 
     @property
     def folder(self) -> Path:
@@ -95,6 +99,8 @@ def planned_cells(sweep: str | Path, overrides: Sequence[str] = ()) -> list[Cell
             # A value of a row that is the usual one makes no other cell.
             own = {key: value for key, value in row_axes.items() if key in groups or _get(usual, key) != value}
             cells.append(_cell(file.stem, parse_config(tree), {**axes, **own, **changed}))
+    if study.branches:
+        cells = _branched(file, cells)
     names = [cell.name for cell in cells]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"{file.name} describes {len(twice)} cells twice, {min(twice)} among them")
@@ -146,6 +152,14 @@ def how_to_rerun(cell: Cell) -> str:
     if record is not None and record.status is Status.DIVERGED:
         return f"to run it again all the same: {set_aside(cell.folder)}"
     return "the same command tries it again"
+
+
+def in_turn(cells: Sequence[Cell]) -> list[tuple[Cell, ...]]:
+    """The cells in groups, each of which one worker runs in turn: a trunk before its branches, most cells alone."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.trunk or cell.name, []).append(cell)
+    return [tuple(sorted(members, key=lambda cell: bool(cell.trunk))) for members in groups.values()]
 
 
 def pending_cells(cells: Sequence[Cell], data_fingerprint: str) -> list[Cell]:
@@ -214,11 +228,39 @@ def _cell(sweep: str, config: Config, axes: Mapping[str, Any]) -> Cell:
     )
 
 
+def _branched(file: Path, cells: Sequence[Cell]) -> list[Cell]:
+    """The cells of one model at several budgets as branches of the longest; raises `ConfigError` if they differ early.
+
+    Until its rate falls, a shorter run is the longer one: same weights, same batches, same rates.
+    """
+    groups: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.config.ffn.name, cell.config.size, cell.config.seed, repr(cell.axes)), []).append(cell)
+    found = {}
+    for members in groups.values():
+        *shorter, longest = sorted(members, key=lambda cell: cell.plan.steps)
+        runs = [cell for cell in shorter if cell.plan.verdict is longest.plan.verdict is Verdict.OK]
+        optim = longest.config.optim
+        if runs and (optim.schedule != "wsd" or optim.warmup_steps is None):
+            raise ConfigError(f"{file.name}: sweep.branches needs optim.schedule wsd and optim.warmup_steps")
+        if other := next((cell for cell in runs if cell.plan.lr != longest.plan.lr), None):
+            raise ConfigError(
+                f"{file.name}: sweep.branches needs one learning rate for all budgets of a model, but {other.name} has "
+                f"{other.plan.lr:.3g} and {longest.name} {longest.plan.lr:.3g}: optim.lr_rule may not be law"
+            )
+        found |= {cell.name: replace(cell, trunk=longest.name) for cell in runs}
+        leaves = tuple((decay_from(cell.config, cell.plan), cell.name) for cell in runs)
+        found[longest.name] = replace(longest, branches=leaves)
+    return [found.get(cell.name, cell) for cell in cells]
+
+
 def _with_estimates(cells: list[Cell]) -> list[Cell]:
     speeds = measured_speeds(ROOT / cells[0].config.trainer.runs_directory)
     estimated = []
     for cell in cells:
         seconds, guess = estimate_s(cell.config, cell.plan, speeds)
+        if cell.trunk:
+            seconds *= 1 - decay_from(cell.config, cell.plan) / cell.plan.steps
         estimated.append(replace(cell, estimate_s=seconds, estimate_is_guess=guess))
     return estimated
 

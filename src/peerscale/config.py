@@ -152,8 +152,14 @@ class OptimConfig:
     lr_law: RateLawConfig | None = None
     lr_factor: Rate = 1.0
     """Multiplies the peak rate, but not the tables': the axis of a study that brackets its rates."""
-    schedule: Literal["cosine"] = "cosine"
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """`wsd` (warm-up, stable, decay) keeps the peak rate until the last part of the run, so that runs of several
+    lengths have their first part in common."""
     warmup_fraction: Fraction = 0.1
+    warmup_steps: Positive | None = None
+    """In place of the fraction: as many steps for a run of any length."""
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Of the steps, at the end of a run with `wsd`: the rate falls in a straight line to `final_lr_fraction`."""
     final_lr_fraction: Fraction = 0.1
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9

@@ -71,7 +71,7 @@ def plan(config: Config, *, set_tokens: Mapping[str, int] | None = None) -> Plan
     steps = round(config.budget / (model.flops_per_token * config.tokens_per_step))
     tokens = steps * config.tokens_per_step
     # 2) Everything tied to the length of the run follows from that.
-    warmup_steps = max(1, round(config.optim.warmup_fraction * steps))
+    warmup_steps = config.optim.warmup_steps or max(1, round(config.optim.warmup_fraction * steps))
     epochs = tokens / train_tokens if train_tokens else None
     reason = (
         _unusable_data(config, set_tokens)
@@ -130,12 +130,22 @@ def evaluation_line(config: Config, plan: Plan) -> str:
 
 
 def schedule(config: Config, plan: Plan, step: int) -> float:
-    """Factor on every learning rate at `step`, counted from 0: linear warm-up, then a cosine that ends with the run."""
+    """Factor on every learning rate at `step`, counted from 0: linear warm-up, then a fall that ends with the run.
+
+    `cosine` falls from the end of warm-up on, `wsd` in a straight line from `decay_from` on.
+    """
     if step < plan.warmup_steps:
         return (step + 1) / plan.warmup_steps
-    progress = (step - plan.warmup_steps) / max(1, plan.steps - plan.warmup_steps)
+    start = plan.warmup_steps if config.optim.schedule == "cosine" else decay_from(config, plan)
+    progress = min(1.0, max(0, step - start) / max(1, plan.steps - start))
+    left = 0.5 * (1 + math.cos(math.pi * progress)) if config.optim.schedule == "cosine" else 1 - progress
     floor = config.optim.final_lr_fraction
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return floor + (1 - floor) * left
+
+
+def decay_from(config: Config, plan: Plan) -> int:
+    """The steps of a run with `wsd` before its rate falls."""
+    return max(plan.warmup_steps, plan.steps - max(1, round(config.optim.decay_fraction * plan.steps)))
 
 
 def lr_scale(config: Config, tokens: int) -> float:
@@ -259,7 +269,7 @@ def _unusable_budget(
     if steps < config.min_steps:
         problem = f"{steps:,} step{' is' if steps == 1 else 's are'} fewer than min_steps {config.min_steps:,}"
     elif warmup_steps >= steps:
-        problem = f"warm-up of {steps:,} step{'' if steps == 1 else 's'} leaves none to train"
+        problem = f"warm-up of {warmup_steps:,} step{'' if warmup_steps == 1 else 's'} leaves none to train"
     elif train_tokens and too_long:
         epochs = math.ceil(round(100 * steps * per_step / train_tokens, 6)) / 100
         problem = f"{epochs:,.2f} epochs are more than data.max_epochs {max_epochs:g}"
@@ -278,6 +288,8 @@ def _unusable_budget(
 
 def _fewest_steps(config: Config) -> int | None:
     """Steps of the shortest run that has `min_steps` and some after warm-up; None if warm-up takes all of any run."""
+    if config.optim.warmup_steps:
+        return max(config.min_steps, config.optim.warmup_steps + 1)
     after_warmup = 1 - config.optim.warmup_fraction
     return max(config.min_steps, 2, math.floor(0.5 / after_warmup) + 1) if after_warmup else None
 

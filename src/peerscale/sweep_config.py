@@ -82,6 +82,9 @@ class SweepConfig:
     """Sizes that every method needs at every budget: a parabola wants five points."""
     claims: ClaimsConfig | None = None
     """What the study claims, if anything."""
+    branches: bool = False
+    """Whether the runs of one model at several budgets share what they have in common, with `optim.schedule: wsd`: the
+    largest is trained first and leaves checkpoints, from which the others go on with their decay."""
     trend_from: Rate | None = None
     """Smallest budget that the growth of multipliers and forecasts are taken from; null: the smallest of the grid."""
     held_out: list[str] = Field(default_factory=list)

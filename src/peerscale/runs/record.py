@@ -41,7 +41,10 @@ NAMES = (
 )  # fmt: skip
 """Keys that are not hashed, since what they stand for is: the layer's settings, the corpus's tokens, the rates."""
 
-ADDED_LATER: dict[str, Any] = {"routing_group_sequences": None, "ffn.initial_output_scale": 1.0}
+ADDED_LATER: dict[str, Any] = {
+    "routing_group_sequences": None, "ffn.initial_output_scale": 1.0, "optim.warmup_steps": None,
+    "optim.decay_fraction": 0.2,
+}  # fmt: skip
 """Keys that configurations did not always have, and the values under which cells are as they were before. Hashed only
 where they are others, so that finished cells stay finished."""
 

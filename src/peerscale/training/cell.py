@@ -121,11 +121,17 @@ def _train_with_first_rank(cell: Cell, corpus: Corpus) -> Status:
         resumed_step = as_first_rank(0)
         resumed = checkpoint_path(folder, resumed_step) if resumed_step else None
         try:
-            fit(module, corpus, None, TimedCheckpoint(folder, config.trainer.checkpoint_every_s), resumed)
+            saving = TimedCheckpoint(folder, config.trainer.checkpoint_every_s, branches=branches(cell))
+            fit(module, corpus, None, saving, resumed)
         except Diverged:
             return Status.DIVERGED
         evaluate(module, corpus, config, device)
     return Status.DONE
+
+
+def branches(cell: Cell) -> list[tuple[int, Path]]:
+    """The folders of a cell's branches, each with the step that it goes on from."""
+    return [(step, cell.folder.parent / name) for step, name in cell.branches]
 
 
 class CellRun:
@@ -170,6 +176,7 @@ class CellRun:
                 trainer.checkpoint_every_s,
                 trainer.checkpoint_every_steps,
                 last_step=plan.steps if trainer.keep_checkpoint else None,
+                branches=branches(self.cell),
             )
             fit(module, self.corpus, self.tracker, saving, resumed)
             wall_s, started = saving.trained_s, time.perf_counter()

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from peerscale.files import replacing
 from peerscale.model.ranks import as_first_rank, is_first_rank, n_ranks
-from peerscale.model.trained import checkpoints
+from peerscale.model.trained import CHECKPOINTS, checkpoints
+from peerscale.runs.record import read_record
 
 KEPT = 2
 
@@ -29,13 +31,20 @@ class TimedCheckpoint(lightning.Callback):
 
     It also saves after step `last_step`, and after the step in which a SIGTERM came, or on several ranks Ctrl-C;
     Lightning then ends the run. It does not save when a run breaks off: an exception inside a step leaves weights and
-    counters between two steps.
+    counters between two steps. In `branches` are steps, and the folders of cells that go on from there: each gets a
+    checkpoint after its step, unless it has been begun.
     """
 
     def __init__(
-        self, folder: Path, every_s: float, every_steps: int | None = None, last_step: int | None = None
+        self,
+        folder: Path,
+        every_s: float,
+        every_steps: int | None = None,
+        last_step: int | None = None,
+        branches: Sequence[tuple[int, Path]] = (),
     ) -> None:
         self.folder, self.every_s, self.every_steps, self.last_step = folder, every_s, every_steps, last_step
+        self.branches = branches
         self.save_s = 0.0
         self.earlier_s = 0.0
         self.started_at = time.monotonic()
@@ -54,6 +63,9 @@ class TimedCheckpoint(lightning.Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # a micro-batch within a step
         step, terminated = trainer.global_step, self.terminated
+        for folder in (folder for at, folder in self.branches if at == step):
+            if as_first_rank(read_record(folder) is None and not checkpoints(folder / CHECKPOINTS)):
+                write_checkpoint(trainer, checkpoint_path(folder / CHECKPOINTS, step))
         due = step == self.last_step or (self.every_steps and step % self.every_steps == 0)
         waited_s = time.monotonic() - self.saved_at
         due = terminated or due or waited_s >= max(self.every_s, self.save_s / COST)
@@ -88,17 +100,24 @@ class TimedCheckpoint(lightning.Callback):
         step = trainer.global_step
         if step == self.saved_step:
             return
-        path, started = checkpoint_path(self.folder, step), time.monotonic()
+        started = time.monotonic()
+        write_checkpoint(trainer, checkpoint_path(self.folder, step))
         if not is_first_rank():
-            return trainer.save_checkpoint(path)  # takes part, and writes nothing
-        with replacing(path) as temporary:
-            trainer.save_checkpoint(temporary)
-            with temporary.open("rb") as file:  # on disk before an older one is removed
-                os.fsync(file.fileno())
+            return
         for old in checkpoints(self.folder)[KEPT:]:
             old.unlink()
         self.saved_step, self.saved_at = step, time.monotonic()
         self.save_s = self.saved_at - started
+
+
+def write_checkpoint(trainer: lightning.Trainer, path: Path) -> None:
+    """Save the whole training state; all ranks take part, and the first one writes."""
+    if not is_first_rank():
+        return trainer.save_checkpoint(path)
+    with replacing(path) as temporary:
+        trainer.save_checkpoint(temporary)
+        with temporary.open("rb") as file:  # on disk before an older one is removed
+            os.fsync(file.fileno())
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

@@ -1,0 +1,87 @@
+"""Runs of several lengths that share their first part: each ends as if it had been trained alone."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from peerscale.cells import Cell, in_turn, planned_cells
+from peerscale.errors import UserError
+from peerscale.model.trained import CHECKPOINTS, checkpoints
+from peerscale.plan import decay_from
+from peerscale.runs.record import Status, read_record
+from peerscale.runs.table import read_metrics
+from peerscale.train import run_cell
+from test_train import budget, corpus_path, final_weights, settings  # noqa: F401
+
+WSD = ["optim.schedule=wsd", "optim.warmup_steps=4", "optim.decay_fraction=0.25", "optim.lr_rule=constant"]
+
+
+def branched(settings: list[str], folder: Path, *more: str) -> list[Cell]:  # noqa: F811
+    """Dense and PEER at three budgets: about 12, 24 and 40 steps."""
+    words = [word for word in settings if word != "size=d8"]
+    budgets = [budget([*settings, "ffn=dense"], n).removeprefix("budget=") for n in (24, 12, 40)]
+    rows = ", ".join(f"{{budget: {each}, sizes: [d8]}}" for each in budgets)
+    file = folder / "branches.yaml"
+    file.write_text(f"sweep: {{methods: [dense, peer], grid: [{rows}], branches: true, min_sizes: 1}}\n")
+    return planned_cells(file, [*words, "tracking=disabled", "trainer.keep_checkpoint=true", *more])
+
+
+def test_a_branch_ends_as_the_same_run_alone(settings: list[str], tmp_path: Path) -> None:  # noqa: F811
+    cells = branched(settings, tmp_path, *WSD)
+    groups = in_turn(cells)
+    assert [len(group) for group in groups] == [3, 3]
+    for trunk, *branches in groups:
+        assert trunk.plan.steps == max(cell.plan.steps for cell in (trunk, *branches))
+        assert {name for _, name in trunk.branches} == {cell.name for cell in branches}
+        assert run_cell(trunk) is Status.DONE
+        for cell in branches:
+            start = decay_from(cell.config, cell.plan)
+            assert [path.name for path in checkpoints(cell.folder / CHECKPOINTS)] == [f"step-{start:09d}.ckpt"]
+            assert run_cell(cell) is Status.DONE
+            assert min(row["step"] for row in read_metrics(cell.folder)) > start
+            away = replace(cell.config.trainer, runs_directory=str(tmp_path / "alone"))
+            alone = replace(cell, trunk="", config=replace(cell.config, trainer=away))
+            assert run_cell(alone) is Status.DONE
+            here, there = read_record(cell.folder), read_record(alone.folder)
+            assert here is not None and there is not None and here.fingerprint == there.fingerprint
+            assert here.sequence_losses == there.sequence_losses and here.bit_exact
+            weights, others = final_weights(cell.folder), final_weights(alone.folder)
+            assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def test_a_trunk_leaves_nothing_to_a_cell_that_was_begun(settings: list[str], tmp_path: Path) -> None:  # noqa: F811
+    trunk, *branches = in_turn(branched(settings, tmp_path, *WSD))[0]
+    done = branches[0]
+    run_cell(done)
+    before = {path: path.stat().st_mtime_ns for path in done.folder.rglob("*")}
+    run_cell(trunk)
+    assert {path: path.stat().st_mtime_ns for path in done.folder.rglob("*")} == before
+    assert checkpoints(branches[1].folder / CHECKPOINTS)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ("optim.schedule=cosine", "sweep.branches needs optim.schedule wsd and optim.warmup_steps"),
+        ("optim.warmup_steps=null", "sweep.branches needs optim.schedule wsd and optim.warmup_steps"),
+    ],
+)
+def test_what_would_part_them_early_is_refused(
+    changed: str, message: str, settings: list[str], tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    wsd = [word for word in WSD if word.partition("=")[0] != changed.partition("=")[0]]
+    with pytest.raises(UserError, match=re.escape(f"branches.yaml: {message}")):
+        branched(settings, tmp_path, *wsd, changed)
+
+
+def test_one_rate_for_all_lengths_is_asked_for(settings: list[str], tmp_path: Path) -> None:  # noqa: F811
+    law = (
+        "optim.lr_law={reference_d_model: 8, reference_tokens: 1e4, reference_batch_sequences: 16, width_exponent: 0, "
+        "tokens_exponent: 0.5, batch_exponent: 0.5, fitted_d_model: [8, 8], fitted_tokens: [1e3, 1e5], "
+        "fitted_batch_sequences: [16, 16]}"
+    )
+    with pytest.raises(UserError, match="needs one learning rate for all budgets of a model, but dense-d8-l2-"):
+        branched(settings, tmp_path, *WSD[:3], "optim.lr_rule=law", law)
