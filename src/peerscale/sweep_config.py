@@ -110,7 +110,7 @@ class SweepConfig:
         for where, named in (
             ("budgets", self.budgets),
             ("claims.budgets", claims.budgets if claims else None),
-            ("trend_from", self.trend_from and [self.trend_from]),
+            ("trend_from", [self.trend_from] if self.trend_from else None),
         ):
             if absent := sorted(set(named or ()) - grid):
                 there = ", ".join(f"{budget:g}" for budget in sorted(grid))

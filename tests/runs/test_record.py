@@ -184,7 +184,7 @@ def test_every_key_is_either_hashed_or_known_to_be_operational() -> None:
         # What these name is hashed: the layer's settings, the tokens of the corpus, the rates of this width.
         *("ffn.variant", "data.source", "data.max_documents", "optim.lr_rule", "optim.lr_law", "optim.lr_factor"),
         *(f"data.evaluation.{name}" for name, tokens in config.data.evaluation.items() if not tokens),
-        "routing_group_sequences",  # where it is the whole batch
+        *("routing_group_sequences", "optim.warmup_steps", "optim.decay_fraction"),  # where they are the usual ones
     }
     assert {*flat(to_dict(config))} - {*flat(hashed_of(config))} == left_out
     assert {*flat(hashed_of(config))} - {*flat(to_dict(config))} == {"data_fingerprint", "recipe_version"}

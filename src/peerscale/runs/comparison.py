@@ -105,12 +105,11 @@ def compare(
         entries.append({"budget": float(budget), **entry})
     budgets, frontiers = np.array([one.budget for one in fitted]), _frontiers(fitted, rates)
     multipliers, slopes = _multipliers(budgets, frontiers, [one.by_seed for one in fitted], trend_from or 0.0)
-    found = {
-        "x": X, "loss": "val_loss", "budgets": entries, "claims": _claims(entries, claims),
+    found: dict[str, Any] = {
+        "x": X, "loss": "val_loss", **({"trend_from": trend_from} if trend_from else {}),
+        "budgets": entries, "claims": _claims(entries, claims),
         "multipliers": multipliers, "growth": slopes, "laws": _power_laws(budgets, frontiers),
     }  # fmt: skip
-    if trend_from is not None:
-        found["trend_from"] = trend_from
     if brackets or rates_cost is not None:
         places = sorted(set(zip(done["budget"].astype(float), done["name"], strict=True)))
         found["rates"] = {"brackets": brackets, "cost": rates_cost, "errors": described(rates, places)}
@@ -334,14 +333,16 @@ def _multipliers(
             continue
         each = compute_multipliers((budgets, frontiers[reference][1]), (budgets, losses))
         pair, known = {"method": name, "reference": reference}, np.isfinite(each[0])
-        for i in np.flatnonzero(known):
+        for i in np.flatnonzero(known).tolist():
             seeds = {}
-            for seed in by_seed[i].get(name, {}).keys() & by_seed[i].get(reference, {}).keys():
-                own = [np.where(np.arange(len(budgets)) == i, by_seed[i][one][seed], frontiers[one][1][0])
-                       for one in (reference, name)]  # fmt: skip
-                seeds[seed] = compute_multipliers((budgets, own[0]), (budgets, own[1]))[i]
+            for seed in sorted(by_seed[i].get(name, {}).keys() & by_seed[i].get(reference, {}).keys()):
+                dense, own = (
+                    (budgets, np.where(budgets == budgets[i], by_seed[i][one][seed], frontiers[one][1][0]))
+                    for one in (reference, name)
+                )
+                seeds[seed] = compute_multipliers(dense, own)[i]
             found.append({**pair, "budget": budgets[i], "multiplier": each[0, i], **_ends(each[1:, i]),
-                          **({"by_seed": dict(sorted(seeds.items()))} if seeds else {})})  # fmt: skip
+                          **({"by_seed": seeds} if seeds else {})})  # fmt: skip
         trend = known & (budgets >= trend_from)
         if trend.sum() >= GROWTH_BUDGETS:
             slope = math.log(10) * fit_power_law(budgets[trend], each[:, trend])[0]
