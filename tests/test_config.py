@@ -25,7 +25,7 @@ from peerscale.layers.moe import FineGrainedMoeConfig, MoeConfig
 from peerscale.layers.product_keys import PeerConfig, PkmConfig
 
 GROUPS = ("data", "ffn", "optim", "size", "tracking", "trainer")
-FILES = [(group, path.stem) for group in GROUPS for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]
+FILES = [(group, name) for group in GROUPS for name in sorted(p.stem for p in (ROOT / "conf" / group).glob("*.yaml"))]
 FFNS = [name for group, name in FILES if group == "ffn"]
 
 
@@ -97,7 +97,7 @@ MESSAGES = [
     ("optim.lr=null", "optim.lr: input should be a valid number, not None"),
     ("optim.lr=nan", "optim.lr: input should be a finite number, not nan"),
     ("optim.warmup_fraction=1.5", "optim.warmup_fraction: input should be less than or equal to 1, not 1.5"),
-    ("optim.schedule=linear", "optim.schedule: input should be 'cosine', not 'linear'"),
+    ("optim.schedule=linear", "optim.schedule: input should be 'cosine' or 'wsd', not 'linear'"),
     ("optim.lr_rule=mup", "optim.lr_rule: input should be 'constant', 'inverse_sqrt_width' or 'law', not 'mup'"),
     ("trainer.accelerator=tpu", "trainer.accelerator: input should be 'auto', 'cpu' or 'gpu', not 'tpu'"),
     ("tracking.mode=on", "tracking.mode: input should be 'offline', 'online' or 'disabled', not 'on'"),

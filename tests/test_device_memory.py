@@ -12,7 +12,7 @@ from peerscale.files import ROOT
 from peerscale.kernels.cross_entropy import linear_cross_entropy
 from peerscale.model import build_model
 from peerscale.overview import time_lines
-from peerscale.plan import plan
+from peerscale.plan import in_micro_batches, plan
 from peerscale.runs.speed import Measured, estimate_s
 
 FFNS = sorted(path.stem for path in (ROOT / "conf" / "ffn").glob("*.yaml"))
@@ -57,15 +57,31 @@ def test_memory_of_one_device() -> None:
 
 def test_a_cell_that_does_not_fit_is_dropped_with_the_parts_in_which_it_would() -> None:
     large = [*GPU, "size=d256", "budget=5e14", "batch_sequences=64", "context=512", "trainer.device_memory_gb=2"]
-    dense = plan(load([*large, "ffn=dense"]))
+    dense = plan(load([*large, "ffn=dense", "trainer.micro_batches=1"]))
     assert dense.reason == "3.68 GB are more than trainer.device_memory_gb 2; trainer.micro_batches=4 would take 1.77"
     assert plan(load([*large, "ffn=dense", "trainer.micro_batches=4"])).reason == ""
     peer = plan(load([*large, "ffn=peer"]))
     hint = "no trainer.micro_batches is enough; smaller routing_group_sequences allow more of them"
     assert peer.reason.startswith("3.") and peer.reason.endswith(f"of them weights and moments; {hint}")
-    grouped = plan(load([*large, "ffn=peer", "routing_group_sequences=8"]))
+    grouped = plan(load([*large, "ffn=peer", "routing_group_sequences=8", "trainer.micro_batches=2"]))
     assert grouped.reason.endswith("; trainer.micro_batches=4 would take 1.78")
     assert plan(load([*large[1:], "ffn=dense"])).reason == "", "on a CPU nothing is asked"
+
+
+@pytest.mark.parametrize(
+    ("ffn", "group", "parts"), [("dense", 64, 4), ("peer", 8, 4), ("peer", 16, 4), ("peer", 64, 1)]
+)
+def test_the_plan_chooses_the_fewest_parts_that_fit(ffn: str, group: int, parts: int) -> None:
+    large = [*GPU, "size=d256", "budget=5e14", "batch_sequences=64", "context=512", "trainer.device_memory_gb=2"]
+    config = load([*large, f"ffn={ffn}", f"routing_group_sequences={group}"])
+    chosen = in_micro_batches(config)
+    assert chosen.trainer.micro_batches == parts
+    fits = {n: sum(device_memory(replace(config, trainer=replace(config.trainer, micro_batches=n))).values()) < 2e9
+            for n in (1, 2, 4)}  # fmt: skip
+    assert fits == {1: False, 2: False, 4: True}
+    assert (plan(config).reason == "") == (parts == 4)
+    cpu = load([*large[1:], f"ffn={ffn}"])
+    assert in_micro_batches(cpu).trainer.micro_batches == 1
 
 
 def test_a_time_on_gpus_is_of_their_records_or_a_share_of_their_peak() -> None:

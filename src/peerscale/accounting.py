@@ -64,7 +64,7 @@ def device_memory(config: Config) -> dict[str, int]:
     n_replaced, n_layers = len(config.replaced_blocks), config.size.n_layers
     of_layers = n_replaced * config.ffn.saved_numbers(around)
     of_layers += (n_layers - n_replaced) * DenseConfig().saved_numbers(around)
-    tokens = config.tokens_per_step // config.trainer.devices // config.trainer.micro_batches
+    tokens = config.tokens_per_step // config.trainer.devices // around.micro_batches
     return {
         "state": STATE_BYTES * cost(config).params_total,
         "activations": tokens * bytes_each * (9 * config.size.d_model * n_layers + of_layers),

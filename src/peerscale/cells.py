@@ -16,7 +16,7 @@ from peerscale.config_errors import ConfigError, layers_with, method_in, unknown
 from peerscale.data.store import read_manifest
 from peerscale.errors import UserError
 from peerscale.files import OURS, ROOT
-from peerscale.plan import Plan, Verdict, as_asked, beyond_law, decay_from, evaluation_line, plan
+from peerscale.plan import Plan, Verdict, as_asked, beyond_law, decay_from, evaluation_line, in_micro_batches, plan
 from peerscale.runs.record import NOT_HASHED, Record, Status, differences, read_record, set_aside
 from peerscale.runs.speed import estimate_s, measured_speeds
 from peerscale.sweep_config import GridRow, SweepConfig, load_sweep
@@ -216,6 +216,7 @@ def rate_lines(cells: Sequence[Cell]) -> list[str]:
 
 
 def _cell(sweep: str, config: Config, axes: Mapping[str, Any]) -> Cell:
+    config = in_micro_batches(config)
     values = {key: _get(to_dict(config), key, value) for key, value in axes.items()}  # 0.02 of an axis .02
     return Cell(
         sweep=sweep,

@@ -184,8 +184,9 @@ class TrainerConfig:
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: Positive = 1
     """GPUs of one cell, or processes on a machine without; they share each batch, so must divide `batch_sequences`."""
-    micro_batches: Positive = 1
-    """Parts of a device's batch that are computed one after the other, for less memory; their gradients add up."""
+    micro_batches: Positive | None = None
+    """Parts of a device's batch that are computed one after the other, for less memory; their gradients add up. Null:
+    as few as fit `device_memory_gb`, which the plan chooses."""
     device_memory_gb: Rate | None = None
     """Memory of one GPU, which a cell that trains on GPUs must fit (`accounting.device_memory`); null: any fits."""
     device_flops_per_s: Rate = 9.89e14
@@ -273,7 +274,7 @@ class Config:
             d_ff=self.size.d_ff,
             group_sequences=self.routing_group_sequences or self.batch_sequences,
             n_groups=self.n_routing_groups,
-            micro_batches=self.trainer.micro_batches,
+            micro_batches=self.trainer.micro_batches or 1,
         )
 
     @property

@@ -65,7 +65,7 @@ def plan(config: Config, *, set_tokens: Mapping[str, int] | None = None) -> Plan
         set_tokens: tokens of each set of the prepared corpus, as its manifest says. Without them `data.train_tokens`
             counts, and the held-out sets are taken to be as large as `data.evaluation` asks.
     """
-    model = cost(config)
+    config, model = in_micro_batches(config), cost(config)
     train_tokens = config.data.train_tokens if set_tokens is None else set_tokens["train"]
     # 1) The budget over the cost of a step is the number of steps: batch and context are the study's.
     steps = round(config.budget / (model.flops_per_token * config.tokens_per_step))
@@ -222,7 +222,7 @@ def _indivisible(config: Config) -> str:
             f"allowed: {', '.join(allowed)}"
         )
     sequences = config.routing_group_sequences or config.batch_sequences
-    here, parts = config.batch_sequences // config.trainer.devices, config.trainer.micro_batches
+    here, parts = config.batch_sequences // config.trainer.devices, config.surroundings.micro_batches
     if here % parts:
         return f"the {here} sequences of a device cannot be divided into trainer.micro_batches {parts}"
     if config.batch_sequences % sequences:
@@ -243,14 +243,28 @@ def _too_large(config: Config) -> str:
     if config.trainer.accelerator != "gpu" or room is None or (needed := _memory_gb(config)) <= room:
         return ""
     problem = f"{needed:.3g} GB are more than trainer.device_memory_gb {room:g}"
-    here = config.batch_sequences // config.trainer.devices
-    for parts in range(config.trainer.micro_batches + 1, here + 1):
-        smaller = replace(config, trainer=replace(config.trainer, micro_batches=parts))
-        if not _indivisible(smaller) and (fits := _memory_gb(smaller)) <= room:
-            return f"{problem}; trainer.micro_batches={parts} would take {fits:.3g}"
+    smaller = in_micro_batches(replace(config, trainer=replace(config.trainer, micro_batches=None)))
+    if (fits := _memory_gb(smaller)) <= room:
+        return f"{problem}; trainer.micro_batches={smaller.trainer.micro_batches} would take {fits:.3g}"
     of_state = device_memory(config)["state"] / 1e9
     hint = "; smaller routing_group_sequences allow more of them" if config.ffn.takes_statistics else ""
     return f"{problem}, {of_state:.3g} of them weights and moments; no trainer.micro_batches is enough{hint}"
+
+
+def in_micro_batches(config: Config) -> Config:
+    """The configuration with its number of micro-batches, where `trainer.micro_batches` leaves that to the plan.
+
+    It is the smallest that divides the batch as the layer allows and fits the memory of the device; 1 if none does.
+    """
+    if config.trainer.micro_batches is not None:
+        return config
+    here, room = config.batch_sequences // config.trainer.devices, config.trainer.device_memory_gb
+    some = [
+        replace(config, trainer=replace(config.trainer, micro_batches=parts)) for parts in range(1, max(1, here) + 1)
+    ]
+    if config.trainer.accelerator == "gpu" and room is not None:
+        return next((each for each in some if not _indivisible(each) and _memory_gb(each) <= room), some[0])
+    return some[0]
 
 
 def _memory_gb(config: Config) -> float:

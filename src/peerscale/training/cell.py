@@ -248,7 +248,7 @@ def fit(
         try:
             trainer.fit(
                 module,
-                StepLoader(batches, plan.steps, config.trainer.micro_batches),
+                StepLoader(batches, plan.steps, config.surroundings.micro_batches),
                 ckpt_path=resumed,
                 weights_only=True,
             )
@@ -273,7 +273,7 @@ def build_trainer(
         precision="bf16-mixed" if config.precision == "bf16" else "32-true",
         max_steps=plan.steps,
         max_epochs=1,
-        accumulate_grad_batches=config.trainer.micro_batches,
+        accumulate_grad_batches=config.surroundings.micro_batches,
         callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,

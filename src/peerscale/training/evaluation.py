@@ -56,7 +56,7 @@ def evaluate(module: LanguageModel, corpus: Corpus, config: Config, device: torc
 
 def _sequence_losses(module: LanguageModel, batch: np.ndarray, device: torch.device) -> np.ndarray:
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, module.config.precision == "bf16"):
-        parts = torch.from_numpy(batch[share(len(batch))]).to(device).chunk(module.config.trainer.micro_batches)
+        parts = torch.from_numpy(batch[share(len(batch))]).to(device).chunk(module.config.surroundings.micro_batches)
         losses_B = torch.cat([module.losses(part)[1].mean(dim=1) for part in parts])
         return gather(losses_B).double().cpu().numpy()
 
