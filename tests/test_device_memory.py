@@ -10,6 +10,7 @@ from peerscale.cells import Cell, planned_cells
 from peerscale.config import Config, load
 from peerscale.files import ROOT
 from peerscale.kernels.cross_entropy import linear_cross_entropy
+from peerscale.layers.dense import DenseConfig
 from peerscale.model import build_model
 from peerscale.overview import time_lines
 from peerscale.plan import in_micro_batches, plan
@@ -46,6 +47,23 @@ def test_activations_are_about_what_autograd_saves(ffn: str) -> None:
     for width, replaced in ((64, "middle"), (128, "all")):
         config = load([*settings, f"++size.d_model={width}", f"replaced={replaced}"])
         assert device_memory(config)["activations"] == pytest.approx(saved_bytes(config), rel=0.15), (width, replaced)
+
+
+@pytest.mark.parametrize("ffn", ["dense", "moe", "peer"])
+def test_checkpointing_keeps_the_inputs_of_what_is_computed_again(ffn: str) -> None:
+    settings = [f"ffn={ffn}", "trainer.kernel=torch", "++size.n_heads=4", "++size.d_model=64", "++size.n_layers=8"]
+    config = load([*settings, "trainer.activation_checkpointing=true"])
+    one_block = 4 * config.tokens_per_step * (9 * 64 + DenseConfig().saved_numbers(config.surroundings))
+    estimate = device_memory(config)["activations"]
+    assert estimate == pytest.approx(saved_bytes(config) + one_block, rel=0.15)
+    assert estimate < 0.6 * device_memory(load(settings))["activations"]
+    planned, usual = plan(config), plan(load(settings))
+    assert (planned.steps, planned.flops) == (usual.steps, usual.flops), "the budget is as it was"
+    again = planned.cost.flops_per_token - planned.cost.flops["logits"]
+    again -= planned.cost.layer_flops * (ffn != "dense")
+    speeds = [Measured(ffn, planned.cost.flops_per_token, 1e10)]
+    slower = estimate_s(config, planned, speeds)[0] - estimate_s(load(settings), usual, speeds)[0]
+    assert slower == pytest.approx(planned.tokens * again / 3 / 1e10)
 
 
 def test_memory_of_one_device() -> None:

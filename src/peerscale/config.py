@@ -187,6 +187,9 @@ class TrainerConfig:
     micro_batches: Positive | None = None
     """Parts of a device's batch that are computed one after the other, for less memory; their gradients add up. Null:
     as few as fit `device_memory_gb`, which the plan chooses."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of attention and dense layers for the backward pass, which computes them again: less memory
+    for a third more time. The layer under study is not computed again; FLOPs of the budget stay as they are."""
     device_memory_gb: Rate | None = None
     """Memory of one GPU, which a cell that trains on GPUs must fit (`accounting.device_memory`); null: any fits."""
     device_flops_per_s: Rate = 9.89e14

@@ -108,3 +108,13 @@ def test_a_cell_goes_on_in_the_same_parts_alone(settings: list[str], tmp_path: P
 )
 def test_a_group_of_statistics_is_in_one_part(overrides: list[str], reason: str) -> None:
     assert plan(load([*overrides, "size=d8", "budget=1e11"])).reason == reason
+
+
+@pytest.mark.parametrize("case", ["dense", "token choice", "peer"])
+def test_what_is_computed_again_is_the_same(case: str, settings: list[str], tmp_path: Path) -> None:  # noqa: F811
+    overrides = [*settings, *CASES[case], "tracking=disabled", "trainer.kernel=torch", "trainer.log_every_steps=2"]
+    overrides.append(budget(overrides, STEPS))
+    rows, losses, kept = trained(overrides, tmp_path / "kept")
+    others, their_losses, again = trained([*overrides, "trainer.activation_checkpointing=true"], tmp_path / "again")
+    assert (rows, losses) == (others, their_losses)
+    assert all(torch.equal(kept["state_dict"][name], again["state_dict"][name]) for name in kept["state_dict"])

@@ -33,7 +33,8 @@ def build_model(config: Config, device: str = "cpu") -> Transformer:
         build_ffn(config.ffn, around) if block in config.replaced_blocks else DenseConfig().build(around)
         for block in range(1, size.n_layers + 1)
     ]
-    return Transformer(size.d_model, size.n_heads, config.context, config.data.vocab_size, ffns, operators)
+    recompute = config.trainer.activation_checkpointing
+    return Transformer(size.d_model, size.n_heads, config.context, config.data.vocab_size, ffns, operators, recompute)
 
 
 def load_model(folder: str | Path) -> Transformer:

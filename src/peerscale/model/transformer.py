@@ -6,9 +6,11 @@ Shapes: B batch, T tokens, D model width, V vocabulary, H heads, C half a head's
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from peerscale.errors import UserError
 from peerscale.kernels.operators import Operators
+from peerscale.layers.modules.dense import Dense
 
 ROTARY_BASE = 10_000.0
 
@@ -56,10 +58,17 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x))."""
+    """x + attention(norm(x)), then x + ffn(norm(x)).
 
-    def __init__(self, d_model: int, n_heads: int, context: int, ffn: nn.Module, operators: Operators) -> None:
+    With `recompute` the backward pass computes attention and dense layers again. Other layers may leave statistics and
+    losses behind, which must happen once.
+    """
+
+    def __init__(
+        self, d_model: int, n_heads: int, context: int, ffn: nn.Module, operators: Operators, recompute: bool = False
+    ) -> None:
         super().__init__()
+        self.recompute = recompute
         self.attention_norm = RmsNorm(d_model, operators)
         self.attention = Attention(d_model, n_heads, context, operators)
         self.ffn_norm = RmsNorm(d_model, operators)
@@ -78,7 +87,15 @@ class Block(nn.Module):
             )
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD))
+        recompute = self.recompute and torch.is_grad_enabled()
+        x_BTD = checkpoint(self._attend, x_BTD, use_reentrant=False) if recompute else self._attend(x_BTD)
+        recompute = recompute and isinstance(self.ffn, Dense)
+        return checkpoint(self._feed_forward, x_BTD, use_reentrant=False) if recompute else self._feed_forward(x_BTD)
+
+    def _attend(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD + self.attention(self.attention_norm(x_BTD))
+
+    def _feed_forward(self, x_BTD: Tensor) -> Tensor:
         return x_BTD + self.ffn(self.ffn_norm(x_BTD))
 
 
@@ -97,11 +114,12 @@ class Transformer(nn.Module):
         vocab_size: int,
         ffns: list[nn.Module],
         operators: Operators,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.operators = operators
         self.embedding = nn.Embedding(vocab_size, d_model)
-        self.blocks = nn.ModuleList(Block(d_model, n_heads, context, ffn, operators) for ffn in ffns)
+        self.blocks = nn.ModuleList(Block(d_model, n_heads, context, ffn, operators, recompute) for ffn in ffns)
         self.norm = RmsNorm(d_model, operators)
         self.init_weights()
 

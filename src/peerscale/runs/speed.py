@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from peerscale.accounting import recomputed_share
 from peerscale.config import Config
 from peerscale.plan import Plan
 from peerscale.runs.machine import cpu_name
@@ -92,7 +93,8 @@ def estimate_s(config: Config, plan: Plan, speeds: list[Measured], results: Path
     if known:
         rate = min(known, key=lambda s: abs(math.log(s.flops_per_token / per_token))).flops_per_s
     evaluation_flops = plan.evaluation_tokens * per_token / 3  # a forward pass is a third of a training step
-    return OVERHEAD_S + (plan.flops + evaluation_flops) / rate, guess
+    training_flops = plan.flops * (1 + recomputed_share(config, plan.cost))
+    return OVERHEAD_S + (training_flops + evaluation_flops) / rate, guess
 
 
 def makespan_s(seconds: Iterable[float], workers: int) -> float:
