@@ -236,14 +236,17 @@ def _branched(file: Path, cells: Sequence[Cell]) -> list[Cell]:
     """
     groups: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in cells:
+        if cell.config.optim.schedule != "wsd":
+            continue
         groups.setdefault((cell.config.ffn.name, cell.config.size, cell.config.seed, repr(cell.axes)), []).append(cell)
+    if not groups:
+        raise ConfigError(f"{file.name}: sweep.branches needs optim.schedule wsd")
     found = {}
     for members in groups.values():
         *shorter, longest = sorted(members, key=lambda cell: cell.plan.steps)
         runs = [cell for cell in shorter if cell.plan.verdict is longest.plan.verdict is Verdict.OK]
-        optim = longest.config.optim
-        if runs and (optim.schedule != "wsd" or optim.warmup_steps is None):
-            raise ConfigError(f"{file.name}: sweep.branches needs optim.schedule wsd and optim.warmup_steps")
+        if runs and longest.config.optim.warmup_steps is None:
+            raise ConfigError(f"{file.name}: sweep.branches needs optim.warmup_steps, as many for all budgets")
         if other := next((cell for cell in runs if cell.plan.lr != longest.plan.lr), None):
             raise ConfigError(
                 f"{file.name}: sweep.branches needs one learning rate for all budgets of a model, but {other.name} has "

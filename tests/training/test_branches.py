@@ -65,8 +65,8 @@ def test_a_trunk_leaves_nothing_to_a_cell_that_was_begun(settings: list[str], tm
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ("optim.schedule=cosine", "sweep.branches needs optim.schedule wsd and optim.warmup_steps"),
-        ("optim.warmup_steps=null", "sweep.branches needs optim.schedule wsd and optim.warmup_steps"),
+        ("optim.schedule=cosine", "sweep.branches needs optim.schedule wsd"),
+        ("optim.warmup_steps=null", "sweep.branches needs optim.warmup_steps, as many for all budgets"),
     ],
 )
 def test_what_would_part_them_early_is_refused(
