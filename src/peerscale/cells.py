@@ -234,26 +234,23 @@ def _branched(file: Path, cells: Sequence[Cell]) -> list[Cell]:
 
     Until its rate falls, a shorter run is the longer one: same weights, same batches, same rates.
     """
-    groups: dict[tuple[Any, ...], list[Cell]] = {}
-    for cell in cells:
-        if cell.config.optim.schedule != "wsd":
-            continue
-        groups.setdefault((cell.config.ffn.name, cell.config.size, cell.config.seed, repr(cell.axes)), []).append(cell)
-    if not groups:
+    if not any(cell.config.optim.schedule == "wsd" for cell in cells):
         raise ConfigError(f"{file.name}: sweep.branches needs optim.schedule wsd")
+    groups: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in (c for c in cells if c.config.optim.schedule == "wsd" and c.plan.verdict is Verdict.OK):
+        groups.setdefault((cell.config.ffn.name, cell.config.size, cell.config.seed, repr(cell.axes)), []).append(cell)
     found = {}
     for members in groups.values():
         *shorter, longest = sorted(members, key=lambda cell: cell.plan.steps)
-        runs = [cell for cell in shorter if cell.plan.verdict is longest.plan.verdict is Verdict.OK]
-        if runs and longest.config.optim.warmup_steps is None:
+        if shorter and longest.config.optim.warmup_steps is None:
             raise ConfigError(f"{file.name}: sweep.branches needs optim.warmup_steps, as many for all budgets")
-        if other := next((cell for cell in runs if cell.plan.lr != longest.plan.lr), None):
+        if other := next((cell for cell in shorter if cell.plan.lr != longest.plan.lr), None):
             raise ConfigError(
                 f"{file.name}: sweep.branches needs one learning rate for all budgets of a model, but {other.name} has "
                 f"{other.plan.lr:.3g} and {longest.name} {longest.plan.lr:.3g}: optim.lr_rule may not be law"
             )
-        found |= {cell.name: replace(cell, trunk=longest.name) for cell in runs}
-        leaves = tuple((decay_from(cell.config, cell.plan), cell.name) for cell in runs)
+        found |= {cell.name: replace(cell, trunk=longest.name) for cell in shorter}
+        leaves = tuple((decay_from(cell.config, cell.plan), cell.name) for cell in shorter)
         found[longest.name] = replace(longest, branches=leaves)
     return [found.get(cell.name, cell) for cell in cells]
 
