@@ -30,7 +30,7 @@ from test_train import budget, corpus_path, settings  # noqa: F401
 def tiny(settings: list[str]) -> list[str]:  # noqa: F811
     """A cell of 8 steps."""
     overrides = [*settings, "tracking=disabled"]
-    prepare(load(overrides).data, quiet=True)
+    prepare(load(overrides).data)
     return [*overrides, budget(overrides, 8)]
 
 
