@@ -123,8 +123,6 @@ def read_job_ids(folder: Path) -> dict[str, str]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError):
-        raise UserError(f"{path}: not the list of jobs that it should be; remove it once `squeue` is empty") from None
 
 
 def write_job_ids(folder: Path, ids: Mapping[str, str]) -> None:
