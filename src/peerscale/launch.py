@@ -88,28 +88,15 @@ def run_here(cells: Sequence[Cell], n_processes: int | None) -> dict[str, Status
     """Run cells on this machine, `n_processes` at once, or one after the other in this process; their statuses.
 
     Raises:
-        UserError: of the first cell that cannot be run as it is, once the others have been run.
+        UserError: a cell cannot be run as it is; those that were being run are left as by Ctrl-C.
     """
     if n_processes is None:
-        outcomes = [_status(cell) for cell in cells]
-    else:
-        from joblib import Parallel, delayed
+        return {cell.name: run_cell(cell) for cell in cells}
+    from joblib import Parallel, delayed
 
-        with _terminated_as_by_ctrl_c():
-            outcomes = Parallel(n_jobs=n_processes, batch_size=1)(delayed(_status)(cell) for cell in cells)
-    statuses = {}
-    for cell, outcome in zip(cells, outcomes, strict=True):
-        if isinstance(outcome, UserError):
-            raise outcome
-        statuses[cell.name] = outcome
-    return statuses
-
-
-def _status(cell: Cell) -> Status | UserError:
-    try:
-        return run_cell(cell)
-    except UserError as error:
-        return error
+    with _terminated_as_by_ctrl_c():
+        statuses = Parallel(n_jobs=n_processes, batch_size=1)(delayed(run_cell)(cell) for cell in cells)
+    return dict(zip((cell.name for cell in cells), statuses, strict=True))
 
 
 @contextmanager

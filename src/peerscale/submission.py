@@ -4,11 +4,9 @@ import contextlib
 import io
 import itertools
 import math
-import os
 import shutil
 import signal
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -134,9 +132,6 @@ class CellJob:
 
         from peerscale.train import run_cell
 
-        # By this name Lightning leaves signals and requeueing to others, though it warns.
-        os.environ["SLURM_JOB_NAME"] = "interactive"
-        warnings.filterwarnings("ignore", message="The `srun` command is available")
         warning = signal.Signals[f"SIG{SlurmJobEnvironment.USR_SIG}"]
         requeue, ignore_term = signal.getsignal(warning), signal.getsignal(signal.SIGTERM)
         assert callable(requeue)
