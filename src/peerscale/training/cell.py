@@ -29,7 +29,6 @@ from peerscale.runs.record import Record, Status, new_record, read_record, write
 from peerscale.training.checkpoint import TimedCheckpoint, checkpoint_path, newest_readable
 from peerscale.training.distributed import (
     RankError,
-    is_broken_connection,
     joined_ranks,
     launch,
     local_rank,
@@ -63,12 +62,7 @@ def train_cell(cell: Cell) -> Status:
     if n_started < devices:
         return _launch_ranks(cell, corpus, old)
     if rank > 0:
-        try:
-            return _train_with_first_rank(cell, corpus)
-        except Exception as error:
-            if not isinstance(error, UserError) and not is_broken_connection(error):
-                _record_failure_of_rank(rank, cell, error)
-            raise
+        return _train_with_first_rank(cell, corpus)
     run = CellRun(cell, corpus, old)
     try:
         return run.train()
@@ -77,9 +71,6 @@ def train_cell(cell: Cell) -> Status:
     except Diverged as error:
         return run.close(replace(run.record, status=Status.DIVERGED, reason=str(error)))
     except Exception as error:
-        of_another = read_record(cell.folder) if is_broken_connection(error) else None
-        if of_another is not None and of_another.status is Status.FAILED:
-            return run.close(of_another)
         failed = _failed(run.record, error)
         print(f"\n{cell.name} failed: {failed.reason}", file=sys.stderr)
         return run.close(failed)
@@ -101,14 +92,6 @@ def _launch_ranks(cell: Cell, corpus: Corpus, old: Record | None) -> Status:
     record = read_record(cell.folder)
     assert record is not None
     return record.status
-
-
-def _record_failure_of_rank(rank: int, cell: Cell, error: Exception) -> None:
-    """Record what ended another rank than the first, whose own failure would be of a broken connection."""
-    record = read_record(cell.folder)
-    if record is not None and record.status is Status.RUNNING:
-        failed = _failed(record, error)
-        write_record(cell.folder, replace(failed, reason=f"RankError: rank {rank}: {failed.reason}"))
 
 
 def _train_with_first_rank(cell: Cell, corpus: Corpus) -> Status:

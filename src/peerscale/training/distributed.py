@@ -65,18 +65,11 @@ def joined_ranks(device: "torch.device") -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if is_broken_connection(error):
+        if isinstance(error, dist.DistError) or "gloo" in str(error):  # a collective failed, since another rank ended
             time.sleep(GRACE_S)
         raise
     finally:
         dist.destroy_process_group()
-
-
-def is_broken_connection(error: Exception) -> bool:
-    """Whether this is the failure of a collective because another rank has ended."""
-    import torch.distributed as dist
-
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _name_as_torchrun() -> None:
