@@ -206,7 +206,7 @@ def test_a_wrong_setting_is_one_line(wrong: dict, line: str, tmp_path: Path, mon
 
 def test_a_queue_that_does_not_answer_is_not_an_empty_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}")
-    with pytest.raises(UserError, match="no squeue here"):
+    with pytest.raises(UserError, match="jobs is not known"):
         queued(["1_0"])
     fake_program(tmp_path, "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
     with pytest.raises(UserError, match=r"^squeue: .*Unable to contact"):
