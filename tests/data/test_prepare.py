@@ -181,7 +181,7 @@ def test_a_full_disk_leaves_nothing_half_written(config, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(module, "_encode", full)
         assert exit_code(lambda: prepare(config) and None) == 2
-    assert capsys.readouterr().err.endswith("error: no space left on disk; nothing half-written stays\n")
+    assert capsys.readouterr().err == "error: no space left on disk; nothing half-written stays\n"
     folder = store.folder(config)
     assert [path.name for path in folder.parent.iterdir()] == [f"{folder.name}.lock"]
     (folder.parent / f".{folder.name}.killed").mkdir()
@@ -230,7 +230,7 @@ def test_the_command_prepares_and_says_where(tmp_path):
     path.write_text(prose(N_BYTES), encoding="utf-8")
     data = ["data=text", f"data.path={path}", f"data.directory={tmp_path / 'data'}", "data.vocab_size=512"]
     done = run(*data, "data.evaluation.validation=1024")
-    assert (done.returncode, done.stderr) == (0, "reading text ...\ntraining a tokenizer of 512 ...\nencoding ...\n")
+    assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines[:-1]] == ["set", "train", "validation", "tuning"]
     (folder,) = (tmp_path / "data").glob("text-512-????????")

@@ -10,10 +10,11 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 import numpy as np
 from filelock import FileLock
@@ -34,8 +35,6 @@ SAMPLE_BYTES = 10_000_000
 """The tokenizer is trained on a tenth of the text, but on no less than this: as good as on all of it."""
 ENCODED_AT_ONCE = 512
 """Blocks. An encoding takes some hundred times the memory of its text."""
-
-T = TypeVar("T")
 
 
 def prepare(config: DataConfig) -> Corpus:
@@ -65,10 +64,11 @@ def prepare(config: DataConfig) -> Corpus:
 def _build(config: DataConfig, sources: dict[str, str], folder: Path) -> Manifest:
     # The text passes through a file, since its length decides where the held-out sets lie, and they must be known
     # before the tokenizer is trained on the rest.
+    progress = partial(tqdm, unit=" blocks", leave=False, disable=None)  # None: shown on a terminal
     spool = folder / "blocks.jsonl"
     n_blocks = n_bytes = 0
     with spool.open("w", encoding="utf-8") as file:
-        for block in _progress(SOURCES[config.source].blocks(config), f"reading {config.source}"):
+        for block in progress(SOURCES[config.source].blocks(config), desc=f"reading {config.source}"):
             file.write(json.dumps(block, ensure_ascii=False) + "\n")
             n_blocks += 1
             n_bytes += len(block.text.encode()) if block.split in (None, "train") else 0
@@ -81,10 +81,10 @@ def _build(config: DataConfig, sources: dict[str, str], folder: Path) -> Manifes
 
     training = (block.text for block in _placed(spool, held_out) if block.split == "train")
     sample = islice(training, 0, None, max(1, min(10, n_bytes // SAMPLE_BYTES)))
-    tokenizer = train(_progress(sample, f"training a tokenizer of {config.vocab_size}"), config.vocab_size)
+    tokenizer = train(progress(sample, desc=f"training a tokenizer of {config.vocab_size}"), config.vocab_size)
     store.tokenizer_file(folder).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
-    utf8_bytes = _encode(_progress(_placed(spool, held_out), "encoding", n_blocks), tokenizer, folder)
+    utf8_bytes = _encode(progress(_placed(spool, held_out), desc="encoding", total=n_blocks), tokenizer, folder)
     files = {name: store.tokens_file(folder, name) for name in SETS if name in utf8_bytes}
     spool.unlink()
     manifest = Manifest(
@@ -137,13 +137,6 @@ def _encode(blocks: Iterable[Block], tokenizer: Tokenizer, folder: Path) -> Coun
                 files[split].write(np.array(ids, dtype=store.DTYPE).tobytes())
                 utf8_bytes[split] += len(block.text.encode())
     return utf8_bytes
-
-
-def _progress(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
-    if not sys.stderr.isatty():
-        print(f"{what} ...", file=sys.stderr, flush=True)
-        return items
-    return tqdm(items, desc=what, total=total, unit=" blocks", leave=False)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

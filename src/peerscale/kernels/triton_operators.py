@@ -74,11 +74,9 @@ class TritonOperators(TorchOperators):
         return out_ND
 
     def adamw_rows(self, gradient: TableGradient, table_ND: Tensor, state: State, rates: Rates) -> None:
-        if not _takes(gradient.pairs.rows_TJ):
-            return super().adamw_rows(gradient, table_ND, state, rates)
         changed, lr, (beta1, beta2) = (table_ND, state["exp_avg"], state["exp_avg_sq"]), rates["lr"], rates["betas"]
-        if not all(tensor.is_contiguous() for tensor in changed):
-            raise ValueError("a row-sparse table on a GPU must be contiguous")
+        if not (_takes(gradient.pairs.rows_TJ) and all(tensor.is_contiguous() for tensor in changed)):
+            return super().adamw_rows(gradient, table_ND, state, rates)
         rows_P, runs = gradient.pairs.rows_TJ.view(-1), gradient.pairs.by_row
         # Empty runs name the last row once more, whose count is then written twice.
         rows_R = rows_P[runs.order_P[runs.starts_R[:-1].clamp(max=len(rows_P) - 1)]]

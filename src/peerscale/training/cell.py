@@ -36,7 +36,7 @@ from peerscale.training.distributed import (
     trainer_settings,
 )
 from peerscale.training.environment import changed_keys, describe
-from peerscale.training.evaluation import Evaluation, evaluate
+from peerscale.training.evaluation import evaluate
 from peerscale.training.loader import StepLoader
 from peerscale.training.memory import keep_freed_memory
 from peerscale.training.metrics import Diverged, MetricsLog
@@ -156,14 +156,17 @@ class CellRun:
             )
             fit(module, self.corpus, self.tracker, saving, resumed)
             wall_s, started = saving.trained_s, time.perf_counter()
-            evaluation = evaluate(module, self.corpus, config, self.device)
+            results = evaluate(module, self.corpus, config, self.device)
         timing = {
             "wall_s": wall_s,
             "evaluation_s": time.perf_counter() - started,
             "tokens_per_s": plan.tokens / wall_s,
             "flops_per_s": plan.flops / wall_s,
         }
-        return self.close(self._result(evaluation, timing))
+        ended: dict[str, Any] = {"status": Status.DONE}
+        if not np.isfinite(results["sequence_losses"]).all():
+            ended = {"status": Status.DIVERGED, "reason": "the validation loss is not a finite number"}
+        return self.close(replace(self.record, timing=timing, **results, **ended))
 
     def close(self, record: Record) -> Status:
         """Write the record and end the W&B run with what it says; a finished cell keeps one checkpoint, or none."""
@@ -181,18 +184,6 @@ class CellRun:
     def _write(self, record: Record) -> None:
         write_text(self.cell.folder / "config.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
         write_record(self.cell.folder, record)
-
-    def _result(self, evaluation: Evaluation, timing: dict[str, float]) -> Record:
-        diverged = not np.isfinite(evaluation.sequence_losses).all()
-        return replace(
-            self.record,
-            status=Status.DIVERGED if diverged else Status.DONE,
-            reason="the validation loss is not a finite number" if diverged else "",
-            evaluation=evaluation.sets,
-            sequence_losses=evaluation.sequence_losses,
-            router=evaluation.router,
-            timing=timing,
-        )
 
 
 def prepare_process(config: Config) -> None:
