@@ -86,7 +86,7 @@ validate: setup ## fit published data sets in DATA=DIR and compare with the publ
 publish: setup ## copy the table, fits and figures of SWEEP into results/, to be committed; nothing published is lost unless REPLACE=1
 	@$(BIN)/python analysis/publish.py $(SWEEP) $(if $(REPLACE),--replace)
 
-convert: setup ## records and tables that an earlier peerscale wrote, in runs/ and results/, to the present schema
+convert: setup ## records that an earlier peerscale wrote, in runs/ and results/, to the present schema
 	@$(BIN)/python -m peerscale.runs.convert
 
 sync: setup ## upload the W&B runs, table, fits and figures of SWEEP that are not uploaded yet

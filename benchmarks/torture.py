@@ -293,7 +293,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
         bench = Bench(folder=Path(folder), kills=options.kills, rng=random.Random(options.seed))
         write_text(bench.folder / "text.txt")
-        maker = FORK.Process(target=lambda: prepare(load(bench.cell("unbroken")).data, quiet=True))
+        maker = FORK.Process(target=lambda: prepare(load(bench.cell("unbroken")).data))
         maker.start()
         maker.join()
         begun = time.monotonic()

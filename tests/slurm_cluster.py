@@ -79,7 +79,7 @@ def trainable_study(folder: Path, steps: int) -> Path:
     config = load(["size=d8", "size.n_layers=2", "context=8", "data=text", f"data.path={text}", "data.vocab_size=300"])
     step = cost(config).flops_per_token * config.tokens_per_step
     file.write_text(STUDY.format(short=f"{50 * step:.6e}", long=f"{steps * step:.6e}", text=text, folder=folder))
-    prepare(planned_cells(file)[0].config.data, quiet=True)
+    prepare(planned_cells(file)[0].config.data)
     return file
 
 

@@ -17,8 +17,8 @@ from peerscale.overview import main as overview
 from peerscale.runs.record import Record, Status, read_record, write_record
 from peerscale.runs.table import METRICS, read_metrics
 from peerscale.slurm import SlurmConfig, load_settings, queued, resources
+from peerscale.submission import submission_settings
 from peerscale.submission import submit as submit_cells
-from peerscale.submission import submitter
 from slurm_cluster import ask, missing, one_node_slurm, trainable_study
 from toy_study import record_of, write_study
 
@@ -186,7 +186,7 @@ def test_without_slurm_one_line_says_what_to_install(tmp_path: Path) -> None:
 def test_without_submitit_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UserError, match=r"^Slurm jobs need submitit: .*pip install --editable '\.\[slurm\]'$"):
-        submitter([], None)
+        submission_settings([], None)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_a_wrong_setting_is_one_line(wrong: dict, line: str, tmp_path: Path, mon
 
 def test_a_queue_that_does_not_answer_is_not_an_empty_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}")
-    with pytest.raises(UserError, match="no squeue here"):
+    with pytest.raises(UserError, match="jobs is not known"):
         queued(["1_0"])
     fake_program(tmp_path, "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
     with pytest.raises(UserError, match=r"^squeue: .*Unable to contact"):

@@ -19,11 +19,11 @@ NOT_POSITIVE = "input should be greater than 0, not"
 STUDY = {"methods": ["dense"], "grid": [{"budget": 1e12, "sizes": ["d8"]}]}
 
 SWEEP_MESSAGES = [
-    ({"methods": []}, "sweep.methods: list should have at least 1 item, not []"),
-    ({"grid": []}, "sweep.grid: list should have at least 1 item, not []"),
+    ({"methods": []}, "sweep.methods: list should have at least 1 item after validation, not 0, not []"),
+    ({"grid": []}, "sweep.grid: list should have at least 1 item after validation, not 0, not []"),
     ({"grid": [{"budget": 0, "sizes": ["d8"]}]}, f"sweep.grid.0.budget: {NOT_POSITIVE} 0"),
     ({"grid": [{"budget": 1e12}]}, "sweep.grid.0.sizes: missing"),
-    ({"seeds": []}, "sweep.seeds: list should have at least 1 item, not []"),
+    ({"seeds": []}, "sweep.seeds: list should have at least 1 item after validation, not 0, not []"),
     ({"min_sizes": 0}, f"sweep.min_sizes: {NOT_POSITIVE} 0"),
     (
         {"grid": [{"budget": 1, "sizes": ["d8"], "window": 3}]},
@@ -43,8 +43,11 @@ SWEEP_MESSAGES = [
         "grid has the windows [1, 2] and [1, 3] at 1e+12: a budget has one",
     ),
     ({"claims": {"method": "dense"}}, "sweep.claims.rivals: missing"),
-    ({"claims": {"method": "dense", "rivals": []}}, "sweep.claims.rivals: list should have at least 1 item, not []"),
-    ({"claims": 3}, "sweep.claims: input should be a mapping, not 3"),
+    (
+        {"claims": {"method": "dense", "rivals": []}},
+        "sweep.claims.rivals: list should have at least 1 item after validation, not 0, not []",
+    ),
+    ({"claims": 3}, "sweep.claims: input should be a dictionary or an instance of ClaimsConfig, not 3"),
 ]
 
 

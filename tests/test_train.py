@@ -43,7 +43,7 @@ def corpus_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines.append(" ".join(line))
     path = tmp_path_factory.mktemp("corpus") / "text.txt"
     path.write_text("\n".join(lines), encoding="utf-8")
-    prepare(load(settings.__wrapped__(path, path.parent)).data, quiet=True)
+    prepare(load(settings.__wrapped__(path, path.parent)).data)
     return path
 
 
@@ -331,7 +331,7 @@ def test_a_sweep_runs_only_what_is_not_published(study: Path, tmp_path: Path) ->
     study = study.with_name("tiny.v2.yaml")  # a name with a point is a name
     study.write_text(text.replace("  method_axes: {peer: {optim.lr: [1e30]}}\n", ""))
     cells = planned_cells(study)
-    corpus = prepare(cells[0].config.data, quiet=True).manifest.fingerprint
+    corpus = prepare(cells[0].config.data).manifest.fingerprint
     published = tmp_path / "results" / "tiny.v2"
     published.mkdir(parents=True)
     dense, peer = (record_of(cell, Status.DONE, corpus=corpus) for cell in cells)
@@ -359,7 +359,7 @@ def hear_ctrl_c() -> None:
 def test_ctrl_c_leaves_a_cell_that_goes_on(settings: list[str], tmp_path: Path) -> None:
     overrides = [*settings, "tracking=disabled", "trainer.checkpoint_every_steps=20"]
     overrides.append(budget(overrides, 3000))
-    prepare(load(overrides).data, quiet=True)
+    prepare(load(overrides).data)
     process = subprocess.Popen(
         [sys.executable, "-m", "peerscale.train", *overrides], cwd=ROOT, stderr=subprocess.PIPE, text=True,
         preexec_fn=hear_ctrl_c,

@@ -52,10 +52,6 @@ def one_line(problem: Mapping[str, Any], root: type, section: str = "", layer: s
             return f"{where}: missing"
         case "value_error":
             return f"{where}: {message}" if problem["loc"] else message
-        case "dataclass_type":
-            return f"{where}: input should be a mapping, not {given!r}"
-        case "too_short":
-            return f"{where}: {message[0].lower()}{message[1:].partition(' after')[0]}, not {given!r}"
         case _:
             return f"{where}: {message[0].lower()}{message[1:]}, not {given!r}"
 
@@ -145,15 +141,8 @@ def first_line(error: Exception, root: type, layer: Callable[[], str | None]) ->
     if lines and lines[0].startswith("Could not override '"):
         key = lines[0].split("'")[1]
         return unknown_key(key, root, layer() if key.startswith("ffn.") else None)
-    if lines and lines[0].startswith("Ambiguous value for argument '"):
-        given = lines[0].split("'")[1]
-        return f"{given} gives several values, which only a study can (sweeps/); quote a text that has a comma"
-    if lines and lines[0].startswith("Config group override must be"):
-        return f"a group of conf/ takes the name of one of its files, such as size=d32, not {lines[0].split()[-1]}"
     hints = ("Set the environment variable", "full_key:", "object_type=", "To append to your config", "See https://")
     kept = [line for line in lines if not line.startswith(hints)]
     kept = list(itertools.takewhile(lambda line: not line.startswith("Config search path"), kept))
     given = f"override {error.override}: " if isinstance(error, OverrideParseException) else ""
-    return given + " ".join(kept).replace("must be a DictConfig, got ListConfig", "must be a mapping, not a list") or (
-        type(error).__name__
-    )
+    return given + " ".join(kept)

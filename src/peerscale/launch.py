@@ -37,11 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(f"--jobs must be at least 1, not {options.jobs}")
     if started_ranks()[1] > 1:
         raise UserError("torchrun and srun start the ranks of one cell; a study starts those of its cells itself")
-    submit = None
+    settings = None
     if options.launcher == "slurm":
-        from peerscale.submission import submitter
+        from peerscale.submission import submission_settings
 
-        submit = submitter(options.overrides, options.jobs)  # before a corpus is prepared for what cannot be submitted
+        # Before a corpus is prepared for what cannot be submitted.
+        settings = submission_settings(options.overrides, options.jobs)
     cells = planned_cells(options.sweep, options.overrides)
     name = cells[0].sweep
     study = published_study(name, options.published) if options.published else None
@@ -60,8 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{name}: {len(cells)} cells, {counts}", file=sys.stderr)
     notices = [f"notice: {line}" for line in [*evaluation_lines(cells, short_only=True), *rate_lines(cells)]]
     print(*(f"{line}\n" for line in notices + diverged), sep="", end="", file=sys.stderr)
-    if pending and submit:
-        submit(pending)
+    if pending and settings:
+        from peerscale.submission import submit
+
+        submit(pending, settings)
         return 0
     statuses: dict[str, Status] = {}
     if pending:
@@ -85,28 +88,15 @@ def run_here(cells: Sequence[Cell], n_processes: int | None) -> dict[str, Status
     """Run cells on this machine, `n_processes` at once, or one after the other in this process; their statuses.
 
     Raises:
-        UserError: of the first cell that cannot be run as it is, once the others have been run.
+        UserError: a cell cannot be run as it is; those that were being run are left as by Ctrl-C.
     """
     if n_processes is None:
-        outcomes = [_status(cell) for cell in cells]
-    else:
-        from joblib import Parallel, delayed
+        return {cell.name: run_cell(cell) for cell in cells}
+    from joblib import Parallel, delayed
 
-        with _terminated_as_by_ctrl_c():
-            outcomes = Parallel(n_jobs=n_processes, batch_size=1)(delayed(_status)(cell) for cell in cells)
-    statuses = {}
-    for cell, outcome in zip(cells, outcomes, strict=True):
-        if isinstance(outcome, UserError):
-            raise outcome
-        statuses[cell.name] = outcome
-    return statuses
-
-
-def _status(cell: Cell) -> Status | UserError:
-    try:
-        return run_cell(cell)
-    except UserError as error:
-        return error
+    with _terminated_as_by_ctrl_c():
+        statuses = Parallel(n_jobs=n_processes, batch_size=1)(delayed(run_cell)(cell) for cell in cells)
+    return dict(zip((cell.name for cell in cells), statuses, strict=True))
 
 
 @contextmanager

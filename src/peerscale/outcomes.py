@@ -9,7 +9,7 @@ from peerscale.cells import Cell, check_same
 from peerscale.errors import UserError
 from peerscale.files import ROOT
 from peerscale.plan import Verdict
-from peerscale.runs.record import ENDED, PlannedCell, Record, Status, cell_folders, differences, read_cell
+from peerscale.runs.record import ENDED, Record, Status, cell_folders, differences, read_cell
 from peerscale.runs.study import Study, published
 from peerscale.runs.table import read_records
 
@@ -118,7 +118,7 @@ def published_as_done(cells: Sequence[Cell], study: Study, data_fingerprint: str
 
 
 def of_the_plan(
-    cells: Iterable[PlannedCell], records: Mapping[str, Record], where: Path, data_fingerprint: str | None
+    cells: Iterable[Cell], records: Mapping[str, Record], where: Path, data_fingerprint: str | None
 ) -> tuple[dict[str, Record], list[str]]:
     """Those records that are of the plan's configuration, or of no cell of the plan; and a notice of the others."""
     differ = {

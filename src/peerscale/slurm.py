@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import subprocess
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -123,8 +122,6 @@ def read_job_ids(folder: Path) -> dict[str, str]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError):
-        raise UserError(f"{path}: not the list of jobs that it should be; remove it once `squeue` is empty") from None
 
 
 def write_job_ids(folder: Path, ids: Mapping[str, str]) -> None:
@@ -144,14 +141,12 @@ def queued(job_ids: Collection[str]) -> dict[str, Job]:
     """
     if not job_ids:
         return {}
-    if shutil.which("squeue") is None:
-        raise UserError("no squeue here, so what became of the study's Slurm jobs is not known")
     numbers = ",".join(sorted({job.partition("_")[0] for job in job_ids}))
     command = ["squeue", "--array", "--noheader", "--format=%i|%T|%R", f"--jobs={numbers}"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    except subprocess.TimeoutExpired:
-        raise UserError("squeue has not answered for a minute: try again when Slurm is well") from None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"what became of the study's Slurm jobs is not known: {error}") from None
     # Slurm forgets ended jobs after some minutes, and says so if it is asked for one job only.
     if answer.returncode and "Invalid job id" not in answer.stderr:
         lines = answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"]

@@ -4,13 +4,11 @@ import contextlib
 import io
 import itertools
 import math
-import os
 import shutil
 import signal
 import sys
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from types import FrameType
 from typing import Any
@@ -32,12 +30,15 @@ from peerscale.slurm import (
     write_job_ids,
 )
 
+AS_SUBMITIT = ("partition", "account", "qos", "constraint", "array_parallelism", "signal_delay_s")
+"""Settings that submitit takes under the same names."""
 
-def submitter(overrides: Sequence[str], jobs: int | None) -> Callable[[Sequence[Cell]], None]:
-    """The function that submits cells, by conf/slurm.yaml and those of a study's overrides that change it.
+
+def submission_settings(overrides: Sequence[str], jobs: int | None) -> SlurmConfig:
+    """conf/slurm.yaml, changed by those of a study's overrides that start with `slurm.`.
 
     Args:
-        overrides: of the study; those that start with `slurm.` count here.
+        overrides: of the study.
         jobs: jobs of an array that run at once; None: as the settings say.
 
     Raises:
@@ -50,9 +51,7 @@ def submitter(overrides: Sequence[str], jobs: int | None) -> Callable[[Sequence[
             "no sbatch here: submit on a login node of a Slurm cluster (Debian: apt-get install slurm-wlm munge), "
             "or run on this machine: LAUNCHER=joblib"
         )
-    settings = load_settings(overrides)
-    settings = settings if jobs is None else replace(settings, array_parallelism=jobs)
-    return lambda cells: submit(cells, settings)
+    return load_settings([*overrides, *([f"slurm.array_parallelism={jobs}"] if jobs else [])])
 
 
 def submit(cells: Sequence[Cell], settings: SlurmConfig) -> None:
@@ -91,17 +90,12 @@ def _submit_array(cells: Sequence[Cell], need: Resources, settings: SlurmConfig)
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     asked = {
+        **{name: getattr(settings, name) for name in AS_SUBMITIT},
         "job_name": cells[0].sweep,
-        "partition": settings.partition,
-        "account": settings.account,
-        "qos": settings.qos,
-        "constraint": settings.constraint,
         "time": need.time_min,
         "mem": f"{math.ceil(need.mem_gb * 1024)}M",
         "cpus_per_task": need.cpus,
         "gpus_per_node": need.gpus or None,
-        "array_parallelism": settings.array_parallelism,
-        "signal_delay_s": settings.signal_delay_s,
         "setup": settings.setup or None,
         "srun_args": [f"--cpus-per-task={need.cpus}"],  # srun no longer takes it from sbatch
         "additional_parameters": {"requeue": True, **(settings.additional_parameters or {})},
@@ -138,9 +132,6 @@ class CellJob:
 
         from peerscale.train import run_cell
 
-        # By this name Lightning leaves signals and requeueing to others, though it warns.
-        os.environ["SLURM_JOB_NAME"] = "interactive"
-        warnings.filterwarnings("ignore", message="The `srun` command is available")
         warning = signal.Signals[f"SIG{SlurmJobEnvironment.USR_SIG}"]
         requeue, ignore_term = signal.getsignal(warning), signal.getsignal(signal.SIGTERM)
         assert callable(requeue)

@@ -57,7 +57,7 @@ def run_single(composition: Composition) -> None:
     cell = single_cell(composition)
     refuse_dropped(cell)
     if started_ranks()[0] > 0:
-        prepare(cell.config.data, quiet=True)
+        prepare(cell.config.data)
         run_cell(cell)
         return
     was_there = read_manifest(cell.config.data)

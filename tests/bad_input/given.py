@@ -49,7 +49,7 @@ def corpus(folder: Path) -> None:
     """text.txt, prepared in data/, and a link `corpus` to it."""
     text(folder)
     config = load([*TINY, *places(folder)]).data
-    prepare(config, quiet=True)
+    prepare(config)
     (folder / "corpus").symlink_to(corpus_folder(config))
 
 

@@ -1,12 +1,10 @@
 import hashlib
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from peerscale.data.batches import EvaluationBatches, TrainBatches
-from peerscale.errors import UserError
 
 
 def counting(n_tokens):
@@ -78,13 +76,6 @@ def test_batches_are_those_of_earlier_runs():
     )
 
 
-def test_a_training_set_shorter_than_a_batch_is_refused():
-    TrainBatches(counting(2 * 4 * 16 + 1), seed=0, batch_sequences=4, context=16)
-    message = "the training set has 128 tokens, but one batch of 4 x 16 tokens needs 129"
-    with pytest.raises(UserError, match=f"^{message}$"):
-        TrainBatches(counting(2 * 4 * 16), seed=0, batch_sequences=4, context=16)
-
-
 @given(n_batches=st.integers(2, 12), remainder=st.integers(0, 5), slack=st.integers(0, 600), **shapes)
 def test_evaluation_takes_distinct_windows_far_apart(n_batches, remainder, slack, batch_sequences, context):
     asked = n_batches * batch_sequences * context + min(remainder, batch_sequences * context - 1)
@@ -108,13 +99,3 @@ def test_evaluation_is_the_same_text_however_it_is_batched():
         return sorted(number for batch in batches for number in windows(batch, 16).tolist())
 
     assert chosen(4) == chosen(16) == chosen(32)
-
-
-def test_evaluation_that_the_set_cannot_fill_is_refused():
-    message = "the held-out set has 1,000 tokens, too few for 1,024 evaluation tokens in batches of 4 x 16"
-    with pytest.raises(UserError, match=f"^{message}$"):
-        EvaluationBatches(counting(1000), 1024, batch_sequences=4, context=16)
-    with pytest.raises(UserError, match=r"^63 evaluation tokens are less than a batch of 4 x 16$"):
-        EvaluationBatches(counting(1000), 63, batch_sequences=4, context=16)
-    with pytest.raises(UserError, match="too few"):  # one batch would hold neighbours
-        EvaluationBatches(counting(101), 64, batch_sequences=4, context=16)

@@ -1,7 +1,6 @@
 import gzip
 import json
 import sys
-import types
 
 import pytest
 from made_up_text import prose
@@ -52,7 +51,7 @@ def test_prepare_from_local_shards(tmp_path):
     pytest.importorskip("datasets", reason="needs the extra `hub`")
     shard(tmp_path / "en" / "c4-train.00000-of-00001.json.gz", pages(300, 1))
     shard(tmp_path / "en" / "c4-validation.00000-of-00001.json.gz", held_out := pages(40, 2))
-    corpus = prepare(config(tmp_path), quiet=True)
+    corpus = prepare(config(tmp_path))
     assert list(corpus.manifest.splits) == ["train", "validation", "tuning"]
     text = corpus.tokenizer.decode(corpus.tokens("validation").tolist(), skip_special_tokens=False)
     assert text.split("<|endoftext|>") == held_out[::2]
@@ -84,21 +83,3 @@ def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch):
     assert str(error.value) == (
         "data=c4 needs the package datasets: .venv/bin/python -m pip install --editable '.[hub]'"
     )
-
-
-@pytest.mark.parametrize(
-    ("offline", "message"),
-    [
-        (False, r"data=c4 cannot reach http://127\.0\.0\.1:9 \(.*refused.*\); without the hub, set data\.path to .*"),
-        (True, r"data=c4 needs the Hugging Face hub, but HF_HUB_OFFLINE is set; without the hub, set data\.path .*"),
-    ],
-)
-def test_without_the_hub_the_answer_is_quick_and_one_line(tmp_path, monkeypatch, offline, message):
-    hub = types.ModuleType("huggingface_hub")
-    hub.constants = types.SimpleNamespace(ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE=offline)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    monkeypatch.setitem(sys.modules, "datasets", types.ModuleType("datasets"))
-    for name in ("http_proxy", "HTTP_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    with pytest.raises(UserError, match=f"^{message}$"):
-        list(blocks(config(tmp_path, path=None, max_documents=10)))

@@ -75,7 +75,7 @@ def test_the_prepared_corpus_is_the_configured_one():
     config = load().data
     if config.source != "gutenberg" or read_manifest(config) is None:
         pytest.skip("the default corpus is not prepared (make data)")
-    corpus = open_corpus(config, verify=True)
+    corpus = open_corpus(config)
     assert corpus.manifest.splits["train"] == config.train_tokens
     assert all(corpus.manifest.splits[name] >= 300_000 for name in ("validation", "tuning", "speeches", "wikipedia"))
     # Published sizes of the two further sets: 249 speeches, 10,033 articles, one end of text between two.

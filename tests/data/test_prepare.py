@@ -1,7 +1,5 @@
 import errno
 import json
-import shlex
-import shutil
 import subprocess
 import sys
 import threading
@@ -17,7 +15,6 @@ from peerscale.data.blocks import GAP_BYTES
 from peerscale.data.prepare import prepare
 from peerscale.data.store import open_corpus, read_manifest
 from peerscale.errors import UserError, exit_code
-from peerscale.files import ROOT
 
 N_BYTES = 400_000
 
@@ -27,19 +24,6 @@ def config(tmp_path, text_config):
     path = tmp_path / "text.txt"
     path.write_text(prose(N_BYTES), encoding="utf-8")
     return text_config(path)
-
-
-def preparing(config):
-    return (
-        f".venv/bin/python -m peerscale.data.prepare data=text data.path={config.path} data.vocab_size=512 "
-        f"data.directory={config.directory}"
-    )
-
-
-def run_hint(hint):
-    program, *words = shlex.split(hint)
-    assert program == ".venv/bin/python"
-    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, timeout=60)
 
 
 def pieces(corpus, split):
@@ -56,7 +40,7 @@ def refuse(*_, **__):
 
 def test_the_sets_are_stretches_of_the_text_far_from_each_other(config):
     text = prose(N_BYTES).encode()
-    corpus = prepare(config, quiet=True)
+    corpus = prepare(config)
     assert corpus.manifest.vocab_size == corpus.tokenizer.get_vocab_size() == 512
     stretches = []
     for split in ("train", "validation", "tuning"):
@@ -82,7 +66,7 @@ def test_documents_are_joined_by_one_end_of_text(tmp_path, text_config):
     path = tmp_path / "text.jsonl"
     texts = [prose(700, seed=i) for i in range(300)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    corpus = prepare(text_config(path), quiet=True)
+    corpus = prepare(text_config(path))
     found = [piece for piece, _ in pieces(corpus, "train")]
     assert len(found) > 200
     assert found == [text for text in texts if text in set(found)]
@@ -96,46 +80,37 @@ def test_the_tokenizer_never_sees_held_out_text(config, monkeypatch):
         return tokenizer.train(seen, vocab_size)
 
     monkeypatch.setattr(module, "train", train)
-    corpus = prepare(config, quiet=True)
+    corpus = prepare(config)
     # So little text is trained on in full: all of train, and nothing else.
     assert "".join(seen) == "".join(piece for piece, _ in pieces(corpus, "train"))
 
 
 def test_a_prepared_corpus_is_reused_and_read_back(config, monkeypatch):
     assert read_manifest(config) is None
-    with pytest.raises(UserError) as error:
-        open_corpus(config)
-    refusal, _, hint = str(error.value).partition(": ")
-    assert refusal == "corpus text is not prepared"
-    assert run_hint(hint).returncode == 0
-    assert open_corpus(config).manifest.vocab_size == 512
-    shutil.rmtree(store.folder(config))
-    first = prepare(config, quiet=True)
+    first = prepare(config)
     monkeypatch.setattr(module, "_build", refuse)
-    again = prepare(config, quiet=True, verify=True)
-    assert again.manifest == first.manifest == read_manifest(config) == open_corpus(config, verify=True).manifest
+    again = prepare(config)
+    assert again.manifest == first.manifest == read_manifest(config) == open_corpus(config).manifest
     assert np.array_equal(open_corpus(config).tokens("train"), first.tokens("train"))
-    with pytest.raises(UserError, match=r"^the corpus has no set 'test'; it has train, validation, tuning$"):
-        first.tokens("test")
 
 
 def test_equal_text_gives_equal_tokens_and_other_text_another_fingerprint(tmp_path, config, text_config):
-    first = prepare(config, quiet=True).manifest
+    first = prepare(config).manifest
     copy = tmp_path / "copy.txt"
     copy.write_text(prose(N_BYTES), encoding="utf-8")
-    second = prepare(text_config(copy), quiet=True).manifest
+    second = prepare(text_config(copy)).manifest
     assert second.fingerprint == first.fingerprint and second.sources != first.sources
     assert second.tokens_sha256 == first.tokens_sha256
 
     copy.write_text(prose(N_BYTES).replace("0", "1"), encoding="utf-8")  # of the same length
-    assert prepare(text_config(copy), quiet=True).manifest.fingerprint != first.fingerprint
-    larger = prepare(text_config(copy, vocab_size=600), quiet=True).manifest
+    assert prepare(text_config(copy)).manifest.fingerprint != first.fingerprint
+    larger = prepare(text_config(copy, vocab_size=600)).manifest
     assert larger.fingerprint != first.fingerprint
     assert read_manifest(config) == first
 
 
 def test_damage_is_found_and_mended(config, capsys):
-    first = prepare(config, quiet=True)
+    first = prepare(config)
     path = first.folder / "train.bin"
     whole = path.read_bytes()
     n_tokens = len(whole) // 2
@@ -143,62 +118,46 @@ def test_damage_is_found_and_mended(config, capsys):
     path.write_bytes(whole[:-2])
     with pytest.raises(UserError) as error:
         open_corpus(config)
-    assert str(error.value) == f"{path} is missing or damaged (not {n_tokens:,} tokens): {preparing(config)}"
+    assert str(error.value).startswith(f"{path} is missing or damaged (not {n_tokens:,} tokens); make data")
     assert prepare(config).manifest == first.manifest
     assert f"{path} is missing or damaged (not {n_tokens:,} tokens): preparing it again\n" in capsys.readouterr().err
     assert path.read_bytes() == whole
 
-    path.write_bytes(whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:])
-    open_corpus(config)
-    with pytest.raises(
-        UserError,
-        match=r"train\.bin is damaged \(sha256 differs from the manifest's\): \.venv/bin/python -m peerscale",
-    ):
-        open_corpus(config, verify=True)
-    prepare(config, quiet=True, verify=True)
-    assert path.read_bytes() == whole
-
     saved = first.folder / "tokenizer.json"
     saved.write_text(saved.read_text(encoding="utf-8") + " ", encoding="utf-8")
-    with pytest.raises(
-        UserError,
-        match=r"tokenizer\.json is missing or damaged: \.venv/bin/python -m peerscale\.data\.prepare data=text .*$",
-    ):
+    with pytest.raises(UserError, match=r"tokenizer\.json is missing or damaged; make data"):
         open_corpus(config)
 
 
 @pytest.mark.parametrize("content", ["{}", "not json", ""])
 def test_an_unreadable_manifest_counts_as_nothing(config, content):
-    first = prepare(config, quiet=True)
+    first = prepare(config)
     (first.folder / "manifest.json").write_text(content)
     assert read_manifest(config) is None
-    assert prepare(config, quiet=True).manifest == first.manifest
+    assert prepare(config).manifest == first.manifest
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"dtype": "object"}, {"dtype": "uint32"}, {"vocab_size": 600}, {"splits": {}}, {"utf8_bytes": {}},
-        {"splits": {"train": 0, "validation": 1, "tuning": 1}}, {"tokens_sha256": {"train": ""}}, {"code": "x"},
+        {"dtype": "object"}, {"dtype": "uint32"}, {"vocab_size": 600}, {"splits": None}, {"code": "x"},
     ],
     ids=str,
 )  # fmt: skip
 def test_a_manifest_that_does_not_describe_its_corpus_counts_as_nothing(config, change):
-    folder = prepare(config, quiet=True).folder
+    folder = prepare(config).folder
     path = folder / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     assert read_manifest(config) is None
-    with pytest.raises(
-        UserError, match=r"is not prepared: \.venv/bin/python -m peerscale\.data\.prepare data=text .*$"
-    ):
+    with pytest.raises(UserError, match=r"^corpus text is not prepared; make data, "):
         open_corpus(config)
 
 
 def test_what_an_older_preparation_made_is_made_again(config, monkeypatch):
-    prepare(config, quiet=True)
+    prepare(config)
     monkeypatch.setattr(store, "PREPARATION_VERSION", store.PREPARATION_VERSION + 1)
     assert read_manifest(config) is None
-    assert prepare(config, quiet=True).manifest.preparation_version == store.PREPARATION_VERSION
+    assert prepare(config).manifest.preparation_version == store.PREPARATION_VERSION
 
 
 def test_two_at_once_prepare_it_once(config, monkeypatch):
@@ -206,7 +165,7 @@ def test_two_at_once_prepare_it_once(config, monkeypatch):
     build = module._build
     monkeypatch.setattr(module, "_build", lambda *args, **kwargs: builds.append(1) or build(*args, **kwargs))
     made = []
-    threads = [threading.Thread(target=lambda: made.append(prepare(config, quiet=True))) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: made.append(prepare(config))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -221,12 +180,12 @@ def test_a_full_disk_leaves_nothing_half_written(config, monkeypatch, capsys):
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "_encode", full)
-        assert exit_code(lambda: prepare(config, quiet=True) and None) == 2
+        assert exit_code(lambda: prepare(config) and None) == 2
     assert capsys.readouterr().err == "error: no space left on disk; nothing half-written stays\n"
     folder = store.folder(config)
     assert [path.name for path in folder.parent.iterdir()] == [f"{folder.name}.lock"]
     (folder.parent / f".{folder.name}.killed").mkdir()
-    prepare(config, quiet=True)
+    prepare(config)
     assert {path.name for path in folder.parent.iterdir()} == {f"{folder.name}.lock", folder.name}
     assert {path.name for path in folder.iterdir()} == {
         *("train.bin", "validation.bin", "tuning.bin", "tokenizer.json", "manifest.json")
@@ -238,7 +197,7 @@ def test_too_short_a_corpus_for_held_out_sets(tmp_path, text_config, content):
     path = tmp_path / "short.txt"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(UserError) as error:
-        prepare(text_config(path), quiet=True)
+        prepare(text_config(path))
     n_bytes = len(content.encode())
     expected = f"{path}: {n_bytes:,} bytes of text are too few for held-out sets; at least 100,000 are needed"
     assert str(error.value) == expected
@@ -249,16 +208,16 @@ def test_too_short_a_corpus_for_its_vocabulary(tmp_path, config, text_config):
     with pytest.raises(
         UserError, match=r"^too little text for data\.vocab_size 60000: it yields (\d+) tokens; "
     ) as error:
-        prepare(text_config(path, vocab_size=60_000), quiet=True)
+        prepare(text_config(path, vocab_size=60_000))
     reached = int(str(error.value).split("it yields ")[1].split()[0])
     assert f"set data.vocab_size={reached} or less, or give more text" in str(error.value)
-    prepare(text_config(path, vocab_size=reached), quiet=True)
+    prepare(text_config(path, vocab_size=reached))
 
 
 def test_a_corpus_is_prepared_whatever_is_to_be_evaluated_on_it(tmp_path, config, text_config):
-    first = prepare(config, quiet=True)
+    first = prepare(config)
     greedy = text_config(tmp_path / "text.txt", evaluation={"validation": 10**9, "speeches": 64}, name="mine")
-    assert open_corpus(greedy).folder == prepare(greedy, quiet=True).folder == first.folder
+    assert open_corpus(greedy).folder == prepare(greedy).folder == first.folder
 
 
 def run(*arguments):
@@ -271,12 +230,12 @@ def test_the_command_prepares_and_says_where(tmp_path):
     path.write_text(prose(N_BYTES), encoding="utf-8")
     data = ["data=text", f"data.path={path}", f"data.directory={tmp_path / 'data'}", "data.vocab_size=512"]
     done = run(*data, "data.evaluation.validation=1024")
-    assert (done.returncode, done.stderr) == (0, "reading text ...\ntraining a tokenizer of 512 ...\nencoding ...\n")
+    assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines[:-1]] == ["set", "train", "validation", "tuning"]
     (folder,) = (tmp_path / "data").glob("text-512-????????")
     assert lines[-1] == f"text, vocabulary 512, prepared in {folder}"
-    again = run(*data, "data.evaluation.validation=1024", "--verify")
+    again = run(*data, "data.evaluation.validation=1024")
     assert (again.returncode, again.stderr) == (0, "")
     assert again.stdout.splitlines()[:-1] == lines[:-1]
     assert again.stdout.splitlines()[-1] == f"text, vocabulary 512, already prepared in {folder}"

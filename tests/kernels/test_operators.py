@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peerscale.kernels.adamw import AdamW, Moments
 from peerscale.kernels.backends import BACKENDS, choose_operators
 from peerscale.kernels.operators import Pairs, TableGradient
 
@@ -75,17 +74,14 @@ def test_the_parts_equal_their_definition(name, shape):
     for operators in (backend(name), REFERENCE):
         pairs = Pairs(operators, rows, len(table))
         gradient = TableGradient(pairs, weights, x)
-        changed, moments = (
-            table.clone(),
-            [torch.zeros_like(table), torch.zeros_like(table), table.new_zeros(len(table))],
-        )
+        changed, steps = table.clone(), table.new_zeros(len(table))
+        state = {"exp_avg": torch.zeros_like(table), "exp_avg_sq": torch.zeros_like(table), "step": steps}
         if rows.numel():
-            rates = AdamW(lr=0.1, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
-            named = Moments(mean_ND=moments[0], square_ND=moments[1], steps_N=moments[2])
-            operators.adamw_rows(gradient, changed, named, rates)
+            rates = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+            operators.adamw_rows(gradient, changed, state, rates)
         found.append([
             operators.row_dot_products(x, table, pairs), operators.weighted_row_sum(table, pairs, weights),
-            operators.table_gradient(gradient), changed, *moments,
+            operators.table_gradient(gradient), changed, *state.values(),
         ])  # fmt: skip
     assert_same(*found, 1e-12)
 

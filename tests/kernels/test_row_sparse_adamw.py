@@ -133,10 +133,6 @@ def test_compact_gradients_are_the_dense_ones(name):
         assert parameter.grad is None
         total = total_gradient(collected_gradients(parameter))
         torch.testing.assert_close(total.pairs.operators.table_gradient(total), expected)
-        collect_row_gradients(parameter, False)
-    model(x).square().sum().backward()
-    for parameter, expected in zip(model.expert_tables(), dense, strict=True):
-        torch.testing.assert_close(parameter.grad, expected)
 
 
 @pytest.mark.parametrize("name", COMPACT)
@@ -242,8 +238,3 @@ def test_updates_do_not_depend_on_the_number_of_threads():
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*results)
-
-
-def test_a_row_sparse_parameter_is_a_table():
-    with pytest.raises(ValueError, match=r"not of shape \(3,\)"):
-        row_sparse(nn.Parameter(torch.zeros(3)))

@@ -9,9 +9,8 @@ from test_operators import DEVICE, assert_same, inputs, results
 from torch import nn
 
 from peerscale.kernels import triton_kernels, triton_operators
-from peerscale.kernels.adamw import AdamW, Moments
 from peerscale.kernels.backends import BACKENDS, choose_operators
-from peerscale.kernels.operators import Pairs, TableGradient
+from peerscale.kernels.operators import Pairs
 from peerscale.kernels.row_sparse_adamw import RowSparseAdamW
 
 TRITON, REFERENCE = choose_operators("triton", DEVICE), BACKENDS["reference"]
@@ -91,14 +90,6 @@ def test_adamw_of_wide_rows_with_many_pairs(dtype, tolerance):
         for optimizer in optimizers:
             optimizer.step()
     torch.testing.assert_close(table.double(), dense, rtol=tolerance, atol=tolerance)
-
-
-def test_adamw_refuses_a_table_that_is_not_contiguous():
-    table = torch.zeros(5, 9).T
-    moments = Moments(mean_ND=table.clone(), square_ND=table.clone(), steps_N=torch.zeros(9))
-    gradient = TableGradient(Pairs(TRITON, torch.zeros(1, 1), 9), torch.ones(1, 1), torch.ones(1, 5))
-    with pytest.raises(ValueError, match="contiguous"):
-        TRITON.adamw_rows(gradient, table, moments, AdamW(lr=0.1, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0))
 
 
 def test_deterministic_algorithms_do_not_depend_on_which_blocks_are_fastest():

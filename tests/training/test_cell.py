@@ -22,7 +22,6 @@ from peerscale.train import run_single
 from peerscale.training import cell as cells
 from peerscale.training.cell import train_cell
 from peerscale.training.checkpoint import checkpoints
-from peerscale.training.environment import changed_keys
 from test_train import budget, corpus_path, settings  # noqa: F401
 
 
@@ -30,7 +29,7 @@ from test_train import budget, corpus_path, settings  # noqa: F401
 def tiny(settings: list[str]) -> list[str]:  # noqa: F811
     """A cell of 8 steps."""
     overrides = [*settings, "tracking=disabled"]
-    prepare(load(overrides).data, quiet=True)
+    prepare(load(overrides).data)
     return [*overrides, budget(overrides, 8)]
 
 
@@ -142,14 +141,7 @@ def test_a_cell_killed_in_its_evaluation_keeps_the_same_model(tiny: list[str], m
 
 def test_what_older_cells_left_is_still_understood(tiny: list[str]) -> None:
     """They named two kernels otherwise, and had a key for tables that several devices shared."""
-    folder, record = trained([*tiny, "trainer.keep_checkpoint=true"])
-    now = record.environment
-    assert (now["kernel"], now["n_devices"]) == ("torch", 1)
-    before = {**now, "kernel": "native", "shard_tables": False}
-    assert changed_keys(before, now) == []
-    assert changed_keys({**before, "kernel": "fused"}, now) == ["kernel"]
-    del before["n_devices"]
-    assert changed_keys(before, now) == []
+    folder, _ = trained([*tiny, "trainer.keep_checkpoint=true"])
     path = folder / "config.yaml"
     tree = yaml.safe_load(path.read_text())
     tree["trainer"] |= {"kernel": "fused", "shard_tables": False}

@@ -32,7 +32,7 @@ from peerscale.training import rank as rank_program
 from peerscale.training.cell import build_module, fit, train_cell
 from peerscale.training.checkpoint import TimedCheckpoint, checkpoints
 from peerscale.training.distributed import joined_ranks, started_ranks
-from peerscale.training.evaluation import Evaluation, evaluate
+from peerscale.training.evaluation import evaluate
 from test_train import budget, corpus_path, settings, train  # noqa: F401
 
 STEPS = 6
@@ -68,7 +68,7 @@ class Rows(list[dict[str, Any]]):
         self.append({key: value for key, value in row.items() if key != "tokens_per_s"})
 
 
-def trained(config: Config, folder: Path) -> tuple[Rows, Evaluation, dict[str, Any]]:
+def trained(config: Config, folder: Path) -> tuple[Rows, dict[str, Any], dict[str, Any]]:
     """Metrics, evaluation and last checkpoint of a cell, on every rank that calls it; the checkpoint on the first."""
     rows, corpus = Rows(), open_corpus(config.data)
     saving = TimedCheckpoint(folder, 1e9, STEPS)
@@ -105,7 +105,7 @@ def train_all() -> None:
 def broken_off_copies(original: Cell, *copies: Cell) -> Iterator[None]:
     """Copy a cell between its training and its evaluation, as it would be had it been killed after step 4."""
 
-    def copy_first(*arguments: Any) -> Evaluation:
+    def copy_first(*arguments: Any) -> dict[str, Any]:
         for copy in copies:
             shutil.copytree(original.folder, copy.folder, dirs_exist_ok=True)
             for path in (copy.folder / "checkpoints").iterdir():
@@ -165,7 +165,7 @@ def launched(configs: dict[str, Config], cells: dict[str, Cell], tmp_path_factor
 
 
 @pytest.fixture(scope="module")
-def on_two(launched: Path) -> dict[str, tuple[Rows, Evaluation, dict[str, Any]]]:
+def on_two(launched: Path) -> dict[str, tuple[Rows, dict[str, Any], dict[str, Any]]]:
     """What comes of all cases on two processes."""
     return pickle.loads((launched / "found.pickle").read_bytes())
 
@@ -187,9 +187,10 @@ def test_two_processes_train_what_one_does(
     assert len(rows) == len(rows_of_two) == STEPS / 2
     for row, row_of_two in zip(rows, rows_of_two, strict=True):
         assert row_of_two == pytest.approx(row, rel=rel, abs=absolute)
-    assert evaluation_of_two.sets["validation"] == pytest.approx(evaluation.sets["validation"], rel=rel, abs=absolute)
-    assert evaluation_of_two.sequence_losses == pytest.approx(evaluation.sequence_losses, rel=1e-2, abs=2e-5)
-    assert evaluation_of_two.router == pytest.approx(evaluation.router, rel=rel, abs=absolute)
+    sets, sets_of_two = evaluation["evaluation"], evaluation_of_two["evaluation"]
+    assert sets_of_two["validation"] == pytest.approx(sets["validation"], rel=rel, abs=absolute)
+    assert evaluation_of_two["sequence_losses"] == pytest.approx(evaluation["sequence_losses"], rel=1e-2, abs=2e-5)
+    assert evaluation_of_two["router"] == pytest.approx(evaluation["router"], rel=rel, abs=absolute)
     if "bf16" in case:
         return
     weights, weights_of_two = checkpoint["state_dict"], checkpoint_of_two["state_dict"]

@@ -48,7 +48,7 @@ def trained(
     saving = TimedCheckpoint(folder, 1e9, every_steps=2)
     fit(module, corpus, rows, saving, resumed)  # type: ignore[arg-type]
     assert next(path.name for path in checkpoints(folder)) == f"step-{STEPS:09d}.ckpt"
-    losses = evaluate(module, corpus, config, CPU).sequence_losses
+    losses = evaluate(module, corpus, config, CPU)["sequence_losses"]
     return rows, losses, torch.load(checkpoints(folder)[0], weights_only=True)
 
 

@@ -89,7 +89,7 @@ def test_signals_come_to_the_record_and_older_records_have_none(
         f"trainer.runs_directory={tmp_path / 'runs'}", "trainer.log_every_steps=1", "tracking=disabled", "budget=2e7",
         "min_steps=1",
     ]  # fmt: skip
-    prepare(load(overrides).data, quiet=True)
+    prepare(load(overrides).data)
     monkeypatch.setattr(signals, "LOSS_JUMP", -100.0)
     cell = single_cell(composed(overrides))
     assert train_cell(cell) is Status.DONE

@@ -7,8 +7,6 @@ windows of one batch are never neighbours in the text, since expert choice compa
 import numpy as np
 import numpy.typing as npt
 
-from peerscale.errors import UserError
-
 Tokens = npt.NDArray[np.uint16]
 Batch = npt.NDArray[np.int64]
 
@@ -36,9 +34,6 @@ class TrainBatches:
         seed: of the order.
         batch_sequences: windows in a batch, B.
         context: tokens in a window, T.
-
-    Raises:
-        UserError: the tokens do not fill one batch.
     """
 
     def __init__(self, tokens: Tokens, *, seed: int, batch_sequences: int, context: int) -> None:
@@ -46,11 +41,7 @@ class TrainBatches:
         self._seed = seed
         self._context = context
         self._windows_per_stratum = whole_batches(len(tokens), batch_sequences=batch_sequences, context=context)
-        if not self._windows_per_stratum:
-            raise UserError(
-                f"the training set has {len(tokens):,} tokens, but one batch of {batch_sequences} x {context} tokens "
-                f"needs {fewest_tokens(batch_sequences=batch_sequences, context=context):,}"
-            )
+        assert self._windows_per_stratum, "a plan drops a cell that has no batch to train on"
         self.steps_per_epoch = self._windows_per_stratum - 1
         self._strata = np.arange(batch_sequences)
         self._epoch: int | None = None
@@ -78,9 +69,6 @@ class EvaluationBatches:
         n_tokens: tokens to evaluate on, rounded down to whole batches.
         batch_sequences: windows in a batch, B.
         context: tokens in a window, T.
-
-    Raises:
-        UserError: the set is shorter than asked, or less than one batch is asked.
     """
 
     def __init__(self, tokens: Tokens, n_tokens: int, *, batch_sequences: int, context: int) -> None:
@@ -89,13 +77,7 @@ class EvaluationBatches:
         n_batches = n_tokens // (batch_sequences * context)
         n_chosen = n_batches * batch_sequences
         n_windows = (len(tokens) - 1) // context
-        if n_batches < 1:
-            raise UserError(f"{n_tokens:,} evaluation tokens are less than a batch of {batch_sequences} x {context}")
-        if n_batches > whole_batches(len(tokens), batch_sequences=batch_sequences, context=context):
-            raise UserError(
-                f"the held-out set has {len(tokens):,} tokens, too few for {n_tokens:,} evaluation tokens in batches "
-                f"of {batch_sequences} x {context}"
-            )
+        assert 1 <= n_batches <= whole_batches(len(tokens), batch_sequences=batch_sequences, context=context)
         # Batch m takes every n_batches-th chosen window from the m-th on: far apart, and the subset does not depend on
         # how it is cut into batches.
         self._windows = (np.arange(n_chosen) * n_windows // n_chosen).reshape(batch_sequences, n_batches).T

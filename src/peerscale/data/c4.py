@@ -3,8 +3,6 @@
 Only its preparation needs the package `datasets` (extra `hub`).
 """
 
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,7 +15,6 @@ from peerscale.errors import UserError
 HUB_NAME, HUB_SUBSET = "allenai/c4", "en"
 HELD_OUT_PAGES = 4_000
 """Pages read of C4's own validation set: the even ones become `validation`, the odd ones `tuning`."""
-TIMEOUT_S = 10
 
 
 def sources(config: DataConfig) -> dict[str, str]:
@@ -60,7 +57,6 @@ def _pages(shards: dict[str, list[Path]], split: str, limit: int | None) -> Iter
     if shards:
         where = {"path": "json", "data_files": {name: [str(path) for path in paths] for name, paths in shards.items()}}
     else:
-        _check_hub()
         where = {"path": HUB_NAME, "name": HUB_SUBSET}
     n_read = 0
     try:
@@ -70,19 +66,3 @@ def _pages(shards: dict[str, list[Path]], split: str, limit: int | None) -> Iter
     except Exception as error:  # of the several HTTP, archive and JSON libraries beneath
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(f"C4 {split} cannot be read after {n_read:,} pages: {reason}") from None
-
-
-def _check_hub() -> None:
-    # The library itself would retry for half a minute before it gives up.
-    from huggingface_hub import constants
-
-    hint = "; without the hub, set data.path to a folder with en/c4-train.*.json.gz"
-    if constants.HF_HUB_OFFLINE:
-        raise UserError(f"data=c4 needs the Hugging Face hub, but HF_HUB_OFFLINE is set{hint}")
-    request = urllib.request.Request(f"{constants.ENDPOINT}/api/datasets/{HUB_NAME}", method="HEAD")
-    try:
-        urllib.request.urlopen(request, timeout=TIMEOUT_S).close()
-    except OSError as error:  # also HTTPError
-        raise UserError(
-            f"data=c4 cannot reach {constants.ENDPOINT} ({getattr(error, 'reason', error)}){hint}"
-        ) from None

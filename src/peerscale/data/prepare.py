@@ -14,7 +14,7 @@ from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 import numpy as np
 from filelock import FileLock
@@ -36,15 +36,9 @@ SAMPLE_BYTES = 10_000_000
 ENCODED_AT_ONCE = 512
 """Blocks. An encoding takes some hundred times the memory of its text."""
 
-T = TypeVar("T")
 
-
-def prepare(config: DataConfig, *, quiet: bool = False, verify: bool = False) -> Corpus:
+def prepare(config: DataConfig) -> Corpus:
     """Prepare the corpus of `config` unless that is done. Of several processes only one does the work.
-
-    Args:
-        quiet: show no progress.
-        verify: before the corpus is reused, compare the sha256 of all token files, not just their sizes.
 
     Raises:
         UserError: the text cannot be downloaded or read, or is too short for its vocabulary or held-out sets.
@@ -55,26 +49,26 @@ def prepare(config: DataConfig, *, quiet: bool = False, verify: bool = False) ->
         sources = SOURCES[config.source].sources(config)
         manifest = store.read_manifest(config)
         corpus = Corpus(folder, manifest) if manifest and manifest.sources == sources else None
-        damage = corpus and store.find_damage(corpus, verify=verify)
-        if damage and not quiet:
+        damage = corpus and store.find_damage(corpus)
+        if damage:
             print(f"{damage}: preparing it again", file=sys.stderr)
         if corpus is None or damage:
             for abandoned in folder.parent.glob(f".{folder.name}.*"):  # by a process that was killed
                 shutil.rmtree(abandoned)
             with replacing(folder) as temporary:
                 temporary.mkdir()
-                corpus = Corpus(folder, _build(config, sources, temporary, quiet=quiet))
+                corpus = Corpus(folder, _build(config, sources, temporary))
     return corpus
 
 
-def _build(config: DataConfig, sources: dict[str, str], folder: Path, *, quiet: bool) -> Manifest:
+def _build(config: DataConfig, sources: dict[str, str], folder: Path) -> Manifest:
     # The text passes through a file, since its length decides where the held-out sets lie, and they must be known
     # before the tokenizer is trained on the rest.
-    progress = partial(_progress, quiet=quiet)
+    progress = partial(tqdm, unit=" blocks", leave=False, disable=None)  # None: shown on a terminal
     spool = folder / "blocks.jsonl"
     n_blocks = n_bytes = 0
     with spool.open("w", encoding="utf-8") as file:
-        for block in progress(SOURCES[config.source].blocks(config), f"reading {config.source}"):
+        for block in progress(SOURCES[config.source].blocks(config), desc=f"reading {config.source}"):
             file.write(json.dumps(block, ensure_ascii=False) + "\n")
             n_blocks += 1
             n_bytes += len(block.text.encode()) if block.split in (None, "train") else 0
@@ -87,10 +81,10 @@ def _build(config: DataConfig, sources: dict[str, str], folder: Path, *, quiet: 
 
     training = (block.text for block in _placed(spool, held_out) if block.split == "train")
     sample = islice(training, 0, None, max(1, min(10, n_bytes // SAMPLE_BYTES)))
-    tokenizer = train(progress(sample, f"training a tokenizer of {config.vocab_size}"), config.vocab_size)
+    tokenizer = train(progress(sample, desc=f"training a tokenizer of {config.vocab_size}"), config.vocab_size)
     store.tokenizer_file(folder).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
-    utf8_bytes = _encode(progress(_placed(spool, held_out), "encoding", n_blocks), tokenizer, folder)
+    utf8_bytes = _encode(progress(_placed(spool, held_out), desc="encoding", total=n_blocks), tokenizer, folder)
     files = {name: store.tokens_file(folder, name) for name in SETS if name in utf8_bytes}
     spool.unlink()
     manifest = Manifest(
@@ -145,25 +139,15 @@ def _encode(blocks: Iterable[Block], tokenizer: Tokenizer, folder: Path) -> Coun
     return utf8_bytes
 
 
-def _progress(items: Iterable[T], what: str, total: int | None = None, *, quiet: bool) -> Iterable[T]:
-    if quiet:
-        return items
-    if not sys.stderr.isatty():
-        print(f"{what} ...", file=sys.stderr, flush=True)
-        return items
-    return tqdm(items, desc=what, total=total, unit=" blocks", leave=False)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: Hydra overrides, and a sweep whose data settings are used."""
     parser = ArgumentParser(prog="python -m peerscale.data.prepare", description=__doc__.splitlines()[0])
     parser.add_argument("overrides", nargs="*", help="such as data=text data.path=FILE_OR_FOLDER data.vocab_size=4096")
     parser.add_argument("--sweep", help="prepare what this study needs")
-    parser.add_argument("--verify", action="store_true", help="read all tokens of a prepared corpus and check them")
     arguments = parser.parse_args(argv)
     config = load(arguments.overrides, sweep=arguments.sweep).data
     was_there = store.read_manifest(config)
-    corpus = prepare(config, verify=arguments.verify)
+    corpus = prepare(config)
     manifest = corpus.manifest
     print(f"{'set':<12}{'tokens':>13}{'MB':>9}{'bytes/token':>13}")
     for name, n_tokens in manifest.splits.items():

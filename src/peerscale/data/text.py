@@ -29,8 +29,8 @@ def blocks(config: DataConfig) -> Iterator[Block]:
         try:
             with _open(path) as file:
                 yield from _jsonl(path, file) if path.name.endswith((".jsonl", ".jsonl.gz")) else _plain(file)
-        except UnicodeDecodeError:
-            raise UserError(f"{path}:{_first_undecodable_line(path)}: not UTF-8") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 ({error})") from None
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise UserError(f"{path}: not a whole gzip file ({error})") from None
 
@@ -75,13 +75,3 @@ def _jsonl(path: Path, file: TextIO) -> Iterator[Block]:
         except (ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f'{path}:{number}: not a JSON object with a string under "text"') from None
         yield from document(text)
-
-
-def _first_undecodable_line(path: Path) -> int:
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode()
-            except UnicodeDecodeError:
-                return number
-    raise AssertionError(path)

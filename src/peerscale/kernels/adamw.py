@@ -6,38 +6,26 @@ rate, whenever it comes. Decay is decoupled and also applies to the retrieved ro
 every step this is `torch.optim.AdamW`.
 """
 
-from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+State = dict[str, Tensor]
+"""What AdamW remembers of a table: the moments `exp_avg` and `exp_avg_sq` (N, D), and the `step` of each row (N,)."""
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AdamW:
-    """The rates of one step."""
-
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
+Rates = dict[str, Any]
+"""A parameter group, as `torch.optim.AdamW` has it: lr, betas, eps, weight_decay."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Moments:
-    """What AdamW remembers of a table (N, D): both moments (N, D) and the steps of each row (N,)."""
-
-    mean_ND: Tensor
-    square_ND: Tensor
-    steps_N: Tensor
-
-
-def update_rows(table_ND: Tensor, moments: Moments, rows_R: Tensor, gradient_RD: Tensor, adamw: AdamW) -> None:
+def update_rows(table_ND: Tensor, state: State, rows_R: Tensor, gradient_RD: Tensor, rates: Rates) -> None:
     """One step for the rows `rows_R`, each named once, whose gradients are `gradient_RD`."""
-    steps_R = moments.steps_N[rows_R] + 1
-    mean_RD = moments.mean_ND[rows_R].lerp(gradient_RD, 1 - adamw.beta1)
-    square_RD = moments.square_ND[rows_R].lerp(gradient_RD.square(), 1 - adamw.beta2)
-    moments.steps_N[rows_R], moments.mean_ND[rows_R], moments.square_ND[rows_R] = steps_R, mean_RD, square_RD
-    unbiased_mean = mean_RD / (1 - adamw.beta1 ** steps_R[:, None])
-    unbiased_square = square_RD / (1 - adamw.beta2 ** steps_R[:, None])
-    kept = table_ND[rows_R] * (1 - adamw.lr * adamw.weight_decay)
-    table_ND[rows_R] = kept - adamw.lr * unbiased_mean / (unbiased_square.sqrt() + adamw.eps)
+    beta1, beta2 = rates["betas"]
+    mean_ND, square_ND, steps_N = state["exp_avg"], state["exp_avg_sq"], state["step"]
+    steps_R = steps_N[rows_R] + 1
+    mean_RD = mean_ND[rows_R].lerp(gradient_RD, 1 - beta1)
+    square_RD = square_ND[rows_R].lerp(gradient_RD.square(), 1 - beta2)
+    steps_N[rows_R], mean_ND[rows_R], square_ND[rows_R] = steps_R, mean_RD, square_RD
+    unbiased_mean = mean_RD / (1 - beta1 ** steps_R[:, None])
+    unbiased_square = square_RD / (1 - beta2 ** steps_R[:, None])
+    kept = table_ND[rows_R] * (1 - rates["lr"] * rates["weight_decay"])
+    table_ND[rows_R] = kept - rates["lr"] * unbiased_mean / (unbiased_square.sqrt() + rates["eps"])

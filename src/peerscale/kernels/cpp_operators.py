@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from peerscale.kernels.adamw import AdamW, Moments
+from peerscale.kernels.adamw import Rates, State
 from peerscale.kernels.compiler import CompilerError, library
 from peerscale.kernels.operators import Pairs, SortedPairs, TableGradient, candidate_pairs
 from peerscale.kernels.torch_operators import TorchOperators
@@ -110,14 +110,14 @@ class CppOperators(TorchOperators):
         _run("table_gradient", out_ND.dtype, _as_struct(gradient.pairs), coefficients_TJ, vectors_TD, out_ND, D)
         return out_ND
 
-    def adamw_rows(self, gradient: TableGradient, table_ND: Tensor, moments: Moments, adamw: AdamW) -> None:
+    def adamw_rows(self, gradient: TableGradient, table_ND: Tensor, state: State, rates: Rates) -> None:
         factors = (gradient.coefficients_TJ, gradient.vectors_TD)
-        changed = (table_ND, moments.mean_ND, moments.square_ND, moments.steps_N)
+        changed = (table_ND, state["exp_avg"], state["exp_avg_sq"], state["step"])
         if not (_takes(*factors, *changed) and all(tensor.is_contiguous() for tensor in changed)):
-            return super().adamw_rows(gradient, table_ND, moments, adamw)
-        rates = (adamw.lr, adamw.beta1, adamw.beta2, adamw.eps, adamw.weight_decay)
+            return super().adamw_rows(gradient, table_ND, state, rates)
+        numbers = (rates["lr"], *rates["betas"], rates["eps"], rates["weight_decay"])
         pairs, D = _as_struct(gradient.pairs), table_ND.shape[1]
-        _run("adamw_rows", table_ND.dtype, pairs, *factors, *changed, D, *map(float, rates))
+        _run("adamw_rows", table_ND.dtype, pairs, *factors, *changed, D, *map(float, numbers))
 
 
 class _Gate(torch.autograd.Function):

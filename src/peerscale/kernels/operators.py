@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peerscale.kernels.adamw import AdamW, Moments, update_rows
+from peerscale.kernels.adamw import Rates, State, update_rows
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
 """Of an expert's one neuron."""
@@ -60,11 +60,11 @@ class TableGradient:
     vectors_TD: Tensor
 
 
-def collect_row_gradients(table: nn.Parameter, collect: bool = True) -> None:
+def collect_row_gradients(table: nn.Parameter) -> None:
     """Let backward passes keep the gradient of `table` as factors, for a row-sparse optimiser or for other ranks, and
-    leave `table.grad` alone; or end that.
+    leave `table.grad` alone.
     """
-    table.collected_gradients = [] if collect else None  # type: ignore[attr-defined]
+    table.collected_gradients = []  # type: ignore[attr-defined]
 
 
 def collected_gradients(table: Tensor) -> list[TableGradient] | None:
@@ -164,10 +164,10 @@ class Operators:
         table_ND = vectors_TD.new_zeros(pairs.n_rows, vectors_TD.shape[1])
         return table_ND.index_add(0, pairs.rows_TJ.view(-1), parts_TJD.flatten(0, 1))
 
-    def adamw_rows(self, gradient: TableGradient, table_ND: Tensor, moments: Moments, adamw: AdamW) -> None:
+    def adamw_rows(self, gradient: TableGradient, table_ND: Tensor, state: State, rates: Rates) -> None:
         """`adamw.update_rows` for the rows that have pairs."""
         rows_R = gradient.pairs.rows_TJ.unique()
-        update_rows(table_ND, moments, rows_R, self.table_gradient(gradient)[rows_R], adamw)
+        update_rows(table_ND, state, rows_R, self.table_gradient(gradient)[rows_R], rates)
 
 
 def candidate_pairs(top_k: int) -> tuple[list[int], list[int]]:

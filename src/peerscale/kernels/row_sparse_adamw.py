@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peerscale.kernels.adamw import AdamW, Moments, update_rows
+from peerscale.kernels.adamw import update_rows
 from peerscale.kernels.operators import collect_row_gradients, collected_gradients, total_gradient
 
 
@@ -14,8 +14,7 @@ class RowSparseAdamW(torch.optim.AdamW):
     """`torch.optim.AdamW`, and in the parameter groups marked `row_sparse: True` row by row.
 
     The parameters of a marked group are tables, (rows, width). From their entry into the optimiser on, the backward
-    passes of `peerscale.kernels` collect their gradients in compact form and leave `grad` at `None`
-    (`collect_row_gradients(table, False)` ends that, for a table that shall go to another optimiser). Several backward
+    passes of `peerscale.kernels` collect their gradients in compact form and leave `grad` at `None`. Several backward
     passes before a step add up; `zero_grad` forgets them. A table with a dense `grad`, as other operators leave it, is
     updated in the rows that are not all zero. The arguments are those of torch's.
     """
@@ -26,10 +25,6 @@ class RowSparseAdamW(torch.optim.AdamW):
         super().add_param_group(param_group)
         if param_group["row_sparse"]:
             for table in param_group["params"]:
-                if table.ndim != 2:
-                    raise ValueError(
-                        f"a row-sparse parameter is a table (rows, width), not of shape {tuple(table.shape)}"
-                    )
                 collect_row_gradients(table)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -69,12 +64,8 @@ class RowSparseAdamW(torch.optim.AdamW):
         if not state:
             state["step"] = table.new_zeros(len(table))
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(table), torch.zeros_like(table)
-        moments = Moments(mean_ND=state["exp_avg"], square_ND=state["exp_avg_sq"], steps_N=state["step"])
-        beta1, beta2 = group["betas"]
-        rates = {"lr": float(group["lr"]), "eps": group["eps"], "weight_decay": group["weight_decay"]}
-        adamw = AdamW(beta1=beta1, beta2=beta2, **rates)
         if gradient is not None:
-            gradient.pairs.operators.adamw_rows(gradient, table, moments, adamw)
+            gradient.pairs.operators.adamw_rows(gradient, table, state, group)
         if table.grad is not None:
             rows = table.grad.any(dim=1).nonzero().squeeze(1)
-            update_rows(table, moments, rows, table.grad[rows], adamw)
+            update_rows(table, state, rows, table.grad[rows], group)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from peerscale.kernels.adamw import AdamW, Moments, update_rows
+from peerscale.kernels.adamw import Rates, State, update_rows
 from peerscale.kernels.operators import ACTIVATIONS, Operators, Pairs, TableGradient, collected_gradients
 
 _aten = torch.ops.aten
@@ -71,7 +71,7 @@ class TorchOperators(Operators):
             gradient.coefficients_TJ.view(-1), -1,
         )  # fmt: skip
 
-    def adamw_rows(self, gradient: TableGradient, table_ND: Tensor, moments: Moments, adamw: AdamW) -> None:
+    def adamw_rows(self, gradient: TableGradient, table_ND: Tensor, state: State, rates: Rates) -> None:
         by_row = gradient.pairs.by_row
         # A row's gradient is itself a weighted sum of rows: of the vectors of its pairs' tokens.
         weights = gradient.coefficients_TJ.view(-1)[by_row.order_P]
@@ -80,7 +80,7 @@ class TorchOperators(Operators):
             by_row.tokens_P, gradient.vectors_TD, begin, mode="sum", per_sample_weights=weights
         )
         rows_R = gradient.pairs.rows_TJ.view(-1)[by_row.order_P[begin]]
-        update_rows(table_ND, moments, rows_R, gradient_RD, adamw)
+        update_rows(table_ND, state, rows_R, gradient_RD, rates)
 
 
 class _RowOperator(torch.autograd.Function):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peerscale.kernels.adamw import AdamW, Moments
+from peerscale.kernels.adamw import Rates, State
 from peerscale.kernels.operators import Pairs, SortedPairs, TableGradient
 from peerscale.kernels.torch_operators import TorchOperators
 
@@ -73,25 +73,23 @@ class TritonOperators(TorchOperators):
         _launch("table_gradient", grid, *tensors, out_ND, J, D, pairs_a_row)
         return out_ND
 
-    def adamw_rows(self, gradient: TableGradient, table_ND: Tensor, moments: Moments, adamw: AdamW) -> None:
-        if not _takes(gradient.pairs.rows_TJ):
-            return super().adamw_rows(gradient, table_ND, moments, adamw)
-        changed = (table_ND, moments.mean_ND, moments.square_ND)
-        if not all(tensor.is_contiguous() for tensor in changed):
-            raise ValueError("a row-sparse table on a GPU must be contiguous")
+    def adamw_rows(self, gradient: TableGradient, table_ND: Tensor, state: State, rates: Rates) -> None:
+        changed, lr, (beta1, beta2) = (table_ND, state["exp_avg"], state["exp_avg_sq"]), rates["lr"], rates["betas"]
+        if not (_takes(gradient.pairs.rows_TJ) and all(tensor.is_contiguous() for tensor in changed)):
+            return super().adamw_rows(gradient, table_ND, state, rates)
         rows_P, runs = gradient.pairs.rows_TJ.view(-1), gradient.pairs.by_row
         # Empty runs name the last row once more, whose count is then written twice.
         rows_R = rows_P[runs.order_P[runs.starts_R[:-1].clamp(max=len(rows_P) - 1)]]
-        steps_R = moments.steps_N[rows_R] + 1
-        moments.steps_N[rows_R] = steps_R
+        steps_R = state["step"][rows_R] + 1
+        state["step"][rows_R] = steps_R
         # In float64: 1 - beta^steps is small at first.
-        size_R = adamw.lr / (1 - adamw.beta1 ** steps_R.double())
-        scale_R = (1 - adamw.beta2 ** steps_R.double()).rsqrt()
-        keep = size_R.new_full((1,), 1 - adamw.lr * adamw.weight_decay)
+        size_R = lr / (1 - beta1 ** steps_R.double())
+        scale_R = (1 - beta2 ** steps_R.double()).rsqrt()
+        keep = size_R.new_full((1,), 1 - lr * rates["weight_decay"])
         factors = (tensor.to(_summed_in(table_ND)) for tensor in (size_R, scale_R, keep))
         tensors, grid, widths = _by_runs(gradient)
-        rates = {"beta1": adamw.beta1, "beta2": adamw.beta2, "eps": adamw.eps}
-        _launch("adamw_rows", grid, *tensors, *changed, *factors, *widths, **rates, **_ADAMW_BLOCKS)
+        constants = {"beta1": beta1, "beta2": beta2, "eps": rates["eps"], **_ADAMW_BLOCKS}
+        _launch("adamw_rows", grid, *tensors, *changed, *factors, *widths, **constants)
 
 
 def _runs_on(device: str) -> bool:

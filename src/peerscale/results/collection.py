@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from peerscale.cells import planned_cells
+from peerscale.cells import Cell, planned_cells
 from peerscale.composition import of_cells
 from peerscale.errors import UserError
 from peerscale.files import write_json, write_text
 from peerscale.outcomes import further_line, of_the_plan, read_published, some, which_counts
 from peerscale.runs.comparison import compare
 from peerscale.runs.fits import fit_study
-from peerscale.runs.record import PlannedCell, Record, Status
+from peerscale.runs.record import Record, Status
 from peerscale.runs.study import RESULTS, Study, collected, planned_record, published
 from peerscale.runs.table import CURVES, curves_table, read_records, read_runs, read_table, runs_table
 from peerscale.sweep_config import load_sweep
@@ -150,7 +150,7 @@ def refuse_incomparable(own: Sequence[Record], others: Sequence[Record], where: 
             raise UserError(f"{where}: {key} {listed[0]}, but the cells run here have {listed[1]}")
 
 
-def plan_of(sweep: str, overrides: Sequence[str]) -> Sequence[PlannedCell] | None:
+def plan_of(sweep: str, overrides: Sequence[str]) -> Sequence[Cell] | None:
     """The cells of the study's file with `overrides`; None, with a notice, where it cannot be read."""
     try:
         return planned_cells(sweep, overrides)
@@ -160,7 +160,7 @@ def plan_of(sweep: str, overrides: Sequence[str]) -> Sequence[PlannedCell] | Non
         return None
 
 
-def with_planned(cells: Sequence[PlannedCell] | None, found: Mapping[str, Record]) -> tuple[list[Record], list[Record]]:
+def with_planned(cells: Sequence[Cell] | None, found: Mapping[str, Record]) -> tuple[list[Record], list[Record]]:
     """A record for each cell of the plan, in its order, made where there is none; and those of no cell of the plan."""
     if cells is None:
         return [*found.values()], []

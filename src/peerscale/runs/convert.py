@@ -1,12 +1,11 @@
-"""Convert records and tables that an earlier peerscale wrote to the present schema; no number changes.
+"""Convert records that an earlier peerscale wrote to the present schema; no number changes.
 
 python -m peerscale.runs.convert [FOLDER ...]
 
-Schema 1 had a cell's axes in its name alone, and hashed the names of rules where schema 2 hashes their results.
+Schema 1 had a cell's axes in its name alone, and hashed the names of rules where schema 2 hashes their results. The
+table beside a study's records is made of them again.
 """
 
-import csv
-import io
 import json
 import re
 import sys
@@ -21,9 +20,7 @@ from peerscale.files import write_text
 from peerscale.layers.registry import parse_layer
 from peerscale.runs.record import NAMES, RECORD, SCHEMA_VERSION, SET_ASIDE, fingerprint, parse_record, remove_key
 from peerscale.runs.study import RESULTS, RUNS
-
-NO_LONGER = ("energy_j", "bytes_moved")
-"""Columns that tables no longer have."""
+from peerscale.runs.table import runs_table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,39 +29,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folders = parser.parse_args(arguments).folders
     if missing := [folder for folder in folders if folder not in (RUNS, RESULTS) and not folder.is_dir()]:
         raise UserError(f"{missing[0]} is not a folder")
-    converted = {path: text for path, text in _converted(folders) if text is not None}
-    for path, text in converted.items():
-        write_text(path, text)
-    print(f"{len(converted)} files converted to schema version {SCHEMA_VERSION}")
+    n_converted = 0
+    for folder in folders:
+        for path in sorted([*folder.rglob(RECORD), *folder.rglob("records.jsonl")]):
+            if not path.parent.name.endswith(SET_ASIDE) and (trees := _converted(path)):
+                records = [parse_record(tree, f"{path}:{number}") for number, tree in enumerate(trees, 1)]
+                indent = 1 if path.name == RECORD else None
+                if path.name != RECORD:
+                    write_text(path.with_name("runs.csv"), runs_table(records).to_csv(index=False))
+                write_text(path, "".join(json.dumps(tree, indent=indent) + "\n" for tree in trees))
+                n_converted += 1
+    print(f"{n_converted} files converted to schema version {SCHEMA_VERSION}")
     return 0
 
 
-def _converted(folders: Sequence[Path]) -> Iterator[tuple[Path, str | None]]:
-    """Every file of records or runs, and its new content; None where it is of the present schema."""
-    for folder in folders:
-        for path in sorted(folder.rglob(RECORD)):
-            if not path.parent.name.endswith(SET_ASIDE):
-                yield path, _records(path, [path.read_text(encoding="utf-8")], indent=1)
-        for path in sorted(folder.rglob("records.jsonl")):
-            yield path, _records(path, path.read_text(encoding="utf-8").splitlines())
-        for path in sorted(folder.rglob("runs.csv")):
-            yield path, _table(path)
-
-
-def _records(path: Path, texts: Sequence[str], indent: int | None = None) -> str | None:
-    trees = []
-    for number, text in enumerate(texts, 1):
-        try:
-            trees.append(json.loads(text))
-        except ValueError:
-            print(f"notice: {path}:{number} is no JSON: the file is left as it is", file=sys.stderr)
-            return None
+def _converted(path: Path) -> list[dict[str, Any]]:
+    """The records of a file in the present schema; none where they are of it already."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        trees = [json.loads(part) for part in ([text] if path.name == RECORD else text.splitlines())]
+    except ValueError as error:
+        print(f"notice: {path} is no JSON ({error}): the file is left as it is", file=sys.stderr)
+        return []
     if not any(isinstance(tree, dict) and tree.get("schema_version") == 1 for tree in trees):
-        return None
-    new = [record_of_schema_1(tree) if tree["schema_version"] == 1 else tree for tree in trees]
-    for number, tree in enumerate(new, 1):
-        parse_record(tree, f"{path}:{number}")
-    return "".join(json.dumps(tree, indent=indent) + "\n" for tree in new)
+        return []
+    return [record_of_schema_1(tree) if tree["schema_version"] == 1 else tree for tree in trees]
 
 
 def record_of_schema_1(old: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,37 +123,6 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-
-
-OF_TABLES = {"lr": "optim.lr", "table_lr": "optim.table_lr"}
-"""Axes of the one study that was published without its records."""
-
-
-def _table(path: Path) -> str | None:
-    """A table of runs with the column `axes`; every other value is copied as it stands."""
-    rows = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8"), newline="")))
-    if not rows or "axes" in rows[0] or not {"cell", "budget"} <= {*rows[0]}:
-        return None
-    records = path.with_name("records.jsonl")
-    lines = records.read_text(encoding="utf-8").splitlines() if records.is_file() else []
-    known = {tree["cell"]: axes_of_record(tree) for tree in map(json.loads, lines)}
-    cell, after = rows[0].index("cell"), rows[0].index("budget") + 1
-    kept = [i for i, column in enumerate(rows[0]) if column not in NO_LONGER]
-    out = io.StringIO(newline="")
-    writer = csv.writer(out, lineterminator="\n")
-    for number, row in enumerate(rows):
-        axes = known.get(row[cell]) or {
-            OF_TABLES.get(name, name): float(text) if OF_TABLES.get(name) else text
-            for name, text in _parts_of_name(row[cell])
-        }
-        written = (json.dumps(axes) if axes else "") if number else "axes"
-        writer.writerow([*(row[i] for i in kept if i < after), written, *(row[i] for i in kept if i >= after)])
-    return out.getvalue()
-
-
-def axes_of_record(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The axes of a record of either schema."""
-    return tree["axes"] if tree["schema_version"] > 1 else axes_of_name(tree["cell"], tree["science"])
 
 
 if __name__ == "__main__":

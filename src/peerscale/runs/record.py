@@ -3,17 +3,20 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from peerscale.config import Config, to_dict
 from peerscale.errors import UserError
 from peerscale.files import write_text
 from peerscale.plan import Plan
+
+if TYPE_CHECKING:
+    from peerscale.cells import Cell
 
 SCHEMA_VERSION = 2
 """Raised when the fields of a record change their meaning."""
@@ -68,6 +71,8 @@ ENDED = (Status.DONE, Status.FAILED, Status.DIVERGED)
 class Record:
     """One cell. Losses in nats per token, times in seconds, FLOPs by `accounting.CONVENTION`."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
     schema_version: int = SCHEMA_VERSION
     sweep: str
     cell: str
@@ -116,22 +121,7 @@ class Record:
 _RECORD = TypeAdapter(Record)
 
 
-class PlannedCell(Protocol):
-    """What a record needs of a cell before it runs."""
-
-    @property
-    def sweep(self) -> str: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def axes(self) -> dict[str, Any]: ...
-    @property
-    def config(self) -> Config: ...
-    @property
-    def plan(self) -> Plan: ...
-
-
-def new_record(cell: PlannedCell, status: Status, data_fingerprint: str, **fields: Any) -> Record:
+def new_record(cell: "Cell", status: Status, data_fingerprint: str, **fields: Any) -> Record:
     """The record of a cell before anything came of it, with `fields` besides."""
     config, plan, ffn = cell.config, cell.plan, cell.config.ffn
     hashed = hashed_config(config, plan, data_fingerprint)
@@ -210,7 +200,7 @@ def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str =
     return differences
 
 
-def differences(cell: PlannedCell, record: Record, data_fingerprint: str | None) -> list[str]:
+def differences(cell: "Cell", record: Record, data_fingerprint: str | None) -> list[str]:
     """Where a record is not of this cell: keys as `differing_keys` gives them.
 
     Where the corpus is not prepared and `data_fingerprint` is None, that of the record is taken for the right one.
@@ -235,15 +225,13 @@ def read_record(folder: Path) -> Record | None:
     """
     path = folder / RECORD
     try:
-        return parse_record(json.loads(path.read_text(encoding="utf-8")), str(path))
+        return parse_record(json.loads(path.read_bytes()), str(path))
     except FileNotFoundError:
         return None
-    except json.JSONDecodeError as error:
-        problem = f"{path}: not JSON ({error.msg} at line {error.lineno})"
-    except UnicodeDecodeError:
-        problem = f"{path}: not JSON (not UTF-8)"
     except UserError as error:
         problem = str(error)
+    except ValueError as error:
+        problem = f"{path}: not JSON ({error})"
     raise UserError(f"{problem}; to go on without it: {set_aside(folder)}")
 
 
@@ -286,9 +274,6 @@ def parse_record(tree: Any, where: str) -> Record:
         raise UserError(f"{where}: schema version 1, of an earlier peerscale; to convert all records: make convert")
     if version != SCHEMA_VERSION:
         raise UserError(f"{where}: schema version {version}, but this peerscale reads version {SCHEMA_VERSION}")
-    known = {f.name for f in fields(Record)}
-    if unknown := sorted(tree.keys() - known):
-        raise UserError(f"{where}: unknown fields {', '.join(unknown)}")
     try:
         return _RECORD.validate_python(tree)
     except ValidationError as error:

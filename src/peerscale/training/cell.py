@@ -29,7 +29,6 @@ from peerscale.runs.record import Record, Status, new_record, read_record, write
 from peerscale.training.checkpoint import TimedCheckpoint, checkpoint_path, newest_readable
 from peerscale.training.distributed import (
     RankError,
-    is_broken_connection,
     joined_ranks,
     launch,
     local_rank,
@@ -37,7 +36,7 @@ from peerscale.training.distributed import (
     trainer_settings,
 )
 from peerscale.training.environment import changed_keys, describe
-from peerscale.training.evaluation import Evaluation, evaluate
+from peerscale.training.evaluation import evaluate
 from peerscale.training.loader import StepLoader
 from peerscale.training.memory import keep_freed_memory
 from peerscale.training.metrics import Diverged, MetricsLog
@@ -63,12 +62,7 @@ def train_cell(cell: Cell) -> Status:
     if n_started < devices:
         return _launch_ranks(cell, corpus, old)
     if rank > 0:
-        try:
-            return _train_with_first_rank(cell, corpus)
-        except Exception as error:
-            if not isinstance(error, UserError) and not is_broken_connection(error):
-                _record_failure_of_rank(rank, cell, error)
-            raise
+        return _train_with_first_rank(cell, corpus)
     run = CellRun(cell, corpus, old)
     try:
         return run.train()
@@ -77,9 +71,6 @@ def train_cell(cell: Cell) -> Status:
     except Diverged as error:
         return run.close(replace(run.record, status=Status.DIVERGED, reason=str(error)))
     except Exception as error:
-        of_another = read_record(cell.folder) if is_broken_connection(error) else None
-        if of_another is not None and of_another.status is Status.FAILED:
-            return run.close(of_another)
         failed = _failed(run.record, error)
         print(f"\n{cell.name} failed: {failed.reason}", file=sys.stderr)
         return run.close(failed)
@@ -101,14 +92,6 @@ def _launch_ranks(cell: Cell, corpus: Corpus, old: Record | None) -> Status:
     record = read_record(cell.folder)
     assert record is not None
     return record.status
-
-
-def _record_failure_of_rank(rank: int, cell: Cell, error: Exception) -> None:
-    """Record what ended another rank than the first, whose own failure would be of a broken connection."""
-    record = read_record(cell.folder)
-    if record is not None and record.status is Status.RUNNING:
-        failed = _failed(record, error)
-        write_record(cell.folder, replace(failed, reason=f"RankError: rank {rank}: {failed.reason}"))
 
 
 def _train_with_first_rank(cell: Cell, corpus: Corpus) -> Status:
@@ -180,14 +163,17 @@ class CellRun:
             )
             fit(module, self.corpus, self.tracker, saving, resumed)
             wall_s, started = saving.trained_s, time.perf_counter()
-            evaluation = evaluate(module, self.corpus, config, self.device)
+            results = evaluate(module, self.corpus, config, self.device)
         timing = {
             "wall_s": wall_s,
             "evaluation_s": time.perf_counter() - started,
             "tokens_per_s": plan.tokens / wall_s,
             "flops_per_s": plan.flops / wall_s,
         }
-        return self.close(self._result(evaluation, timing))
+        ended: dict[str, Any] = {"status": Status.DONE}
+        if not np.isfinite(results["sequence_losses"]).all():
+            ended = {"status": Status.DIVERGED, "reason": "the validation loss is not a finite number"}
+        return self.close(replace(self.record, timing=timing, **results, **ended))
 
     def close(self, record: Record) -> Status:
         """Write the record and end the W&B run with what it says; a finished cell keeps one checkpoint, or none."""
@@ -205,18 +191,6 @@ class CellRun:
     def _write(self, record: Record) -> None:
         write_text(self.cell.folder / "config.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
         write_record(self.cell.folder, record)
-
-    def _result(self, evaluation: Evaluation, timing: dict[str, float]) -> Record:
-        diverged = not np.isfinite(evaluation.sequence_losses).all()
-        return replace(
-            self.record,
-            status=Status.DIVERGED if diverged else Status.DONE,
-            reason="the validation loss is not a finite number" if diverged else "",
-            evaluation=evaluation.sets,
-            sequence_losses=evaluation.sequence_losses,
-            router=evaluation.router,
-            timing=timing,
-        )
 
 
 def prepare_process(config: Config) -> None:

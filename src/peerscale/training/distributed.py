@@ -11,7 +11,6 @@ import pickle
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -65,18 +64,11 @@ def joined_ranks(device: "torch.device") -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if is_broken_connection(error):
+        if isinstance(error, dist.DistError) or "gloo" in str(error):  # a collective failed, since another rank ended
             time.sleep(GRACE_S)
         raise
     finally:
         dist.destroy_process_group()
-
-
-def is_broken_connection(error: Exception) -> bool:
-    """Whether this is the failure of a collective because another rank has ended."""
-    import torch.distributed as dist
-
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _name_as_torchrun() -> None:
@@ -129,7 +121,9 @@ def launch(n_ranks: int, cell: Any) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its warnings repeat what we report
-    with tempfile.TemporaryDirectory() as folder, _signal_handlers_restored():
+    replaced = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # by torch's launcher
+    handlers = [(number, signal.getsignal(number)) for number in replaced]
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "cell.pickle")
         path.write_bytes(pickle.dumps(cell))
         config = LaunchConfig(
@@ -144,6 +138,9 @@ def launch(n_ranks: int, cell: Any) -> None:
             rank, failure = error.get_first_failure()
             if failure.exitcode != FAILED_CELLS:  # with which the first rank ends once it has recorded why
                 raise _reason(rank, failure) from None
+        finally:
+            for number, handler in handlers:
+                signal.signal(number, handler)
 
 
 def _reason(rank: int, failure: "ProcessFailure") -> BaseException:
@@ -157,18 +154,3 @@ def _reason(rank: int, failure: "ProcessFailure") -> BaseException:
         return RankError(f"rank {rank}: {message}\n{failure.message['extraInfo']['py_callstack']}")
     ending = f"ended by {failure.signal_name()}" if failure.exitcode < 0 else f"exit {failure.exitcode}"
     return RankError(f"rank {rank}: {ending}")
-
-
-@contextlib.contextmanager
-def _signal_handlers_restored() -> Iterator[None]:
-    """Put back the handlers that torch's launcher replaces; off the main thread it replaces none."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-    handlers = {number: signal.getsignal(number) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from peerscale.config import RENAMED_KERNELS, TrainerConfig
+from peerscale.config import TrainerConfig
 from peerscale.runs.machine import cpu_name, git_commit
 
 EXACT_KEYS = ("hardware", "device", "kernel", "compiled", "n_devices", "n_threads", "torch")
@@ -17,9 +17,7 @@ EXACT_KEYS = ("hardware", "device", "kernel", "compiled", "n_devices", "n_thread
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Which of `EXACT_KEYS` differ between the environment in a record and that of now."""
-    before = {"n_devices": 1, **old}  # which older records do not name
-    before["kernel"] = RENAMED_KERNELS.get(str(old.get("kernel")), old.get("kernel"))
-    return [key for key in EXACT_KEYS if before.get(key) != new[key]]
+    return [key for key in EXACT_KEYS if old.get(key) != new[key]]
 
 
 def describe(kernel: str, device: torch.device, trainer: TrainerConfig) -> dict[str, Any]:

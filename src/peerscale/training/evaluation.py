@@ -1,7 +1,7 @@
 """Losses on the held-out sets, the same tokens for every cell."""
 
 import math
-from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,23 +15,14 @@ from peerscale.plan import evaluated_tokens
 from peerscale.training.module import LanguageModel
 
 
-@dataclass(kw_only=True, slots=True)
-class Evaluation:
-    """Results by held-out set, in the shape of the run record."""
-
-    sets: dict[str, dict[str, float]] = field(default_factory=dict)
-    sequence_losses: list[float] = field(default_factory=list)
-    router: dict[str, float] = field(default_factory=dict)
-
-
-def evaluate(module: LanguageModel, corpus: Corpus, config: Config, device: torch.device) -> Evaluation:
-    """Evaluate on the sets that `config.data.evaluation` names, as far as the corpus has them.
+def evaluate(module: LanguageModel, corpus: Corpus, config: Config, device: torch.device) -> dict[str, Any]:
+    """Evaluate on the sets that `config.data.evaluation` names, as far as the corpus has them: fields of the record.
 
     Router health is counted over the `val_set`.
 
     Batches have the training shape, whole ones only, since expert choice depends on the batch; ranks share them.
     """
-    result = Evaluation()
+    result: dict[str, Any] = {"evaluation": {}, "sequence_losses": [], "router": {}}
     module.eval().to(device)
     for name, n_tokens in evaluated_tokens(config, corpus.manifest.splits).items():
         usages = attach_usage(module) if name == config.data.val_set else []
@@ -41,7 +32,7 @@ def evaluate(module: LanguageModel, corpus: Corpus, config: Config, device: torc
         losses = np.concatenate([_sequence_losses(module, batch, device) for batch in batches])
         loss = float(losses.mean())
         nats_to_bits_per_byte = corpus.manifest.splits[name] / corpus.manifest.utf8_bytes[name] / math.log(2)
-        result.sets[name] = {
+        result["evaluation"][name] = {
             "loss": loss,
             "se": float(losses.std(ddof=1) / math.sqrt(len(losses))) if len(losses) > 1 else math.nan,
             "tokens": len(losses) * config.context,
@@ -49,8 +40,8 @@ def evaluate(module: LanguageModel, corpus: Corpus, config: Config, device: torc
             "ppl": math.exp(min(loss, 700.0)),
         }
         if name == config.data.val_set:
-            result.sequence_losses = [round(float(x), 5) for x in losses]
-            result.router = detach_usage(module, usages)
+            result["sequence_losses"] = [round(float(x), 5) for x in losses]
+            result["router"] = detach_usage(module, usages)
     return result
 
 

@@ -1,8 +1,6 @@
 """Keep freed memory in the process: otherwise page faults take a third of a small model's step."""
 
 import ctypes
-import ctypes.util
-import sys
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 GIBIBYTE = 1 << 30
@@ -14,9 +12,7 @@ def keep_freed_memory() -> None:
     Activations and logits, some megabytes each, are allocated and freed in every step. By default each time is a system
     call and new pages.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl and macOS have none
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, GIBIBYTE)
         mallopt(M_TRIM_THRESHOLD, GIBIBYTE)

@@ -57,28 +57,19 @@ class WandbRun:
         Raises:
             WandbError: online, and no answer, or no API key.
         """
-        os.environ.setdefault("WANDB_SILENT", "true")
-        import wandb
-
         tracking = settings["tracking"]
         with client_errors():
-            if online and not wandb.login(prompt=False, verify=False):
-                raise WandbError("no API key: .venv/bin/wandb login, or WANDB_API_KEY")
-            # Offline, `resume` would make a later `wandb sync` renumber the steps.
-            self.run = wandb.init(
-                mode="online" if online else "offline",
-                project=tracking["project"],
-                entity=tracking["entity"],
-                dir=directory,
+            self.run = start_run(
+                directory,
+                tracking,
+                online=online,
+                timeout_s=timeout_s,
                 id=run_id(record, tracking["id_salt"]),
-                resume="allow" if online else None,
-                reinit="create_new",
                 name=record.cell,
                 group=record.sweep,
                 job_type="train",
                 tags=[record.sweep, record.method, record.size, *tracking["tags"]],
                 config={**settings, "derived": record.plan},
-                settings=client_settings(timeout_s),
             )
             for axis in AXES:
                 self.run.define_metric(axis)
@@ -105,18 +96,31 @@ class WandbRun:
             self.run.finish(exit_code=0 if record.status is Status.DONE else 1)
 
 
-def client_settings(timeout_s: float) -> Any:
-    """The client quiet, measuring nothing itself, and never waiting for a server longer than `timeout_s`."""
+def start_run(directory: Path, tracking: Mapping[str, Any], *, online: bool, timeout_s: float, **named: Any) -> Any:
+    """The client's own run, quiet, measuring nothing itself, and never waiting for a server longer than `timeout_s`."""
+    os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    return wandb.Settings(
-        console="off",
-        silent=True,
-        x_disable_stats=True,
-        x_disable_meta=True,
-        init_timeout=timeout_s,
-        finish_timeout=timeout_s,
-        finish_timeout_raises=True,
+    if online and not wandb.login(prompt=False, verify=False):
+        raise WandbError("no API key: .venv/bin/wandb login, or WANDB_API_KEY")
+    return wandb.init(
+        mode="online" if online else "offline",
+        project=tracking["project"],
+        entity=tracking["entity"],
+        dir=directory,
+        # Offline, `resume` would make a later `wandb sync` renumber the steps.
+        resume="allow" if online else None,
+        reinit="create_new",
+        settings=wandb.Settings(
+            console="off",
+            silent=True,
+            x_disable_stats=True,
+            x_disable_meta=True,
+            init_timeout=timeout_s,
+            finish_timeout=timeout_s,
+            finish_timeout_raises=True,
+        ),
+        **named,
     )
 
 

@@ -1,8 +1,9 @@
 """Uploading a study to Weights & Biases: what is not there yet of its cells, tables, fits and figures.
 
 It reads the cells' files, so it does not matter whether they were tracked online, offline or not at all. The client's
-own `wandb sync` is no help here: it sends all rows of a run again, so that a cell uploaded half-way would have them
-twice, and it knows neither cells without a W&B run nor artifacts.
+own `wandb sync` is no help here: it appends all rows of a run to those that the server has, so that a cell uploaded
+half-way would have them twice; it has no limit to its wait for a server; and it knows neither cells
+without a W&B run nor artifacts.
 """
 
 import hashlib
@@ -21,11 +22,11 @@ from tqdm import tqdm
 from peerscale.errors import FailedCells, UserError
 from peerscale.files import write_text
 from peerscale.layers.registry import parse_layer
-from peerscale.runs.record import RECORD, Record, Status, read_record
+from peerscale.runs.record import RECORD, Record, Status, cell_folders, read_record
 from peerscale.runs.study import Study, collected
 from peerscale.runs.table import METRICS, read_metrics
 from peerscale.training.signals import Watch
-from peerscale.training.tracking import WandbError, WandbRun, client_errors, client_settings
+from peerscale.training.tracking import WandbError, WandbRun, client_errors, start_run
 
 MARKER = "wandb-upload.json"
 """File beside what was uploaded: the server's address and a digest of each file."""
@@ -93,8 +94,8 @@ def upload(sweep: str, runs: Path, *, jobs: int, timeout_s: float) -> Iterator[s
 
 def study_cells(folder: Path) -> Iterator[CellFiles]:
     """The cells of a study that have started."""
-    for cell in sorted(folder.iterdir()) if folder.is_dir() else ():
-        record = read_record(cell) if cell.is_dir() else None
+    for cell in cell_folders(folder):
+        record = read_record(cell)
         if record is not None and record.cell == cell.name and (cell / CONFIG).is_file():
             yield CellFiles(cell, record, yaml.safe_load((cell / CONFIG).read_text(encoding="utf-8")))
 
@@ -157,12 +158,9 @@ def upload_study(study: Study, cells: Sequence[CellFiles], server: str, timeout_
     used = [cell.artifact for cell in cells if cell.record.status is not Status.RUNNING]
     try:
         with tempfile.TemporaryDirectory() as scratch, client_errors():
-            run = wandb.init(
-                mode="online", project=tracking["project"], entity=tracking["entity"], dir=scratch,
-                id=re.sub(r"[^\w-]", "-", f"{study.sweep}-study{tracking['id_salt']}"), resume="allow",
-                reinit="create_new", name=f"{study.sweep}-study", group=study.sweep, job_type="study",
-                settings=client_settings(timeout_s),
-            )  # fmt: skip
+            number = re.sub(r"[^\w-]", "-", f"{study.sweep}-study{tracking['id_salt']}")
+            named = {"id": number, "name": f"{study.sweep}-study", "group": study.sweep, "job_type": "study"}
+            run = start_run(Path(scratch), tracking, online=True, timeout_s=timeout_s, **named)
             for name in used:
                 run.use_artifact(f"{name}:latest")
             for kind, paths in artifacts.items():
