@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 
 from peerscale import laws
-from peerscale.errors import ArgumentParser, UserError, exit_code
+from peerscale.errors import ArgumentParser, UserError, exit_code, natural_number, positive_number
 from peerscale.files import write_json
 from peerscale.laws.fitting import SHOWN, Fit, HoldOut, positive_columns, require_column
 from peerscale.laws.isoflop import IsoflopFit, PowerLaw
@@ -120,25 +120,25 @@ def parser() -> argparse.ArgumentParser:
             optional = column in ("tokens", "flops") and name == "parametric"
             add(f"--{column}", metavar="COL", required=not optional, help=f"column of {COLUMNS[column]}")
         add("--where", metavar="EXPR", help="rows to fit, as a pandas query: \"method == 'dense'\"")
-        add("--bootstrap", type=count, default=bootstrap, metavar="N", help=f"resamples ({bootstrap})")
-        add("--seed", type=count, default=0, help="seed of the resampling (0)", metavar="N")
+        add("--bootstrap", type=natural_number, default=bootstrap, metavar="N", help=f"resamples ({bootstrap})")
+        add("--seed", type=natural_number, default=0, help="seed of the resampling (0)", metavar="N")
         if name != "envelope":
             add("--cluster", metavar="COL", help="column whose equal values are resampled together")
         if name in ("isoflop", "envelope"):
             add("--by", metavar="COL", help="one fit per value of this column")
         else:
             add("--budget", metavar="COL", help="column by which the largest runs are held out")
-            add("--hold-out", type=positive, metavar="NUMBER", help="hold out the runs from this budget on")
+            add("--hold-out", type=positive_number, metavar="NUMBER", help="hold out the runs from this budget on")
         if name in ("parametric", "peer"):
             minimised, default = "what is minimised (huber-log)", Objective.HUBER_LOG
             add("--objective", choices=list(Objective), default=default, help=minimised)
-            add("--delta", type=positive, default=1e-3, metavar="NUMBER", help="where Huber turns linear (1e-3)")
+            add("--delta", type=positive_number, default=1e-3, metavar="NUMBER", help="where Huber turns linear (1e-3)")
         if name == "isoflop":
             add("--include-flagged", action="store_true", help="let the power law use flagged minima too")
             far = "leave sizes out whose loss is more than this share above the budget's lowest, such as .04; keep five"
-            add("--within", type=positive, metavar="SHARE", help=far)
+            add("--within", type=positive_number, metavar="SHARE", help=far)
             close = "budgets this close to their neighbour are one, such as .1"
-            add("--tolerance", type=positive, metavar="SHARE", help=close)
+            add("--tolerance", type=positive_number, metavar="SHARE", help=close)
         add("--out", type=Path, required=True, metavar="JSON", help="where the fit goes")
     text = "lr = m (width / width_0)^-a (tokens / tokens_0)^-b (batch / batch_0)^c"
     add = commands.add_parser("rates", help=text, description=text).add_argument
@@ -155,26 +155,10 @@ def parser() -> argparse.ArgumentParser:
     text = "optimum of a budget, loss of a run, or best rate, from a fit"
     add = commands.add_parser("predict", help=text, description=text).add_argument
     add("file", type=Path, metavar="JSON", help="a fit, or fits by name such as a study's fits.json")
-    add("--budget", type=positive, metavar="NUMBER", help="training FLOPs: what is optimal?")
+    add("--budget", type=positive_number, metavar="NUMBER", help="training FLOPs: what is optimal?")
     for name in PREDICT_FROM[1:]:
-        add(_option(name), type=positive, metavar="NUMBER", help="of the run whose loss is wanted")
+        add(_option(name), type=positive_number, metavar="NUMBER", help="of the run whose loss is wanted")
     return top
-
-
-def count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
-    return int(text)
-
-
-def positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number above 0")
-    return value
 
 
 def read_table(path: Path, where: str | None, *, curves: bool = False) -> pd.DataFrame:

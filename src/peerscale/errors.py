@@ -6,6 +6,7 @@
 
 import argparse
 import errno
+import math
 import os
 import select
 import sys
@@ -35,6 +36,27 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Never:
         raise UserError(f"{message}; help: {self.prog} --help")
+
+
+def positive_number(text: str) -> float:
+    """A finite number above 0, as a `type` of argparse, which complains of a `ValueError` by this function's name."""
+    if not 0 < (value := float(text)) < math.inf:
+        raise ValueError
+    return value
+
+
+def natural_number(text: str) -> int:
+    """A whole number from 0."""
+    if (value := int(text)) < 0:
+        raise ValueError
+    return value
+
+
+def positive_integer(text: str) -> int:
+    """A whole number from 1."""
+    if (value := int(text)) < 1:
+        raise ValueError
+    return value
 
 
 PLACE = frozenset(
