@@ -17,7 +17,7 @@ from peerscale.runs.rates import RATES, settings_table, wants_law
 from peerscale.runs.study import method_names, usable, without_brackets
 from peerscale.viz.ablations import has_curves, over_seeds, varied
 from peerscale.viz.answer import verdicts
-from peerscale.viz.brackets import LEFT_OUT, brackets_section, how_rates_count, what_intervals_hold
+from peerscale.viz.brackets import brackets_section, hold_rates, how_rates_count, what_intervals_hold
 from peerscale.viz.differences import is_dense, to_dense
 from peerscale.viz.forecasts import forecast_sections
 from peerscale.viz.isoflop import by_budget, missing_note, status_counts
@@ -272,8 +272,8 @@ def settings_lines(runs: pd.DataFrame, fits: Fits) -> list[str]:
     variants = over_seeds(done, ["size", "budget", "name"]).sort_values("name", key=lambda names: names.map(order))
     columns = ["layer_share", "expert_usage", "unevenness"]
     others = done.groupby(["size", "budget", "name"], as_index=False)[columns].mean()
-    differences, held = to_dense(fits), what_intervals_hold(fits)
-    held = "" if held == LEFT_OUT else f"{held} {how_rates_count(fits)} "
+    differences = to_dense(fits)
+    held = f"{what_intervals_hold(fits)} {how_rates_count(fits)} " if hold_rates(fits) else ""
     rows = [
         {
             "budget": budget_name(row["budget"]), "size": size_label(row["size"]), "method": label(row["name"]),
