@@ -39,7 +39,7 @@ from peerscale.laws.parametric import Surface
 from peerscale.laws.prediction import LAWS
 from peerscale.laws.solver import FitStatus, Objective
 from peerscale.runs import read_runs
-from peerscale.runs.table import CURVES, METRICS, curves_table
+from peerscale.runs.table import CURVES
 from peerscale.runs.table import read_table as read_csv
 
 PROGRAM = ".venv/bin/python analysis/fit.py"
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = {name: given[name] for name in RESAMPLING if name in given} | described
     stored, text = fit_groups(table, lambda rows: law(rows, **options), given.get("by"), given.get("x", ""))
     stored["source"] = {"table": arguments.table.name, "where": arguments.where, **described}
-    write_fit(arguments.out, stored)
+    write_json(arguments.out, stored)
     print(f"{text}\n-> {arguments.out}")
     return 0
 
@@ -164,7 +164,9 @@ def parser() -> argparse.ArgumentParser:
 def read_table(path: Path, where: str | None, *, curves: bool = False) -> pd.DataFrame:
     """The rows that satisfy the query: a CSV's, labelled by their line, or a study's runs or training curves."""
     if path.is_dir():
-        table = study_curves(path) if curves else read_runs(path)
+        table = read_runs(path)
+        if curves:  # with the columns of their runs; those of a run that are also a step's end in `_final`
+            table = read_csv(path / "curves.csv", CURVES).merge(table, on="cell", suffixes=("", "_final"))
     else:
         table = read_csv(path, skipinitialspace=True)
         table.index = pd.RangeIndex(2, len(table) + 2, name="line")
@@ -188,14 +190,6 @@ def rows_that(option: str, query: str, table: pd.DataFrame) -> pd.Series:
     if not (isinstance(rows, pd.Series) and pd.api.types.is_bool_dtype(rows)):
         raise UserError(f"{option} {query!r} is not a condition on rows, such as \"method == 'dense'\"")
     return rows.fillna(False)
-
-
-def study_curves(folder: Path) -> pd.DataFrame:
-    """Training curves with the columns of their runs; those of a run that are also a step's end in `_final`."""
-    thinned = folder / "curves.csv"
-    cells = sorted(path.parent for path in folder.glob(f"*/{METRICS}"))
-    curves = read_csv(thinned, CURVES) if thinned.is_file() else curves_table(cells, points=1000)
-    return curves.merge(read_runs(folder), on="cell", suffixes=("", "_final"))
 
 
 def one_budget_each(table: pd.DataFrame, budget: str, tolerance: float | None) -> pd.DataFrame:
@@ -277,7 +271,7 @@ def fit_learning_rates(arguments: argparse.Namespace) -> None:
         raise UserError(f"--hold-out {arguments.hold_out!r} holds out none of the {len(table)} rows")
     fit = laws.fit_rates(table, **columns, by=arguments.by, curve=arguments.curve, hold_out=held)
     asked = {name: getattr(arguments, name) for name in ("by", "curve", "where", "hold_out")}
-    write_fit(arguments.out, fit.to_dict() | {"source": {"table": arguments.table.name, **columns, **asked}})
+    write_json(arguments.out, fit.to_dict() | {"source": {"table": arguments.table.name, **columns, **asked}})
     lines = [
         f"rates: {fit.n} runs on {fit.n_curves} curves, which scatter by {fit.scatter:.2g} about parabolas in ln lr of "
         f"curvature {fit.curvature:.3g} +- {fit.curvature_se:.1g}"
@@ -311,13 +305,6 @@ def held_out(found: HoldOut, x: str) -> str:
     )
 
 
-def write_fit(path: Path, stored: Mapping[str, Any]) -> None:
-    try:
-        write_json(path, stored)
-    except (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-
-
 def predict(arguments: argparse.Namespace) -> None:
     """Print what the given numbers ask of each fit; what holds for several fits is said once, at the end."""
     asked = {name: getattr(arguments, name) for name in PREDICT_FROM if getattr(arguments, name)}
@@ -338,12 +325,8 @@ def predict(arguments: argparse.Namespace) -> None:
             width = max(map(len, found.values), default=0)
             lines += [name] * bool(found.values)
             lines += [f"  {what:<{width}}  {_number(*value)}" for what, value in found.values.items()]
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"cannot read {arguments.file}: {_first_line(error)}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{arguments.file} is no fit of this program: {_first_line(error)}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{arguments.file} holds no fit of this program: {_first_line(error)}") from None
     if not lines and all(NEEDS in why for _, why in notes):
         raise UserError(f"no prediction: {'; '.join(why for _, why in notes)}")
     for (what, why), names in notes.items():
@@ -360,7 +343,7 @@ def stored_fits(path: Path) -> list[tuple[str, dict[str, Any], Mapping[str, Any]
     stored = json.loads(path.read_text(encoding="utf-8"))
     fits = {"": stored} if "law" in stored else dict(stored).get("laws", stored)
     if not fits:
-        raise UserError(f"{path} holds no fit")
+        raise ValueError("it is empty")
     return [
         (f"{name} {group}".strip() or part["law"], part, fit.get("source", fit))
         for name, fit in fits.items()

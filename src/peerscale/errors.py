@@ -89,11 +89,12 @@ def exit_code(main: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at its end
         return 0  # who read the output, such as `head`, has seen enough
     except OSError as error:
-        where = f" for {error.filename}" if error.filename else ""
+        place = error.filename2 or error.filename  # of a renaming, where to
+        where = f" for {place}" if place else ""
         if error.errno in FULL:
             message = f"no space left on disk{where}; nothing half-written stays"
         elif error.errno in PLACE and where:
-            message = f"{error.filename}: {os.strerror(error.errno).lower()}"
+            message = f"{place}: {os.strerror(error.errno).lower()}"
         else:
             raise
     except KeyboardInterrupt:
