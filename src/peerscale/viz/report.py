@@ -1,17 +1,18 @@
 """One self-contained HTML page of a study: answer, figures, results, setup, what went wrong, how to repeat it.
 
 Its text is `report.md.j2`, in Markdown; `report.html.j2` is the page around it. Nothing in the page is loaded from
-elsewhere, and what is not there to be shown is named in it.
+elsewhere, and what is not there to be shown is named in its place.
 """
 
 import base64
+import contextlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
 from peerscale.composition import sweep_file
@@ -23,6 +24,7 @@ from peerscale.runs.table import read_records, read_runs
 from peerscale.viz.ablations import has_curves
 from peerscale.viz.figures import TITLES
 from peerscale.viz.interactive import isoflop_html
+from peerscale.viz.isoflop import status_counts
 from peerscale.viz.markdown import html, number, table
 from peerscale.viz.style import label
 
@@ -49,28 +51,22 @@ def report(study: Study) -> str:
         raise UserError(f"{study.runs} has no rows")
     main = without_brackets(runs)
     main, brackets = main.assign(name=method_names(main)), {*runs["cell"]} - {*main["cell"]}
-    records, text = read_records(study.folder), sweep_text(study.sweep)
+    records, text = read_records(study.folder), ""
+    with contextlib.suppress(ConfigError):  # of a study without a file
+        text = sweep_file(study.sweep).read_text(encoding="utf-8")
     fits = read_fits(study.fits) if has_curves(main) and study.fits.is_file() else {}
     names = [path.stem for path in study.figures.glob("*.png")]
     figures = [name for name in TITLES if name in names] + sorted({*names} - {*TITLES})
-    absent = {
-        f"sweeps/{study.sweep}.yaml: the question, and what it takes to run the study": not text,
-        "fits.json: optima and laws (make figures)": has_curves(main) and not fits,
-        "records.jsonl: recipe, run signals, versions and hardware": not records,
-        "table.md: the results (make figures)": not study.table.is_file(),
-        "figures (make figures)": not figures,
-    }
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        autoescape=lambda name: str(name).endswith(".html.j2"),
+        autoescape=select_autoescape(["html.j2"]),
     )  # fmt: skip
     ran = [record for record in records if record.environment]
     content = {
         "sweep": study.sweep,
         "folder": f"runs/{study.sweep}/study" if study.folder.name == "study" else f"results/{study.sweep}",
-        "missing": [what for what, missing in absent.items() if missing],
         "runs": runs,
-        "counts": ", ".join(f"{n} {status}" for status, n in runs["status"].value_counts().sort_index().items()),
+        "counts": ", ".join(status_counts(runs)),
         "header": header(text),
         "sweep_text": text,
         "results": re.sub("^#+", "###", study.table.read_text("utf-8"), flags=re.M) if study.table.is_file() else "",
@@ -99,14 +95,6 @@ def report(study: Study) -> str:
 
 def _data(path: Path) -> str:
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
-def sweep_text(sweep: str) -> str:
-    """The study's file; empty if there is none."""
-    try:
-        return sweep_file(sweep).read_text(encoding="utf-8")
-    except ConfigError:
-        return ""
 
 
 def escaped(text: str) -> str:
