@@ -50,18 +50,22 @@ def report(study: Study) -> str:
     if runs.empty:
         raise UserError(f"{study.runs} has no rows")
     main = without_brackets(runs)
-    main, brackets = main.assign(name=method_names(main)), {*runs["cell"]} - {*main["cell"]}
+    main = main.assign(name=method_names(main))
     records, text = read_records(study.folder), ""
     with contextlib.suppress(ConfigError):  # of a study without a file
         text = sweep_file(study.sweep).read_text(encoding="utf-8")
     fits = read_fits(study.fits) if has_curves(main) and study.fits.is_file() else {}
-    names = [path.stem for path in study.figures.glob("*.png")]
-    figures = [name for name in TITLES if name in names] + sorted({*names} - {*TITLES})
+    drawn = {path.stem for path in study.figures.glob("*.png")}
+    figures = [name for name in TITLES if name in drawn] + sorted(drawn - {*TITLES})
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         autoescape=select_autoescape(["html.j2"]),
     )  # fmt: skip
-    ran = [record for record in records if record.environment]
+    ran, names = (
+        [record for record in records if record.environment],
+        dict(zip(main["cell"], main["name"], strict=True)),
+    )
+    named = [(label(names[record.cell]), record) for record in ran or records if record.cell in names]
     content = {
         "sweep": study.sweep,
         "folder": f"runs/{study.sweep}/study" if study.folder.name == "study" else f"results/{study.sweep}",
@@ -78,11 +82,9 @@ def report(study: Study) -> str:
         ],
         "warnings": warnings(fits),
         "signals": signals(records),
-        "recipe": recipe(
-            [r for r in ran or records if r.cell not in brackets], dict(zip(main["cell"], main["name"], strict=True))
-        ),
+        "recipe": settings([(name, record.hashed_config) for name, record in named]),
         "cells": cells(runs),
-        "environment": environment(ran),
+        "environment": settings([("value", record.environment) for record in ran]),
         "commits": sorted({str(record.environment.get("git_commit")) for record in ran}),
     }
     templates.filters |= {"lines": "\n".join, "table": table}
@@ -102,17 +104,20 @@ def escaped(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>|])", r"\\\1", " ".join(text.split()))
 
 
-def recipe(records: Sequence[Record], names: Mapping[str, str]) -> list[dict[str, str]]:
-    """Every setting that determines a result, with a column for each method; those that differ come first."""
-    if not records:
+def settings(trees: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str, str]]:
+    """Every setting in a row, with a column for each name that `trees` have; those that differ come first."""
+    if not trees:
         return []
-    settings = pd.json_normalize([record.hashed_config for record in records]).map(plain)
-    by_method = settings.groupby([names.get(record.cell, record.method) for record in records], sort=False)
+    names, values = zip(*trees, strict=True)
+    table = pd.json_normalize([*values]).map(plain)
     rows = [
-        {"setting": str(key), **{label(str(name)): ", ".join(rows[key].unique()) for name, rows in by_method}}
-        for key in settings
+        {
+            "setting": str(key),
+            **{str(name): ", ".join(of_name.unique()) for name, of_name in table[key].groupby([*names], sort=False)},
+        }
+        for key in table
     ]
-    return sorted(rows, key=lambda row: settings[row["setting"]].nunique() == 1)
+    return sorted(rows, key=lambda row: table[row["setting"]].nunique() == 1)
 
 
 def plain(value: Any) -> str:
@@ -150,16 +155,3 @@ def cells(runs: pd.DataFrame) -> list[dict[str, str]]:
          **{title: number(row[key], form) for key, (title, form) in chosen.items()}}
         for row in runs.to_dict("records")
     ]  # fmt: skip
-
-
-def environment(records: Sequence[Record]) -> list[dict[str, str]]:
-    """What the cells ran on; where they differ, with the number of cells."""
-    known = pd.json_normalize([record.environment for record in records]).map(plain)
-    counts = {str(key): known[key].value_counts().sort_index() for key in known}
-    return [
-        {
-            "environment": key,
-            "value": ", ".join(f"{v} ({n} cells)" if len(found) > 1 else str(v) for v, n in found.items()),
-        }
-        for key, found in counts.items()
-    ]
