@@ -92,8 +92,8 @@ NEEDS, NONE = "law needs", "none"
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     given = vars(arguments)
-    if arguments.command in ("predict", "rates"):
-        (predict if arguments.command == "predict" else fit_learning_rates)(arguments)
+    if other := {"predict": predict, "rates": fit_learning_rates}.get(arguments.command):
+        other(arguments)
         return 0
     law: Callable[..., Fit] = COMMANDS[arguments.command][0]
     columns = {name: given[name] for name in COMMANDS[arguments.command][1].replace("-", "_").split()}
@@ -223,11 +223,10 @@ def fit_groups(
     first = next(iter(groups.values()))
     if by is None:
         return first.to_dict(), summary(first, x)
-    statuses = [group.status for group in groups.values() if group.status is not FitStatus.CONVERGED]
     stored = {
         "law": first.law,
         "n": len(table),
-        "status": str((statuses or [FitStatus.CONVERGED])[0]),
+        "status": str(min((group.status for group in groups.values()), key=lambda s: s is FitStatus.CONVERGED)),
         "objective_name": first.objective_name,
         "objective_value": sum(group.objective_value for group in groups.values()),
         "ci": {},
@@ -262,24 +261,22 @@ def summary(fit: Any, x: str) -> str:
 
 def fit_learning_rates(arguments: argparse.Namespace) -> None:
     """Fit the law of the best rate, write it, and print it with its intervals and held-out error."""
-    table, columns = (
-        read_table(arguments.table, arguments.where),
-        {name: getattr(arguments, name) for name in RATE_COLUMNS},
-    )
+    table, given = read_table(arguments.table, arguments.where), vars(arguments)
     held = None if arguments.hold_out is None else rows_that("--hold-out", arguments.hold_out, table)
     if held is not None and not held.any():
         raise UserError(f"--hold-out {arguments.hold_out!r} holds out none of the {len(table)} rows")
-    fit = laws.fit_rates(table, **columns, by=arguments.by, curve=arguments.curve, hold_out=held)
-    asked = {name: getattr(arguments, name) for name in ("by", "curve", "where", "hold_out")}
-    write_json(arguments.out, fit.to_dict() | {"source": {"table": arguments.table.name, **columns, **asked}})
+    asked = {name: given[name] for name in (*RATE_COLUMNS, "by")}
+    fit = laws.fit_rates(table, **asked, curve=arguments.curve, hold_out=held)
+    described = asked | {name: given[name] for name in ("where", "hold_out")}
+    write_json(arguments.out, fit.to_dict() | {"source": {"table": arguments.table.name, **described}})
     lines = [
         f"rates: {fit.n} runs on {fit.n_curves} curves, which scatter by {fit.scatter:.2g} about parabolas in ln lr of "
         f"curvature {fit.curvature:.3g} +- {fit.curvature_se:.1g}"
     ]
     for method, law in fit.laws.items():
         at = ", ".join(f"{name} {getattr(law, f'{name}_0'):g}" for name in fit.fitted)
-        at = f"at {at}" if at else ""
-        lines.append(f"  m of {method:<20} {_number(law.m, fit.ci[method]['m']):<32} {at}".rstrip())
+        where = f"at {at}" * bool(at)
+        lines.append(f"  m of {method:<20} {_number(law.m, fit.ci[method]['m']):<32} {where}".rstrip())
     law, intervals = next(iter(fit.laws.values())), next(iter(fit.ci.values()))
     lines += [f"  {name:<25} {_number(getattr(law, name), ci)}" for name, ci in intervals.items() if name != "m"]
     if test := fit.equal_exponents:
