@@ -16,9 +16,6 @@ from peerscale.errors import UserError, exit_code
 from peerscale.files import replacing
 from peerscale.runs.study import study_parser
 
-LONGEST = 200
-"""Of a cell's name in a link's, since file systems take 255 bytes."""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = study_parser("browse", __doc__).parse_args(argv)
@@ -47,7 +44,7 @@ def named_links(cells: Path) -> dict[str, Path]:
     for run in sorted(cells.glob("*/wandb/*run-*")):
         cell, dated = run.parents[1].name, re.search(r"run-\d{8}_\d{6}-.+", run.name)
         if dated and cell != "study":
-            found[f"run-{cell[:LONGEST]} {dated[0]}"] = run.resolve()
+            found[f"run-{cell[:200]} {dated[0]}"] = run.resolve()  # a file name takes 255 bytes
     return found
 
 

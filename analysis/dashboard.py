@@ -31,6 +31,15 @@ with contextlib.suppress(ImportError):
 VIEWS = "wandb-views.json"
 """File that remembers where the report was saved."""
 
+LINES = (
+    ("Training loss against FLOPs", "train/loss", "flops"),
+    ("Training loss against tokens", "train/loss", "tokens"),
+    ("Expert usage", "train/expert_usage", "tokens"),
+    ("Unevenness, nats", "train/unevenness", "tokens"),
+    ("Tokens per second", "train/tokens_per_s", "tokens"),
+)
+"""Panels of the cells by method: title, metric and x axis."""
+
 HOW_TO_READ = """
 Every run is one cell: a model of one method and size, trained with one budget of FLOPs. Losses are nats per token on
 the same held-out tokens for every cell. FLOPs are counted per operation. The x axes are `flops` and `tokens`, because a
@@ -79,37 +88,13 @@ def save(study: Study, tracking: dict[str, Any]) -> str:
     return text.url
 
 
-def sections() -> dict[str, list[Any]]:
-    """The panels by section."""
-    by_method: dict[str, Any] = {"groupby": "ffn.method", "max_runs_to_show": 100}
-
-    def lines(title: str, metric: str, x: str, **options: Any) -> Any:
-        return wr.LinePlot(title=title, x=x, y=[metric], title_x=x, **by_method, **options)
-
-    def bars(title: str, metrics: list[str], how: str) -> Any:
-        return wr.BarPlot(title=title, metrics=metrics, groupby_aggfunc=how, **by_method)
-
-    budget = wr.Config("budget")
-    return {
-        "Loss": [lines(f"Training loss against {name}", "train/loss", name.lower(), log_x=True)
-                 for name in ("FLOPs", "tokens")],
-        "Final loss": [final(f"Final loss against {name}; colour: budget", f"derived.{column}", z=budget)
-                       for name, column in (("parameters", "params_total"), ("FLOPs per token", "flops_per_token"))],
-        "Router": [lines("Expert usage", "train/expert_usage", "tokens"),
-                   lines("Unevenness, nats", "train/unevenness", "tokens")],
-        "Speed": [lines("Tokens per second", "train/tokens_per_s", "tokens"),
-                  bars("FLOP/s, mean", ["flops_per_s"], "mean")],
-        "Failed and diverged": [bars("Failed and diverged cells", ["failed", "diverged"], "sum")],
-    }  # fmt: skip
-
-
 def final(title: str, x: str, **options: Any) -> Any:
     """Final losses against a number of the configuration."""
     return wr.ScatterPlot(title=title, x=wr.Config(x), y=wr.SummaryMetric("validation/loss"), log_x=True, **options)
 
 
 def report(study: Study, entity: str, project: str) -> Any:
-    """The report: how to read it, figures, tables, final losses a budget, and the panels by section."""
+    """The report: how to read it, figures, tables, final losses a budget, and what the cells logged."""
     runs = read_runs(study.runs)
 
     def grid(name: str, panels: list[Any], *more: Any, job: str = "train") -> Any:
@@ -128,11 +113,16 @@ def report(study: Study, entity: str, project: str) -> Any:
     for budget in sorted(runs.loc[usable(runs), "budget"].unique()):
         name = f"{budget:g} FLOPs"
         blocks.append(grid(name, [final(name, "derived.params_total")], expr.Config("budget") == float(budget)))
-    for name, panels in sections().items():
-        blocks += [wr.H1(name), grid("cells", panels)]
+    lines = [
+        wr.LinePlot(title=title, x=x, y=[metric], title_x=x, log_x=x == "flops", groupby="ffn.method",
+                    max_runs_to_show=100)
+        for title, metric, x in LINES
+    ]  # fmt: skip
+    scatter = final("Final loss against parameters; colour: budget", "derived.params_total", z=wr.Config("budget"))
+    blocks += [wr.H1("Cells"), grid("cells", [scatter, *lines])]
     bad = runs[runs["status"].isin(["failed", "diverged"])]
     listed = "\n".join(f"- `{row.cell}`: {row.status}, {row.reason}" for row in bad.itertuples()) or "None."
-    blocks.append(wr.MarkdownBlock(listed))
+    blocks += [wr.H1("Failed and diverged"), wr.MarkdownBlock(listed)]
     title = f"peerscale {study.sweep}"
     return wr.Report(entity=entity, project=project, title=title, description="IsoFLOP study", blocks=blocks)
 

@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 
 from peerscale import laws
-from peerscale.errors import ArgumentParser, UserError, exit_code
+from peerscale.errors import ArgumentParser, UserError, exit_code, natural_number, positive_number
 from peerscale.files import write_json
 from peerscale.laws.fitting import SHOWN, Fit, HoldOut, positive_columns, require_column
 from peerscale.laws.isoflop import IsoflopFit, PowerLaw
@@ -39,7 +39,7 @@ from peerscale.laws.parametric import Surface
 from peerscale.laws.prediction import LAWS
 from peerscale.laws.solver import FitStatus, Objective
 from peerscale.runs import read_runs
-from peerscale.runs.table import CURVES, METRICS, curves_table
+from peerscale.runs.table import CURVES
 from peerscale.runs.table import read_table as read_csv
 
 PROGRAM = ".venv/bin/python analysis/fit.py"
@@ -92,8 +92,8 @@ NEEDS, NONE = "law needs", "none"
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     given = vars(arguments)
-    if arguments.command in ("predict", "rates"):
-        (predict if arguments.command == "predict" else fit_learning_rates)(arguments)
+    if other := {"predict": predict, "rates": fit_learning_rates}.get(arguments.command):
+        other(arguments)
         return 0
     law: Callable[..., Fit] = COMMANDS[arguments.command][0]
     columns = {name: given[name] for name in COMMANDS[arguments.command][1].replace("-", "_").split()}
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = {name: given[name] for name in RESAMPLING if name in given} | described
     stored, text = fit_groups(table, lambda rows: law(rows, **options), given.get("by"), given.get("x", ""))
     stored["source"] = {"table": arguments.table.name, "where": arguments.where, **described}
-    write_fit(arguments.out, stored)
+    write_json(arguments.out, stored)
     print(f"{text}\n-> {arguments.out}")
     return 0
 
@@ -120,25 +120,25 @@ def parser() -> argparse.ArgumentParser:
             optional = column in ("tokens", "flops") and name == "parametric"
             add(f"--{column}", metavar="COL", required=not optional, help=f"column of {COLUMNS[column]}")
         add("--where", metavar="EXPR", help="rows to fit, as a pandas query: \"method == 'dense'\"")
-        add("--bootstrap", type=count, default=bootstrap, metavar="N", help=f"resamples ({bootstrap})")
-        add("--seed", type=count, default=0, help="seed of the resampling (0)", metavar="N")
+        add("--bootstrap", type=natural_number, default=bootstrap, metavar="N", help=f"resamples ({bootstrap})")
+        add("--seed", type=natural_number, default=0, help="seed of the resampling (0)", metavar="N")
         if name != "envelope":
             add("--cluster", metavar="COL", help="column whose equal values are resampled together")
         if name in ("isoflop", "envelope"):
             add("--by", metavar="COL", help="one fit per value of this column")
         else:
             add("--budget", metavar="COL", help="column by which the largest runs are held out")
-            add("--hold-out", type=positive, metavar="NUMBER", help="hold out the runs from this budget on")
+            add("--hold-out", type=positive_number, metavar="NUMBER", help="hold out the runs from this budget on")
         if name in ("parametric", "peer"):
             minimised, default = "what is minimised (huber-log)", Objective.HUBER_LOG
             add("--objective", choices=list(Objective), default=default, help=minimised)
-            add("--delta", type=positive, default=1e-3, metavar="NUMBER", help="where Huber turns linear (1e-3)")
+            add("--delta", type=positive_number, default=1e-3, metavar="NUMBER", help="where Huber turns linear (1e-3)")
         if name == "isoflop":
             add("--include-flagged", action="store_true", help="let the power law use flagged minima too")
             far = "leave sizes out whose loss is more than this share above the budget's lowest, such as .04; keep five"
-            add("--within", type=positive, metavar="SHARE", help=far)
+            add("--within", type=positive_number, metavar="SHARE", help=far)
             close = "budgets this close to their neighbour are one, such as .1"
-            add("--tolerance", type=positive, metavar="SHARE", help=close)
+            add("--tolerance", type=positive_number, metavar="SHARE", help=close)
         add("--out", type=Path, required=True, metavar="JSON", help="where the fit goes")
     text = "lr = m (width / width_0)^-a (tokens / tokens_0)^-b (batch / batch_0)^c"
     add = commands.add_parser("rates", help=text, description=text).add_argument
@@ -155,32 +155,18 @@ def parser() -> argparse.ArgumentParser:
     text = "optimum of a budget, loss of a run, or best rate, from a fit"
     add = commands.add_parser("predict", help=text, description=text).add_argument
     add("file", type=Path, metavar="JSON", help="a fit, or fits by name such as a study's fits.json")
-    add("--budget", type=positive, metavar="NUMBER", help="training FLOPs: what is optimal?")
+    add("--budget", type=positive_number, metavar="NUMBER", help="training FLOPs: what is optimal?")
     for name in PREDICT_FROM[1:]:
-        add(_option(name), type=positive, metavar="NUMBER", help="of the run whose loss is wanted")
+        add(_option(name), type=positive_number, metavar="NUMBER", help="of the run whose loss is wanted")
     return top
-
-
-def count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
-    return int(text)
-
-
-def positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number above 0")
-    return value
 
 
 def read_table(path: Path, where: str | None, *, curves: bool = False) -> pd.DataFrame:
     """The rows that satisfy the query: a CSV's, labelled by their line, or a study's runs or training curves."""
     if path.is_dir():
-        table = study_curves(path) if curves else read_runs(path)
+        table = read_runs(path)
+        if curves:  # with the columns of their runs; those of a run that are also a step's end in `_final`
+            table = read_csv(path / "curves.csv", CURVES).merge(table, on="cell", suffixes=("", "_final"))
     else:
         table = read_csv(path, skipinitialspace=True)
         table.index = pd.RangeIndex(2, len(table) + 2, name="line")
@@ -204,14 +190,6 @@ def rows_that(option: str, query: str, table: pd.DataFrame) -> pd.Series:
     if not (isinstance(rows, pd.Series) and pd.api.types.is_bool_dtype(rows)):
         raise UserError(f"{option} {query!r} is not a condition on rows, such as \"method == 'dense'\"")
     return rows.fillna(False)
-
-
-def study_curves(folder: Path) -> pd.DataFrame:
-    """Training curves with the columns of their runs; those of a run that are also a step's end in `_final`."""
-    thinned = folder / "curves.csv"
-    cells = sorted(path.parent for path in folder.glob(f"*/{METRICS}"))
-    curves = read_csv(thinned, CURVES) if thinned.is_file() else curves_table(cells, points=1000)
-    return curves.merge(read_runs(folder), on="cell", suffixes=("", "_final"))
 
 
 def one_budget_each(table: pd.DataFrame, budget: str, tolerance: float | None) -> pd.DataFrame:
@@ -245,11 +223,10 @@ def fit_groups(
     first = next(iter(groups.values()))
     if by is None:
         return first.to_dict(), summary(first, x)
-    statuses = [group.status for group in groups.values() if group.status is not FitStatus.CONVERGED]
     stored = {
         "law": first.law,
         "n": len(table),
-        "status": str((statuses or [FitStatus.CONVERGED])[0]),
+        "status": str(min((group.status for group in groups.values()), key=lambda s: s is FitStatus.CONVERGED)),
         "objective_name": first.objective_name,
         "objective_value": sum(group.objective_value for group in groups.values()),
         "ci": {},
@@ -284,24 +261,22 @@ def summary(fit: Any, x: str) -> str:
 
 def fit_learning_rates(arguments: argparse.Namespace) -> None:
     """Fit the law of the best rate, write it, and print it with its intervals and held-out error."""
-    table, columns = (
-        read_table(arguments.table, arguments.where),
-        {name: getattr(arguments, name) for name in RATE_COLUMNS},
-    )
+    table, given = read_table(arguments.table, arguments.where), vars(arguments)
     held = None if arguments.hold_out is None else rows_that("--hold-out", arguments.hold_out, table)
     if held is not None and not held.any():
         raise UserError(f"--hold-out {arguments.hold_out!r} holds out none of the {len(table)} rows")
-    fit = laws.fit_rates(table, **columns, by=arguments.by, curve=arguments.curve, hold_out=held)
-    asked = {name: getattr(arguments, name) for name in ("by", "curve", "where", "hold_out")}
-    write_fit(arguments.out, fit.to_dict() | {"source": {"table": arguments.table.name, **columns, **asked}})
+    asked = {name: given[name] for name in (*RATE_COLUMNS, "by")}
+    fit = laws.fit_rates(table, **asked, curve=arguments.curve, hold_out=held)
+    described = asked | {name: given[name] for name in ("where", "hold_out")}
+    write_json(arguments.out, fit.to_dict() | {"source": {"table": arguments.table.name, **described}})
     lines = [
         f"rates: {fit.n} runs on {fit.n_curves} curves, which scatter by {fit.scatter:.2g} about parabolas in ln lr of "
         f"curvature {fit.curvature:.3g} +- {fit.curvature_se:.1g}"
     ]
     for method, law in fit.laws.items():
         at = ", ".join(f"{name} {getattr(law, f'{name}_0'):g}" for name in fit.fitted)
-        at = f"at {at}" if at else ""
-        lines.append(f"  m of {method:<20} {_number(law.m, fit.ci[method]['m']):<32} {at}".rstrip())
+        where = f"at {at}" * bool(at)
+        lines.append(f"  m of {method:<20} {_number(law.m, fit.ci[method]['m']):<32} {where}".rstrip())
     law, intervals = next(iter(fit.laws.values())), next(iter(fit.ci.values()))
     lines += [f"  {name:<25} {_number(getattr(law, name), ci)}" for name, ci in intervals.items() if name != "m"]
     if test := fit.equal_exponents:
@@ -327,13 +302,6 @@ def held_out(found: HoldOut, x: str) -> str:
     )
 
 
-def write_fit(path: Path, stored: Mapping[str, Any]) -> None:
-    try:
-        write_json(path, stored)
-    except (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-
-
 def predict(arguments: argparse.Namespace) -> None:
     """Print what the given numbers ask of each fit; what holds for several fits is said once, at the end."""
     asked = {name: getattr(arguments, name) for name in PREDICT_FROM if getattr(arguments, name)}
@@ -354,12 +322,8 @@ def predict(arguments: argparse.Namespace) -> None:
             width = max(map(len, found.values), default=0)
             lines += [name] * bool(found.values)
             lines += [f"  {what:<{width}}  {_number(*value)}" for what, value in found.values.items()]
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"cannot read {arguments.file}: {_first_line(error)}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{arguments.file} is no fit of this program: {_first_line(error)}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{arguments.file} holds no fit of this program: {_first_line(error)}") from None
     if not lines and all(NEEDS in why for _, why in notes):
         raise UserError(f"no prediction: {'; '.join(why for _, why in notes)}")
     for (what, why), names in notes.items():
@@ -376,7 +340,7 @@ def stored_fits(path: Path) -> list[tuple[str, dict[str, Any], Mapping[str, Any]
     stored = json.loads(path.read_text(encoding="utf-8"))
     fits = {"": stored} if "law" in stored else dict(stored).get("laws", stored)
     if not fits:
-        raise UserError(f"{path} holds no fit")
+        raise ValueError("it is empty")
     return [
         (f"{name} {group}".strip() or part["law"], part, fit.get("source", fit))
         for name, fit in fits.items()

@@ -6,13 +6,11 @@ Reads the collected study in runs/SWEEP/study, else results/SWEEP; writes result
 it as a table. Refused where a cell of that budget or a larger one has finished, or where the file is there already.
 """
 
-import math
 import sys
-from argparse import ArgumentTypeError
 from collections.abc import Sequence
 
 from peerscale.cell_names import budget_name
-from peerscale.errors import exit_code
+from peerscale.errors import exit_code, positive_number
 from peerscale.files import from_checkout
 from peerscale.runs.forecasts import make_forecast
 from peerscale.runs.study import study_parser
@@ -21,23 +19,14 @@ from peerscale.viz.forecasts import forecast_table
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = study_parser("forecast", __doc__)
-    parser.add_argument("budget", metavar="BUDGET", type=flops, help="training FLOPs to forecast, such as 1e14")
+    about = "training FLOPs to forecast, such as 1e14"
+    parser.add_argument("budget", metavar="BUDGET", type=positive_number, help=about)
     given = parser.parse_args(argv)
     made, path = make_forecast(given.sweep, given.budget, given.runs, given.results)
     print("\n".join(forecast_table(made)))
     file = from_checkout(path)
     print(f"\n-> {file}; before the cells of {budget_name(given.budget)} run: git add {file} && git commit")
     return 0
-
-
-def flops(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise ArgumentTypeError(f"a number of FLOPs above 0, such as 1e14, not {text!r}")
-    return number
 
 
 if __name__ == "__main__":

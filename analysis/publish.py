@@ -19,10 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--replace", action="store_true", help="remove or replace finished cells published before")
     given = parser.parse_args(argv)
     source, target = collected(given.sweep, given.runs), published(given.sweep, given.results)
-    counts, doubts = publish(source, target, replace_cells=given.replace)
-    for doubt in doubts:
-        print(f"warning: {doubt}", file=sys.stderr)
-    print(counts)
+    print(publish(source, target, replace_cells=given.replace))
     return 0
 
 

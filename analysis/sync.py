@@ -9,19 +9,17 @@ Exit code 3 if something could not be uploaded.
 import sys
 from collections.abc import Sequence
 
-from peerscale.errors import UserError, exit_code
+from peerscale.errors import exit_code, positive_integer, positive_number
 from peerscale.runs.study import study_parser
 from peerscale.training.upload import upload
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = study_parser("sync", __doc__)
-    parser.add_argument("--jobs", type=int, default=4, metavar="N", help="cells uploaded at a time (default: 4)")
-    wait = "the longest wait for the server (default: 60)"
-    parser.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help=wait)
+    at_once, wait = "cells uploaded at a time (default: 4)", "the longest wait for the server (default: 60)"
+    parser.add_argument("--jobs", type=positive_integer, default=4, metavar="N", help=at_once)
+    parser.add_argument("--timeout", type=positive_number, default=60.0, metavar="SECONDS", help=wait)
     given = parser.parse_args(argv)
-    if given.jobs < 1 or given.timeout <= 0:
-        raise UserError("--jobs must be at least 1 and --timeout above 0")
     for line in upload(given.sweep, given.runs, jobs=given.jobs, timeout_s=given.timeout):
         print(line)
     return 0

@@ -6,6 +6,7 @@
 
 import argparse
 import errno
+import math
 import os
 import select
 import sys
@@ -35,6 +36,27 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Never:
         raise UserError(f"{message}; help: {self.prog} --help")
+
+
+def positive_number(text: str) -> float:
+    """A finite number above 0, as a `type` of argparse, which complains of a `ValueError` by this function's name."""
+    if not 0 < (value := float(text)) < math.inf:
+        raise ValueError
+    return value
+
+
+def natural_number(text: str) -> int:
+    """A whole number from 0."""
+    if (value := int(text)) < 0:
+        raise ValueError
+    return value
+
+
+def positive_integer(text: str) -> int:
+    """A whole number from 1."""
+    if (value := int(text)) < 1:
+        raise ValueError
+    return value
 
 
 PLACE = frozenset(
@@ -67,11 +89,12 @@ def exit_code(main: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at its end
         return 0  # who read the output, such as `head`, has seen enough
     except OSError as error:
-        where = f" for {error.filename}" if error.filename else ""
+        place = error.filename2 or error.filename  # of a renaming, where to
+        where = f" for {place}" if place else ""
         if error.errno in FULL:
             message = f"no space left on disk{where}; nothing half-written stays"
         elif error.errno in PLACE and where:
-            message = f"{error.filename}: {os.strerror(error.errno).lower()}"
+            message = f"{place}: {os.strerror(error.errno).lower()}"
         else:
             raise
     except KeyboardInterrupt:

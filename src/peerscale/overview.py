@@ -6,15 +6,13 @@ python -m peerscale.overview studies
 """
 
 import contextlib
-import csv
-import json
-import math
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+
+import pandas as pd
 
 from peerscale.accounting import CONVENTION, device_memory
 from peerscale.cell_names import budget_name
@@ -30,14 +28,15 @@ from peerscale.cells import (
 from peerscale.composition import study_files
 from peerscale.data import text
 from peerscale.data.store import read_manifest
-from peerscale.errors import USER_ERROR, ArgumentParser, UserError, exit_code
+from peerscale.errors import USER_ERROR, ArgumentParser, UserError, exit_code, positive_integer, positive_number
 from peerscale.files import from_checkout
 from peerscale.outcomes import Outcome, Outcomes, further_line, outcomes
 from peerscale.plan import Verdict
 from peerscale.progress import duration
-from peerscale.runs.record import ENDED, RECORD, Status, cell_folders
+from peerscale.runs.record import ENDED, Status
 from peerscale.runs.speed import makespan_s
-from peerscale.runs.study import RESULTS, RUNS, Study, collected, header, published, read_fits
+from peerscale.runs.study import RESULTS, RUNS, collected, header, published, read_fits
+from peerscale.runs.table import read_records, read_runs
 from peerscale.slurm import Job, jobs_folder, log_path, queued, read_job_ids
 from peerscale.sweep_config import load_sweep
 
@@ -141,7 +140,7 @@ def print_status(sweep: str, overrides: Sequence[str], results: Path) -> int:
     cells = planned_cells(sweep, overrides)
     found = _outcomes(cells, results)
     name, job_of = cells[0].sweep, _slurm_jobs(cells)
-    grid, brackets, notes, words = Grid(), Grid(), [], []
+    rows, notes, words = [], [], []
     usual = {cell.name for cell in without_brackets(cells)}
     for cell in cells:
         outcome = found.planned[cell.name]
@@ -150,14 +149,21 @@ def print_status(sweep: str, overrides: Sequence[str], results: Path) -> int:
         words.append(word)
         evaluation = outcome.record.evaluation if outcome.record and outcome.done else {}
         loss = evaluation.get(cell.config.data.val_set, {}).get("loss")
-        shown = grid if cell.name in usual else brackets
-        shown.add(cell, loss, (word if loss is None else f"{loss:.4f}") + PUBLISHED_MARK * outcome.published)
-    print(text_table(grid.rows()))
-    if means := grid.means():
-        print(f"\nmean ± standard deviation (number of seeds):\n{text_table(means)}")
+        budget, mark = budget_name(cell.config.budget), PUBLISHED_MARK * outcome.published
+        row = cell.name.replace(f"-{budget}", "", 1)
+        rows.append({
+            "budget": budget, "row": row, "model": row.removesuffix(f"-s{cell.config.seed}"), "loss": loss,
+            "text": (word if loss is None else f"{loss:.4f}") + mark, "usual": cell.name in usual,
+        })  # fmt: skip
+    grid = pd.DataFrame(rows).astype({"loss": float})
+    print(budget_table(grid[grid["usual"]], "row"))
+    losses = grid[grid["usual"]].groupby(["model", "budget"], sort=False)["loss"].agg(["mean", "std", "count"])
+    if (several := losses[losses["count"] > 1].reset_index()).size:
+        several["text"] = [f"{row.mean:.4f} ± {row.std:.4f} ({row.count})" for row in several.itertuples()]
+        print(f"\nmean ± standard deviation (number of seeds):\n{budget_table(several, 'model')}")
     if len(usual) < len(cells):
         print("\nrate brackets, at factors of the usual rate; no points of the curves:")
-        print(text_table(brackets.rows()))
+        print(budget_table(grid[~grid["usual"]], "row"))
     counts = {word: f"{n} {word}" for word, n in Counter(words).items()}
     if n_published := sum(found.planned[cell.name].done_published for cell in cells):
         where = f"{words.count('done') - n_published} run here in {from_checkout(cells[0].folder.parent)}"
@@ -170,62 +176,33 @@ def print_status(sweep: str, overrides: Sequence[str], results: Path) -> int:
     for note in notes:
         print(note)
     _print_notices(found)
-    _print_answer(published(name, results) if n_published else collected(name, cells[0].folder.parents[1]))
-    return 0
-
-
-def _print_answer(study: Study) -> None:
-    """The study's answer as last fitted, with where it stands; nothing where it was never fitted."""
-    with contextlib.suppress(UserError):
+    study = published(name, results) if n_published else collected(name, cells[0].folder.parents[1])
+    with contextlib.suppress(UserError):  # of a study that was never fitted
         print(f"\n{read_fits(study.fits)['answer']} ({from_checkout(study.fits)}, as last fitted)")
+    return 0
 
 
 PUBLISHED_MARK = "*"
 """Marks what is not from this machine's runs/."""
 
 
-class Grid:
-    """The losses of a study: a row for each method, size, setting and seed, a column for each budget."""
-
-    def __init__(self) -> None:
-        self.shown: dict[str, dict[str, str]] = {}
-        self.losses: dict[str, dict[str, list[float]]] = {}
-        """By row without its seed, and budget."""
-
-    def add(self, cell: Cell, loss: float | None, text: str) -> None:
-        """Add a cell: its loss, if it has one, and what is shown of it."""
-        budget = budget_name(cell.config.budget)
-        row = cell.name.replace(f"-{budget}", "", 1)
-        self.shown.setdefault(row, {})[budget] = text
-        seeds = self.losses.setdefault(row.removesuffix(f"-s{cell.config.seed}"), {}).setdefault(budget, [])
-        seeds += [] if loss is None else [loss]
-
-    def rows(self) -> list[list[str]]:
-        return self._table(self.shown)
-
-    def means(self) -> list[list[str]]:
-        """The mean over seeds where there are several losses, in a table of the same columns; empty if nowhere."""
-        shown = {
-            row: {budget: f"{mean(x):.4f} ± {stdev(x):.4f} ({len(x)})" for budget, x in at.items() if len(x) > 1}
-            for row, at in self.losses.items()
-        }
-        shown = {row: at for row, at in shown.items() if at}
-        return self._table(shown) if shown else []
-
-    def _table(self, shown: Mapping[str, Mapping[str, str]]) -> list[list[str]]:
-        budgets = list(dict.fromkeys(budget for at in self.shown.values() for budget in at))
-        return [["", *budgets], *([row, *(at.get(b, "") for b in budgets)] for row, at in shown.items())]
+def budget_table(cells: pd.DataFrame, row: str) -> str:
+    """Texts in a table with a row for each value of the column `row` and a column for each budget."""
+    budgets, texts = cells["budget"].unique(), cells.set_index([row, "budget"])["text"]
+    return text_table([["", *budgets], *([r, *(texts.get((r, b), "") for b in budgets)] for r in cells[row].unique())])
 
 
 def print_studies(runs: Path, results: Path) -> int:
     """Print every study of sweeps/: its question, its number of cells, and how many are done, here and published."""
     for file in study_files():
+        table = published(file.stem, results).runs
         try:
             planned = f"{count_cells(load_sweep(file))} cells"
+            here = Counter(record.status for record in read_records(runs / file.stem))
+            there = Counter(read_runs(table)["status"] if table.is_file() else ())
         except UserError as error:
-            planned = f"cannot be planned: {error}"
-        here = Counter(_status(folder / RECORD) for folder in cell_folders(runs / file.stem))
-        there = Counter(_statuses(results / file.stem / "runs.csv"))
+            print(f"{file.stem:<16} cannot be read: {error}")
+            continue
         state = [f"{here[Status.DONE]} finished here", f"{there[Status.DONE]} published"]
         state += [f"{there[Status.DROPPED]} dropped"] if there[Status.DROPPED] else []
         print(f"{file.stem:<16} {planned}: {', '.join(state)}")
@@ -233,22 +210,6 @@ def print_studies(runs: Path, results: Path) -> int:
         print(textwrap.fill(question, 100, initial_indent="    ", subsequent_indent="    "))
     print("\nmake status SWEEP=NAME shows one of them cell by cell; make plan SWEEP=NAME what it costs")
     return 0
-
-
-def _status(path: Path) -> str:
-    """The status in a record, read without checking the rest; empty if there is none that can be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["status"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
-
-
-def _statuses(table: Path) -> list[str]:
-    """The status of each row of a published table; none where there is no table."""
-    if not table.is_file():
-        return []
-    with table.open(encoding="utf-8", newline="") as file:
-        return [row.get("status", "") for row in csv.DictReader(file)]
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:
@@ -301,15 +262,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("view", choices=["plan", "status", "studies"])
     parser.add_argument("sweep", nargs="?", help="name of a file in sweeps/, or a path")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="overrides of every cell")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="workers that the plan's time is for")
-    parser.add_argument("--price", type=float, metavar="NUMBER", help="of a GPU-hour, for the cost of the plan")
+    parser.add_argument("--jobs", type=positive_integer, default=1, metavar="N", help="workers of the plan's time")
+    parser.add_argument("--price", type=positive_number, metavar="NUMBER", help="of a GPU-hour, for the plan's cost")
     parser.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help="where `studies` looks for cells")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where studies are published")
     options = parser.parse_intermixed_args(arguments)
-    if options.jobs < 1:
-        raise UserError(f"--jobs must be at least 1, not {options.jobs}")
-    if options.price is not None and not 0 <= options.price < math.inf:
-        raise UserError(f"--price must be a number from 0, not {options.price:g}")
     if options.view == "studies":
         return print_studies(options.runs, options.results)
     if options.sweep is None:

@@ -38,16 +38,14 @@ class Progress:
         self.thread.join()
         if kind is not None and issubclass(kind, UserError):
             return  # whose line says it all
-        print(f"\r\033[K{self.line()}" if self.live else self.line(), file=sys.stderr, flush=True)
+        self._print(end="\n")
 
     def _watch(self) -> None:
         while not self.stop.wait(LIVE_S if self.live else LOG_S):
-            print(
-                f"\r\033[K{self.line()}" if self.live else self.line(),
-                end="" if self.live else "\n",
-                file=sys.stderr,
-                flush=True,
-            )
+            self._print(end="" if self.live else "\n")
+
+    def _print(self, end: str) -> None:
+        print(f"\r\033[K{self.line()}" if self.live else self.line(), end=end, file=sys.stderr, flush=True)
 
     def line(self) -> str:
         """One line: `reproduce 12/50 | peer-d32-3e11-s0 120/367 loss 5.43 21k tok/s | 6 min left`."""
@@ -72,11 +70,10 @@ class Progress:
 
     def _state(self, cell: Cell) -> tuple[Status | None, dict[str, Any] | None]:
         """Status of a record written since the start, and the newest row of metrics while it is running."""
-        path = cell.folder / RECORD
+        if _written(cell) == self.written_before[cell.name]:
+            return None, None
         try:
-            if _written(cell) == self.written_before[cell.name]:
-                return None, None
-            status = Status(json.loads(path.read_text(encoding="utf-8"))["status"])
+            status = Status(json.loads((cell.folder / RECORD).read_text(encoding="utf-8"))["status"])
             if status is not Status.RUNNING or not (cell.folder / METRICS).is_file():
                 return status, None
             with (cell.folder / METRICS).open("rb") as file:
@@ -89,16 +86,14 @@ class Progress:
 
 def _written(cell: Cell) -> int | None:
     """When the record was last written, to tell whether it was written again."""
-    try:
-        return (cell.folder / RECORD).stat().st_mtime_ns
-    except OSError:
-        return None
+    path = cell.folder / RECORD
+    return path.stat().st_mtime_ns if path.is_file() else None
 
 
 def _steps_saved(cell: Cell) -> int:
     """The step at which a cell that was interrupted goes on, as the name of its newest checkpoint says."""
-    names = [path.stem.removeprefix("step-") for path in (cell.folder / "checkpoints").glob("step-*.ckpt")]
-    return max((int(name) for name in names if name.isdigit()), default=0)
+    saved = (cell.folder / "checkpoints").glob("step-*.ckpt")
+    return max((int(path.stem.removeprefix("step-")) for path in saved), default=0)
 
 
 def duration(seconds: float) -> str:

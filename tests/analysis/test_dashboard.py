@@ -66,9 +66,8 @@ def test_saved_twice_there_is_one_report(wandb_server: WandbServer, runs: Path) 
     final = panels["Final loss against parameters; colour: budget"]
     assert final["xAxis"] == "config:derived.value.params_total"
     assert (final["yAxis"], final["zAxis"]) == ("summary:validation/loss", "config:budget.value")
-    assert panels["Failed and diverged cells"]["metrics"] == ["failed", "diverged"]
     metrics = {metric for panel in panels.values() for metric in panel.get("metrics", [])}
-    assert {"train/expert_usage", "train/unevenness", "train/tokens_per_s", "flops_per_s"} <= metrics
+    assert {"train/expert_usage", "train/unevenness", "train/tokens_per_s"} <= metrics
     (runset,) = grids[-1]["runSets"]
     assert [(f["key"]["name"], f["value"]) for f in runset["filters"]["filters"]] == [
         ("group", "reproduce"),

@@ -101,7 +101,7 @@ def test_finished_cells_do_not_vanish_unasked(
     named = "moe-d8-1e11-s0, moe-d12-1e11-s0, moe-d16-1e11-s0 ..."
     assert line == (
         f"error: this would remove {done - 10} finished cells ({named}) in {tmp_path / 'results' / SWEEP}; "
-        f"to keep them: make figures SWEEP={SWEEP} PUBLISHED=1; "
+        f"make figures SWEEP={SWEEP} PUBLISHED=1 keeps those that would be removed; "
         f"to do it all the same: make publish SWEEP={SWEEP} REPLACE=1\n"
     )
     assert publish.main([*folders, "--replace"]) == 0
@@ -176,13 +176,3 @@ def test_an_interrupted_publication_leaves_the_old_one(
         publish.main(folders)
     assert target.records.read_bytes() == before
     assert [path.name for path in (tmp_path / "results").iterdir()] == [SWEEP]
-
-
-def test_doubts_about_the_code_that_ran() -> None:
-    clean = records()[:2]
-    assert publication.doubts(clean) == []
-    dirty = replace(clean[0], environment={"git_commit": "0123456789ab+dirty"})
-    unknown = replace(clean[0], environment={"git_commit": None, "kernel": "native"})
-    assert "0123456789ab+dirty" in publication.doubts([clean[1], dirty])[0]
-    assert any("2 different commits" in line for line in publication.doubts([clean[1], dirty]))
-    assert any("do not say" in line for line in publication.doubts([unknown]))

@@ -12,6 +12,7 @@ from synthetic_study import SWEEP, minimum, shared_curvature
 from synthetic_surface import surface_curves, surface_runs
 
 from peerscale.accounting import cost
+from peerscale.cell_names import budget_name
 from peerscale.config import load
 from peerscale.runs.comparison import compare
 from peerscale.runs.conventions import flops_by_convention, multipliers_by_convention
@@ -21,6 +22,7 @@ from peerscale.runs.table import read_runs
 from peerscale.viz import paper_tables, study_table
 from peerscale.viz.markdown import table
 from peerscale.viz.published import paper_values, read_published
+from peerscale.viz.style import label
 
 Study = tuple[pd.DataFrame, dict[str, Any]]
 NAMES = ("dense", "moe", "moe_token_choice", "pkm", "peer")
@@ -38,11 +40,11 @@ def test_published_numbers_are_the_papers() -> None:
     assert set(published.columns) == {"item", "method", "x_name", "x", "metric", "value", "source"}
     assert not published.duplicated(["item", "method", "x", "metric", "value"]).any()
     assert published["source"].str.startswith("arXiv 2407.04153").all()
-    ours = paper_tables.paper_perplexities(published).set_index(["budget", "name"])
+    rows = {(row["budget"], row["method"]): row for row in paper_tables.paper_perplexities(published)}
     gaps = {(6e18, "moe"): -0.108, (6e18, "pkm"): -0.084, (6e18, "peer"): -0.145}
     gaps |= {(2e19, "moe"): -0.067, (2e19, "pkm"): -0.053, (2e19, "peer"): -0.107}
-    for key, gap in gaps.items():
-        assert ours.loc[key, "gap"] == pytest.approx(gap, abs=5.1e-4)
+    for (budget, name), gap in gaps.items():
+        assert rows[budget_name(budget), label(name)]["difference to dense (nats)"] == f"−{-gap:.3f}"
     with_norm = list(paper_values(published, "table 2", "peer", "ppl_c4").values())
     assert np.diff(np.log(with_norm)) == pytest.approx([-0.040, -0.049, -0.039], abs=6e-4)
     uneven = paper_values(published, "table 2", "peer query_norm=false", "unevenness")
@@ -55,9 +57,9 @@ def test_published_numbers_are_the_papers() -> None:
 
 def test_table_1_is_each_sets_fit_at_the_validation_optimum(study: Study) -> None:
     runs, fits = study
-    found = paper_tables.perplexities(fits, "validation")
-    assert list(found["name"]) == [*NAMES, *NAMES]
-    for budget, rows in found.groupby("budget"):
+    found = paper_tables.perplexities(fits)
+    assert [row["method"].removesuffix(" †") for row in found] == [label(name) for name in (*NAMES, *NAMES)]
+    for budget, rows in ((1e11, found[:5]), (3e11, found[5:])):
         done = {
             name: runs[
                 runs["cell"].str.startswith(f"{name}-") & (runs["budget"] == budget) & (runs["status"] == "done")
@@ -71,37 +73,32 @@ def test_table_1_is_each_sets_fit_at_the_validation_optimum(study: Study) -> Non
             for s in ("validation", "speeches")
         )
         dense = minimum(validation["dense"])[1]
-        for row in rows.to_dict("records"):
-            x, loss = minimum(validation[row["name"]])
-            assert row["validation"] == pytest.approx(math.exp(loss), rel=1e-5)
-            there = np.polynomial.Polynomial(speeches[row["name"]])(math.log10(x))
-            assert row["speeches"] == pytest.approx(math.exp(there), rel=1e-5)
-            assert row["gap"] == pytest.approx(loss - dense, abs=1e-5)
-            z = np.log10(done[row["name"]]["flops_per_token"])
-            assert row["flagged"] == (not 0.2 <= (math.log10(x) - z.min()) / (z.max() - z.min()) <= 0.8)
-
-
-def test_a_variants_distance_is_to_dense_at_its_own_settings() -> None:
-    names = ["dense batch=8", "dense batch=16", "peer batch=8", "peer batch=16", "moe"]
-    table = pd.DataFrame({"budget": 1e11, "name": names, "validation": [100.0, 50.0, 90.0, 40.0, 1.0]})
-    gaps = paper_tables.with_gap(table, "validation")["gap"]
-    assert list(gaps[:4]) == pytest.approx([0, 0, math.log(0.9), math.log(0.8)])
-    assert math.isnan(gaps[4])
+        for name, row in zip(NAMES, rows, strict=True):
+            assert row["budget"] == budget_name(budget)
+            x, loss = minimum(validation[name])
+            assert row["validation"] == f"{math.exp(loss):.2f}"
+            there = np.polynomial.Polynomial(speeches[name])(math.log10(x))
+            assert row["speeches"] == f"{math.exp(there):.2f}"
+            assert row["difference to dense (nats)"] == f"{loss - dense:+.3f}".replace("-", "−")
+            z = np.log10(done[name]["flops_per_token"])
+            flagged = not 0.2 <= (math.log10(x) - z.min()) / (z.max() - z.min()) <= 0.8
+            assert row["method"].endswith(" †") == flagged
 
 
 def test_table_2_holds_ours_and_the_papers() -> None:
     runs = ablation_runs("query_bn")
-    table = paper_tables.experts_by_norm(runs, read_published()).set_index(["source", "n_experts", "norm"])
+    rows = {row["experts"]: row for row in paper_tables.norm_rows(runs, read_published())}
     for (n, norm), cells in runs.groupby(["n_experts", runs["query_norm"].astype(str) == "True"]):
-        row = table.loc[("ours", n, norm)]
-        assert row["ppl"] == pytest.approx(np.prod(cells["ppl_validation"]) ** (1 / 3))
-        assert row["expert_usage"] == pytest.approx(0.9)
-        assert row["unevenness"] == pytest.approx(cells["unevenness"].mean())
-    assert table.loc[("paper", 1024**2, False), "unevenness"] == 1.52
+        row = rows[f"{n:,.0f}"]
+        ours = {title: row[title].split(" / ")[norm] for title in ("perplexity", "experts used", "unevenness")}
+        assert ours["perplexity"] == f"{np.prod(cells['ppl_validation']) ** (1 / 3):.2f}"
+        assert ours["experts used"] == "90.0%"
+        assert ours["unevenness"] == f"{cells['unevenness'].mean():.2f}"
+    assert rows["1,048,576"]["paper: unevenness"] == "1.52 / 1.06"
 
 
 def test_table_2_of_a_study_with_batchnorm_alone() -> None:
-    lines = table(paper_tables.norm_rows(paper_tables.experts_by_norm(ablation_runs("experts"), read_published())))
+    lines = table(paper_tables.norm_rows(ablation_runs("experts"), read_published()))
     first = next(line for line in lines if line.startswith("| 256 |"))
     assert first.startswith("| 256 | — / ") and first.endswith("| — | — | — |")
     last = lines[-1]
@@ -194,7 +191,7 @@ def test_variants_are_ranked_beside_dense_at_their_own_settings() -> None:
 def test_nothing_fitted_is_no_table(study: Study) -> None:
     _, fits = study
     assert table(study_table.conventions({**fits, "conventions": []})) == []
-    assert paper_tables.perplexities({**fits, "budgets": []}, "validation").empty
+    assert paper_tables.perplexities({**fits, "budgets": []}) == []
     assert (
         table(study_table.multipliers({**fits, "multipliers": []}))
         == table(study_table.claims({**fits, "claims": []}))

@@ -26,7 +26,7 @@ from peerscale.laws.fitting import (
     row_labels,
     table_warnings,
 )
-from peerscale.laws.optima import OptimumStatus, optimum_status
+from peerscale.laws.optima import OptimumStatus, optimum_status, parabola_optima
 from peerscale.laws.parametric import fit_parametric
 from peerscale.laws.solver import Array, FitStatus, Number
 
@@ -233,15 +233,6 @@ def fit_parabolas(x: Array, losses: Array) -> Array:
     centre = float(z.mean())  # z^2 of uncentred sizes is almost collinear with z
     c0, c1, c2 = np.linalg.pinv(np.vander(z - centre, 3, increasing=True)) @ losses.T
     return np.stack([c0 - c1 * centre + c2 * centre**2, c1 - 2 * c2 * centre, c2])
-
-
-def parabola_optima(coefficients: Array) -> tuple[Array, Array]:
-    """x and loss where parabolas of `coefficients` (3, ...) are lowest; NaN where they open downwards."""
-    c0, c1, c2 = coefficients
-    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        x, loss = 10.0 ** (-c1 / (2 * c2)), c0 - c1**2 / (4 * c2)
-    there = (c2 > 0) & np.isfinite(x) & (x > 0)
-    return np.where(there, x, np.nan), np.where(there, loss, np.nan)
 
 
 def _optimum(budget: float, sizes: Array, losses: Array) -> BudgetOptimum:

@@ -234,13 +234,10 @@ class OptimaFit:
     def optima_of(self, losses: Array) -> tuple[Array, Array]:
         """x and loss of every method's optimum for other size means, losses (draws, points): (draws, methods) each.
 
-        NaN where the curve opens downwards, or so little upwards that no model has such a size or loss.
+        NaN as in `parabola_optima`.
         """
-        a, b, c = np.stack([self._to_curve(name) @ losses.T for name in self.names], axis=-1)
-        with np.errstate(all="ignore"):
-            x, loss = 10.0 ** (self.centre - b / (2 * c)), a - b**2 / (4 * c)
-        there = (c > 0) & (x > 0) & np.isfinite(x) & (loss > 0)
-        return np.where(there, x, np.nan), np.where(there, loss, np.nan)
+        curves = np.stack([self._to_curve(name) @ losses.T for name in self.names], axis=-1)
+        return parabola_optima(curves, self.centre)
 
     def estimate(self, weights: Array, sequences: Array | None = None) -> Estimate:
         """The weighted sum of the size means with its error.
@@ -281,6 +278,18 @@ class OptimaFit:
             return misfit, seeds, df
         pooled = (rss / per_seed * df + seeds * self.seeds_df) / (df + self.seeds_df)  # two estimates of sigma^2
         return 0.0, pooled, df + self.seeds_df
+
+
+def parabola_optima(coefficients: Array, centre: float = 0.0) -> tuple[Array, Array]:
+    """x and loss where parabolas of `coefficients` (3, ...) in log10 x - centre are lowest.
+
+    NaN where a parabola opens downwards, or so little upwards that no model has such a size or loss.
+    """
+    c0, c1, c2 = coefficients
+    with np.errstate(all="ignore"):
+        x, loss = 10.0 ** (centre - c1 / (2 * c2)), c0 - c1**2 / (4 * c2)
+    there = (c2 > 0) & (x > 0) & np.isfinite(x) & (loss > 0)
+    return np.where(there, x, np.nan), np.where(there, loss, np.nan)
 
 
 def equality_of_curvatures(shared: OptimaFit, own: OptimaFit) -> dict[str, Any] | None:

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 
@@ -32,7 +31,8 @@ def collect(
 ) -> Iterator[str]:
     """Write the study's folder in `runs` from its cells there, or from `results` where there are none, or from both.
 
-    Every planned cell has a row, also those that were dropped, failed, or never run.
+    Every planned cell has a row, also those that were dropped, failed, or never run. With both, a published cell counts
+    where `runs` has no finished one of its name, unless its configuration is not the plan's.
 
     Args:
         sweep: name of the study.
@@ -42,32 +42,54 @@ def collect(
 
     Yields:
         What was collected, in words.
+
+    Raises:
+        UserError: there are no records.
     """
     overrides = of_cells(overrides)  # further cells count in any case
-    source, study = published(sweep, results), collected(sweep, runs)
-    if source.runs.is_file() and not source.records.is_file() and not read_records(runs / sweep):
+    here, source, study = runs / sweep, published(sweep, results), collected(sweep, runs)
+    own = {record.cell: record for record in read_records(here)}
+    if source.runs.is_file() and not source.records.is_file() and not own:
         table = read_runs(source.runs)
         write_fits(study, table, curves_table(()), [])
         yield f"{sweep}: {len(table)} cells, from {source.runs} (without records) -> {study.folder}"
         return
-    read = read_study(sweep, runs, results, overrides, with_published=with_published)
-    corpora = {record.hashed_config.get("data_fingerprint") for record in read.planned if record.status is Status.DONE}
-    further = [r for r in read.further if not corpora or r.hashed_config.get("data_fingerprint") in corpora]
-    foreign = [record for record in read.further if record not in further]
-    records = [*read.planned, *further]
+    if not source.records.is_file() and (with_published or not own):
+        raise UserError(f"no runs of {sweep!r}: neither cells in {here} nor {source.records}")
+    cells, there = plan_of(sweep, overrides), read_published(source)
+    corpus = next((r.hashed_config.get("data_fingerprint") for r in own.values() if r.status is Status.DONE), None)
+    same, notices = of_the_plan(cells or (), there, source.folder, corpus)
+    if not own or with_published:
+        print(*(f"{notice}\n" for notice in notices), sep="", end="", file=sys.stderr)
+    there = there if not own else same if with_published else {}
+    counting = {name: which_counts(own.get(name), there.get(name)) for name in {**own, **there}}
+    found = {name: record for name, record in counting.items() if record is not None}
+    run_here = [name for name in found if found[name] is own.get(name)]
+    curves = curves_table(here / cell for cell in run_here)
+    if there and source.curves.is_file():
+        others = read_table(source.curves, CURVES)
+        curves = pd.concat([curves, others[~others["cell"].isin(run_here)]], ignore_index=True) if run_here else others
+    planned, further = with_planned(cells, found)
+    corpora = {record.hashed_config.get("data_fingerprint") for record in planned if record.status is Status.DONE}
+    foreign = [r.cell for r in further if corpora and r.hashed_config.get("data_fingerprint") not in corpora]
+    further = [record for record in further if record.cell not in foreign]
+    records = [*planned, *further]
     table = runs_table(records)  # before anything is written: a record may be refused
     write_text(study.records, "".join(json.dumps(asdict(record)) + "\n" for record in records))
-    write_text(study.curves, read.curves.to_csv(index=False))
-    write_fits(study, table, read.curves, records)
-    states = ", ".join(f"{n} {status}" for status, n in Counter(record.status for record in read.planned).items())
-    yield f"{sweep}: {len(read.planned)} cells ({states}), from {read.source} -> {study.folder}"
+    write_text(study.curves, curves.to_csv(index=False))
+    write_fits(study, table, curves, records)
+    states = ", ".join(f"{n} {status}" for status, n in Counter(record.status for record in planned).items())
+    counts = {here: len(run_here), source.folder: len(found) - len(run_here)}
+    places = ", ".join(f"{n} cells of {folder}" for folder, n in counts.items() if n)
+    yield f"{sweep}: {len(planned)} cells ({states}), from {places} -> {study.folder}"
     if further:
         yield f"{further_line([record.cell for record in further])}; they are in the table and the fits too"
     if foreign:
-        yield f"{len(foreign)} cells of another corpus are left out: {some([record.cell for record in foreign])}"
-    missed = sum(record.cell in read.left_out and record.status is not Status.DONE for record in read.planned)
+        yield f"{len(foreign)} cells of another corpus are left out: {some(foreign)}"
+    done = {record.cell for record in planned if record.status is Status.DONE}
+    missed = [r.cell for r in planned if r.cell not in done and r.cell in same and same[r.cell].status is Status.DONE]
     if missed:
-        yield f"{missed} of them are finished in {source.folder}: make figures SWEEP={sweep} PUBLISHED=1"
+        yield f"{len(missed)} of them are finished in {source.folder}: make figures SWEEP={sweep} PUBLISHED=1"
 
 
 def write_fits(study: Study, runs: pd.DataFrame, curves: pd.DataFrame, records: Sequence[Record]) -> None:
@@ -84,70 +106,6 @@ def write_fits(study: Study, runs: pd.DataFrame, curves: pd.DataFrame, records: 
     fits["answer"] = answer(fits)
     write_text(study.runs, runs.to_csv(index=False))
     write_json(study.fits, fits)
-
-
-class StudyRecords(NamedTuple):
-    """All that is known of a study."""
-
-    planned: list[Record]
-    """In the order of the plan, one for each cell of it."""
-    further: list[Record]
-    """Of cells that the plan does not have."""
-    curves: pd.DataFrame
-    source: str
-    """Where the records come from, in words."""
-    left_out: set[str]
-    """Published finished cells, by name, that were not asked for."""
-
-
-def read_study(
-    sweep: str, runs: Path, results: Path, overrides: Sequence[str] = (), *, with_published: bool = False
-) -> StudyRecords:
-    """Records of all cells, planned ones included, and the training curves; from `runs`, else as published.
-
-    With `with_published` both are read. A published cell counts where `runs` has no finished one of its name, unless
-    its configuration is not the plan's.
-
-    Raises:
-        UserError: there are none, or the published ones are of another corpus or recipe.
-    """
-    here, source = runs / sweep, published(sweep, results)
-    own = {record.cell: record for record in read_records(here)}
-    if not source.records.is_file() and (with_published or not own):
-        raise UserError(f"no runs of {sweep!r}: neither cells in {here} nor {source.records}")
-    cells = plan_of(sweep, overrides)
-    there = read_published(source)
-    same, notices = of_the_plan(cells or (), there, source.folder, None)
-    if own and not with_published:
-        finished = {name for name, record in same.items() if record.status is Status.DONE}
-        curves = curves_table(here / cell for cell in own)
-        return StudyRecords(*with_planned(cells, own), curves, str(here), finished)
-    if own:
-        refuse_incomparable([*own.values()], [*there.values()], source.records)
-        there = same
-    for notice in notices:
-        print(notice, file=sys.stderr)
-    counting = {name: which_counts(own.get(name), there.get(name)) for name in {**own, **there}}
-    found = {name: record for name, record in counting.items() if record is not None}
-    run_here = [name for name in found if found[name] is own.get(name)]
-    n_published = len(found) - len(run_here)
-    words = f"{len(run_here)} cells of {here}, {n_published} of {source.folder}" if own else str(source.folder)
-    curves = read_table(source.curves, CURVES) if source.curves.is_file() else curves_table(())
-    if run_here:
-        own_curves = curves_table(here / cell for cell in run_here)
-        curves = pd.concat([own_curves, curves[~curves["cell"].isin(run_here)]], ignore_index=True)
-    return StudyRecords(*with_planned(cells, found), curves, words, set())
-
-
-def refuse_incomparable(own: Sequence[Record], others: Sequence[Record], where: Path) -> None:
-    """Raise `UserError` unless all finished cells were trained by one recipe on one corpus."""
-    for key in ("recipe_version", "data_fingerprint"):
-        here, there = (
-            {str(r.hashed_config[key]) for r in records if r.status is Status.DONE} for records in (own, others)
-        )
-        if here and there and here != there:
-            listed = [", ".join(sorted(values)) for values in (there, here)]
-            raise UserError(f"{where}: {key} {listed[0]}, but the cells run here have {listed[1]}")
 
 
 def plan_of(sweep: str, overrides: Sequence[str]) -> Sequence[Cell] | None:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 import pandas as pd
@@ -15,7 +14,7 @@ from peerscale.runs.study import Study
 from peerscale.runs.table import read_records, read_runs
 
 
-def publish(source: Study, target: Study, *, replace_cells: bool = False) -> tuple[str, list[str]]:
+def publish(source: Study, target: Study, *, replace_cells: bool = False) -> str:
     """Copy a collected study to its place among the published ones; other files that lie there stay.
 
     Sequence losses are rounded to four decimals and tracebacks left out; everything else is copied as it is.
@@ -25,7 +24,7 @@ def publish(source: Study, target: Study, *, replace_cells: bool = False) -> tup
         replace_cells: whether published finished cells may be removed, or replaced by cells of another configuration.
 
     Returns:
-        How many finished cells were added, replaced, kept and removed, and what a reader could not reproduce.
+        How many finished cells were added, replaced, kept and removed.
 
     Raises:
         UserError: the study is not complete, or published finished cells would be lost; nothing is written then.
@@ -38,8 +37,12 @@ def publish(source: Study, target: Study, *, replace_cells: bool = False) -> tup
     removed = [cell for cell in old if cell not in new]
     replaced = {cell: _differences(old[cell], new[cell]) for cell in old if cell in new and old[cell] != new[cell]}
     others = [f"{cell}: {found}" for cell, found in replaced.items() if found]
-    if (removed or others) and not replace_cells:
-        raise UserError(refusal(source, target, removed, others))
+    losses = [f"remove {len(removed)} finished cells ({some(removed)})"] * bool(removed)
+    losses += [f"replace {len(others)} by cells of another configuration ({some(others)})"] * bool(others)
+    if losses and not replace_cells:
+        again = f"make figures SWEEP={source.sweep} PUBLISHED=1 keeps those that would be removed; " * bool(removed)
+        anyway = f"to do it all the same: make publish SWEEP={source.sweep} REPLACE=1"
+        raise UserError(f"this would {' and '.join(losses)} in {target.folder}; {again}{anyway}")
     with replacing(target.folder) as folder:
         if target.folder.is_dir():
             shutil.copytree(target.folder, folder, ignore=shutil.ignore_patterns(target.figures.name))
@@ -48,11 +51,11 @@ def publish(source: Study, target: Study, *, replace_cells: bool = False) -> tup
             if kept.is_file():
                 shutil.copyfile(kept, folder / kept.name)
         shutil.copytree(source.figures, folder / source.figures.name, copy_function=shutil.copyfile)
-        with (folder / target.records.name).open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(asdict(record)) + "\n" for record in records)
+        lines = "".join(json.dumps(asdict(record)) + "\n" for record in records)
+        (folder / target.records.name).write_text(lines, encoding="utf-8")
     kept = len(old) - len(removed) - len(replaced)
     counts = f"{len(new) - kept - len(replaced)} added, {len(replaced)} replaced, {kept} kept, {len(removed)} removed"
-    return f"finished cells: {counts} -> {target.folder}", doubts(records)
+    return f"finished cells: {counts} -> {target.folder}"
 
 
 def finished(study: Study) -> dict[str, Record | None]:
@@ -61,18 +64,6 @@ def finished(study: Study) -> dict[str, Record | None]:
         return {record.cell: record for record in read_records(study.folder) if record.status is Status.DONE}
     runs = read_runs(study.runs) if study.runs.is_file() else pd.DataFrame(columns=["cell", "status"])
     return dict.fromkeys(runs.loc[runs["status"] == str(Status.DONE), "cell"])
-
-
-def refusal(source: Study, target: Study, removed: Sequence[str], others: Sequence[str]) -> str:
-    """One line: what would be lost, and what to type."""
-    losses, remedies = [], []
-    if removed:
-        losses.append(f"remove {len(removed)} finished cells ({some(removed)})")
-        remedies.append(f"to keep them: make figures SWEEP={source.sweep} PUBLISHED=1")
-    if others:
-        losses.append(f"replace {len(others)} by cells of another configuration ({some(others)})")
-    remedies.append(f"to do it all the same: make publish SWEEP={source.sweep} REPLACE=1")
-    return f"this would {' and '.join(losses)} in {target.folder}; {'; '.join(remedies)}"
 
 
 def _differences(old: Record | None, new: Record) -> str:
@@ -86,16 +77,3 @@ def _differences(old: Record | None, new: Record) -> str:
 def public(record: Record) -> Record:
     """The record as published: a traceback names a machine's folders, and a fifth decimal of a loss is noise."""
     return replace(record, sequence_losses=[round(loss, 4) for loss in record.sequence_losses], traceback="")
-
-
-def doubts(records: Sequence[Record]) -> list[str]:
-    """What a reader of the published study could not reproduce."""
-    commits = {str(record.environment.get("git_commit") or "") for record in records if record.environment}
-    found = []
-    if dirty := sorted(commit for commit in commits if "dirty" in commit):
-        found.append(f"some cells ran uncommitted code ({', '.join(dirty)}): others cannot check it out")
-    if "" in commits:
-        found.append("some cells do not say which commit they ran")
-    if len(commits) > 1:
-        found.append(f"the cells ran {len(commits)} different commits")
-    return found

@@ -16,70 +16,45 @@ from peerscale.viz.markdown import number, section
 Fits = Mapping[str, Any]
 """A study's `fits.json`; files of studies without brackets need not have their keys."""
 
-LEFT_OUT = "They leave out the choice of learning rates."
 
-
-def rate_brackets(fits: Fits) -> Mapping[str, Any] | None:
-    """The brackets of a study; None without any."""
-    return fits.get("rates", {}).get("brackets")
-
-
-def errors_of_rates(fits: Fits) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-    """The methods and budgets whose error from learning rates is known, and those of which it is not."""
-    errors = fits.get("rates", {}).get("errors", [])
-    known = [error for error in errors if error["se"] is not None]
-    return known, [error for error in errors if error["se"] is None]
+def hold_rates(fits: Fits) -> bool:
+    """Whether errors of a study hold the choice of learning rates, at least of some methods and budgets."""
+    return any(error["se"] is not None for error in fits.get("rates", {}).get("errors", ()))
 
 
 def what_intervals_hold(fits: Fits) -> str:
     """A sentence: whether the intervals of a study include the choice of learning rates."""
-    known, unknown = errors_of_rates(fits)
-    if not known:
-        return LEFT_OUT
-    bracketed, left_out = {one["budget"] for one in known}, dict[float, list[str]]()
-    for one in unknown:
-        left_out.setdefault(one["budget"], []).append(style.label(one["method"]))
-    without = ", ".join(
-        f"{', '.join(methods) if budget in bracketed else 'all methods'} at {budget_name(budget)}"
-        for budget, methods in left_out.items()
-    )
-    return "They include the choice of learning rates" + (f", except that of {without}." if unknown else ".")
+    if hold_rates(fits):
+        return "They include the choice of learning rates wherever an error from it is known."
+    return "They leave out the choice of learning rates."
 
 
 def how_rates_count(fits: Fits) -> str:
     """Where the error from learning rates comes from, for a table of errors by source."""
-    known, unknown = errors_of_rates(fits)
-    if not known:
+    if not hold_rates(fits):
         return "Learning rates: only in a study that brackets them."
-    sources, text = {one["source"] for one in known}, "Learning rates: both methods' errors, added in quadrature."
-    if "brackets" in sources:
-        text += (
-            " A bracketed method's is the root of the mean of gain² + s.e.² over its brackets at the budget: at a "
-            "better rate its loss is lower by the gain at most. Losses and differences are not corrected for the gain."
-        )
-    if "cost" in sources:
-        others = "Methods without a bracket at the budget have" if "brackets" in sources else "Every method has"
-        text += (
-            f" {others} the {fits['rates']['cost']:g} nats that the study's file states, the cost of the rates in use "
-            "on runs that their law was not fitted to."
-        )
-    return text + " Methods for which neither is known add nothing." * bool(unknown)
+    cost = fits["rates"]["cost"]
+    return (
+        "Learning rates: both methods' errors, added in quadrature. A bracketed method's is the root of the mean of "
+        "gain² + s.e.² over its brackets at the budget: at a better rate its loss is lower by the gain at most. Losses "
+        "and differences are not corrected for the gain. A method without a bracket at the budget "
+        + ("adds nothing." if cost is None else f"has the {cost:g} nats that the study's file states.")
+    )
 
 
 def bars(fits: Fits) -> str:
     """What the intervals of a figure hold, for its small print."""
-    known, unknown = errors_of_rates(fits)
-    if not known:
-        return "bars: 95 % interval from misfit of sizes, seeds and validation sequences, not from learning rates"
-    of_all = "" if not unknown else ", as far as known (table.md)"
-    return f"bars: 95 % interval from misfit of sizes, seeds, validation sequences and learning rates{of_all}"
+    if hold_rates(fits):
+        return "bars: 95 % interval from misfit of sizes, seeds, validation sequences and learning rates (table.md)"
+    return "bars: 95 % interval from misfit of sizes, seeds and validation sequences, not from learning rates"
 
 
 def brackets_section(runs: pd.DataFrame, fits: Fits) -> list[str]:
     """The table of all brackets; empty without any. `runs` is the whole table of the study."""
-    found = rate_brackets(fits)
+    found = fits.get("rates", {}).get("brackets")
     if found is None:
         return []
+    flat = all(one["best"] is None for one in found["each"])  # no parabola opens upwards
     factors = sorted({factor for one in found["each"] for factor in one["losses"]}, key=float)
     rows = [
         {"budget": budget_name(one["budget"]), "size": style.size_label(one["size"]),
@@ -102,13 +77,8 @@ def brackets_section(runs: pd.DataFrame, fits: Fits) -> list[str]:
         "the best factor. These cells are in no other table or figure.",
         *([f"- Brackets: {note}."] if (note := missing_note(runs[are_brackets(runs)])) else []),
         *(["- A single bracket has no scatter to judge it by: it gives no error."] * (found["df"] == 0)),
-        *(["- These losses do not rise on both sides of a best rate: they give no error."] * is_flat(found)),
+        *(["- These losses do not rise on both sides of a best rate: they give no error."] * flat),
     )
-
-
-def is_flat(found: Mapping[str, Any]) -> bool:
-    """Whether the brackets have no parabola that opens upwards."""
-    return all(one["best"] is None for one in found["each"])
 
 
 def is_beyond(one: Mapping[str, Any]) -> bool:
@@ -119,7 +89,7 @@ def is_beyond(one: Mapping[str, Any]) -> bool:
 
 def brackets_figure(fits: Fits, *, note: str = "") -> Figure | None:
     """A panel a budget and size: loss against the factor of the rate, with the fitted parabolas; None without any."""
-    found = rate_brackets(fits)
+    found = fits.get("rates", {}).get("brackets")
     if found is None:
         return None
     places = list(dict.fromkeys((one["budget"], one["size"]) for one in found["each"]))

@@ -9,9 +9,6 @@ from matplotlib.lines import Line2D
 from peerscale.viz import style
 from peerscale.viz.brackets import bars
 
-SPREAD = 0.8
-"""Height that the budgets of one method share, in rows."""
-
 
 def is_dense(name: str) -> bool:
     """Whether a curve is of the dense model, at whatever settings."""
@@ -42,7 +39,7 @@ def differences_figure(fits: Mapping[str, Any], *, methods: Iterable[str] = (), 
     colours, grey = style.colours([*methods, *names]), style.COLOURS["dense"]
     curves = {entry["budget"] for entry in fits["budgets"] if entry.get("methods")}
     hollow = {place for place in shown if place[1] and place[0] in curves}
-    shift = {budget: SPREAD * ((i + 0.5) / len(markers) - 0.5) for i, budget in enumerate(markers)}
+    shift = {budget: 0.8 * ((i + 0.5) / len(markers) - 0.5) for i, budget in enumerate(markers)}  # in rows
     with style.applied():
         figure, (axes,) = style.panels(1, height=0.55 + 0.36 * len(names))
         axes.axvline(0, color=grey, linewidth=0.9)

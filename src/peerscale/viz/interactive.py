@@ -26,8 +26,6 @@ SIZES = ("params_total", "flops_per_token", "params_active")
 AXES = {**{column: X_LABELS[column] for column in SIZES}, "wall_s": "training time (s)"}
 """All columns that the x axis can show, with their titles."""
 
-POINTS_OF_A_CURVE = 60
-
 
 def isoflop_html(runs: pd.DataFrame, fits: Mapping[str, Any]) -> str:
     """The figure as a piece of a page: the library, the figure's data, and the place where it appears."""
@@ -85,7 +83,7 @@ def _marks(runs: pd.DataFrame, fitted: Mapping[str, Any]) -> Iterator[dict[str, 
         if (found := fitted.get(str(name))) is None:
             continue
         if None not in found["coefficients"]:
-            places = _places(rows, *fitted_curve(found, POINTS_OF_A_CURVE))
+            places = _places(rows, *fitted_curve(found, 60))
             yield from ({**common, "kind": "curve", **place} for place in places)
         if found["loss"] is not None:
             kind = "optimum" if found["status"] == OptimumStatus.OK else "flagged optimum"

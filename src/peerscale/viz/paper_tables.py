@@ -1,6 +1,5 @@
 """Tables 1 and 2 of the PEER paper, ours and theirs in one form."""
 
-import itertools
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -11,48 +10,52 @@ from peerscale.cell_names import budget_name
 from peerscale.laws.optima import OptimumStatus
 from peerscale.runs.study import same_variant, usable
 from peerscale.viz.ablations import with_norm
-from peerscale.viz.differences import is_dense
+from peerscale.viz.differences import is_dense, to_dense
 from peerscale.viz.markdown import number
 from peerscale.viz.published import WITHOUT_NORM, paper_values
 from peerscale.viz.style import label, ordered
 
-METRICS = {"ppl": "ppl_c4", "expert_usage": "expert_usage", "unevenness": "unevenness"}
-"""Columns of table 2, and their names in the paper's."""
-FORMS = {"ppl": "{:.2f}", "expert_usage": "{:.1%}", "unevenness": "{:.2f}"}
+METRICS = {
+    "ppl": ("perplexity", "ppl_c4", "{:.2f}"),
+    "expert_usage": ("experts used", "expert_usage", "{:.1%}"),
+    "unevenness": ("unevenness", "unevenness", "{:.2f}"),
+}
+"""Columns of table 2: heading, name in the paper's numbers, and format."""
 
 
-def perplexities(fits: Mapping[str, Any], val_set: str) -> pd.DataFrame:
-    """Table 1: perplexity on each evaluation set at the compute optimum of the validation loss.
+def perplexities(fits: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Table 1: perplexity on each evaluation set at the compute optimum of the validation loss, and the loss to dense.
 
-    Returns:
-        budget, name, a column per set, flagged, gap (nats per token to dense on the validation set).
+    A dagger stands where the minimum is flagged.
     """
-    rows = [
-        {"budget": entry["budget"], "name": m["name"], **{name: np.exp(loss) for name, loss in m["sets"].items()},
-         "flagged": m["status"] != OptimumStatus.OK}
+    gaps = {(budget, name): found.get("value") for (budget, size, name), found in to_dense(fits).items() if not size}
+    return [
+        perplexity_row(
+            entry["budget"], label(m["name"]) + " †" * (m["status"] != OptimumStatus.OK),
+            {name: np.exp(loss) for name, loss in m["sets"].items()},
+            0.0 if is_dense(m["name"]) else gaps.get((entry["budget"], m["name"])),
+        )
         for entry in fits["budgets"] for m in entry["methods"] if m["sets"]
     ]  # fmt: skip
-    return with_gap(pd.DataFrame(rows), val_set) if rows else pd.DataFrame()
 
 
-def paper_perplexities(published: pd.DataFrame) -> pd.DataFrame:
-    """The paper's table 1 in the same form; its gap is on C4."""
-    wide = published[published["item"] == "table 1"].pivot(index=["x", "method"], columns="metric", values="value")
-    wide.columns = [column.removeprefix("ppl_") for column in wide.columns]
-    wide = wide.reset_index().rename(columns={"x": "budget", "method": "name"}).assign(flagged=False)
-    order = {name: i for i, name in enumerate(ordered(wide["name"]))}
-    return with_gap(wide.sort_values(["budget", "name"], key=lambda c: c.map(order).fillna(c)), "c4")
+def paper_perplexities(published: pd.DataFrame) -> list[dict[str, str]]:
+    """The paper's table 1 in the same form; its difference to dense is on C4."""
+    rows = published[published["item"] == "table 1"].assign(set=published["metric"].str.removeprefix("ppl_"))
+    wide = rows.pivot(index=["x", "method"], columns="set", values="value")
+    found = []
+    for budget in wide.index.unique("x"):
+        at, losses = wide.loc[budget], np.log(wide.loc[budget, "c4"])
+        gaps = losses - losses["dense"]
+        found += [perplexity_row(budget, label(name), dict(at.loc[name]), gaps[name]) for name in ordered(at.index)]
+    return found
 
 
-def with_gap(table: pd.DataFrame, column: str) -> pd.DataFrame:
-    """The table with each row's distance to dense at its budget, nats per token, by the perplexity in `column`.
-
-    A variant's distance is that to dense at its own settings, if there is one.
-    """
-    keys, names = list(zip(table["budget"], table["name"], strict=True)), set(table["name"])
-    losses = dict(zip(keys, np.log(table[column].astype(float)), strict=True))
-    dense = [losses.get((budget, dense_of(name, names)), np.nan) for budget, name in keys]
-    return table.assign(gap=[losses[key] - reference for key, reference in zip(keys, dense, strict=True)])
+def perplexity_row(budget: float, method: str, sets: Mapping[str, float], gap: float | None) -> dict[str, str]:
+    """A row of table 1, ours or the paper's, in words; `gap` in nats per token."""
+    shown = {name: number(value) for name, value in sets.items()}
+    gap_title = "difference to dense (nats)"
+    return {"budget": budget_name(budget), "method": method, **shown, gap_title: number(gap, "{:+.3f}")}
 
 
 def dense_of(name: str, names: Collection[str]) -> str | None:
@@ -60,47 +63,29 @@ def dense_of(name: str, names: Collection[str]) -> str | None:
     return name if is_dense(name) else same_variant("dense", name, list(names))
 
 
-def perplexity_rows(table: pd.DataFrame) -> list[dict[str, str]]:
-    """Table 1, ours or the paper's, in words; a dagger where the minimum is flagged."""
-    sets = [column for column in table.columns if column not in ("budget", "name", "gap", "flagged")]
-    return [
-        {"budget": budget_name(row["budget"]), "method": label(row["name"]) + " †" * bool(row["flagged"]),
-         **{name: number(row[name]) for name in sets}, "difference to dense (nats)": number(row["gap"], "{:+.3f}")}
-        for row in table.to_dict("records")
-    ]  # fmt: skip
+def norm_rows(runs: pd.DataFrame, published: pd.DataFrame) -> list[dict[str, str]]:
+    """Table 2: a row per number of experts; pairs read without / with BatchNorm on the queries.
 
-
-def experts_by_norm(runs: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
-    """Table 2: perplexity, use of experts and unevenness by number of experts, without and with query BatchNorm.
-
-    Returns:
-        source (ours, paper), n_experts, norm, ppl, expert_usage, unevenness. Ours are means over seeds, of the
-        logarithm for the perplexity.
+    Ours are means over seeds, of the logarithm for the perplexity; beside them the paper's.
     """
     cells = runs[usable(runs) & (runs["method"] == "peer")]
     cells = cells.assign(norm=with_norm(cells), ppl=cells["val_loss"]).astype(dict.fromkeys(METRICS, float))
-    ours = cells.groupby(["n_experts", "norm"], as_index=False)[list(METRICS)].mean().assign(source="ours")
-    ours["ppl"] = np.exp(ours["ppl"])
-    paper = [
-        {"n_experts": n, "norm": norm, metric: value, "source": "paper"}
-        for norm, method in ((False, WITHOUT_NORM), (True, "peer"))
-        for metric, name in METRICS.items()
-        for n, value in paper_values(published, "table 2", method, name).items()
-    ]
-    by = ["n_experts", "norm", "source"]
-    return pd.concat([ours, pd.DataFrame(paper).groupby(by, as_index=False).first()], ignore_index=True)
-
-
-def norm_rows(table: pd.DataFrame) -> list[dict[str, str]]:
-    """Table 2 in words: a row per number of experts; pairs read without / with BatchNorm."""
-    wide = table.pivot(index="n_experts", columns=["source", "norm"], values=list(METRICS))
-    names = {"ppl": "perplexity", "expert_usage": "experts used", "unevenness": "unevenness"}
+    means = cells.groupby(["norm", "n_experts"])[list(METRICS)].mean()
+    means["ppl"] = np.exp(means["ppl"])
+    columns: dict[str, tuple[str, list[Mapping[float, float]]]] = {}
+    for metric, (title, _, form) in METRICS.items():
+        columns[title] = (
+            form,
+            [{n: x for (norm, n), x in means[metric].items() if norm == has} for has in (False, True)],
+        )
+    for title, theirs, form in METRICS.values():
+        pair = [paper_values(published, "table 2", method, theirs) for method in (WITHOUT_NORM, "peer")]
+        columns[f"paper: {title}"] = form, pair
     rows = []
-    for n, values in wide.iterrows():
+    for n in sorted({n for _, pair in columns.values() for values in pair for n in values}):
         row = {"experts": f"{n:,.0f}"}
-        for source, (metric, form) in itertools.product(("ours", "paper"), FORMS.items()):
-            pair = [number(values.get((metric, source, norm)), form) for norm in (False, True)]
-            title = names[metric] if source == "ours" else f"paper: {names[metric]}"
-            row[title] = "—" if set(pair) == {"—"} else " / ".join(pair)
+        for title, (form, pair) in columns.items():
+            texts = [number(values.get(n), form) for values in pair]
+            row[title] = "—" if set(texts) == {"—"} else " / ".join(texts)
         rows.append(row)
     return rows

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from peerscale.cell_names import budget_name
@@ -59,7 +58,13 @@ def rate_law_figure(runs: pd.DataFrame, law: Law | None, *, note: str = "") -> F
                 look = {"color": colour, "markersize": 3.5, "markerfacecolor": "white" if held else colour}
                 axes.plot(points["lr"], points["val_loss"], "o" if found else "o:", linewidth=0.7, label=name, **look)
                 if found and law:
-                    _draw_parabola(axes, found[0], law["curvature"], points["lr"], colour)
+                    curve, k = found[0], law["curvature"]
+                    x = np.geomspace(points["lr"].min(), points["lr"].max(), 100)
+                    y = curve["lowest"] + k * np.log(x / curve["best"]) ** 2
+                    axes.plot(x, y, color=colour, linewidth=0.9, label=f"_parabola {name}")
+                    chosen = curve["lowest"] + k * math.log(curve["predicted"] / curve["best"]) ** 2
+                    tick = {"color": colour, "markersize": 11, "markeredgewidth": 1.6, "label": f"_law {name}"}
+                    axes.plot([curve["predicted"]], [chosen], "|", **tick)
                     title += " (held out)" * (held and "held" not in title)
             axes.set(title=title, xlabel="peak learning rate")
             axes.set_xscale("log")
@@ -70,16 +75,6 @@ def rate_law_figure(runs: pd.DataFrame, law: Law | None, *, note: str = "") -> F
         what = what if law else "too few cells have finished for the law"
         style.caption(figure, note, f"{usual:g} sequences a batch", what, missing_note(runs))
     return figure
-
-
-def _draw_parabola(axes: Axes, curve: Mapping[str, Any], curvature: float, rates: pd.Series, colour: str) -> None:
-    """The fitted curve over its rates, and a tick at the law's."""
-    x = np.geomspace(rates.min(), rates.max(), 100)
-    y = curve["lowest"] + curvature * np.log(x / curve["best"]) ** 2
-    axes.plot(x, y, color=colour, linewidth=0.9, label=f"_parabola {curve['name']}")
-    chosen = curve["lowest"] + curvature * math.log(curve["predicted"] / curve["best"]) ** 2
-    tick = {"color": colour, "markersize": 11, "markeredgewidth": 1.6}
-    axes.plot([curve["predicted"]], [chosen], "|", label=f"_law {curve['name']}", **tick)
 
 
 def rate_law_sections(runs: pd.DataFrame, law: Law) -> list[str]:

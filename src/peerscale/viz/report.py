@@ -1,17 +1,18 @@
 """One self-contained HTML page of a study: answer, figures, results, setup, what went wrong, how to repeat it.
 
 Its text is `report.md.j2`, in Markdown; `report.html.j2` is the page around it. Nothing in the page is loaded from
-elsewhere, and what is not there to be shown is named in it.
+elsewhere, and what is not there to be shown is named in its place.
 """
 
 import base64
+import contextlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
 from peerscale.composition import sweep_file
@@ -23,6 +24,7 @@ from peerscale.runs.table import read_records, read_runs
 from peerscale.viz.ablations import has_curves
 from peerscale.viz.figures import TITLES
 from peerscale.viz.interactive import isoflop_html
+from peerscale.viz.isoflop import status_counts
 from peerscale.viz.markdown import html, number, table
 from peerscale.viz.style import label
 
@@ -48,29 +50,27 @@ def report(study: Study) -> str:
     if runs.empty:
         raise UserError(f"{study.runs} has no rows")
     main = without_brackets(runs)
-    main, brackets = main.assign(name=method_names(main)), {*runs["cell"]} - {*main["cell"]}
-    records, text = read_records(study.folder), sweep_text(study.sweep)
+    main = main.assign(name=method_names(main))
+    records, text = read_records(study.folder), ""
+    with contextlib.suppress(ConfigError):  # of a study without a file
+        text = sweep_file(study.sweep).read_text(encoding="utf-8")
     fits = read_fits(study.fits) if has_curves(main) and study.fits.is_file() else {}
-    names = [path.stem for path in study.figures.glob("*.png")]
-    figures = [name for name in TITLES if name in names] + sorted({*names} - {*TITLES})
-    absent = {
-        f"sweeps/{study.sweep}.yaml: the question, and what it takes to run the study": not text,
-        "fits.json: optima and laws (make figures)": has_curves(main) and not fits,
-        "records.jsonl: recipe, run signals, versions and hardware": not records,
-        "table.md: the results (make figures)": not study.table.is_file(),
-        "figures (make figures)": not figures,
-    }
+    drawn = {path.stem for path in study.figures.glob("*.png")}
+    figures = [name for name in TITLES if name in drawn] + sorted(drawn - {*TITLES})
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        autoescape=lambda name: str(name).endswith(".html.j2"),
+        autoescape=select_autoescape(["html.j2"]),
     )  # fmt: skip
-    ran = [record for record in records if record.environment]
+    ran, names = (
+        [record for record in records if record.environment],
+        dict(zip(main["cell"], main["name"], strict=True)),
+    )
+    named = [(label(names[record.cell]), record) for record in ran or records if record.cell in names]
     content = {
         "sweep": study.sweep,
         "folder": f"runs/{study.sweep}/study" if study.folder.name == "study" else f"results/{study.sweep}",
-        "missing": [what for what, missing in absent.items() if missing],
         "runs": runs,
-        "counts": ", ".join(f"{n} {status}" for status, n in runs["status"].value_counts().sort_index().items()),
+        "counts": ", ".join(status_counts(runs)),
         "header": header(text),
         "sweep_text": text,
         "results": re.sub("^#+", "###", study.table.read_text("utf-8"), flags=re.M) if study.table.is_file() else "",
@@ -82,11 +82,9 @@ def report(study: Study) -> str:
         ],
         "warnings": warnings(fits),
         "signals": signals(records),
-        "recipe": recipe(
-            [r for r in ran or records if r.cell not in brackets], dict(zip(main["cell"], main["name"], strict=True))
-        ),
+        "recipe": settings([(name, record.hashed_config) for name, record in named]),
         "cells": cells(runs),
-        "environment": environment(ran),
+        "environment": settings([("value", record.environment) for record in ran]),
         "commits": sorted({str(record.environment.get("git_commit")) for record in ran}),
     }
     templates.filters |= {"lines": "\n".join, "table": table}
@@ -101,30 +99,25 @@ def _data(path: Path) -> str:
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
-def sweep_text(sweep: str) -> str:
-    """The study's file; empty if there is none."""
-    try:
-        return sweep_file(sweep).read_text(encoding="utf-8")
-    except ConfigError:
-        return ""
-
-
 def escaped(text: str) -> str:
     """Text that Markdown shows as it is."""
     return re.sub(r"([\\`*_{}\[\]<>|])", r"\\\1", " ".join(text.split()))
 
 
-def recipe(records: Sequence[Record], names: Mapping[str, str]) -> list[dict[str, str]]:
-    """Every setting that determines a result, with a column for each method; those that differ come first."""
-    if not records:
+def settings(trees: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str, str]]:
+    """Every setting in a row, with a column for each name that `trees` have; those that differ come first."""
+    if not trees:
         return []
-    settings = pd.json_normalize([record.hashed_config for record in records]).map(plain)
-    by_method = settings.groupby([names.get(record.cell, record.method) for record in records], sort=False)
+    names, values = zip(*trees, strict=True)
+    table = pd.json_normalize([*values]).map(plain)
     rows = [
-        {"setting": str(key), **{label(str(name)): ", ".join(rows[key].unique()) for name, rows in by_method}}
-        for key in settings
+        {
+            "setting": str(key),
+            **{str(name): ", ".join(of_name.unique()) for name, of_name in table[key].groupby([*names], sort=False)},
+        }
+        for key in table
     ]
-    return sorted(rows, key=lambda row: settings[row["setting"]].nunique() == 1)
+    return sorted(rows, key=lambda row: table[row["setting"]].nunique() == 1)
 
 
 def plain(value: Any) -> str:
@@ -162,16 +155,3 @@ def cells(runs: pd.DataFrame) -> list[dict[str, str]]:
          **{title: number(row[key], form) for key, (title, form) in chosen.items()}}
         for row in runs.to_dict("records")
     ]  # fmt: skip
-
-
-def environment(records: Sequence[Record]) -> list[dict[str, str]]:
-    """What the cells ran on; where they differ, with the number of cells."""
-    known = pd.json_normalize([record.environment for record in records]).map(plain)
-    counts = {str(key): known[key].value_counts().sort_index() for key in known}
-    return [
-        {
-            "environment": key,
-            "value": ", ".join(f"{v} ({n} cells)" if len(found) > 1 else str(v) for v, n in found.items()),
-        }
-        for key, found in counts.items()
-    ]

@@ -17,19 +17,12 @@ from peerscale.runs.rates import RATES, settings_table, wants_law
 from peerscale.runs.study import method_names, usable, without_brackets
 from peerscale.viz.ablations import has_curves, over_seeds, varied
 from peerscale.viz.answer import verdicts
-from peerscale.viz.brackets import LEFT_OUT, brackets_section, how_rates_count, what_intervals_hold
+from peerscale.viz.brackets import brackets_section, hold_rates, how_rates_count, what_intervals_hold
 from peerscale.viz.differences import is_dense, to_dense
 from peerscale.viz.forecasts import forecast_sections
 from peerscale.viz.isoflop import by_budget, missing_note, status_counts
 from peerscale.viz.markdown import number, probability, section, signed_interval, table, with_interval
-from peerscale.viz.paper_tables import (
-    dense_of,
-    experts_by_norm,
-    norm_rows,
-    paper_perplexities,
-    perplexities,
-    perplexity_rows,
-)
+from peerscale.viz.paper_tables import dense_of, norm_rows, paper_perplexities, perplexities
 from peerscale.viz.published import read_published
 from peerscale.viz.rate_law import finished_cells, rate_law_sections
 from peerscale.viz.rates import edges
@@ -149,19 +142,20 @@ def at_the_optimum(runs: pd.DataFrame, fits: Fits, published: pd.DataFrame) -> l
         if slopes
         else "No growth is claimed: it would need four budgets.",
     )
-    ours, theirs = perplexities(fits, str(runs["val_set"].iloc[0])), paper_perplexities(published)
-    if ours.empty:
+    ours, theirs = perplexities(fits), paper_perplexities(published)
+    if not ours:
         return lines
-    absent = [n for n in theirs.columns if n not in ("budget", "name", "gap", "flagged") and f"ppl_{n}" not in runs]
+    _, _, *sets, _ = theirs[0]
+    absent = [name for name in sets if f"ppl_{name}" not in runs]
     lines += section(
         "Perplexity at the compute optimum (the paper's table 1)",
-        perplexity_rows(ours),
+        ours,
         "Perplexity on each evaluation set, at the minimum of the validation loss over FLOPs per token. Last column: "
         "difference to dense on the validation set, nats per token.",
         f"The paper's table 1, with the difference to dense on c4. This study has no {', '.join(absent)}. The "
         "paper's tokenizer and data differ from ours, so only the differences can be compared.",
     )
-    lines += [*table(perplexity_rows(theirs)), ""]
+    lines += [*table(theirs), ""]
     lines += section(
         "The compute optimum by three approaches",
         exponents(fits),
@@ -274,8 +268,8 @@ def settings_lines(runs: pd.DataFrame, fits: Fits) -> list[str]:
     variants = over_seeds(done, ["size", "budget", "name"]).sort_values("name", key=lambda names: names.map(order))
     columns = ["layer_share", "expert_usage", "unevenness"]
     others = done.groupby(["size", "budget", "name"], as_index=False)[columns].mean()
-    differences, held = to_dense(fits), what_intervals_hold(fits)
-    held = "" if held == LEFT_OUT else f"{held} {how_rates_count(fits)} "
+    differences = to_dense(fits)
+    held = f"{what_intervals_hold(fits)} {how_rates_count(fits)} " if hold_rates(fits) else ""
     rows = [
         {
             "budget": budget_name(row["budget"]), "size": size_label(row["size"]), "method": label(row["name"]),
@@ -310,7 +304,7 @@ def experts_and_norm(runs: pd.DataFrame, fits: Fits, published: pd.DataFrame) ->
     ]  # fmt: skip
     return section(
         "Experts and BatchNorm on the queries (the paper's table 2)",
-        norm_rows(experts_by_norm(runs, published)),
+        norm_rows(runs, published),
         "Pairs: without / with BatchNorm. Experts used and unevenness: by the paper's section 3.3, ours over "
         f"{listed(runs['usage_tokens'])} tokens.",
     ) + section("What BatchNorm on the queries changes", pairs)
