@@ -151,18 +151,18 @@ def test_a_class_of_resources_comes_from_the_plan(tmp_path: Path, monkeypatch: p
     cell = planned_cells(write_study(tmp_path))[0]
     times = {0: 10, 159: 10, 161: 20, 900: 80, 24 * 3600: 1440}  # 2 + 3 t / 60 minutes, up to 10, 20, 40 ... a day
     for seconds, minutes in times.items():
-        assert resources(replace(cell, estimate_s=seconds), slurm_settings()).time_min == minutes
-    small = resources(cell, slurm_settings())
+        assert resources([replace(cell, estimate_s=seconds)], slurm_settings()).time_min == minutes
+    small = resources([cell], slurm_settings())
     assert (small.mem_gb, small.cpus, small.gpus) == (4, 1, 0)  # 2 GB and a little, up to a power of two
     trainer = replace(cell.config.trainer, threads=3, accelerator="gpu")
     big = replace(cell.plan, cost=replace(cell.plan.cost, params={"table": 10**9}))
-    other = resources(replace(cell, config=replace(cell.config, trainer=trainer), plan=big), slurm_settings())
+    other = resources([replace(cell, config=replace(cell.config, trainer=trainer), plan=big)], slurm_settings())
     assert (other.mem_gb, other.cpus, other.gpus) == (64, 3, 1)  # 32 GB of state and 2 GB
     shared = replace(cell.config, trainer=replace(trainer, devices=2))
-    both = resources(replace(cell, config=shared, plan=big), slurm_settings())
+    both = resources([replace(cell, config=shared, plan=big)], slurm_settings())
     assert (both.cpus, both.gpus) == (6, 2)
     said = {"timeout_min": 7, "mem_gb": 1.5, "cpus_per_task": 2, "gpus_per_node": 4}
-    assert str(resources(cell, slurm_settings(**said))) == "2 CPU, 4 GPU, 1.5 GB, 7 min"
+    assert str(resources([cell], slurm_settings(**said))) == "2 CPU, 4 GPU, 1.5 GB, 7 min"
 
 
 def fake_program(folder: Path, name: str, script: str) -> Path:

@@ -11,14 +11,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from peerscale.cells import Cell, diverged_lines, evaluation_lines, pending_cells, planned_cells, rate_lines
+from peerscale.cells import Cell, diverged_lines, evaluation_lines, in_turn, pending_cells, planned_cells, rate_lines
 from peerscale.data.prepare import prepare
 from peerscale.data.store import read_manifest
 from peerscale.errors import ArgumentParser, FailedCells, UserError, exit_code
 from peerscale.outcomes import published_as_done, published_study, some
 from peerscale.plan import Verdict
 from peerscale.progress import Progress
-from peerscale.runs.record import Status
+from peerscale.runs.record import FAILED, Status
 from peerscale.train import run_cell
 from peerscale.training.distributed import started_ranks
 
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if pending:
         with Progress(name, pending, already_done=done):
             statuses = run_here(pending, options.jobs or 1 if options.launcher == "joblib" else None)
-    failed = [cell for cell, status in statuses.items() if status in (Status.FAILED, Status.DIVERGED)]
+    failed = [cell for cell, status in statuses.items() if status in FAILED]
     failed += [line.partition(" ")[0] for line in diverged]
     if failed:
         raise FailedCells(
@@ -90,13 +90,19 @@ def run_here(cells: Sequence[Cell], n_processes: int | None) -> dict[str, Status
     Raises:
         UserError: a cell cannot be run as it is; those that were being run are left as by Ctrl-C.
     """
+    groups = in_turn(cells)
     if n_processes is None:
-        return {cell.name: run_cell(cell) for cell in cells}
-    from joblib import Parallel, delayed
+        statuses = [_run_in_turn(group) for group in groups]
+    else:
+        from joblib import Parallel, delayed
 
-    with _terminated_as_by_ctrl_c():
-        statuses = Parallel(n_jobs=n_processes, batch_size=1)(delayed(run_cell)(cell) for cell in cells)
-    return dict(zip((cell.name for cell in cells), statuses, strict=True))
+        with _terminated_as_by_ctrl_c():
+            statuses = Parallel(n_jobs=n_processes, batch_size=1)(delayed(_run_in_turn)(group) for group in groups)
+    return {name: status for group in statuses for name, status in group.items()}
+
+
+def _run_in_turn(cells: Sequence[Cell]) -> dict[str, Status]:
+    return {cell.name: run_cell(cell) for cell in cells}
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from peerscale.data.store import read_manifest
 from peerscale.errors import USER_ERROR, ArgumentParser, UserError, exit_code, positive_integer, positive_number
 from peerscale.files import from_checkout
 from peerscale.outcomes import Outcome, Outcomes, further_line, outcomes
-from peerscale.plan import Verdict
+from peerscale.plan import Verdict, decay_from
 from peerscale.progress import duration
 from peerscale.runs.record import ENDED, Status
 from peerscale.runs.speed import makespan_s
@@ -82,10 +82,25 @@ def time_lines(cells: Sequence[Cell], price: float | None) -> list[str]:
     if trainers:
         on_gpus = [cell for cell in cells if cell.config.trainer.accelerator == "gpu"]
         hours = sum(cell.estimate_s * cell.config.trainer.devices for cell in on_gpus) / 3600
-        cost = f", {hours * price:,.3g} at {price:g} an hour" if price is not None else "; PRICE=2.5 gives their cost"
+        cost = f", {hours * price:,.0f} at {price:g} an hour" if price is not None else "; PRICE=2.5 gives their cost"
         largest = max(sum(device_memory(cell.config).values()) for cell in on_gpus) / 1e9
         lines.append(f"{hours:,.3g} GPU-hours{cost}; the largest cell takes about {largest:.3g} GB of a GPU's memory")
+        parts = Counter(cell.config.surroundings.micro_batches for cell in on_gpus)
+        if parts.keys() != {1}:
+            lines.append(f"micro-batches: {', '.join(f'{m} of {parts[m]} cells' for m in sorted(parts))}")
     return lines
+
+
+def branches_lines(cells: Sequence[Cell]) -> list[str]:
+    """What branches save of the FLOPs of these cells; nothing without any."""
+    shared = sum(
+        decay_from(cell.config, cell.plan) * cell.config.tokens_per_step * cell.plan.cost.flops_per_token
+        for cell in cells if cell.trunk
+    )  # fmt: skip
+    if not shared:
+        return []
+    whole, n = sum(cell.plan.flops for cell in cells), sum(bool(cell.trunk) for cell in cells)
+    return [f"{n} cells are branches: {whole - shared:.3g} FLOPs are trained, {shared / whole:.0%} are saved"]
 
 
 def print_plan(sweep: str, overrides: Sequence[str], workers: int, results: Path, price: float | None = None) -> int:
@@ -105,7 +120,7 @@ def print_plan(sweep: str, overrides: Sequence[str], workers: int, results: Path
     print(f"{command}: {_to_run(not_done_here, workers)}")
     if published_ones := len(not_done_here) - len(not_done):
         print(f"{command} PUBLISHED=1: {_to_run(not_done, workers)}, as {published_ones} are published")
-    for line in time_lines(not_done_here, price):
+    for line in (*branches_lines(kept), *time_lines(not_done_here, price)):
         print(line)
     print(*evaluation_lines(cells), *rate_lines(cells), sep="\n", end="\n" if kept else "")
     if any(cell.plan.epochs is None for cell in cells):

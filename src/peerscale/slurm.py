@@ -74,15 +74,15 @@ class Resources:
         return f"{self.cpus} CPU{gpus}, {self.mem_gb:g} GB, {self.time_min} min"
 
 
-def resources(cell: Cell, settings: SlurmConfig) -> Resources:
-    """The class of a cell, where `settings` don't say otherwise from its plan.
+def resources(cells: Sequence[Cell], settings: SlurmConfig) -> Resources:
+    """The class of a job of one cell, or of several of one model, where `settings` don't say otherwise from the plan.
 
     Memory: 32 bytes a parameter (fp32 weight, gradient and two moments, and as much again for a checkpoint and for
     copies) and 16 a logit (logits, their softmax and both gradients), rounded up to a power of two of GB.
     """
-    config, plan = cell.config, cell.plan
+    config, plan = cells[0].config, cells[0].plan
     memory = BASE_GB + (32 * plan.cost.params_total + 16 * config.tokens_per_step * config.data.vocab_size) / 1e9
-    minutes = STARTING_MIN + settings.time_factor * cell.estimate_s / 60
+    minutes = STARTING_MIN + settings.time_factor * sum(cell.estimate_s for cell in cells) / 60
     on_gpus = config.trainer.accelerator == "gpu"
     limit = SHORTEST_MIN * 2 ** max(0, math.ceil(math.log2(minutes / SHORTEST_MIN)))
     return Resources(

@@ -15,9 +15,9 @@ from typing import Any
 
 from filelock import FileLock
 
-from peerscale.cells import Cell
+from peerscale.cells import Cell, in_turn
 from peerscale.errors import FailedCells, UserError, exit_code
-from peerscale.runs.record import Status
+from peerscale.runs.record import FAILED
 from peerscale.slurm import (
     Resources,
     SlurmConfig,
@@ -61,15 +61,16 @@ def submit(cells: Sequence[Cell], settings: SlurmConfig) -> None:
     with FileLock(folder / "lock"):  # two who submit at once would submit everything twice
         ids = read_job_ids(folder)
         alive = queued({ids[cell.name] for cell in cells if cell.name in ids})
-        free = [(resources(cell, settings), cell) for cell in cells if ids.get(cell.name) not in alive]
+        free = [cell for cell in cells if ids.get(cell.name) not in alive]
         print(f"{sweep}: {len(cells) - len(free)} cells queued or running in Slurm, {len(free)} to submit")
-        longest_first = sorted(free, key=lambda pair: pair[0], reverse=True)
+        needs = [(resources(group, settings), group) for group in in_turn(free)]
+        longest_first = sorted(needs, key=lambda pair: pair[0], reverse=True)
         for need, pairs in itertools.groupby(longest_first, key=lambda pair: pair[0]):
-            members = [cell for _, cell in pairs]
-            job_ids = _submit_array(members, need, settings)
-            ids |= zip((cell.name for cell in members), job_ids, strict=True)
+            groups = [group for _, group in pairs]
+            job_ids = _submit_array(groups, need, settings)
+            ids |= {cell.name: job for group, job in zip(groups, job_ids, strict=True) for cell in group}
             write_job_ids(folder, ids)
-            print(f"  job {_number(job_ids[0])}: {len(members)} x {need}")
+            print(f"  job {_number(job_ids[0])}: {len(groups)} x {need}")
     numbers = sorted({_number(ids[cell.name]) for cell in cells}, key=int)
     print(
         f"follow:   make status SWEEP={sweep}    or: squeue --jobs={','.join(numbers)}\n"
@@ -85,13 +86,13 @@ def _number(job_id: str) -> str:
     return job_id.partition("_")[0]
 
 
-def _submit_array(cells: Sequence[Cell], need: Resources, settings: SlurmConfig) -> list[str]:
+def _submit_array(groups: Sequence[Sequence[Cell]], need: Resources, settings: SlurmConfig) -> list[str]:
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     asked = {
         **{name: getattr(settings, name) for name in AS_SUBMITIT},
-        "job_name": cells[0].sweep,
+        "job_name": groups[0][0].sweep,
         "time": need.time_min,
         "mem": f"{math.ceil(need.mem_gb * 1024)}M",
         "cpus_per_task": need.cpus,
@@ -102,9 +103,9 @@ def _submit_array(cells: Sequence[Cell], need: Resources, settings: SlurmConfig)
     }
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit prints sbatch's complaint besides raising it
-            executor = submitit.SlurmExecutor(jobs_folder(cells[0]), max_num_timeout=settings.max_num_timeout)
+            executor = submitit.SlurmExecutor(jobs_folder(groups[0][0]), max_num_timeout=settings.max_num_timeout)
             executor.update_parameters(**{key: value for key, value in asked.items() if value is not None})
-            return [job.job_id for job in executor.submit_array([CellJob(cell=cell) for cell in cells])]
+            return [job.job_id for job in executor.submit_array([CellJob(cells=group) for group in groups])]
     except (FailedJobError, FailedSubmissionError) as error:
         reason = (str(error).strip().splitlines() or ["no reason given"])[-1].removeprefix("sbatch: error: ")
         raise UserError(f"sbatch: {reason} (asked for {need}; settings: conf/slurm.yaml)") from None
@@ -112,9 +113,10 @@ def _submit_array(cells: Sequence[Cell], need: Resources, settings: SlurmConfig)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CellJob:
-    """What a Slurm job runs: one cell, as it was planned when it was submitted, whatever conf/ says by then."""
+    """What a Slurm job runs, as it was planned when it was submitted, whatever conf/ says by then: one cell, or a trunk
+    and then its branches."""
 
-    cell: Cell
+    cells: Sequence[Cell]
 
     def checkpoint(self) -> Any:
         """What submitit requeues: the same again, since the cell's folder holds how far it came."""
@@ -127,7 +129,7 @@ class CellJob:
             sys.exit(code)
 
     def _run(self) -> None:
-        """Run the cell; warned by Slurm, stop at the end of a step, with a checkpoint, and have submitit requeue."""
+        """Run the cells; warned by Slurm, stop at the end of a step, with a checkpoint, and have submitit requeue."""
         from submitit.slurm.slurm import SlurmJobEnvironment
 
         from peerscale.train import run_cell
@@ -145,10 +147,11 @@ class CellJob:
             signal.raise_signal(signal.SIGTERM)  # on this Lightning stops after the step
 
         signal.signal(warning, stop_training)
-        cell = self.cell
         try:
-            if (status := run_cell(cell)) in (Status.FAILED, Status.DIVERGED):
-                raise FailedCells(f"{cell.name} {status}; reason: make status SWEEP={cell.sweep}")
+            statuses = {cell.name: run_cell(cell) for cell in self.cells}
+            failed = [f"{name} {status}" for name, status in statuses.items() if status in FAILED]
+            if failed:
+                raise FailedCells(f"{', '.join(failed)}; reason: make status SWEEP={self.cells[0].sweep}")
         except KeyboardInterrupt:
             signal.signal(warning, requeue)
             if warned:

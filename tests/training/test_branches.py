@@ -9,7 +9,9 @@ import torch
 
 from peerscale.cells import Cell, in_turn, planned_cells
 from peerscale.errors import UserError
+from peerscale.launch import main as launch
 from peerscale.model.trained import CHECKPOINTS, checkpoints
+from peerscale.overview import main as overview
 from peerscale.plan import decay_from
 from peerscale.runs.record import Status, read_record
 from peerscale.runs.table import read_metrics
@@ -60,6 +62,21 @@ def test_a_trunk_leaves_nothing_to_a_cell_that_was_begun(settings: list[str], tm
     run_cell(trunk)
     assert {path: path.stat().st_mtime_ns for path in done.folder.rglob("*")} == before
     assert checkpoints(branches[1].folder / CHECKPOINTS)
+
+
+def test_a_sweep_trains_a_trunk_before_its_branches_and_the_plan_tells_what_that_saves(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    cells = branched(settings, tmp_path, *WSD, "sweep.methods=[dense]")
+    words = [*(word for word in settings if word != "size=d8"), "tracking=disabled", *WSD, "sweep.methods=[dense]"]
+    assert overview(["plan", str(tmp_path / "branches.yaml"), *words]) == 0
+    steps = {cell.name: cell.plan.steps for cell in cells}
+    (trunk,) = (cell for cell in cells if cell.branches)
+    saved = sum(step for step, _ in trunk.branches) / sum(steps.values())
+    assert "2 cells are branches: " in (told := capsys.readouterr().out) and f"{saved:.0%} are saved" in told
+    assert launch([str(tmp_path / "branches.yaml"), *words]) == 0
+    first = {cell.name: min(row["step"] for row in read_metrics(cell.folder)) for cell in cells}
+    assert {name for name, step in first.items() if step > 4} == {cell.name for cell in cells if cell.trunk}
 
 
 @pytest.mark.parametrize(

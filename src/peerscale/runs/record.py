@@ -63,7 +63,9 @@ class Status(StrEnum):
     PENDING = "pending"
 
 
-ENDED = (Status.DONE, Status.FAILED, Status.DIVERGED)
+FAILED = (Status.FAILED, Status.DIVERGED)
+"""How a run ends without a result."""
+ENDED = (Status.DONE, *FAILED)
 """How a run ends."""
 
 

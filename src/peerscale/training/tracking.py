@@ -16,7 +16,7 @@ from typing import Any
 
 from peerscale.files import write_text
 from peerscale.layers.registry import parse_layer
-from peerscale.runs.record import Record, Status, fingerprint
+from peerscale.runs.record import FAILED, Record, Status, fingerprint
 from peerscale.runs.table import METRICS, read_metrics
 from peerscale.training.signals import Watch
 
@@ -90,7 +90,7 @@ class WandbRun:
         losses = {f"{name}/{key}": value for name, values in record.evaluation.items() for key, value in values.items()}
         summary = {"status": str(record.status), "reason": record.reason, "signals": record.signals}
         # As numbers, which W&B can sum.
-        summary |= {status: int(record.status is status) for status in (Status.FAILED, Status.DIVERGED)}
+        summary |= {status: int(record.status is status) for status in FAILED}
         with client_errors():
             self.run.summary.update({**summary, **losses, **record.router, **record.timing})
             self.run.finish(exit_code=0 if record.status is Status.DONE else 1)
