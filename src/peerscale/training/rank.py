@@ -5,10 +5,11 @@ import os
 import pickle
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.multiprocessing import _prctl_pr_set_pdeathsig
 
 from peerscale.cells import Cell
 from peerscale.errors import FAILED_CELLS, INTERRUPTED
@@ -29,7 +30,7 @@ def run_rank(path: Path) -> int:
 
 def main() -> None:
     """Run the rank; end at once if it fails, without waiting for threads of broken connections."""
-    _prctl_pr_set_pdeathsig(signal.SIGKILL)  # end with the launcher, should it be killed
+    threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
     for number in (signal.SIGUSR1, signal.SIGUSR2):  # Slurm's warnings go to all processes of a job
         signal.signal(number, signal.SIG_IGN)
     code: int | None = 1
@@ -38,6 +39,13 @@ def main() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code or 0)
+
+
+def _end_with(launcher: int) -> None:
+    """End this process when its launcher has ended, which then was killed."""
+    while os.getppid() == launcher:
+        time.sleep(0.2)
+    os._exit(1)
 
 
 if __name__ == "__main__":
