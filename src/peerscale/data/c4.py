@@ -1,15 +1,15 @@
 """C4 (Raffel et al. 2020), the paper's corpus: streamed from the Hugging Face hub, or read from shards in a folder.
 
-Only its preparation needs the package `datasets` (extra `hub`).
+Only the hub needs the package `datasets` (extra `hub`).
 """
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 from peerscale.config import DataConfig
 from peerscale.data.blocks import Block, document
+from peerscale.data.text import read_jsonl
 from peerscale.errors import UserError
 
 HUB_NAME, HUB_SUBSET = "allenai/c4", "en"
@@ -22,19 +22,30 @@ def sources(config: DataConfig) -> dict[str, str]:
     if config.path is None:
         if config.max_documents is None:
             raise UserError("data=c4 is 800 GB of text: set data.max_documents")
-        return {f"{HUB_NAME}/{HUB_SUBSET}": f"{config.max_documents} pages"}
-    return {path.name: f"{path.stat().st_size} bytes" for paths in _shards(config.path).values() for path in paths}
+        return {f"{HUB_NAME}/{HUB_SUBSET}": f"{config.max_documents} pages, streamed"}
+    found = _shards(config.path)
+    limit = {"max_documents": str(config.max_documents)} if config.max_documents else {}
+    return limit | {path.name: f"{path.stat().st_size} bytes" for paths in found.values() for path in paths}
+
+
+def has_held_out_pages(config: DataConfig) -> bool:
+    """Whether there is a validation set of C4's own; without one, spans of the training pages are held out."""
+    return config.path is None or "validation" in _shards(config.path)
 
 
 def blocks(config: DataConfig) -> Iterator[Block]:
-    """The held-out pages, then the training pages; without held-out pages, spans of the training pages are held out."""
-    shards = {} if config.path is None else _shards(config.path)
-    has_validation = not shards or "validation" in shards
-    if has_validation:
-        for i, page in enumerate(_pages(shards, "validation", HELD_OUT_PAGES)):
-            yield from document(page, "tuning" if i % 2 else "validation")
-    for page in _pages(shards, "train", config.max_documents):
-        yield from document(page, "train" if has_validation else None)
+    """The training pages where no others can be held out."""
+    return chain.from_iterable(document(page) for page in training_pages(config))
+
+
+def held_out_blocks(config: DataConfig) -> Iterator[Block]:
+    for i, page in enumerate(islice(_pages(config, "validation"), HELD_OUT_PAGES)):
+        yield from document(page, "tuning" if i % 2 else "validation")
+
+
+def training_pages(config: DataConfig, skip: int = 0) -> Iterator[str]:
+    """Texts of the training pages, from page `skip` on; raises `UserError` where they cannot be read."""
+    return islice(_pages(config, "train", skip), None if config.max_documents is None else config.max_documents - skip)
 
 
 def _shards(path: str) -> dict[str, list[Path]]:
@@ -45,24 +56,25 @@ def _shards(path: str) -> dict[str, list[Path]]:
     return {split: found for split, found in shards.items() if found}
 
 
-def _pages(shards: dict[str, list[Path]], split: str, limit: int | None) -> Iterator[str]:
-    """Page texts of one split of the shards, or of the hub if there are none."""
+def _pages(config: DataConfig, split: str, skip: int = 0) -> Iterator[str]:
+    if config.path is not None:
+        shards = _shards(config.path)[split]
+        return islice(chain.from_iterable(map(read_jsonl, shards)), skip, None)
+    return _hub_pages(split, skip)
+
+
+def _hub_pages(split: str, skip: int) -> Iterator[str]:
     try:
         import datasets  # pyrefly: ignore[missing-import]
     except ImportError:
         raise UserError(
             "data=c4 needs the package datasets: .venv/bin/python -m pip install --editable '.[hub]'"
         ) from None
-    where: dict[str, Any]
-    if shards:
-        where = {"path": "json", "data_files": {name: [str(path) for path in paths] for name, paths in shards.items()}}
-    else:
-        where = {"path": HUB_NAME, "name": HUB_SUBSET}
-    n_read = 0
+    n_read = skip
     try:
-        for row in islice(datasets.load_dataset(**where, split=split, streaming=True), limit):
-            n_read += 1
+        for row in datasets.load_dataset(HUB_NAME, name=HUB_SUBSET, split=split, streaming=True).skip(skip):
             yield row["text"]
+            n_read += 1
     except Exception as error:  # of the several HTTP, archive and JSON libraries beneath
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(f"C4 {split} cannot be read after {n_read:,} pages: {reason}") from None

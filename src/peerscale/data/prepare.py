@@ -8,7 +8,7 @@ import platform
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
@@ -25,7 +25,8 @@ from peerscale.config import HELD_OUT_SETS, DataConfig, load
 from peerscale.data import c4, gutenberg, store, text
 from peerscale.data.blocks import MIN_BYTES, Block, HeldOut
 from peerscale.data.store import Corpus, Manifest
-from peerscale.data.tokenizer import END_OF_TEXT_ID, train
+from peerscale.data.streaming import stream
+from peerscale.data.tokenizer import END_OF_TEXT_ID, encode, train
 from peerscale.errors import ArgumentParser, UserError, exit_code
 from peerscale.files import replacing
 
@@ -33,8 +34,6 @@ SOURCES = {"gutenberg": gutenberg, "text": text, "c4": c4}
 SETS = ("train", *HELD_OUT_SETS)
 SAMPLE_BYTES = 10_000_000
 """The tokenizer is trained on a tenth of the text, but on no less than this: as good as on all of it."""
-ENCODED_AT_ONCE = 512
-"""Blocks. An encoding takes some hundred times the memory of its text."""
 
 
 def prepare(config: DataConfig) -> Corpus:
@@ -52,13 +51,25 @@ def prepare(config: DataConfig) -> Corpus:
         damage = corpus and store.find_damage(corpus)
         if damage:
             print(f"{damage}: preparing it again", file=sys.stderr)
-        if corpus is None or damage:
+        if (corpus is None or damage) and config.source == "c4" and c4.has_held_out_pages(config):
+            corpus = _stream(config, sources, folder)
+        elif corpus is None or damage:
             for abandoned in folder.parent.glob(f".{folder.name}.*"):  # by a process that was killed
                 shutil.rmtree(abandoned)
             with replacing(folder) as temporary:
                 temporary.mkdir()
                 corpus = Corpus(folder, _build(config, sources, temporary))
     return corpus
+
+
+def _stream(config: DataConfig, sources: dict[str, str], folder: Path) -> Corpus:
+    """Encode a text too large to be kept; a part of it stays beside `folder` until it is whole."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    utf8_bytes = stream(config, sources, partial)
+    manifest = _write_manifest(config, sources, partial, utf8_bytes)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    return Corpus(folder, manifest)
 
 
 def _build(config: DataConfig, sources: dict[str, str], folder: Path) -> Manifest:
@@ -85,8 +96,14 @@ def _build(config: DataConfig, sources: dict[str, str], folder: Path) -> Manifes
     store.tokenizer_file(folder).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
     utf8_bytes = _encode(progress(_placed(spool, held_out), desc="encoding", total=n_blocks), tokenizer, folder)
-    files = {name: store.tokens_file(folder, name) for name in SETS if name in utf8_bytes}
     spool.unlink()
+    return _write_manifest(config, sources, folder, utf8_bytes)
+
+
+def _write_manifest(
+    config: DataConfig, sources: dict[str, str], folder: Path, utf8_bytes: Mapping[str, int]
+) -> Manifest:
+    files = {name: store.tokens_file(folder, name) for name in SETS if name in utf8_bytes}
     manifest = Manifest(
         preparation_version=store.PREPARATION_VERSION,
         source=config.source,
@@ -122,20 +139,17 @@ def _placed(spool: Path, held_out: HeldOut) -> Iterator[Block]:
 def _encode(blocks: Iterable[Block], tokenizer: Tokenizer, folder: Path) -> Counter[str]:
     """Write the tokens of every set, and return its bytes of text."""
     utf8_bytes: Counter[str] = Counter()
-    blocks = iter(blocks)
     with ExitStack() as stack:
         files: dict[str, BinaryIO] = {}
-        while some := list(islice(blocks, ENCODED_AT_ONCE)):
-            encodings = tokenizer.encode_batch_fast([block.text for block in some])
-            for block, encoding in zip(some, encodings, strict=True):
-                split, ids = block.split, encoding.ids
-                assert split is not None
-                if split not in files:
-                    files[split] = stack.enter_context(store.tokens_file(folder, split).open("wb"))
-                elif block.starts_document:
-                    ids = [END_OF_TEXT_ID, *ids]
-                files[split].write(np.array(ids, dtype=store.DTYPE).tobytes())
-                utf8_bytes[split] += len(block.text.encode())
+        for block, ids in encode(blocks, tokenizer):
+            split = block.split
+            assert split is not None
+            if split not in files:
+                files[split] = stack.enter_context(store.tokens_file(folder, split).open("wb"))
+            elif block.starts_document:
+                ids = [END_OF_TEXT_ID, *ids]
+            files[split].write(np.array(ids, dtype=store.DTYPE).tobytes())
+            utf8_bytes[split] += len(block.text.encode())
     return utf8_bytes
 
 

@@ -6,6 +6,8 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TextIO
 
@@ -26,13 +28,25 @@ def sources(config: DataConfig) -> dict[str, str]:
 def blocks(config: DataConfig) -> Iterator[Block]:
     """All documents, files in the order of their names."""
     for path in files(config).values():
-        try:
+        if path.name.endswith((".jsonl", ".jsonl.gz")):
+            yield from chain.from_iterable(map(document, read_jsonl(path)))
+        else:
             with _open(path) as file:
-                yield from _jsonl(path, file) if path.name.endswith((".jsonl", ".jsonl.gz")) else _plain(file)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 ({error})") from None
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise UserError(f"{path}: not a whole gzip file ({error})") from None
+                yield from _plain(file)
+
+
+def read_jsonl(path: Path) -> Iterator[str]:
+    """The texts of a file with a JSON object a line; raises `UserError` where it is none, or damaged."""
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)["text"]
+                text.encode()
+            except (ValueError, TypeError, KeyError, AttributeError):
+                raise UserError(f'{path}:{number}: not a JSON object with a string under "text"') from None
+            yield text
 
 
 def files(config: DataConfig) -> dict[str, Path]:
@@ -49,9 +63,16 @@ def files(config: DataConfig) -> dict[str, Path]:
     return found
 
 
-def _open(path: Path) -> TextIO:
-    # utf-8-sig: as UTF-8, less the mark that some editors put first
-    return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig")
+@contextmanager
+def _open(path: Path) -> Iterator[TextIO]:
+    try:
+        # utf-8-sig: as UTF-8, less the mark that some editors put first
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error})") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: not a whole gzip file ({error})") from None
 
 
 def _plain(file: TextIO) -> Iterator[Block]:
@@ -63,15 +84,3 @@ def _plain(file: TextIO) -> Iterator[Block]:
             starts_document = False
     if rest:
         yield Block(rest, starts_document)
-
-
-def _jsonl(path: Path, file: TextIO) -> Iterator[Block]:
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-            text.encode()
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise UserError(f'{path}:{number}: not a JSON object with a string under "text"') from None
-        yield from document(text)

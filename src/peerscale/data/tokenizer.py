@@ -1,14 +1,18 @@
 """Byte-level BPE (Sennrich et al. 2016), trained on the corpus: a ready-made 50k vocabulary swamps a small model."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from peerscale.data.blocks import Block
 from peerscale.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 """Stands between documents."""
 END_OF_TEXT_ID = 0
+ENCODED_AT_ONCE = 512
+"""Blocks, on all cores. An encoding takes some hundred times the memory of its text."""
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -34,3 +38,11 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             f"set data.vocab_size={reached} or less, or give more text"
         )
     return tokenizer
+
+
+def encode(blocks: Iterable[Block], tokenizer: Tokenizer) -> Iterator[tuple[Block, list[int]]]:
+    """The blocks with their tokens."""
+    blocks = iter(blocks)
+    while some := list(islice(blocks, ENCODED_AT_ONCE)):
+        encodings = tokenizer.encode_batch_fast([block.text for block in some])
+        yield from ((block, encoding.ids) for block, encoding in zip(some, encodings, strict=True))

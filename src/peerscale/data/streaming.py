@@ -1,0 +1,112 @@
+"""A corpus too large to be kept as text: encoded as it is read, and gone on with where the stream broke.
+
+The tokenizer is trained on the beginning of the training text. After every `PAGES_AT_ONCE` pages the folder holds how
+far it came, so that preparing it again goes on from there.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from peerscale.config import DataConfig
+from peerscale.data import c4, store
+from peerscale.data.blocks import MIN_BYTES, Block, document
+from peerscale.data.tokenizer import END_OF_TEXT_ID, encode, train
+from peerscale.errors import UserError
+from peerscale.files import write_text
+
+SAMPLE_BYTES = 100_000_000
+"""Of text that the tokenizer is trained on."""
+PAGES_AT_ONCE = 20_000
+PROGRESS = "progress.json"
+
+
+def stream(config: DataConfig, sources: dict[str, str], folder: Path) -> dict[str, int]:
+    """Write tokenizer and tokens of all sets into `folder`, which may hold a part of them; returns bytes by set.
+
+    Raises:
+        UserError: the text cannot be read, or is too short; what was encoded by then stays.
+    """
+    done = _progress(folder, sources, config.vocab_size)
+    tokenizer = _tokenizer(config, folder)
+    if not done["pages"]:
+        held_out, done["utf8_bytes"] = [*c4.held_out_blocks(config)], {}
+        for split in ("validation", "tuning"):
+            blocks = (block for block in held_out if block.split == split)
+            with store.tokens_file(folder, split).open("wb") as file:
+                done["utf8_bytes"][split] = write_tokens(blocks, tokenizer, file, begun=False)
+    tokens = store.tokens_file(folder, "train")
+    tokens.touch()
+    with tokens.open("r+b") as file, tqdm(unit=" pages", initial=done["pages"], leave=False, disable=None) as bar:
+        file.truncate(done["train_bytes"])  # what was written after the last count
+        file.seek(0, os.SEEK_END)
+        pages = c4.training_pages(config, done["pages"])
+        while some := list(islice(pages, PAGES_AT_ONCE)):
+            blocks = (block for page in some for block in document(page, "train"))
+            text_bytes = write_tokens(blocks, tokenizer, file, begun=file.tell() > 0)
+            file.flush()
+            os.fsync(file.fileno())
+            done["pages"] += len(some)
+            done["train_bytes"] = file.tell()
+            done["utf8_bytes"]["train"] = done["utf8_bytes"].get("train", 0) + text_bytes
+            write_text(folder / PROGRESS, json.dumps(done))
+            bar.update(len(some))
+    if done["utf8_bytes"].get("train", 0) < MIN_BYTES:
+        raise UserError(f"C4: fewer than {MIN_BYTES:,} bytes of training text in {done['pages']:,} pages")
+    (folder / PROGRESS).unlink()
+    return done["utf8_bytes"]
+
+
+def write_tokens(blocks: Iterable[Block], tokenizer: Tokenizer, file: BinaryIO, *, begun: bool) -> int:
+    """Append the tokens of the blocks of one set; returns their bytes of text.
+
+    Args:
+        begun: whether the file has a document already, so that the first block here starts a further one.
+    """
+    n_bytes = 0
+    for block, ids in encode(blocks, tokenizer):
+        separator = [END_OF_TEXT_ID] if begun and block.starts_document else []
+        file.write(np.array([*separator, *ids], dtype=store.DTYPE).tobytes())
+        n_bytes += len(block.text.encode())
+        begun = True
+    return n_bytes
+
+
+def _progress(folder: Path, sources: dict[str, str], vocab_size: int) -> dict:
+    """How far an earlier run came with the same text; the folder is emptied if it was another."""
+    start = {"sources": sources, "vocab_size": vocab_size, "pages": 0, "train_bytes": 0, "utf8_bytes": {}}
+    try:
+        done = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        done = {}
+    if {key: done.get(key) for key in ("sources", "vocab_size")} == {"sources": sources, "vocab_size": vocab_size}:
+        return done
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return start
+
+
+def _tokenizer(config: DataConfig, folder: Path) -> Tokenizer:
+    path = store.tokenizer_file(folder)
+    if path.is_file():
+        return Tokenizer.from_file(str(path))
+    tokenizer = train(_sample(c4.training_pages(config)), config.vocab_size)
+    write_text(path, tokenizer.to_str(pretty=True))
+    return tokenizer
+
+
+def _sample(pages: Iterable[str]) -> Iterator[str]:
+    left = SAMPLE_BYTES
+    for page in pages:
+        if left <= 0:
+            return
+        left -= len(page.encode())
+        yield page
