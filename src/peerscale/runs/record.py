@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -14,9 +14,6 @@ from peerscale.config import Config, to_dict
 from peerscale.errors import UserError
 from peerscale.files import write_text
 from peerscale.plan import Plan
-
-if TYPE_CHECKING:
-    from peerscale.cells import Cell
 
 SCHEMA_VERSION = 2
 """Raised when the fields of a record change their meaning."""
@@ -123,7 +120,22 @@ class Record:
 _RECORD = TypeAdapter(Record)
 
 
-def new_record(cell: "Cell", status: Status, data_fingerprint: str, **fields: Any) -> Record:
+class PlannedCell(Protocol):
+    """What a record needs of a cell before it runs."""
+
+    @property
+    def sweep(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def axes(self) -> dict[str, Any]: ...
+    @property
+    def config(self) -> Config: ...
+    @property
+    def plan(self) -> Plan: ...
+
+
+def new_record(cell: PlannedCell, status: Status, data_fingerprint: str, **fields: Any) -> Record:
     """The record of a cell before anything came of it, with `fields` besides."""
     config, plan, ffn = cell.config, cell.plan, cell.config.ffn
     hashed = hashed_config(config, plan, data_fingerprint)
@@ -202,7 +214,7 @@ def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str =
     return differences
 
 
-def differences(cell: "Cell", record: Record, data_fingerprint: str | None) -> list[str]:
+def differences(cell: PlannedCell, record: Record, data_fingerprint: str | None) -> list[str]:
     """Where a record is not of this cell: keys as `differing_keys` gives them.
 
     Where the corpus is not prepared and `data_fingerprint` is None, that of the record is taken for the right one.
