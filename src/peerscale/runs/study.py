@@ -6,7 +6,7 @@ from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,10 +16,7 @@ from peerscale.cell_names import axes_label, budget_name
 from peerscale.errors import ArgumentParser, UserError
 from peerscale.files import ROOT
 from peerscale.plan import Verdict
-from peerscale.runs.record import Record, Status, new_record
-
-if TYPE_CHECKING:
-    from peerscale.cells import Cell
+from peerscale.runs.record import PlannedCell, Record, Status, new_record
 
 RUNS, RESULTS = ROOT / "runs", ROOT / "results"
 
@@ -179,7 +176,7 @@ def usable(table: pd.DataFrame) -> pd.Series:
     return (table["status"] == str(Status.DONE)) & np.isfinite(loss)
 
 
-def planned_record(cell: "Cell") -> Record:
+def planned_record(cell: PlannedCell) -> Record:
     """The record of a cell that has none: dropped by its plan, or still to be run."""
     status = Status.DROPPED if cell.plan.verdict is Verdict.DROP else Status.PENDING
     return replace(new_record(cell, status, ""), reason=cell.plan.reason, fingerprint="")
