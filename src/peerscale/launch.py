@@ -97,8 +97,17 @@ def run_here(cells: Sequence[Cell], n_processes: int | None) -> dict[str, Status
         from joblib import Parallel, delayed
 
         with _terminated_as_by_ctrl_c():
-            statuses = Parallel(n_jobs=n_processes, batch_size=1)(delayed(_run_in_turn)(group) for group in groups)
+            statuses = Parallel(n_jobs=n_processes, batch_size=1)(delayed(_run_as_worker)(group) for group in groups)
     return {name: status for group in statuses for name, status in group.items()}
+
+
+def _run_as_worker(cells: Sequence[Cell]) -> dict[str, Status]:
+    """In a process beside others, which each have their own GPUs where there are some."""
+    from peerscale.training.gpus import take_gpus
+
+    if cells[0].config.trainer.accelerator != "cpu":
+        take_gpus(cells[0].config.trainer.devices)
+    return _run_in_turn(cells)
 
 
 def _run_in_turn(cells: Sequence[Cell]) -> dict[str, Status]:
