@@ -11,7 +11,7 @@
         --out fit.json
     .venv/bin/python analysis/fit.py predict fit.json --budget 1e21
 
-The words after --params, --x and so on are names of columns. The folder of a study, such as results/isoflop_cpu, may
+The words after --params, --x and so on are names of columns. The folder of a study, such as results/reproduce, may
 stand in place of its table of runs, or for `envelope` of its training curves; `predict` reads a study's fits.json too.
 Intervals are 95 % percentile intervals of a bootstrap over runs. Every fit also says how well the smaller budgets
 predict the largest; that of rates, how well the law predicts the best rates of models that it has not seen.

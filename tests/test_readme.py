@@ -60,8 +60,8 @@ def test_the_study_of_the_readme_plans_as_it_stands(tmp_path: Path) -> None:
     ("study", "budget", "method", "reference"),
     [
         ("reproduce", 2.7e12, "peer", "dense"),
-        ("isoflop_cpu", 3e12, "peer", "dense"),
-        ("isoflop_cpu", 1e13, "peer", "dense"),
+        ("isoflop_rates_5e11", 3e12, "peer", "dense"),
+        ("isoflop_rates_5e11", 1e13, "peer", "dense"),
         ("batch", 3e12, "peer batch_sequences=32", "dense batch_sequences=32"),
     ],
 )
@@ -74,6 +74,6 @@ def test_the_numbers_of_the_readme_are_the_published_fits(
     said = f"{-found['value']:.3f} ± {(found['high'] - found['low']) / 2:.3f}"
     assert said in README
     for worth in fits["multipliers"]:
-        if study == "isoflop_cpu" and worth["method"] == "peer" and worth["budget"] == budget:
+        if study == "isoflop_rates_5e11" and worth["method"] == "peer" and worth["budget"] == budget:
             numbers = f"{worth['multiplier']:.2f} [{worth['low']:.2f}, {worth['high']:.2f}]"
             assert numbers in " ".join(README.split())

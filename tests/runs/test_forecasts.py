@@ -211,15 +211,15 @@ def test_publishing_keeps_it_and_the_table_shows_it_once_there_is_something_to_c
 
 
 def test_the_table_of_a_published_study_has_a_section_only_with_a_forecast(tmp_path: Path) -> None:
-    """What three budgets of a made-up study say of 1e13 beside what isoflop_cpu found there."""
-    study = published("isoflop_cpu")
+    """What three budgets of a made-up study say of 1e13 beside what isoflop_rates_5e11 found there."""
+    study = published("isoflop_rates_5e11")
     runs, fits = read_runs(study.runs), read_fits(study.fits)
-    plain = study_table("isoflop_cpu", runs, fits)
+    plain = study_table("isoflop_rates_5e11", runs, fits)
     assert plain == study.table.read_text() and "## Forecast" not in plain
     guessed = forecast(compare(ladder(1.3, [1e11, 3e11, 1e12], noise=0.01), []), 1e13)
     about = {"budget": 1e13, "made": "2026-01-01T00:00:00+00:00", "commit": None, "leaves_out": ["this", "that"]}
     text = study_table(
-        "isoflop_cpu", runs, fits, [{**about, "from": [{"budget": 1e12, "cells": 9}], "forecasts": guessed}]
+        "isoflop_rates_5e11", runs, fits, [{**about, "from": [{"budget": 1e12, "cells": 9}], "forecasts": guessed}]
     )
     assert text.startswith(plain.rstrip("\n")) and "## Forecast" in text
     assert "| 1e13 | PEER | compute multiplier |" in text and "1.29 [1.14, 1.42]" in text

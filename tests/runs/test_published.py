@@ -22,26 +22,26 @@ def published(sweep: str) -> dict[str, Any]:
     ("budget", "value", "se"), [(1e12, -0.011, 0.0045), (3e12, -0.034, 0.006), (1e13, -0.0445, 0.011)]
 )
 def test_peers_lead_over_dense(budget: float, value: float, se: float) -> None:
-    (entry,) = (e for e in published("isoflop_cpu")["budgets"] if e["budget"] == budget)
+    (entry,) = (e for e in published("isoflop_rates_5e11")["budgets"] if e["budget"] == budget)
     (found,) = (d for d in entry["differences"] if (d["method"], d["reference"]) == ("peer", "dense"))
     assert found["value"] == pytest.approx(value, abs=0.003) and found["se"] == pytest.approx(se, rel=0.25)
     assert found["sequences_se"] < 0.002 < found["fit_se"]  # texts are the least of what is uncertain
 
 
-def test_what_isoflop_cpu_may_claim() -> None:
+def test_what_isoflop_rates_5e11_may_claim() -> None:
     """Four rivals at three budgets. At 1e13 PEER leads dense, but is not told apart from token choice."""
-    claims = {(c["budget"], c["rival"]): c for c in published("isoflop_cpu")["claims"]}
+    claims = {(c["budget"], c["rival"]): c for c in published("isoflop_rates_5e11")["claims"]}
     assert len(claims) == 12
     assert claims[1e13, "dense"]["leads"] and claims[3e12, "dense"]["leads"] and not claims[1e12, "dense"]["leads"]
     assert not claims[1e13, "moe_token_choice"]["leads"]
-    assert published("isoflop_cpu")["growth"] == []  # three budgets
-    multipliers = {m["budget"]: m for m in published("isoflop_cpu")["multipliers"] if m["method"] == "peer"}
+    assert published("isoflop_rates_5e11")["growth"] == []  # three budgets
+    multipliers = {m["budget"]: m for m in published("isoflop_rates_5e11")["multipliers"] if m["method"] == "peer"}
     assert multipliers[1e13]["multiplier"] == pytest.approx(1.30, abs=0.03)
     assert (multipliers[1e13]["low"], multipliers[1e13]["high"]) == pytest.approx((1.13, 1.46), abs=0.07)
 
 
-def test_seeds_of_isoflop_cpu() -> None:
-    (entry,) = (e for e in published("isoflop_cpu")["budgets"] if e["budget"] == 3e12)
+def test_seeds_of_isoflop_rates_5e11() -> None:
+    (entry,) = (e for e in published("isoflop_rates_5e11")["budgets"] if e["budget"] == 3e12)
     assert entry["seeds_sd"] == pytest.approx(0.0040, abs=5e-5) and entry["seeds_df"] == 10
 
 
