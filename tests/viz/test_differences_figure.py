@@ -82,3 +82,21 @@ def test_variants_have_the_colours_of_the_studys_other_figures() -> None:
     found = {line.get_label(): line.get_color() for line in lines if line.get_label() in variants}
     assert found == {name: colours(variants)[name] for name in variants[5:]}
     assert found != colours(variants[5:])
+
+
+def test_of_one_size_the_axis_names_it_and_beside_curves_its_points_are_hollow() -> None:
+    for entry in (alone := fits((1e13, "peer n_heads=1", "dense", -0.05, -0.07, -0.03)))["budgets"]:
+        entry["differences"][0]["size"] = "d64"
+    axes = drawn(differences_figure(alone)).axes[0]
+    assert axes.get_xlabel().startswith("loss of d_model 64 minus dense's")
+    assert not [line for line in axes.lines if line.get_markerfacecolor() == "white" and line.get_marker() != "None"]
+    mixed = fits((1e13, "peer", "dense", -0.05, -0.07, -0.03), (1e13, "moe", "dense", -0.01, -0.03, 0.01))
+    mixed["budgets"][0]["methods"] = [{"name": "peer"}]
+    mixed["budgets"][0]["differences"][1]["size"] = "d64"
+    figure = drawn(differences_figure(mixed))
+    axes = figure.axes[0]
+    hollow = [line for line in axes.lines if line.get_markerfacecolor() == "white" and line.get_marker() != "None"]
+    assert [line.get_label() for line in hollow] == ["moe"]
+    assert (
+        axes.get_xlabel().startswith("loss at the compute optimum") and "Hollow: at one size" in figure.get_supxlabel()
+    )

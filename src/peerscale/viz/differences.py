@@ -52,8 +52,10 @@ def differences_figure(fits: Mapping[str, Any], *, methods: Iterable[str] = (), 
             axes.plot([found["value"]], [height], markers[budget], **look, label=name)
         axes.set_yticks(range(len(names)), [style.label(name) for name in names])
         axes.grid(visible=False, axis="y")
+        sizes = " and ".join(dict.fromkeys(style.size_label(size) for _, size, _ in shown))
+        where = f"of {sizes}" if all(size for _, size, _ in shown) else "at the compute optimum"
         minus = "minus dense's (nats per token; left is better)"
-        axes.set(ylim=(len(names) - 0.4, -0.6), xlabel=f"loss at the compute optimum {minus}")
+        axes.set(ylim=(len(names) - 0.4, -0.6), xlabel=f"loss {where} {minus}")
         handles = [
             Line2D([], [], marker=marker, label=style.budget_title(budget), linestyle="none", color=grey)
             for budget, marker in markers.items()

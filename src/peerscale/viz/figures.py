@@ -24,12 +24,15 @@ from peerscale.viz.study_table import compares_curves
 DEFAULT_X = "params_total"
 """Model size of the isoFLOP figure, as in the paper."""
 
+MANY = 2
+"""Settings that a study of one size may vary for figures over them; with more it compares each variant with dense."""
+
 TITLES = {
     "isoflop": "Perplexity against model size at equal training compute (the paper's Figure 1)",
     "experts": "Number of experts (the paper's Figure 3a)",
     "active": "Active experts and heads (the paper's Figure 3b)",
     "query_norm": "BatchNorm on the queries (the paper's Figure 4)",
-    "differences": "Difference to dense at the compute optimum",
+    "differences": "Difference to dense",
     "frontier": "Compute-optimal loss, and the compute multiplier over dense",
     "multipliers": "Compute multipliers over dense, in FLOPs and in measured time, beside the paper's",
     "curves": "Training curves",
@@ -59,6 +62,11 @@ def study_figures(study: Study, runs: pd.DataFrame, x: str = DEFAULT_X) -> Itera
     if settings & set(RATES):  # the cells at one setting are then no seeds of each other
         law = read_fits(study.fits)["rates"].get("law")
         yield "rates", rate_law_figure(runs, law, note=note) if wants_law(runs) else rates_figure(runs, note=note)
+        return
+    if compares_curves(runs):
+        return
+    if len(settings) > MANY and (drawn := differences_figure(read_fits(study.fits), note=note)):
+        yield "differences", drawn
         return
     if "n_experts" in settings:
         yield "experts", experts_figure(runs, published, note=note)
