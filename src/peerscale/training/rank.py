@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.multiprocessing import _prctl_pr_set_pdeathsig
+from torch.multiprocessing import _prctl_pr_set_pdeathsig  # pyrefly: ignore[missing-module-attribute]
 
 from peerscale.cells import Cell
 from peerscale.errors import FAILED_CELLS, INTERRUPTED
