@@ -2,8 +2,8 @@
 
 It reads the cells' files, so it does not matter whether they were tracked online, offline or not at all. The client's
 own `wandb sync` is no help here: it appends all rows of a run to those that the server has, so that a cell uploaded
-half-way would have them twice; it has no limit to its wait for a server; and it knows neither cells
-without a W&B run nor artifacts.
+half-way would have them twice; it has no limit to its wait for a server; and it knows neither cells without a W&B run
+nor artifacts.
 """
 
 import hashlib
