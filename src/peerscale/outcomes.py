@@ -30,10 +30,6 @@ class Outcome:
         return self.record is not None and self.record.status is Status.DONE
 
     @property
-    def done_here(self) -> bool:
-        return self.done and not self.published
-
-    @property
     def done_published(self) -> bool:
         return self.done and self.published
 

@@ -114,8 +114,9 @@ def print_plan(sweep: str, overrides: Sequence[str], workers: int, results: Path
     print(text_table([list(rows[0]), *(list(row.values()) for row in rows)]))
     print(f"\n{LEGEND}")
     print(f"{len(kept)} cells of {len(cells)}, {sum(cell.plan.flops for cell in kept):.3g} FLOPs ({CONVENTION})")
-    not_done = [cell for cell in kept if not found.planned[cell.name].done]
-    not_done_here = [cell for cell in kept if not found.planned[cell.name].done_here]
+    outcome_of = {cell.name: found.planned[cell.name] for cell in kept}
+    not_done = [cell for cell in kept if not outcome_of[cell.name].done]
+    not_done_here = [cell for cell in kept if not outcome_of[cell.name].done or outcome_of[cell.name].published]
     command = f"make sweep SWEEP={cells[0].sweep}"
     print(f"{command}: {_to_run(not_done_here, workers)}")
     if published_ones := len(not_done_here) - len(not_done):
@@ -230,14 +231,8 @@ def print_studies(runs: Path, results: Path) -> int:
 def text_table(rows: Sequence[Sequence[str]]) -> str:
     """Columns aligned: the first and the last to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    last = len(widths) - 1
-    aligned = (
-        (
-            text.ljust(width) if i in (0, last) else text.rjust(width)
-            for i, (text, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
+    sides = ["<", *[">"] * (len(widths) - 2), "<"]
+    aligned = [[f"{text:{side}{n}}" for text, side, n in zip(row, sides, widths, strict=True)] for row in rows]
     return "\n".join("  ".join(row).rstrip() for row in aligned)
 
 

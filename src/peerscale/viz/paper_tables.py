@@ -70,14 +70,12 @@ def norm_rows(runs: pd.DataFrame, published: pd.DataFrame) -> list[dict[str, str
     """
     cells = runs[usable(runs) & (runs["method"] == "peer")]
     cells = cells.assign(norm=with_norm(cells), ppl=cells["val_loss"]).astype(dict.fromkeys(METRICS, float))
-    means = cells.groupby(["norm", "n_experts"])[list(METRICS)].mean()
+    means = cells.groupby(["norm", "n_experts"], as_index=False)[list(METRICS)].mean()
     means["ppl"] = np.exp(means["ppl"])
-    columns: dict[str, tuple[str, list[Mapping[float, float]]]] = {}
+    columns: dict[str, tuple[str, list[dict[float, float]]]] = {}
     for metric, (title, _, form) in METRICS.items():
-        columns[title] = (
-            form,
-            [{n: x for (norm, n), x in means[metric].items() if norm == has} for has in (False, True)],
-        )
+        of_norm = [means[means["norm"] == norm].set_index("n_experts")[metric] for norm in (False, True)]
+        columns[title] = form, [values.to_dict() for values in of_norm]
     for title, theirs, form in METRICS.values():
         pair = [paper_values(published, "table 2", method, theirs) for method in (WITHOUT_NORM, "peer")]
         columns[f"paper: {title}"] = form, pair
