@@ -63,9 +63,7 @@ def read_runs(path: str | Path) -> pd.DataFrame:
     if csv.is_file():
         table = read_table(csv, NEEDED, dtype=dict.fromkeys(TEXTS, str))
         if "axes" not in table:
-            raise UserError(
-                f"{csv}: no column 'axes', as an earlier peerscale wrote it; make convert makes it again from its records"
-            )
+            raise UserError(f"{csv}: no column 'axes', as an earlier peerscale wrote it; make convert makes it again")
         return table.fillna({column: "" for column in TEXTS if column in table})
     records = read_records(path)
     if not records:
