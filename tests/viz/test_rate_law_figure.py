@@ -1,13 +1,17 @@
 """The figure and tables of the law of learning rates, of a made-up study whose law is known."""
 
+import json
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
+from peerscale.config import load
 from peerscale.laws.fitting import to_plain
-from peerscale.runs.rates import fit_law, wants_law
+from peerscale.plan import plan
+from peerscale.runs.rates import as_configuration, fit_law, wants_law
 from peerscale.viz.rate_law import finished_cells, rate_law_figure, rate_law_sections
 from toy_study import axes_text
 
@@ -59,6 +63,29 @@ def test_tables_tell_the_law_the_batches_and_the_rates_of_tables() -> None:
     assert "| 1e13 | 64 | PEER | 4.3100 (2) | 4.2500 (1) | 4.2900 (2) |" in text
     assert "| budget | width | method | 0.006 | 0.02 | 0.06 |" in text and text.count("| 1e13 | 64 | PEER | 4.2") >= 1
     assert text.count("(held out)") == 2 and text.count("| 3e12 | 32 | dense | 16 | 100 | 5 |") == 1
+
+
+def test_the_law_as_configuration_gives_the_rates_of_the_law() -> None:
+    runs = study()
+    law = to_plain(fit_law(runs, ["d80"]))
+    text = "\n".join(rate_law_sections(runs, law))
+    settings = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])["optim"]
+    m = law["groups"]["dense"]["m"]
+    assert f"With `optim.lr`: dense {m:.3g}, PEER " in text
+    words = [
+        f"optim.lr_rule={settings['lr_rule']}",
+        f"optim.lr_law={json.dumps(settings['lr_law']).replace(chr(34), '')}",
+    ]
+    for width, batch in ((32, 8), (64, 16), (64, 32)):
+        config = load([*words, f"size=d{width}", f"batch_sequences={batch}", "budget=1e13", f"optim.lr={m}"])
+        planned = plan(config)
+        best = BEST["dense"] * (width / 64) ** -0.5 * (planned.tokens / 1e7) ** -0.3 * (batch / 16) ** 0.5
+        assert planned.lr == pytest.approx(best, rel=0.02)
+    assert settings["lr_law"]["largest_lr"] == pytest.approx(runs["lr"].max(), rel=0.01)
+    assert settings["lr_law"]["fitted_d_model"] == [32, 64] and settings["lr_law"]["fitted_batch_sequences"] == [8, 32]
+    of_one_batch = runs[runs["batch_sequences"] == 16]
+    assumed = as_configuration(to_plain(fit_law(of_one_batch, ["d80"])), of_one_batch)
+    assert (assumed["batch_exponent"], assumed["fitted_batch_sequences"]) == (0.5, [16, 16])
 
 
 def test_the_figure_has_a_panel_a_corner_with_the_rates_of_the_law() -> None:

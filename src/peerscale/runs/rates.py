@@ -1,6 +1,6 @@
 """Learning rates: what a study of them tried, the best rate of each method by a parabola in ln rate, and their law."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -134,3 +134,34 @@ def fit_law(runs: pd.DataFrame, held_out: Collection[str] = ()) -> dict[str, Any
         ).to_dict()  # fmt: skip
     except UserError:
         return None
+
+
+ASSUMED_BATCH_EXPONENT = 0.5
+"""Of a law from runs of one batch: Adam's best rate grows about with the root of the batch (Malladi et al. 2022)."""
+
+
+def as_configuration(law: Mapping[str, Any], runs: pd.DataFrame) -> dict[str, Any]:
+    """`optim.lr_law` of a fitted law, to three digits; `optim.lr` of a method is its m.
+
+    Args:
+        law: `RateFit.to_dict()` of a study's runs.
+        runs: that study's table, for the batch and the largest rate that were tried.
+    """
+    first, done = next(iter(law["groups"].values())), runs[usable(runs)]
+    usual = float(done["batch_sequences"].mode().iloc[0])
+    found: dict[str, Any] = {}
+    for name, key, exponent in (
+        ("width", "d_model", "a"),
+        ("tokens", "tokens", "b"),
+        ("batch", "batch_sequences", "c"),
+    ):
+        is_fitted = name in law["fitted"]
+        found[f"reference_{key}"] = first[f"{name}_0"] if is_fitted else usual
+        found[f"{name}_exponent"] = first[exponent] if is_fitted else ASSUMED_BATCH_EXPONENT
+        found[f"fitted_{key}"] = [*law["fitted"][name]] if is_fitted else [usual, usual]
+    found["largest_lr"] = float(done["lr"].max())
+    return {key: _rounded(value) for key, value in found.items()}
+
+
+def _rounded(value: Any) -> Any:
+    return [_rounded(one) for one in value] if isinstance(value, list) else float(f"{value:.3g}")

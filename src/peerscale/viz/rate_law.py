@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 from matplotlib.figure import Figure
 
 from peerscale.cell_names import budget_name
-from peerscale.runs.rates import names_under_law
+from peerscale.runs.rates import as_configuration, names_under_law
 from peerscale.runs.study import usable
 from peerscale.viz import style
 from peerscale.viz.isoflop import missing_note
@@ -118,7 +119,13 @@ def rate_law_sections(runs: pd.DataFrame, law: Law) -> list[str]:
          "the law's": f"{one['predicted']:.3g}", "which costs": f"{one['cost']:.4f}" + " (held out)" * one["held_out"]}
         for one in found.to_dict("records")
     ]  # fmt: skip
-    return lines + section("Every curve", curves, *(f"- {warning}" for warning in law["warnings"]))
+    lines += section("Every curve", curves, *(f"- {warning}" for warning in law["warnings"]))
+    settings = yaml.safe_dump({"lr_rule": "law", "lr_law": as_configuration(law, runs)}, sort_keys=False)
+    each = ", ".join(f"{style.label(name)} {one['m']:.3g}" for name, one in methods)
+    return [
+        *lines, "## As configuration", "", "```yaml", "optim:",
+        *(f"  {line}" for line in settings.splitlines()), "```", "", f"With `optim.lr`: {each}.", "",
+    ]  # fmt: skip
 
 
 def place(budget: float, width: float, name: str) -> dict[str, str]:
