@@ -139,6 +139,9 @@ def fit_law(runs: pd.DataFrame, held_out: Collection[str] = ()) -> dict[str, Any
 ASSUMED_BATCH_EXPONENT = 0.5
 """Of a law from runs of one batch: Adam's best rate grows about with the root of the batch (Malladi et al. 2022)."""
 
+CONFIGURED = {"width": ("d_model", "a"), "tokens": ("tokens", "b"), "batch": ("batch_sequences", "c")}
+"""Variables of the law: their name in `RateLawConfig`, and their exponent."""
+
 
 def as_configuration(law: Mapping[str, Any], runs: pd.DataFrame) -> dict[str, Any]:
     """`optim.lr_law` of a fitted law, to three digits; `optim.lr` of a method is its m.
