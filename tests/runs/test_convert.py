@@ -17,6 +17,7 @@ from peerscale.runs.table import read_records, read_runs, runs_table
 from toy_study import CORPUS, record_of
 
 NOT_IN_SCHEMA_1 = ("trainer", "tracking", "min_steps", "routing_group_sequences")
+OF_OPTIM = ("warmup_steps", "decay_fraction")
 OF_DATA = ("directory", "name", "path", "train_tokens", "max_epochs")
 
 
@@ -25,6 +26,7 @@ def as_schema_1(cell: Cell, name: str | None = None) -> dict[str, Any]:
     new = json.loads(json.dumps(asdict(record_of(cell, Status.DONE))))
     science = {key: value for key, value in to_dict(cell.config).items() if key not in NOT_IN_SCHEMA_1}
     science["data"] = {key: value for key, value in science["data"].items() if key not in OF_DATA}
+    science["optim"] = {key: value for key, value in science["optim"].items() if key not in OF_OPTIM}
     science |= {"data_fingerprint": CORPUS, "recipe_version": 1}
     plan = {**new["plan"], "size": new["size"], "lr": new["lr"], "table_lr": new["table_lr"]}
     gone = ("size", "budget", "seed", "axes", "batch_sequences", "lr", "table_lr", "hashed_config", "layer")
