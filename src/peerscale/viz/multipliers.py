@@ -68,7 +68,9 @@ def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, *, note
         style.decade_axis(beside.xaxis, [6e18, 2e19])
         style.log_axis(flops.yaxis, *flops.get_ylim())
         style.method_legend(figure, names)
-        seeds = "small dots: one seed each, about the means of the other budgets" * any(map(bool, found["by_seed"]))
+        seeds = "small dots: one seed each, about the means of the other budgets" * bool(
+            found["by_seed"].map(lambda each: isinstance(each, dict)).any()
+        )
         seconds = "measured time: of the steps of a quiet benchmark; it has no error bars" * bool(times)
         theirs = "the paper: from the perplexities on C4 of its Table 1, by the same rule; it gives no errors"
         style.caption(figure, note, bars(fits).replace("bars", "bands", 1), seeds, seconds, theirs)
