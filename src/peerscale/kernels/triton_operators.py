@@ -1,4 +1,6 @@
-"""The operators in Triton (`triton_kernels`, `triton_top_k`) for tensors on a GPU; others, and empty batches, run on `TorchOperators`.
+"""The operators in Triton (`triton_kernels`, `triton_top_k`) for tensors on a GPU.
+
+Others, and empty batches, run on `TorchOperators`.
 
 Half-precision vectors and rows are multiplied and summed in float32, in which scores and coefficients of pairs stay.
 Memory beyond the tables is O(T (D + J)), nothing waits for the GPU, and row numbers are not checked.
@@ -210,7 +212,9 @@ def _columns(n: int, D: int) -> Callable[[dict[str, int]], tuple[int, int]]:
     return lambda size: (n, -(-D // size["BLOCK_D"]))
 
 
-def _launch(kernel: str, grid: Callable[..., tuple[int, ...]], *arguments: Any, module: str = "triton_kernels", **constants: Any) -> None:
+def _launch(
+    kernel: str, grid: Callable[..., tuple[int, ...]], *arguments: Any, module: str = "triton_kernels", **constants: Any
+) -> None:
     # Imports Triton, which need not be there.
     kernels = importlib.import_module(f"peerscale.kernels.{module}")
 
