@@ -51,7 +51,7 @@ def test_compiles_for_a_gpu(monkeypatch, tmp_path, real, architecture):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(real)
     found = {}
-    for kernel in KERNELS if dtype else set(KERNELS) - set(FILES):
+    for kernel in KERNELS if dtype else KERNELS[:4]:
         constants = {"BY_ROW": True, "BLOCK_P": 4, "BLOCK_D": 256, "BLOCK_V": 4096, "beta1": 0.9, "beta2": 0.95}
         constants |= {"eps": 1e-8, "num_warps": 8 if kernel == "cross_entropy" else 4}
         if kernel in FILES:

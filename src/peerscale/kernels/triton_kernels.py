@@ -141,18 +141,18 @@ def cross_entropy(logits, targets, losses, V, scale, BLOCK_V: tl.constexpr):
 
     A program a token. Every lane keeps the maximum and the sum of what it has seen (an online softmax: Milakov and
     Gimelshein 2018), so that a logit is read once for the sum and once for its gradient.
+    All in float32.
     """
     token = tl.program_id(0).to(tl.int64)
     row = logits + token * V
     target = tl.load(targets + token)
-    real = losses.dtype.element_ty if losses.dtype.element_ty == tl.float64 else tl.float32
-    correct = tl.load(row + target).to(real)  # before the row is written over
+    correct = tl.load(row + target).to(tl.float32)  # before the row is written over
     # Not -inf: that less itself is not a number.
-    highest = tl.full((BLOCK_V,), -3e38, real)
-    total = tl.zeros((BLOCK_V,), real)
+    highest = tl.full((BLOCK_V,), -3e38, tl.float32)
+    total = tl.zeros((BLOCK_V,), tl.float32)
     for start in range(0, V, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
-        x = tl.load(row + column, column < V, float("-inf")).to(real)
+        x = tl.load(row + column, column < V, float("-inf")).to(tl.float32)
         higher = tl.maximum(highest, x)
         total = total * tl.exp(highest - higher) + tl.exp(x - higher)
         highest = higher
@@ -161,6 +161,6 @@ def cross_entropy(logits, targets, losses, V, scale, BLOCK_V: tl.constexpr):
     tl.store(losses + token, log_total - (correct - top))
     for start in range(0, V, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
-        x = tl.load(row + column, column < V, 0).to(real)
+        x = tl.load(row + column, column < V, 0).to(tl.float32)
         p = tl.exp(x - top - log_total)
         tl.store(row + column, tl.where(column == target, p - 1, p) * scale, column < V)

@@ -23,7 +23,7 @@ from peerscale.kernels.torch_operators import TorchOperators
 _CACHE_BYTES = 2**25  # a table of this size stays in the cache of a large GPU
 _ADAMW_BLOCKS = {"BLOCK_P": 8, "BLOCK_D": 256, "num_warps": 4}  # not tuned, since trials would be steps
 _MOST_TOP_K = 64  # that `triton_top_k` finds: the registers hold them for both sides
-_SEARCHED = (torch.float32, torch.bfloat16, torch.float16)  # types of queries and sub-keys
+_FLOAT32_AT_MOST = (torch.float32, torch.bfloat16, torch.float16)  # in search and cross-entropy
 
 
 class TritonOperators(TorchOperators):
@@ -47,13 +47,14 @@ class TritonOperators(TorchOperators):
         scores the lower sub-key comes first. Float64, more than 64 of the best and other devices run on
         `TorchOperators`.
         """
-        known = query_THSC.dtype == sub_keys_GSNC.dtype and query_THSC.dtype in _SEARCHED
+        known = query_THSC.dtype == sub_keys_GSNC.dtype and query_THSC.dtype in _FLOAT32_AT_MOST
         if not (known and _takes(query_THSC) and top_k <= min(_MOST_TOP_K, sub_keys_GSNC.shape[2])):
             return super().product_key_top_k(query_THSC, sub_keys_GSNC, top_k)
         return _ProductKeyTopK.apply(query_THSC, sub_keys_GSNC, top_k, self)
 
     def cross_entropy_(self, logits_TV: Tensor, targets_T: Tensor, scale: float) -> Tensor:
-        if not (_takes(logits_TV) and logits_TV.is_contiguous()):
+        # A kernel takes numbers as float32: `scale` would not be float64's.
+        if not (_takes(logits_TV) and logits_TV.is_contiguous() and logits_TV.dtype in _FLOAT32_AT_MOST):
             return super().cross_entropy_(logits_TV, targets_T, scale)
         (T, V), losses_T = logits_TV.shape, logits_TV.new_empty(len(logits_TV))
         blocks = {"BLOCK_V": min(4096, _power_of_two(V)), "num_warps": 8}
@@ -167,7 +168,7 @@ class _ProductKeyTopK(torch.autograd.Function):
 
 def search_constants(dtype: torch.dtype, N: int, C: int, G: int, K: int) -> dict[str, Any]:
     """The constants with which `triton_top_k` is compiled."""
-    block_k, candidates = _power_of_two(K), len(candidate_pairs(K)[0])
+    block_k, candidates = max(2, _power_of_two(K)), len(candidate_pairs(K)[0])
     half = dtype != torch.float32
     # As many queries a program as leave the registers enough for twice the best and the candidates of each.
     block_m, block_n = (64, 128 if half else 64) if K <= 16 else (32, 64) if K <= 32 else (16, 64)
