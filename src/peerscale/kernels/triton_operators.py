@@ -156,7 +156,7 @@ class _ProductKeyTopK(torch.autograd.Function):
         set_H11 = (torch.arange(H, device=rows_THK.device) % G)[:, None, None] * (S * N)
         sub_keys_THSK = torch.stack([rows_THK // N, rows_THK % N], dim=2) + side_S1 + set_H11
         pairs = Pairs(ctx.operators, sub_keys_THSK.view(-1, K), G * S * N)
-        weights = grads[0].unsqueeze(2).expand(T, H, S, K).reshape(-1, K)
+        weights = grads[0].unsqueeze(2).expand(T, H, S, K).reshape(-1, K).contiguous()  # a view where T H or K is 1
         grad_query = grad_sub_keys = None
         if ctx.needs_input_grad[0]:
             grad_query = ctx.operators.weighted_row_sum(sub_keys_GSNC.view(-1, C), pairs, weights).view_as(query_THSC)
@@ -173,6 +173,8 @@ def search_constants(dtype: torch.dtype, N: int, C: int, G: int, K: int) -> dict
     # As many queries a program as leave the registers enough for twice the best and the candidates of each.
     block_m, block_n = (64, 128 if half else 64) if K <= 16 else (32, 64) if K <= 32 else (16, 64)
     precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        precision = "ieee"
     return {
         "N": N, "C": C, "K": K, "G": G, "CANDIDATES": candidates, "BLOCK_K": block_k,
         "BLOCK_P": max(block_k, _power_of_two(candidates)), "BLOCK_M": block_m, "BLOCK_N": block_n,

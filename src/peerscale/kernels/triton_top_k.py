@@ -58,6 +58,8 @@ def _best(
             column = c + tl.arange(0, BLOCK_C)
             q = tl.load(query + m[:, None] * (2 * C) + column[None, :], known[:, None] & (column < C)[None, :], 0)
             k = tl.load(keys + key[None, :] * C + column[:, None], (key < N)[None, :] & (column < C)[:, None], 0)
+            if PRECISION == "ieee":  # the interpreter takes the bits of bfloat16 for integers
+                q, k = q.to(tl.float32), k.to(tl.float32)
             score = tl.dot(q, k, score, input_precision=PRECISION)
         tile = tl.topk(tl.where((key < N)[None, :], _packed(score, key[None, :]), _NONE), BLOCK_K)
         best = tl.topk(tl.reshape(tl.join(best, tile), (BLOCK_M, 2 * BLOCK_K)), BLOCK_K)
