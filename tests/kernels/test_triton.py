@@ -3,6 +3,7 @@
 Where there is a GPU it runs on that instead.
 """
 
+import importlib
 import os
 import re
 import subprocess
@@ -29,27 +30,62 @@ def test_cases(cases):
     assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 5 and "skipped" not in result.stdout
 
 
-@pytest.mark.parametrize("real", ["fp32", "fp64"])
-@pytest.mark.parametrize("kernel", ["row_dot_products", "weighted_row_sum", "table_gradient", "adamw_rows"])
-def test_compiles_for_a_gpu(monkeypatch, tmp_path, kernel, real):
-    """To machine code of an H100, which needs none; the interpreter lets more pass than the compiler."""
+KERNELS = ["row_dot_products", "weighted_row_sum", "table_gradient", "adamw_rows", "cross_entropy", "product_key_top_k"]
+FILES = {"product_key_top_k": "triton_top_k"}  # of kernels that are not in triton_kernels
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+SHARED_MEMORY = {80: 163 * 1024, 90: 232_448}  # bytes that a program may have
+
+
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+@pytest.mark.parametrize("real", ["fp32", "bf16", "fp64"])
+def test_compiles_for_a_gpu(monkeypatch, tmp_path, real, architecture):
+    """To machine code of an A100 and an H100, which needs none; the interpreter lets more pass than the compiler.
+
+    No register may be spilled to memory.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from peerscale.kernels import triton_kernels
+    from peerscale.kernels.triton_operators import search_constants
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    constants = {"BY_ROW": True, "BLOCK_P": 4, "BLOCK_D": 256, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
-    numbers = {"P": "i32", "J": "i32", "D": "i32", "PAIRS_A_ROW": "i32"}
-    integers = dict.fromkeys(("rows", "order", "starts"), "*i64")
-    vectors = dict.fromkeys(("x", "table", "vectors", "mean", "square"), "*bf16" if real == "fp32" else "*fp64")
-    function = getattr(triton_kernels, kernel)
-    while not isinstance(function, triton.JITFunction):
-        function = function.fn
-    names = function.arg_names
-    known = {**integers, **numbers, **vectors, **dict.fromkeys(constants, "constexpr")}
-    signature = {name: known.get(name, f"*{real}") for name in names}
-    constexprs = {(names.index(name),): value for name, value in constants.items() if name in names}
-    source = ASTSource(fn=function, signature=signature, constexprs=constexprs)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": True})
-    assert len(compiled.asm["cubin"]) > 1000
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(real)
+    found = {}
+    for kernel in KERNELS if dtype else KERNELS[:4]:
+        constants = {"BY_ROW": True, "BLOCK_P": 4, "BLOCK_D": 256, "BLOCK_V": 4096, "beta1": 0.9, "beta2": 0.95}
+        constants |= {"eps": 1e-8, "num_warps": 8 if kernel == "cross_entropy" else 4}
+        if kernel in FILES:
+            constants = search_constants(dtype, 1024, 192, 1, 16)
+        options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
+        function = getattr(importlib.import_module(f"peerscale.kernels.{FILES.get(kernel, 'triton_kernels')}"), kernel)
+        while not isinstance(function, triton.JITFunction):
+            function = function.fn
+        names = function.arg_names
+        # Sums and what belongs to pairs are float32 beside half precision.
+        known = dict.fromkeys(("rows", "order", "starts", "targets"), "*i64") | dict.fromkeys(
+            ("first", "second"), "*i32"
+        )
+        known |= dict.fromkeys(("x", "table", "vectors", "mean", "square", "query", "sub_keys", "logits"), f"*{real}")
+        known |= dict.fromkeys(("P", "J", "D", "V", "PAIRS_A_ROW", "tokens"), "i32") | {"scale": "fp32"}
+        if kernel == "adamw_rows":
+            known.pop("scale")
+        known |= dict.fromkeys(constants, "constexpr")
+        signature = {name: known.get(name, "*fp64" if real == "fp64" else "*fp32") for name in names}
+        source = ASTSource(
+            fn=function,
+            signature=signature,
+            constexprs={(names.index(name),): value for name, value in constants.items() if name in names},
+            # As the arguments of models are: pointers, and widths.
+            attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
+                   if signature[name][0] == "*" or name in ("J", "D", "V")},
+        )  # fmt: skip
+        target = GPUTarget("cuda", architecture, 32)
+        compiled = triton.compile(source, target=target, options={"enable_fp_fusion": True, **options})
+        (tmp_path / "cubin").write_bytes(compiled.asm["cubin"])
+        command = [CUOBJDUMP, "--dump-resource-usage", tmp_path / "cubin"]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        stack = [int(size) for size in re.findall(r"STACK:(\d+)", usage)]
+        found[kernel] = (sum(stack), compiled.metadata.shared <= SHARED_MEMORY[architecture])
+        print(kernel, real, architecture, compiled.metadata.shared, re.findall(r"REG:\d+ STACK:\d+", usage))
+        assert stack, usage
+    assert found == dict.fromkeys(found, (0, True))

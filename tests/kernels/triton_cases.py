@@ -101,6 +101,66 @@ def test_deterministic_algorithms_do_not_depend_on_which_blocks_are_fastest():
         torch.use_deterministic_algorithms(False)
 
 
+def search(operators, top_k, tensors):
+    rows = []
+
+    def scores(*tensors):
+        found, chosen = operators.product_key_top_k(*tensors, top_k)
+        rows.append(chosen)
+        return found
+
+    return results(scores, tensors), rows[0]
+
+
+# Tokens, heads, key sets, sub-keys a side, half a key's width, top k: no whole tiles or powers of two; a key set for
+# each head; one sub-key of one number; as many as there are.
+@pytest.mark.parametrize(
+    "shape", [(3, 2, 1, 70, 40, 6), (20, 2, 2, 33, 7, 5), (1, 1, 1, 1, 1, 1), (2, 1, 1, 40, 17, 40)], ids=str
+)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, 2 * 2**-7)])
+def test_the_search_equals_the_definition(shape, dtype, tolerance):
+    T, H, G, N, C, top_k = shape
+    tensors = [torch.randn(T, H, 2, C).to(dtype), torch.randn(G, 2, N, C).to(dtype)]
+    found, rows = search(TRITON, top_k, tensors)
+    expected, expected_rows = search(REFERENCE, top_k, [tensor.double() for tensor in tensors])
+    assert torch.equal(rows, expected_rows) and found[0].dtype == torch.float32
+    assert_same(found[:1], expected[:1], 3e-6)
+    assert_same(found[1:], expected[1:], tolerance)
+
+
+def test_the_search_puts_the_lower_of_equal_sub_keys_first_and_hides_no_nan():
+    query, sub_keys = torch.ones(3, 1, 2, 4), torch.ones(1, 2, 9, 4)
+    query[1] = float("nan")
+    scores, rows = TRITON.product_key_top_k(query, sub_keys, 3)
+    assert rows[0].tolist() == rows[2].tolist() == [[0, 1, 2]]
+    assert scores.isnan().flatten(1).all(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(("dtype", "top_k"), [(torch.float64, 3), (torch.float32, 65)])
+def test_a_search_that_the_kernel_does_not_take_runs_on_torch(dtype, top_k):
+    query, sub_keys = torch.randn(3, 2, 2, 5, dtype=dtype), torch.randn(1, 2, 66, 5, dtype=dtype)
+    found, expected = (BACKENDS[name].product_key_top_k(query, sub_keys, top_k) for name in ("triton", "torch"))
+    assert found[0].dtype == dtype and all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2**-7)]
+)
+@pytest.mark.parametrize(("tokens", "vocabulary"), [(1, 1), (5, 33), (2, 9001)])
+def test_cross_entropy_equals_the_definition(tokens, vocabulary, dtype, tolerance):
+    logits, targets = (3 * torch.randn(tokens, vocabulary)).to(dtype), torch.randint(vocabulary, (tokens,))
+    expected = logits.double()
+    losses = [TRITON.cross_entropy_(logits, targets, 0.3), REFERENCE.cross_entropy_(expected, targets, 0.3)]
+    assert losses[0].dtype == dtype
+    assert_same([losses[0], logits], [losses[1], expected], tolerance)
+
+
+def test_cross_entropy_of_a_diverged_model_in_the_kernel():
+    logits = torch.tensor([[0.0, 1e4, -1e4], [0.0, float("nan"), 0.0], [0.0, float("inf"), 0.0]])
+    losses = TRITON.cross_entropy_(logits, torch.tensor([2, 0, 0]), 1.0)
+    assert losses[0] == 2e4 and losses[1:].isnan().all() and logits[0].tolist() == [0.0, 1.0, -1.0]
+
+
 def test_other_devices_run_on_torch():
     (x, w_down, w_up, gates), rows = inputs((6, 4, 8, 4), torch.float32)
     on_meta = [tensor.to("meta") for tensor in (x, w_down, w_up, rows, gates)]

@@ -133,3 +133,34 @@ def _weighted_sum(
         weight = tl.load(weights + pair, known, 0)
         total += weight[:, None] * tl.load(vectors + vector[:, None] * D + column[None, :], mask, 0).to(total.dtype)
     return tl.sum(total, 0)
+
+
+@triton.jit
+def cross_entropy(logits, targets, losses, V, scale, BLOCK_V: tl.constexpr):
+    """losses[t] = -log softmax(logits[t])[targets[t]], and `scale` times its gradient in place of the logits (T, V).
+
+    A program a token. Every lane keeps the maximum and the sum of what it has seen (an online softmax: Milakov and
+    Gimelshein 2018), so that a logit is read once for the sum and once for its gradient.
+    All in float32.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    row = logits + token * V
+    target = tl.load(targets + token)
+    correct = tl.load(row + target).to(tl.float32)  # before the row is written over
+    # Not -inf: that less itself is not a number.
+    highest = tl.full((BLOCK_V,), -3e38, tl.float32)
+    total = tl.zeros((BLOCK_V,), tl.float32)
+    for start in range(0, V, BLOCK_V):
+        column = start + tl.arange(0, BLOCK_V)
+        x = tl.load(row + column, column < V, float("-inf")).to(tl.float32)
+        higher = tl.maximum(highest, x)
+        total = total * tl.exp(highest - higher) + tl.exp(x - higher)
+        highest = higher
+    top = tl.max(highest, 0)
+    log_total = tl.log(tl.sum(total * tl.exp(highest - top), 0))
+    tl.store(losses + token, log_total - (correct - top))
+    for start in range(0, V, BLOCK_V):
+        column = start + tl.arange(0, BLOCK_V)
+        x = tl.load(row + column, column < V, 0).to(tl.float32)
+        p = tl.exp(x - top - log_total)
+        tl.store(row + column, tl.where(column == target, p - 1, p) * scale, column < V)

@@ -1,9 +1,12 @@
-"""The operators in Triton (`triton_kernels`) for tensors on a GPU; others, and empty batches, run on `TorchOperators`.
+"""The operators in Triton (`triton_kernels`, `triton_top_k`) for tensors on a GPU.
+
+Others, and empty batches, run on `TorchOperators`.
 
 Half-precision vectors and rows are multiplied and summed in float32, in which scores and coefficients of pairs stay.
 Memory beyond the tables is O(T (D + J)), nothing waits for the GPU, and row numbers are not checked.
 """
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -11,13 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from peerscale.kernels.adamw import Rates, State
-from peerscale.kernels.operators import Pairs, SortedPairs, TableGradient
+from peerscale.kernels.operators import Pairs, SortedPairs, TableGradient, candidate_pairs
 from peerscale.kernels.torch_operators import TorchOperators
 
 _CACHE_BYTES = 2**25  # a table of this size stays in the cache of a large GPU
 _ADAMW_BLOCKS = {"BLOCK_P": 8, "BLOCK_D": 256, "num_warps": 4}  # not tuned, since trials would be steps
+_MOST_TOP_K = 64  # that `triton_top_k` finds: the registers hold them for both sides
+_FLOAT32_AT_MOST = (torch.float32, torch.bfloat16, torch.float16)  # in search and cross-entropy
 
 
 class TritonOperators(TorchOperators):
@@ -31,6 +37,29 @@ class TritonOperators(TorchOperators):
         if importlib.util.find_spec("triton") is None:
             return "there is no package triton: pip install 'peerscale[gpu]'"
         return None
+
+    @torch.compiler.disable
+    def product_key_top_k(self, query_THSC: Tensor, sub_keys_GSNC: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        """See `Operators`; the scores (T, H, 2, N) are never stored.
+
+        Halves are multiplied exactly; float32 in three products of tf32, about as exact as float32 itself, or, where
+        torch's float32 matmul precision is not "highest", in one. Sums and the scores returned are float32. Of equal
+        scores the lower sub-key comes first. Float64, more than 64 of the best and other devices run on
+        `TorchOperators`.
+        """
+        known = query_THSC.dtype == sub_keys_GSNC.dtype and query_THSC.dtype in _FLOAT32_AT_MOST
+        if not (known and _takes(query_THSC) and top_k <= min(_MOST_TOP_K, sub_keys_GSNC.shape[2])):
+            return super().product_key_top_k(query_THSC, sub_keys_GSNC, top_k)
+        return _ProductKeyTopK.apply(query_THSC, sub_keys_GSNC, top_k, self)
+
+    def cross_entropy_(self, logits_TV: Tensor, targets_T: Tensor, scale: float) -> Tensor:
+        # A kernel takes numbers as float32: `scale` would not be float64's.
+        if not (_takes(logits_TV) and logits_TV.is_contiguous() and logits_TV.dtype in _FLOAT32_AT_MOST):
+            return super().cross_entropy_(logits_TV, targets_T, scale)
+        (T, V), losses_T = logits_TV.shape, logits_TV.new_empty(len(logits_TV))
+        blocks = {"BLOCK_V": min(4096, _power_of_two(V)), "num_warps": 8}
+        _launch("cross_entropy", lambda _: (T,), logits_TV, targets_T.contiguous(), losses_T, V, scale, **blocks)
+        return losses_T
 
     def row_dot_products(self, x_TD: Tensor, table_ND: Tensor, pairs: Pairs) -> Tensor:
         rows_TJ = pairs.rows_TJ
@@ -92,6 +121,73 @@ class TritonOperators(TorchOperators):
         _launch("adamw_rows", grid, *tensors, *changed, *factors, *widths, **constants)
 
 
+class _ProductKeyTopK(torch.autograd.Function):
+    """The top k; its gradients are gathered from those of the (T, H, K) scores by the operators on rows.
+
+    To them all sub-keys are one table of G S N rows, and each half of a query is a token that reads K of these.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query_THSC: Tensor, sub_keys_GSNC: Tensor, top_k: int, operators: TritonOperators
+    ) -> tuple[Tensor, Tensor]:
+        query_THSC, sub_keys_GSNC = query_THSC.contiguous(), sub_keys_GSNC.contiguous()
+        (T, H, _, C), (G, _, N, _), K = query_THSC.shape, sub_keys_GSNC.shape, top_k
+        scores_THK = query_THSC.new_empty(T, H, K, dtype=torch.float32)
+        rows_THK = query_THSC.new_empty(T, H, K, dtype=torch.long)
+        constants = search_constants(query_THSC.dtype, N, C, G, K)
+        # On the host until copied; a copy of this size from pageable memory does not wait for the GPU's work.
+        ranks = [torch.tensor(ranks, dtype=torch.int32, device=query_THSC.device) for ranks in candidate_pairs(K)]
+        tokens = T * H // G
+        grid = (-(-tokens // constants["BLOCK_M"]), G)
+        arrays = (query_THSC, sub_keys_GSNC, *ranks, scores_THK, rows_THK)
+        _launch("product_key_top_k", lambda _: grid, *arrays, tokens, module="triton_top_k", **constants)
+        ctx.save_for_backward(query_THSC, sub_keys_GSNC, rows_THK)
+        ctx.operators = operators
+        ctx.mark_non_differentiable(rows_THK)
+        return scores_THK, rows_THK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        query_THSC, sub_keys_GSNC, rows_THK = ctx.saved_tensors
+        (T, H, S, C), (G, _, N, _), K = query_THSC.shape, sub_keys_GSNC.shape, rows_THK.shape[-1]
+        side_S1 = torch.arange(S, device=rows_THK.device)[:, None] * N
+        set_H11 = (torch.arange(H, device=rows_THK.device) % G)[:, None, None] * (S * N)
+        sub_keys_THSK = torch.stack([rows_THK // N, rows_THK % N], dim=2) + side_S1 + set_H11
+        pairs = Pairs(ctx.operators, sub_keys_THSK.view(-1, K), G * S * N)
+        weights = grads[0].unsqueeze(2).expand(T, H, S, K).reshape(-1, K).contiguous()  # a view where T H or K is 1
+        grad_query = grad_sub_keys = None
+        if ctx.needs_input_grad[0]:
+            grad_query = ctx.operators.weighted_row_sum(sub_keys_GSNC.view(-1, C), pairs, weights).view_as(query_THSC)
+        if ctx.needs_input_grad[1]:
+            gradient = TableGradient(pairs, weights, query_THSC.view(-1, C))
+            grad_sub_keys = ctx.operators.table_gradient(gradient).view_as(sub_keys_GSNC)
+        return grad_query, grad_sub_keys, None, None
+
+
+def search_constants(dtype: torch.dtype, N: int, C: int, G: int, K: int) -> dict[str, Any]:
+    """The constants with which `triton_top_k` is compiled."""
+    block_k, candidates = max(2, _power_of_two(K)), len(candidate_pairs(K)[0])
+    half = dtype != torch.float32
+    # As many queries a program as leave the registers enough for twice the best and the candidates of each.
+    block_m, block_n = (64, 128 if half else 64) if K <= 16 else (32, 64) if K <= 32 else (16, 64)
+    precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        precision = "ieee"
+    return {
+        "N": N, "C": C, "K": K, "G": G, "CANDIDATES": candidates, "BLOCK_K": block_k,
+        "BLOCK_P": max(block_k, _power_of_two(candidates)), "BLOCK_M": block_m, "BLOCK_N": block_n,
+        "BLOCK_C": min(64 if half else 32, max(16, _power_of_two(C))), "PRECISION": precision, "num_warps": 8,
+        "num_stages": 2,
+    }  # fmt: skip
+
+
+def _power_of_two(n: int) -> int:
+    """The lowest that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
 def _runs_on(device: str) -> bool:
     """GPUs, and, for tests, a CPU under Triton's interpreter."""
     return device == "cuda" or (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
@@ -119,9 +215,12 @@ def _columns(n: int, D: int) -> Callable[[dict[str, int]], tuple[int, int]]:
     return lambda size: (n, -(-D // size["BLOCK_D"]))
 
 
-def _launch(kernel: str, grid: Callable[..., tuple[int, ...]], *arguments: Tensor | int, **constants: Any) -> None:
-    from peerscale.kernels import triton_kernels  # imports Triton, which need not be there
+def _launch(
+    kernel: str, grid: Callable[..., tuple[int, ...]], *arguments: Any, module: str = "triton_kernels", **constants: Any
+) -> None:
+    # Imports Triton, which need not be there.
+    kernels = importlib.import_module(f"peerscale.kernels.{module}")
 
     # Whether a product and a sum are fused, which shows in the last digit, is not left to Triton's changing default.
     with torch.cuda.device_of(arguments[0]):
-        getattr(triton_kernels, kernel)[grid](*arguments, **constants, enable_fp_fusion=True)
+        getattr(kernels, kernel)[grid](*arguments, **constants, enable_fp_fusion=True)
