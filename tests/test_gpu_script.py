@@ -141,7 +141,8 @@ def test_a_wrong_operator_is_found_and_stops_later_phases(tmp_path: Path, monkey
     right, why = correct.verdict(tmp_path)
     assert not right and why.startswith("WRONG: 1 of 1 cases")
     with pytest.raises(UserError, match="WRONG"):
-        run.main(["steps", "--rehearse", "--out", str(tmp_path)])
+        run.main(["steps", "archive", "--rehearse", "--out", str(tmp_path)])
+    assert (tmp_path / "gpu.tar.gz").is_file() and not (tmp_path / "steps.json").exists()
 
 
 def test_correctness_of_other_sources_does_not_count(tmp_path: Path) -> None:
