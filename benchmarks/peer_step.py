@@ -195,11 +195,11 @@ def make_optimizer(layer: Any, step_name: str) -> Any:
             return RowSparseAdamW([{"params": rest}, {"params": tables, "row_sparse": True}], **RATES, fused=True)
 
 
-def peerscale_layer(experts: int) -> Any:
+def peerscale_layer(experts: int, width: int = WIDTH, heads: int = HEADS, top_k: int = TOP_K) -> Any:
     """PEER-pytorch knows no query norm, no query bias, and keys of each head only."""
     from peerscale.layers.modules.product_keys import Peer
 
-    return Peer(WIDTH, experts, HEADS, TOP_K, WIDTH, shared_keys=False, query_norm=False, query_bias=False)
+    return Peer(width, experts, heads, top_k, width, shared_keys=False, query_norm=False, query_bias=False)
 
 
 def with_their_weights(experts: int) -> Any:
@@ -210,7 +210,7 @@ def with_their_weights(experts: int) -> Any:
     return ours
 
 
-def pytorch_layer(experts: int) -> Any:
+def pytorch_layer(experts: int, width: int = WIDTH, heads: int = HEADS, top_k: int = TOP_K) -> Any:
     """The layer to compare with."""
     try:
         from PEER_pytorch import PEER  # pyrefly: ignore[missing-import]
@@ -218,7 +218,7 @@ def pytorch_layer(experts: int) -> Any:
         raise UserError(
             "PEER-pytorch is not installed: .venv/bin/python -m pip install --editable '.[bench]'"
         ) from None
-    return PEER(WIDTH, heads=HEADS, num_experts=experts, num_experts_per_head=TOP_K, non_competing_scores=False)
+    return PEER(width, heads=heads, num_experts=experts, num_experts_per_head=top_k, non_competing_scores=False)
 
 
 def copy_weights(theirs: Any, ours: Any) -> None:
@@ -229,7 +229,8 @@ def copy_weights(theirs: Any, ours: Any) -> None:
         ours.w_down.copy_(theirs.weight_down_embed.weight)
         ours.w_up.copy_(theirs.weight_up_embed.weight)
         ours.sub_keys.copy_(theirs.keys.transpose(1, 2))
-        queries = theirs.to_queries[0].weight.view(2, HEADS, WIDTH // 2, WIDTH)
+        width = ours.w_down.shape[1]
+        queries = theirs.to_queries[0].weight.view(2, ours.n_heads, -1, width)
         ours.query.weight.copy_(queries.transpose(0, 1).reshape(-1, WIDTH))
 
 
@@ -237,7 +238,7 @@ def compare_outputs(theirs: Any, ours: Any) -> None:
     """Equal but for tokens where rounding decides between two experts of nearly equal score."""
     import torch
 
-    x = torch.randn(1, TOKENS, WIDTH)
+    x = torch.randn(1, TOKENS, ours.w_down.shape[1], device=ours.w_down.device)
     with torch.no_grad():
         expected, actual = theirs(x), ours(x)
     equal = torch.isclose(actual, expected, rtol=1e-3, atol=1e-3 * expected.std().item()).all(dim=-1)

@@ -3,7 +3,7 @@
 import os
 import platform
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -33,6 +33,14 @@ def describe(kernel: str, device: torch.device, trainer: TrainerConfig) -> dict[
         "python": platform.python_version(),
         "torch": torch.__version__,
         "lightning": version("lightning"),
-        "peerscale": version("peerscale"),
+        "peerscale": _own_version(),
         "git_commit": git_commit(),
     }
+
+
+def _own_version() -> str | None:
+    """None where the package is not installed, but found in the `src` of a checkout."""
+    try:
+        return version("peerscale")
+    except PackageNotFoundError:
+        return None
