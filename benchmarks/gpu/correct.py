@@ -18,7 +18,7 @@ from torch import Tensor
 
 from peerscale.data.store import file_sha256
 from peerscale.files import PACKAGE
-from peerscale.kernels.adamw import AdamW, Moments, update_rows
+from peerscale.kernels.adamw import update_rows
 from peerscale.kernels.backends import BACKENDS
 from peerscale.kernels.operators import Operators, Pairs, TableGradient
 
@@ -148,28 +148,25 @@ def _against_reference(operators: Operators, function, tensors: Sequence[Tensor]
 def adamw_checks(operators: Operators, rows: Tensor, table: Tensor, weights: Tensor, x: Tensor) -> list[Check]:
     """Three row-sparse steps, the last on other rows, in float32 beside float64."""
     # A large eps: without it a gradient that rounds to another sign moves its weight the other way.
-    adamw = AdamW(lr=0.01, beta1=0.9, beta2=0.95, eps=1e-3, weight_decay=0.1)
+    rates = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-3, "weight_decay": 0.1}
     tables = []
     for dtype in (torch.float32, torch.float64):
         changed = table.to(dtype, copy=True)
-        moments = Moments(
-            mean_ND=torch.zeros_like(changed),
-            square_ND=torch.zeros_like(changed),
-            steps_N=changed.new_zeros(len(table)),
-        )
+        state = {"exp_avg": torch.zeros_like(changed), "exp_avg_sq": torch.zeros_like(changed)}
+        state["step"] = changed.new_zeros(len(table))
         for shift in (0, 0, 1):
             shifted, coefficients, vectors = (rows + shift) % len(table), weights.to(dtype), x.to(dtype)
             if dtype == torch.float32:
                 operators.adamw_rows(
-                    TableGradient(Pairs(operators, shifted, len(table)), coefficients, vectors), changed, moments, adamw
+                    TableGradient(Pairs(operators, shifted, len(table)), coefficients, vectors), changed, state, rates
                 )
             else:
                 gradient = REFERENCE.table_gradient(
                     TableGradient(Pairs(REFERENCE, shifted, len(table)), coefficients, vectors)
                 )
                 touched = shifted.unique()
-                update_rows(changed, moments, touched, gradient[touched], adamw)
-        tables.append([changed, moments.mean_ND, moments.square_ND, moments.steps_N])
+                update_rows(changed, state, touched, gradient[touched], rates)
+        tables.append([changed, *state.values()])
     names = ("AdamW's table", "AdamW's mean", "AdamW's square", "AdamW's steps")
     return [(name, error(a, e, ALLOWED["float32"])) for name, a, e in zip(names, *tables, strict=True)]
 

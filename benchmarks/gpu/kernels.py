@@ -18,10 +18,9 @@ from gpu.results import Case, Row
 from timing import spread
 from torch import Tensor
 
-from peerscale.kernels.adamw import AdamW, Moments
 from peerscale.kernels.operators import Operators, Pairs, TableGradient
 
-RATES = AdamW(lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0)
+RATES = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
 
 
 class Shape(NamedTuple):
@@ -96,10 +95,10 @@ def prepared(operators: Operators, shape: Shape, kernel: str) -> tuple[Callable[
         return lambda: operators.row_dot_products(x, table, pairs), gathered + x.nbytes
     if kernel == "weighted_row_sum":
         return lambda: operators.weighted_row_sum(table, pairs, weights), gathered + x.nbytes
-    moments = Moments(mean_ND=torch.zeros_like(table), square_ND=torch.zeros_like(table), steps_N=torch.zeros(N))
+    state = {"exp_avg": torch.zeros_like(table), "exp_avg_sq": torch.zeros_like(table), "step": torch.zeros(N)}
     n_rows, _ = len(pairs.rows_TJ.unique()), pairs.by_row
     moved = 6 * n_rows * D * each  # table and both moments, read and written
-    return lambda: operators.adamw_rows(gradient, table, moments, RATES), gathered + moved
+    return lambda: operators.adamw_rows(gradient, table, state, RATES), gathered + moved
 
 
 @torch.no_grad()
