@@ -24,5 +24,5 @@ def settings(machine: Machine, folder: Path) -> list[str]:
 def prepared(machine: Machine, folder: Path) -> list[str]:
     """The same, once the corpus is there; raises `UserError` if it is not, and cannot be made without a network."""
     words = settings(machine, folder)
-    prepare(load([*words, "budget=1e12"]).data, quiet=True)
+    prepare(load([*words, "budget=1e12"]).data)
     return words

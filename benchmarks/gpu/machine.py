@@ -10,7 +10,7 @@ import torch
 from timing import in_turns
 
 from peerscale.errors import UserError
-from peerscale.kernels.backends import BACKENDS, choose_operators
+from peerscale.kernels.backends import choose_operators
 from peerscale.kernels.operators import Operators
 
 
@@ -78,13 +78,13 @@ class Machine:
 
 
 def find_machine(rehearse: bool) -> Machine:
-    """The GPU, or for a rehearsal a CPU, where Triton's interpreter runs the kernels if it is there and switched on.
+    """The GPU, or for a rehearsal a CPU with torch's operators: Triton's interpreter would take minutes.
 
     Raises:
         UserError: there is no GPU, or no Triton.
     """
     if rehearse:
-        return Machine("cpu", "torch" if BACKENDS["triton"].obstacle("cpu") else "triton", True)
+        return Machine("cpu", "torch", True)
     if not torch.cuda.is_available():
         raise UserError("torch sees no GPU here; to go through everything on a CPU: --rehearse")
     choose_operators("triton", "cuda")

@@ -36,8 +36,6 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.pop(0)  # this folder, whose modules are known as gpu.steps and so on
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-if "--rehearse" in sys.argv:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from gpu import archive, ceilings, correct, kernels, layer, resume, steps, studies, tables
