@@ -58,7 +58,8 @@ def test_compiles_for_a_gpu(monkeypatch, tmp_path, real, architecture, kernels):
         constants = {"BY_ROW": True, "BLOCK_P": 4, "BLOCK_D": 256, "BLOCK_V": 4096, "beta1": 0.9, "beta2": 0.95}
         constants |= {"eps": 1e-8, "num_warps": 8 if kernel == "cross_entropy" else 4}
         if kernel in FILES:
-            constants = search_constants(dtype, 1024, 192, 1, 16)
+            # For an A100 a smaller one, since its assembler takes half a minute for the top 16.
+            constants = search_constants(dtype, 1024, 192, 1, 16 if architecture == 90 else 4)
         options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
         function = getattr(importlib.import_module(f"peerscale.kernels.{FILES.get(kernel, 'triton_kernels')}"), kernel)
         while not isinstance(function, triton.JITFunction):
