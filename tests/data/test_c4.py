@@ -110,6 +110,18 @@ def test_a_broken_stream_goes_on_where_it_broke(tmp_path: Path, monkeypatch: pyt
     assert not list(again.folder.parent.glob("*.partial"))
 
 
+def test_to_be_stopped_after_the_last_page_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = config(tmp_path, path=None, max_documents=300)
+    hub(monkeypatch)
+    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
+        stopped.setattr("peerscale.data.prepare._write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        prepare(asked)
+    last = hub(monkeypatch)
+    corpus = prepare(asked)
+    assert documents(corpus, "train") == TRAIN and last.read == []
+    assert not (corpus.folder / streaming.PROGRESS).exists()
+
+
 def test_a_part_of_another_text_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "PAGES_AT_ONCE", 50)
     shard(tmp_path / "en" / "c4-validation.00000-of-00001.json.gz", HELD_OUT)

@@ -179,7 +179,7 @@ def test_a_full_disk_leaves_nothing_half_written(config, monkeypatch, capsys):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_encode", full)
+        patch.setattr(module.store, "write_tokens", full)
         assert exit_code(lambda: prepare(config) and None) == 2
     assert capsys.readouterr().err == "error: no space left on disk; nothing half-written stays\n"
     folder = store.folder(config)

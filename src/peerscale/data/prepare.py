@@ -7,26 +7,22 @@ import json
 import platform
 import shutil
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from filelock import FileLock
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from peerscale.config import HELD_OUT_SETS, DataConfig, load
 from peerscale.data import c4, gutenberg, store, text
 from peerscale.data.blocks import MIN_BYTES, Block, HeldOut
 from peerscale.data.store import Corpus, Manifest
-from peerscale.data.streaming import stream
-from peerscale.data.tokenizer import END_OF_TEXT_ID, encode, train
+from peerscale.data.streaming import PROGRESS, stream
+from peerscale.data.tokenizer import train
 from peerscale.errors import ArgumentParser, UserError, exit_code
 from peerscale.files import replacing
 
@@ -69,6 +65,7 @@ def _stream(config: DataConfig, sources: dict[str, str], folder: Path) -> Corpus
     manifest = _write_manifest(config, sources, partial, utf8_bytes)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+    (folder / PROGRESS).unlink()  # not before, or to be stopped while hashing would be to begin again
     return Corpus(folder, manifest)
 
 
@@ -95,7 +92,9 @@ def _build(config: DataConfig, sources: dict[str, str], folder: Path) -> Manifes
     tokenizer = train(progress(sample, desc=f"training a tokenizer of {config.vocab_size}"), config.vocab_size)
     store.tokenizer_file(folder).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
-    utf8_bytes = _encode(progress(_placed(spool, held_out), desc="encoding", total=n_blocks), tokenizer, folder)
+    utf8_bytes = store.write_tokens(
+        progress(_placed(spool, held_out), desc="encoding", total=n_blocks), tokenizer, folder
+    )
     spool.unlink()
     return _write_manifest(config, sources, folder, utf8_bytes)
 
@@ -134,23 +133,6 @@ def _placed(spool: Path, held_out: HeldOut) -> Iterator[Block]:
                 previous = split
             if block.split is not None:
                 yield block
-
-
-def _encode(blocks: Iterable[Block], tokenizer: Tokenizer, folder: Path) -> Counter[str]:
-    """Write the tokens of every set, and return its bytes of text."""
-    utf8_bytes: Counter[str] = Counter()
-    with ExitStack() as stack:
-        files: dict[str, BinaryIO] = {}
-        for block, ids in encode(blocks, tokenizer):
-            split = block.split
-            assert split is not None
-            if split not in files:
-                files[split] = stack.enter_context(store.tokens_file(folder, split).open("wb"))
-            elif block.starts_document:
-                ids = [END_OF_TEXT_ID, *ids]
-            files[split].write(np.array(ids, dtype=store.DTYPE).tobytes())
-            utf8_bytes[split] += len(block.text.encode())
-    return utf8_bytes
 
 
 def main(argv: Sequence[str] | None = None) -> None:

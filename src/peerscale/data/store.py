@@ -2,10 +2,14 @@
 
 import hashlib
 import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass as plain_dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +18,8 @@ from pydantic.dataclasses import dataclass
 from tokenizers import Tokenizer
 
 from peerscale.config import DataConfig
+from peerscale.data.blocks import Block
+from peerscale.data.tokenizer import END_OF_TEXT_ID, encode
 from peerscale.errors import UserError
 from peerscale.files import ROOT
 
@@ -88,6 +94,26 @@ def tokens_file(folder: Path, split: str) -> Path:
 
 def tokenizer_file(folder: Path) -> Path:
     return folder / "tokenizer.json"
+
+
+def write_tokens(blocks: Iterable[Block], tokenizer: Tokenizer, folder: Path) -> Counter[str]:
+    """Append the tokens of blocks to the files of their sets, and return the bytes of text by set."""
+    utf8_bytes: Counter[str] = Counter()
+    with ExitStack() as stack:
+        files: dict[str, BinaryIO] = {}
+        for block, ids in encode(blocks, tokenizer):
+            split = block.split
+            assert split is not None
+            if split not in files:
+                files[split] = stack.enter_context(tokens_file(folder, split).open("ab"))
+            if block.starts_document and files[split].tell():
+                ids = [END_OF_TEXT_ID, *ids]
+            files[split].write(np.array(ids, dtype=DTYPE).tobytes())
+            utf8_bytes[split] += len(block.text.encode())
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+    return utf8_bytes
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

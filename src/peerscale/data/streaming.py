@@ -7,19 +7,19 @@ far it came, so that preparing it again goes on from there.
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from peerscale.config import DataConfig
 from peerscale.data import c4, store
-from peerscale.data.blocks import MIN_BYTES, Block, document
-from peerscale.data.tokenizer import END_OF_TEXT_ID, encode, train
+from peerscale.data.blocks import MIN_BYTES, document
+from peerscale.data.store import write_tokens
+from peerscale.data.tokenizer import train
 from peerscale.errors import UserError
 from peerscale.files import write_text
 
@@ -38,46 +38,22 @@ def stream(config: DataConfig, sources: dict[str, str], folder: Path) -> dict[st
     done = _progress(folder, sources, config.vocab_size)
     tokenizer = _tokenizer(config, folder)
     if not done["pages"]:
-        held_out, done["utf8_bytes"] = [*c4.held_out_blocks(config)], {}
-        for split in ("validation", "tuning"):
-            blocks = (block for block in held_out if block.split == split)
-            with store.tokens_file(folder, split).open("wb") as file:
-                done["utf8_bytes"][split] = write_tokens(blocks, tokenizer, file, begun=False)
+        done["utf8_bytes"] = write_tokens(c4.held_out_blocks(config), tokenizer, folder)
     tokens = store.tokens_file(folder, "train")
     tokens.touch()
-    with tokens.open("r+b") as file, tqdm(unit=" pages", initial=done["pages"], leave=False, disable=None) as bar:
-        file.truncate(done["train_bytes"])  # what was written after the last count
-        file.seek(0, os.SEEK_END)
-        pages = c4.training_pages(config, done["pages"])
+    os.truncate(tokens, done["train_bytes"])  # what was written after the last count
+    pages = c4.training_pages(config, done["pages"])
+    with tqdm(unit=" pages", initial=done["pages"], leave=False, disable=None) as bar:
         while some := list(islice(pages, PAGES_AT_ONCE)):
-            blocks = (block for page in some for block in document(page, "train"))
-            text_bytes = write_tokens(blocks, tokenizer, file, begun=file.tell() > 0)
-            file.flush()
-            os.fsync(file.fileno())
+            written = write_tokens((block for page in some for block in document(page, "train")), tokenizer, folder)
             done["pages"] += len(some)
-            done["train_bytes"] = file.tell()
-            done["utf8_bytes"]["train"] = done["utf8_bytes"].get("train", 0) + text_bytes
+            done["train_bytes"] = tokens.stat().st_size
+            done["utf8_bytes"] = Counter(done["utf8_bytes"]) + written
             write_text(folder / PROGRESS, json.dumps(done))
             bar.update(len(some))
     if done["utf8_bytes"].get("train", 0) < MIN_BYTES:
         raise UserError(f"C4: fewer than {MIN_BYTES:,} bytes of training text in {done['pages']:,} pages")
-    (folder / PROGRESS).unlink()
     return done["utf8_bytes"]
-
-
-def write_tokens(blocks: Iterable[Block], tokenizer: Tokenizer, file: BinaryIO, *, begun: bool) -> int:
-    """Append the tokens of the blocks of one set; returns their bytes of text.
-
-    Args:
-        begun: whether the file has a document already, so that the first block here starts a further one.
-    """
-    n_bytes = 0
-    for block, ids in encode(blocks, tokenizer):
-        separator = [END_OF_TEXT_ID] if begun and block.starts_document else []
-        file.write(np.array([*separator, *ids], dtype=store.DTYPE).tobytes())
-        n_bytes += len(block.text.encode())
-        begun = True
-    return n_bytes
 
 
 def _progress(folder: Path, sources: dict[str, str], vocab_size: int) -> dict:
