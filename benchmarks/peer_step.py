@@ -231,7 +231,7 @@ def copy_weights(theirs: Any, ours: Any) -> None:
         ours.sub_keys.copy_(theirs.keys.transpose(1, 2))
         width = ours.w_down.shape[1]
         queries = theirs.to_queries[0].weight.view(2, ours.n_heads, -1, width)
-        ours.query.weight.copy_(queries.transpose(0, 1).reshape(-1, WIDTH))
+        ours.query.weight.copy_(queries.transpose(0, 1).reshape(-1, width))
 
 
 def compare_outputs(theirs: Any, ours: Any) -> None:
