@@ -8,7 +8,7 @@ import numpy as np
 
 from peerscale.laws.fitting import Bootstrap, percentile_interval
 from peerscale.laws.isoflop import PowerLaw, fit_power_law
-from peerscale.laws.moe import GranularLaw, PeerLaw, RoutedLaw
+from peerscale.laws.moe import GranularLaw, RoutedLaw
 from peerscale.laws.optima import OptimumStatus
 from peerscale.laws.parametric import Surface
 from peerscale.laws.rates import RateLaw
@@ -20,7 +20,6 @@ LAWS: Mapping[str, tuple[type, tuple[str, ...]]] = {
     "parametric": (Surface, ("budget", "params", "tokens")),
     "routed": (RoutedLaw, ("params", "experts")),
     "granular": (GranularLaw, ("params", "tokens", "granularity")),
-    "peer": (PeerLaw, ("params", "tokens", "experts", "granularity")),
     "rates": (RateLaw, ("width", "tokens", "batch")),
 }
 """Class of the coefficients, and what a prediction takes: a budget for the optimum, all others for a loss; for a rate
