@@ -388,23 +388,6 @@ def test_envelope_of_a_study_and_of_a_csv(tmp_path: Path, capsys: pytest.Capture
     assert "no column 'params_total'" in capsys.readouterr().err
 
 
-def test_peer_law_reports_the_losers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    grid = np.meshgrid([1e7, 5e7, 2.5e8], [2e8, 2e9, 2e10], [1024, 16384, 262144], [16, 64])
-    n, d, x, g = (axis.ravel() for axis in grid)
-    loss = 1.6 + 300 / (n**0.3 * x**0.06) + 500 / d**0.28
-    path, out = tmp_path / "peer.csv", tmp_path / "fit.json"
-    pd.DataFrame({"active": n, "tok": d, "N experts": x, "h*k": g, "L": loss}).to_csv(path, index=False)
-    columns = ("--params", "active", "--tokens", "tok", "--experts", "N experts", "--granularity", "h*k", "--loss", "L")
-    assert run("peer", path, *columns, "--bootstrap", 20, "--out", out) == 0
-    printed = capsys.readouterr().out
-    assert all(f"form {form}" in printed for form in ("active", "experts", "granularity", "product", "memory"))
-    assert json.loads(out.read_text())["chosen"] == "experts"
-    arguments = ("--params", "5e7", "--tokens", "2e9", "--experts", "16384", "--granularity", "64")
-    assert run("predict", out, *arguments) == 0
-    expected = loss[(n == 5e7) & (d == 2e9) & (x == 16384)][0]
-    assert f"{expected:.3f}" in capsys.readouterr().out
-
-
 def test_rates_of_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
         {"layer": layer, "d": d, "D": tokens, "lr": best * factor, "L": 4 + 0.05 * np.log(factor) ** 2}

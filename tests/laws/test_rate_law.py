@@ -134,5 +134,5 @@ def test_a_stored_fit_predicts() -> None:
     for method, group in stored["groups"].items():
         found = predict(group, {"width": 128.0, "tokens": 1e8}, {})
         law = RateLaw(**{name: group[name] for name in asdict(TRUTH[method])})
-        assert found.values["best lr"][0] == pytest.approx(law.predict(128, 1e8)) and not found.warnings
+        assert found.values["best lr"][0] == pytest.approx(law.predict(128, 1e8)) and not found.notes
     assert not predict(group, {"budget": 1e13}, {}).values

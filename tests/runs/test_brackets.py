@@ -77,14 +77,15 @@ def test_the_fit_is_that_of_the_law_of_rates_and_its_error_that_of_simulated_noi
         draws.append(fit_brackets(np.exp(x), losses, names, seeds))
     law = fit_rates(pd.DataFrame({"lr": np.exp(x), "loss": losses, "of": names}), by="of", reach=1e9)
     last = draws[-1]
-    assert last.curvature == pytest.approx(law.curvature) and last.curvature_se == pytest.approx(law.curvature_se)
-    assert last.df == law.df == 3 and last.scatter == pytest.approx(law.scatter)
-    for one, curve in zip(last.brackets, law.curves, strict=True):
-        assert (one.best, one.lowest) == pytest.approx((curve.best, curve.lowest))
+    for key in ("curvature", "curvature_se", "scatter"):
+        assert last[key] == pytest.approx(getattr(law, key))
+    assert last["df"] == law.df == 3
+    for one, curve in zip(last["each"], law.curves, strict=True):
+        assert (one["best"], one["lowest"]) == pytest.approx((curve.best, curve.lowest))
     for i in (0, 1, 3):  # at the third's best rate the gain has no slope
-        gains = np.array([draw.brackets[i].gain for draw in draws])
+        gains = np.array([draw["each"][i]["gain"] for draw in draws])
         assert gains.mean() == pytest.approx(K * log_best[i] ** 2, abs=0.0008)
-        expected = math.sqrt(np.mean([draw.brackets[i].se ** 2 for draw in draws]))
+        expected = math.sqrt(np.mean([draw["each"][i]["se"] ** 2 for draw in draws]))
         assert gains.std() == pytest.approx(expected, rel=0.12)
 
 

@@ -2,7 +2,7 @@
 
 from peerscale.laws.envelope import fit_envelope
 from peerscale.laws.isoflop import fit_isoflop
-from peerscale.laws.moe import fit_granular, fit_peer, fit_routed
+from peerscale.laws.moe import fit_granular, fit_routed
 from peerscale.laws.multiplier import compute_multipliers
 from peerscale.laws.parametric import fit_parametric
 from peerscale.laws.prediction import predict
@@ -14,7 +14,6 @@ __all__ = [
     "fit_granular",
     "fit_isoflop",
     "fit_parametric",
-    "fit_peer",
     "fit_rates",
     "fit_routed",
     "predict",

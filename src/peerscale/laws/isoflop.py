@@ -26,7 +26,7 @@ from peerscale.laws.fitting import (
     row_labels,
     table_warnings,
 )
-from peerscale.laws.optima import OptimumStatus, optimum_status, parabola_optima
+from peerscale.laws.optima import OptimaFit, OptimumStatus, optimum_status, parabola_optima
 from peerscale.laws.parametric import fit_parametric
 from peerscale.laws.solver import Array, FitStatus, Number
 
@@ -117,10 +117,6 @@ class BudgetOptimum:
     loss_interval: tuple[float, float] | None = None
     """Bootstrap intervals, if asked for."""
 
-    def predict(self, x: ArrayLike) -> Number:
-        """Loss of the fitted parabola at `x`, in raw units."""
-        return np.polynomial.polynomial.polyval(np.log10(x), self.coefficients)
-
 
 @dataclass(frozen=True, kw_only=True)
 class IsoflopFit(PowerLaw, Fit):
@@ -172,20 +168,23 @@ def fit_isoflop(
         left_out = (f"sizes left out, more than {far}: at budget {', '.join(counts)}",) if counts else ()
         budgets, sizes, losses = budgets[near], sizes[near], losses[near]
     values, group = np.unique(budgets, return_inverse=True)
-    rows_of = [np.flatnonzero(group == i) for i in range(len(values))]
-    found = [_optimum(float(c), sizes[rows], losses[rows]) for c, rows in zip(values, rows_of, strict=True)]
-    fitted = np.empty(len(losses))
-    for one, rows in zip(found, rows_of, strict=True):
-        fitted[rows] = one.predict(sizes[rows])
+    fit = OptimaFit(  # a parabola per budget through its runs, repeats of a size included
+        names=tuple(map(str, values)), method=group, x=sizes, losses=losses, n_seeds=np.ones(len(losses), int),
+        seeds_variance=math.nan, seeds_df=0, shared=False, at_least=MIN_SIZES,
+    )  # fmt: skip
+    found = [_optimum(fit, i, float(value)) for i, value in enumerate(values)]
+    has_parabola = np.array([np.isfinite(one.curvature) for one in found])
     optima = np.array([one.x for one in found])
     usable = np.array([one.status is OptimumStatus.OK for one in found]) | (include_flagged & np.isfinite(optima))
     draws = drawn = None
     if bootstrap:
-        freedom = np.bincount(group)[group] - 3.0  # runs beyond the parabola's three coefficients
-        scaled = (losses - fitted) * np.sqrt((freedom + 3) / np.where(freedom > 0, freedom, np.nan))
+        n_runs = np.bincount(group)[group]
+        spare = np.where(has_parabola[group] & (n_runs > 3), n_runs - 3, np.nan)  # beyond a parabola's coefficients
+        scaled = fit.residuals * np.sqrt(n_runs / spare)
         clusters = row_labels(table, cluster)[near] if cluster else None
-        resampled = fitted + resample_residuals(scaled, bootstrap, seed, clusters)
-        draws, drawn = _bootstrap(values, rows_of, sizes, resampled, optima, usable, seed)
+        resampled = losses - fit.residuals + resample_residuals(scaled, bootstrap, seed, clusters)
+        refitted = np.where(has_parabola, fit.optima_of(resampled), np.nan)
+        draws, drawn = _bootstrap(values, refitted, optima, usable, seed)
         found = [
             replace(one, x_interval=percentile_interval(x), loss_interval=percentile_interval(lowest))
             for one, x, lowest in zip(found, draws.draws["x"].T, draws.draws["loss"].T, strict=True)
@@ -199,11 +198,11 @@ def fit_isoflop(
     if len(losses) > 5 and len(values) > 1:  # L = E + A / x^alpha + B / (C / x)^beta, whatever x is
         runs = pd.DataFrame({"x": sizes, "rest": budgets / sizes, "loss": losses})
         surface = fit_parametric(runs, params="x", tokens="rest", loss="loss", objective="mse")
-    spans = [float(sizes[rows].max() / sizes[rows].min()) for rows in rows_of]
-    warnings = (*left_out, *_warnings(found, spans, usable.sum()), *table_warnings(table, budget, x, loss))
+    warnings = (*left_out, *_warnings(found, usable.sum()), *table_warnings(table, budget, x, loss))
     return IsoflopFit(
         n=len(losses), status=FitStatus.TOO_FEW_POINTS if exponent is None else FitStatus.CONVERGED,
-        objective_name="mse", objective_value=float(np.nansum((losses - fitted) ** 2)), vertices=tuple(found),
+        objective_name="mse", objective_value=float(np.sum(fit.residuals[has_parabola[group]] ** 2)),
+        vertices=tuple(found),
         surface_exponent=None if surface is None else float(surface.a), exponent=exponent, coefficient=coefficient,
         warnings=(*warnings, *(hold_out.warnings() if hold_out else ())), hold_out=hold_out, bootstrap=draws,
     )  # fmt: skip
@@ -223,58 +222,40 @@ def near_lowest(sizes: Array, losses: Array, within: float) -> Array:
     return (near[0] <= sizes) & (sizes <= near[-1])
 
 
-def fit_parabolas(x: Array, losses: Array) -> Array:
-    """Least squares of losses (..., runs) by c0 + c1 z + c2 z^2, z = log10 x (runs,), of three or more sizes.
-
-    Returns:
-        c0, c1, c2: (3, ...).
-    """
-    z = np.log10(x)
-    centre = float(z.mean())  # z^2 of uncentred sizes is almost collinear with z
-    c0, c1, c2 = np.linalg.pinv(np.vander(z - centre, 3, increasing=True)) @ losses.T
-    return np.stack([c0 - c1 * centre + c2 * centre**2, c1 - 2 * c2 * centre, c2])
-
-
-def _optimum(budget: float, sizes: Array, losses: Array) -> BudgetOptimum:
-    different = np.unique(sizes)
-    coefficients = fit_parabolas(sizes, losses) if len(different) >= 3 else np.full(3, np.nan)
-    x, loss = map(float, parabola_optima(coefficients))
-    c0, c1, c2 = map(float, coefficients)
-    at, curvature = (math.log10(x), c2) if math.isfinite(x) else (math.nan, math.nan)
+def _optimum(fit: OptimaFit, i: int, budget: float) -> BudgetOptimum:
+    """The minimum of the parabola of one budget, the fit's method `i`, as far as that has one."""
+    runs = fit.x[fit.method == i]
+    sizes = np.unique(runs)
+    coefficients = fit.coefficients(fit.names[i]) if len(sizes) >= 3 else (math.nan,) * 3
+    x, loss = map(float, parabola_optima(np.array(coefficients)))
+    curvature = coefficients[2] if math.isfinite(x) else math.nan
     return BudgetOptimum(
-        budget=budget, x=x, loss=loss, curvature=c2, n=len(sizes), sizes=tuple(different.tolist()),
-        status=optimum_status(at, np.log10(different), curvature, MIN_SIZES), coefficients=(c0, c1, c2),
+        budget=budget, x=x, loss=loss, curvature=coefficients[2], n=len(runs), sizes=tuple(sizes.tolist()),
+        status=optimum_status(np.log10(x), np.log10(sizes), curvature, MIN_SIZES), coefficients=coefficients,
     )  # fmt: skip
 
 
-def _bootstrap(
-    budgets: Array, rows_of: list[Array], sizes: Array, losses: Array, optima: Array, usable: Array, seed: int
-) -> tuple[Bootstrap, Array]:
-    """Refits to resampled losses (resamples, runs), and the optima that their power laws go through.
+def _bootstrap(budgets: Array, refitted: Array, optima: Array, usable: Array, seed: int) -> tuple[Bootstrap, Array]:
+    """The bootstrap of refitted x and loss (2, resamples, budgets), and the optima that their power laws go through.
 
     Optima may scatter about the power law by more than the runs' scatter explains. Noise of the excess variance, by
     moments (DerSimonian and Laird 1986; here over the median optimum's), is added before a power law goes through.
     A resample fails where a parabola of the power law opens downwards.
     """
-    x = np.full((len(losses), len(budgets)), np.nan)
-    loss = x.copy()
-    for i, rows in enumerate(rows_of):
-        if len(np.unique(sizes[rows])) >= 3:
-            x[:, i], loss[:, i] = parabola_optima(fit_parabolas(sizes[rows], losses[:, rows]))
+    x, loss = refitted
     draws = {}
     good = np.isfinite(x).any(axis=1)
-    scattered = np.empty((len(losses), 0))
+    scattered = np.empty((len(x), 0))
     if usable.sum() >= MIN_BUDGETS:
         good = np.isfinite(x[:, usable]).all(axis=1)
         exponent, coefficient = fit_power_law(budgets[usable], optima[usable])
         misses = np.log10(optima[usable] / (coefficient * budgets[usable] ** exponent))
         explained = float(np.median(np.var(np.log10(x[good][:, usable]), axis=0))) if good.any() else 0.0
         excess = max(0.0, float(misses @ misses) / (len(misses) - 2) - explained)
-        noise = np.random.default_rng(seed).normal(0, np.sqrt(excess), (len(losses), len(misses)))
-        scattered = x[:, usable] * 10**noise
+        scattered = x[:, usable] * 10 ** np.random.default_rng(seed).normal(0, np.sqrt(excess), (len(x), len(misses)))
         draws["exponent"], draws["coefficient"] = fit_power_law(budgets[usable], scattered)
     draws = {name: values[good] for name, values in {**draws, "x": x, "loss": loss}.items()}
-    return Bootstrap(draws=draws, resamples=len(losses), failed=int(np.sum(~good)), seed=seed), scattered[good]
+    return Bootstrap(draws=draws, resamples=len(x), failed=int(np.sum(~good)), seed=seed), scattered[good]
 
 
 def resample_residuals(residuals: Array, resamples: int, seed: int, clusters: Array | None = None) -> Array:
@@ -297,13 +278,14 @@ def resample_residuals(residuals: Array, resamples: int, seed: int, clusters: Ar
     return residuals[by_cluster[first[source] + np.floor(rng.random((resamples, n)) * sizes[source]).astype(int)]]
 
 
-def _warnings(optima: list[BudgetOptimum], spans: list[float], n_usable: int) -> tuple[str, ...]:
+def _warnings(optima: list[BudgetOptimum], n_usable: int) -> tuple[str, ...]:
     found = []
     for status in OptimumStatus:
         flagged = [f"{one.budget:.3g}" for one in optima if one.status is status]
         if flagged and status is not OptimumStatus.OK:
             found.append(f"{status}: the minimum at budget {', '.join(flagged)} is flagged")
-    wide = [f"{one.budget:.3g} ({span:.0f}x)" for one, span in zip(optima, spans, strict=True) if span > MAX_SPAN]
+    spans = {one.budget: one.sizes[-1] / one.sizes[0] for one in optima}
+    wide = [f"{budget:.3g} ({span:.0f}x)" for budget, span in spans.items() if span > MAX_SPAN]
     if wide:
         found.append(f"wide grid at budget {', '.join(wide)}: a parabola is biased beyond about +-4x of the optimum")
     if n_usable < MIN_BUDGETS:

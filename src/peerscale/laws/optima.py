@@ -211,9 +211,14 @@ class OptimaFit:
         i, n = self.names.index(name), len(self.names)
         return self.solution[[i, n + i, 2 * n + (0 if self.shared else i)]]
 
+    def coefficients(self, name: str) -> tuple[float, float, float]:
+        """(a, b, c) of a method in log10 x."""
+        a, b, c = map(float, self.curve(name))
+        return a - b * self.centre + c * self.centre**2, b - 2 * c * self.centre, c
+
     def optimum(self, name: str) -> Optimum:
         """The minimum of one method."""
-        a, b, c = self.curve(name)
+        _, b, c = self.curve(name)
         here = self.method == self.names.index(name)
         at = -b / (2 * c) if c > 0 else math.nan
         status = optimum_status(at, self.z[here], c, self.at_least)
@@ -226,9 +231,7 @@ class OptimaFit:
         return Optimum(
             name=name, status=status, x=x, loss=float(weights @ self.losses), weights=weights,
             x_interval=(float(x * 10**-reach), float(x * 10**reach)), sizes=tuple(np.sort(self.x[here]).tolist()),
-            coefficients=(
-                float(a - b * self.centre + c * self.centre**2), float(b - 2 * c * self.centre), float(c),
-            ),
+            coefficients=self.coefficients(name),
         )  # fmt: skip
 
     def optima_of(self, losses: Array) -> tuple[Array, Array]:
@@ -322,7 +325,7 @@ def holm(p: Array) -> Array:
 
 def optimum_status(at: float, z: Array, curvature: float, at_least: int) -> OptimumStatus:
     """Status of the minimum at log size `at` of a curve through the log sizes z, of which it needs `at_least`."""
-    if len(z) < at_least:
+    if len(np.unique(z)) < at_least:
         return OptimumStatus.TOO_FEW
     if not curvature > 0:
         return OptimumStatus.CURVATURE

@@ -8,7 +8,7 @@ import numpy as np
 
 from peerscale.laws.fitting import Bootstrap, percentile_interval
 from peerscale.laws.isoflop import PowerLaw, fit_power_law
-from peerscale.laws.moe import GranularLaw, PeerLaw, RoutedLaw
+from peerscale.laws.moe import GranularLaw, RoutedLaw
 from peerscale.laws.optima import OptimumStatus
 from peerscale.laws.parametric import Surface
 from peerscale.laws.rates import RateLaw
@@ -20,7 +20,6 @@ LAWS: Mapping[str, tuple[type, tuple[str, ...]]] = {
     "parametric": (Surface, ("budget", "params", "tokens")),
     "routed": (RoutedLaw, ("params", "experts")),
     "granular": (GranularLaw, ("params", "tokens", "granularity")),
-    "peer": (PeerLaw, ("params", "tokens", "experts", "granularity")),
     "rates": (RateLaw, ("width", "tokens", "batch")),
 }
 """Class of the coefficients, and what a prediction takes: a budget for the optimum, all others for a loss; for a rate
@@ -40,11 +39,8 @@ class Prediction:
 
     values: dict[str, tuple[float, tuple[float, float] | None]]
     """By name, each with its interval where the fit has a bootstrap; empty if too few numbers are given."""
-    missing: str
-    """Why there is no optimum, or nothing at all."""
-    unused: tuple[str, ...]
-    """Of the numbers given, those that the law does not know."""
-    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+    """What is doubtful, `warning: ...`, and what is not there: `no optimum: <why>` or `no prediction: <why>`."""
 
 
 def predict(stored: Mapping[str, Any], given: Mapping[str, float], columns: Mapping[str, Any]) -> Prediction:
@@ -58,7 +54,7 @@ def predict(stored: Mapping[str, Any], given: Mapping[str, float], columns: Mapp
     Raises:
         ValueError, KeyError, TypeError, AttributeError: `stored` is no such fit.
     """
-    name, missing, warnings = stored["law"], "", []
+    name, missing, notes = stored["law"], "", []
     if name not in LAWS:
         raise ValueError(f"unknown law {name!r}")
     form, variables = LAWS[name]
@@ -71,30 +67,31 @@ def predict(stored: Mapping[str, Any], given: Mapping[str, float], columns: Mapp
         values = _answers(name, form(**coefficients), given, columns)
         draws = _answers(name, bootstrap.law(form), given, columns) if bootstrap else {}
         if stored["status"] != FitStatus.CONVERGED:
-            warnings.append(f"the fit's status is {stored['status']}{DOUBTS.get(stored['status'], '')}")
+            notes.append(f"warning: the fit's status is {stored['status']}{DOUBTS.get(stored['status'], '')}")
     else:
         few = "too few budgets with a usable optimum, three are needed"
         missing = few if form is PowerLaw else f"the fit's status is {stored['status']}"
     if name == "isoflop" and (budget := given.get("budget")):
-        optima, flagged = stored["vertices"], columns.get("include_flagged", False)
-        used = [
-            i for i, one in enumerate(optima) if one["status"] == OptimumStatus.OK or (flagged and one["x"] is not None)
-        ]  # the optima that the power law goes through
-        budgets, losses = (np.array([optima[i][key] for i in used], float) for key in ("budget", "loss"))
-        if len(used) > 1:
+        flagged = columns.get("include_flagged", False)  # the power law goes through the optima that are used
+        used = [one["status"] == OptimumStatus.OK or (flagged and one["x"] is not None) for one in stored["vertices"]]
+        budgets, losses = (np.array([one[key] for one in stored["vertices"]], float)[used] for key in ("budget", "loss"))
+        if len(losses) > 1:
             values[LOWEST_LOSS] = _lowest_loss(budget, budgets, losses)
             if bootstrap and "loss" in bootstrap.draws:
                 draws[LOWEST_LOSS] = _lowest_loss(budget, budgets, bootstrap.draws["loss"][:, used])
             if budget > FAR * budgets.max():
-                far = f"{budget:.4g} is far beyond the largest budget, {budgets.max():.4g}"
-                warnings.append(f"{far}; the {LOWEST_LOSS} is too low there, as its power law has no irreducible loss")
+                far = f"warning: {budget:.4g} is far beyond the largest budget, {budgets.max():.4g}"
+                notes.append(f"{far}; the {LOWEST_LOSS} is too low there, as its power law has no irreducible loss")
+    if not values:
+        sizes = ", ".join(f"--{key}" for key in variables if key != "budget")
+        needs = ", or ".join(filter(None, ("--budget" * ("budget" in variables), sizes)))
+        return Prediction(values={}, notes=(f"no prediction: {missing or f'the {name} law needs {needs}'}",))
+    notes += [f"no optimum: {missing}"] * bool(missing)
+    if unused := ", ".join(f"--{key}" for key in given if key not in variables):
+        notes.append(f"warning: {unused} not used: the {name} law has no such variable")
     intervals = {what: percentile_interval(np.asarray(drawn)) for what, drawn in draws.items()}
-    return Prediction(
-        values={what: (float(value), intervals.get(what)) for what, value in values.items()},
-        missing=missing,
-        unused=tuple(key for key in given if key not in variables),
-        warnings=tuple(warnings),
-    )
+    found = {what: (float(value), intervals.get(what)) for what, value in values.items()}
+    return Prediction(values=found, notes=tuple(notes))
 
 
 def _answers(name: str, law: Any, given: Mapping[str, float], columns: Mapping[str, Any]) -> dict[str, Number]:

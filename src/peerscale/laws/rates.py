@@ -14,7 +14,7 @@ StepLaw (Li et al. 2025), who fit minima rather than losses.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -133,40 +133,6 @@ class RateFit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Runs:
-    """Runs (n,), and what the law knows of them."""
-
-    x: Array
-    """ln lr."""
-    loss: Array
-    curve: Array
-    """Name of each run's curve."""
-    model: Array
-    """Width, tokens and batch, as one name."""
-    method: Array
-    """Index of each run's method."""
-    z: Array
-    """(n, variables): ln(variable / its reference), with the sign of its exponent."""
-    near: Array
-    """Whether the parabola describes the run."""
-    at_edge: Array
-    """Whether the run has the lowest loss of its curve, at the edge of the rates tried."""
-
-    def of(self, rows: Array) -> Self:
-        return replace(self, **{item.name: getattr(self, item.name)[rows] for item in fields(self)})
-
-    def places(self, n_methods: int, *, own: bool) -> Array:
-        """(n, coefficients): what ln best is linear in: a method's ln m, and exponents, shared or its own."""
-        one = (self.method[:, None] == np.arange(n_methods)).astype(float)
-        exponents = (one[:, :, None] * self.z[:, None]).reshape(len(self.x), -1) if own else self.z
-        return np.hstack([one, exponents])
-
-    def regression(self, n_methods: int, *, own: bool) -> "ParabolaRegression":
-        """The fit of these runs."""
-        return ParabolaRegression.of(self.x, self.loss, self.curve, self.places(n_methods, own=own))
-
-
-@dataclass(frozen=True, kw_only=True)
 class ParabolaRegression:
     """Parabolas of one curvature, loss = level_curve + k x^2 - 2 x (places . k theta), by ordinary least squares.
 
@@ -186,34 +152,83 @@ class ParabolaRegression:
     @classmethod
     def of(cls, x: Array, loss: Array, curves: Array, places: Array) -> Self:
         """Fit runs (n,): x = ln rate, the name of each run's curve, and `places` (n, coefficients)."""
-        columns = np.column_stack([x**2, -2 * x[:, None] * places])
-        _, curve = np.unique(curves, return_inverse=True)
-        counts = np.bincount(curve)
-
-        def less_mean(values: Array) -> Array:  # since the level of a curve is its own
-            return values - (np.bincount(curve, values) / counts)[curve]
-
-        centred, y = np.column_stack([less_mean(column) for column in columns.T]), less_mean(loss)
-        inverse = np.linalg.pinv(centred.T @ centred, rcond=1e-12, hermitian=True)
-        solution, rank = inverse @ centred.T @ y, int(np.linalg.matrix_rank(centred, tol=1e-9 * np.abs(centred).max()))
-        rss, df = float(np.square(y - centred @ solution).sum()), len(y) - len(counts) - rank
+        columns = pd.DataFrame(np.column_stack([loss, x**2, -2 * x[:, None] * places]))
+        by_curve = columns.groupby(curves)  # the level of a curve is its own
+        centred = (columns - by_curve.transform("mean")).to_numpy()
+        y, design = centred[:, 0], centred[:, 1:]
+        inverse = np.linalg.pinv(design.T @ design, rcond=1e-12, hermitian=True)
+        solution, rank = inverse @ design.T @ y, int(np.linalg.matrix_rank(design, tol=1e-9 * np.abs(design).max()))
+        rss, df = float(np.square(y - design @ solution).sum()), len(y) - by_curve.ngroups - rank
         return cls(
             k=float(solution[0]), products=solution[1:], covariance=inverse * (rss / df if df > 0 else math.nan),
-            rss=rss, df=df, determined=rank == columns.shape[1],
+            rss=rss, df=df, determined=rank == design.shape[1],
         )  # fmt: skip
 
-    def ratio(self, weights: Array) -> tuple[float, tuple[float, float]]:
-        """weights . theta with Fieller's 95 % interval; infinite where k is not told from zero."""
-        u, v = float(weights @ self.products), self.k
-        uu = float(weights @ self.covariance[1:, 1:] @ weights)
-        uv, vv = float(weights @ self.covariance[1:, 0]), float(self.covariance[0, 0])
+    @property
+    def k_se(self) -> float:
+        """Standard error of the curvature."""
+        return math.sqrt(self.covariance[0, 0])
+
+    @property
+    def scatter(self) -> float:
+        """Standard deviation of the losses about the parabolas; NaN without degrees of freedom."""
+        return math.sqrt(self.rss / self.df) if self.df else math.nan
+
+    def ratio(self, i: int) -> tuple[float, tuple[float, float]]:
+        """theta_i with Fieller's 95 % interval; infinite where k is not told from zero."""
+        u, v = float(self.products[i]), self.k
+        uu, uv, vv = (float(self.covariance[place]) for place in ((1 + i, 1 + i), (1 + i, 0), (0, 0)))
         t = float(student.ppf((1 + LEVEL) / 2, self.df)) ** 2 if self.df > 0 else math.nan
         quadratic, linear, constant = v * v - t * vv, u * v - t * uv, u * u - t * uu
-        root = linear * linear - quadratic * constant
-        if not (quadratic > 0 and root >= 0):
+        if not quadratic > 0:
             return u / v, (-math.inf, math.inf)
-        half = math.sqrt(root)
+        half = math.sqrt(max(linear * linear - quadratic * constant, 0.0))  # below it by rounding alone
         return u / v, ((linear - half) / quadratic, (linear + half) / quadratic)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Runs:
+    """Runs (n,), and what the law knows of them."""
+
+    x: Array
+    """ln lr."""
+    loss: Array
+    curve: Array
+    """Name of each run's curve."""
+    near: Array
+    """Whether the parabola describes the run."""
+    places: Array
+    """(n, coefficients): what ln best is linear in: ln m of each method, and the exponents that all share."""
+    at: list[dict[str, Any]]
+    """Of each run, see `CurveOptimum`."""
+
+    def regression(self, which: Array, places: Array | None = None) -> ParabolaRegression:
+        """The fit of the runs `which` (n,), with other places than `self.places` if given."""
+        places = self.places if places is None else places
+        return ParabolaRegression.of(self.x[which], self.loss[which], self.curve[which], places[which])
+
+    def optima(self, which: Array, law: ParabolaRegression) -> tuple[CurveOptimum, ...]:
+        """The minima of the curves among `which` (n,) that have two rates or more, with the curvature of the law."""
+        found = []
+        for curve in dict.fromkeys(self.curve[which]):
+            rows = np.flatnonzero(self.near & (self.curve == curve))
+            if len(np.unique(self.x[rows])) < 2:
+                continue
+            slope, level = np.polyfit(self.x[rows], self.loss[rows] - law.k * self.x[rows] ** 2, 1)
+            best, predicted = -slope / (2 * law.k), float(self.places[rows[0]] @ law.products / law.k)
+            found.append(
+                CurveOptimum(
+                    at=self.at[rows[0]], n=len(rows), best=float(np.exp(best)), predicted=float(np.exp(predicted)),
+                    lowest=float(level - law.k * best**2), cost=float(law.k * (predicted - best) ** 2),
+                )
+            )  # fmt: skip
+        return tuple(found)
+
+    def predicted(self, out: Array) -> tuple[CurveOptimum, ...]:
+        """The optima of the curves among `out` (n,) and a law of the other runs; none if these do not determine it."""
+        rest = self.near & ~out
+        law = self.regression(rest) if rest.any() else None
+        return self.optima(out, law) if law and law.determined and law.k > 0 else ()
 
 
 def fit_rates(
@@ -238,82 +253,61 @@ def fit_rates(
             rise on both sides of a minimum; or a variable does not vary, or only together with another.
     """
     variables = {name: column for name, column in zip(SIGNS, (width, tokens, batch), strict=True) if column}
-    rates, losses, *values = positive_columns(table, lr, loss, *variables.values(), law=RateFit.law, at_least=MIN_RATES)
-    for column in (by, *curve):
-        if column is not None:
-            require_column(table, column)
+    columns = [*variables.values()]
+    rates, losses, *values = positive_columns(table, lr, loss, *columns, law=RateFit.law, at_least=MIN_RATES)
+    for column in filter(None, (by, *curve)):
+        require_column(table, column)
     methods = table[by].astype(str) if by else pd.Series("all", table.index)
-    names = list(dict.fromkeys(methods))
-    told = _Told(dict(zip(variables, values, strict=True)))
-    rows = _runs(table, rates, losses, methods, told, [*variables.values()], curve, reach)
-    told_apart = [*([by] if by else []), *variables.values(), *curve]
-    places = [dict(zip(told_apart, row, strict=True)) for row in table[told_apart].itertuples(index=False)]
+    of_method, names = pd.factorize(methods)
+    told = dict(zip(variables, values, strict=True))
+    reference = {name: float(f"{np.exp(np.log(each).mean()):.2g}") for name, each in told.items()}  # where m is best
+    logs = [SIGNS[name] * np.log(each / reference[name]) for name, each in told.items()]
+    one, z = np.eye(len(names))[of_method], np.array(logs).reshape(len(logs), len(table)).T
+    x, curves = np.log(rates), _names(methods, *(table[column] for column in (*columns, *curve)))
+    by_curve = pd.DataFrame({"x": x, "loss": losses}).groupby(curves)
+    lowest = by_curve["loss"].transform("idxmin").to_numpy()
+    told_apart = [*([by] if by else []), *columns, *curve]
+    rows = _Runs(
+        x=x, loss=losses, curve=curves, near=np.abs(x - x[lowest]) <= math.log(reach), places=np.hstack([one, z]),
+        at=[dict(zip(told_apart, row, strict=True)) for row in table[told_apart].itertuples(index=False)],
+    )  # fmt: skip
     held = np.zeros(len(table), bool) if hold_out is None else hold_out.to_numpy(bool)
-    fitted = rows.of(rows.near & ~held)
-    if not any(len(np.unique(fitted.x[fitted.curve == one])) >= MIN_RATES for one in np.unique(fitted.curve)):
+    fitted = rows.near & ~held
+    if not (pd.Series(x[fitted]).groupby(curves[fitted]).nunique() >= MIN_RATES).any():
         raise UserError(f"no curve has {MIN_RATES} rates near its lowest loss, as many as a parabola needs")
-    shared = fitted.regression(len(names), own=False)
+    shared = rows.regression(fitted)
     if not shared.determined:
-        which = ", ".join(variables.values())
+        which = ", ".join(columns)
         raise UserError(f"these runs do not determine the exponents of {which}: leave out a column that hardly varies")
     if not shared.k > 0:
         raise UserError("the losses do not rise on both sides of a best rate: try lower and higher rates")
-    own = fitted.regression(len(names), own=True)
+    own = rows.regression(fitted, np.hstack([one, (one[:, :, None] * z[:, None]).reshape(len(x), -1)]))
     if len(names) == 1 or not variables or not own.determined or not own.k > 0:
         own = None
-    said = [f"{(~rows.near).sum()} runs beyond {reach:g} times a curve's best rate left out"] * (not rows.near.all())
-    if edges := ", ".join(fitted.curve[fitted.at_edge]):
-        said.append(f"the lowest loss is at the edge of the rates tried: {edges}")
-    split = [held] if held.any() else [rows.model == model for model in np.unique(rows.model)]
-    equal = f_test(shared.rss, shared.df, own.rss, own.df) if own else None
-    laws, intervals = _laws(shared, names, told.reference, own=False)
+    warnings = [f"{(~rows.near).sum()} runs beyond {reach:g} times a curve's best rate left out"]
+    warnings = warnings * (not rows.near.all())
+    several = by_curve["x"].transform("nunique") >= MIN_RATES
+    at_end = (x == by_curve["x"].transform("min")) | (x == by_curve["x"].transform("max"))
+    if edges := ", ".join(curves[fitted & (np.arange(len(x)) == lowest) & several & at_end]):
+        warnings.append(f"the lowest loss is at the edge of the rates tried: {edges}")
+    models = _names(*(table[column] for column in columns)) if columns else np.full(len(x), "")
+    split = [held] if held.any() else [models == model for model in np.unique(models)]
+    laws, intervals = _laws(shared, names, reference, own=False)
     return RateFit(
-        n=len(fitted.x), n_curves=len(np.unique(fitted.curve)), laws=laws, ci=intervals,
-        own=_laws(own, names, told.reference, own=True)[0] if own else None, equal_exponents=equal,
-        curvature=shared.k, curvature_se=math.sqrt(shared.covariance[0, 0]), df=shared.df,
-        scatter=math.sqrt(shared.rss / shared.df) if shared.df else math.nan, fitted=told.range(rows.near & ~held),
-        hold_out_given=bool(held.any()), curves=_optima(rows, ~held, shared, len(names), places), warnings=tuple(said),
-        held_out=tuple(one for out in split for one in _held_out(rows, out, len(names), places)),
+        n=int(fitted.sum()), n_curves=len(np.unique(curves[fitted])), laws=laws, ci=intervals,
+        own=_laws(own, names, reference, own=True)[0] if own else None,
+        equal_exponents=f_test(shared.rss, shared.df, own.rss, own.df) if own else None,
+        curvature=shared.k, curvature_se=shared.k_se, scatter=shared.scatter, df=shared.df,
+        fitted={name: (float(each[fitted].min()), float(each[fitted].max())) for name, each in told.items()},
+        curves=rows.optima(~held, shared), hold_out_given=bool(held.any()),
+        held_out=tuple(one for out in split for one in rows.predicted(out)), warnings=tuple(warnings),
     )  # fmt: skip
 
 
-class _Told(dict[str, Array]):
-    """Width, tokens and batch of every run, as far as the law depends on them."""
-
-    @property
-    def reference(self) -> dict[str, float]:
-        """The geometric mean of each to two digits, where m is the best rate."""
-        return {name: float(f"{np.exp(np.log(values).mean()):.2g}") for name, values in self.items()}
-
-    def range(self, rows: Array) -> dict[str, tuple[float, float]]:
-        return {name: (float(values[rows].min()), float(values[rows].max())) for name, values in self.items()}
-
-
-def _runs(
-    table: pd.DataFrame, rates: Array, losses: Array, methods: pd.Series, told: _Told, columns: Sequence[str],
-    curve: Sequence[str], reach: float,
-) -> _Runs:  # fmt: skip
-    """The rows of the table, each with its curve, and with its distance from the curve's lowest loss judged."""
-
-    def label(*parts: pd.Series) -> Array:
-        words = [part.map(lambda value: f"{value:g}" if isinstance(value, float) else str(value)) for part in parts]
-        return np.array([" ".join(row) for row in zip(*words, strict=True)]) if words else np.full(len(table), "")
-
-    x, curves = np.log(rates), label(methods, *(table[column] for column in (*columns, *curve)))
-    near, at_edge = np.zeros(len(x), bool), np.zeros(len(x), bool)
-    for name in np.unique(curves):
-        of_curve = np.flatnonzero(curves == name)
-        lowest = of_curve[losses[of_curve].argmin()]
-        near[of_curve] = np.abs(x[of_curve] - x[lowest]) <= math.log(reach)
-        several = len(np.unique(x[of_curve])) >= MIN_RATES
-        at_edge[lowest] = several and x[lowest] in (x[of_curve].min(), x[of_curve].max())
-    reference = told.reference
-    z = [SIGNS[name] * np.log(values / reference[name]) for name, values in told.items()]
-    return _Runs(
-        x=x, loss=losses, curve=curves, model=label(*(table[column] for column in columns)),
-        method=pd.factorize(methods)[0], z=np.column_stack(z) if z else np.empty((len(x), 0)),
-        near=near, at_edge=at_edge,
-    )  # fmt: skip
+def _names(*columns: pd.Series) -> Array:
+    """The values of each row in one text."""
+    words = [column.map(lambda value: f"{value:g}" if isinstance(value, float) else str(value)) for column in columns]
+    return np.array([" ".join(row) for row in zip(*words, strict=True)])
 
 
 def _laws(
@@ -322,44 +316,11 @@ def _laws(
     """The law of each method, and the intervals of its coefficients."""
     laws, intervals = {}, {}
     for i, name in enumerate(names):
-        unit = np.eye(len(fit.products))
         first = len(names) + i * len(reference) * own
-        log_m, (low, high) = fit.ratio(unit[i])
-        exponents = {EXPONENTS[variable]: fit.ratio(unit[first + j]) for j, variable in enumerate(reference)}
-        laws[name] = RateLaw(
-            m=float(np.exp(log_m)), **{key: value for key, (value, _) in exponents.items()},
-            **{f"{variable}_0": value for variable, value in reference.items()},
-        )  # fmt: skip
-        intervals[name] = {"m": (float(np.exp(low)), float(np.exp(high)))} | {
-            key: ci for key, (_, ci) in exponents.items()
-        }
+        log_m, ends = fit.ratio(i)
+        exponents = {EXPONENTS[variable]: fit.ratio(first + j) for j, variable in enumerate(reference)}
+        at = {f"{variable}_0": value for variable, value in reference.items()}
+        laws[name] = RateLaw(m=math.exp(log_m), **{key: value for key, (value, _) in exponents.items()}, **at)
+        intervals[name] = {"m": (float(np.exp(ends[0])), float(np.exp(ends[1])))}
+        intervals[name] |= {key: ci for key, (_, ci) in exponents.items()}
     return laws, intervals
-
-
-def _held_out(runs: _Runs, held: Array, n_methods: int, places: Sequence[dict[str, Any]]) -> tuple[CurveOptimum, ...]:
-    """The optima of the curves among `held` (n,), predicted from the other runs; none if these do not determine it."""
-    rest = runs.of(runs.near & ~held)
-    if not len(rest.x):
-        return ()
-    law = rest.regression(n_methods, own=False)
-    return _optima(runs, held, law, n_methods, places) if law.determined and law.k > 0 else ()
-
-
-def _optima(
-    runs: _Runs, which: Array, law: ParabolaRegression, n_methods: int, places: Sequence[dict[str, Any]]
-) -> tuple[CurveOptimum, ...]:
-    """The minima of the curves among `which` (n,) that have two rates or more, with the curvature of the law."""
-    centres, found = runs.places(n_methods, own=False) @ law.products / law.k, []
-    for curve in dict.fromkeys(runs.curve[which]):
-        rows = np.flatnonzero(runs.near & (runs.curve == curve))
-        if len(np.unique(runs.x[rows])) < 2:
-            continue
-        slope, level = np.polyfit(runs.x[rows], runs.loss[rows] - law.k * runs.x[rows] ** 2, 1)
-        best, predicted = -slope / (2 * law.k), float(centres[rows[0]])
-        found.append(
-            CurveOptimum(
-                at=places[rows[0]], n=len(rows), best=float(np.exp(best)), predicted=float(np.exp(predicted)),
-                lowest=float(level - law.k * best**2), cost=float(law.k * (predicted - best) ** 2),
-            )
-        )  # fmt: skip
-    return tuple(found)

@@ -13,7 +13,7 @@ cheap. The logarithms of the variables in M are centred, so that no coordinate i
 
 import itertools
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
@@ -210,13 +210,11 @@ def power_problem(
     objective: Objective | str,
     delta: float,
     start_exponents: Sequence[float],
-    signed: Collection[str] = (),
 ) -> Problem:
     """The fit of a sum of powers; coordinates are the logarithms of the sizes, then the exponents.
 
     Starts are every combination of `start_exponents`, with the sizes by non-negative least squares on the loss: for
-    given exponents the law is linear in them (variable projection), so that no start depends on a unit. The exponents
-    named in `signed` may be negative.
+    given exponents the law is linear in them (variable projection), so that no start depends on a unit.
     """
     names = list(dict.fromkeys((*powers, *(name for variables in powers.values() for name in variables))))
     is_log = np.arange(len(names)) < len(powers)
@@ -236,7 +234,6 @@ def power_problem(
         np.where(is_log, np.log(np.median(loss)) + size, exponent)
         for size, exponent in zip(SIZE_RANGE, EXPONENT_RANGE, strict=True)
     )
-    lower[[name in signed for name in names]] = -EXPONENT_RANGE[1]
     coordinates = Coordinates(names=tuple(names), is_log=is_log, to_raw=to_raw, lower=lower, upper=upper)
     return Problem(
         law=PowerSum(terms), loss=loss, coordinates=coordinates, starts=np.array(starts),

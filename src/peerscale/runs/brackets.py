@@ -65,25 +65,22 @@ def fit_rate_brackets(runs: pd.DataFrame) -> dict[str, Any] | None:
     """All brackets of a study, fitted together; None without any.
 
     Returns:
-        `curvature`, `curvature_se`, `scatter`, `df` as in `laws.brackets.BracketFit`, and `each` bracket with its
-        budget, size, method, seeds, `losses` by factor (means over seeds), best factor, lowest loss, gain and its se.
+        As `laws.brackets.fit_brackets`; `each` bracket also with its budget, size, method, number of seeds, and
+        `losses` by factor (means over seeds).
     """
     if not are_brackets(runs).any() or (rows := bracket_runs(runs)).empty:
         return None
     places = list(zip(rows["budget"], rows["size"], rows["name"], strict=True))
     names = [f"{budget!r} {size} {name}" for budget, size, name in places]
     fit = fit_brackets(rows["factor"].to_numpy(float), rows["val_loss"].to_numpy(float), names, rows["seed"].tolist())
-    each = []
-    for (budget, size, name), found in zip(dict.fromkeys(places), fit.brackets, strict=True):
+    for (budget, size, name), found in zip(dict.fromkeys(places), fit["each"], strict=True):
         mine = rows[[place == (budget, size, name) for place in places]]
         losses = mine.groupby("factor")["val_loss"].mean()
-        each.append({
+        found |= {
             "budget": float(budget), "size": str(size), "method": str(name), "seeds": mine["seed"].nunique(),
-            "losses": {f"{factor:g}": float(loss) for factor, loss in losses.items()}, "best": found.best,
-            "lowest": found.lowest, "gain": found.gain, "se": found.se,
-        })  # fmt: skip
-    shared = {key: getattr(fit, key) for key in ("curvature", "curvature_se", "scatter", "df")}
-    return {**shared, "each": each}
+            "losses": {f"{factor:g}": float(loss) for factor, loss in losses.items()},
+        }  # fmt: skip
+    return fit
 
 
 def rate_errors(brackets: Mapping[str, Any] | None, cost: float | None = None) -> RateErrors:
