@@ -11,6 +11,7 @@ from peerscale.config import (
     Config,
     ConfigError,
     OptimConfig,
+    RateLawConfig,
     SizeConfig,
     TrackingConfig,
     TrainerConfig,
@@ -218,7 +219,8 @@ def test_the_defaults_in_code_are_those_of_conf() -> None:
     composed = load(["ffn=dense"])
     assert composed.trainer == TrainerConfig()
     assert composed.tracking == TrackingConfig()
-    assert composed.optim == OptimConfig(lr=composed.optim.lr)
+    law = {key: getattr(composed.optim, key) for key in ("lr", "lr_rule", "lr_law")}  # fitted, so in conf/ alone
+    assert composed.optim == OptimConfig(**law)
     given = {"size", "ffn", "data", "optim", "trainer", "tracking", "budget"}
     bare = Config(**{name: getattr(composed, name) for name in given})
     assert bare == composed
@@ -250,7 +252,8 @@ def all_keys(node: Any, prefix: str = "") -> list[str]:
     keys = []
     for field in fields(node):
         value = getattr(node, field.name)
-        keys += all_keys(value, f"{prefix}{field.name}.") if is_dataclass(value) else [f"{prefix}{field.name}"]
+        parts = is_dataclass(value) and not isinstance(value, RateLawConfig)
+        keys += all_keys(value, f"{prefix}{field.name}.") if parts else [f"{prefix}{field.name}"]
     return keys
 
 
@@ -366,3 +369,14 @@ def test_sizes_of_one_width_have_names_of_their_own() -> None:
             for n_layers in (3, 4):
                 size = SizeConfig(d_model=d_model, n_heads=n_heads, n_layers=n_layers)
                 assert names.setdefault(size.name, size) == size
+
+
+def test_conf_holds_the_law_that_results_rates_prints() -> None:
+    text = (ROOT / "results/rates/table.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    printed = yaml.safe_load(block)
+    assert printed["methods"].keys() == {"dense", "moe", "moe_token_choice", "pkm", "peer"}
+    for ffn, of_method in printed["methods"].items():
+        optim = load([f"ffn={ffn}"]).optim
+        assert (optim.lr, optim.lr_rule) == (of_method["lr"], printed["optim"]["lr_rule"])
+        assert optim.lr_law == RateLawConfig(**printed["optim"]["lr_law"] | of_method.get("lr_law", {}))

@@ -59,13 +59,13 @@ def columns(line: str) -> list[str]:
 
 
 def test_the_plan_has_a_row_for_every_cell(study: Path, cells: list[Cell], capsys: pytest.CaptureFixture) -> None:
-    main(["plan", str(study), "optim.lr=6e-3", "++optim.table_lr=7e-3"])
+    main(["plan", str(study), "optim.lr=6e-3", "++optim.table_lr=7e-3", "optim.lr_rule=inverse_sqrt_width"])
     header, *lines = capsys.readouterr().out.splitlines()
     assert columns(header) == [
         *("cell", "params", "active", "FLOPs/token", "layer", "steps", "tokens", "tokens/param"),
         *("lr", "table", "lr", "FLOPs/budget", "time"),
     ]
-    expected = [cell.name.replace("-s0", "-lr=0.006-table_lr=0.007-s0") for cell in cells]
+    expected = [cell.name.replace("-s0", "-lr=0.006-table_lr=0.007-lr_rule=inverse_sqrt_width-s0") for cell in cells]
     assert [line.split()[0] for line in lines[:8]] == expected
     # dense, d_model 8, 4 layers, 2,048 words, 64 tokens: 16,384 embedded, 12 d^2 a layer, 9 norms of d.
     parameters = 2048 * 8 + 4 * 12 * 8 * 8 + 9 * 8

@@ -47,6 +47,9 @@ def corpus_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+EXPLODES = ["optim.lr_rule=constant", "optim.lr=1e30", "optim.warmup_fraction=0"]
+
+
 @pytest.fixture
 def settings(corpus_path: Path, tmp_path: Path) -> list[str]:
     """Overrides that train in a second and write under tmp_path."""
@@ -159,15 +162,13 @@ def test_a_done_cell_is_not_run_again_and_another_configuration_is_refused(setti
 
 
 def test_a_diverging_cell_is_recorded(settings: list[str]) -> None:
-    status, record = train(
-        [*settings, "tracking=disabled", budget(settings, 8), "optim.lr=1e30", "optim.warmup_fraction=0"]
-    )
+    status, record = train([*settings, "tracking=disabled", budget(settings, 8), *EXPLODES])
     assert status is Status.DIVERGED
     assert "loss is" in record.reason
 
 
 def test_a_diverged_cell_is_run_again_only_once_its_folder_is_set_aside(settings: list[str], tmp_path: Path) -> None:
-    overrides = [*settings, "tracking=disabled", budget(settings, 8), "optim.lr=1e30", "optim.warmup_fraction=0"]
+    overrides = [*settings, "tracking=disabled", budget(settings, 8), *EXPLODES]
     overrides += ["trainer.checkpoint_every_steps=1", "trainer.log_every_steps=1"]
     status, first = train(overrides)
     folder = tmp_path / "runs" / "single" / first.cell
@@ -255,6 +256,7 @@ def study(settings: list[str], tmp_path: Path) -> Path:
         "  axes: {optim.warmup_fraction: [0.0, 1.0]}",
         "  method_axes: {peer: {optim.lr: [1e30]}}",
         "  min_sizes: 1",
+        "optim: {lr_rule: constant}",
     ]
     for key, value in keys.items():
         if "." not in key and key not in ("data", "size"):

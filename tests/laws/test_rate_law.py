@@ -84,11 +84,19 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
 
 
 def test_unequal_exponents_are_told_and_equal_ones_are_not() -> None:
-    p = [fit_rates(runs(0.004, seed), **COLUMNS).equal_exponents["p"] for seed in range(40)]
-    assert 0 <= np.mean(np.array(p) < 0.05) <= 0.15
+    equal = [fit_rates(runs(0.004, seed), **COLUMNS) for seed in range(40)]
+    assert 0 <= np.mean([fit.equal_exponents["p"] < 0.05 for fit in equal]) <= 0.15
+    assert sum(fit.exponents == "shared" for fit in equal) >= 38, "unless p < 0.01"
     other = {**TRUTH, "peer": RateLaw(m=0.007, a=0.0, b=0.6, c=0.5)}
-    fit = fit_rates(runs(0.004, laws=other), **COLUMNS)
-    assert fit.equal_exponents["p"] < 1e-4
+    table = runs(0.004, laws=other)
+    fit = fit_rates(table, **COLUMNS, hold_out=table["d"] == 80)
+    assert fit.equal_exponents["p"] < 1e-4 and fit.exponents == "own"
+    for one in fit.held_out:
+        assert one.predicted == pytest.approx(best(other[one.at["method"]], 80, 1e7, 16), rel=0.15)
+    plain = fit.to_dict()["groups"]["peer"]
+    assert plain["b"] == plain["own"]["b"] == fit.own["peer"].b and plain["shared"]["b"] == fit.laws["peer"].b
+    low, high = plain["ci"]["b"]
+    assert low < 0.6 < high
     assert fit.own["peer"].b == pytest.approx(0.6, abs=0.1) and fit.own["dense"].b == pytest.approx(0.3, abs=0.1)
 
 

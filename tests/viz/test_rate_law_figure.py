@@ -55,10 +55,10 @@ def test_tables_tell_the_law_the_batches_and_the_rates_of_tables() -> None:
     runs = study()
     law = to_plain(fit_law(runs, ["d80"]))
     text = "\n".join(rate_law_sections(runs, law))
-    assert "lowest + 0.060 (ln rate − ln best rate)²" in text and "Equal exponents: p = " in text
+    assert "lowest + 0.060 (ln rate − ln best rate)²" in text and "The p of equal exponents is " in text
     assert "On 2 curves that it was not fitted to its rates are off by a factor of 1.00" in text
-    assert "| a (width) | 0.50 [0.50, 0.50] | 0.50 | 0.50 |" in text
-    assert "| c (batch) | 0.50 [0.50, 0.50] | 0.50 | 0.50 |" in text
+    assert "| a (width) | 0.50 [0.50, 0.50] | 0.50 [0.50, 0.50] | 0.50 [0.50, 0.50] |" in text
+    assert "| c (batch) | 0.50 [0.50, 0.50] | 0.50 [0.50, 0.50] | 0.50 [0.50, 0.50] |" in text
     assert "| budget | width | method | batch 8 | batch 16 | batch 32 |" in text
     assert "| 1e13 | 64 | PEER | 4.3100 (2) | 4.2500 (1) | 4.2900 (2) |" in text
     assert "| budget | width | method | 0.006 | 0.02 | 0.06 |" in text and text.count("| 1e13 | 64 | PEER | 4.2") >= 1
@@ -69,9 +69,10 @@ def test_the_law_as_configuration_gives_the_rates_of_the_law() -> None:
     runs = study()
     law = to_plain(fit_law(runs, ["d80"]))
     text = "\n".join(rate_law_sections(runs, law))
-    settings = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])["optim"]
-    m = law["groups"]["dense"]["m"]
-    assert f"With `optim.lr`: dense {m:.3g}, PEER " in text
+    printed = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    settings, m = printed["optim"], printed["methods"]["dense"]["lr"]
+    assert printed["methods"].keys() == {"dense", "peer"}
+    assert m == pytest.approx(law["groups"]["dense"]["m"], rel=0.005)
     words = [
         f"optim.lr_rule={settings['lr_rule']}",
         f"optim.lr_law={json.dumps(settings['lr_law']).replace(chr(34), '')}",
@@ -84,7 +85,7 @@ def test_the_law_as_configuration_gives_the_rates_of_the_law() -> None:
     assert settings["lr_law"]["largest_lr"] == pytest.approx(runs["lr"].max(), rel=0.01)
     assert settings["lr_law"]["fitted_d_model"] == [32, 64] and settings["lr_law"]["fitted_batch_sequences"] == [8, 32]
     of_one_batch = runs[runs["batch_sequences"] == 16]
-    assumed = as_configuration(to_plain(fit_law(of_one_batch, ["d80"])), of_one_batch)
+    assumed = as_configuration(to_plain(fit_law(of_one_batch, ["d80"])), of_one_batch)["optim"]["lr_law"]
     assert (assumed["batch_exponent"], assumed["fitted_batch_sequences"]) == (0.5, [16, 16])
 
 

@@ -14,8 +14,8 @@ StepLaw (Li et al. 2025), who fit minima rather than losses.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -29,6 +29,8 @@ from peerscale.laws.solver import Array
 MIN_RATES = 3
 REACH = 3.2
 """A parabola describes a curve within this factor of the best rate that was tried."""
+EQUAL_UNLESS = 0.01
+"""Exponents are those that all methods share, unless the F test against each method's own has a smaller p."""
 SIGNS = {"width": -1.0, "tokens": -1.0, "batch": 1.0}
 """Of the exponents: the best rate falls with width and tokens and grows with the batch."""
 EXPONENTS = {"width": "a", "tokens": "b", "batch": "c"}
@@ -90,8 +92,11 @@ class RateFit:
     not bound them. Seeds are in it as far as they scatter a curve's runs, not by what one curve has in common."""
     own: Mapping[str, RateLaw] | None
     """With exponents of each method's own; None where the data do not determine them."""
+    own_ci: Mapping[str, Mapping[str, tuple[float, float]]] | None
     equal_exponents: Mapping[str, Any] | None
     """F test of shared exponents against each method's own: `f`, `df`, `p`."""
+    exponents: Literal["shared", "own"]
+    """Which of the two the test chooses (`EQUAL_UNLESS`). All that follows is of that fit."""
     curvature: float
     """k, nats per (ln lr)^2."""
     curvature_se: float
@@ -120,14 +125,18 @@ class RateFit:
         return float(np.sqrt(np.mean(np.square(logs)))) if logs else math.nan
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: a law a method under `groups`, and what they share beside it."""
+        """Plain values for JSON: the law of each method under `groups`, with the exponents that `exponents` names.
+
+        Beside it stand both, `shared` and, where the data determine them, `own`.
+        """
         plain = fields_to_plain(self)
-        laws, ci, own = plain.pop("laws"), plain.pop("ci"), plain.pop("own")
-        groups = {
-            name: {"law": self.law, "status": "converged", "bootstrap": None, **laws[name], "ci": ci[name]}
-            | ({"own": own[name]} if own else {})
-            for name in laws
-        }
+        laws, ci, own, own_ci = (plain.pop(key) for key in ("laws", "ci", "own", "own_ci"))
+        groups = {}
+        for name in laws:
+            both = {"shared": {**laws[name], "ci": ci[name]}} | (
+                {"own": {**own[name], "ci": own_ci[name]}} if own else {}
+            )
+            groups[name] = {"law": self.law, "status": "converged", "bootstrap": None, **both[self.exponents], **both}
         errors = {"held_out_error": self.held_out_error, "held_out_cost": self.held_out_cost}
         return {"law": self.law} | plain | errors | {"by": "method", "groups": groups}
 
@@ -198,14 +207,13 @@ class _Runs:
     near: Array
     """Whether the parabola describes the run."""
     places: Array
-    """(n, coefficients): what ln best is linear in: ln m of each method, and the exponents that all share."""
+    """(n, coefficients): what ln best is linear in: ln m of each method, and the exponents, shared or its own."""
     at: list[dict[str, Any]]
     """Of each run, see `CurveOptimum`."""
 
-    def regression(self, which: Array, places: Array | None = None) -> ParabolaRegression:
-        """The fit of the runs `which` (n,), with other places than `self.places` if given."""
-        places = self.places if places is None else places
-        return ParabolaRegression.of(self.x[which], self.loss[which], self.curve[which], places[which])
+    def regression(self, which: Array) -> ParabolaRegression:
+        """The fit of the runs `which` (n,)."""
+        return ParabolaRegression.of(self.x[which], self.loss[which], self.curve[which], self.places[which])
 
     def optima(self, which: Array, law: ParabolaRegression) -> tuple[CurveOptimum, ...]:
         """The minima of the curves among `which` (n,) that have two rates or more, with the curvature of the law."""
@@ -281,9 +289,12 @@ def fit_rates(
         raise UserError(f"these runs do not determine the exponents of {which}: leave out a column that hardly varies")
     if not shared.k > 0:
         raise UserError("the losses do not rise on both sides of a best rate: try lower and higher rates")
-    own = rows.regression(fitted, np.hstack([one, (one[:, :, None] * z[:, None]).reshape(len(x), -1)]))
+    apart = replace(rows, places=np.hstack([one, (one[:, :, None] * z[:, None]).reshape(len(x), -1)]))
+    own = apart.regression(fitted)
     if len(names) == 1 or not variables or not own.determined or not own.k > 0:
         own = None
+    equal = f_test(shared.rss, shared.df, own.rss, own.df) if own else None
+    law, rows = (own, apart) if own and equal and equal["p"] < EQUAL_UNLESS else (shared, rows)
     warnings = [f"{(~rows.near).sum()} runs beyond {reach:g} times a curve's best rate left out"]
     warnings = warnings * (not rows.near.all())
     several = by_curve["x"].transform("nunique") >= MIN_RATES
@@ -293,13 +304,13 @@ def fit_rates(
     models = _names(*(table[column] for column in columns)) if columns else np.full(len(x), "")
     split = [held] if held.any() else [models == model for model in np.unique(models)]
     laws, intervals = _laws(shared, names, reference, own=False)
+    own_laws, own_intervals = _laws(own, names, reference, own=True) if own else (None, None)
     return RateFit(
         n=int(fitted.sum()), n_curves=len(np.unique(curves[fitted])), laws=laws, ci=intervals,
-        own=_laws(own, names, reference, own=True)[0] if own else None,
-        equal_exponents=f_test(shared.rss, shared.df, own.rss, own.df) if own else None,
-        curvature=shared.k, curvature_se=shared.k_se, scatter=shared.scatter, df=shared.df,
+        own=own_laws, own_ci=own_intervals, equal_exponents=equal, exponents="shared" if law is shared else "own",
+        curvature=law.k, curvature_se=law.k_se, scatter=law.scatter, df=law.df,
         fitted={name: (float(each[fitted].min()), float(each[fitted].max())) for name, each in told.items()},
-        curves=rows.optima(~held, shared), hold_out_given=bool(held.any()),
+        curves=rows.optima(~held, law), hold_out_given=bool(held.any()),
         held_out=tuple(one for out in split for one in rows.predicted(out)), warnings=tuple(warnings),
     )  # fmt: skip
 

@@ -144,26 +144,33 @@ CONFIGURED = {"width": ("d_model", "a"), "tokens": ("tokens", "b"), "batch": ("b
 
 
 def as_configuration(law: Mapping[str, Any], runs: pd.DataFrame) -> dict[str, Any]:
-    """`optim.lr_law` of a fitted law, to three digits; `optim.lr` of a method is its m.
+    """What conf/ says of a law, numbers to three digits.
 
     Args:
         law: `RateFit.to_dict()` of a study's runs.
         runs: that study's table, for the batch and the largest rate that were tried.
+
+    Returns:
+        `optim`: lr_rule and lr_law for all layers, with the shared exponents; `methods`: for each its lr, and the
+        exponents where they are its own.
     """
-    first, done = next(iter(law["groups"].values())), runs[usable(runs)]
+    shared, done = next(iter(law["groups"].values()))["shared"], runs[usable(runs)]
     usual = float(done["batch_sequences"].mode().iloc[0])
-    found: dict[str, Any] = {}
-    for name, key, exponent in (
-        ("width", "d_model", "a"),
-        ("tokens", "tokens", "b"),
-        ("batch", "batch_sequences", "c"),
-    ):
+    lr_law: dict[str, Any] = {}
+    for name, (key, exponent) in CONFIGURED.items():
         is_fitted = name in law["fitted"]
-        found[f"reference_{key}"] = first[f"{name}_0"] if is_fitted else usual
-        found[f"{name}_exponent"] = first[exponent] if is_fitted else ASSUMED_BATCH_EXPONENT
-        found[f"fitted_{key}"] = [*law["fitted"][name]] if is_fitted else [usual, usual]
-    found["largest_lr"] = float(done["lr"].max())
-    return {key: _rounded(value) for key, value in found.items()}
+        lr_law[f"reference_{key}"] = shared[f"{name}_0"] if is_fitted else usual
+        lr_law[f"{name}_exponent"] = shared[exponent] if is_fitted else ASSUMED_BATCH_EXPONENT
+        lr_law[f"fitted_{key}"] = [*law["fitted"][name]] if is_fitted else [usual, usual]
+    lr_law["largest_lr"] = float(done["lr"].max())
+    methods: dict[str, dict[str, Any]] = {}
+    for method, found in law["groups"].items():
+        methods[method] = {"lr": _rounded(found["m"])}
+        if law["exponents"] == "own":
+            exponents = {f"{name}_exponent": _rounded(found[CONFIGURED[name][1]]) for name in law["fitted"]}
+            methods[method]["lr_law"] = exponents
+    rounded = {key: _rounded(value) for key, value in lr_law.items()}
+    return {"optim": {"lr_rule": "law", "lr_law": rounded}, "methods": methods}
 
 
 def _rounded(value: Any) -> Any:

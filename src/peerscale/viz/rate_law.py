@@ -80,19 +80,24 @@ def rate_law_figure(runs: pd.DataFrame, law: Law | None, *, note: str = "") -> F
 
 def rate_law_sections(runs: pd.DataFrame, law: Law) -> list[str]:
     """The law's coefficients, the optimum of every curve, batches and table rates."""
-    first = next(iter(law["groups"].values()))
-    at = ", ".join(f"{name} {first[f'{name}_0']:g}" for name in law["fitted"])
-    head, methods = f"m, the best rate at {at} [95 %]", law["groups"].items()
+    shared = next(iter(law["groups"].values()))["shared"]
+    at = ", ".join(f"{name} {shared[f'{name}_0']:g}" for name in law["fitted"])
+    head = f"m, the best rate at {at} [95 %]"
     ms = [
-        {"method": style.label(name), head: with_interval(one["m"], one["ci"]["m"], "{:.3g}")} for name, one in methods
+        {"method": style.label(name), head: with_interval(one["m"], one["ci"]["m"], "{:.3g}")}
+        for name, one in law["groups"].items()
     ]
-    shared = [
-        {"exponent": f"{key} ({EXPONENTS[key]})", "of all methods [95 %]": with_interval(first[key], ci, "{:.2f}"),
-         **{style.label(name): number(one["own"][key], "{:.2f}") for name, one in methods if "own" in one}}
-        for key, ci in first["ci"].items() if key != "m"
+    exponents = [
+        {"exponent": f"{key} ({EXPONENTS[key]})", "of all methods [95 %]": with_interval(shared[key], ci, "{:.2f}"),
+         **{style.label(name): with_interval(one["own"][key], one["own"]["ci"][key], "{:.2f}")
+            for name, one in law["groups"].items() if "own" in one}}
+        for key, ci in shared["ci"].items() if key != "m"
     ]  # fmt: skip
-    test = law["equal_exponents"]
-    equal = f" Equal exponents: p = {probability(test['p'])}." if test else ""
+    equal = ""
+    if test := law["equal_exponents"]:
+        chosen = "those of all methods" if law["exponents"] == "shared" else "each method's own"
+        p = probability(test["p"])
+        equal = f"On the right each method's own. The p of equal exponents is {p}: the law has {chosen}."
     fitted = ", ".join(f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in law["fitted"].items())
     judged = ""
     if law["held_out_cost"] is not None:
@@ -106,7 +111,7 @@ def rate_law_sections(runs: pd.DataFrame, law: Law) -> list[str]:
         f"lowest + {law['curvature']:.3f} (ln rate − ln best rate)². {law['n']} runs on {law['n_curves']} curves "
         f"scatter by {law['scatter']:.4f} nats about it. Fitted over {fitted}.{judged}",
     )
-    lines += section("Its exponents", shared, f"On the right each method's own.{equal}" if equal else "")
+    lines += section("Its exponents", exponents, equal)
     found = optima(law)
     lines += section(
         "Batches", batches(found), "Loss at the best rate of each batch, the mean of as many seeds as in brackets."
@@ -120,12 +125,8 @@ def rate_law_sections(runs: pd.DataFrame, law: Law) -> list[str]:
         for one in found.to_dict("records")
     ]  # fmt: skip
     lines += section("Every curve", curves, *(f"- {warning}" for warning in law["warnings"]))
-    settings = yaml.safe_dump({"lr_rule": "law", "lr_law": as_configuration(law, runs)}, sort_keys=False)
-    each = ", ".join(f"{style.label(name)} {one['m']:.3g}" for name, one in methods)
-    return [
-        *lines, "## As configuration", "", "```yaml", "optim:",
-        *(f"  {line}" for line in settings.splitlines()), "```", "", f"With `optim.lr`: {each}.", "",
-    ]  # fmt: skip
+    settings = yaml.safe_dump(as_configuration(law, runs), sort_keys=False, default_flow_style=None, width=120)
+    return [*lines, "## As configuration", "", "```yaml", *settings.splitlines(), "```", ""]
 
 
 def place(budget: float, width: float, name: str) -> dict[str, str]:
