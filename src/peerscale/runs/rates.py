@@ -144,7 +144,7 @@ CONFIGURED = {"width": ("d_model", "a"), "tokens": ("tokens", "b"), "batch": ("b
 
 
 def as_configuration(law: Mapping[str, Any], runs: pd.DataFrame) -> dict[str, Any]:
-    """What conf/ says of a law, numbers to three digits.
+    """What conf/ says of a law: coefficients to three digits, and the range of the runs.
 
     Args:
         law: `RateFit.to_dict()` of a study's runs.
@@ -169,9 +169,9 @@ def as_configuration(law: Mapping[str, Any], runs: pd.DataFrame) -> dict[str, An
         if law["exponents"] == "own":
             exponents = {f"{name}_exponent": _rounded(found[CONFIGURED[name][1]]) for name in law["fitted"]}
             methods[method]["lr_law"] = exponents
-    rounded = {key: _rounded(value) for key, value in lr_law.items()}
+    rounded = {key: value if key.startswith("fitted") else _rounded(value) for key, value in lr_law.items()}
     return {"optim": {"lr_rule": "law", "lr_law": rounded}, "methods": methods}
 
 
-def _rounded(value: Any) -> Any:
-    return [_rounded(one) for one in value] if isinstance(value, list) else float(f"{value:.3g}")
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}")
