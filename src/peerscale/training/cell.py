@@ -217,12 +217,13 @@ def fit(
         corpus.tokens("train"), seed=config.seed, batch_sequences=config.batch_sequences, context=config.context
     )
     trainer = build_trainer(config, plan, module, [MetricsLog(config, plan, tracker), saving])
+    on_gpu = trainer.strategy.root_device.type == "cuda"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         try:
             trainer.fit(
                 module,
-                StepLoader(batches, plan.steps, config.surroundings.micro_batches),
+                StepLoader(batches, plan.steps, config.surroundings.micro_batches, prefetch=on_gpu),
                 ckpt_path=resumed,
                 weights_only=True,
             )
