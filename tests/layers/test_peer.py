@@ -122,7 +122,7 @@ def test_one_expert_a_head_is_a_feed_forward_layer() -> None:
 
 
 @pytest.mark.parametrize("kernel", ["torch", "reference"])
-def test_routes_in_fp32_under_autocast(kernel: str) -> None:
+def test_retrieves_in_fp32_under_autocast(kernel: str) -> None:
     layer, x = make(kernel=kernel).eval(), torch.randn(8, 6)
     plain, found = layer(x), layer.retrieve(x)
     with torch.autocast("cpu", torch.bfloat16):

@@ -100,8 +100,8 @@ class TorchOperators(Operators):
 class _RowOperator(torch.autograd.Function):
     """`row_dot_products` of a factor (T, D) or `weighted_row_sum` of one (T, J): each is the other's adjoint.
 
-    Rows are read from `read_ND`, which may be a rounded copy. The gradient of the table is formed for autograd, or, where
-    it is collected, left as its factors.
+    Rows are read from `read_ND`, which may be a rounded copy of the table. The table's gradient is formed for autograd,
+    or, where it is collected, left as its factors.
     """
 
     @staticmethod
