@@ -73,6 +73,14 @@ def test_memory_of_one_device() -> None:
     assert memory["activations"] == 2 * 64 * 2 * 4 * 19 * 64  # 2 sequences of 64 tokens, 2 bytes, 4 blocks
 
 
+@pytest.mark.parametrize(("ffn", "tables"), [("peer", 2), ("pkm", 1), ("moe", 0)])
+def test_memory_of_the_bf16_copies_of_tables(ffn: str, tables: int) -> None:
+    words = [f"ffn={ffn}", "size=d64", "replaced=[1,2]"]
+    half, full = (load([*words, f"precision={precision}"]) for precision in ("bf16", "fp32"))
+    added = device_memory(half)["state"] - device_memory(full)["state"]
+    assert added == (tables and 2 * 2 * tables * half.ffn.n_experts * 64)  # bytes, blocks, tables
+
+
 def test_a_cell_that_does_not_fit_is_dropped_with_the_parts_in_which_it_would() -> None:
     large = [*GPU, "size=d256", "budget=5e14", "batch_sequences=64", "context=512", "trainer.device_memory_gb=2"]
     dense = plan(load([*large, "ffn=dense", "trainer.micro_batches=1"]))

@@ -57,6 +57,7 @@ LOGITS_BYTES = 2**30
 def device_memory(config: Config) -> dict[str, int]:
     """Bytes that training takes on one device, by what for; an estimate, without the allocator's losses.
 
+    `state` are `STATE_BYTES` a parameter and, at precision bf16, 2 of a copy for each that an expert table has.
     `activations` are what one micro-batch keeps for its backward pass: of a block 9 d_model numbers per token, and what
     its feed-forward layer says of itself (`saved_numbers`). The `reference` kernel keeps more of PKM and PEER. With
     activation checkpointing it keeps the inputs of attention and dense layers, and for a moment all of one block.
@@ -69,9 +70,10 @@ def device_memory(config: Config) -> dict[str, int]:
     if config.trainer.activation_checkpointing:
         n_kept = 0 if config.ffn.method == "dense" else n_replaced  # layers that are not computed again
         numbers = n_layers * 2 * d_model + n_kept * (layer + d_model) + 9 * d_model + dense
+    n_copied = n_replaced * config.ffn.copied_parameters(around) if config.precision == "bf16" else 0
     tokens = config.tokens_per_step // config.trainer.devices // around.micro_batches
     return {
-        "state": STATE_BYTES * cost(config).params_total,
+        "state": STATE_BYTES * cost(config).params_total + 2 * n_copied,
         "activations": tokens * bytes_each * numbers,
         "logits": LOGITS_BYTES,
     }

@@ -57,6 +57,7 @@ CASES = {
         "routing_group_sequences=4",
         "trainer.micro_batches=2",
     ],
+    "peer in bf16": ["ffn=peer", "ffn.query_bias=false", "optim=row_sparse_adamw", "precision=bf16"],
     "pkm, row-sparse": ["ffn=pkm", "ffn.query_bias=false", "optim=row_sparse_adamw"],
 }
 

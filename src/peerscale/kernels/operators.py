@@ -3,6 +3,10 @@
 Shapes: T tokens, D vector width, N rows of a table, J retrieved rows a token (heads x top_k); for product keys H heads,
 S the 2 halves of a key, C half a key's width, N sub-keys a side, G key sets (1, shared by the heads, or H), K top_k.
 A pair is a token t and a rank j, and stands for the row rows[t, j].
+
+Where vectors are of lower precision than a table, such as bf16 beside fp32, its rows are read rounded to theirs. All
+products and sums, what belongs to pairs, and the gradient of the table stay in the table's precision; the output and
+the gradient of the vectors are rounded to that of the vectors.
 """
 
 import functools
@@ -98,12 +102,19 @@ class Operators:
         self, x_TD: Tensor, w_down_ND: Tensor, w_up_ND: Tensor, rows_TJ: Tensor, gates_TJ: Tensor, activation: str
     ) -> Tensor:
         """y[t] = sum_j gates[t, j] sigma(<x[t], w_down[i]>) w_up[i], i = rows[t, j] (PEER, equations 6 and 7)."""
-        hidden_TJ = ACTIVATIONS[activation](torch.einsum("td,tjd->tj", x_TD, w_down_ND[rows_TJ]))
-        return self.weighted_rows(w_up_ND, rows_TJ, hidden_TJ * gates_TJ)
+        w_down_TJD = _rounded(w_down_ND[rows_TJ], x_TD.dtype)
+        hidden_TJ = ACTIVATIONS[activation](torch.einsum("td,tjd->tj", x_TD.to(w_down_ND.dtype), w_down_TJD))
+        return self.weighted_rows(w_up_ND, rows_TJ, hidden_TJ * gates_TJ, x_TD.dtype)
 
-    def weighted_rows(self, table_ND: Tensor, rows_TJ: Tensor, weights_TJ: Tensor) -> Tensor:
-        """y[t] = sum_j weights[t, j] table[rows[t, j]]: a product-key memory (Lample et al. 2019)."""
-        return torch.einsum("tj,tjd->td", weights_TJ, table_ND[rows_TJ])
+    def weighted_rows(
+        self, table_ND: Tensor, rows_TJ: Tensor, weights_TJ: Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """y[t] = sum_j weights[t, j] table[rows[t, j]]: a product-key memory (Lample et al. 2019).
+
+        `dtype` is that of y, and the precision in which rows are read; None: the table's.
+        """
+        dtype = dtype or table_ND.dtype
+        return torch.einsum("tj,tjd->td", weights_TJ, _rounded(table_ND[rows_TJ], dtype)).to(dtype)
 
     def product_key_top_k(self, query_THSC: Tensor, sub_keys_GSNC: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """The best K sums of a first-side and a second-side score <query half, sub-key> of each token and head.
@@ -178,6 +189,13 @@ def candidate_pairs(top_k: int) -> tuple[list[int], list[int]]:
     """
     pairs = [(i, j) for i in range(top_k) for j in range(top_k // (i + 1))]
     return [i for i, _ in pairs], [j for _, j in pairs]
+
+
+def _rounded(rows_TJD: Tensor, dtype: torch.dtype) -> Tensor:
+    """To the nearest numbers of `dtype`; the gradient passes unrounded."""
+    if rows_TJD.dtype == dtype:
+        return rows_TJD
+    return rows_TJD + (rows_TJD.to(dtype) - rows_TJD).detach()
 
 
 def _sub_key_scores(query_THSC: Tensor, sub_keys_GSNC: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from peerscale.kernels.adamw import Rates, State
 from peerscale.kernels.operators import Pairs, SortedPairs, TableGradient, candidate_pairs
+from peerscale.kernels.rounded import rounded_copy
 from peerscale.kernels.torch_operators import TorchOperators
 
 _CACHE_BYTES = 2**25  # a table of this size stays in the cache of a large GPU
@@ -61,6 +62,9 @@ class TritonOperators(TorchOperators):
         _launch("cross_entropy", lambda _: (T,), logits_TV, targets_T.contiguous(), losses_T, V, scale, **blocks)
         return losses_T
 
+    def rounded(self, table_ND: Tensor, dtype: torch.dtype) -> Tensor:
+        return rounded_copy(table_ND, dtype, dtype if _runs_on(table_ND.device.type) else table_ND.dtype)
+
     def row_dot_products(self, x_TD: Tensor, table_ND: Tensor, pairs: Pairs) -> Tensor:
         rows_TJ = pairs.rows_TJ
         if not _takes(rows_TJ):
@@ -96,7 +100,8 @@ class TritonOperators(TorchOperators):
         if not _takes(gradient.pairs.rows_TJ):
             return super().table_gradient(gradient)
         n_rows = gradient.pairs.n_rows
-        out_ND = gradient.vectors_TD.new_zeros(n_rows, gradient.vectors_TD.shape[1])
+        vectors_TD = gradient.vectors_TD
+        out_ND = vectors_TD.new_zeros(n_rows, vectors_TD.shape[1], dtype=_summed_in(vectors_TD))
         tensors, grid, (J, D) = _by_runs(gradient)
         pairs_a_row = (gradient.pairs.rows_TJ.numel() // n_rows).bit_length()
         _launch("table_gradient", grid, *tensors, out_ND, J, D, pairs_a_row)

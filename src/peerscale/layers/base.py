@@ -103,6 +103,10 @@ class FfnConfig:
         """
         return 2 * around.d_model + 2 * around.d_ff
 
+    def copied_parameters(self, around: Surroundings) -> int:
+        """Parameters of which training in bf16 keeps a copy in that type beside them (`kernels.rounded`)."""
+        return 0
+
     @property
     def takes_statistics(self) -> bool:
         """Whether the output or loss depends on which sequences are in a group (`Surroundings.group_sequences`)."""

@@ -95,6 +95,9 @@ class RetrievalConfig(FfnConfig):
         queries = self.n_heads * self.resolved_d_key(around.d_model)  # before and after their norm
         return 2 * around.d_model + 2 * queries + 8 * self.active_experts
 
+    def copied_parameters(self, around: Surroundings) -> int:
+        return self.n_experts * self.ROWS_PER_EXPERT * around.d_model
+
     @property
     def takes_statistics(self) -> bool:
         return self.query_norm

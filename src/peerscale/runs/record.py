@@ -185,7 +185,9 @@ def hashed_config(config: Config, plan: Plan, data_fingerprint: str) -> dict[str
     tree["optim"] |= {"lr": plan.lr, "table_lr": plan.table_lr}
     tree["data"]["evaluation"] = {name: tokens for name, tokens in tree["data"]["evaluation"].items() if tokens}
     tree["replaced"] = list(config.replaced_blocks)
-    return {**tree, "data_fingerprint": data_fingerprint, "recipe_version": RECIPE_VERSION}
+    # Expert tables read from bf16 copies are a second recipe; without them nothing changed.
+    copied = config.precision == "bf16" and config.ffn.copied_parameters(config.surroundings) > 0
+    return {**tree, "data_fingerprint": data_fingerprint, "recipe_version": RECIPE_VERSION + copied}
 
 
 def remove_key(tree: dict[str, Any], key: str, *only: Any) -> None:

@@ -58,6 +58,8 @@ class QueryNorm(nn.BatchNorm1d):
 class ProductKeyRetrieval(nn.Module, CountsUsage):
     """Queries, product keys and their top k; scores in fp32 whatever the precision. The layers add tables of rows.
 
+    Under autocast these are read rounded to its type (`kernels.operators`); their gradients stay in their own.
+
     Args:
         d_model: width of input and output.
         n_experts, n_heads, top_k, d_key, settings: the settings of `CONFIG`, where they are explained.
@@ -129,8 +131,11 @@ class ProductKeyRetrieval(nn.Module, CountsUsage):
         gates_THK = self.gates(scores_THK)
         if self.usage is not None:
             self.usage.add(rows_THK, gates_THK, len(x_TD))
-        with torch.autocast(x.device.type, enabled=False):
-            y_TD = self.combine(x_TD, rows_THK.flatten(1), gates_THK.flatten(1))
+        device, dtype = x.device.type, self.sub_keys.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            y_TD = self.combine(x_TD.to(dtype), rows_THK.flatten(1), gates_THK.flatten(1))
         return y_TD.view(x.shape).to(x.dtype)
 
     def gates(self, scores_THK: Tensor) -> Tensor:
@@ -138,7 +143,7 @@ class ProductKeyRetrieval(nn.Module, CountsUsage):
         return scores_THK.softmax(dim=-1)
 
     def combine(self, x_TD: Tensor, rows_TJ: Tensor, gates_TJ: Tensor) -> Tensor:
-        """The output (T, D), from the rows that were retrieved."""
+        """The output (T, D), from the rows that were retrieved, read in the precision of x."""
         raise NotImplementedError
 
     def new_table(self, d_model: int) -> nn.Parameter:
@@ -163,7 +168,7 @@ class Pkm(ProductKeyRetrieval):
         return [self.values]
 
     def combine(self, x_TD: Tensor, rows_TJ: Tensor, gates_TJ: Tensor) -> Tensor:
-        return self.operators.weighted_rows(self.values, rows_TJ, gates_TJ)
+        return self.operators.weighted_rows(self.values, rows_TJ, gates_TJ, x_TD.dtype)
 
 
 class Peer(ProductKeyRetrieval):
@@ -190,5 +195,4 @@ class Peer(ProductKeyRetrieval):
         return super().gates(scores_THK) if self.score == "softmax" else scores_THK.sigmoid()
 
     def combine(self, x_TD: Tensor, rows_TJ: Tensor, gates_TJ: Tensor) -> Tensor:
-        x_TD = x_TD.to(self.w_down.dtype)
         return self.operators.single_neuron_experts(x_TD, self.w_down, self.w_up, rows_TJ, gates_TJ, self.activation)
