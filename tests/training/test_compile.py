@@ -7,6 +7,7 @@ from torch._dynamo.utils import counters
 
 from peerscale.config import load
 from peerscale.kernels.operators import collected_gradients
+from peerscale.kernels.torch_operators import TorchOperators
 from peerscale.plan import plan
 from peerscale.training.evaluation import attach_usage, detach_usage
 from peerscale.training.module import LanguageModel
@@ -21,8 +22,7 @@ CASES = {
     "token choice": ["ffn=moe_token_choice"],
     "fine-grained": ["ffn=fine_grained_moe", *GROUPS],
     "pkm": ["ffn=pkm", *ROWS],
-    "pkm in torch's operators, row-sparse": ["ffn=pkm", *ROWS, "optim=row_sparse_adamw", "trainer.kernel=torch"],
-    "peer": ["ffn=peer", *ROWS, *GROUPS, "replaced=all"],
+    "peer": ["ffn=peer", *ROWS, *GROUPS, "replaced=all", "trainer.kernel=torch"],
     "peer, row-sparse": ["ffn=peer", *ROWS, *GROUPS, "replaced=all", "optim=row_sparse_adamw"],
 }
 SEQUENCES = (8, 16, 24)  # of a micro-batch
@@ -65,15 +65,14 @@ def test_a_training_step_is_one_graph_with_the_same_result(case: str) -> None:
     assert not counters["stats"]
     found, graphs = trained(CASES[case], compiled=True)
     assert not counters["graph_break"]
-    assert graphs[-1] == graphs[len(SEQUENCES) - 1] <= 2 * len(SEQUENCES)  # nothing was compiled again for a known shape
+    # Nothing was compiled again for a known shape.
+    assert graphs[-1] == graphs[len(SEQUENCES) - 1] <= 2 * len(SEQUENCES)
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
 
 
 def test_a_compiled_layer_sorts_its_pairs_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from peerscale.kernels.torch_operators import TorchOperators
-
     torch._dynamo.reset()
     calls, sort_pairs = [], TorchOperators.sort_pairs
     monkeypatch.setattr(

@@ -1,13 +1,14 @@
 """In a training step the host asks the device for no value, so that it never waits.
 
-On the meta device, which has no values: what asks for one fails, and so does what mixes devices. Triton's kernels are not
-launched there.
+On the meta device, which has no values: what asks for one fails, and so does what mixes devices. Triton's kernels are
+not launched there.
 """
 
 from typing import Any
 
 import pytest
 import torch
+from test_compile import CASES, SIZE
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -17,7 +18,6 @@ from peerscale.kernels import triton_operators
 from peerscale.plan import plan
 from peerscale.training.module import LanguageModel
 from peerscale.training.optimizer import build_optimizer
-from test_compile import CASES, SIZE
 
 ASKS = {
     "bincount": lambda x: torch.bincount(x),
@@ -68,7 +68,7 @@ def train(overrides: list[str], dtype: torch.dtype) -> None:
             optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "torch's operators" not in case])
+@pytest.mark.parametrize("case", CASES)
 def test_a_step_asks_for_no_value(case: str) -> None:
     # Grouped products in bfloat16 only: see below.
     train(CASES[case], torch.bfloat16 if case in ("token choice", "fine-grained") else torch.float32)
@@ -82,6 +82,6 @@ def test_what_asks_for_a_value_is_found(asks: str) -> None:
 
 
 def test_grouped_products_in_float32_do_wait() -> None:
-    """torch multiplies groups at once in bfloat16 only, on an H100 or a B200; else it copies their sizes to the host."""
+    """torch multiplies groups at once in bfloat16 only (on an H100 or B200); else it copies their sizes to the host."""
     with pytest.raises(RuntimeError, match="Expected inputs of BF16 type"):
         train(CASES["token choice"], torch.float32)

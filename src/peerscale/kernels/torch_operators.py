@@ -4,8 +4,8 @@ Faster backends replace the parts; how these make up the operators and their gra
 gradient of an embedding bag with respect to its per-sample weights *is* the dot product of a row with a vector, so that
 operator computes `row_dot_products`.
 
-torch.compile sees the operators as opaque ones of `torch.library`, which hand on tensors, numbers and the backend's name
-only. Without a compiler these would be slower than autograd's functions, which then run instead.
+torch.compile sees the operators as opaque ones of `torch.library`, which are handed tensors, numbers and the name of
+the backend. Without it these would be slower than autograd's functions, which then run instead.
 """
 
 from typing import Any
@@ -187,10 +187,11 @@ def _named(kernel: str) -> TorchOperators:
 
 def _shared_pairs(rows_TJ: Tensor, n_rows: int, kernel: str) -> Pairs:
     """Made once for a tensor of rows and all operators that it is handed to."""
-    if not hasattr(rows_TJ, "pairs"):
+    pairs = getattr(rows_TJ, "pairs", None)
+    if pairs is None:
         # Of an alias: a cycle would keep the memory.
-        rows_TJ.pairs = _named(kernel).pairs(rows_TJ.detach(), n_rows)  # type: ignore[attr-defined]
-    return rows_TJ.pairs
+        pairs = rows_TJ.pairs = _named(kernel).pairs(rows_TJ.detach(), n_rows)  # type: ignore[attr-defined]
+    return pairs
 
 
 @torch.library.custom_op("peerscale::own_rows", mutates_args=())
@@ -253,9 +254,7 @@ _compiled_row_operator.register_autograd(_row_operator_gradients, setup_context=
 
 
 @torch.library.custom_op("peerscale::product_key_top_k", mutates_args=())
-def _search(
-    query_THSC: Tensor, sub_keys_GSNC: Tensor, top_k: int, kernel: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def _search(query_THSC: Tensor, sub_keys_GSNC: Tensor, top_k: int, kernel: str) -> tuple[Tensor, Tensor, Tensor]:
     return _named(kernel).search(query_THSC.contiguous(), sub_keys_GSNC.contiguous(), top_k)
 
 

@@ -243,7 +243,8 @@ def _outer_product(x_PD: Tensor, grad_PF: Tensor, rows_E: Tensor) -> Tensor:
     """The gradient of the weights."""
     if _groups(x_PD, x_PD.shape[1], grad_PF.shape[1]):
         return F.grouped_mm(x_PD.T, grad_PF, offs=rows_E.cumsum(0, dtype=torch.int32))
-    return torch.stack([x.T @ grad for x, grad in zip(*(t.split(rows_E.tolist()) for t in (x_PD, grad_PF)), strict=True)])
+    parts = (tensor.split(rows_E.tolist()) for tensor in (x_PD, grad_PF))
+    return torch.stack([x.T @ grad for x, grad in zip(*parts, strict=True)])
 
 
 @_outer_product.register_fake
