@@ -217,8 +217,8 @@ def test_a_copy_is_no_part_of_the_model(name, kind):
 
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_torch_compile_takes_a_layer_in_bf16(name):
-    layer, x = make(Peer, name), torch.randn(5, D)
-    compiled = torch.compile(layer, backend="aot_eager")
+    layer, x = make(Peer, name), torch.randn(5, D, requires_grad=True)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     optimizer = optimizer_of(layer, "row_sparse_adamw")
     for _ in range(2):
         found = []

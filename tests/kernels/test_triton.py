@@ -67,9 +67,7 @@ def test_compiles_for_a_gpu(monkeypatch, tmp_path, real, architecture, kernels):
             function = function.fn
         names = function.arg_names
         # Sums and what belongs to pairs are float32 beside half precision.
-        known = dict.fromkeys(("rows", "order", "starts", "targets"), "*i64") | dict.fromkeys(
-            ("first", "second"), "*i32"
-        )
+        known = dict.fromkeys(("rows", "order", "starts", "targets"), "*i64")
         known |= dict.fromkeys(("x", "table", "vectors", "mean", "square", "query", "sub_keys", "logits"), f"*{real}")
         known |= dict.fromkeys(("P", "J", "D", "V", "PAIRS_A_ROW", "tokens"), "i32") | {"scale": "fp32"}
         if kernel == "adamw_rows":

@@ -39,14 +39,40 @@ class CppOperators(TorchOperators):
         return None
 
     def pairs(self, rows_TJ: Tensor, n_rows: int) -> Pairs:
-        _check_rows(rows_TJ, n_rows)
+        if not torch.compiler.is_compiling():
+            _check_rows(rows_TJ, n_rows)
         return super().pairs(rows_TJ, n_rows)
 
-    @torch.compiler.disable
     def product_key_top_k(self, query_THSC: Tensor, sub_keys_GSNC: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         if not _takes(query_THSC, sub_keys_GSNC) or top_k > _MOST_TOP_K:
             return super().product_key_top_k(query_THSC, sub_keys_GSNC, top_k)
-        return _ProductKeyTopK.apply(query_THSC, sub_keys_GSNC, top_k)
+        return self.top_k_by_search(query_THSC, sub_keys_GSNC, top_k)
+
+    def search(self, query_THSC: Tensor, sub_keys_GSNC: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+        (T, H, _, C), (G, _, N, _) = query_THSC.shape, sub_keys_GSNC.shape
+        ranks = [torch.tensor(ranks) for ranks in candidate_pairs(top_k)]
+        scores_THK = query_THSC.new_empty(T, H, top_k)
+        rows_THK = torch.empty(T, H, top_k, dtype=torch.long)
+        sub_keys_THSK = torch.empty(T, H, 2, top_k, dtype=torch.int32)
+        _run(
+            "product_key_top_k", query_THSC.dtype, query_THSC, sub_keys_GSNC, T, H, G, N, C, top_k, *ranks,
+            len(ranks[0]), scores_THK, rows_THK, sub_keys_THSK,
+        )  # fmt: skip
+        return scores_THK, rows_THK, sub_keys_THSK
+
+    def search_gradients(
+        self, grad_THK: Tensor, query_THSC: Tensor, sub_keys_GSNC: Tensor, sub_keys_THSK: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        (T, H, S, C), (G, _, N, _), K = query_THSC.shape, sub_keys_GSNC.shape, sub_keys_THSK.shape[-1]
+        inputs, grad_query = (grad_THK, sub_keys_THSK, query_THSC, sub_keys_GSNC), torch.empty_like(query_THSC)
+        if C <= _NARROW_KEYS:
+            parts = query_THSC.new_empty(-(-T * H // _QUERIES_A_PART), G, S, N, C)
+            sizes = (T * H, _QUERIES_A_PART, K, C, G * S * N)
+            _run("product_key_backward_narrow", query_THSC.dtype, *inputs, grad_query, parts, *sizes)
+            return grad_query, parts.sum(0)
+        grad_sub_keys = torch.empty_like(sub_keys_GSNC)
+        _run("product_key_backward", query_THSC.dtype, *inputs, grad_query, grad_sub_keys, T * H * S, K, C, G * S * N)
+        return grad_query, grad_sub_keys
 
     def cross_entropy_(self, logits_TV: Tensor, targets_T: Tensor, scale: float) -> Tensor:
         if not _takes(logits_TV):
@@ -67,7 +93,7 @@ class CppOperators(TorchOperators):
         return _Rotary.apply(qkv_BT3HC, cos_TC, sin_TC)
 
     def gate(self, scores_TJ: Tensor, gates_TJ: Tensor, activation: str) -> Tensor:
-        if not _takes(scores_TJ, gates_TJ):
+        if torch.compiler.is_compiling() or not _takes(scores_TJ, gates_TJ):
             return super().gate(scores_TJ, gates_TJ, activation)
         return _Gate.apply(scores_TJ, gates_TJ, _ACTIVATIONS[activation])
 
@@ -179,46 +205,6 @@ def _rotate(qkv_BT3HC: Tensor, cos_TC: Tensor, sin_TC: Tensor, direction: float)
     out = torch.empty_like(qkv_BT3HC)
     _run("rotary", out.dtype, qkv_BT3HC, cos_TC, sin_TC, out, B * T, T, H, width, direction)
     return out
-
-
-class _ProductKeyTopK(torch.autograd.Function):
-    """The top k, and gradients that take as long as there are retrieved sub-keys, not as there are sub-keys."""
-
-    @staticmethod
-    def forward(ctx: Any, query_THSC: Tensor, sub_keys_GSNC: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        query_THSC, sub_keys_GSNC = query_THSC.contiguous(), sub_keys_GSNC.contiguous()
-        (T, H, _, C), (G, _, N, _) = query_THSC.shape, sub_keys_GSNC.shape
-        ranks = [torch.tensor(ranks) for ranks in candidate_pairs(top_k)]
-        scores_THK = query_THSC.new_empty(T, H, top_k)
-        rows_THK = torch.empty(T, H, top_k, dtype=torch.long)
-        sub_keys_THSK = torch.empty(T, H, 2, top_k, dtype=torch.int32)
-        _run(
-            "product_key_top_k", query_THSC.dtype, query_THSC, sub_keys_GSNC, T, H, G, N, C, top_k, *ranks,
-            len(ranks[0]), scores_THK, rows_THK, sub_keys_THSK,
-        )  # fmt: skip
-        ctx.save_for_backward(query_THSC, sub_keys_GSNC, sub_keys_THSK)
-        ctx.mark_non_differentiable(rows_THK)
-        return scores_THK, rows_THK
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # pyrefly: ignore[bad-override]
-        query_THSC, sub_keys_GSNC, sub_keys_THSK = ctx.saved_tensors
-        (T, H, S, C), (G, _, N, _), K = query_THSC.shape, sub_keys_GSNC.shape, sub_keys_THSK.shape[-1]
-        if C <= _NARROW_KEYS:
-            grad_query = torch.empty_like(query_THSC)
-            parts = query_THSC.new_empty(-(-T * H // _QUERIES_A_PART), G, S, N, C)
-            _run(
-                "product_key_backward_narrow", query_THSC.dtype, grads[0].contiguous(), sub_keys_THSK, query_THSC,
-                sub_keys_GSNC, grad_query, parts, T * H, _QUERIES_A_PART, K, C, G * S * N,
-            )  # fmt: skip
-            return grad_query, parts.sum(0), None
-        grad_query, grad_sub_keys = torch.empty_like(query_THSC), torch.empty_like(sub_keys_GSNC)
-        _run(
-            "product_key_backward", query_THSC.dtype, grads[0].contiguous(), sub_keys_THSK, query_THSC, sub_keys_GSNC,
-            grad_query, grad_sub_keys, T * H * S, K, C, G * S * N,
-        )  # fmt: skip
-        return grad_query, grad_sub_keys, None
 
 
 class _SortedPairs(ctypes.Structure):

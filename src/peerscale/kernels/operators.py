@@ -10,8 +10,10 @@ the gradient of the vectors are rounded to that of the vectors.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -64,11 +66,21 @@ class TableGradient:
     vectors_TD: Tensor
 
 
+class _Collected(list[TableGradient]):
+    """To which, unlike to a list, there can be weak references."""
+
+
+NUMBERED: WeakValueDictionary[int, _Collected] = WeakValueDictionary()
+"""The lists of collected gradients by the number that stands for each where only numbers can be handed on."""
+_numbers = itertools.count(1)
+
+
 def collect_row_gradients(table: nn.Parameter) -> None:
     """Let backward passes keep the gradient of `table` as factors, for a row-sparse optimiser or for other ranks, and
     leave `table.grad` alone.
     """
-    table.collected_gradients = []  # type: ignore[attr-defined]
+    table.collected_number = next(_numbers)  # type: ignore[attr-defined]
+    table.collected_gradients = NUMBERED[table.collected_number] = _Collected()  # type: ignore[attr-defined]
 
 
 def collected_gradients(table: Tensor) -> list[TableGradient] | None:

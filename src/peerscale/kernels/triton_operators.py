@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch._subclasses.fake_tensor import FakeTensor
 
 from peerscale.kernels.adamw import Rates, State
 from peerscale.kernels.operators import Pairs, SortedPairs, TableGradient, candidate_pairs
@@ -39,7 +39,6 @@ class TritonOperators(TorchOperators):
             return "there is no package triton: pip install 'peerscale[gpu]'"
         return None
 
-    @torch.compiler.disable
     def product_key_top_k(self, query_THSC: Tensor, sub_keys_GSNC: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """See `Operators`; the scores (T, H, 2, N) are never stored.
 
@@ -51,7 +50,34 @@ class TritonOperators(TorchOperators):
         known = query_THSC.dtype == sub_keys_GSNC.dtype and query_THSC.dtype in _FLOAT32_AT_MOST
         if not (known and _takes(query_THSC) and top_k <= min(_MOST_TOP_K, sub_keys_GSNC.shape[2])):
             return super().product_key_top_k(query_THSC, sub_keys_GSNC, top_k)
-        return _ProductKeyTopK.apply(query_THSC, sub_keys_GSNC, top_k, self)
+        return self.top_k_by_search(query_THSC, sub_keys_GSNC, top_k)
+
+    def search(self, query_THSC: Tensor, sub_keys_GSNC: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+        (T, H, _, C), (G, _, N, _), K = query_THSC.shape, sub_keys_GSNC.shape, top_k
+        scores_THK = query_THSC.new_empty(T, H, K, dtype=torch.float32)
+        rows_THK = query_THSC.new_empty(T, H, K, dtype=torch.long)
+        constants = search_constants(query_THSC.dtype, N, C, G, K)
+        tokens = T * H // G
+        grid = (-(-tokens // constants["BLOCK_M"]), G)
+        arrays = (query_THSC, sub_keys_GSNC, scores_THK, rows_THK)
+        _launch("product_key_top_k", lambda _: grid, *arrays, tokens, module="triton_top_k", **constants)
+        return scores_THK, rows_THK, torch.stack([rows_THK // N, rows_THK % N], dim=2).int()
+
+    def search_gradients(
+        self, grad_THK: Tensor, query_THSC: Tensor, sub_keys_GSNC: Tensor, sub_keys_THSK: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """They are gathered by the operators on rows.
+
+        To these all sub-keys are one table of G S N rows, and each half of a query is a token that reads K of them.
+        """
+        (T, H, S, C), (G, _, N, _), K = query_THSC.shape, sub_keys_GSNC.shape, sub_keys_THSK.shape[-1]
+        side_S1 = torch.arange(S, device=sub_keys_THSK.device)[:, None] * N
+        set_H11 = (torch.arange(H, device=sub_keys_THSK.device) % G)[:, None, None] * (S * N)
+        pairs = Pairs(self, (sub_keys_THSK + side_S1 + set_H11).view(-1, K), G * S * N)
+        weights = grad_THK.unsqueeze(2).expand(T, H, S, K).reshape(-1, K).contiguous()  # a view where T H or K is 1
+        grad_query = self.weighted_row_sum(sub_keys_GSNC.view(-1, C), pairs, weights)
+        grad_sub_keys = self.table_gradient(TableGradient(pairs, weights, query_THSC.view(-1, C)))
+        return grad_query.view_as(query_THSC), grad_sub_keys.view_as(sub_keys_GSNC)
 
     def cross_entropy_(self, logits_TV: Tensor, targets_T: Tensor, scale: float) -> Tensor:
         # A kernel takes numbers as float32: `scale` would not be float64's.
@@ -126,51 +152,6 @@ class TritonOperators(TorchOperators):
         _launch("adamw_rows", grid, *tensors, *changed, *factors, *widths, **constants)
 
 
-class _ProductKeyTopK(torch.autograd.Function):
-    """The top k; its gradients are gathered from those of the (T, H, K) scores by the operators on rows.
-
-    To them all sub-keys are one table of G S N rows, and each half of a query is a token that reads K of these.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, query_THSC: Tensor, sub_keys_GSNC: Tensor, top_k: int, operators: TritonOperators
-    ) -> tuple[Tensor, Tensor]:
-        query_THSC, sub_keys_GSNC = query_THSC.contiguous(), sub_keys_GSNC.contiguous()
-        (T, H, _, C), (G, _, N, _), K = query_THSC.shape, sub_keys_GSNC.shape, top_k
-        scores_THK = query_THSC.new_empty(T, H, K, dtype=torch.float32)
-        rows_THK = query_THSC.new_empty(T, H, K, dtype=torch.long)
-        constants = search_constants(query_THSC.dtype, N, C, G, K)
-        # On the host until copied; a copy of this size from pageable memory does not wait for the GPU's work.
-        ranks = [torch.tensor(ranks, dtype=torch.int32, device=query_THSC.device) for ranks in candidate_pairs(K)]
-        tokens = T * H // G
-        grid = (-(-tokens // constants["BLOCK_M"]), G)
-        arrays = (query_THSC, sub_keys_GSNC, *ranks, scores_THK, rows_THK)
-        _launch("product_key_top_k", lambda _: grid, *arrays, tokens, module="triton_top_k", **constants)
-        ctx.save_for_backward(query_THSC, sub_keys_GSNC, rows_THK)
-        ctx.operators = operators
-        ctx.mark_non_differentiable(rows_THK)
-        return scores_THK, rows_THK
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
-        query_THSC, sub_keys_GSNC, rows_THK = ctx.saved_tensors
-        (T, H, S, C), (G, _, N, _), K = query_THSC.shape, sub_keys_GSNC.shape, rows_THK.shape[-1]
-        side_S1 = torch.arange(S, device=rows_THK.device)[:, None] * N
-        set_H11 = (torch.arange(H, device=rows_THK.device) % G)[:, None, None] * (S * N)
-        sub_keys_THSK = torch.stack([rows_THK // N, rows_THK % N], dim=2) + side_S1 + set_H11
-        pairs = Pairs(ctx.operators, sub_keys_THSK.view(-1, K), G * S * N)
-        weights = grads[0].unsqueeze(2).expand(T, H, S, K).reshape(-1, K).contiguous()  # a view where T H or K is 1
-        grad_query = grad_sub_keys = None
-        if ctx.needs_input_grad[0]:
-            grad_query = ctx.operators.weighted_row_sum(sub_keys_GSNC.view(-1, C), pairs, weights).view_as(query_THSC)
-        if ctx.needs_input_grad[1]:
-            gradient = TableGradient(pairs, weights, query_THSC.view(-1, C))
-            grad_sub_keys = ctx.operators.table_gradient(gradient).view_as(sub_keys_GSNC)
-        return grad_query, grad_sub_keys, None, None
-
-
 def search_constants(dtype: torch.dtype, N: int, C: int, G: int, K: int) -> dict[str, Any]:
     """The constants with which `triton_top_k` is compiled."""
     block_k, candidates = max(2, _power_of_two(K)), len(candidate_pairs(K)[0])
@@ -223,6 +204,8 @@ def _columns(n: int, D: int) -> Callable[[dict[str, int]], tuple[int, int]]:
 def _launch(
     kernel: str, grid: Callable[..., tuple[int, ...]], *arguments: Any, module: str = "triton_kernels", **constants: Any
 ) -> None:
+    if isinstance(arguments[0], FakeTensor):
+        return
     # Imports Triton, which need not be there.
     kernels = importlib.import_module(f"peerscale.kernels.{module}")
 

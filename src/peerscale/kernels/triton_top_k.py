@@ -12,15 +12,15 @@ _NONE = tl.constexpr(-(2**63))
 
 @triton.jit
 def product_key_top_k(
-    query, sub_keys, first, second, scores, rows, tokens, N: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
+    query, sub_keys, scores, rows, tokens, N: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
     G: tl.constexpr, CANDIDATES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The best K sums of a score of either side, and their rows i N + j.
 
     `query` is (M, 2, C), `sub_keys` (G, 2, N, C); query m reads key set m % G, and there are `tokens` = M / G of each.
-    `first` and `second` are the ranks of `operators.candidate_pairs`, CANDIDATES of them. The blocks of ranks and of
-    candidates, BLOCK_K and BLOCK_P, are powers of two.
+    There are CANDIDATES pairs of ranks, those of `operators.candidate_pairs`. The blocks of ranks and of candidates,
+    BLOCK_K and BLOCK_P, are powers of two.
     """
     token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     known = token < tokens
@@ -29,8 +29,13 @@ def product_key_top_k(
     a = _best(query, keys, m, known, N, C, BLOCK_K, BLOCK_M, BLOCK_N, BLOCK_C, PRECISION)
     b = _best(query + C, keys + N * C, m, known, N, C, BLOCK_K, BLOCK_M, BLOCK_N, BLOCK_C, PRECISION)
     place = tl.arange(0, BLOCK_P)
-    i = _each(tl.load(first + place, place < CANDIDATES, 0), BLOCK_M)
-    j = _each(tl.load(second + place, place < CANDIDATES, 0), BLOCK_M)
+    # Of the rank i there are the K // (i + 1) pairs with j = 0, 1, ...
+    i, start, end = place * 0, place * 0, place * 0
+    for n in tl.static_range(1, K):
+        end += K // n
+        i = tl.where(place >= end, n, i)
+        start = tl.where(place >= end, end, start)
+    i, j = _each(i, BLOCK_M), _each(tl.minimum(place - start, K - 1), BLOCK_M)
     sums = tl.gather(_score(a), i, 1) + tl.gather(_score(b), j, 1)
     best = tl.topk(tl.where((place < CANDIDATES)[None, :], _packed(sums, place[None, :]), _NONE), BLOCK_K)
     # Beyond K there are empty places where there are fewer candidates than BLOCK_K.

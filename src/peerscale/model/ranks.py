@@ -5,12 +5,9 @@ gradients are averaged over the ranks; so the gradient of something that the ran
 losses of all ranks.
 """
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def n_ranks() -> int:
@@ -36,20 +33,14 @@ def groups_here(n_groups: int) -> int:
     return 1 if n_groups == 1 else n_groups // n_ranks()
 
 
-@torch.compiler.disable
 def gather(x: Tensor) -> Tensor:
     """The x of all ranks in order, concatenated along the first dimension; not differentiable."""
-    if n_ranks() == 1:
-        return x
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(n_ranks())]
-    dist.all_gather(parts, x.detach().contiguous())
-    return torch.cat(parts)
+    return x if n_ranks() == 1 else _gathered(x.detach())
 
 
-@torch.compiler.disable
 def sum_over_ranks(x: Tensor) -> Tensor:
     """The sum of the x of all ranks, differentiable."""
-    return x if n_ranks() == 1 else _SumOverRanks.apply(x)
+    return x if n_ranks() == 1 else _all_reduced(x)
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
@@ -66,20 +57,31 @@ def as_first_rank(number: int) -> int:
     return int(first_ranks)
 
 
-class _SumOverRanks(torch.autograd.Function):
-    """As torch.distributed.nn.functional.all_reduce, which torch deprecates in favour of private functions."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return _all_reduced(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
-        return _all_reduced(grads[0])
+# Operators of torch.library, through which torch.compile need not look.
 
 
+@torch.library.custom_op("peerscale::gather", mutates_args=())
+def _gathered(x: Tensor) -> Tensor:
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(n_ranks())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+@_gathered.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(n_ranks() * len(x), *x.shape[1:])
+
+
+@torch.library.custom_op("peerscale::sum_over_ranks", mutates_args=())
 def _all_reduced(x: Tensor) -> Tensor:
     total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total)
     return total
+
+
+@_all_reduced.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+_all_reduced.register_autograd(lambda ctx, grad: _all_reduced(grad))

@@ -144,6 +144,6 @@ class Transformer(nn.Module):
 
     def auxiliary_loss(self) -> Tensor | None:
         """Sum of the auxiliary losses that layers left in their last forward pass in training."""
-        losses = [loss for m in self.modules() if (loss := getattr(m, "auxiliary_loss", None)) is not None]
+        losses = [getattr(m, "auxiliary_loss", None) for m in self.modules()]
         tensors = [loss for loss in losses if isinstance(loss, Tensor)]
         return torch.stack(tensors).sum() if tensors else None

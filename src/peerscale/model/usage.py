@@ -16,13 +16,18 @@ class ExpertUsage:
 
     def __init__(self, n_experts: int) -> None:
         self.weight_sums = torch.zeros(n_experts, dtype=torch.float64)
-        self.tokens = 0
+        self.token_sum = torch.zeros((), dtype=torch.long)  # a compiled layer would be compiled again for each number
 
     def add(self, experts: Tensor, weights: Tensor, tokens: int) -> None:
         """Add `weights` of `experts`, two tensors of one shape, from a pass over `tokens` tokens."""
         self.weight_sums = self.weight_sums.to(weights.device)
         self.weight_sums.index_add_(0, experts.reshape(-1), weights.detach().reshape(-1).double())
-        self.tokens += tokens
+        self.token_sum = self.token_sum + tokens
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens passed."""
+        return int(self.token_sum)
 
     @property
     def usage(self) -> float:

@@ -204,7 +204,7 @@ def build_module(config: Config, plan: Plan, device: torch.device) -> LanguageMo
     lightning.seed_everything(config.seed, verbose=False)
     module = LanguageModel(config, plan, device.type)
     if config.trainer.compile:
-        module.model.features = torch.compile(module.model.features)
+        module.losses = torch.compile(module.losses)
     return module
 
 

@@ -73,7 +73,7 @@ def detach_usage(module: LanguageModel, usages: list[ExpertUsage]) -> dict[str, 
     if not usages:
         return {}
     for usage in usages:
-        usage.weight_sums, usage.tokens = sum_over_ranks(usage.weight_sums), usage.tokens * n_ranks()
+        usage.weight_sums, usage.token_sum = sum_over_ranks(usage.weight_sums), usage.token_sum * n_ranks()
     return {
         "expert_usage": sum(u.usage for u in usages) / len(usages),
         "unevenness": sum(u.unevenness for u in usages) / len(usages),

@@ -4,6 +4,8 @@ Shapes: B sequences, T tokens of a sequence, D model width, F hidden width, E ex
 at each position (capacity), K top_k, M tokens of the whole batch, P pairs of a token and an expert.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,7 +32,6 @@ class Experts(nn.Module):
         """Each expert on its own rows, the same number for each."""
         return F.gelu(x_ECD @ self.down) @ self.up
 
-    @torch.compiler.disable  # its shapes change with every batch
     def grouped(self, x_PD: Tensor, rows_E: Tensor) -> Tensor:
         """Each expert on its own rows, sorted by expert; `rows_E` says how many each expert has."""
         return _grouped_product(F.gelu(_grouped_product(x_PD, self.down, rows_E)), self.up, rows_E)
@@ -85,9 +86,16 @@ class ExpertChoiceMoe(RoutedExperts):
                 f"is not a whole number in 1..{sequences}"
             )
         gates_BTE = self.route(x_BTD)[0]
-        if n_ranks() * self.n_groups > 1:
-            return self._forward_in_groups(x_BTD, gates_BTE, capacity)
-        gates_ETC, sequence_ETC = gates_BTE.permute(2, 1, 0).topk(capacity, dim=-1)
+        if n_ranks() > 1 and self.n_groups == 1:
+            return self._forward_on_ranks(x_BTD, gates_BTE, capacity)
+        groups = groups_here(self.n_groups)
+        gates_ETGC, place_ETGC = gates_BTE.permute(2, 1, 0).unflatten(-1, (groups, -1)).topk(capacity, dim=-1)
+        if groups > 1:
+            # By sequence: the order of the sums over an expert's tokens.
+            place_ETGC, order_ETGC = place_ETGC.sort(dim=-1)
+            gates_ETGC = gates_ETGC.gather(-1, order_ETGC)
+        first_G1 = torch.arange(0, B, B // groups, device=x_BTD.device)[:, None]
+        gates_ETC, sequence_ETC = gates_ETGC.flatten(-2), (place_ETGC + first_G1).flatten(-2)
         # Row of each chosen token in the batch laid out as (B x T, D).
         token_EM = (sequence_ETC * T + torch.arange(T, device=x_BTD.device)[:, None]).flatten(1)
         if self.usage is not None:
@@ -100,18 +108,17 @@ class ExpertChoiceMoe(RoutedExperts):
         return y_MD.view(B, T, D)
 
     @torch.compiler.disable  # its shapes change with every batch
-    def _forward_in_groups(self, x_BTD: Tensor, gates_BTE: Tensor, capacity: int) -> Tensor:
-        """The output for this rank's sequences, where experts choose in several groups, or on several ranks.
+    def _forward_on_ranks(self, x_BTD: Tensor, gates_BTE: Tensor, capacity: int) -> Tensor:
+        """The output for this rank's sequences, where experts choose among those of all ranks.
 
-        Each rank computes the chosen tokens that it holds, whose number differs between experts.
+        Each rank computes the chosen tokens that it holds. Their number differs between experts, and the host waits for
+        the device to learn it.
         """
         B, T, D = x_BTD.shape
-        together = self.n_groups == 1
-        gates_ETB = (gather(gates_BTE) if together else gates_BTE).permute(2, 1, 0)
-        gates_ETGS = gates_ETB.unflatten(-1, (groups_here(self.n_groups), -1))  # S sequences of each group G
-        chosen_ETGS = torch.zeros_like(gates_ETGS, dtype=torch.bool)
-        chosen_ETGS.scatter_(-1, gates_ETGS.topk(capacity, dim=-1).indices, True)
-        chosen_ETB = chosen_ETGS.flatten(-2)[..., share(B * n_ranks()) if together else slice(None)]
+        gates_ETS = gather(gates_BTE).permute(2, 1, 0)
+        chosen_ETS = torch.zeros_like(gates_ETS, dtype=torch.bool)
+        chosen_ETS.scatter_(-1, gates_ETS.topk(capacity, dim=-1).indices, True)
+        chosen_ETB = chosen_ETS[..., share(B * n_ranks())]
         expert_P, position_P, sequence_P = chosen_ETB.nonzero(as_tuple=True)
         gates_P = gates_BTE[sequence_P, position_P, expert_P]
         if self.usage is not None:
@@ -147,7 +154,9 @@ class TokenChoiceMoe(RoutedExperts):
         x_MD = x.reshape(-1, x.shape[-1])
         probabilities_ME, scores_ME = self.route(x_MD)
         gates_MK, expert_MK = probabilities_ME.topk(self.top_k, dim=-1)
-        load_E = torch.bincount(expert_MK.flatten(), minlength=self.n_experts)
+        expert_P = expert_MK.flatten()
+        # `bincount` would wait for the device to learn the highest.
+        load_E = expert_P.new_zeros(self.n_experts).scatter_add_(0, expert_P, torch.ones_like(expert_P))
         if self.training:
             if self.n_groups == 1:
                 # Only the loads need a mean over ranks here: averaging the losses averages the probabilities.
@@ -160,7 +169,7 @@ class TokenChoiceMoe(RoutedExperts):
         if self.usage is not None:
             self.usage.add(expert_MK, gates_MK, len(x_MD))
         # Sorted by expert, the pairs of one expert are consecutive rows.
-        order = expert_MK.flatten().argsort(stable=True)
+        order = expert_P.argsort(stable=True)
         x_PD = x_MD.unsqueeze(1).expand(-1, self.top_k, -1).reshape(-1, x.shape[-1])
         y_PD = self.experts.grouped(x_PD.index_select(0, order), load_E)
         y_MKD = torch.zeros_like(y_PD).index_copy(0, order, y_PD).view(*expert_MK.shape, x.shape[-1])
@@ -202,8 +211,54 @@ def _grouped_product(x_PD: Tensor, weight_EDF: Tensor, rows_E: Tensor) -> Tensor
     if torch.is_autocast_enabled(x_PD.device.type):  # which does not cover grouped products
         dtype = torch.get_autocast_dtype(x_PD.device.type)
         x_PD, weight_EDF = x_PD.to(dtype), weight_EDF.to(dtype)
-    # In torch since 2.10; it takes no float64, and needs rows of a multiple of 16 bytes.
-    aligned = all(width * x_PD.element_size() % 16 == 0 for width in weight_EDF.shape[1:])
-    if hasattr(F, "grouped_mm") and x_PD.dtype != torch.float64 and aligned:
+    if torch.compiler.is_compiling():  # torch 2.13 knows no shapes of grouped products in float32
+        return _compiled_product(x_PD, weight_EDF, rows_E)
+    return _product(x_PD, weight_EDF, rows_E)
+
+
+def _product(x_PD: Tensor, weight_EDF: Tensor, rows_E: Tensor) -> Tensor:
+    if _groups(x_PD, *weight_EDF.shape[1:]):
         return F.grouped_mm(x_PD, weight_EDF, offs=rows_E.cumsum(0, dtype=torch.int32))
     return torch.cat([x @ weight for x, weight in zip(x_PD.split(rows_E.tolist()), weight_EDF, strict=True)])
+
+
+def _groups(x_PD: Tensor, *widths: int) -> bool:
+    """Whether torch multiplies it: since 2.10, no float64, and rows of a multiple of 16 bytes."""
+    aligned = all(width * x_PD.element_size() % 16 == 0 for width in widths)
+    return hasattr(F, "grouped_mm") and x_PD.dtype != torch.float64 and aligned
+
+
+@torch.library.custom_op("peerscale::grouped_product", mutates_args=())
+def _compiled_product(x_PD: Tensor, weight_EDF: Tensor, rows_E: Tensor) -> Tensor:
+    return _product(x_PD, weight_EDF, rows_E)
+
+
+@_compiled_product.register_fake
+def _(x_PD: Tensor, weight_EDF: Tensor, rows_E: Tensor) -> Tensor:
+    return x_PD.new_empty(len(x_PD), weight_EDF.shape[2])
+
+
+@torch.library.custom_op("peerscale::grouped_outer_product", mutates_args=())
+def _outer_product(x_PD: Tensor, grad_PF: Tensor, rows_E: Tensor) -> Tensor:
+    """The gradient of the weights."""
+    if _groups(x_PD, x_PD.shape[1], grad_PF.shape[1]):
+        return F.grouped_mm(x_PD.T, grad_PF, offs=rows_E.cumsum(0, dtype=torch.int32))
+    parts = (tensor.split(rows_E.tolist()) for tensor in (x_PD, grad_PF))
+    return torch.stack([x.T @ grad for x, grad in zip(*parts, strict=True)])
+
+
+@_outer_product.register_fake
+def _(x_PD: Tensor, grad_PF: Tensor, rows_E: Tensor) -> Tensor:
+    return x_PD.new_empty(len(rows_E), x_PD.shape[1], grad_PF.shape[1])
+
+
+def _product_gradients(ctx: Any, grad_PF: Tensor) -> tuple[Tensor, Tensor, None]:
+    x_PD, weight_EDF, rows_E = ctx.saved_tensors
+    grad_PF = grad_PF.contiguous()
+    grad_PD = _compiled_product(grad_PF, weight_EDF.transpose(1, 2), rows_E)
+    return grad_PD, _outer_product(x_PD, grad_PF, rows_E), None
+
+
+_compiled_product.register_autograd(
+    _product_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)

@@ -26,7 +26,9 @@ class QueryNorm(nn.BatchNorm1d):
     def __init__(self, n_features: int, n_groups: int = 1, n_passes: int = 1) -> None:
         super().__init__(n_features)
         self.n_groups, self.n_passes = n_groups, n_passes
-        self.passed: list[tuple[Tensor, Tensor]] = []
+        # In tensors: for each other number a compiled layer would be compiled again.
+        self.register_buffer("passed_P2F", torch.zeros(n_passes, 2, n_features), persistent=False)
+        self.register_buffer("n_passed", torch.zeros((), dtype=torch.long), persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
         """x (T, features) -> y (T, features)."""
@@ -40,13 +42,14 @@ class QueryNorm(nn.BatchNorm1d):
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         assert self.momentum is not None
         with torch.no_grad():
-            self.passed.append((mean_G1F.mean((0, 1)), variance_G1F.mean((0, 1)) * n / (n - 1)))
-            if len(self.passed) == self.n_passes:
-                means, variances = (torch.stack(values).mean(0) for values in zip(*self.passed, strict=True))
-                self.num_batches_tracked += 1
-                self.running_mean.lerp_(mean_over_ranks(means), self.momentum)
-                self.running_var.lerp_(mean_over_ranks(variances), self.momentum)
-                self.passed.clear()
+            here_2F = torch.stack([mean_G1F.mean((0, 1)), variance_G1F.mean((0, 1)) * n / (n - 1)])
+            self.passed_P2F.copy_(torch.cat([self.passed_P2F[1:], here_2F[None]]))
+            new_2F = mean_over_ranks(self.passed_P2F.mean(0))
+            self.n_passed += 1
+            ends = self.n_passed % self.n_passes == 0
+            self.num_batches_tracked += ends
+            for running_F, new_F in zip((self.running_mean, self.running_var), new_2F, strict=True):
+                running_F.copy_(torch.where(ends, running_F.lerp(new_F, self.momentum), running_F))
         return (centred_GTF * (variance_G1F + self.eps).rsqrt()).flatten(0, 1) * self.weight + self.bias
 
     def _sum(self, parts_GTF: Tensor) -> Tensor:
