@@ -149,10 +149,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     was_there = store.read_manifest(config)
     corpus = prepare(config)
     manifest = corpus.manifest
-    print(f"{'set':<12}{'tokens':>13}{'MB':>9}{'bytes/token':>13}")
+    print(f"{'set':<16}{'tokens':>13}{'MB':>9}{'bytes/token':>13}")
     for name, n_tokens in manifest.splits.items():
         n_bytes = manifest.utf8_bytes[name]
-        print(f"{name:<12}{n_tokens:>13,}{n_bytes / 1e6:>9.2f}{n_bytes / n_tokens:>13.2f}")
+        print(f"{name:<16}{n_tokens:>13,}{n_bytes / 1e6:>9.2f}{n_bytes / n_tokens:>13.2f}")
     state = "already prepared" if was_there == manifest else "prepared"
     print(f"{config.source}, vocabulary {manifest.vocab_size:,}, {state} in {corpus.folder}")
 
