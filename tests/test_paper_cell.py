@@ -1,5 +1,5 @@
 """The smallest PEER cell of the paper's study goes the study's whole way on a CPU: shards of C4's form, its vocabulary,
-streamed preparation, bf16, row-sparse AdamW, and its evaluation sets. For ten steps of two sequences in two micro-batches.
+streamed preparation, bf16, row-sparse AdamW, evaluation sets. Ten steps of two sequences, in two micro-batches.
 
 As it stands here it has 2 of its 10 blocks, 128^2 experts and a context of 128. With its blocks, 256^2 experts and its
 context of 2,048, which takes minutes and 8 GB: PAPER_CELL=whole .venv/bin/python -m pytest -s tests/test_paper_cell.py

@@ -44,7 +44,7 @@ def configured(tmp_path: Path, text_config: Callable[..., DataConfig]) -> Callab
     (tmp_path / "text.txt").write_text(prose(150_000), encoding="utf-8")
 
     def make(*sets: str, **files: Path) -> DataConfig:
-        evaluation = {name: 1024 for name in ("validation", *sets)}
+        evaluation = dict.fromkeys(("validation", *sets), 1024)
         held_out = {name: str(path) for name, path in files.items()}
         return text_config(tmp_path / "text.txt", evaluation=evaluation, held_out=held_out)
 

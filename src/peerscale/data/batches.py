@@ -4,6 +4,8 @@ Tokens are cut into windows of `context` tokens, each with the token after it: t
 windows of one batch are never neighbours in the text, since expert choice compares the sequences of a batch.
 """
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -115,13 +117,15 @@ class LastWordBatches(EvaluationBatches):
         begins_word_V: the tokens that a space starts, with which every word but the first begins.
     """
 
-    def __init__(self, tokens: Tokens, n_tokens: int, begins_word_V: npt.NDArray[np.bool_], **shape: int) -> None:
+    def __init__(
+        self, tokens: Tokens, n_tokens: int, begins_word_V: npt.NDArray[np.bool_], *, context: int, **shape: Any
+    ) -> None:
         ends_P = np.append(np.flatnonzero(np.asarray(tokens) == END_OF_TEXT_ID), len(tokens))
         word_starts = np.flatnonzero(begins_word_V[tokens])
         self._words_P = word_starts[np.searchsorted(word_starts, ends_P) - 1]
         self._ends_P = ends_P
-        self._starts_P = np.maximum(np.append(0, ends_P[:-1] + 1), ends_P - shape["context"] - 1)
-        super().__init__(tokens, n_tokens, **shape)
+        self._starts_P = np.maximum(np.append(0, ends_P[:-1] + 1), ends_P - context - 1)
+        super().__init__(tokens, n_tokens, context=context, **shape)
 
     def _n_windows(self) -> int:
         return len(self._ends_P)
