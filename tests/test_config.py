@@ -266,7 +266,7 @@ def test_every_key_but_the_layers_can_be_overridden_plainly(ffn: str) -> None:
         if not key.startswith("ffn.") and (key.split(".")[-1] not in (tree[key.split(".")[0]] if "." in key else tree))
     ]
     # What only another corpus has is in that corpus's file.
-    assert set(missing) <= {"data.path", "data.max_documents"}
+    assert set(missing) <= {"data.path", "data.max_documents", "data.held_out"}
 
 
 @pytest.mark.parametrize(

@@ -259,6 +259,23 @@ def test_a_set_is_evaluated_on_the_whole_batches_that_it_has() -> None:
     )
 
 
+def test_sets_of_table_1_may_fill_one_batch_and_some_are_only_in_files() -> None:
+    sets = [f"data.evaluation.{name}={n}" for name, n in (("validation", 4096), ("wikitext", 4096), ("pile", 1024))]
+    config = configured("ffn=dense", "data=c4", *sets, "data.evaluation.curation_corpus=1024")
+    files = "not on the hub, only from files in data.held_out, skipped"
+    assert evaluation_line(config, plan(config)) == (
+        f"evaluation: validation 4,096 tokens; wikitext 4,096 tokens; pile, curation_corpus: {files}"
+    )
+    given = configured("ffn=dense", "data=c4", *sets, "data.held_out.pile=pile.jsonl")
+    assert plan(given).evaluation == {"validation": 4096, "wikitext": 4096, "pile": 1024}
+    there = plan(config, set_tokens={"train": 10**9, "validation": 9999, "wikitext": 2048, "pile": 1024})
+    assert there.evaluation == {"validation": 4096, "wikitext": 1024}
+    assert there.skipped == {
+        "pile": "fewer tokens than the 1,025 that a batch of 16 x 64 needs",
+        "curation_corpus": "not on the hub, only from files in data.held_out",
+    }
+
+
 @given(
     held=st.integers(1, 5000),
     asked=st.integers(1, 5000),

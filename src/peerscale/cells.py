@@ -216,14 +216,14 @@ def rate_lines(cells: Sequence[Cell]) -> list[str]:
 
 
 def _cell(sweep: str, config: Config, axes: Mapping[str, Any]) -> Cell:
-    config = in_micro_batches(config)
+    config, manifest = in_micro_batches(config), read_manifest(config.data)
     values = {key: _get(to_dict(config), key, value) for key, value in axes.items()}  # 0.02 of an axis .02
     return Cell(
         sweep=sweep,
         name=cell_name(config, values),
         axes=values,
         config=config,
-        plan=plan(config, set_tokens=manifest.splits if (manifest := read_manifest(config.data)) else None),
+        plan=plan(config, set_tokens=manifest.set_tokens(config.context) if manifest else None),
         estimate_s=0.0,
         estimate_is_guess=True,
     )

@@ -63,8 +63,13 @@ def _blocks(value: Any) -> Any:
     return value
 
 
-HELD_OUT_SETS = ("validation", "tuning", "speeches", "wikipedia")
-"""Sets that are never trained on. Every corpus has the first two; only `gutenberg` has the others."""
+FROM_FILES = ("pile", "curation_corpus")
+"""Sets of `TABLE_1_SETS` that are not freely on the Hugging Face hub."""
+TABLE_1_SETS = ("lambada", "wikitext", *FROM_FILES)
+"""Evaluation sets of the paper's Table 1 besides C4. Any corpus gets those that `evaluation` asks for when it is
+prepared, from `held_out` or else from the hub."""
+HELD_OUT_SETS = ("validation", "tuning", "speeches", "wikipedia", *TABLE_1_SETS)
+"""Sets that are never trained on. Every corpus has the first two; only `gutenberg` has the next two."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -83,7 +88,10 @@ class DataConfig:
     """The held-out set whose loss is `val_loss`; learning rates are tuned on `tuning`."""
     evaluation: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: {"validation": 131072})
     """Tokens of each held-out set to evaluate on, the same for every cell; 0 leaves a set out. Of a smaller set all
-    whole batches are used, and a set that the corpus lacks is skipped."""
+    whole batches are used, and a set that the corpus lacks is skipped. Of `lambada`, of which only last words count
+    (`training.evaluation`), each passage takes a whole row of `context` tokens."""
+    held_out: dict[str, str | None] = Field(default_factory=dict)
+    """Files of yours, or folders of them, for sets of `TABLE_1_SETS`."""
     path: str | None = None
     """`text`: a .txt, .jsonl or .gz file, or a folder of them. `c4`: a folder of C4's shards in place of the hub."""
     max_documents: Positive | None = None
@@ -98,6 +106,8 @@ class DataConfig:
             )
         if strange := [name for name in self.evaluation if name not in HELD_OUT_SETS]:
             raise ValueError(f"evaluation names {strange[0]!r}; the held-out sets are {', '.join(HELD_OUT_SETS)}")
+        if strange := [name for name in self.held_out if name not in TABLE_1_SETS]:
+            raise ValueError(f"held_out names {strange[0]!r}; there are {', '.join(TABLE_1_SETS)}")
         if not self.evaluation.get(self.val_set):
             raise ValueError(
                 f"val_set {self.val_set!r} has no tokens in evaluation, which names {list(self.evaluation)}"

@@ -107,7 +107,7 @@ def print_plan(sweep: str, overrides: Sequence[str], workers: int, results: Path
     """Print the plan; exit code 2 if a method keeps too few sizes at a budget."""
     cells = planned_cells(sweep, overrides)
     if cells[0].config.data.source == "text":
-        text.files(cells[0].config.data)  # at once, not when the corpus is prepared
+        text.files(str(cells[0].config.data.path))  # at once, not when the corpus is prepared
     found = _outcomes(cells, results)
     kept = [cell for cell in cells if cell.plan.verdict is Verdict.OK]
     rows = [plan_row(cell, found.planned[cell.name]) for cell in cells]

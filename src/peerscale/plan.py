@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 from peerscale.accounting import Cost, cost, device_memory
-from peerscale.config import Config
+from peerscale.config import FROM_FILES, TABLE_1_SETS, Config
 from peerscale.data.batches import fewest_tokens, whole_batches
 
 REFERENCE_WIDTH = 32
@@ -103,12 +104,12 @@ def evaluated_tokens(config: Config, set_tokens: Mapping[str, int] | None) -> di
 
     Sets of less than one batch are left out.
     """
-    tokens = {}
+    tokens, skipped = {}, _skipped(config, set_tokens)
     for name, asked in config.data.evaluation.items():
         n_batches = asked // config.tokens_per_step
         if set_tokens is not None:
-            n_batches = min(n_batches, _batches(config, set_tokens.get(name, 0)))
-        if n_batches:
+            n_batches = min(n_batches, _batches(config, name, set_tokens))
+        if n_batches and name not in skipped:
             tokens[name] = n_batches * config.tokens_per_step
     return tokens
 
@@ -127,6 +128,16 @@ def evaluation_line(config: Config, plan: Plan) -> str:
     for why in dict.fromkeys(plan.skipped.values()):
         parts.append(f"{', '.join(name for name in plan.skipped if plan.skipped[name] == why)}: {why}, skipped")
     return f"evaluation: {'; '.join(parts)}"
+
+
+def batch_shape(config: Config, name: str) -> dict[str, Any]:
+    """What `EvaluationBatches` of a set are told.
+
+    Sets of Table 1 are small, so that neighbours may stand in a batch: no model was trained on such batches, nor has
+    learned to look into the next row.
+    """
+    shape = {"batch_sequences": config.batch_sequences, "context": config.context}
+    return {**shape, "apart": name not in TABLE_1_SETS}
 
 
 def schedule(config: Config, plan: Plan, step: int) -> float:
@@ -175,22 +186,22 @@ def beyond_law(config: Config, tokens: int) -> dict[str, tuple[float, tuple[floa
     return {name: place for name, place in places.items() if not place[1][0] <= place[0] <= place[1][1]}
 
 
-def _batches(config: Config, n_tokens: int) -> int:
-    return whole_batches(n_tokens, batch_sequences=config.batch_sequences, context=config.context)
+def _batches(config: Config, name: str, set_tokens: Mapping[str, int]) -> int:
+    return whole_batches(set_tokens.get(name, 0), **batch_shape(config, name))
 
 
 def _skipped(config: Config, set_tokens: Mapping[str, int] | None) -> dict[str, str]:
-    if set_tokens is None:
-        return {}
-    return {
-        name: f"fewer tokens than {_needed(config)}" if name in set_tokens else "not in this corpus"
-        for name, asked in config.data.evaluation.items()
-        if asked and not _batches(config, set_tokens.get(name, 0))
-    }
+    skipped = {}
+    for name in (name for name, asked in config.data.evaluation.items() if asked):
+        if name in FROM_FILES and not config.data.held_out.get(name) and name not in (set_tokens or {}):
+            skipped[name] = "not on the hub, only from files in data.held_out"
+        elif set_tokens is not None and not _batches(config, name, set_tokens):
+            skipped[name] = f"fewer tokens than {_needed(config, name)}" if name in set_tokens else "not in this corpus"
+    return skipped
 
 
-def _needed(config: Config) -> str:
-    fewest = fewest_tokens(batch_sequences=config.batch_sequences, context=config.context)
+def _needed(config: Config, name: str) -> str:
+    fewest = fewest_tokens(**batch_shape(config, name))
     return f"the {fewest:,} that a batch of {config.batch_sequences} x {config.context} needs"
 
 
@@ -208,8 +219,8 @@ def _unusable_data(config: Config, set_tokens: Mapping[str, int] | None) -> str:
         there = ", ".join(name for name in set_tokens if name != "train")
         return f"data.val_set {config.data.val_set} is not in this corpus, whose held-out sets are {there}"
     for name in ("train", config.data.val_set):
-        if not _batches(config, set_tokens[name]):
-            return f"the {name} set of this corpus has {set_tokens[name]:,} tokens, fewer than {_needed(config)}"
+        if not _batches(config, name, set_tokens):
+            return f"the {name} set of this corpus has {set_tokens[name]:,} tokens, fewer than {_needed(config, name)}"
     return ""
 
 

@@ -101,7 +101,7 @@ def test_a_broken_stream_goes_on_where_it_broke(tmp_path: Path, monkeypatch: pyt
     broken = config(tmp_path / "broken", **asked)
     for breaks_after in (20, 280, 120):  # in the tokenizer's sample, and in the text
         hub(monkeypatch, breaks_after)
-        with pytest.raises(UserError, match=r"^C4 train cannot be read after \d+ pages: the line went dead$"):
+        with pytest.raises(UserError, match=r"^allenai/c4 train cannot be read after \d+ rows: the line went dead$"):
             prepare(broken)
     last = hub(monkeypatch)
     again = prepare(broken)
@@ -151,7 +151,7 @@ def test_without_the_package_the_extra_is_named(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(UserError) as error:
             list(read(config(tmp_path, path=None, max_documents=10)))
         assert str(error.value) == (
-            "data=c4 needs the package datasets: .venv/bin/python -m pip install --editable '.[hub]'"
+            "allenai/c4 needs the package datasets: .venv/bin/python -m pip install --editable '.[hub]'"
         )
 
 

@@ -18,7 +18,7 @@ from toy_study import CORPUS, record_of
 
 NOT_IN_SCHEMA_1 = ("trainer", "tracking", "min_steps", "routing_group_sequences")
 OF_OPTIM = ("warmup_steps", "decay_fraction")
-OF_DATA = ("directory", "name", "path", "train_tokens", "max_epochs")
+OF_DATA = ("directory", "name", "path", "held_out", "train_tokens", "max_epochs")
 
 
 def as_schema_1(cell: Cell, name: str | None = None) -> dict[str, Any]:

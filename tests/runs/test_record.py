@@ -167,7 +167,7 @@ def test_changes_with_everything_that_changes_the_result(override: str) -> None:
         *("trainer.checkpoint_every_s=1", "trainer.log_every_steps=1", "trainer.keep_checkpoint=true"),
         *("trainer.runs_directory=elsewhere", "tracking.mode=online", "tracking.tags=[a]", "tracking.id_salt=x"),
         *("data.directory=elsewhere", "++data.path=elsewhere", "data.train_tokens=12345", "data.max_epochs=3"),
-        "data.name=verse",
+        *("data.name=verse", "+data.held_out.pile=pile.jsonl"),
         *("min_steps=3", "routing_group_sequences=16"),
     ],
 )

@@ -1,13 +1,11 @@
-"""C4 (Raffel et al. 2020), the paper's corpus: streamed from the Hugging Face hub, or read from shards in a folder.
-
-Only the hub needs the package `datasets` (extra `hub`).
-"""
+"""C4 (Raffel et al. 2020), the paper's corpus: streamed from the Hugging Face hub, or read from shards in a folder."""
 
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
 
 from peerscale.config import DataConfig
+from peerscale.data import hub
 from peerscale.data.blocks import Block, document
 from peerscale.data.text import read_jsonl
 from peerscale.errors import UserError
@@ -60,21 +58,4 @@ def _pages(config: DataConfig, split: str, skip: int = 0) -> Iterator[str]:
     if config.path is not None:
         shards = _shards(config.path)[split]
         return islice(chain.from_iterable(map(read_jsonl, shards)), skip, None)
-    return _hub_pages(split, skip)
-
-
-def _hub_pages(split: str, skip: int) -> Iterator[str]:
-    try:
-        import datasets  # pyrefly: ignore[missing-import]
-    except ImportError:
-        raise UserError(
-            "data=c4 needs the package datasets: .venv/bin/python -m pip install --editable '.[hub]'"
-        ) from None
-    n_read = skip
-    try:
-        for row in datasets.load_dataset(HUB_NAME, name=HUB_SUBSET, split=split, streaming=True).skip(skip):
-            yield row["text"]
-            n_read += 1
-    except Exception as error:  # of the several HTTP, archive and JSON libraries beneath
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise UserError(f"C4 {split} cannot be read after {n_read:,} pages: {reason}") from None
+    return hub.texts(HUB_NAME, HUB_SUBSET, split, skip)

@@ -17,8 +17,8 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
-from peerscale.config import HELD_OUT_SETS, DataConfig, load
-from peerscale.data import c4, gutenberg, store, text
+from peerscale.config import HELD_OUT_SETS, TABLE_1_SETS, DataConfig, load
+from peerscale.data import c4, gutenberg, store, table_1, text
 from peerscale.data.blocks import MIN_BYTES, Block, HeldOut
 from peerscale.data.store import Corpus, Manifest
 from peerscale.data.streaming import PROGRESS, stream
@@ -41,10 +41,11 @@ def prepare(config: DataConfig) -> Corpus:
     folder = store.folder(config)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f"{folder.name}.lock"):
-        sources = SOURCES[config.source].sources(config)
-        manifest = store.read_manifest(config)
-        corpus = Corpus(folder, manifest) if manifest and manifest.sources == sources else None
-        damage = corpus and store.find_damage(corpus)
+        sources, of_table_1 = SOURCES[config.source].sources(config), table_1.sources(config)
+        whole = store.read_whole_manifest(config)
+        manifest = whole and whole.without(TABLE_1_SETS)
+        corpus = Corpus(folder, whole) if whole and manifest and manifest.sources == sources else None
+        damage = corpus and manifest and store.find_damage(Corpus(folder, manifest))
         if damage:
             print(f"{damage}: preparing it again", file=sys.stderr)
         if (corpus is None or damage) and config.source == "c4" and c4.has_held_out_pages(config):
@@ -55,7 +56,10 @@ def prepare(config: DataConfig) -> Corpus:
             with replacing(folder) as temporary:
                 temporary.mkdir()
                 corpus = Corpus(folder, _build(config, sources, temporary))
-    return corpus
+        table_1.add(config, of_table_1, corpus)
+        manifest = store.read_manifest(config)
+    assert manifest is not None
+    return Corpus(folder, manifest)
 
 
 def _stream(config: DataConfig, sources: dict[str, str], folder: Path) -> Corpus:
@@ -145,10 +149,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     was_there = store.read_manifest(config)
     corpus = prepare(config)
     manifest = corpus.manifest
-    print(f"{'set':<12}{'tokens':>13}{'MB':>9}{'bytes/token':>13}")
+    print(f"{'set':<16}{'tokens':>13}{'MB':>9}{'bytes/token':>13}")
     for name, n_tokens in manifest.splits.items():
         n_bytes = manifest.utf8_bytes[name]
-        print(f"{name:<12}{n_tokens:>13,}{n_bytes / 1e6:>9.2f}{n_bytes / n_tokens:>13.2f}")
+        print(f"{name:<16}{n_tokens:>13,}{n_bytes / 1e6:>9.2f}{n_bytes / n_tokens:>13.2f}")
     state = "already prepared" if was_there == manifest else "prepared"
     print(f"{config.source}, vocabulary {manifest.vocab_size:,}, {state} in {corpus.folder}")
 

@@ -4,9 +4,10 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass as plain_dataclass
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -17,11 +18,11 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from tokenizers import Tokenizer
 
-from peerscale.config import DataConfig
+from peerscale.config import TABLE_1_SETS, DataConfig
 from peerscale.data.blocks import Block
 from peerscale.data.tokenizer import END_OF_TEXT_ID, encode
 from peerscale.errors import UserError
-from peerscale.files import ROOT
+from peerscale.files import ROOT, write_text
 
 PREPARATION_VERSION = 1
 """Raised by hand when the same source would give other tokens; what an older one prepared is then prepared again."""
@@ -31,7 +32,11 @@ DTYPE = "uint16"
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
 class Manifest:
-    """What a prepared corpus is. Every dictionary but the last two is keyed by set: train, validation, tuning, ..."""
+    """What a prepared corpus is. Every dictionary but the last two is keyed by set: train, validation, tuning, ...
+
+    Of the sets of Table 1 (`config.TABLE_1_SETS`) those that a configuration does not evaluate on are left out when it
+    is read, so that the fingerprint does not depend on what others evaluate on.
+    """
 
     preparation_version: int
     source: str
@@ -44,9 +49,23 @@ class Manifest:
     tokens_sha256: dict[str, str]
     tokenizer_sha256: str
     sources: dict[str, str]
-    """What the text came from: file -> sha256, or for a stream what was read of it."""
+    """What the text came from: file -> sha256, or for a stream what was read of it; set of Table 1 -> the same."""
     versions: dict[str, str]
     """Of the libraries that prepared it."""
+    passages: int = 0
+    """Of `lambada`."""
+
+    def set_tokens(self, context: int) -> dict[str, int]:
+        """Tokens that each set has for batches; each passage of `lambada` fills a row of them."""
+        return self.splits | ({"lambada": self.passages * context + 1} if self.passages else {})
+
+    def without(self, names: Collection[str]) -> "Manifest":
+        """The manifest of a corpus that lacks these sets."""
+        left = {
+            key: {name: value for name, value in getattr(self, key).items() if name not in names}
+            for key in ("splits", "utf8_bytes", "tokens_sha256", "sources")
+        }
+        return replace(self, **left, passages=0 if "lambada" in names else self.passages)
 
     @property
     def fingerprint(self) -> str:
@@ -72,6 +91,11 @@ class Corpus:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_file(str(tokenizer_file(self.folder)))
+
+    def begins_word(self) -> npt.NDArray[np.bool_]:
+        """Which tokens a space starts, shape (vocab_size,); a byte-level tokenizer writes that as Ġ."""
+        ids = range(self.manifest.vocab_size)
+        return np.array([(self.tokenizer.id_to_token(i) or "").startswith("Ġ") for i in ids])
 
 
 def root(config: DataConfig) -> Path:
@@ -117,12 +141,17 @@ def write_tokens(blocks: Iterable[Block], tokenizer: Tokenizer, folder: Path) ->
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    text = json.dumps(_MANIFEST.dump_python(manifest), indent=2) + "\n"
-    (folder / "manifest.json").write_text(text, encoding="utf-8")
+    write_text(folder / "manifest.json", json.dumps(_MANIFEST.dump_python(manifest), indent=2) + "\n")
 
 
 def read_manifest(config: DataConfig) -> Manifest | None:
     """What is prepared for `config`, from its manifest alone; None if nothing usable is."""
+    manifest = read_whole_manifest(config)
+    return manifest and manifest.without([name for name in TABLE_1_SETS if not config.evaluation.get(name)])
+
+
+def read_whole_manifest(config: DataConfig) -> Manifest | None:
+    """The same with all sets of Table 1 that were ever prepared for this corpus."""
     try:
         manifest = _MANIFEST.validate_json((folder(config) / "manifest.json").read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValidationError):

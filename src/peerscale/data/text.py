@@ -22,17 +22,30 @@ READ_AT_ONCE = 1 << 20
 
 def sources(config: DataConfig) -> dict[str, str]:
     """File -> sha256."""
-    return {name: file_sha256(path) for name, path in files(config).items()}
+    return {name: file_sha256(path) for name, path in files(str(config.path)).items()}
 
 
 def blocks(config: DataConfig) -> Iterator[Block]:
     """All documents, files in the order of their names."""
-    for path in files(config).values():
-        if path.name.endswith((".jsonl", ".jsonl.gz")):
-            yield from chain.from_iterable(map(document, read_jsonl(path)))
-        else:
-            with _open(path) as file:
-                yield from _plain(file)
+    return chain.from_iterable(map(read_blocks, files(str(config.path)).values()))
+
+
+def read_blocks(path: Path) -> Iterator[Block]:
+    """The documents of a file."""
+    if _is_jsonl(path):
+        yield from chain.from_iterable(map(document, read_jsonl(path)))
+    else:
+        with _open(path) as file:
+            yield from _plain(file)
+
+
+def read_rows(path: Path) -> Iterator[str]:
+    """The texts of a .jsonl file, or the lines of another."""
+    if _is_jsonl(path):
+        yield from read_jsonl(path)
+    else:
+        with _open(path) as file:
+            yield from file
 
 
 def read_jsonl(path: Path) -> Iterator[str]:
@@ -49,18 +62,21 @@ def read_jsonl(path: Path) -> Iterator[str]:
             yield text
 
 
-def files(config: DataConfig) -> dict[str, Path]:
-    """The files of `data.path` by name; raises `UserError` if there is none that can be read as text."""
-    assert config.path is not None
-    path = Path(config.path).expanduser()
+def files(where: str, key: str = "data.path") -> dict[str, Path]:
+    """The files of a path by name; raises `UserError`, with the `key` that named it, if none can be read as text."""
+    path = Path(where).expanduser()
     if path.is_file() and path.suffix in SUFFIXES:
         return {path.name: path}
     if not path.exists():
-        raise UserError(f"data.path: {path} does not exist")
+        raise UserError(f"{key}: {path} does not exist")
     found = {p.relative_to(path).as_posix(): p for p in sorted(path.rglob("*")) if p.suffix in SUFFIXES and p.is_file()}
     if not found:
-        raise UserError(f"data.path: {path} is or holds no {', '.join(SUFFIXES)} file")
+        raise UserError(f"{key}: {path} is or holds no {', '.join(SUFFIXES)} file")
     return found
+
+
+def _is_jsonl(path: Path) -> bool:
+    return path.name.endswith((".jsonl", ".jsonl.gz"))
 
 
 @contextmanager

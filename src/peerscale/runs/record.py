@@ -31,7 +31,7 @@ SET_ASIDE = ".old"
 
 NOT_HASHED = (
     "trainer", "tracking", "min_steps",
-    "data.directory", "data.name", "data.path", "data.train_tokens", "data.max_epochs",
+    "data.directory", "data.name", "data.path", "data.held_out", "data.train_tokens", "data.max_epochs",
 )  # fmt: skip
 """Keys of the configuration that say how and where a cell runs and what is kept of it, not what its result is."""
 

@@ -1,4 +1,10 @@
-"""Losses on the held-out sets, the same tokens for every cell."""
+"""Losses on the held-out sets, the same tokens for every cell.
+
+Of `lambada` (Paperno et al. 2016) only the last word of each passage counts: `loss` is the mean over the tokens of all
+last words, in nats per token, with the whole passage before them as context, and `ppl` its exponential. It is not the
+perplexity per word that language-model suites give for it, which takes the sum over a word's tokens, nor the accuracy,
+nor the loss of whole passages; with another vocabulary it is another number. The paper does not say which its own is.
+"""
 
 import math
 from typing import Any
@@ -7,11 +13,11 @@ import numpy as np
 import torch
 
 from peerscale.config import Config
-from peerscale.data.batches import EvaluationBatches
+from peerscale.data.batches import EvaluationBatches, LastWordBatches
 from peerscale.data.store import Corpus
 from peerscale.model.ranks import gather, n_ranks, share, sum_over_ranks
 from peerscale.model.usage import CountsUsage, ExpertUsage
-from peerscale.plan import evaluated_tokens
+from peerscale.plan import batch_shape, evaluated_tokens
 from peerscale.training.module import LanguageModel
 
 
@@ -24,31 +30,42 @@ def evaluate(module: LanguageModel, corpus: Corpus, config: Config, device: torc
     """
     result: dict[str, Any] = {"evaluation": {}, "sequence_losses": [], "router": {}}
     module.eval().to(device)
-    for name, n_tokens in evaluated_tokens(config, corpus.manifest.splits).items():
+    for name, n_tokens in evaluated_tokens(config, corpus.manifest.set_tokens(config.context)).items():
         usages = attach_usage(module) if name == config.data.val_set else []
-        batches = EvaluationBatches(
-            corpus.tokens(name), n_tokens, batch_sequences=config.batch_sequences, context=config.context
-        )
-        losses = np.concatenate([_sequence_losses(module, batch, device) for batch in batches])
-        loss = float(losses.mean())
-        nats_to_bits_per_byte = corpus.manifest.splits[name] / corpus.manifest.utf8_bytes[name] / math.log(2)
-        result["evaluation"][name] = {
+        tokens, shape = corpus.tokens(name), batch_shape(config, name)
+        if last_words := name == "lambada":
+            batches = LastWordBatches(tokens, n_tokens, corpus.begins_word(), **shape)
+        else:
+            batches = EvaluationBatches(tokens, n_tokens, **shape)
+        counted = [batches.counted(i) for i in range(len(batches))]
+        losses = np.concatenate([_sequence_losses(module, batches[i], each, device) for i, each in enumerate(counted)])
+        n_counted = np.concatenate(counted).sum(axis=1)
+        weights = n_counted / n_counted.mean()
+        loss = float((weights * losses).mean())
+        linear = weights * losses - (weights - 1) * loss  # whose spread is that of a ratio of two sums
+        values = {
             "loss": loss,
-            "se": float(losses.std(ddof=1) / math.sqrt(len(losses))) if len(losses) > 1 else math.nan,
-            "tokens": len(losses) * config.context,
-            "bits_per_byte": loss * nats_to_bits_per_byte,
+            "se": float(linear.std(ddof=1) / math.sqrt(len(losses))) if len(losses) > 1 else math.nan,
+            "tokens": int(n_counted.sum()),
             "ppl": math.exp(min(loss, 700.0)),
         }
+        if not last_words:
+            tokens_per_byte = corpus.manifest.splits[name] / corpus.manifest.utf8_bytes[name]
+            values["bits_per_byte"] = loss * tokens_per_byte / math.log(2)
+        result["evaluation"][name] = values
         if name == config.data.val_set:
             result["sequence_losses"] = [round(float(x), 5) for x in losses]
             result["router"] = detach_usage(module, usages)
     return result
 
 
-def _sequence_losses(module: LanguageModel, batch: np.ndarray, device: torch.device) -> np.ndarray:
+def _sequence_losses(module: LanguageModel, batch: np.ndarray, counted: np.ndarray, device: torch.device) -> np.ndarray:
+    """The mean loss of the counted targets of each sequence; counted (B, T)."""
+    tokens, counted_BT = (torch.from_numpy(part[share(len(batch))]).to(device) for part in (batch, counted))
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, module.config.precision == "bf16"):
-        parts = torch.from_numpy(batch[share(len(batch))]).to(device).chunk(module.config.surroundings.micro_batches)
-        losses_B = torch.cat([module.losses(part)[1].mean(dim=1) for part in parts])
+        parts = tokens.chunk(module.config.surroundings.micro_batches)
+        losses_BT = torch.cat([module.losses(part)[1] for part in parts])
+        losses_B = (losses_BT * counted_BT).sum(dim=1) / counted_BT.sum(dim=1)
         return gather(losses_B).double().cpu().numpy()
 
 
