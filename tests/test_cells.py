@@ -20,14 +20,14 @@ from peerscale.cells import (
     single_cell,
     state,
 )
-from peerscale.config import ConfigError, composed, load
+from peerscale.config import ConfigError, composed, load, parse_config
 from peerscale.errors import UserError
 from peerscale.files import OURS, ROOT
 from peerscale.plan import Verdict, in_micro_batches
 from peerscale.runs.record import Status, fingerprint, hashed_config, write_record
 from peerscale.runs.table import read_runs
 from peerscale.sweep_config import load_sweep
-from toy_study import CORPUS, TOY, kept_in, record_of, write_study
+from toy_study import CORPUS, TOY, composed_by_hydra, kept_in, record_of, write_study
 
 SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
 PUBLISHED = {path.parent.name for path in (ROOT / "results").glob("*/runs.csv")}
@@ -59,8 +59,9 @@ def assert_planned_as_composed(cells: Sequence[Cell], file: Path, overrides: Seq
         has_file = (OURS / "conf" / "size" / f"{config.size.name}.yaml").is_file()
         size = config.size.name if has_file else f"d{config.size.d_model}"
         words = [f"ffn={config.ffn.name}", f"size={size}", f"budget={config.budget!r}"]
-        composed_one = load([*words, f"seed={config.seed}", *axes, *overrides], sweep=file)
-        assert in_micro_batches(composed_one) == config
+        tree = composed_by_hydra([*words, f"seed={config.seed}", *axes, *overrides], file).tree
+        del tree["sweep"]
+        assert in_micro_batches(parse_config(tree)) == config
         assert pickle.loads(pickle.dumps(cell)) == cell, "a worker receives it as data"
 
 
