@@ -130,7 +130,7 @@ def test_the_product_of_methods_pairs_axes_and_seeds(study: Write) -> None:
 @pytest.mark.parametrize(
     "sweep",
     [
-        "{methods: [dense, peer, moe], grid: [{budget: 1e10, sizes: [d8, d112]}, {budget: 1.25e11, sizes: [d20]}]}",
+        "{methods: [peer, moe], grid: [{budget: 1e10, sizes: [d8, d112]}, {budget: 1.25e11, sizes: [d20]}]}",
         "{methods: [peer], grid: [{budget: 1e10, sizes: [d8]}], axes: {replaced: [middle, all, [1, 3]]}}",
         "{methods: [peer], grid: [{budget: 1e9, sizes: [d8, d16]}], axes: {size.n_layers: [2, 6], size.n_heads: [1]}}",
         "{methods: [pkm], grid: [{budget: 1e10, sizes: [d8]}], axes: {ffn.n_experts: [64, 256], ffn.top_k: [4, 8]}}",

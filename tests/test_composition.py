@@ -44,7 +44,8 @@ def test_a_studys_settings_lie_between_conf_and_overrides(tmp_path: Path) -> Non
         ("", ["size=d8", "size.n_layers=2", "data=text", "data.path='a, b=c'", "size=d12", "size.n_layers=3"]),
         ("context: 32\nsize: {n_layers: 3}\nmin_steps: ${context}\n", ["ffn=moe", "context=8", "ffn.n_experts=4"]),
         ("defaults: [override data: text, override tracking: disabled]\ndata: {path: x}\n", ["data.vocab_size=300"]),
-        ("defaults: [override data: text]\ncontext: 32\n", ["data=gutenberg", "++sweep.seeds=[1]", "seed=4"]),
+        ("defaults: [config, _self_]\nsize: {n_layers: 3}\n", ["size=d8", "ffn=moe"]),
+        ("defaults: [config, override data: text]\ncontext: 32\n", ["data=gutenberg", "++sweep.seeds=[1]", "seed=4"]),
     ],
 )  # fmt: skip
 def test_values_are_laid_over_kept_files_as_hydra_does(study: str, overrides: list[str], tmp_path: Path) -> None:

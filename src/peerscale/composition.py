@@ -113,6 +113,8 @@ def _laid_over_kept(overrides: Sequence[str], sweep: str | Path | None, name: st
     groups = {folder.name for conf in folders for folder in conf.iterdir() if folder.is_dir()}
     study = read_study(sweep_file(sweep)) if sweep else {}
     defaults = study.pop("defaults", [])
+    # As studies once had to begin and end.
+    defaults = defaults[defaults[:1] == ["config"] : len(defaults) - (defaults[-1:] == ["_self_"])]
     if not all(isinstance(entry, dict) and all(key.startswith("override ") for key in entry) for entry in defaults):
         return None
     asked = [f"{key.removeprefix('override ')}={choice}" for entry in defaults for key, choice in entry.items()]
