@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.run import main as torchrun
 
 from peerscale.cells import Cell, single_cell
 from peerscale.config import Config, composed, load
@@ -302,21 +301,19 @@ def test_wrong_input_that_a_rank_finds_is_the_users_to_mend(monkeypatch: pytest.
         distributed.launch(1, {})
 
 
-def test_ranks_that_torchrun_started_train_one_cell(
-    parallel: list[str], tmp_path: Path, capfd: pytest.CaptureFixture
-) -> None:
+def test_ranks_that_torchrun_started_train_one_cell(parallel: list[str], tmp_path: Path) -> None:
     overrides = [*parallel, "ffn=dense"]
     overrides.append(budget(overrides, 8))
-    replaced = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-    handlers = [(number, signal.getsignal(number)) for number in replaced]
-    words = ["--standalone", "--local-addr", "localhost", "--nproc-per-node", "2", "-m", "peerscale.train"]
-    try:
-        torchrun([*words, *overrides])
-    finally:
-        for number, handler in handlers:
-            signal.signal(number, handler)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost"]
+    ran = subprocess.run(
+        [*torchrun, "--nproc-per-node", "2", "-m", "peerscale.train", *overrides],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     (folder,) = (tmp_path / "runs" / "single").iterdir()
-    assert capfd.readouterr().out.count("is done") == 1
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("is done") == 1
     record = read_record(folder)
     assert record is not None and record.status is Status.DONE and record.environment["n_devices"] == 2
     alone = tmp_path / "alone"
