@@ -47,9 +47,10 @@ def steps_for(config: Config, steps: float) -> Config:
 def test_meets_its_budget_or_is_dropped_for_a_reason(
     ffn, size, log_budget, batch_sequences, context, min_steps, train_tokens
 ) -> None:
-    base = configured(f"ffn={ffn}", f"size={size}", "data.train_tokens=null")
+    base = configured(f"ffn={ffn}", "data.train_tokens=null")
     config = replace(
         base,
+        size=configured(f"size={size}").size,
         data=replace(base.data, evaluation={"validation": batch_sequences * context}),
         budget=10**log_budget,
         batch_sequences=batch_sequences,

@@ -23,17 +23,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
-def run(installed: Path, folder: Path, *words: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(installed)}
-    done = subprocess.run(
-        [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=200, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_plans_and_trains_in_any_folder(installed: Path, tmp_path: Path) -> None:
-    assert "10 cells" in run(installed, tmp_path, "-m", "peerscale.overview", "plan", "smoke")
+def test_plans_trains_and_gives_its_layers_to_other_models_in_any_folder(installed: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("\n".join(f"line {n} of {n * 7919 % 1000} words" for n in range(6000)))
     (tmp_path / "sweeps").mkdir()
     (tmp_path / "sweeps" / "mine.yaml").write_text(
@@ -42,15 +32,16 @@ def test_plans_and_trains_in_any_folder(installed: Path, tmp_path: Path) -> None
         "size: {n_layers: 2}\ncontext: 8\nmin_steps: 1\n"
         "data: {path: text.txt, vocab_size: 300, max_epochs: 100, evaluation: {validation: 512}}\n"
     )
-    run(installed, tmp_path, "-m", "peerscale.launch", "mine")
-    assert (tmp_path / "runs" / "mine" / "peer-d8-l2-3e7-s0" / "record.json").is_file()
-    assert list((tmp_path / "data").glob("text-300-*"))
-    assert not (installed / "runs").exists()
-
-
-def test_gives_its_layers_to_other_models(installed: Path, tmp_path: Path) -> None:
     readme = (ROOT / "README.md").read_text()
     (lines,) = [code for code in re.findall(r"```python\n(.*?)```", readme, flags=re.S) if "import Peer, Pkm" in code]
     assert len(lines.strip().splitlines()) <= 8
-    check = "import peerscale\nassert layer.w_down.grad is not None and layer.query.weight.grad.abs().sum() > 0\n"
-    run(installed, tmp_path, "-c", lines + check + f"assert peerscale.__file__.startswith({str(installed)!r})\n")
+    program = "from peerscale import launch, overview\noverview.main(['plan', 'smoke'])\nlaunch.main(['mine'])\n"
+    program += f"{lines}\nassert layer.w_down.grad is not None and layer.query.weight.grad.abs().sum() > 0\n"
+    program += f"assert launch.__file__.startswith({str(installed)!r})"
+    command, environment = [sys.executable, "-c", program], {**os.environ, "PYTHONPATH": str(installed)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "10 cells" in done.stdout
+    assert (tmp_path / "runs" / "mine" / "peer-d8-l2-3e7-s0" / "record.json").is_file()
+    assert list((tmp_path / "data").glob("text-300-*"))
+    assert not (installed / "runs").exists()

@@ -2,10 +2,12 @@
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from peerscale import composition
 from peerscale.cells import Cell
 from peerscale.runs.machine import cpu_name
 from peerscale.runs.record import Record, Status, new_record
@@ -25,6 +27,11 @@ def write_study(folder: Path, sweep: str = TOY, settings: str = "") -> Path:
         f"trainer: {{runs_directory: {folder / 'runs'}}}\ndata: {{directory: {folder / 'data'}}}\n{settings}\n"
     )
     return file
+
+
+def composed_by_hydra(overrides: Sequence[str], sweep: Path | str | None = None) -> composition.Composition:
+    """What Hydra makes of it all by itself, with nothing kept from before."""
+    return composition._plain(composition._composed(composition._register(sweep) if sweep else "config", overrides))
 
 
 def kept_in(folder: Path, cell: Cell) -> Cell:

@@ -38,10 +38,10 @@ class Machine:
             torch.cuda.synchronize()
 
     def free(self) -> None:
-        """Give memory back that nothing holds, and count its peak anew."""
-        gc.collect()
-        self.synchronise()
+        """Give a GPU's memory back that nothing holds, and count its peak anew."""
         if self.type == "cuda":
+            gc.collect()
+            self.synchronise()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 

@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from peerscale.cell_names import are_brackets, budget_name, cell_name
-from peerscale.composition import Composition, of_cells, sweep_file
+from peerscale.composition import Composition, of_cells, read_study, sweep_file
 from peerscale.config import Config, composed, parse_config, to_dict
 from peerscale.config_errors import ConfigError, layers_with, method_in, unknown_key
 from peerscale.data.store import read_manifest
@@ -79,9 +81,11 @@ def planned_cells(sweep: str | Path, overrides: Sequence[str] = ()) -> list[Cell
             raise ConfigError(f"{override}: Hydra's own settings are not for a study")
         if key in {*NAMED, *(axis for _, axes in _all_axes(study) for axis in axes)}:
             raise ConfigError(f"{file.name} varies {key}; {_instead(key, override.partition('=')[2])}")
-    # Composing takes 50 ms, so it is done once for each layer and once for each size, not for each cell.
+    # Composing takes 80 ms, so it is done once for each layer, not for each cell.
     compose = functools.cache(lambda *choice: composed(choice, sweep=file))
     of_size = [override for override in overrides if _key(override).startswith("size.")]
+    plain = not of_size and not {"size", "defaults"} & {*read_study(file)}
+    backbone = functools.cache(lambda size: (plain and _size(size)) or compose(f"size={size}", *of_size).tree["size"])
     cells: list[Cell] = []
     for method, row in itertools.product(study.methods, study.rows):
         if method not in (row.methods or study.methods):
@@ -91,8 +95,7 @@ def planned_cells(sweep: str | Path, overrides: Sequence[str] = ()) -> list[Cell
         for size, (axes, row_axes, seed) in itertools.product(row.sizes, _values(study, method, row)):
             groups = {key: value for key, value in {**axes, **row_axes}.items() if (OURS / "conf" / key).is_dir()}
             usual = compose(f"ffn={method}", *(f"{key}={value}" for key, value in groups.items()), *overrides).tree
-            backbone = compose(f"size={size}", *of_size).tree["size"]
-            tree = {**deepcopy(usual), "size": {**backbone}, "budget": row.budget, "seed": seed}
+            tree = {**deepcopy(usual), "size": {**backbone(size)}, "budget": row.budget, "seed": seed}
             for key, value in {**axes, **row_axes}.items():
                 if key not in groups:
                     _set(tree, key, value)
@@ -213,6 +216,12 @@ def rate_lines(cells: Sequence[Cell]) -> list[str]:
         parts.append(f"{name} {between} (fitted: {low:.3g} to {high:.3g})")
     n = sum(map(bool, beyond))
     return [f"learning rate: {n} of {len(beyond)} cells lie beyond the runs of its law: {'; '.join(parts)}"] * (n > 0)
+
+
+def _size(name: str) -> dict[str, Any] | None:
+    """The file of a size as it is, which spares composing it; None: there is none in our conf/."""
+    path = OURS / "conf" / "size" / f"{name}.yaml"
+    return yaml.safe_load(path.read_text()) if path.is_file() else None
 
 
 def _cell(sweep: str, config: Config, axes: Mapping[str, Any]) -> Cell:

@@ -29,6 +29,7 @@ from peerscale.plan import Verdict
 from peerscale.progress import Progress
 from peerscale.runs.record import LOCK, Status, read_record
 from peerscale.training.distributed import started_ranks
+from peerscale.training.memory import uncollected
 
 
 @hydra.main(config_path=str(OURS / "conf"), config_name="config", version_base="1.3")
@@ -84,7 +85,8 @@ def run_cell(cell: Cell) -> Status:
     Raises:
         UserError: it cannot be run as it is; if it was never run before, nothing of it stays.
     """
-    from peerscale.training.cell import train_cell
+    with uncollected():
+        from peerscale.training.cell import train_cell
 
     if started_ranks()[0] > 0:  # the first rank has the lock
         return train_cell(cell)

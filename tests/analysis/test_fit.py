@@ -1,8 +1,6 @@
 """The command line of the fits: any table in, one JSON out, and one clear line for whatever is wrong."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -295,12 +293,6 @@ def test_the_commands_of_the_help_text_can_be_typed() -> None:
     for python, program, *words in commands:
         assert f"{python} {program}" == fit.PROGRAM == fit.parser().prog
         fit.parser().parse_args(words)
-
-
-def test_as_a_program(table: Path, tmp_path: Path) -> None:
-    command = [sys.executable, fit.__file__, "parametric", str(table), *SURFACE, "--out", str(tmp_path / "fit.json")]
-    done = subprocess.run([*command, "--params", "M"], capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and done.stderr.startswith("error: no column 'M'") and not done.stdout
 
 
 def test_the_largest_budget_is_held_out_and_shown(

@@ -1,7 +1,5 @@
 import errno
 import json
-import subprocess
-import sys
 import threading
 from itertools import pairwise
 
@@ -15,6 +13,7 @@ from peerscale.data.blocks import GAP_BYTES
 from peerscale.data.prepare import prepare
 from peerscale.data.store import open_corpus, read_manifest
 from peerscale.errors import UserError, exit_code
+from programs import call
 
 N_BYTES = 400_000
 
@@ -220,33 +219,17 @@ def test_a_corpus_is_prepared_whatever_is_to_be_evaluated_on_it(tmp_path, config
     assert open_corpus(greedy).folder == prepare(greedy).folder == first.folder
 
 
-def run(*arguments):
-    command = [sys.executable, "-m", "peerscale.data.prepare", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
-
-
 def test_the_command_prepares_and_says_where(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(prose(N_BYTES), encoding="utf-8")
-    data = ["data=text", f"data.path={path}", f"data.directory={tmp_path / 'data'}", "data.vocab_size=512"]
-    done = run(*data, "data.evaluation.validation=1024")
-    assert (done.returncode, done.stderr) == (0, "")
-    lines = done.stdout.splitlines()
+    data = f"data=text data.path={path} data.directory={tmp_path / 'data'} data.vocab_size=512"
+    done = call(f"prepare {data} data.evaluation.validation=1024")
+    assert (done.code, done.err) == (0, "")
+    lines = done.out.splitlines()
     assert [line.split()[0] for line in lines[:-1]] == ["set", "train", "validation", "tuning"]
     (folder,) = (tmp_path / "data").glob("text-512-????????")
     assert lines[-1] == f"text, vocabulary 512, prepared in {folder}"
-    again = run(*data, "data.evaluation.validation=1024")
-    assert (again.returncode, again.stderr) == (0, "")
-    assert again.stdout.splitlines()[:-1] == lines[:-1]
-    assert again.stdout.splitlines()[-1] == f"text, vocabulary 512, already prepared in {folder}"
-
-
-def test_the_command_s_errors_are_one_line(tmp_path):
-    done = run("data=text", f"data.path={tmp_path / 'absent'}", f"data.directory={tmp_path / 'data'}")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: data.path: {tmp_path / 'absent'} does not exist\n"
-
-
-def test_data_needs_no_torch():
-    check = "import sys, peerscale.data.prepare; sys.exit('torch' in sys.modules or 'datasets' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", check], timeout=60).returncode == 0
+    again = call(f"prepare {data} data.evaluation.validation=1024")
+    assert (again.code, again.err) == (0, "")
+    assert again.out.splitlines()[:-1] == lines[:-1]
+    assert again.out.splitlines()[-1] == f"text, vocabulary 512, already prepared in {folder}"

@@ -1,7 +1,6 @@
 """Which backend runs, and how the compiled one is made."""
 
-import os
-import subprocess
+import multiprocessing
 import sys
 
 import pytest
@@ -130,23 +129,36 @@ def test_a_cache_that_cannot_be_written_is_reported_in_one_line(monkeypatch, tmp
     assert str(tmp_path / "file") in line
 
 
-def test_processes_that_compile_at_once_share_one_library(tmp_path):
-    program = "from peerscale.kernels import compiler; compiler.FLAGS = ['-O0', *compiler.FLAGS[2:]]; "  # soon done
-    program += "compiler.library().peerscale_find; print('loaded')"
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
-    command = [sys.executable, "-c", program]
-    processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [process.communicate()[0] for process in processes] == ["loaded\n"] * 2
+@pytest.fixture
+def short_source(monkeypatch, tmp_path, forgetful):
+    """A source that is compiled at once."""
+    monkeypatch.setattr(compiler, "SOURCE", tmp_path / "short.cpp")
+    monkeypatch.setattr(compiler, "HEADERS", [])
+    compiler.SOURCE.write_text('extern "C" int answer() { return 42; }')
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def test_processes_that_compile_at_once_share_one_library(tmp_path, short_source):
+    processes = [
+        multiprocessing.get_context("fork").Process(target=lambda: sys.exit(compiler.library().answer()))
+        for _ in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [42, 42]
     [library] = (tmp_path / "peerscale").iterdir()
     assert library.suffix == ".so"
 
 
-def test_another_processor_or_source_has_a_library_of_its_own(monkeypatch, tmp_path, forgetful):
+def test_another_processor_or_source_has_a_library_of_its_own(monkeypatch, tmp_path, short_source):
     """Where a home folder is shared: no library is run on a processor that it was not compiled for."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(compiler, "FLAGS", ["-O0", *compiler.FLAGS[2:]])
     for processor in ("flags: avx2", "flags: avx2 avx512f"):
         monkeypatch.setattr(compiler, "instruction_sets", lambda processor=processor: processor)
         compiler.library.cache_clear()
         compiler.library()
-    assert len(list((tmp_path / "peerscale").iterdir())) == 2
+    compiler.SOURCE.write_text("int another;")
+    compiler.library.cache_clear()
+    compiler.library()
+    assert len(list((tmp_path / "peerscale").iterdir())) == 3

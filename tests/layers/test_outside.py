@@ -1,9 +1,7 @@
 """A layer outside peerscale: one module and one YAML file in a folder of the user's, and nothing edited here."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +23,7 @@ from peerscale.plan import plan
 from peerscale.runs.record import differing_keys, hashed_config
 from peerscale.runs.study import planned_record
 from peerscale.runs.table import runs_table
+from programs import call
 
 RECIPE = (ROOT / "README.md").read_text().split("## Add a layer")[1].split("\n## ")[0]
 BLOCKS = dict(re.findall(r"^   ```(python|yaml)\n(.*?)^   ```", RECIPE, flags=re.S | re.M))
@@ -100,7 +99,9 @@ def test_a_study_varies_its_keys_and_tabulates_it(mylab: Path) -> None:
     assert list(table["method"].unique()) == ["dense", "gated"] and table["n_experts"].isna().all()
 
 
-def test_stands_in_a_folder_of_pythonpath_and_trains(mylab: Path, tmp_path: Path) -> None:
+def test_stands_in_a_folder_of_pythonpath_and_trains(
+    mylab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"line {n} of {n * 7919 % 1000} words" for n in range(6000)))
     overrides = [
@@ -108,10 +109,11 @@ def test_stands_in_a_folder_of_pythonpath_and_trains(mylab: Path, tmp_path: Path
         f"data.path={text}", "data.vocab_size=300", f"data.directory={tmp_path / 'data'}", "tracking=disabled",
         "data.evaluation.validation=512", "data.max_epochs=100", f"trainer.runs_directory={tmp_path / 'runs'}",
     ]  # fmt: skip
-    elsewhere = {**os.environ, "PYTHONPATH": str(mylab)}
-    command = [sys.executable, "-m", "peerscale.train", *overrides]
-    done = subprocess.run(command, cwd=tmp_path, env=elsewhere, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(mylab))
+    monkeypatch.syspath_prepend(mylab)  # as Python does when it starts
+    done = call(f"train {' '.join(overrides)}")
+    assert done.code == 0, done.err
     (record,) = (json.loads(path.read_text()) for path in (tmp_path / "runs").glob("single/gated-*/record.json"))
     assert record["status"] == "done" and len(record["hashed_config"]["ffn"]["source_sha256"]) == 64
 

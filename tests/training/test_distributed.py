@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from peerscale.cells import Cell, single_cell
 from peerscale.config import Config, composed, load
@@ -27,7 +28,7 @@ from peerscale.plan import Verdict, plan
 from peerscale.runs.record import Record, Status, read_record
 from peerscale.runs.table import read_metrics
 from peerscale.train import run_cell
-from peerscale.training import cell, distributed
+from peerscale.training import cell, distributed, module
 from peerscale.training import rank as rank_program
 from peerscale.training.cell import build_module, fit, train_cell
 from peerscale.training.checkpoint import TimedCheckpoint, checkpoints
@@ -85,7 +86,8 @@ def trained(config: Config, folder: Path) -> tuple[Rows, dict[str, Any], dict[st
 def train_all() -> None:
     """Program of each of two ranks, which join once for everything; the first rank keeps what comes of it.
 
-    All cases, a cell of which copies are kept, one begun on one process, and at last the cell that was launched.
+    All cases, a cell of which copies are kept, one that goes on from such a copy, one begun on one process, and at last
+    the cell that was launched, which fails.
     """
     job = pickle.loads(Path(os.environ["JOB"]).read_bytes())
     rank, folder, cells = started_ranks()[0], job["folder"], job["cells"]
@@ -95,11 +97,18 @@ def train_all() -> None:
         assert rank == 0 or not list(folder.glob("1 *"))
         if rank == 0:
             (folder / "found.pickle").write_bytes(pickle.dumps(found))
-        cell.joined_ranks = lambda _: contextlib.nullcontext()
+        dist.init_process_group = dist.destroy_process_group = lambda *_, **__: None
         with broken_off_copies(cells["unbroken"], *([cells["again"], cells["alone"]] if rank == 0 else [])):
             train_cell(cells["unbroken"])
+        train_cell(cells["again"])
         train_cell(cells["two"])
+        if rank == 1:
+            module.LanguageModel.training_step = fail
         rank_program.main()
+
+
+def fail(self: module.LanguageModel, tokens: torch.Tensor, batch_idx: int) -> None:
+    raise MemoryError("too large")
 
 
 @contextlib.contextmanager
@@ -135,7 +144,7 @@ def cells(corpus_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     planned = {}
     for name, case, n_ranks in (
         ("unbroken", "peer, row-sparse", 2), ("again", "peer, row-sparse", 2), ("alone", "peer, row-sparse", 1),
-        ("one", "peer, reference", 1), ("two", "peer, reference", 2),
+        ("one", "peer, reference", 1), ("two", "peer, reference", 2), ("fails", "dense", 2),
     ):  # fmt: skip
         overrides = [*on_two_ranks(settings.__wrapped__(corpus_path, tmp_path_factory.mktemp(name))), *CASES[case]]
         planned[name] = single_cell(composed([*overrides, budget(overrides, 8), f"trainer.devices={n_ranks}"]))
@@ -151,7 +160,7 @@ def on_two_ranks(settings: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def launched(configs: dict[str, Config], cells: dict[str, Cell], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a launch of two ranks, which trained all cases and cells."""
+    """The folder of a launch of two ranks, which trained all cases and cells, and failed at last."""
     folder = tmp_path_factory.mktemp("launched")
     with broken_off_copies(cells["one"], cells["two"]):
         assert train_cell(cells["one"]) is Status.DONE
@@ -161,7 +170,7 @@ def launched(configs: dict[str, Config], cells: dict[str, Cell], tmp_path_factor
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JOB", str(job))
         run_in_ranks(patch, "from test_distributed import train_all; train_all()")
-        assert run_cell(cells["again"]) is Status.DONE
+        assert run_cell(cells["fails"]) is Status.FAILED
     return folder
 
 
@@ -248,32 +257,24 @@ def test_a_cell_begun_on_one_process_goes_on_on_two(launched: Path, cells: dict[
     assert notices == [f"notice: {two.cell} goes on with another n_devices: not bit-exact"], "and `again` with none"
 
 
-FAILS = """
-import os, signal
-from peerscale.errors import UserError
-from peerscale.training import module, rank
-
-def fail(self, tokens, batch_idx):
-    if os.environ["RANK"] == "1":
-        raise MemoryError('too large')
-    return original(self, tokens, batch_idx)
-
-original, module.LanguageModel.training_step = module.LanguageModel.training_step, fail
-rank.main()
-"""
-
-
-def test_a_failing_rank_ends_the_cell_with_its_reason(parallel: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    run_in_ranks(monkeypatch, FAILS)
-    status, record = train([*parallel, "ffn=dense", budget([*parallel, "ffn=dense"], 8)])
-    assert (status, record.reason) == (Status.FAILED, "RankError: rank 1: MemoryError: too large")
-    assert "line 8, in fail" in record.traceback
+def test_a_failing_rank_ends_the_cell_with_its_reason(launched: Path, cells: dict[str, Cell]) -> None:
+    record = read_record(cells["fails"].folder)
+    assert record is not None
+    assert (record.status, record.reason) == (Status.FAILED, "RankError: rank 1: MemoryError: too large")
+    assert ", in fail\n" in record.traceback
     assert not ranks_of(os.getpid())
 
 
-def test_the_first_rank_has_recorded_why_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    run_in_ranks(monkeypatch, f"import sys; sys.exit({FAILED_CELLS})")
-    distributed.launch(2, {})  # raises nothing, which would be recorded in its place
+@pytest.mark.parametrize("code", [0, FAILED_CELLS])
+def test_a_first_rank_that_has_recorded_how_it_ended_raises_nothing(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_in_ranks(monkeypatch, f"import sys; sys.exit({code})")
+    distributed.launch(1, {})
+
+
+def test_a_rank_ends_with_0_if_its_cell_is_done(launched: Path, cells: dict[str, Cell], tmp_path: Path) -> None:
+    job = tmp_path / "cell.pickle"
+    job.write_bytes(pickle.dumps(cells["one"]))
+    assert rank_program.run_rank(job) == 0
 
 
 @pytest.mark.parametrize(
@@ -298,7 +299,7 @@ def test_wrong_input_that_a_rank_finds_is_the_users_to_mend(monkeypatch: pytest.
     found += "from peerscale.errors import UserError\n@record\ndef main(): raise UserError('no such thing')\nmain()"
     run_in_ranks(monkeypatch, found)
     with pytest.raises(UserError, match="no such thing"):
-        distributed.launch(2, {})
+        distributed.launch(1, {})
 
 
 def test_ranks_that_torchrun_started_train_one_cell(parallel: list[str], tmp_path: Path) -> None:
@@ -359,23 +360,6 @@ def children(parent: int) -> list[int]:
     return found
 
 
-@contextlib.contextmanager
-def training(overrides: list[str], runs: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
-    """A cell of two processes in a session of its own, as of a terminal, once it trains; and its further ranks."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "peerscale.train", *overrides],
-        cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    try:
-        while not any(list(read_metrics(cell)) for cell in (runs / "single").glob("*")):
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.05)
-        yield process, ranks_of(process.pid)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-
 def ended(processes: list[int], within_s: float = 10.0) -> bool:
     limit = time.monotonic() + within_s
     while alive := [p for p in processes if Path(f"/proc/{p}").exists()]:
@@ -385,35 +369,56 @@ def ended(processes: list[int], within_s: float = 10.0) -> bool:
     return True
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_signal_ends_all_processes_and_leaves_a_cell_that_goes_on(
-    number: signal.Signals, parallel: list[str], tmp_path: Path
-) -> None:
+@contextlib.contextmanager
+def started(program: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """A process in a session of its own, as of a terminal, which is ended with all that it started."""
+    command = [sys.executable, *program]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+def test_a_signal_ends_all_processes_and_leaves_a_cell_that_goes_on(parallel: list[str], tmp_path: Path) -> None:
     overrides = [*parallel, "ffn=peer", "trainer.checkpoint_every_steps=50"]
     overrides.append(budget(overrides, 30_000))
-    overrides.append("data.max_epochs=10000")
-    with training(overrides, tmp_path / "runs") as (process, others):
+    with started(["-m", "peerscale.train", *overrides, "data.max_epochs=10000"]) as process:
+        wait(process, lambda: any(list(read_metrics(cell)) for cell in (tmp_path / "runs" / "single").glob("*")))
+        others = ranks_of(process.pid)
         assert len(others) == 2
         for warning in (signal.SIGUSR1, signal.SIGUSR2):
             os.kill(others[1], warning)
         (folder,) = (tmp_path / "runs" / "single").iterdir()
         before = len(list(read_metrics(folder)))
-        while len(list(read_metrics(folder))) < before + 5:
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.05)
-        if number is signal.SIGKILL:
-            process.kill()  # the process that started the ranks, alone
-        else:
-            os.killpg(process.pid, number)  # all, as a terminal and Slurm do
+        wait(process, lambda: len(list(read_metrics(folder))) >= before + 5)
+        os.killpg(process.pid, signal.SIGTERM)  # all, as a terminal and Slurm do
         _, errors = process.communicate(timeout=60)
         assert ended(others)
     assert "Traceback" not in errors
-    assert process.returncode == (-9 if number is signal.SIGKILL else 130), errors
+    assert process.returncode == 130, errors
     record = read_record(folder)
     assert record is not None and record.status is Status.RUNNING
-    if number is not signal.SIGKILL:
-        (newest, *_) = checkpoints(folder / "checkpoints")
-        rows = list(read_metrics(folder))
-        assert int(newest.stem.removeprefix("step-")) - rows[-1]["step"] in (0, 1), (
-            "saved at the step that it ended with"
-        )
+    (newest, *_) = checkpoints(folder / "checkpoints")
+    rows = list(read_metrics(folder))
+    assert int(newest.stem.removeprefix("step-")) - rows[-1]["step"] in (0, 1), "saved at the step that it ended with"
+
+
+def test_ranks_end_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    sign = f"Path({str(tmp_path)!r}, os.environ['RANK']).touch()"
+    trains = "import os, time; from pathlib import Path; from peerscale.training import rank\n"
+    trains += f"rank.run_rank = lambda _: {sign} or time.sleep(60)\nrank.main()"
+    launches = f"from peerscale.training import distributed; distributed.PROGRAM = ('-c', {trains!r})\n"
+    with started(["-c", f"{launches}distributed.launch(2, {{}})"]) as process:
+        wait(process, lambda: len(list(tmp_path.iterdir())) == 2)
+        ranks = ranks_of(process.pid)
+        assert len(ranks) == 2
+        process.kill()
+        assert process.wait(10) == -signal.SIGKILL and ended(ranks)

@@ -1,5 +1,6 @@
 """A study as it might be found on disk: five methods, two budgets, five sizes, known minima, and cells gone wrong."""
 
+import functools
 import importlib.util
 import json
 from dataclasses import dataclass, replace
@@ -54,6 +55,7 @@ class SyntheticCell:
     plan: Plan
 
 
+@functools.cache
 def cells() -> list[SyntheticCell]:
     """The plan of the study."""
     found = []
@@ -79,12 +81,14 @@ def cells() -> list[SyntheticCell]:
     return found
 
 
+@functools.cache
 def optimum(budget: float) -> float:
     """FLOPs per token at every method's minimum: the middle of dense's sizes, in the logarithm."""
     sizes = [c.plan.cost.flops_per_token for c in cells() if c.method == "dense" and c.config.budget == budget]
     return float(np.sqrt(min(sizes) * max(sizes)))
 
 
+@functools.cache
 def records() -> list[Record]:
     """Records of the cells that were started; the dropped one has none."""
     rng = np.random.default_rng(7)

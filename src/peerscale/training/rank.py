@@ -14,12 +14,15 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from peerscale.cells import Cell
 from peerscale.errors import FAILED_CELLS, INTERRUPTED
 from peerscale.runs.record import Status
-from peerscale.training.cell import train_cell
+from peerscale.training.memory import uncollected
 
 
 @record  # which tells the launcher about an exception
 def run_rank(path: Path) -> int:
     """Train the cell, and return the exit code of this rank."""
+    with uncollected():  # some seconds, in which signals already mean what they should
+        from peerscale.training.cell import train_cell
+
     cell: Cell = pickle.loads(path.read_bytes())
     try:
         status = train_cell(cell)
