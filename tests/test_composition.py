@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from peerscale import composition
 from peerscale.composition import sweep_file
 from peerscale.config import ConfigError, load
 from peerscale.files import ROOT
 from peerscale.layers.product_keys import PeerConfig
 from peerscale.sweep_config import load_sweep
-from toy_study import composed_by_hydra
 
 
 def test_a_study_is_found_by_name_or_path(tmp_path: Path) -> None:
@@ -35,30 +33,6 @@ def test_a_studys_settings_lie_between_conf_and_overrides(tmp_path: Path) -> Non
     config = load(["ffn=peer", "context=16"], sweep=study)
     assert (config.min_steps, config.context, config.batch_sequences) == (7, 16, 16)
     assert isinstance(config.ffn, PeerConfig)
-
-
-@pytest.mark.parametrize(
-    ("study", "overrides"),
-    [
-        ("", ["ffn=peer", "++ffn.top_k=8", "optim.lr=.02", "tracking=disabled", "tracking.tags=[a,b]", "replaced=all"]),
-        ("", ["size=d8", "size.n_layers=2", "data=text", "data.path='a, b=c'", "size=d12", "size.n_layers=3"]),
-        ("context: 32\nsize: {n_layers: 3}\nmin_steps: ${context}\n", ["ffn=moe", "context=8", "ffn.n_experts=4"]),
-        ("defaults: [override data: text, override tracking: disabled]\ndata: {path: x}\n", ["data.vocab_size=300"]),
-        ("defaults: [config, _self_]\nsize: {n_layers: 3}\n", ["size=d8", "ffn=moe"]),
-        ("defaults: [config, override data: text]\ncontext: 32\n", ["data=gutenberg", "++sweep.seeds=[1]", "seed=4"]),
-    ],
-)  # fmt: skip
-def test_values_are_laid_over_kept_files_as_hydra_does(study: str, overrides: list[str], tmp_path: Path) -> None:
-    file = tmp_path / "study.yaml"
-    file.write_text(f"sweep: {{methods: [peer, dense]}}\n{study}")
-    for sweep in [file] + [None] * (not study):
-        for _ in range(2):
-            assert composition._laid_over_kept(overrides, sweep, "config") == composed_by_hydra(overrides, sweep)
-
-
-@pytest.mark.parametrize("override", ["nosuch=3", "+foo=3", "~budget", "budget=1,2", "hydra.mode=RUN", "ffn={a:1}"])
-def test_what_takes_more_than_values_is_left_to_hydra(override: str) -> None:
-    assert composition._laid_over_kept([override], None, "config") is None
 
 
 def test_composes_inside_a_running_hydra_and_leaves_it_as_it_was(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def write_study(folder: Path, sweep: str = TOY, settings: str = "") -> Path:
 
 def composed_by_hydra(overrides: Sequence[str], sweep: Path | str | None = None) -> composition.Composition:
     """What Hydra makes of it all by itself, with nothing kept from before."""
-    return composition._plain(composition._composed(composition._register(sweep) if sweep else "config", overrides))
+    return composition._composed(composition._register(sweep) if sweep else "config", overrides)
 
 
 def kept_in(folder: Path, cell: Cell) -> Cell:

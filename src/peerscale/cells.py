@@ -81,7 +81,7 @@ def planned_cells(sweep: str | Path, overrides: Sequence[str] = ()) -> list[Cell
             raise ConfigError(f"{override}: Hydra's own settings are not for a study")
         if key in {*NAMED, *(axis for _, axes in _all_axes(study) for axis in axes)}:
             raise ConfigError(f"{file.name} varies {key}; {_instead(key, override.partition('=')[2])}")
-    # Composing takes 80 ms, so it is done once for each layer, not for each cell.
+    # Composing takes 80 ms, so it is done once for each layer, not for each cell or size.
     compose = functools.cache(lambda *choice: composed(choice, sweep=file))
     of_size = [override for override in overrides if _key(override).startswith("size.")]
     plain = not of_size and not {"size", "defaults"} & {*read_study(file)}

@@ -2,17 +2,13 @@
 
 import functools
 import os
-import re
 from collections.abc import Hashable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from peerscale.errors import ConfigError
 from peerscale.files import OURS, ROOT
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 STUDY = ".study"
 """Ends the names by which Hydra knows studies, so that it does not read the file of a study by itself."""
@@ -69,12 +65,6 @@ def study_files() -> list[Path]:
 
 def read_study(file: Path) -> dict[str, Any]:
     """What stands in a study's file, before it is laid over conf/; raises `ConfigError` if that is no study."""
-    status = file.stat()
-    return deepcopy(_read_study(file, status.st_mtime_ns, status.st_size))
-
-
-@functools.lru_cache(maxsize=100)
-def _read_study(file: Path, time: int, size: int) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     study = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
@@ -98,44 +88,10 @@ def compose(overrides: Sequence[str] = (), *, sweep: str | Path | None = None, n
     Raises:
         Exception: Hydra's, OmegaConf's or YAML's, which `config_errors.first_line` puts into one line.
     """
-    return _laid_over_kept(overrides, sweep, name) or _plain(_composed(_register(sweep) if sweep else name, overrides))
-
-
-def _laid_over_kept(overrides: Sequence[str], sweep: str | Path | None, name: str) -> Composition | None:
-    """What Hydra composes, by laying values over the files that it composed before: in a tenth of its 80 ms.
-
-    None where it takes more than that, or where something is wrong, which Hydra is to say.
-    """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from omegaconf import OmegaConf, open_dict
-
-    folders = [OURS / "conf", *own_folders()]
-    groups = {folder.name for conf in folders for folder in conf.iterdir() if folder.is_dir()}
-    study = read_study(sweep_file(sweep)) if sweep else {}
-    defaults = study.pop("defaults", [])
-    # As studies once had to begin and end.
-    defaults = defaults[defaults[:1] == ["config"] : len(defaults) - (defaults[-1:] == ["_self_"])]
-    if not all(isinstance(entry, dict) and all(key.startswith("override ") for key in entry) for entry in defaults):
-        return None
-    asked = [f"{key.removeprefix('override ')}={choice}" for entry in defaults for key, choice in entry.items()]
-    chosen = {group: word for word in (*asked, *overrides) if (group := word.partition("=")[0]) in groups}
-    values = [word for word in (*asked, *overrides) if word.partition("=")[0] not in groups]
-    plain = [re.fullmatch(r"\w+=[\w.-]+", word) for word in chosen.values()]
-    plain += [re.match(r"(\+\+)?(?!hydra\b)[a-z_][\w.]*=", word) for word in values]
-    if not all(plain):
-        return None
-    files = [(file, file.stat().st_mtime_ns) for conf in folders for file in sorted(conf.rglob("*.yaml"))]
-    try:
-        tree, choices = deepcopy(_kept(name, tuple(chosen.values()), tuple(files)))
-        with open_dict(tree):
-            tree.merge_with(study)
-        for value in OverridesParser.create().parse_overrides(values):
-            if value.is_sweep_override():
-                return None
-            OmegaConf.update(tree, value.key_or_group, value.value(), merge=True, force_add=value.is_force_add())
-        return _plain((tree, choices))
-    except Exception:
-        return None
+    if sweep is not None:
+        return _composed(_register(sweep), overrides)
+    files = [file for folder in (OURS / "conf", *own_folders()) for file in sorted(folder.rglob("*.yaml"))]
+    return deepcopy(_kept(name, tuple(overrides), tuple((file, file.stat().st_mtime_ns) for file in files)))
 
 
 def own_folders() -> list[Path]:
@@ -144,26 +100,18 @@ def own_folders() -> list[Path]:
     return [conf for folder in folders if folder and (conf := Path(folder, "conf").resolve()).is_dir()]
 
 
-@functools.lru_cache(maxsize=200)
-def _kept(name: str, choices: tuple[str, ...], files: Hashable) -> "tuple[DictConfig, Mapping[str, Any]]":
-    """Kept for as long as no file of conf/ changes."""
-    return _composed(name, choices)
+@functools.lru_cache(maxsize=1000)
+def _kept(name: str, overrides: tuple[str, ...], files: Hashable) -> Composition:
+    """Kept for as long as no file of conf/ changes: Hydra takes 80 ms, and planning asks for the same things again."""
+    return _composed(name, overrides)
 
 
-def _plain(composed: "tuple[DictConfig, Mapping[str, Any]]") -> Composition:
-    from omegaconf import OmegaConf
-
-    tree, choices = composed
-    return Composition.of(OmegaConf.to_container(tree, resolve=True, throw_on_missing=True), choices)
-
-
-def _composed(name: str, overrides: Sequence[str]) -> "tuple[DictConfig, Mapping[str, Any]]":
-    """What Hydra composes, and the file that it took of each group."""
+def _composed(name: str, overrides: Sequence[str]) -> Composition:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.initialize import get_gh_backup, restore_gh_from_backup
-    from omegaconf import open_dict
+    from omegaconf import OmegaConf, open_dict
 
     running = get_gh_backup()  # a cell may be composed inside a running Hydra, which allows only one at a time
     GlobalHydra.instance().clear()
@@ -172,10 +120,10 @@ def _composed(name: str, overrides: Sequence[str]) -> "tuple[DictConfig, Mapping
             composed = hydra_compose(name, overrides=list(overrides), return_hydra_config=True)
     finally:
         restore_gh_from_backup(running)
-    choices = {**composed.hydra.runtime.choices}
+    choices = composed.hydra.runtime.choices
     with open_dict(composed):
         del composed["hydra"]
-    return composed, choices
+    return Composition.of(OmegaConf.to_container(composed, resolve=True, throw_on_missing=True), choices)
 
 
 def _register(sweep: str | Path) -> str:
