@@ -193,7 +193,8 @@ def test_two_processes_train_what_one_does(
 ) -> None:
     rows, evaluation, checkpoint = trained(configs[case], tmp_path)
     rows_of_two, evaluation_of_two, checkpoint_of_two = on_two[case]
-    rel, absolute = (2e-3, 2e-3) if "bf16" in case else (2e-5, 2e-6)
+    # In bf16 a query that rounds otherwise may retrieve another expert: so may halves of a batch on one process.
+    rel, absolute = {"moe in bf16": (2e-3, 2e-3), "peer in bf16": (1e-2, 1e-2)}.get(case, (2e-5, 2e-6))
     assert len(rows) == len(rows_of_two) == STEPS / 2
     for row, row_of_two in zip(rows, rows_of_two, strict=True):
         assert row_of_two == pytest.approx(row, rel=rel, abs=absolute)
