@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self, TypedDict, TypeVar
 
 import numpy as np
 import pandas as pd
+from scipy.stats import t as student
 
 from peerscale.errors import UserError
 from peerscale.laws.solver import Array, FitStatus, Number, Problem, minimise, solve
@@ -143,6 +144,28 @@ def percentile_interval(values: Array) -> tuple[float, float]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StudentValue:
+    """A number whose standard error was itself estimated."""
+
+    value: float
+    se: float
+    """Standard error from all parts that are known."""
+    df: float
+    """Degrees of freedom of `se`."""
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Student's 95 % interval."""
+        half = float(student.ppf((1 + LEVEL) / 2, self.df)) * self.se
+        return self.value - half, self.value + half
+
+    @property
+    def p(self) -> float:
+        """Two-sided probability of a value so far from zero, were the true one zero."""
+        return float(2 * student.sf(abs(self.value) / self.se, self.df)) if self.se > 0 else math.nan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Bootstrap:
     """Coefficients of the resampled fits."""
 
@@ -201,33 +224,27 @@ class HoldOut:
     """Root mean squared error over the held-out runs."""
     mape: float
     """Mean absolute error in percent of what was observed."""
+    missed: bool
+    """Whether the intervals of prediction and observation are apart: the law does not extrapolate so far."""
 
     @classmethod
     def of(cls, observed: Array, predicted: Array, **described: Any) -> Self:
         """From what was held out and its predictions, (n,) each, with the other fields."""
+        mean, interval = float(observed.mean()), described["interval"]
+        low, high = described.get("observed_interval") or (mean, mean)
         return cls(
-            observed=float(observed.mean()), predicted=float(predicted.mean()),
-            rmse=float(np.sqrt(np.mean((predicted - observed) ** 2))),
-            mape=float(100 * np.mean(np.abs(predicted / observed - 1))), **described,
+            observed=mean, predicted=float(predicted.mean()), rmse=float(np.sqrt(np.mean((predicted - observed) ** 2))),
+            mape=float(100 * np.mean(np.abs(predicted / observed - 1))),
+            missed=bool(interval and (interval[1] < low or interval[0] > high)), **described,
         )  # fmt: skip
 
-    @property
-    def missed(self) -> bool:
-        """Whether the intervals of prediction and observation are apart: the law does not extrapolate so far."""
-        if self.interval is None:
-            return False
-        low, high = self.observed_interval or (self.observed, self.observed)
-        return bool(self.interval[1] < low or self.interval[0] > high)
 
-    def warnings(self) -> tuple[str, ...]:
-        """One that names the miss, if it is one."""
-        if not self.missed:
-            return ()
-        off = 100 * (self.predicted / self.observed - 1)
-        return (f"the smaller budgets do not predict {self.quantity} at {self.budget:.4g}: it is {off:+.2g} % off",)
-
-    def to_dict(self) -> dict[str, Any]:
-        return fields_to_plain(self) | {"missed": self.missed}
+def miss(found: HoldOut | None) -> tuple[str, ...]:
+    """A warning that names what the smaller budgets do not predict, if so."""
+    if found is None or not found.missed:
+        return ()
+    off = 100 * (found.predicted / found.observed - 1)
+    return (f"the smaller budgets do not predict {found.quantity} at {found.budget:.4g}: it is {off:+.2g} % off",)
 
 
 def largest(scale: Array, start: float | None = None) -> Array:
@@ -357,7 +374,7 @@ def estimate(
         )  # fmt: skip
     held = largest(scale, hold_out)
     held_out = predict_held_out(problem, point, held, scale, bootstrap=bootstrap, seed=seed, clusters=clusters)
-    said = held_out.warnings() if held_out else (f"no held-out error: {held.sum()} of {len(table)} runs held out",)
+    said = miss(held_out) if held_out else (f"no held-out error: {held.sum()} of {len(table)} runs held out",)
     return kind(
         **{name: float(coefficient) for name, coefficient in problem.coordinates.coefficients(point).items()},
         n=len(table),

@@ -296,7 +296,7 @@ def fit_rates(
     return RateFit(
         n=int(fitted.sum()), n_curves=len(np.unique(curves[fitted])), laws=laws, ci=intervals,
         own=_laws(own, names, reference, own=True)[0] if own else None,
-        equal_exponents=f_test(shared.rss, shared.df, own.rss, own.df) if own else None,
+        equal_exponents=f_test(shared, own) if own else None,
         curvature=shared.k, curvature_se=shared.k_se, scatter=shared.scatter, df=shared.df,
         fitted={name: (float(each[fitted].min()), float(each[fitted].max())) for name, each in told.items()},
         curves=rows.optima(~held, shared), hold_out_given=bool(held.any()),

@@ -17,7 +17,7 @@ from peerscale.laws.fitting import LEVEL as INTERVAL
 from peerscale.laws.fitting import Bootstrap, percentile_interval, resample_counts, to_plain
 from peerscale.laws.isoflop import MIN_BUDGETS, fit_power_law
 from peerscale.laws.multiplier import compute_multipliers
-from peerscale.laws.optima import Estimate, OptimaFit, Optimum, OptimumStatus, equality_of_curvatures, holm
+from peerscale.laws.optima import Estimate, OptimaFit, Optimum, OptimumStatus, f_test, holm
 from peerscale.laws.solver import Array, FitStatus
 from peerscale.runs.brackets import RateErrors, described, fit_rate_brackets, rate_errors
 from peerscale.runs.record import Record
@@ -179,7 +179,7 @@ def _by_curves(
     return Budget(budget, shared, optima, by_seed, drawn), {
         "window": window, "scatter": shared.scatter, "df": shared.df, "seeds_sd": math.sqrt(shared.seeds_variance),
         "seeds_df": shared.seeds_df, "curvature": float(shared.curve(shared.names[0])[2]),
-        "equality": equality_of_curvatures(shared, own), "methods": methods, "differences": differences,
+        "equality": f_test(shared, own), "methods": methods, "differences": differences,
     }  # fmt: skip
 
 

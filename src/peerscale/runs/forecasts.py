@@ -145,36 +145,47 @@ def forecast(fits: Mapping[str, Any], budget: float) -> list[dict[str, Any]]:
     return to_plain(found)
 
 
+def _quantities(fits: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every quantity that has a number, with its budget, and the degrees of freedom of the budget's fit as `df`."""
+    rows = []
+    for entry in fits["budgets"]:
+        at = {"budget": entry["budget"], "df": entry.get("df", 0)}
+        rows += [
+            {**one, **at, "quantity": "loss", "method": one["name"], "reference": "", "value": one["loss"]}
+            for one in entry["methods"]
+        ]
+        rows += [{**one, **at, "quantity": "difference"} for one in filter(is_to_dense, entry["differences"])]
+    freedom = {entry["budget"]: entry.get("df", 0) for entry in fits["budgets"]}
+    rows += [
+        {**one, "df": freedom.get(one["budget"], 0), "quantity": "multiplier", "value": one["multiplier"]}
+        for one in fits["multipliers"]
+    ]
+    return [row for row in rows if row.get("value") is not None]
+
+
 def _points(fits: Mapping[str, Any], budget: float) -> dict[tuple[Quantity, str, str], list[Point]]:
-    """The points by quantity, method and reference; those without a number or an error are left out."""
+    """The points by quantity, method and reference; those without an error are left out."""
     points: dict[tuple[Quantity, str, str], list[Point]] = {}
-    lowest = fits.get("trend_from", 0.0)
-    entries = [entry for entry in fits["budgets"] if lowest <= entry["budget"] < budget]
-    for entry in entries:
-        at, df = entry["budget"], entry.get("df", 0)
-        for one in (one for one in entry["methods"] if one["loss"] is not None):
-            points.setdefault(("loss", one["name"], ""), []).append(Point(at, one["loss"], _se(one), df))
-        for one in (one for one in entry["differences"] if is_to_dense(one) and one.get("value") is not None):
-            key: tuple[Quantity, str, str] = ("difference", one["method"], one["reference"])
-            points.setdefault(key, []).append(Point(at, one["value"], _se(one), df))
-    freedom = {entry["budget"]: entry.get("df", 0) for entry in entries}
-    for one in fits["multipliers"]:
-        if (df := freedom.get(one["budget"])) and one["low"] is not None:
-            half = math.log(one["high"] / one["low"]) / 2
-            se = one["multiplier"] * half / float(student.ppf((1 + LEVEL) / 2, df))
-            key = ("multiplier", one["method"], one["reference"])
-            points.setdefault(key, []).append(Point(one["budget"], one["multiplier"], se, df))
-    return {key: [point for point in values if point.se > 0] for key, values in points.items()}
+    for one in _quantities(fits):
+        if fits.get("trend_from", 0.0) <= one["budget"] < budget and (se := _se(one)) > 0:
+            point = Point(one["budget"], one["value"], se, one["df"])
+            points.setdefault((one["quantity"], one["method"], one["reference"]), []).append(point)
+    return points
+
+
+def _se(one: Mapping[str, Any]) -> float:
+    """The error of a quantity, less that of sampling sequences, which all budgets share; NaN if it has none."""
+    if one["quantity"] == "multiplier":
+        if not one["df"] or one["low"] is None:
+            return math.nan
+        half = math.log(one["high"] / one["low"]) / 2
+        return one["value"] * half / float(student.ppf((1 + LEVEL) / 2, one["df"]))
+    return math.nan if one["se"] is None else math.sqrt(max(one["se"] ** 2 - (one["sequences_se"] or 0) ** 2, 0))
 
 
 def is_to_dense(difference: Mapping[str, Any]) -> bool:
     """Whether a difference of `fits.json` is one at the optimum, of a method to dense."""
     return difference["size"] == "" and difference["reference"].partition(" ")[0] == "dense"
-
-
-def _se(found: Mapping[str, Any]) -> float:
-    """The error of a loss or difference, less that of sampling sequences, which all budgets share; NaN if none."""
-    return math.nan if found["se"] is None else math.sqrt(max(found["se"] ** 2 - (found["sequences_se"] or 0) ** 2, 0))
 
 
 def left_out(fits: Mapping[str, Any], budgets: Collection[float]) -> list[str]:
@@ -197,16 +208,10 @@ def read_forecasts(study: Study) -> list[dict[str, Any]]:
 
 def observed(made: Mapping[str, Any], fits: Mapping[str, Any]) -> list[tuple[dict[str, Any], Observation | None]]:
     """Each forecast of `make_forecast` with what its budget then gave; None where that has no number."""
-    there: dict[tuple[Quantity, str], tuple[float | None, float | None, float | None]] = {}
-    for entry in (entry for entry in fits["budgets"] if entry["budget"] == made["budget"]):
-        for one in entry["methods"]:
-            there["loss", one["name"]] = one["loss"], one.get("low"), one.get("high")
-        for one in filter(is_to_dense, entry["differences"]):
-            there["difference", one["method"]] = one.get("value"), one.get("low"), one.get("high")
-    for one in fits["multipliers"]:
-        if one["budget"] == made["budget"]:
-            there["multiplier", one["method"]] = one["multiplier"], one["low"], one["high"]
-    known = {key: Observation(value, *ends) for key, (value, *ends) in there.items() if value is not None}
+    known = {
+        (one["quantity"], one["method"]): Observation(one["value"], one.get("low"), one.get("high"))
+        for one in _quantities(fits) if one["budget"] == made["budget"]
+    }  # fmt: skip
     return [(one, known.get((one["quantity"], one["method"]))) for one in made["forecasts"]]
 
 
@@ -220,10 +225,7 @@ def inside(one: Mapping[str, Any], seen: Observation) -> str:
         return "yes"
     if seen.low is None or seen.high is None:
         return "no"
-    above = seen.value > one["value"]
-    halves = (
-        (one["high"] - one["value"], seen.value - seen.low)
-        if above
-        else (one["value"] - one["low"], seen.high - seen.value)
-    )
-    return "no, but within both errors" if abs(seen.value - one["value"]) <= math.hypot(*halves) else "no"
+    off = seen.value - one["value"]
+    ends = (one["high"], seen.low) if off > 0 else (one["low"], seen.high)
+    within = abs(off) <= math.hypot(ends[0] - one["value"], ends[1] - seen.value)
+    return "no, but within both errors" if within else "no"
