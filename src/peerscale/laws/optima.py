@@ -281,7 +281,8 @@ def parabola_optima(coefficients: Array, centre: float = 0.0) -> tuple[Array, Ar
 def f_test(restricted: Any, full: Any) -> dict[str, Any] | None:
     """F test of a linear model against one that it is a case of: `f`, its degrees of freedom `df`, and `p`.
 
-    Of both the sum of the squared residuals `rss` and their degrees of freedom `df` count. None if they are one model or the full one leaves no degrees of freedom.
+    Both have the sum of their squared residuals, `rss`, and its degrees of freedom, `df`. None if they are one model or
+    the full one leaves no degrees of freedom.
     """
     constraints = restricted.df - full.df
     if not (constraints and full.df):

@@ -258,7 +258,7 @@ def fit_rates(
     for column in filter(None, (by, *curve)):
         require_column(table, column)
     methods = table[by].astype(str) if by else pd.Series("all", table.index)
-    of_method, names = pd.factorize(methods)
+    of_method, names = pd.factorize(methods.to_numpy())
     told = dict(zip(variables, values, strict=True))
     reference = {name: float(f"{np.exp(np.log(each).mean()):.2g}") for name, each in told.items()}  # where m is best
     logs = [SIGNS[name] * np.log(each / reference[name]) for name, each in told.items()]
@@ -311,7 +311,7 @@ def _names(*columns: pd.Series) -> Array:
 
 
 def _laws(
-    fit: ParabolaRegression, names: Sequence[str], reference: Mapping[str, float], *, own: bool
+    fit: ParabolaRegression, names: Array, reference: Mapping[str, float], *, own: bool
 ) -> tuple[dict[str, RateLaw], dict[str, dict[str, tuple[float, float]]]]:
     """The law of each method, and the intervals of its coefficients."""
     laws, intervals = {}, {}
