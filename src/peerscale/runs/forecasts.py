@@ -17,7 +17,7 @@ import math
 from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -36,17 +36,12 @@ from peerscale.runs.table import read_records, read_runs
 IRREDUCIBLE = 0.5
 """The largest irreducible loss that a forecast allows for, as a share of the lowest loss observed."""
 
-Quantity = Literal["loss", "difference", "multiplier"]
-"""Loss at the compute optimum and its difference to dense's, in nats per token; compute multiplier over dense."""
+KEY = ["quantity", "method", "reference"]
+"""A quantity is the `loss` at the compute optimum or its `difference` to dense's, in nats per token, or the compute
+`multiplier` over dense."""
 
-
-class Point(NamedTuple):
-    """A quantity at one of the smaller budgets, its standard error, and the degrees of freedom of the budget's fit."""
-
-    budget: float
-    value: float
-    se: float
-    df: float
+POINT = ["budget", "value", "se", "df"]
+"""A quantity at one of the smaller budgets, its standard error, and the degrees of freedom of the budget's fit."""
 
 
 class Observation(NamedTuple):
@@ -122,25 +117,28 @@ def forecast(fits: Mapping[str, Any], budget: float) -> list[dict[str, Any]]:
 
     Returns:
         In plain values for JSON: `method`, `quantity`, `reference` (empty for a loss), the forecast `value` with its
-        95 % interval `low` to `high`, `misfit` of the line, and the `points` behind it (`Point`).
+        95 % interval `low` to `high`, `misfit` of the line, and the `points` behind it (`POINT`).
     """
-    points = {key: values for key, values in _points(fits, budget).items() if len(values) >= MIN_POINTS}
-    losses = [point.value for (quantity, *_), values in points.items() if quantity == "loss" for point in values]
+    smaller = [one for one in _quantities(fits) if fits.get("trend_from", 0.0) <= one["budget"] < budget]
+    points = pd.DataFrame([{**one, "se": _se(one)} for one in smaller], columns=[*KEY, *POINT])
+    points = points[points["se"] > 0]
+    points = points[points.groupby(KEY)["budget"].transform("size") >= MIN_POINTS]
+    lowest = points.loc[points["quantity"] == "loss", "value"].min()
     found = []
-    for (quantity, method, reference), values in points.items():
-        budgets, y, se, df = (np.array(column, float) for column in zip(*values, strict=True))
+    for (quantity, method, reference), rows in points.groupby(KEY, sort=False):
+        budgets, y, se, df = rows[POINT].to_numpy(float).T
         x, at = np.log10(budgets), math.log10(budget)
         if quantity == "difference":
             line = extrapolate(x, y, se, df, at)
             value, (low, high) = line.value, line.interval
         else:
-            floors = np.array([0.0, IRREDUCIBLE * min(losses)] if quantity == "loss" else [0.0])
+            floors = np.array([0.0, IRREDUCIBLE * lowest] if quantity == "loss" else [0.0])
             lines = [extrapolate(x, np.log(y - floor), se / (y - floor), df, at) for floor in floors]
             ends = floors[:, None] + np.exp([(one.value, *one.interval) for one in lines])
             line, value, low, high = lines[0], ends[:, 0].mean(), ends.min(), ends.max()
         found.append({
             "method": method, "quantity": quantity, "reference": reference, "value": value, "low": low, "high": high,
-            "misfit": line.misfit, "points": [point._asdict() for point in values],
+            "misfit": line.misfit, "points": rows[POINT].to_dict("records"),
         })  # fmt: skip
     return to_plain(found)
 
@@ -161,16 +159,6 @@ def _quantities(fits: Mapping[str, Any]) -> list[dict[str, Any]]:
         for one in fits["multipliers"]
     ]
     return [row for row in rows if row.get("value") is not None]
-
-
-def _points(fits: Mapping[str, Any], budget: float) -> dict[tuple[Quantity, str, str], list[Point]]:
-    """The points by quantity, method and reference; those without an error are left out."""
-    points: dict[tuple[Quantity, str, str], list[Point]] = {}
-    for one in _quantities(fits):
-        if fits.get("trend_from", 0.0) <= one["budget"] < budget and (se := _se(one)) > 0:
-            point = Point(one["budget"], one["value"], se, one["df"])
-            points.setdefault((one["quantity"], one["method"], one["reference"]), []).append(point)
-    return points
 
 
 def _se(one: Mapping[str, Any]) -> float:
