@@ -254,33 +254,6 @@ def largest(scale: Array, start: float | None = None) -> Array:
     return scale >= start
 
 
-def predict_held_out(
-    problem: Problem, start: Array, held: Array, scale: Array,
-    *, bootstrap: int = 0, seed: int = 0, clusters: Array | None = None,
-) -> HoldOut | None:  # fmt: skip
-    """The runs `held` (runs,) predicted from the others; None if those are no more than the law has coefficients.
-
-    Args:
-        problem: the fit of all runs.
-        start: (p,), such as its solution.
-        held, scale: which runs, and the budgets (runs,).
-        bootstrap, seed, clusters: of the interval.
-    """
-    kept = np.flatnonzero(~held)
-    if not held.any() or len(kept) <= len(problem.coordinates.names):
-        return None
-
-    best = minimise(problem, start, (~held)[None].astype(float)).points
-    predicted, interval = problem.law.predict(best)[0, held], None
-    if bootstrap:
-        weights = np.zeros((bootstrap, len(held)))
-        weights[:, kept] = resample_counts(len(kept), bootstrap, seed, None if clusters is None else clusters[kept])
-        refits = minimise(problem, start, weights)
-        interval = percentile_interval(problem.law.predict(refits.points[~refits.failed])[:, held].mean(axis=1))
-    about = {"quantity": "loss", "budget": float(scale[held].min()), "n": int(held.sum()), "interval": interval}
-    return HoldOut.of(problem.loss[held], predicted, **about)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Fit:
     """Common part of the results; each law adds its coefficients."""
@@ -348,7 +321,7 @@ class Resampling(TypedDict, total=False):
 def estimate(
     kind: type[AnyFit], table: pd.DataFrame, columns: Sequence[str], problem: Problem, scale: Array,
     *, bootstrap: int = 0, seed: int = 0, cluster: str | None = None, budget: str | None = None,
-    hold_out: float | None = None, **described: Any,
+    hold_out: float | None = None,
 ) -> AnyFit:  # fmt: skip
     """The best fit of a law with its status, intervals, held-out error and warnings.
 
@@ -358,7 +331,6 @@ def estimate(
         problem: law, losses, penalty and starts.
         scale: (runs,), by which the largest runs are held out without a column `budget`.
         bootstrap, seed, cluster, budget, hold_out: see `Resampling`.
-        described: further fields of the result.
     """
     clusters = row_labels(table, cluster) if cluster else None
     if budget is not None:
@@ -373,15 +345,33 @@ def estimate(
             failed=int(np.sum(~good)), at_bound=int(np.sum(refits.at_bound[good])), seed=seed,
         )  # fmt: skip
     held = largest(scale, hold_out)
-    held_out = predict_held_out(problem, point, held, scale, bootstrap=bootstrap, seed=seed, clusters=clusters)
+    held_out = _predict_held_out(problem, point, held, scale, bootstrap, seed, clusters)
     said = miss(held_out) if held_out else (f"no held-out error: {held.sum()} of {len(table)} runs held out",)
     return kind(
         **{name: float(coefficient) for name, coefficient in problem.coordinates.coefficients(point).items()},
         n=len(table),
         status=status, objective_name=str(problem.objective), objective_value=value,
         warnings=(*table_warnings(table, *columns), *_outliers(problem, point, table.index), *said),
-        hold_out=held_out, bootstrap=drawn, **described,
+        hold_out=held_out, bootstrap=drawn,
     )  # fmt: skip
+
+
+def _predict_held_out(
+    problem: Problem, start: Array, held: Array, scale: Array, bootstrap: int, seed: int, clusters: Array | None
+) -> HoldOut | None:
+    """The runs `held` (runs,) predicted from the others; None if those are no more than the law has coefficients."""
+    kept = np.flatnonzero(~held)
+    if not held.any() or len(kept) <= len(problem.coordinates.names):
+        return None
+    best = minimise(problem, start, (~held)[None].astype(float)).points
+    predicted, interval = problem.law.predict(best)[0, held], None
+    if bootstrap:
+        weights = np.zeros((bootstrap, len(held)))
+        weights[:, kept] = resample_counts(len(kept), bootstrap, seed, None if clusters is None else clusters[kept])
+        refits = minimise(problem, start, weights)
+        interval = percentile_interval(problem.law.predict(refits.points[~refits.failed])[:, held].mean(axis=1))
+    about = {"quantity": "loss", "budget": float(scale[held].min()), "n": int(held.sum()), "interval": interval}
+    return HoldOut.of(problem.loss[held], predicted, **about)
 
 
 def _outliers(problem: Problem, point: np.ndarray, rows: pd.Index) -> tuple[str, ...]:
