@@ -179,8 +179,8 @@ def one_budget_each(table: pd.DataFrame, budget: str, tolerance: float | None) -
     if tolerance:
         steps = np.sort(np.log(budgets))
         starts = steps[1:][np.diff(steps) > np.log1p(tolerance)]
-        logs = pd.Series(np.log(budgets))
-        budgets = np.exp(logs.groupby(np.searchsorted(starts, logs, side="right")).transform("mean")).to_numpy()
+        logs = pd.Series(np.log(budgets)).groupby(np.searchsorted(starts, np.log(budgets), side="right"))
+        budgets = np.exp(logs.transform("mean").to_numpy())
         table = table.assign(**{budget: budgets.tolist()})
     if np.ptp(budgets) == 0:
         raise UserError(f"column {budget!r} holds one budget, {budgets[0]:g}: a power law needs three")

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 from scipy.optimize import curve_fit
 
-from peerscale.laws.optima import OptimaFit, OptimumStatus, equality_of_curvatures, holm
+from peerscale.laws.optima import OptimaFit, OptimumStatus, f_test, holm
 
 Z = np.array([5.5, 5.7, 5.9, 6.15, 6.4])
 """log10 of the sizes."""
@@ -129,7 +129,7 @@ def test_equality_of_curvatures_is_the_f_test_of_two_regressions() -> None:
     shared = theta[0] * (1 - one) + theta[1] * one + (theta[2] * (1 - one) + theta[3] * one) * z + theta[4] * z**2
     f = (float(((losses - shared) ** 2).sum()) - own) / (own / 4)
     fits = (OptimaFit.of(names, x, losses, shared=s) for s in (True, False))
-    found = equality_of_curvatures(*fits)
+    found = f_test(*fits)
     assert found is not None and found["df"] == (1, 4)
     assert found["f"] == pytest.approx(f, rel=1e-5) and found["p"] == pytest.approx(stats.f.sf(f, 1, 4), rel=1e-5)
     assert found["p"] < 0.01
@@ -137,7 +137,7 @@ def test_equality_of_curvatures_is_the_f_test_of_two_regressions() -> None:
 
 def test_one_method_has_no_curvature_to_compare() -> None:
     fits = [OptimaFit.of(*runs(1), shared=s) for s in (True, False)]
-    assert equality_of_curvatures(*fits) is None
+    assert f_test(*fits) is None
     assert fits[0].optimum("dense").loss == pytest.approx(fits[1].optimum("dense").loss, abs=1e-9)
     assert fits[0].df == 2
 

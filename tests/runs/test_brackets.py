@@ -11,8 +11,7 @@ from made_up_study import LADDER, SIZES, curves, run
 from scipy import stats
 
 from peerscale.files import ROOT
-from peerscale.laws.brackets import fit_brackets
-from peerscale.laws.rates import fit_rates
+from peerscale.laws.rates import fit_brackets, fit_rates
 from peerscale.runs import comparison
 from peerscale.runs.brackets import fit_rate_brackets
 from peerscale.runs.comparison import compare

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from peerscale.errors import UserError
-from peerscale.laws.fitting import Bootstrap, Fit, positive_columns, resample_counts, row_labels, table_warnings
+from peerscale.laws.fitting import Bootstrap, Fit, miss, positive_columns, resample_counts, row_labels, table_warnings
 from peerscale.laws.isoflop import MIN_BUDGETS, PowerLaw, fit_power_law, predict_largest
 from peerscale.laws.solver import Array, FitStatus
 
@@ -84,7 +84,7 @@ def fit_envelope(
         objective_value=float(np.nansum(np.log10(optima / law.optimum(budgets))[interior] ** 2)),
         exponent=law.exponent, coefficient=law.coefficient,
         budgets=budgets, optima=optima, losses=lowest, interior=interior,
-        warnings=(*warnings, *table_warnings(table, run, flops, x, loss), *(hold_out.warnings() if hold_out else ())),
+        warnings=(*warnings, *table_warnings(table, run, flops, x, loss), *miss(hold_out)),
         hold_out=hold_out, bootstrap=draws,
     )  # fmt: skip
 

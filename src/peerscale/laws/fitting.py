@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self, TypedDict, TypeVar
 
 import numpy as np
 import pandas as pd
+from scipy.stats import t as student
 
 from peerscale.errors import UserError
 from peerscale.laws.solver import Array, FitStatus, Number, Problem, minimise, solve
@@ -143,6 +144,28 @@ def percentile_interval(values: Array) -> tuple[float, float]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StudentValue:
+    """A number whose standard error was itself estimated."""
+
+    value: float
+    se: float
+    """Standard error from all parts that are known."""
+    df: float
+    """Degrees of freedom of `se`."""
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Student's 95 % interval."""
+        half = float(student.ppf((1 + LEVEL) / 2, self.df)) * self.se
+        return self.value - half, self.value + half
+
+    @property
+    def p(self) -> float:
+        """Two-sided probability of a value so far from zero, were the true one zero."""
+        return float(2 * student.sf(abs(self.value) / self.se, self.df)) if self.se > 0 else math.nan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Bootstrap:
     """Coefficients of the resampled fits."""
 
@@ -201,33 +224,27 @@ class HoldOut:
     """Root mean squared error over the held-out runs."""
     mape: float
     """Mean absolute error in percent of what was observed."""
+    missed: bool
+    """Whether the intervals of prediction and observation are apart: the law does not extrapolate so far."""
 
     @classmethod
     def of(cls, observed: Array, predicted: Array, **described: Any) -> Self:
         """From what was held out and its predictions, (n,) each, with the other fields."""
+        mean, interval = float(observed.mean()), described["interval"]
+        low, high = described.get("observed_interval") or (mean, mean)
         return cls(
-            observed=float(observed.mean()), predicted=float(predicted.mean()),
-            rmse=float(np.sqrt(np.mean((predicted - observed) ** 2))),
-            mape=float(100 * np.mean(np.abs(predicted / observed - 1))), **described,
+            observed=mean, predicted=float(predicted.mean()), rmse=float(np.sqrt(np.mean((predicted - observed) ** 2))),
+            mape=float(100 * np.mean(np.abs(predicted / observed - 1))),
+            missed=bool(interval and (interval[1] < low or interval[0] > high)), **described,
         )  # fmt: skip
 
-    @property
-    def missed(self) -> bool:
-        """Whether the intervals of prediction and observation are apart: the law does not extrapolate so far."""
-        if self.interval is None:
-            return False
-        low, high = self.observed_interval or (self.observed, self.observed)
-        return bool(self.interval[1] < low or self.interval[0] > high)
 
-    def warnings(self) -> tuple[str, ...]:
-        """One that names the miss, if it is one."""
-        if not self.missed:
-            return ()
-        off = 100 * (self.predicted / self.observed - 1)
-        return (f"the smaller budgets do not predict {self.quantity} at {self.budget:.4g}: it is {off:+.2g} % off",)
-
-    def to_dict(self) -> dict[str, Any]:
-        return fields_to_plain(self) | {"missed": self.missed}
+def miss(found: HoldOut | None) -> tuple[str, ...]:
+    """A warning that names what the smaller budgets do not predict, if so."""
+    if found is None or not found.missed:
+        return ()
+    off = 100 * (found.predicted / found.observed - 1)
+    return (f"the smaller budgets do not predict {found.quantity} at {found.budget:.4g}: it is {off:+.2g} % off",)
 
 
 def largest(scale: Array, start: float | None = None) -> Array:
@@ -235,33 +252,6 @@ def largest(scale: Array, start: float | None = None) -> Array:
     if start is None:
         start = np.sort(scale)[-max(int(np.ceil(HELD_OUT * len(scale))), 1)] * (1 - TIE)
     return scale >= start
-
-
-def predict_held_out(
-    problem: Problem, start: Array, held: Array, scale: Array,
-    *, bootstrap: int = 0, seed: int = 0, clusters: Array | None = None,
-) -> HoldOut | None:  # fmt: skip
-    """The runs `held` (runs,) predicted from the others; None if those are no more than the law has coefficients.
-
-    Args:
-        problem: the fit of all runs.
-        start: (p,), such as its solution.
-        held, scale: which runs, and the budgets (runs,).
-        bootstrap, seed, clusters: of the interval.
-    """
-    kept = np.flatnonzero(~held)
-    if not held.any() or len(kept) <= len(problem.coordinates.names):
-        return None
-
-    best = minimise(problem, start, (~held)[None].astype(float)).points
-    predicted, interval = problem.law.predict(best)[0, held], None
-    if bootstrap:
-        weights = np.zeros((bootstrap, len(held)))
-        weights[:, kept] = resample_counts(len(kept), bootstrap, seed, None if clusters is None else clusters[kept])
-        refits = minimise(problem, start, weights)
-        interval = percentile_interval(problem.law.predict(refits.points[~refits.failed])[:, held].mean(axis=1))
-    about = {"quantity": "loss", "budget": float(scale[held].min()), "n": int(held.sum()), "interval": interval}
-    return HoldOut.of(problem.loss[held], predicted, **about)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,7 +321,7 @@ class Resampling(TypedDict, total=False):
 def estimate(
     kind: type[AnyFit], table: pd.DataFrame, columns: Sequence[str], problem: Problem, scale: Array,
     *, bootstrap: int = 0, seed: int = 0, cluster: str | None = None, budget: str | None = None,
-    hold_out: float | None = None, **described: Any,
+    hold_out: float | None = None,
 ) -> AnyFit:  # fmt: skip
     """The best fit of a law with its status, intervals, held-out error and warnings.
 
@@ -341,7 +331,6 @@ def estimate(
         problem: law, losses, penalty and starts.
         scale: (runs,), by which the largest runs are held out without a column `budget`.
         bootstrap, seed, cluster, budget, hold_out: see `Resampling`.
-        described: further fields of the result.
     """
     clusters = row_labels(table, cluster) if cluster else None
     if budget is not None:
@@ -356,15 +345,33 @@ def estimate(
             failed=int(np.sum(~good)), at_bound=int(np.sum(refits.at_bound[good])), seed=seed,
         )  # fmt: skip
     held = largest(scale, hold_out)
-    held_out = predict_held_out(problem, point, held, scale, bootstrap=bootstrap, seed=seed, clusters=clusters)
-    said = held_out.warnings() if held_out else (f"no held-out error: {held.sum()} of {len(table)} runs held out",)
+    held_out = _predict_held_out(problem, point, held, scale, bootstrap, seed, clusters)
+    said = miss(held_out) if held_out else (f"no held-out error: {held.sum()} of {len(table)} runs held out",)
     return kind(
         **{name: float(coefficient) for name, coefficient in problem.coordinates.coefficients(point).items()},
         n=len(table),
         status=status, objective_name=str(problem.objective), objective_value=value,
         warnings=(*table_warnings(table, *columns), *_outliers(problem, point, table.index), *said),
-        hold_out=held_out, bootstrap=drawn, **described,
+        hold_out=held_out, bootstrap=drawn,
     )  # fmt: skip
+
+
+def _predict_held_out(
+    problem: Problem, start: Array, held: Array, scale: Array, bootstrap: int, seed: int, clusters: Array | None
+) -> HoldOut | None:
+    """The runs `held` (runs,) predicted from the others; None if those are no more than the law has coefficients."""
+    kept = np.flatnonzero(~held)
+    if not held.any() or len(kept) <= len(problem.coordinates.names):
+        return None
+    best = minimise(problem, start, (~held)[None].astype(float)).points
+    predicted, interval = problem.law.predict(best)[0, held], None
+    if bootstrap:
+        weights = np.zeros((bootstrap, len(held)))
+        weights[:, kept] = resample_counts(len(kept), bootstrap, seed, None if clusters is None else clusters[kept])
+        refits = minimise(problem, start, weights)
+        interval = percentile_interval(problem.law.predict(refits.points[~refits.failed])[:, held].mean(axis=1))
+    about = {"quantity": "loss", "budget": float(scale[held].min()), "n": int(held.sum()), "interval": interval}
+    return HoldOut.of(problem.loss[held], predicted, **about)
 
 
 def _outliers(problem: Problem, point: np.ndarray, rows: pd.Index) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from peerscale.laws.fitting import (
     Bootstrap,
     Fit,
     HoldOut,
+    miss,
     percentile_interval,
     positive_columns,
     row_labels,
@@ -204,7 +205,7 @@ def fit_isoflop(
         objective_name="mse", objective_value=float(np.sum(fit.residuals[has_parabola[group]] ** 2)),
         vertices=tuple(found),
         surface_exponent=None if surface is None else float(surface.a), exponent=exponent, coefficient=coefficient,
-        warnings=(*warnings, *(hold_out.warnings() if hold_out else ())), hold_out=hold_out, bootstrap=draws,
+        warnings=(*warnings, *miss(hold_out)), hold_out=hold_out, bootstrap=draws,
     )  # fmt: skip
 
 

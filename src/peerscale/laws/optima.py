@@ -23,9 +23,8 @@ from typing import Any, Self
 
 import numpy as np
 from scipy.stats import f as fisher
-from scipy.stats import t as student
 
-from peerscale.laws.fitting import LEVEL
+from peerscale.laws.fitting import StudentValue
 from peerscale.laws.solver import Array
 
 MIN_SIZES = 4
@@ -54,14 +53,9 @@ class OptimumStatus(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Estimate:
+class Estimate(StudentValue):
     """A loss or a difference of losses, in nats per token, with its error by source."""
 
-    value: float
-    se: float
-    """Standard error from all parts that are known."""
-    df: float
-    """Degrees of freedom of `se`."""
     fit_se: float | None
     """Part of the misfit of sizes; with one seed a size it holds seeds too. None: one size, so nothing was fitted."""
     seeds_se: float | None
@@ -70,12 +64,6 @@ class Estimate:
     """Part of the sampling of validation sequences; None where losses of sequences are not known."""
     rate_se: float | None = None
     """Part of the choice of learning rates; None where it is not known, so that it is left out."""
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Student's 95 % interval."""
-        half = float(student.ppf((1 + LEVEL) / 2, self.df)) * self.se
-        return self.value - half, self.value + half
 
     def with_sequences(self, losses: Array) -> Self:
         """The same with the error of sampling validation sequences, from the value at each sequence (sequences,)."""
@@ -94,11 +82,6 @@ class Estimate:
         of_rates = rates**4 / together**2 if together else math.inf
         df = _satterthwaite([(self.se**2, self.df), (rates**2, of_rates)])
         return replace(self, se=math.hypot(self.se, rates), df=df, rate_se=rates)
-
-    @property
-    def p(self) -> float:
-        """Two-sided probability of a value so far from zero, were the true one zero."""
-        return float(2 * student.sf(abs(self.value) / self.se, self.df)) if self.se > 0 else math.nan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,7 +209,7 @@ class OptimaFit:
             at = math.nan  # and so is all that follows from it
         weights = np.array([1, at, at**2]) @ self._to_curve(name)
         slope = self.estimate(np.array([0, 1, 2 * at]) @ self._to_curve(name))  # of the curve at `at`, which is zero
-        reach = float(student.ppf((1 + LEVEL) / 2, slope.df)) * slope.se / (2 * c)
+        reach = (slope.interval[1] - slope.value) / (2 * c)
         x = float(10 ** (at + self.centre))
         return Optimum(
             name=name, status=status, x=x, loss=float(weights @ self.losses), weights=weights,
@@ -295,24 +278,17 @@ def parabola_optima(coefficients: Array, centre: float = 0.0) -> tuple[Array, Ar
     return np.where(there, x, np.nan), np.where(there, loss, np.nan)
 
 
-def equality_of_curvatures(shared: OptimaFit, own: OptimaFit) -> dict[str, Any] | None:
-    """F test of one curvature for all methods against one for each: `f`, its degrees of freedom `df`, and `p`.
-
-    None with one method or no degrees of freedom.
-    """
-    return f_test(shared.rss, shared.df, own.rss, own.df)
-
-
-def f_test(restricted_rss: float, restricted_df: int, full_rss: float, full_df: int) -> dict[str, Any] | None:
+def f_test(restricted: Any, full: Any) -> dict[str, Any] | None:
     """F test of a linear model against one that it is a case of: `f`, its degrees of freedom `df`, and `p`.
 
-    None if they are one model or the full one leaves no degrees of freedom.
+    Both have the sum of their squared residuals, `rss`, and its degrees of freedom, `df`. None if they are one model or
+    the full one leaves no degrees of freedom.
     """
-    constraints = restricted_df - full_df
-    if not (constraints and full_df):
+    constraints = restricted.df - full.df
+    if not (constraints and full.df):
         return None
-    f = (restricted_rss - full_rss) / constraints / (full_rss / full_df)
-    return {"f": f, "df": (constraints, full_df), "p": float(fisher.sf(f, constraints, full_df))}
+    f = (restricted.rss - full.rss) / constraints / (full.rss / full.df)
+    return {"f": f, "df": (constraints, full.df), "p": float(fisher.sf(f, constraints, full.df))}
 
 
 def holm(p: Array) -> Array:

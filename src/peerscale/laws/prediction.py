@@ -73,10 +73,9 @@ def predict(stored: Mapping[str, Any], given: Mapping[str, float], columns: Mapp
         missing = few if form is PowerLaw else f"the fit's status is {stored['status']}"
     if name == "isoflop" and (budget := given.get("budget")):
         flagged = columns.get("include_flagged", False)  # the power law goes through the optima that are used
-        used = [one["status"] == OptimumStatus.OK or (flagged and one["x"] is not None) for one in stored["vertices"]]
-        budgets, losses = (
-            np.array([one[key] for one in stored["vertices"]], float)[used] for key in ("budget", "loss")
-        )
+        optima = stored["vertices"]
+        used = [one["status"] == OptimumStatus.OK or (flagged and one["x"] is not None) for one in optima]
+        budgets, losses = (np.array([one[key] for one in optima], float)[used] for key in ("budget", "loss"))
         if len(losses) > 1:
             values[LOWEST_LOSS] = _lowest_loss(budget, budgets, losses)
             if bootstrap and "loss" in bootstrap.draws:

@@ -9,9 +9,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import t as student
 
-from peerscale.laws.fitting import LEVEL
+from peerscale.laws.fitting import StudentValue
 from peerscale.laws.solver import Array
 
 MIN_POINTS = 3
@@ -19,20 +18,11 @@ MIN_POINTS = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Extrapolation:
+class Extrapolation(StudentValue):
     """The value of the line at one place, in the units of the points."""
 
-    value: float
-    se: float
-    df: float
     misfit: float
     """Root mean square of the points' distances from the line, each over its standard error; 1 is expected."""
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Student's 95 % interval."""
-        half = float(student.ppf((1 + LEVEL) / 2, self.df)) * self.se
-        return self.value - half, self.value + half
 
 
 def extrapolate(x: Array, y: Array, se: Array, df: Array, at: float) -> Extrapolation:

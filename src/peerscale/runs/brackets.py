@@ -8,11 +8,10 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from peerscale.cell_names import RATE_FACTOR
-from peerscale.laws.brackets import fit_brackets
+from peerscale.laws.rates import fit_brackets
 from peerscale.runs.study import are_brackets, axes_of, method_names, usable, without_brackets
 
 
@@ -26,21 +25,12 @@ class RateError(NamedTuple):
     """`brackets`, or `cost`: what the study's file states."""
 
 
-class RateErrors(NamedTuple):
-    """Those of all methods of a study, by budget and name."""
+class RateErrors(dict[tuple[float, str], RateError]):
+    """The error by budget and name of every method for which it is known."""
 
-    bracketed: dict[tuple[float, str], RateError]
-    cost: float | None
-    """For methods without a bracket at a budget; None: their error is not known."""
-
-    def of(self, budget: float, name: str) -> RateError | None:
-        """The error of a method at a budget; None where nothing is known of it."""
-        stated = None if self.cost is None else RateError(self.cost, math.inf, "cost")
-        return self.bracketed.get((budget, name), stated)
-
-    def of_all(self, budget: float, *names: str) -> list[tuple[float, float]]:
+    def of(self, budget: float, *names: str) -> list[tuple[float, float]]:
         """Those that are known of several methods: standard errors and degrees of freedom."""
-        return [(error.se, error.df) for name in names if (error := self.of(budget, name)) is not None]
+        return [(self[budget, name].se, self[budget, name].df) for name in names if (budget, name) in self]
 
 
 def bracket_runs(runs: pd.DataFrame) -> pd.DataFrame:
@@ -65,7 +55,7 @@ def fit_rate_brackets(runs: pd.DataFrame) -> dict[str, Any] | None:
     """All brackets of a study, fitted together; None without any.
 
     Returns:
-        As `laws.brackets.fit_brackets`; `each` bracket also with its budget, size, method, number of seeds, and
+        As `laws.rates.fit_brackets`; `each` bracket also with its budget, size, method, number of seeds, and
         `losses` by factor (means over seeds).
     """
     if not are_brackets(runs).any() or (rows := bracket_runs(runs)).empty:
@@ -83,7 +73,9 @@ def fit_rate_brackets(runs: pd.DataFrame) -> dict[str, Any] | None:
     return fit
 
 
-def rate_errors(brackets: Mapping[str, Any] | None, cost: float | None = None) -> RateErrors:
+def rate_errors(
+    brackets: Mapping[str, Any] | None, places: Iterable[tuple[float, str]], cost: float | None = None
+) -> RateErrors:
     """The error of every bracketed method and budget: the root of the mean of gain^2 + se^2 over its brackets.
 
     The gain is how much the loss would fall at a better rate. The loss is not corrected by it; it is part of the error.
@@ -91,24 +83,13 @@ def rate_errors(brackets: Mapping[str, Any] | None, cost: float | None = None) -
 
     Args:
         brackets: what `fit_rate_brackets` found. A single bracket has no scatter, and so gives no error.
+        places: budgets and names of the study's methods.
         cost: nats per token, where a method is not bracketed at a budget; None: not known.
     """
-    squares: dict[tuple[float, str], list[tuple[float, float]]] = {}
-    for one in brackets["each"] if brackets else ():
-        squares.setdefault((one["budget"], one["method"]), []).append((one["gain"] ** 2, one["se"] ** 2))
-    known = {}
-    for place, pairs in squares.items():
-        of_gain, of_scatter = np.mean(pairs, axis=0)
+    known = RateErrors() if cost is None else RateErrors(dict.fromkeys(places, RateError(cost, math.inf, "cost")))
+    for place, rows in pd.DataFrame(brackets["each"]).groupby(["budget", "method"]) if brackets else ():
+        of_gain, of_scatter = (rows[["gain", "se"]] ** 2).mean(skipna=False)
         if brackets and math.isfinite(total := float(of_gain + of_scatter)):
             df = brackets["df"] * (total / float(of_scatter)) ** 2 if of_scatter > 0 else math.inf
             known[place] = RateError(math.sqrt(total), df, "brackets")
-    return RateErrors(known, cost)
-
-
-def described(errors: RateErrors, places: Iterable[tuple[float, str]]) -> list[dict[str, Any]]:
-    """The errors of methods and budgets in plain values; `se` is None where nothing is known."""
-    rows = []
-    for budget, name in places:
-        found = errors.of(budget, name)
-        rows.append({"budget": budget, "method": name, **(found or RateError(math.nan, math.nan, ""))._asdict()})
-    return rows
+    return known

@@ -17,9 +17,9 @@ from peerscale.laws.fitting import LEVEL as INTERVAL
 from peerscale.laws.fitting import Bootstrap, percentile_interval, resample_counts, to_plain
 from peerscale.laws.isoflop import MIN_BUDGETS, fit_power_law
 from peerscale.laws.multiplier import compute_multipliers
-from peerscale.laws.optima import Estimate, OptimaFit, Optimum, OptimumStatus, equality_of_curvatures, holm
+from peerscale.laws.optima import Estimate, OptimaFit, Optimum, OptimumStatus, f_test, holm
 from peerscale.laws.solver import Array, FitStatus
-from peerscale.runs.brackets import RateErrors, described, fit_rate_brackets, rate_errors
+from peerscale.runs.brackets import RateError, RateErrors, fit_rate_brackets, rate_errors
 from peerscale.runs.record import Record
 from peerscale.runs.study import method_names, same_variant, usable, without_brackets
 from peerscale.sweep_config import ClaimsConfig
@@ -85,8 +85,9 @@ def compare(
         `rates`: `brackets`, `cost` and `errors` of learning rates by budget and method; only where there are any.
     """
     brackets, main = fit_rate_brackets(runs), without_brackets(runs)
-    rates = rate_errors(brackets, rates_cost)
     done = main.assign(name=method_names(main))[usable(main)]
+    places = sorted(set(zip(done["budget"].astype(float), done["name"], strict=True)))
+    rates = rate_errors(brackets, places, rates_cost)
     sequences = sequence_losses(records, set(done["cell"]))
     entries: list[dict[str, Any]] = []
     fitted: list[Budget] = []
@@ -111,8 +112,9 @@ def compare(
         "multipliers": multipliers, "growth": slopes, "laws": _power_laws(budgets, frontiers),
     }  # fmt: skip
     if brackets or rates_cost is not None:
-        places = sorted(set(zip(done["budget"].astype(float), done["name"], strict=True)))
-        found["rates"] = {"brackets": brackets, "cost": rates_cost, "errors": described(rates, places)}
+        unknown = RateError(math.nan, math.nan, "")
+        errors = [{"budget": at, "method": name, **rates.get((at, name), unknown)._asdict()} for at, name in places]
+        found["rates"] = {"brackets": brackets, "cost": rates_cost, "errors": errors}
     return to_plain(found)
 
 
@@ -152,7 +154,7 @@ def _by_curves(
     methods = []
     for name, optimum in optima.items():
         has_number, one = optimum.status.has_number, alone[name]
-        known = shared.estimate(optimum.weights, drawn).with_rates(rates.of_all(budget, name)) if has_number else None
+        known = shared.estimate(optimum.weights, drawn).with_rates(rates.of(budget, name)) if has_number else None
         error = _described(known, "value", "p") if known else {}
         methods.append({
             "name": name, "status": optimum.status, "x": optimum.x, "x_interval": optimum.x_interval,
@@ -170,7 +172,7 @@ def _by_curves(
         if without:
             entry["note"] = "; ".join(without)
         else:
-            weights, of_rates = optima[name].weights - optima[reference].weights, rates.of_all(budget, name, reference)
+            weights, of_rates = optima[name].weights - optima[reference].weights, rates.of(budget, name, reference)
             apart = own.estimate(alone[name].weights - alone[reference].weights, drawn).with_rates(of_rates)
             entry |= _described(shared.estimate(weights, drawn).with_rates(of_rates))
             entry["own"] = {"value": apart.value, "se": apart.se} if math.isfinite(apart.value) else None
@@ -179,7 +181,7 @@ def _by_curves(
     return Budget(budget, shared, optima, by_seed, drawn), {
         "window": window, "scatter": shared.scatter, "df": shared.df, "seeds_sd": math.sqrt(shared.seeds_variance),
         "seeds_df": shared.seeds_df, "curvature": float(shared.curve(shared.names[0])[2]),
-        "equality": equality_of_curvatures(shared, own), "methods": methods, "differences": differences,
+        "equality": f_test(shared, own), "methods": methods, "differences": differences,
     }  # fmt: skip
 
 
@@ -220,7 +222,7 @@ def _at_each_size(
                 seeds_se=seeds if freedom else None, sequences_se=None,
             )  # fmt: skip
             found = found if sampled is None else found.with_sequences(sampled)
-            found = found.with_rates(rates.of_all(float(rows["budget"].iloc[0]), name, reference))
+            found = found.with_rates(rates.of(float(rows["budget"].iloc[0]), name, reference))
             differences.append({"method": name, "reference": reference, "size": str(size), **_described(found)})
     return {"window": None, "methods": [], "differences": differences}
 
@@ -314,7 +316,7 @@ def _frontiers(fitted: Sequence[Budget], rates: RateErrors) -> dict[str, Array]:
             if optimum.status.has_number:
                 frontiers[name][:, 0, i] = optimum.x, optimum.loss
                 frontiers[name][:, 1:, i] = minima[:, :, method]
-                for se, _ in rates.of_all(one.budget, name):
+                for se, _ in rates.of(one.budget, name):
                     frontiers[name][1, 1:, i] += rng.normal(0, se, DRAWS)
     return frontiers
 

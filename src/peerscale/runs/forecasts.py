@@ -17,7 +17,7 @@ import math
 from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -36,17 +36,12 @@ from peerscale.runs.table import read_records, read_runs
 IRREDUCIBLE = 0.5
 """The largest irreducible loss that a forecast allows for, as a share of the lowest loss observed."""
 
-Quantity = Literal["loss", "difference", "multiplier"]
-"""Loss at the compute optimum and its difference to dense's, in nats per token; compute multiplier over dense."""
+KEY = ["quantity", "method", "reference"]
+"""A quantity is the `loss` at the compute optimum or its `difference` to dense's, in nats per token, or the compute
+`multiplier` over dense."""
 
-
-class Point(NamedTuple):
-    """A quantity at one of the smaller budgets, its standard error, and the degrees of freedom of the budget's fit."""
-
-    budget: float
-    value: float
-    se: float
-    df: float
+POINT = ["budget", "value", "se", "df"]
+"""A quantity at one of the smaller budgets, its standard error, and the degrees of freedom of the budget's fit."""
 
 
 class Observation(NamedTuple):
@@ -122,59 +117,63 @@ def forecast(fits: Mapping[str, Any], budget: float) -> list[dict[str, Any]]:
 
     Returns:
         In plain values for JSON: `method`, `quantity`, `reference` (empty for a loss), the forecast `value` with its
-        95 % interval `low` to `high`, `misfit` of the line, and the `points` behind it (`Point`).
+        95 % interval `low` to `high`, `misfit` of the line, and the `points` behind it (`POINT`).
     """
-    points = {key: values for key, values in _points(fits, budget).items() if len(values) >= MIN_POINTS}
-    losses = [point.value for (quantity, *_), values in points.items() if quantity == "loss" for point in values]
+    smaller = [one for one in _quantities(fits) if fits.get("trend_from", 0.0) <= one["budget"] < budget]
+    points = pd.DataFrame([{**one, "se": _se(one)} for one in smaller], columns=[*KEY, *POINT])
+    points = points[points["se"] > 0]
+    points = points[points.groupby(KEY)["budget"].transform("size") >= MIN_POINTS]
+    lowest = points.loc[points["quantity"] == "loss", "value"].min()
     found = []
-    for (quantity, method, reference), values in points.items():
-        budgets, y, se, df = (np.array(column, float) for column in zip(*values, strict=True))
+    for (quantity, method, reference), rows in points.groupby(KEY, sort=False):
+        budgets, y, se, df = rows[POINT].to_numpy(float).T
         x, at = np.log10(budgets), math.log10(budget)
         if quantity == "difference":
             line = extrapolate(x, y, se, df, at)
             value, (low, high) = line.value, line.interval
         else:
-            floors = np.array([0.0, IRREDUCIBLE * min(losses)] if quantity == "loss" else [0.0])
+            floors = np.array([0.0, IRREDUCIBLE * lowest] if quantity == "loss" else [0.0])
             lines = [extrapolate(x, np.log(y - floor), se / (y - floor), df, at) for floor in floors]
             ends = floors[:, None] + np.exp([(one.value, *one.interval) for one in lines])
             line, value, low, high = lines[0], ends[:, 0].mean(), ends.min(), ends.max()
         found.append({
             "method": method, "quantity": quantity, "reference": reference, "value": value, "low": low, "high": high,
-            "misfit": line.misfit, "points": [point._asdict() for point in values],
+            "misfit": line.misfit, "points": rows[POINT].to_dict("records"),
         })  # fmt: skip
     return to_plain(found)
 
 
-def _points(fits: Mapping[str, Any], budget: float) -> dict[tuple[Quantity, str, str], list[Point]]:
-    """The points by quantity, method and reference; those without a number or an error are left out."""
-    points: dict[tuple[Quantity, str, str], list[Point]] = {}
-    lowest = fits.get("trend_from", 0.0)
-    entries = [entry for entry in fits["budgets"] if lowest <= entry["budget"] < budget]
-    for entry in entries:
-        at, df = entry["budget"], entry.get("df", 0)
-        for one in (one for one in entry["methods"] if one["loss"] is not None):
-            points.setdefault(("loss", one["name"], ""), []).append(Point(at, one["loss"], _se(one), df))
-        for one in (one for one in entry["differences"] if is_to_dense(one) and one.get("value") is not None):
-            key: tuple[Quantity, str, str] = ("difference", one["method"], one["reference"])
-            points.setdefault(key, []).append(Point(at, one["value"], _se(one), df))
-    freedom = {entry["budget"]: entry.get("df", 0) for entry in entries}
-    for one in fits["multipliers"]:
-        if (df := freedom.get(one["budget"])) and one["low"] is not None:
-            half = math.log(one["high"] / one["low"]) / 2
-            se = one["multiplier"] * half / float(student.ppf((1 + LEVEL) / 2, df))
-            key = ("multiplier", one["method"], one["reference"])
-            points.setdefault(key, []).append(Point(one["budget"], one["multiplier"], se, df))
-    return {key: [point for point in values if point.se > 0] for key, values in points.items()}
+def _quantities(fits: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every quantity that has a number, with its budget, and the degrees of freedom of the budget's fit as `df`."""
+    rows = []
+    for entry in fits["budgets"]:
+        at = {"budget": entry["budget"], "df": entry.get("df", 0)}
+        rows += [
+            {**one, **at, "quantity": "loss", "method": one["name"], "reference": "", "value": one["loss"]}
+            for one in entry["methods"]
+        ]
+        rows += [{**one, **at, "quantity": "difference"} for one in filter(is_to_dense, entry["differences"])]
+    freedom = {entry["budget"]: entry.get("df", 0) for entry in fits["budgets"]}
+    rows += [
+        {**one, "df": freedom.get(one["budget"], 0), "quantity": "multiplier", "value": one["multiplier"]}
+        for one in fits["multipliers"]
+    ]
+    return [row for row in rows if row.get("value") is not None]
+
+
+def _se(one: Mapping[str, Any]) -> float:
+    """The error of a quantity, less that of sampling sequences, which all budgets share; NaN if it has none."""
+    if one["quantity"] == "multiplier":
+        if not one["df"] or one["low"] is None:
+            return math.nan
+        half = math.log(one["high"] / one["low"]) / 2
+        return one["value"] * half / float(student.ppf((1 + LEVEL) / 2, one["df"]))
+    return math.nan if one["se"] is None else math.sqrt(max(one["se"] ** 2 - (one["sequences_se"] or 0) ** 2, 0))
 
 
 def is_to_dense(difference: Mapping[str, Any]) -> bool:
     """Whether a difference of `fits.json` is one at the optimum, of a method to dense."""
     return difference["size"] == "" and difference["reference"].partition(" ")[0] == "dense"
-
-
-def _se(found: Mapping[str, Any]) -> float:
-    """The error of a loss or difference, less that of sampling sequences, which all budgets share; NaN if none."""
-    return math.nan if found["se"] is None else math.sqrt(max(found["se"] ** 2 - (found["sequences_se"] or 0) ** 2, 0))
 
 
 def left_out(fits: Mapping[str, Any], budgets: Collection[float]) -> list[str]:
@@ -197,16 +196,10 @@ def read_forecasts(study: Study) -> list[dict[str, Any]]:
 
 def observed(made: Mapping[str, Any], fits: Mapping[str, Any]) -> list[tuple[dict[str, Any], Observation | None]]:
     """Each forecast of `make_forecast` with what its budget then gave; None where that has no number."""
-    there: dict[tuple[Quantity, str], tuple[float | None, float | None, float | None]] = {}
-    for entry in (entry for entry in fits["budgets"] if entry["budget"] == made["budget"]):
-        for one in entry["methods"]:
-            there["loss", one["name"]] = one["loss"], one.get("low"), one.get("high")
-        for one in filter(is_to_dense, entry["differences"]):
-            there["difference", one["method"]] = one.get("value"), one.get("low"), one.get("high")
-    for one in fits["multipliers"]:
-        if one["budget"] == made["budget"]:
-            there["multiplier", one["method"]] = one["multiplier"], one["low"], one["high"]
-    known = {key: Observation(value, *ends) for key, (value, *ends) in there.items() if value is not None}
+    known = {
+        (one["quantity"], one["method"]): Observation(one["value"], one.get("low"), one.get("high"))
+        for one in _quantities(fits) if one["budget"] == made["budget"]
+    }  # fmt: skip
     return [(one, known.get((one["quantity"], one["method"]))) for one in made["forecasts"]]
 
 
@@ -220,10 +213,7 @@ def inside(one: Mapping[str, Any], seen: Observation) -> str:
         return "yes"
     if seen.low is None or seen.high is None:
         return "no"
-    above = seen.value > one["value"]
-    halves = (
-        (one["high"] - one["value"], seen.value - seen.low)
-        if above
-        else (one["value"] - one["low"], seen.high - seen.value)
-    )
-    return "no, but within both errors" if abs(seen.value - one["value"]) <= math.hypot(*halves) else "no"
+    off = seen.value - one["value"]
+    ends = (one["high"], seen.low) if off > 0 else (one["low"], seen.high)
+    within = abs(off) <= math.hypot(ends[0] - one["value"], ends[1] - seen.value)
+    return "no, but within both errors" if within else "no"

@@ -19,12 +19,8 @@ def git_commit() -> str | None:
     """The checkout's commit, with `+dirty` if tracked files differ from it; None outside one."""
     if not IN_CHECKOUT:
         return None
+    describe = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+dirty"]
     try:
-        commit = _git("rev-parse", "--short=12", "HEAD")
-        return commit + ("+dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
+        return subprocess.run(describe, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()

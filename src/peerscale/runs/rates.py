@@ -118,10 +118,7 @@ def fit_law(runs: pd.DataFrame, held_out: Collection[str] = ()) -> dict[str, Any
     """
     if not wants_law(runs):
         return None
-    cells = runs.assign(
-        name=names_under_law(runs),
-        table_lr=runs["table_lr"].fillna(0.0),
-    )[usable(runs)]
+    cells = runs.assign(name=names_under_law(runs), table_lr=runs["table_lr"].fillna(0.0))[usable(runs)]
     fitted = cells[~cells["size"].isin(held_out)]
     if fitted.empty:
         return None
@@ -139,8 +136,8 @@ def fit_law(runs: pd.DataFrame, held_out: Collection[str] = ()) -> dict[str, Any
 ASSUMED_BATCH_EXPONENT = 0.5
 """Of a law from runs of one batch: Adam's best rate grows about with the root of the batch (Malladi et al. 2022)."""
 
-CONFIGURED = {"width": ("d_model", "a"), "tokens": ("tokens", "b"), "batch": ("batch_sequences", "c")}
-"""Variables of the law: their name in `RateLawConfig`, and their exponent."""
+VARIABLES = {"width": ("d_model", "a"), "tokens": ("tokens", "b"), "batch": ("batch_sequences", "c")}
+"""Variables of the law: their name in `optim.lr_law`, and their exponent."""
 
 
 def as_configuration(law: Mapping[str, Any], runs: pd.DataFrame) -> dict[str, Any]:
@@ -157,7 +154,7 @@ def as_configuration(law: Mapping[str, Any], runs: pd.DataFrame) -> dict[str, An
     shared, done = next(iter(law["groups"].values()))["shared"], runs[usable(runs)]
     usual = float(done["batch_sequences"].mode().iloc[0])
     lr_law: dict[str, Any] = {}
-    for name, (key, exponent) in CONFIGURED.items():
+    for name, (key, exponent) in VARIABLES.items():
         is_fitted = name in law["fitted"]
         lr_law[f"reference_{key}"] = shared[f"{name}_0"] if is_fitted else usual
         lr_law[f"{name}_exponent"] = shared[exponent] if is_fitted else ASSUMED_BATCH_EXPONENT
@@ -167,7 +164,7 @@ def as_configuration(law: Mapping[str, Any], runs: pd.DataFrame) -> dict[str, An
     for method, found in law["groups"].items():
         methods[method] = {"lr": _rounded(found["m"])}
         if law["exponents"] == "own":
-            exponents = {f"{name}_exponent": _rounded(found[CONFIGURED[name][1]]) for name in law["fitted"]}
+            exponents = {f"{name}_exponent": _rounded(found[VARIABLES[name][1]]) for name in law["fitted"]}
             methods[method]["lr_law"] = exponents
     rounded = {key: value if key.startswith("fitted") else _rounded(value) for key, value in lr_law.items()}
     return {"optim": {"lr_rule": "law", "lr_law": rounded}, "methods": methods}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -14,6 +14,9 @@ from peerscale.config import Config, to_dict
 from peerscale.errors import UserError
 from peerscale.files import write_text
 from peerscale.plan import Plan
+
+if TYPE_CHECKING:
+    from peerscale.cells import Cell
 
 SCHEMA_VERSION = 2
 """Raised when the fields of a record change their meaning."""
@@ -120,58 +123,23 @@ class Record:
 _RECORD = TypeAdapter(Record)
 
 
-class PlannedCell(Protocol):
-    """What a record needs of a cell before it runs."""
-
-    @property
-    def sweep(self) -> str: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def axes(self) -> dict[str, Any]: ...
-    @property
-    def config(self) -> Config: ...
-    @property
-    def plan(self) -> Plan: ...
-
-
-def new_record(cell: PlannedCell, status: Status, data_fingerprint: str, **fields: Any) -> Record:
+def new_record(cell: "Cell", status: Status, data_fingerprint: str, **fields: Any) -> Record:
     """The record of a cell before anything came of it, with `fields` besides."""
     config, plan, ffn = cell.config, cell.plan, cell.config.ffn
     hashed = hashed_config(config, plan, data_fingerprint)
+    of_plan = ("steps", "tokens", "flops", "tokens_per_param", "epochs", "warmup_steps")
+    of_cost = ("flops_per_token", "layer_share", "params_total", "params_active")
     return Record(
-        sweep=cell.sweep,
-        cell=cell.name,
-        status=status,
-        method=ffn.method,
-        variant=ffn.variant,
-        size=config.size.name,
-        budget=config.budget,
-        seed=config.seed,
-        axes=cell.axes,
-        batch_sequences=config.batch_sequences,
-        lr=plan.lr,
-        table_lr=plan.table_lr,
-        fingerprint=fingerprint(hashed),
-        hashed_config=hashed,
+        sweep=cell.sweep, cell=cell.name, status=status, method=ffn.method, variant=ffn.variant,
+        size=config.size.name, budget=config.budget, seed=config.seed, axes=cell.axes,
+        batch_sequences=config.batch_sequences, lr=plan.lr, table_lr=plan.table_lr,
+        fingerprint=fingerprint(hashed), hashed_config=hashed,
         plan={
             "data": config.data.corpus_name,
-            "steps": plan.steps,
-            "tokens": plan.tokens,
-            "flops": plan.flops,
-            "flops_per_token": plan.cost.flops_per_token,
-            "layer_share": plan.cost.layer_share,
-            "params_total": plan.cost.params_total,
-            "params_active": plan.cost.params_active,
-            "tokens_per_param": plan.tokens_per_param,
-            "epochs": plan.epochs,
-            "warmup_steps": plan.warmup_steps,
+            **{name: getattr(plan, name) for name in of_plan}, **{name: getattr(plan.cost, name) for name in of_cost},
         },
-        layer=ffn.columns(config.size.d_model),
-        params=plan.cost.params,
-        flops_per_token=plan.cost.flops,
-        **fields,
-    )
+        layer=ffn.columns(config.size.d_model), params=plan.cost.params, flops_per_token=plan.cost.flops, **fields,
+    )  # fmt: skip
 
 
 def hashed_config(config: Config, plan: Plan, data_fingerprint: str) -> dict[str, Any]:
@@ -216,7 +184,7 @@ def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str =
     return differences
 
 
-def differences(cell: PlannedCell, record: Record, data_fingerprint: str | None) -> list[str]:
+def differences(cell: "Cell", record: Record, data_fingerprint: str | None) -> list[str]:
     """Where a record is not of this cell: keys as `differing_keys` gives them.
 
     Where the corpus is not prepared and `data_fingerprint` is None, that of the record is taken for the right one.

@@ -6,7 +6,7 @@ from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -16,46 +16,41 @@ from peerscale.cell_names import axes_label, budget_name
 from peerscale.errors import ArgumentParser, UserError
 from peerscale.files import ROOT
 from peerscale.plan import Verdict
-from peerscale.runs.record import PlannedCell, Record, Status, new_record
+from peerscale.runs.record import Record, Status, new_record
+
+if TYPE_CHECKING:
+    from peerscale.cells import Cell
 
 RUNS, RESULTS = ROOT / "runs", ROOT / "results"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+class _File:
+    """A file of a study by its name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, study: "Study", _: type) -> Path:
+        return study.folder / self.name
+
+
+@dataclass(frozen=True, kw_only=True)
 class Study:
     """The files of one study: `runs/<sweep>/study/`, or `results/<sweep>/` once published."""
 
     sweep: str
     folder: Path
-
-    @property
-    def runs(self) -> Path:
-        """One row a cell, those without a result included."""
-        return self.folder / "runs.csv"
-
-    @property
-    def records(self) -> Path:
-        """One record a line."""
-        return self.folder / "records.jsonl"
-
-    @property
-    def curves(self) -> Path:
-        """Thinned training curves."""
-        return self.folder / "curves.csv"
-
-    @property
-    def fits(self) -> Path:
-        """All statistics and laws of the study."""
-        return self.folder / "fits.json"
-
-    @property
-    def table(self) -> Path:
-        """The closing table, in Markdown."""
-        return self.folder / "table.md"
-
-    @property
-    def figures(self) -> Path:
-        return self.folder / "figures"
+    runs = _File("runs.csv")
+    """One row a cell, those without a result included."""
+    records = _File("records.jsonl")
+    """One record a line."""
+    curves = _File("curves.csv")
+    """Thinned training curves."""
+    fits = _File("fits.json")
+    """All statistics and laws of the study."""
+    table = _File("table.md")
+    """The closing table, in Markdown."""
+    figures = _File("figures")
 
     def forecast(self, budget: float) -> Path:
         """What the smaller budgets of a published study predict for `budget`."""
@@ -176,7 +171,7 @@ def usable(table: pd.DataFrame) -> pd.Series:
     return (table["status"] == str(Status.DONE)) & np.isfinite(loss)
 
 
-def planned_record(cell: PlannedCell) -> Record:
+def planned_record(cell: "Cell") -> Record:
     """The record of a cell that has none: dropped by its plan, or still to be run."""
     status = Status.DROPPED if cell.plan.verdict is Verdict.DROP else Status.PENDING
     return replace(new_record(cell, status, ""), reason=cell.plan.reason, fingerprint="")
