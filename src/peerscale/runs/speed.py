@@ -74,7 +74,8 @@ def _name(row: Mapping[str, str]) -> str:
 def estimate_s(config: Config, plan: Plan, speeds: list[Measured], results: Path = RESULTS) -> tuple[float, bool]:
     """Seconds for training and evaluation, and whether that is a guess.
 
-    By the cell of the nearest cost among `speeds`, of the same method, threads and devices. Else it is a guess: on GPUs
+    By the fastest of the cells of the nearest cost among `speeds`, of the same method, threads and devices: others shared
+    their cores with something else. Else it is a guess: on GPUs
     by the share of their peak that `trainer.device_utilisation` says, on a CPU by the cells published in `results`, of
     the same method if there are any.
     """
@@ -91,7 +92,8 @@ def estimate_s(config: Config, plan: Plan, speeds: list[Measured], results: Path
     if device == "cuda":
         rate = trainer.device_flops_per_s * trainer.device_utilisation * trainer.devices
     if known:
-        rate = min(known, key=lambda s: abs(math.log(s.flops_per_token / per_token))).flops_per_s
+        away = {s: round(abs(math.log(s.flops_per_token / per_token)), 1) for s in known}
+        rate = max(s.flops_per_s for s in known if away[s] == min(away.values()))
     evaluation_flops = plan.evaluation_tokens * per_token / 3  # a forward pass is a third of a training step
     training_flops = plan.flops * (1 + recomputed_share(config, plan.cost))
     return OVERHEAD_S + (training_flops + evaluation_flops) / rate, guess
