@@ -6,7 +6,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from peerscale.config import load
-from peerscale.kernels.operators import collected_gradients
+from peerscale.kernels.operators import collect_row_gradients, collected_gradients
 from peerscale.kernels.torch_operators import TorchOperators
 from peerscale.plan import plan
 from peerscale.training.evaluation import attach_usage, detach_usage
@@ -102,3 +102,17 @@ def test_a_compiled_layer_sorts_its_pairs_once(monkeypatch: pytest.MonkeyPatch) 
     passes, layers, steps = 2 * 2 * len(SEQUENCES), 2, 2 * len(SEQUENCES)
     # The optimiser sorts what the micro-batches of both tables add up to.
     assert len(calls) <= passes * layers + steps * layers * 2
+
+
+def test_what_is_collected_is_not_the_memory_of_a_graph() -> None:
+    """The graph may write over its own once the operator is done."""
+    table, x = torch.nn.Parameter(torch.randn(9, 4)), torch.randn(5, 4)
+    rows, grad = torch.randint(9, (5, 3)), torch.randn(5, 3)
+    collect_row_gradients(table)
+    number = table.collected_number  # type: ignore[attr-defined]
+    torch.ops.peerscale.row_operator_backward(grad, x, table.detach(), rows, "torch", number, True)
+    expected = torch.zeros(9, 4).index_add(0, rows.flatten(), (grad[:, :, None] * x[:, None]).flatten(0, 1))
+    for tensor in (x, rows, grad):
+        tensor.zero_()
+    [part] = collected_gradients(table) or []
+    torch.testing.assert_close(part.pairs.operators.table_gradient(part), expected)

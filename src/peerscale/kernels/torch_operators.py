@@ -203,8 +203,8 @@ def _shared_pairs(rows_TJ: Tensor, n_rows: int, kernel: str) -> Pairs:
     """Made once for a tensor of rows and all operators that it is handed to."""
     pairs = getattr(rows_TJ, "pairs", None)
     if pairs is None:
-        # Of an alias: a cycle would keep the memory.
-        pairs = rows_TJ.pairs = _named(kernel).pairs(rows_TJ.detach(), n_rows)  # type: ignore[attr-defined]
+        # A copy: torch.compile writes over what its graph needs no more, and the pairs may be collected.
+        pairs = rows_TJ.pairs = _named(kernel).pairs(rows_TJ.clone(), n_rows)  # type: ignore[attr-defined]
     return pairs
 
 
@@ -243,6 +243,8 @@ def _row_operator_backward(
     grad, factor, read_ND = grad.contiguous(), factor.contiguous(), read_ND.contiguous()
     pairs = _shared_pairs(rows_TJ, len(read_ND), kernel)
     grad_factor = _apply(grad, read_ND, pairs, not products)
+    if number:
+        grad, factor = grad.clone(), factor.clone()
     grad_table = _table_gradient(grad, factor, pairs, NUMBERED[number] if number else None, products)
     return grad_factor, read_ND.new_empty(0) if grad_table is None else grad_table
 

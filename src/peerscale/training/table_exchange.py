@@ -32,7 +32,7 @@ class TableExchange(lightning.Callback):
             collect_row_gradients(table)
 
     def on_before_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        shared: dict[int, Pairs] = {}  # a layer's tables have the same rows
+        shared: dict[Pairs, Pairs] = {}  # a layer's tables have the same rows
         for table in self.tables:
             if table.grad is not None:
                 table.grad = mean_over_ranks(table.grad)
@@ -41,9 +41,9 @@ class TableExchange(lightning.Callback):
             if (here := total_gradient(collected)) is None:
                 continue
             operators = here.pairs.operators
-            if id(here.pairs) not in shared:
-                shared[id(here.pairs)] = Pairs(operators, gather(here.pairs.rows_TJ), here.pairs.n_rows)
-            pairs = shared[id(here.pairs)]
+            if here.pairs not in shared:
+                shared[here.pairs] = Pairs(operators, gather(here.pairs.rows_TJ), here.pairs.n_rows)
+            pairs = shared[here.pairs]
             gradient = TableGradient(pairs, gather(here.coefficients_TJ) / n_ranks(), gather(here.vectors_TD))
             collected.clear()
             if self.row_sparse:
