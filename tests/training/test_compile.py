@@ -6,14 +6,14 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from peerscale.config import load
+from peerscale.kernels.cpp_operators import CppOperators
 from peerscale.kernels.operators import collect_row_gradients, collected_gradients
-from peerscale.kernels.torch_operators import TorchOperators
 from peerscale.plan import plan
 from peerscale.training.evaluation import attach_usage, detach_usage
 from peerscale.training.module import LanguageModel
 from peerscale.training.optimizer import build_optimizer
 
-SIZE = ["size=d16", "context=8", "size.n_layers=2", "batch_sequences=16", "budget=1e12", "data.vocab_size=300"]
+SIZE = ["size=d16", "context=8", "size.n_layers=1", "batch_sequences=16", "budget=1e12", "data.vocab_size=300"]
 GROUPS = ["trainer.micro_batches=2", "routing_group_sequences=4"]
 ROWS = ["ffn.n_experts=64", "ffn.n_heads=2", "ffn.top_k=4", "ffn.query_bias=false"]
 CASES = {
@@ -23,7 +23,7 @@ CASES = {
     "fine-grained": ["ffn=fine_grained_moe", *GROUPS],
     "pkm": ["ffn=pkm", *ROWS],
     "peer": ["ffn=peer", *ROWS, *GROUPS, "replaced=all", "trainer.kernel=torch"],
-    "peer, row-sparse": ["ffn=peer", *ROWS, *GROUPS, "replaced=all", "optim=row_sparse_adamw"],
+    "peer, row-sparse": ["ffn=peer", *ROWS, *GROUPS, "replaced=all", "optim=row_sparse_adamw", "size.n_layers=2"],
 }
 SEQUENCES = (8, 16, 24)  # of a micro-batch
 
@@ -58,13 +58,19 @@ def trained(overrides: list[str], compiled: bool) -> tuple[list[Tensor], list[in
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_training_step_is_one_graph_with_the_same_result(case: str) -> None:
+def test_a_training_step_is_one_graph_with_the_same_result(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     counters.clear()
+    sorted_pairs, sort_pairs = [], CppOperators.sort_pairs
+    monkeypatch.setattr(
+        CppOperators, "sort_pairs", lambda self, pairs: sorted_pairs.append(pairs) or sort_pairs(self, pairs)
+    )
     expected, _ = trained(CASES[case], compiled=False)
     assert not counters["stats"]
+    as_often = len(sorted_pairs)
     found, graphs = trained(CASES[case], compiled=True)
     assert not counters["graph_break"]
+    assert len(sorted_pairs) == 2 * as_often, "a layer's two tables share the order of their pairs"
     # Nothing was compiled again for a known shape.
     assert graphs[-1] == graphs[len(SEQUENCES) - 1] <= 2 * len(SEQUENCES)
     assert len(found) == len(expected)
@@ -90,18 +96,6 @@ def test_a_compiled_step_in_bf16_reads_rounded_tables(case: str) -> None:
     assert len(results[0]) > 1 and all(gradient.dtype == torch.float32 for gradient in results[1])
     for one, other in zip(*results, strict=True):  # torch compiles backward passes as if they were autocast
         torch.testing.assert_close(one, other, rtol=0, atol=2**-6 * one.abs().max().item())
-
-
-def test_a_compiled_layer_sorts_its_pairs_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch._dynamo.reset()
-    calls, sort_pairs = [], TorchOperators.sort_pairs
-    monkeypatch.setattr(
-        TorchOperators, "sort_pairs", lambda self, pairs: calls.append(pairs) or sort_pairs(self, pairs)
-    )
-    trained([*CASES["peer, row-sparse"], "trainer.kernel=torch"], compiled=True)
-    passes, layers, steps = 2 * 2 * len(SEQUENCES), 2, 2 * len(SEQUENCES)
-    # The optimiser sorts what the micro-batches of both tables add up to.
-    assert len(calls) <= passes * layers + steps * layers * 2
 
 
 def test_what_is_collected_is_not_the_memory_of_a_graph() -> None:

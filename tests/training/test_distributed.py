@@ -133,7 +133,8 @@ def configs(corpus_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     folder = tmp_path_factory.mktemp("cells")
     found = {}
     for name, case in CASES.items():
-        overrides = [*settings.__wrapped__(corpus_path, folder), *case, "optim.lr=2e-3"]
+        rate = ["optim.lr_rule=inverse_sqrt_width", "optim.lr=2e-3"]
+        overrides = [*settings.__wrapped__(corpus_path, folder), *case, *rate]
         found[name] = load([*overrides, budget(overrides, STEPS)])
     return found
 

@@ -74,10 +74,9 @@ def _name(row: Mapping[str, str]) -> str:
 def estimate_s(config: Config, plan: Plan, speeds: list[Measured], results: Path = RESULTS) -> tuple[float, bool]:
     """Seconds for training and evaluation, and whether that is a guess.
 
-    By the fastest of the cells of the nearest cost among `speeds`, of the same method, threads and devices: others shared
-    their cores with something else. Else it is a guess: on GPUs
-    by the share of their peak that `trainer.device_utilisation` says, on a CPU by the cells published in `results`, of
-    the same method if there are any.
+    By the fastest of the cells of the nearest cost among `speeds`, of the same method, threads and devices: others
+    shared their cores with something else. Without any it is a guess: on GPUs by the share of their peak that
+    `trainer.device_utilisation` says, on a CPU by the cells published in `results`, of the same method if possible.
     """
     per_token = plan.cost.flops_per_token
     trainer = config.trainer
