@@ -1,8 +1,10 @@
 """The smallest PEER cell of the paper's study goes the study's whole way on a CPU: shards of C4's form, its vocabulary,
 streamed preparation, bf16, row-sparse AdamW, evaluation sets. Ten steps of two sequences, in two micro-batches.
 
-As it stands here it has 2 of its 10 blocks, 128^2 experts and a context of 128. With its blocks, 256^2 experts and its
-context of 2,048, which takes minutes and 8 GB: PAPER_CELL=whole .venv/bin/python -m pytest -s tests/test_paper_cell.py
+As it stands here it has 2 of its 10 blocks, 128^2 experts and a context of 64. With its blocks, 256^2 experts and its
+context of 2,048 it takes 330 CPU seconds and 5.1 GiB:
+
+    PAPER_CELL=whole .venv/bin/python -m pytest -s tests/test_paper_cell.py
 """
 
 import gzip
@@ -60,7 +62,7 @@ def smallest_cell(folder: Path) -> Cell:
     assert (config.size.name, config.context, config.data.vocab_size) == ("d640-l10-h10", 2048, 32_768)
     assert (config.precision, config.optim.name, config.replaced) == ("bf16", "row_sparse_adamw", "middle")
     if not WHOLE:
-        config = replace(config, context=128, size=replace(config.size, n_layers=2))
+        config = replace(config, context=64, size=replace(config.size, n_layers=2))
     tokens = 2 * config.context
     config = replace(
         config,
@@ -106,5 +108,6 @@ def test_the_smallest_cell_of_the_papers_study_trains_on_a_cpu(tmp_path: Path) -
     )
     assert record is not None and {*record.evaluation} == {"validation", "lambada", "wikitext"}
     assert len(losses) == STEPS and all(map(math.isfinite, losses))
-    assert losses[0] == pytest.approx(math.log(32_768), abs=0.7) and losses[-1] < losses[0] - 0.5
+    # Untrained logits have variance one, which adds one half to the loss of a guess.
+    assert losses[0] == pytest.approx(math.log(32_768) + 0.5, abs=0.5) and losses[-1] < losses[0] - 0.5
     assert all(math.isfinite(values["loss"]) for values in record.evaluation.values())
