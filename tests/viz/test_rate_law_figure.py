@@ -120,7 +120,7 @@ def test_before_the_law_is_determined_losses_are_listed_and_drawn() -> None:
     assert wants_law(runs) and fit_law(runs, ["d80"]) is None
     text = "\n".join(finished_cells(runs))
     assert text.count("| 1e13 | 64 | ") == (runs["status"] == "done").sum()
-    assert f"{(runs['status'] == 'done').sum()} of {len(runs)}: too few for the law" in text
+    assert f"{(runs['status'] == 'done').sum()} of {len(runs)} cells, which do not determine a law" in text
     (axes,) = rate_law_figure(runs, None).axes
     lines = {str(line.get_label()): len(line.get_xdata()) for line in axes.lines}
     assert lines == {"dense": 5, "peer": 5}, "of the usual batch and table rate, and no parabola"

@@ -38,7 +38,7 @@ def optima(law: Law) -> pd.DataFrame:
 def rate_law_figure(runs: pd.DataFrame, law: Law | None, *, note: str = "") -> Figure:
     """A panel a budget and width: loss against rate, with the parabolas of the fit and, as ticks, the law's rates.
 
-    Without a law, as long as too few cells have finished, the losses alone.
+    Without a law, as long as the finished cells determine none, the losses alone.
     """
     tried = runs.assign(name=names_under_law(runs), table_lr=runs["table_lr"].fillna(0.0))[usable(runs)]
     usual = tried["batch_sequences"].mode().iloc[0]
@@ -73,7 +73,7 @@ def rate_law_figure(runs: pd.DataFrame, law: Law | None, *, note: str = "") -> F
         panels[0].set_ylabel("loss (nats per token)")
         style.method_legend(figure, style.ordered(tried["name"]))
         what = "lines: parabolas in ln rate with one curvature; ticks: the rates of the law; hollow: held out"
-        what = what if law else "too few cells have finished for the law"
+        what = what if law else "the finished cells do not determine a law"
         style.caption(figure, note, f"{usual:g} sequences a batch", what, missing_note(runs))
     return figure
 
@@ -168,4 +168,5 @@ def finished_cells(runs: pd.DataFrame) -> list[str]:
          "rate of the tables": number(one["table_lr"], "{:g}"), "loss": f"{one['val_loss']:.4f}"}
         for one in done.to_dict("records")
     ]  # fmt: skip
-    return section("Finished cells", rows, f"{len(done)} of {len(runs)}: too few for the law of the best rate.")
+    finished = f"{len(done)} of {len(runs)} cells, which do not determine a law of the best rate."
+    return section("Finished cells", rows, finished)
