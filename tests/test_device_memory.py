@@ -89,6 +89,12 @@ def test_a_cell_that_does_not_fit_is_dropped_with_the_parts_in_which_it_would() 
     peer = plan(load([*large, "ffn=peer"]))
     hint = "no trainer.micro_batches is enough; smaller routing_group_sequences allow more of them"
     assert peer.reason.startswith("3.") and peer.reason.endswith(f"of them weights and moments; {hint}")
+    roomy = [word.replace("memory_gb=2", "memory_gb=3") for word in large]
+    advice = plan(load([*roomy, "ffn=peer"])).reason
+    assert (
+        advice.endswith("and more time")
+        and plan(load([*roomy, "ffn=peer", advice.split("; ")[1].split()[0]])).reason == ""
+    )
     grouped = plan(load([*large, "ffn=peer", "routing_group_sequences=8", "trainer.micro_batches=2"]))
     assert grouped.reason.endswith("; trainer.micro_batches=4 would take 1.78")
     assert plan(load([*large[1:], "ffn=dense"])).reason == "", "on a CPU nothing is asked"

@@ -249,14 +249,18 @@ def _indivisible(config: Config) -> str:
 
 
 def _too_large(config: Config) -> str:
-    """Why a cell does not fit its GPUs, and in how many micro-batches it would; empty if it does, or none are used."""
+    """Why a cell does not fit its GPUs, and what would make it fit; empty if it does, or none are used."""
     room = config.trainer.device_memory_gb
     if config.trainer.accelerator != "gpu" or room is None or (needed := _memory_gb(config)) <= room:
         return ""
     problem = f"{needed:.3g} GB are more than trainer.device_memory_gb {room:g}"
-    smaller = in_micro_batches(replace(config, trainer=replace(config.trainer, micro_batches=None)))
+    free = replace(config, trainer=replace(config.trainer, micro_batches=None))
+    smaller = in_micro_batches(free)
     if (fits := _memory_gb(smaller)) <= room:
         return f"{problem}; trainer.micro_batches={smaller.trainer.micro_batches} would take {fits:.3g}"
+    recomputed = in_micro_batches(replace(free, trainer=replace(free.trainer, activation_checkpointing=True)))
+    if (fits := _memory_gb(recomputed)) <= room:
+        return f"{problem}; trainer.activation_checkpointing=true would take {fits:.3g}, and more time"
     of_state = device_memory(config)["state"] / 1e9
     hint = "; smaller routing_group_sequences allow more of them" if config.ffn.takes_statistics else ""
     return f"{problem}, {of_state:.3g} of them weights and moments; no trainer.micro_batches is enough{hint}"
