@@ -100,6 +100,16 @@ def test_unequal_exponents_are_told_and_equal_ones_are_not() -> None:
     assert fit.own["peer"].b == pytest.approx(0.6, abs=0.1) and fit.own["dense"].b == pytest.approx(0.3, abs=0.1)
 
 
+def test_exponents_of_what_one_method_alone_varies_are_shared() -> None:
+    other = {**TRUTH, "peer": RateLaw(m=0.007, a=0.0, b=0.6, c=0.5)}
+    table = runs(0.0, laws=other)
+    fit = fit_rates(table[(table["method"] == "dense") | (table["B"] == 16)], **COLUMNS, reach=100)
+    assert fit.exponents == "own"
+    for method, law in other.items():
+        found = fit.own[method]
+        assert (found.a, found.b, found.c) == pytest.approx((law.a, law.b, 0.5), abs=1e-6)
+
+
 def test_the_held_out_size_is_judged_by_what_its_rate_costs() -> None:
     table = runs(0.0)
     table.loc[table["d"] == 80, "lr"] *= 2  # whose best rate then is twice the law's

@@ -289,9 +289,14 @@ def fit_rates(
         raise UserError(f"these runs do not determine the exponents of {which}: leave out a column that hardly varies")
     if not shared.k > 0:
         raise UserError("the losses do not rise on both sides of a best rate: try lower and higher rates")
-    apart = replace(rows, places=np.hstack([one, (one[:, :, None] * z[:, None]).reshape(len(x), -1)]))
+    # What one method alone varies, as a batch, keeps an exponent that all share.
+    each = [fitted & (of_method == i) for i in range(len(names))]
+    varies = [all(len(np.unique(z[rows_of, j])) > 1 for rows_of in each) for j in range(z.shape[1])]
+    apart = replace(
+        rows, places=np.hstack([one, *(one * z[:, [j]] if own else z[:, [j]] for j, own in enumerate(varies))])
+    )
     own = apart.regression(fitted)
-    if len(names) == 1 or not variables or not own.determined or not own.k > 0:
+    if len(names) == 1 or not any(varies) or not own.determined or not own.k > 0:
         own = None
     equal = f_test(shared, own) if own else None
     law, rows = (own, apart) if own and equal and equal["p"] < EQUAL_UNLESS else (shared, rows)
@@ -303,8 +308,8 @@ def fit_rates(
         warnings.append(f"the lowest loss is at the edge of the rates tried: {edges}")
     models = _names(*(table[column] for column in columns)) if columns else np.full(len(x), "")
     split = [held] if held.any() else [models == model for model in np.unique(models)]
-    laws, intervals = _laws(shared, names, reference, own=False)
-    own_laws, own_intervals = _laws(own, names, reference, own=True) if own else (None, None)
+    laws, intervals = _laws(shared, names, reference, [False] * len(varies))
+    own_laws, own_intervals = _laws(own, names, reference, varies) if own else (None, None)
     return RateFit(
         n=int(fitted.sum()), n_curves=len(np.unique(curves[fitted])), laws=laws, ci=intervals,
         own=own_laws, own_ci=own_intervals, equal_exponents=equal, exponents="shared" if law is shared else "own",
@@ -322,14 +327,16 @@ def _names(*columns: pd.Series) -> Array:
 
 
 def _laws(
-    fit: ParabolaRegression, names: Array, reference: Mapping[str, float], *, own: bool
+    fit: ParabolaRegression, names: Array, reference: Mapping[str, float], of_each: Sequence[bool]
 ) -> tuple[dict[str, RateLaw], dict[str, dict[str, tuple[float, float]]]]:
-    """The law of each method, and the intervals of its coefficients."""
+    """The law of each method, and the intervals of its coefficients; `of_each`: which exponents are its own."""
     laws, intervals = {}, {}
+    widths = [len(names) if own else 1 for own in of_each]
+    first = [len(names) + sum(widths[:j]) for j in range(len(widths))]
     for i, name in enumerate(names):
-        first = len(names) + i * len(reference) * own
         log_m, ends = fit.ratio(i)
-        exponents = {EXPONENTS[variable]: fit.ratio(first + j) for j, variable in enumerate(reference)}
+        columns = zip(reference, first, of_each, strict=True)
+        exponents = {EXPONENTS[variable]: fit.ratio(start + i * own) for variable, start, own in columns}
         at = {f"{variable}_0": value for variable, value in reference.items()}
         laws[name] = RateLaw(m=math.exp(log_m), **{key: value for key, (value, _) in exponents.items()}, **at)
         intervals[name] = {"m": (float(np.exp(ends[0])), float(np.exp(ends[1])))}
