@@ -35,7 +35,7 @@ from peerscale.laws.isoflop import IsoflopFit, PowerLaw
 from peerscale.laws.parametric import Surface
 from peerscale.laws.solver import FitStatus, Objective
 from peerscale.runs import read_runs
-from peerscale.runs.table import CURVES
+from peerscale.runs.curves import CURVES
 from peerscale.runs.table import read_table as read_csv
 
 PROGRAM = ".venv/bin/python analysis/fit.py"

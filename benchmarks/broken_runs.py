@@ -20,8 +20,8 @@ from peerscale import launch, train
 from peerscale.accounting import cost
 from peerscale.config import load
 from peerscale.errors import exit_code
+from peerscale.runs.curves import read_metrics
 from peerscale.runs.record import Status, read_record
-from peerscale.runs.table import read_metrics
 from peerscale.training.module import LanguageModel
 
 FORK = multiprocessing.get_context("fork")

@@ -14,8 +14,8 @@ from broken_runs import check
 from pydantic import TypeAdapter
 
 from peerscale.cells import Cell, planned_cells
+from peerscale.runs.curves import read_metrics
 from peerscale.runs.record import Record, Status, read_record
-from peerscale.runs.table import read_metrics
 from peerscale.slurm import SlurmConfig, jobs_folder, read_job_ids
 from peerscale.submission import submit
 from peerscale.train import run_cell

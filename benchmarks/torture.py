@@ -28,9 +28,10 @@ from slurm_time_limit import in_slices
 import peerscale.training.cell as training
 from peerscale.config import load
 from peerscale.data.prepare import prepare
+from peerscale.runs.curves import read_metrics
 from peerscale.runs.record import Status, read_record
 from peerscale.runs.study import usable
-from peerscale.runs.table import read_metrics, read_records, runs_table
+from peerscale.runs.table import read_records, runs_table
 
 Outcome = tuple[int, str, int]
 """Times tried, what came of it, lost records."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from peerscale.cell_names import budget_name
 from peerscale.cells import planned_cells, single_cell
 from peerscale.config import composed
-from peerscale.runs.record import hashed_config
+from peerscale.runs.fingerprint import hashed_config
 from toy_study import CORPUS, write_study
 
 

@@ -10,21 +10,16 @@ from typing import Any
 
 import pytest
 
-from peerscale.cells import (
-    Cell,
-    budget_name,
-    diverged_lines,
-    pending_cells,
-    planned_cells,
-    short_methods,
-    single_cell,
-    state,
-)
+from peerscale.cell_names import budget_name
+from peerscale.cells import Cell, pending_cells, planned_cells, single_cell, state
 from peerscale.config import ConfigError, composed, load, parse_config
+from peerscale.device_memory import in_micro_batches
 from peerscale.errors import UserError
 from peerscale.files import OURS, ROOT
-from peerscale.plan import Verdict, in_micro_batches
-from peerscale.runs.record import Status, fingerprint, hashed_config, write_record
+from peerscale.notices import diverged_lines, short_methods
+from peerscale.plan import Verdict
+from peerscale.runs.fingerprint import fingerprint, hashed_config
+from peerscale.runs.record import Status, write_record
 from peerscale.runs.table import read_runs
 from peerscale.sweep_config import load_sweep
 from toy_study import CORPUS, TOY, composed_by_hydra, kept_in, record_of, write_study

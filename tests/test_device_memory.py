@@ -5,15 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from peerscale.accounting import cost, device_memory
+from peerscale.accounting import cost
 from peerscale.cells import Cell, planned_cells
 from peerscale.config import Config, load
+from peerscale.device_memory import device_memory, in_micro_batches
 from peerscale.files import ROOT
 from peerscale.kernels.cross_entropy import linear_cross_entropy
 from peerscale.layers.dense import DenseConfig
 from peerscale.model import build_model
 from peerscale.overview import time_lines
-from peerscale.plan import in_micro_batches, plan
+from peerscale.plan import plan
 from peerscale.runs.speed import Measured, estimate_s
 
 FFNS = sorted(path.stem for path in (ROOT / "conf" / "ffn").glob("*.yaml"))

@@ -24,8 +24,8 @@ import pytest
 from peerscale.cells import Cell, planned_cells
 from peerscale.data.prepare import prepare
 from peerscale.plan import plan
+from peerscale.runs.curves import read_metrics
 from peerscale.runs.record import Status, read_record
-from peerscale.runs.table import read_metrics
 from peerscale.training.cell import train_cell
 
 WHOLE = os.environ.get("PAPER_CELL") == "whole"

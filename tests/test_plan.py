@@ -14,8 +14,9 @@ from peerscale.accounting import cost
 from peerscale.config import Config, ConfigError, load
 from peerscale.data.batches import EvaluationBatches
 from peerscale.files import ROOT
-from peerscale.plan import Verdict, as_asked, beyond_law, decay_from, evaluation_line, plan, schedule
-from peerscale.runs.record import hashed_config
+from peerscale.notices import as_asked, beyond_law, evaluation_line
+from peerscale.plan import Verdict, decay_from, plan, schedule
+from peerscale.runs.fingerprint import hashed_config
 
 FFNS = sorted(path.stem for path in (ROOT / "conf/ffn").glob("*.yaml"))
 

@@ -14,8 +14,8 @@ from peerscale.cells import Cell, planned_cells
 from peerscale.errors import UserError
 from peerscale.files import ROOT
 from peerscale.overview import main as overview
+from peerscale.runs.curves import METRICS, read_metrics
 from peerscale.runs.record import Record, Status, read_record, write_record
-from peerscale.runs.table import METRICS, read_metrics
 from peerscale.slurm import SlurmConfig, load_settings, queued, resources
 from peerscale.submission import submission_settings
 from peerscale.submission import submit as submit_cells

@@ -11,7 +11,7 @@ from peerscale.cells import count_cells, planned_cells
 from peerscale.config import load
 from peerscale.config_errors import ConfigError
 from peerscale.files import ROOT
-from peerscale.runs.record import hashed_config
+from peerscale.runs.fingerprint import hashed_config
 from peerscale.sweep_config import ClaimsConfig, GridRow, SweepConfig, load_sweep, parse_sweep
 from toy_study import CORPUS, write_study
 

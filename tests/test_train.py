@@ -20,8 +20,9 @@ from peerscale.config import composed, load
 from peerscale.data.prepare import prepare
 from peerscale.errors import UserError
 from peerscale.files import ROOT
+from peerscale.runs.curves import read_metrics
 from peerscale.runs.record import Record, Status, read_record
-from peerscale.runs.table import read_metrics, read_runs
+from peerscale.runs.table import read_runs
 from peerscale.sweep_config import load_sweep
 from peerscale.train import run_cell
 from programs import call

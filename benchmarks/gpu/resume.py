@@ -25,8 +25,8 @@ from gpu.results import Case, Row
 
 from peerscale.cells import Cell, single_cell
 from peerscale.config import composed
+from peerscale.runs.curves import read_metrics
 from peerscale.runs.record import Status, read_record
-from peerscale.runs.table import read_metrics
 from peerscale.train import run_cell
 
 METHODS = ("dense", "peer", "pkm", "moe", "moe_token_choice")

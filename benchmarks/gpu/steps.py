@@ -14,8 +14,9 @@ from gpu.machine import Machine
 from gpu.results import Case, Row
 from timing import spread
 
-from peerscale.accounting import cost, device_memory
+from peerscale.accounting import cost
 from peerscale.config import Config, load
+from peerscale.device_memory import device_memory
 from peerscale.plan import plan
 from peerscale.training.module import LanguageModel
 

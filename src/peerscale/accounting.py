@@ -48,45 +48,6 @@ class Cost:
         return self.layer_flops / self.flops_per_token
 
 
-STATE_BYTES = 16
-"""Of a parameter: weight, gradient and two moments, in fp32."""
-LOGITS_BYTES = 2**30
-"""Of the slices of logits, and of their gradients, that a GPU holds at once (`kernels.cross_entropy`)."""
-
-
-def device_memory(config: Config) -> dict[str, int]:
-    """Bytes that training takes on one device, by what for; an estimate, without the allocator's losses.
-
-    `state` are `STATE_BYTES` a parameter and, at precision bf16, 2 of a copy for each that an expert table has.
-    `activations` are what one micro-batch keeps for its backward pass: of a block 9 d_model numbers per token, and what
-    its feed-forward layer says of itself (`saved_numbers`). The `reference` kernel keeps more of PKM and PEER. With
-    activation checkpointing it keeps the inputs of attention and dense layers, and for a moment all of one block.
-    """
-    around, bytes_each = config.surroundings, 2 if config.precision == "bf16" else 4
-    d_model, n_layers = config.size.d_model, config.size.n_layers
-    layer, dense = config.ffn.saved_numbers(around), DenseConfig().saved_numbers(around)
-    n_replaced = len(config.replaced_blocks)
-    numbers = n_layers * 9 * d_model + n_replaced * layer + (n_layers - n_replaced) * dense
-    if config.trainer.activation_checkpointing:
-        n_kept = 0 if config.ffn.method == "dense" else n_replaced  # layers that are not computed again
-        numbers = n_layers * 2 * d_model + n_kept * (layer + d_model) + 9 * d_model + dense
-    n_copied = n_replaced * config.ffn.copied_parameters(around) if config.precision == "bf16" else 0
-    tokens = config.tokens_per_step // config.trainer.devices // around.micro_batches
-    return {
-        "state": STATE_BYTES * cost(config).params_total + 2 * n_copied,
-        "activations": tokens * bytes_each * numbers,
-        "logits": LOGITS_BYTES,
-    }
-
-
-def recomputed_share(config: Config, cost: Cost) -> float:
-    """FLOPs that activation checkpointing adds to those of training: attention's and dense layers' forward pass."""
-    if not config.trainer.activation_checkpointing:
-        return 0.0
-    kept = cost.flops["logits"] + (0 if config.ffn.method == "dense" else cost.layer_flops)
-    return (cost.flops_per_token - kept) / TRAINING / cost.flops_per_token
-
-
 def cost(config: Config) -> Cost:
     """Parameters and training FLOPs per token; equal to the built model's, as a test asserts."""
     d, n_layers = config.size.d_model, config.size.n_layers

@@ -201,7 +201,7 @@ class TrainerConfig:
     """Keep only the inputs of attention and dense layers for the backward pass, which computes them again: less memory
     for a third more time. The layer under study is not computed again; FLOPs of the budget stay as they are."""
     device_memory_gb: Rate | None = None
-    """Memory of one GPU, which a cell that trains on GPUs must fit (`accounting.device_memory`); null: any fits."""
+    """Memory of one GPU, which a cell that trains on GPUs must fit (`device_memory`); null: any fits."""
     device_flops_per_s: Rate = 9.89e14
     """Peak of one GPU (here an H100 in bf16): with `device_utilisation` a guess of times that no record tells."""
     device_utilisation: Fraction = 0.3

@@ -11,10 +11,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from peerscale.cells import Cell, diverged_lines, evaluation_lines, in_turn, pending_cells, planned_cells, rate_lines
+from peerscale.branches import in_turn
+from peerscale.cells import Cell, pending_cells, planned_cells
 from peerscale.data.prepare import prepare
 from peerscale.data.store import read_manifest
 from peerscale.errors import ArgumentParser, FailedCells, UserError, exit_code
+from peerscale.notices import diverged_lines, evaluation_lines, rate_lines
 from peerscale.outcomes import published_as_done, published_study, some
 from peerscale.plan import Verdict
 from peerscale.progress import Progress

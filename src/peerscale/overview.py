@@ -14,22 +14,21 @@ from pathlib import Path
 
 import pandas as pd
 
-from peerscale.accounting import CONVENTION, device_memory
+from peerscale.accounting import CONVENTION
 from peerscale.cell_names import budget_name
 from peerscale.cells import (
     Cell,
     count_cells,
-    evaluation_lines,
     planned_cells,
-    rate_lines,
-    short_methods,
     without_brackets,
 )
 from peerscale.composition import study_files
 from peerscale.data import text
 from peerscale.data.store import read_manifest
+from peerscale.device_memory import device_memory
 from peerscale.errors import USER_ERROR, ArgumentParser, UserError, exit_code, positive_integer, positive_number
 from peerscale.files import from_checkout
+from peerscale.notices import evaluation_lines, rate_lines, short_methods
 from peerscale.outcomes import Outcome, Outcomes, further_line, outcomes
 from peerscale.plan import Verdict, decay_from
 from peerscale.progress import duration

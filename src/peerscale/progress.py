@@ -10,8 +10,8 @@ from typing import Any, Self
 
 from peerscale.cells import Cell
 from peerscale.errors import UserError
+from peerscale.runs.curves import METRICS
 from peerscale.runs.record import ENDED, RECORD, Status
-from peerscale.runs.table import METRICS
 
 LIVE_S, LOG_S = 1.0, 30.0
 """Seconds between two updates, on a terminal and in a log."""

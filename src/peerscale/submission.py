@@ -15,7 +15,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from peerscale.cells import Cell, in_turn
+from peerscale.branches import in_turn
+from peerscale.cells import Cell
 from peerscale.errors import FailedCells, UserError, exit_code
 from peerscale.runs.record import FAILED
 from peerscale.slurm import (

@@ -18,13 +18,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from peerscale.cells import FINISHED, Cell, evaluation_lines, how_to_rerun, single_cell, state
+from peerscale.cells import FINISHED, Cell, how_to_rerun, single_cell, state
 from peerscale.composition import Composition
 from peerscale.config import hydra_errors
 from peerscale.data.prepare import prepare
 from peerscale.data.store import read_manifest
 from peerscale.errors import FailedCells, UserError, exit_code
 from peerscale.files import OURS
+from peerscale.notices import evaluation_lines
 from peerscale.plan import Verdict
 from peerscale.progress import Progress
 from peerscale.runs.record import LOCK, Status, read_record

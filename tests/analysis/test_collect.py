@@ -14,10 +14,12 @@ from synthetic_study import METHODS, SWEEP, WRONG, cells, minimum, records, scri
 from peerscale.errors import UserError, exit_code
 from peerscale.results import collection
 from peerscale.runs.comparison import compare
+from peerscale.runs.curves import curves_table
+from peerscale.runs.fingerprint import fingerprint
 from peerscale.runs.fits import fit_study
-from peerscale.runs.record import Record, Status, fingerprint, read_record, write_record
+from peerscale.runs.record import Record, Status, read_record, write_record
 from peerscale.runs.study import collected
-from peerscale.runs.table import curves_table, runs_table
+from peerscale.runs.table import runs_table
 
 collect = script("collect")
 

@@ -13,8 +13,8 @@ from synthetic_study import SWEEP, script
 
 from peerscale.errors import exit_code
 from peerscale.results.collection import write_fits
+from peerscale.runs.curves import curves_table
 from peerscale.runs.study import collected, published
-from peerscale.runs.table import curves_table
 from peerscale.viz.figures import small_print
 
 figures = script("figures")

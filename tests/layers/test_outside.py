@@ -20,7 +20,7 @@ from peerscale.layers import registry
 from peerscale.layers.registry import parse_layer
 from peerscale.model import build_model
 from peerscale.plan import plan
-from peerscale.runs.record import differing_keys, hashed_config
+from peerscale.runs.fingerprint import differing_keys, hashed_config
 from peerscale.runs.study import planned_record
 from peerscale.runs.table import runs_table
 from programs import call

@@ -12,12 +12,13 @@ from scipy import stats
 
 from peerscale.files import ROOT
 from peerscale.laws.rates import fit_brackets, fit_rates
-from peerscale.runs import comparison
+from peerscale.runs import frontiers
 from peerscale.runs.brackets import fit_rate_brackets
 from peerscale.runs.comparison import compare
+from peerscale.runs.curves import curves_table
 from peerscale.runs.fits import fit_study
 from peerscale.runs.study import are_brackets, without_brackets
-from peerscale.runs.table import curves_table, read_runs
+from peerscale.runs.table import read_runs
 
 K = 0.06
 """Nats per squared factor of e."""
@@ -182,7 +183,7 @@ def test_what_is_not_bracketed_has_the_stated_cost_or_nothing() -> None:
 
 def test_coverage_where_each_methods_rate_is_off_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:
     """The truth is the difference at the best rates; without brackets the interval holds noise alone."""
-    monkeypatch.setattr(comparison, "DRAWS", 2)  # of the multipliers' bootstrap, which costs most of the time
+    monkeypatch.setattr(frontiers, "DRAWS", 2)  # of the multipliers' bootstrap, which costs most of the time
     rng, covered = np.random.default_rng(5), []
     for draw in range(50):
         runs = study({method: float(rng.normal(0, 0.5)) for method in ("dense", "peer")}, noise=0.003, rng=draw)

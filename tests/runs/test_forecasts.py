@@ -16,7 +16,7 @@ from made_up_study import LADDER, curves, ladder, record, with_sequences
 from peerscale.errors import UserError
 from peerscale.files import write_json
 from peerscale.results.publication import publish
-from peerscale.runs import comparison
+from peerscale.runs import frontiers
 from peerscale.runs.comparison import compare
 from peerscale.runs.forecasts import (
     Observation,
@@ -56,7 +56,7 @@ def test_intervals_hold_the_truth(irreducible: float) -> None:
     truth = {name: {"loss": loss(g * AT), "difference": loss(g * AT) - loss(AT), "multiplier": g}
              for name, g in gains.items()}  # fmt: skip
     hits, widths = defaultdict(list), defaultdict(list)
-    with patch.object(comparison, "DRAWS", 100):
+    with patch.object(frontiers, "DRAWS", 100):
         for seed in range(30):
             for one in forecast(compare(curves(exact, noise=0.01, rng=seed), []), AT):
                 hits[one["quantity"]].append(one["low"] <= truth[one["method"]][one["quantity"]] <= one["high"])

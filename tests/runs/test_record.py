@@ -13,18 +13,14 @@ from peerscale.cells import single_cell
 from peerscale.config import Config, composed, load, to_dict
 from peerscale.errors import UserError
 from peerscale.plan import plan
+from peerscale.runs.fingerprint import ADDED_LATER, RECIPE_VERSION, differing_keys, fingerprint, hashed_config
 from peerscale.runs.record import (
-    ADDED_LATER,
     LOCK,
-    RECIPE_VERSION,
     RECORD,
     SCHEMA_VERSION,
     Record,
     Status,
     differences,
-    differing_keys,
-    fingerprint,
-    hashed_config,
     parse_record,
     read_cell,
     read_record,
@@ -203,7 +199,7 @@ def test_changes_with_the_corpus_and_the_recipe(monkeypatch: pytest.MonkeyPatch)
     config = load(BASE)
     before = fingerprint(hashed_of(config))
     assert fingerprint(hashed_of(config, "f" * 16)) != before
-    monkeypatch.setattr("peerscale.runs.record.RECIPE_VERSION", RECIPE_VERSION + 1)
+    monkeypatch.setattr("peerscale.runs.fingerprint.RECIPE_VERSION", RECIPE_VERSION + 1)
     assert fingerprint(hashed_of(config)) != before
 
 
@@ -295,9 +291,9 @@ def test_a_key_added_later_is_hashed_only_where_it_departs_from_what_was(monkeyp
     before = hashed()
     config = load(BASE)
     later = {**to_dict(config), "optim": {**to_dict(config)["optim"], "amsgrad": False}}
-    monkeypatch.setattr("peerscale.runs.record.to_dict", lambda _: json.loads(json.dumps(later)))
+    monkeypatch.setattr("peerscale.runs.fingerprint.to_dict", lambda _: json.loads(json.dumps(later)))
     assert fingerprint(hashed_of(config)) != before
-    monkeypatch.setattr("peerscale.runs.record.ADDED_LATER", {**ADDED_LATER, "optim.amsgrad": False})
+    monkeypatch.setattr("peerscale.runs.fingerprint.ADDED_LATER", {**ADDED_LATER, "optim.amsgrad": False})
     assert fingerprint(hashed_of(config)) == before
     later["optim"]["amsgrad"] = True
     assert fingerprint(hashed_of(config)) != before

@@ -13,9 +13,10 @@ from peerscale.config import composed
 from peerscale.errors import UserError
 from peerscale.files import ROOT
 from peerscale.runs import read_runs
+from peerscale.runs.curves import curves_table, read_metrics
 from peerscale.runs.record import Record, Status, write_record
 from peerscale.runs.study import planned_record
-from peerscale.runs.table import curves_table, read_metrics, read_records, runs_table
+from peerscale.runs.table import read_records, runs_table
 from toy_study import record_of, write_study
 
 COLUMNS = [

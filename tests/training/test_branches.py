@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from peerscale.cells import Cell, in_turn, planned_cells
+from peerscale.branches import in_turn
+from peerscale.cells import Cell, planned_cells
 from peerscale.errors import UserError
 from peerscale.launch import main as launch
 from peerscale.model.trained import CHECKPOINTS, checkpoints
 from peerscale.overview import main as overview
 from peerscale.plan import decay_from
+from peerscale.runs.curves import read_metrics
 from peerscale.runs.record import Status, read_record
-from peerscale.runs.table import read_metrics
 from peerscale.train import run_cell
 from test_train import budget, corpus_path, final_weights, settings  # noqa: F401
 

@@ -25,8 +25,8 @@ from peerscale.errors import FAILED_CELLS, UserError
 from peerscale.files import ROOT
 from peerscale.launch import main
 from peerscale.plan import Verdict, plan
+from peerscale.runs.curves import read_metrics
 from peerscale.runs.record import Record, Status, read_record
-from peerscale.runs.table import read_metrics
 from peerscale.train import run_cell
 from peerscale.training import cell, distributed, module
 from peerscale.training import rank as rank_program

@@ -9,8 +9,8 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from peerscale.config import load
 from peerscale.files import ROOT
 from peerscale.plan import plan, schedule
+from peerscale.runs.curves import read_metrics
 from peerscale.runs.record import Status
-from peerscale.runs.table import read_metrics
 from peerscale.training.module import LanguageModel
 from test_train import budget, corpus_path, settings, train  # noqa: F401
 

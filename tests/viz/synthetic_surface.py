@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from peerscale.laws.parametric import Surface
-from peerscale.runs.table import CURVES
+from peerscale.runs.curves import CURVES
 
 SURFACE = Surface(E=3.0, A=60.0, B=900.0, alpha=0.45, beta=0.5)
 """In N = FLOPs per token / 6 and D = tokens."""

@@ -15,10 +15,11 @@ from peerscale.errors import UserError
 from peerscale.files import write_json, write_text
 from peerscale.outcomes import further_line, of_the_plan, read_published, some, which_counts
 from peerscale.runs.comparison import compare
+from peerscale.runs.curves import CURVES, curves_table
 from peerscale.runs.fits import fit_study
 from peerscale.runs.record import Record, Status
 from peerscale.runs.study import RESULTS, Study, collected, planned_record, published
-from peerscale.runs.table import CURVES, curves_table, read_records, read_runs, read_table, runs_table
+from peerscale.runs.table import read_records, read_runs, read_table, runs_table
 from peerscale.sweep_config import load_sweep
 from peerscale.viz.answer import answer
 

@@ -9,7 +9,8 @@ import pandas as pd
 from peerscale.errors import UserError
 from peerscale.files import replacing
 from peerscale.outcomes import some
-from peerscale.runs.record import Record, Status, differing_keys
+from peerscale.runs.fingerprint import differing_keys
+from peerscale.runs.record import Record, Status
 from peerscale.runs.study import Study
 from peerscale.runs.table import read_records, read_runs
 

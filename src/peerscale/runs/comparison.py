@@ -8,50 +8,26 @@ them (`runs.brackets`) or states what they cost.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from peerscale.laws.fitting import LEVEL as INTERVAL
-from peerscale.laws.fitting import Bootstrap, percentile_interval, resample_counts, to_plain
-from peerscale.laws.isoflop import MIN_BUDGETS, fit_power_law
-from peerscale.laws.multiplier import compute_multipliers
-from peerscale.laws.optima import Estimate, OptimaFit, Optimum, OptimumStatus, f_test, holm
-from peerscale.laws.solver import Array, FitStatus
+from peerscale.laws.fitting import to_plain
+from peerscale.laws.optima import Estimate, OptimaFit, Optimum, f_test
+from peerscale.laws.solver import Array
 from peerscale.runs.brackets import RateError, RateErrors, fit_rate_brackets, rate_errors
+from peerscale.runs.claims import claims_of
+from peerscale.runs.frontiers import Budget, X, frontiers_of, multipliers_of, power_laws
 from peerscale.runs.record import Record
 from peerscale.runs.study import method_names, same_variant, usable, without_brackets
 from peerscale.sweep_config import ClaimsConfig
 
-X = "flops_per_token"
-"""The size that all fits are over: it means the same for every method."""
-
 CURVE_SIZES = 3
 """Sizes from which a method has a curve at a budget; below, it is compared with others at one and the same size."""
 
-GROWTH_BUDGETS = 4
-"""Budgets from which a growth of the multiplier is told."""
-
-FAMILY_LEVEL = 0.05
-"""Probability of any wrong claim in the family."""
-
-DRAWS = 1000
-
 Sequences = Mapping[str, list[float]]
 """Losses of each validation sequence by cell."""
-
-
-class Budget(NamedTuple):
-    """The fit of one budget, and the cells behind each size mean."""
-
-    budget: float
-    fit: OptimaFit
-    optima: dict[str, Optimum]
-    by_seed: dict[str, dict[str, float]]
-    """The loss at each optimum with one seed's losses in place of the means, by seed."""
-    sequences: Array | None
-    """Losses of the validation sequences at every size mean (points, sequences)."""
 
 
 def compare(
@@ -104,12 +80,12 @@ def compare(
         else:
             entry = _at_each_size(rows, references, sequences, rates)
         entries.append({"budget": float(budget), **entry})
-    budgets, frontiers = np.array([one.budget for one in fitted]), _frontiers(fitted, rates)
-    multipliers, slopes = _multipliers(budgets, frontiers, [one.by_seed for one in fitted], trend_from or 0.0)
+    budgets, frontiers = np.array([one.budget for one in fitted]), frontiers_of(fitted, rates)
+    multipliers, slopes = multipliers_of(budgets, frontiers, [one.by_seed for one in fitted], trend_from or 0.0)
     found: dict[str, Any] = {
         "x": X, "loss": "val_loss", **({"trend_from": trend_from} if trend_from else {}),
-        "budgets": entries, "claims": _claims(entries, claims),
-        "multipliers": multipliers, "growth": slopes, "laws": _power_laws(budgets, frontiers),
+        "budgets": entries, "claims": claims_of(entries, claims),
+        "multipliers": multipliers, "growth": slopes, "laws": power_laws(budgets, frontiers),
     }  # fmt: skip
     if brackets or rates_cost is not None:
         unknown = RateError(math.nan, math.nan, "")
@@ -246,140 +222,3 @@ def _mean_losses(cells: Iterable[str], sequences: Sequences) -> Array | None:
     """Losses of the sequences (sequences,), averaged over those of the cells that have them; None if none has."""
     known = [sequences[cell] for cell in cells if cell in sequences]
     return np.mean(known, axis=0) if known else None
-
-
-def _claims(budgets: Sequence[Mapping[str, Any]], claims: ClaimsConfig | None) -> list[dict[str, Any]]:
-    """The comparisons of the family, each as method minus rival, with Holm's correction over all of them.
-
-    Where a study names the family, variants along an axis are of it only if the method is there in no other way.
-    """
-    method = claims.method if claims else "peer"
-    compared = {found[key] for entry in budgets for found in entry["differences"] for key in ("method", "reference")}
-    as_configured = claims is not None and method in compared
-    family: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for entry in budgets:
-        if claims and claims.budgets and entry["budget"] not in claims.budgets:
-            continue
-        for found in entry["differences"]:
-            # An error without misfit and seeds is no ground for a claim, nor is one size where others have curves.
-            if found.get("fit_se") is None and (found.get("seeds_se") is None or entry["methods"]):
-                continue
-            for one in (found, _turned(found)):
-                name, rival = (one[key].partition(" ")[0] for key in ("method", "reference"))
-                if as_configured and one["method"] != method:
-                    continue
-                if name == method != rival and (not claims or rival in claims.rivals):
-                    place = {"budget": entry["budget"], "size": one["size"], "method": one["method"],
-                             "rival": one["reference"]}  # fmt: skip
-                    family[tuple(place.values())] = place | {
-                        k: one[k] for k in ("value", "se", "df", "low", "high", "p")
-                    }
-    corrected = holm(np.array([claim["p"] for claim in family.values()], float))
-    found = [
-        {**claim, "p_holm": p, "leads": bool(p < FAMILY_LEVEL and claim["value"] < 0)}
-        for claim, p in zip(family.values(), corrected, strict=True)
-    ]
-    if claims and (margin := claims.equal_within) is not None:
-        for claim in found:
-            claim |= {"equal_within": margin, "equal": bool(-margin < claim["low"] and claim["high"] < margin)}
-    return found
-
-
-def _turned(found: Mapping[str, Any]) -> dict[str, Any]:
-    """A difference the other way round: with PEER as the reference, PEER is the one that is subtracted."""
-    ends = {"value": -found["value"], "low": -found["high"], "high": -found["low"]}
-    return {**found, "method": found["reference"], "reference": found["method"], **ends}
-
-
-def _frontiers(fitted: Sequence[Budget], rates: RateErrors) -> dict[str, Array]:
-    """x and loss of each method's optimum at every budget, (2, 1 + draws, budgets): as fitted, then as drawn.
-
-    The size means are drawn about the fit, under the errors of misfit and seeds, with a variance that is itself drawn,
-    so that intervals are Student's. All budgets draw the same sequences. A method's losses are also drawn under the
-    error of its learning rate, where that is known. NaN where a method has no number.
-    """
-    n = next((one.sequences.shape[1] for one in fitted if one.sequences is not None), 0)
-    resampled = resample_counts(n, DRAWS, seed=0) / n - 1 / n if n else np.array(0)
-    names = dict.fromkeys(name for one in fitted for name in one.optima)
-    frontiers = {name: np.full((2, 1 + DRAWS, len(fitted)), math.nan) for name in names}
-    for i, one in enumerate(fitted):
-        variances, df = one.fit.variances
-        rng = np.random.default_rng(round(one.budget))
-        scale = np.sqrt(df / rng.chisquare(df, (DRAWS, 1))) if math.isfinite(df) else math.nan
-        drawn = (
-            one.fit.losses - one.fit.residuals + rng.normal(size=(DRAWS, len(variances))) * np.sqrt(variances) * scale
-        )
-        if one.sequences is not None:
-            drawn += resampled @ one.sequences.T
-        minima = np.stack(one.fit.optima_of(drawn))
-        for method, (name, optimum) in enumerate(one.optima.items()):
-            if optimum.status.has_number:
-                frontiers[name][:, 0, i] = optimum.x, optimum.loss
-                frontiers[name][:, 1:, i] = minima[:, :, method]
-                for se, _ in rates.of(one.budget, name):
-                    frontiers[name][1, 1:, i] += rng.normal(0, se, DRAWS)
-    return frontiers
-
-
-def _multipliers(
-    budgets: Array,
-    frontiers: Mapping[str, Array],
-    by_seed: Sequence[Mapping[str, Mapping[str, float]]],
-    trend_from: float,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Dense's compute over each method's by budget, and from four on the growth of its logarithm in log10 C."""
-    found, slopes = [], []
-    for name, (_, losses) in frontiers.items():
-        reference = same_variant("dense", name, list(frontiers))
-        if reference is None or name.partition(" ")[0] == "dense":
-            continue
-        each = compute_multipliers((budgets, frontiers[reference][1]), (budgets, losses))
-        pair, known = {"method": name, "reference": reference}, np.isfinite(each[0])
-        for i in np.flatnonzero(known).tolist():
-            seeds = {}
-            for seed in sorted(by_seed[i].get(name, {}).keys() & by_seed[i].get(reference, {}).keys()):
-                dense, own = (
-                    (budgets, np.where(budgets == budgets[i], by_seed[i][one][seed], frontiers[one][1][0]))
-                    for one in (reference, name)
-                )
-                seeds[seed] = compute_multipliers(dense, own)[i]
-            found.append({**pair, "budget": budgets[i], "multiplier": each[0, i], **_ends(each[1:, i]),
-                          **({"by_seed": seeds} if seeds else {})})  # fmt: skip
-        trend = known & (budgets >= trend_from)
-        if trend.sum() >= GROWTH_BUDGETS:
-            slope = math.log(10) * fit_power_law(budgets[trend], each[:, trend])[0]
-            slopes.append({**pair, "slope": slope[0], **_ends(slope[1:])})
-    return found, slopes
-
-
-def _ends(draws: Array) -> dict[str, float]:
-    """Ends of the interval of draws; none where more than one in twenty would be an extrapolation."""
-    low, high = percentile_interval(draws) if np.isfinite(draws).mean() >= INTERVAL else (math.nan, math.nan)
-    return {"low": low, "high": high}
-
-
-def _power_laws(budgets: Array, frontiers: Mapping[str, Array]) -> dict[str, Any]:
-    """Each method's optima at two budgets or more, and from three on the power law through their sizes."""
-    laws = {}
-    for name, (x, losses) in frontiers.items():
-        known = np.isfinite(x[0])
-        if known.sum() < 2:
-            continue
-        whole = np.isfinite(x[1:, known]).all(axis=1)
-        power = dict.fromkeys(("exponent", "coefficient"))
-        draws = {"loss": losses[1:, known][whole]}
-        if enough := known.sum() >= MIN_BUDGETS:
-            fitted = dict(zip(power, fit_power_law(budgets[known], x[:, known]), strict=True))
-            power = {key: float(values[0]) for key, values in fitted.items()}
-            draws = {key: values[1:][whole] for key, values in fitted.items()} | draws
-        bootstrap = Bootstrap(draws=draws, resamples=DRAWS, failed=int((~whole).sum()), seed=0)
-        laws[name] = {
-            "law": "isoflop", "method": name, "x": X, "n": int(known.sum()),
-            "status": FitStatus.CONVERGED if enough else FitStatus.TOO_FEW_POINTS, **power, "ci": bootstrap.intervals(),
-            "vertices": [
-                {"budget": budget, "x": size, "loss": loss, "status": OptimumStatus.OK}
-                for budget, size, loss in zip(budgets[known], x[0, known], losses[0, known], strict=True)
-            ],
-            "bootstrap": bootstrap,
-        }  # fmt: skip
-    return laws

@@ -18,7 +18,8 @@ from peerscale.config import Config, parse_config
 from peerscale.errors import ArgumentParser, UserError, exit_code
 from peerscale.files import write_text
 from peerscale.layers.registry import parse_layer
-from peerscale.runs.record import NAMES, RECORD, SCHEMA_VERSION, SET_ASIDE, fingerprint, parse_record, remove_key
+from peerscale.runs.fingerprint import NAMES, fingerprint, remove_key
+from peerscale.runs.record import RECORD, SCHEMA_VERSION, SET_ASIDE, parse_record
 from peerscale.runs.study import RESULTS, RUNS
 from peerscale.runs.table import runs_table
 

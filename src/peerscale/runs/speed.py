@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from peerscale.accounting import recomputed_share
 from peerscale.config import Config
+from peerscale.device_memory import recomputed_share
 from peerscale.plan import Plan
 from peerscale.runs.machine import cpu_name
 from peerscale.runs.record import RECORD, Status

@@ -15,9 +15,9 @@ import torch
 from peerscale.config import Config
 from peerscale.data.batches import EvaluationBatches, LastWordBatches
 from peerscale.data.store import Corpus
+from peerscale.held_out_sets import batch_shape, evaluated_tokens
 from peerscale.model.ranks import gather, n_ranks, share, sum_over_ranks
 from peerscale.model.usage import CountsUsage, ExpertUsage
-from peerscale.plan import batch_shape, evaluated_tokens
 from peerscale.training.module import LanguageModel
 
 

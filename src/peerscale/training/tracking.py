@@ -16,8 +16,9 @@ from typing import Any
 
 from peerscale.files import write_text
 from peerscale.layers.registry import parse_layer
-from peerscale.runs.record import FAILED, Record, Status, fingerprint
-from peerscale.runs.table import METRICS, read_metrics
+from peerscale.runs.curves import METRICS, read_metrics
+from peerscale.runs.fingerprint import fingerprint
+from peerscale.runs.record import FAILED, Record, Status
 from peerscale.training.signals import Watch
 
 TIMEOUT_S = 10.0

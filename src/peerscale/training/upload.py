@@ -22,9 +22,9 @@ from tqdm import tqdm
 from peerscale.errors import FailedCells, UserError
 from peerscale.files import write_text
 from peerscale.layers.registry import parse_layer
+from peerscale.runs.curves import METRICS, read_metrics
 from peerscale.runs.record import RECORD, Record, Status, cell_folders, read_record
 from peerscale.runs.study import Study, collected
-from peerscale.runs.table import METRICS, read_metrics
 from peerscale.training.signals import Watch
 from peerscale.training.tracking import WandbError, WandbRun, client_errors, start_run
 

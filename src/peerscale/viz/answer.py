@@ -5,7 +5,7 @@ from itertools import groupby
 from typing import Any
 
 from peerscale.cell_names import budget_name
-from peerscale.runs.comparison import FAMILY_LEVEL
+from peerscale.runs.claims import FAMILY_LEVEL
 from peerscale.viz.markdown import number
 from peerscale.viz.style import in_words, label, ordered, size_label
 

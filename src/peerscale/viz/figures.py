@@ -5,9 +5,10 @@ from collections.abc import Iterator
 import pandas as pd
 from matplotlib.figure import Figure
 
+from peerscale.runs.curves import CURVES
 from peerscale.runs.rates import RATES, wants_law
 from peerscale.runs.study import Study, method_names, read_fits, usable, without_brackets
-from peerscale.runs.table import CURVES, read_table
+from peerscale.runs.table import read_table
 from peerscale.viz import style
 from peerscale.viz.ablations import active_figure, experts_figure, query_norm_figure, varied
 from peerscale.viz.brackets import brackets_figure

@@ -1,0 +1,46 @@
+"""Runs of one model at several budgets that share what they have in common (`sweep.branches`)."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peerscale.config_errors import ConfigError
+from peerscale.plan import Verdict, decay_from
+
+if TYPE_CHECKING:
+    from peerscale.cells import Cell
+
+
+def branched(file: Path, cells: Sequence["Cell"]) -> list["Cell"]:
+    """The cells of one model at several budgets as branches of the longest; raises `ConfigError` if they differ early.
+
+    Until its rate falls, a shorter run is the longer one: same weights, same batches, same rates.
+    """
+    if not any(cell.config.optim.schedule == "wsd" for cell in cells):
+        raise ConfigError(f"{file.name}: sweep.branches needs optim.schedule wsd")
+    groups: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in (c for c in cells if c.config.optim.schedule == "wsd" and c.plan.verdict is Verdict.OK):
+        groups.setdefault((cell.config.ffn.name, cell.config.size, cell.config.seed, repr(cell.axes)), []).append(cell)
+    found = {}
+    for members in groups.values():
+        *shorter, longest = sorted(members, key=lambda cell: cell.plan.steps)
+        if shorter and longest.config.optim.warmup_steps is None:
+            raise ConfigError(f"{file.name}: sweep.branches needs optim.warmup_steps, as many for all budgets")
+        if other := next((cell for cell in shorter if cell.plan.lr != longest.plan.lr), None):
+            raise ConfigError(
+                f"{file.name}: sweep.branches needs one learning rate for all budgets of a model, but {other.name} has "
+                f"{other.plan.lr:.3g} and {longest.name} {longest.plan.lr:.3g}: optim.lr_rule may not be law"
+            )
+        found |= {cell.name: replace(cell, trunk=longest.name) for cell in shorter}
+        leaves = tuple((decay_from(cell.config, cell.plan), cell.name) for cell in shorter)
+        found[longest.name] = replace(longest, branches=leaves)
+    return [found.get(cell.name, cell) for cell in cells]
+
+
+def in_turn(cells: Sequence["Cell"]) -> list[tuple["Cell", ...]]:
+    """The cells in groups, each of which one worker runs in turn: a trunk before its branches, most cells alone."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.trunk or cell.name, []).append(cell)
+    return [tuple(sorted(members, key=lambda cell: bool(cell.trunk))) for members in groups.values()]

@@ -1,0 +1,107 @@
+"""How a batch is divided among devices and micro-batches, and whether a part of it fits the memory of a GPU."""
+
+from dataclasses import replace
+
+from peerscale.accounting import TRAINING, Cost, cost
+from peerscale.config import Config
+from peerscale.layers.dense import DenseConfig
+
+STATE_BYTES = 16
+"""Of a parameter: weight, gradient and two moments, in fp32."""
+LOGITS_BYTES = 2**30
+"""Of the slices of logits, and of their gradients, that a GPU holds at once (`kernels.cross_entropy`)."""
+
+
+def device_memory(config: Config) -> dict[str, int]:
+    """Bytes that training takes on one device, by what for; an estimate, without the allocator's losses.
+
+    `state` are `STATE_BYTES` a parameter and, at precision bf16, 2 of a copy for each that an expert table has.
+    `activations` are what one micro-batch keeps for its backward pass: of a block 9 d_model numbers per token, and what
+    its feed-forward layer says of itself (`saved_numbers`). The `reference` kernel keeps more of PKM and PEER. With
+    activation checkpointing it keeps the inputs of attention and dense layers, and for a moment all of one block.
+    """
+    around, bytes_each = config.surroundings, 2 if config.precision == "bf16" else 4
+    d_model, n_layers = config.size.d_model, config.size.n_layers
+    layer, dense = config.ffn.saved_numbers(around), DenseConfig().saved_numbers(around)
+    n_replaced = len(config.replaced_blocks)
+    numbers = n_layers * 9 * d_model + n_replaced * layer + (n_layers - n_replaced) * dense
+    if config.trainer.activation_checkpointing:
+        n_kept = 0 if config.ffn.method == "dense" else n_replaced  # layers that are not computed again
+        numbers = n_layers * 2 * d_model + n_kept * (layer + d_model) + 9 * d_model + dense
+    n_copied = n_replaced * config.ffn.copied_parameters(around) if config.precision == "bf16" else 0
+    tokens = config.tokens_per_step // config.trainer.devices // around.micro_batches
+    return {
+        "state": STATE_BYTES * cost(config).params_total + 2 * n_copied,
+        "activations": tokens * bytes_each * numbers,
+        "logits": LOGITS_BYTES,
+    }
+
+
+def recomputed_share(config: Config, cost: Cost) -> float:
+    """FLOPs that activation checkpointing adds to those of training: attention's and dense layers' forward pass."""
+    if not config.trainer.activation_checkpointing:
+        return 0.0
+    kept = cost.flops["logits"] + (0 if config.ffn.method == "dense" else cost.layer_flops)
+    return (cost.flops_per_token - kept) / TRAINING / cost.flops_per_token
+
+
+def in_micro_batches(config: Config) -> Config:
+    """The configuration with its number of micro-batches, where `trainer.micro_batches` leaves that to the plan.
+
+    It is the smallest that divides the batch as the layer allows and fits the memory of the device; 1 if none does.
+    """
+    if config.trainer.micro_batches is not None:
+        return config
+    here, room = config.batch_sequences // config.trainer.devices, config.trainer.device_memory_gb
+    some = [
+        replace(config, trainer=replace(config.trainer, micro_batches=parts)) for parts in range(1, max(1, here) + 1)
+    ]
+    if config.trainer.accelerator == "gpu" and room is not None:
+        return next((each for each in some if not indivisible(each) and _memory_gb(each) <= room), some[0])
+    return some[0]
+
+
+def indivisible(config: Config) -> str:
+    """Why a batch cannot be divided as the configuration asks; empty if it can."""
+    if config.batch_sequences % config.trainer.devices:
+        allowed = [str(n) for n in range(1, config.batch_sequences + 1) if config.batch_sequences % n == 0]
+        return (
+            f"{config.batch_sequences} sequences cannot be shared by trainer.devices {config.trainer.devices}; "
+            f"allowed: {', '.join(allowed)}"
+        )
+    sequences = config.routing_group_sequences or config.batch_sequences
+    here, parts = config.batch_sequences // config.trainer.devices, config.surroundings.micro_batches
+    if here % parts:
+        return f"the {here} sequences of a device cannot be divided into trainer.micro_batches {parts}"
+    if config.batch_sequences % sequences:
+        return f"routing_group_sequences {sequences} does not divide batch_sequences {config.batch_sequences}"
+    if sequences < config.batch_sequences and here % sequences:
+        return f"routing_group_sequences {sequences} does not divide the {here} sequences of a device"
+    if parts > 1 and config.ffn.takes_statistics and (here // parts) % sequences:
+        return (
+            f"{config.ffn.name} takes statistics over {sequences} sequences, which trainer.micro_batches {parts} "
+            f"divides; routing_group_sequences may be {here // parts} or a divisor of that"
+        )
+    return ""
+
+
+def too_large(config: Config) -> str:
+    """Why a cell does not fit its GPUs, and what would make it fit; empty if it does, or none are used."""
+    room = config.trainer.device_memory_gb
+    if config.trainer.accelerator != "gpu" or room is None or (needed := _memory_gb(config)) <= room:
+        return ""
+    problem = f"{needed:.3g} GB are more than trainer.device_memory_gb {room:g}"
+    free = replace(config, trainer=replace(config.trainer, micro_batches=None))
+    smaller = in_micro_batches(free)
+    if (fits := _memory_gb(smaller)) <= room:
+        return f"{problem}; trainer.micro_batches={smaller.trainer.micro_batches} would take {fits:.3g}"
+    recomputed = in_micro_batches(replace(free, trainer=replace(free.trainer, activation_checkpointing=True)))
+    if (fits := _memory_gb(recomputed)) <= room:
+        return f"{problem}; trainer.activation_checkpointing=true would take {fits:.3g}, and more time"
+    of_state = device_memory(config)["state"] / 1e9
+    hint = "; smaller routing_group_sequences allow more of them" if config.ffn.takes_statistics else ""
+    return f"{problem}, {of_state:.3g} of them weights and moments; no trainer.micro_batches is enough{hint}"
+
+
+def _memory_gb(config: Config) -> float:
+    return sum(device_memory(config).values()) / 1e9

@@ -1,0 +1,55 @@
+"""The claims of a study: a family of comparisons, which Holm's correction covers."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from peerscale.laws.optima import holm
+from peerscale.sweep_config import ClaimsConfig
+
+FAMILY_LEVEL = 0.05
+"""Probability of any wrong claim in the family."""
+
+
+def claims_of(budgets: Sequence[Mapping[str, Any]], claims: ClaimsConfig | None) -> list[dict[str, Any]]:
+    """The comparisons of the family, each as method minus rival, with Holm's correction over all of them.
+
+    Where a study names the family, variants along an axis are of it only if the method is there in no other way.
+    """
+    method = claims.method if claims else "peer"
+    compared = {found[key] for entry in budgets for found in entry["differences"] for key in ("method", "reference")}
+    as_configured = claims is not None and method in compared
+    family: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for entry in budgets:
+        if claims and claims.budgets and entry["budget"] not in claims.budgets:
+            continue
+        for found in entry["differences"]:
+            # An error without misfit and seeds is no ground for a claim, nor is one size where others have curves.
+            if found.get("fit_se") is None and (found.get("seeds_se") is None or entry["methods"]):
+                continue
+            for one in (found, _turned(found)):
+                name, rival = (one[key].partition(" ")[0] for key in ("method", "reference"))
+                if as_configured and one["method"] != method:
+                    continue
+                if name == method != rival and (not claims or rival in claims.rivals):
+                    place = {"budget": entry["budget"], "size": one["size"], "method": one["method"],
+                             "rival": one["reference"]}  # fmt: skip
+                    family[tuple(place.values())] = place | {
+                        k: one[k] for k in ("value", "se", "df", "low", "high", "p")
+                    }
+    corrected = holm(np.array([claim["p"] for claim in family.values()], float))
+    found = [
+        {**claim, "p_holm": p, "leads": bool(p < FAMILY_LEVEL and claim["value"] < 0)}
+        for claim, p in zip(family.values(), corrected, strict=True)
+    ]
+    if claims and (margin := claims.equal_within) is not None:
+        for claim in found:
+            claim |= {"equal_within": margin, "equal": bool(-margin < claim["low"] and claim["high"] < margin)}
+    return found
+
+
+def _turned(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A difference the other way round: with PEER as the reference, PEER is the one that is subtracted."""
+    ends = {"value": -found["value"], "low": -found["high"], "high": -found["low"]}
+    return {**found, "method": found["reference"], "reference": found["method"], **ends}

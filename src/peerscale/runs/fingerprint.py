@@ -1,0 +1,73 @@
+"""The fingerprint of a cell: a hash of all that determines its result."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from peerscale.config import Config, to_dict
+from peerscale.plan import Plan
+
+RECIPE_VERSION = 1
+"""Raised by hand when the numerics of training change, so that old cells are not taken for new ones."""
+
+NOT_HASHED = (
+    "trainer", "tracking", "min_steps",
+    "data.directory", "data.name", "data.path", "data.held_out", "data.train_tokens", "data.max_epochs",
+)  # fmt: skip
+"""Keys of the configuration that say how and where a cell runs and what is kept of it, not what its result is."""
+
+NAMES = (
+    "ffn.class", "ffn.variant", "ffn.params_of.variant", "data.source", "data.max_documents",
+    "optim.lr_rule", "optim.lr_law", "optim.lr_factor",
+)  # fmt: skip
+"""Keys that are not hashed, since what they stand for is: the layer's settings, the corpus's tokens, the rates."""
+
+ADDED_LATER: dict[str, Any] = {
+    "routing_group_sequences": None, "ffn.initial_output_scale": 1.0, "optim.warmup_steps": None,
+    "optim.decay_fraction": 0.2,
+}  # fmt: skip
+"""Keys that configurations did not always have, and the values under which cells are as they were before. Hashed only
+where they are others, so that finished cells stay finished."""
+
+
+def hashed_config(config: Config, plan: Plan, data_fingerprint: str) -> dict[str, Any]:
+    """What determines the result, as resolved values: configuration, rates of this width, tokens, and the recipe."""
+    tree = to_dict(config)
+    tree["routing_group_sequences"] = config.routing_group_sequences if config.n_routing_groups > 1 else None
+    for key in (*NOT_HASHED, *NAMES):
+        remove_key(tree, key)
+    for key, usual in ADDED_LATER.items():
+        remove_key(tree, key, usual)
+    tree["optim"] |= {"lr": plan.lr, "table_lr": plan.table_lr}
+    tree["data"]["evaluation"] = {name: tokens for name, tokens in tree["data"]["evaluation"].items() if tokens}
+    tree["replaced"] = list(config.replaced_blocks)
+    # Expert tables read from bf16 copies are a second recipe; without them nothing changed.
+    copied = config.precision == "bf16" and config.ffn.copied_parameters(config.surroundings) > 0
+    return {**tree, "data_fingerprint": data_fingerprint, "recipe_version": RECIPE_VERSION + copied}
+
+
+def fingerprint(hashed: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits of the SHA-256 of the canonical JSON."""
+    return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ, each as `key old -> new`."""
+    differences = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            differences += differing_keys(before, after, f"{prefix}{key}.")
+        elif before != after:
+            differences.append(f"{prefix}{key} {before!r} -> {after!r}")
+    return differences
+
+
+def remove_key(tree: dict[str, Any], key: str, *only: Any) -> None:
+    """Take a dotted key out, if it is there and, with `only`, has that value."""
+    *sections, name = key.split(".")
+    for section in sections:
+        tree = tree.get(section, {})
+    if name in tree and (not only or tree[name] == only[0]):
+        del tree[name]

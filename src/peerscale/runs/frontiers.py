@@ -1,0 +1,130 @@
+"""Each method's optima over the budgets of a study, drawn under their errors: compute multipliers and power laws."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from peerscale.laws.fitting import LEVEL as INTERVAL
+from peerscale.laws.fitting import Bootstrap, percentile_interval, resample_counts
+from peerscale.laws.isoflop import MIN_BUDGETS, fit_power_law
+from peerscale.laws.multiplier import compute_multipliers
+from peerscale.laws.optima import OptimaFit, Optimum, OptimumStatus
+from peerscale.laws.solver import Array, FitStatus
+from peerscale.runs.brackets import RateErrors
+from peerscale.runs.study import same_variant
+
+X = "flops_per_token"
+"""The size that all fits are over: it means the same for every method."""
+
+GROWTH_BUDGETS = 4
+"""Budgets from which a growth of the multiplier is told."""
+
+DRAWS = 1000
+
+
+class Budget(NamedTuple):
+    """The fit of one budget, and the cells behind each size mean."""
+
+    budget: float
+    fit: OptimaFit
+    optima: dict[str, Optimum]
+    by_seed: dict[str, dict[str, float]]
+    """The loss at each optimum with one seed's losses in place of the means, by seed."""
+    sequences: Array | None
+    """Losses of the validation sequences at every size mean (points, sequences)."""
+
+
+def frontiers_of(fitted: Sequence[Budget], rates: RateErrors) -> dict[str, Array]:
+    """x and loss of each method's optimum at every budget, (2, 1 + draws, budgets): as fitted, then as drawn.
+
+    The size means are drawn about the fit, under the errors of misfit and seeds, with a variance that is itself drawn,
+    so that intervals are Student's. All budgets draw the same sequences. A method's losses are also drawn under the
+    error of its learning rate, where that is known. NaN where a method has no number.
+    """
+    n = next((one.sequences.shape[1] for one in fitted if one.sequences is not None), 0)
+    resampled = resample_counts(n, DRAWS, seed=0) / n - 1 / n if n else np.array(0)
+    names = dict.fromkeys(name for one in fitted for name in one.optima)
+    frontiers = {name: np.full((2, 1 + DRAWS, len(fitted)), math.nan) for name in names}
+    for i, one in enumerate(fitted):
+        variances, df = one.fit.variances
+        rng = np.random.default_rng(round(one.budget))
+        scale = np.sqrt(df / rng.chisquare(df, (DRAWS, 1))) if math.isfinite(df) else math.nan
+        drawn = (
+            one.fit.losses - one.fit.residuals + rng.normal(size=(DRAWS, len(variances))) * np.sqrt(variances) * scale
+        )
+        if one.sequences is not None:
+            drawn += resampled @ one.sequences.T
+        minima = np.stack(one.fit.optima_of(drawn))
+        for method, (name, optimum) in enumerate(one.optima.items()):
+            if optimum.status.has_number:
+                frontiers[name][:, 0, i] = optimum.x, optimum.loss
+                frontiers[name][:, 1:, i] = minima[:, :, method]
+                for se, _ in rates.of(one.budget, name):
+                    frontiers[name][1, 1:, i] += rng.normal(0, se, DRAWS)
+    return frontiers
+
+
+def multipliers_of(
+    budgets: Array,
+    frontiers: Mapping[str, Array],
+    by_seed: Sequence[Mapping[str, Mapping[str, float]]],
+    trend_from: float,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Dense's compute over each method's by budget, and from four on the growth of its logarithm in log10 C."""
+    found, slopes = [], []
+    for name, (_, losses) in frontiers.items():
+        reference = same_variant("dense", name, list(frontiers))
+        if reference is None or name.partition(" ")[0] == "dense":
+            continue
+        each = compute_multipliers((budgets, frontiers[reference][1]), (budgets, losses))
+        pair, known = {"method": name, "reference": reference}, np.isfinite(each[0])
+        for i in np.flatnonzero(known).tolist():
+            seeds = {}
+            for seed in sorted(by_seed[i].get(name, {}).keys() & by_seed[i].get(reference, {}).keys()):
+                dense, own = (
+                    (budgets, np.where(budgets == budgets[i], by_seed[i][one][seed], frontiers[one][1][0]))
+                    for one in (reference, name)
+                )
+                seeds[seed] = compute_multipliers(dense, own)[i]
+            found.append({**pair, "budget": budgets[i], "multiplier": each[0, i], **_ends(each[1:, i]),
+                          **({"by_seed": seeds} if seeds else {})})  # fmt: skip
+        trend = known & (budgets >= trend_from)
+        if trend.sum() >= GROWTH_BUDGETS:
+            slope = math.log(10) * fit_power_law(budgets[trend], each[:, trend])[0]
+            slopes.append({**pair, "slope": slope[0], **_ends(slope[1:])})
+    return found, slopes
+
+
+def _ends(draws: Array) -> dict[str, float]:
+    """Ends of the interval of draws; none where more than one in twenty would be an extrapolation."""
+    low, high = percentile_interval(draws) if np.isfinite(draws).mean() >= INTERVAL else (math.nan, math.nan)
+    return {"low": low, "high": high}
+
+
+def power_laws(budgets: Array, frontiers: Mapping[str, Array]) -> dict[str, Any]:
+    """Each method's optima at two budgets or more, and from three on the power law through their sizes."""
+    laws = {}
+    for name, (x, losses) in frontiers.items():
+        known = np.isfinite(x[0])
+        if known.sum() < 2:
+            continue
+        whole = np.isfinite(x[1:, known]).all(axis=1)
+        power = dict.fromkeys(("exponent", "coefficient"))
+        draws = {"loss": losses[1:, known][whole]}
+        if enough := known.sum() >= MIN_BUDGETS:
+            fitted = dict(zip(power, fit_power_law(budgets[known], x[:, known]), strict=True))
+            power = {key: float(values[0]) for key, values in fitted.items()}
+            draws = {key: values[1:][whole] for key, values in fitted.items()} | draws
+        bootstrap = Bootstrap(draws=draws, resamples=DRAWS, failed=int((~whole).sum()), seed=0)
+        laws[name] = {
+            "law": "isoflop", "method": name, "x": X, "n": int(known.sum()),
+            "status": FitStatus.CONVERGED if enough else FitStatus.TOO_FEW_POINTS, **power, "ci": bootstrap.intervals(),
+            "vertices": [
+                {"budget": budget, "x": size, "loss": loss, "status": OptimumStatus.OK}
+                for budget, size, loss in zip(budgets[known], x[0, known], losses[0, known], strict=True)
+            ],
+            "bootstrap": bootstrap,
+        }  # fmt: skip
+    return laws
