@@ -25,7 +25,7 @@ $(error $(firstword $(UNKNOWN)) is no variable of this Makefile; there are: $(KN
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce smoke test check convert data studies plan sweep status figures forecast report validate publish sync dashboard notebooks bench torture clean
+.PHONY: help setup reproduce smoke test check convert data studies plan sweep status figures forecast findings report validate publish sync dashboard notebooks bench torture clean
 
 help: ## print every target
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -75,6 +75,9 @@ figures: setup ## table, fits and figures of SWEEP, from its runs, or from resul
 forecast: setup ## what the smaller budgets of SWEEP predict for BUDGET=1e14, into results/, before its cells run
 	@$(BIN)/python analysis/collect.py $(SWEEP) $(OVERRIDES) $(if $(PUBLISHED),--with-published)
 	@$(BIN)/python analysis/forecast.py $(SWEEP) $(BUDGET)
+
+findings: setup ## the table of docs/findings.md: each claim of the paper, and what results/ says of it
+	@$(BIN)/python analysis/findings.py
 
 report: figures ## one HTML page of SWEEP in its study folder; WANDB=1 also puts a report on the W&B server
 	@$(BIN)/python analysis/report.py $(SWEEP)

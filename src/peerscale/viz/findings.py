@@ -1,0 +1,227 @@
+"""The claims of the PEER paper and what the published studies say of each: the table of docs/findings.md."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from peerscale.cell_names import budget_name
+from peerscale.composition import read_study, sweep_file
+from peerscale.errors import UserError
+from peerscale.runs.claims import FAMILY_LEVEL
+from peerscale.runs.study import published, read_fits, usable
+from peerscale.runs.table import read_runs
+from peerscale.viz.markdown import number, signed_interval, table
+from peerscale.viz.multipliers import paper_multipliers
+from peerscale.viz.published import WITHOUT_NORM, paper_values, read_published
+from peerscale.viz.style import label
+
+BEGIN, END = "<!-- begin: make findings -->", "<!-- end -->"
+"""Lines of the page between which the table stands."""
+
+MAIN = ("isoflop_cpu", "isoflop_rates_5e11")
+"""The studies of losses at the optimum; the first that is published counts."""
+
+EARLIER = "open: learning rates tuned at 5e11 FLOPs"
+"""The verdict on what was measured before rates followed a law."""
+
+ALL_USED = 0.99
+"""Share of the experts from which all are called used."""
+
+PARTS = {"fit_se": "sizes", "seeds_se": "seeds", "sequences_se": "sequences", "rate_se": "rates"}
+
+Row = dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """A published study that tells about a claim."""
+
+    sweep: str
+    fits: Mapping[str, Any]
+    runs: pd.DataFrame
+    """Finished cells."""
+    earlier: bool
+    """Whether it ran with rates that were tuned at one small budget."""
+
+
+def findings_page(text: str, results: Path) -> str:
+    """The page with its table made anew from the studies in `results`; raises `UserError` if it has no place for it."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f"the page of findings needs the lines {BEGIN} and {END}, between which its table stands")
+    return "\n".join([before + begin, "", *table(verdict_rows(results)), "", end + after])
+
+
+def verdict_rows(results: Path) -> list[Row]:
+    """A row a claim: what the paper reports, what the studies in `results` measured, and whether the claim holds."""
+    paper = read_published()
+    main = _first(results, MAIN)
+    rows = [
+        _row(f"PEER beats {label(rival)}", _paper_difference(paper, rival), main, _against(rival))
+        for rival in ("dense", "moe_token_choice", "pkm", "moe")
+    ]
+    ratios = paper_multipliers(paper, ["peer"])["peer"]
+    reported = ", ".join(f"{ratio:.2f} at {budget_name(budget)}" for budget, ratio in ratios.items())
+    rows.append(_row("PEER's multiplier grows with the budget", f"multipliers {reported} (derived)", main, _growth))
+    by_experts = paper_values(paper, "table 2", "peer", "ppl_c4")
+    ends = [f"perplexity {by_experts[n]:.2f} with {int(n):,}" for n in (min(by_experts), max(by_experts))]
+    of_experts = main if main and any("n_experts" in name for name in _methods(main)) else None
+    rows.append(_row("More experts help", "; ".join(ends), of_experts or _first(results, ["experts"]), _experts))
+    in_words = "more active experts are better, with more heads (figure 3b, without numbers)"
+    rows.append(_row("More active experts help", in_words, _first(results, ["active"]), _active))
+    without = paper_values(paper, "table 2", WITHOUT_NORM, "ppl_c4")
+    gains = [float(np.log(perplexity / without[n])) for n, perplexity in by_experts.items()]
+    reported = f"{number(min(gains), '{:+.3f}')} to {number(abs(max(gains)), '{:.3f}')} nats (derived)"
+    rows.append(_row("BatchNorm of the queries helps", reported, _first(results, ["controls", "query_bn"]), _norm))
+    rows.append(_row("All experts are used", "100 % of up to 1,048,576", _first(results, ["experts"]), _usage))
+    return rows
+
+
+def _first(results: Path, sweeps: Iterable[str]) -> Evidence | None:
+    """The first of these studies that is published."""
+    for sweep in sweeps:
+        study = published(sweep, results)
+        if study.fits.is_file():
+            runs = read_runs(study.runs)
+            earlier = "tuned_at_5e11" in str(read_study(sweep_file(sweep)).get("defaults"))
+            return Evidence(sweep=sweep, fits=read_fits(study.fits), runs=runs[usable(runs)], earlier=earlier)
+    return None
+
+
+def _row(claim: str, paper: str, found: Evidence | None, judge: Callable[[Evidence], tuple[str, str]]) -> Row:
+    measured, verdict = judge(found) if found else ("", "")
+    source = f" ([{found.sweep}](../results/{found.sweep}/table.md))" if found and measured else ""
+    verdict = EARLIER if found and measured and found.earlier else verdict or "not measured yet"
+    return {"claim": claim, "the paper": paper, "measured here": (measured or "—") + source, "verdict": verdict}
+
+
+def _against(rival: str) -> Callable[[Evidence], tuple[str, str]]:
+    """PEER less a rival at the optimum of every claimed budget, or of every budget where the study claims nothing."""
+
+    def judge(found: Evidence) -> tuple[str, str]:
+        claims = {c["budget"]: c for c in found.fits["claims"] if (c["method"], c["rival"]) == ("peer", rival)}
+        pairs = _differences(found, "peer", rival)
+        measured, verdicts = [], {}
+        for budget in sorted(claims or pairs, reverse=True):
+            one = pairs[budget]
+            parts = ", ".join(f"{word} {one[key]:.3f}" for key, word in PARTS.items() if one.get(key) is not None)
+            measured.append(f"{budget_name(budget)}: {_plus_minus(one)} ({parts})")
+            verdicts[budget] = _verdict(claims[budget]) if claims else _told(one) + ", descriptive"
+        return "; ".join(measured), "; ".join(_by_verdict(verdicts))
+
+    return judge
+
+
+def _verdict(claim: Mapping[str, Any]) -> str:
+    if claim["p_holm"] is not None and claim["p_holm"] < FAMILY_LEVEL:
+        return "holds" if claim["value"] < 0 else "does not hold: PEER is behind"
+    return "does not hold: equal" if claim.get("equal") else "cannot be told"
+
+
+def _told(one: Mapping[str, Any]) -> str:
+    """What an interval by itself says of the claim that a difference is negative."""
+    return "holds" if one["high"] < 0 else "does not hold" if one["low"] > 0 else "cannot be told"
+
+
+def _by_verdict(verdicts: Mapping[float, str]) -> list[str]:
+    at: dict[str, list[str]] = {}
+    for budget, verdict in verdicts.items():
+        at.setdefault(verdict, []).append(budget_name(budget))
+    return [f"{verdict} (at {', '.join(budgets)})" for verdict, budgets in at.items()]
+
+
+def _growth(found: Evidence) -> tuple[str, str]:
+    slope = next((one for one in found.fits["growth"] if one["method"] == "peer"), None)
+    each = [one for one in found.fits["multipliers"] if one["method"] == "peer"]
+    values = "; ".join(f"{budget_name(m['budget'])}: {_ratio(m)}" for m in sorted(each, key=lambda m: -m["budget"]))
+    if slope is None:
+        return values, "cannot be told: needs four budgets"
+    told = "holds" if slope["low"] > 0 else "does not hold" if slope["high"] < 0 else "cannot be told"
+    ends = f"[{number(slope['low'])}, {number(slope['high'])}]"
+    return f"ln multiplier per decade {number(slope['slope'])} {ends}; {values}", told
+
+
+def _experts(found: Evidence) -> tuple[str, str]:
+    """Further numbers of experts against the usual one at the optimum, or each against dense at one size."""
+    variants = [name for name in _methods(found) if name.startswith("peer n_experts=")]
+    variants.sort(key=lambda name: int(name.partition("=")[2]))
+    texts, told = [], {}
+    for name in variants:
+        for budget, one in _differences(found, name, "peer" if "peer" in _methods(found) else "dense").items():
+            texts.append(f"{int(name.partition('=')[2]):,} experts at {budget_name(budget)}: {signed_interval(one)}")
+            told[budget] = _told(one)
+    return "; ".join(texts), "; ".join(_by_verdict(told))
+
+
+def _active(found: Evidence) -> tuple[str, str]:
+    """The best number of heads for each number of active experts."""
+    rows = found.runs[found.runs["method"] == "peer"]
+    losses = rows.groupby(["active_experts", "ffn_heads"])["val_loss"].mean().reset_index()
+    best = losses.loc[losses.groupby("active_experts")["val_loss"].idxmin()]
+    texts = [f"{int(a)}: {loss:.3f} with {int(h)}" for a, h, loss in best.itertuples(index=False)]
+    grows = best["ffn_heads"].is_monotonic_increasing and best["ffn_heads"].nunique() > 1
+    falls = best["val_loss"].is_monotonic_decreasing
+    told = [f"more active experts {'are' if falls else 'are not always'} better",
+            f"the best number of heads {'grows' if grows else 'does not grow'}"]  # fmt: skip
+    return f"active experts: loss with the best number of heads: {'; '.join(texts)}", f"descriptive: {', '.join(told)}"
+
+
+def _norm(found: Evidence) -> tuple[str, str]:
+    """PEER with less PEER without BatchNorm, at one size."""
+    texts, told = [], []
+    for name in _methods(found):
+        other = name.replace("query_norm=true", "query_norm=false")
+        for one in () if other == name else _differences(found, name, other).values():
+            experts = name.partition("n_experts=")[2].partition("-")[0]
+            texts.append(f"{int(experts):,} experts: {signed_interval(one)}" if experts else signed_interval(one))
+            told.append(_told(one))
+    for one in _differences(found, "peer", "peer query_norm=false").values():
+        texts.append(signed_interval(one))
+        told.append(_told(one))
+    return "; ".join(texts), ", ".join(dict.fromkeys(told))
+
+
+def _usage(found: Evidence) -> tuple[str, str]:
+    rows = found.runs[found.runs["method"] == "peer"]
+    usage = {int(n): share for n, share in rows.groupby("n_experts")["expert_usage"].mean().to_dict().items()}
+    texts = [f"{share:.1%} of {n:,}" for n, share in usage.items()]
+    used = [n for n, share in usage.items() if share >= ALL_USED]
+    told = f"holds up to {max(used):,}, not beyond" if used else "does not hold"
+    return "; ".join(texts), "holds" if len(used) == len(usage) else told
+
+
+def _methods(found: Evidence) -> list[str]:
+    differences = [one for entry in found.fits["budgets"] for one in entry["differences"]]
+    return list(dict.fromkeys(one[key] for one in differences for key in ("method", "reference")))
+
+
+def _differences(found: Evidence, method: str, reference: str) -> dict[float, Mapping[str, Any]]:
+    """Method less reference by budget, whichever of them the study subtracts."""
+    signs = {(method, reference): 1, (reference, method): -1}
+    differences: dict[float, Mapping[str, Any]] = {}
+    for entry in found.fits["budgets"]:
+        for one in entry["differences"]:
+            sign = signs.get((one["method"], one["reference"]))
+            if sign and one.get("value") is not None:
+                low, high = sorted((sign * one["low"], sign * one["high"]))
+                differences[entry["budget"]] = {**one, "value": sign * one["value"], "low": low, "high": high}
+    return differences
+
+
+def _paper_difference(paper: pd.DataFrame, rival: str) -> str:
+    own, other = (paper_values(paper, "table 1", name, "ppl_c4") for name in ("peer", rival))
+    texts = [f"{number(float(np.log(own[b] / other[b])), '{:+.3f}')} nats at {budget_name(b)}" for b in other]
+    return "; ".join(texts) or "not compared"
+
+
+def _plus_minus(one: Mapping[str, Any]) -> str:
+    return f"{number(one['value'], '{:+.3f}')} ± {number((one['high'] - one['low']) / 2, '{:.3f}')}"
+
+
+def _ratio(one: Mapping[str, Any]) -> str:
+    return f"{number(one['multiplier'])} [{number(one['low'])}, {number(one['high'])}]"

@@ -1,0 +1,140 @@
+"""The page of findings: verdicts from the claims and intervals of published studies, made anew byte for byte."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from peerscale.errors import UserError
+from peerscale.files import ROOT
+from peerscale.viz.findings import BEGIN, EARLIER, END, findings_page, verdict_rows
+
+BUDGETS = (3e13, 1e14)
+
+
+def difference(method: str, reference: str, value: float, half: float) -> dict[str, Any]:
+    """As `fits.json` has it, of an optimum with errors of sizes and rates."""
+    parts = {"fit_se": 0.003, "seeds_se": None, "sequences_se": 0.001, "rate_se": 0.004}
+    ends = {"low": value - half, "high": value + half}
+    return {"method": method, "reference": reference, "size": "", "value": value, **parts, **ends}
+
+
+def publish(
+    results: Path, sweep: str, differences: dict[float, list[dict[str, Any]]], claims: list[dict[str, Any]],
+    runs: list[dict[str, Any]] | None = None, growth: tuple[float, float, float] | None = None,
+) -> None:  # fmt: skip
+    folder = results / sweep
+    folder.mkdir(parents=True)
+    budgets = [{"budget": c, "methods": [], "differences": found} for c, found in differences.items()]
+    slope = (
+        []
+        if growth is None
+        else [{"method": "peer", "reference": "dense", **dict(zip(("slope", "low", "high"), growth, strict=True))}]
+    )
+    multipliers = [{"method": "peer", "reference": "dense", "budget": 1e14, "multiplier": 1.5, "low": 1.2, "high": 1.9}]
+    fits = {
+        "answer": "",
+        "budgets": budgets,
+        "claims": claims,
+        "multipliers": multipliers,
+        "growth": slope,
+        "laws": {},
+        "rates": {},
+    }
+    (folder / "fits.json").write_text(json.dumps(fits))
+    columns = {
+        "cell": "c", "method": "peer", "variant": "", "size": "d64", "seed": 0, "budget": 1e14, "flops_per_token": 1,
+        "val_loss": 4.0, "status": "done", "convention": "", "axes": "", "reason": "",
+    }  # fmt: skip
+    pd.DataFrame([{**columns, **row} for row in runs or [{}]]).to_csv(folder / "runs.csv", index=False)
+
+
+def claim(rival: str, budget: float, value: float, p_holm: float, equal: bool) -> dict[str, Any]:
+    return {
+        "budget": budget,
+        "size": "",
+        "method": "peer",
+        "rival": rival,
+        "value": value,
+        "p_holm": p_holm,
+        "equal": equal,
+    }
+
+
+def by_claim(results: Path) -> dict[str, dict[str, str]]:
+    return {row["claim"]: row for row in verdict_rows(results)}
+
+
+def test_a_claim_is_judged_by_holms_probability_and_the_margin(tmp_path: Path) -> None:
+    values = {"dense": (-0.05, -0.04), "moe_token_choice": (0.001, -0.01), "pkm": (0.04, -0.002)}
+    differences = {
+        c: [difference("peer", rival, of[i], 0.02) for rival, of in values.items()] for i, c in enumerate(BUDGETS)
+    }
+    differences[1e14].append(difference("moe", "peer", 0.03, 0.01))  # subtracted the other way round
+    claims = [
+        claim("dense", 3e13, -0.05, 0.001, False), claim("dense", 1e14, -0.04, 0.04, False),
+        claim("moe_token_choice", 3e13, 0.001, 0.9, True), claim("moe_token_choice", 1e14, -0.01, 0.3, False),
+        claim("pkm", 3e13, 0.04, 0.001, False), claim("pkm", 1e14, -0.002, 0.06, False),
+    ]  # fmt: skip
+    publish(tmp_path, "isoflop_cpu", differences, claims, growth=(0.1, 0.05, 0.15))
+    rows = by_claim(tmp_path)
+    assert rows["PEER beats dense"]["verdict"] == "holds (at 1e14, 3e13)"
+    assert (
+        rows["PEER beats MoE (token choice)"]["verdict"] == "cannot be told (at 1e14); does not hold: equal (at 3e13)"
+    )
+    assert rows["PEER beats PKM"]["verdict"] == "cannot be told (at 1e14); does not hold: PEER is behind (at 3e13)"
+    assert rows["PEER beats MoE (expert choice)"]["verdict"] == "holds, descriptive (at 1e14)"
+    assert "1e14: −0.030 ± 0.010" in rows["PEER beats MoE (expert choice)"]["measured here"]
+    measured = rows["PEER beats dense"]["measured here"]
+    assert measured.startswith("1e14: −0.040 ± 0.020 (sizes 0.003, sequences 0.001, rates 0.004); 3e13: −0.050 ± 0.020")
+    assert rows["PEER's multiplier grows with the budget"]["verdict"] == "holds"
+    assert rows["More experts help"]["verdict"] == "not measured yet"
+
+
+@pytest.mark.parametrize(
+    "ends, verdict", [((0.01, 0.2), "holds"), ((-0.2, -0.01), "does not hold"), ((-0.1, 0.1), "cannot be told")]
+)
+def test_growth_is_judged_by_its_interval(tmp_path: Path, ends: tuple[float, float], verdict: str) -> None:
+    publish(tmp_path, "isoflop_cpu", {1e14: []}, [], growth=(sum(ends) / 2, *ends))
+    assert by_claim(tmp_path)["PEER's multiplier grows with the budget"]["verdict"] == verdict
+
+
+def test_more_experts_are_judged_within_the_main_study(tmp_path: Path) -> None:
+    more = [difference("peer n_experts=16384", "peer", -0.03, 0.01), difference("peer", "dense", -0.03, 0.01)]
+    publish(tmp_path, "isoflop_cpu", {1e14: more, 3e13: [{**more[0], "high": 0.01}]}, [])
+    row = by_claim(tmp_path)["More experts help"]
+    assert row["verdict"] == "holds (at 1e14); cannot be told (at 3e13)"
+    assert "16,384 experts at 1e14: −0.030 [−0.040, −0.020]" in row["measured here"]
+
+
+def test_batch_norm_is_with_less_without(tmp_path: Path) -> None:
+    publish(tmp_path, "controls", {1e13: [difference("peer query_norm=false", "peer", 0.02, 0.01)]}, [])
+    row = by_claim(tmp_path)["BatchNorm of the queries helps"]
+    assert row["verdict"] == "holds" and "−0.020 [−0.030, −0.010]" in row["measured here"]
+    assert row["the paper"].startswith("−0.004 to 0.000 nats")  # ln(20.64 / 20.73) and ln(23.47 / 23.47)
+
+
+def test_a_study_with_rates_of_a_small_budget_decides_nothing(tmp_path: Path) -> None:
+    differences = {1e13: [difference("peer", "dense", -0.05, 0.02)]}
+    publish(tmp_path, "isoflop_rates_5e11", differences, [claim("dense", 1e13, -0.05, 0.001, False)])
+    runs = [{"n_experts": n, "expert_usage": used} for n, used in ((256, 1.0), (4096, 0.6))]
+    publish(tmp_path, "experts", {1e13: []}, [], runs)
+    rows = by_claim(tmp_path)
+    assert (
+        rows["PEER beats dense"]["verdict"] == EARLIER and "−0.050 ± 0.020" in rows["PEER beats dense"]["measured here"]
+    )
+    assert rows["All experts are used"]["measured here"].startswith("100.0% of 256; 60.0% of 4,096 ([experts]")
+    publish(tmp_path, "isoflop_cpu", differences, [claim("dense", 1e13, -0.05, 0.001, False)])
+    assert by_claim(tmp_path)["PEER beats dense"]["verdict"] == "holds (at 1e13)"
+
+
+def test_the_committed_page_is_what_the_committed_studies_say() -> None:
+    text = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+    assert findings_page(text, ROOT / "results") == text
+
+
+def test_a_page_without_a_place_for_the_table_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="needs the lines"):
+        findings_page(f"{END}\n{BEGIN}\n", tmp_path)
