@@ -12,7 +12,7 @@ from peerscale.config import load
 from peerscale.laws.fitting import to_plain
 from peerscale.plan import plan
 from peerscale.runs.rates import as_configuration, fit_law, wants_law
-from peerscale.viz.rate_law import finished_cells, rate_law_figure, rate_law_sections
+from peerscale.viz.rate_law import batches, finished_cells, rate_law_figure, rate_law_sections
 from toy_study import axes_text
 
 BEST = {"dense": 0.005, "peer": 0.007}
@@ -59,10 +59,28 @@ def test_tables_tell_the_law_the_batches_and_the_rates_of_tables() -> None:
     assert "On 2 curves that it was not fitted to its rates are off by a factor of 1.00" in text
     assert "| a (width) | 0.50 [0.50, 0.50] | 0.50 [0.50, 0.50] | 0.50 [0.50, 0.50] |" in text
     assert "| c (batch) | 0.50 [0.50, 0.50] | 0.50 [0.50, 0.50] | 0.50 [0.50, 0.50] |" in text
-    assert "| budget | width | method | batch 8 | batch 16 | batch 32 |" in text
-    assert "| 1e13 | 64 | PEER | 4.3100 (2) | 4.2500 (1) | 4.2900 (2) |" in text
+    assert "| budget | width | method | batch 8 | batch 16 | batch 32 | 8 less 16 | 32 less 16 |" in text
+    assert "| 1e13 | 64 | PEER | 4.3100 (2) | 4.2500 (1) | 4.2900 (2) | +0.0500 ± — | +0.0300 ± — |" in text
     assert "| budget | width | method | 0.006 | 0.02 | 0.06 |" in text and text.count("| 1e13 | 64 | PEER | 4.2") >= 1
     assert text.count("(held out)") == 2 and text.count("| 3e12 | 32 | dense | 16 | 100 | 5 |") == 1
+
+
+def test_batches_differ_with_an_error_from_the_seeds_of_all_methods() -> None:
+    lowest = {
+        ("dense", 16): (4.30, 4.31), ("dense", 32): (4.27, 4.30), ("dense", 8): (4.35, 4.35),
+        ("peer", 16): (4.20, 4.24), ("peer", 32): (4.21, 4.22),
+    }  # fmt: skip
+    curves = pd.DataFrame([
+        {"budget": 1e13, "d_model": 64, "name": method, "batch_sequences": batch, "seed": seed, "lowest": loss}
+        for (method, batch), losses in lowest.items()
+        for seed, loss in zip((100, 101), losses, strict=True)
+    ])  # fmt: skip
+    dense, peer = batches(curves)
+    # differences by seed: dense 32: -.03, -.01; dense 8: .05, .04; peer 32: .01, -.02; three degrees of freedom
+    error = math.sqrt((2 * 0.01**2 + 2 * 0.005**2 + 2 * 0.015**2) / 3 / 2)
+    assert dense["32 less 16"] == f"−0.0200 ± {error:.4f}" and dense["8 less 16"] == f"+0.0450 ± {error:.4f}"
+    assert peer["32 less 16"] == f"−0.0050 ± {error:.4f}" and peer["8 less 16"] == peer["batch 8"] == "—"
+    assert list(dense) == list(peer) and dense["batch 32"] == "4.2850 (2)"
 
 
 def test_the_law_as_configuration_gives_the_rates_of_the_law() -> None:

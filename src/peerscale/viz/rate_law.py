@@ -114,7 +114,10 @@ def rate_law_sections(runs: pd.DataFrame, law: Law) -> list[str]:
     lines += section("Its exponents", exponents, equal)
     found = optima(law)
     lines += section(
-        "Batches", batches(found), "Loss at the best rate of each batch, the mean of as many seeds as in brackets."
+        "Batches",
+        batches(found),
+        "Loss at the best rate of each batch, the mean of as many seeds as in brackets; and the difference to the "
+        "usual batch ± its standard error by seeds, pooled over methods.",
     )
     lines += section("Rates of the tables", table_rates(runs), "Losses at one and the same rate of all other weights.")
     curves = [
@@ -135,16 +138,34 @@ def place(budget: float, width: float, name: str) -> dict[str, str]:
 
 
 def batches(curves: pd.DataFrame) -> list[dict[str, str]]:
-    """A row a model that was trained with several batches: the lowest loss of each, the mean over seeds."""
+    """A row a model that was trained with several batches: the lowest loss of each, the mean over seeds.
+
+    Beside it the difference to the usual batch and its standard error: the seeds' differences scatter with a variance
+    that is pooled over the methods and batches of one budget and width.
+    """
     model = ["budget", "d_model", "name"]
     several = curves[curves.groupby(model)["batch_sequences"].transform("nunique") > 1]
-    lowest = several.groupby([*model, "batch_sequences"], sort=False)["lowest"].agg(["mean", "size"])
-    sizes = sorted(several["batch_sequences"].unique())
-    shown = {key: f"{mean:.4f} ({n})" for key, mean, n in lowest.itertuples()}
-    return [
-        {**place(*key), **{f"batch {batch:g}": shown.get((*key, batch), "—") for batch in sizes}}
-        for key in dict.fromkeys(key[:3] for key in shown)
-    ]
+    if several.empty:
+        return []
+    usual = curves["batch_sequences"].mode().iloc[0]
+    losses = several.pivot_table(index=[*model, "seed"], columns="batch_sequences", values="lowest", sort=False)
+    losses = losses.sort_index(axis=1)
+    less = losses.drop(columns=usual).sub(losses[usual], axis=0)
+    apart = less - less.groupby(model).transform("mean")
+    freedom = less.groupby(model).count().sub(1).clip(lower=0)
+    corner = ["budget", "d_model"]
+    variance = (apart**2).groupby(corner).sum().sum(axis=1) / freedom.groupby(corner).sum().sum(axis=1)
+    rows = []
+    for key, seeds in losses.groupby(model, sort=False):
+        row = place(*key)
+        for batch, each in seeds.items():
+            row[f"batch {batch:g}"] = f"{each.mean():.4f} ({n})" if (n := each.count()) else "—"
+        for batch, each in less.loc[key].items():
+            error = math.sqrt(variance[key[:2]] / n) if (n := each.count()) else math.nan
+            difference = f"{number(each.mean(), '{:+.4f}')} ± {number(error, '{:.4f}')}"
+            row[f"{batch:g} less {usual:g}"] = difference if n else "—"
+        rows.append(row)
+    return rows
 
 
 def table_rates(runs: pd.DataFrame) -> list[dict[str, str]]:
