@@ -268,7 +268,10 @@ def fit_rates(
     methods = table[by].astype(str) if by else pd.Series("all", table.index)
     of_method, names = pd.factorize(methods.to_numpy())
     told = dict(zip(variables, values, strict=True))
-    reference = {name: float(f"{np.exp(np.log(each).mean()):.2g}") for name, each in told.items()}  # where m is best
+    # m is the best rate here: in the midst of the runs, and at the batch that most of them have.
+    reference = {name: float(f"{np.exp(np.log(each).mean()):.2g}") for name, each in told.items()}
+    if batch:
+        reference["batch"] = float(pd.Series(told["batch"]).mode().iloc[0])
     logs = [SIGNS[name] * np.log(each / reference[name]) for name, each in told.items()]
     one, z = np.eye(len(names))[of_method], np.array(logs).reshape(len(logs), len(table)).T
     x, curves = np.log(rates), _names(methods, *(table[column] for column in (*columns, *curve)))
