@@ -1,4 +1,4 @@
-# Every user action, one target each. `make` alone prints this help.
+# Every user action, one target each. `make` alone prints the help.
 SHELL     := /bin/bash
 SWEEP     ?= reproduce
 LAUNCHER  ?= joblib
@@ -8,10 +8,10 @@ BUDGET    ?=
 PYTHON    ?= python3
 EXTRAS    ?= dev
 BIN       := .venv/bin
-# Cells that run at once; on Slurm only if JOBS is said, as the cores of the login node are not a reason for any number.
+# Cells that run at once; on Slurm only if JOBS is given, as the cores of the login node do not matter there.
 AT_ONCE_joblib = --jobs $(JOBS)
 AT_ONCE_slurm  = $(if $(filter command environment,$(firstword $(origin JOBS))),--jobs $(JOBS))
-# Workers that the plan's time is for.
+# Number of workers for which the plan estimates the time.
 WORKERS       = $(if $(filter joblib,$(LAUNCHER)),$(JOBS),1)
 # One thread a cell, one cell a core; more threads only spin.
 export OMP_NUM_THREADS      ?= 1
@@ -27,16 +27,16 @@ endif
 .DEFAULT_GOAL := help
 .PHONY: help setup reproduce smoke test check convert data studies plan sweep status figures forecast findings report validate publish sync dashboard notebooks bench torture clean
 
-help: ## print every target
+help: ## print this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 	@echo; echo "Variables: SWEEP=$(SWEEP) LAUNCHER=joblib|local|slurm JOBS=$(JOBS) OVERRIDES='key=value ...' PYTHON=$(PYTHON)"
-	@echo "BUDGET=FLOPs: of forecast; PRICE=NUMBER: of a GPU-hour, for plan; PUBLISHED=1: sweep, figures and forecast count finished cells of results/ as done; REPLACE=1: publish may remove them, or put cells of another configuration in their place"
+	@echo "BUDGET=FLOPs: the budget to forecast; PRICE=NUMBER: price of a GPU-hour, for plan; PUBLISHED=1: sweep, figures and forecast count finished cells of results/ as done; REPLACE=1: publish may remove these, or replace them by cells of another configuration"
 	@echo "LOCKED=1: setup installs the versions that the published studies ran on (requirements.lock)"
-	@echo "Exit codes of the programs: 0 done, 1 a crash, 2 wrong input, 3 some cells failed (make sweep goes on), 130 Ctrl-C"
+	@echo "Exit codes of the programs: 0 done, 1 a crash, 2 wrong input, 3 some cells failed (make sweep counts this as success), 130 Ctrl-C"
 
-reproduce: ## the main job: train the isoFLOP study on real text, fit it, draw it (21 minutes on 2 cores)
+reproduce: ## the main command: corpus, training runs, fits, figures and table of the study reproduce (21 minutes on 2 cores)
 	@$(MAKE) --no-print-directory data sweep figures SWEEP=reproduce
-	@echo "Look at the runs:     make dashboard (W&B in the terminal, offline)    upload them: make sync"
+	@echo "Browse the runs:      make dashboard (W&B in the terminal, offline)    upload them: make sync"
 
 smoke: ## from text to a figure in under a minute, on a tiny study
 	@$(MAKE) --no-print-directory data sweep figures SWEEP=smoke
@@ -50,7 +50,7 @@ setup: .venv/installed ## create .venv and install the package (a second call do
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(LOCKED),--constraint requirements.lock) --editable '.[$(EXTRAS)]'
 	@touch $@
 
-data: setup ## fetch and tokenize the corpus of SWEEP, once
+data: setup ## download and tokenize the corpus of SWEEP, once
 	@$(BIN)/python -m peerscale.data.prepare --sweep $(SWEEP) $(OVERRIDES)
 
 plan: setup ## what SWEEP would run: parameters, FLOPs, steps, time, dropped cells
@@ -59,20 +59,20 @@ plan: setup ## what SWEEP would run: parameters, FLOPs, steps, time, dropped cel
 studies: setup ## every study: its question, and how many of its cells are done
 	@$(BIN)/python -m peerscale.overview studies
 
-sweep: setup ## run what is missing of SWEEP; failed cells stop nothing; PUBLISHED=1: what results/ holds is done
+sweep: setup ## train the missing cells of SWEEP; failed cells do not stop the others; PUBLISHED=1: finished cells of results/ count as done
 	@$(BIN)/python -m peerscale.launch $(SWEEP) --launcher $(LAUNCHER) $(AT_ONCE_$(LAUNCHER)) $(if $(PUBLISHED),--published results) $(OVERRIDES) || { code=$$?; test $$code -eq 3 || exit $$code; }
 
-status: setup ## the grid of SWEEP: losses, and what runs, failed or is missing
+status: setup ## the loss or the state of every cell of SWEEP
 	@$(BIN)/python -m peerscale.overview status $(SWEEP) $(OVERRIDES)
 
-figures: setup ## table, fits and figures of SWEEP, from its runs, or from results/; PUBLISHED=1: from both
+figures: setup ## table, fits and figures of SWEEP, from its runs or else from results/; PUBLISHED=1: from both
 	@$(BIN)/python analysis/collect.py $(SWEEP) $(OVERRIDES) $(if $(PUBLISHED),--with-published)
 	@$(BIN)/python analysis/figures.py $(SWEEP)
 	@test ! -d runs/$(SWEEP)/study/figures || { echo; \
 		echo "Figures:              runs/$(SWEEP)/study/figures/"; \
 		echo "All as one HTML page: make report SWEEP=$(SWEEP)    copied to results/: make publish SWEEP=$(SWEEP)"; }
 
-forecast: setup ## what the smaller budgets of SWEEP predict for BUDGET=1e14, into results/, before its cells run
+forecast: setup ## predict BUDGET=1e14 from the smaller budgets of SWEEP, before its cells run; written to results/
 	@$(BIN)/python analysis/collect.py $(SWEEP) $(OVERRIDES) $(if $(PUBLISHED),--with-published)
 	@$(BIN)/python analysis/forecast.py $(SWEEP) $(BUDGET)
 
@@ -83,13 +83,13 @@ report: figures ## one HTML page of SWEEP in its study folder; WANDB=1 also puts
 	@$(BIN)/python analysis/report.py $(SWEEP)
 	@$(if $(WANDB),$(BIN)/python analysis/dashboard.py $(SWEEP))
 
-validate: setup ## fit published data sets in DATA=DIR and compare with the published values
+validate: setup ## fit the published data sets in DATA=DIR and compare with the published values
 	@$(BIN)/python analysis/validate.py $(DATA)
 
-publish: setup ## copy the table, fits and figures of SWEEP into results/, to be committed; nothing published is lost unless REPLACE=1
+publish: setup ## copy table, fits and figures of SWEEP to results/, to be committed; keeps finished cells there, unless REPLACE=1
 	@$(BIN)/python analysis/publish.py $(SWEEP) $(if $(REPLACE),--replace)
 
-convert: setup ## records that an earlier peerscale wrote, in runs/ and results/, to the present schema
+convert: setup ## convert records of an earlier peerscale, in runs/ and results/, to the present schema
 	@$(BIN)/python -m peerscale.runs.convert
 
 sync: setup ## upload the W&B runs, table, fits and figures of SWEEP that are not uploaded yet
@@ -98,17 +98,17 @@ sync: setup ## upload the W&B runs, table, fits and figures of SWEEP that are no
 dashboard: setup ## browse the W&B runs of SWEEP in the terminal, offline, by cell
 	@$(BIN)/python analysis/browse.py $(SWEEP)
 
-notebooks: setup ## run notebooks/explore.ipynb again and keep its outputs, to be committed
+notebooks: setup ## run notebooks/explore.ipynb and save its outputs, to be committed
 	@$(BIN)/python notebooks/execute.py
 
-bench: setup ## training steps side by side: PEER-pytorch's layer, all methods, growth; into results/bench (some 10 minutes)
+bench: setup ## measure training speed: PEER-pytorch and our PEER, all methods, growth with size; in results/bench (some 10 minutes)
 	@$(BIN)/python -c 'import PEER_pytorch' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	@OMP_NUM_THREADS=$(JOBS) $(BIN)/python benchmarks/peer_step.py --out results/bench/peer_step.json
 	@OMP_NUM_THREADS=$(JOBS) $(BIN)/python benchmarks/growth.py --out results/bench/growth.csv
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training_step.py --out results/bench/training_step.csv
 	@$(BIN)/python benchmarks/plot.py results/bench
 
-torture: setup ## break a small study in every way: nothing recorded may be lost
+torture: setup ## interrupt a small study in every way and check that nothing is lost
 	@$(BIN)/python benchmarks/torture.py
 
 test: setup check ## lint, types, import rules and tests
