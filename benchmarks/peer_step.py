@@ -10,7 +10,7 @@ memory, as its trainer does; PEER-pytorch's has torch's default allocator.
 
     fwd_bwd_ratio       PEER-pytorch / peerscale, forward and backward pass, gradient tables included
     dense_adamw_ratio   the same with a step of torch's fused AdamW in both
-    ours_s, theirs_s    a whole step, each with its default optimiser: row-sparse AdamW here, torch's AdamW there
+    ours_s, theirs_s    a whole step, with row-sparse AdamW here and torch's usual AdamW there
     ratio               theirs_s / ours_s
     ratio_fused_adamw   the same with torch's fused AdamW in PEER-pytorch
     ratio_tuned         the same with fused AdamW and a process that keeps freed memory

@@ -12,7 +12,7 @@ from peerscale.device_memory import in_micro_batches, indivisible, too_large
 from peerscale.held_out_sets import evaluated_tokens, skipped_sets, unusable_data
 
 REFERENCE_WIDTH = 32
-"""d_model at which `OptimConfig.lr` is meant."""
+"""d_model at which `lr_rule: inverse_sqrt_width` takes `optim.lr` as it is."""
 
 BUDGET_TOLERANCE = 0.005
 """Largest relative distance of achieved FLOPs from the budget; 200 steps or more keep it by rounding."""
