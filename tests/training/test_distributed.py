@@ -328,7 +328,7 @@ def test_ranks_that_torchrun_started_train_one_cell(parallel: list[str], tmp_pat
     ("words", "problem"),
     [
         (["trainer.devices=3"], "torchrun or srun started 2 processes, but trainer.devices is 3"),
-        (["smoke"], "torchrun and srun start the ranks of one cell; a study starts those of its cells itself"),
+        (["smoke"], "torchrun and srun start the ranks of one cell; a study starts the ranks of its cells itself"),
     ],
 )
 def test_what_ranks_cannot_run_is_refused(
