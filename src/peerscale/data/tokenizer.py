@@ -1,4 +1,4 @@
-"""Byte-level BPE (Sennrich et al. 2016), trained on the corpus: standard 50k vocabularies are too large for small models."""
+"""Byte-level BPE (Sennrich et al. 2016), trained on the corpus: a standard 50k vocabulary would dwarf small models."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
