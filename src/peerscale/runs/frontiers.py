@@ -73,8 +73,7 @@ def multipliers_of(
     by_seed: Sequence[Mapping[str, Mapping[str, float]]],
     trend_from: float,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Dense's compute over each method's, by budget; with four or more budgets, the slope of its logarithm in log10 C.
-    """
+    """Dense's compute over each method's, by budget; with four or more budgets, the slope of its log in log10 C."""
     found, slopes = [], []
     for name, (_, losses) in frontiers.items():
         reference = same_variant("dense", name, list(frontiers))
