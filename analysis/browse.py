@@ -2,8 +2,8 @@
 
     .venv/bin/python analysis/browse.py SWEEP
 
-The client's viewer (`wandb leet`) shows one folder of runs and lists them by the names of their folders. So links to
-the runs, named after their cells, are made in runs/SWEEP/study/wandb first.
+The client's viewer (`wandb leet`) shows one folder of runs and lists the runs by folder name. This script therefore
+first makes links to the runs, named after their cells, in runs/SWEEP/study/wandb.
 """
 
 import os
@@ -36,15 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def named_links(cells: Path) -> dict[str, Path]:
-    """The W&B runs in the cells' folders, by names that the viewer takes and that begin with the cell's.
+    """The W&B runs in the cells' folders, by names that start with the cell's name and that the viewer accepts.
 
-    It lists folders called `run-...` and finds a run's file by what follows `run-<date>_<time>-` in that name.
+    The viewer lists folders called `run-...`. It finds a run's file by the text after `run-<date>_<time>-` in the name.
     """
     found = {}
     for run in sorted(cells.glob("*/wandb/*run-*")):
         cell, dated = run.parents[1].name, re.search(r"run-\d{8}_\d{6}-.+", run.name)
         if dated and cell != "study":
-            found[f"run-{cell[:200]} {dated[0]}"] = run.resolve()  # a file name takes 255 bytes
+            found[f"run-{cell[:200]} {dated[0]}"] = run.resolve()  # a file name may have 255 bytes
     return found
 
 

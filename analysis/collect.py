@@ -1,9 +1,9 @@
-"""From the records of a study to its tables and fits: runs.csv, records.jsonl, curves.csv, fits.json.
+"""Collect the records of a study into its tables and fits: runs.csv, records.jsonl, curves.csv, fits.json.
 
     .venv/bin/python analysis/collect.py SWEEP [key=value ...] [--with-published]
 
-Reads the cells in runs/SWEEP, or results/SWEEP where there are none, or both; writes runs/SWEEP/study. Every planned
-cell has a row, also those that were dropped, failed, or never run.
+Reads the cells in runs/SWEEP, or in results/SWEEP if there are none, or both; writes runs/SWEEP/study. Every planned
+cell has a row, even if it was dropped, failed or never run.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""A W&B report of a study: how to read it, its figures and tables, and panels of its cells.
+"""Make a W&B report of a study: how to read it, its figures and tables, and panels of its cells.
 
     .venv/bin/python analysis/dashboard.py SWEEP
 
-It is saved on the W&B server, where a second call updates it, and shows what `make sync` has uploaded. Needs the
+The report is saved on the W&B server, where a second call updates it. It shows what `make sync` has uploaded. Needs the
 package wandb-workspaces: .venv/bin/python -m pip install --editable '.[report]'
 """
 
@@ -29,7 +29,7 @@ with contextlib.suppress(ImportError):
     expr = importlib.import_module("wandb_workspaces.expr")
 
 VIEWS = "wandb-views.json"
-"""File that remembers where the report was saved."""
+"""File that stores where the report was saved."""
 
 LINES = (
     ("Training loss against FLOPs", "train/loss", "flops"),
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def tracking_of(folder: Path) -> dict[str, Any]:
-    """Project and entity, as the first cell of a study has them; raises `UserError` without cells or the package."""
+    """W&B project and entity of the first cell of a study; raises `UserError` without cells or without the package."""
     if wr is None:
         raise UserError("wandb-workspaces is not installed: .venv/bin/python -m pip install --editable '.[report]'")
     for path in sorted(folder.glob("*/config.yaml")):
@@ -76,7 +76,7 @@ def tracking_of(folder: Path) -> dict[str, Any]:
 
 
 def save(study: Study, tracking: dict[str, Any]) -> str:
-    """Put the report on the server, over that of an earlier call; its address."""
+    """Save the report on the server, replacing that of an earlier call; returns its address."""
     import wandb
 
     wandb.setup(wandb.Settings(silent=True))
@@ -89,12 +89,12 @@ def save(study: Study, tracking: dict[str, Any]) -> str:
 
 
 def final(title: str, x: str, **options: Any) -> Any:
-    """Final losses against a number of the configuration."""
+    """A panel of final losses against a number of the configuration."""
     return wr.ScatterPlot(title=title, x=wr.Config(x), y=wr.SummaryMetric("validation/loss"), log_x=True, **options)
 
 
 def report(study: Study, entity: str, project: str) -> Any:
-    """The report: how to read it, figures, tables, final losses a budget, and what the cells logged."""
+    """The report: how to read it, figures, tables, final losses per budget, and the metrics of the cells."""
     runs = read_runs(study.runs)
 
     def grid(name: str, panels: list[Any], *more: Any, job: str = "train") -> Any:

@@ -1,9 +1,9 @@
-"""Draw a study's figures and write its tables, from its runs.csv, curves.csv and fits.json alone.
+"""Draw a study's figures and write its tables, only from its runs.csv, curves.csv and fits.json.
 
     .venv/bin/python analysis/figures.py SWEEP [--x COLUMN]
 
-Works on runs/SWEEP/study, else on results/SWEEP; writes figures/*.png, figures/*.pdf and table.md there, and prints
-what decides.
+Works on runs/SWEEP/study, or else on results/SWEEP; writes figures/*.png, figures/*.pdf and table.md there, and prints
+the main table.
 """
 
 import sys

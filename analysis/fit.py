@@ -9,10 +9,10 @@
         --out fit.json
     .venv/bin/python analysis/fit.py predict fit.json --budget 1e21
 
-The words after --params, --x and so on are names of columns. The folder of a study, such as results/reproduce, may
-stand in place of its table of runs, or for `envelope` of its training curves; `predict` reads a study's fits.json too.
-Intervals are 95 % percentile intervals of a bootstrap over runs. Every fit also says how well the smaller budgets
-predict the largest; that of rates, how well the law predicts the best rates of models that it has not seen.
+The values of --params, --x and so on are names of columns. Instead of a table of runs (for `envelope`: of training
+curves), you can give the folder of a study, such as results/reproduce; `predict` also reads a study's fits.json.
+Intervals are 95 % percentile intervals of a bootstrap over runs. Every fit also reports how well the smaller budgets
+predict the largest one; `rates` reports how well the law predicts the best rates of models that it was not fitted to.
 """
 
 import argparse
@@ -52,38 +52,38 @@ COMMANDS: dict[str, tuple[Callable[..., Any], str, str, str]] = {
     "rates": (laws.fit_rates, "lr loss", "width tokens batch by curve hold-out",
               "lr = m (width / width_0)^-a (tokens / tokens_0)^-b (batch / batch_0)^c"),
 }  # fmt: skip
-"""Function, columns, options and help of each command that fits."""
+"""Function, columns, options and help text of each command that fits a law."""
 COLUMNS = {
     "params": "the number of parameters",
     "dense-params": "the number of parameters that one token uses",
     "tokens": "the training tokens",
     "flops": "the training FLOPs; C = 6 N D then gives the tokens",
-    "budget": "the compute budget: one value for all runs of a budget; elsewhere, to hold out the runs of the largest",
+    "budget": "the compute budget: one value for all runs of a budget; other laws only hold out the largest budget",
     "x": "the size whose optimum is sought, such as parameters, tokens or FLOPs per token",
     "run": "the run's name",
     "experts": "the number of experts",
     "granularity": "the granularity, or the experts that one token uses",
     "loss": "the loss",
-    "lr": "the peak learning rate as it was used",
+    "lr": "the peak learning rate used in training",
     "width": "the model's width",
     "batch": "the batch, in tokens or sequences",
-    "by": "the method: one fit each, or of rates one m each",
-    "cluster": "what tells runs that are resampled together",
+    "by": "the method: one fit per method, or for rates one m per method",
+    "cluster": "the cluster: runs with the same value are resampled together",
 }
 NUMBER = {"type": positive_number, "metavar": "NUMBER"}
-FAR = "leave sizes out whose loss is more than this share above the budget's lowest, such as .04; keep five"
+FAR = "leave out sizes whose loss is more than this share above the budget's lowest, such as .04; keep at least five"
 OPTIONS: dict[str, dict[str, Any]] = {
     "objective": {"choices": list(Objective), "default": Objective.HUBER_LOG, "help": "what is minimised (huber-log)"},
-    "delta": {**NUMBER, "default": 1e-3, "help": "where Huber turns linear (1e-3)"},
+    "delta": {**NUMBER, "default": 1e-3, "help": "residual at which Huber becomes linear (1e-3)"},
     "hold-out": {**NUMBER, "help": "hold out the runs from this budget on"},
     "include-flagged": {"action": "store_true", "help": "let the power law use flagged minima too"},
     "within": {**NUMBER, "help": FAR},
-    "tolerance": {**NUMBER, "help": "budgets this close to their neighbour, as a share, are one, such as .1"},
+    "tolerance": {**NUMBER, "help": "merge budgets that differ from their neighbour by at most this share, .1"},
     "curve": {"metavar": "COL", "nargs": "*", "default": [], "help": "further columns equal in the runs of a curve"},
-    "rates hold-out": {"metavar": "EXPR", "help": "rows to judge the law by; without it each model in turn"},
+    "rates hold-out": {"metavar": "EXPR", "help": "rows that test the law; default: each model in turn"},
 }
 RESAMPLED = {laws.fit_parametric: 4000, laws.fit_isoflop: 4000, laws.fit_rates: None}
-"""Bootstrap resamples where they are not 1,000."""
+"""Bootstrap resamples, if not 1,000."""
 NOT_IN_SOURCE = ("bootstrap", "seed", "cluster", "hold_out")
 PREDICT_FROM = ("budget", "params", "tokens", "experts", "granularity", "width", "batch")
 MEANINGS = {
@@ -92,7 +92,7 @@ MEANINGS = {
     "exponent": "the optimum grows as the budget to this power",
     "coefficient": "the optimum of a budget of 1 FLOP",
 }
-"""Of coefficients that no formula shows."""
+"""Meanings of coefficients that are not in a formula."""
 NONE = "none"
 
 
@@ -135,20 +135,20 @@ def parser() -> argparse.ArgumentParser:
         if n := RESAMPLED.get(law, 1000):
             add("--bootstrap", type=natural_number, default=n, metavar="N", help=f"resamples ({n})")
             add("--seed", type=natural_number, default=0, help="seed of the resampling (0)", metavar="N")
-        add("--out", type=Path, required=True, metavar="JSON", help="where the fit goes")
+        add("--out", type=Path, required=True, metavar="JSON", help="file to write the fit to")
     text = "optimum of a budget, loss of a run, or best rate, from a fit"
     add = commands.add_parser("predict", help=text, description=text).add_argument
     add("file", type=Path, metavar="JSON", help="a fit, or fits by name such as a study's fits.json")
     for name in PREDICT_FROM:
-        add(f"--{name}", **NUMBER, help="of the run whose loss is wanted; --budget: training FLOPs: what is optimal?")
+        add(f"--{name}", **NUMBER, help="of the run to predict; --budget: training FLOPs, to predict the optimum")
     return top
 
 
 def read_table(path: Path, where: str | None, *, curves: bool = False) -> pd.DataFrame:
-    """The rows that satisfy the query: a CSV's, labelled by their line, or a study's runs or training curves."""
+    """The rows of a CSV (labelled by line), or of a study's runs or training curves, that satisfy the query."""
     if path.is_dir():
         table = read_runs(path)
-        if curves:  # with the columns of their runs; those of a run that are also a step's end in `_final`
+        if curves:  # add the columns of their runs, with the suffix `_final` if the curves have the same column
             table = read_csv(path / "curves.csv", CURVES).merge(table, on="cell", suffixes=("", "_final"))
     else:
         table = read_csv(path, skipinitialspace=True)
@@ -164,8 +164,8 @@ def read_table(path: Path, where: str | None, *, curves: bool = False) -> pd.Dat
 def rows_that(option: str, query: str, table: pd.DataFrame) -> pd.Series:
     """Which rows satisfy the query."""
     try:
-        rows = table.eval(query, local_dict={}, global_dict={})  # a query sees columns only
-    except Exception as error:  # the query language raises whatever Python does
+        rows = table.eval(query, local_dict={}, global_dict={})  # a query sees only columns
+    except Exception as error:  # a query can raise any Python exception
         there = ", ".join(map(str, table.columns))
         raise UserError(f"{option} {query!r}: {_first_line(error)}; columns: {there}") from None
     if not (isinstance(rows, pd.Series) and pd.api.types.is_bool_dtype(rows)):
@@ -174,7 +174,7 @@ def rows_that(option: str, query: str, table: pd.DataFrame) -> pd.Series:
 
 
 def one_budget_each(table: pd.DataFrame, budget: str, tolerance: float | None) -> pd.DataFrame:
-    """The table with budgets that differ from the next by less than the tolerance replaced by their geometric mean."""
+    """The table with neighbouring budgets that differ by at most `tolerance` replaced by their geometric mean."""
     (budgets,) = positive_columns(table, budget, law=IsoflopFit.law, at_least=1)
     if tolerance:
         steps = np.sort(np.log(budgets))
@@ -190,7 +190,7 @@ def one_budget_each(table: pd.DataFrame, budget: str, tolerance: float | None) -
 def fit_groups(
     table: pd.DataFrame, fit: Callable[[pd.DataFrame], Any], by: str | None, x: str
 ) -> tuple[dict[str, Any], str]:
-    """The fit, or with `by` one per value under `groups`, and its summary; refuses a table without any parabola."""
+    """The fit (with `by`: one per value, under `groups`) and its summary; `UserError` if no parabola is possible."""
     if by is not None:
         require_column(table, by)
     named = [("", table)] if by is None else table.groupby(by, sort=False, dropna=False)
@@ -198,8 +198,8 @@ def fit_groups(
     optima = [optimum for group in groups.values() if isinstance(group, IsoflopFit) for optimum in group.vertices]
     if optima and not any(np.isfinite(optimum.curvature) for optimum in optima):
         raise UserError(
-            "no budget has runs of three different sizes, the least for a parabola (five are wanted); measured FLOPs "
-            "are grouped into budgets by --tolerance .1"
+            "no budget has runs of three different sizes, the fewest for a parabola (five are recommended); "
+            "--tolerance .1 groups measured FLOPs into budgets"
         )
     first = next(iter(groups.values()))
     if by is None:
@@ -218,7 +218,7 @@ def fit_groups(
 
 
 def summary(fit: Any, x: str) -> str:
-    """A fit in a few lines: coefficients and minima of `x` with intervals and flags, held-out error, every warning."""
+    """A fit in a few lines: coefficients and minima of `x` with intervals and flags, held-out error, and warnings."""
     lines = [f"{fit.law}: {fit.n} runs, {fit.status}, {fit.objective_name} {fit.objective_value:.8g}"]
     for optimum in fit.vertices if isinstance(fit, IsoflopFit) else ():
         size, loss = _number(optimum.x, optimum.x_interval), _number(optimum.loss, optimum.loss_interval)
@@ -237,7 +237,7 @@ def summary(fit: Any, x: str) -> str:
 
 
 def held_out(found: HoldOut, x: str) -> str:
-    """The largest budget, observed and as predicted from the others."""
+    """A line on the largest budget, observed and predicted from the others."""
     predicted, observed = _number(found.predicted, found.interval), _number(found.observed, found.observed_interval)
     what, rmse = ("run", f", RMSE {found.rmse:.4g}") if found.quantity == "loss" else ("budget", "")
     quantity = x if found.quantity == "x" else found.quantity
@@ -274,7 +274,7 @@ def fit_learning_rates(table: pd.DataFrame, hold_out: str | None, **options: Any
 
 
 def predict(path: Path, asked: Mapping[str, float]) -> str:
-    """What the given numbers ask of each fit of a file; what holds for several fits is said once, at the end."""
+    """The predictions of each fit of a file for the given numbers; notes shared by fits come once, at the end."""
     lines, notes = [], dict[str, list[str]]()
     try:
         fits = stored_fits(path)

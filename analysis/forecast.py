@@ -1,9 +1,10 @@
-"""Write what the smaller budgets of a study predict for a larger one, before its cells run, to be committed.
+"""Write a forecast for a larger budget from the smaller budgets of a study, before the cells of that budget run.
 
     .venv/bin/python analysis/forecast.py SWEEP BUDGET
 
-Reads the collected study in runs/SWEEP/study, else results/SWEEP; writes results/SWEEP/forecast-BUDGET.json and prints
-it as a table. Refused where a cell of that budget or a larger one has finished, or where the file is there already.
+Reads the collected study in runs/SWEEP/study, or else results/SWEEP; writes results/SWEEP/forecast-BUDGET.json, to be
+committed, and prints it as a table. Refused if a cell of that budget or a larger one has finished, or if the file
+exists already.
 """
 
 import sys

@@ -2,8 +2,7 @@
 
     .venv/bin/python analysis/publish.py SWEEP [--replace]
 
-A finished cell that is published already is neither removed nor replaced by one of another configuration without
---replace.
+Without --replace, published finished cells are neither removed nor replaced by cells of another configuration.
 """
 
 import sys

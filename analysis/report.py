@@ -1,8 +1,8 @@
-"""One self-contained HTML page of a study: answer, figures, results, setup, what went wrong, how to repeat it.
+"""Write a self-contained HTML page of a study: answer, figures, results, setup, problems, how to repeat it.
 
     .venv/bin/python analysis/report.py SWEEP
 
-Works on runs/SWEEP/study, else on results/SWEEP, and writes report.html there; first: make figures.
+Works on runs/SWEEP/study, or else on results/SWEEP, and writes report.html there. Run make figures first.
 """
 
 import sys

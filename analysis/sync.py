@@ -1,8 +1,9 @@
-"""Upload the cells of a study, and its tables, fits and figures, to Weights & Biases: what is not there yet.
+"""Upload the cells, tables, fits and figures of a study that are not on Weights & Biases yet.
 
     .venv/bin/python analysis/sync.py SWEEP [--jobs N] [--timeout SECONDS]
 
-It can be stopped and repeated at any time, also while the study runs: rows that the server has are not sent again.
+It can be stopped and repeated at any time, also while the study runs: rows that the server already has are not sent
+again.
 Exit code 3 if something could not be uploaded.
 """
 

@@ -1,8 +1,8 @@
-"""Check the fits against published training results and the values that others found in them.
+"""Check our fits of published training results against the values that others found in them.
 
     .venv/bin/python analysis/validate.py DIR
 
-DIR holds chinchilla_epoch_svg.csv, llama3_isoflops_points.csv and clark2022_routed_final.csv: the Chinchilla runs of
+DIR contains chinchilla_epoch_svg.csv, llama3_isoflops_points.csv and clark2022_routed_final.csv: the Chinchilla runs of
 Besiroglu et al. 2024 (digitised from Hoffmann et al. 2022, Figure 4), the isoFLOP points of Llama 3 (Llama Team 2024,
 Figure 2) and the runs of Clark et al. 2022. The design of Krajewski et al. 2024 is generated here, with losses from
 their law. Exit code 1 if any value is outside its tolerance.
@@ -30,7 +30,7 @@ SURFACE = ("E", "A", "B", "alpha", "beta")
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One value. `sign` says whether it should equal `expected`, be at most that, each within `tolerance`, or above."""
+    """One value, which should equal `expected` (`=`), be at most that (`<=`), both within `tolerance`, or above (`>`)."""
 
     what: str
     value: float
@@ -56,7 +56,7 @@ def near(name: str, *rows: tuple[str, float, float, float]) -> Iterator[Check]:
 
 
 def coefficients(name: str, fit: Any, expected: dict[str, tuple[float, float]], **units: float) -> Iterator[Check]:
-    """A check per coefficient, expected (value, tolerance); `units`: of the sizes in A and the tokens in B."""
+    """A check per coefficient, expected (value, tolerance); `units`: the units of N in A and of D in B."""
     scale = {"A": units.get("N", 1.0) ** -fit.alpha, "B": units.get("D", 1.0) ** -fit.beta}
     return near(name, *((key, getattr(fit, key) * scale.get(key, 1), *wanted) for key, wanted in expected.items()))
 
@@ -85,7 +85,7 @@ def surface(table: pd.DataFrame, **options: Any) -> Any:
 
 
 def approach_2(table: pd.DataFrame, budget: str, x: str) -> Any:
-    """Approach 2 as published, flagged optima included."""
+    """Approach 2 as published, including flagged optima."""
     return fit_isoflop(table, budget=budget, x=x, loss="loss", include_flagged=True)
 
 
@@ -99,7 +99,9 @@ def chinchilla(folder: Path) -> Iterator[Check]:
     fit = surface(runs, bootstrap=4000)
     bound = 0.00101828
     yield Check("Chinchilla E1 huber-log, 240 runs: objective", fit.objective_value, bound, sign="<=")
-    published = Surface(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)  # an early stop
+    published = Surface(
+        E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658
+    )  # from an optimiser that stopped early
     residuals = np.log(published.predict(runs["N"], runs["D"]) / runs["loss"])
     theirs = float(np.sum(huber(1e-3, residuals)))
     yield Check("Chinchilla E1 published headline is worse", theirs, bound, sign=">")
@@ -164,7 +166,7 @@ def chinchilla(folder: Path) -> Iterator[Check]:
 
 
 def llama(folder: Path) -> Iterator[Check]:
-    """Approach 2 in tokens, extrapolated as in the paper; approach 3 by least squares; a fit of the smaller budgets."""
+    """Approach 2 in tokens, extrapolated as in the paper; approach 3 by least squares; a fit to the smaller budgets."""
     columns = {"compute_budget": "C", "training_tokens": "D", "validation_loss": "loss"}
     points = read(folder, "llama3_isoflops_points.csv", *columns).rename(columns=columns)
     points["N"] = points["C"] / (6 * points["D"])
@@ -192,7 +194,7 @@ def llama(folder: Path) -> Iterator[Check]:
 
 
 def clark(folder: Path) -> Iterator[Check]:
-    """One fit per router, with the five dense models."""
+    """One fit per router, each with the five dense models."""
     columns = ("k", "routing_frequency", "seed", "router_type", "flop_increase", "dense_parameter_count", "num_experts")
     runs = read(folder, "clark2022_routed_final.csv", *columns, "loss_validation")
     runs = runs[(runs["k"] == 1) & (runs["routing_frequency"] == 0.5) & (runs["seed"] == 42)]
@@ -216,7 +218,7 @@ def clark(folder: Path) -> Iterator[Check]:
 
 
 def krajewski() -> Iterator[Check]:
-    """Their design and law for 64 experts: exact without noise, predictions only at the scatter they report."""
+    """Their design and law for 64 experts: exact coefficients without noise, only predictions with their scatter."""
     runs, law = granular_design()
     yield from near(
         "Krajewski design",
@@ -241,12 +243,12 @@ def krajewski() -> Iterator[Check]:
         extrapolated.append(noisy.predict(4.3e9, 1e11, 16))
     yield Check("Krajewski noise .015: RMSE from truth, median", float(np.median(errors)), 0.0043, 0.001)
     spread = float(np.subtract(*np.percentile(extrapolated, [75, 25])))
-    # The published spread is itself one of 20 seeds; ours runs from .007 to .014 over such sets of seeds.
+    # The published spread comes from one set of 20 seeds; over such sets ours ranges from .007 to .014.
     yield Check("Krajewski noise .015: spread of an extrapolation", spread, 0.007, 0.007, "<=")
 
 
 def granular_design() -> tuple[pd.DataFrame, GranularLaw]:
-    """The runs with 64 experts, (d_model, blocks) x tokens in 1e9 x granularity, and the law of their losses."""
+    """The runs with 64 experts ((d_model, blocks) x tokens in 1e9 x granularity) and the law of their losses."""
     every = (1, 2, 4, 8, 16)
     grid = [
         *(((d, 4), tokens, every) for d in (256, 384, 512) for tokens in (16, 33, 66)),

@@ -249,7 +249,7 @@ def damaged(bench: Bench) -> Outcome:
         before, newest = sorted((cell / "checkpoints").glob("*.ckpt"))
         newest.write_bytes(damage(newest.read_bytes()))
         printed = bench.finish(words)
-        check(f"{newest} cannot be read" in printed and f"going on from {before.name}" in printed, printed[-300:])
+        check(f"{newest} cannot be read" in printed and f"continuing from {before.name}" in printed, printed[-300:])
         lost += bench.lost(f"damaged-{way}")
     return len(ways), "the one before taken, with a notice; bit-identical", lost
 

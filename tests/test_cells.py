@@ -403,5 +403,5 @@ def test_a_diverged_cell_is_left_alone_and_named(cells: list[Cell]) -> None:
     assert {cell.name for cell in pending_cells(cells, CORPUS)} == {cell.name for cell in kept[1:]}
     assert diverged_lines(cells, CORPUS) == [
         f"{first.name} diverged: the training loss is nan at step 40; "
-        f"to run it again all the same: mv '{first.folder}' '{first.folder}.old'"
+        f"to run it again anyway: mv '{first.folder}' '{first.folder}.old'"
     ]

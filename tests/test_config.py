@@ -44,11 +44,11 @@ MESSAGES = [
     ("~size", "size: missing"),
     (
         "size.d_model=33",
-        "size: 2 heads do not divide d_model 33 into an even width (rotary positions turn pairs); nearest d_model: 32",
+        "size: 2 heads do not divide d_model 33 into an even width (rotary embedding needs pairs); nearest d_model: 32",
     ),
     (
         "size.d_model=30 size.n_heads=5 size.d_model=33",
-        "size: 5 heads do not divide d_model 33 into an even width (rotary positions turn pairs); nearest d_model: 30",
+        "size: 5 heads do not divide d_model 33 into an even width (rotary embedding needs pairs); nearest d_model: 30",
     ),
     ("size.d_model=0", f"size.d_model: {NOT_POSITIVE} 0"),
     ("size.n_layers=-1", f"size.n_layers: {NOT_POSITIVE} -1"),

@@ -91,7 +91,7 @@ def test_the_plan_gives_the_reason_of_what_is_dropped_and_the_total_of_the_rest(
     assert out[10].startswith("active: ") and "layer: share of the training FLOPs in the replaced layer" in out[10]
     assert out[12] == f"5 cells of 8, {kept:.3g} FLOPs ({CONVENTION})"
     assert re.fullmatch(r"make sweep SWEEP=toy: 5 cells to run, about \d+ s on one worker", out[13])
-    assert out[14] == "time? is a guess by the published runs: no finished cell of that method on this machine yet"
+    assert out[14] == "time? is estimated from published runs: no finished cell of that method on this machine yet"
 
 
 def test_a_plan_short_of_sizes_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -110,7 +110,7 @@ def test_a_plan_short_of_sizes_is_an_error(tmp_path: Path, capsys: pytest.Captur
 
 def test_a_plan_without_the_corpus_says_what_is_not_known(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     main(["plan", str(write_study(tmp_path)), "min_steps=1", "data.train_tokens=null"])
-    assert "the corpus is not prepared and its tokens not known" in capsys.readouterr().out
+    assert "the corpus is not prepared and its size is not known" in capsys.readouterr().out
     main(["plan", str(write_study(tmp_path)), "min_steps=1"])
     assert "not known" not in capsys.readouterr().out
 
@@ -359,7 +359,7 @@ def test_rate_brackets_stand_below_the_grid_and_are_no_sizes(tmp_path: Path, cap
     assert [cell.plan.lr / planned_cells(file)[0].plan.lr for cell in planned_cells(file)] == [1, 0.5, 2]
     assert main(["status", str(file)]) == 0
     above, below = capsys.readouterr().out.split(
-        "rate brackets, at factors of the usual rate; no points of the curves:"
+        "rate brackets, at factors of the usual rate; they are not points of the curves:"
     )
     assert [line.split()[0] for line in above.splitlines() if line.startswith("dense")] == ["dense-d8-s0"]
     assert [line.split()[0] for line in below.splitlines() if line.startswith("dense")] == [

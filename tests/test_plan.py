@@ -135,7 +135,9 @@ def test_says_where_no_budget_fits() -> None:
 def test_the_smallest_budget_leaves_steps_after_warm_up() -> None:
     config = steps_for(configured("ffn=dense", "optim.warmup_fraction=0.9999"), 300)
     planned = plan(config)
-    assert planned.reason.startswith("warm-up of 300 steps leaves none to train: the smallest budget for this cell is ")
+    assert planned.reason.startswith(
+        "warm-up of 300 steps leaves no step to train: the smallest budget for this cell is "
+    )
     assert plan(replace(config, budget=float(planned.reason.split()[-1]))).verdict is Verdict.OK
 
 
@@ -372,7 +374,7 @@ def test_warm_up_in_steps_is_as_long_for_any_budget() -> None:
     config = configured("ffn=dense", "optim.warmup_steps=250")
     assert [plan(steps_for(config, n)).warmup_steps for n in (400, 4000)] == [250, 250]
     short = plan(steps_for(config, 230))
-    assert short.verdict is Verdict.DROP and "warm-up of 250 steps leaves none to train" in short.reason
+    assert short.verdict is Verdict.DROP and "warm-up of 250 steps leaves no step to train" in short.reason
 
 
 LAW = (

@@ -194,7 +194,7 @@ def test_without_submitit_one_line_says_what_to_install(monkeypatch: pytest.Monk
     [
         ({"array_parallelism": "many"}, "slurm.array_parallelism: .*'many'"),
         ({"mem_gb": 0}, "slurm.mem_gb: .* 0"),
-        ({"timeout_min": 2}, "signal_delay_s 120 leaves nothing of a time limit of 2 min"),
+        ({"timeout_min": 2}, "signal_delay_s 120 leaves no time within a limit of 2 min"),
         ({"partitions": "main"}, "unknown key slurm.partitions; there are: partition, account"),
     ],
 )

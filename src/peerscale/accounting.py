@@ -1,9 +1,9 @@
 """Parameters and FLOPs per token of a model, from its configuration alone.
 
 Convention (`CONVENTION`): 2 FLOPs per multiply-add of every matrix product, attention scores in full (no causal
-halving), backward = 2 x forward. Embedding look-ups, norms, activations, softmax and top-k are not counted. Every
-component stands on its own, so that another convention is arithmetic on the table (Hoffmann et al. 2022, appendix F,
-counts the same products; 6N leaves out attention scores).
+halving), backward = 2 x forward. Embedding look-ups, norms, activations, softmax and top-k are not counted. Components
+are reported separately, so that costs under another convention can be computed from the table (Hoffmann et al. 2022,
+appendix F, counts the same products; 6N leaves out attention scores).
 """
 
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from peerscale.layers.dense import DenseConfig
 CONVENTION = "per-operation, full attention, backward 2x"
 
 TRAINING = 3
-"""Training FLOPs over forward FLOPs: one forward pass, and a backward pass of two."""
+"""Training FLOPs over forward FLOPs: the backward pass costs two forward passes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """A whole model."""
+    """Parameters and FLOPs per token of a whole model."""
 
     params: dict[str, int]
-    """Parameters by group; the tied output head is the embedding."""
+    """Parameters by group; the output head is tied to the embedding and not counted again."""
     params_active: int
     """Parameters that one token uses."""
     flops: dict[str, int]
@@ -49,7 +49,7 @@ class Cost:
 
 
 def cost(config: Config) -> Cost:
-    """Parameters and training FLOPs per token; equal to the built model's, as a test asserts."""
+    """Parameters and training FLOPs per token; a test compares them with the built model."""
     d, n_layers = config.size.d_model, config.size.n_layers
     layer, n_replaced = config.ffn.cost(config.surroundings), len(config.replaced_blocks)
     dense, n_dense = DenseConfig().cost(config.surroundings), n_layers - n_replaced

@@ -1,4 +1,4 @@
-"""The axes of a study: the keys that tell its cells apart besides method, size, budget and seed."""
+"""The axes of a study: the keys that distinguish its cells besides method, size, budget and seed."""
 
 import itertools
 import re
@@ -13,23 +13,23 @@ from peerscale.runs.fingerprint import NOT_HASHED
 from peerscale.sweep_config import GridRow, SweepConfig
 
 NAMED = ("ffn", "size", "budget", "seed")
-"""Keys that have a place of their own in a cell's name; a study varies them by methods, grid and seeds."""
+"""Keys that have their own place in a cell's name; a study varies them through methods, grid and seeds."""
 
 UNNAMED = ("ffn.class", "ffn.method", "ffn.variant", "size", "budget", "seed")
-"""Keys of these."""
+"""The same in a composed configuration, whose keys do not become axes."""
 
 CORPUS = ("data.name", "data.path", "data.source", "data.max_documents")
-"""Keys that choose a corpus; a cell's name has them as one axis, `data=<name of the corpus>`."""
+"""Keys that choose a corpus; in a cell's name they are one axis, `data=<name of the corpus>`."""
 
 
 def check_axes(file: Path, study: SweepConfig) -> None:
-    """Refuse an axis that is no key, or no key of the layers that it is for; raises `ConfigError`."""
+    """Raise `ConfigError` for an axis that is not a key of the cells' configuration, or is one of `NAMED`."""
     for where, axes in all_axes(study):
         for key in axes:
             if not re.fullmatch(r"[a-zA-Z_][\w.]*", key) or key.partition(".")[0] in ("hydra", "sweep", "slurm"):
                 raise ConfigError(f"{file.name}: {where}: {key!r} is not a key that a study can vary, such as optim.lr")
             if key in NAMED:
-                raise ConfigError(f"{file.name}: {where}: {key} is what methods, grid and seeds vary")
+                raise ConfigError(f"{file.name}: {where}: {key} is varied by methods, grid and seeds, not by axes")
 
 
 def refuse_axes_of_other_layers(file: Path, study: SweepConfig, method: str, row: GridRow, layer: str | None) -> None:
@@ -40,13 +40,13 @@ def refuse_axes_of_other_layers(file: Path, study: SweepConfig, method: str, row
         for key, values in axes.items():
             if (owners := layers_with(key)) and layer not in owners:
                 raise ConfigError(
-                    f"{file.name}: {where}: {method} has no {key}, only {', '.join(owners)}; name it for those, "
+                    f"{file.name}: {where}: {method} has no {key}, only {', '.join(owners)}; vary it for those, "
                     f"such as method_axes: {{{owners[-1]}: {{{key}: {values}}}}}"
                 )
 
 
 def axis_values(study: SweepConfig, method: str, row: GridRow) -> Iterator[tuple[dict[str, Any], dict[str, Any], int]]:
-    """For each cell of a size: its values of the study's axes, those of the row's axes, and its seed."""
+    """For each cell of a size: its values of the study's axes, its values of the row's axes, and its seed."""
     common = {**study.axes, **study.method_axes.get(method, {})}
     for values in itertools.product(*common.values()):
         for row_values in itertools.product(*row.axes.values()):
@@ -56,7 +56,7 @@ def axis_values(study: SweepConfig, method: str, row: GridRow) -> Iterator[tuple
 
 
 def changes(composition: Composition, usual: Composition, compose: Callable[..., Composition]) -> dict[str, Any]:
-    """How a configuration departs from its layer's usual one, where that matters and its name has no place for it."""
+    """The keys in which a configuration differs from its layer's usual one, except `NAMED` and `NOT_HASHED` keys."""
     chosen = {
         group: choice
         for group, choice in composition.choices.items()
@@ -76,7 +76,7 @@ def changes(composition: Composition, usual: Composition, compose: Callable[...,
 
 
 def value_at(tree: Mapping[str, Any], key: str, default: Any = None) -> Any:
-    """The value at a dotted key; `default` where there is none, or a whole section."""
+    """The value at a dotted key; `default` if there is none or it is a whole section."""
     value: Any = tree
     for name in key.split("."):
         value = value.get(name, default) if isinstance(value, Mapping) else default
@@ -84,7 +84,7 @@ def value_at(tree: Mapping[str, Any], key: str, default: Any = None) -> Any:
 
 
 def set_value(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set the value at a dotted key; raises `ConfigError` where the sections that lead to it are not there."""
+    """Set the value at a dotted key; raises `ConfigError` if a section that it needs does not exist."""
     *sections, name = key.split(".")
     for section in sections:
         if not isinstance(inner := tree.get(section), dict):
@@ -94,7 +94,7 @@ def set_value(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted keys and values of a configuration that can make a cell another one."""
+    """The dotted keys of a configuration that can distinguish cells, with their values."""
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if key in (*NOT_HASHED, *UNNAMED) and key not in CORPUS:
@@ -117,7 +117,7 @@ def overridden_key(override: str) -> str:
 
 
 def instead_of_override(key: str, value: str) -> str:
-    """What to do in place of overriding a key that the study varies."""
+    """What to do instead of overriding a key that the study varies."""
     lists = {"ffn": "methods", "budget": "budgets", "seed": "seeds"}
     if key in lists:
         return f"use sweep.{lists[key]}=[{value}]"

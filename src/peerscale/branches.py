@@ -1,4 +1,4 @@
-"""Runs of one model at several budgets that share what they have in common (`sweep.branches`)."""
+"""Runs of one model at several budgets that share their common steps (`sweep.branches`)."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 def branched(file: Path, cells: Sequence["Cell"]) -> list["Cell"]:
-    """The cells of one model at several budgets as branches of the longest; raises `ConfigError` if they differ early.
+    """Make the shorter runs of each model branches of its longest run; raises `ConfigError` if their starts differ.
 
-    Until its rate falls, a shorter run is the longer one: same weights, same batches, same rates.
+    Until its learning rate decays, a shorter run equals the longer one: same weights, same batches, same rates.
     """
     if not any(cell.config.optim.schedule == "wsd" for cell in cells):
         raise ConfigError(f"{file.name}: sweep.branches needs optim.schedule wsd")
@@ -26,7 +26,7 @@ def branched(file: Path, cells: Sequence["Cell"]) -> list["Cell"]:
     for members in groups.values():
         *shorter, longest = sorted(members, key=lambda cell: cell.plan.steps)
         if shorter and longest.config.optim.warmup_steps is None:
-            raise ConfigError(f"{file.name}: sweep.branches needs optim.warmup_steps, as many for all budgets")
+            raise ConfigError(f"{file.name}: sweep.branches needs optim.warmup_steps, the same for all budgets")
         if other := next((cell for cell in shorter if cell.plan.lr != longest.plan.lr), None):
             raise ConfigError(
                 f"{file.name}: sweep.branches needs one learning rate for all budgets of a model, but {other.name} has "
@@ -39,7 +39,7 @@ def branched(file: Path, cells: Sequence["Cell"]) -> list["Cell"]:
 
 
 def in_turn(cells: Sequence["Cell"]) -> list[tuple["Cell", ...]]:
-    """The cells in groups, each of which one worker runs in turn: a trunk before its branches, most cells alone."""
+    """Groups of cells that one worker runs in turn: a trunk and then its branches; other cells are alone."""
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         groups.setdefault(cell.trunk or cell.name, []).append(cell)

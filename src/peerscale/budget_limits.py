@@ -1,4 +1,4 @@
-"""The budgets that a cell can have: long enough for its steps, short enough for its corpus."""
+"""The budgets that a cell can have: large enough for `min_steps`, small enough for its corpus."""
 
 import decimal
 import itertools
@@ -10,7 +10,7 @@ from peerscale.config import Config
 def unusable_budget(
     config: Config, flops_per_token: int, train_tokens: int | None, steps: int, warmup_steps: int
 ) -> str:
-    """Why the budget gives too short or too long a run, and the nearest budget that does not; empty if it does not."""
+    """Why the run is too short or too long at its budget, and the nearest budget that is possible; empty if neither."""
     per_step, max_epochs = config.tokens_per_step, config.data.max_epochs
     fewest, most = _fewest_steps(config), int(max_epochs * train_tokens) // per_step if train_tokens else None
     if fewest is None:
@@ -19,7 +19,7 @@ def unusable_budget(
     if steps < config.min_steps:
         problem = f"{steps:,} step{' is' if steps == 1 else 's are'} fewer than min_steps {config.min_steps:,}"
     elif warmup_steps >= steps:
-        problem = f"warm-up of {warmup_steps:,} step{'' if warmup_steps == 1 else 's'} leaves none to train"
+        problem = f"warm-up of {warmup_steps:,} step{'' if warmup_steps == 1 else 's'} leaves no step to train"
     elif train_tokens and too_long:
         epochs = math.ceil(round(100 * steps * per_step / train_tokens, 6)) / 100
         problem = f"{epochs:,.2f} epochs are more than data.max_epochs {max_epochs:g}"
@@ -37,7 +37,7 @@ def unusable_budget(
 
 
 def _fewest_steps(config: Config) -> int | None:
-    """Steps of the shortest run that has `min_steps` and some after warm-up; None if warm-up takes all of any run."""
+    """Fewest steps that reach `min_steps` and leave a step after warm-up; None if warm-up always takes all steps."""
     if config.optim.warmup_steps:
         return max(config.min_steps, config.optim.warmup_steps + 1)
     after_warmup = 1 - config.optim.warmup_fraction
@@ -45,7 +45,7 @@ def _fewest_steps(config: Config) -> int | None:
 
 
 def _in_few_digits(flops: int, smallest: int, largest: int | None) -> str:
-    """One end of a range of budgets, rounded into the range: to two digits, or more where the range is narrow."""
+    """One end of a range of budgets, rounded into the range to two digits, or to more if the range is narrow."""
     rounding = decimal.ROUND_FLOOR if flops == largest else decimal.ROUND_CEILING
     for digits in itertools.count(2):
         rounded = decimal.Context(prec=digits, rounding=rounding).create_decimal(flops)

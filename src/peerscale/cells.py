@@ -1,4 +1,4 @@
-"""A study's file -> its planned cells, each with its name; and which of them are still to be run."""
+"""A study's file -> its planned cells with their names, and which of them are still to be run."""
 
 import functools
 import itertools
@@ -41,25 +41,25 @@ SINGLE = "single"
 """The folder of cells that belong to no study."""
 
 FINISHED = (Status.DONE, Status.DIVERGED, Status.DROPPED)
-"""What a sweep leaves alone. A diverged cell would diverge again; `how_to_rerun` says what makes it a new one."""
+"""Cells that a sweep does not run again. A diverged cell would diverge again; see `how_to_rerun`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
-    """One planned run: all that a worker needs, wherever it is."""
+    """One planned run: all that a worker needs, on any machine."""
 
     sweep: str
     name: str
     axes: dict[str, Any]
-    """Dotted keys, and their values, besides method, size, budget and seed that tell this cell from others."""
+    """Dotted keys and values that, besides method, size, budget and seed, distinguish this cell from others."""
     config: Config
     plan: Plan
     estimate_s: float
     estimate_is_guess: bool
     trunk: str = ""
-    """The cell that leaves this one a checkpoint of what both have in common; empty: none."""
+    """The cell whose checkpoint this one starts from, since they share their first steps; empty: none."""
     branches: tuple[tuple[int, str], ...] = ()
-    """Steps after which this cell leaves a checkpoint, and the cells that it is for."""
+    """Steps after which this cell leaves a checkpoint, each with the cell that starts from it."""
 
     @property
     def folder(self) -> Path:
@@ -68,25 +68,25 @@ class Cell:
 
 
 def planned_cells(sweep: str | Path, overrides: Sequence[str] = ()) -> list[Cell]:
-    """Every cell of a study, dropped ones included, in the order of its file.
+    """Every cell of a study, including dropped ones, in the order of its file.
 
     Args:
         sweep: the study's name, or its file.
-        overrides: further overrides of every cell; those of `sweep` itself, such as `sweep.budgets=[1e12]`, choose
-            the part of the study that is planned.
+        overrides: further overrides of every cell; those of the `sweep` section, such as `sweep.budgets=[1e12]`,
+            choose the part of the study that is planned.
 
     Raises:
-        ConfigError: a study's file that names an unknown method, size or key, or describes a cell twice.
+        ConfigError: the study's file names an unknown method, size or key, or describes a cell twice.
     """
     file = sweep_file(sweep)
     study, overrides = load_sweep(file, overrides), of_cells(overrides)
     check_axes(file, study)
     for override in overrides:
         if re.match(r"hydra[./]", key := overridden_key(override)):
-            raise ConfigError(f"{override}: Hydra's own settings are not for a study")
+            raise ConfigError(f"{override}: a study may not change Hydra's own settings")
         if key in {*NAMED, *(axis for _, axes in all_axes(study) for axis in axes)}:
             raise ConfigError(f"{file.name} varies {key}; {instead_of_override(key, override.partition('=')[2])}")
-    # Composing takes 80 ms, so it is done once for each layer, not for each cell or size.
+    # Composing takes 80 ms, so it is done once per layer, not once per cell or size.
     compose = functools.cache(lambda *choice: composed(choice, sweep=file))
     of_size = [override for override in overrides if overridden_key(override).startswith("size.")]
     plain = not of_size and not {"size", "defaults"} & {*read_study(file)}
@@ -104,7 +104,7 @@ def planned_cells(sweep: str | Path, overrides: Sequence[str] = ()) -> list[Cell
             for key, value in {**axes, **row_axes}.items():
                 if key not in groups:
                     set_value(tree, key, value)
-            # A value of a row that is the usual one makes no other cell.
+            # An axis of a row that takes its usual value is left out of the cell's name.
             own = {key: value for key, value in row_axes.items() if key in groups or value_at(usual, key) != value}
             cells.append(_cell(file.stem, parse_config(tree), {**axes, **own, **changed}))
     if study.branches:
@@ -116,7 +116,7 @@ def planned_cells(sweep: str | Path, overrides: Sequence[str] = ()) -> list[Cell
 
 
 def count_cells(study: SweepConfig) -> int:
-    """How many cells a study has, dropped ones included; composes none of them."""
+    """Number of cells of a study, including dropped ones; composes none of them."""
     pairs = itertools.product(study.methods, study.rows)
     taken = [(method, row) for method, row in pairs if method in (row.methods or study.methods)]
     return sum(len(row.sizes) * len([*axis_values(study, method, row)]) for method, row in taken)
@@ -131,7 +131,7 @@ def single_cell(composition: Composition, sweep: str = SINGLE) -> Cell:
 
 
 def state(cell: Cell, data_fingerprint: str) -> Status:
-    """Where a cell stands: dropped, pending (no record yet), or what its record says.
+    """The status of a cell: dropped, pending (no record yet), or the status in its record.
 
     Raises:
         UserError: the folder holds a cell of another configuration.
@@ -146,7 +146,7 @@ def state(cell: Cell, data_fingerprint: str) -> Status:
 
 
 def check_same(cell: Cell, record: Record, data_fingerprint: str | None) -> None:
-    """Refuse to mix two configurations in one folder."""
+    """Raise `UserError` if the record in a cell's folder has another configuration than the cell."""
     if found := differences(cell, record, data_fingerprint):
         raise UserError(
             f"{cell.folder} holds a run of another configuration: {'; '.join(found)}. "
@@ -155,10 +155,10 @@ def check_same(cell: Cell, record: Record, data_fingerprint: str | None) -> None
 
 
 def how_to_rerun(cell: Cell) -> str:
-    """What to type for a cell that ended badly to be run again."""
+    """How the user can run a failed or diverged cell again."""
     record = read_record(cell.folder)
     if record is not None and record.status is Status.DIVERGED:
-        return f"to run it again all the same: {set_aside(cell.folder)}"
+        return f"to run it again anyway: {set_aside(cell.folder)}"
     return "the same command tries it again"
 
 
@@ -169,20 +169,20 @@ def pending_cells(cells: Sequence[Cell], data_fingerprint: str) -> list[Cell]:
 
 
 def without_brackets(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells that are no brackets of another cell's rate."""
+    """The cells that do not bracket another cell's rate."""
     brackets = are_brackets([cell.config.ffn.name for cell in cells], [cell.axes for cell in cells])
     return [cell for cell, bracket in zip(cells, brackets, strict=True) if not bracket]
 
 
 def _size(name: str) -> dict[str, Any] | None:
-    """The file of a size as it is, which spares composing it; None: there is none in our conf/."""
+    """The contents of a size's file, read without Hydra to save time; None if our conf/ has no such file."""
     path = OURS / "conf" / "size" / f"{name}.yaml"
     return yaml.safe_load(path.read_text()) if path.is_file() else None
 
 
 def _cell(sweep: str, config: Config, axes: Mapping[str, Any]) -> Cell:
     config, manifest = in_micro_batches(config), read_manifest(config.data)
-    values = {key: value_at(to_dict(config), key, value) for key, value in axes.items()}  # 0.02 of an axis .02
+    values = {key: value_at(to_dict(config), key, value) for key, value in axes.items()}  # `0.02` for `.02`
     return Cell(
         sweep=sweep,
         name=cell_name(config, values),

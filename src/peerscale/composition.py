@@ -1,4 +1,4 @@
-"""YAML files and overrides -> one nested mapping, by Hydra, whose parts are imported when first needed."""
+"""YAML files and overrides -> one nested mapping, composed by Hydra, which is imported only when needed."""
 
 import functools
 import os
@@ -11,18 +11,19 @@ from peerscale.errors import ConfigError
 from peerscale.files import OURS, ROOT
 
 STUDY = ".study"
-"""Ends the names by which Hydra knows studies, so that it does not read the file of a study by itself."""
+"""Suffix of the names under which studies are registered in Hydra, so that Hydra does not read a study's file
+itself."""
 
 REGISTERED: dict[str, tuple[Path, int, int]] = {}
-"""The file, its time and its size that each name of a study stands for in Hydra's store."""
+"""For each registered name: the study's file, its modification time and its size."""
 
 
 SECTIONS = ("sweep", "slurm")
-"""What may be overridden for a study besides the configuration of its cells: which cells, and where they run."""
+"""Sections of a study, besides its cells' configuration, that can be overridden: which cells, and where they run."""
 
 
 class Composition(NamedTuple):
-    """What Hydra composed, before it is checked against the dataclasses."""
+    """What Hydra composed, not yet checked against the dataclasses."""
 
     tree: dict[str, Any]
     """Plain nested values."""
@@ -31,23 +32,23 @@ class Composition(NamedTuple):
 
     @classmethod
     def of(cls, tree: Any, choices: Mapping[str, Any]) -> Self:
-        """From Hydra's own; its groups, such as `hydra/launcher`, are left out."""
+        """From Hydra's tree and choices, without its own groups such as `hydra/launcher`."""
         ours = {str(group): str(choice) for group, choice in choices.items() if not str(group).startswith("hydra/")}
         return cls({str(key): value for key, value in tree.items()}, ours)
 
 
 def of_section(override: str, section: str) -> bool:
-    """Whether an override is of one of the `SECTIONS`, such as `sweep.methods=[peer]`."""
+    """Whether an override changes this one of the `SECTIONS`, as `sweep.methods=[peer]` changes `sweep`."""
     return override.lstrip("+").startswith(f"{section}.") and "=" in override
 
 
 def of_cells(overrides: Sequence[str]) -> list[str]:
-    """Those of a study's overrides that change its cells."""
+    """The overrides of a study that change the configuration of its cells."""
     return [override for override in overrides if not any(of_section(override, section) for section in SECTIONS)]
 
 
 def sweep_file(sweep: str | Path) -> Path:
-    """The file of a study given by name or path; raises `ConfigError` with the studies there are."""
+    """The file of a study given by name or path; raises `ConfigError`, which lists the studies there are."""
     path = Path(sweep)
     if path.suffix not in (".yaml", ".yml"):
         path = next((file for file in study_files() if file.stem == str(sweep)), Path(f"{sweep}.yaml"))
@@ -64,29 +65,29 @@ def study_files() -> list[Path]:
 
 
 def read_study(file: Path) -> dict[str, Any]:
-    """What stands in a study's file, before it is laid over conf/; raises `ConfigError` if that is no study."""
+    """The contents of a study's file, not yet laid over conf/; raises `ConfigError` if it is not a study."""
     from omegaconf import OmegaConf
 
     study = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     if not isinstance(study, dict):
         raise ConfigError(f"{file.name}: input should be a mapping with a `sweep:` section, not a list")
-    if {*(study.pop("hydra", None) or {})} - {"mode"}:  # a line that studies once needed, and which says nothing now
-        raise ConfigError(f"{file.name}: hydra is not for a study to set, since it could run code")
+    if {*(study.pop("hydra", None) or {})} - {"mode"}:  # `hydra.mode` was once required; it has no effect now
+        raise ConfigError(f"{file.name}: a study may not set hydra, since it could run code")
     if not isinstance(defaults := study.get("defaults", []), list):
         raise ConfigError(f"{file.name}: defaults: input should be a list, not {defaults!r}")
     return {str(key): value for key, value in study.items()}
 
 
 def compose(overrides: Sequence[str] = (), *, sweep: str | Path | None = None, name: str = "config") -> Composition:
-    """Compose conf/, a study's settings laid over it and the overrides over both.
+    """Compose conf/, with a study's settings laid over it and the overrides over both.
 
     Args:
         overrides: in Hydra's grammar, such as `["ffn=peer", "optim.lr=0.01"]`.
         sweep: a study's name or file.
-        name: the file of conf/ to start from, where there is no study.
+        name: the file of conf/ to start from, if there is no study.
 
     Raises:
-        Exception: Hydra's, OmegaConf's or YAML's, which `config_errors.first_line` puts into one line.
+        Exception: of Hydra, OmegaConf or YAML; `config_errors.first_line` turns it into one line.
     """
     if sweep is not None:
         return _composed(_register(sweep), overrides)
@@ -95,14 +96,14 @@ def compose(overrides: Sequence[str] = (), *, sweep: str | Path | None = None, n
 
 
 def own_folders() -> list[Path]:
-    """The user's `conf/`: of the current folder, and of the folders in PYTHONPATH."""
+    """The user's own `conf/` folders, in the current folder and in the folders of PYTHONPATH."""
     folders = dict.fromkeys([".", *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     return [conf for folder in folders if folder and (conf := Path(folder, "conf").resolve()).is_dir()]
 
 
 @functools.lru_cache(maxsize=1000)
 def _kept(name: str, overrides: tuple[str, ...], files: Hashable) -> Composition:
-    """Kept for as long as no file of conf/ changes: Hydra takes 80 ms, and planning asks for the same things again."""
+    """Cached until a file of conf/ changes: Hydra takes 80 ms, and planning composes the same things repeatedly."""
     return _composed(name, overrides)
 
 
@@ -113,7 +114,7 @@ def _composed(name: str, overrides: Sequence[str]) -> Composition:
     from hydra.initialize import get_gh_backup, restore_gh_from_backup
     from omegaconf import OmegaConf, open_dict
 
-    running = get_gh_backup()  # a cell may be composed inside a running Hydra, which allows only one at a time
+    running = get_gh_backup()  # a cell may be composed while Hydra runs, and only one Hydra may run at a time
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(OURS / "conf"), version_base="1.3"):
@@ -127,7 +128,7 @@ def _composed(name: str, overrides: Sequence[str]) -> Composition:
 
 
 def _register(sweep: str | Path) -> str:
-    """Make a study known to Hydra, and return the name under which Hydra composes it.
+    """Register a study with Hydra and return the name under which Hydra composes it.
 
     Its settings are laid over `conf/config.yaml`, unless its `defaults` name another file to lay them over.
     """
@@ -144,7 +145,7 @@ def _register(sweep: str | Path) -> str:
     node = {
         **study,
         "defaults": [*([] if bases else ["config"]), *defaults, *([] if "_self_" in defaults else ["_self_"])],
-        # Files that its `defaults` name may lie beside it; without any, nothing is looked for there.
+        # Files named in its `defaults` may lie beside the study's file.
         "hydra": {"searchpath": [f"file://{file.parent}"] if defaults else []},
     }
     ConfigStore.instance().store(name, OmegaConf.create(node), provider=str(file))

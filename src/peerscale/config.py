@@ -1,6 +1,7 @@
-"""The whole run as frozen dataclasses, and `load`, the one way from YAML files and overrides to them.
+"""The configuration of a run as frozen dataclasses, and `load`, which makes it from YAML files and overrides.
 
-Strict: an unknown key, a wrong type or a size that cannot be built is a `ConfigError` of one line. No torch here.
+Parsing is strict: an unknown key, a wrong type or a size that cannot be built raises a `ConfigError` of one line. This
+module does not import torch.
 """
 
 import re
@@ -31,7 +32,7 @@ class SizeConfig:
         if self.d_model % (2 * self.n_heads):
             legal = 2 * self.n_heads * max(1, round(self.d_model / (2 * self.n_heads)))
             raise ValueError(
-                f"{self.n_heads} heads do not divide d_model {self.d_model} into an even width (rotary positions turn "
+                f"{self.n_heads} heads do not divide d_model {self.d_model} into an even width (rotary embedding needs "
                 f"pairs); nearest d_model: {legal}"
             )
 
@@ -42,21 +43,21 @@ class SizeConfig:
 
     @property
     def name(self) -> str:
-        """`d32`; a depth other than 4 and a number of heads other than the usual one show: `d32-l6-h8`."""
+        """`d32`; a depth other than 4 and an unusual number of heads are appended: `d32-l6-h8`."""
         depth = "" if self.n_layers == 4 else f"-l{self.n_layers}"
         heads = "" if self.n_heads == self._usual_heads else f"-h{self.n_heads}"
         return f"d{self.d_model}{depth}{heads}"
 
     @property
     def _usual_heads(self) -> int:
-        """As in conf/size: the fewest heads that are at most 16 wide, but 4 of d48."""
+        """The number in conf/size: the fewest heads whose width is at most 16; 4 for d48."""
         if self.d_model == 48:
             return 4
         return next(n for n in range(1, self.d_model) if self.d_model % (2 * n) == 0 and self.d_model // n <= 16)
 
 
 def _blocks(value: Any) -> Any:
-    """Checked as one, since a union would report each of its members."""
+    """Validate `replaced` in one function, since pydantic reports an error for each member of a union."""
     blocks = isinstance(value, list) and value and all(type(i) is int and i >= 1 for i in value)
     if value not in ("middle", "all") and not blocks:
         raise ValueError(f"middle, all or a list of blocks counted from 1, not {value!r}")
@@ -64,10 +65,10 @@ def _blocks(value: Any) -> Any:
 
 
 FROM_FILES = ("pile", "curation_corpus")
-"""Sets of `TABLE_1_SETS` that are not freely on the Hugging Face hub."""
+"""Sets of `TABLE_1_SETS` that are not freely available on the Hugging Face hub."""
 TABLE_1_SETS = ("lambada", "wikitext", *FROM_FILES)
-"""Evaluation sets of the paper's Table 1 besides C4. Any corpus gets those that `evaluation` asks for when it is
-prepared, from `held_out` or else from the hub."""
+"""Evaluation sets of the paper's Table 1, except C4. When a corpus is prepared, those that `evaluation` names are added
+to it, from the files in `held_out` or else from the hub."""
 HELD_OUT_SETS = ("validation", "tuning", "speeches", "wikipedia", *TABLE_1_SETS)
 """Sets that are never trained on. Every corpus has the first two; only `gutenberg` has the next two."""
 
@@ -78,22 +79,23 @@ class DataConfig:
 
     source: Literal["gutenberg", "text", "c4"]
     name: str | None = None
-    """Stands for the corpus in the names of cells and in the table of runs; null: see `corpus_name`."""
+    """Name of the corpus in cell names and in the table of runs; null: see `corpus_name`."""
     vocab_size: Annotated[int, Field(ge=257, le=65536)] = 2048
     train_tokens: Positive | None = None
-    """Tokens to train on, written down so that planning needs no corpus; null: known once prepared."""
+    """Training tokens of the corpus, given so that planning does not need it; null: known once it is prepared."""
     max_epochs: Rate = 1.0
     """A cell that needs more passes over the corpus is dropped."""
     val_set: str = "validation"
     """The held-out set whose loss is `val_loss`; learning rates are tuned on `tuning`."""
     evaluation: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: {"validation": 131072})
-    """Tokens of each held-out set to evaluate on, the same for every cell; 0 leaves a set out. Of a smaller set all
-    whole batches are used, and a set that the corpus lacks is skipped. Of `lambada`, of which only last words count
-    (`training.evaluation`), each passage takes a whole row of `context` tokens."""
+    """Tokens of each held-out set to evaluate on, the same for every cell; 0 leaves a set out. If a set is smaller, all
+    its whole batches are used; a set that the corpus does not have is skipped. In `lambada` only the last word of each
+    passage is scored (`training.evaluation`), and each passage takes a whole row of `context` tokens."""
     held_out: dict[str, str | None] = Field(default_factory=dict)
-    """Files of yours, or folders of them, for sets of `TABLE_1_SETS`."""
+    """The user's files, or folders of files, for sets of `TABLE_1_SETS`."""
     path: str | None = None
-    """`text`: a .txt, .jsonl or .gz file, or a folder of them. `c4`: a folder of C4's shards in place of the hub."""
+    """`text`: a .txt, .jsonl or .gz file, or a folder of them. `c4`: a folder of C4's shards, to use instead of the
+    hub."""
     max_documents: Positive | None = None
     """`c4`: documents to stream."""
     directory: str = "data"
@@ -102,7 +104,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.name is not None and not re.fullmatch(r"\w[\w.-]*", self.name, re.ASCII):
             raise ValueError(
-                f"name {self.name!r} is no plain word (letters, digits, _ . -, and no . or - at its start)"
+                f"name {self.name!r} is not a plain word (letters, digits, _ . -, and no . or - at its start)"
             )
         if strange := [name for name in self.evaluation if name not in HELD_OUT_SETS]:
             raise ValueError(f"evaluation names {strange[0]!r}; the held-out sets are {', '.join(HELD_OUT_SETS)}")
@@ -126,7 +128,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class RateLawConfig:
-    """How the best learning rate changes, as `analysis/fit.py rates` finds it.
+    """How the best learning rate depends on width, tokens and batch, as fitted by `analysis/fit.py rates`.
 
     lr x (d_model / reference)^-width_exponent x (tokens / reference)^-tokens_exponent
     x (batch_sequences / reference)^batch_exponent
@@ -135,16 +137,16 @@ class RateLawConfig:
     reference_d_model: Rate
     reference_tokens: Rate
     reference_batch_sequences: Rate
-    """Where the best rate is `optim.lr`."""
+    """The reference point, at which the best rate is `optim.lr`."""
     width_exponent: float
     tokens_exponent: float
     batch_exponent: float
     fitted_d_model: tuple[Rate, Rate]
-    """Lowest and highest of the runs that the law was fitted to; the plan names cells beyond them."""
+    """Smallest and largest value in the runs that the law was fitted to; the plan lists cells outside this range."""
     fitted_tokens: tuple[Rate, Rate]
     fitted_batch_sequences: tuple[Rate, Rate]
     largest_lr: Rate | None = None
-    """No cell gets more, however short or narrow: the largest rate that the runs tried; null: no bound."""
+    """Upper bound on the rate of every cell: the largest rate that the runs tried; null: no bound."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -152,31 +154,32 @@ class OptimConfig:
     """AdamW and its schedule."""
 
     name: Literal["adamw", "row_sparse_adamw"] = "adamw"
-    """`row_sparse_adamw` updates only the table rows that were retrieved: no cost grows with the number of experts."""
+    """`row_sparse_adamw` updates only the table rows that were retrieved, so its cost does not grow with the number of
+    experts."""
     lr: Rate
-    """Peak rate where `lr_rule` multiplies it by one: at d_model 32, or at the reference of `lr_law`."""
+    """Peak rate at d_model 32, or at the reference point of `lr_law`; `lr_rule` scales it elsewhere."""
     table_lr: Rate | None = None
     """Rate of the expert tables and PKM values, the same for all sizes; null: the layer has none."""
     lr_rule: Literal["constant", "inverse_sqrt_width", "law"] = "inverse_sqrt_width"
-    """`inverse_sqrt_width`: lr x sqrt(32 / d_model); `law`: by `lr_law`."""
+    """`inverse_sqrt_width`: lr x sqrt(32 / d_model); `law`: as `lr_law` says."""
     lr_law: RateLawConfig | None = None
     lr_factor: Rate = 1.0
-    """Multiplies the peak rate, but not the tables': the axis of a study that brackets its rates."""
+    """Multiplies the peak rate, but not `table_lr`; the axis of a study that brackets its rates."""
     schedule: Literal["cosine", "wsd"] = "cosine"
-    """`wsd` (warm-up, stable, decay) keeps the peak rate until the last part of the run, so that runs of several
-    lengths have their first part in common."""
+    """`wsd` (warm-up, stable, decay) keeps the peak rate until the last part of the run, so that runs of different
+    lengths share their first part."""
     warmup_fraction: Fraction = 0.1
     warmup_steps: Positive | None = None
-    """In place of the fraction: as many steps for a run of any length."""
+    """Replaces the fraction: the same number of steps for a run of any length."""
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """Of the steps, at the end of a run with `wsd`: the rate falls in a straight line to `final_lr_fraction`."""
+    """`wsd`: the fraction of the steps, at the end, in which the rate falls linearly to `final_lr_fraction`."""
     final_lr_fraction: Fraction = 0.1
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     eps: Rate = 1e-8
     grad_clip: Rate = 1.0
-    """Bound on the global gradient norm of all but the expert tables."""
+    """Bound on the global gradient norm of all parameters except the expert tables."""
 
     def __post_init__(self) -> None:
         if self.lr_rule == "law" and self.lr_law is None:
@@ -184,28 +187,30 @@ class OptimConfig:
 
 
 RENAMED_KERNELS = {"fused": "cpp", "native": "torch"}
-"""Names that older configurations and records have for a kernel."""
+"""Former names of kernels, which older configurations and records contain."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class TrainerConfig:
-    """How and where a cell runs; nothing here changes its result beyond floating-point order."""
+    """How and where a cell runs; nothing here changes its result, except through the order of floating-point sums."""
 
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: Positive = 1
-    """GPUs of one cell, or processes on a machine without; they share each batch, so must divide `batch_sequences`."""
+    """GPUs of one cell, or processes on a machine without GPUs. They share each batch, so their number must divide
+    `batch_sequences`."""
     micro_batches: Positive | None = None
-    """Parts of a device's batch that are computed one after the other, for less memory; their gradients add up. Null:
-    as few as fit `device_memory_gb`, which the plan chooses."""
+    """Parts of a device's batch that are computed one after the other to save memory; their gradients are summed. Null:
+    the plan chooses the smallest number that fits `device_memory_gb`."""
     activation_checkpointing: bool = False
-    """Keep only the inputs of attention and dense layers for the backward pass, which computes them again: less memory
-    for a third more time. The layer under study is not computed again; FLOPs of the budget stay as they are."""
+    """Keep only the inputs of attention and dense layers and recompute the rest in the backward pass: less memory for a
+    third more time. The layer under study is not recomputed; the FLOPs of the budget do not change."""
     device_memory_gb: Rate | None = None
-    """Memory of one GPU, which a cell that trains on GPUs must fit (`device_memory`); null: any fits."""
+    """Memory of one GPU; a cell that trains on GPUs must fit into it (`device_memory`). Null: no limit."""
     device_flops_per_s: Rate = 9.89e14
-    """Peak of one GPU (here an H100 in bf16): with `device_utilisation` a guess of times that no record tells."""
+    """Peak of one GPU (default: an H100 in bf16). Times that no record gives are estimated from it and
+    `device_utilisation`."""
     device_utilisation: Fraction = 0.3
-    """Share of the peak that training is guessed to reach."""
+    """Share of the peak that training is assumed to reach."""
     threads: Positive = 1
     """CPU threads of each process of a cell; parallel sweeps run fastest with one."""
     kernel: Annotated[
@@ -214,11 +219,11 @@ class TrainerConfig:
     ] = "auto"
     """Which implementation of the operators (`kernels.backends`)."""
     compile: bool = False
-    """torch.compile: takes 6 to 20 s at the start and saves 2 to 10 % of a step: for cells of 15 minutes or more."""
+    """torch.compile: takes 6 to 20 s at the start and saves 2 to 10 % of each step; worth it from 15 minutes a cell."""
     checkpoint_every_s: Rate = 60.0
-    """Seconds between two checkpoints; more where saving one takes over 2 % of them."""
+    """Seconds between two checkpoints; longer if saving one would take more than 2 % of the time."""
     checkpoint_every_steps: Positive | None = None
-    """Steps between two, besides; null: time alone decides."""
+    """Also save a checkpoint every so many steps; null: only time decides."""
     log_every_steps: Positive = 20
     keep_checkpoint: bool = False
     """Keep the checkpoint after the last step of a finished cell, for `peerscale.model.load_model`."""
@@ -235,7 +240,7 @@ class TrackingConfig:
     entity: str | None = None
     tags: list[str] = Field(default_factory=list)
     id_salt: str = ""
-    """Changes the W&B run ids, for a project where runs of these ids were deleted."""
+    """Changes the W&B run ids, for a project in which runs with the usual ids were deleted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -256,10 +261,10 @@ class Config:
     """Blocks whose feed-forward layer is `ffn`, counted from 1; `middle` is block n_layers // 2 (paper: 6 of 12)."""
     batch_sequences: Positive = 16
     context: Annotated[int, Field(ge=2)] = 64
-    """Tokens a sequence."""
+    """Tokens per sequence."""
     routing_group_sequences: Positive | None = None
-    """Sequences among which expert choice chooses, and over which the BatchNorm of queries takes its statistics; null:
-    those of the whole batch, on all devices."""
+    """Sequences in a routing group: expert choice selects tokens within a group, and the BatchNorm of queries takes its
+    statistics over a group. Null: the whole batch, on all devices."""
     precision: Literal["fp32", "bf16"] = "fp32"
     min_steps: Positive = 200
     """A cell with fewer optimiser steps is dropped."""
@@ -281,7 +286,7 @@ class Config:
 
     @property
     def surroundings(self) -> Surroundings:
-        """What the layer under study may know of the rest."""
+        """What the layer under study may know about the rest of the model."""
         return Surroundings(
             d_model=self.size.d_model,
             d_ff=self.size.d_ff,
@@ -296,7 +301,7 @@ class Config:
 
     @property
     def n_routing_groups(self) -> int:
-        """Consecutive parts of a batch, each with statistics of its own."""
+        """Number of consecutive parts of a batch, each with its own statistics."""
         return self.batch_sequences // (self.routing_group_sequences or self.batch_sequences)
 
 
@@ -304,7 +309,7 @@ _CONFIG: TypeAdapter[Config] = TypeAdapter(Config)
 
 
 def parse_config(tree: Mapping[str, Any]) -> Config:
-    """A nested mapping, as composed by Hydra or read from `config.yaml`, as a `Config`; raises `ConfigError`."""
+    """Make a `Config` from a nested mapping, composed by Hydra or read from `config.yaml`; raises `ConfigError`."""
     return parse(_CONFIG, Config, tree)
 
 
@@ -318,7 +323,7 @@ def load(overrides: Sequence[str] = (), *, sweep: str | Path | None = None) -> C
 
     Args:
         overrides: such as `["ffn=peer", "size=d64", "budget=1e12"]`.
-        sweep: a study's name or file, whose settings lie between `conf/` and the overrides.
+        sweep: a study's name or file, whose settings are laid over `conf/` and below the overrides.
 
     Raises:
         ConfigError: an unknown key or value, or a model that cannot be built.
@@ -327,7 +332,7 @@ def load(overrides: Sequence[str] = (), *, sweep: str | Path | None = None) -> C
 
 
 def composed(overrides: Sequence[str] = (), *, sweep: str | Path | None = None, name: str = "config") -> Composition:
-    """As `composition.compose`, with errors as `ConfigError`, and without the `sweep` section of a study."""
+    """Like `composition.compose`, but raises `ConfigError` and leaves out the `sweep` section of a study."""
     with hydra_errors(overrides, sweep):
         composition = compose(overrides, sweep=sweep, name=name)
     composition.tree.pop("sweep", None)
@@ -336,7 +341,7 @@ def composed(overrides: Sequence[str] = (), *, sweep: str | Path | None = None, 
 
 @contextmanager
 def hydra_errors(overrides: Sequence[str] = (), sweep: str | Path | None = None) -> Iterator[None]:
-    """Errors of Hydra, OmegaConf and YAML about `overrides` of a study's file come out as `ConfigError`."""
+    """Turn errors of Hydra, OmegaConf and YAML about `overrides` or a study's file into `ConfigError`."""
 
     def layer() -> str | None:
         try:

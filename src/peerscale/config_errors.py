@@ -1,4 +1,4 @@
-"""Errors of Hydra, OmegaConf and pydantic about a configuration, each as one line in the user's terms."""
+"""Errors of Hydra, OmegaConf and pydantic about a configuration, each turned into one line that a user understands."""
 
 import difflib
 import itertools
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def parse(adapter: TypeAdapter[T], root: type, tree: Mapping[str, Any], section: str = "") -> T:
-    """A nested mapping, `section` of the file or all of it, as a `root`; raises `ConfigError` for its first mistake."""
+    """Make a `root` from a nested mapping (the file, or its `section`); raises `ConfigError` for the first mistake."""
     try:
         return adapter.validate_python(tree)
     except ValidationError as error:
@@ -27,7 +27,7 @@ def parse(adapter: TypeAdapter[T], root: type, tree: Mapping[str, Any], section:
 
 
 def method_in(tree: Mapping[str, Any]) -> str | None:
-    """The `method` of the layer in a configuration that may have mistakes; None if it cannot be told."""
+    """The `method` of the layer in a configuration that may have mistakes; None if it cannot be determined."""
     try:
         return method_of(layer_class(tree["ffn"]))
     except (ConfigError, KeyError, AttributeError, TypeError):
@@ -35,9 +35,9 @@ def method_in(tree: Mapping[str, Any]) -> str | None:
 
 
 def one_line(problem: Mapping[str, Any], root: type, section: str = "", layer: str | None = None) -> str:
-    """The first of pydantic's complaints about a `root`, which is a `section` of the user's file, or all of it.
+    """One line for pydantic's error `problem` about a `root`, which is the user's file or a `section` of it.
 
-    `layer` is the `ffn.method` of the configuration, if it is known.
+    `layer` is the `ffn.method` of the configuration, if known.
     """
     parts = [str(part) for part in problem["loc"]]
     where = ".".join([*([section] if section else []), *parts])
@@ -62,7 +62,7 @@ def unknown_key(key: str, root: type, layer: str | None = None) -> str:
     Args:
         key: dotted.
         root: the dataclass that was to hold it.
-        layer: the `ffn.method` of the configuration, if it is known.
+        layer: the `ffn.method` of the configuration, if known.
     """
     if key.partition(".")[0] == "sweep":
         return f"unknown key {key}; only a study has it: make sweep SWEEP=NAME OVERRIDES=..."
@@ -80,7 +80,7 @@ def unknown_key(key: str, root: type, layer: str | None = None) -> str:
 
 
 def layers_with(key: str) -> list[str]:
-    """The `ffn.method` of every layer that has `key`, such as `ffn.top_k`; none for a key that is no layer's."""
+    """The `ffn.method` of every layer that has `key`, such as `ffn.top_k`; empty if `key` belongs to no layer."""
     group, _, name = key.partition(".")
     return [method for method, kind in known_layers().items() if group == "ffn" and name in {*_keys(kind)}]
 
@@ -93,13 +93,13 @@ def _siblings(parts: list[str], root: type) -> list[str]:
 
 
 def _keys(kind: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted keys of a dataclass, of the members of a union, of the items of a list; of all layers where any can be."""
+    """Dotted keys of a dataclass, of the members of a union or the items of a list; an `FfnConfig` can be any layer."""
     if typing.get_origin(kind) is Annotated:
         kind = typing.get_args(kind)[0]
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) in (typing.Union, list):
         for member in typing.get_args(kind):
             yield from _keys(member, prefix)
-    elif kind is FfnConfig and prefix.count(".") < 3:  # a layer inside a layer, such as `ffn.params_of`, is the last
+    elif kind is FfnConfig and prefix.count(".") < 3:  # no deeper than a layer inside a layer, such as `ffn.params_of`
         for layer in known_layers().values():
             yield from _keys(layer, prefix)
     elif is_dataclass(kind):
@@ -110,23 +110,23 @@ def _keys(kind: Any, prefix: str = "") -> Iterator[str]:
 
 
 def of_composition(error: Exception) -> bool:
-    """Whether an error is Hydra's, OmegaConf's or YAML's about what a user wrote."""
+    """Whether an error comes from Hydra, OmegaConf or YAML and concerns what a user wrote."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    # Hydra's ValueError is of size=null and such.
+    # Hydra raises a ValueError for overrides such as size=null.
     hydras = type(error) is ValueError and str(error).startswith("Config group override")
     return hydras or isinstance(error, HydraException | OmegaConfBaseException | YAMLError)
 
 
 def first_line(error: Exception, root: type, layer: Callable[[], str | None]) -> str:
-    """An error of Hydra, OmegaConf or YAML, which takes several lines, in one.
+    """An error of Hydra, OmegaConf or YAML, which has several lines, in one line.
 
     Args:
         error: what was raised.
         root: the dataclass that was to be made.
-        layer: gives the `ffn.method` of the configuration if it can be found out.
+        layer: returns the `ffn.method` of the configuration, or None if it cannot be determined.
     """
     from hydra.errors import MissingConfigException, OverrideParseException
     from yaml import MarkedYAMLError

@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 
 
 def _no_bool(value: Any) -> Any:
-    """Python's true is 1, but no number that anyone meant."""
+    """Refuse true and false, which Python counts as 1 and 0."""
     if isinstance(value, bool):
         raise ValueError(f"input should be a number, not {str(value).lower()}")
     return value

@@ -7,18 +7,18 @@ from peerscale.config import Config
 from peerscale.layers.dense import DenseConfig
 
 STATE_BYTES = 16
-"""Of a parameter: weight, gradient and two moments, in fp32."""
+"""Per parameter: weight, gradient and two moments, in fp32."""
 LOGITS_BYTES = 2**30
-"""Of the slices of logits, and of their gradients, that a GPU holds at once (`kernels.cross_entropy`)."""
+"""For the slices of logits and their gradients that a GPU holds at once (`kernels.cross_entropy`)."""
 
 
 def device_memory(config: Config) -> dict[str, int]:
-    """Bytes that training takes on one device, by what for; an estimate, without the allocator's losses.
+    """Bytes that training takes on one device, by purpose; an estimate that ignores the allocator's overhead.
 
-    `state` are `STATE_BYTES` a parameter and, at precision bf16, 2 of a copy for each that an expert table has.
-    `activations` are what one micro-batch keeps for its backward pass: of a block 9 d_model numbers per token, and what
-    its feed-forward layer says of itself (`saved_numbers`). The `reference` kernel keeps more of PKM and PEER. With
-    activation checkpointing it keeps the inputs of attention and dense layers, and for a moment all of one block.
+    `state` is `STATE_BYTES` per parameter and, with precision bf16, 2 bytes more per parameter of an expert table, for
+    its bf16 copy. `activations` is what one micro-batch keeps for its backward pass: per token and block 9 d_model
+    numbers, and the `saved_numbers` of its feed-forward layer. The `reference` kernel keeps more for PKM and PEER.
+    Activation checkpointing keeps the inputs of attention and dense layers, and temporarily all of one block.
     """
     around, bytes_each = config.surroundings, 2 if config.precision == "bf16" else 4
     d_model, n_layers = config.size.d_model, config.size.n_layers
@@ -26,7 +26,7 @@ def device_memory(config: Config) -> dict[str, int]:
     n_replaced = len(config.replaced_blocks)
     numbers = n_layers * 9 * d_model + n_replaced * layer + (n_layers - n_replaced) * dense
     if config.trainer.activation_checkpointing:
-        n_kept = 0 if config.ffn.method == "dense" else n_replaced  # layers that are not computed again
+        n_kept = 0 if config.ffn.method == "dense" else n_replaced  # layers that are not recomputed
         numbers = n_layers * 2 * d_model + n_kept * (layer + d_model) + 9 * d_model + dense
     n_copied = n_replaced * config.ffn.copied_parameters(around) if config.precision == "bf16" else 0
     tokens = config.tokens_per_step // config.trainer.devices // around.micro_batches
@@ -38,7 +38,7 @@ def device_memory(config: Config) -> dict[str, int]:
 
 
 def recomputed_share(config: Config, cost: Cost) -> float:
-    """FLOPs that activation checkpointing adds to those of training: attention's and dense layers' forward pass."""
+    """FLOPs that activation checkpointing adds, as a share of the training FLOPs: the recomputed forward passes."""
     if not config.trainer.activation_checkpointing:
         return 0.0
     kept = cost.flops["logits"] + (0 if config.ffn.method == "dense" else cost.layer_flops)
@@ -46,9 +46,10 @@ def recomputed_share(config: Config, cost: Cost) -> float:
 
 
 def in_micro_batches(config: Config) -> Config:
-    """The configuration with its number of micro-batches, where `trainer.micro_batches` leaves that to the plan.
+    """The configuration with a number of micro-batches, if `trainer.micro_batches` leaves that to the plan.
 
-    It is the smallest that divides the batch as the layer allows and fits the memory of the device; 1 if none does.
+    It is the smallest number that divides the batch in a way that the layer allows and fits the memory of the device;
+    1 if no number does.
     """
     if config.trainer.micro_batches is not None:
         return config
@@ -80,13 +81,13 @@ def indivisible(config: Config) -> str:
     if parts > 1 and config.ffn.takes_statistics and (here // parts) % sequences:
         return (
             f"{config.ffn.name} takes statistics over {sequences} sequences, which trainer.micro_batches {parts} "
-            f"divides; routing_group_sequences may be {here // parts} or a divisor of that"
+            f"splits; routing_group_sequences may be {here // parts} or a divisor of that"
         )
     return ""
 
 
 def too_large(config: Config) -> str:
-    """Why a cell does not fit its GPUs, and what would make it fit; empty if it does, or none are used."""
+    """Why a cell does not fit its GPUs, and what would make it fit; empty if it fits or uses no GPUs."""
     room = config.trainer.device_memory_gb
     if config.trainer.accelerator != "gpu" or room is None or (needed := _memory_gb(config)) <= room:
         return ""

@@ -1,6 +1,6 @@
-"""Errors that are the user's to mend, one clear line and never a traceback; and the exit codes of all programs.
+"""Errors that the user can fix, reported in one clear line without a traceback; and the exit codes of all programs.
 
-0: all is done. 1: a crash of the program, with Python's traceback. 2: `USER_ERROR`. 3: `FAILED_CELLS`.
+0: everything is done. 1: a crash of the program, with Python's traceback. 2: `USER_ERROR`. 3: `FAILED_CELLS`.
 130: `INTERRUPTED`.
 """
 
@@ -14,13 +14,13 @@ from collections.abc import Callable
 from typing import Never, TextIO
 
 USER_ERROR = 2
-"""The input was wrong, or there was no space left; one line says what to mend."""
+"""The input was wrong, or no space was left; one line says what to fix."""
 
 FAILED_CELLS = 3
-"""The input was fine and the program went through, but some cells of the work failed."""
+"""The input was correct and the program ran to its end, but some cells failed."""
 
 INTERRUPTED = 130
-"""Ctrl-C; the same command goes on."""
+"""Ctrl-C; the same command continues the work."""
 
 
 class UserError(ValueError):
@@ -32,28 +32,28 @@ class ConfigError(UserError):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, whose complaints take one line too."""
+    """An argparse parser whose errors are `UserError`s of one line."""
 
     def error(self, message: str) -> Never:
         raise UserError(f"{message}; help: {self.prog} --help")
 
 
 def positive_number(text: str) -> float:
-    """A finite number above 0, as a `type` of argparse, which complains of a `ValueError` by this function's name."""
+    """A finite number above 0, as a `type` for argparse, which uses this function's name in its error message."""
     if not 0 < (value := float(text)) < math.inf:
         raise ValueError
     return value
 
 
 def natural_number(text: str) -> int:
-    """A whole number from 0."""
+    """A whole number of at least 0."""
     if (value := int(text)) < 0:
         raise ValueError
     return value
 
 
 def positive_integer(text: str) -> int:
-    """A whole number from 1."""
+    """A whole number of at least 1."""
     if (value := int(text)) < 1:
         raise ValueError
     return value
@@ -62,18 +62,18 @@ def positive_integer(text: str) -> int:
 PLACE = frozenset(
     (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
 )
-"""What is wrong with a place that the user named, not with the program."""
+"""Errors about a path that the user chose, rather than about the program."""
 
 FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-"""No more can be written."""
+"""Errors because no more can be written."""
 
 
 class FailedCells(Exception):
-    """The sweep went through, but some cells of it failed; exit code `FAILED_CELLS`."""
+    """The sweep ran to its end, but some of its cells failed; exit code `FAILED_CELLS`."""
 
 
 def exit_code(main: Callable[[], int | None]) -> int:
-    """Run a program's `main` and return its exit code; errors that are the user's to mend become one line on stderr."""
+    """Run a program's `main` and return its exit code; errors that the user can fix become one line on stderr."""
     try:
         code = main() or 0
         sys.stdout.flush()
@@ -86,13 +86,13 @@ def exit_code(main: Callable[[], int | None]) -> int:
     except BrokenPipeError:
         if not _nobody_reads(sys.stdout):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at its end
-        return 0  # who read the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python reports an error at exit
+        return 0  # the reader of the output, such as `head`, has closed it
     except OSError as error:
-        place = error.filename2 or error.filename  # of a renaming, where to
+        place = error.filename2 or error.filename  # for a renaming: its target
         where = f" for {place}" if place else ""
         if error.errno in FULL:
-            message = f"no space left on disk{where}; nothing half-written stays"
+            message = f"no space left on disk{where}; no half-written file is left"
         elif error.errno in PLACE and where:
             message = f"{place}: {os.strerror(error.errno).lower()}"
         else:

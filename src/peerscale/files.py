@@ -1,4 +1,4 @@
-"""Atomic writing: a file or folder is there whole, or not at all."""
+"""Where files lie, and atomic writing: a file or folder is complete or absent."""
 
 import contextlib
 import json
@@ -12,26 +12,26 @@ from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent
 IN_CHECKOUT = (PACKAGE.parents[1] / "conf").is_dir()
-"""Whether this is a checkout, and not installed from a wheel."""
+"""Whether this package runs from a checkout rather than from an installed wheel."""
 
 ROOT = PACKAGE.parents[1] if IN_CHECKOUT else Path.cwd()
-"""Where `runs/`, `results/`, `data/` and the user's own `sweeps/` lie: the checkout, or else the current folder."""
+"""The folder of `runs/`, `results/`, `data/` and the user's `sweeps/`: the checkout, or else the current folder."""
 
 OURS = ROOT if IN_CHECKOUT else PACKAGE
-"""Where `conf/` and the published `sweeps/` lie: the checkout, or else the package, as the wheel has them too."""
+"""The folder of `conf/` and the published `sweeps/`: the checkout, or else the package, since the wheel has copies."""
 
 
 def from_checkout(path: Path) -> Path:
-    """The path as a user types it in the checkout; as it is if it lies elsewhere."""
+    """The path relative to `ROOT`; unchanged if it lies elsewhere."""
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, renamed onto it at the end; removed, with `path` untouched, on an error.
+    """Yield a temporary path beside `path`; rename it to `path` at the end, or remove it on an error.
 
-    Whatever the block makes there, a file or a folder, appears at `path` in one step. A folder replaces an existing
-    one only by removing that first.
+    The file or folder that the block makes there appears at `path` in one step, except that an existing folder is
+    removed first. On an error `path` stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -46,7 +46,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove what `replacing` left in `folder` when its process was killed; for who alone writes there."""
+    """Remove what killed processes left of `replacing` in `folder`; only safe if no other process writes there."""
     for scratch in folder.glob(".*.????????"):
         if scratch.is_dir():
             shutil.rmtree(scratch)
@@ -61,7 +61,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON to `path` as `write_text` does, a list of numbers on one line; `ValueError` on NaN."""
+    """Write `value` as JSON with `write_text`, each list of numbers on one line; raises `ValueError` for NaN."""
     text = json.dumps(value, indent=1, allow_nan=False)
     lists_of_numbers = r"\[\s+([^\[\]{}\"]*?)\s+\]"
     write_text(path, re.sub(lists_of_numbers, lambda found: f"[{' '.join(found[1].split())}]", text) + "\n")

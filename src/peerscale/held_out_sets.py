@@ -1,4 +1,4 @@
-"""The held-out sets that a cell is evaluated on, on how many tokens of each, and why not on the others."""
+"""Which held-out sets a cell is evaluated on, on how many tokens of each, and why other sets are skipped."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,9 +8,9 @@ from peerscale.data.batches import fewest_tokens, whole_batches
 
 
 def evaluated_tokens(config: Config, set_tokens: Mapping[str, int] | None) -> dict[str, int]:
-    """Tokens of each held-out set to evaluate on: what `data.evaluation` asks, or the set has, in whole batches.
+    """Tokens of each held-out set to evaluate on: what `data.evaluation` asks for, or what the set has if that is less.
 
-    Sets of less than one batch are left out.
+    Only whole batches count; sets smaller than one batch are left out.
     """
     tokens, skipped = {}, skipped_sets(config, set_tokens)
     for name, asked in config.data.evaluation.items():
@@ -52,10 +52,10 @@ def unusable_data(config: Config, set_tokens: Mapping[str, int] | None) -> str:
 
 
 def batch_shape(config: Config, name: str) -> dict[str, Any]:
-    """What `EvaluationBatches` of a set are told.
+    """Arguments of `EvaluationBatches` for a set.
 
-    Sets of Table 1 are small, so that neighbours may stand in a batch: no model was trained on such batches, nor has
-    learned to look into the next row.
+    Sets of Table 1 are small, so neighbouring sequences may share a batch. No model was trained on such batches, so
+    none has learned to use the next row.
     """
     shape = {"batch_sequences": config.batch_sequences, "context": config.context}
     return {**shape, "apart": name not in TABLE_1_SETS}

@@ -1,8 +1,8 @@
-"""Run what is missing of a study: on this machine, or as Slurm jobs.
+"""Run the cells of a study that are not done yet, on this machine or as Slurm jobs.
 
 python -m peerscale.launch SWEEP [key=value ...] [--launcher joblib --jobs 4]
 
-Failed cells stop nothing. Exit codes: `peerscale.errors`.
+Failed cells do not stop the others. Exit codes: `peerscale.errors`.
 """
 
 import signal
@@ -31,26 +31,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m peerscale.launch", description=__doc__.splitlines()[0])
     parser.add_argument("sweep", help="name of a file in sweeps/, or a path")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="overrides of every cell")
-    parser.add_argument("--launcher", choices=LAUNCHERS, default="local", help="this process, several, or Slurm jobs")
+    parser.add_argument(
+        "--launcher", choices=LAUNCHERS, default="local", help="this process, several processes, or Slurm jobs"
+    )
     parser.add_argument("--jobs", type=int, metavar="N", help="cells that run at once (default: one, or Slurm's limit)")
-    parser.add_argument("--published", type=Path, metavar="DIR", help="count as done what this folder has finished")
+    parser.add_argument("--published", type=Path, metavar="DIR", help="count cells finished in this folder as done")
     options = parser.parse_intermixed_args(arguments)
     if options.jobs is not None and options.jobs < 1:
         raise UserError(f"--jobs must be at least 1, not {options.jobs}")
     if started_ranks()[1] > 1:
-        raise UserError("torchrun and srun start the ranks of one cell; a study starts those of its cells itself")
+        raise UserError("torchrun and srun start the ranks of one cell; a study starts the ranks of its cells itself")
     settings = None
     if options.launcher == "slurm":
         from peerscale.submission import submission_settings
 
-        # Before a corpus is prepared for what cannot be submitted.
+        # Checked before the corpus is prepared, in case nothing can be submitted.
         settings = submission_settings(options.overrides, options.jobs)
     cells = planned_cells(options.sweep, options.overrides)
     name = cells[0].sweep
     study = published_study(name, options.published) if options.published else None
     was_there = read_manifest(cells[0].config.data)
     manifest = prepare(cells[0].config.data).manifest
-    if manifest != was_there:  # how large its sets are decides which cells are dropped
+    if manifest != was_there:  # the sizes of its sets decide which cells are dropped
         cells = planned_cells(options.sweep, options.overrides)
     corpus = manifest.fingerprint
     elsewhere = published_as_done(cells, study, corpus) if study else set()
@@ -87,10 +89,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_here(cells: Sequence[Cell], n_processes: int | None) -> dict[str, Status]:
-    """Run cells on this machine, `n_processes` at once, or one after the other in this process; their statuses.
+    """Run cells on this machine, `n_processes` at once, or one after the other in this process; returns their statuses.
 
     Raises:
-        UserError: a cell cannot be run as it is; those that were being run are left as by Ctrl-C.
+        UserError: a cell cannot be run as it is; running cells stop as on Ctrl-C.
     """
     groups = in_turn(cells)
     if n_processes is None:
@@ -104,7 +106,7 @@ def run_here(cells: Sequence[Cell], n_processes: int | None) -> dict[str, Status
 
 
 def _run_as_worker(cells: Sequence[Cell]) -> dict[str, Status]:
-    """In a process beside others, which each have their own GPUs where there are some."""
+    """Run cells in one of several processes, each of which has its own GPUs if there are any."""
     from peerscale.training.gpus import take_gpus
 
     if cells[0].config.trainer.accelerator != "cpu":
@@ -118,7 +120,7 @@ def _run_in_turn(cells: Sequence[Cell]) -> dict[str, Status]:
 
 @contextmanager
 def _terminated_as_by_ctrl_c() -> Iterator[None]:
-    """A SIGTERM is taken as Ctrl-C is, or the worker processes would stay."""
+    """Treat SIGTERM like Ctrl-C, since the worker processes would otherwise keep running."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

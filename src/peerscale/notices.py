@@ -1,4 +1,4 @@
-"""What a user should know of a study before its cells run, one line each."""
+"""What a user should know about a study before its cells run, one line per notice."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from peerscale.runs.record import Status, read_record
 
 
 def diverged_lines(cells: Sequence[Cell], data_fingerprint: str) -> list[str]:
-    """The cells that a sweep leaves alone because they diverged, one line each: why, and how to run them again."""
+    """The cells that a sweep does not run again because they diverged, one line each: why, and how to run them."""
     return [
         f"{cell.name} diverged: {record.reason}; {how_to_rerun(cell)}"
         for cell in cells
@@ -19,7 +19,7 @@ def diverged_lines(cells: Sequence[Cell], data_fingerprint: str) -> list[str]:
 
 
 def short_methods(cells: Sequence[Cell], min_sizes: int) -> list[str]:
-    """Methods with fewer sizes left at a budget than a parabola wants, one line each."""
+    """Methods with fewer than `min_sizes` sizes left at a budget, one line each."""
     lines = []
     usual = without_brackets(cells)
     for name, budget in sorted({(cell.config.ffn.name, cell.config.budget) for cell in cells}):
@@ -31,7 +31,7 @@ def short_methods(cells: Sequence[Cell], min_sizes: int) -> list[str]:
 
 
 def evaluation_lines(cells: Sequence[Cell], *, short_only: bool = False) -> list[str]:
-    """What the cells that are not dropped are evaluated on; with `short_only` those lines that are not as asked."""
+    """What the cells that are not dropped are evaluated on; `short_only` omits cells evaluated as `data` asks."""
     kept = [cell for cell in cells if cell.plan.verdict is Verdict.OK]
     shown = [cell for cell in kept if not (short_only and as_asked(cell.config, cell.plan))]
     return list(dict.fromkeys(evaluation_line(cell.config, cell.plan) for cell in shown))
@@ -54,7 +54,7 @@ def evaluation_line(config: Config, plan: Plan) -> str:
 
 
 def rate_lines(cells: Sequence[Cell]) -> list[str]:
-    """Which of the cells that are not dropped have a learning rate from beyond the runs that its law was fitted to."""
+    """A line if cells that are not dropped lie outside the range of the runs that their law of rates was fitted to."""
     beyond = [beyond_law(cell.config, cell.plan.tokens) for cell in cells if cell.plan.verdict is Verdict.OK]
     parts = []
     for name in dict.fromkeys(name for places in beyond for name in places):
@@ -63,11 +63,12 @@ def rate_lines(cells: Sequence[Cell]) -> list[str]:
         between = f"{min(values):.3g}" if len({*values}) == 1 else f"{min(values):.3g} to {max(values):.3g}"
         parts.append(f"{name} {between} (fitted: {low:.3g} to {high:.3g})")
     n = sum(map(bool, beyond))
-    return [f"learning rate: {n} of {len(beyond)} cells lie beyond the runs of its law: {'; '.join(parts)}"] * (n > 0)
+    said = f"learning rate: {n} of {len(beyond)} cells lie outside the range that its law was fitted to"
+    return [f"{said}: {'; '.join(parts)}"] * (n > 0)
 
 
 def beyond_law(config: Config, tokens: int) -> dict[str, tuple[float, tuple[float, float]]]:
-    """Where a cell lies outside the runs that its `lr_law` was fitted to: its value, and the range of the runs."""
+    """Quantities in which a cell lies outside the runs that its `lr_law` was fitted to: its value, and their range."""
     law = config.optim.lr_law
     if config.optim.lr_rule != "law" or law is None:
         return {}

@@ -1,4 +1,4 @@
-"""What became of the cells of a study: those run here, in runs/, and those published, in results/."""
+"""The outcomes of a study's cells: those run here, in runs/, and those published, in results/."""
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,14 +16,14 @@ from peerscale.runs.table import read_records
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What became of one cell."""
+    """The outcome of one cell."""
 
     record: Record | None = None
     """The record that counts; None if the cell was never run, or is refused."""
     published: bool = False
     """Whether that record is the published one."""
     refused: str = ""
-    """Why what lies in the cell's folder cannot be read or continued, and what to do about it."""
+    """Why the contents of the cell's folder cannot be read or continued, and what to do about it."""
 
     @property
     def done(self) -> bool:
@@ -36,12 +36,12 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcomes:
-    """What became of a study."""
+    """The outcomes of a study's cells."""
 
     planned: dict[str, Outcome]
-    """By cell, in the order of the plan."""
+    """By name of the cell, in the order of the plan."""
     further: dict[str, Outcome]
-    """Cells that the plan does not have, such as those made with other overrides."""
+    """Cells that are not in the plan, such as those made with other overrides."""
     notices: list[str] = field(default_factory=list)
     """Published cells that do not count, and why."""
 
@@ -51,8 +51,8 @@ def outcomes(cells: Sequence[Cell], study: Study, data_fingerprint: str | None) 
 
     Args:
         cells: the plan.
-        study: the published form of the study, whether or not it is there.
-        data_fingerprint: of the prepared corpus; None if it is not prepared, and then not compared.
+        study: the published form of the study, which may not exist.
+        data_fingerprint: of the prepared corpus; None if it is not prepared; then corpora are not compared.
     """
     plan = {cell.name: cell for cell in cells}
     here = cells[0].folder.parent
@@ -82,7 +82,7 @@ def _outcome(folder: Path, cell: Cell | None, published: Record | None, data_fin
 
 
 def which_counts(own: Record | None, published: Record | None) -> Record | None:
-    """The record of a cell that counts: a finished one before any other, and one of this machine before another."""
+    """The record of a cell that counts: a finished one if there is any, and otherwise this machine's own."""
     found = [record for record in (own, published) if record is not None]
     return next((record for record in found if record.status is Status.DONE), found[0] if found else None)
 
@@ -90,7 +90,7 @@ def which_counts(own: Record | None, published: Record | None) -> Record | None:
 def read_published(study: Study) -> dict[str, Record]:
     """The published cells that have ended, by name; none if the study, or its records, are not published.
 
-    That a cell is pending or dropped is for the plan to say.
+    Pending and dropped cells are left out, since the plan decides about them.
     """
     records = read_records(study.folder) if study.records.is_file() else []
     return {record.cell: record for record in records if record.status in ENDED}
@@ -116,7 +116,7 @@ def published_as_done(cells: Sequence[Cell], study: Study, data_fingerprint: str
 def of_the_plan(
     cells: Iterable[Cell], records: Mapping[str, Record], where: Path, data_fingerprint: str | None
 ) -> tuple[dict[str, Record], list[str]]:
-    """Those records that are of the plan's configuration, or of no cell of the plan; and a notice of the others."""
+    """The records that match the plan's configuration or are of no cell of the plan; and a notice about the others."""
     differ = {
         cell.name: found
         for cell in cells
@@ -126,15 +126,15 @@ def of_the_plan(
     if not differ:
         return kept, []
     name, found = next(iter(differ.items()))
-    count = f"{len(differ)} published cells, {name} among them, are" if len(differ) > 1 else f"published {name} is"
-    return kept, [f"notice: {where}: {count} of another configuration than the plan's: {'; '.join(found)}"]
+    count = f"{len(differ)} published cells, {name} among them, have" if len(differ) > 1 else f"published {name} has"
+    return kept, [f"notice: {where}: {count} another configuration than the plan: {'; '.join(found)}"]
 
 
 def some(names: Sequence[str]) -> str:
-    """The first three names of a list, and whether there are more."""
+    """The first three names of a list, and `...` if there are more."""
     return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
 
 
 def further_line(names: Sequence[str]) -> str:
-    """Cells with a record that the plan does not have, in one line."""
+    """One line about cells that have a record but are not in the plan."""
     return f"{len(names)} further cell{'s' * (len(names) > 1)} not in the plan: {some(names)}"

@@ -1,4 +1,4 @@
-"""A study at a glance: its plan before it runs, its grid of losses while and after.
+"""Overview of a study: its plan before it runs; its grid of losses while it runs and afterwards.
 
 python -m peerscale.overview plan SWEEP [key=value ...]
 python -m peerscale.overview status SWEEP [key=value ...]
@@ -41,7 +41,7 @@ from peerscale.sweep_config import load_sweep
 
 
 def plan_row(cell: Cell, outcome: Outcome) -> dict[str, str]:
-    """What a cell costs and what it will do, or that it is done, as the plan's table shows it."""
+    """The row of a cell in the plan's table: its cost, its training, and whether it is done or dropped."""
     plan = cell.plan
     state = "published" if outcome.done_published else "done" if outcome.done else plan.verdict
     return {
@@ -68,14 +68,14 @@ lr, table lr: peak learning rates of the backbone and of expert tables; FLOPs/bu
 
 
 def time_lines(cells: Sequence[Cell], price: float | None) -> list[str]:
-    """By what times are guessed, and the GPU-hours of all cells that train on GPUs, at a `price` for each."""
+    """How times are estimated, and the GPU-hours of all cells that train on GPUs, with their cost at `price` each."""
     lines, trainers = [], [cell.config.trainer for cell in cells if cell.config.trainer.accelerator == "gpu"]
     guessed = [cell.config.trainer for cell in cells if cell.estimate_is_guess]
     if any(trainer.accelerator != "gpu" for trainer in guessed):
-        lines.append("time? is a guess by the published runs: no finished cell of that method on this machine yet")
+        lines.append("time? is estimated from published runs: no finished cell of that method on this machine yet")
     for share, peak in dict.fromkeys((t.device_utilisation, t.device_flops_per_s) for t in guessed if t in trainers):
         lines.append(
-            f"time? is a guess, by trainer.device_utilisation {share:g} of trainer.device_flops_per_s {peak:.3g}: no "
+            f"time? assumes trainer.device_utilisation {share:g} of trainer.device_flops_per_s {peak:.3g}: no "
             "finished cell of that method on a GPU yet"
         )
     if trainers:
@@ -91,7 +91,7 @@ def time_lines(cells: Sequence[Cell], price: float | None) -> list[str]:
 
 
 def branches_lines(cells: Sequence[Cell]) -> list[str]:
-    """What branches save of the FLOPs of these cells; nothing without any."""
+    """The FLOPs that branches save in these cells; no line if there are no branches."""
     shared = sum(
         decay_from(cell.config, cell.plan) * cell.config.tokens_per_step * cell.plan.cost.flops_per_token
         for cell in cells if cell.trunk
@@ -103,10 +103,10 @@ def branches_lines(cells: Sequence[Cell]) -> list[str]:
 
 
 def print_plan(sweep: str, overrides: Sequence[str], workers: int, results: Path, price: float | None = None) -> int:
-    """Print the plan; exit code 2 if a method keeps too few sizes at a budget."""
+    """Print the plan; returns exit code 2 if a method keeps too few sizes at a budget."""
     cells = planned_cells(sweep, overrides)
     if cells[0].config.data.source == "text":
-        text.files(str(cells[0].config.data.path))  # at once, not when the corpus is prepared
+        text.files(str(cells[0].config.data.path))  # raises for a wrong path now, not only when the corpus is prepared
     found = _outcomes(cells, results)
     kept = [cell for cell in cells if cell.plan.verdict is Verdict.OK]
     rows = [plan_row(cell, found.planned[cell.name]) for cell in cells]
@@ -124,7 +124,7 @@ def print_plan(sweep: str, overrides: Sequence[str], workers: int, results: Path
         print(line)
     print(*evaluation_lines(cells), *rate_lines(cells), sep="\n", end="\n" if kept else "")
     if any(cell.plan.epochs is None for cell in cells):
-        print("the corpus is not prepared and its tokens not known: cells may still be dropped, and sets be skipped")
+        print("the corpus is not prepared and its size is not known: cells may still be dropped, and sets skipped")
     _print_notices(found)
     short = short_methods(cells, load_sweep(sweep, overrides).min_sizes)
     for line in short:
@@ -151,7 +151,7 @@ def _print_notices(found: Outcomes) -> None:
 
 
 def print_status(sweep: str, overrides: Sequence[str], results: Path) -> int:
-    """Print the grid, method and size by budget: a loss, or what became of the cell; means over seeds; brackets."""
+    """Print a grid of method and size by budget: losses, or the states of cells; then means over seeds and brackets."""
     cells = planned_cells(sweep, overrides)
     found = _outcomes(cells, results)
     name, job_of = cells[0].sweep, _slurm_jobs(cells)
@@ -177,7 +177,7 @@ def print_status(sweep: str, overrides: Sequence[str], results: Path) -> int:
         several["text"] = [f"{row.mean:.4f} ± {row.std:.4f} ({row.count})" for row in several.itertuples()]
         print(f"\nmean ± standard deviation (number of seeds):\n{budget_table(several, 'model')}")
     if len(usual) < len(cells):
-        print("\nrate brackets, at factors of the usual rate; no points of the curves:")
+        print("\nrate brackets, at factors of the usual rate; they are not points of the curves:")
         print(budget_table(grid[~grid["usual"]], "row"))
     counts = {word: f"{n} {word}" for word, n in Counter(words).items()}
     if n_published := sum(found.planned[cell.name].done_published for cell in cells):
@@ -186,29 +186,29 @@ def print_status(sweep: str, overrides: Sequence[str], results: Path) -> int:
     print(f"\n{', '.join(counts.values())}; losses in nats per token ({sweep})")
     if n_published:
         print(f"{PUBLISHED_MARK} is published; make sweep SWEEP={name} PUBLISHED=1 runs only the others")
-    if found.further and not overrides:  # a part of a study has too many others to name
+    if found.further and not overrides:  # a plan of a part of the study would list too many
         print(further_line(list(found.further)))
     for note in notes:
         print(note)
     _print_notices(found)
     study = published(name, results) if n_published else collected(name, cells[0].folder.parents[1])
-    with contextlib.suppress(UserError):  # of a study that was never fitted
+    with contextlib.suppress(UserError):  # if the study was never fitted
         print(f"\n{read_fits(study.fits)['answer']} ({from_checkout(study.fits)}, as last fitted)")
     return 0
 
 
 PUBLISHED_MARK = "*"
-"""Marks what is not from this machine's runs/."""
+"""Marks published cells in the grid."""
 
 
 def budget_table(cells: pd.DataFrame, row: str) -> str:
-    """Texts in a table with a row for each value of the column `row` and a column for each budget."""
+    """A table of the column `text`, with a row for each value of the column `row` and a column for each budget."""
     budgets, texts = cells["budget"].unique(), cells.set_index([row, "budget"])["text"]
     return text_table([["", *budgets], *([r, *(texts.get((r, b), "") for b in budgets)] for r in cells[row].unique())])
 
 
 def print_studies(runs: Path, results: Path) -> int:
-    """Print every study of sweeps/: its question, its number of cells, and how many are done, here and published."""
+    """Print every study of sweeps/: its question, its number of cells, and how many are finished here and published."""
     for file in study_files():
         table = published(file.stem, results).runs
         try:
@@ -221,14 +221,14 @@ def print_studies(runs: Path, results: Path) -> int:
         state = [f"{here[Status.DONE]} finished here", f"{there[Status.DONE]} published"]
         state += [f"{there[Status.DROPPED]} dropped"] if there[Status.DROPPED] else []
         print(f"{file.stem:<16} {planned}: {', '.join(state)}")
-        question = header(file.read_text(encoding="utf-8")).get("Question", "its file names no question")
+        question = header(file.read_text(encoding="utf-8")).get("Question", "its file states no question")
         print(textwrap.fill(question, 100, initial_indent="    ", subsequent_indent="    "))
-    print("\nmake status SWEEP=NAME shows one of them cell by cell; make plan SWEEP=NAME what it costs")
+    print("\nmake status SWEEP=NAME shows the cells of a study; make plan SWEEP=NAME shows what they cost")
     return 0
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned: the first and the last to the left, the others to the right."""
+    """Aligned columns: the first and the last to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sides = ["<", *[">"] * (len(widths) - 2), "<"]
     aligned = [[f"{text:{side}{n}}" for text, side, n in zip(row, sides, widths, strict=True)] for row in rows]
@@ -236,7 +236,7 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _slurm_jobs(cells: Sequence[Cell]) -> dict[str, Job]:
-    """The newest Slurm job of each cell that has one; none, with a notice, where the queue cannot be asked."""
+    """The newest Slurm job of each cell that has one; if the queue cannot be read, prints a notice and returns none."""
     ids = read_job_ids(jobs_folder(cells[0]))
     try:
         alive = queued(ids.values())
@@ -247,7 +247,7 @@ def _slurm_jobs(cells: Sequence[Cell]) -> dict[str, Job]:
 
 
 def _word(cell: Cell, outcome: Outcome, job: Job | None) -> tuple[str, str]:
-    """What became of a cell, in a word, and a line below the grid if there is more to say."""
+    """The state of a cell as one word, and a line below the grid if there is more to say."""
     record = outcome.record
     if outcome.done:
         return "done", ""
@@ -271,15 +271,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("view", choices=["plan", "status", "studies"])
     parser.add_argument("sweep", nargs="?", help="name of a file in sweeps/, or a path")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="overrides of every cell")
-    parser.add_argument("--jobs", type=positive_integer, default=1, metavar="N", help="workers of the plan's time")
-    parser.add_argument("--price", type=positive_number, metavar="NUMBER", help="of a GPU-hour, for the plan's cost")
+    parser.add_argument(
+        "--jobs", type=positive_integer, default=1, metavar="N", help="workers assumed for the plan's time"
+    )
+    parser.add_argument(
+        "--price", type=positive_number, metavar="NUMBER", help="price of a GPU-hour, for the plan's cost"
+    )
     parser.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help="where `studies` looks for cells")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where studies are published")
     options = parser.parse_intermixed_args(arguments)
     if options.view == "studies":
         return print_studies(options.runs, options.results)
     if options.sweep is None:
-        raise UserError(f"{options.view} of which study? make studies lists them")
+        raise UserError(f"{options.view} needs the name of a study; make studies lists them")
     if options.view == "plan":
         return print_plan(options.sweep, options.overrides, options.jobs, options.results, options.price)
     return print_status(options.sweep, options.overrides, options.results)

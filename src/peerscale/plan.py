@@ -15,7 +15,7 @@ REFERENCE_WIDTH = 32
 """d_model at which `lr_rule: inverse_sqrt_width` takes `optim.lr` as it is."""
 
 BUDGET_TOLERANCE = 0.005
-"""Largest relative distance of achieved FLOPs from the budget; 200 steps or more keep it by rounding."""
+"""Largest relative distance of achieved FLOPs from the budget; rounding to 200 steps or more stays within it."""
 
 
 class Verdict(StrEnum):
@@ -34,14 +34,14 @@ class Plan:
     steps: int
     tokens: int
     epochs: float | None
-    """Passes over the training tokens; None while their number is not known."""
+    """Passes over the training tokens; None if their number is not known yet."""
     warmup_steps: int
     lr: float
     table_lr: float | None
     evaluation: dict[str, int]
     """Tokens of each held-out set that the cell is evaluated on."""
     skipped: dict[str, str]
-    """Held-out sets that `data.evaluation` names and the corpus cannot serve, and why."""
+    """Held-out sets that `data.evaluation` names but the corpus cannot provide, and why."""
 
     @property
     def evaluation_tokens(self) -> int:
@@ -62,15 +62,15 @@ def plan(config: Config, *, set_tokens: Mapping[str, int] | None = None) -> Plan
 
     Args:
         config: the cell.
-        set_tokens: tokens of each set of the prepared corpus, as its manifest says. Without them `data.train_tokens`
-            counts, and the held-out sets are taken to be as large as `data.evaluation` asks.
+        set_tokens: tokens of each set of the prepared corpus, from its manifest. None: `data.train_tokens` is used, and
+            the held-out sets are assumed to be as large as `data.evaluation` asks.
     """
     config, model = in_micro_batches(config), cost(config)
     train_tokens = config.data.train_tokens if set_tokens is None else set_tokens["train"]
-    # 1) The budget over the cost of a step is the number of steps: batch and context are the study's.
+    # 1) Steps: the budget divided by the cost of a step. The study fixes batch and context.
     steps = round(config.budget / (model.flops_per_token * config.tokens_per_step))
     tokens = steps * config.tokens_per_step
-    # 2) Everything tied to the length of the run follows from that.
+    # 2) Everything that depends on the length of the run.
     warmup_steps = config.optim.warmup_steps or max(1, round(config.optim.warmup_fraction * steps))
     epochs = tokens / train_tokens if train_tokens else None
     reason = (
@@ -99,9 +99,9 @@ def plan(config: Config, *, set_tokens: Mapping[str, int] | None = None) -> Plan
 
 
 def schedule(config: Config, plan: Plan, step: int) -> float:
-    """Factor on every learning rate at `step`, counted from 0: linear warm-up, then a fall that ends with the run.
+    """Factor on every learning rate at `step`, counted from 0: linear warm-up, then a decay that ends with the run.
 
-    `cosine` falls from the end of warm-up on, `wsd` in a straight line from `decay_from` on.
+    `cosine` decays from the end of warm-up; `wsd` decays linearly from `decay_from` on.
     """
     if step < plan.warmup_steps:
         return (step + 1) / plan.warmup_steps
@@ -113,12 +113,12 @@ def schedule(config: Config, plan: Plan, step: int) -> float:
 
 
 def decay_from(config: Config, plan: Plan) -> int:
-    """The steps of a run with `wsd` before its rate falls."""
+    """Number of steps before the decay of a run with `wsd`."""
     return max(plan.warmup_steps, plan.steps - max(1, round(config.optim.decay_fraction * plan.steps)))
 
 
 def lr_scale(config: Config, tokens: int) -> float:
-    """What `optim.lr_rule` multiplies the peak rate by in a cell of so many training tokens."""
+    """Factor of `optim.lr_rule` on the peak rate of a cell that trains on `tokens`."""
     law = config.optim.lr_law
     match config.optim.lr_rule:
         case "inverse_sqrt_width":

@@ -1,4 +1,4 @@
-"""What a sweep is doing, read from its cells' folders, so that it works whatever launches them."""
+"""The progress of a sweep, read from its cells' folders, so that it does not depend on what launches them."""
 
 import json
 import sys
@@ -14,15 +14,15 @@ from peerscale.runs.curves import METRICS
 from peerscale.runs.record import ENDED, RECORD, Status
 
 LIVE_S, LOG_S = 1.0, 30.0
-"""Seconds between two updates, on a terminal and in a log."""
+"""Seconds between two updates: on a terminal, and in a log."""
 
 
 class Progress:
-    """Shows, while it is entered: cells ended of all, what runs now, time left for the whole."""
+    """A context that shows how many cells have ended, which are running, and the time left for all."""
 
     def __init__(self, sweep: str, cells: Sequence[Cell], *, already_done: int = 0) -> None:
         self.sweep, self.cells, self.already_done = sweep, cells, already_done
-        self.started = time.monotonic()  # a clock that is set back must not make a sweep look finished, or unending
+        self.started = time.monotonic()  # monotonic, so that changing the system clock does not disturb the estimate
         self.written_before = {cell.name: _written(cell) for cell in cells}
         self.steps_before = {cell.name: _steps_saved(cell) for cell in cells}
         self.live = sys.stderr.isatty()
@@ -37,7 +37,7 @@ class Progress:
         self.stop.set()
         self.thread.join()
         if kind is not None and issubclass(kind, UserError):
-            return  # whose line says it all
+            return  # its message is enough
         self._print(end="\n")
 
     def _watch(self) -> None:
@@ -69,7 +69,7 @@ class Progress:
         return " | ".join([*parts, f"{duration(left)} left" if left is not None else "time left unknown yet"])
 
     def _state(self, cell: Cell) -> tuple[Status | None, dict[str, Any] | None]:
-        """Status of a record written since the start, and the newest row of metrics while it is running."""
+        """Status of a cell whose record was written since the start; if it is running, its newest row of metrics."""
         if _written(cell) == self.written_before[cell.name]:
             return None, None
         try:
@@ -81,17 +81,17 @@ class Progress:
                 rows = file.read().splitlines()
             return status, json.loads(rows[-1])
         except (OSError, ValueError, KeyError, IndexError):
-            return None, None  # between two writes; the next look sees it
+            return None, None  # read between two writes; the next update will see it
 
 
 def _written(cell: Cell) -> int | None:
-    """When the record was last written, to tell whether it was written again."""
+    """When the record was last written; None if there is no record."""
     path = cell.folder / RECORD
     return path.stat().st_mtime_ns if path.is_file() else None
 
 
 def _steps_saved(cell: Cell) -> int:
-    """The step at which a cell that was interrupted goes on, as the name of its newest checkpoint says."""
+    """The step from which an interrupted cell will continue, from the name of its newest checkpoint."""
     saved = (cell.folder / "checkpoints").glob("step-*.ckpt")
     return max((int(path.stem.removeprefix("step-")) for path in saved), default=0)
 

@@ -1,4 +1,4 @@
-"""A study's jobs on a Slurm cluster: what a cell asks for, which job has it, and what the queue says of that job."""
+"""A study's jobs on a Slurm cluster: the resources of a cell, the job that runs it, and the state of that job."""
 
 import json
 import math
@@ -19,18 +19,18 @@ from peerscale.errors import UserError
 from peerscale.files import write_text
 
 BASE_GB = 2.0
-"""What Python, torch and Lightning take before there is a model."""
+"""Memory of Python, torch and Lightning without a model."""
 
 SHORTEST_MIN = 10
-"""Of the time limits; each next one is twice as long, so that a study has few classes."""
+"""The shortest time limit. The next ones double it, so that the jobs of a study fall into few classes."""
 
 STARTING_MIN = 2.0
-"""For imports from a shared disk, and compiling."""
+"""Time for imports from a shared disk and for compiling."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class SlurmConfig:
-    """What is asked of Slurm; defaults and meanings: conf/slurm.yaml."""
+    """Settings for Slurm; conf/slurm.yaml has defaults and meanings."""
 
     partition: str | None
     account: str | None
@@ -51,18 +51,18 @@ class SlurmConfig:
     def __post_init__(self) -> None:
         limit = self.timeout_min or min(SHORTEST_MIN, self.max_timeout_min)
         if self.signal_delay_s >= 60 * limit:
-            raise ValueError(f"signal_delay_s {self.signal_delay_s} leaves nothing of a time limit of {limit} min")
+            raise ValueError(f"signal_delay_s {self.signal_delay_s} leaves no time within a limit of {limit} min")
 
 
 def load_settings(overrides: Sequence[str] = ()) -> SlurmConfig:
-    """conf/slurm.yaml, changed by those overrides that start with `slurm.`; raises `ConfigError`."""
+    """conf/slurm.yaml, changed by the overrides that start with `slurm.`; raises `ConfigError`."""
     chosen = [f"++{override.lstrip('+')}" for override in overrides if of_section(override, "slurm")]
     return parse(TypeAdapter(SlurmConfig), SlurmConfig, composed(chosen, name="slurm").tree["slurm"], "slurm")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, order=True)
 class Resources:
-    """What a job asks for; the cells of one such class make one job array."""
+    """The resources that a job asks for; cells with the same resources make one job array."""
 
     time_min: int
     mem_gb: float
@@ -75,10 +75,10 @@ class Resources:
 
 
 def resources(cells: Sequence[Cell], settings: SlurmConfig) -> Resources:
-    """The class of a job of one cell, or of several of one model, where `settings` don't say otherwise from the plan.
+    """The resources of a job of one cell, or of several of one model: from `settings`, or else from the plan.
 
-    Memory: 32 bytes a parameter (fp32 weight, gradient and two moments, and as much again for a checkpoint and for
-    copies) and 16 a logit (logits, their softmax and both gradients), rounded up to a power of two of GB.
+    Memory: 32 bytes per parameter (fp32 weight, gradient and two moments, and the same again for a checkpoint and
+    copies) and 16 per logit (logits, their softmax and both gradients), rounded up to a power of two in GB.
     """
     config, plan = cells[0].config, cells[0].plan
     memory = BASE_GB + (32 * plan.cost.params_total + 16 * config.tokens_per_step * config.data.vocab_size) / 1e9
@@ -95,18 +95,18 @@ def resources(cells: Sequence[Cell], settings: SlurmConfig) -> Resources:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """A job as Slurm tells of it."""
+    """A job as Slurm reports it."""
 
     id: str
     """Such as `17_3`, the fourth of array 17."""
     state: str = ""
-    """Slurm's word: PENDING, RUNNING, COMPLETING ...; empty once the job has ended."""
+    """Slurm's state: PENDING, RUNNING, COMPLETING ...; empty once the job has ended."""
     detail: str = ""
-    """Its nodes, or in parentheses why it waits."""
+    """Its nodes, or the reason why it waits, in parentheses."""
 
     @property
     def word(self) -> str:
-        """For the grid of `make status`."""
+        """Its state in the grid of `make status`."""
         return "queued" if self.state == "PENDING" else "running"
 
 
@@ -129,12 +129,12 @@ def write_job_ids(folder: Path, ids: Mapping[str, str]) -> None:
 
 
 def log_path(folder: Path, job_id: str) -> Path:
-    """Where a job's errors go; submitit names it."""
+    """The file of a job's stderr, as named by submitit."""
     return folder / f"{job_id}_0_log.err"
 
 
 def queued(job_ids: Collection[str]) -> dict[str, Job]:
-    """Those of the jobs that Slurm has not ended.
+    """The jobs that have not ended, by id.
 
     Raises:
         UserError: there is no `squeue`, or it does not answer.
@@ -146,8 +146,8 @@ def queued(job_ids: Collection[str]) -> dict[str, Job]:
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise UserError(f"what became of the study's Slurm jobs is not known: {error}") from None
-    # Slurm forgets ended jobs after some minutes, and says so if it is asked for one job only.
+        raise UserError(f"the state of the study's Slurm jobs is not known: {error}") from None
+    # Slurm forgets ended jobs after some minutes; a query for a single forgotten job is then an error.
     if answer.returncode and "Invalid job id" not in answer.stderr:
         lines = answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"]
         raise UserError(f"squeue: {lines[-1]}")

@@ -1,4 +1,4 @@
-"""Cells -> Slurm job arrays, by submitit; and what runs in such a job."""
+"""Submit cells as Slurm job arrays with submitit; and the program that runs in such a job."""
 
 import contextlib
 import io
@@ -32,18 +32,18 @@ from peerscale.slurm import (
 )
 
 AS_SUBMITIT = ("partition", "account", "qos", "constraint", "array_parallelism", "signal_delay_s")
-"""Settings that submitit takes under the same names."""
+"""Settings that have the same names in submitit."""
 
 
 def submission_settings(overrides: Sequence[str], jobs: int | None) -> SlurmConfig:
-    """conf/slurm.yaml, changed by those of a study's overrides that start with `slurm.`.
+    """conf/slurm.yaml, changed by the overrides of a study that start with `slurm.`.
 
     Args:
         overrides: of the study.
-        jobs: jobs of an array that run at once; None: as the settings say.
+        jobs: number of jobs of an array that run at once; None: as the settings say.
 
     Raises:
-        UserError: a wrong setting, or nothing can be submitted from here.
+        UserError: a wrong setting, or this machine cannot submit jobs.
     """
     if find_spec("submitit") is None:
         raise UserError("Slurm jobs need submitit: .venv/bin/python -m pip install --editable '.[slurm]'")
@@ -56,10 +56,10 @@ def submission_settings(overrides: Sequence[str], jobs: int | None) -> SlurmConf
 
 
 def submit(cells: Sequence[Cell], settings: SlurmConfig) -> None:
-    """Submit those of the cells that have no job waiting or running, an array for each class of resources."""
+    """Submit the cells that have no waiting or running job, one array for each class of resources."""
     sweep, folder = cells[0].sweep, jobs_folder(cells[0])
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock"):  # two who submit at once would submit everything twice
+    with FileLock(folder / "lock"):  # two processes that submit at once would submit everything twice
         ids = read_job_ids(folder)
         alive = queued({ids[cell.name] for cell in cells if cell.name in ids})
         free = [cell for cell in cells if ids.get(cell.name) not in alive]
@@ -83,7 +83,7 @@ def submit(cells: Sequence[Cell], settings: SlurmConfig) -> None:
 
 
 def _number(job_id: str) -> str:
-    """The array's number: `17` of `17_3`."""
+    """The number of a job's array, such as `17` for `17_3`."""
     return job_id.partition("_")[0]
 
 
@@ -103,7 +103,7 @@ def _submit_array(groups: Sequence[Sequence[Cell]], need: Resources, settings: S
         "additional_parameters": {"requeue": True, **(settings.additional_parameters or {})},
     }
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints sbatch's complaint besides raising it
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit both prints and raises sbatch's error
             executor = submitit.SlurmExecutor(jobs_folder(groups[0][0]), max_num_timeout=settings.max_num_timeout)
             executor.update_parameters(**{key: value for key, value in asked.items() if value is not None})
             return [job.job_id for job in executor.submit_array([CellJob(cells=group) for group in groups])]
@@ -114,13 +114,13 @@ def _submit_array(groups: Sequence[Sequence[Cell]], need: Resources, settings: S
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CellJob:
-    """What a Slurm job runs, as it was planned when it was submitted, whatever conf/ says by then: one cell, or a trunk
-    and then its branches."""
+    """What a Slurm job runs: one cell, or a trunk and then its branches, as planned at submission. Later changes of
+    conf/ have no effect."""
 
     cells: Sequence[Cell]
 
     def checkpoint(self) -> Any:
-        """What submitit requeues: the same again, since the cell's folder holds how far it came."""
+        """What submitit requeues: the same job, since the cell's folder holds its checkpoint."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -130,7 +130,7 @@ class CellJob:
             sys.exit(code)
 
     def _run(self) -> None:
-        """Run the cells; warned by Slurm, stop at the end of a step, with a checkpoint, and have submitit requeue."""
+        """Run the cells. On Slurm's warning signal, stop after the current step, save a checkpoint and requeue."""
         from submitit.slurm.slurm import SlurmJobEnvironment
 
         from peerscale.train import run_cell
@@ -143,9 +143,9 @@ class CellJob:
         def stop_training(number: int, frame: FrameType | None) -> None:
             nonlocal warned
             warned = True
-            if signal.getsignal(signal.SIGTERM) is ignore_term:  # not training, so there is nothing to save
+            if signal.getsignal(signal.SIGTERM) is ignore_term:  # not in training, so there is nothing to save
                 requeue(number, frame)
-            signal.raise_signal(signal.SIGTERM)  # on this Lightning stops after the step
+            signal.raise_signal(signal.SIGTERM)  # makes Lightning stop after the step
 
         signal.signal(warning, stop_training)
         try:
@@ -157,6 +157,6 @@ class CellJob:
             signal.signal(warning, requeue)
             if warned:
                 requeue(warning, None)
-            # Slurm is taking the node. It requeues a preempted job that it had to kill, but not one that ended.
+            # Slurm is about to take the node. It requeues a preempted job that it kills, but not one that has ended.
             while True:
                 signal.pause()

@@ -1,4 +1,4 @@
-"""The `sweep` section of a study file: the cells of a study, and what its statistics are to ask of them."""
+"""The `sweep` section of a study file: the cells of a study, and the questions that its statistics answer."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -34,9 +34,9 @@ class GridRow:
     budget: Rate
     sizes: list[str] = Field(min_length=1)
     seeds: Annotated[list[Seed], Field(min_length=1)] | None = None
-    """In place of the study's, such as further seeds of one size."""
+    """Replace the study's seeds in this row, such as further seeds of one size."""
     methods: Annotated[list[str], Field(min_length=1)] | None = None
-    """Only these of the study's."""
+    """Only these of the study's methods."""
     axes: dict[str, Values] = Field(default_factory=dict)
     """Further keys that vary in this row only, such as rates around the usual one."""
     window: Window | None = None
@@ -51,17 +51,17 @@ class GridRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class ClaimsConfig:
-    """The comparisons that a study was made for: one family, which Holm's correction covers."""
+    """The comparisons that a study was made for: one family of tests under Holm's correction."""
 
     method: str
     """The method that is compared."""
     rivals: list[str] = Field(min_length=1)
     """The methods that it is compared with."""
     budgets: Annotated[list[Rate], Field(min_length=1)] | None = None
-    """At these budgets; null: at all of the grid."""
+    """The budgets of the comparisons; null: all budgets of the grid."""
     equal_within: Rate | None = None
-    """Nats per token: two methods are called equal where the interval of their difference lies within plus and minus
-    this; null: none are."""
+    """Nats per token: two methods are called equal if the interval of their difference lies within ± this value; null:
+    no methods are called equal."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -79,20 +79,20 @@ class SweepConfig:
     method_axes: dict[str, dict[str, Values]] = Field(default_factory=dict)
     """The same for one method only."""
     min_sizes: Positive = 5
-    """Sizes that every method needs at every budget: a parabola wants five points."""
+    """Sizes that every method needs at every budget: five points for a parabola."""
     claims: ClaimsConfig | None = None
     """What the study claims, if anything."""
     branches: bool = False
-    """Whether the runs of one model at several budgets share what they have in common, with `optim.schedule: wsd`: the
-    largest is trained first and leaves checkpoints, from which the others go on with their decay."""
+    """Whether the runs of one model at several budgets share their common steps (needs `optim.schedule: wsd`): the
+    longest run is trained first and leaves checkpoints, from which the others start their decay."""
     trend_from: Rate | None = None
-    """Smallest budget that the growth of multipliers and forecasts are taken from; null: the smallest of the grid."""
+    """Smallest budget that the growth of multipliers and the forecasts use; null: the smallest of the grid."""
     held_out: list[str] = Field(default_factory=list)
-    """Sizes that a law of learning rates is judged by, and not fitted to."""
+    """Sizes that test a law of learning rates, and that it is not fitted to."""
     rates_cost: Rate | None = None
-    """Nats per token that the rates in use may cost a method: what the law of rates cost on runs that it was not fitted
-    to, in a study that a comment beside this key names. It is a part of the errors wherever the grid has no bracket
-    (`axes: {optim.lr_factor: [0.5, 2.0]}`) of a method at a budget; null: that part is left out."""
+    """Nats per token that a method may lose through its learning rates: what the law of rates lost on runs that it was
+    not fitted to, in a study named by a comment beside this key. It is added to the errors of a method at a budget
+    where the grid has no bracket (`axes: {optim.lr_factor: [0.5, 2.0]}`); null: it is left out."""
 
     def __post_init__(self) -> None:
         methods, grid = set(self.methods), {row.budget for row in self.grid}
@@ -130,7 +130,7 @@ class SweepConfig:
                 raise ValueError(f"grid has the windows {first} and {second} at {budget:g}: a budget has one")
 
     def _check_brackets(self) -> None:
-        """Refuse rows that bracket the rate of a cell which no row has at its usual rate."""
+        """Refuse rows that bracket the rate of a cell if no row trains that cell at its usual rate."""
         usual: set[tuple[float, str, str, int]] = set()
         brackets: dict[tuple[float, str, str, int], None] = {}
         for row in self.grid:
@@ -152,7 +152,7 @@ class SweepConfig:
         return [row for row in self.grid if self.budgets is None or row.budget in self.budgets]
 
     def window(self, budget: float) -> tuple[float, float] | None:
-        """FLOPs per token, lowest and highest, of the sizes that the fit of `budget` takes; None: all sizes."""
+        """Lowest and highest FLOPs per token of the sizes that the fit of `budget` uses; None: all sizes."""
         return next((row.window for row in self.grid if row.budget == budget and row.window is not None), None)
 
 
@@ -165,17 +165,15 @@ def parse_sweep(tree: Mapping[str, Any]) -> SweepConfig:
 
 
 def load_sweep(sweep: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
-    """The `sweep` section of a study, changed by the overrides of it, such as `sweep.budgets=[1e12]`.
+    """The `sweep` section of a study, changed by overrides such as `sweep.budgets=[1e12]`; other overrides are ignored.
 
-    Axes and claims of methods and budgets that the overrides leave out are left out too.
+    If the overrides leave out methods or budgets, their axes and claims are left out too.
 
     Raises:
         ConfigError: the file or the overrides describe no study.
     """
     study = parse_sweep(_section(sweep_file(sweep)))
-    chosen = [
-        f"++{o.lstrip('+')}" for o in overrides if of_section(o, "sweep")
-    ]  # Hydra adds no key without being told to
+    chosen = [f"++{o.lstrip('+')}" for o in overrides if of_section(o, "sweep")]  # without ++ Hydra adds no key
     if not chosen:
         return study
     _refuse_repeated(chosen)
@@ -190,7 +188,7 @@ def load_sweep(sweep: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
 
 
 def _leave_out(tree: dict[str, Any], methods: set[str]) -> None:
-    """Take what is said of these methods alone out of a `sweep` section."""
+    """Remove from a `sweep` section whatever concerns only these methods."""
     if isinstance(tree.get("method_axes"), dict):
         tree["method_axes"] = {name: axes for name, axes in tree["method_axes"].items() if name not in methods}
     rows = []
@@ -204,7 +202,7 @@ def _leave_out(tree: dict[str, Any], methods: set[str]) -> None:
 
 
 def _section(file: Path) -> Any:
-    """The `sweep` section of a file; composed by Hydra, which is slow, only where the file does not hold all of it."""
+    """The `sweep` section of a file; Hydra, which is slow, composes it only if the file does not hold all of it."""
     with hydra_errors(sweep=file):
         study = read_study(file)
         if "defaults" in study or "${" in str(study.get("sweep")):
@@ -219,20 +217,20 @@ def _section(file: Path) -> Any:
 
 
 def _refuse_repeated(overrides: Sequence[str]) -> None:
-    """Refuse a key that is given twice: a shell makes two overrides of one that has braces with a comma inside."""
+    """Refuse a key that is given twice: a shell splits an override with braces and a comma inside into two."""
     values: dict[str, str] = {}
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
         if key in values:
             raise ConfigError(
-                f"{key} is given twice, as {values[key]} and {value}; if a shell made them of one with braces, quote "
+                f"{key} is given twice, as {values[key]} and {value}; if the shell split one value in braces, quote "
                 f"it once more: OVERRIDES=\"'{key}=...'\""
             )
         values[key] = value
 
 
 def _claims_about(part: SweepConfig, claims: ClaimsConfig) -> ClaimsConfig | None:
-    """Those of the claims that `part` of their study has the methods and budgets for."""
+    """The claims whose methods and budgets are in `part`, a part of their study; None: no claim is left."""
     planned = {row.budget for row in part.rows}
     rivals = [rival for rival in claims.rivals if rival in part.methods]
     budgets = None if claims.budgets is None else [budget for budget in claims.budgets if budget in planned]

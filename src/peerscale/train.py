@@ -1,4 +1,4 @@
-"""One cell: compose, plan, skip or resume, fit, record. Several: Hydra's `-m`, or a study (`peerscale.launch`).
+"""Run one cell: compose, plan, skip or resume, train, record. Several: Hydra's `-m`, or a study (`peerscale.launch`).
 
     python -m peerscale.train ffn=peer size=d32 budget=2e11
     python -m peerscale.train -m ffn=peer,dense size=d32,d48
@@ -35,7 +35,7 @@ from peerscale.training.memory import uncollected
 
 @hydra.main(config_path=str(OURS / "conf"), config_name="config", version_base="1.3")
 def hydra_job(tree: DictConfig) -> None:
-    """One job of Hydra's: a single cell."""
+    """One Hydra job: a single cell."""
 
     def run() -> None:
         with hydra_errors():
@@ -43,8 +43,8 @@ def hydra_job(tree: DictConfig) -> None:
         run_single(Composition.of(plain, HydraConfig.get().runtime.choices))
 
     if HydraConfig.get().mode is RunMode.MULTIRUN:
-        return run()  # whose errors end the others
-    # Leave Hydra at once: it would print a line of its own above an error's.
+        return run()  # an error ends the other jobs too
+    # Exit here, since Hydra would print its own line above an error.
     sys.exit(exit_code(run))
 
 
@@ -55,7 +55,7 @@ def refuse_dropped(cell: Cell) -> None:
 
 
 def run_single(composition: Composition) -> None:
-    """Run one cell for a user who waits for it; if torchrun or srun started its ranks, the first one reports."""
+    """Run one cell and print its result; if torchrun or srun started its ranks, only the first rank prints."""
     cell = single_cell(composition)
     refuse_dropped(cell)
     if started_ranks()[0] > 0:
@@ -64,7 +64,7 @@ def run_single(composition: Composition) -> None:
         return
     was_there = read_manifest(cell.config.data)
     corpus = prepare(cell.config.data)
-    if corpus.manifest != was_there:  # how large its sets are decides whether the cell is dropped
+    if corpus.manifest != was_there:  # the sizes of its sets decide whether the cell is dropped
         cell = single_cell(composition)
         refuse_dropped(cell)
     for line in evaluation_lines([cell], short_only=True):
@@ -81,19 +81,19 @@ def run_single(composition: Composition) -> None:
 
 
 def run_cell(cell: Cell) -> Status:
-    """Run, or resume, a cell, unless another worker has it or it is done; every outcome is in its record.
+    """Run or resume a cell, unless it is done or another worker is running it; its record has the outcome.
 
     Raises:
-        UserError: it cannot be run as it is; if it was never run before, nothing of it stays.
+        UserError: the cell cannot be run as it is; if it was never run before, its folder is removed.
     """
     with uncollected():
         from peerscale.training.cell import train_cell
 
-    if started_ranks()[0] > 0:  # the first rank has the lock
+    if started_ranks()[0] > 0:  # the first rank holds the lock
         return train_cell(cell)
     cell.folder.mkdir(parents=True, exist_ok=True)
     try:
-        # A second, since `status` takes the lock for a moment to see whether it is held.
+        # Wait a second, since `status` holds the lock briefly when it checks whether a cell is running.
         with FileLock(cell.folder / LOCK, timeout=1):
             return train_cell(cell)
     except UserError:
@@ -101,13 +101,13 @@ def run_cell(cell: Cell) -> Status:
             shutil.rmtree(cell.folder)
         raise
     except Timeout:
-        print(f"{cell.name} is being run by another process: left to it", file=sys.stderr)
+        print(f"{cell.name} is being run by another process and is skipped here", file=sys.stderr)
         return Status.RUNNING
 
 
 def main() -> int:
-    """Hand over to Hydra, its errors in our form."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that errors come out in our form
+    """Let Hydra compose and run the job; its errors become `ConfigError`."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them
     overrides = [word for word in sys.argv[1:] if not word.startswith("-") and ("=" in word or word.startswith("~"))]
     with hydra_errors(overrides):
         hydra_job()

@@ -279,7 +279,7 @@ def test_a_published_cell_of_another_configuration_does_not_fill_in(
     arguments = published_and_run_here(collected_runs, tmp_path, peer, others)
     capsys.readouterr()
     assert collect.main(arguments) == 0
-    said = "published dense-d16-3e11-s0 is of another configuration than the plan's: context 32 -> 64"
+    said = "published dense-d16-3e11-s0 has another configuration than the plan: context 32 -> 64"
     assert said in capsys.readouterr().err
     status = pd.read_csv(collected(SWEEP, tmp_path / "runs").runs).set_index("cell")["status"]
     assert (status["dense-d16-3e11-s0"], status["dense-d24-3e11-s0"]) == ("pending", "done")

@@ -102,7 +102,7 @@ def test_finished_cells_do_not_vanish_unasked(
     assert line == (
         f"error: this would remove {done - 10} finished cells ({named}) in {tmp_path / 'results' / SWEEP}; "
         f"make figures SWEEP={SWEEP} PUBLISHED=1 keeps those that would be removed; "
-        f"to do it all the same: make publish SWEEP={SWEEP} REPLACE=1\n"
+        f"to do it anyway: make publish SWEEP={SWEEP} REPLACE=1\n"
     )
     assert publish.main([*folders, "--replace"]) == 0
     assert f"finished cells: 0 added, 0 replaced, 10 kept, {done - 10} removed" in capsys.readouterr().out
@@ -123,7 +123,7 @@ def test_finished_cells_are_not_replaced_by_another_configuration_unasked(
     assert contents(tmp_path / "results") == before
     assert capsys.readouterr().err == (
         "error: this would replace 1 by cells of another configuration (peer-d16-1e11-s0: context 64 -> 32) in "
-        f"{tmp_path / 'results' / SWEEP}; to do it all the same: make publish SWEEP={SWEEP} REPLACE=1\n"
+        f"{tmp_path / 'results' / SWEEP}; to do it anyway: make publish SWEEP={SWEEP} REPLACE=1\n"
     )
     assert publish.main([*folders, "--replace"]) == 0
     assert "0 added, 1 replaced, 46 kept, 0 removed" in capsys.readouterr().out

@@ -125,10 +125,10 @@ def test_stands_in_a_folder_of_pythonpath_and_trains(
         ("class: gated.nosuch.GatedConfig", "no module gated.nosuch in the current folder or on PYTHONPATH"),
         ("class: gated.GatedConfg", "AttributeError: module 'gated' has no attribute 'GatedConfg'"),
         ("class: GatedConfig", "Empty module name"),
-        ("class: gated.Gated", "class gated.Gated is no subclass of peerscale.layers.FfnConfig"),
+        ("class: gated.Gated", "class gated.Gated is not a subclass of peerscale.layers.FfnConfig"),
         ("class: peerscale.layers.product_keys.PeerConfig", "needs a default for method, and none of dense, "),
         ("class: gated.GatedConfig, method: peer", "method 'peer' is not that of GatedConfig, which is 'gated'"),
-        ("method: gated", "method 'gated' is no layer of peerscale, which are dense, "),
+        ("method: gated", "method 'gated' is not a layer of peerscale, which are dense, "),
         (
             "class: gated.GatedConfig, d_hidden_over: 3",
             "unknown key ffn.d_hidden_over; did you mean ffn.d_hidden_over_d_model?",

@@ -84,7 +84,7 @@ def test_a_sweep_trains_a_trunk_before_its_branches_and_the_plan_tells_what_that
     ("changed", "message"),
     [
         ("optim.schedule=cosine", "sweep.branches needs optim.schedule wsd"),
-        ("optim.warmup_steps=null", "sweep.branches needs optim.warmup_steps, as many for all budgets"),
+        ("optim.warmup_steps=null", "sweep.branches needs optim.warmup_steps, the same for all budgets"),
     ],
 )
 def test_what_would_part_them_early_is_refused(

@@ -67,7 +67,9 @@ def test_a_damaged_one_gives_way_to_the_one_before(damage: str, tmp_path: Path, 
     DAMAGE[damage](newest)
     assert newest_readable(tmp_path) == (before, 5)
     notice = capsys.readouterr().err
-    assert notice.startswith(f"notice: {newest} cannot be read (") and notice.endswith(f"going on from {before.name}\n")
+    assert notice.startswith(f"notice: {newest} cannot be read (") and notice.endswith(
+        f"continuing from {before.name}\n"
+    )
     assert notice.count("\n") == 1
     assert not (tmp_path / "sign").exists(), "code in a checkpoint was executed"
     assert checkpoints(tmp_path) == [before], "set aside, so that it takes no place among those kept"

@@ -248,7 +248,7 @@ def test_a_cell_on_two_processes_is_resumed(
     alone = done(cells["alone"])
     assert not alone.bit_exact
     assert alone.sequence_losses == pytest.approx(unbroken.sequence_losses, abs=2e-5)
-    assert f"{alone.cell} goes on with another n_devices: not bit-exact" in capsys.readouterr().err
+    assert f"{alone.cell} continues with another n_devices: not bit-exact" in capsys.readouterr().err
 
 
 def test_a_cell_begun_on_one_process_goes_on_on_two(launched: Path, cells: dict[str, Cell]) -> None:
@@ -256,7 +256,7 @@ def test_a_cell_begun_on_one_process_goes_on_on_two(launched: Path, cells: dict[
     assert not two.bit_exact
     assert two.sequence_losses == pytest.approx(alone.sequence_losses, abs=2e-5)
     notices = [line for line in (launched / "0.err").read_text().splitlines() if line.startswith("notice")]
-    assert notices == [f"notice: {two.cell} goes on with another n_devices: not bit-exact"], "and `again` with none"
+    assert notices == [f"notice: {two.cell} continues with another n_devices: not bit-exact"], "and `again` with none"
 
 
 def test_a_failing_rank_ends_the_cell_with_its_reason(launched: Path, cells: dict[str, Cell]) -> None:
@@ -328,7 +328,7 @@ def test_ranks_that_torchrun_started_train_one_cell(parallel: list[str], tmp_pat
     ("words", "problem"),
     [
         (["trainer.devices=3"], "torchrun or srun started 2 processes, but trainer.devices is 3"),
-        (["smoke"], "torchrun and srun start the ranks of one cell; a study starts those of its cells itself"),
+        (["smoke"], "torchrun and srun start the ranks of one cell; a study starts the ranks of its cells itself"),
     ],
 )
 def test_what_ranks_cannot_run_is_refused(

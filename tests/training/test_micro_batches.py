@@ -85,7 +85,9 @@ def test_a_cell_goes_on_in_the_same_parts_alone(settings: list[str], tmp_path: P
     assert losses_again == losses and rows_again[-1] == rows[-1]
     for name, weight in unbroken["state_dict"].items():
         assert torch.equal(again["state_dict"][name], weight)
-    with pytest.raises(UserError, match=r"begun with trainer\.micro_batches=2, and goes on only with that, not with 4"):
+    with pytest.raises(
+        UserError, match=r"started with trainer\.micro_batches=2 and continues only with that, not with 4"
+    ):
         trained([*overrides, "trainer.micro_batches=4"], tmp_path / "other", middle)
 
 

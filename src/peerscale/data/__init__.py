@@ -1,5 +1,4 @@
 """Corpus -> tokens on disk -> batches that are a pure function of (seed, step).
 
-`prepare` makes a corpus once, `store` reads it, `batches` cuts it up.
-No torch here.
+`prepare` makes a corpus once, `store` reads it, `batches` cuts it into batches. This package does not import torch.
 """

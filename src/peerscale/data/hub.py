@@ -1,4 +1,4 @@
-"""Texts of the Hugging Face hub, streamed. Only this needs the package `datasets` (extra `hub`)."""
+"""Texts streamed from the Hugging Face hub. Only this module needs the package `datasets` (extra `hub`)."""
 
 from collections.abc import Iterator
 
@@ -6,10 +6,10 @@ from peerscale.errors import UserError
 
 
 def texts(name: str, subset: str, split: str, skip: int = 0) -> Iterator[str]:
-    """What a data set has under `text`, from row `skip` on.
+    """The column `text` of a data set, from row `skip` on.
 
     Raises:
-        UserError: there is no package `datasets`, or a row cannot be read.
+        UserError: the package `datasets` is not installed, or a row cannot be read.
     """
     try:
         import datasets  # pyrefly: ignore[missing-import]
@@ -22,6 +22,6 @@ def texts(name: str, subset: str, split: str, skip: int = 0) -> Iterator[str]:
         for row in datasets.load_dataset(name, name=subset, split=split, streaming=True).skip(skip):
             yield row["text"]
             n_read += 1
-    except Exception as error:  # of the several HTTP, archive and JSON libraries beneath
+    except Exception as error:  # from one of several HTTP, archive and JSON libraries
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(f"{name} {split} cannot be read after {n_read:,} rows: {reason}") from None

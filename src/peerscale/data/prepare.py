@@ -1,4 +1,4 @@
-"""Prepare a corpus, once: fetch its text, set held-out spans aside, train a tokenizer, write tokens.
+"""Prepare a corpus once: fetch its text, set held-out spans aside, train a tokenizer, write tokens.
 
 python -m peerscale.data.prepare data=gutenberg
 """
@@ -29,11 +29,11 @@ from peerscale.files import replacing
 SOURCES = {"gutenberg": gutenberg, "text": text, "c4": c4}
 SETS = ("train", *HELD_OUT_SETS)
 SAMPLE_BYTES = 10_000_000
-"""The tokenizer is trained on a tenth of the text, but on no less than this: as good as on all of it."""
+"""The tokenizer is trained on a tenth of the text, but at least on this much, which is as good as all of it."""
 
 
 def prepare(config: DataConfig) -> Corpus:
-    """Prepare the corpus of `config` unless that is done. Of several processes only one does the work.
+    """Prepare the corpus of `config` unless it is prepared already; if several processes call this, one does the work.
 
     Raises:
         UserError: the text cannot be downloaded or read, or is too short for its vocabulary or held-out sets.
@@ -51,7 +51,7 @@ def prepare(config: DataConfig) -> Corpus:
         if (corpus is None or damage) and config.source == "c4" and c4.has_held_out_pages(config):
             corpus = _stream(config, sources, folder)
         elif corpus is None or damage:
-            for abandoned in folder.parent.glob(f".{folder.name}.*"):  # by a process that was killed
+            for abandoned in folder.parent.glob(f".{folder.name}.*"):  # left by a process that was killed
                 shutil.rmtree(abandoned)
             with replacing(folder) as temporary:
                 temporary.mkdir()
@@ -63,20 +63,20 @@ def prepare(config: DataConfig) -> Corpus:
 
 
 def _stream(config: DataConfig, sources: dict[str, str], folder: Path) -> Corpus:
-    """Encode a text too large to be kept; a part of it stays beside `folder` until it is whole."""
+    """Encode a text that is too large to keep; until it is complete, its tokens are in a folder beside `folder`."""
     partial = folder.with_name(f"{folder.name}.partial")
     utf8_bytes = stream(config, sources, partial)
     manifest = _write_manifest(config, sources, partial, utf8_bytes)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-    (folder / PROGRESS).unlink()  # not before, or to be stopped while hashing would be to begin again
+    (folder / PROGRESS).unlink()  # only now: after an interruption during hashing nothing is encoded again
     return Corpus(folder, manifest)
 
 
 def _build(config: DataConfig, sources: dict[str, str], folder: Path) -> Manifest:
-    # The text passes through a file, since its length decides where the held-out sets lie, and they must be known
-    # before the tokenizer is trained on the rest.
-    progress = partial(tqdm, unit=" blocks", leave=False, disable=None)  # None: shown on a terminal
+    # The text is first written to a file: its length determines the held-out spans, which must be known before the
+    # tokenizer is trained on the rest.
+    progress = partial(tqdm, unit=" blocks", leave=False, disable=None)  # None: shown only on a terminal
     spool = folder / "blocks.jsonl"
     n_blocks = n_bytes = 0
     with spool.open("w", encoding="utf-8") as file:
@@ -124,7 +124,7 @@ def _write_manifest(
 
 
 def _placed(spool: Path, held_out: HeldOut) -> Iterator[Block]:
-    """The blocks, each with its set, without those in gaps."""
+    """The blocks with their sets, without the blocks in gaps."""
     offset, previous = 0, None
     with spool.open(encoding="utf-8") as file:
         for line in file:
@@ -132,7 +132,7 @@ def _placed(spool: Path, held_out: HeldOut) -> Iterator[Block]:
             if block.split is None:
                 split = held_out.split(offset)
                 offset += len(block.text.encode())
-                # A block after a gap does not go on from the last one of its set.
+                # A block after a gap does not continue the previous block of its set.
                 block = Block(block.text, block.starts_document or split != previous, split)
                 previous = split
             if block.split is not None:
@@ -140,7 +140,7 @@ def _placed(spool: Path, held_out: HeldOut) -> Iterator[Block]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line: Hydra overrides, and a sweep whose data settings are used."""
+    """The command line: Hydra overrides, or a study whose data settings are used."""
     parser = ArgumentParser(prog="python -m peerscale.data.prepare", description=__doc__.splitlines()[0])
     parser.add_argument("overrides", nargs="*", help="such as data=text data.path=FILE_OR_FOLDER data.vocab_size=4096")
     parser.add_argument("--sweep", help="prepare what this study needs")

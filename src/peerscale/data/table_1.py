@@ -1,4 +1,4 @@
-"""The evaluation sets of the paper's Table 1 besides C4, as files of tokens beside those of a corpus."""
+"""The evaluation sets of the paper's Table 1, except C4, as token files beside those of a corpus."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -22,7 +22,7 @@ ON_HUB = {
 
 
 def sources(config: DataConfig) -> dict[str, str]:
-    """Set -> what it is read from, of the sets that `config` evaluates on, as far as they are to be had."""
+    """Set -> its source, for the available sets among those that `config` evaluates on."""
     found = {}
     for name in (name for name in TABLE_1_SETS if config.evaluation.get(name)):
         if files := _files(config, name):
@@ -35,8 +35,9 @@ def sources(config: DataConfig) -> dict[str, str]:
 def blocks(config: DataConfig, name: str) -> Iterator[Block]:
     """The documents of a set.
 
-    Of `lambada` each passage, as a .jsonl file has under `text` or a .txt file in a line, less those of a single word;
-    one space stands before its last word. Wikitext from the hub, which has it in lines, is one document.
+    In `lambada` each passage is a document: a `text` of a .jsonl file, or a line of a .txt file. Passages of a single
+    word are left out, and the last word is separated by one space. Wikitext from the hub, which comes in lines, is one
+    document.
     """
     files = _files(config, name).values()
     if name == "lambada":
@@ -50,7 +51,7 @@ def blocks(config: DataConfig, name: str) -> Iterator[Block]:
 
 
 def add(config: DataConfig, wanted: Mapping[str, str], corpus: Corpus) -> None:
-    """Write those of the `wanted` sources into a corpus that it lacks, or has from elsewhere; its other sets stay.
+    """Write the `wanted` sets into a corpus, except those that it already has from the same source; other sets stay.
 
     Raises:
         UserError: a set cannot be read, or has no text.

@@ -1,5 +1,5 @@
-"""The user's own text: a .txt file (one document), a .jsonl file (one document a line, under the key `text`), or a
-folder of such files, any of them compressed with gzip or not.
+"""The user's own text: a .txt file (one document), a .jsonl file (one document per line, under the key `text`), or a
+folder of such files; each file may be compressed with gzip.
 """
 
 import gzip
@@ -40,7 +40,7 @@ def read_blocks(path: Path) -> Iterator[Block]:
 
 
 def read_rows(path: Path) -> Iterator[str]:
-    """The texts of a .jsonl file, or the lines of another."""
+    """The texts of a .jsonl file, or the lines of another file."""
     if _is_jsonl(path):
         yield from read_jsonl(path)
     else:
@@ -49,7 +49,7 @@ def read_rows(path: Path) -> Iterator[str]:
 
 
 def read_jsonl(path: Path) -> Iterator[str]:
-    """The texts of a file with a JSON object a line; raises `UserError` where it is none, or damaged."""
+    """The texts of a file with one JSON object per line; raises `UserError` for other lines or a damaged file."""
     with _open(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -63,7 +63,7 @@ def read_jsonl(path: Path) -> Iterator[str]:
 
 
 def files(where: str, key: str = "data.path") -> dict[str, Path]:
-    """The files of a path by name; raises `UserError`, with the `key` that named it, if none can be read as text."""
+    """The files of a path by name; raises `UserError`, which names its `key`, if none of them is a text file."""
     path = Path(where).expanduser()
     if path.is_file() and path.suffix in SUFFIXES:
         return {path.name: path}
@@ -82,7 +82,7 @@ def _is_jsonl(path: Path) -> bool:
 @contextmanager
 def _open(path: Path) -> Iterator[TextIO]:
     try:
-        # utf-8-sig: as UTF-8, less the mark that some editors put first
+        # utf-8-sig: UTF-8 without the byte-order mark that some editors write
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
             yield file
     except UnicodeDecodeError as error:

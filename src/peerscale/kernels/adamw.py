@@ -1,9 +1,9 @@
-"""AdamW on some rows of a table, in plain torch: the definition.
+"""AdamW on some rows of a table, in plain torch: the definition that backends follow.
 
-A row that no token retrieved since the last step is left alone, and so are its two moments and its step count (lazy
-moments). Hence the bias correction of a row counts the steps of that row: its first update has the size of the learning
-rate, whenever it comes. Decay is decoupled and also applies to the retrieved rows only. Where every row is retrieved in
-every step this is `torch.optim.AdamW`.
+If no token retrieved a row since the last step, the row, its two moments and its step count do not change (lazy
+moments). The bias correction of a row therefore counts the steps of that row: its first update has the size of the
+learning rate, no matter when it happens. Weight decay is decoupled and also applies only to retrieved rows. If every
+row is retrieved in every step, this is `torch.optim.AdamW`.
 """
 
 from typing import Any
@@ -11,14 +11,14 @@ from typing import Any
 from torch import Tensor
 
 State = dict[str, Tensor]
-"""What AdamW remembers of a table: the moments `exp_avg` and `exp_avg_sq` (N, D), and the `step` of each row (N,)."""
+"""AdamW's state for a table: the moments `exp_avg` and `exp_avg_sq` (N, D), and the `step` of each row (N,)."""
 
 Rates = dict[str, Any]
-"""A parameter group, as `torch.optim.AdamW` has it: lr, betas, eps, weight_decay."""
+"""A parameter group as in `torch.optim.AdamW`: lr, betas, eps, weight_decay."""
 
 
 def update_rows(table_ND: Tensor, state: State, rows_R: Tensor, gradient_RD: Tensor, rates: Rates) -> None:
-    """One step for the rows `rows_R`, each named once, whose gradients are `gradient_RD`."""
+    """One step for the distinct rows `rows_R`, whose gradients are `gradient_RD`."""
     beta1, beta2 = rates["betas"]
     mean_ND, square_ND, steps_N = state["exp_avg"], state["exp_avg_sq"], state["step"]
     steps_R = steps_N[rows_R] + 1

@@ -1,4 +1,4 @@
-"""Which implementation of the operators runs."""
+"""Choice of the backend, the implementation of the operators."""
 
 import functools
 import sys
@@ -17,9 +17,9 @@ BACKENDS: dict[str, Operators] = {
 
 
 def choose_operators(kernel: str = "auto", device: str | None = None) -> Operators:
-    """The backend that `kernel` means for tensors on this type of device, by default torch's default device.
+    """The backend named `kernel`, for tensors on this type of device (by default torch's default device).
 
-    `auto` is the fastest that can run: `cpp` on a CPU, `triton` on a GPU, else `torch`.
+    `auto` is the fastest one that can run: `cpp` on a CPU, `triton` on a GPU, else `torch`.
 
     Raises:
         UserError: there is no backend of this name, or it cannot run here.
@@ -39,6 +39,6 @@ def choose_operators(kernel: str = "auto", device: str | None = None) -> Operato
 def _fastest(device: str) -> Operators:
     best = {"cpu": "cpp", "cuda": "triton"}.get(device, "torch")
     if why := BACKENDS[best].obstacle(device):
-        print(f"notice: kernel torch in place of {best}, which is faster: {why}", file=sys.stderr)
+        print(f"notice: kernel torch in place of the faster {best}: {why}", file=sys.stderr)
         best = "torch"
     return BACKENDS[best]

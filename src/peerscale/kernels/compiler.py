@@ -1,8 +1,8 @@
 """Compiles `operators.cpp` on first use, and loads it.
 
-The library is kept under a name that hashes all that it depends on: source, flags, compiler, OpenMP runtime and the
-processor's instruction sets (a home folder may be shared by unlike machines). Plain C functions and ctypes: the source
-needs none of torch's headers, so that it compiles in two seconds and loads in a millisecond.
+The name of the compiled library has a hash of everything that it depends on: source, flags, compiler, OpenMP runtime
+and the processor's instruction sets (different machines may share a home folder). Python calls plain C functions
+through ctypes, so the source does not need torch's headers; it compiles in two seconds and loads in a millisecond.
 """
 
 import ctypes
@@ -26,28 +26,28 @@ FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-
 
 
 class CompilerError(Exception):
-    """Why there is no library, in one line."""
+    """The reason, in one line, why the library cannot be compiled or loaded."""
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled `operators.cpp`, made in five seconds at first; raises `CompilerError` if it cannot be."""
+    """The compiled `operators.cpp`; the first call compiles it. Raises `CompilerError`."""
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
     if compiler is None:
         raise CompilerError("no C++ compiler (c++ or g++, or another in CXX)")
     processor = instruction_sets()
-    # Compilers hold back the widest vectors, which pay off here.
+    # Compilers avoid the widest vectors by default; here they are faster.
     wide = ["-mprefer-vector-width=512"] if "avx512f" in processor else []
     flags, runtime = [*FLAGS, *wide], openmp_runtime()
     command = [compiler, *flags, str(SOURCE), *runtime]
     sources = [path.read_text("utf-8") for path in (SOURCE, *HEADERS)]
-    # Not the folders of checkout and environment: what is the same in two of them is compiled once.
+    # Without the folders of checkout and environment, so that several checkouts share one library.
     parts = [*sources, compiler, *flags, *(Path(path).name for path in runtime), processor]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     path = cache_folder() / f"operators-{key[:16]}.so"
     try:
         if not path.exists():
-            # Processes that do this at once each compile their own and put it in place whole: the last one stays.
+            # Several processes may compile at once; each puts a complete file in place, and the last one stays.
             with replacing(path) as temporary:
                 subprocess.run([*command, "-o", str(temporary)], check=True, capture_output=True, text=True)
         return ctypes.CDLL(str(path))
@@ -59,12 +59,12 @@ def library() -> ctypes.CDLL:
 
 
 def cache_folder() -> Path:
-    """Where compiled libraries are kept: `peerscale` in the user's cache folder."""
+    """The folder of compiled libraries: `peerscale` in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peerscale"
 
 
 def openmp_runtime() -> list[str]:
-    """The OpenMP library that torch has loaded, to link with: another one would have a pool of threads of its own."""
+    """The OpenMP library that torch has loaded, to link with; a different one would have its own pool of threads."""
     torch.get_num_threads()
     try:
         maps = Path("/proc/self/maps").read_text()
@@ -76,7 +76,7 @@ def openmp_runtime() -> list[str]:
 
 
 def instruction_sets() -> str:
-    """What `-march=native` depends on."""
+    """The description of the processor on which the effect of `-march=native` depends."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

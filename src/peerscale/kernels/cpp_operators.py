@@ -1,4 +1,4 @@
-"""The operators in C++ (`operators.cpp`) for float32 and float64 on a CPU; others run on `TorchOperators`.
+"""The operators in C++ (`operators.cpp`) for float32 and float64 on a CPU; other tensors use `TorchOperators`.
 
 The results do not depend on the number of threads.
 """
@@ -18,9 +18,9 @@ from peerscale.kernels.operators import Pairs, SortedPairs, TableGradient, candi
 from peerscale.kernels.torch_operators import TorchOperators
 
 _ACTIVATIONS = {"gelu": 0, "relu": 1}
-_MOST_TOP_K = 64  # that `product_key_search.h` finds
-_NARROW_KEYS = 32  # half a key's numbers up to which it is faster not to ask which sub-keys a query has twice
-_QUERIES_A_PART = 1024  # whose gradients of the sub-keys are added up by themselves, whatever the number of threads
+_MOST_TOP_K = 64  # largest top_k of `product_key_search.h`
+_NARROW_KEYS = 32  # largest half-key width at which checking for repeated sub-keys of a query does not pay off
+_QUERIES_A_PART = 1024  # queries whose sub-key gradients are summed together, independent of the number of threads
 _CACHE_BYTES = 2**22  # a table of this size stays in a core's cache
 
 
@@ -245,7 +245,7 @@ def _as_c(*arguments: Tensor | float | ctypes.Structure) -> list[Any]:
 
 
 def _takes(*tensors: Tensor) -> bool:
-    """Whether `operators.cpp` takes these."""
+    """Whether `operators.cpp` supports these tensors."""
     dtype = tensors[0].dtype
     known = dtype in (torch.float32, torch.float64)
     return known and all(tensor.device.type == "cpu" and tensor.dtype == dtype for tensor in tensors)

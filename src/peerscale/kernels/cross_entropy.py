@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head, without ever holding the logits of a whole batch.
+"""Cross-entropy of a linear head, without storing the logits of a whole batch.
 
 Shapes: T tokens, D model width, V vocabulary.
 """
@@ -12,20 +12,20 @@ from torch.autograd.function import once_differentiable
 from peerscale.kernels.backends import BACKENDS
 from peerscale.kernels.operators import Operators
 
-_LOGITS_AT_ONCE = {"cpu": 2**18}  # a megabyte in float32: they stay in a core's cache between the passes over them
+_LOGITS_AT_ONCE = {"cpu": 2**18}  # a megabyte in float32, which stays in a core's cache between passes
 _LOGITS_AT_ONCE_ELSEWHERE = 2**27
 
 
 def linear_cross_entropy(
     x_TD: Tensor, head_VD: Tensor, targets_T: Tensor, operators: Operators
 ) -> tuple[Tensor, Tensor]:
-    """-log softmax(head x[t])[targets[t]] in nats: its mean over the tokens, differentiable, and that of each (T,).
+    """-log softmax(head x[t])[targets[t]] in nats: the differentiable mean over the tokens, and the loss of each (T,).
 
-    The gradients are formed beside the loss, a slice of the tokens at a time (as Hsu et al. 2024, "Liger Kernel"). The
-    products follow autocast; loss and softmax are in the precision of the head's weights.
+    The gradients are computed together with the loss, one slice of the tokens at a time (as in Hsu et al. 2024, "Liger
+    Kernel"). The matrix products follow autocast; loss and softmax are in the precision of the head's weights.
 
     Args:
-        operators: of the backend that computes losses and softmax.
+        operators: the backend that computes losses and softmax.
     """
     device = x_TD.device.type
     if torch.is_autocast_enabled(device):
@@ -38,7 +38,7 @@ def linear_cross_entropy(
 def _with_gradients(
     x_TD: Tensor, head_VD: Tensor, targets_T: Tensor, operators: Operators, with_gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The mean, the loss of each token, and the gradients of x and the head; the products are in the type of x."""
+    """The mean, the loss of each token, and the gradients of x and of the head; the products are in the type of x."""
     (T, V), device, dtype = (len(x_TD), len(head_VD)), x_TD.device.type, x_TD.dtype
     cast_head_VD = head_VD.to(dtype)
     losses_T = head_VD.new_empty(T)

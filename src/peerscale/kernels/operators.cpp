@@ -1,8 +1,8 @@
 // The retrieved-row operators on a CPU, as plain C functions that Python calls with the tensors' addresses.
 //
-// Shapes: T tokens, D vector width, N rows of a table, J retrieved rows a token, P = T J pairs of a token and a row,
-// R runs of pairs that share a row; for product keys H heads, n sub-keys a side, K top k. All arrays are contiguous.
-// Whatever is summed is summed by one thread in one order, so that results do not depend on the number of threads.
+// Shapes: T tokens, D vector width, N rows of a table, J retrieved rows per token, P = T J pairs of a token and a row,
+// R runs of pairs that share a row; for product keys H heads, n sub-keys per side, K top k. All arrays are contiguous.
+// One thread computes each sum, in a fixed order, so that results do not depend on the number of threads.
 #include <omp.h>
 
 #include <algorithm>
@@ -19,7 +19,7 @@
 
 namespace peerscale {
 
-// ---- Token by token: best where the table fits into the cache, or where few rows are read twice
+// ---- Token by token: faster if the table fits into the cache, or if few rows are read more than once
 
 // out[t, j] = <x[t], table[rows[t, j]]>
 template <class Real>
@@ -43,10 +43,10 @@ void weighted_row_sum(const Real* table, const int64_t* rows, const Real* weight
   }
 }
 
-// ---- Row by row: the table passes through the cache once, and it is the tokens' vectors that are read many times
+// ---- Row by row: the table passes through the cache once, and the vectors of the tokens are read many times
 
-// The pairs p = t J + j sorted by row, and within a row by p: the i-th is order[i], of token tokens[i]. Those of run r
-// are the starts[r]-th to the (starts[r + 1] - 1)-th.
+// The pairs p = t J + j sorted by row, and within a row by p: the i-th is order[i], of token tokens[i]. Run r has the
+// pairs from order[starts[r]] to order[starts[r + 1] - 1].
 struct SortedPairs {
   const int64_t* rows;
   const int32_t *order, *tokens, *starts;
@@ -55,7 +55,7 @@ struct SortedPairs {
   int64_t row(int64_t run) const { return rows[order[starts[run]]]; }
 };
 
-// As `row_dot_products`.
+// Like `row_dot_products`.
 template <class Real>
 void row_dot_products_by_row(const SortedPairs& pairs, const Real* x, const Real* table, Real* out, int64_t D,
                              int64_t threads) {
@@ -69,7 +69,7 @@ void row_dot_products_by_row(const SortedPairs& pairs, const Real* x, const Real
   }
 }
 
-// As `weighted_row_sum`. A thread adds up the output of its own tokens, for which it looks through all pairs.
+// Like `weighted_row_sum`. Each thread computes the output of its own tokens and reads all pairs for that.
 template <class Real>
 void weighted_row_sum_by_row(const SortedPairs& pairs, const Real* table, const Real* weights, Real* out, int64_t T,
                              int64_t D, int64_t threads) {
@@ -88,7 +88,7 @@ void weighted_row_sum_by_row(const SortedPairs& pairs, const Real* table, const 
   }
 }
 
-// ---- The gradient of a table: row r gets the sum over its pairs (t, j) of coefficients[t, j] vectors[t]
+// ---- The gradient of a table: in row r the sum of coefficients[t, j] vectors[t] over its pairs (t, j)
 
 template <class Real>
 inline void add_run(const SortedPairs& pairs, int64_t run, const Real* coefficients, const Real* vectors, int64_t D,
@@ -99,7 +99,7 @@ inline void add_run(const SortedPairs& pairs, int64_t run, const Real* coefficie
            [=](int64_t i) { return coefficients[order[i]]; });
 }
 
-// Rows that have no pair are left as they are.
+// Rows without pairs do not change.
 template <class Real>
 void table_gradient(const SortedPairs& pairs, const Real* coefficients, const Real* vectors, Real* out, int64_t D,
                     int64_t threads) {
@@ -145,7 +145,7 @@ void adamw_rows(const SortedPairs& pairs, const Real* coefficients, const Real* 
 
 using namespace peerscale;
 
-// The address of a function for float or double tensors; null if there is none of this name.
+// The address of the function of this name for float or double tensors; null if there is none.
 extern "C" const void* peerscale_find(const char* name, int64_t is_double) {
 #define FIND(function) \
   if (!std::strcmp(name, #function)) return is_double ? (const void*)&function<double> : (const void*)&function<float>
@@ -170,7 +170,7 @@ extern "C" const void* peerscale_find(const char* name, int64_t is_double) {
 // Fills the arrays of a `SortedPairs`, P, P and P + 1 numbers, by a radix sort, and returns R.
 extern "C" int64_t peerscale_sort_pairs(const int64_t* rows, int64_t T, int64_t J, int64_t N, int32_t* order,
                                         int32_t* tokens, int32_t* starts) {
-  constexpr int kMostBits = 12;  // places to fill that stay in the nearest cache
+  constexpr int kMostBits = 12;  // so few target positions that they stay in the nearest cache
   const int64_t P = T * J;
   int bits = 1;
   while ((N - 1) >> bits) ++bits;

@@ -1,4 +1,5 @@
-"""AdamW that touches only the retrieved rows of a table (see `adamw`): no cost grows with the number of experts."""
+"""AdamW that updates only the retrieved rows of a table (see `adamw`), so its cost does not grow with the number of
+experts."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,16 +12,16 @@ from peerscale.kernels.operators import collect_row_gradients, collected_gradien
 
 
 class RowSparseAdamW(torch.optim.AdamW):
-    """`torch.optim.AdamW`, and in the parameter groups marked `row_sparse: True` row by row.
+    """`torch.optim.AdamW` that updates parameter groups marked `row_sparse: True` row by row.
 
-    The parameters of a marked group are tables, (rows, width). From their entry into the optimiser on, the backward
-    passes of `peerscale.kernels` collect their gradients in compact form and leave `grad` at `None`. Several backward
-    passes before a step add up; `zero_grad` forgets them. A table with a dense `grad`, as other operators leave it, is
-    updated in the rows that are not all zero. The arguments are those of torch's.
+    The parameters of a marked group are tables, (rows, width). Once they are added to the optimiser, the backward
+    passes of `peerscale.kernels` collect their gradients in compact form and leave `grad` at `None`. Gradients of
+    several backward passes add up until `zero_grad` clears them. If other operators set a dense `grad`, the table is
+    updated in the rows where it is not all zero. The arguments are the same as torch's.
     """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As of any optimiser."""
+        """As for any optimiser; tables of a `row_sparse` group collect their gradients from now on."""
         param_group.setdefault("row_sparse", False)
         super().add_param_group(param_group)
         if param_group["row_sparse"]:
@@ -28,7 +29,7 @@ class RowSparseAdamW(torch.optim.AdamW):
                 collect_row_gradients(table)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget all gradients."""
+        """Clear all gradients, including collected ones."""
         super().zero_grad(set_to_none)
         for table, _ in self._tables():
             if collected := collected_gradients(table):
@@ -44,7 +45,7 @@ class RowSparseAdamW(torch.optim.AdamW):
         tables = self._tables()
         for table, group in tables:
             self._step_table(table, group)
-        # AdamW passes over parameters without a gradient.
+        # Hidden from AdamW, which skips parameters without a gradient.
         gradients = [table.grad for table, _ in tables]
         for table, _ in tables:
             table.grad = None

@@ -1,11 +1,11 @@
-"""The operators on torch's own embedding bags: no gathered row is materialised, and no compiler needed.
+"""The operators on torch's embedding bags, which do not store gathered rows and do not need a compiler.
 
-Faster backends replace the parts; how these make up the operators and their gradients is written here once. The
-gradient of an embedding bag with respect to its per-sample weights *is* the dot product of a row with a vector, so that
-operator computes `row_dot_products`.
+Faster backends replace the parts; this module defines once how the parts make up the operators and their gradients. The
+gradient of an embedding bag with respect to its per-sample weights is the dot product of a row with a vector, so the
+operator for that gradient computes `row_dot_products`.
 
-torch.compile sees the operators as opaque ones of `torch.library`, which are handed tensors, numbers and the name of
-the backend. Without it these would be slower than autograd's functions, which then run instead.
+For torch.compile the operators are opaque ones of `torch.library`, whose arguments are tensors, numbers and the name of
+the backend. Without torch.compile, autograd functions run instead, since they are faster.
 """
 
 from typing import Any
@@ -50,26 +50,26 @@ class TorchOperators(Operators):
         return _row_operator(weights_TJ, table_ND, self.rounded(table_ND, dtype), pairs, False).to(dtype)
 
     def rounded(self, table_ND: Tensor, dtype: torch.dtype) -> Tensor:
-        """What is read of the table, rounded to `dtype`.
+        """The table rounded to `dtype`, as the operators read it.
 
-        Kept in the table's type: embedding bags and the C++ compute in the type of what they are given.
+        It is stored in the table's type, since embedding bags and the C++ operators compute in the type of their input.
         """
         return rounded_copy(table_ND, dtype, table_ND.dtype)
 
     def top_k_by_search(self, query_THSC: Tensor, sub_keys_GSNC: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        """`product_key_top_k` for backends that have `search` and `search_gradients`."""
+        """`product_key_top_k` for backends that define `search` and `search_gradients`."""
         if torch.compiler.is_compiling():
             return _search(query_THSC, sub_keys_GSNC, top_k, self.name)[:2]
         return _ProductKeyTopK.apply(query_THSC, sub_keys_GSNC, top_k, self)
 
     def search(self, query_THSC: Tensor, sub_keys_GSNC: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores and rows of the top k, and the sub-keys of either side that they are of, (T, H, 2, K) in int32."""
+        """Scores and rows of the top k, and the sub-keys of both sides that make them up, (T, H, 2, K) in int32."""
         raise NotImplementedError
 
     def search_gradients(
         self, grad_THK: Tensor, query_THSC: Tensor, sub_keys_GSNC: Tensor, sub_keys_THSK: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The gradients of queries and sub-keys, from those of the scores and the sub-keys found."""
+        """The gradients of queries and sub-keys, from the gradients of the scores and the sub-keys found."""
         raise NotImplementedError
 
     def pairs(self, rows_TJ: Tensor, n_rows: int) -> Pairs:
@@ -109,7 +109,7 @@ class TorchOperators(Operators):
 
     def adamw_rows(self, gradient: TableGradient, table_ND: Tensor, state: State, rates: Rates) -> None:
         by_row = gradient.pairs.by_row
-        # A row's gradient is itself a weighted sum of rows: of the vectors of its pairs' tokens.
+        # The gradient of a row is also a weighted sum of rows: of the token vectors of its pairs.
         weights = gradient.coefficients_TJ.view(-1)[by_row.order_P]
         begin = by_row.starts_R[:-1]
         vectors_TD = gradient.vectors_TD.to(weights.dtype)
@@ -119,10 +119,10 @@ class TorchOperators(Operators):
 
 
 class _RowOperator(torch.autograd.Function):
-    """`row_dot_products` of a factor (T, D) or `weighted_row_sum` of one (T, J): each is the other's adjoint.
+    """`row_dot_products` of a factor (T, D), or `weighted_row_sum` of a factor (T, J): each is the other's adjoint.
 
-    Rows are read from `read_ND`, which may be a rounded copy of the table. The table's gradient is formed for autograd,
-    or, where it is collected, left as its factors.
+    Rows are read from `read_ND`, which may be a rounded copy of the table. The table's gradient is computed for
+    autograd, or kept as its factors if gradients are collected.
     """
 
     @staticmethod
@@ -165,7 +165,7 @@ def _table_gradient(
 
 
 class _ProductKeyTopK(torch.autograd.Function):
-    """The top k, and gradients that take as long as there are retrieved sub-keys, not as there are sub-keys."""
+    """The top k; the time of its gradients grows with the number of retrieved sub-keys, not of all sub-keys."""
 
     @staticmethod
     def forward(
@@ -192,7 +192,7 @@ def _row_operator(factor: Tensor, table_ND: Tensor, read_ND: Tensor, pairs: Pair
 
 
 def _named(kernel: str) -> TorchOperators:
-    from peerscale.kernels.backends import BACKENDS  # which are made of these
+    from peerscale.kernels.backends import BACKENDS  # here, since the backends are built from this module
 
     operators = BACKENDS[kernel]
     assert isinstance(operators, TorchOperators)
@@ -200,17 +200,17 @@ def _named(kernel: str) -> TorchOperators:
 
 
 def _shared_pairs(rows_TJ: Tensor, n_rows: int, kernel: str) -> Pairs:
-    """Made once for a tensor of rows and all operators that it is handed to."""
+    """The pairs of a tensor of rows, made once for all operators that take this tensor."""
     pairs = getattr(rows_TJ, "pairs", None)
     if pairs is None:
-        # A copy: torch.compile writes over what its graph needs no more, and the pairs may be collected.
+        # A copy: torch.compile overwrites tensors that its graph no longer needs, while the pairs may be collected.
         pairs = rows_TJ.pairs = _named(kernel).pairs(rows_TJ.clone(), n_rows)  # type: ignore[attr-defined]
     return pairs
 
 
 @torch.library.custom_op("peerscale::own_rows", mutates_args=())
 def _own_rows(rows_TJ: Tensor) -> Tensor:
-    """A copy, which stays the same object from operator to operator, as a view would not."""
+    """A copy, which remains the same object from operator to operator; a view would not."""
     return rows_TJ.long().clone(memory_format=torch.contiguous_format)
 
 
@@ -231,7 +231,7 @@ def _compiled_row_operator(
 def _(
     factor: Tensor, table_ND: Tensor, read_ND: Tensor, rows_TJ: Tensor, kernel: str, number: int, products: bool
 ) -> Tensor:
-    # Types are the backend's choice, of which C++ has torch's.
+    # The backend decides the types; C++ has the same ones as torch.
     operators = _named("torch" if kernel == "cpp" else kernel)
     return _apply(factor, read_ND, Pairs(operators, rows_TJ, len(read_ND)), products)
 
@@ -266,7 +266,7 @@ def _keep_row_operator(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _row_operator_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     collects = ctx.others[1] > 0
-    # An operator without a result that is used would be left out, and with it what it collects.
+    # torch.compile would remove an operator whose result is not used, and then nothing would be collected.
     assert ctx.needs_input_grad[0] or not collects, (
         "a compiled layer with row-sparse tables needs an input with gradient"
     )

@@ -1,9 +1,9 @@
 """The retrieved-row operators as Triton kernels; `triton_operators` calls them.
 
-Shapes: T tokens, D vector width, J retrieved rows a token, P = T J pairs of a token and a row, R runs of pairs that
-share a row. All arrays are contiguous. `order` holds the positions t J + j of the pairs sorted by row; those of run r
-are its `starts[r]`-th to its (`starts[r + 1]` - 1)-th. Sums are formed in the type of the coefficients. No kernel adds
-atomically: whatever is summed is summed by one program in one order.
+Shapes: T tokens, D vector width, J retrieved rows per token, P = T J pairs of a token and a row, R runs of pairs that
+share a row. All arrays are contiguous. `order` holds the positions t J + j of the pairs sorted by row; run r is
+`order[starts[r]]` to `order[starts[r + 1] - 1]`. Sums are computed in the type of the coefficients. No kernel uses
+atomic additions: one program computes each sum, in a fixed order.
 """
 
 import torch
@@ -22,14 +22,14 @@ _BY_TOKEN, _BY_ROW = tl.constexpr(False), tl.constexpr(True)
 
 
 def _candidates(configs: list[Config], *_: object, **__: object) -> list[Config]:
-    """All, or one where results must not depend on which is fastest: the sizes of the blocks set the order of sums."""
+    """All configurations, or a single one if results must not depend on timing (block sizes set the order of sums)."""
     return configs[:1] if torch.are_deterministic_algorithms_enabled() else configs
 
 
 def _tuned(*key: str):
-    """Tries all configurations when the `key` arguments are new, and keeps the fastest on disk for later processes.
+    """Try all configurations for new values of the `key` arguments, and keep the fastest on disk for later processes.
 
-    The interpreter has none to try.
+    Triton's interpreter does not tune.
     """
     configs = _CONFIGS[:1] if triton.knobs.runtime.interpret else _CONFIGS
     return triton.autotune(configs, [*key], {"early_config_prune": _candidates}, cache_results=True)
@@ -40,9 +40,9 @@ def _tuned(*key: str):
 def row_dot_products(
     x, table, rows, order, out, P, J, D, BY_ROW: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """out[t, j] = <x[t], table[rows[t, j]]>, in the order of the tokens, or by row.
+    """out[t, j] = <x[t], table[rows[t, j]]>, computed in the order of the tokens, or by row.
 
-    By row, programs that run at the same time want the same rows, so that a row comes from memory once.
+    By row, programs that run at the same time read the same rows, so that each row is loaded from memory once.
     """
     place = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     known = place < P
@@ -63,7 +63,7 @@ def row_dot_products(
 @_tuned("D", "J")
 @triton.jit
 def weighted_row_sum(table, rows, weights, out, J, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
-    """out[t] = sum_j weights[t, j] table[rows[t, j]]; a program for each token and block of columns."""
+    """out[t] = sum_j weights[t, j] table[rows[t, j]]; one program per token and block of columns."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     begin = token * J
@@ -77,7 +77,7 @@ def table_gradient(
     coefficients, vectors, rows, order, starts, out, J, D, PAIRS_A_ROW,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out[n] = sum over the pairs (t, j) of row n of coefficients[t, j] vectors[t]; rows without pairs stay."""
+    """out[n] = sum of coefficients[t, j] vectors[t] over the pairs (t, j) of row n; other rows do not change."""
     begin, end = tl.load(starts + tl.program_id(0)), tl.load(starts + tl.program_id(0) + 1)
     if begin < end:
         column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -90,10 +90,10 @@ def adamw_rows(
     coefficients, vectors, rows, order, starts, table, mean, square, size, scale, keep, J, D,
     beta1: tl.constexpr, beta2: tl.constexpr, eps: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A step of the rows that have pairs; a row's gradient never leaves the registers.
+    """An AdamW step of the rows that have pairs; a row's gradient stays in registers.
 
     `size` and `scale` are the bias corrections of each run's row, lr / (1 - beta1^steps) and (1 - beta2^steps)^-1/2;
-    `keep` is 1 less the decay.
+    `keep` is 1 minus the decay.
     """
     run = tl.program_id(0)
     begin, end = tl.load(starts + run), tl.load(starts + run + 1)
@@ -115,9 +115,9 @@ def _weighted_sum(
     vectors, rows, order, weights, begin, end, column, J, D,
     BY_ROW: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The sum, in some columns, of the weighted vectors of the pairs from `begin` to `end`.
+    """The weighted sum, in some columns, of the vectors of the pairs from `begin` to `end`.
 
-    These are the rows of a token's pairs, or, by row, the vectors of the tokens of a row's pairs.
+    The vectors are the rows of a token's pairs or, with BY_ROW, the token vectors of a row's pairs.
     """
     total = tl.zeros((BLOCK_P, BLOCK_D), weights.dtype.element_ty)
     for start in range(begin, end, BLOCK_P):
@@ -137,17 +137,17 @@ def _weighted_sum(
 
 @triton.jit
 def cross_entropy(logits, targets, losses, V, scale, BLOCK_V: tl.constexpr):
-    """losses[t] = -log softmax(logits[t])[targets[t]], and `scale` times its gradient in place of the logits (T, V).
+    """losses[t] = -log softmax(logits[t])[targets[t]]; overwrites the logits (T, V) with `scale` times its gradient.
 
-    A program a token. Every lane keeps the maximum and the sum of what it has seen (an online softmax: Milakov and
-    Gimelshein 2018), so that a logit is read once for the sum and once for its gradient.
-    All in float32.
+    One program per token. Every lane keeps the maximum and the sum of the logits that it has read (online softmax:
+    Milakov and Gimelshein 2018), so that a logit is read once for the sum and once for its gradient. Everything is
+    computed in float32.
     """
     token = tl.program_id(0).to(tl.int64)
     row = logits + token * V
     target = tl.load(targets + token)
-    correct = tl.load(row + target).to(tl.float32)  # before the row is written over
-    # Not -inf: that less itself is not a number.
+    correct = tl.load(row + target).to(tl.float32)  # before the row is overwritten
+    # Not -inf, since -inf - (-inf) is NaN.
     highest = tl.full((BLOCK_V,), -3e38, tl.float32)
     total = tl.zeros((BLOCK_V,), tl.float32)
     for start in range(0, V, BLOCK_V):

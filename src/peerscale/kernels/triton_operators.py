@@ -1,9 +1,9 @@
 """The operators in Triton (`triton_kernels`, `triton_top_k`) for tensors on a GPU.
 
-Others, and empty batches, run on `TorchOperators`.
+Other tensors, and empty batches, use `TorchOperators`.
 
-Half-precision vectors and rows are multiplied and summed in float32, in which scores and coefficients of pairs stay.
-Memory beyond the tables is O(T (D + J)), nothing waits for the GPU, and row numbers are not checked.
+Half-precision vectors and rows are multiplied and summed in float32; scores and coefficients of pairs stay in float32.
+Memory beyond the tables is O(T (D + J)). No operator waits for the GPU or checks row numbers.
 """
 
 import importlib
@@ -22,9 +22,9 @@ from peerscale.kernels.rounded import rounded_copy
 from peerscale.kernels.torch_operators import TorchOperators
 
 _CACHE_BYTES = 2**25  # a table of this size stays in the cache of a large GPU
-_ADAMW_BLOCKS = {"BLOCK_P": 8, "BLOCK_D": 256, "num_warps": 4}  # not tuned, since trials would be steps
-_MOST_TOP_K = 64  # that `triton_top_k` finds: the registers hold them for both sides
-_FLOAT32_AT_MOST = (torch.float32, torch.bfloat16, torch.float16)  # in search and cross-entropy
+_ADAMW_BLOCKS = {"BLOCK_P": 8, "BLOCK_D": 256, "num_warps": 4}  # not tuned, since each trial would update the table
+_MOST_TOP_K = 64  # largest top_k of `triton_top_k`, which keeps the best of both sides in registers
+_FLOAT32_AT_MOST = (torch.float32, torch.bfloat16, torch.float16)  # types that search and cross-entropy support
 
 
 class TritonOperators(TorchOperators):
@@ -42,10 +42,10 @@ class TritonOperators(TorchOperators):
     def product_key_top_k(self, query_THSC: Tensor, sub_keys_GSNC: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """See `Operators`; the scores (T, H, 2, N) are never stored.
 
-        Halves are multiplied exactly; float32 in three products of tf32, about as exact as float32 itself, or, where
-        torch's float32 matmul precision is not "highest", in one. Sums and the scores returned are float32. Of equal
-        scores the lower sub-key comes first. Float64, more than 64 of the best and other devices run on
-        `TorchOperators`.
+        Half-precision numbers are multiplied exactly. Float32 numbers are multiplied in three products of tf32, about
+        as exact as float32, or in a single one if torch's float32 matmul precision is not "highest". Sums and returned
+        scores are float32. For equal scores the lower sub-key comes first. Float64, top_k above 64 and other devices
+        use `TorchOperators`.
         """
         known = query_THSC.dtype == sub_keys_GSNC.dtype and query_THSC.dtype in _FLOAT32_AT_MOST
         if not (known and _takes(query_THSC) and top_k <= min(_MOST_TOP_K, sub_keys_GSNC.shape[2])):
@@ -66,21 +66,21 @@ class TritonOperators(TorchOperators):
     def search_gradients(
         self, grad_THK: Tensor, query_THSC: Tensor, sub_keys_GSNC: Tensor, sub_keys_THSK: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """They are gathered by the operators on rows.
+        """See `TorchOperators`; computed with the operators on rows.
 
-        To these all sub-keys are one table of G S N rows, and each half of a query is a token that reads K of them.
+        All sub-keys form one table of G S N rows, and each half of a query is a token that reads K of these rows.
         """
         (T, H, S, C), (G, _, N, _), K = query_THSC.shape, sub_keys_GSNC.shape, sub_keys_THSK.shape[-1]
         side_S1 = torch.arange(S, device=sub_keys_THSK.device)[:, None] * N
         set_H11 = (torch.arange(H, device=sub_keys_THSK.device) % G)[:, None, None] * (S * N)
         pairs = Pairs(self, (sub_keys_THSK + side_S1 + set_H11).view(-1, K), G * S * N)
-        weights = grad_THK.unsqueeze(2).expand(T, H, S, K).reshape(-1, K).contiguous()  # a view where T H or K is 1
+        weights = grad_THK.unsqueeze(2).expand(T, H, S, K).reshape(-1, K).contiguous()  # a view if T H or K is 1
         grad_query = self.weighted_row_sum(sub_keys_GSNC.view(-1, C), pairs, weights)
         grad_sub_keys = self.table_gradient(TableGradient(pairs, weights, query_THSC.view(-1, C)))
         return grad_query.view_as(query_THSC), grad_sub_keys.view_as(sub_keys_GSNC)
 
     def cross_entropy_(self, logits_TV: Tensor, targets_T: Tensor, scale: float) -> Tensor:
-        # A kernel takes numbers as float32: `scale` would not be float64's.
+        # Kernels take Python numbers as float32, which is too imprecise a `scale` for float64.
         if not (_takes(logits_TV) and logits_TV.is_contiguous() and logits_TV.dtype in _FLOAT32_AT_MOST):
             return super().cross_entropy_(logits_TV, targets_T, scale)
         (T, V), losses_T = logits_TV.shape, logits_TV.new_empty(len(logits_TV))
@@ -118,7 +118,7 @@ class TritonOperators(TorchOperators):
             return super().sort_pairs(pairs)
         rows_P, order_P = rows_TJ.view(-1).int().sort(stable=True)
         run_P = (rows_P.diff(prepend=rows_P[:1]) != 0).cumsum(0)
-        # As many runs as there can be, empty ones last: to learn how many there are would be to wait for the GPU.
+        # The largest possible number of runs, empty ones last; to know the actual number, we would wait for the GPU.
         runs = torch.arange(min(pairs.n_rows, len(rows_P)) + 1, device=rows_P.device)
         return SortedPairs(order_P, order_P // rows_TJ.shape[1], torch.searchsorted(run_P, runs))
 
@@ -138,11 +138,11 @@ class TritonOperators(TorchOperators):
         if not (_takes(gradient.pairs.rows_TJ) and all(tensor.is_contiguous() for tensor in changed)):
             return super().adamw_rows(gradient, table_ND, state, rates)
         rows_P, runs = gradient.pairs.rows_TJ.view(-1), gradient.pairs.by_row
-        # Empty runs name the last row once more, whose count is then written twice.
+        # Empty runs point to the last row again, whose step count is then written twice.
         rows_R = rows_P[runs.order_P[runs.starts_R[:-1].clamp(max=len(rows_P) - 1)]]
         steps_R = state["step"][rows_R] + 1
         state["step"][rows_R] = steps_R
-        # In float64: 1 - beta^steps is small at first.
+        # In float64, since 1 - beta^steps is small at first.
         size_R = lr / (1 - beta1 ** steps_R.double())
         scale_R = (1 - beta2 ** steps_R.double()).rsqrt()
         keep = size_R.new_full((1,), 1 - lr * rates["weight_decay"])
@@ -156,7 +156,7 @@ def search_constants(dtype: torch.dtype, N: int, C: int, G: int, K: int) -> dict
     """The constants with which `triton_top_k` is compiled."""
     block_k, candidates = max(2, _power_of_two(K)), len(candidate_pairs(K)[0])
     half = dtype != torch.float32
-    # As many queries a program as leave the registers enough for twice the best and the candidates of each.
+    # So many queries per program that the registers hold twice the best sub-keys and the candidates of each query.
     block_m, block_n = (64, 128 if half else 64) if K <= 16 else (32, 64) if K <= 32 else (16, 64)
     precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -170,12 +170,12 @@ def search_constants(dtype: torch.dtype, N: int, C: int, G: int, K: int) -> dict
 
 
 def _power_of_two(n: int) -> int:
-    """The lowest that is not below n."""
+    """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
 
 
 def _runs_on(device: str) -> bool:
-    """GPUs, and, for tests, a CPU under Triton's interpreter."""
+    """Whether Triton runs on this device: GPUs and, for tests, CPUs under Triton's interpreter."""
     return device == "cuda" or (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
 
 
@@ -188,7 +188,7 @@ def _summed_in(vectors: Tensor) -> torch.dtype:
 
 
 def _by_runs(gradient: TableGradient) -> tuple[tuple[Tensor, ...], Callable[..., tuple[int, ...]], tuple[int, int]]:
-    """What the kernels that go from run to run begin with: their tensors, grid, and J and D."""
+    """First arguments of the kernels with one program per run: their tensors, grid, and (J, D)."""
     pairs, runs, vectors_TD = gradient.pairs, gradient.pairs.by_row, gradient.vectors_TD
     J, D = pairs.rows_TJ.shape[1], vectors_TD.shape[1]
     coefficients_TJ = gradient.coefficients_TJ.to(_summed_in(vectors_TD))
@@ -197,7 +197,7 @@ def _by_runs(gradient: TableGradient) -> tuple[tuple[Tensor, ...], Callable[...,
 
 
 def _columns(n: int, D: int) -> Callable[[dict[str, int]], tuple[int, int]]:
-    """A grid of n things by blocks of columns."""
+    """A grid of n programs by blocks of columns."""
     return lambda size: (n, -(-D // size["BLOCK_D"]))
 
 
@@ -206,9 +206,9 @@ def _launch(
 ) -> None:
     if isinstance(arguments[0], FakeTensor):
         return
-    # Imports Triton, which need not be there.
+    # Imported here, since Triton may not be installed.
     kernels = importlib.import_module(f"peerscale.kernels.{module}")
 
-    # Whether a product and a sum are fused, which shows in the last digit, is not left to Triton's changing default.
+    # Set explicitly whether a product and a sum are fused, which affects the last digit: Triton's default has changed.
     with torch.cuda.device_of(arguments[0]):
         getattr(kernels, kernel)[grid](*arguments, **constants, enable_fp_fusion=True)

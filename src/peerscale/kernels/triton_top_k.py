@@ -1,7 +1,8 @@
-"""Product-key search as one Triton kernel, which stores no score that is not returned; `triton_operators` calls it.
+"""Product-key search as one Triton kernel, which stores only the scores that it returns; `triton_operators` calls it.
 
-Shapes: M queries, one for each token and head, of 2 halves of C numbers; N sub-keys a side; K top_k. A score and its
-index travel as one 64-bit number, so that a sort orders both: higher scores first, of equal ones the lower index.
+Shapes: M queries, one per token and head, of 2 halves of C numbers; N sub-keys per side; K top_k. A score and its index
+are packed into one 64-bit number, so that one sort orders both: higher scores first, lower indices first for equal
+scores.
 """
 
 import triton  # pyrefly: ignore[missing-import]
@@ -16,7 +17,7 @@ def product_key_top_k(
     G: tl.constexpr, CANDIDATES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The best K sums of a score of either side, and their rows i N + j.
+    """The K largest sums of a first-side and a second-side score, and their rows i N + j.
 
     `query` is (M, 2, C), `sub_keys` (G, 2, N, C); query m reads key set m % G, and there are `tokens` = M / G of each.
     There are CANDIDATES pairs of ranks, those of `operators.candidate_pairs`. The blocks of ranks and of candidates,
@@ -29,7 +30,7 @@ def product_key_top_k(
     a = _best(query, keys, m, known, N, C, BLOCK_K, BLOCK_M, BLOCK_N, BLOCK_C, PRECISION)
     b = _best(query + C, keys + N * C, m, known, N, C, BLOCK_K, BLOCK_M, BLOCK_N, BLOCK_C, PRECISION)
     place = tl.arange(0, BLOCK_P)
-    # Of the rank i there are the K // (i + 1) pairs with j = 0, 1, ...
+    # Rank i has K // (i + 1) candidate pairs, j = 0, 1, ...
     i, start, end = place * 0, place * 0, place * 0
     for n in tl.static_range(1, K):
         end += K // n
@@ -38,7 +39,7 @@ def product_key_top_k(
     i, j = _each(i, BLOCK_M), _each(tl.minimum(place - start, K - 1), BLOCK_M)
     sums = tl.gather(_score(a), i, 1) + tl.gather(_score(b), j, 1)
     best = tl.topk(tl.where((place < CANDIDATES)[None, :], _packed(sums, place[None, :]), _NONE), BLOCK_K)
-    # Beyond K there are empty places where there are fewer candidates than BLOCK_K.
+    # If there are fewer candidates than BLOCK_K, the last places, beyond K, are empty.
     place = tl.minimum(_index(best), BLOCK_P - 1)
     i = tl.gather(_index(a), tl.gather(i, place, 1), 1)
     j = tl.gather(_index(b), tl.gather(j, place, 1), 1)
@@ -54,7 +55,7 @@ def _best(
     query, keys, m, known, N: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The best BLOCK_K sub-keys of one side for each query, best first; a tile of scores at a time."""
+    """The best BLOCK_K sub-keys of one side for each query, best first; computed one tile of scores at a time."""
     best = tl.full((BLOCK_M, BLOCK_K), _NONE, tl.int64)
     for start in range(0, N, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
@@ -63,7 +64,7 @@ def _best(
             column = c + tl.arange(0, BLOCK_C)
             q = tl.load(query + m[:, None] * (2 * C) + column[None, :], known[:, None] & (column < C)[None, :], 0)
             k = tl.load(keys + key[None, :] * C + column[:, None], (key < N)[None, :] & (column < C)[:, None], 0)
-            if PRECISION == "ieee":  # the interpreter takes the bits of bfloat16 for integers
+            if PRECISION == "ieee":  # the interpreter treats bfloat16 as integers
                 q, k = q.to(tl.float32), k.to(tl.float32)
             score = tl.dot(q, k, score, input_precision=PRECISION)
         tile = tl.topk(tl.where((key < N)[None, :], _packed(score, key[None, :]), _NONE), BLOCK_K)
@@ -73,13 +74,14 @@ def _best(
 
 @triton.jit
 def _each(values, BLOCK_M: tl.constexpr):
-    """The same for every query; of a tile's whole shape, as `tl.gather` wants its indices."""
+    """`values` repeated for every query, since `tl.gather` needs indices of the tile's full shape."""
     return tl.broadcast_to(values[None, :], (BLOCK_M, values.shape[0])).to(tl.int32)
 
 
 @triton.jit
 def _packed(score, index):
-    """The bits of a negative number are turned round, so that integers compare as the numbers do; NaN comes first."""
+    """Score and index as one integer; bits of negative scores are inverted, so that integers compare like scores. NaN
+    comes first."""
     bits = score.to(tl.int32, bitcast=True)
     bits = tl.where(score != score, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
     return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)

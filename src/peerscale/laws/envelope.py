@@ -1,10 +1,11 @@
-"""Approach 1 (Hoffmann et al. 2022, section 3.1): the lowest of all training curves at each compute, and its size.
+"""Approach 1 (Hoffmann et al. 2022, section 3.1): the lowest training curve at each compute, and the size of its model.
 
-The run with the lowest loss after C FLOPs gives the optimal size x*(C); x* = coefficient * C^exponent by least squares
-in log10. Where the smallest or largest size at hand wins, the optimum lies beyond, and the power law leaves it out.
+The run with the lowest loss after C FLOPs gives the optimal size x*(C); x* = coefficient * C^exponent is fitted by
+least squares in log10. If the smallest or largest available size wins, the optimum is outside the range of sizes, and
+the power law does not use that point.
 
-A learning rate that is still high makes a loss in mid-run too high, the more so the longer the run. The paper trains
-every size to several lengths; without that, read approaches 2 and 3 beside this one.
+While the learning rate is still high, the loss in mid-run is too high; the longer the run, the larger this effect. The
+paper trains every size with several lengths; without that, compare with approaches 2 and 3.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from peerscale.laws.isoflop import MIN_BUDGETS, PowerLaw, fit_power_law, predict
 from peerscale.laws.solver import Array, FitStatus
 
 PER_DECADE = 20
-"""Points of the envelope per decade of compute; a curve is averaged within each, which smooths it."""
+"""Points of the envelope per decade of compute; each curve is averaged within them, which smooths it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +32,9 @@ class EnvelopeFit(PowerLaw, Fit):
     budgets: Array
     optima: Array
     losses: Array
-    """The envelope, (points,) each: C, the size that wins there, and its loss."""
+    """The envelope: C, the winning size, and its loss, each (points,)."""
     interior: Array
-    """(points,), bool: smaller and larger sizes lose there, so that the power law uses the point."""
+    """(points,), bool: whether smaller and larger sizes lose there; only these points enter the power law."""
 
 
 def fit_envelope(
@@ -43,13 +44,13 @@ def fit_envelope(
 
     Args:
         table: one row per logged step of every run.
-        run, flops, x, loss: columns of the run's name, the FLOPs it has spent, its size (parameters or FLOPs per token,
-            one value a run), and the loss.
+        run, flops, x, loss: columns of the run's name, the FLOPs spent so far, its size (parameters or FLOPs per token,
+            one value per run), and the loss.
         bootstrap: number of resamples, 0 for none; whole runs are drawn.
-        seed: of the resampling.
+        seed: seed of the resampling.
 
     Raises:
-        UserError: a column is missing or holds anything but finite numbers above zero; a run has several sizes.
+        UserError: a column is missing or has values that are not finite numbers above zero; a run has several sizes.
     """
     compute, step_sizes, losses = positive_columns(table, flops, x, loss, law=EnvelopeFit.law, at_least=2)
     labels = row_labels(table, run)
@@ -90,7 +91,7 @@ def fit_envelope(
 
 
 def smooth_curves(labels: Array, compute: Array, losses: Array) -> tuple[Array, Array]:
-    """Every run's loss on one grid of compute: averages within its points, joined by straight lines in log C.
+    """Every run's loss on a common grid of compute: averages around the grid points, joined by lines in log C.
 
     Returns:
         C (points,) and losses (runs, points), NaN before a run's first point and after its last.
@@ -107,7 +108,7 @@ def smooth_curves(labels: Array, compute: Array, losses: Array) -> tuple[Array, 
 
 
 def winning_sizes(curves: Array, sizes: Array) -> tuple[Array, Array, Array]:
-    """The envelope of curves (runs, points): the winning size, its loss, whether smaller and larger ones compete."""
+    """The envelope of curves (runs, points): the winning size, its loss, whether smaller and larger sizes compete."""
     there = np.isfinite(curves)
     known = np.where(there, curves, np.inf)
     best = np.argmin(known, axis=0)

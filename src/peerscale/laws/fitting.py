@@ -1,8 +1,8 @@
-"""What all laws share: checked columns, the best fit with its status, bootstrap intervals, held-out errors, JSON.
+"""Common parts of all laws: checked columns, the best fit with its status, bootstrap intervals, held-out errors, JSON.
 
-Intervals come from the bootstrap (Efron 1979), refits of resampled runs. They cover the scatter of the runs about the
-law, and nothing else: not the law's own misfit beyond the data, nor the noise of a loss evaluated on few tokens unless
-that differs from run to run.
+Intervals come from the bootstrap (Efron 1979): refits of resampled runs. They cover only the scatter of the runs around
+the law. They do not cover the misfit of the law outside the data, nor the noise of a loss that was evaluated on few
+tokens, unless that noise differs between runs.
 """
 
 import dataclasses
@@ -20,29 +20,29 @@ from peerscale.errors import UserError
 from peerscale.laws.solver import Array, FitStatus, Number, Problem, minimise, solve
 
 LEVEL = 0.95
-"""Of all intervals."""
+"""Confidence level of all intervals."""
 STORED_DRAWS = 500
-"""Draws written to JSON, for intervals of later predictions."""
+"""Number of draws written to JSON, for intervals of later predictions."""
 HELD_OUT = 0.1
-"""Share of the runs that is held out at least."""
+"""Smallest share of the runs that is held out."""
 TIE = 0.01
-"""Relative difference within which two runs have one budget."""
+"""Relative difference within which two runs have the same budget."""
 OUTLIER = 6.0
-"""Robust standard deviations from the law beyond which a run is named."""
+"""Distance from the law, in robust standard deviations, beyond which a warning names a run."""
 SMALLEST_SCATTER = 1e-4
-"""Standard deviation of residuals below which a run's distance from the law is rounding."""
+"""Standard deviation of residuals below which distances from the law are considered rounding."""
 SHOWN = 5
-"""Rows named in a message."""
+"""Number of rows named in a message."""
 INCOMPARABLE = {
     "FLOPs of different conventions": ("convention", "flop_convention", "flops_convention"),
     "losses per token of different tokenizers": ("tokenizer", "tokeniser", "vocab", "vocab_size", "vocabulary"),
     "losses on different data": ("data", "dataset", "corpus", "val_set"),
 }
-"""What a column of such a name, in whatever case, must not mix within one fit."""
+"""What must not be mixed within one fit, and names of columns (in any case) that would show it."""
 
 
 def to_plain(value: Any) -> Any:
-    """Dicts, lists, strings and finite numbers (None where not finite), ready for JSON."""
+    """Convert to dicts, lists, strings and finite numbers (None if not finite), ready for JSON."""
     match value:
         case StrEnum():
             return str(value)
@@ -60,15 +60,15 @@ def to_plain(value: Any) -> Any:
 
 
 def fields_to_plain(result: Any) -> dict[str, Any]:
-    """The fields of a dataclass by name, each as `to_plain` gives it."""
+    """The fields of a dataclass by name, converted with `to_plain`."""
     return {item.name: to_plain(getattr(result, item.name)) for item in fields(result)}
 
 
 def positive_columns(table: pd.DataFrame, *names: str, law: str, at_least: int) -> list[Array]:
-    """The named columns as float64, for integer products such as 6 N D overflow int64.
+    """The named columns as float64, since integer products such as 6 N D overflow int64.
 
     Raises:
-        UserError: a column is missing, a value is not a finite number above zero (with the rows' labels), or there
+        UserError: a column is missing, a value is not a finite number above zero (the message names the rows), or there
             are fewer than `at_least` rows.
     """
     if table.empty:
@@ -89,21 +89,21 @@ def positive_columns(table: pd.DataFrame, *names: str, law: str, at_least: int) 
 
 
 def require_column(table: pd.DataFrame, name: str) -> None:
-    """Raises UserError if the table has no column `name`."""
+    """Raise `UserError` if the table has no column `name`."""
     if name not in table.columns:
         raise UserError(f"no column {name!r} in the table; there are: {', '.join(map(str, table.columns))}")
 
 
 def row_labels(table: pd.DataFrame, column: str) -> Array:
-    """The values of a column as integers from 0, equal ones alike. Raises UserError if there is no such column."""
+    """The values of a column as integers from 0, equal values as equal integers; `UserError` without the column."""
     require_column(table, column)
     return np.asarray(pd.factorize(table[column], use_na_sentinel=False)[0])
 
 
 def table_warnings(table: pd.DataFrame, *names: str) -> tuple[str, ...]:
-    """What makes a fit of these rows doubtful: rows equal to an earlier one in all `names`, and mixed measures.
+    """Warnings about these rows: rows equal to an earlier one in all `names`, and mixed measures (`INCOMPARABLE`).
 
-    Duplicates stay in the fit: whether they are repeats or a mistake is the reader's to judge.
+    Duplicates stay in the fit; the reader has to judge whether they are repeats or mistakes.
     """
     found = []
     rows = table.index[table.duplicated(list(names))]
@@ -119,15 +119,15 @@ def table_warnings(table: pd.DataFrame, *names: str) -> tuple[str, ...]:
 
 
 def name_rows(rows: pd.Index) -> str:
-    """The first labels, and how many more."""
+    """The first labels, and how many more there are."""
     more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
     return f"{rows.name or 'row'} {', '.join(map(str, rows[:SHOWN]))}{more}"
 
 
 def resample_counts(n: int, resamples: int, seed: int, clusters: Array | None = None) -> Array:
-    """How often each of `n` runs occurs in each resample, (resamples, n): weights for a weighted fit.
+    """How often each of `n` runs occurs in each resample, (resamples, n), as weights for a fit.
 
-    Runs with one label in `clusters` (n,) are drawn together; None: every run is its own cluster.
+    Runs with the same label in `clusters` (n,) are drawn together; None: every run is its own cluster.
     """
     labels = np.arange(n) if clusters is None else np.unique(clusters, return_inverse=True)[1]
     n_clusters = labels.max() + 1
@@ -136,7 +136,7 @@ def resample_counts(n: int, resamples: int, seed: int, clusters: Array | None = 
 
 
 def percentile_interval(values: Array) -> tuple[float, float]:
-    """95 % percentile interval of `values` (draws,), leaving out what is not finite; NaN if nothing is."""
+    """95 % percentile interval of the finite `values` (draws,); NaN if there are none."""
     finite = values[np.isfinite(values)]
     tail = 50 * (1 - LEVEL)
     low, high = np.percentile(finite, [tail, 100 - tail]) if len(finite) else (np.nan, np.nan)
@@ -145,11 +145,11 @@ def percentile_interval(values: Array) -> tuple[float, float]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudentValue:
-    """A number whose standard error was itself estimated."""
+    """A number whose standard error is an estimate."""
 
     value: float
     se: float
-    """Standard error from all parts that are known."""
+    """Standard error from all known sources."""
     df: float
     """Degrees of freedom of `se`."""
 
@@ -161,7 +161,7 @@ class StudentValue:
 
     @property
     def p(self) -> float:
-        """Two-sided probability of a value so far from zero, were the true one zero."""
+        """Two-sided p-value: the probability of a value at least this far from zero if the true value is zero."""
         return float(2 * student.sf(abs(self.value) / self.se, self.df)) if self.se > 0 else math.nan
 
 
@@ -170,13 +170,13 @@ class Bootstrap:
     """Coefficients of the resampled fits."""
 
     draws: Mapping[str, Array]
-    """By coefficient; the first axis is the resamples that succeeded."""
+    """By coefficient; the first axis runs over the successful resamples."""
     resamples: int
-    """How many were asked for."""
+    """Number of requested resamples."""
     failed: int
-    """How many gave no fit and are left out."""
+    """Number of resamples without a fit, which are left out."""
     at_bound: int = 0
-    """How many of the others ended on a bound; they are kept."""
+    """Number of the other resamples that ended on a bound; they are kept."""
     seed: int
 
     def intervals(self) -> dict[str, tuple[float, float]]:
@@ -184,11 +184,11 @@ class Bootstrap:
         return {name: percentile_interval(values) for name, values in self.draws.items() if values.ndim == 1}
 
     def law(self, form: type) -> Any:
-        """A law of class `form` whose coefficients are arrays of draws; those never fitted keep their defaults."""
+        """A law of class `form` whose coefficients are arrays of draws, or their defaults if they have no draws."""
         return form(**{item.name: self.draws[item.name] for item in fields(form) if item.name in self.draws})
 
     def to_dict(self) -> dict[str, Any]:
-        """Counts, seed, level and the first draws to six digits, for JSON: of coefficients, and of optima's losses."""
+        """Counts, seed, level and the first draws (of coefficients and of losses at optima) to six digits, for JSON."""
         six_digits = np.vectorize(lambda value: float(f"{value:.6g}"), otypes=[float])
         draws = {
             name: to_plain(six_digits(values[:STORED_DRAWS]))
@@ -199,37 +199,37 @@ class Bootstrap:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`, with the draws that were stored."""
+        """The inverse of `to_dict`, with only the stored draws."""
         draws = {name: np.asarray(values, float) for name, values in stored["draws"].items()}
         return cls(**{key: stored[key] for key in ("resamples", "failed", "at_bound", "seed")}, draws=draws)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HoldOut:
-    """The largest budget, as observed and as predicted by a fit of the smaller ones."""
+    """The largest budget, as observed and as predicted by a fit of the smaller budgets."""
 
     quantity: str
     """`loss`, averaged over the held-out runs, or `x`, the optimum at their budget."""
     budget: float
-    """The smallest that was held out."""
+    """The smallest held-out budget."""
     n: int
-    """Runs held out, or budgets for `x`."""
+    """Number of held-out runs, or of held-out budgets for `x`."""
     observed: float
     predicted: float
     interval: tuple[float, float] | None
-    """Bootstrap interval of the prediction, over the runs that were fitted."""
+    """Bootstrap interval of the prediction, over the fitted runs."""
     observed_interval: tuple[float, float] | None = None
-    """Bootstrap interval of what was observed, for `x`."""
+    """Bootstrap interval of the observed value, for `x`."""
     rmse: float
     """Root mean squared error over the held-out runs."""
     mape: float
-    """Mean absolute error in percent of what was observed."""
+    """Mean absolute error in percent of the observed values."""
     missed: bool
-    """Whether the intervals of prediction and observation are apart: the law does not extrapolate so far."""
+    """Whether the intervals of prediction and observation do not overlap: the law does not extrapolate that far."""
 
     @classmethod
     def of(cls, observed: Array, predicted: Array, **described: Any) -> Self:
-        """From what was held out and its predictions, (n,) each, with the other fields."""
+        """Make a `HoldOut` from the observed and predicted values, (n,) each, and the other fields."""
         mean, interval = float(observed.mean()), described["interval"]
         low, high = described.get("observed_interval") or (mean, mean)
         return cls(
@@ -240,7 +240,7 @@ class HoldOut:
 
 
 def miss(found: HoldOut | None) -> tuple[str, ...]:
-    """A warning that names what the smaller budgets do not predict, if so."""
+    """A warning if the smaller budgets do not predict the held-out one."""
     if found is None or not found.missed:
         return ()
     off = 100 * (found.predicted / found.observed - 1)
@@ -248,7 +248,7 @@ def miss(found: HoldOut | None) -> tuple[str, ...]:
 
 
 def largest(scale: Array, start: float | None = None) -> Array:
-    """Which runs to hold out, (runs,): those from `start` on, or else the largest tenth of `scale` with its ties."""
+    """Which runs to hold out, (runs,): those from `start` on, or else the largest tenth of `scale`, including ties."""
     if start is None:
         start = np.sort(scale)[-max(int(np.ceil(HELD_OUT * len(scale))), 1)] * (1 - TIE)
     return scale >= start
@@ -259,25 +259,25 @@ class Fit:
     """Common part of the results; each law adds its coefficients."""
 
     law: ClassVar[str]
-    """Its name on the command line and in JSON."""
+    """Name of the law on the command line and in JSON."""
     form: ClassVar[type]
-    """Dataclass of the law's coefficients, whose methods predict; the fit is one too."""
+    """Dataclass of the law's coefficients, with methods that predict; the fit is a subclass of it."""
     derived: ClassVar[tuple[str, ...]] = ()
-    """Properties reported beside the coefficients."""
+    """Properties reported in addition to the coefficients."""
     n: int
-    """Runs."""
+    """Number of runs."""
     status: FitStatus
     objective_name: str
     objective_value: float
-    """Summed over the runs."""
+    """The minimised objective, summed over the runs."""
     warnings: tuple[str, ...] = ()
     hold_out: HoldOut | None = None
-    """The largest budget predicted from the smaller ones; None with too few runs below it."""
+    """The largest budget predicted from the smaller ones; None if too few runs are below it."""
     bootstrap: Bootstrap | None = field(default=None, repr=False)
 
     @property
     def ci(self) -> dict[str, tuple[float, float]]:
-        """Bootstrap intervals of the coefficients and what derives from them; empty without a bootstrap."""
+        """Bootstrap intervals of the coefficients and of `derived`; empty without a bootstrap."""
         if self.bootstrap is None:
             return {}
         names = [name for name in self.derived if hasattr(self.form, name)]
@@ -304,18 +304,18 @@ AnyFit = TypeVar("AnyFit", bound=Fit)
 
 
 class Resampling(TypedDict, total=False):
-    """What every law of the loss takes besides its columns."""
+    """Options of every law of the loss, besides its columns."""
 
     bootstrap: int
     """Number of resamples of the runs; 0, the default, for none."""
     seed: int
-    """Of the resampling."""
+    """Seed of the resampling."""
     cluster: str | None
     """Column whose equal values are drawn together, such as the run of several checkpoints."""
     budget: str | None
-    """Column by which the largest runs are held out; else what `estimate` is given."""
+    """Column by which the largest runs are held out; without it, the law decides (see the law)."""
     hold_out: float | None
-    """Hold out the runs of this budget or more; else the largest tenth, or all of the largest budget."""
+    """Hold out the runs of at least this budget; without it, the largest tenth, or all runs of the largest budget."""
 
 
 def estimate(
@@ -327,9 +327,9 @@ def estimate(
 
     Args:
         kind: class of the result.
-        table, columns: what the rows are, for warnings.
-        problem: law, losses, penalty and starts.
-        scale: (runs,), by which the largest runs are held out without a column `budget`.
+        table, columns: the rows and their columns, for warnings.
+        problem: law, losses, penalty and starting points.
+        scale: (runs,); the largest runs by this value are held out if there is no column `budget`.
         bootstrap, seed, cluster, budget, hold_out: see `Resampling`.
     """
     clusters = row_labels(table, cluster) if cluster else None
@@ -359,7 +359,7 @@ def estimate(
 def _predict_held_out(
     problem: Problem, start: Array, held: Array, scale: Array, bootstrap: int, seed: int, clusters: Array | None
 ) -> HoldOut | None:
-    """The runs `held` (runs,) predicted from the others; None if those are no more than the law has coefficients."""
+    """The runs `held` (runs,) predicted from the others; None if the others are not more than the coefficients."""
     kept = np.flatnonzero(~held)
     if not held.any() or len(kept) <= len(problem.coordinates.names):
         return None
@@ -375,7 +375,7 @@ def _predict_held_out(
 
 
 def _outliers(problem: Problem, point: np.ndarray, rows: pd.Index) -> tuple[str, ...]:
-    """A warning that names the runs far from the law, and the coefficients without them; they stay in the fit."""
+    """A warning that names runs far from the law and gives the coefficients without them; they stay in the fit."""
     residuals = problem.residuals(problem.law.predict(point[None]))[0]
     distance = np.abs(residuals - np.median(residuals))
     far = distance > OUTLIER * max(1.4826 * float(np.median(distance)), SMALLEST_SCATTER)

@@ -1,11 +1,11 @@
-"""Approach 2 (Hoffmann et al. 2022, section 3.2): a parabola per compute budget, a power law through the optima.
+"""Approach 2 (Hoffmann et al. 2022, section 3.2): one parabola per compute budget, and a power law through the optima.
 
-Within one budget C the loss is fitted by least squares as c0 + c1 z + c2 z^2, z = log10 x, where x is a model size,
+Within a budget C the loss is fitted by least squares as c0 + c1 z + c2 z^2, z = log10 x, where x is a model size,
 a token count or FLOPs per token. The optima x* then give x*(C) = coefficient * C^exponent by least squares in log10.
 
-A parabola is only the start of a series: its minimum is biased even without noise, unless the loss is symmetric in
-log x, and the more so the wider or the more off-centre the grid. Read it beside a fit of the whole surface, or let it
-go through the sizes near the optimum only.
+A parabola is only the first terms of a series: its minimum is biased even without noise, unless the loss is symmetric
+in log x. The bias grows as the grid gets wider or more off-centre. Compare it with a fit of the whole surface, or fit
+it only to sizes near the optimum.
 """
 
 import math
@@ -32,16 +32,16 @@ from peerscale.laws.parametric import fit_parametric
 from peerscale.laws.solver import Array, FitStatus, Number
 
 MIN_BUDGETS = 3
-"""Different optima wanted for a power law: one more than its coefficients."""
+"""Different optima needed for a power law: one more than its coefficients."""
 MIN_SIZES = 5
-"""Sizes wanted for a parabola: two more than its coefficients; below three there is no parabola at all."""
+"""Sizes needed for a parabola: two more than its coefficients; with fewer than three there is no parabola at all."""
 MAX_SPAN = 20.0
-"""Largest over smallest x of a budget beyond which the parabola's bias is worth a warning: about +-4x."""
+"""Ratio of the largest to the smallest x of a budget above which the bias of the parabola causes a warning: +-4x."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PowerLaw:
-    """x*(C) = coefficient * C^exponent; both None with too few optima."""
+    """x*(C) = coefficient * C^exponent; both are None if there are too few optima."""
 
     exponent: Number | None
     """d log x* / d log C."""
@@ -56,7 +56,7 @@ class PowerLaw:
 
 
 def fit_power_law(budgets: Array, optima: Array) -> tuple[Array, Array]:
-    """Least squares of log10 x*, (..., budgets), on log10 C: exponent and coefficient, (...)."""
+    """Least squares of log10 x* (..., budgets) on log10 C; returns exponent and coefficient, (...)."""
     log_budgets, log_optima = np.log10(budgets), np.log10(optima)
     centred = log_budgets - log_budgets.mean()
     exponent = log_optima @ centred / (centred @ centred)
@@ -67,10 +67,10 @@ def fit_power_law(budgets: Array, optima: Array) -> tuple[Array, Array]:
 def predict_largest(
     budgets: Array, optima: Array, refits: Iterable[tuple[Array, Array]] = (), observed: Array | None = None
 ) -> HoldOut | None:
-    """The optimum of the largest budget from a power law through those of the others, two or more.
+    """The optimum of the largest budget, predicted by a power law through those of the others (at least two).
 
     Args:
-        budgets, optima: (budgets,), ascending. The budgets at the end that share one optimum are held out together.
+        budgets, optima: (budgets,), ascending. Budgets at the end with the same optimum are held out together.
         refits: budgets and optima of each bootstrap resample.
         observed: the bootstrap's optima at the largest budget.
     """
@@ -102,21 +102,21 @@ class BudgetOptimum:
 
     budget: float
     x: float
-    """10^(-c1 / (2 c2)); NaN where no parabola opens upwards."""
+    """10^(-c1 / (2 c2)); NaN if the parabola does not open upwards."""
     loss: float
     """Loss there, c0 - c1^2 / (4 c2)."""
     curvature: float
     """c2, in loss per squared decade of x."""
     n: int
-    """Runs that the parabola is fitted to, repeats included."""
+    """Number of fitted runs, including repeats."""
     sizes: tuple[float, ...]
-    """Their x, ascending."""
+    """x of the fitted runs, ascending."""
     status: OptimumStatus
     coefficients: tuple[float, float, float]
-    """(c0, c1, c2) of the parabola in log10 x; NaN below three sizes."""
+    """(c0, c1, c2) of the parabola in log10 x; NaN with fewer than three sizes."""
     x_interval: tuple[float, float] | None = None
     loss_interval: tuple[float, float] | None = None
-    """Bootstrap intervals, if asked for."""
+    """Bootstrap intervals, if requested."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +130,10 @@ class IsoflopFit(PowerLaw, Fit):
     law: ClassVar[str] = "isoflop"
     form: ClassVar[type] = PowerLaw
     vertices: tuple[BudgetOptimum, ...]
-    """The optima, under the name that they have in `fit.json`: one per budget, ascending, flagged ones too."""
+    """The optimum of every budget, ascending, including flagged ones; named as in `fit.json`."""
     surface_exponent: float | None
-    """The exponent by approach 3, squared error, on the same runs, which no parabola biases; None below six runs."""
+    """The exponent by approach 3 (squared error) on the same runs, without the bias of parabolas; None below six runs.
+    """
 
 
 def fit_isoflop(
@@ -143,18 +144,18 @@ def fit_isoflop(
 
     Args:
         table: one row per run.
-        budget, x, loss: columns; rows of one budget hold exactly the same value.
-        include_flagged: let the power law use flagged optima too, as most published fits do. Parabolas that open
+        budget, x, loss: columns; all rows of a budget must have exactly the same value.
+        include_flagged: use flagged optima in the power law too, as most published fits do. Parabolas that open
             downwards are never used.
-        within: leave out sizes whose loss is more than this share above the budget's lowest, see `near_lowest`; None,
-            as in Hoffmann et al., fits all.
+        within: leave out sizes whose loss is more than this share above the budget's lowest, see `near_lowest`; None
+            fits all sizes, as in Hoffmann et al.
         bootstrap: number of resamples, 0 for none. Residuals are resampled over all budgets together, scaled for the
-            three coefficients of each parabola, because a budget of five runs cannot lose one.
-        seed: of the resampling.
-        cluster: column whose equal values draw from the same residuals.
+            three coefficients of each parabola, because a budget of five runs cannot lose a run.
+        seed: seed of the resampling.
+        cluster: column; rows with equal values draw from the same residuals.
 
     Raises:
-        UserError: a column is missing or holds anything but finite numbers above zero; no rows.
+        UserError: a column is missing or has values that are not finite numbers above zero; there are no rows.
     """
     budgets, sizes, losses = positive_columns(table, budget, x, loss, law=IsoflopFit.law, at_least=1)
     near, left_out = np.ones(len(table), bool), ()
@@ -169,7 +170,7 @@ def fit_isoflop(
         left_out = (f"sizes left out, more than {far}: at budget {', '.join(counts)}",) if counts else ()
         budgets, sizes, losses = budgets[near], sizes[near], losses[near]
     values, group = np.unique(budgets, return_inverse=True)
-    fit = OptimaFit(  # a parabola per budget through its runs, repeats of a size included
+    fit = OptimaFit(  # one parabola per budget through its runs, including repeats of a size
         names=tuple(map(str, values)), method=group, x=sizes, losses=losses, n_seeds=np.ones(len(losses), int),
         seeds_variance=math.nan, seeds_df=0, shared=False, at_least=MIN_SIZES,
     )  # fmt: skip
@@ -180,7 +181,7 @@ def fit_isoflop(
     draws = drawn = None
     if bootstrap:
         n_runs = np.bincount(group)[group]
-        spare = np.where(has_parabola[group] & (n_runs > 3), n_runs - 3, np.nan)  # beyond a parabola's coefficients
+        spare = np.where(has_parabola[group] & (n_runs > 3), n_runs - 3, np.nan)  # degrees of freedom
         scaled = fit.residuals * np.sqrt(n_runs / spare)
         clusters = row_labels(table, cluster)[near] if cluster else None
         resampled = losses - fit.residuals + resample_residuals(scaled, bootstrap, seed, clusters)
@@ -196,7 +197,7 @@ def fit_isoflop(
         observed = draws.draws["x"][:, np.flatnonzero(usable)[-1]] if draws else None
         refits = () if drawn is None else ((values[usable], x) for x in drawn)
         hold_out = predict_largest(values[usable], optima[usable], refits, observed)
-    if len(losses) > 5 and len(values) > 1:  # L = E + A / x^alpha + B / (C / x)^beta, whatever x is
+    if len(losses) > 5 and len(values) > 1:  # L = E + A / x^alpha + B / (C / x)^beta, for any measure x of size
         runs = pd.DataFrame({"x": sizes, "rest": budgets / sizes, "loss": losses})
         surface = fit_parametric(runs, params="x", tokens="rest", loss="loss", objective="mse")
     warnings = (*left_out, *_warnings(found, usable.sum()), *table_warnings(table, budget, x, loss))
@@ -212,9 +213,9 @@ def fit_isoflop(
 def near_lowest(sizes: Array, losses: Array, within: float) -> Array:
     """Which runs (runs,) of one budget lie near its minimum, where a parabola can hold.
 
-    Those of the sizes, and of all between them, whose mean loss is at most `within` of the lowest above it; of the five
-    sizes with the lowest losses in any case. Losses decide, not distances in x, as a grid that reaches as far to both
-    sides may climb one side much higher: a large model at a small budget has hardly begun to learn.
+    These are the sizes whose mean loss is at most a share `within` above the lowest, all sizes between them, and always
+    the five sizes with the lowest losses. Losses decide rather than distances in x, since the loss may rise much more
+    on one side of the minimum: a large model at a small budget has hardly begun to learn.
     """
     found, size = np.unique(sizes, return_inverse=True)
     means = np.bincount(size, losses) / np.bincount(size)
@@ -224,7 +225,7 @@ def near_lowest(sizes: Array, losses: Array, within: float) -> Array:
 
 
 def _optimum(fit: OptimaFit, i: int, budget: float) -> BudgetOptimum:
-    """The minimum of the parabola of one budget, the fit's method `i`, as far as that has one."""
+    """The minimum of the parabola of one budget, which is method `i` of the fit; NaN if it has none."""
     runs = fit.x[fit.method == i]
     sizes = np.unique(runs)
     coefficients = fit.coefficients(fit.names[i]) if len(sizes) >= 3 else (math.nan,) * 3
@@ -237,11 +238,11 @@ def _optimum(fit: OptimaFit, i: int, budget: float) -> BudgetOptimum:
 
 
 def _bootstrap(budgets: Array, refitted: Array, optima: Array, usable: Array, seed: int) -> tuple[Bootstrap, Array]:
-    """The bootstrap of refitted x and loss (2, resamples, budgets), and the optima that their power laws go through.
+    """The bootstrap of refitted x and loss (2, resamples, budgets), and the optima used in its power laws.
 
-    Optima may scatter about the power law by more than the runs' scatter explains. Noise of the excess variance, by
-    moments (DerSimonian and Laird 1986; here over the median optimum's), is added before a power law goes through.
-    A resample fails where a parabola of the power law opens downwards.
+    Optima may scatter around the power law more than the scatter of the runs explains. Noise with the excess variance,
+    estimated by moments (DerSimonian and Laird 1986; here relative to the median optimum's variance), is added before a
+    power law is fitted. A resample fails if a parabola used in the power law opens downwards.
     """
     x, loss = refitted
     draws = {}
@@ -260,11 +261,11 @@ def _bootstrap(budgets: Array, refitted: Array, optima: Array, usable: Array, se
 
 
 def resample_residuals(residuals: Array, resamples: int, seed: int, clusters: Array | None = None) -> Array:
-    """Residuals drawn with replacement, (resamples, n), for designs too small to lose a run, such as five sizes.
+    """Residuals drawn with replacement, (resamples, n), for designs that are too small to lose a run (five sizes).
 
-    Every run takes the residual of a run of a drawn cluster; runs of one cluster draw from the same one, so that a
-    shift common to a cluster stays common. Without `clusters` this is the plain residual bootstrap. Residuals that
-    are NaN are never drawn; all is NaN if there are no others.
+    Every run takes the residual of a run in a drawn cluster; runs of the same cluster draw from the same cluster, so
+    that a shift common to a cluster stays common. Without `clusters` this is the usual residual bootstrap. NaN
+    residuals are never drawn; the result is NaN if there are no others.
     """
     rng = np.random.default_rng(seed)
     n = len(residuals)

@@ -1,12 +1,13 @@
 """Laws of layers with experts: routed (Clark et al. 2022) and granular (Krajewski et al. 2024).
 
-Routed language models (equations 7 and 8): log10 L = a n + b e + c n e + d. n = log10 of the dense parameters, those
-that one token sees; e = log10 E_hat of the number of experts E, saturated:
-1 / E_hat = 1 / (E - 1 + 1 / (1 / E_start - 1 / E_max)) + 1 / E_max. Dense models are E = 1, E_hat = E_start.
+Routed language models (equations 7 and 8): log10 L = a n + b e + c n e + d. n is log10 of the dense parameters, which
+are the parameters that one token uses; e = log10 E_hat, where E_hat is the saturated number of experts E:
+1 / E_hat = 1 / (E - 1 + 1 / (1 / E_start - 1 / E_max)) + 1 / E_max. Dense models have E = 1, E_hat = E_start.
 
 Fine-grained mixtures (equation 9): L = c + (g / G^gamma + a) / N^alpha + b / D^beta, where N is the number of
-non-embedding parameters, all experts included, D of tokens, G the granularity: into how many experts one full-sized
-expert is cut. At realistic noise b, beta and c are not identifiable; predictions are.
+non-embedding parameters (including all experts), D the number of tokens, and G the granularity: the number of experts
+into which one full-sized expert is divided. With realistic noise b, beta and c are not identifiable, but predictions
+are.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from peerscale.laws.solver import Coordinates, Number, Numerical, Objective, Pro
 
 E_START_RANGE = np.log([0.1, 1e3])
 RATIO_RANGE = (0.05, 15.0)
-"""Of ln E_start and of ln(E_max / E_start)."""
+"""Range of ln E_start and of ln(E_max / E_start)."""
 ROUTED_STARTS = np.log([(start, ratio) for start in (1.1, 2, 4, 8) for ratio in (10, 50, 200, 1000)])
 GRANULAR_STARTS = (0.05, 0.15, 0.4, 0.8)
 
@@ -74,12 +75,12 @@ def fit_routed(
 
     Args:
         table: one row per run, of one router and the dense models (experts = 1).
-        dense_params, experts, loss: columns.
+        dense_params, experts, loss: names of columns.
         resampling: see `Resampling`; by default the largest dense sizes are held out.
 
     Raises:
-        UserError: a column is missing or holds anything but finite numbers above zero, fewer than six runs, fewer
-            than one expert.
+        UserError: a column is missing or has values that are not finite numbers above zero; there are fewer than six
+            runs, or fewer than one expert.
     """
     columns = (dense_params, experts, loss)
     sizes, counts, losses = positive_columns(table, *columns, law=RoutedFit.law, at_least=6)
@@ -151,11 +152,12 @@ def fit_granular(
     Args:
         table: one row per run.
         params, tokens, granularity, loss: columns of N, D, G and the loss.
-        objective, delta: as in `fit_parametric`; the authors' Huber(0.1) is least squares in effect.
-        resampling: see `Resampling`; by default the runs of the largest N D are held out.
+        objective, delta: as in `fit_parametric`; the authors' Huber(0.1) is in effect least squares.
+        resampling: see `Resampling`; by default the runs with the largest N D are held out.
 
     Raises:
-        UserError: a column is missing or holds anything but finite numbers above zero; fewer than seven runs.
+        UserError: a column is missing or has values that are not finite numbers above zero; there are fewer than seven
+            runs.
     """
     columns = (params, tokens, granularity, loss)
     *variables, losses = positive_columns(table, *columns, law=GranularFit.law, at_least=7)

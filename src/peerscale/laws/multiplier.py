@@ -1,8 +1,8 @@
-"""Compute multiplier: dense's compute over the compute that a method needs for the same loss.
+"""The compute multiplier: dense's compute divided by the compute that a method needs for the same loss.
 
-Both frontiers are the losses at the compute optima of their budgets, joined by straight lines in log C, log L. Nothing
-is extrapolated: at each budget the level is the higher of the two losses, which both frontiers reach at or below that
-budget; at the smallest budget that both have it is the lower of the two, which both reach at or above it.
+A frontier is the losses at the compute optima of all budgets, joined by straight lines in log C and log L. Nothing is
+extrapolated: at each budget the two methods are compared at the higher of their two losses, which both frontiers reach
+at or below that budget. At the smallest common budget it is the lower loss, which both reach at or above that budget.
 """
 
 import numpy as np
@@ -14,11 +14,11 @@ def compute_multipliers(dense: tuple[Array, Array], method: tuple[Array, Array])
     """The multiplier at every budget, (..., budgets).
 
     Args:
-        dense, method: compute (budgets,), ascending, and loss (..., budgets), of the same budgets. The two may count
-            the compute of one budget differently.
+        dense, method: compute (budgets,), ascending, and loss (..., budgets), for the same budgets. The two may count
+            the compute of a budget differently.
 
     Returns:
-        Above 1 where dense needs more compute; NaN where a loss is unknown or one of the two would be extrapolated.
+        Above 1 if dense needs more compute; NaN if a loss is unknown or would be extrapolated.
     """
     losses = np.stack([dense[1], method[1]])
     level, known = losses.max(axis=0), np.isfinite(losses).all(axis=0)
@@ -28,12 +28,12 @@ def compute_multipliers(dense: tuple[Array, Array], method: tuple[Array, Array])
 
 
 def compute_to_reach(compute: Array, losses: Array, levels: Array) -> Array:
-    """Least compute at which a frontier (..., budgets) reaches losses (..., levels), by interpolation.
+    """The least compute at which a frontier (..., budgets) reaches losses (..., levels), by interpolation.
 
-    Budgets without a loss are passed over. NaN where a level lies outside the frontier.
+    Budgets without a loss are ignored. NaN if a level is outside the frontier.
     """
     x = np.fmax.accumulate(np.where(np.isfinite(losses), np.log(compute), np.nan), axis=-1)
-    y = np.fmin.accumulate(np.log(losses), axis=-1)  # more compute can always reach what less did
+    y = np.fmin.accumulate(np.log(losses), axis=-1)  # more compute can always reach what less compute reached
     target = np.log(levels)
     reached = y[..., None, :] <= target[..., None]
     after = reached.argmax(axis=-1)

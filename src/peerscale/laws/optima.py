@@ -1,17 +1,17 @@
-"""The losses of several methods at their compute optima: one fit of a budget, with errors that hold what is known.
+"""The losses of several methods at their compute optima: one fit per budget, with errors from all known sources.
 
 At one budget the loss of method m at size x, averaged over the seeds of that size, is
 
     y = a_m + b_m z + c z^2 + misfit + seed / sqrt(number of seeds),    z = log10 x.
 
-The curvature c is shared by all methods (the primary analysis) or each method's own (shown beside it). The misfit is an
-effect of the size: the seeds of one size share it. It holds what no parabola describes, and scatters about the fit with
-variance tau^2; seeds scatter about the mean of their size with variance sigma^2, pooled over methods. Neither is
-counted twice: the residuals of the size means hold tau^2 + sigma^2 / seeds, from which tau^2 follows by moments.
+All methods share the curvature c (primary analysis), or each method has its own (reported beside it). The misfit is an
+effect of the size, which the seeds of a size share. It is the deviation from a parabola, with variance tau^2; seeds
+scatter around the mean of their size with variance sigma^2, pooled over methods. Neither is counted twice: the
+residuals of the size means have variance tau^2 + sigma^2 / seeds, from which tau^2 follows by moments.
 
-The minimum a_m - b_m^2 / (4 c) is to first order the fitted curve at a fixed z, so an error of it, or of a difference
-of two, is that of a weighted sum of the size means. Sums of two estimated variances have the degrees of freedom of
-Satterthwaite (1946); intervals are Student's.
+To first order, the minimum a_m - b_m^2 / (4 c) is the fitted curve at a fixed z. The error of a minimum, or of a
+difference of two, is therefore that of a weighted sum of the size means. Sums of two estimated variances have the
+degrees of freedom of Satterthwaite (1946); intervals are Student's.
 """
 
 import math
@@ -28,27 +28,27 @@ from peerscale.laws.fitting import StudentValue
 from peerscale.laws.solver import Array
 
 MIN_SIZES = 4
-"""Sizes that a method needs at a budget: one more than a parabola has coefficients."""
+"""Sizes that a method needs at a budget: one more than the coefficients of a parabola."""
 OUTER = 0.2
 """An optimum in the outermost fifth of the sampled log range is flagged."""
 
 
 class OptimumStatus(StrEnum):
-    """Whether an optimum can be trusted: anything but `ok` is a flag."""
+    """Whether an optimum can be trusted; every status except `ok` is a flag."""
 
     OK = "ok"
     TOO_FEW = "too_few"
-    """Fewer sizes than are wanted."""
+    """Fewer sizes than needed."""
     CURVATURE = "curvature"
     """The fit is flat or opens downwards: there is no minimum."""
     OUTSIDE_RANGE = "outside_range"
-    """Beyond the sampled sizes: an extrapolation."""
+    """Outside the sampled sizes: an extrapolation."""
     OFF_CENTRE = "off_centre"
     """In the outermost fifth of the sampled range."""
 
     @property
     def has_number(self) -> bool:
-        """Whether a study gives the number at all."""
+        """Whether a study reports the number."""
         return self in (OptimumStatus.OK, OptimumStatus.OFF_CENTRE)
 
 
@@ -57,24 +57,25 @@ class Estimate(StudentValue):
     """A loss or a difference of losses, in nats per token, with its error by source."""
 
     fit_se: float | None
-    """Part of the misfit of sizes; with one seed a size it holds seeds too. None: one size, so nothing was fitted."""
+    """Error from the misfit of sizes; with one seed per size it includes seeds. None: one size, so nothing was fitted.
+    """
     seeds_se: float | None
-    """Part of seeds; None where no size has several, so that they are within `fit_se` or, with one size, left out."""
+    """Error from seeds; None if no size has several: seeds are then in `fit_se` or, with one size, left out."""
     sequences_se: float | None
-    """Part of the sampling of validation sequences; None where losses of sequences are not known."""
+    """Error from sampling the validation sequences; None if losses of sequences are not known."""
     rate_se: float | None = None
-    """Part of the choice of learning rates; None where it is not known, so that it is left out."""
+    """Error from the choice of learning rates; None if it is not known and so left out."""
 
     def with_sequences(self, losses: Array) -> Self:
-        """The same with the error of sampling validation sequences, from the value at each sequence (sequences,)."""
+        """The estimate with the error from sampling sequences added; `losses` has its value for each sequence."""
         sampled, n = float(losses.std(ddof=1)) / math.sqrt(len(losses)), len(losses)
         df = _satterthwaite([(self.se**2, self.df), (sampled**2, n - 1)])
         return replace(self, se=math.hypot(self.se, sampled), df=df, sequences_se=sampled)
 
     def with_rates(self, errors: Sequence[tuple[float, float]]) -> Self:
-        """The same with errors of learning rates, each a standard error with its degrees of freedom; the same if none.
+        """The estimate with the errors of learning rates (standard error, degrees of freedom) added, if there are any.
 
-        One estimated scatter is behind all errors from brackets, so their variances are right or wrong together.
+        All errors from brackets use the same estimated scatter, so the errors of their variances are not independent.
         """
         if not errors:
             return self
@@ -86,20 +87,20 @@ class Estimate(StudentValue):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Optimum:
-    """The optimum of one method: the minimum of its curve."""
+    """The optimum of a method: the minimum of its curve."""
 
     name: str
     status: OptimumStatus
     x: float
-    """Where it lies; NaN where `status` has no number."""
+    """Size at the minimum; NaN if `status` has no number."""
     loss: float
     x_interval: tuple[float, float]
     sizes: tuple[float, ...]
-    """The x of the size means that were fitted, ascending."""
+    """x of the fitted size means, ascending."""
     coefficients: tuple[float, float, float]
     """(a, b, c) of the parabola in log10 x."""
     weights: Array
-    """Of the size means (points,), whose weighted sum is `loss`."""
+    """Weights of the size means (points,); the weighted sum is `loss`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +114,7 @@ class OptimaFit:
     losses: Array
     """Size means (points,)."""
     n_seeds: Array
-    """Runs behind each size mean (points,)."""
+    """Number of runs behind each size mean (points,)."""
     seeds_variance: float
     """sigma^2, pooled over methods and sizes; NaN without replicates."""
     seeds_df: int
@@ -127,11 +128,11 @@ class OptimaFit:
         """Fit runs (runs,) of one budget.
 
         Args:
-            names: of the method of each run.
+            names: name of each run's method.
             x: size of each run, such as FLOPs per token; equal sizes of a method are seeds of one model.
             losses: nats per token.
-            shared: one curvature for all methods, or one for each.
-            at_least: sizes that a method needs for a number.
+            shared: whether all methods share one curvature or each has its own.
+            at_least: fewest sizes for which a method gets a number.
         """
         methods = tuple(dict.fromkeys(names))
         index = np.array([methods.index(name) for name in names])
@@ -148,7 +149,7 @@ class OptimaFit:
 
     @cached_property
     def centre(self) -> float:
-        """log10 x is counted from here."""
+        """The origin of z: z = log10 x - centre."""
         return float(np.log10(self.x).mean())
 
     @cached_property
@@ -157,13 +158,13 @@ class OptimaFit:
 
     @cached_property
     def design(self) -> Array:
-        """(points, coefficients): an intercept and a slope for each method, then curvatures."""
+        """The design matrix (points, coefficients): an intercept and a slope per method, then the curvatures."""
         one, z = (self.method[:, None] == np.arange(len(self.names))).astype(float), self.z[:, None]
         return np.hstack([one, one * z, z**2 if self.shared else one * z**2])
 
     @cached_property
     def solution(self) -> Array:
-        """Matrix (coefficients, points) from size means to coefficients: ordinary least squares."""
+        """Matrix (coefficients, points) from size means to coefficients, by ordinary least squares."""
         return np.linalg.pinv(self.design, rcond=1e-10)
 
     @cached_property
@@ -182,7 +183,7 @@ class OptimaFit:
 
     @property
     def scatter(self) -> float:
-        """Standard deviation of the size means about the fit, nats; NaN without degrees of freedom."""
+        """Standard deviation of the size means around the fit in nats; NaN without degrees of freedom."""
         return math.sqrt(self.rss / self.df) if self.df else math.nan
 
     def curve(self, name: str) -> Array:
@@ -206,9 +207,11 @@ class OptimaFit:
         at = -b / (2 * c) if c > 0 else math.nan
         status = optimum_status(at, self.z[here], c, self.at_least)
         if not status.has_number:
-            at = math.nan  # and so is all that follows from it
+            at = math.nan  # makes all results below NaN
         weights = np.array([1, at, at**2]) @ self._to_curve(name)
-        slope = self.estimate(np.array([0, 1, 2 * at]) @ self._to_curve(name))  # of the curve at `at`, which is zero
+        slope = self.estimate(
+            np.array([0, 1, 2 * at]) @ self._to_curve(name)
+        )  # slope of the curve at `at`: zero, but with an error
         reach = (slope.interval[1] - slope.value) / (2 * c)
         x = float(10 ** (at + self.centre))
         return Optimum(
@@ -218,7 +221,7 @@ class OptimaFit:
         )  # fmt: skip
 
     def optima_of(self, losses: Array) -> tuple[Array, Array]:
-        """x and loss of every method's optimum for other size means, losses (draws, points): (draws, methods) each.
+        """x and loss of every method's optimum, (draws, methods) each, for other size means `losses` (draws, points).
 
         NaN as in `parabola_optima`.
         """
@@ -226,10 +229,10 @@ class OptimaFit:
         return parabola_optima(curves, self.centre)
 
     def estimate(self, weights: Array, sequences: Array | None = None) -> Estimate:
-        """The weighted sum of the size means with its error.
+        """A weighted sum of the size means, with its error.
 
         Args:
-            weights: (points,), such as the difference of two optima's.
+            weights: (points,), such as the difference of the weights of two optima.
             sequences: losses of the same validation sequences at every size, (points, sequences).
         """
         misfit, seeds, df = self._components
@@ -245,20 +248,20 @@ class OptimaFit:
 
     @property
     def variances(self) -> tuple[Array, float]:
-        """Variance of every size mean (points,), from misfit and seeds, and degrees of freedom of their scale."""
+        """Variance of every size mean (points,) from misfit and seeds, and the degrees of freedom of their scale."""
         misfit, seeds, df = self._components
         return misfit + seeds / self.n_seeds, df
 
     @cached_property
     def _components(self) -> tuple[float, float, float]:
-        """tau^2, sigma^2 (0 without replicates: tau^2 then holds it) and degrees of freedom for both together."""
+        """tau^2, sigma^2 (0 without replicates, since tau^2 then includes it), and degrees of freedom for both."""
         rss, df, seeds = self.rss, self.df, self.seeds_variance
         if not df:
             return math.nan, seeds if self.seeds_df else 0.0, math.nan
         if not self.seeds_df:
             return rss / df, 0.0, df
         leverage = np.einsum("pc,cp->p", self.design, self.solution)
-        per_seed = float(((1 - leverage) / self.n_seeds).sum())  # of sigma^2 in the residuals' sum of squares
+        per_seed = float(((1 - leverage) / self.n_seeds).sum())  # share of sigma^2 in the residual sum of squares
         misfit = (rss - seeds * per_seed) / df
         if misfit > 0:
             return misfit, seeds, df
@@ -267,9 +270,9 @@ class OptimaFit:
 
 
 def parabola_optima(coefficients: Array, centre: float = 0.0) -> tuple[Array, Array]:
-    """x and loss where parabolas of `coefficients` (3, ...) in log10 x - centre are lowest.
+    """x and loss at the minima of parabolas with `coefficients` (3, ...) in log10 x - centre.
 
-    NaN where a parabola opens downwards, or so little upwards that no model has such a size or loss.
+    NaN if a parabola opens downwards, or so slightly upwards that its minimum is not a possible size or loss.
     """
     c0, c1, c2 = coefficients
     with np.errstate(all="ignore"):
@@ -279,10 +282,10 @@ def parabola_optima(coefficients: Array, centre: float = 0.0) -> tuple[Array, Ar
 
 
 def f_test(restricted: Any, full: Any) -> dict[str, Any] | None:
-    """F test of a linear model against one that it is a case of: `f`, its degrees of freedom `df`, and `p`.
+    """F test of a restricted linear model against the full one: `f`, its degrees of freedom `df`, and `p`.
 
-    Both have the sum of their squared residuals, `rss`, and its degrees of freedom, `df`. None if they are one model or
-    the full one leaves no degrees of freedom.
+    Both have `rss`, the sum of their squared residuals, and its degrees of freedom, `df`. None if the models are the
+    same or the full model leaves no degrees of freedom.
     """
     constraints = restricted.df - full.df
     if not (constraints and full.df):
@@ -292,7 +295,7 @@ def f_test(restricted: Any, full: Any) -> dict[str, Any] | None:
 
 
 def holm(p: Array) -> Array:
-    """Probabilities of a family of tests, corrected for their number (Holm 1979); NaN stays out of the count."""
+    """p-values of a family of tests, corrected for their number (Holm 1979); NaN is not counted."""
     order = np.argsort(p)[: np.isfinite(p).sum()]
     corrected = np.full(len(p), np.nan)
     corrected[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)), 1)
@@ -300,7 +303,7 @@ def holm(p: Array) -> Array:
 
 
 def optimum_status(at: float, z: Array, curvature: float, at_least: int) -> OptimumStatus:
-    """Status of the minimum at log size `at` of a curve through the log sizes z, of which it needs `at_least`."""
+    """Status of the minimum at log size `at` of a curve fitted to the log sizes z, of which it needs `at_least`."""
     if len(np.unique(z)) < at_least:
         return OptimumStatus.TOO_FEW
     if not curvature > 0:
@@ -312,7 +315,7 @@ def optimum_status(at: float, z: Array, curvature: float, at_least: int) -> Opti
 
 
 def _satterthwaite(parts: Sequence[tuple[float, float]]) -> float:
-    """Degrees of freedom of a sum of estimated variances, each given with its own (Satterthwaite 1946)."""
+    """Degrees of freedom of a sum of estimated variances, given as (variance, df) (Satterthwaite 1946)."""
     total = sum(variance for variance, _ in parts)
     below = sum(variance**2 / df for variance, df in parts if df > 0)
     return total**2 / below if below > 0 else math.inf

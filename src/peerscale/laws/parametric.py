@@ -1,7 +1,8 @@
 """Approach 3 (Hoffmann et al. 2022, section 3.3): the surface L(N, D) = E + A / N^alpha + B / D^beta.
 
-N is the number of parameters, D of training tokens, L the loss in nats per token. The paper minimises the sum of
-Huber(1e-3) over log residuals; its printed coefficients are an early stop of that (Besiroglu et al. 2024).
+N is the number of parameters, D the number of training tokens, L the loss in nats per token. The paper minimises the
+sum of Huber(1e-3) of log residuals; its printed coefficients come from an optimiser that stopped early (Besiroglu et
+al. 2024).
 """
 
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ START_EXPONENTS = (0.1, 0.2, 0.35, 0.5, 0.8, 1.2)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Allocation:
-    """How to spend a budget."""
+    """How to divide a compute budget between parameters and tokens."""
 
     params: Number
     tokens: Number
@@ -85,12 +86,12 @@ def fit_parametric(
     Args:
         table: one row per run.
         params, tokens, flops, loss: columns of N, of D or else of the training FLOPs C = 6 N D, and of the loss.
-        objective, delta: what to minimise, and where Huber turns linear, in units of the residual.
-        resampling: see `Resampling`; by default the runs of the largest FLOPs are held out.
+        objective, delta: what to minimise, and the residual at which Huber becomes linear.
+        resampling: see `Resampling`; by default the runs with the most FLOPs are held out.
 
     Raises:
-        UserError: both or neither of tokens and flops, a column missing or with anything but finite numbers above
-            zero, fewer than five runs, all FLOPs equal.
+        UserError: both or neither of tokens and flops are given; a column is missing or has values that are not finite
+            numbers above zero; there are fewer than five runs, or all FLOPs are equal.
     """
     second = tokens or flops
     if second is None or (tokens and flops):

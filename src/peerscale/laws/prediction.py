@@ -1,4 +1,4 @@
-"""Predictions from fits as they are stored: the optimum of a budget, or the loss of a run."""
+"""Predictions from stored fits: the optimum of a budget, the loss of a run, or the best learning rate."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -22,37 +22,37 @@ LAWS: Mapping[str, tuple[type, tuple[str, ...]]] = {
     "granular": (GranularLaw, ("params", "tokens", "granularity")),
     "rates": (RateLaw, ("width", "tokens", "batch")),
 }
-"""Class of the coefficients, and what a prediction takes: a budget for the optimum, all others for a loss; for a rate
-any of them."""
+"""By law: the class of its coefficients, and the inputs of a prediction. An optimum needs the budget, a loss all other
+inputs; a rate accepts any of its inputs."""
 DOUBTS = {
     FitStatus.AT_BOUND: ", a coefficient is at the end of its range",
     FitStatus.NOT_IDENTIFIABLE: ", a coefficient is uncertain by more than its own size",
 }
 LOWEST_LOSS = "loss at the optimum"
 FAR = 10
-"""Times the largest budget, from where on a power law of the loss without an irreducible part is worth a warning."""
+"""Multiple of the largest budget beyond which a power law of the loss without an irreducible part causes a warning."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
-    """What a fit says to the numbers given."""
+    """The predictions of a fit for given numbers."""
 
     values: dict[str, tuple[float, tuple[float, float] | None]]
-    """By name, each with its interval where the fit has a bootstrap; empty if too few numbers are given."""
+    """By name, each with its interval if the fit has a bootstrap; empty if too few numbers are given."""
     notes: tuple[str, ...]
-    """What is doubtful, `warning: ...`, and what is not there: `no optimum: <why>` or `no prediction: <why>`."""
+    """Warnings, `warning: ...`, and missing predictions: `no optimum: <why>` or `no prediction: <why>`."""
 
 
 def predict(stored: Mapping[str, Any], given: Mapping[str, float], columns: Mapping[str, Any]) -> Prediction:
     """Predict from a stored fit.
 
     Args:
-        stored: `Fit.to_dict()`; in that of an isoFLOP fit the bootstrap's draws may hold `loss`, (draws, budgets).
+        stored: `Fit.to_dict()`; for an isoFLOP fit the bootstrap's draws may have `loss`, (draws, budgets).
         given: numbers by name, see `LAWS`.
-        columns: names of the columns that were fitted, such as `{"x": "params_total"}`; and `include_flagged`.
+        columns: names of the fitted columns, such as `{"x": "params_total"}`, and `include_flagged`.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: `stored` is no such fit.
+        ValueError, KeyError, TypeError, AttributeError: `stored` is not such a fit.
     """
     name, missing, notes = stored["law"], "", []
     if name not in LAWS:
@@ -60,7 +60,7 @@ def predict(stored: Mapping[str, Any], given: Mapping[str, float], columns: Mapp
     form, variables = LAWS[name]
     coefficients = {item.name: stored[item.name] for item in fields(form)}
     if wrong := [key for key, value in coefficients.items() if not isinstance(value, float | int | None)]:
-        raise ValueError(f"{wrong[0]} is no number")
+        raise ValueError(f"{wrong[0]} is not a number")
     bootstrap = Bootstrap.from_dict(stored["bootstrap"]) if stored["bootstrap"] else None
     values, draws = {}, {}
     if None not in coefficients.values():
@@ -72,7 +72,7 @@ def predict(stored: Mapping[str, Any], given: Mapping[str, float], columns: Mapp
         few = "too few budgets with a usable optimum, three are needed"
         missing = few if form is PowerLaw else f"the fit's status is {stored['status']}"
     if name == "isoflop" and (budget := given.get("budget")):
-        flagged = columns.get("include_flagged", False)  # the power law goes through the optima that are used
+        flagged = columns.get("include_flagged", False)  # the same optima as in the power law of x
         optima = stored["vertices"]
         used = [one["status"] == OptimumStatus.OK or (flagged and one["x"] is not None) for one in optima]
         budgets, losses = (np.array([one[key] for one in optima], float)[used] for key in ("budget", "loss"))
@@ -96,7 +96,7 @@ def predict(stored: Mapping[str, Any], given: Mapping[str, float], columns: Mapp
 
 
 def _answers(name: str, law: Any, given: Mapping[str, float], columns: Mapping[str, Any]) -> dict[str, Number]:
-    """What the numbers given ask of a law, by name; nothing if they are too few."""
+    """The predictions of a law for the given numbers, by name; empty if there are too few numbers."""
     found, variables = {}, {key: given.get(key) for key in LAWS[name][1]}
     if isinstance(law, RateLaw):
         return {"best lr": law.predict(**variables)} if any(variables.values()) else {}
@@ -108,7 +108,7 @@ def _answers(name: str, law: Any, given: Mapping[str, float], columns: Mapping[s
         found[LOWEST_LOSS] = best.loss
         for one, other in (("params", "tokens"), ("tokens", "params")):
             if (size := variables[one]) and not variables[other]:
-                variables[other] = budget / (6 * size)  # of the budget, C = 6 N D
+                variables[other] = budget / (6 * size)  # from the budget, C = 6 N D
     if variables and all(variables.values()):
         found["loss"] = law.predict(*variables.values())
         if name == "routed":
@@ -117,9 +117,9 @@ def _answers(name: str, law: Any, given: Mapping[str, float], columns: Mapping[s
 
 
 def _lowest_loss(budget: float, budgets: Array, losses: Array) -> Number:
-    """The power law through the losses of optima (..., budgets), two or more, at `budget`.
+    """The value at `budget` of a power law through the losses of two or more optima (..., budgets).
 
-    It has no irreducible loss, which the optima of a few budgets cannot tell.
+    It has no irreducible loss, which the optima of a few budgets do not determine.
     """
     exponent, coefficient = fit_power_law(budgets, losses)
     return coefficient * budget**exponent

@@ -1,15 +1,15 @@
-"""The best learning rate as a law of the model's width, the tokens of training and the batch.
+"""The best learning rate as a law of model width, training tokens and batch size.
 
-A curve is the losses of one model trained with several rates, all else equal. Near its minimum it is a parabola in the
-logarithm of the rate, and its minimum follows a power law:
+A curve is the losses of one model trained with several rates, all else being equal. Near its minimum it is a parabola
+in the logarithm of the rate, and its minimum follows a power law:
 
     loss = lowest + k (ln lr - ln best)^2,    best = m (width / width_0)^-a (tokens / tokens_0)^-b (batch / batch_0)^c
 
-`lowest` is each curve's own, so that methods, sizes and seeds of any loss can be fitted together; m is each method's
-own, and the curvature k is shared by all curves, the exponents by all methods or not. Multiplied out, the loss is
-linear in `lowest`, k and 2 k ln m, 2 k a, 2 k b, 2 k c: one linear regression gives them, and every coefficient of the
-law is a ratio of two of its results, whose interval is Fieller's (1954). The form is that of Bjorck et al. 2024 and of
-StepLaw (Li et al. 2025), who fit minima rather than losses.
+Each curve has its own `lowest`, so that methods, sizes and seeds with any loss can be fitted together; each method has
+its own m. All curves share the curvature k; methods either share the exponents or have their own. When multiplied out,
+the loss is linear in `lowest`, k, 2 k ln m, 2 k a, 2 k b and 2 k c, so one linear regression gives all of them. Every
+coefficient of the law is a ratio of two results of the regression, with Fieller's interval (1954). Bjorck et al. 2024
+and StepLaw (Li et al. 2025) use the same form, but fit it to minima rather than losses.
 """
 
 import math
@@ -28,11 +28,11 @@ from peerscale.laws.solver import Array
 
 MIN_RATES = 3
 REACH = 3.2
-"""A parabola describes a curve within this factor of the best rate that was tried."""
+"""A curve is fitted by a parabola within this factor of the best rate that was tried."""
 EQUAL_UNLESS = 0.01
-"""Exponents are those that all methods share, unless the F test against each method's own has a smaller p."""
+"""Methods share exponents unless the F test against separate exponents has a p-value below this."""
 SIGNS = {"width": -1.0, "tokens": -1.0, "batch": 1.0}
-"""Of the exponents: the best rate falls with width and tokens and grows with the batch."""
+"""Signs of the exponents: the best rate falls with width and tokens and grows with the batch."""
 EXPONENTS = {"width": "a", "tokens": "b", "batch": "c"}
 
 
@@ -49,7 +49,7 @@ class RateLaw:
     batch_0: float = 1.0
 
     def predict(self, width: float | None = None, tokens: float | None = None, batch: float | None = None) -> float:
-        """The best rate; what is not given is at its reference."""
+        """The best rate; variables that are not given are at their reference values."""
         by_width = ((width or self.width_0) / self.width_0) ** -self.a
         by_tokens = ((tokens or self.tokens_0) / self.tokens_0) ** -self.b
         return self.m * by_width * by_tokens * ((batch or self.batch_0) / self.batch_0) ** self.c
@@ -57,20 +57,20 @@ class RateLaw:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CurveOptimum:
-    """The minimum of one curve, two rates of which are enough where others give the curvature."""
+    """The minimum of one curve. Two rates are enough for it if other curves determine the curvature."""
 
     at: Mapping[str, Any]
-    """Its method, width, tokens, batch and what else tells it from others, by column."""
+    """The curve's method, width, tokens, batch and other distinguishing columns, by column."""
     n: int
-    """Runs on it."""
+    """Number of runs on the curve."""
     best: float
-    """Its own best rate."""
+    """The curve's own best rate."""
     lowest: float
-    """The loss there."""
+    """The loss at the best rate."""
     predicted: float
     """The best rate by the law."""
     cost: float
-    """Loss at the predicted rate less the lowest."""
+    """Loss at the predicted rate minus the lowest."""
 
     @property
     def name(self) -> str:
@@ -79,55 +79,55 @@ class CurveOptimum:
 
 @dataclass(frozen=True, kw_only=True)
 class RateFit:
-    """Laws of all methods, by one regression."""
+    """Laws of all methods, from one regression."""
 
     law = "rates"
     n: int
-    """Runs that were fitted; those beyond the parabola's reach are left out."""
+    """Number of fitted runs; runs outside `reach` are left out."""
     n_curves: int
     laws: Mapping[str, RateLaw]
-    """By method, with the exponents that all share."""
+    """The laws by method, with shared exponents."""
     ci: Mapping[str, Mapping[str, tuple[float, float]]]
-    """By method: 95 % intervals of m and the exponents, of the misfit of parabolas and law; infinite where the data do
-    not bound them. Seeds are in it as far as they scatter a curve's runs, not by what one curve has in common."""
+    """By method: 95 % intervals of m and the exponents, from the misfit of parabolas and law; infinite if the data do
+    not bound them. They include the scatter that seeds cause within a curve, but no shift common to a whole curve."""
     own: Mapping[str, RateLaw] | None
-    """With exponents of each method's own; None where the data do not determine them."""
+    """The laws by method, with separate exponents; None if the data do not determine them."""
     own_ci: Mapping[str, Mapping[str, tuple[float, float]]] | None
     equal_exponents: Mapping[str, Any] | None
     """F test of shared exponents against each method's own: `f`, `df`, `p`."""
     exponents: Literal["shared", "own"]
-    """Which of the two the test chooses (`EQUAL_UNLESS`). All that follows is of that fit."""
+    """Which of the two the test chooses (`EQUAL_UNLESS`). All fields below belong to that fit."""
     curvature: float
     """k, nats per (ln lr)^2."""
     curvature_se: float
     scatter: float
-    """Standard deviation of the losses about the fit, nats."""
+    """Standard deviation of the losses around the fit, in nats."""
     df: int
     fitted: Mapping[str, tuple[float, float]]
-    """Lowest and highest width, tokens and batch among the runs: the law is untried elsewhere."""
+    """Lowest and highest width, tokens and batch among the runs: the law is not tested outside this range."""
     curves: tuple[CurveOptimum, ...]
-    """Those that were fitted, and have two rates."""
+    """The fitted curves that have at least two rates."""
     hold_out_given: bool
-    """Whether runs were set aside to judge the law by."""
+    """Whether runs were set aside to test the law."""
     held_out: tuple[CurveOptimum, ...]
-    """Curves of those; else each in turn, predicted from the curves of other models."""
+    """The curves of these runs; if there are none, every curve, predicted from the curves of other models."""
     warnings: tuple[str, ...]
 
     @property
     def held_out_cost(self) -> float:
-        """Mean of what the predicted rates cost on held-out curves, nats per token; NaN without any."""
+        """Mean cost of the predicted rates on held-out curves in nats per token; NaN if there are none."""
         return float(np.mean([one.cost for one in self.held_out])) if self.held_out else math.nan
 
     @property
     def held_out_error(self) -> float:
-        """Root mean square of ln(predicted / best) over held-out curves; NaN without any."""
+        """Root mean square of ln(predicted / best) over held-out curves; NaN if there are none."""
         logs = [math.log(one.predicted / one.best) for one in self.held_out]
         return float(np.sqrt(np.mean(np.square(logs)))) if logs else math.nan
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: the law of each method under `groups`, with the exponents that `exponents` names.
+        """Plain values for JSON: under `groups` the law of each method, with the exponents chosen by `exponents`.
 
-        Beside it stand both, `shared` and, where the data determine them, `own`.
+        Each law also has both versions: `shared` and, if the data determine it, `own`.
         """
         plain = fields_to_plain(self)
         laws, ci, own, own_ci = (plain.pop(key) for key in ("laws", "ci", "own", "own_ci"))
@@ -143,16 +143,16 @@ class RateFit:
 
 @dataclass(frozen=True, kw_only=True)
 class ParabolaRegression:
-    """Parabolas of one curvature, loss = level_curve + k x^2 - 2 x (places . k theta), by ordinary least squares.
+    """Parabolas with one curvature, loss = level_curve + k x^2 - 2 x (places . k theta), by ordinary least squares.
 
-    The minimum of a curve lies at x = places . theta.
+    The minimum of a curve is at x = places . theta.
     """
 
     k: float
     products: Array
     """k theta."""
     covariance: Array
-    """Of (k, k theta)."""
+    """Covariance of (k, k theta)."""
     rss: float
     df: int
     determined: bool
@@ -162,7 +162,7 @@ class ParabolaRegression:
     def of(cls, x: Array, loss: Array, curves: Array, places: Array) -> Self:
         """Fit runs (n,): x = ln rate, the name of each run's curve, and `places` (n, coefficients)."""
         columns = pd.DataFrame(np.column_stack([loss, x**2, -2 * x[:, None] * places]))
-        by_curve = columns.groupby(curves)  # the level of a curve is its own
+        by_curve = columns.groupby(curves)  # centring removes the level of each curve
         centred = (columns - by_curve.transform("mean")).to_numpy()
         y, design = centred[:, 0], centred[:, 1:]
         inverse = np.linalg.pinv(design.T @ design, rcond=1e-12, hermitian=True)
@@ -180,24 +180,24 @@ class ParabolaRegression:
 
     @property
     def scatter(self) -> float:
-        """Standard deviation of the losses about the parabolas; NaN without degrees of freedom."""
+        """Standard deviation of the losses around the parabolas; NaN without degrees of freedom."""
         return math.sqrt(self.rss / self.df) if self.df else math.nan
 
     def ratio(self, i: int) -> tuple[float, tuple[float, float]]:
-        """theta_i with Fieller's 95 % interval; infinite where k is not told from zero."""
+        """theta_i with Fieller's 95 % interval; infinite if k cannot be distinguished from zero."""
         u, v = float(self.products[i]), self.k
         uu, uv, vv = (float(self.covariance[place]) for place in ((1 + i, 1 + i), (1 + i, 0), (0, 0)))
         t = float(student.ppf((1 + LEVEL) / 2, self.df)) ** 2 if self.df > 0 else math.nan
         quadratic, linear, constant = v * v - t * vv, u * v - t * uv, u * u - t * uu
         if not quadratic > 0:
             return u / v, (-math.inf, math.inf)
-        half = math.sqrt(max(linear * linear - quadratic * constant, 0.0))  # below it by rounding alone
+        half = math.sqrt(max(linear * linear - quadratic * constant, 0.0))  # negative only through rounding
         return u / v, ((linear - half) / quadratic, (linear + half) / quadratic)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Runs:
-    """Runs (n,), and what the law knows of them."""
+    """Runs (n,), with the values that the law uses."""
 
     x: Array
     """ln lr."""
@@ -205,18 +205,18 @@ class _Runs:
     curve: Array
     """Name of each run's curve."""
     near: Array
-    """Whether the parabola describes the run."""
+    """Whether the run is within `reach`, so that the parabola describes it."""
     places: Array
-    """(n, coefficients): what ln best is linear in: ln m of each method, and the exponents, shared or its own."""
+    """(n, coefficients): ln best = places . theta, where theta is ln m of each method and the exponents."""
     at: list[dict[str, Any]]
-    """Of each run, see `CurveOptimum`."""
+    """Of each run, see `CurveOptimum.at`."""
 
     def regression(self, which: Array) -> ParabolaRegression:
         """The fit of the runs `which` (n,)."""
         return ParabolaRegression.of(self.x[which], self.loss[which], self.curve[which], self.places[which])
 
     def optima(self, which: Array, law: ParabolaRegression) -> tuple[CurveOptimum, ...]:
-        """The minima of the curves among `which` (n,) that have two rates or more, with the curvature of the law."""
+        """The minima of the curves among `which` (n,) with at least two rates, using the curvature of the law."""
         found = []
         for curve in dict.fromkeys(self.curve[which]):
             rows = np.flatnonzero(self.near & (self.curve == curve))
@@ -233,7 +233,7 @@ class _Runs:
         return tuple(found)
 
     def predicted(self, out: Array) -> tuple[CurveOptimum, ...]:
-        """The optima of the curves among `out` (n,) and a law of the other runs; none if these do not determine it."""
+        """The optima of the curves among `out` (n,), with the law of the other runs; none if that is not determined."""
         rest = self.near & ~out
         law = self.regression(rest) if rest.any() else None
         return self.optima(out, law) if law and law.determined and law.k > 0 else ()
@@ -244,21 +244,21 @@ def fit_rates(
     batch: str | None = None, by: str | None = None, curve: Sequence[str] = (), hold_out: pd.Series | None = None,
     reach: float = REACH,
 ) -> RateFit:  # fmt: skip
-    """Fit the law of the best rate to runs, one a row.
+    """Fit the law of the best rate to runs.
 
     Args:
-        table: the runs.
-        lr, loss: columns of the peak rate as it was used and of the loss, nats per token.
-        width, tokens, batch: columns of what the best rate may depend on; None: the law leaves it out.
-        by: column of the method, whose m is its own.
+        table: one row per run.
+        lr, loss: columns of the peak rate used in training and of the loss in nats per token.
+        width, tokens, batch: columns of variables of the law; None: the law does not depend on the variable.
+        by: column of the method; each method has its own m.
         curve: further columns in which the runs of one curve are equal, such as a seed or another rate.
-        hold_out: which rows (boolean, of the table's index) the law is judged by and not fitted to. None: every model
-            (width, tokens, batch) is left out in turn.
+        hold_out: boolean, with the table's index: rows that test the law and that it is not fitted to. None: every
+            model (width, tokens, batch) is left out in turn.
         reach: see `REACH`.
 
     Raises:
-        UserError: a column is missing or holds what is no positive number; no curve has three rates; the losses do not
-            rise on both sides of a minimum; or a variable does not vary, or only together with another.
+        UserError: a column is missing or has values that are not positive numbers; no curve has three rates; the losses
+            do not rise on both sides of a minimum; or a variable does not vary, or only together with another.
     """
     variables = {name: column for name, column in zip(SIGNS, (width, tokens, batch), strict=True) if column}
     columns = [*variables.values()]
@@ -292,7 +292,7 @@ def fit_rates(
         raise UserError(f"these runs do not determine the exponents of {which}: leave out a column that hardly varies")
     if not shared.k > 0:
         raise UserError("the losses do not rise on both sides of a best rate: try lower and higher rates")
-    # What one method alone varies, as a batch, keeps an exponent that all share.
+    # The exponent of a variable that only one method varies, such as the batch, stays shared.
     each = [fitted & (of_method == i) for i in range(len(names))]
     varies = [all(len(np.unique(z[rows_of, j])) > 1 for rows_of in each) for j in range(z.shape[1])]
     apart = replace(
@@ -324,7 +324,7 @@ def fit_rates(
 
 
 def _names(*columns: pd.Series) -> Array:
-    """The values of each row in one text."""
+    """The values of each row as one string."""
     words = [column.map(lambda value: f"{value:g}" if isinstance(value, float) else str(value)) for column in columns]
     return np.array([" ".join(row) for row in zip(*words, strict=True)])
 
@@ -332,7 +332,7 @@ def _names(*columns: pd.Series) -> Array:
 def _laws(
     fit: ParabolaRegression, names: Array, reference: Mapping[str, float], of_each: Sequence[bool]
 ) -> tuple[dict[str, RateLaw], dict[str, dict[str, tuple[float, float]]]]:
-    """The law of each method, and the intervals of its coefficients; `of_each`: which exponents are its own."""
+    """The law of each method, and the intervals of its coefficients; `of_each`: which exponents are not shared."""
     laws, intervals = {}, {}
     widths = [len(names) if own else 1 for own in of_each]
     first = [len(names) + sum(widths[:j]) for j in range(len(widths))]
@@ -348,10 +348,10 @@ def _laws(
 
 
 def fit_brackets(factor: Array, loss: Array, bracket: Sequence[str], seed: Sequence[int]) -> dict[str, Any]:
-    """What rates off their best may cost: fit runs (runs,) of models also trained at multiples of their rate.
+    """The possible cost of rates that are not the best: fit runs (runs,) of models trained at multiples of their rate.
 
-    A bracket is the losses of one model at its usual rate, factor 1, and at other factors, such as a half and two. They
-    are a parabola in the logarithm of the factor:
+    A bracket is the losses of one model at its usual rate (factor 1) and at other factors, such as 0.5 and 2. It is a
+    parabola in the logarithm of the factor:
 
         loss = lowest + k (ln factor - ln best)^2 = level + k (ln factor)^2 - 2 (k ln best) ln factor
 
@@ -359,23 +359,23 @@ def fit_brackets(factor: Array, loss: Array, bracket: Sequence[str], seed: Seque
     factor 1. The gain of the best rate over the usual one is k (ln best)^2.
 
     Args:
-        factor: of each run's rate to the usual one.
+        factor: each run's rate divided by the usual rate.
         loss: nats per token.
-        bracket: name of each run's bracket. Two factors are enough in it where another bracket has three.
-        seed: of each run.
+        bracket: name of each run's bracket. A bracket needs only two factors if another one has three.
+        seed: seed of each run.
 
     Returns:
-        `curvature` k, in nats per (ln rate)^2, and `curvature_se`; `scatter` of the losses about the parabolas, nats;
-        `df`, degrees of freedom of the scatter and of every error; and of `each` bracket its `best` factor, the
-        `lowest` loss (at that factor, the mean over seeds), the `gain`, fitted loss at factor 1 minus the lowest, and
-        its standard error `se` to first order. NaN where the brackets determine no parabola that opens upwards, and
-        for errors without any degrees of freedom.
+        `curvature` k, in nats per (ln rate)^2, and `curvature_se`; `scatter` of the losses around the parabolas, in
+        nats; `df`, degrees of freedom of the scatter and of every error; and for `each` bracket its `best` factor, the
+        `lowest` loss (at that factor, averaged over seeds), the `gain` (fitted loss at factor 1 minus the lowest) and
+        its first-order standard error `se`. NaN if the brackets do not determine a parabola that opens upwards, and for
+        errors without degrees of freedom.
     """
     x, (of, names) = np.log(factor), pd.factorize(np.array(bracket))
     curves = pd.Series(bracket).str.cat(pd.Series(seed).astype(str), " ")
     fit = ParabolaRegression.of(x, loss, curves.to_numpy(), np.eye(len(names))[of])
     k = fit.k if fit.determined and fit.k > 0 else math.nan
-    at_usual = loss - k * x**2 + 2 * x * fit.products[of]  # each run's loss carried to factor 1
+    at_usual = loss - k * x**2 + 2 * x * fit.products[of]  # each run's loss, shifted along the parabola to factor 1
     each = []
     for i in range(len(names)):
         log_best = float(fit.products[i] / k)

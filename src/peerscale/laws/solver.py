@@ -1,14 +1,14 @@
-"""Least squares and Huber fits of a law to the losses of runs, many at once: from several starts, or of resampled runs.
+"""Least squares and Huber fits of a law to the losses of runs; many fits at once, from several starts or resamples.
 
-All members of a batch take their Newton steps together. A fit has five to seven coefficients and a few hundred runs, so
-one at a time costs the interpreter's time, not the arithmetic's. SciPy's `least_squares(loss="huber")` minimises the
+All fits of a batch take their Newton steps together. A fit has five to seven coefficients and a few hundred runs, so
+that one fit at a time would mostly spend time in the interpreter. SciPy's `least_squares(loss="huber")` minimises the
 same objective (its cost is the sum below, with f_scale = delta) and finds the same optima, but it solves one problem at
-a time, and only processes, which have to be started first, let it use several cores. It needs some ten times as long
-for 4,000 refits of 240 runs, and every fit refits twice as often: for its coefficients and for its held-out runs.
+a time and can only use several cores through additional processes. It takes about ten times as long for 4,000 refits of
+240 runs, and every law needs two sets of refits: for its coefficients and for its held-out runs.
 
-Most laws here are sums of power laws, L = sum_k s_k prod_v v^(-exponent), with positive sizes s_k. With the logarithms
-of the sizes and the exponents as coordinates theta every power is exp(M_k . theta), whose derivatives are exact and
-cheap. The logarithms of the variables in M are centred, so that no coordinate is large and no unit matters.
+Most laws here are sums of power laws, L = sum_k s_k prod_v v^(-exponent), with positive sizes s_k. The coordinates
+theta are the exponents and the logarithms of the sizes, so every power is exp(M_k . theta), with exact and cheap
+derivatives. The logarithms of the variables in M are centred, so that no coordinate is large and units do not matter.
 """
 
 import itertools
@@ -25,45 +25,45 @@ Array = np.ndarray
 Number = float | np.ndarray
 """A coefficient or prediction, or an array of bootstrap draws of it."""
 Powers = Mapping[str, Mapping[str, Array]]
-"""Size's name -> exponent's name -> logarithm of the variable (runs,): {"A": {"alpha": log_n}, "E": {}} is
+"""Name of the size -> name of the exponent -> logarithm of the variable (runs,): {"A": {"alpha": log_n}, "E": {}} is
 A / N^alpha + E. An exponent may occur in several powers."""
 Curvature = Callable[[Array], Array]
-"""From a factor per run (R, runs) to the sum over runs of factor * second derivative of the prediction, (R, p, p)."""
+"""From a factor per run (R, runs) to the sum over runs of factor * second derivatives of the prediction, (R, p, p)."""
 
 EXPONENT_RANGE = (0.01, 3.0)
 SIZE_RANGE = (-12.0, 5.0)
 """Range of log(size of a power at the centre of the data / median loss)."""
 STEP = 1e-6
-"""Of numerical derivatives."""
+"""Step of numerical derivatives."""
 MAX_ITERATIONS = 1000
 TOLERANCE = 1e-12
-"""Relative decrease of the objective, predicted by its quadratic model, at which a member has converged."""
+"""A fit has converged when the predicted relative decrease of its objective is below this."""
 EXACT = 1e-26
-"""Decrease not worth a step, for fits without residuals."""
+"""The same as an absolute decrease, for fits without residuals."""
 PATIENCE, STALL = 25, 1e-7
-"""A member whose objective has fallen by less than this share of itself in so many iterations has converged too: along
+"""A fit has also converged if its objective fell by less than a share `STALL` in `PATIENCE` iterations: it moves along
 a valley that the data leave flat."""
 MAX_STEP = 2.0
-"""Longest step; coordinates are logarithms and exponents of centred data, so that 2 is far."""
+"""Longest step; coordinates are logarithms and exponents of centred data, so 2 is a long way."""
 CHUNK = 64
-"""Members solved together: few enough for the cache, and for BLAS not to start threads, which are 4x slower here."""
+"""Fits solved together: few enough for the cache and for BLAS not to start threads, which are 4x slower here."""
 
 
 class FitStatus(StrEnum):
-    """What a fit's coefficients can be used for; decided from the fit itself, never from an optimiser's flag."""
+    """How far a fit's coefficients can be trusted; determined from the fit itself, never from an optimiser's flag."""
 
     CONVERGED = "converged"
-    """The best optimum of several starts, inside the bounds, every coefficient determined by the data."""
+    """The best optimum from several starts is inside the bounds, and the data determine every coefficient."""
     AT_BOUND = "at_bound"
-    """A coefficient ended on the edge of its range, such as an irreducible loss of zero."""
+    """A coefficient ended on a bound of its range, such as an irreducible loss of zero."""
     NOT_IDENTIFIABLE = "not_identifiable"
-    """A coefficient is uncertain by more than its own size: publish predictions, not coefficients."""
+    """The uncertainty of a coefficient exceeds its value: publish predictions, not coefficients."""
     TOO_FEW_POINTS = "too_few_points"
-    """No more points than coefficients (isoFLOP: fewer than three usable budgets)."""
+    """There are not more points than coefficients (isoFLOP: fewer than three usable budgets)."""
 
 
 class Objective(StrEnum):
-    """Penalty on residuals, always summed over runs: a mean makes optimisers stop early.
+    """Penalty on residuals, always summed over runs, since with a mean optimisers stop early.
 
     Huber(r) = r^2 / 2 for |r| <= delta, else delta (|r| - delta / 2); the squared objectives sum r^2. Residuals are
     prediction - loss, or log prediction - log loss. The paper's is huber-log (Hoffmann et al. 2022, equation 3).
@@ -87,17 +87,17 @@ class Objective(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Coordinates:
-    """How a law's coefficients in raw units follow from the solver's coordinates, which are centred and bounded."""
+    """Conversion from the solver's coordinates, which are centred and bounded, to coefficients in raw units."""
 
     names: tuple[str, ...]
-    """Of the coefficients, in the order of the coordinates."""
+    """Names of the coefficients, in the order of the coordinates."""
     is_log: Array
-    """(p,), bool: which coefficients are the exponentials of theirs."""
+    """(p,), bool: which coordinates are logarithms of their coefficients."""
     to_raw: Array
-    """(p, p): undoes the centring; coefficients are (the exponentials of) to_raw @ point."""
+    """(p, p): undoes the centring; coefficients are to_raw @ point, or its exponential where `is_log`."""
     lower: Array
     upper: Array
-    """(p,): the box, in coordinates."""
+    """`lower` and `upper` (p,): bounds of the coordinates."""
 
     def coefficients(self, points: Array) -> dict[str, Array]:
         """Raw coefficients by name from points (..., p)."""
@@ -108,7 +108,7 @@ class Coordinates:
 
 @dataclass(frozen=True, slots=True)
 class PowerSum:
-    """A sum of power laws at the runs of one table, as a function of the solver's points (R, p)."""
+    """A sum of power laws, evaluated at the runs of a table, as a function of the solver's points (R, p)."""
 
     terms: Array
     """M, (powers, runs, coordinates)."""
@@ -136,7 +136,7 @@ class PowerSum:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Numerical:
-    """A law by its own `predict`, with a numerical Jacobian: for laws whose derivatives are long."""
+    """A law given by a function `predict`, with a numerical Jacobian; for laws with complicated derivatives."""
 
     form: type
     coordinates: Coordinates
@@ -149,7 +149,7 @@ class Numerical:
             return self.form(**self.coordinates.coefficients(points[..., None, :])).predict(*self.variables)
 
     def derivatives(self, points: Array) -> tuple[Array, Array, None]:
-        """Losses and, by central differences, their Jacobian; without curvature the steps are Gauss-Newton's."""
+        """Losses and, by central differences, their Jacobian; without curvature, steps are Gauss-Newton steps."""
         steps = STEP * np.eye(points.shape[1])
         ahead, behind = (self.predict(points[:, None, :] + sign * steps) for sign in (1, -1))
         return self.predict(points), (ahead - behind) / (2 * STEP), None
@@ -157,7 +157,7 @@ class Numerical:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
-    """The fit of a law to the losses of runs: what the solver sees."""
+    """The fit of a law to the losses of runs, as the solver sees it."""
 
     law: PowerSum | Numerical
     loss: Array
@@ -172,7 +172,7 @@ class Problem:
         return np.log(predicted / self.loss) if self.objective.logarithmic else predicted - self.loss
 
     def value(self, points: Array, weights: Array) -> Array:
-        """Objective (R,) at points (R, p), the runs of each counted by its weights (R, runs)."""
+        """Objective (R,) at points (R, p), with weights (R, runs) of the runs."""
         with np.errstate(all="ignore"):
             residuals = self.residuals(self.law.predict(points))
             size = np.abs(residuals)
@@ -181,7 +181,7 @@ class Problem:
             return np.sum(penalty * weights, axis=1)
 
     def linearised(self, points: Array) -> tuple[Array, Array, Array, Curvature | None]:
-        """Losses and residuals (R, runs), the residuals' Jacobian (R, p, runs), and the losses' curvature."""
+        """Losses and residuals (R, runs), Jacobian of the residuals (R, p, runs), and curvature of the losses."""
         predicted, jacobian, curvature = self.law.derivatives(points)
         if self.objective.logarithmic:
             jacobian = jacobian / predicted[:, None, :]
@@ -211,10 +211,10 @@ def power_problem(
     delta: float,
     start_exponents: Sequence[float],
 ) -> Problem:
-    """The fit of a sum of powers; coordinates are the logarithms of the sizes, then the exponents.
+    """The fit of a sum of powers; the coordinates are the logarithms of the sizes, then the exponents.
 
-    Starts are every combination of `start_exponents`, with the sizes by non-negative least squares on the loss: for
-    given exponents the law is linear in them (variable projection), so that no start depends on a unit.
+    The starts are all combinations of `start_exponents`. For given exponents the law is linear in the sizes, which
+    follow by non-negative least squares on the loss (variable projection), so that starts do not depend on units.
     """
     names = list(dict.fromkeys((*powers, *(name for variables in powers.values() for name in variables))))
     is_log = np.arange(len(names)) < len(powers)
@@ -243,23 +243,23 @@ def power_problem(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Solution:
-    """Where each member ended."""
+    """The end points of all fits of a batch."""
 
     points: Array
     """(R, p)."""
     values: Array
-    """(R,); inf for a member that could not be evaluated."""
+    """Objectives (R,); inf if a fit could not be evaluated."""
     at_bound: Array
-    """(R,), bool: some coordinate ended on a bound."""
+    """(R,), bool: whether a coordinate ended on a bound."""
     failed: Array
-    """(R,), bool: not finite, or out of iterations."""
+    """(R,), bool: not finite, or no convergence within the iterations."""
 
 
 def solve(problem: Problem) -> tuple[Array, float, FitStatus]:
-    """The best optimum over the problem's starts: its point (p,), objective and status.
+    """The best optimum from all starts of the problem: its point (p,), objective and status.
 
-    Best by objective. Optimisers' flags are no guide: tight tolerances often end with a failure flag at the true
-    optimum, loose ones with success far from it.
+    The best one has the lowest objective. Flags of optimisers are not reliable: with tight tolerances they often report
+    a failure at the true optimum, and with loose ones success far from it.
     """
     solution = minimise(problem, problem.starts)
     best = int(np.argmin(solution.values))
@@ -271,15 +271,15 @@ def solve(problem: Problem) -> tuple[Array, float, FitStatus]:
 
 
 def minimise(problem: Problem, starts: Array, weights: Array | None = None) -> Solution:
-    """Minimise within the box of the problem's coordinates.
+    """Minimise within the bounds of the problem's coordinates.
 
-    Damped Newton with the Hessian's eigenvalues replaced by their absolute values (Dauphin et al. 2014, saddle-free
-    Newton), which descends on the non-convex parts too; coordinates pressed against a bound are held there.
+    Damped Newton steps with absolute values of the Hessian's eigenvalues (saddle-free Newton, Dauphin et al. 2014),
+    which also descend where the objective is not convex; coordinates pushed against a bound are held there.
 
     Args:
         problem: law, losses and penalty.
-        starts: (R, p), or (p,) for all.
-        weights: (R, runs), how often each run counts; None counts every run once.
+        starts: (R, p), or (p,) for all fits.
+        weights: (R, runs), how often each run counts; None: every run counts once.
     """
     lower, upper = problem.coordinates.lower, problem.coordinates.upper
     if weights is None:
@@ -291,7 +291,9 @@ def minimise(problem: Problem, starts: Array, weights: Array | None = None) -> S
         part = slice(first, first + CHUNK)
         points[part], values[part], failed[part] = _minimise(problem, points[part], weights[part])
 
-    with ThreadPoolExecutor(os.cpu_count()) as cores:  # NumPy lets go of the interpreter; parts do not depend on it
+    with ThreadPoolExecutor(
+        os.cpu_count()
+    ) as cores:  # NumPy releases the GIL; results do not depend on the number of threads
         list(cores.map(solve_part, range(0, len(points), CHUNK)))
     at_bound = np.any((points <= lower) | (points >= upper), axis=1)
     return Solution(points=points, values=values, at_bound=at_bound, failed=failed)
@@ -314,13 +316,13 @@ def _minimise(problem: Problem, points: Array, weights: Array) -> tuple[Array, A
         step, predicted = _newton_step(gradients[active], hessians[active], damping[active], ~held)
         trial = np.clip(at + step, lower, upper)
         trial_values = problem.value(trial, weights[active])
-        improved = trial_values < values[active]  # False where not finite
+        improved = trial_values < values[active]  # False if not finite
         better = active[improved]
         points[better], values[better] = trial[improved], trial_values[improved]
         gradients[better], hessians[better] = problem.derivatives(points[better], weights[better])
         damping[better] = np.maximum(damping[better] / 5, 1e-12)
         damping[active[~improved]] *= 4
-        # Damping this large means that rounding alone keeps the objective from falling.
+        # With such a large damping, only rounding keeps the objective from falling.
         done = (predicted <= TOLERANCE * values[active] + EXACT) | (damping[active] > 1e8)
         if iteration % PATIENCE == 0:
             done |= values[active] >= (1 - STALL) * before[active]
@@ -331,7 +333,7 @@ def _minimise(problem: Problem, points: Array, weights: Array) -> tuple[Array, A
 
 
 def _newton_step(gradients: Array, hessians: Array, damping: Array, free: Array) -> tuple[Array, Array]:
-    """Damped step per member (R, p) in its free coordinates, and the decrease that its quadratic model predicts."""
+    """The damped step of each fit (R, p) in its free coordinates, and the decrease predicted by the quadratic model."""
     gradients = np.where(free, gradients, 0.0)
     hessians = np.where(free[:, :, None] & free[:, None, :], hessians, 0.0)
     eigenvalues, vectors = np.linalg.eigh(hessians)
@@ -344,11 +346,11 @@ def _newton_step(gradients: Array, hessians: Array, damping: Array, free: Array)
 
 
 def diagnose(coordinates: Coordinates, point: Array, residuals: Array, jacobian: Array) -> FitStatus:
-    """Status of a fit inside its bounds, from the geometry at the optimum.
+    """Status of a fit inside its bounds, from the Jacobian at the optimum.
 
-    A coefficient counts as undetermined when its standard error exceeds its own size; one that is a logarithm here,
-    when that of the logarithm exceeds 1. The errors are Gauss-Newton's, s^2 (J'J)^-1, s^2 = sum of squares / (n - p),
-    from the residuals (runs,) and their `jacobian` J (runs, p) at `point` (p,).
+    A coefficient is not identifiable if its standard error exceeds its value or, if its coordinate is a logarithm, if
+    the standard error of the logarithm exceeds 1. The errors are Gauss-Newton's, s^2 (J'J)^-1 with s^2 = sum of squares
+    / (n - p), from the residuals (runs,) and their `jacobian` J (runs, p) at `point` (p,).
     """
     n, p = jacobian.shape
     norms = np.linalg.norm(jacobian, axis=0)

@@ -1,9 +1,9 @@
-"""Feed-forward layers: what a study compares.
+"""Feed-forward layers, which a study compares.
 
-A layer is its settings, a subclass of `FfnConfig`, which say what it costs and build it. The settings of our layers are
-the modules of this folder, and what they compute is in `modules`: two files for each, because planning, tables and
-figures read only the settings, and importing torch takes them longer than all else. A layer of your own is one module
-anywhere (README.md, Add a layer).
+A layer is defined by its settings, a subclass of `FfnConfig` that states its cost and builds it. The modules of this
+folder have the settings of our layers; `modules` has their weights and forward passes. They are separate because
+planning, tables and figures need only the settings, and importing torch would take longer than everything else that
+they do. A layer of your own is one module anywhere (README.md, Add a layer).
 """
 
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ __all__ = ["FfnConfig", "LayerCost", "Peer", "Pkm", "Surroundings", "layer_confi
 
 
 def __getattr__(name: str) -> Any:
-    """`Peer` and `Pkm`, imported when first asked for, since they import torch."""
+    """`Peer` and `Pkm`, imported on first use, since they import torch."""
     if name in ("Peer", "Pkm"):
         return module_class(f"product_keys.{name}")
     raise AttributeError(f"module {__name__} has no attribute {name}")

@@ -1,4 +1,4 @@
-"""What every layer says of itself before it is built, and without torch: its settings, its cost, what limits it."""
+"""What every layer states before it is built, without torch: its settings, its cost, its limits."""
 
 import importlib
 from dataclasses import dataclass as plain_dataclass
@@ -18,42 +18,42 @@ T = TypeVar("T")
 
 @plain_dataclass(frozen=True, kw_only=True, slots=True)
 class Surroundings:
-    """What a layer may know of the model around it."""
+    """What a layer may know about the model around it."""
 
     d_model: int
-    """Width of its input and output."""
+    """Width of the layer's input and output."""
     d_ff: int
     """Hidden width of the dense layer of this model."""
     group_sequences: int
-    """Sequences over which a layer may take statistics or choose: `routing_group_sequences`, or those of a batch."""
+    """Sequences over which a layer may take statistics or choose: `routing_group_sequences`, or else the batch."""
     n_groups: int = 1
-    """How many of these groups a batch has, on all devices."""
+    """Number of these groups in a batch, on all devices."""
     micro_batches: int = 1
-    """Parts in which a batch passes through the layer, each of whole groups."""
+    """Number of parts in which a batch passes through the layer; each consists of whole groups."""
     operators: "Operators | None" = None
     """The backend of the operators (`kernels.backends`); known once a model is built."""
 
     @property
     def groups_at_once(self) -> int:
-        """How many groups pass through the layer at once, on all devices."""
+        """Number of groups that pass through the layer at once, on all devices."""
         return max(1, self.n_groups // self.micro_batches)
 
 
 @plain_dataclass(frozen=True, kw_only=True, slots=True)
 class LayerCost:
-    """One feed-forward layer."""
+    """The cost of one feed-forward layer."""
 
     params: dict[str, int]
     """Parameters by group."""
     forward_flops: dict[str, int]
-    """Forward FLOPs per token by component: 2 for each multiply-add of a matrix product, nothing else."""
+    """Forward FLOPs per token by component: 2 per multiply-add of a matrix product; nothing else is counted."""
     inactive: int = 0
-    """Parameters that a token does not use (of expert choice: on average)."""
+    """Parameters that a token does not use (on average, with expert choice)."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=())
 def layer_config(kind: type[T]) -> type[T]:
-    """Make a layer's settings a frozen dataclass, strictly checked, whose fields are the keys of its YAML file."""
+    """Make the settings of a layer a frozen, strictly checked dataclass; its fields are the keys of the YAML file."""
     decorate: Any = dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
     return decorate(kind)
 
@@ -66,9 +66,10 @@ def module_class(path: str) -> Any:
 
 @layer_config
 class FfnConfig:
-    """The settings of a feed-forward layer, and what follows from them; a layer is a subclass.
+    """The settings of a feed-forward layer, and what follows from them; every layer is a subclass.
 
-    `method` names the layer, `variant` a form of it that is not the paper's. A subclass defines `cost` and `build`.
+    `method` names the layer; `variant` names a form of it that differs from the paper's. A subclass defines `cost` and
+    `build`.
     """
 
     method: str
@@ -80,15 +81,15 @@ class FfnConfig:
         return f"{self.method}_{self.variant}" if self.variant else self.method
 
     def cost(self, around: Surroundings) -> LayerCost:
-        """Parameters and forward FLOPs of one layer; its parameters are compared with the built layer's."""
+        """Parameters and forward FLOPs of one layer; the parameters are checked against those of the built layer."""
         raise NotImplementedError
 
     def build(self, around: Surroundings) -> "nn.Module":
         """One layer, x (B, T, D) -> y (B, T, D).
 
-        Its `init_weights(output_scale)` draws all weights that training starts from; `output_scale`,
-        (2 n_layers)^-1/2, is meant for its last product. A layer may also have `expert_tables()`, the parameters that
-        `optim.table_lr` is for, and `auxiliary_loss`, which is added to the loss (None: nothing to add).
+        Its `init_weights(output_scale)` draws all its initial weights; `output_scale`, (2 n_layers)^-1/2, is meant for
+        its last matrix product. A layer may also have `expert_tables()`, the parameters trained with `optim.table_lr`,
+        and `auxiliary_loss`, which is added to the loss (None: nothing to add).
         """
         raise NotImplementedError
 
@@ -97,14 +98,14 @@ class FfnConfig:
         return ""
 
     def saved_numbers(self, around: Surroundings) -> int:
-        """Numbers per token that one layer keeps for its backward pass, with those of its norm; for the plan's memory.
+        """Numbers per token that one layer and its norm keep for the backward pass; for the plan's memory estimate.
 
-        As dense: an input, its norm, and two of the hidden width.
+        The default is that of a dense layer: its input, the normalised input, and two vectors of the hidden width.
         """
         return 2 * around.d_model + 2 * around.d_ff
 
     def copied_parameters(self, around: Surroundings) -> int:
-        """Parameters of which training in bf16 keeps a copy in that type beside them (`kernels.rounded`)."""
+        """Number of parameters of which training in bf16 also keeps a bf16 copy (`kernels.rounded`)."""
         return 0
 
     @property
@@ -113,7 +114,7 @@ class FfnConfig:
         return False
 
     def routed(self) -> tuple[int, int]:
-        """How many experts a router chooses among, and how many choices one token has; (0, 0) without a router."""
+        """Number of experts that a router chooses among, and of choices per token; (0, 0) without a router."""
         return 0, 0
 
     def columns(self, d_model: int) -> dict[str, Any]:

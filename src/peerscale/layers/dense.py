@@ -1,4 +1,4 @@
-"""The dense feed-forward layer, one that is wider, and none at all."""
+"""The dense feed-forward layer, a wider one, and a block without any."""
 
 from typing import Any, Literal
 
@@ -13,7 +13,8 @@ class DenseConfig(FfnConfig):
 
     method: Literal["dense"] = "dense"
     initial_output_scale: Rate = 1.0
-    """Multiplies the initial weights of the last product: sparse layers start with an output 4 to 8 times smaller."""
+    """Multiplies the initial weights of the last matrix product. Smaller values imitate sparse layers, whose output is
+    4 to 8 times smaller at the start."""
 
     def d_hidden(self, around: Surroundings) -> int:
         return around.d_ff
@@ -28,20 +29,21 @@ class DenseConfig(FfnConfig):
 
 @layer_config
 class WideDenseConfig(DenseConfig):
-    """A dense layer with all the parameters of a sparse one in use: the bound of Dai et al. (2024, section 4)."""
+    """A dense layer with as many parameters as a sparse one, all of them active: the upper bound of Dai et al. (2024,
+    section 4)."""
 
     method: Literal["wide_dense"] = "wide_dense"  # pyrefly: ignore[bad-override]
     params_of: Layer
     """The sparse layer, with its settings."""
 
     def d_hidden(self, around: Surroundings) -> int:
-        """The hidden width nearest to equal parameters: off by less than d_model of them."""
+        """The hidden width whose parameter count is nearest to the sparse layer's: off by less than d_model."""
         return round(sum(self.params_of.cost(around).params.values()) / (2 * around.d_model))
 
 
 @layer_config
 class NoLayerConfig(FfnConfig):
-    """No feed-forward layer in the block: the control for what any layer there is worth at equal compute."""
+    """No feed-forward layer in the block: the control that shows what a layer is worth at equal compute."""
 
     method: Literal["no_layer"] = "no_layer"
 

@@ -1,4 +1,4 @@
-"""Mixtures of experts: a coarse one, and a fine-grained one with shared experts."""
+"""Mixtures of experts: coarse, and fine-grained with shared experts."""
 
 from typing import Annotated, Any, Literal
 
@@ -16,7 +16,7 @@ class MoeConfig(FfnConfig):
     routing: Literal["expert_choice", "token_choice"] = "expert_choice"
     n_experts: Positive = 16
     capacity_factor: Rate = 1.0
-    """Expert choice: mean experts per token. Not stated in the paper; 1 keeps the active parameters of dense."""
+    """Expert choice: mean experts per token. Not stated in the paper; 1 gives the active parameters of dense."""
     top_k: Positive = 1
     """Token choice: experts per token."""
     load_balance_weight: Annotated[float, Field(ge=0)] = 1e-2
@@ -30,7 +30,7 @@ class MoeConfig(FfnConfig):
 
     @property
     def chooses_tokens(self) -> bool:
-        """Whether experts choose their tokens, rather than tokens their experts."""
+        """Whether experts choose tokens (expert choice) rather than tokens experts (token choice)."""
         return self.routing == "expert_choice"
 
     def cost(self, around: Surroundings) -> LayerCost:
@@ -58,7 +58,7 @@ class MoeConfig(FfnConfig):
         )
 
     def saved_numbers(self, around: Surroundings) -> int:
-        # Chosen tokens are copied for the experts, and their outputs kept for the gates.
+        # Chosen tokens are copied for the experts; the experts' outputs are kept for the gates.
         rows = max(1.0, self._active_experts(around.group_sequences))
         return round(2 * around.d_model + rows * (2 * around.d_ff + 3 * around.d_model))
 
@@ -67,9 +67,9 @@ class MoeConfig(FfnConfig):
         return self.chooses_tokens or self.load_balance_weight > 0
 
     def capacity(self, sequences: int) -> int | None:
-        """Tokens that an expert takes of those at one position of so many sequences.
+        """Tokens that an expert takes at each position of a group of so many sequences.
 
-        None if that is no whole number, less than one, or more than the group has.
+        None if that is not a whole number, less than one, or more than the group has.
         """
         capacity = sequences * self.capacity_factor / self.n_experts
         whole = round(capacity)
@@ -95,15 +95,16 @@ class MoeConfig(FfnConfig):
 
 @layer_config
 class FineGrainedMoeConfig(FfnConfig):
-    """Token-choice mixture of narrow experts and shared ones (DeepSeekMoE, Dai et al. 2024, section 3)."""
+    """Token-choice mixture of narrow routed experts and shared experts (DeepSeekMoE, Dai et al. 2024, section 3)."""
 
     method: Literal["fine_grained_moe"] = "fine_grained_moe"
     n_experts: Positive = 63
-    """Routed experts; with one shared, 16 dense layers in all, as the coarse mixture and the paper's section 4.1.3."""
+    """Routed experts; with one shared, the size of 16 dense layers, as in the coarse mixture and the paper's section
+    4.1.3."""
     n_shared: Positive = 1
     """Experts that every token uses."""
     top_k: Positive = 3
-    """Routed experts per token. The paper takes 7; 3 and the shared one have the active parameters of dense."""
+    """Routed experts per token. The paper uses 7; 3 and the shared one have the active parameters of dense."""
     granularity: Positive = 4
     """m: an expert has d_ff / m hidden units."""
     load_balance_weight: Annotated[float, Field(ge=0)] = 1e-2

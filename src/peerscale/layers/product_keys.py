@@ -10,25 +10,25 @@ from peerscale.layers.base import FfnConfig, LayerCost, Surroundings, layer_conf
 
 @layer_config
 class RetrievalConfig(FfnConfig):
-    """The settings and the cost of both."""
+    """The settings and the cost that both layers share."""
 
     n_experts: Positive
     n_heads: Positive
     top_k: Positive
     d_key: Literal["half_d_model"] | Positive = "half_d_model"
-    """Query and key width per head, both halves together. Not stated in the paper; the rule is d_model / 2, at least 8,
-    as a fixed 128 would cost small models more than the layer that it routes to."""
+    """Query and key width per head, both halves together. Not stated in the paper; half_d_model is d_model / 2, at
+    least 8, because a fixed 128 would cost small models more than the retrieved experts."""
     query_norm: bool = True
     """BatchNorm on the queries (paper, section 3.4)."""
     query_bias: bool = True
-    """Not stated in the paper; on in the product-key memory code that it points to."""
+    """Not stated in the paper; on in the product-key memory code that the paper refers to."""
     shared_keys: bool = True
-    """One set of product keys for all heads (paper, section 2) or one for each (the code that it points to)."""
+    """One set of product keys for all heads (paper, section 2), or one per head (the code that the paper refers to)."""
 
     ROWS_PER_EXPERT: ClassVar[int]
-    """Table rows of d_model numbers that an expert has."""
+    """Number of table rows, of d_model numbers each, per expert."""
     MODULE: ClassVar[str]
-    """Its class in `layers.modules`."""
+    """The layer's class in `layers.modules`."""
 
     def __post_init__(self) -> None:
         side = isqrt(self.n_experts)
@@ -48,7 +48,7 @@ class RetrievalConfig(FfnConfig):
 
     @property
     def n_key_sets(self) -> int:
-        """Sets of product keys: one, or one for each head."""
+        """Number of sets of product keys: 1, or 1 per head."""
         return 1 if self.shared_keys else self.n_heads
 
     @property
@@ -57,11 +57,11 @@ class RetrievalConfig(FfnConfig):
         return self.n_heads * self.top_k
 
     def resolved_d_key(self, d_model: int) -> int:
-        """`d_key` for this model width; the rule rounds up to a multiple of 4 so that halves stay even."""
+        """`d_key` for this model width; half_d_model is rounded up to a multiple of 4, so that halves are even."""
         return max(8, -(-d_model // 8) * 4) if self.d_key == "half_d_model" else self.d_key
 
     def cost(self, around: Surroundings) -> LayerCost:
-        """Product-key retrieval and a weighted sum of table rows (paper, section 2)."""
+        """The cost of product-key retrieval and of a weighted sum of table rows (paper, section 2)."""
         d_model, d_key, heads = around.d_model, self.resolved_d_key(around.d_model), self.n_heads
         expert = self.ROWS_PER_EXPERT * d_model
         params = {
@@ -92,7 +92,7 @@ class RetrievalConfig(FfnConfig):
         )
 
     def saved_numbers(self, around: Surroundings) -> int:
-        queries = self.n_heads * self.resolved_d_key(around.d_model)  # before and after their norm
+        queries = self.n_heads * self.resolved_d_key(around.d_model)  # counted twice below: before and after their norm
         return 2 * around.d_model + 2 * queries + 8 * self.active_experts
 
     def copied_parameters(self, around: Surroundings) -> int:
@@ -134,7 +134,7 @@ class PeerConfig(RetrievalConfig):
     activation: Literal["gelu", "relu"] = "gelu"
     """Not stated in the paper ("e.g. ReLU or GELU")."""
     score: Literal["softmax", "sigmoid"] = "softmax"
-    """Over the retrieved experts of each head (paper, equation 2 and algorithm 1)."""
+    """Applied over the retrieved experts of each head (paper, equation 2 and algorithm 1)."""
 
     ROWS_PER_EXPERT: ClassVar[int] = 2
     MODULE: ClassVar[str] = "product_keys.Peer"

@@ -1,4 +1,4 @@
-"""From a mapping of settings to a layer: one of ours by its `method`, any other by the import path in its `class`."""
+"""From a mapping of settings to a layer: a built-in one by its `method`, any other by the import path in `class`."""
 
 import functools
 import hashlib
@@ -23,10 +23,10 @@ BUILT_IN = {
     "pkm": "peerscale.layers.product_keys.PkmConfig",
     "peer": "peerscale.layers.product_keys.PeerConfig",
 }
-"""The layers that are known without a `class`, by `method`."""
+"""The built-in layers, which need no `class`, by `method`."""
 
 _FOUND: dict[str, type[FfnConfig]] = {}
-"""The other layers that this process has met, by `method`."""
+"""The other layers that this process has imported so far, by `method`."""
 
 
 def parse_layer(value: Any) -> FfnConfig:
@@ -34,7 +34,7 @@ def parse_layer(value: Any) -> FfnConfig:
 
     Raises:
         ConfigError: there is no such layer, or its class cannot be used.
-        ValidationError: of its settings.
+        ValidationError: its settings are wrong.
     """
     if isinstance(value, FfnConfig):
         return value
@@ -49,13 +49,13 @@ def parse_layer(value: Any) -> FfnConfig:
 
 
 def layer_class(value: Mapping[str, Any]) -> type[FfnConfig]:
-    """The class of the layer that a mapping describes, whatever its settings; raises `ConfigError` as `parse_layer`."""
+    """The class of the layer that a mapping describes; its settings are not checked. Raises `ConfigError`."""
     if path := value.get("class"):
         return _outside(str(path))
     if (method := value.get("method")) not in BUILT_IN:
         raise ConfigError(
-            f"method {method!r} is no layer of peerscale, which are {', '.join(BUILT_IN)}; "
-            "class names one of your own, such as class: mylab.gated.GatedConfig"
+            f"method {method!r} is not a layer of peerscale, which are {', '.join(BUILT_IN)}; "
+            "for one of your own give its class, such as class: mylab.gated.GatedConfig"
         )
     return _load(BUILT_IN[method])
 
@@ -68,8 +68,8 @@ def method_of(kind: type[FfnConfig]) -> Any:
 def dump_layer(layer: FfnConfig) -> dict[str, Any]:
     """Plain values; the inverse of `parse_layer`.
 
-    Of a layer outside peerscale with its `class` and the SHA-256 of the file that defines it, which is hashed with the
-    rest: another text of that file is another layer.
+    For a layer outside peerscale they include its `class` and the SHA-256 of the file that defines it. Both enter the
+    cell's fingerprint, so an edited file counts as another layer.
     """
     settings = _adapter(type(layer)).dump_python(layer, mode="json")
     path = f"{type(layer).__module__}.{type(layer).__qualname__}"
@@ -83,7 +83,7 @@ Layer = Annotated[FfnConfig, BeforeValidator(parse_layer), PlainSerializer(dump_
 
 
 def known_layers() -> dict[str, type[FfnConfig]]:
-    """Our layers, and the others that were met so far, by `method`."""
+    """The built-in layers and those imported so far, by `method`."""
     return {method: _load(path) for method, path in BUILT_IN.items()} | _FOUND
 
 
@@ -93,7 +93,7 @@ def _adapter(kind: type[FfnConfig]) -> TypeAdapter[Any]:
 
 
 def _outside(path: str) -> type[FfnConfig]:
-    """A layer outside peerscale; its module may lie in the current folder."""
+    """The class of a layer outside peerscale; its module may lie in the current folder."""
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)
     module = path.rpartition(".")[0]
@@ -107,7 +107,9 @@ def _outside(path: str) -> type[FfnConfig]:
         why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise ConfigError(f"class {path}: {module or 'it'} cannot be imported: {why}") from None
     if not (isinstance(kind, type) and issubclass(kind, FfnConfig)) or "__dataclass_fields__" not in vars(kind):
-        raise ConfigError(f"class {path} is no subclass of peerscale.layers.FfnConfig with the decorator layer_config")
+        raise ConfigError(
+            f"class {path} is not a subclass of peerscale.layers.FfnConfig with the decorator layer_config"
+        )
     for needed in ("cost", "build"):
         if getattr(kind, needed) is getattr(FfnConfig, needed):
             raise ConfigError(f"class {path} has no method {needed}(self, around)")
@@ -127,5 +129,5 @@ def _load(path: str) -> Any:
 def _source_sha256(module: str) -> str:
     file = getattr(sys.modules[module], "__file__", None)
     if file is None:
-        raise ConfigError(f"the layer of {module} is in no file; training wants its class in a module's file")
+        raise ConfigError(f"the layer of {module} is not in a file; training needs its class in a module's file")
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Models: new ones from a configuration, trained ones from the folder of a finished cell."""
+"""Build a model from a configuration, or load a trained one from the folder of a finished cell."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +19,11 @@ def build_model(config: Config, device: str = "cpu") -> Transformer:
 
     Args:
         config: of the cell.
-        device: type of device that the model is for, on which depends which backend computes it.
+        device: type of the device that the model will run on; it decides the backend of the operators.
 
     Raises:
-        UserError: the layer has not the parameters that it is priced at, or has some and no method
-            `init_weights(output_scale)` that draws them, or cannot be used in this model.
+        UserError: the layer's parameter count differs from that in its cost, or it has parameters but no method
+            `init_weights(output_scale)` that draws them, or it cannot be used in this model.
     """
     size, operators = config.size, choose_operators(config.trainer.kernel, device)
     around = replace(config.surroundings, operators=operators)
@@ -41,20 +41,20 @@ def load_model(folder: str | Path) -> Transformer:
     """The trained model of a finished cell, on the CPU and in evaluation mode.
 
     Args:
-        folder: the cell's, `runs/<sweep>/<cell>`; it was trained with `trainer.keep_checkpoint=true`.
+        folder: of the cell, `runs/<sweep>/<cell>`, trained with `trainer.keep_checkpoint=true`.
 
     Raises:
         UserError: the folder holds no finished cell, or one without a checkpoint, or with a damaged one.
     """
     config, weights = read_trained(Path(folder))
-    # The kernel that it was trained with may not be able to run here, and the weights do not depend on it.
+    # The kernel of its training may not run here, and the weights do not depend on it.
     model = build_model(replace(config, trainer=replace(config.trainer, kernel="auto")))
     model.load_state_dict(weights)
     return model.eval()
 
 
 def build_ffn(ffn: FfnConfig, around: Surroundings) -> nn.Module:
-    """One layer under study; raises `UserError` if it has not the parameters that it is priced at."""
+    """One layer under study; raises `UserError` if its parameter count differs from that in its cost."""
     layer, priced = ffn.build(around), ffn.cost(around).params
     if (built := sum(p.numel() for p in layer.parameters())) != sum(priced.values()):
         raise UserError(

@@ -1,8 +1,8 @@
-"""Communication between the processes of a parallel cell, its ranks; with a single process each function is trivial.
+"""Communication between the processes (ranks) of a parallel cell; with a single process each function is trivial.
 
-The sequences of a batch are shared evenly among the ranks, in order. The loss of a rank is the mean over its share, and
-gradients are averaged over the ranks; so the gradient of something that the ranks compute together is the sum over the
-losses of all ranks.
+The sequences of a batch are divided evenly among the ranks, in order. The loss of a rank is the mean over its share,
+and gradients are averaged over the ranks. For a tensor that all ranks compute together, the gradient is therefore the
+sum of its gradients from the losses of all ranks.
 """
 
 import torch
@@ -11,17 +11,17 @@ from torch import Tensor
 
 
 def n_ranks() -> int:
-    """How many processes share a batch."""
+    """Number of processes that share a batch."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one that writes, and decides for all."""
+    """Whether this process is the one that writes files and decides for all ranks."""
     return n_ranks() == 1 or dist.get_rank() == 0
 
 
 def share(n: int) -> slice:
-    """Which of the n sequences of a batch, or other things in their order, lie on this rank."""
+    """The slice of n items, such as the sequences of a batch, that this rank has."""
     if n_ranks() == 1:
         return slice(None)
     here = n // n_ranks()
@@ -29,22 +29,22 @@ def share(n: int) -> slice:
 
 
 def groups_here(n_groups: int) -> int:
-    """How many of the equal consecutive groups of a batch this rank has; 1 if the ranks share a single one."""
+    """Number of the batch's equal, consecutive groups that this rank has; 1 if all ranks share a single group."""
     return 1 if n_groups == 1 else n_groups // n_ranks()
 
 
 def gather(x: Tensor) -> Tensor:
-    """The x of all ranks in order, concatenated along the first dimension; not differentiable."""
+    """x of all ranks, in order, concatenated along the first dimension; not differentiable."""
     return x if n_ranks() == 1 else _gathered(x.detach())
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """The sum of the x of all ranks, differentiable."""
+    """Sum of x over all ranks, differentiable."""
     return x if n_ranks() == 1 else _all_reduced(x)
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """The mean of the x of all ranks, differentiable."""
+    """Mean of x over all ranks, differentiable."""
     return x if n_ranks() == 1 else sum_over_ranks(x) / n_ranks()
 
 
@@ -57,7 +57,7 @@ def as_first_rank(number: int) -> int:
     return int(first_ranks)
 
 
-# Operators of torch.library, through which torch.compile need not look.
+# Operators of torch.library, which torch.compile does not trace into.
 
 
 @torch.library.custom_op("peerscale::gather", mutates_args=())

@@ -1,4 +1,4 @@
-"""What a finished cell left of its model: the configuration and the weights after the last step."""
+"""The trained model of a finished cell: its configuration and its weights after the last step."""
 
 import json
 from pathlib import Path
@@ -11,10 +11,10 @@ from peerscale.config import Config, parse_config
 from peerscale.errors import UserError
 
 CHECKPOINTS = "checkpoints"
-"""The folder of them in a cell's."""
+"""Folder of checkpoints inside a cell's folder."""
 
 PREFIX = "model."
-"""Of the model's parameters in a checkpoint."""
+"""Prefix of the model's parameter names in a checkpoint."""
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -30,7 +30,7 @@ def read_trained(folder: Path) -> tuple[Config, dict[str, Tensor]]:
     """
     try:
         tree = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        tree["trainer"].pop("shard_tables", None)  # a key of older cells, which says nothing about the model
+        tree["trainer"].pop("shard_tables", None)  # a key of older cells, without effect on the model
         config = parse_config(tree)
         status = json.loads((folder / "record.json").read_text(encoding="utf-8"))["status"]
     except OSError as error:
@@ -45,6 +45,6 @@ def read_trained(folder: Path) -> tuple[Config, dict[str, Tensor]]:
         )
     try:
         state = torch.load(kept[0], map_location="cpu", weights_only=True)["state_dict"]
-    except Exception as error:  # a damaged archive raises one of many types
+    except Exception as error:  # a damaged archive can raise many types of errors
         raise UserError(f"{kept[0]} cannot be read ({type(error).__name__})") from None
     return config, {name.removeprefix(PREFIX): weight for name, weight in state.items()}

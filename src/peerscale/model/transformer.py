@@ -1,6 +1,6 @@
-"""The backbone: a decoder-only transformer with pre-norm RMSNorm, rotary positions and a tied head.
+"""The backbone: a decoder-only transformer with pre-norm RMSNorm, rotary position embedding and a tied head.
 
-Shapes: B batch, T tokens, D model width, V vocabulary, H heads, C half a head's width.
+Shapes: B batch, T tokens, D model width, V vocabulary, H heads, C half the width of a head.
 """
 
 import torch
@@ -28,7 +28,8 @@ class RmsNorm(nn.RMSNorm):
 
 
 class Attention(nn.Module):
-    """Multi-head causal attention, no biases; rotary positions (Su et al. 2021) by halves."""
+    """Multi-head causal attention without biases. Rotary position embedding (Su et al. 2021) pairs the two halves of a
+    head's dimensions."""
 
     def __init__(self, d_model: int, n_heads: int, context: int, operators: Operators) -> None:
         super().__init__()
@@ -43,7 +44,7 @@ class Attention(nn.Module):
         self.register_buffer("sin_TC", angle_TC.sin().float(), persistent=False)
 
     def init_weights(self, output_scale: float) -> None:
-        """Variance 1 / fan-in; the output projection times `output_scale`."""
+        """Variance 1 / fan-in; the output projection is multiplied by `output_scale`."""
         for linear in (self.qkv, self.out):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
         self.out.weight.data *= output_scale
@@ -60,8 +61,8 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + ffn(norm(x)).
 
-    With `recompute` the backward pass computes attention and dense layers again. Other layers may leave statistics and
-    losses behind, which must happen once.
+    With `recompute` the backward pass recomputes attention and dense layers. Other layers are not recomputed, since
+    they may store statistics and losses in their forward pass, which must run only once.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class Transformer(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Variance 1 / fan-in; the last product of each layer smaller by sqrt(2 n_layers) (Radford et al. 2019)."""
+        """Variance 1 / fan-in; the last product of each layer is divided by sqrt(2 n_layers) (Radford et al. 2019)."""
         output_scale = (2 * len(self.blocks)) ** -0.5
         nn.init.normal_(self.embedding.weight, std=self.embedding.embedding_dim**-0.5)
         for block in self.blocks:
@@ -136,14 +137,14 @@ class Transformer(nn.Module):
         return F.linear(self.features(tokens_BT), self.embedding.weight)
 
     def features(self, tokens_BT: Tensor) -> Tensor:
-        """Tokens (B, T) -> what the head reads (B, T, D)."""
+        """Tokens (B, T) -> the input of the output head (B, T, D)."""
         x_BTD = self.embedding(tokens_BT)
         for block in self.blocks:
             x_BTD = block(x_BTD)
         return self.norm(x_BTD)
 
     def auxiliary_loss(self) -> Tensor | None:
-        """Sum of the auxiliary losses that layers left in their last forward pass in training."""
+        """Sum of the auxiliary losses of the layers, from their last forward pass in training."""
         losses = [getattr(m, "auxiliary_loss", None) for m in self.modules()]
         tensors = [loss for loss in losses if isinstance(loss, Tensor)]
         return torch.stack(tensors).sum() if tensors else None

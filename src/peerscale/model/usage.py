@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 class CountsUsage:
-    """A layer with experts: it adds each forward pass to its `usage` while that is set."""
+    """A layer with experts that adds every forward pass to `usage`, if that is set."""
 
     n_experts: int
     usage: "ExpertUsage | None" = None
@@ -16,7 +16,7 @@ class ExpertUsage:
 
     def __init__(self, n_experts: int) -> None:
         self.weight_sums = torch.zeros(n_experts, dtype=torch.float64)
-        self.token_sum = torch.zeros((), dtype=torch.long)  # a compiled layer would be compiled again for each number
+        self.token_sum = torch.zeros((), dtype=torch.long)  # a Python number would cause recompilation each time
 
     def add(self, experts: Tensor, weights: Tensor, tokens: int) -> None:
         """Add `weights` of `experts`, two tensors of one shape, from a pass over `tokens` tokens."""
@@ -26,12 +26,12 @@ class ExpertUsage:
 
     @property
     def tokens(self) -> int:
-        """How many tokens passed."""
+        """Number of tokens counted."""
         return int(self.token_sum)
 
     @property
     def usage(self) -> float:
-        """Share of the experts with a non-zero sum."""
+        """Share of the experts whose sum is not zero."""
         return float((self.weight_sums != 0).double().mean())
 
     @property

@@ -1,1 +1,1 @@
-"""From the cells of a study to what is kept of it: its tables and fits, the published copy, the upload to W&B."""
+"""From the cells of a study to its tables and fits, and to its published copy."""

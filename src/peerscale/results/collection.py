@@ -30,24 +30,24 @@ STEPS = RESULTS / "bench" / "training_step.csv"
 def collect(
     sweep: str, runs: Path, results: Path, overrides: Sequence[str] = (), *, with_published: bool = False
 ) -> Iterator[str]:
-    """Write the study's folder in `runs` from its cells there, or from `results` where there are none, or from both.
+    """Write the study's folder in `runs` from its cells there, or from `results` if there are none, or from both.
 
-    Every planned cell has a row, also those that were dropped, failed, or never run. With both, a published cell counts
-    where `runs` has no finished one of its name, unless its configuration is not the plan's.
+    Every planned cell has a row, even if it was dropped, failed or never run. With both, a published cell counts if
+    `runs` has no finished cell of that name, unless its configuration differs from the plan's.
 
     Args:
         sweep: name of the study.
         runs, results: folders of cells, and of published studies.
-        overrides: that the cells were run with.
+        overrides: the overrides that the cells were run with.
         with_published: whether to add the published cells that were not run here.
 
     Yields:
-        What was collected, in words.
+        Messages on what was collected.
 
     Raises:
         UserError: there are no records.
     """
-    overrides = of_cells(overrides)  # further cells count in any case
+    overrides = of_cells(overrides)  # cells outside the plan count in any case
     here, source, study = runs / sweep, published(sweep, results), collected(sweep, runs)
     own = {record.cell: record for record in read_records(here)}
     if source.runs.is_file() and not source.records.is_file() and not own:
@@ -75,7 +75,7 @@ def collect(
     foreign = [r.cell for r in further if corpora and r.hashed_config.get("data_fingerprint") not in corpora]
     further = [record for record in further if record.cell not in foreign]
     records = [*planned, *further]
-    table = runs_table(records)  # before anything is written: a record may be refused
+    table = runs_table(records)  # before anything is written, since it may refuse a record
     write_text(study.records, "".join(json.dumps(asdict(record)) + "\n" for record in records))
     write_text(study.curves, curves.to_csv(index=False))
     write_fits(study, table, curves, records)
@@ -94,10 +94,10 @@ def collect(
 
 
 def write_fits(study: Study, runs: pd.DataFrame, curves: pd.DataFrame, records: Sequence[Record]) -> None:
-    """Write the table of runs and all that is computed from it, by the windows and claims of the study's file."""
+    """Write the table of runs and everything computed from it, with the windows and claims of the study's file."""
     try:
         settings = load_sweep(study.sweep)
-    except UserError:  # of a study without a file, such as one that was renamed
+    except UserError:  # a study without a file, such as a renamed one
         settings = None
     windows = {row.budget: settings.window(row.budget) for row in settings.grid} if settings else {}
     said = {key: getattr(settings, key) for key in ("claims", "rates_cost", "trend_from")} if settings else {}
@@ -110,7 +110,7 @@ def write_fits(study: Study, runs: pd.DataFrame, curves: pd.DataFrame, records: 
 
 
 def plan_of(sweep: str, overrides: Sequence[str]) -> Sequence[Cell] | None:
-    """The cells of the study's file with `overrides`; None, with a notice, where it cannot be read."""
+    """The cells of the study's file with `overrides`; None, with a notice, if it cannot be read."""
     try:
         return planned_cells(sweep, overrides)
     except UserError as error:
@@ -120,7 +120,7 @@ def plan_of(sweep: str, overrides: Sequence[str]) -> Sequence[Cell] | None:
 
 
 def with_planned(cells: Sequence[Cell] | None, found: Mapping[str, Record]) -> tuple[list[Record], list[Record]]:
-    """A record for each cell of the plan, in its order, made where there is none; and those of no cell of the plan."""
+    """Records of all planned cells, in the order of the plan (new ones for cells without), and all other records."""
     if cells is None:
         return [*found.values()], []
     planned = [found.get(cell.name) or planned_record(cell) for cell in cells]

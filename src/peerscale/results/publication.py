@@ -1,4 +1,4 @@
-"""The published copy of a study in results/: its tables, fits and figures, to be committed."""
+"""The published copy of a study in results/, to be committed: its tables, fits and figures."""
 
 import json
 import shutil
@@ -16,19 +16,19 @@ from peerscale.runs.table import read_records, read_runs
 
 
 def publish(source: Study, target: Study, *, replace_cells: bool = False) -> str:
-    """Copy a collected study to its place among the published ones; other files that lie there stay.
+    """Copy a collected study to the published ones; other files in its folder there are kept.
 
-    Sequence losses are rounded to four decimals and tracebacks left out; everything else is copied as it is.
+    Sequence losses are rounded to four decimals and tracebacks are left out; everything else is copied unchanged.
 
     Args:
-        source, target: the study as collected, and as published.
+        source, target: the collected study, and the published one.
         replace_cells: whether published finished cells may be removed, or replaced by cells of another configuration.
 
     Returns:
-        How many finished cells were added, replaced, kept and removed.
+        A message on how many finished cells were added, replaced, kept and removed.
 
     Raises:
-        UserError: the study is not complete, or published finished cells would be lost; nothing is written then.
+        UserError: the study is not complete, or published finished cells would be lost. Nothing is written then.
     """
     for path in (source.runs, source.table, source.figures):
         if not path.exists():
@@ -42,7 +42,7 @@ def publish(source: Study, target: Study, *, replace_cells: bool = False) -> str
     losses += [f"replace {len(others)} by cells of another configuration ({some(others)})"] * bool(others)
     if losses and not replace_cells:
         again = f"make figures SWEEP={source.sweep} PUBLISHED=1 keeps those that would be removed; " * bool(removed)
-        anyway = f"to do it all the same: make publish SWEEP={source.sweep} REPLACE=1"
+        anyway = f"to do it anyway: make publish SWEEP={source.sweep} REPLACE=1"
         raise UserError(f"this would {' and '.join(losses)} in {target.folder}; {again}{anyway}")
     with replacing(target.folder) as folder:
         if target.folder.is_dir():
@@ -60,7 +60,7 @@ def publish(source: Study, target: Study, *, replace_cells: bool = False) -> str
 
 
 def finished(study: Study) -> dict[str, Record | None]:
-    """The finished cells of a published study by name; None for each if it was published without its records."""
+    """The finished cells of a published study by name; their records are None if it was published without records."""
     if study.records.is_file():
         return {record.cell: record for record in read_records(study.folder) if record.status is Status.DONE}
     runs = read_runs(study.runs) if study.runs.is_file() else pd.DataFrame(columns=["cell", "status"])
@@ -68,7 +68,7 @@ def finished(study: Study) -> dict[str, Record | None]:
 
 
 def _differences(old: Record | None, new: Record) -> str:
-    """How the configuration of a cell differs from the one published; empty if it is the same cell trained again."""
+    """How the configuration of a cell differs from the published one; empty if it is the same cell trained again."""
     if old is None:
         return "published without its record, so not known to be the same"
     same = old.fingerprint == new.fingerprint
@@ -76,5 +76,6 @@ def _differences(old: Record | None, new: Record) -> str:
 
 
 def public(record: Record) -> Record:
-    """The record as published: a traceback names a machine's folders, and a fifth decimal of a loss is noise."""
+    """The record as published: without traceback, which names a machine's folders, and with losses to four decimals,
+    since the fifth is noise."""
     return replace(record, sequence_losses=[round(loss, 4) for loss in record.sequence_losses], traceback="")

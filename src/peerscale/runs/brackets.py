@@ -1,6 +1,6 @@
-"""The rate brackets of a study: cells that it also trained at other factors of their rate (`optim.lr_factor`).
+"""The rate brackets of a study: cells that it also trained at multiples of their learning rate (`optim.lr_factor`).
 
-They are no points of its curves. They tell how much better a method's loss might be at a better rate, and so give the
+They are not points of its curves. They show how much lower a method's loss could be at a better rate, which gives the
 part of its error that comes from the choice of the rate.
 """
 
@@ -16,28 +16,28 @@ from peerscale.runs.study import are_brackets, axes_of, method_names, usable, wi
 
 
 class RateError(NamedTuple):
-    """The error of a method's loss at a budget that comes from its learning rate."""
+    """The part of the error of a method's loss at a budget that comes from its learning rate."""
 
     se: float
     """Nats per token."""
     df: float
     source: str
-    """`brackets`, or `cost`: what the study's file states."""
+    """`brackets`, or `cost` if the study's file states the error."""
 
 
 class RateErrors(dict[tuple[float, str], RateError]):
-    """The error by budget and name of every method for which it is known."""
+    """The known errors, by budget and name of the method."""
 
     def of(self, budget: float, *names: str) -> list[tuple[float, float]]:
-        """Those that are known of several methods: standard errors and degrees of freedom."""
+        """The known errors of several methods: standard errors and degrees of freedom."""
         return [(self[budget, name].se, self[budget, name].df) for name in names if (budget, name) in self]
 
 
 def bracket_runs(runs: pd.DataFrame) -> pd.DataFrame:
-    """The finished runs of all brackets that have a finished cell at the usual rate, that cell included.
+    """The finished runs of all brackets that have a finished cell at the usual rate, including that cell.
 
     Returns:
-        The rows with `name`, as the study's curves are called, and `factor`, of the rate to the usual one.
+        The rows with `name`, the name of the curve, and `factor`, the rate divided by the usual rate.
     """
     axes = axes_of(runs).map(lambda each: {key: each[key] for key in sorted(each) if key != RATE_FACTOR})
     keys = ["budget", "method", "variant", "size", "seed", "rest"]
@@ -52,10 +52,10 @@ def bracket_runs(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def fit_rate_brackets(runs: pd.DataFrame) -> dict[str, Any] | None:
-    """All brackets of a study, fitted together; None without any.
+    """Fit all brackets of a study together; None if there are none.
 
     Returns:
-        As `laws.rates.fit_brackets`; `each` bracket also with its budget, size, method, number of seeds, and
+        The result of `laws.rates.fit_brackets`; `each` bracket also has its budget, size, method, number of seeds and
         `losses` by factor (means over seeds).
     """
     if not are_brackets(runs).any() or (rows := bracket_runs(runs)).empty:
@@ -78,13 +78,14 @@ def rate_errors(
 ) -> RateErrors:
     """The error of every bracketed method and budget: the root of the mean of gain^2 + se^2 over its brackets.
 
-    The gain is how much the loss would fall at a better rate. The loss is not corrected by it; it is part of the error.
-    Degrees of freedom are Satterthwaite's, with those of the scatter for se^2; gain^2 is no estimate of a variance.
+    The gain is how much the loss would fall at the best rate. The loss is not corrected by the gain; the gain is a part
+    of the error. Degrees of freedom are Satterthwaite's: se^2 has those of the scatter, and gain^2 is taken as exact,
+    since it is not an estimated variance.
 
     Args:
-        brackets: what `fit_rate_brackets` found. A single bracket has no scatter, and so gives no error.
+        brackets: the result of `fit_rate_brackets`. A single bracket has no scatter and so gives no error.
         places: budgets and names of the study's methods.
-        cost: nats per token, where a method is not bracketed at a budget; None: not known.
+        cost: nats per token, used if a method has no bracket at a budget; None: not known.
     """
     known = RateErrors() if cost is None else RateErrors(dict.fromkeys(places, RateError(cost, math.inf, "cost")))
     for place, rows in pd.DataFrame(brackets["each"]).groupby(["budget", "method"]) if brackets else ():

@@ -1,4 +1,4 @@
-"""The claims of a study: a family of comparisons, which Holm's correction covers."""
+"""The claims of a study: a family of comparisons under Holm's correction."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,13 +9,13 @@ from peerscale.laws.optima import holm
 from peerscale.sweep_config import ClaimsConfig
 
 FAMILY_LEVEL = 0.05
-"""Probability of any wrong claim in the family."""
+"""Probability that any claim in the family is wrong."""
 
 
 def claims_of(budgets: Sequence[Mapping[str, Any]], claims: ClaimsConfig | None) -> list[dict[str, Any]]:
     """The comparisons of the family, each as method minus rival, with Holm's correction over all of them.
 
-    Where a study names the family, variants along an axis are of it only if the method is there in no other way.
+    If a study names the family, variants along an axis belong to it only if the method has no other curve.
     """
     method = claims.method if claims else "peer"
     compared = {found[key] for entry in budgets for found in entry["differences"] for key in ("method", "reference")}
@@ -25,7 +25,7 @@ def claims_of(budgets: Sequence[Mapping[str, Any]], claims: ClaimsConfig | None)
         if claims and claims.budgets and entry["budget"] not in claims.budgets:
             continue
         for found in entry["differences"]:
-            # An error without misfit and seeds is no ground for a claim, nor is one size where others have curves.
+            # No claim from an error without misfit and seeds, or from a single size if other methods have curves.
             if found.get("fit_se") is None and (found.get("seeds_se") is None or entry["methods"]):
                 continue
             for one in (found, _turned(found)):
@@ -50,6 +50,6 @@ def claims_of(budgets: Sequence[Mapping[str, Any]], claims: ClaimsConfig | None)
 
 
 def _turned(found: Mapping[str, Any]) -> dict[str, Any]:
-    """A difference the other way round: with PEER as the reference, PEER is the one that is subtracted."""
+    """The negative of a difference, for a claim whose method is the reference of that difference."""
     ends = {"value": -found["value"], "low": -found["high"], "high": -found["low"]}
     return {**found, "method": found["reference"], "reference": found["method"], **ends}

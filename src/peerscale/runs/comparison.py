@@ -1,8 +1,8 @@
 """The statistics of a study, computed once: losses at the compute optimum, their differences, compute multipliers.
 
-All of it is written to `fits.json`, which figures, tables and the report read. The errors hold the misfit of sizes,
-seeds and the sampling of validation sequences (`laws.optima`), and the choice of learning rates where a study brackets
-them (`runs.brackets`) or states what they cost.
+The results are written to `fits.json`, which figures, tables and the report read. The errors include the misfit of
+sizes, seeds and the sampling of validation sequences (`laws.optima`). They include the choice of learning rates if a
+study brackets the rates (`runs.brackets`) or states what they cost.
 """
 
 import math
@@ -24,10 +24,10 @@ from peerscale.runs.study import method_names, same_variant, usable, without_bra
 from peerscale.sweep_config import ClaimsConfig
 
 CURVE_SIZES = 3
-"""Sizes from which a method has a curve at a budget; below, it is compared with others at one and the same size."""
+"""Fewest sizes for a curve of a method at a budget. With fewer, methods are compared at each size that they share."""
 
 Sequences = Mapping[str, list[float]]
-"""Losses of each validation sequence by cell."""
+"""Losses of all validation sequences, by cell."""
 
 
 def compare(
@@ -39,26 +39,26 @@ def compare(
     rates_cost: float | None = None,
     trend_from: float | None = None,
 ) -> dict[str, Any]:
-    """The statistics of a study in plain values for JSON.
+    """The statistics of a study as plain values for JSON.
 
     Args:
         runs: the study's table.
-        records: of its cells, for the losses of validation sequences.
-        windows: FLOPs per token (low, high) of the sizes that are fitted, by budget; none: all sizes.
-        claims: the family of claims; none: PEER against every other method at every budget.
-        rates_cost: nats per token that learning rates may cost a method where they are not bracketed; None: not known.
-        trend_from: smallest budget that the growth of multipliers is taken from; None: the smallest that there is.
+        records: the records of its cells, which have the losses of validation sequences.
+        windows: by budget, (low, high) FLOPs per token of the sizes to fit; None: all sizes.
+        claims: the family of claims; None: PEER against every other method at every budget.
+        rates_cost: nats per token that a method may lose through rates that are not bracketed; None: not known.
+        trend_from: smallest budget used for the growth of multipliers; None: the smallest budget.
 
     Returns:
-        `x`, `loss`: columns that were fitted.
-        `budgets`: for each budget `window`, `scatter`, `curvature`, `equality` (F test of one curvature), `methods`
-        (optima) and `differences` between methods; all losses in nats per token with `se` and its parts.
-        `claims`: each comparison of the family with its probability, alone and corrected by Holm's method.
-        `multipliers`, `growth`: dense's compute over a method's, and the slope of its logarithm. `by_seed` of a
-        multiplier or a method: the same of each seed, where two or more trained every size.
+        `x`, `loss`: the fitted columns.
+        `budgets`: for each budget `window`, `scatter`, `curvature`, `equality` (F test of a shared curvature),
+        `methods` (optima) and `differences` between methods; all losses in nats per token with `se` and its parts.
+        `claims`: each comparison of the family with its probability, uncorrected and with Holm's correction.
+        `multipliers`, `growth`: dense's compute over a method's, and the slope of its logarithm. A multiplier or method
+        has `by_seed`, the same value for each seed, if at least two seeds trained every size.
         `laws`: the power law of each method's optimal size.
-        `trend_from`: as given; only where it was.
-        `rates`: `brackets`, `cost` and `errors` of learning rates by budget and method; only where there are any.
+        `trend_from`: as given; absent if it was None.
+        `rates`: `brackets`, `cost` and `errors` of learning rates by budget and method; absent if nothing is known.
     """
     brackets, main = fit_rate_brackets(runs), without_brackets(runs)
     done = main.assign(name=method_names(main))[usable(main)]
@@ -95,7 +95,7 @@ def compare(
 
 
 def sequence_losses(records: Sequence[Record], cells: set[str]) -> Sequences:
-    """Losses of each validation sequence by cell, of the cells evaluated on the same sequences as most."""
+    """Losses of all validation sequences by cell; only cells evaluated on the most common number of sequences."""
     losses = {r.cell: r.sequence_losses for r in records if r.cell in cells and np.isfinite(r.sequence_losses).all()}
     lengths = [len(values) for values in losses.values() if values]
     usual = max(lengths, key=lengths.count, default=0)
@@ -106,7 +106,7 @@ def _by_curves(
     rows: pd.DataFrame, references: Sequence[str], window: tuple[float, float] | None, sequences: Sequences,
     rates: RateErrors,
 ) -> tuple[Budget | None, dict[str, Any]]:  # fmt: skip
-    """One fit of all methods that have a curve, over one window."""
+    """Fit all methods that have a curve together, over one window of sizes."""
     (low, high), budget = window or (0.0, math.inf), float(rows["budget"].iloc[0])
     inside = rows[rows[X].between(low, high)]
     inside = inside[inside.groupby("name")[X].transform("nunique") >= CURVE_SIZES]
@@ -162,9 +162,9 @@ def _by_curves(
 
 
 def _by_seed(rows: pd.DataFrame, fit: OptimaFit, optimum: Optimum) -> dict[str, float]:
-    """The loss at an optimum with one seed's losses in place of the method's means.
+    """The loss at an optimum, by seed, if the losses of that seed replace the method's means.
 
-    For two seeds or more that trained every size; the curvature and the place of the optimum stay those of all runs.
+    Empty unless at least two seeds trained every size. The curvature and the position of the optimum are kept.
     """
     mine = fit.method == fit.names.index(optimum.name)
     each = rows[rows["name"] == optimum.name].pivot_table(index=X, columns="seed", values="val_loss")
@@ -180,7 +180,7 @@ def _by_seed(rows: pd.DataFrame, fit: OptimaFit, optimum: Optimum) -> dict[str, 
 def _at_each_size(
     rows: pd.DataFrame, references: Sequence[str], sequences: Sequences, rates: RateErrors
 ) -> dict[str, Any]:
-    """Methods compared at one and the same size: means over seeds, whose scatter is pooled over methods."""
+    """Compare methods at each size that they share: means over seeds, with the scatter pooled over methods."""
     differences = []
     for size, cells in rows.groupby("size", sort=False):
         variants = {str(name): variant for name, variant in cells.groupby("name", sort=False)}
@@ -204,7 +204,7 @@ def _at_each_size(
 
 
 def _pairs(names: Sequence[str], references: Sequence[str]) -> list[tuple[str, str]]:
-    """Method and reference: each against every reference, and with query BatchNorm against without."""
+    """Pairs of method and reference: every method against every reference, and with query BatchNorm against without."""
     found = [(name, same_variant(reference, name, names)) for reference in references for name in names]
     with_norm = [(name, name.replace("query_norm=true", "query_norm=false")) for name in names]
     found += [(name, other) for name, other in with_norm if other != name and other in names]
@@ -212,13 +212,13 @@ def _pairs(names: Sequence[str], references: Sequence[str]) -> list[tuple[str, s
 
 
 def _described(estimate: Estimate, *left_out: str) -> dict[str, Any]:
-    """The value with its error by source, its interval and p."""
+    """The value with its error by source, its interval and p, for JSON."""
     low, high = estimate.interval
     found = {**asdict(estimate), "low": low, "high": high, "p": estimate.p}
     return {key: value for key, value in found.items() if key not in left_out}
 
 
 def _mean_losses(cells: Iterable[str], sequences: Sequences) -> Array | None:
-    """Losses of the sequences (sequences,), averaged over those of the cells that have them; None if none has."""
+    """Losses of the sequences (sequences,), averaged over the cells that have them; None if no cell has them."""
     known = [sequences[cell] for cell in cells if cell in sequences]
     return np.mean(known, axis=0) if known else None

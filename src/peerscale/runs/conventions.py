@@ -1,4 +1,4 @@
-"""Rankings under other conventions of counting FLOPs: the losses are the study's, what they cost is counted anew."""
+"""Rankings under other FLOP conventions: the losses of the study, with their cost counted in other ways."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,11 +15,11 @@ ROUTER = ("flops_router", "flops_query", "flops_sub_keys")
 
 
 def flops_by_convention(runs: pd.DataFrame) -> dict[str, pd.Series]:
-    """Training FLOPs per token of every row under other conventions, from the table's columns.
+    """Training FLOPs per token of every row under several conventions, from the table's columns.
 
-    `as counted` is the study's own. 6N counts 6 for each parameter and leaves out attention scores; the embedding,
-    tied to the output head, is counted once. A causal kernel does half of the attention scores and values. Without
-    router leaves out what chooses the experts.
+    `as counted` is the study's convention. 6N counts 6 per parameter and leaves out attention scores; the embedding,
+    which is tied to the output head, is counted once. A causal kernel computes half of the attention scores and values.
+    Without router leaves out the FLOPs that choose the experts.
     """
     counted = runs["flops_per_token"].astype(float)
     return {
@@ -32,11 +32,11 @@ def flops_by_convention(runs: pd.DataFrame) -> dict[str, pd.Series]:
 
 
 MEASURED_TIME = "measured time"
-"""Seconds of a quiet benchmark in place of FLOPs."""
+"""A convention that counts the seconds of a benchmark on an idle machine instead of FLOPs."""
 
 
 def seconds_per_flop(runs: pd.DataFrame, steps: pd.DataFrame) -> pd.Series:
-    """Seconds that a FLOP of every row's training step takes, NaN where that was not measured.
+    """Seconds per FLOP of every row's training step; NaN if it was not measured.
 
     Args:
         runs: the study's table.
@@ -55,18 +55,18 @@ def seconds_per_flop(runs: pd.DataFrame, steps: pd.DataFrame) -> pd.Series:
 def multipliers_by_convention(
     runs: pd.DataFrame, budgets: Sequence[Mapping[str, Any]], steps: pd.DataFrame | None = None
 ) -> list[dict[str, Any]]:
-    """Dense's compute over each method's for the same loss, with compute counted by each convention.
+    """Dense's compute over each method's for the same loss, with compute counted under each convention.
 
-    Losses and sizes at the optimum are those of the study's own budgets; what they cost is counted by the convention's
-    share at the optimal FLOPs per token (log-linear between the trained sizes).
+    Losses and sizes at the optimum come from the study's budgets. Their cost is the budget times the ratio of the
+    convention's FLOPs to the study's, at the optimal FLOPs per token (log-linear between the trained sizes).
 
     Args:
         runs: the study's table.
         budgets: the entries of `fits.json`.
-        steps: of a benchmark (`seconds_per_flop`): one more convention, `measured time`, counts seconds.
+        steps: times of a benchmark (see `seconds_per_flop`), for one more convention, `measured time`.
 
     Returns:
-        budget, method and `multipliers` by convention, None where it would be extrapolated.
+        budget, method and `multipliers` by convention, None if a multiplier would be an extrapolation.
     """
     done = runs.assign(name=method_names(runs))[usable(runs)]
     optima = {(entry["budget"], m["name"]): m for entry in budgets for m in entry["methods"] if m["loss"] is not None}

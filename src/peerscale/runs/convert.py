@@ -1,9 +1,9 @@
-"""Convert records that an earlier peerscale wrote to the present schema; no number changes.
+"""Convert records of an earlier peerscale to the current schema; no number changes.
 
 python -m peerscale.runs.convert [FOLDER ...]
 
-Schema 1 had a cell's axes in its name alone, and hashed the names of rules where schema 2 hashes their results. The
-table beside a study's records is made of them again.
+Schema 1 stored a cell's axes only in its name, and hashed the names of rules where schema 2 hashes their results. The
+table beside a study's records is written again from the converted records.
 """
 
 import json
@@ -45,12 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _converted(path: Path) -> list[dict[str, Any]]:
-    """The records of a file in the present schema; none where they are of it already."""
+    """The records of a file, converted; empty if they have the current schema already."""
     text = path.read_text(encoding="utf-8")
     try:
         trees = [json.loads(part) for part in ([text] if path.name == RECORD else text.splitlines())]
     except ValueError as error:
-        print(f"notice: {path} is no JSON ({error}): the file is left as it is", file=sys.stderr)
+        print(f"notice: {path} is not JSON ({error}): the file is left as it is", file=sys.stderr)
         return []
     if not any(isinstance(tree, dict) and tree.get("schema_version") == 1 for tree in trees):
         return []
@@ -58,11 +58,11 @@ def _converted(path: Path) -> list[dict[str, Any]]:
 
 
 def record_of_schema_1(old: Mapping[str, Any]) -> dict[str, Any]:
-    """A record of schema 2 with the numbers of one of schema 1."""
+    """A record of schema 2 with the numbers of a record of schema 1."""
     science, plan = old["science"], dict(old["plan"])
     axes = axes_of_name(old["cell"], science)
     table_lr, lr, size = plan.pop("table_lr"), plan.pop("lr"), plan.pop("size")
-    plan.pop("d_key", None)  # the layer's own
+    plan.pop("d_key", None)  # it is among the layer's columns
     hashed = hashed_of_schema_1(science, lr, table_lr)
     new = {
         "schema_version": 2,
@@ -83,7 +83,7 @@ def record_of_schema_1(old: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def hashed_of_schema_1(science: Mapping[str, Any], lr: float, table_lr: float | None) -> dict[str, Any]:
-    """What schema 2 hashes of the cell of which schema 1 hashed `science`."""
+    """The values that schema 2 hashes for a cell, given those that schema 1 hashed (`science`)."""
     config = _config(science)
     tree = json.loads(json.dumps(science))
     for key in NAMES:
@@ -96,12 +96,12 @@ def hashed_of_schema_1(science: Mapping[str, Any], lr: float, table_lr: float | 
 
 def _config(science: Mapping[str, Any]) -> Config:
     tree = {key: value for key, value in science.items() if key not in ("data_fingerprint", "recipe_version")}
-    data = {**tree["data"], "path": "-"}  # which a text must have
+    data = {**tree["data"], "path": "-"}  # source `text` requires a path
     return parse_config({**tree, "data": data, "trainer": {}, "tracking": {}})
 
 
 def axes_of_name(cell: str, science: Mapping[str, Any]) -> dict[str, Any]:
-    """The axes that the name of a cell of schema 1 holds: dotted keys, and the values that its configuration has."""
+    """The axes in the name of a cell of schema 1: dotted keys, with the values of its configuration."""
     keys = {"data": "data", "optim": "optim", **{key.rpartition(".")[2]: key for key, _ in _leaves(science)}}
     leaves, axes = dict(_leaves(science)), {}
     for name, text in _parts_of_name(cell):
@@ -114,7 +114,7 @@ def axes_of_name(cell: str, science: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parts_of_name(cell: str) -> list[tuple[str, str]]:
-    """The axes in the name of a cell of schema 1, as they stand there."""
+    """The axes in the name of a cell of schema 1, as written there."""
     return re.findall(r"-([a-z_0-9]+)=(.*?)(?=-[a-z_0-9]+=|-s\d+$)", cell)
 
 

@@ -1,4 +1,4 @@
-"""Training curves: the metrics that a cell logs, and the thinned curves of a study."""
+"""Training curves: the metrics that a cell logs, and the shortened curves of a study."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -15,14 +15,14 @@ CURVES = ("cell", "step", "tokens", "flops", "loss")
 """Columns of a study's training curves."""
 
 METRIC = CURVES[1:]
-"""What every row of metrics holds, in numbers."""
+"""Numbers that every row of metrics has."""
 
 
 def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a cell's `metrics.jsonl`; a last line cut off by a crash is left out.
+    """The rows of a cell's `metrics.jsonl`; a last line that a crash cut off is left out.
 
     Raises:
-        UserError: another line is no row.
+        UserError: any other line is not a row of metrics.
     """
     path = folder / METRICS
     if not path.is_file():
@@ -38,13 +38,13 @@ def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
         except (ValueError, TypeError, KeyError):
             pass
         if number < len(lines) or content.endswith(b"\n"):
-            raise UserError(f"{path}:{number}: no row of metrics (a JSON object with {', '.join(METRIC)})")
+            raise UserError(f"{path}:{number}: not a row of metrics (a JSON object with {', '.join(METRIC)})")
 
 
 def curves_table(folders: Iterable[Path], *, points: int = 50) -> pd.DataFrame:
-    """Training curves, thinned to `points` rows a cell by averaging over steps: cell, step, tokens, flops, loss.
+    """Training curves, reduced to `points` rows per cell by averaging over steps: cell, step, tokens, flops, loss.
 
-    Rows are put together from the last one back, so that the end of a curve is no average of fewer steps.
+    Rows are grouped from the last one backwards, so that the end of a curve is not an average of fewer steps.
     """
     frames = []
     for folder in folders:

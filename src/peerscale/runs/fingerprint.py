@@ -1,4 +1,4 @@
-"""The fingerprint of a cell: a hash of all that determines its result."""
+"""The fingerprint of a cell: a hash of everything that determines its result."""
 
 import hashlib
 import json
@@ -9,30 +9,30 @@ from peerscale.config import Config, to_dict
 from peerscale.plan import Plan
 
 RECIPE_VERSION = 1
-"""Raised by hand when the numerics of training change, so that old cells are not taken for new ones."""
+"""Increase this when the numerics of training change, so that old cells are not taken for new ones."""
 
 NOT_HASHED = (
     "trainer", "tracking", "min_steps",
     "data.directory", "data.name", "data.path", "data.held_out", "data.train_tokens", "data.max_epochs",
 )  # fmt: skip
-"""Keys of the configuration that say how and where a cell runs and what is kept of it, not what its result is."""
+"""Keys of the configuration that decide how and where a cell runs and what is kept, but not its result."""
 
 NAMES = (
     "ffn.class", "ffn.variant", "ffn.params_of.variant", "data.source", "data.max_documents",
     "optim.lr_rule", "optim.lr_law", "optim.lr_factor",
 )  # fmt: skip
-"""Keys that are not hashed, since what they stand for is: the layer's settings, the corpus's tokens, the rates."""
+"""Keys that are not hashed because the values that they stand for are: layer settings, tokens, learning rates."""
 
 ADDED_LATER: dict[str, Any] = {
     "routing_group_sequences": None, "ffn.initial_output_scale": 1.0, "optim.warmup_steps": None,
     "optim.decay_fraction": 0.2,
 }  # fmt: skip
-"""Keys that configurations did not always have, and the values under which cells are as they were before. Hashed only
-where they are others, so that finished cells stay finished."""
+"""Keys that older configurations do not have, with the values that have the same effect as their absence. A key is
+hashed only if it has another value, so that the fingerprints of finished cells do not change."""
 
 
 def hashed_config(config: Config, plan: Plan, data_fingerprint: str) -> dict[str, Any]:
-    """What determines the result, as resolved values: configuration, rates of this width, tokens, and the recipe."""
+    """The resolved values that determine the result: configuration, learning rates, corpus and recipe version."""
     tree = to_dict(config)
     tree["routing_group_sequences"] = config.routing_group_sequences if config.n_routing_groups > 1 else None
     for key in (*NOT_HASHED, *NAMES):
@@ -42,7 +42,7 @@ def hashed_config(config: Config, plan: Plan, data_fingerprint: str) -> dict[str
     tree["optim"] |= {"lr": plan.lr, "table_lr": plan.table_lr}
     tree["data"]["evaluation"] = {name: tokens for name, tokens in tree["data"]["evaluation"].items() if tokens}
     tree["replaced"] = list(config.replaced_blocks)
-    # Expert tables read from bf16 copies are a second recipe; without them nothing changed.
+    # Reading expert tables from bf16 copies changed the recipe, but only for cells that have such copies.
     copied = config.precision == "bf16" and config.ffn.copied_parameters(config.surroundings) > 0
     return {**tree, "data_fingerprint": data_fingerprint, "recipe_version": RECIPE_VERSION + copied}
 
@@ -65,7 +65,7 @@ def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str =
 
 
 def remove_key(tree: dict[str, Any], key: str, *only: Any) -> None:
-    """Take a dotted key out, if it is there and, with `only`, has that value."""
+    """Remove a dotted key if it is there; with `only`, just if it has that value."""
     *sections, name = key.split(".")
     for section in sections:
         tree = tree.get(section, {})

@@ -1,4 +1,4 @@
-"""All that is computed from a study's tables, once, for its `fits.json`."""
+"""Everything that is computed once from a study's tables, for its `fits.json`."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import fields
@@ -15,10 +15,10 @@ from peerscale.runs.rates import fit_law, fit_rates
 from peerscale.runs.study import method_names, usable, without_brackets
 
 RESAMPLES = 1000
-"""Of every bootstrap of a law."""
+"""Number of resamples of every bootstrap of a law."""
 
 MIN_SIZES = 3
-"""For an envelope: one size between a smaller and a larger."""
+"""Sizes that an envelope needs: one between a smaller and a larger one."""
 
 
 def fit_study(
@@ -28,23 +28,24 @@ def fit_study(
     held_out: Collection[str] = (),
     steps: pd.DataFrame | None = None,
 ) -> dict[str, Any]:
-    """Statistics and laws of a study in plain values for JSON.
+    """Statistics and laws of a study as plain values for JSON.
 
     Args:
-        runs: the study's table; laws and conventions leave its rate brackets out.
-        curves: its training curves; cell, flops and loss of logged steps.
-        compared: what `comparison.compare` found in them.
+        runs: the study's table; laws and conventions do not use its rate brackets.
+        curves: its training curves: cell, flops and loss of logged steps.
+        compared: the result of `comparison.compare`.
         held_out: names of the sizes that a law of learning rates is not fitted to.
         steps: times of training steps in a benchmark, for multipliers in measured time.
 
     Returns:
-        `compared`, and further
-        `laws`: `<method>` the power law of optimal sizes, `<method>/envelope` of the sizes on the lower envelope of
-        the curves and, from three budgets on, `<method>/parametric` the loss surface over tokens D and N = FLOPs per
-        token / 6, with which C = 6 N D is exact. A method's three exponents are of one and the same size.
-        `conventions`: multipliers under other conventions of counting FLOPs.
-        `rates`: the best learning rates, of a study that varies them, and their `law` (None: too few of them);
-        and those of `compared`: `brackets` of the usual rates, and the errors from them.
+        `compared`, and also
+        `laws`: `<method>`, the power law of optimal sizes; `<method>/envelope`, that of the sizes on the lower envelope
+        of the curves; and, with at least three budgets, `<method>/parametric`, the loss surface over tokens D and
+        N = FLOPs per token / 6, so that C = 6 N D is exact. The three exponents of a method refer to the same measure
+        of size.
+        `conventions`: multipliers under other FLOP conventions.
+        `rates`: for a study that varies learning rates, the best rates and their `law` (None: too few runs), besides
+        the `rates` of `compared`: `brackets` of the usual rates and the errors from them.
     """
     runs = without_brackets(runs)
     return {

@@ -1,16 +1,16 @@
-"""What the smaller budgets of a study predict for a larger one, written down before its cells run.
+"""Forecasts for a larger budget from the smaller budgets of a study, written before the cells of that budget run.
 
-From three budgets on, for each method, a straight line in log10 C (`laws.trend`) through
+With at least three budgets, for each method, a straight line in log10 C (`laws.trend`) is fitted to
 
-- the logarithm of the loss at the compute optimum, less an irreducible loss. Three budgets do not determine that. It is
-  taken to lie between none and half of the lowest loss observed: the interval reaches from the lower end without it to
-  the upper end with half, and the value is the mean of the two forecasts;
-- the difference of that loss to dense's;
+- the logarithm of the loss at the compute optimum minus an irreducible loss. Three budgets do not determine the
+  irreducible loss; it is assumed to be between zero and half of the lowest observed loss. The interval extends from the
+  lower end for zero to the upper end for half, and the value is the mean of the two forecasts;
+- the difference between that loss and dense's;
 - the logarithm of the compute multiplier over dense.
 
-Each has its own line, so a forecast difference is only nearly that of two forecast losses. All budgets are evaluated on
-the same validation sequences. Their sampling shifts all losses alike, so it is no error of the forecast of what will be
-measured on them.
+Each quantity has its own line, so a forecast difference only approximately equals the difference of two forecast
+losses. All budgets are evaluated on the same validation sequences. Sampling these shifts all losses in the same way, so
+it is not an error of a forecast of losses on the same sequences.
 """
 
 import math
@@ -34,18 +34,18 @@ from peerscale.runs.study import Study, collected, find_study, method_names, pub
 from peerscale.runs.table import read_records, read_runs
 
 IRREDUCIBLE = 0.5
-"""The largest irreducible loss that a forecast allows for, as a share of the lowest loss observed."""
+"""The largest irreducible loss that a forecast allows for, as a share of the lowest observed loss."""
 
 KEY = ["quantity", "method", "reference"]
-"""A quantity is the `loss` at the compute optimum or its `difference` to dense's, in nats per token, or the compute
-`multiplier` over dense."""
+"""What identifies a forecast. A quantity is the `loss` at the compute optimum or its `difference` to dense's, in nats
+per token, or the compute `multiplier` over dense."""
 
 POINT = ["budget", "value", "se", "df"]
 """A quantity at one of the smaller budgets, its standard error, and the degrees of freedom of the budget's fit."""
 
 
 class Observation(NamedTuple):
-    """A quantity as its budget gave it, with its 95 % interval where that is known."""
+    """The observed value of a forecast quantity, with its 95 % interval if that is known."""
 
     value: float
     low: float | None
@@ -53,13 +53,13 @@ class Observation(NamedTuple):
 
 
 def make_forecast(sweep: str, budget: float, runs: Path, results: Path) -> tuple[dict[str, Any], Path]:
-    """Forecast the optima of `budget` from the collected smaller budgets, and write it among the published studies.
+    """Forecast the optima of `budget` from the collected smaller budgets; write the forecast to the published study.
 
     Returns:
-        What was written, and where.
+        The forecast and its file.
 
     Raises:
-        UserError: the forecast was made before, cells of this budget or a larger one have finished, or there are too
+        UserError: this forecast exists already, cells of this budget or a larger one have finished, or there are too
             few smaller budgets.
     """
     path = published(sweep, results).forecast(budget)
@@ -92,7 +92,7 @@ def make_forecast(sweep: str, budget: float, runs: Path, results: Path) -> tuple
 
 
 def finished_cells(sweep: str, budget: float, runs: Path, results: Path) -> list[str]:
-    """Finished cells of `budget` or more: collected or not, and published."""
+    """Finished cells of `budget` or more, collected, not yet collected, or published."""
     tables = [read_runs(s.runs) for s in (collected(sweep, runs), published(sweep, results)) if s.runs.is_file()]
     found = {r.cell for r in read_records(runs / sweep) if r.status is Status.DONE and r.budget >= budget}
     for table in tables:
@@ -101,7 +101,7 @@ def finished_cells(sweep: str, budget: float, runs: Path, results: Path) -> list
 
 
 def fitted_cells(runs: pd.DataFrame, fits: Mapping[str, Any]) -> dict[float, int]:
-    """How many cells each budget's fit took."""
+    """Number of cells in the fit of each budget."""
     done = runs.assign(name=method_names(runs))[usable(runs)]
     sizes = {(e["budget"], m["name"]): m["sizes"] for e in fits["budgets"] for m in e["methods"]}
     rows = zip(done["budget"], done["name"], done["flops_per_token"], strict=True)
@@ -110,14 +110,14 @@ def fitted_cells(runs: pd.DataFrame, fits: Mapping[str, Any]) -> dict[float, int
 
 
 def forecast(fits: Mapping[str, Any], budget: float) -> list[dict[str, Any]]:
-    """Every quantity of every method that has it, with an error, at three budgets below `budget` FLOPs or more.
+    """Forecasts of every quantity that a method has, with an error, at three or more budgets below `budget` FLOPs.
 
     Args:
-        fits: the study's `fits.json`; its budgets of `budget` or more, and those below its `trend_from`, are not read.
+        fits: the study's `fits.json`; budgets of at least `budget`, or below its `trend_from`, are not used.
 
     Returns:
-        In plain values for JSON: `method`, `quantity`, `reference` (empty for a loss), the forecast `value` with its
-        95 % interval `low` to `high`, `misfit` of the line, and the `points` behind it (`POINT`).
+        Plain values for JSON: `method`, `quantity`, `reference` (empty for a loss), the forecast `value` with its
+        95 % interval `low` to `high`, the `misfit` of the line, and the `points` that it was fitted to (`POINT`).
     """
     smaller = [one for one in _quantities(fits) if fits.get("trend_from", 0.0) <= one["budget"] < budget]
     points = pd.DataFrame([{**one, "se": _se(one)} for one in smaller], columns=[*KEY, *POINT])
@@ -144,7 +144,7 @@ def forecast(fits: Mapping[str, Any], budget: float) -> list[dict[str, Any]]:
 
 
 def _quantities(fits: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every quantity that has a number, with its budget, and the degrees of freedom of the budget's fit as `df`."""
+    """Every quantity that has a value, with its budget and, as `df`, the degrees of freedom of the budget's fit."""
     rows = []
     for entry in fits["budgets"]:
         at = {"budget": entry["budget"], "df": entry.get("df", 0)}
@@ -162,7 +162,7 @@ def _quantities(fits: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _se(one: Mapping[str, Any]) -> float:
-    """The error of a quantity, less that of sampling sequences, which all budgets share; NaN if it has none."""
+    """The error of a quantity without that of sampling sequences, which all budgets share; NaN if it has no error."""
     if one["quantity"] == "multiplier":
         if not one["df"] or one["low"] is None:
             return math.nan
@@ -172,19 +172,19 @@ def _se(one: Mapping[str, Any]) -> float:
 
 
 def is_to_dense(difference: Mapping[str, Any]) -> bool:
-    """Whether a difference of `fits.json` is one at the optimum, of a method to dense."""
+    """Whether a difference of `fits.json` is between a method and dense, at their optima."""
     return difference["size"] == "" and difference["reference"].partition(" ")[0] == "dense"
 
 
 def left_out(fits: Mapping[str, Any], budgets: Collection[float]) -> list[str]:
-    """What the intervals of a forecast from these budgets leave out."""
+    """The sources of error that the intervals of a forecast from these budgets do not include."""
     errors = [one.get("rate_se") for e in fits["budgets"] if e["budget"] in budgets for one in e["methods"]]
     rates = ["the choice of learning rates"] * any(error is None for error in errors)
     return [*rates, "a bend of a trend in the logarithm of the budget", "the sampling of validation sequences"]
 
 
 def read_forecasts(study: Study) -> list[dict[str, Any]]:
-    """The forecasts that lie in the folder of a published study, by budget; raises `UserError` where one is none."""
+    """The forecasts in the folder of a published study, by budget; raises `UserError` if a file is not a forecast."""
     keys, found = {"budget", "made", "commit", "from", "leaves_out", "forecasts"}, []
     for path in study.forecasts:
         made = read_json(path)
@@ -195,7 +195,7 @@ def read_forecasts(study: Study) -> list[dict[str, Any]]:
 
 
 def observed(made: Mapping[str, Any], fits: Mapping[str, Any]) -> list[tuple[dict[str, Any], Observation | None]]:
-    """Each forecast of `make_forecast` with what its budget then gave; None where that has no number."""
+    """Each forecast in `made` with the value that was then observed; None if there is no value."""
     known = {
         (one["quantity"], one["method"]): Observation(one["value"], one.get("low"), one.get("high"))
         for one in _quantities(fits) if one["budget"] == made["budget"]
@@ -204,10 +204,10 @@ def observed(made: Mapping[str, Any], fits: Mapping[str, Any]) -> list[tuple[dic
 
 
 def inside(one: Mapping[str, Any], seen: Observation) -> str:
-    """Whether an observation lies within the forecast's interval, else within the errors of both.
+    """Whether an observation is within the forecast's interval, or at least within the combined error of both.
 
-    The forecast's interval is for the true value. What is observed has an error of its own; half-widths of the two
-    intervals, on the sides that face each other, add in quadrature.
+    The forecast's interval is for the true value, and the observed value has its own error. To combine them, the
+    half-widths of the two intervals on the sides that face each other are added in quadrature.
     """
     if one["low"] <= seen.value <= one["high"]:
         return "yes"

@@ -1,4 +1,5 @@
-"""Each method's optima over the budgets of a study, drawn under their errors: compute multipliers and power laws."""
+"""The optima of each method over the budgets of a study, with draws from their errors; compute multipliers and power
+laws of optimal sizes from these."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,32 +17,32 @@ from peerscale.runs.brackets import RateErrors
 from peerscale.runs.study import same_variant
 
 X = "flops_per_token"
-"""The size that all fits are over: it means the same for every method."""
+"""The measure of size in all fits, since it means the same for every method."""
 
 GROWTH_BUDGETS = 4
-"""Budgets from which a growth of the multiplier is told."""
+"""Fewest budgets for which a growth of the multiplier is reported."""
 
 DRAWS = 1000
 
 
 class Budget(NamedTuple):
-    """The fit of one budget, and the cells behind each size mean."""
+    """The fit of one budget, and the losses behind it."""
 
     budget: float
     fit: OptimaFit
     optima: dict[str, Optimum]
     by_seed: dict[str, dict[str, float]]
-    """The loss at each optimum with one seed's losses in place of the means, by seed."""
+    """The loss at each optimum if the losses of one seed replace the means, by method and seed."""
     sequences: Array | None
-    """Losses of the validation sequences at every size mean (points, sequences)."""
+    """Losses of the validation sequences at every size mean (points, sequences); None if not known for all."""
 
 
 def frontiers_of(fitted: Sequence[Budget], rates: RateErrors) -> dict[str, Array]:
-    """x and loss of each method's optimum at every budget, (2, 1 + draws, budgets): as fitted, then as drawn.
+    """x and loss of each method's optimum at every budget, (2, 1 + draws, budgets): first the fit, then the draws.
 
-    The size means are drawn about the fit, under the errors of misfit and seeds, with a variance that is itself drawn,
-    so that intervals are Student's. All budgets draw the same sequences. A method's losses are also drawn under the
-    error of its learning rate, where that is known. NaN where a method has no number.
+    Size means are drawn around the fit with the errors of misfit and seeds. Their variance is drawn too, so that
+    intervals are Student's. All budgets draw the same validation sequences. A method's losses are also drawn with the
+    error of its learning rate if that is known. NaN if a method's optimum has no number.
     """
     n = next((one.sequences.shape[1] for one in fitted if one.sequences is not None), 0)
     resampled = resample_counts(n, DRAWS, seed=0) / n - 1 / n if n else np.array(0)
@@ -72,7 +73,7 @@ def multipliers_of(
     by_seed: Sequence[Mapping[str, Mapping[str, float]]],
     trend_from: float,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Dense's compute over each method's by budget, and from four on the growth of its logarithm in log10 C."""
+    """Dense's compute over each method's, by budget; with four or more budgets, the slope of its log in log10 C."""
     found, slopes = [], []
     for name, (_, losses) in frontiers.items():
         reference = same_variant("dense", name, list(frontiers))
@@ -98,13 +99,13 @@ def multipliers_of(
 
 
 def _ends(draws: Array) -> dict[str, float]:
-    """Ends of the interval of draws; none where more than one in twenty would be an extrapolation."""
+    """Ends of the interval of draws; NaN if more than one in twenty draws would be an extrapolation."""
     low, high = percentile_interval(draws) if np.isfinite(draws).mean() >= INTERVAL else (math.nan, math.nan)
     return {"low": low, "high": high}
 
 
 def power_laws(budgets: Array, frontiers: Mapping[str, Array]) -> dict[str, Any]:
-    """Each method's optima at two budgets or more, and from three on the power law through their sizes."""
+    """The optima of each method with two or more budgets and, with three or more, the power law through their sizes."""
     laws = {}
     for name, (x, losses) in frontiers.items():
         known = np.isfinite(x[0])

@@ -1,4 +1,4 @@
-"""What this machine and checkout are called in a record."""
+"""Names of this machine and this checkout in records."""
 
 import platform
 import subprocess
@@ -8,7 +8,7 @@ from peerscale.files import IN_CHECKOUT, ROOT
 
 
 def cpu_name() -> str:
-    """The processor's name, as the machine tells it."""
+    """The processor's name, as the system reports it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -16,7 +16,7 @@ def cpu_name() -> str:
 
 
 def git_commit() -> str | None:
-    """The checkout's commit, with `+dirty` if tracked files differ from it; None outside one."""
+    """The checkout's commit, with `+dirty` if tracked files differ from it; None outside a checkout."""
     if not IN_CHECKOUT:
         return None
     describe = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+dirty"]

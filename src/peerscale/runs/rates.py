@@ -1,4 +1,4 @@
-"""Learning rates: what a study of them tried, the best rate of each method by a parabola in ln rate, and their law."""
+"""Learning-rate studies: the rates that were tried, each method's best rate by a parabola in ln rate, and its law."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -14,16 +14,16 @@ from peerscale.runs.study import axes_of, method_names, same_variant, usable
 RATES = ["lr", "table_lr"]
 
 REACH = 2.2
-"""A parabola in ln rate is fitted to the rates within this factor of the best one that was tried."""
+"""A parabola in ln rate is fitted to the rates within this factor of the best rate that was tried."""
 
 MIN_RATES = 3
 
 
 def settings_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row a method and setting: name, lr, table_lr (0: none), the losses by size and their mean, best first.
+    """One row per method and setting: name, lr, table_lr (0: none), the losses by size and their mean, best first.
 
-    What a study varies besides is part of the name. `lr` is the rate as the study sets it, at the reference width; in
-    `runs` it is that of the cell's width, of which the largest stands for a rate that the study leaves alone.
+    Other axes of the study are part of the name. `lr` is the rate in the study's file, at the reference width, while
+    `runs` has the rate at each cell's width. If the study does not vary the rate, the largest of these is used.
 
     Raises:
         UserError: no setting was trained at every size.
@@ -37,7 +37,7 @@ def settings_table(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def with_rates_as_set(runs: pd.DataFrame) -> pd.DataFrame:
-    """The finished runs with `name` less its rates, and with the rates as the study sets them."""
+    """The finished runs, with `name` without rates, and with the rates as set in the study's file."""
     as_set = axes_of(runs).map(lambda axes: axes.get("optim.lr", np.nan)).astype(float)
     names = method_names(runs, without=("optim.lr", "optim.table_lr"))
     runs = runs.assign(name=names)[usable(runs)]
@@ -47,15 +47,15 @@ def with_rates_as_set(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def fit_rates(runs: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
-    """The best rate of each method and size, by one fit with a shared curvature in ln rate a budget.
+    """The best rate of each method and size, from one fit per budget with a shared curvature in ln rate.
 
-    Each rate stands with its best table rate. The error holds the misfit of the parabolas, not seeds, where one seed
-    tried every rate.
+    Each rate is combined with its best table rate. The error includes the misfit of the parabolas; it does not include
+    seeds if a single seed tried every rate.
 
     Returns:
-        `best`: budget, size, method, rate with its interval, loss there, status, and the lowest rate and loss tried.
-        `differences`: between methods at one size, each at its best rate. Both empty where fewer than three rates
-        were tried.
+        `best`: budget, size, method, rate with its interval, loss there, status, and the best rate tried with its loss.
+        `differences`: between methods at one size, each at its best rate. Both are empty if fewer than three rates were
+        tried.
     """
     best: list[dict[str, Any]] = []
     differences: list[dict[str, Any]] = []
@@ -93,7 +93,7 @@ def fit_rates(runs: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
 
 
 def wants_law(runs: pd.DataFrame) -> bool:
-    """Whether a study, as planned, tries rates at several widths and several budgets."""
+    """Whether a study is planned to try rates at several widths and several budgets."""
     if not {"d_model", "tokens", "batch_sequences"} <= {*runs}:
         return False
     tried = runs[axes_of(runs).map(lambda axes: "optim.lr" in axes)]
@@ -101,20 +101,20 @@ def wants_law(runs: pd.DataFrame) -> bool:
 
 
 def names_under_law(runs: pd.DataFrame) -> pd.Series:
-    """The names of the methods, less what the law of the best rate describes or keeps apart by itself."""
+    """Names of the methods, without the axes that are variables of the law or that separate its curves."""
     return method_names(runs, without=("optim.lr", "optim.table_lr", "batch_sequences"))
 
 
 def fit_law(runs: pd.DataFrame, held_out: Collection[str] = ()) -> dict[str, Any] | None:
-    """The law of the best rate in width, tokens and, where it varies, batch; by method, with shared exponents.
+    """The law of the best rate in width, tokens and, if it varies, batch; per method, with shared exponents.
 
     Args:
         runs: the study's table.
-        held_out: names of the sizes that the law is judged by, and not fitted to.
+        held_out: names of the sizes that test the law and that it is not fitted to.
 
     Returns:
-        `laws.rates.RateFit.to_dict()`; None where the study does not try rates at several widths and budgets, or the
-        runs that have finished do not determine a law.
+        `laws.rates.RateFit.to_dict()`; None if the study does not try rates at several widths and budgets, or the
+        finished runs do not determine a law.
     """
     if not wants_law(runs):
         return None
@@ -134,22 +134,23 @@ def fit_law(runs: pd.DataFrame, held_out: Collection[str] = ()) -> dict[str, Any
 
 
 ASSUMED_BATCH_EXPONENT = 0.5
-"""Of a law from runs of one batch: Adam's best rate grows about with the root of the batch (Malladi et al. 2022)."""
+"""For a law from runs with one batch size: Adam's best rate grows roughly as the square root of the batch size (Malladi
+et al. 2022)."""
 
 VARIABLES = {"width": ("d_model", "a"), "tokens": ("tokens", "b"), "batch": ("batch_sequences", "c")}
-"""Variables of the law: their name in `optim.lr_law`, and their exponent."""
+"""Variables of the law: their names in `optim.lr_law`, and their exponents."""
 
 
 def as_configuration(law: Mapping[str, Any], runs: pd.DataFrame) -> dict[str, Any]:
-    """What conf/ says of a law: coefficients to three digits, and the range of the runs.
+    """A law as settings for conf/: coefficients to three digits, and the range of the runs.
 
     Args:
         law: `RateFit.to_dict()` of a study's runs.
-        runs: that study's table, for the batch and the largest rate that were tried.
+        runs: the study's table, which has the batch and the largest rate that were tried.
 
     Returns:
-        `optim`: lr_rule and lr_law for all layers, with the shared exponents; `methods`: for each its lr, and the
-        exponents where they are its own.
+        `optim`: lr_rule and lr_law for all layers, with the shared exponents; `methods`: the lr of each method, and its
+        exponents if they are not shared.
     """
     shared, done = next(iter(law["groups"].values()))["shared"], runs[usable(runs)]
     usual = float(done["batch_sequences"].mode().iloc[0])

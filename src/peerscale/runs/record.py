@@ -1,4 +1,4 @@
-"""The record of a cell: one JSON file that says what ran, on what, and what came of it."""
+"""The record of a cell: one JSON file that says what ran, in which environment, and with which result."""
 
 import json
 from dataclasses import asdict, dataclass, field, replace
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
     from peerscale.cells import Cell
 
 SCHEMA_VERSION = 2
-"""Raised when the fields of a record change their meaning."""
+"""Increase this when the fields of a record change their meaning."""
 
 RECORD = "record.json"
 
 LOCK = "lock"
-"""The file in a cell's folder that the process which runs the cell holds."""
+"""Lock file in a cell's folder, held by the process that runs the cell."""
 
 SET_ASIDE = ".old"
-"""Ending of a cell's folder that nothing reads any more."""
+"""Suffix of a cell's folder that was set aside, so that nothing reads it any more."""
 
 
 class Status(StrEnum):
     RUNNING = "running"
     INTERRUPTED = "interrupted"
-    """Begun, not ended, and run by no process now. Never in a cell's folder, where it reads RUNNING."""
+    """Started and not ended, but no process is running it. Never written to a cell's folder, which says RUNNING."""
     DONE = "done"
     FAILED = "failed"
     DIVERGED = "diverged"
@@ -39,14 +39,14 @@ class Status(StrEnum):
 
 
 FAILED = (Status.FAILED, Status.DIVERGED)
-"""How a run ends without a result."""
+"""Statuses of a run that ended without a result."""
 ENDED = (Status.DONE, *FAILED)
-"""How a run ends."""
+"""Statuses of a run that ended."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """One cell. Losses in nats per token, times in seconds, FLOPs by `accounting.CONVENTION`."""
+    """The record of one cell. Losses in nats per token, times in seconds, FLOPs by `accounting.CONVENTION`."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
@@ -59,22 +59,22 @@ class Record:
     method: str
     variant: str
     size: str
-    """Its name, such as d32."""
+    """Name of the size, such as d32."""
     budget: float
     seed: int
     axes: dict[str, Any]
-    """Dotted keys, and their values, besides the five above that tell the cell from others of its study."""
+    """Dotted keys and values that, besides the five fields above, distinguish the cell from others of its study."""
     batch_sequences: int
     lr: float
     """Peak rate at this width."""
     table_lr: float | None
-    """The same of the expert tables; None: the layer has none."""
+    """Peak rate of the expert tables; None: the layer has none."""
     fingerprint: str
     hashed_config: dict[str, Any]
-    """What the fingerprint hashes, kept so that a refused run can name the keys that differ."""
+    """The values that the fingerprint hashes, kept so that an error can name the keys that differ."""
     plan: dict[str, Any]
     layer: dict[str, Any]
-    """What the layer tells of itself, for the table of runs (`layers.base.FfnConfig.columns`)."""
+    """The layer's values in the table of runs (`layers.base.FfnConfig.columns`)."""
     params: dict[str, int]
     flops_per_token: dict[str, int]
     """Training FLOPs per token by component."""
@@ -83,13 +83,13 @@ class Record:
     sequence_losses: list[float] = field(default_factory=list)
     """Mean loss of each sequence of the `val_set`, in fixed order, for paired comparison."""
     router: dict[str, float] = field(default_factory=dict)
-    """expert_usage, unevenness and the usage_tokens that they were counted over."""
+    """expert_usage, unevenness, and usage_tokens, the number of tokens that they were counted over."""
     signals: list[str] = field(default_factory=list)
-    """What happened during training, each with its step: loss spikes, router collapse, throughput halved."""
+    """Problems during training, each with its step: loss spikes, router collapse, halved throughput."""
     timing: dict[str, float] = field(default_factory=dict)
     """wall_s of training, evaluation_s, tokens_per_s, flops_per_s."""
     environment: dict[str, Any] = field(default_factory=dict)
-    """Hardware, versions, commit, kernel, threads: recorded, not hashed."""
+    """Hardware, versions, commit, kernel, threads; recorded, but not hashed."""
     bit_exact: bool = True
     """False if the cell was resumed on another machine, thread count, kernel or torch version."""
     traceback: str = ""
@@ -99,7 +99,7 @@ _RECORD = TypeAdapter(Record)
 
 
 def new_record(cell: "Cell", status: Status, data_fingerprint: str, **fields: Any) -> Record:
-    """The record of a cell before anything came of it, with `fields` besides."""
+    """The record of a cell that has no results yet; `fields` are further fields of the record."""
     config, plan, ffn = cell.config, cell.plan, cell.config.ffn
     hashed = hashed_config(config, plan, data_fingerprint)
     of_plan = ("steps", "tokens", "flops", "tokens_per_param", "epochs", "warmup_steps")
@@ -118,9 +118,9 @@ def new_record(cell: "Cell", status: Status, data_fingerprint: str, **fields: An
 
 
 def differences(cell: "Cell", record: Record, data_fingerprint: str | None) -> list[str]:
-    """Where a record is not of this cell: keys as `differing_keys` gives them.
+    """The keys in which a record differs from the configuration of this cell, as `differing_keys` writes them.
 
-    Where the corpus is not prepared and `data_fingerprint` is None, that of the record is taken for the right one.
+    If the corpus is not prepared (`data_fingerprint` is None), the record is assumed to have the right corpus.
     """
     known = record.hashed_config.get("data_fingerprint") if data_fingerprint is None else data_fingerprint
     wanted = json.loads(json.dumps(hashed_config(cell.config, cell.plan, str(known))))
@@ -138,7 +138,7 @@ def read_record(folder: Path) -> Record | None:
     """The record in a cell's folder, or None if there is none.
 
     Raises:
-        UserError: the file is no record, or of another schema version; the line says how to go on without it.
+        UserError: the file is not a record or has another schema version; the message says how to go on without it.
     """
     path = folder / RECORD
     try:
@@ -153,7 +153,7 @@ def read_record(folder: Path) -> Record | None:
 
 
 def read_cell(folder: Path) -> Record | None:
-    """The record in a cell's folder; one that says RUNNING though no process has the cell is INTERRUPTED here."""
+    """The record in a cell's folder; RUNNING becomes INTERRUPTED if no process is running the cell."""
     record = read_record(folder)
     if record is not None and record.status is Status.RUNNING and not is_held(folder):
         return replace(record, status=Status.INTERRUPTED)
@@ -161,7 +161,7 @@ def read_cell(folder: Path) -> Record | None:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a process runs the cell of this folder now."""
+    """Whether a process is running the cell of this folder."""
     from filelock import FileLock, Timeout
 
     if not (folder / LOCK).is_file():
@@ -174,18 +174,18 @@ def is_held(folder: Path) -> bool:
 
 
 def cell_folders(study: Path) -> list[Path]:
-    """The folders in a study's folder that may hold a cell; not those set aside."""
+    """The folders in a study's folder that may hold a cell, without those set aside."""
     folders = sorted(study.iterdir()) if study.is_dir() else []
     return [folder for folder in folders if folder.is_dir() and not folder.name.endswith(SET_ASIDE)]
 
 
 def set_aside(folder: Path) -> str:
-    """The command after which nothing reads this cell's folder any more."""
+    """The command that sets a cell's folder aside, so that nothing reads it any more."""
     return f"mv '{folder}' '{folder}{SET_ASIDE}'"
 
 
 def parse_record(tree: Any, where: str) -> Record:
-    """A record from its JSON; raises `UserError` naming `where`."""
+    """A record from its JSON; raises `UserError`, which names `where`."""
     version = tree.get("schema_version") if isinstance(tree, dict) else None
     if version == 1:
         raise UserError(f"{where}: schema version 1, of an earlier peerscale; to convert all records: make convert")

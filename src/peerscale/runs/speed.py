@@ -1,4 +1,4 @@
-"""How long a cell will take, from the past records of this machine, else from published ones."""
+"""Estimates of how long a cell will take, from earlier records of this machine, or else from published records."""
 
 import contextlib
 import csv
@@ -18,10 +18,10 @@ from peerscale.runs.record import RECORD, Status
 from peerscale.runs.study import RESULTS
 
 GUESS_FLOPS_PER_S = 1.5e10
-"""One core of a 2023 server, d_model about 32, where there is no record and nothing published."""
+"""One core of a 2023 server, d_model about 32; used if there are no records at all."""
 
 OVERHEAD_S = 1.0
-"""Starting a cell and closing it."""
+"""Time to start and close a cell."""
 
 
 class Measured(NamedTuple):
@@ -32,16 +32,16 @@ class Measured(NamedTuple):
     flops_per_s: float
     threads: int = 1
     devices: int = 1
-    """Which a guess by published cells does not ask for."""
+    """Number of devices; ignored in estimates from published cells."""
     device: str = "cpu"
-    """Its type."""
+    """Type of the device."""
 
 
 def measured_speeds(runs: Path) -> list[Measured]:
-    """Speeds of the finished cells of this machine, or of its cluster's GPUs, under `runs`, by any study."""
+    """Speeds of the finished cells of all studies under `runs`, run on this machine or on its cluster's GPUs."""
     speeds, hardware = [], cpu_name()
     for path in runs.glob(f"*/*/{RECORD}"):
-        # A record of another version has no speed that we can read, and planning must not fail on it.
+        # Skip records whose speed cannot be read, such as those of another version: planning must not fail.
         with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, OSError):
             record = json.loads(path.read_text(encoding="utf-8"))
             environment = record["environment"]
@@ -74,9 +74,9 @@ def _name(row: Mapping[str, str]) -> str:
 def estimate_s(config: Config, plan: Plan, speeds: list[Measured], results: Path = RESULTS) -> tuple[float, bool]:
     """Seconds for training and evaluation, and whether that is a guess.
 
-    By the fastest of the cells of the nearest cost among `speeds`, of the same method, threads and devices: others
-    shared their cores with something else. Without any it is a guess: on GPUs by the share of their peak that
-    `trainer.device_utilisation` says, on a CPU by the cells published in `results`, of the same method if possible.
+    The estimate uses the cells in `speeds` with the same method, threads and devices: of those nearest in cost, the
+    fastest, since the others shared their cores with other programs. Without such cells it is a guess: on GPUs from
+    `trainer.device_utilisation`, on a CPU from the cells published in `results`, of the same method if possible.
     """
     per_token = plan.cost.flops_per_token
     trainer = config.trainer
@@ -99,7 +99,7 @@ def estimate_s(config: Config, plan: Plan, speeds: list[Measured], results: Path
 
 
 def makespan_s(seconds: Iterable[float], workers: int) -> float:
-    """Time until the last of the workers ends, if each takes the longest cell that is left."""
+    """Time until the last worker ends, if each worker always takes the longest remaining cell."""
     ends = [0.0] * workers
     for cell_s in sorted(seconds, reverse=True):
         heapq.heapreplace(ends, ends[0] + cell_s)

@@ -1,4 +1,4 @@
-"""A study: where its files lie, and which rows of its table make one curve and can be fitted."""
+"""A study: the paths of its files, and which rows of its table form a curve and can be fitted."""
 
 import itertools
 import json
@@ -25,7 +25,7 @@ RUNS, RESULTS = ROOT / "runs", ROOT / "results"
 
 
 class _File:
-    """A file of a study by its name."""
+    """A property that gives the path of a file in a study's folder."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -41,11 +41,11 @@ class Study:
     sweep: str
     folder: Path
     runs = _File("runs.csv")
-    """One row a cell, those without a result included."""
+    """One row per cell, including cells without a result."""
     records = _File("records.jsonl")
-    """One record a line."""
+    """One record per line."""
     curves = _File("curves.csv")
-    """Thinned training curves."""
+    """Shortened training curves."""
     fits = _File("fits.json")
     """All statistics and laws of the study."""
     table = _File("table.md")
@@ -53,17 +53,17 @@ class Study:
     figures = _File("figures")
 
     def forecast(self, budget: float) -> Path:
-        """What the smaller budgets of a published study predict for `budget`."""
+        """The file of the forecast for `budget` of a published study."""
         return self.folder / f"forecast-{budget_name(budget)}.json"
 
     @property
     def forecasts(self) -> list[Path]:
-        """All forecasts that were made."""
+        """The files of all forecasts that were made."""
         return sorted(self.folder.glob("forecast-*.json"))
 
 
 def study_parser(script: str, description: str | None) -> ArgumentParser:
-    """Command line of `analysis/<script>.py`, which works on one study."""
+    """The command line of `analysis/<script>.py`, which works on one study."""
     program = f".venv/bin/python analysis/{script}.py"
     parser = ArgumentParser(prog=program, description=description, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("sweep", metavar="SWEEP", help="name of a study")
@@ -75,17 +75,17 @@ def study_parser(script: str, description: str | None) -> ArgumentParser:
 
 
 def collected(sweep: str, runs: Path = RUNS) -> Study:
-    """The study as collected from its cells, whether or not it is there."""
+    """The study as collected from its cells; its files may not exist."""
     return Study(sweep=sweep, folder=runs / sweep / "study")
 
 
 def published(sweep: str, results: Path = RESULTS) -> Study:
-    """The study as committed, whether or not it is there."""
+    """The study as published; its files may not exist."""
     return Study(sweep=sweep, folder=results / sweep)
 
 
 def find_study(sweep: str, runs: Path = RUNS, results: Path = RESULTS) -> Study:
-    """The collected study, else the published one; raises `UserError` where there is neither."""
+    """The collected study, or else the published one; raises `UserError` if neither exists."""
     places = (collected(sweep, runs), published(sweep, results))
     for study in places:
         if study.runs.is_file():
@@ -95,7 +95,7 @@ def find_study(sweep: str, runs: Path = RUNS, results: Path = RESULTS) -> Study:
 
 
 def header(text: str) -> dict[str, str]:
-    """The opening comment of a study's file by its words: `# Question: ...`, continued on further lines."""
+    """The opening comment of a study's file, by keyword: `# Question: ...`, which may continue on further lines."""
     entries: dict[str, str] = {}
     for line in itertools.takewhile(lambda line: line.startswith("# "), text.splitlines()):
         word, colon, rest = line.lstrip("# ").partition(": ")
@@ -106,7 +106,7 @@ def header(text: str) -> dict[str, str]:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a study's JSON file; raises `UserError` if it is not there or no JSON."""
+    """The content of a study's JSON file; raises `UserError` if it is missing or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -116,7 +116,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_fits(path: Path) -> dict[str, Any]:
-    """What `runs.fits.fit_study` found, and the `answer` in a sentence; `UserError` if the file holds anything else."""
+    """The result of `runs.fits.fit_study`, with the `answer` as a sentence; raises `UserError` for any other file."""
     fits = read_json(path)
     keys = {"answer", "budgets", "claims", "multipliers", "laws", "rates"}
     if isinstance(fits, dict) and keys <= fits.keys():
@@ -127,10 +127,10 @@ def read_fits(path: Path) -> dict[str, Any]:
 
 
 def method_names(table: pd.DataFrame, without: Sequence[str] = ()) -> pd.Series:
-    """For each row the name of the curve that it is a point of.
+    """For each row the name of the curve to which it belongs.
 
-    `<method>[_<variant>]`, the name of the layer's file; where a study has further axes, also the values of those, so
-    that variants are never mixed in one fit; less the axes `without`.
+    The name is `<method>[_<variant>]`, as the layer's file, followed by the values of the study's further axes (except
+    those in `without`), so that variants are never mixed in one fit.
     """
     variant = table["variant"].fillna("").astype(str)
     names = table["method"].astype(str) + variant.where(variant == "", "_" + variant)
@@ -142,36 +142,36 @@ def method_names(table: pd.DataFrame, without: Sequence[str] = ()) -> pd.Series:
 
 
 def axes_of(table: pd.DataFrame) -> pd.Series:
-    """For each row the axes of its cell, dotted keys and their values, which the table holds as JSON."""
+    """For each row the axes of its cell (dotted keys and values), which the table has as JSON."""
     texts = table["axes"] if "axes" in table else [""] * len(table)
     parsed = [json.loads(text) if isinstance(text, str) and text else {} for text in texts]
     return pd.Series(parsed, index=table.index, dtype=object)
 
 
 def are_brackets(table: pd.DataFrame) -> pd.Series:
-    """Which rows bracket the learning rate of another: they are no points of a curve, and no settings of a method."""
+    """Which rows bracket the learning rate of another row; they are neither points of a curve nor variants."""
     methods = table["method"].astype(str) + "_" + table["variant"].fillna("").astype(str)
     return pd.Series(cells_are_brackets(list(methods), list(axes_of(table))), index=table.index, dtype=bool)
 
 
 def without_brackets(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows that curves, laws and counts are made of."""
+    """The rows without rate brackets, which curves, laws and counts use."""
     return table[~are_brackets(table)]
 
 
 def same_variant(reference: str, name: str, names: Sequence[str]) -> str | None:
-    """The curve of `reference` at the settings of curve `name`, such as its batch; else without any; None if absent."""
+    """The curve of `reference` with the same settings as `name`, or else without settings; None if there is none."""
     variant = reference + name.removeprefix(name.partition(" ")[0])
     return next((found for found in (variant, reference) if found in names and found != name), None)
 
 
 def usable(table: pd.DataFrame) -> pd.Series:
-    """Which rows a fit takes: finished cells with a finite loss."""
+    """Which rows can be fitted: finished cells with a finite loss."""
     loss = pd.to_numeric(table["val_loss"], errors="coerce")
     return (table["status"] == str(Status.DONE)) & np.isfinite(loss)
 
 
 def planned_record(cell: "Cell") -> Record:
-    """The record of a cell that has none: dropped by its plan, or still to be run."""
+    """A record for a cell that has none yet: either dropped by its plan, or pending."""
     status = Status.DROPPED if cell.plan.verdict is Verdict.DROP else Status.PENDING
     return replace(new_record(cell, status, ""), reason=cell.plan.reason, fingerprint="")

@@ -1,4 +1,4 @@
-"""The table of runs: one row a cell, every cell, failed and dropped ones included."""
+"""The table of runs: one row per cell, including failed and dropped cells."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -14,28 +14,28 @@ from peerscale.files import ROOT
 from peerscale.runs.record import Record, cell_folders, parse_record, read_cell
 
 NEEDED = ("cell", "method", "variant", "size", "seed", "budget", "flops_per_token", "val_loss", "status", "convention")
-"""Columns that no table of runs can do without, besides `axes`."""
+"""Columns that every table of runs must have, besides `axes`."""
 
 TEXTS = ("variant", "axes", "reason")
-"""Columns that may be empty and are no numbers."""
+"""Text columns that may be empty."""
 
 LAYER_COLUMNS = (
     "n_experts", "ffn_heads", "top_k", "d_key", "query_norm", "active_experts", "granularity", "capacity_factor",
 )  # fmt: skip
-"""What a layer may tell of itself."""
+"""Columns for a layer's own values (`layers.base.FfnConfig.columns`)."""
 
 WHOLE = ("flops_per_token", "flops_per_s")
-"""Columns that start like a component of the FLOPs per token and are none."""
+"""Columns whose names start like components of the FLOPs per token, but which are not components."""
 
 
 def read_records(folder: Path) -> list[Record]:
-    """Every record of a study: from its folder of cells, or from the `records.jsonl` of a published one."""
+    """Every record of a study, from its folder of cells or from a published `records.jsonl`."""
     published = folder / "records.jsonl"
     if published.is_file():
         try:
             lines = [json.loads(line) for line in published.read_text(encoding="utf-8").splitlines()]
-        except ValueError as error:  # also of UnicodeDecodeError
-            raise UserError(f"{published}: not one JSON object a line ({error})") from None
+        except ValueError as error:  # includes UnicodeDecodeError
+            raise UserError(f"{published}: not one JSON object per line ({error})") from None
         if not lines:
             raise UserError(f"{published}: no record in it")
         return [parse_record(tree, f"{published}:{n}") for n, tree in enumerate(lines, 1)]
@@ -47,7 +47,7 @@ def read_runs(path: str | Path) -> pd.DataFrame:
     """The table of a study, from its `runs.csv` or its folder of cells; never drops a row.
 
     Raises:
-        UserError: nothing there to read.
+        UserError: there is nothing to read.
     """
     path = Path(path)
     path = path if path.is_absolute() or path.exists() else ROOT / path
@@ -55,7 +55,7 @@ def read_runs(path: str | Path) -> pd.DataFrame:
     if csv.is_file():
         table = read_table(csv, NEEDED, dtype=dict.fromkeys(TEXTS, str))
         if "axes" not in table:
-            raise UserError(f"{csv}: no column 'axes', as an earlier peerscale wrote it; make convert makes it again")
+            raise UserError(f"{csv}: no column 'axes', so it is from an earlier peerscale; make convert updates it")
         return table.fillna({column: "" for column in TEXTS if column in table})
     records = read_records(path)
     if not records:
@@ -64,7 +64,7 @@ def read_runs(path: str | Path) -> pd.DataFrame:
 
 
 def read_table(path: Path, columns: Sequence[str] = (), **options: Any) -> pd.DataFrame:
-    """A CSV that has these columns; raises `UserError` if it is none or lacks one."""
+    """A CSV file that has these columns; raises `UserError` if it cannot be read or has not all of them."""
     try:
         table = pd.read_csv(path, **options)
     except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
@@ -76,13 +76,13 @@ def read_table(path: Path, columns: Sequence[str] = (), **options: Any) -> pd.Da
 
 
 def runs_table(records: Iterable[Record]) -> pd.DataFrame:
-    """Records as a table; the columns are documented in docs/runs.md."""
+    """Records as a table; docs/runs.md documents the columns."""
     rows = []
     for record in records:
         try:
             rows.append(_row(record))
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"the record of {record.cell} in {record.sweep} is not whole: {error!r}") from None
+            raise UserError(f"the record of {record.cell} in {record.sweep} is incomplete: {error!r}") from None
     table = pd.DataFrame(rows).fillna(np.nan)
     components = [column for column in table.columns if column.startswith("flops_") and column not in WHOLE]
     return table.fillna(dict.fromkeys(components, 0))

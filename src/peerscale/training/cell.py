@@ -46,9 +46,12 @@ from peerscale.training.tracking import Tracker, cut_back
 
 
 def train_cell(cell: Cell) -> Status:
-    """Train, evaluate and record a cell; resumes from its newest checkpoint, and returns at once if it is finished.
+    """Train, evaluate and record a cell. Resumes from its newest checkpoint; returns at once if it is finished.
 
-    A failed or diverged cell is recorded and does not raise; a user's error does.
+    A failed or diverged cell is recorded and raises nothing.
+
+    Raises:
+        UserError: the cell cannot be run as it is.
     """
     corpus = open_corpus(cell.config.data)
     old = read_record(cell.folder)
@@ -82,7 +85,7 @@ def _failed(record: Record, error: Exception) -> Record:
 
 
 def _launch_ranks(cell: Cell, corpus: Corpus, old: Record | None) -> Status:
-    """Train the cell with processes started for its ranks, the first of which records it."""
+    """Start processes for the ranks of the cell; the first rank records it."""
     try:
         launch(cell.config.trainer.devices, cell)
     except RankError as error:
@@ -95,7 +98,7 @@ def _launch_ranks(cell: Cell, corpus: Corpus, old: Record | None) -> Status:
 
 
 def _train_with_first_rank(cell: Cell, corpus: Corpus) -> Status:
-    """Fit and evaluate as another rank than the first, which writes and decides."""
+    """Train and evaluate as a rank other than the first, which writes files and decides."""
     config, folder = cell.config, cell.folder / CHECKPOINTS
     prepare_process(config)
     device = pick_device(config)
@@ -113,14 +116,14 @@ def _train_with_first_rank(cell: Cell, corpus: Corpus) -> Status:
 
 
 def branches(cell: Cell) -> list[tuple[int, Path]]:
-    """The folders of a cell's branches, each with the step that it goes on from."""
+    """The folders of a cell's branches, each with the step from which it continues."""
     return [(step, cell.folder.parent / name) for step, name in cell.branches]
 
 
 class CellRun:
     """The state of one cell while it runs.
 
-    It writes nothing until the model is built, which is after all that a user can get wrong has been checked.
+    It writes no files until the model is built; by then all possible user errors have been checked.
     """
 
     def __init__(self, cell: Cell, corpus: Corpus, old: Record | None) -> None:
@@ -138,14 +141,16 @@ class CellRun:
             changed = changed_keys(old.environment, environment)
             exact = old.bit_exact and not changed
             if changed:
-                print(f"notice: {cell.name} goes on with another {', '.join(changed)}: not bit-exact", file=sys.stderr)
+                print(
+                    f"notice: {cell.name} continues with another {', '.join(changed)}: not bit-exact", file=sys.stderr
+                )
         self.record = new_record(
             cell, Status.RUNNING, corpus.manifest.fingerprint, environment=environment, bit_exact=exact
         )
         self.tracker: Tracker | None = None
 
     def train(self) -> Status:
-        """Fit, evaluate, record."""
+        """Train, evaluate and record the cell."""
         config, plan, trainer = self.config, self.plan, self.config.trainer
         resumed, first_step = self.resumed or (None, 0)
         with joined_ranks(self.device):
@@ -176,7 +181,7 @@ class CellRun:
         return self.close(replace(self.record, timing=timing, **results, **ended))
 
     def close(self, record: Record) -> Status:
-        """Write the record and end the W&B run with what it says; a finished cell keeps one checkpoint, or none."""
+        """Write the record and end the W&B run with it; a finished cell keeps one checkpoint or none."""
         if self.tracker is not None:
             record = replace(record, signals=self.tracker.signals)
         self._write(record)
@@ -194,13 +199,13 @@ class CellRun:
 
 
 def prepare_process(config: Config) -> None:
-    """Threads and memory of a process that trains."""
+    """Set the threads and the memory allocation of a process that trains."""
     torch.set_num_threads(config.trainer.threads)
     keep_freed_memory()
 
 
 def build_module(config: Config, plan: Plan, device: torch.device) -> LanguageModel:
-    """The untrained model of a cell on this rank; raises `UserError` if its layer draws no weights of its own."""
+    """The untrained model of a cell on this rank; raises `UserError` if its layer does not draw its weights."""
     lightning.seed_everything(config.seed, verbose=False)
     module = LanguageModel(config, plan, device.type)
     if config.trainer.compile:
@@ -211,7 +216,7 @@ def build_module(config: Config, plan: Plan, device: torch.device) -> LanguageMo
 def fit(
     module: LanguageModel, corpus: Corpus, tracker: Tracker | None, saving: TimedCheckpoint, resumed: Path | None
 ) -> None:
-    """Train, on this rank; from the checkpoint `resumed`, if there is one. Metrics go to `tracker`."""
+    """Train on this rank, from the checkpoint `resumed` if there is one. Metrics go to `tracker`."""
     config, plan = module.config, module.plan
     batches = TrainBatches(
         corpus.tokens("train"), seed=config.seed, batch_sequences=config.batch_sequences, context=config.context
@@ -234,8 +239,8 @@ def fit(
 def build_trainer(
     config: Config, plan: Plan, module: LanguageModel, callbacks: list[lightning.Callback]
 ) -> lightning.Trainer:
-    """Lightning's Trainer, with everything switched off that this project does itself."""
-    # By default a cluster's variables, or srun on the PATH, would change what is run.
+    """Lightning's Trainer, without the features that this project implements itself."""
+    # By default, a cluster's environment variables or srun on the PATH would change how Lightning runs.
     devices: dict[str, Any] = {"devices": 1, "plugins": [LightningEnvironment()]}
     if config.trainer.devices > 1:
         devices = trainer_settings()
@@ -260,7 +265,7 @@ def build_trainer(
 
 
 def pick_device(config: Config) -> torch.device:
-    """Where this rank of the cell runs; raises `UserError` if the GPU asked for is not there."""
+    """The device of this rank; raises `UserError` if the requested GPU is not there."""
     has_gpu = torch.cuda.is_available()
     if config.trainer.accelerator == "gpu" and not has_gpu:
         raise UserError("trainer.accelerator=gpu, but torch sees no GPU here; allowed: auto, cpu")

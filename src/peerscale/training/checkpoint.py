@@ -1,4 +1,4 @@
-"""Checkpoints: atomic, the last two kept, the newest readable one found again."""
+"""Checkpoints: written atomically; the last two are kept; a run resumes from the newest readable one."""
 
 import itertools
 import os
@@ -23,16 +23,16 @@ from peerscale.runs.record import read_record
 KEPT = 2
 
 COST = 0.02
-"""Share of the time that saving may take; a slow save is followed by a longer interval."""
+"""Share of the time that saving may take; the interval after a slow save is longer."""
 
 
 class TimedCheckpoint(lightning.Callback):
     """Saves the whole training state every `every_s` seconds or `every_steps` steps, and counts the time trained.
 
-    It also saves after step `last_step`, and after the step in which a SIGTERM came, or on several ranks Ctrl-C;
-    Lightning then ends the run. It does not save when a run breaks off: an exception inside a step leaves weights and
-    counters between two steps. In `branches` are steps, and the folders of cells that go on from there: each gets a
-    checkpoint after its step, unless it has been begun.
+    It also saves after step `last_step`, and after the step in which a SIGTERM (with several ranks also Ctrl-C)
+    arrived; Lightning then ends the run. It does not save after an exception, since an exception inside a step leaves
+    weights and counters between two steps. `branches` has steps and the folders of the cells that continue from them:
+    each of these cells gets a checkpoint after its step, unless it has started already.
     """
 
     def __init__(
@@ -76,15 +76,15 @@ class TimedCheckpoint(lightning.Callback):
 
     @property
     def trained_s(self) -> float:
-        """Seconds of training that led here, those before an interruption included."""
+        """Seconds of training so far, including those before an interruption."""
         return self.earlier_s + time.monotonic() - self.started_at
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.started_at = self.saved_at = time.monotonic()
         if threading.current_thread() is threading.main_thread():
-            # Lightning's own handler may end the run, on all ranks, before the step is saved.
+            # Replaces Lightning's handler, which may end the run on all ranks before the step is saved.
             signal.signal(signal.SIGTERM, self._terminate)
-            if n_ranks() > 1:  # which end together, or some would wait for the others
+            if n_ranks() > 1:  # all ranks must end together, or some would wait for the others
                 signal.signal(signal.SIGINT, self._terminate)
 
     def _terminate(self, *_: object) -> None:
@@ -116,29 +116,29 @@ def write_checkpoint(trainer: lightning.Trainer, path: Path) -> None:
         return trainer.save_checkpoint(path)
     with replacing(path) as temporary:
         trainer.save_checkpoint(temporary)
-        with temporary.open("rb") as file:  # on disk before an older one is removed
+        with temporary.open("rb") as file:  # must be on disk before an older checkpoint is removed
             os.fsync(file.fileno())
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint after a step is."""
+    """The file of the checkpoint after a step."""
     return folder / f"step-{step:09d}.ckpt"
 
 
 def newest_readable(folder: Path) -> tuple[Path, int] | None:
-    """The newest checkpoint that is whole, and its step; damaged ones are set aside, with a notice.
+    """The newest complete checkpoint and its step; damaged ones are renamed, with a notice.
 
-    Nothing in a file is run: it is loaded as weights and plain values only, which refuses any other pickle.
+    No code in a file is run: only weights and plain values are loaded, and any other pickle is refused.
     """
     found = checkpoints(folder)
     for path, before in itertools.zip_longest(found, found[1:]):
         try:
             with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():  # torch itself compares no checksums
+                if damaged := archive.testzip():  # torch itself does not compare checksums
                     raise zipfile.BadZipFile(f"bad checksum of {damaged}")
             step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-        except Exception as error:  # a damaged archive raises one of many types
-            instead = f"going on from {before.name}" if before else "starting at the first step"
+        except Exception as error:  # a damaged archive can raise many types of errors
+            instead = f"continuing from {before.name}" if before else "starting at the first step"
             path.rename(path.with_suffix(".damaged"))
             print(f"notice: {path} cannot be read ({type(error).__name__}), {instead}", file=sys.stderr, flush=True)
             continue

@@ -1,7 +1,7 @@
-"""One cell on several devices: a process for each, its rank; torch's collectives join them.
+"""One cell on several devices: one process (rank) per device, connected by torch's collectives.
 
-torchrun or srun starts the ranks, on one machine or several, or else `launch` does, on this machine. All ranks train
-and evaluate; only the first one writes.
+torchrun or srun starts the ranks on one or several machines; otherwise `launch` starts them on this machine. All ranks
+train and evaluate; only the first one writes files.
 """
 
 import contextlib
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 TIMEOUT = timedelta(minutes=10)
-"""Longest that a rank waits for another, such as one that compiles or writes a checkpoint to a slow disk."""
+"""The longest time that a rank waits for another one, which may compile or write a checkpoint to a slow disk."""
 
 GRACE_S = 3.0
-"""When one rank ends, the others fail because their connections break; they wait this long, so that it ends first."""
+"""When a rank ends, the connections of the others break and they fail; they wait this long, so that it ends first."""
 
 PROGRAM = ("-m", "peerscale.training.rank")
-"""What Python runs as each rank that `launch` starts, with the path of the job's file as its argument."""
+"""Arguments of Python for the ranks that `launch` starts; the path of the job's file follows."""
 
 
 class RankError(Exception):
-    """A rank failed, or was killed; its traceback follows the first line."""
+    """A rank failed or was killed; its traceback follows the first line."""
 
 
 def started_ranks() -> tuple[int, int]:
-    """This process's rank, and how many torchrun or srun started; 0 and 1 if neither did."""
+    """The rank of this process and the number of ranks that torchrun or srun started; 0 and 1 if neither did."""
     for rank, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
         if int(os.environ.get(count, 1)) > 1:
             return int(os.environ[rank]), int(os.environ[count])
@@ -47,7 +47,7 @@ def started_ranks() -> tuple[int, int]:
 
 @contextlib.contextmanager
 def joined_ranks(device: "torch.device") -> Iterator[None]:
-    """Be one of the started ranks while entered, or, if there is one only, do nothing."""
+    """A context in which this process is connected to the other started ranks; does nothing for a single rank."""
     import torch.distributed as dist
 
     if started_ranks()[1] == 1:
@@ -64,7 +64,7 @@ def joined_ranks(device: "torch.device") -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):  # a collective failed, since another rank ended
+        if isinstance(error, dist.DistError) or "gloo" in str(error):  # a collective failed because another rank ended
             time.sleep(GRACE_S)
         raise
     finally:
@@ -72,13 +72,13 @@ def joined_ranks(device: "torch.device") -> Iterator[None]:
 
 
 def _name_as_torchrun() -> None:
-    """Give srun's variables the names that torchrun's have, which torch and Lightning read."""
+    """Copy srun's environment variables to torchrun's names, which torch and Lightning read."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         return
     from lightning.fabric.plugins.environments import SLURMEnvironment
 
     rank, count = started_ranks()
-    # Steps of a job run side by side, and jobs may share a machine, so each needs a port of its own.
+    # Steps of a job run at the same time and jobs may share a machine, so each needs its own port.
     port = 15_000 + (int(os.environ["SLURM_JOB_ID"]) + 10 * int(os.environ["SLURM_STEP_ID"])) % 10_000
     os.environ |= {
         "RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": os.environ["SLURM_LOCALID"],
@@ -89,39 +89,39 @@ def _name_as_torchrun() -> None:
 
 
 def local_rank() -> int:
-    """This rank's number on its machine, which is the number of its GPU."""
+    """The rank's number on its machine, which is also the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
 
 
 def trainer_settings() -> dict[str, Any]:
-    """What Lightning's Trainer must know of the ranks that this process has joined."""
+    """Arguments of Lightning's Trainer that describe the ranks."""
     from lightning.fabric.plugins.environments import TorchElasticEnvironment
     from lightning.pytorch.strategies import DDPStrategy
 
     n_nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
-    # All ranks compute the same buffers, and `TableExchange` takes the place of DDP for the tables.
+    # All ranks compute the same buffers; `TableExchange` replaces DDP for the tables.
     strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
     devices = started_ranks()[1] // n_nodes
     return {"devices": devices, "num_nodes": n_nodes, "strategy": strategy, "plugins": [TorchElasticEnvironment()]}
 
 
 def launch(n_ranks: int, cell: Any) -> None:
-    """Run `PROGRAM` as each of `n_ranks` ranks on this machine until all have ended; its argument is a file with the
+    """Run `PROGRAM` in `n_ranks` processes on this machine until all have ended; its argument is a file with the
     pickled `cell`.
 
-    A signal that asks this process to end goes on to the ranks, which have half a minute for a checkpoint.
+    A signal that ends this process is passed on to the ranks, which have half a minute to save a checkpoint.
 
     Raises:
-        UserError: a rank was given what cannot be run.
-        RankError: a rank failed, or was killed; the others are ended.
-        KeyboardInterrupt: a signal ended them.
+        UserError: the cell cannot be run as it is.
+        RankError: a rank failed or was killed; the others are ended.
+        KeyboardInterrupt: a signal ended the ranks.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its warnings repeat what we report
-    replaced = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # by torch's launcher
+    replaced = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # torch's launcher replaces these
     handlers = [(number, signal.getsignal(number)) for number in replaced]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "cell.pickle")
@@ -136,7 +136,7 @@ def launch(n_ranks: int, cell: Any) -> None:
             raise KeyboardInterrupt from None
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
-            if failure.exitcode != FAILED_CELLS:  # with which the first rank ends once it has recorded why
+            if failure.exitcode != FAILED_CELLS:  # the exit code of the first rank if it has recorded the reason
                 raise _reason(rank, failure) from None
         finally:
             for number, handler in handlers:
@@ -144,10 +144,10 @@ def launch(n_ranks: int, cell: Any) -> None:
 
 
 def _reason(rank: int, failure: "ProcessFailure") -> BaseException:
-    """What to raise for the rank that ended first."""
+    """The exception to raise for the rank that ended first."""
     if failure.exitcode == INTERRUPTED:
         return KeyboardInterrupt()
-    if isinstance(failure.message, dict):  # an exception, which `record` wrote down
+    if isinstance(failure.message, dict):  # an exception, written by the decorator `record`
         message = failure.message["message"]
         if message.startswith("UserError: "):
             return UserError(message.removeprefix("UserError: "))

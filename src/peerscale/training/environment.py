@@ -1,4 +1,4 @@
-"""What a cell ran on: for comparing timings, and for knowing whether a resumed run is exact."""
+"""The environment that a cell ran in: to compare timings, and to know whether a resumed run is bit-exact."""
 
 import os
 import platform
@@ -12,16 +12,16 @@ from peerscale.config import TrainerConfig
 from peerscale.runs.machine import cpu_name, git_commit
 
 EXACT_KEYS = ("hardware", "device", "kernel", "compiled", "n_devices", "n_threads", "torch")
-"""A resumed run is bit-exact if these are as they were."""
+"""A resumed run is bit-exact if these have not changed."""
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Which of `EXACT_KEYS` differ between the environment in a record and that of now."""
+    """The `EXACT_KEYS` that differ between the environment of a record and the current one."""
     return [key for key in EXACT_KEYS if old.get(key) != new[key]]
 
 
 def describe(kernel: str, device: torch.device, trainer: TrainerConfig) -> dict[str, Any]:
-    """Hardware, versions, commit, kernel, devices, and threads of each of them."""
+    """Hardware, versions, commit, kernel, devices, and threads per device."""
     return {
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "cores": os.cpu_count(),
@@ -39,7 +39,7 @@ def describe(kernel: str, device: torch.device, trainer: TrainerConfig) -> dict[
 
 
 def _own_version() -> str | None:
-    """None where the package is not installed, but found in the `src` of a checkout."""
+    """The version of this package; None if it is not installed but imported from the `src` of a checkout."""
     try:
         return version("peerscale")
     except PackageNotFoundError:

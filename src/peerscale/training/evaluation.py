@@ -1,9 +1,9 @@
-"""Losses on the held-out sets, the same tokens for every cell.
+"""Losses on the held-out sets, on the same tokens for every cell.
 
-Of `lambada` (Paperno et al. 2016) only the last word of each passage counts: `loss` is the mean over the tokens of all
-last words, in nats per token, with the whole passage before them as context, and `ppl` its exponential. It is not the
-perplexity per word that language-model suites give for it, which takes the sum over a word's tokens, nor the accuracy,
-nor the loss of whole passages; with another vocabulary it is another number. The paper does not say which its own is.
+In `lambada` (Paperno et al. 2016) only the last word of each passage is scored: `loss` is the mean over the tokens of
+all last words, in nats per token, given the whole passage before them, and `ppl` is its exponential. It is neither the
+perplexity per word that language-model suites report, which sums over the tokens of a word, nor the accuracy, nor the
+loss of whole passages, and it depends on the vocabulary. The paper does not say which of these it reports.
 """
 
 import math
@@ -22,7 +22,7 @@ from peerscale.training.module import LanguageModel
 
 
 def evaluate(module: LanguageModel, corpus: Corpus, config: Config, device: torch.device) -> dict[str, Any]:
-    """Evaluate on the sets that `config.data.evaluation` names, as far as the corpus has them: fields of the record.
+    """Evaluate on the sets of `config.data.evaluation` that the corpus has; returns fields of the record.
 
     Router health is counted over the `val_set`.
 
@@ -42,7 +42,7 @@ def evaluate(module: LanguageModel, corpus: Corpus, config: Config, device: torc
         n_counted = np.concatenate(counted).sum(axis=1)
         weights = n_counted / n_counted.mean()
         loss = float((weights * losses).mean())
-        linear = weights * losses - (weights - 1) * loss  # whose spread is that of a ratio of two sums
+        linear = weights * losses - (weights - 1) * loss  # linearised: its spread is that of a ratio of two sums
         values = {
             "loss": loss,
             "se": float(linear.std(ddof=1) / math.sqrt(len(losses))) if len(losses) > 1 else math.nan,
@@ -60,7 +60,7 @@ def evaluate(module: LanguageModel, corpus: Corpus, config: Config, device: torc
 
 
 def _sequence_losses(module: LanguageModel, batch: np.ndarray, counted: np.ndarray, device: torch.device) -> np.ndarray:
-    """The mean loss of the counted targets of each sequence; counted (B, T)."""
+    """The mean loss of each sequence over its scored targets; counted (B, T)."""
     tokens, counted_BT = (torch.from_numpy(part[share(len(batch))]).to(device) for part in (batch, counted))
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, module.config.precision == "bf16"):
         parts = tokens.chunk(module.config.surroundings.micro_batches)
@@ -80,9 +80,9 @@ def attach_usage(module: LanguageModel) -> list[ExpertUsage]:
 
 
 def detach_usage(module: LanguageModel, usages: list[ExpertUsage]) -> dict[str, float]:
-    """Stop counting; expert_usage and unevenness, mean over the layers, and the tokens they were counted over.
+    """Stop counting; returns expert_usage and unevenness, averaged over the layers, and the number of counted tokens.
 
-    On several ranks, which all call it, over the tokens of all.
+    With several ranks, all of which must call it, the tokens of all ranks are counted.
     """
     for layer in module.model.modules():
         if isinstance(layer, CountsUsage):

@@ -1,4 +1,4 @@
-"""Which GPUs of a machine a worker has, beside other workers."""
+"""Assignment of a machine's GPUs to workers that run at the same time."""
 
 import itertools
 import os
@@ -11,19 +11,19 @@ from filelock import FileLock, Timeout
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 _held: list[FileLock] = []
-"""Of the GPUs that this process has taken, until it ends."""
+"""Locks of the GPUs that this process has taken, held until it ends."""
 
 
 def take_gpus(n: int) -> None:
-    """Let this process see `n` GPUs only, those that the fewest other workers of the machine have taken.
+    """Make only `n` GPUs visible to this process: those that the fewest other workers on the machine have taken.
 
-    To be called before CUDA is used; a second call changes nothing. Where there are no more than `n`, all are seen.
+    Must be called before CUDA is used; a second call has no effect. If there are at most `n` GPUs, all stay visible.
     """
     named = os.environ.get(VISIBLE)
     gpus = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
     if _held or len(gpus) <= n:
         return
-    for place in itertools.count():  # with more workers than GPUs several share one
+    for place in itertools.count():  # if there are more workers than GPUs, several share one
         taken = {}
         for gpu in gpus:
             lock = FileLock(Path(tempfile.gettempdir(), f"peerscale-gpu-{gpu}-{place}.lock"))

@@ -1,4 +1,4 @@
-"""Batches for Lightning: a sized loader whose position is one number, so that a resumed run reads on where it was."""
+"""Batches for Lightning: a sized loader whose position is one number, so that a resumed run continues exactly."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,13 +12,13 @@ from peerscale.model.ranks import share
 
 
 class StepLoader:
-    """Yields this rank's share of batch `step` for step 0 .. steps - 1, in `micro_batches` consecutive parts.
+    """Yields this rank's share of the batches of steps 0 to steps - 1, in `micro_batches` consecutive parts.
 
-    Lightning restores a loader that has a length and these two state methods exactly; a plain DataLoader it starts
-    again at its first batch.
+    Lightning restores a loader exactly if it has a length and these two state methods; it would restart a plain
+    DataLoader at its first batch.
 
-    With `prefetch` the next batch is read while the model takes the present one, into page-locked memory where there is
-    a GPU, so that Lightning's copy to it waits for nothing.
+    With `prefetch` the next batch is read while the model uses the current one. With a GPU it is read into page-locked
+    memory, so that Lightning's copy to the GPU does not wait.
     """
 
     def __init__(self, batches: TrainBatches, steps: int, micro_batches: int = 1, *, prefetch: bool = False) -> None:
@@ -54,7 +54,7 @@ class StepLoader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         if (begun := state.get("micro_batches", 1)) != self.micro_batches:
             raise UserError(
-                f"the cell was begun with trainer.micro_batches={begun}, and goes on only with that, not with "
+                f"the cell was started with trainer.micro_batches={begun} and continues only with that, not with "
                 f"{self.micro_batches}"
             )
         self.next_step = state["next_step"]

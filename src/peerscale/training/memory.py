@@ -1,5 +1,5 @@
-"""Memory of a process: freed memory is kept, since page faults would take a third of a small model's step; and while
-libraries are imported no garbage is looked for."""
+"""Memory settings of a process. Freed memory is kept, since page faults would take a third of a small model's step; and
+garbage collection is off while libraries are imported."""
 
 import contextlib
 import ctypes
@@ -12,7 +12,7 @@ GIBIBYTE = 1 << 30
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """No garbage collection while entered; it would take a fifth of the time of importing torch and Lightning."""
+    """A context without garbage collection, which would take a fifth of the time of importing torch and Lightning."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -25,8 +25,8 @@ def uncollected() -> Iterator[None]:
 def keep_freed_memory() -> None:
     """Make glibc reuse large blocks instead of returning them to the system; without glibc, do nothing.
 
-    Activations and logits, some megabytes each, are allocated and freed in every step. By default each time is a system
-    call and new pages.
+    Activations and logits of several megabytes are allocated and freed in every step. By default each of these
+    allocations takes a system call and new pages.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl and macOS have none
     if mallopt is not None:

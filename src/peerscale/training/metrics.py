@@ -1,4 +1,4 @@
-"""Training metrics: a row now and then, and the end of a run that has diverged."""
+"""Training metrics: a row every few steps; and a stop of runs that diverge."""
 
 import time
 from typing import Any
@@ -38,8 +38,8 @@ class MetricsLog(lightning.Callback):
     ) -> None:
         if batch_idx % trainer.accumulate_grad_batches:
             return  # a micro-batch within a step
-        self.lr = trainer.optimizers[0].param_groups[0]["lr"]  # after the step it is the next one's
-        # Router health is sampled: over the tokens of the step whose row is logged.
+        self.lr = trainer.optimizers[0].param_groups[0]["lr"]  # after the step it is the next step's rate
+        # Router health is sampled: only the tokens of a logged step are counted.
         assert isinstance(pl_module, LanguageModel)
         self.usages = attach_usage(pl_module) if self._logs(trainer.global_step + 1) else []
 

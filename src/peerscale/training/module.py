@@ -1,4 +1,4 @@
-"""The LightningModule: loss, optimiser, clip."""
+"""The LightningModule: loss, optimiser, gradient clipping."""
 
 from typing import Any
 
@@ -19,14 +19,14 @@ class LanguageModel(lightning.LightningModule):
     """Next-token prediction with the model of a configuration."""
 
     def __init__(self, config: Config, plan: Plan, device: str = "cpu") -> None:
-        """`device` is the type of device that it will be trained on."""
+        """`device` is the type of the device for training."""
         super().__init__()
         self.config, self.plan = config, plan
         self.model = build_model(config, device)
         self.groups = parameter_groups(self.model)
 
     def losses(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy in nats of the next tokens: tokens (B, T + 1) -> its mean, for training, and each (B, T)."""
+        """Cross-entropy of the next tokens in nats: tokens (B, T + 1) -> the mean (for training) and each (B, T)."""
         model, targets_BT = self.model, tokens[:, 1:]
         x_TD = model.features(tokens[:, :-1]).flatten(0, 1)
         mean, losses_T = linear_cross_entropy(x_TD, model.embedding.weight, targets_BT.flatten(), model.operators)

@@ -1,4 +1,4 @@
-"""Which parameters are trained how: decided here and nowhere else."""
+"""How each parameter is trained: learning rate, weight decay and clipping are decided only here."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +16,12 @@ class ParameterGroups:
     """The trainable parameters of a model, each in exactly one group."""
 
     matrices: list[nn.Parameter]
-    """Weight decay, inside the gradient-norm clip."""
+    """With weight decay, inside the gradient-norm clip."""
     vectors: list[nn.Parameter]
     """Norms and biases: no weight decay, inside the clip."""
     tables: list[nn.Parameter]
-    """Expert tables and PKM values: their own learning rate, no weight decay, outside the clip, as a row's gradient is
-    that of the few tokens that retrieved it and says nothing of the rest."""
+    """Expert tables and PKM values: their own learning rate, no weight decay, outside the clip, since the gradient of a
+    row depends only on the few tokens that retrieved it."""
 
     @property
     def clipped(self) -> list[nn.Parameter]:
@@ -29,7 +29,7 @@ class ParameterGroups:
 
 
 def parameter_groups(model: nn.Module) -> ParameterGroups:
-    """Sort a model's parameters into groups; a layer's method `expert_tables`, if it has one, lists its tables."""
+    """Sort a model's parameters into groups; tables are those that a layer's optional `expert_tables()` lists."""
     tables = [table for m in model.modules() if (own := getattr(m, "expert_tables", None)) for table in own()]
     table_ids = {id(table) for table in tables}
     others = [p for p in model.parameters() if id(p) not in table_ids]
@@ -39,7 +39,7 @@ def parameter_groups(model: nn.Module) -> ParameterGroups:
 
 
 def build_optimizer(groups: ParameterGroups, config: Config, plan: Plan) -> torch.optim.Optimizer:
-    """AdamW over the groups; rates are their peaks, which the schedule scales."""
+    """AdamW over the groups; the learning rates are peak rates, which the schedule scales."""
     optim = config.optim
     settings: list[dict[str, Any]] = [{"params": groups.matrices, "lr": plan.lr, "weight_decay": optim.weight_decay}]
     settings.append({"params": groups.vectors, "lr": plan.lr, "weight_decay": 0.0})

@@ -1,4 +1,4 @@
-"""The program of a rank that `distributed.launch` started: one cell, from the file that its argument names."""
+"""The program of a rank that `distributed.launch` starts: trains the cell in the file that its argument names."""
 
 import contextlib
 import os
@@ -17,10 +17,10 @@ from peerscale.runs.record import Status
 from peerscale.training.memory import uncollected
 
 
-@record  # which tells the launcher about an exception
+@record  # reports an exception to the launcher
 def run_rank(path: Path) -> int:
     """Train the cell, and return the exit code of this rank."""
-    with uncollected():  # some seconds, in which signals already mean what they should
+    with uncollected():  # takes some seconds, in which signals are already handled
         from peerscale.training.cell import train_cell
 
     cell: Cell = pickle.loads(path.read_bytes())
@@ -34,7 +34,7 @@ def run_rank(path: Path) -> int:
 def main() -> None:
     """Run the rank; end at once if it fails, without waiting for threads of broken connections."""
     threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
-    for number in (signal.SIGUSR1, signal.SIGUSR2):  # Slurm's warnings go to all processes of a job
+    for number in (signal.SIGUSR1, signal.SIGUSR2):  # Slurm sends its warnings to all processes of a job
         signal.signal(number, signal.SIG_IGN)
     code: int | None = 1
     with contextlib.suppress(Exception):
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def _end_with(launcher: int) -> None:
-    """End this process when its launcher has ended, which then was killed."""
+    """End this process if its launcher was killed."""
     while os.getppid() == launcher:
         time.sleep(0.2)
     os._exit(1)

@@ -1,31 +1,31 @@
-"""Signals from a run: a loss that jumps, a router that collapses, a throughput that falls to half.
+"""Signals that a run has a problem: a loss that jumps, a router that collapses, a throughput that falls by half.
 
-They are a function of the rows of `metrics.jsonl` alone, so that a resumed run, or an upload, finds them again.
+They depend only on the rows of `metrics.jsonl`, so that a resumed run or an upload finds the same signals.
 """
 
 from collections.abc import Mapping
 from statistics import median
 
 WINDOW = 10
-"""Rows that a loss is compared with, and that a throughput must have before it is judged."""
+"""Number of earlier rows with which a loss is compared, and that are needed before a throughput is judged."""
 
 LOSS_JUMP = 0.3
-"""Nats above the median of the rows before. In 103 healthy runs no row stood more than 0.05 above it; 0.3 is a
-perplexity a third higher."""
+"""Nats above the median of the rows before. In 103 healthy runs no row was more than 0.05 above it; 0.3 means that
+perplexity rises by a third."""
 
 COLLAPSED = 0.1
 """Share of the experts that the counted tokens could reach. Healthy PEER, PKM and MoE layers stay above 0.15."""
 
 SLOW, SLOW_ROWS = 0.5, 5
-"""A throughput is low if the median of as many rows falls below this share of the rows before: one slow row is a
-checkpoint, or another program's."""
+"""A throughput is low if the median of `SLOW_ROWS` rows is below `SLOW` times that of the rows before. A single slow
+row can be due to a checkpoint or another program."""
 
 
 class Watch:
     """Reads the rows of one run in order; a state that lasts is reported once, when it begins."""
 
     def __init__(self, n_experts: int = 0, per_token: int = 0) -> None:
-        """Experts that the layer's router chooses among, and the choices of one token (`FfnConfig.routed`)."""
+        """Number of experts that the layer's router chooses among, and of choices per token (`FfnConfig.routed`)."""
         self.n_experts, self.per_token = n_experts, per_token
         self.losses: list[float] = []
         self.speeds: list[float] = []
@@ -51,7 +51,7 @@ class Watch:
     def _collapse(self, row: Mapping[str, float]) -> str:
         if "expert_usage" not in row or self.per_token >= self.n_experts:
             return ""
-        # With few tokens not every expert can be used; with all on one choice, only those of one token are.
+        # With few tokens not every expert can be used; if all tokens agree, only the choices of one token are used.
         reachable = min(1.0, row["usage_tokens"] * self.per_token / self.n_experts)
         threshold = max(COLLAPSED * reachable, self.per_token / self.n_experts)
         usage = row["expert_usage"]

@@ -1,4 +1,4 @@
-"""How ranks share the gradients of expert tables."""
+"""Exchange of the gradients of expert tables between ranks."""
 
 from typing import Any
 
@@ -17,10 +17,10 @@ from peerscale.training.module import LanguageModel
 
 
 class TableExchange(lightning.Callback):
-    """Averages the gradients of the expert tables over the ranks, in place of DDP.
+    """Averages the gradients of the expert tables over the ranks, instead of DDP.
 
     The ranks exchange the factors of a gradient, which are as large as the batch, instead of the gradient, which is as
-    large as the table; only the `reference` kernel, which has no factors, exchanges gradients.
+    large as the table. Only the `reference` kernel has no factors and exchanges gradients.
     """
 
     def __init__(self, module: LanguageModel) -> None:
@@ -32,7 +32,7 @@ class TableExchange(lightning.Callback):
             collect_row_gradients(table)
 
     def on_before_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        shared: dict[Pairs, Pairs] = {}  # a layer's tables have the same rows
+        shared: dict[Pairs, Pairs] = {}  # the tables of a layer are read at the same rows
         for table in self.tables:
             if table.grad is not None:
                 table.grad = mean_over_ranks(table.grad)

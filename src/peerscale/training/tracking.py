@@ -1,7 +1,7 @@
-"""Metrics of a cell, to `metrics.jsonl` and to Weights & Biases; the only training module that imports wandb.
+"""Writes the metrics of a cell to `metrics.jsonl` and to Weights & Biases; only this training module imports wandb.
 
-The files of a cell are the truth, its W&B run a copy. The copy is made row by row from `metrics.jsonl` and leaves out
-what is there already, so that it can be begun, broken off and taken up again at any time, online or off.
+The files of a cell are authoritative; its W&B run is a copy. Rows of `metrics.jsonl` are copied one by one, except
+those that the W&B run already has, so that copying can start, stop and continue at any time, online or offline.
 """
 
 import contextlib
@@ -22,20 +22,20 @@ from peerscale.runs.record import FAILED, Record, Status
 from peerscale.training.signals import Watch
 
 TIMEOUT_S = 10.0
-"""Longest that a cell waits for a W&B server, at its start and at its end."""
+"""The longest time that a cell waits for a W&B server, at its start and at its end."""
 
 OFFLINE_FOR_S = 600.0
-"""After a failure a process tries no server for this long, so that waiting costs a sweep 3 % at most."""
+"""After a failure a process does not try a server for this long, so that a sweep waits at most 3 % of its time."""
 
 AXES = ("tokens", "flops")
 
 
 class WandbError(Exception):
-    """The W&B server did not answer in time or refused, or the client broke."""
+    """The W&B server did not answer in time or refused, or the client failed."""
 
 
 class WandbRun:
-    """The W&B run of a cell. Rows that it has already are not sent again."""
+    """The W&B run of a cell. Rows that it already has are not sent again."""
 
     def __init__(
         self,
@@ -51,12 +51,12 @@ class WandbRun:
         Args:
             directory: where the client keeps its files, under `wandb/`.
             settings: the cell's whole configuration.
-            record: the cell's record, as far as it is known.
-            online: at the server, else in `directory` only.
+            record: the cell's record so far.
+            online: log to the server; otherwise only to `directory`.
             timeout_s: how long to wait for the server, here and in `finish`.
 
         Raises:
-            WandbError: online, and no answer, or no API key.
+            WandbError: the server did not answer, or there is no API key (only if online).
         """
         tracking = settings["tracking"]
         with client_errors():
@@ -77,7 +77,7 @@ class WandbRun:
             self.run.define_metric("train/*", step_metric="tokens")
 
     def log(self, row: Mapping[str, float], signals: Mapping[str, str]) -> None:
-        """A row of `metrics.jsonl`, and the signals that begin with it as alerts."""
+        """Log a row of `metrics.jsonl`, and as alerts the signals that begin with it."""
         if row["step"] < self.run.step:
             return
         metrics = {f"train/{key}": value for key, value in row.items() if key not in ("step", *AXES)}
@@ -87,10 +87,10 @@ class WandbRun:
                 self.run.alert(kind, text, level="WARN")
 
     def finish(self, record: Record) -> None:
-        """End with what the record says; raises `WandbError` if the server did not take everything in time."""
+        """End the run with the results of `record`; raises `WandbError` if the server did not take all in time."""
         losses = {f"{name}/{key}": value for name, values in record.evaluation.items() for key, value in values.items()}
         summary = {"status": str(record.status), "reason": record.reason, "signals": record.signals}
-        # As numbers, which W&B can sum.
+        # As numbers, so that W&B can sum them.
         summary |= {status: int(record.status is status) for status in FAILED}
         with client_errors():
             self.run.summary.update({**summary, **losses, **record.router, **record.timing})
@@ -98,7 +98,8 @@ class WandbRun:
 
 
 def start_run(directory: Path, tracking: Mapping[str, Any], *, online: bool, timeout_s: float, **named: Any) -> Any:
-    """The client's own run, quiet, measuring nothing itself, and never waiting for a server longer than `timeout_s`."""
+    """Start a run of the client: it prints nothing, measures nothing itself, and waits at most `timeout_s` for a server
+    each time."""
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
@@ -109,7 +110,7 @@ def start_run(directory: Path, tracking: Mapping[str, Any], *, online: bool, tim
         project=tracking["project"],
         entity=tracking["entity"],
         dir=directory,
-        # Offline, `resume` would make a later `wandb sync` renumber the steps.
+        # With `resume`, a later `wandb sync` of an offline run would renumber the steps.
         resume="allow" if online else None,
         reinit="create_new",
         settings=wandb.Settings(
@@ -127,19 +128,19 @@ def start_run(directory: Path, tracking: Mapping[str, Any], *, online: bool, tim
 
 @contextlib.contextmanager
 def client_errors() -> Iterator[None]:
-    """Whatever the client raises comes out as `WandbError`."""
+    """Turn every exception of the client into `WandbError`."""
     try:
         yield
     except WandbError:
         raise
-    except Exception as error:  # also its process that died, a time limit, ...
+    except Exception as error:  # also a dead client process, a time limit, ...
         raise WandbError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
 
 
 class Tracker:
     """Writes each row to `metrics.jsonl` and to W&B; rows carry step, tokens and flops, and each can be the x axis.
 
-    Nothing that a W&B server does stops training, or holds it up for more than `TIMEOUT_S` now and then.
+    Problems with a W&B server never stop training; they delay it by at most `TIMEOUT_S` from time to time.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], record: Record) -> None:
@@ -170,8 +171,8 @@ class Tracker:
                 self.run = None
 
     def finish(self, record: Record) -> None:
-        """Close both; the W&B run's summary is the record's results. Raises nothing."""
-        with contextlib.suppress(OSError):  # every row was flushed
+        """Close the file and end the W&B run with the results of `record` as its summary. Raises nothing."""
+        with contextlib.suppress(OSError):  # harmless, since every row was flushed
             self.file.close()
         if self.run is not None:
             try:
@@ -182,14 +183,14 @@ class Tracker:
 
 
 def cut_back(folder: Path, step: int) -> None:
-    """Drop the rows of `metrics.jsonl` after `step`, which a resumed run writes again."""
+    """Remove the rows of `metrics.jsonl` after `step`, which a resumed run will write again."""
     if (folder / METRICS).exists():
         kept = [json.dumps(row) + "\n" for row in read_metrics(folder) if row["step"] <= step]
         write_text(folder / METRICS, "".join(kept))
 
 
 def run_id(record: Record, salt: str) -> str:
-    """The W&B id: the same for a cell run again, so that its pieces join."""
+    """The W&B id: the same when a cell is run again, so that its parts form one run."""
     return fingerprint({"fingerprint": record.fingerprint, "sweep": record.sweep, "cell": record.cell, "salt": salt})
 
 
@@ -209,7 +210,7 @@ def _start(folder: Path, settings: Mapping[str, Any], record: Record) -> WandbRu
     for online in choices:
         if online and time.monotonic() < _offline_until:
             continue
-        # Earlier pieces are copies of rows that the new one begins with, or that are trained again.
+        # Earlier parts hold only rows that the new run also gets: copied at its start, or trained again.
         shutil.rmtree(folder / "wandb", ignore_errors=True)
         try:
             return WandbRun(folder, settings, record, online=online, timeout_s=TIMEOUT_S)
@@ -217,5 +218,5 @@ def _start(folder: Path, settings: Mapping[str, Any], record: Record) -> WandbRu
             _give_up(error, record.sweep)
             import wandb
 
-            wandb.teardown()  # its service would hold the id
+            wandb.teardown()  # otherwise its service keeps the id
     return None

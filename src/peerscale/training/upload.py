@@ -1,9 +1,8 @@
-"""Uploading a study to Weights & Biases: what is not there yet of its cells, tables, fits and figures.
+"""Upload a study to Weights & Biases: the cells, tables, fits and figures that are not there yet.
 
 It reads the cells' files, so it does not matter whether they were tracked online, offline or not at all. The client's
-own `wandb sync` is no help here: it appends all rows of a run to those that the server has, so that a cell uploaded
-half-way would have them twice; it has no limit to its wait for a server; and it knows neither cells without a W&B run
-nor artifacts.
+`wandb sync` is not enough: it appends all rows of a run to those on the server, so that a partly uploaded cell would
+have rows twice; it waits for a server without limit; and it ignores cells without a W&B run, and artifacts.
 """
 
 import hashlib
@@ -29,13 +28,13 @@ from peerscale.training.signals import Watch
 from peerscale.training.tracking import WandbError, WandbRun, client_errors, start_run
 
 MARKER = "wandb-upload.json"
-"""File beside what was uploaded: the server's address and a digest of each file."""
+"""A file in the uploaded folder, with the server's address and a digest of each uploaded file."""
 
 CONFIG = "config.yaml"
 
 
 class CellFiles(NamedTuple):
-    """What a cell's folder has for W&B."""
+    """The files of a cell's folder that are uploaded to W&B."""
 
     folder: Path
     record: Record
@@ -47,27 +46,27 @@ class CellFiles(NamedTuple):
 
     @property
     def artifact(self) -> str:
-        """Its name at W&B, which allows few characters."""
+        """The name of the artifact in W&B, which allows few characters."""
         return re.sub(r"[^\w.-]", "-", f"{self.record.sweep}-{self.record.cell}")
 
     @property
     def logs_online(self) -> bool:
-        """Whether it may still be training and writing to its W&B run."""
+        """Whether the cell may still be training and logging to its W&B run."""
         return self.record.status is Status.RUNNING and self.settings["tracking"]["mode"] == "online"
 
 
 def upload(sweep: str, runs: Path, *, jobs: int, timeout_s: float) -> Iterator[str]:
-    """Upload what the server lacks of a study, `jobs` cells at a time; cells still logging online are skipped.
+    """Upload what the server does not have of a study, `jobs` cells at a time; skip cells still logging online.
 
-    Each ended cell becomes an artifact. The run `<sweep>-study` uses these and logs table, fits and figures, so that
-    W&B shows which runs a figure was made from.
+    Each ended cell becomes an artifact. The run `<sweep>-study` uses these artifacts and logs table, fits and figures,
+    so that W&B shows the runs behind each figure.
 
     Yields:
-        What was done, in words.
+        Messages on what was done.
 
     Raises:
         UserError: there are no cells.
-        FailedCells: the server did not take everything in time; the same call goes on from there.
+        FailedCells: the server did not take everything in time; calling again continues from there.
     """
     import wandb
 
@@ -82,7 +81,7 @@ def upload(sweep: str, runs: Path, *, jobs: int, timeout_s: float) -> Iterator[s
         try:
             for future in tqdm(pending, unit="cell", disable=not sys.stderr.isatty()):
                 future.result()
-        except WandbError as error:  # a server that does not answer once is not asked for the rest
+        except WandbError as error:  # if a server does not answer, the remaining cells are not tried
             pool.shutdown(cancel_futures=True)
             left = sum(is_new(cell.folder, cell.files, server) for cell in waiting)
             raise FailedCells(f"{left} cells are not uploaded, {error}; the same command goes on from here") from None
@@ -107,13 +106,13 @@ def is_new(folder: Path, files: Iterable[Path], server: str) -> bool:
 
 
 def contents(files: Iterable[Path], server: str) -> dict[str, str]:
-    """What a marker says: the server, and a digest of each file."""
+    """The contents of a marker: the server, and a digest of each file."""
     return {"server": server} | {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def upload_cell(cell: CellFiles, server: str, timeout_s: float) -> None:
-    """Send what the server lacks of one cell; raises `WandbError`, naming the cell, if it does not take it."""
-    state = contents(cell.files, server)  # before it is read: rows written meanwhile are sent the next time
+    """Send what the server does not have of one cell; raises `WandbError`, which names the cell, on a failure."""
+    state = contents(cell.files, server)  # computed before reading, so that rows written later are sent next time
     try:
         with tempfile.TemporaryDirectory() as scratch, client_errors():
             run = WandbRun(Path(scratch), cell.settings, cell.record, online=True, timeout_s=timeout_s)
@@ -129,7 +128,7 @@ def upload_cell(cell: CellFiles, server: str, timeout_s: float) -> None:
 
 
 def log_artifact(run: Any, name: str, kind: str, files: Iterable[Path]) -> None:
-    """Log files as an artifact, without copying them to a cache."""
+    """Log files as an artifact without copying them to a cache."""
     import wandb
 
     artifact = wandb.Artifact(name, type=kind)
@@ -139,10 +138,10 @@ def log_artifact(run: Any, name: str, kind: str, files: Iterable[Path]) -> None:
 
 
 def upload_study(study: Study, cells: Sequence[CellFiles], server: str, timeout_s: float) -> str:
-    """Log a study's table, fits and figures as artifacts of a run that used the cells'; says what it did.
+    """Log a study's table, fits and figures as artifacts of a run that uses the cells' artifacts; returns a message.
 
     Raises:
-        FailedCells: the server did not take them.
+        FailedCells: the server did not accept them.
     """
     figures = sorted(study.figures.glob("*.p*"))
     tables = _there((study.runs, study.records, study.curves, study.table))

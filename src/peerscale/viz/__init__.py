@@ -1,1 +1,1 @@
-"""Figures: one style, and panel functions that take axes and data and know nothing of files."""
+"""Figures and tables of studies; panel functions take axes and data and do not read files."""

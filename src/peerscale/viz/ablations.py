@@ -1,4 +1,4 @@
-"""What a layer's settings do at one size and budget (paper, figures 3a, 3b and 4)."""
+"""The effect of a layer's settings at one size and budget (paper, figures 3a, 3b and 4)."""
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -23,12 +23,12 @@ SETTINGS = ("n_experts", "ffn_heads", "top_k", "query_norm", "lr", "table_lr", "
 """Columns that a study can vary at one size."""
 
 APART = 1.03
-"""Between the abscissas of neighbouring lines whose points would cover each other."""
+"""Factor between the x values of neighbouring lines whose points would cover each other."""
 
 LABELS = {**X_LABELS, "n_experts": "experts", "ffn_heads": "heads"}
 
 Looks = Mapping[Hashable, Mapping[str, Any]]
-"""What matplotlib's `plot` is told of each line."""
+"""Arguments of matplotlib's `plot` for each line."""
 
 EDGE: Mapping[str, Any] = {"markeredgewidth": 0.5, "markeredgecolor": "white"}
 
@@ -41,34 +41,34 @@ NORM: Looks = {
 
 
 def layer_names(runs: pd.DataFrame) -> pd.Series:
-    """`<method>[_<variant>]` of each row, whatever else a study varies."""
+    """`<method>[_<variant>]` of each row, without the study's other axes."""
     return method_names(runs).str.split(" ").str[0]
 
 
 def varied(runs: pd.DataFrame) -> set[str]:
-    """Which of `SETTINGS` take several values among the finished runs of one layer, size and budget."""
+    """The `SETTINGS` that take several values among the finished runs of one layer, size and budget."""
     groups = runs[usable(runs)].assign(layer=layer_names(runs)).groupby(["layer", "size", "budget"])
     return {column for column in SETTINGS if column in runs and (groups[column].nunique() > 1).any()}
 
 
 def has_curves(runs: pd.DataFrame) -> bool:
-    """Whether a method has three sizes or more at a budget, so that there is a parabola to draw."""
+    """Whether a method has at least three sizes at a budget, so that there is a parabola to draw."""
     named = runs[usable(runs)].assign(name=method_names(runs))
     return bool((named.groupby(["name", "budget"])["size"].nunique() >= 3).any())
 
 
 def with_norm(runs: pd.DataFrame) -> pd.Series:
-    """Which rows have BatchNorm on their queries; read from CSV the column is text or, with gaps, an object."""
+    """Which rows have BatchNorm on their queries; read from CSV, the column may hold text or objects."""
     return runs["query_norm"].astype(str) == "True"
 
 
 def over_seeds(runs: pd.DataFrame, by: Sequence[str], y: str = "val_loss") -> pd.DataFrame:
-    """A row for each combination of `by`, with the mean of `y` over seeds and an interval.
+    """One row per combination of `by`, with the mean of `y` over seeds and an interval.
 
     Returns:
-        `by`, mean, low, high, seeds. The interval is Student's 95 % of the mean over seeds; the scatter of a loss over
-        seeds is pooled over all rows, as in `runs.comparison`. With one seed the interval is +-1 standard error over
-        validation sequences if `y` is the loss, else empty (low = high = mean).
+        `by`, mean, low, high, seeds. The interval is Student's 95 % interval of the mean over seeds; the scatter of a
+        loss over seeds is pooled over all rows, as in `runs.comparison`. With one seed the interval is +-1 standard
+        error over validation sequences if `y` is the loss, and otherwise empty (low = high = mean).
     """
     rows, groups = [], runs.groupby(list(by))
     scatter = runs[y].astype(float) - groups[y].transform("mean").astype(float)
@@ -96,15 +96,15 @@ def lines_panel(
     transform: Callable[[Any], Any] = np.exp,
     apart: float = 1.0,
 ) -> None:
-    """A line per value of `series` through the means over seeds, with intervals; each of several seeds a pale dot.
+    """A line per value of `series` through the means over seeds, with intervals; single seeds are pale dots.
 
     Args:
         axes: where to draw.
         runs: finished rows.
-        x, y, series: columns of the abscissa, logarithmic, with a tick at each value, of the ordinate, and of the line.
+        x, y, series: columns of the x axis (logarithmic, with a tick at each value), of the y axis, and of the line.
         looks: colour, marker and label of each line, by value of `series`.
-        transform: from `y` to what is drawn; of losses, the perplexity.
-        apart: factor between the abscissas of neighbouring lines, so that their intervals do not cover each other.
+        transform: from `y` to the drawn value; by default from loss to perplexity.
+        apart: factor between the x values of neighbouring lines, so that their intervals do not cover each other.
     """
     points = over_seeds(runs, [series, x], y)
     for i, (value, look) in enumerate(looks.items()):
@@ -122,7 +122,7 @@ def lines_panel(
 
 
 def experts_figure(runs: pd.DataFrame, published: pd.DataFrame, *, note: str = "") -> Figure:
-    """Figure 3a: perplexity against the number of experts, beside the paper's, whose table 2 gives the numbers."""
+    """Figure 3a: perplexity against the number of experts, beside the paper's figure, with numbers of its table 2."""
     cells, dense, where = _at_one_size(runs[with_norm(runs) | (runs["method"] == "dense")])
     names = style.ordered(cells["name"])
     colours = style.colours(["dense", "peer", *names])
@@ -145,7 +145,7 @@ def experts_figure(runs: pd.DataFrame, published: pd.DataFrame, *, note: str = "
 
 
 def active_figure(runs: pd.DataFrame, *, note: str = "") -> Figure:
-    """Figure 3b: perplexity against heads, a line per number of active experts; the paper prints no numbers of it."""
+    """Figure 3b: perplexity against heads, one line per number of active experts; the paper gives no numbers for it."""
     cells, dense, where = _at_one_size(runs)
     cells = cells[cells["method"] == "peer"]
     levels = sorted(cells["active_experts"].unique())
@@ -172,7 +172,7 @@ def active_figure(runs: pd.DataFrame, *, note: str = "") -> Figure:
 
 
 def query_norm_figure(runs: pd.DataFrame, published: pd.DataFrame, *, note: str = "") -> Figure:
-    """Figure 4 and table 2: perplexity and unevenness with and without BatchNorm on the queries; beside it the paper's.
+    """Figure 4 and table 2: perplexity and unevenness with and without query BatchNorm, beside those of the paper.
 
     Both against the number of experts.
     """
@@ -203,7 +203,7 @@ def query_norm_figure(runs: pd.DataFrame, published: pd.DataFrame, *, note: str 
 
 
 def _at_one_size(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[float], str]:
-    """The finished runs of the size and budget with most of them: sparse ones, dense perplexities, and a title."""
+    """The size and budget with the most finished runs: its sparse runs, its dense perplexities, and a title."""
     done = runs.assign(name=layer_names(runs))[usable(runs)]
     budget, size = done[["budget", "size"]].value_counts().index[0]
     cells = done[(done["budget"] == budget) & (done["size"] == size)]
@@ -223,14 +223,14 @@ def _perplexity(axes: Axes, title: str, dense: Iterable[float] = ()) -> None:
 
 
 def _ticks(axes: Axes, x: str, values: Iterable[float]) -> None:
-    """A logarithmic abscissa with a tick at each value; numbers of experts as squares, as the paper writes them."""
+    """A logarithmic x axis with a tick at each value; numbers of experts are written as squares, as in the paper."""
     axes.set(xscale="log", xlabel=LABELS[x])
     ticks = sorted(set(values))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     labels = [f"${math.isqrt(int(n))}^2$" if x == "n_experts" else f"{n:g}" for n in ticks]
     width = axes.get_position().width * style.TEXT_WIDTH
-    crowded = len(ticks) > 4 * width  # about a quarter of an inch each
+    crowded = len(ticks) > 4 * width  # a label takes about a quarter of an inch
     axes.set_xticklabels(["" if crowded and i % 2 else text for i, text in enumerate(labels)])
 
 
@@ -239,7 +239,7 @@ def _handle(look: Mapping[str, Any]) -> Line2D:
 
 
 def _said(cells: pd.DataFrame, column: str) -> str:
-    """The setting that is held fixed, by method, as the caption says it."""
+    """The value of a fixed setting, by method, as written in the caption."""
     fixed = [f"{style.label(str(name))} {style.listed(rows[column])}" for name, rows in cells.groupby("name")]
     return f"{column.replace('_', ' ').replace('n experts', 'experts')}: {', '.join(fixed)}; "
 

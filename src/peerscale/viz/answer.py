@@ -1,4 +1,4 @@
-"""What a study says of its claims, in sentences."""
+"""The answer of a study: its claims in sentences."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
@@ -11,16 +11,16 @@ from peerscale.viz.style import in_words, label, ordered, size_label
 
 Claim = Mapping[str, Any]
 Place = tuple[float, str, str]
-"""Budget, size (of a comparison at one size) and settings of the method's variant."""
+"""Budget, size (only for a comparison at one size) and settings of the method's variant."""
 Outcomes = dict[str, list[Claim]]
-"""The claims about each rival under `leads`, `trails`, `EQUALS` and `UNDECIDED`; none of them is empty."""
+"""The claims by outcome, `leads`, `trails`, `EQUALS` or `UNDECIDED`; outcomes without claims are left out."""
 
 EQUALS = "equals"
 UNDECIDED = "cannot be told apart from"
 
 
 def answer(fits: Mapping[str, Any]) -> str:
-    """The study's answer in one line, the largest budget first; what is missing if there is none."""
+    """The study's answer in one line, with the largest budget first; or the reason why there is none."""
     places = _places(fits["claims"])
     if not places:
         return _no_answer(fits["budgets"])
@@ -39,7 +39,7 @@ def answer(fits: Mapping[str, Any]) -> str:
 
 
 def _no_answer(budgets: Sequence[Mapping[str, Any]]) -> str:
-    """Why a study claims nothing."""
+    """Why a study has no claim."""
     if not any(entry["differences"] for entry in budgets):
         return "No answer yet: no two methods have finished cells to compare."
     without = [entry["budget"] for entry in budgets if any(m["loss"] is None for m in entry["methods"])]
@@ -49,10 +49,10 @@ def _no_answer(budgets: Sequence[Mapping[str, Any]]) -> str:
 
 
 def verdicts(claims: Sequence[Claim]) -> list[str]:
-    """A sentence for each budget and variant: which rivals the method leads, trails, or cannot be told apart from.
+    """One sentence per budget and variant: which rivals the method leads, trails, or cannot be distinguished from.
 
-    A lead or trail is a difference whose probability, corrected for the whole family (Holm), is below 5 %. Of the
-    others those are equal whose interval lies within the margin that the study states.
+    A method leads or trails if the p-value of the difference, corrected for the whole family (Holm), is below 5 %.
+    Otherwise it equals a rival if the interval of the difference is within the margin that the study states.
     """
     return [_sentence(place, found) for place, found in _places(claims).items()]
 

@@ -1,4 +1,4 @@
-"""Rate brackets: loss against the factor of the learning rate, and what they say of the errors of a study."""
+"""Rate brackets: loss against the factor of the learning rate, and the part of a study's errors that they give."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,23 +14,23 @@ from peerscale.viz.isoflop import missing_note
 from peerscale.viz.markdown import number, section
 
 Fits = Mapping[str, Any]
-"""A study's `fits.json`; files of studies without brackets need not have their keys."""
+"""A study's `fits.json`; the keys of brackets may be missing if the study has none."""
 
 
 def hold_rates(fits: Fits) -> bool:
-    """Whether errors of a study hold the choice of learning rates, at least of some methods and budgets."""
+    """Whether a study's errors include the choice of learning rates, at least for some methods and budgets."""
     return any(error["se"] is not None for error in fits.get("rates", {}).get("errors", ()))
 
 
 def what_intervals_hold(fits: Fits) -> str:
-    """A sentence: whether the intervals of a study include the choice of learning rates."""
+    """A sentence on whether the intervals of a study include the choice of learning rates."""
     if hold_rates(fits):
         return "They include the choice of learning rates wherever an error from it is known."
     return "They leave out the choice of learning rates."
 
 
 def how_rates_count(fits: Fits) -> str:
-    """Where the error from learning rates comes from, for a table of errors by source."""
+    """The origin of the errors from learning rates, as a note for the table of errors by source."""
     if not hold_rates(fits):
         return "Learning rates: only in a study that brackets them."
     cost = fits["rates"]["cost"]
@@ -43,18 +43,18 @@ def how_rates_count(fits: Fits) -> str:
 
 
 def bars(fits: Fits) -> str:
-    """What the intervals of a figure hold, for its small print."""
+    """The sources of error in the intervals of a figure, for its caption."""
     if hold_rates(fits):
         return "bars: 95 % interval from misfit of sizes, seeds, validation sequences and learning rates (table.md)"
     return "bars: 95 % interval from misfit of sizes, seeds and validation sequences, not from learning rates"
 
 
 def brackets_section(runs: pd.DataFrame, fits: Fits) -> list[str]:
-    """The table of all brackets; empty without any. `runs` is the whole table of the study."""
+    """The table of all brackets; empty if there are none. `runs` is the whole table of the study."""
     found = fits.get("rates", {}).get("brackets")
     if found is None:
         return []
-    flat = all(one["best"] is None for one in found["each"])  # no parabola opens upwards
+    flat = all(one["best"] is None for one in found["each"])  # no parabola that opens upwards
     factors = sorted({factor for one in found["each"] for factor in one["losses"]}, key=float)
     rows = [
         {"budget": budget_name(one["budget"]), "size": style.size_label(one["size"]),
@@ -82,13 +82,13 @@ def brackets_section(runs: pd.DataFrame, fits: Fits) -> list[str]:
 
 
 def is_beyond(one: Mapping[str, Any]) -> bool:
-    """Whether the best factor of a bracket lies beyond those that were tried."""
+    """Whether the best factor of a bracket is outside the factors that were tried."""
     tried = [float(factor) for factor in one["losses"]]
     return one["best"] is not None and not min(tried) <= one["best"] <= max(tried)
 
 
 def brackets_figure(fits: Fits, *, note: str = "") -> Figure | None:
-    """A panel a budget and size: loss against the factor of the rate, with the fitted parabolas; None without any."""
+    """One panel per budget and size: loss against the factor of the rate, with fitted parabolas; None without any."""
     found = fits.get("rates", {}).get("brackets")
     if found is None:
         return None

@@ -1,4 +1,4 @@
-"""Training loss against compute spent."""
+"""Training loss against the compute spent."""
 
 import numpy as np
 import pandas as pd
@@ -10,16 +10,16 @@ from peerscale.viz import style
 from peerscale.viz.isoflop import missing_note
 
 SKIPPED_SHARE = 0.08
-"""Share of the budget before which a curve is not drawn: the first steps say nothing and set the scale."""
+"""Share of the budget before which a curve is not drawn: the first steps are uninformative but would set the scale."""
 
 SMOOTHED = 5
-"""Points of a curve that a distance to dense is averaged over, as the training loss of single batches scatters."""
+"""Points of a curve over which a distance to dense is averaged, since the training loss of single batches scatters."""
 
 
 def curves_figure(curves: pd.DataFrame, runs: pd.DataFrame, *, note: str = "") -> Figure:
-    """A column per budget: above each method's run of lowest validation loss, below its distance to dense's.
+    """One column per budget: above, each method's run with the lowest validation loss; below, its distance to dense's.
 
-    `curves` and `runs` are the study's tables; runs without a curve are left out. Without dense there is no lower row.
+    `curves` and `runs` are the study's tables; runs without a curve are left out. There is no lower row without dense.
     """
     runs = runs.assign(name=method_names(runs))
     drawn = runs[usable(runs)]
@@ -53,7 +53,7 @@ def curves_figure(curves: pd.DataFrame, runs: pd.DataFrame, *, note: str = "") -
 
 
 def draw_distances(axes: Axes, best: dict[str, pd.DataFrame]) -> None:
-    """Each curve minus that of dense, read off at the same FLOPs (log-linear between its points)."""
+    """Draw each curve minus dense's at the same FLOPs (log-linear between points)."""
     colours = style.colours(best)
     axes.axhline(0, color=style.COLOURS["dense"], linewidth=0.9, label="_dense")
     for name in style.ordered(best):

@@ -11,12 +11,12 @@ from peerscale.viz.brackets import bars
 
 
 def is_dense(name: str) -> bool:
-    """Whether a curve is of the dense model, at whatever settings."""
+    """Whether a curve is of the dense model, with any settings."""
     return name.partition(" ")[0] == "dense"
 
 
 def to_dense(fits: Mapping[str, Any]) -> dict[tuple[float, str, str], Mapping[str, Any]]:
-    """The differences to dense by budget, size (empty: at the optimum) and method."""
+    """The differences to dense, by budget, size (empty: at the optimum) and method."""
     return {
         (entry["budget"], found["size"], found["method"]): found
         for entry in fits["budgets"]
@@ -26,9 +26,9 @@ def to_dense(fits: Mapping[str, Any]) -> dict[tuple[float, str, str], Mapping[st
 
 
 def differences_figure(fits: Mapping[str, Any], *, methods: Iterable[str] = (), note: str = "") -> Figure | None:
-    """All methods against dense: a row a method, in it a point with its interval per budget; None without any.
+    """All methods against dense: one row per method with a point and its interval per budget; None without any.
 
-    `fits` is the study's `fits.json`; `methods` are those of the study, so that each has the colour of its other
+    `fits` is the study's `fits.json`; `methods` are all methods of the study, so that colours are the same in all its
     figures.
     """
     shown = {place: found for place, found in to_dense(fits).items() if found.get("value") is not None}

@@ -1,4 +1,4 @@
-"""The figures of a study: what it varies besides method, size and budget decides which."""
+"""The figures of a study; its axes besides method, size and budget decide which ones it has."""
 
 from collections.abc import Iterator
 
@@ -26,7 +26,8 @@ DEFAULT_X = "params_total"
 """Model size of the isoFLOP figure, as in the paper."""
 
 MANY = 2
-"""Settings that a study of one size may vary for figures over them; with more it compares each variant with dense."""
+"""Most settings that a study of one size may vary to get figures over settings; with more, variants are compared with
+dense."""
 
 TITLES = {
     "isoflop": "Perplexity against model size at equal training compute (the paper's Figure 1)",
@@ -40,11 +41,11 @@ TITLES = {
     "rates": "Learning rates",
     "brackets": "Rate brackets: the same models at other learning rates",
 }
-"""Titles of figures by name, in the order of a report."""
+"""Titles of the figures by name, in the order of a report."""
 
 
 def study_figures(study: Study, runs: pd.DataFrame, x: str = DEFAULT_X) -> Iterator[tuple[str, Figure]]:
-    """The figures that a study's tables can feed, by name; `x` is the size of the isoFLOP figure."""
+    """The figures that can be drawn from a study's tables, by name; `x` is the size of the isoFLOP figure."""
     runs = without_brackets(runs)
     note, settings, published = small_print(runs), varied(runs), read_published()
     if compares_curves(runs):
@@ -60,7 +61,7 @@ def study_figures(study: Study, runs: pd.DataFrame, x: str = DEFAULT_X) -> Itera
             yield "multipliers", drawn
     if study.fits.is_file() and (drawn := brackets_figure(read_fits(study.fits), note=note)):
         yield "brackets", drawn
-    if settings & set(RATES):  # the cells at one setting are then no seeds of each other
+    if settings & set(RATES):  # cells of one setting then differ in their rates, not only in their seeds
         law = read_fits(study.fits)["rates"].get("law")
         yield "rates", rate_law_figure(runs, law, note=note) if wants_law(runs) else rates_figure(runs, note=note)
         return
@@ -78,7 +79,7 @@ def study_figures(study: Study, runs: pd.DataFrame, x: str = DEFAULT_X) -> Itera
 
 
 def small_print(runs: pd.DataFrame) -> str:
-    """Data set and FLOP convention, as the small print of every figure."""
+    """Data set and FLOP convention, for the caption of every figure."""
     named = {"data": "data: ", "val_set": "set: ", "convention": "FLOPs: "}
     data, val_set, flops = (
         word + style.listed(runs[column]) if column in runs else "" for column, word in named.items()

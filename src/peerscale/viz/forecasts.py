@@ -1,4 +1,4 @@
-"""Forecasts as tables: as they were made, and beside what was then observed."""
+"""Tables of forecasts: as they were made, and beside the values observed later."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,11 +14,11 @@ TITLES = {
     "difference": ("difference to dense", "{:+.3f}"),
     "multiplier": ("compute multiplier", "{:.2f}"),
 }
-"""What each quantity is called, and the format of its numbers."""
+"""Title of each quantity, and the format of its numbers."""
 
 
 def forecast_table(made: Mapping[str, Any]) -> list[str]:
-    """A forecast as it was made: a row a method, and below it what it was made from and what its intervals hold."""
+    """A forecast as it was made: one row per method; below, what it was made from and what its intervals include."""
     none = {True: "reference", False: "—"}
     rows = {
         name: {"method": label(name), **{f"{title} [95 %]": none[is_dense(name)] for title, _ in TITLES.values()}}
@@ -30,7 +30,7 @@ def forecast_table(made: Mapping[str, Any]) -> list[str]:
 
 
 def forecast_sections(forecasts: Iterable[Mapping[str, Any]], fits: Mapping[str, Any]) -> list[str]:
-    """Each forecast beside what was observed, in one section; none for a budget that has no optimum yet."""
+    """Each forecast beside the observed values, in one section; nothing for a budget that has no optimum yet."""
     rows, about = [], []
     for made in forecasts:
         pairs = observed(made, fits)
@@ -53,7 +53,7 @@ def _number(found: Mapping[str, Any], quantity: str) -> str:
 
 
 def _about(made: Mapping[str, Any]) -> str:
-    """What a forecast was made from and when, by which rule, and what its intervals hold and leave out."""
+    """When and from what a forecast was made, by which rule, and what its intervals include and leave out."""
     cells = ", ".join(f"{one['cells']} of {budget_name(one['budget'])}" for one in made["from"])
     *first, last = made["leaves_out"]
     return (

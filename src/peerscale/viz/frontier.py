@@ -1,4 +1,4 @@
-"""Beyond the paper: the compute-optimal frontier, and what a method is worth in dense compute."""
+"""Beyond the paper: the compute-optimal frontier, and the compute multiplier of each method over dense."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,9 +14,9 @@ from peerscale.viz.brackets import bars
 
 
 def points_panel(axes: Axes, table: pd.DataFrame, *, colours: Mapping[str, str]) -> None:
-    """A line a method over the budgets: `table` has name, budget, value, low, high and hollow.
+    """One line per method over the budgets: `table` has name, budget, value, low, high and hollow.
 
-    Methods stand side by side at each budget.
+    Methods are drawn side by side at each budget.
     """
     names = style.ordered(table["name"])
     for i, name in enumerate(names):

@@ -1,6 +1,6 @@
-"""Figure 1 for a browser: the isoFLOP curves with a choice of axis, methods and budgets, by Vega-Lite.
+"""Figure 1 for a browser, in Vega-Lite: the isoFLOP curves with a choice of axis, methods and budgets.
 
-What it looks like is `isoflop.vl.json`; this module adds the data. All of the library stands in the page, so that it
+`isoflop.vl.json` defines its appearance; this module adds the data. The page contains the whole library, so that it
 works without a network.
 """
 
@@ -21,21 +21,21 @@ from peerscale.viz import style
 from peerscale.viz.isoflop import X_LABELS, by_budget, fitted_curve, in_fit, size_on_axis
 
 SIZES = ("params_total", "flops_per_token", "params_active")
-"""Columns that the x axis can show and that a curve over FLOPs per token can be read off on."""
+"""Columns that the x axis can show and to which the x of a curve, FLOPs per token, can be converted."""
 
 AXES = {**{column: X_LABELS[column] for column in SIZES}, "wall_s": "training time (s)"}
 """All columns that the x axis can show, with their titles."""
 
 
 def isoflop_html(runs: pd.DataFrame, fits: Mapping[str, Any]) -> str:
-    """The figure as a piece of a page: the library, the figure's data, and the place where it appears."""
+    """The figure as a part of a page: the library, the figure's data, and the element in which it appears."""
     spec = json.dumps(isoflop_spec(runs, fits), allow_nan=False).replace("</", "<\\/")
     options = '{renderer: "svg", actions: false, ast: true}'  # without eval, which the page forbids
     return f'<div id="figure-1"></div>\n<script>{_library()}vegaEmbed("#figure-1", {spec}, {options});</script>'
 
 
 def isoflop_spec(runs: pd.DataFrame, fits: Mapping[str, Any]) -> dict[str, Any]:
-    """The figure in Vega-Lite: a panel a budget.
+    """The figure in Vega-Lite: one panel per budget.
 
     Args:
         runs: the study's table; unfinished runs are not drawn.
@@ -60,7 +60,7 @@ def isoflop_spec(runs: pd.DataFrame, fits: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _switches(name: str, labels: Sequence[str]) -> list[dict[str, Any]]:
-    """A check box for each label, and the parameter `name` that says by label whether its box is ticked."""
+    """A check box per label, and the parameter `name`, which says for each label whether its box is ticked."""
     boxes = [
         {"name": f"{name}_{i}", "value": True, "bind": {"input": "checkbox", "name": label}}
         for i, label in enumerate(labels)
@@ -70,7 +70,7 @@ def _switches(name: str, labels: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _marks(runs: pd.DataFrame, fitted: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Points, curves and optima of one budget; sizes left out of the fit far above the others stand at the edge."""
+    """Points, curves and optima of one budget; sizes that are left out of the fit and far above it are at the edge."""
     kept = pd.concat([in_fit(rows, fitted.get(str(name))) for name, rows in runs.groupby("name")])[runs.index]
     top = 1.02 * float(np.exp((runs[kept] if kept.any() else runs)["val_loss"].max()))
     runs = runs.assign(kept=kept, perplexity=np.exp(runs["val_loss"]))
@@ -92,7 +92,7 @@ def _marks(runs: pd.DataFrame, fitted: Mapping[str, Any]) -> Iterator[dict[str, 
 
 
 def _places(rows: pd.DataFrame, flops_per_token: np.ndarray, losses: np.ndarray) -> list[dict[str, float]]:
-    """Where points of a method's curve are drawn, by each size that the x axis can show."""
+    """Positions of points of a method's curve, for each size that the x axis can show."""
     places = pd.DataFrame({column: size_on_axis(rows, column, flops_per_token) for column in SIZES})
     return places.assign(drawn=np.exp(losses)).to_dict("records")  # pyrefly: ignore
 

@@ -20,7 +20,7 @@ X_LABELS = {
 }
 
 FITTED = "flops_per_token"
-"""The size that the fits of `fits.json` are over; other sizes are read off between the trained models."""
+"""The size that the fits of `fits.json` use; other sizes are interpolated between the trained models."""
 
 
 def isoflop_panel(
@@ -32,7 +32,7 @@ def isoflop_panel(
     marker: str,
     colours: Mapping[str, str],
 ) -> None:
-    """One budget: a point a run with +-1 standard error, the fitted curves and their minima.
+    """One budget: a point per run with +-1 standard error, the fitted curves and their minima.
 
     Sizes outside the fitted window are hollow; those far above the fitted ones are triangles at the upper edge.
 
@@ -41,7 +41,8 @@ def isoflop_panel(
         runs: rows of one budget, with a column `name`; only finished runs are drawn.
         methods: the budget's `methods` in `fits.json`, by name.
         x: column of the model size.
-        marker, colours: of the points, and by method name.
+        marker: of the points.
+        colours: by method name.
     """
     runs = runs[usable(runs)]
     of_methods = [
@@ -73,23 +74,23 @@ def isoflop_panel(
 
 
 def by_budget(fits: Mapping[str, Any]) -> dict[float, dict[str, Any]]:
-    """What `fits.json` says of each curve, by budget and name."""
+    """The entry of each curve in `fits.json`, by budget and name."""
     return {entry["budget"]: {m["name"]: m for m in entry["methods"]} for entry in fits["budgets"]}
 
 
 def in_fit(rows: pd.DataFrame, fitted: Mapping[str, Any] | None) -> pd.Series:
-    """Which of a method's rows are of a size that its fit took; all of them if there is no fit."""
+    """Which of a method's rows have a size that its fit used; all of them if there is no fit."""
     return rows[FITTED].isin(fitted["sizes"] if fitted else rows[FITTED])
 
 
 def fitted_curve(fitted: Mapping[str, Any], points: int) -> tuple[np.ndarray, np.ndarray]:
-    """FLOPs per token and losses along the parabola of a fit that has one."""
+    """FLOPs per token and losses along the parabola of a fit."""
     sizes = np.geomspace(fitted["sizes"][0], fitted["sizes"][-1], points)
     return sizes, np.polynomial.polynomial.polyval(np.log10(sizes), fitted["coefficients"])
 
 
 def size_on_axis(rows: pd.DataFrame, x: str, flops_per_token: np.ndarray) -> np.ndarray:
-    """The size in column `x` of a method's models of so many FLOPs per token, log-linear between the trained ones."""
+    """The size in column `x` of a method's models with `flops_per_token`, log-linear between the trained models."""
     known = rows.groupby(FITTED)[x].first().sort_index()
     return np.exp(
         np.interp(np.log(flops_per_token), np.log(known.index.to_numpy(float)), np.log(known.to_numpy(float)))
@@ -104,13 +105,13 @@ def _points(axes: Axes, rows: pd.DataFrame, x: str, **look: Any) -> None:
 
 
 def isoflop_figure(runs: pd.DataFrame, fits: Mapping[str, Any], *, x: str, note: str = "") -> Figure:
-    """A panel per budget with finished cells.
+    """One panel per budget with finished cells.
 
     Args:
         runs: the study's table.
         fits: the study's `fits.json`.
         x: one of `X_LABELS`.
-        note: small print: data set, FLOP convention.
+        note: for the caption: data set and FLOP convention.
     """
     runs = runs.assign(name=method_names(runs))
     drawn = runs[usable(runs)]
@@ -141,7 +142,7 @@ def isoflop_figure(runs: pd.DataFrame, fits: Mapping[str, Any], *, x: str, note:
 
 
 def missing_note(runs: pd.DataFrame) -> str:
-    """How many cells of the table a figure cannot show, by status; empty if none."""
+    """The number of cells that a figure cannot show, by status; empty if there are none."""
     named = ", ".join(status_counts(runs[~usable(runs)]))
     return f"cells without a result: {named}" if named else ""
 
@@ -152,7 +153,7 @@ def status_counts(runs: pd.DataFrame) -> list[str]:
 
 
 def _limits(axes: Axes, sizes: pd.Series) -> None:
-    """Limits and ticks from what is drawn so far: a point or minimum far off must not squeeze the others."""
+    """Set limits and ticks from what is drawn so far; a distant point or minimum must not squeeze the others."""
     margin = max((sizes.max() / sizes.min()) ** 0.07, 1.15)
     axes.set_xlim(sizes.min() / margin, sizes.max() * margin)
     axes.margins(y=0.08)

@@ -1,4 +1,4 @@
-"""Tables and numbers in Markdown, and Markdown in HTML: the one way in which this package writes either."""
+"""Tables and numbers as Markdown, and Markdown as HTML; the whole package uses these functions."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from markdown_it import MarkdownIt
 
 
 def table(rows: Iterable[Mapping[str, str]]) -> list[str]:
-    """Lines of a table with a row for each mapping, whose keys are the headings; none without rows."""
+    """Lines of a table with one row per mapping, whose keys are the headings; empty without rows."""
     rows = list(rows)
     head = [*rows[0]] if rows else []
     lines = [head, ["---"] * len(head), *(row.values() for row in rows)] if rows else []
@@ -16,24 +16,24 @@ def table(rows: Iterable[Mapping[str, str]]) -> list[str]:
 
 
 def section(title: str, rows: Iterable[Mapping[str, str]], *notes: str) -> list[str]:
-    """Lines of a section: heading, table, and paragraphs about it; none if the table has no rows."""
+    """Lines of a section: heading, table, and paragraphs about the table; empty if the table has no rows."""
     lines = table(rows)
     return [f"## {title}", "", *lines, "", *(line for note in notes for line in (note, ""))] if lines else []
 
 
 def html(text: str) -> str:
-    """Markdown as HTML; tags in the text are shown, not obeyed, and a wide table scrolls in a box."""
+    """Markdown as HTML; tags in the text are shown as text, and a wide table scrolls in a box."""
     rendered = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     return rendered.replace("<table>", '<div class="box"><table>').replace("</table>", "</table></div>")
 
 
 def number(value: float | None, form: str = "{:.2f}") -> str:
-    """A dash where there is none; 1.2e6 for 1.2e+06."""
+    """A number as text: a dash for None; 1.2e6 instead of 1.2e+06."""
     return "—" if pd.isna(value) else form.format(value).replace("e+", "e").replace("e0", "e").replace("-", "−")
 
 
 def with_interval(value: float | None, interval: Sequence[float | None] | None, form: str = "{:.4g}") -> str:
-    """A number with its interval in brackets, which say so if there is none."""
+    """A number with its interval in brackets, or with a note in brackets if it has no interval."""
     if value is None:
         return "—"
     known = interval is not None and None not in interval
@@ -41,7 +41,7 @@ def with_interval(value: float | None, interval: Sequence[float | None] | None, 
 
 
 def signed_interval(found: Mapping[str, Any] | None) -> str:
-    """A difference with its interval, `−0.033 [−0.049, −0.018]`, and a note if that holds neither sizes nor seeds."""
+    """A difference with its interval, `−0.033 [−0.049, −0.018]`; noted if that includes neither sizes nor seeds."""
     if found is None or found.get("value") is None:
         return "—"
     alone = found.get("fit_se", 0) is None and found.get("seeds_se", 0) is None

@@ -1,4 +1,4 @@
-"""What a layer is worth: dense's compute over a method's for the same loss, by budget, in FLOPs and in time."""
+"""Compute multipliers: dense's compute over a method's for the same loss, by budget, in FLOPs and in time."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,13 +16,13 @@ from peerscale.viz.brackets import bars
 from peerscale.viz.published import paper_values
 
 SIDE_BY_SIDE = 1.05
-"""Factor on the budget between two methods, so that they are not drawn on each other."""
+"""Factor between the x values of two methods, so that they do not overlap."""
 
 
 def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, *, note: str = "") -> Figure | None:
-    """Multipliers from `fits.json`, with intervals and a dot for every seed, and at the right those of the paper.
+    """Multipliers from `fits.json`, with intervals and a dot per seed; on the right those of the paper.
 
-    None where no method has a multiplier at two budgets.
+    None if no method has a multiplier at two budgets.
     """
     found = pd.DataFrame(fits["multipliers"], columns=["method", "budget", "multiplier", "low", "high", "by_seed"])
     if found.empty or found.groupby("method")["budget"].nunique().max() < 2:
@@ -78,7 +78,7 @@ def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, *, note
 
 
 def paper_multipliers(published: pd.DataFrame, methods: Sequence[str]) -> dict[str, dict[float, float]]:
-    """The paper's multipliers by method and budget, from the perplexities of its Table 1 by the rule of ours."""
+    """The paper's multipliers by method and budget, computed from the perplexities of its Table 1 in the same way."""
     losses = {m: paper_values(published, "table 1", m, "ppl_c4") for m in ("dense", *dict.fromkeys(methods))}
     dense = losses.pop("dense")
     budgets = np.array([*dense])
@@ -91,7 +91,7 @@ def paper_multipliers(published: pd.DataFrame, methods: Sequence[str]) -> dict[s
 
 
 def _draw(axes: Axes, rows: pd.DataFrame, colour: str, shift: float) -> None:
-    """A line with its band of errors, and a dot for every seed."""
+    """Draw a line with its error band, and a dot per seed."""
     rows = rows.sort_values("budget")
     x = rows["budget"].to_numpy(float) * shift
     low, high = (rows[end].astype(float).to_numpy() for end in ("low", "high"))

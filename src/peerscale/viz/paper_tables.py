@@ -1,4 +1,4 @@
-"""Tables 1 and 2 of the PEER paper, ours and theirs in one form."""
+"""Tables 1 and 2 of the PEER paper, with our numbers and the paper's in the same form."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -20,13 +20,14 @@ METRICS = {
     "expert_usage": ("experts used", "expert_usage", "{:.1%}"),
     "unevenness": ("unevenness", "unevenness", "{:.2f}"),
 }
-"""Columns of table 2: heading, name in the paper's numbers, and format."""
+"""Columns of table 2: heading, name in `he2024.csv`, and format."""
 
 
 def perplexities(fits: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Table 1: perplexity on each evaluation set at the compute optimum of the validation loss, and the loss to dense.
+    """Table 1: perplexity on each evaluation set at the compute optimum of the validation loss, and the difference to
+    dense.
 
-    A dagger stands where the minimum is flagged.
+    A dagger marks a flagged minimum.
     """
     gaps = {(budget, name): found.get("value") for (budget, size, name), found in to_dense(fits).items() if not size}
     return [
@@ -40,7 +41,7 @@ def perplexities(fits: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def paper_perplexities(published: pd.DataFrame) -> list[dict[str, str]]:
-    """The paper's table 1 in the same form; its difference to dense is on C4."""
+    """The paper's table 1 in the same form; the difference to dense is on C4."""
     rows = published[published["item"] == "table 1"].assign(set=published["metric"].str.removeprefix("ppl_"))
     wide = rows.pivot(index=["x", "method"], columns="set", values="value")
     found = []
@@ -52,21 +53,21 @@ def paper_perplexities(published: pd.DataFrame) -> list[dict[str, str]]:
 
 
 def perplexity_row(budget: float, method: str, sets: Mapping[str, float], gap: float | None) -> dict[str, str]:
-    """A row of table 1, ours or the paper's, in words; `gap` in nats per token."""
+    """A row of table 1, ours or the paper's, as text; `gap` in nats per token."""
     shown = {name: number(value) for name, value in sets.items()}
     gap_title = "difference to dense (nats)"
     return {"budget": budget_name(budget), "method": method, **shown, gap_title: number(gap, "{:+.3f}")}
 
 
 def dense_of(name: str, names: Collection[str]) -> str | None:
-    """The dense curve that a curve is compared with, itself if it is dense; None if there is none."""
+    """The dense curve with which a curve is compared, itself if it is dense; None if there is none."""
     return name if is_dense(name) else same_variant("dense", name, list(names))
 
 
 def norm_rows(runs: pd.DataFrame, published: pd.DataFrame) -> list[dict[str, str]]:
-    """Table 2: a row per number of experts; pairs read without / with BatchNorm on the queries.
+    """Table 2: one row per number of experts; pairs are without / with BatchNorm on the queries.
 
-    Ours are means over seeds, of the logarithm for the perplexity; beside them the paper's.
+    Our numbers are means over seeds (for perplexity, of its logarithm); the paper's are beside them.
     """
     cells = runs[usable(runs) & (runs["method"] == "peer")]
     cells = cells.assign(norm=with_norm(cells), ppl=cells["val_loss"]).astype(dict.fromkeys(METRICS, float))

@@ -5,11 +5,11 @@ from pathlib import Path
 import pandas as pd
 
 WITHOUT_NORM = "peer query_norm=false"
-"""The table's name for PEER without BatchNorm on its queries; `peer` has it."""
+"""The table's name for PEER without BatchNorm on its queries; `peer` is PEER with BatchNorm."""
 
 
 def read_published() -> pd.DataFrame:
-    """In long form: item (figure or table), method, x_name, x, metric, value, source."""
+    """The numbers in long form: item (figure or table), method, x_name, x, metric, value, source."""
     return pd.read_csv(Path(__file__).with_name("he2024.csv"))
 
 

@@ -1,4 +1,4 @@
-"""The law of the best learning rate: loss against rate at every size and budget, the batches, and the law's tables."""
+"""The law of the best learning rate: loss against rate at every size and budget, and tables of the law and batches."""
 
 import math
 from collections.abc import Mapping
@@ -22,11 +22,11 @@ Law = Mapping[str, Any]
 EXPONENTS = {"a": "width", "b": "tokens", "c": "batch"}
 
 CURVE = ["name", "budget", "d_model", "table_lr", "seed"]
-"""What tells the curves of one batch apart."""
+"""Columns that distinguish the curves of one batch size."""
 
 
 def optima(law: Law) -> pd.DataFrame:
-    """The curves of the study that have an optimum, one a row; `held_out`: the law was not fitted to it."""
+    """The curves of the study that have an optimum, one per row; `held_out`: the law was not fitted to the curve."""
     rows = [
         {**{"batch_sequences": math.nan}, **curve["at"], **curve, "held_out": held}
         for held in (False, True) if not held or law["hold_out_given"]
@@ -36,9 +36,9 @@ def optima(law: Law) -> pd.DataFrame:
 
 
 def rate_law_figure(runs: pd.DataFrame, law: Law | None, *, note: str = "") -> Figure:
-    """A panel a budget and width: loss against rate, with the parabolas of the fit and, as ticks, the law's rates.
+    """One panel per budget and width: loss against rate, with the fitted parabolas and, as ticks, the law's rates.
 
-    Without a law, as long as the finished cells determine none, the losses alone.
+    Only the losses as long as the finished cells do not determine a law.
     """
     tried = runs.assign(name=names_under_law(runs), table_lr=runs["table_lr"].fillna(0.0))[usable(runs)]
     usual = tried["batch_sequences"].mode().iloc[0]
@@ -79,7 +79,7 @@ def rate_law_figure(runs: pd.DataFrame, law: Law | None, *, note: str = "") -> F
 
 
 def rate_law_sections(runs: pd.DataFrame, law: Law) -> list[str]:
-    """The law's coefficients, the optimum of every curve, batches and table rates."""
+    """Sections on the law's coefficients, the optimum of every curve, batches and table rates."""
     shared = next(iter(law["groups"].values()))["shared"]
     at = ", ".join(f"{name} {shared[f'{name}_0']:g}" for name in law["fitted"])
     head = f"m, the best rate at {at} [95 %]"
@@ -169,7 +169,7 @@ def batches(curves: pd.DataFrame) -> list[dict[str, str]]:
 
 
 def table_rates(runs: pd.DataFrame) -> list[dict[str, str]]:
-    """A row a model and rate of which several table rates were tried."""
+    """One row per model and rate with which several table rates were tried."""
     tried = runs.assign(name=names_under_law(runs))[usable(runs) & (runs["table_lr"].fillna(0) > 0)]
     same = ["budget", "d_model", "name", "lr", "batch_sequences"]
     tried = tried[tried.groupby(same)["table_lr"].transform("nunique") > 1]
@@ -181,7 +181,7 @@ def table_rates(runs: pd.DataFrame) -> list[dict[str, str]]:
 
 
 def finished_cells(runs: pd.DataFrame) -> list[str]:
-    """The losses so far of a study whose law is not determined yet."""
+    """The losses so far, for a study whose law is not determined yet."""
     done = runs.assign(name=names_under_law(runs))[usable(runs)].sort_values(["budget", "d_model", "name", "lr"])
     rows = [
         {**place(one["budget"], one["d_model"], one["name"]), "batch": f"{one['batch_sequences']:g}",

@@ -1,4 +1,4 @@
-"""Which learning rates each method trains best with, and how much a wrong one costs."""
+"""The best learning rates of each method, and the cost of other rates."""
 
 import numpy as np
 import pandas as pd
@@ -11,7 +11,7 @@ from peerscale.viz.isoflop import missing_note
 
 
 def edges(rows: pd.DataFrame) -> list[str]:
-    """For one method, the rates whose winner is the smallest or largest that was tried."""
+    """Messages for the rates of one method whose best value is the smallest or largest that was tried."""
     best = rows.iloc[0]
     return [
         f"the best {rate}, {best[rate]:g}, is at the edge of its grid: extend it"
@@ -21,9 +21,10 @@ def edges(rows: pd.DataFrame) -> list[str]:
 
 
 def rates_panel(axes: Axes, settings: pd.DataFrame, *, rate: str, loss: str) -> None:
-    """A line a method of `settings_table`: the `loss` (of a size, or mean) at each value of one rate, lr or table_lr.
+    """One line per method of `settings_table`: `loss` (of a size, or the mean) at each value of `rate`, lr or table_lr.
 
-    The other rate is at its best; methods without the rate are left out. A star at the lowest, hollow at an edge.
+    The other rate is at its best; methods without this rate are left out. A star marks the lowest loss; it is hollow at
+    an edge of the grid.
     """
     colours = style.colours(settings["name"])
     for name in style.ordered(settings["name"]):
@@ -39,7 +40,7 @@ def rates_panel(axes: Axes, settings: pd.DataFrame, *, rate: str, loss: str) -> 
 
 
 def rates_figure(runs: pd.DataFrame, *, note: str = "") -> Figure:
-    """A panel per size over the common rate, and one over the tables' own, of the mean over the sizes."""
+    """One panel per size over the common rate, and one over the table rate, with the mean over the sizes."""
     settings = settings_table(runs)
     sizes = sorted((c for c in settings.columns if c not in ("name", *RATES, "mean")), key=lambda s: (len(s), s))
     several = {rate: bool((settings.groupby("name")[rate].nunique() > 1).any()) for rate in RATES}

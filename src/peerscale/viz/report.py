@@ -1,7 +1,7 @@
 """One self-contained HTML page of a study: answer, figures, results, setup, what went wrong, how to repeat it.
 
-Its text is `report.md.j2`, in Markdown; `report.html.j2` is the page around it. Nothing in the page is loaded from
-elsewhere, and what is not there to be shown is named in its place.
+`report.md.j2` is its text, in Markdown; `report.html.j2` is the page around it. The page loads nothing from elsewhere,
+and it names parts that are missing.
 """
 
 import base64
@@ -37,7 +37,7 @@ COLUMNS = {
     "expert_usage": ("experts used", "{:.1%}"), "unevenness": ("unevenness", "{:.2f}"),
     "wall_s": ("training seconds", "{:,.0f}"), "tokens_per_s": ("tokens per second", "{:,.0f}"),
 }  # fmt: skip
-"""Columns of runs.csv that are shown: heading and format."""
+"""The displayed columns of runs.csv: heading and format."""
 
 
 def report(study: Study) -> str:
@@ -52,7 +52,7 @@ def report(study: Study) -> str:
     main = without_brackets(runs)
     main = main.assign(name=method_names(main))
     records, text = read_records(study.folder), ""
-    with contextlib.suppress(ConfigError):  # of a study without a file
+    with contextlib.suppress(ConfigError):  # if the study has no file
         text = sweep_file(study.sweep).read_text(encoding="utf-8")
     fits = read_fits(study.fits) if has_curves(main) and study.fits.is_file() else {}
     drawn = {path.stem for path in study.figures.glob("*.png")}
@@ -100,12 +100,12 @@ def _data(path: Path) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text that Markdown shows as it is."""
+    """Text with Markdown's special characters escaped."""
     return re.sub(r"([\\`*_{}\[\]<>|])", r"\\\1", " ".join(text.split()))
 
 
 def settings(trees: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str, str]]:
-    """Every setting in a row, with a column for each name that `trees` have; those that differ come first."""
+    """One row per setting, with a column for each name in `trees`; settings that differ come first."""
     if not trees:
         return []
     names, values = zip(*trees, strict=True)
@@ -121,14 +121,14 @@ def settings(trees: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str, s
 
 
 def plain(value: Any) -> str:
-    """A setting in a few characters; a dash for one that the layer does not have."""
+    """A setting as short text; a dash if the layer does not have it."""
     if value is None or value == "" or value != value:
         return "—"
     return escaped(f"{value:.6g}".replace("e+", "e") if isinstance(value, float) else str(value))
 
 
 def warnings(fits: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Every warning of the laws once, with the methods that it is of."""
+    """Every warning of the laws once, with the methods that have it."""
     found: dict[tuple[str, str], list[str]] = {}
     for fit in fits.get("laws", {}).values():
         for warning in fit.get("warnings", ()):
@@ -137,7 +137,7 @@ def warnings(fits: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def signals(records: Iterable[Record]) -> list[dict[str, str]]:
-    """What happened in training, cell by cell."""
+    """Problems during training, by cell."""
     inexact = "resumed on another machine, thread count, kernel or torch: not bit for bit what one run gives"
     return [
         {"cell": escaped(record.cell), "signal": escaped(signal)}
@@ -147,7 +147,7 @@ def signals(records: Iterable[Record]) -> list[dict[str, str]]:
 
 
 def cells(runs: pd.DataFrame) -> list[dict[str, str]]:
-    """Every cell, with the columns that hold anything."""
+    """Every cell, with the columns that are not empty."""
     sets = {str(c): (f"ppl {str(c)[4:]}", "{:.2f}") for c in runs if str(c).startswith("ppl_")}
     chosen = {key: shown for key, shown in (COLUMNS | sets).items() if key in runs and runs[key].notna().any()}
     return [

@@ -1,7 +1,8 @@
-"""The tables of a study, its `table.md`: what it varies decides which.
+"""The tables of a study, for its `table.md`; the study's axes decide which ones.
 
-Losses at the compute optimum with their errors, perplexities there (the paper's table 1), compute multipliers and
-rankings under other FLOP conventions; or a layer's settings at one size, with the paper's table 2; or learning rates.
+They are losses at the compute optimum with their errors, perplexities there (the paper's table 1), compute multipliers
+and rankings under other FLOP conventions; or a layer's settings at one size, with the paper's table 2; or learning
+rates.
 """
 
 import re
@@ -61,12 +62,12 @@ def study_table(sweep: str, runs: pd.DataFrame, fits: Fits, forecasts: Iterable[
 
 
 def compares_curves(runs: pd.DataFrame) -> bool:
-    """Whether a study compares methods over sizes, rather than settings at one size."""
+    """Whether a study compares methods over sizes rather than settings at one size."""
     return has_curves(runs) or not varied(runs)
 
 
 def closing_table(runs: pd.DataFrame, fits: Fits) -> list[str]:
-    """A row a budget and method, and below it how it was fitted and what the study claims."""
+    """One row per budget and method; below, notes on the fits and the study's claims."""
     rows, optima, differences = [], by_budget(fits), to_dense(fits)
     for budget in sorted(runs["budget"].unique()):
         for name in ordered(runs.loc[runs["budget"] == budget, "name"]):
@@ -102,7 +103,7 @@ def closing_table(runs: pd.DataFrame, fits: Fits) -> list[str]:
 
 
 def fit_note(entry: Mapping[str, Any]) -> str:
-    """How the fit of one budget came out; empty if nothing could be fitted."""
+    """A note on the fit of one budget; empty if nothing could be fitted."""
     if entry.get("scatter") is None:
         return ""
     low, high = entry["window"] or (None, None)
@@ -117,7 +118,7 @@ def fit_note(entry: Mapping[str, Any]) -> str:
 
 
 def at_the_optimum(runs: pd.DataFrame, fits: Fits, published: pd.DataFrame) -> list[str]:
-    """Errors by source, multipliers, the paper's table 1, exponents, other conventions; as far as there are any."""
+    """The available ones of: errors by source, multipliers, the paper's table 1, exponents, other conventions."""
     slopes = [f"{label(g['method'])} {with_interval(g['slope'], (g['low'], g['high']), '{:+.3f}')}"
               for g in fits["growth"]]  # fmt: skip
     lines = section(
@@ -219,9 +220,9 @@ def multipliers(fits: Fits) -> Rows:
 
 
 def exponents(fits: Fits) -> Rows:
-    """Exponents of the optimal FLOPs per token by approaches 1, 2 and 3, and the largest budget held out.
+    """Exponents of the optimal FLOPs per token by approaches 1, 2 and 3; predictions for the held-out largest budget.
 
-    Empty where no method has the three budgets of a power law.
+    Empty if no method has the three budgets that a power law needs.
     """
     laws, rows = fits["laws"], []
     for name in ordered(fit["method"] for fit in laws.values()):
@@ -239,7 +240,7 @@ def exponents(fits: Fits) -> Rows:
 
 
 def conventions(fits: Fits) -> Rows:
-    """Multipliers under other conventions of counting FLOPs.
+    """Multipliers under other FLOP conventions.
 
     Ranks are among the methods at one budget that are compared with the same dense curve.
     """
@@ -262,9 +263,9 @@ def _ranked(value: float | None, among: Iterable[float | None]) -> str:
 
 
 def settings_lines(runs: pd.DataFrame, fits: Fits) -> list[str]:
-    """A row for each variant of a study of one size, over its seeds."""
+    """One row per variant of a study of one size, over its seeds."""
     done = runs[usable(runs)]
-    order = {name: i for i, name in enumerate(done["name"].unique())}  # the plan's, in which settings ascend
+    order = {name: i for i, name in enumerate(done["name"].unique())}  # in the order of the plan, where settings ascend
     variants = over_seeds(done, ["size", "budget", "name"]).sort_values("name", key=lambda names: names.map(order))
     columns = ["layer_share", "expert_usage", "unevenness"]
     others = done.groupby(["size", "budget", "name"], as_index=False)[columns].mean()
@@ -295,7 +296,7 @@ def settings_lines(runs: pd.DataFrame, fits: Fits) -> list[str]:
 
 
 def experts_and_norm(runs: pd.DataFrame, fits: Fits, published: pd.DataFrame) -> list[str]:
-    """The paper's table 2 beside ours, and what BatchNorm changes."""
+    """The paper's table 2 beside ours, and the effect of BatchNorm."""
     pairs = [
         {"method": label(re.sub("[ -]query_norm=true", "", found["method"])),
          "loss with BatchNorm minus loss without [95 %]": signed_interval(found)}
@@ -342,7 +343,7 @@ def rates(runs: pd.DataFrame) -> list[str]:
     for name, rows in settings_table(runs).groupby("name", sort=False):
         forms = {rate: "{:g}" for rate in RATES if (rows[rate] > 0).any()}
         sizes = [str(column) for column in rows if column not in ("name", *RATES)]
-        forms |= dict.fromkeys(sizes[:-1] if len(sizes) == 2 else sizes, "{:.4f}")  # the mean of one size is its loss
+        forms |= dict.fromkeys(sizes[:-1] if len(sizes) == 2 else sizes, "{:.4f}")  # with one size the mean is its loss
         texts = [
             {RATE_TITLES.get(column, size_label(column)): form.format(row[column]) for column, form in forms.items()}
             for row in rows.to_dict("records")

@@ -1,6 +1,6 @@
-"""The one style of all figures: colour = method, marker = budget, star = fitted minimum, hollow = flagged.
+"""The common style of all figures: colour = method, marker = budget, star = fitted minimum, hollow = flagged.
 
-Figures are built without pyplot, so that drawing has no global state and needs no display.
+Figures are made without pyplot, so that drawing has no global state and needs no display.
 """
 
 import math
@@ -22,7 +22,7 @@ from matplotlib.lines import Line2D
 from peerscale.files import replacing
 
 TEXT_WIDTH = 5.5
-"""Inches: the width of the text of a one-column paper, so that figures are printed unscaled."""
+"""Width of the text of a one-column paper in inches, so that figures are printed unscaled."""
 
 COLOURS = {
     "dense": "#4d4d4d",
@@ -31,10 +31,10 @@ COLOURS = {
     "pkm": "#009e73",
     "peer": "#0072b2",
 }
-"""Okabe and Ito's palette, told apart under all common colour blindness."""
+"""Okabe and Ito's palette, which remains distinguishable with all common forms of colour blindness."""
 
 SPARE_COLOURS = ("#d55e00", "#56b4e9", "#882255", "#999933", "#661100", "#44aa99", "#aa4499")
-"""For layers that this file does not know."""
+"""Colours of other layers."""
 
 LABELS = {
     "dense": "dense",
@@ -60,10 +60,10 @@ SETTINGS = {
     "name=adamw": "AdamW",
     "name=row_sparse_adamw": "row-sparse AdamW",
 }
-"""How the settings in a variant's name are written; `{}` is the value."""
+"""Text for the settings in a variant's name; `{}` is the value."""
 
 MARKERS = ("o", "s", "D", "v", "P", "X")
-"""Of budgets, ascending; a triangle that points upwards is a point above the axis."""
+"""Markers of budgets, ascending; an upward triangle is reserved for points above the axis."""
 
 RC = {
     "font.family": "STIXGeneral",
@@ -87,11 +87,11 @@ RC = {
 }
 
 NO_METADATA = {"png": {"Software": None}, "pdf": {"Creator": None, "Producer": None, "CreationDate": None}}
-"""Neither dates nor versions: the same figure is the same bytes."""
+"""Metadata without dates and versions, so that the same figure gives the same bytes."""
 
 
 def ordered(names: Iterable[str]) -> list[str]:
-    """Method names, each once: the known ones in the order of the palette, the others by name, numbers ascending."""
+    """Method names, each once: known ones in the order of the palette, then others by name with ascending numbers."""
     known = list(COLOURS)
 
     def place(name: str) -> tuple[int, list[str | int]]:
@@ -103,7 +103,7 @@ def ordered(names: Iterable[str]) -> list[str]:
 
 
 def colours(names: Iterable[str]) -> dict[str, str]:
-    """A colour per name: of its method, and where a method has several variants, shades of it from light to dark.
+    """A colour per name: the colour of its method or, if a method has several variants, its shades from light to dark.
 
     An unknown method's colour depends on its name alone, unless two would share one.
     """
@@ -123,7 +123,7 @@ def colours(names: Iterable[str]) -> dict[str, str]:
 
 
 def shaded(colour: str, place: float) -> str:
-    """A colour mixed with white (`place` below 2/3, most at 0) or with black (above, most at 1)."""
+    """A colour mixed with white (`place` below 2/3; most white at 0) or with black (above 2/3; most black at 1)."""
     end, share = (1.0, 0.6 - 0.9 * place) if place < 2 / 3 else (0.0, 1.5 * place - 1)
     red, green, blue = (channel + share * (end - channel) for channel in to_rgb(colour))
     return to_hex((red, green, blue))
@@ -174,13 +174,13 @@ def power_of_ten(value: float) -> str:
 
 @contextmanager
 def applied() -> Iterator[None]:
-    """The style, for everything drawn inside."""
+    """A context that applies the style to everything drawn inside."""
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **RC}):
         yield
 
 
 def panels(n: int, *, height: float = 2.6) -> tuple[Figure, list[Axes]]:
-    """A figure of the text's width with `n` panels in rows of up to three, each of `height` inches."""
+    """A figure as wide as the text, with `n` panels in rows of up to three, each row `height` inches high."""
     columns = min(n, 3)
     rows = math.ceil(n / columns)
     figure = Figure(figsize=(TEXT_WIDTH, rows * height + 0.5), layout="constrained")
@@ -188,29 +188,31 @@ def panels(n: int, *, height: float = 2.6) -> tuple[Figure, list[Axes]]:
 
 
 def caption(figure: Figure, *lines: str) -> None:
-    """Small print below the panels: data, units, conventions."""
+    """Add small print below the panels: data, units, conventions."""
     figure.supxlabel("\n".join(line for line in lines if line), fontsize=6.5, color="#555555")
 
 
 def legend(figure: Figure, handles: Sequence[Line2D]) -> None:
-    """One legend for all panels, above them, read row by row; rows beyond the first make the figure higher."""
+    """Add one legend for all panels, above them, in row order; rows beyond the first make the figure higher."""
     widths = sorted((0.4 + 0.05 * len(str(handle.get_label())) for handle in handles), reverse=True)
     fitting = next((n for n in range(len(widths), 1, -1) if sum(widths[:n]) <= TEXT_WIDTH), 1)
     rows = max(math.ceil(len(widths) / fitting), 1)
     columns = math.ceil(len(widths) / rows)
     figure.set_figheight(figure.get_figheight() + 0.17 * (rows - 1))
-    by_column = [handle for i in range(columns) for handle in handles[i::columns]]  # as matplotlib fills a legend
+    by_column = [
+        handle for i in range(columns) for handle in handles[i::columns]
+    ]  # matplotlib fills a legend by columns
     figure.legend(handles=by_column, loc="outside upper center", ncols=max(columns, 1))
 
 
 def method_legend(figure: Figure, names: Sequence[str]) -> None:
-    """A legend of methods."""
+    """Add a legend of methods."""
     chosen = colours(names)
     legend(figure, [Line2D([], [], color=chosen[name], label=label(name)) for name in names])
 
 
 def star(axes: Axes, x: float, y: float, color: str, label: str, *, hollow: bool = False) -> None:
-    """Mark a minimum; hollow where it is flagged."""
+    """Mark a minimum with a star; hollow if it is flagged."""
     face, edge, width = ("white", color, 0.9) if hollow else (color, "white", 0.6)
     axes.plot(
         [x], [y], "*", markersize=8, color=color, zorder=5, label=label,
@@ -219,13 +221,13 @@ def star(axes: Axes, x: float, y: float, color: str, label: str, *, hollow: bool
 
 
 def listed(column: pd.Series) -> str:
-    """The values of a column, as small print names them."""
+    """The values of a column as text for captions."""
     values = sorted(column.dropna().unique())
     return " and ".join(value if isinstance(value, str) else f"{value:,.0f}" for value in values)
 
 
 def log_axis(axis: Axis, low: float, high: float) -> None:
-    """Ticks of a logarithmic axis with plain labels (`200k`, `3M`), however short its range."""
+    """Set ticks of a logarithmic axis with plain labels (`200k`, `3M`), even if its range is short."""
     decades = math.log10(high / low)
     axis.set_minor_formatter(ticker.NullFormatter())
     axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: short_number(value)))
@@ -239,7 +241,7 @@ def log_axis(axis: Axis, low: float, high: float) -> None:
 
 
 def decade_axis(axis: Axis, values: Iterable[float] = (), text: Callable[[float], str] = power_of_ten) -> None:
-    """Ticks of a logarithmic axis at 1 and 3 times the powers of ten, or at the values themselves if they are few."""
+    """Set ticks of a logarithmic axis at 1 and 3 times powers of ten, or at the values themselves if they are few."""
     ticks = sorted(set(values))
     few = 0 < len(ticks) <= 4
     axis.set_major_locator(ticker.FixedLocator(ticks) if few else ticker.LogLocator(subs=(1.0, 3.0)))
@@ -255,7 +257,7 @@ def short_number(value: float) -> str:
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write `<stem>.png` and `<stem>.pdf`, each atomically; the same figure gives the same bytes."""
+    """Write `<stem>.png` and `<stem>.pdf` atomically; the same figure gives the same bytes."""
     paths = {kind: stem.with_name(f"{stem.name}.{kind}") for kind in NO_METADATA}
     for kind, path in paths.items():
         with replacing(path) as temporary, applied():

@@ -1,1 +1,1 @@
-"""What the layers compute: their weights and forward passes, in torch, which planning does without."""
+"""The weights and forward passes of the layers, in torch; planning does not import them."""

@@ -1,4 +1,4 @@
-"""The dense feed-forward layer, and none."""
+"""The dense feed-forward layer, and a layer that adds nothing."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,8 +28,8 @@ class NoLayer(nn.Module):
     """Adds nothing to the residual stream."""
 
     def init_weights(self, output_scale: float) -> None:
-        """There are none."""
+        """The layer has no weights."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., D) -> zeros (..., D), which hand back a gradient of zeros."""
+        """x (..., D) -> zeros (..., D), connected to x so that it gets a gradient of zeros."""
         return x * 0

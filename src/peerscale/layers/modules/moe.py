@@ -1,6 +1,6 @@
-"""Mixtures of experts, each of which is a dense feed-forward layer; all run as batched products.
+"""Mixtures of experts; every expert is a dense feed-forward layer, and all run as batched products.
 
-Shapes: B sequences, T tokens of a sequence, D model width, F hidden width, E experts, C tokens that an expert chooses
+Shapes: B sequences, T tokens per sequence, D model width, F hidden width, E experts, C tokens that an expert chooses
 at each position (capacity), K top_k, M tokens of the whole batch, P pairs of a token and an expert.
 """
 
@@ -17,7 +17,7 @@ from peerscale.model.usage import CountsUsage
 
 
 class Experts(nn.Module):
-    """E dense layers side by side, drawn with variance 1 / fan-in."""
+    """E dense layers side by side, with initial weights of variance 1 / fan-in."""
 
     def __init__(self, n_experts: int, d_model: int, d_ff: int) -> None:
         super().__init__()
@@ -25,20 +25,20 @@ class Experts(nn.Module):
         self.up = nn.Parameter(torch.randn(n_experts, d_ff, d_model) * d_ff**-0.5)
 
     def init_weights(self, output_scale: float) -> None:
-        """Keep the draws of the constructor; the second product times `output_scale`."""
+        """Keep the constructor's weights; multiply those of the second matrix product by `output_scale`."""
         self.up.data *= output_scale
 
     def forward(self, x_ECD: Tensor) -> Tensor:
-        """Each expert on its own rows, the same number for each."""
+        """Apply each expert to its own rows; all experts have the same number of rows."""
         return F.gelu(x_ECD @ self.down) @ self.up
 
     def grouped(self, x_PD: Tensor, rows_E: Tensor) -> Tensor:
-        """Each expert on its own rows, sorted by expert; `rows_E` says how many each expert has."""
+        """Apply each expert to its own rows, which are sorted by expert; `rows_E` has the number of rows per expert."""
         return _grouped_product(F.gelu(_grouped_product(x_PD, self.down, rows_E)), self.up, rows_E)
 
 
 class RoutedExperts(nn.Module, CountsUsage):
-    """Experts, and the router whose scores choose among them."""
+    """Experts, and a router whose scores choose among them."""
 
     def __init__(self, d_model: int, d_expert: int, n_experts: int) -> None:
         super().__init__()
@@ -52,20 +52,20 @@ class RoutedExperts(nn.Module, CountsUsage):
         self.experts.init_weights(output_scale)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Softmax over the experts, and the scores, both in fp32 whatever the precision."""
+        """Softmax over the experts, and the scores; both are always in fp32."""
         with torch.autocast(x.device.type, enabled=False):
             scores = self.router(x.to(self.router.weight.dtype))
             return scores.softmax(dim=-1), scores
 
 
 class ExpertChoiceMoe(RoutedExperts):
-    """Every expert chooses its tokens (Zhou et al. 2022), so that all have equal work.
+    """Every expert chooses its tokens (Zhou et al. 2022), so that all experts have equal work.
 
-    Experts choose among the tokens at one position of all sequences of a group (as Krajewski et al. 2024), so that no
-    sequence sees its own future; the output depends on the other sequences of the group.
+    Experts choose among the tokens at the same position in all sequences of a group (as in Krajewski et al. 2024), so
+    that no sequence sees its own future. The output of a sequence depends on the others in its group.
 
     Args:
-        n_groups: consecutive parts of the input, on all ranks, of which each is a group.
+        n_groups: number of consecutive parts of the input, on all ranks, each of which is a group.
 
     Raises (forward):
         ValueError: if a group's sequences x capacity_factor / n_experts is not a whole number in 1..sequences.
@@ -91,12 +91,12 @@ class ExpertChoiceMoe(RoutedExperts):
         groups = groups_here(self.n_groups)
         gates_ETGC, place_ETGC = gates_BTE.permute(2, 1, 0).unflatten(-1, (groups, -1)).topk(capacity, dim=-1)
         if groups > 1:
-            # By sequence: the order of the sums over an expert's tokens.
+            # Sorted by sequence, which fixes the order of the sums over an expert's tokens.
             place_ETGC, order_ETGC = place_ETGC.sort(dim=-1)
             gates_ETGC = gates_ETGC.gather(-1, order_ETGC)
         first_G1 = torch.arange(0, B, B // groups, device=x_BTD.device)[:, None]
         gates_ETC, sequence_ETC = gates_ETGC.flatten(-2), (place_ETGC + first_G1).flatten(-2)
-        # Row of each chosen token in the batch laid out as (B x T, D).
+        # Row of each chosen token in the batch as (B x T, D).
         token_EM = (sequence_ETC * T + torch.arange(T, device=x_BTD.device)[:, None]).flatten(1)
         if self.usage is not None:
             expert_ETC = torch.arange(self.n_experts, device=x_BTD.device)[:, None, None].expand_as(gates_ETC)
@@ -109,10 +109,10 @@ class ExpertChoiceMoe(RoutedExperts):
 
     @torch.compiler.disable  # its shapes change with every batch
     def _forward_on_ranks(self, x_BTD: Tensor, gates_BTE: Tensor, capacity: int) -> Tensor:
-        """The output for this rank's sequences, where experts choose among those of all ranks.
+        """The output for this rank's sequences if experts choose among the sequences of all ranks.
 
-        Each rank computes the chosen tokens that it holds. Their number differs between experts, and the host waits for
-        the device to learn it.
+        Each rank computes the chosen tokens that it holds. Their number differs between experts, so the host has to
+        wait for the device to know it.
         """
         B, T, D = x_BTD.shape
         gates_ETS = gather(gates_BTE).permute(2, 1, 0)
@@ -133,12 +133,13 @@ class ExpertChoiceMoe(RoutedExperts):
 class TokenChoiceMoe(RoutedExperts):
     """Every token chooses its top k experts; no token is dropped and the output does not depend on the batch.
 
-    After a forward pass in training `auxiliary_loss` holds the weighted load-balance loss, E sum_i f_i P_i with f the
-    share of tokens and P the mean probability of expert i (Fedus et al. 2021), and z loss, mean(logsumexp(scores)^2)
-    (Zoph et al. 2022). f and P are those of a group of sequences; the loss is the mean over groups.
+    After a forward pass in training `auxiliary_loss` is the weighted sum of the load-balance loss, E sum_i f_i P_i with
+    f_i the share of tokens and P_i the mean probability of expert i (Fedus et al. 2021), and the z loss,
+    mean(logsumexp(scores)^2) (Zoph et al. 2022). f and P are computed per group of sequences; the loss is the mean over
+    groups.
 
     Args:
-        n_groups: consecutive parts of the input, on all ranks, of which each is a group.
+        n_groups: number of consecutive parts of the input, on all ranks, each of which is a group.
     """
 
     def __init__(
@@ -155,11 +156,11 @@ class TokenChoiceMoe(RoutedExperts):
         probabilities_ME, scores_ME = self.route(x_MD)
         gates_MK, expert_MK = probabilities_ME.topk(self.top_k, dim=-1)
         expert_P = expert_MK.flatten()
-        # `bincount` would wait for the device to learn the highest.
+        # Not `bincount`, which waits for the device to find the highest index.
         load_E = expert_P.new_zeros(self.n_experts).scatter_add_(0, expert_P, torch.ones_like(expert_P))
         if self.training:
             if self.n_groups == 1:
-                # Only the loads need a mean over ranks here: averaging the losses averages the probabilities.
+                # Only the loads need a mean over ranks here; the mean of the losses averages the probabilities.
                 share_E = mean_over_ranks(load_E.to(probabilities_ME.dtype) / expert_MK.numel())
                 balance = self.n_experts * (share_E * probabilities_ME.mean(0)).sum()
             else:
@@ -168,7 +169,7 @@ class TokenChoiceMoe(RoutedExperts):
             self.auxiliary_loss = self.config.load_balance_weight * balance + self.z_loss_weight * z_loss
         if self.usage is not None:
             self.usage.add(expert_MK, gates_MK, len(x_MD))
-        # Sorted by expert, the pairs of one expert are consecutive rows.
+        # Sorted by expert, so that the pairs of one expert are consecutive rows.
         order = expert_P.argsort(stable=True)
         x_PD = x_MD.unsqueeze(1).expand(-1, self.top_k, -1).reshape(-1, x.shape[-1])
         y_PD = self.experts.grouped(x_PD.index_select(0, order), load_E)
@@ -176,7 +177,7 @@ class TokenChoiceMoe(RoutedExperts):
         return (y_MKD * gates_MK.unsqueeze(-1).to(x.dtype)).sum(1).view(x.shape)
 
     def _balance_of_groups(self, probabilities_ME: Tensor, expert_MK: Tensor) -> Tensor:
-        """E sum_i f_i P_i, the mean over the groups on this rank, each of which has the same number of tokens."""
+        """E sum_i f_i P_i, averaged over the groups on this rank, which all have the same number of tokens."""
         groups = groups_here(self.n_groups)
         chosen_ME = F.one_hot(expert_MK, self.n_experts).sum(1).to(probabilities_ME.dtype) / self.top_k
         share_GE, mean_GE = (x.unflatten(0, (groups, -1)).mean(1) for x in (chosen_ME, probabilities_ME))
@@ -184,8 +185,8 @@ class TokenChoiceMoe(RoutedExperts):
 
 
 class FineGrainedMoe(TokenChoiceMoe):
-    """f(x) = sum of the shared experts + sum over the top k routed experts of s_i(x) FFN_i(x), in the manner of
-    DeepSeekMoE (Dai et al. 2024, equations 9 to 11).
+    """f(x) = sum of the shared experts + sum over the top k routed experts of s_i(x) FFN_i(x), as in DeepSeekMoE (Dai
+    et al. 2024, equations 9 to 11).
 
     s is the softmax over all routed experts and is not normalised again over the top k. `auxiliary_loss` is as in
     `TokenChoiceMoe`, without the z loss: the paper's expert-level balance loss (equations 12 to 14).
@@ -194,7 +195,7 @@ class FineGrainedMoe(TokenChoiceMoe):
     def __init__(self, d_model: int, d_ff: int, config: FineGrainedMoeConfig, n_groups: int = 1) -> None:
         d_expert = config.d_expert(d_ff)
         super().__init__(d_model, d_expert, config, n_groups)
-        # Experts without gates add up to one dense layer of their total width.
+        # The sum of experts without gates is one dense layer of their total width.
         self.shared = Dense(d_model, config.n_shared * d_expert)
 
     def init_weights(self, output_scale: float) -> None:
@@ -208,10 +209,10 @@ class FineGrainedMoe(TokenChoiceMoe):
 
 def _grouped_product(x_PD: Tensor, weight_EDF: Tensor, rows_E: Tensor) -> Tensor:
     """The first rows_E[0] rows times weight_EDF[0], the next rows_E[1] times weight_EDF[1], and so on: (P, F)."""
-    if torch.is_autocast_enabled(x_PD.device.type):  # which does not cover grouped products
+    if torch.is_autocast_enabled(x_PD.device.type):  # autocast does not cover grouped products
         dtype = torch.get_autocast_dtype(x_PD.device.type)
         x_PD, weight_EDF = x_PD.to(dtype), weight_EDF.to(dtype)
-    if torch.compiler.is_compiling():  # torch 2.13 knows no shapes of grouped products in float32
+    if torch.compiler.is_compiling():  # torch 2.13 cannot infer shapes of grouped products in float32
         return _compiled_product(x_PD, weight_EDF, rows_E)
     return _product(x_PD, weight_EDF, rows_E)
 
@@ -223,7 +224,7 @@ def _product(x_PD: Tensor, weight_EDF: Tensor, rows_E: Tensor) -> Tensor:
 
 
 def _groups(x_PD: Tensor, *widths: int) -> bool:
-    """Whether torch multiplies it: since 2.10, no float64, and rows of a multiple of 16 bytes."""
+    """Whether torch supports this grouped product: since 2.10, not in float64, rows of a multiple of 16 bytes."""
     aligned = all(width * x_PD.element_size() % 16 == 0 for width in widths)
     return hasattr(F, "grouped_mm") and x_PD.dtype != torch.float64 and aligned
 

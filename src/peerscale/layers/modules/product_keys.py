@@ -1,5 +1,5 @@
-"""Product-key memory (Lample et al. 2019) and PEER (He 2024), which retrieve rows of tables by product keys: the exact
-top k of N keys at the cost of 2 sqrt(N) (PEER, section 2, equations 4 and 5).
+"""Product-key memory (Lample et al. 2019) and PEER (He 2024), which retrieve rows of tables by product keys: they find
+the exact top k of N keys at the cost of 2 sqrt(N) keys (PEER, section 2, equations 4 and 5).
 
 Shapes: T tokens, D model width, H heads, S the 2 halves of a key, C half a key's width, K top_k, J = H K.
 """
@@ -17,16 +17,16 @@ from peerscale.model.usage import CountsUsage
 
 
 class QueryNorm(nn.BatchNorm1d):
-    """torch's BatchNorm over the input of all ranks, or by itself over each of `n_groups` consecutive parts of it.
+    """torch's BatchNorm over the input of all ranks, or separately over each of its `n_groups` consecutive parts.
 
-    The running statistics follow the mean of those of the groups, after every `n_passes` inputs in training, which make
-    up a batch. (torch's SyncBatchNorm does not run on a CPU.)
+    The running statistics move towards the mean statistics of the groups, once per batch, that is, after every
+    `n_passes` inputs in training. (torch's SyncBatchNorm does not run on a CPU.)
     """
 
     def __init__(self, n_features: int, n_groups: int = 1, n_passes: int = 1) -> None:
         super().__init__(n_features)
         self.n_groups, self.n_passes = n_groups, n_passes
-        # In tensors: for each other number a compiled layer would be compiled again.
+        # Kept in tensors, since torch.compile would recompile the layer for each new Python number.
         self.register_buffer("passed_P2F", torch.zeros(n_passes, 2, n_features), persistent=False)
         self.register_buffer("n_passed", torch.zeros((), dtype=torch.long), persistent=False)
 
@@ -53,25 +53,26 @@ class QueryNorm(nn.BatchNorm1d):
         return (centred_GTF * (variance_G1F + self.eps).rsqrt()).flatten(0, 1) * self.weight + self.bias
 
     def _sum(self, parts_GTF: Tensor) -> Tensor:
-        """The sum over each group; a single one lies on all ranks."""
+        """The sum over each group; a single group is spread over all ranks."""
         here_G1F = parts_GTF.sum(1, keepdim=True)
         return sum_over_ranks(here_G1F) if self.n_groups == 1 else here_G1F
 
 
 class ProductKeyRetrieval(nn.Module, CountsUsage):
-    """Queries, product keys and their top k; scores in fp32 whatever the precision. The layers add tables of rows.
+    """Queries, product keys and their top k; scores are always in fp32. Subclasses add tables of rows.
 
-    Under autocast these are read rounded to its type (`kernels.operators`); their gradients stay in their own.
+    Under autocast the rows are rounded to its type when they are read (`kernels.operators`); the gradients of the
+    tables keep the type of the tables.
 
     Args:
         d_model: width of input and output.
-        n_experts, n_heads, top_k, d_key, settings: the settings of `CONFIG`, where they are explained.
-        n_groups: consecutive parts of the input, on all ranks, each with a BatchNorm of its own.
+        n_experts, n_heads, top_k, d_key, settings: see the settings class, `CONFIG`.
+        n_groups: consecutive parts of the input, on all ranks, each with its own BatchNorm statistics.
         n_passes: inputs that make up a batch, after which the BatchNorm's running statistics move.
         operators: the backend; None: the fastest for the kind of device that the layer is on (`kernels.backends`).
 
     Raises:
-        ValueError: settings that cannot be.
+        ValueError: the settings are invalid.
     """
 
     CONFIG: ClassVar[type[RetrievalConfig]]
@@ -101,14 +102,14 @@ class ProductKeyRetrieval(nn.Module, CountsUsage):
         self.reset_parameters()
 
     def _apply(self, *arguments: Any, **options: Any) -> Self:
-        """As torch's, which `to` and `cuda` call: another kind of device may have another fastest backend."""
+        """Called by `to` and `cuda`: choose the operators again, since the fastest backend depends on the device."""
         super()._apply(*arguments, **options)
         if self.follows_device:
             self.operators = choose_operators(device=self.sub_keys.device.type)
         return self
 
     def reset_parameters(self) -> None:
-        """The paper states no initialisation; this is that of the product-key memory code it refers to."""
+        """The paper states no initialisation; this one is from the product-key memory code that it refers to."""
         nn.init.xavier_uniform_(self.query.weight)
         if self.query.bias is not None:
             nn.init.zeros_(self.query.bias)
@@ -116,7 +117,7 @@ class ProductKeyRetrieval(nn.Module, CountsUsage):
         nn.init.uniform_(self.sub_keys, -bound, bound)
 
     def init_weights(self, output_scale: float) -> None:
-        """Keep the draws of the constructor, tables included, unscaled: the papers state no scale of the output."""
+        """Keep the constructor's weights, including the tables, unscaled: the papers state no scale of the output."""
 
     def retrieve(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (T, D) -> scores, best first, and row numbers, both (T, H, K)."""
@@ -142,15 +143,15 @@ class ProductKeyRetrieval(nn.Module, CountsUsage):
         return y_TD.view(x.shape).to(x.dtype)
 
     def gates(self, scores_THK: Tensor) -> Tensor:
-        """What the retrieved rows are weighted with."""
+        """The weights of the retrieved rows."""
         return scores_THK.softmax(dim=-1)
 
     def combine(self, x_TD: Tensor, rows_TJ: Tensor, gates_TJ: Tensor) -> Tensor:
-        """The output (T, D), from the rows that were retrieved, read in the precision of x."""
+        """The output (T, D) from the retrieved rows, which are read in the precision of x."""
         raise NotImplementedError
 
     def new_table(self, d_model: int) -> nn.Parameter:
-        """A row for each expert, of norm about 1: the papers state no initialisation."""
+        """A table with a row per expert, of norm about 1; the papers state no initialisation."""
         return nn.Parameter(torch.randn(self.n_experts, d_model) * d_model**-0.5)
 
 
@@ -187,7 +188,7 @@ class Peer(ProductKeyRetrieval):
         super().__init__(d_model, *arguments, **settings)
         assert isinstance(self.config, PeerConfig)
         self.activation, self.score = self.config.activation, self.config.score
-        # Rows of norm about 1 also give u . x the variance of x's features.
+        # With rows of norm about 1, u . x also has the variance of x's features.
         self.w_down, self.w_up = self.new_table(d_model), self.new_table(d_model)
 
     def expert_tables(self) -> list[nn.Parameter]:
