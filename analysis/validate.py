@@ -30,7 +30,7 @@ SURFACE = ("E", "A", "B", "alpha", "beta")
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One value, which should equal `expected` (`=`), be at most that (`<=`), both within `tolerance`, or above (`>`)."""
+    """One value, which should equal `expected` (`=`) or be at most that (`<=`), within `tolerance`, or above (`>`)."""
 
     what: str
     value: float

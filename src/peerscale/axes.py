@@ -16,7 +16,7 @@ NAMED = ("ffn", "size", "budget", "seed")
 """Keys that have their own place in a cell's name; a study varies them through methods, grid and seeds."""
 
 UNNAMED = ("ffn.class", "ffn.method", "ffn.variant", "size", "budget", "seed")
-"""The same in a composed configuration, whose keys do not become axes."""
+"""Keys of a composed configuration that never become axes, since a cell's name holds their values elsewhere."""
 
 CORPUS = ("data.name", "data.path", "data.source", "data.max_documents")
 """Keys that choose a corpus; in a cell's name they are one axis, `data=<name of the corpus>`."""

@@ -86,7 +86,7 @@ def layers_with(key: str) -> list[str]:
 
 
 def _siblings(parts: list[str], root: type) -> list[str]:
-    """The names of the fields beside the one that `parts` lead to."""
+    """The names of all fields in the section that `parts` point to."""
     prefix = "".join(f"{part}." for part in parts[:-1] if not part.isdigit())
     keys = [key.removeprefix(prefix) for key in _keys(root) if key.startswith(prefix)]
     return [key for key in keys if "." not in key]

@@ -77,7 +77,7 @@ class SweepConfig:
     axes: dict[str, Values] = Field(default_factory=dict)
     """Any further config keys and the values that each takes."""
     method_axes: dict[str, dict[str, Values]] = Field(default_factory=dict)
-    """The same for one method only."""
+    """Axes of one method only, by method."""
     min_sizes: Positive = 5
     """Sizes that every method needs at every budget: five points for a parabola."""
     claims: ClaimsConfig | None = None
@@ -188,7 +188,7 @@ def load_sweep(sweep: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
 
 
 def _leave_out(tree: dict[str, Any], methods: set[str]) -> None:
-    """Remove from a `sweep` section whatever concerns only these methods."""
+    """Remove from a `sweep` section everything that concerns only these methods."""
     if isinstance(tree.get("method_axes"), dict):
         tree["method_axes"] = {name: axes for name, axes in tree["method_axes"].items() if name not in methods}
     rows = []

@@ -298,7 +298,7 @@ def test_published_cells_of_another_recipe_or_corpus_do_not_fill_in(
     arguments = published_and_run_here(collected_runs, tmp_path, peer, others)
     capsys.readouterr()
     assert collect.main(arguments) == 0
-    assert f"another configuration than the plan's: {key} " in capsys.readouterr().err
+    assert f"another configuration than the plan: {key} " in capsys.readouterr().err
     table = pd.read_csv(collected(SWEEP, tmp_path / "runs").runs)
     assert set(table.loc[table["status"] == "done", "method"]) == {"peer"}
 

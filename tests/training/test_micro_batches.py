@@ -100,7 +100,7 @@ def test_a_cell_goes_on_in_the_same_parts_alone(settings: list[str], tmp_path: P
         ),
         (
             ["ffn=peer", "trainer.micro_batches=4"],
-            "peer takes statistics over 16 sequences, which trainer.micro_batches 4 divides; "
+            "peer takes statistics over 16 sequences, which trainer.micro_batches 4 splits; "
             "routing_group_sequences may be 4 or a divisor of that",
         ),
         (["ffn=peer", "trainer.micro_batches=4", "routing_group_sequences=4"], ""),

@@ -39,7 +39,7 @@ MAX_ITERATIONS = 1000
 TOLERANCE = 1e-12
 """A fit has converged when the predicted relative decrease of its objective is below this."""
 EXACT = 1e-26
-"""The same as an absolute decrease, for fits without residuals."""
+"""Absolute decrease that is added to this threshold, for fits without residuals."""
 PATIENCE, STALL = 25, 1e-7
 """A fit has also converged if its objective fell by less than a share `STALL` in `PATIENCE` iterations: it moves along
 a valley that the data leave flat."""
