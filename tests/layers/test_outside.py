@@ -148,7 +148,7 @@ def test_a_mistake_in_its_file_takes_one_line(mylab: Path, change: str, message:
     [
         ("def cost(", "def costs(", "class gated.GatedConfig has no method cost(self, around)"),
         ("def build(", "def make(", "class gated.GatedConfig has no method build(self, around)"),
-        ("@layer_config", "# ", "no subclass of peerscale.layers.FfnConfig with the decorator layer_config"),
+        ("@layer_config", "# ", "not a subclass of peerscale.layers.FfnConfig with the decorator layer_config"),
         ('"gated"', '"peer"', "needs a default for method, and none of dense, "),
         ("return round(", "return rnd round(", "gated cannot be imported: SyntaxError: "),
         ("import torch.nn", "import nosuch\nimport torch.nn", "gated cannot be imported: No module named 'nosuch'"),
