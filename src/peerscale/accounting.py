@@ -35,10 +35,6 @@ class Cost:
         return sum(self.params.values())
 
     @property
-    def params_non_embedding(self) -> int:
-        return self.params_total - self.params["embedding"]
-
-    @property
     def flops_per_token(self) -> int:
         return sum(self.flops.values())
 

@@ -45,8 +45,3 @@ def test_an_interval_holds_the_true_value_as_often_as_it_says(at: float) -> None
         ).interval
         hits += low <= truth <= high
     assert 0.94 < hits / draws < 0.985  # the widening is never undone, so somewhat more than 95 %
-
-
-def test_two_points_are_too_few() -> None:
-    with pytest.raises(ValueError, match="2 points, fewer than 3"):
-        extrapolate(X[:2], X[:2], SE[:2], FREE[:2], 14.0)

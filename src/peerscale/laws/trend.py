@@ -33,8 +33,6 @@ def extrapolate(x: Array, y: Array, se: Array, df: Array, at: float) -> Extrapol
         se, df: standard error of each y, and its degrees of freedom.
         at: the x at which y is wanted.
     """
-    if len(x) < MIN_POINTS:
-        raise ValueError(f"{len(x)} points, fewer than {MIN_POINTS}")
     weights = 1 / se**2
     centre = weights @ x / weights.sum()
     spread = weights @ (x - centre) ** 2
