@@ -136,6 +136,6 @@ def test_the_plan_tells_gpu_hours_their_cost_and_the_largest_cell() -> None:
     (line,) = time_lines(timed, 2.5)
     assert line.startswith("20 GPU-hours, 50 at 2.5 an hour; the largest cell takes about 1.0")
     guess, line = time_lines(cells, None)
-    assert "by trainer.device_utilisation 0.3 of trainer.device_flops_per_s 9.89e+14" in guess
+    assert "assumes trainer.device_utilisation 0.3 of trainer.device_flops_per_s 9.89e+14" in guess
     assert "GPU-hours; PRICE=2.5 gives their cost" in line
     assert time_lines([replace(cell, estimate_is_guess=False) for cell in planned_cells("smoke")], 2.5) == []

@@ -72,7 +72,7 @@ def test_auto_where_no_backend_is_made_for_the_device(with_triton, capsys):
 def test_auto_on_a_gpu_without_triton_is_torch_with_one_line_of_notice(without_triton, capsys):
     assert choose_operators("auto", "cuda").name == choose_operators("auto", "cuda").name == "torch"
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("notice: kernel torch in place of triton") and "peerscale[gpu]" in line
+    assert line.startswith("notice: kernel torch in place of the faster triton") and "peerscale[gpu]" in line
 
 
 def test_triton_is_refused_where_it_cannot_run(with_triton):
