@@ -113,6 +113,7 @@ def all_axes(study: SweepConfig) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def overridden_key(override: str) -> str:
+    """`optim.lr` of `+optim.lr=0.01`."""
     return override.lstrip("+~").partition("=")[0]
 
 

@@ -23,6 +23,7 @@ def evaluated_tokens(config: Config, set_tokens: Mapping[str, int] | None) -> di
 
 
 def skipped_sets(config: Config, set_tokens: Mapping[str, int] | None) -> dict[str, str]:
+    """The held-out sets that `data.evaluation` names and the corpus cannot serve, and why."""
     skipped = {}
     for name in (name for name, asked in config.data.evaluation.items() if asked):
         if name in FROM_FILES and not config.data.held_out.get(name) and name not in (set_tokens or {}):

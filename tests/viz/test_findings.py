@@ -138,3 +138,25 @@ def test_the_committed_page_is_what_the_committed_studies_say() -> None:
 def test_a_page_without_a_place_for_the_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="needs the lines"):
         findings_page(f"{END}\n{BEGIN}\n", tmp_path)
+
+
+def test_a_rival_that_is_compared_at_two_sizes_has_both(tmp_path: Path) -> None:
+    at_sizes = [
+        {**difference("moe", "peer", value, 0.01), "size": size} for size, value in (("d64", 0.03), ("d80", -0.02))
+    ]
+    publish(tmp_path, "isoflop_cpu", {1e13: at_sizes}, [])
+    row = by_claim(tmp_path)["PEER beats MoE (expert choice)"]
+    assert (
+        row["verdict"] == "holds, descriptive (at 1e13, d_model 64); does not hold, descriptive (at 1e13, d_model 80)"
+    )
+    assert "1e13, d_model 64: −0.030 ± 0.010" in row["measured here"]
+    assert "1e13, d_model 80: +0.020 ± 0.010" in row["measured here"]
+
+
+def test_of_several_numbers_of_experts_at_one_size_the_best_is_named(tmp_path: Path) -> None:
+    values = {256: -0.02, 1024: -0.05, 4096: -0.03}
+    found = [{**difference(f"peer n_experts={n}", "dense", value, 0.01), "size": "d64"} for n, value in values.items()]
+    publish(tmp_path, "isoflop_cpu", {1e13: found}, [])
+    row = by_claim(tmp_path)["More experts help"]
+    assert row["verdict"] == "descriptive: the lowest loss is that of 1,024 experts"
+    assert row["measured here"].count("experts at 1e13, d_model 64") == 3

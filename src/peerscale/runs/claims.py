@@ -28,7 +28,7 @@ def claims_of(budgets: Sequence[Mapping[str, Any]], claims: ClaimsConfig | None)
             # No claim from an error without misfit and seeds, or from a single size if other methods have curves.
             if found.get("fit_se") is None and (found.get("seeds_se") is None or entry["methods"]):
                 continue
-            for one in (found, _turned(found)):
+            for one in (found, turned(found)):
                 name, rival = (one[key].partition(" ")[0] for key in ("method", "reference"))
                 if as_configured and one["method"] != method:
                     continue
@@ -49,7 +49,7 @@ def claims_of(budgets: Sequence[Mapping[str, Any]], claims: ClaimsConfig | None)
     return found
 
 
-def _turned(found: Mapping[str, Any]) -> dict[str, Any]:
+def turned(found: Mapping[str, Any]) -> dict[str, Any]:
     """The negative of a difference, for a claim whose method is the reference of that difference."""
     ends = {"value": -found["value"], "low": -found["high"], "high": -found["low"]}
     return {**found, "method": found["reference"], "reference": found["method"], **ends}

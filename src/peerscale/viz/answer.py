@@ -6,7 +6,7 @@ from typing import Any
 
 from peerscale.cell_names import budget_name
 from peerscale.runs.claims import FAMILY_LEVEL
-from peerscale.viz.markdown import number
+from peerscale.viz.markdown import plus_minus
 from peerscale.viz.style import in_words, label, ordered, size_label
 
 Claim = Mapping[str, Any]
@@ -15,6 +15,8 @@ Place = tuple[float, str, str]
 Outcomes = dict[str, list[Claim]]
 """The claims by outcome, `leads`, `trails`, `EQUALS` or `UNDECIDED`; outcomes without claims are left out."""
 
+LEADS = "leads"
+TRAILS = "trails"
 EQUALS = "equals"
 UNDECIDED = "cannot be told apart from"
 
@@ -35,7 +37,7 @@ def answer(fits: Mapping[str, Any]) -> str:
         parts.append(f"At {at} FLOPs {method} {short}" if not parts else f"at {at} it {short}")
     dense = next((c for c in fits["claims"] if c["budget"] == largest and c["rival"] == "dense"), None)
     text = f"{'; '.join(parts)}."
-    return text if dense is None else f"{text} Against dense at {budget_name(largest)}: {_with_error(dense)} nats."
+    return text if dense is None else f"{text} Against dense at {budget_name(largest)}: {plus_minus(dense)} nats."
 
 
 def _no_answer(budgets: Sequence[Mapping[str, Any]]) -> str:
@@ -65,13 +67,17 @@ def _places(claims: Sequence[Claim]) -> dict[Place, Outcomes]:
     return {place: _outcomes([by_rival[r] for r in ordered(by_rival)]) for place, by_rival in places.items()}
 
 
+def outcome(claim: Claim) -> str:
+    """`LEADS`, `TRAILS`, `EQUALS` or `UNDECIDED`: what the method of a claim does to its rival."""
+    if claim["p_holm"] is not None and claim["p_holm"] < FAMILY_LEVEL:
+        return LEADS if claim["value"] < 0 else TRAILS
+    return EQUALS if claim.get("equal") else UNDECIDED
+
+
 def _outcomes(claims: Sequence[Claim]) -> Outcomes:
-    found: Outcomes = {"leads": [], "trails": [], EQUALS: [], UNDECIDED: []}
+    found: Outcomes = {verb: [] for verb in (LEADS, TRAILS, EQUALS, UNDECIDED)}
     for claim in claims:
-        if claim["p_holm"] is not None and claim["p_holm"] < FAMILY_LEVEL:
-            found["leads" if claim["value"] < 0 else "trails"].append(claim)
-        else:
-            found[EQUALS if claim.get("equal") else UNDECIDED].append(claim)
+        found[outcome(claim)].append(claim)
     return {verb: members for verb, members in found.items() if members}
 
 
@@ -79,7 +85,7 @@ def _sentence(place: Place, found: Outcomes) -> str:
     """`At 3e12 FLOPs PEER leads dense (−0.034 ± 0.015) and cannot be told apart from PKM (...).`"""
     budget, size, settings = place
     method = label(next(iter(found.values()))[0]["method"].partition(" ")[0])
-    parts = [f"{verb} {_listed(_rival(c) + f' ({_with_error(c)})' for c in some)}" for verb, some in found.items()]
+    parts = [f"{verb} {_listed(_rival(c) + f' ({plus_minus(c)})' for c in some)}" for verb, some in found.items()]
     where = ", ".join(filter(None, (f"At {budget_name(budget)} FLOPs", size_label(size), in_words(settings))))
     return f"{where}{',' * bool(size or settings)} {method} {', and '.join(parts)}."
 
@@ -91,10 +97,6 @@ def _short(found: Outcomes) -> str:
 
 def _rival(claim: Claim) -> str:
     return label(claim["rival"].partition(" ")[0])
-
-
-def _with_error(claim: Claim) -> str:
-    return f"{number(claim['value'], '{:+.3f}')} ± {number((claim['high'] - claim['low']) / 2, '{:.3f}')}"
 
 
 def _listed(texts: Iterable[str]) -> str:

@@ -11,13 +11,14 @@ import pandas as pd
 from peerscale.cell_names import budget_name
 from peerscale.composition import read_study, sweep_file
 from peerscale.errors import UserError
-from peerscale.runs.claims import FAMILY_LEVEL
+from peerscale.runs.claims import turned
 from peerscale.runs.study import published, read_fits, usable
 from peerscale.runs.table import read_runs
-from peerscale.viz.markdown import number, signed_interval, table
+from peerscale.viz.answer import EQUALS, LEADS, TRAILS, UNDECIDED, outcome
+from peerscale.viz.markdown import number, plus_minus, signed_interval, table, with_interval
 from peerscale.viz.multipliers import paper_multipliers
 from peerscale.viz.published import WITHOUT_NORM, paper_values, read_published
-from peerscale.viz.style import label
+from peerscale.viz.style import label, size_label
 
 BEGIN, END = "<!-- begin: make findings -->", "<!-- end -->"
 """Lines of the page between which the table stands."""
@@ -32,6 +33,13 @@ ALL_USED = 0.99
 """Share of the experts from which all are called used."""
 
 PARTS = {"fit_se": "sizes", "seeds_se": "seeds", "sequences_se": "sequences", "rate_se": "rates"}
+
+VERDICTS = {
+    LEADS: "holds",
+    TRAILS: "does not hold: PEER is behind",
+    EQUALS: "does not hold: equal",
+    UNDECIDED: "cannot be told",
+}
 
 Row = dict[str, str]
 
@@ -101,26 +109,21 @@ def _row(claim: str, paper: str, found: Evidence | None, judge: Callable[[Eviden
 
 
 def _against(rival: str) -> Callable[[Evidence], tuple[str, str]]:
-    """PEER less a rival at the optimum of every claimed budget, or of every budget where the study claims nothing."""
+    """PEER minus a rival, for the claims about it, or for every difference where the study claims nothing about it."""
 
     def judge(found: Evidence) -> tuple[str, str]:
-        claims = {c["budget"]: c for c in found.fits["claims"] if (c["method"], c["rival"]) == ("peer", rival)}
-        pairs = _differences(found, "peer", rival)
-        measured, verdicts = [], {}
-        for budget in sorted(claims or pairs, reverse=True):
-            one = pairs[budget]
+        claims = {_place(c): c for c in found.fits["claims"] if (c["method"], c["rival"]) == ("peer", rival)}
+        measured, verdicts = [], []
+        for one in _differences(found, "peer", rival):
+            place = _place(one)
+            if claims and place not in claims:
+                continue
             parts = ", ".join(f"{word} {one[key]:.3f}" for key, word in PARTS.items() if one.get(key) is not None)
-            measured.append(f"{budget_name(budget)}: {_plus_minus(one)} ({parts})")
-            verdicts[budget] = _verdict(claims[budget]) if claims else _told(one) + ", descriptive"
-        return "; ".join(measured), "; ".join(_by_verdict(verdicts))
+            measured.append(f"{place}: {plus_minus(one)} ({parts})")
+            verdicts.append((VERDICTS[outcome(claims[place])] if claims else _told(one) + ", descriptive", place))
+        return "; ".join(measured), _by_verdict(verdicts)
 
     return judge
-
-
-def _verdict(claim: Mapping[str, Any]) -> str:
-    if claim["p_holm"] is not None and claim["p_holm"] < FAMILY_LEVEL:
-        return "holds" if claim["value"] < 0 else "does not hold: PEER is behind"
-    return "does not hold: equal" if claim.get("equal") else "cannot be told"
 
 
 def _told(one: Mapping[str, Any]) -> str:
@@ -128,34 +131,34 @@ def _told(one: Mapping[str, Any]) -> str:
     return "holds" if one["high"] < 0 else "does not hold" if one["low"] > 0 else "cannot be told"
 
 
-def _by_verdict(verdicts: Mapping[float, str]) -> list[str]:
+def _by_verdict(verdicts: Iterable[tuple[str, str]]) -> str:
+    """`holds (at 1e14, 3e13); cannot be told (at 3e12)` from pairs of verdict and place."""
     at: dict[str, list[str]] = {}
-    for budget, verdict in verdicts.items():
-        at.setdefault(verdict, []).append(budget_name(budget))
-    return [f"{verdict} (at {', '.join(budgets)})" for verdict, budgets in at.items()]
+    for verdict, place in verdicts:
+        at.setdefault(verdict, []).append(place)
+    return "; ".join(f"{verdict} (at {', '.join(places)})" for verdict, places in at.items())
 
 
 def _growth(found: Evidence) -> tuple[str, str]:
+    each = sorted((one for one in found.fits["multipliers"] if one["method"] == "peer"), key=lambda one: -one["budget"])
+    values = "; ".join(f"{budget_name(one['budget'])}: {_interval(one, 'multiplier')}" for one in each)
     slope = next((one for one in found.fits["growth"] if one["method"] == "peer"), None)
-    each = [one for one in found.fits["multipliers"] if one["method"] == "peer"]
-    values = "; ".join(f"{budget_name(m['budget'])}: {_ratio(m)}" for m in sorted(each, key=lambda m: -m["budget"]))
     if slope is None:
         return values, "cannot be told: needs four budgets"
     told = "holds" if slope["low"] > 0 else "does not hold" if slope["high"] < 0 else "cannot be told"
-    ends = f"[{number(slope['low'])}, {number(slope['high'])}]"
-    return f"ln multiplier per decade {number(slope['slope'])} {ends}; {values}", told
+    return f"ln multiplier per decade {_interval(slope, 'slope')}; {values}", told
 
 
 def _experts(found: Evidence) -> tuple[str, str]:
     """Further numbers of experts against the usual one at the optimum, or each against dense at one size."""
-    variants = [name for name in _methods(found) if name.startswith("peer n_experts=")]
-    variants.sort(key=lambda name: int(name.partition("=")[2]))
-    texts, told = [], {}
-    for name in variants:
-        for budget, one in _differences(found, name, "peer" if "peer" in _methods(found) else "dense").items():
-            texts.append(f"{int(name.partition('=')[2]):,} experts at {budget_name(budget)}: {signed_interval(one)}")
-            told[budget] = _told(one)
-    return "; ".join(texts), "; ".join(_by_verdict(told))
+    reference = "peer" if "peer" in _methods(found) else "dense"
+    variants = {int(name.partition("=")[2]): name for name in _methods(found) if name.startswith("peer n_experts=")}
+    pairs = [(n, one) for n in sorted(variants) for one in _differences(found, variants[n], reference)]
+    texts = [f"{n:,} experts at {_place(one)}: {signed_interval(one)}" for n, one in pairs]
+    if reference == "dense" and pairs:
+        best = min(pairs, key=lambda pair: pair[1]["value"])[0]
+        return "; ".join(texts), f"descriptive: the lowest loss is that of {best:,} experts"
+    return "; ".join(texts), _by_verdict((_told(one), _place(one)) for _, one in pairs)
 
 
 def _active(found: Evidence) -> tuple[str, str]:
@@ -172,17 +175,14 @@ def _active(found: Evidence) -> tuple[str, str]:
 
 
 def _norm(found: Evidence) -> tuple[str, str]:
-    """PEER with less PEER without BatchNorm, at one size."""
+    """PEER with BatchNorm minus PEER without it, at one size."""
+    pairs = [(name, name.replace("query_norm=true", "query_norm=false")) for name in _methods(found)]
     texts, told = [], []
-    for name in _methods(found):
-        other = name.replace("query_norm=true", "query_norm=false")
-        for one in () if other == name else _differences(found, name, other).values():
+    for name, other in [(name, other) for name, other in pairs if name != other] + [("peer", "peer query_norm=false")]:
+        for one in _differences(found, name, other):
             experts = name.partition("n_experts=")[2].partition("-")[0]
-            texts.append(f"{int(experts):,} experts: {signed_interval(one)}" if experts else signed_interval(one))
+            texts.append((f"{int(experts):,} experts: " if experts else "") + signed_interval(one))
             told.append(_told(one))
-    for one in _differences(found, "peer", "peer query_norm=false").values():
-        texts.append(signed_interval(one))
-        told.append(_told(one))
     return "; ".join(texts), ", ".join(dict.fromkeys(told))
 
 
@@ -200,28 +200,26 @@ def _methods(found: Evidence) -> list[str]:
     return list(dict.fromkeys(one[key] for one in differences for key in ("method", "reference")))
 
 
-def _differences(found: Evidence, method: str, reference: str) -> dict[float, Mapping[str, Any]]:
-    """Method less reference by budget, whichever of them the study subtracts."""
-    signs = {(method, reference): 1, (reference, method): -1}
-    differences: dict[float, Mapping[str, Any]] = {}
-    for entry in found.fits["budgets"]:
+def _differences(found: Evidence, method: str, reference: str) -> list[dict[str, Any]]:
+    """Method minus reference at each budget, the largest first, and size, whichever of the two the study subtracts."""
+    known: dict[tuple[float, str], dict[str, Any]] = {}  # a study may have a pair both ways
+    for entry in sorted(found.fits["budgets"], key=lambda entry: -entry["budget"]):
         for one in entry["differences"]:
-            sign = signs.get((one["method"], one["reference"]))
-            if sign and one.get("value") is not None:
-                low, high = sorted((sign * one["low"], sign * one["high"]))
-                differences[entry["budget"]] = {**one, "value": sign * one["value"], "low": low, "high": high}
-    return differences
+            if {one["method"], one["reference"]} == {method, reference} and one.get("value") is not None:
+                known[entry["budget"], one["size"]] = {"budget": entry["budget"], **one}
+    return [one if one["method"] == method else turned(one) for one in known.values()]
+
+
+def _place(one: Mapping[str, Any]) -> str:
+    """`1e13`, or of a comparison at one size `1e13, d_model 64`."""
+    return ", ".join(filter(None, (budget_name(one["budget"]), size_label(one["size"]))))
+
+
+def _interval(one: Mapping[str, Any], key: str) -> str:
+    return with_interval(one[key], (one["low"], one["high"]), "{:.2f}")
 
 
 def _paper_difference(paper: pd.DataFrame, rival: str) -> str:
     own, other = (paper_values(paper, "table 1", name, "ppl_c4") for name in ("peer", rival))
     texts = [f"{number(float(np.log(own[b] / other[b])), '{:+.3f}')} nats at {budget_name(b)}" for b in other]
     return "; ".join(texts) or "not compared"
-
-
-def _plus_minus(one: Mapping[str, Any]) -> str:
-    return f"{number(one['value'], '{:+.3f}')} ± {number((one['high'] - one['low']) / 2, '{:.3f}')}"
-
-
-def _ratio(one: Mapping[str, Any]) -> str:
-    return f"{number(one['multiplier'])} [{number(one['low'])}, {number(one['high'])}]"

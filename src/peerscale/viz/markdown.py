@@ -40,6 +40,11 @@ def with_interval(value: float | None, interval: Sequence[float | None] | None, 
     return number(value, form) + (f" [{', '.join(number(end, form) for end in interval)}]" if known else " [none]")
 
 
+def plus_minus(found: Mapping[str, Any]) -> str:
+    """A difference with half of its interval, `−0.033 ± 0.016`."""
+    return f"{number(found['value'], '{:+.3f}')} ± {number((found['high'] - found['low']) / 2, '{:.3f}')}"
+
+
 def signed_interval(found: Mapping[str, Any] | None) -> str:
     """A difference with its interval, `−0.033 [−0.049, −0.018]`; noted if that includes neither sizes nor seeds."""
     if found is None or found.get("value") is None:
