@@ -14,6 +14,7 @@ from peerscale.composition import of_cells
 from peerscale.errors import UserError
 from peerscale.files import write_json, write_text
 from peerscale.outcomes import further_line, of_the_plan, read_published, some, which_counts
+from peerscale.results.publication import public
 from peerscale.runs.comparison import compare
 from peerscale.runs.curves import CURVES, curves_table
 from peerscale.runs.fits import fit_study
@@ -101,7 +102,8 @@ def write_fits(study: Study, runs: pd.DataFrame, curves: pd.DataFrame, records: 
         settings = None
     windows = {row.budget: settings.window(row.budget) for row in settings.grid} if settings else {}
     said = {key: getattr(settings, key) for key in ("claims", "rates_cost", "trend_from")} if settings else {}
-    compared = compare(runs, records, windows=windows, **said)
+    as_published = [public(record) for record in records]  # so that results/ alone gives the same fits
+    compared = compare(runs, as_published, windows=windows, **said)
     steps = pd.read_csv(STEPS) if STEPS.is_file() else None
     fits = fit_study(runs, curves, compared, settings.held_out if settings else (), steps)
     fits["answer"] = answer(fits)
