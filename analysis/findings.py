@@ -20,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="published studies")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "findings.md", metavar="FILE", help="the page")
     given = parser.parse_args(argv)
+    if not given.results.is_dir():
+        raise UserError(f"{given.results}: no folder of published studies")
     try:
         text = given.page.read_text(encoding="utf-8")
     except OSError as error:

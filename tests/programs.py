@@ -22,7 +22,7 @@ MODULES = {
     "overview": "peerscale.overview",
     "prepare": "peerscale.data.prepare",
 }
-SCRIPTS = ("collect", "figures", "fit", "forecast", "publish", "validate")
+SCRIPTS = ("collect", "figures", "findings", "fit", "forecast", "publish", "validate")
 
 
 @dataclass(frozen=True)

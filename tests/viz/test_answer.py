@@ -87,3 +87,12 @@ def test_what_is_missing_is_said() -> None:
     assert answer(known) == "No claim: no difference here has an error that includes seeds or the misfit of sizes."
     nowhere = {"budget": 1e10, "methods": [{"loss": None}], "differences": [{"note": "dense: curvature"}]}
     assert answer({"claims": [], "budgets": [nowhere]}) == "No answer: no minimum lies within the sizes at 1e10 FLOPs."
+
+
+def test_a_study_that_tunes_rates_claims_nothing() -> None:
+    law = {"rates": {"law": {"curvature": 0.06}}}
+    assert (
+        answer({**fits(claim(-0.034)), **law})
+        == "No claim: the study tunes learning rates; its table.md has their law."
+    )
+    assert answer({**fits(claim(-0.034)), "rates": {"law": None}}).startswith("At 3e12 FLOPs PEER leads dense")

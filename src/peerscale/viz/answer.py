@@ -23,6 +23,8 @@ UNDECIDED = "cannot be told apart from"
 
 def answer(fits: Mapping[str, Any]) -> str:
     """The study's answer in one line, with the largest budget first; or the reason why there is none."""
+    if fits.get("rates", {}).get("law"):
+        return "No claim: the study tunes learning rates; its table.md has their law."
     places = _places(fits["claims"])
     if not places:
         return _no_answer(fits["budgets"])
