@@ -21,7 +21,7 @@ USED = 32768
 def loss(config: Any) -> float:
     """Nats: each four times as many experts are worth 0.03, BatchNorm 0.004, and 64 active in 4 heads are best."""
     ffn = config.ffn
-    if ffn.method == "dense":
+    if ffn.method not in ("pkm", "peer"):
         return 4.5
     rows = 4.51 - 0.03 * math.log(ffn.n_experts / 256, 4) + (0.01 if ffn.method == "pkm" else 0)
     heads = 0.01 * math.log2(ffn.n_heads / 4) ** 2 + 0.006 * math.log2(ffn.n_heads * ffn.top_k / 64) ** 2
@@ -49,7 +49,7 @@ def _record(cell: Cell, difficulty: np.ndarray, rng: np.random.Generator) -> Rec
     losses = np.round(loss(cell.config) + rng.normal(0, 0.002) + difficulty + rng.normal(0, 0.05, SEQUENCES), 5)
     mean, error = float(losses.mean()), float(losses.std(ddof=1) / math.sqrt(SEQUENCES))
     values = {"loss": mean, "se": error, "bits_per_byte": mean / 2.6, "ppl": math.exp(mean)}
-    routed = {} if cell.config.ffn.method == "dense" else {
+    routed = {} if cell.config.ffn.method not in ("pkm", "peer") else {
         "expert_usage": 0.9, "unevenness": unevenness(cell.config), "usage_tokens": USED,
     }  # fmt: skip
     return replace(

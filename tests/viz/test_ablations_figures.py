@@ -1,9 +1,11 @@
 """Figures 3a, 3b and 4 draw the table's numbers and the paper's; each study feeds its own."""
 
+import json
 import math
 from collections.abc import Iterator
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
@@ -49,6 +51,14 @@ def test_a_setting_of_unfinished_cells_is_not_varied() -> None:
     assert "query_norm" not in varied(
         runs.assign(status=np.where(runs["cell"].str.contains("false"), "failed", "done"))
     )
+
+
+def test_a_rate_that_follows_from_the_tokens_of_a_cell_is_not_varied() -> None:
+    runs = ablation_runs("active")
+    by_law = runs.assign(lr=np.linspace(1e-3, 2e-3, len(runs)), table_lr=np.linspace(1e-2, 2e-2, len(runs)))
+    assert varied(by_law) == {"ffn_heads", "top_k"}
+    axes = pd.Series([json.dumps({"optim.lr": lr}) for lr in by_law["lr"]], index=runs.index)
+    assert varied(by_law.assign(axes=axes)) == {"ffn_heads", "top_k", "lr"}
 
 
 def test_experts_are_the_tables_and_the_papers() -> None:

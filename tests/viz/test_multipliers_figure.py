@@ -34,6 +34,10 @@ def test_multipliers_bands_seeds_and_time() -> None:
     band = flops.collections[0].get_paths()[0].vertices[:, 1]
     assert {*np.round(band, 6)} == {1.0, 1.2, 1.5}
     assert dots(flops) == [1.05, 1.15]
+    # in time everything is scaled: by 0.9 / 1.1 at 1e12 and by 0.9 / 1.3 at 3e12
+    band = time.collections[0].get_paths()[0].vertices[:, 1]
+    assert {*np.round(band, 6)} == {*np.round([0.9 / 1.1 * 1.0, 0.9 / 1.1 * 1.2, 0.9 / 1.3 * 1.2, 0.9 / 1.3 * 1.5], 6)}
+    assert dots(time) == pytest.approx([0.9 / 1.1 * 1.05, 0.9 / 1.1 * 1.15])
     assert paper.lines[0].get_label() == "peer" and "a note" in figure.get_supxlabel()
     assert "one seed each" in figure.get_supxlabel()
     alone = multipliers_figure(

@@ -17,6 +17,7 @@ from peerscale.runs.study import collected, method_names, published, read_json
 from peerscale.runs.table import read_runs
 from peerscale.viz import study_table, style
 from peerscale.viz.answer import answer
+from peerscale.viz.figures import study_figures
 from peerscale.viz.markdown import signed_interval
 from peerscale.viz.published import read_published
 
@@ -207,6 +208,26 @@ def test_settings_of_one_size_are_compared_with_dense_there(tmp_path: Path, caps
     assert cells[4] == f"{losses['peer-d64-3e12-n_experts=4096-s0'].mean():.4f}"
     assert "| 3e12 | d_model 64 | dense | 1 |" in printed and "reference" in printed
     assert "| 16,384 | — / " in printed and "23.47 / 23.47" in printed
+
+
+def test_controls_whose_rates_follow_the_law_are_compared_with_dense_of_the_usual_settings(tmp_path: Path) -> None:
+    for record in ablation_records("controls"):
+        write_record(tmp_path / "controls" / record.cell, record)
+    arguments = ["controls", "--runs", str(tmp_path)]
+    assert script("collect").main(arguments) == 0 and figures.main(arguments) == 0
+    study = collected("controls", tmp_path)
+    runs = read_runs(study.runs)
+    assert runs.loc[runs["method"] == "peer", "lr"].nunique() > 1, "by the law, since their tokens differ"
+    assert [name for name, _ in study_figures(study, runs)] == ["differences"]
+    lines = study.table.read_text("utf-8").splitlines()
+    rows = {line.split(" | ")[2]: line.split(" | ") for line in lines if line.startswith("| 1e13 | d_model 64")}
+    losses = runs.assign(name=method_names(runs)).groupby("name")["val_loss"].mean()
+    apart = losses["dense initial_output_scale=0.25"] - losses["dense"]
+    assert rows["dense"][6] == "reference"
+    assert rows["dense, initial output scale 0.25"][6].startswith(f"{apart:+.3f} [".replace("-", "−"))
+    assert "PEER, 1 head" in rows and lines[0] == "# controls: settings at one size"
+    with_norm, without = (np.exp(losses[name]) for name in ("peer", "peer query_norm=false"))
+    assert any(line.startswith(f"| 4,096 | {without:.2f} / {with_norm:.2f} |") for line in lines), "not with one head"
 
 
 def test_rates_are_listed_best_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

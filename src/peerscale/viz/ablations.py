@@ -14,7 +14,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 from scipy.stats import t as student
 
-from peerscale.runs.study import method_names, usable
+from peerscale.runs.rates import RATES
+from peerscale.runs.study import axes_of, method_names, usable
 from peerscale.viz import style
 from peerscale.viz.isoflop import X_LABELS, missing_note
 from peerscale.viz.published import WITHOUT_NORM, paper_values
@@ -46,9 +47,15 @@ def layer_names(runs: pd.DataFrame) -> pd.Series:
 
 
 def varied(runs: pd.DataFrame) -> set[str]:
-    """The `SETTINGS` that take several values among the finished runs of one layer, size and budget."""
+    """The `SETTINGS` that take several values among the finished runs of one layer, size and budget.
+
+    A learning rate counts only if the study sets it: by the law of rates it differs with every setting that changes a
+    cell's tokens.
+    """
     groups = runs[usable(runs)].assign(layer=layer_names(runs)).groupby(["layer", "size", "budget"])
-    return {column for column in SETTINGS if column in runs and (groups[column].nunique() > 1).any()}
+    not_set = {*RATES} - {key.removeprefix("optim.") for axes in axes_of(runs) for key in axes}
+    columns = [column for column in SETTINGS if column in runs and column not in not_set]
+    return {column for column in columns if (groups[column].nunique() > 1).any()}
 
 
 def has_curves(runs: pd.DataFrame) -> bool:

@@ -1,5 +1,6 @@
 """Differences of loss at the compute optimum, with intervals."""
 
+import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,6 +9,10 @@ from matplotlib.lines import Line2D
 
 from peerscale.viz import style
 from peerscale.viz.brackets import bars
+from peerscale.viz.markdown import signed_interval
+
+LABEL_WIDTH = 90
+"""Number of letters that fit beside each other: a label of the rows and a line below the axis."""
 
 
 def is_dense(name: str) -> bool:
@@ -23,6 +28,14 @@ def to_dense(fits: Mapping[str, Any]) -> dict[tuple[float, str, str], Mapping[st
         for found in entry["differences"]
         if is_dense(found["reference"])
     }
+
+
+def against_dense(
+    differences: Mapping[tuple[float, str, str], Mapping[str, Any]], budget: float, size: str, name: str
+) -> str:
+    """One of the differences of `to_dense` as a table shows it; `reference` for a dense model that has none."""
+    found = differences.get((budget, size, name))
+    return "reference" if found is None and is_dense(name) else signed_interval(found)
 
 
 def differences_figure(fits: Mapping[str, Any], *, methods: Iterable[str] = (), note: str = "") -> Figure | None:
@@ -50,12 +63,13 @@ def differences_figure(fits: Mapping[str, Any], *, methods: Iterable[str] = (), 
                 look["markerfacecolor"] = "white"
             axes.plot([found["low"], found["high"]], [height, height], color=colours[name], label=f"_interval {name}")
             axes.plot([found["value"]], [height], markers[budget], **look, label=name)
-        axes.set_yticks(range(len(names)), [style.label(name) for name in names])
+        rows = [style.label(name) for name in names]
+        axes.set_yticks(range(len(names)), rows)
         axes.grid(visible=False, axis="y")
         sizes = " and ".join(dict.fromkeys(style.size_label(size) for _, size, _ in shown))
         where = f"of {sizes}" if all(size for _, size, _ in shown) else "at the compute optimum"
-        minus = "minus dense's (nats per token; left is better)"
-        axes.set(ylim=(len(names) - 0.4, -0.6), xlabel=f"loss {where} {minus}")
+        label = f"loss {where} minus dense's (nats per token; left is better)"
+        axes.set(ylim=(len(names) - 0.4, -0.6), xlabel=textwrap.fill(label, LABEL_WIDTH - max(map(len, rows))))
         handles = [
             Line2D([], [], marker=marker, label=style.budget_title(budget), linestyle="none", color=grey)
             for budget, marker in markers.items()

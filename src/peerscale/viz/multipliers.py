@@ -1,6 +1,5 @@
 """Compute multipliers: dense's compute over a method's for the same loss, by budget, in FLOPs and in time."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,8 +14,10 @@ from peerscale.viz import style
 from peerscale.viz.brackets import bars
 from peerscale.viz.published import paper_values
 
-SIDE_BY_SIDE = 1.05
+SIDE_BY_SIDE = 1.09
 """Factor between the x values of two methods, so that they do not overlap."""
+BESIDE = 1.09
+"""Factor between the x values of a mean and its seeds."""
 
 
 def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, *, note: str = "") -> Figure | None:
@@ -32,17 +33,13 @@ def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, *, note
         style.colours(["dense", *names]),
         paper_multipliers(published, [n.partition(" ")[0] for n in names]),
     )
-    times = [
-        {"method": row["method"], "budget": row["budget"], "multiplier": row["multipliers"][MEASURED_TIME]}
-        for row in fits["conventions"] if row["multipliers"].get(MEASURED_TIME) is not None
-    ]  # fmt: skip
+    timed = in_measured_time(found, fits["conventions"])
     with style.applied():
         figure = Figure(figsize=(style.TEXT_WIDTH, 3.0), layout="constrained")
-        grid = figure.add_gridspec(1, 3, width_ratios=[5, 2.4, 5] if times else [5, 2.4, 0.01])
+        grid = figure.add_gridspec(1, 3, width_ratios=[5, 2.4, 0.01] if timed.empty else [5, 2.4, 5])
         flops = figure.add_subplot(grid[0])
         beside = figure.add_subplot(grid[1], sharey=flops)
-        for i, name in enumerate(names):
-            _draw(flops, found[found["method"] == name], colours[name], SIDE_BY_SIDE ** (i - (len(names) - 1) / 2))
+        lines = [(flops, found)]
         for name, values in paper.items():
             beside.plot(
                 [*values], [*values.values()], "D-", color=style.COLOURS[name], markerfacecolor="white", label=name
@@ -51,14 +48,15 @@ def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, *, note
         beside.set(title="the paper", xscale="log", xlim=(3.5e18, 3.5e19))
         beside.tick_params(labelleft=False)
         panels = [flops, beside]
-        if times:
+        if not timed.empty:
             panels.append(figure.add_subplot(grid[2], sharey=flops))
-            table = pd.DataFrame(times).assign(low=math.nan, high=math.nan, by_seed=None)
-            for i, name in enumerate(names):
-                factor = SIDE_BY_SIDE ** (i - (len(names) - 1) / 2)
-                _draw(panels[2], table[table["method"] == name], colours[name], factor)
             panels[2].set(title="in measured time")
             panels[2].tick_params(labelleft=False)
+            lines.append((panels[2], timed))
+        for axes, table in lines:
+            for i, name in enumerate(names):
+                factor = SIDE_BY_SIDE ** (i - (len(names) - 1) / 2)
+                _draw(axes, table[table["method"] == name], colours[name], factor)
         for axes in panels:
             axes.axhline(1, color=colours["dense"], linewidth=0.9)
             axes.set(xscale="log", xlabel="training FLOPs")
@@ -71,10 +69,26 @@ def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, *, note
         seeds = "small dots: one seed each, about the means of the other budgets" * bool(
             found["by_seed"].map(lambda each: isinstance(each, dict)).any()
         )
-        seconds = "measured time: of the steps of a quiet benchmark; it has no error bars" * bool(times)
+        seconds = "measured time: of the steps of a quiet benchmark, whose own error the bands leave out"
         theirs = "the paper: from the perplexities on C4 of its Table 1, by the same rule; it gives no errors"
-        style.caption(figure, note, bars(fits).replace("bars", "bands", 1), seeds, seconds, theirs)
+        style.caption(figure, note, bars(fits).replace("bars", "bands", 1), seeds, seconds * (not timed.empty), theirs)
     return figure
+
+
+def in_measured_time(found: pd.DataFrame, conventions: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """The multipliers in measured time instead of FLOPs; without those whose time was not measured.
+
+    Intervals and seeds are scaled with the multiplier, as if the time of a FLOP were the same at both of their ends.
+    """
+    times = {(row["method"], row["budget"]): row["multipliers"].get(MEASURED_TIME) for row in conventions}
+    keys = zip(found["method"], found["budget"], strict=True)
+    scale = pd.Series([times.get(key) for key in keys], found.index, float) / found["multiplier"]
+    scaled = found.assign(**{column: found[column] * scale for column in ("multiplier", "low", "high")})
+    scaled["by_seed"] = [
+        {seed: value * factor for seed, value in seeds.items()} if isinstance(seeds, dict) else None
+        for seeds, factor in zip(found["by_seed"], scale, strict=True)
+    ]
+    return scaled[scale.notna()]
 
 
 def paper_multipliers(published: pd.DataFrame, methods: Sequence[str]) -> dict[str, dict[float, float]]:
@@ -99,4 +113,4 @@ def _draw(axes: Axes, rows: pd.DataFrame, colour: str, shift: float) -> None:
     axes.plot(x, rows["multiplier"].to_numpy(float), "o-", color=colour)
     for at, seeds in zip(x, rows["by_seed"], strict=True):
         if isinstance(seeds, dict):
-            axes.scatter([at] * len(seeds), [*seeds.values()], s=4, color=colour, alpha=0.7)
+            axes.scatter([at * BESIDE] * len(seeds), [*seeds.values()], s=5, color=colour, linewidth=0)

@@ -8,7 +8,7 @@ import pandas as pd
 
 from peerscale.cell_names import budget_name
 from peerscale.laws.optima import OptimumStatus
-from peerscale.runs.study import same_variant, usable
+from peerscale.runs.study import method_names, same_variant, usable
 from peerscale.viz.ablations import with_norm
 from peerscale.viz.differences import is_dense, to_dense
 from peerscale.viz.markdown import number
@@ -67,9 +67,12 @@ def dense_of(name: str, names: Collection[str]) -> str | None:
 def norm_rows(runs: pd.DataFrame, published: pd.DataFrame) -> list[dict[str, str]]:
     """Table 2: one row per number of experts; pairs are without / with BatchNorm on the queries.
 
-    Our numbers are means over seeds (for perplexity, of its logarithm); the paper's are beside them.
+    Our numbers are means over seeds (for perplexity, of its logarithm); the paper's are beside them. All other settings
+    are those of the study's first cell.
     """
     cells = runs[usable(runs) & (runs["method"] == "peer")]
+    names = method_names(cells, without=("ffn.n_experts", "ffn.query_norm"))
+    cells = cells[names.isin(names[:1])]
     cells = cells.assign(norm=with_norm(cells), ppl=cells["val_loss"]).astype(dict.fromkeys(METRICS, float))
     means = cells.groupby(["norm", "n_experts"], as_index=False)[list(METRICS)].mean()
     means["ppl"] = np.exp(means["ppl"])

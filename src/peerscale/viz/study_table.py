@@ -19,7 +19,7 @@ from peerscale.runs.study import method_names, usable, without_brackets
 from peerscale.viz.ablations import has_curves, over_seeds, varied
 from peerscale.viz.answer import verdicts
 from peerscale.viz.brackets import brackets_section, hold_rates, how_rates_count, what_intervals_hold
-from peerscale.viz.differences import is_dense, to_dense
+from peerscale.viz.differences import against_dense, is_dense, to_dense
 from peerscale.viz.forecasts import forecast_sections
 from peerscale.viz.isoflop import by_budget, missing_note, status_counts
 from peerscale.viz.markdown import number, probability, section, signed_interval, table, with_interval
@@ -55,7 +55,7 @@ def study_table(sweep: str, runs: pd.DataFrame, fits: Fits, forecasts: Iterable[
         title, lines = "learning rates", told
     else:
         title, lines = "settings at one size", settings_lines(runs, fits)
-    if settings & {"n_experts", "query_norm"} and not rated:
+    if varied(runs[runs["method"] == "peer"]) & {"n_experts", "query_norm"} and not rated:
         lines += experts_and_norm(runs, fits, published)
     lines += brackets_section(every, fits)
     return "\n".join([f"# {sweep}: {title}", "", *lines])
@@ -83,7 +83,7 @@ def closing_table(runs: pd.DataFrame, fits: Fits) -> list[str]:
                 "loss there": number(found and found["loss"], "{:.4f}"),
                 "loss with own curvature": number(found and found["own"]["loss"], "{:.4f}"),
                 "difference to dense [95 %]":
-                    "reference" if is_dense(name) else signed_interval(differences.get((budget, "", name))),
+                    against_dense(differences, budget, "", name),
                 "flags": "; ".join(flags) or "—",
             })  # fmt: skip
     return [
@@ -275,8 +275,7 @@ def settings_lines(runs: pd.DataFrame, fits: Fits) -> list[str]:
         {
             "budget": budget_name(row["budget"]), "size": size_label(row["size"]), "method": label(row["name"]),
             "seeds": str(row["seeds"]), "loss": f"{row['mean']:.4f}", "perplexity": f"{np.exp(row['mean']):.2f}",
-            "difference to dense [95 %]": "reference" if is_dense(row["name"])
-            else signed_interval(differences.get((row["budget"], row["size"], row["name"]))),
+            "difference to dense [95 %]": against_dense(differences, row["budget"], row["size"], row["name"]),
             "layer's share of FLOPs": number(row["layer_share"], "{:.1%}"),
             "experts used": number(row["expert_usage"], "{:.1%}"), "unevenness": number(row["unevenness"]),
         }
@@ -285,10 +284,11 @@ def settings_lines(runs: pd.DataFrame, fits: Fits) -> list[str]:
     return [
         *table(rows),
         "",
-        "Validation losses in nats per token, means over seeds. Intervals include the sampling of validation sequences "
-        "and, where there are several seeds, their scatter, pooled over the rows. With one seed they leave seeds out "
-        "(sequences only). In other studies seeds scatter by 0.004 to 0.010 nats, so a difference of that size is no "
-        f"evidence. {held}Experts used and unevenness: the paper's definitions (section 3.3). "
+        f"Losses in nats per token on the {listed(runs['val_set'])} set, means over seeds. Intervals include the "
+        "sampling of its sequences and, where there are several seeds, their scatter, pooled over the rows. With one "
+        "seed they leave seeds out (sequences only). In other studies seeds scatter by 0.004 to 0.010 nats, so a "
+        f"difference of that size is no evidence. {held}Experts used and unevenness: the paper's definitions "
+        "(section 3.3). "
         f"FLOPs: {listed(runs['convention'])}.",
         "",
         *([f"- {missing_note(runs)}.", ""] if missing_note(runs) else []),

@@ -52,6 +52,7 @@ SETTINGS = {
     "batch_sequences": "batch {}",
     "n_experts": "{} experts",
     "n_heads": "{} heads",
+    "n_heads=1": "1 head",
     "top_k": "top {}",
     "lr": "rate {}",
     "table_lr": "table rate {}",
