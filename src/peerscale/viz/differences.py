@@ -11,7 +11,7 @@ from peerscale.viz import style
 from peerscale.viz.brackets import bars
 from peerscale.viz.markdown import signed_interval
 
-LABEL_WIDTH = 90
+LABEL_WIDTH = 95
 """Number of letters that fit beside each other: a label of the rows and a line below the axis."""
 
 
