@@ -4,6 +4,7 @@ from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 
@@ -233,8 +234,22 @@ def test_conf_is_what_the_paper_says_at_this_scale() -> None:
     assert peer.query_norm and pkm.query_norm
     assert (peer.score, peer.shared_keys) == ("softmax", True)
     moe = load(["ffn=moe"]).ffn
-    assert isinstance(moe, MoeConfig) and moe.routing == "expert_choice" and moe.capacity_factor == 1
+    assert isinstance(moe, MoeConfig) and moe.routing == "expert_choice"
     assert load([]).replaced == "middle"
+
+
+def test_conf_holds_the_settings_that_are_better_by_the_rule_of_settings() -> None:
+    runs = pd.read_csv(ROOT / "results/settings/runs.csv").fillna({"variant": "", "axes": "{}"})
+    chosen = {}
+    for (method, variant), rows in runs.groupby(["method", "variant"]):
+        means = rows.groupby("axes")["val_loss"].agg(["mean", "size"])
+        better = means[(means["size"] == 3) & (means["mean"] < means.loc["{}", "mean"] - 0.02)]
+        if len(better):
+            chosen["_".join(filter(None, (method, variant)))] = json.loads(better["mean"].idxmin())
+    assert chosen.keys() == {path.stem for path in (ROOT / "conf/before_settings").glob("*.yaml")}
+    for name, settings in chosen.items():
+        ffn = yaml_file(f"ffn/{name}")["ffn"]
+        assert {key: ffn[key.removeprefix("ffn.")] for key in settings} == settings
 
 
 def test_the_further_baselines_differ_from_their_models_in_what_they_are_for() -> None:

@@ -416,5 +416,5 @@ def test_what_cannot_be_shared_is_dropped_with_its_reason() -> None:
     assert split.reason == "routing_group_sequences 8 does not divide the 4 sequences of a device"
     odd = plan(load(["ffn=peer", "routing_group_sequences=6"]))
     assert odd.reason == "routing_group_sequences 6 does not divide batch_sequences 16"
-    few = plan(load(["ffn=moe", "ffn.n_experts=16", "routing_group_sequences=8"]))
+    few = plan(load(["ffn=moe", "ffn.n_experts=16", "ffn.capacity_factor=1", "routing_group_sequences=8"]))
     assert few.reason == ("expert choice needs a whole capacity in 1..8: 8 sequences x 1 / 16 experts = 0.5")

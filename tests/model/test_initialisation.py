@@ -59,7 +59,8 @@ def test_every_layer_of_conf_is_pinned() -> None:
 @pytest.mark.skipif(draws() != DRAWS, reason="torch draws other numbers here")
 @pytest.mark.parametrize(("ffn", "size"), STARTS)
 def test_starts_from_the_weights_of_the_published_runs(ffn: str, size: str) -> None:
-    config = load([f"ffn={ffn}", f"size={size}"])
+    before = [f"+before_settings={ffn}"] if (ROOT / f"conf/before_settings/{ffn}.yaml").is_file() else []
+    config = load([f"ffn={ffn}", f"size={size}", *before])
     torch.manual_seed(0)
     weights = digest(*build_model(config).parameters())
     assert (weights, digest(torch.get_rng_state())) == STARTS[ffn, size]
