@@ -116,6 +116,14 @@ def test_batch_norm_is_with_less_without(tmp_path: Path) -> None:
     assert row["the paper"].startswith("−0.004 to 0.000 nats")  # ln(20.64 / 20.73) and ln(23.47 / 23.47)
 
 
+def test_a_study_with_cells_to_run_decides_nothing(tmp_path: Path) -> None:
+    cells = [{}, {"cell": "d", "status": "pending", "val_loss": None}, {"cell": "e", "status": "dropped"}]
+    publish(tmp_path, "isoflop_cpu", {3e12: [difference("peer", "dense", -0.05, 0.02)]}, [], runs=cells)
+    row = by_claim(tmp_path)["PEER beats dense"]
+    assert row["verdict"] == "open: 1 of its 3 cells are still to run"
+    assert row["measured here"].startswith("3e12: −0.050 ± 0.020")
+
+
 def test_a_study_with_rates_of_a_small_budget_decides_nothing(tmp_path: Path) -> None:
     differences = {1e13: [difference("peer", "dense", -0.05, 0.02)]}
     publish(tmp_path, "isoflop_rates_5e11", differences, [claim("dense", 1e13, -0.05, 0.001, False)])

@@ -12,6 +12,7 @@ from peerscale.cell_names import budget_name
 from peerscale.composition import read_study, sweep_file
 from peerscale.errors import UserError
 from peerscale.runs.claims import turned
+from peerscale.runs.record import ENDED, Status
 from peerscale.runs.study import published, read_fits, usable
 from peerscale.runs.table import read_runs
 from peerscale.viz.answer import EQUALS, LEADS, TRAILS, UNDECIDED, outcome
@@ -52,8 +53,8 @@ class Evidence:
     fits: Mapping[str, Any]
     runs: pd.DataFrame
     """Finished cells."""
-    earlier: bool
-    """Whether it ran with rates that were tuned at one small budget."""
+    undecided: str
+    """Why it decides nothing, as a verdict; empty if it does."""
 
 
 def findings_page(text: str, results: Path) -> str:
@@ -96,15 +97,18 @@ def _first(results: Path, sweeps: Iterable[str]) -> Evidence | None:
         study = published(sweep, results)
         if study.fits.is_file():
             runs = read_runs(study.runs)
-            earlier = "tuned_at_5e11" in str(read_study(sweep_file(sweep)).get("defaults"))
-            return Evidence(sweep=sweep, fits=read_fits(study.fits), runs=runs[usable(runs)], earlier=earlier)
+            left = (~runs["status"].isin([*ENDED, Status.DROPPED])).sum()
+            undecided = f"open: {left} of its {len(runs)} cells are still to run" if left else ""
+            if "tuned_at_5e11" in str(read_study(sweep_file(sweep)).get("defaults")):
+                undecided = EARLIER
+            return Evidence(sweep=sweep, fits=read_fits(study.fits), runs=runs[usable(runs)], undecided=undecided)
     return None
 
 
 def _row(claim: str, paper: str, found: Evidence | None, judge: Callable[[Evidence], tuple[str, str]]) -> Row:
     measured, verdict = judge(found) if found else ("", "")
     source = f" ([{found.sweep}](../results/{found.sweep}/table.md))" if found and measured else ""
-    verdict = EARLIER if found and measured and found.earlier else verdict or "not measured yet"
+    verdict = (found.undecided if found and measured else "") or verdict or "not measured yet"
     return {"claim": claim, "the paper": paper, "measured here": (measured or "—") + source, "verdict": verdict}
 
 
