@@ -74,7 +74,7 @@ KEYS = "methods, grid, budgets, seeds, axes, method_axes, min_sizes, claims, bra
         ),
         (
             {"grid": [{"budget": 1e12, "sizes": ["d8"], "seed": [1]}]},
-            "grid.0.seed; there are: budget, sizes, seeds, methods, axes, window",
+            "grid.0.seed; there are: budget, sizes, seeds, methods, axes, batch_sequences, window",
         ),
     ],
 )
@@ -126,6 +126,19 @@ def test_the_usual_value_in_a_row_makes_no_other_cell(tmp_path: Path) -> None:
 
 def row(budget: float, *sizes: str, **more: Any) -> dict[str, Any]:
     return {"budget": budget, "sizes": list(sizes), **more}
+
+
+def test_a_row_has_a_batch_of_its_own_that_no_name_tells(tmp_path: Path) -> None:
+    grid = [row(1e10, "d8", batch_sequences=8), row(2e10, "d8"), row(2e10, "d8", seeds=[1], batch_sequences=32)]
+    file = write_study(tmp_path, str({"methods": ["dense"], "grid": grid}))
+    cells = planned_cells(file)
+    assert [cell.name for cell in cells] == ["dense-d8-1e10-s0", "dense-d8-2e10-s0", "dense-d8-2e10-s1"]
+    assert [cell.config.batch_sequences for cell in cells] == [8, 16, 32]
+    assert [cell.plan.tokens // cell.plan.steps for cell in cells] == [8 * 64, 16 * 64, 32 * 64]
+    with pytest.raises(ConfigError, match="varies batch_sequences; its values are in the grid or the axes"):
+        planned_cells(file, ["batch_sequences=64"])
+    with pytest.raises(ConfigError, match="either one value of batch_sequences or an axis of it, not both"):
+        parse_sweep({**STUDY, "grid": [row(1e10, "d8", batch_sequences=8, axes={"batch_sequences": [16]})]})
 
 
 def test_a_window_given_in_one_row_holds_for_its_budget() -> None:

@@ -122,5 +122,5 @@ def instead_of_override(key: str, value: str) -> str:
     lists = {"ffn": "methods", "budget": "budgets", "seed": "seeds"}
     if key in lists:
         return f"use sweep.{lists[key]}=[{value}]"
-    where = "sizes are in the grid" if key == "size" else "values are in the axes"
+    where = "sizes are in the grid" if key == "size" else "values are in the grid or the axes"
     return f"its {where} of its sweep section: edit them there"

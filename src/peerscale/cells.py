@@ -84,7 +84,8 @@ def planned_cells(sweep: str | Path, overrides: Sequence[str] = ()) -> list[Cell
     for override in overrides:
         if re.match(r"hydra[./]", key := overridden_key(override)):
             raise ConfigError(f"{override}: a study may not change Hydra's own settings")
-        if key in {*NAMED, *(axis for _, axes in all_axes(study) for axis in axes)}:
+        of_rows = ["batch_sequences"] if any(row.batch_sequences for row in study.grid) else []
+        if key in {*NAMED, *of_rows, *(axis for _, axes in all_axes(study) for axis in axes)}:
             raise ConfigError(f"{file.name} varies {key}; {instead_of_override(key, override.partition('=')[2])}")
     # Composing takes 80 ms, so it is done once per layer, not once per cell or size.
     compose = functools.cache(lambda *choice: composed(choice, sweep=file))
@@ -101,6 +102,7 @@ def planned_cells(sweep: str | Path, overrides: Sequence[str] = ()) -> list[Cell
             groups = {key: value for key, value in {**axes, **row_axes}.items() if (OURS / "conf" / key).is_dir()}
             usual = compose(f"ffn={method}", *(f"{key}={value}" for key, value in groups.items()), *overrides).tree
             tree = {**deepcopy(usual), "size": {**backbone(size)}, "budget": row.budget, "seed": seed}
+            tree["batch_sequences"] = row.batch_sequences or tree["batch_sequences"]
             for key, value in {**axes, **row_axes}.items():
                 if key not in groups:
                     set_value(tree, key, value)

@@ -39,6 +39,9 @@ class GridRow:
     """Only these of the study's methods."""
     axes: dict[str, Values] = Field(default_factory=dict)
     """Further keys that vary in this row only, such as rates around the usual one."""
+    batch_sequences: Positive | None = None
+    """Sequences of a batch in this row, where the best batch depends on the budget; null: those of the configuration.
+    Names of cells and methods do not tell it."""
     window: Window | None = None
     """[low, high]: FLOPs per token of the sizes that the fit of this budget takes, the same for all methods; null: all
     sizes. All sizes are trained either way."""
@@ -47,6 +50,8 @@ class GridRow:
         if self.window is not None and self.window[0] >= self.window[1]:
             low, high = self.window
             raise ValueError(f"window [{low:g}, {high:g}] must be [low, high] with low < high, in FLOPs per token")
+        if self.batch_sequences and "batch_sequences" in self.axes:
+            raise ValueError("a row has either one value of batch_sequences or an axis of it, not both")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
