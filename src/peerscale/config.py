@@ -145,6 +145,8 @@ class RateLawConfig:
     """Smallest and largest value in the runs that the law was fitted to; the plan lists cells outside this range."""
     fitted_tokens: tuple[Rate, Rate]
     fitted_batch_sequences: tuple[Rate, Rate]
+    fewest_steps: Positive | None = None
+    """The same for steps: few tokens and a large batch can each be in range and give a run too short for the law."""
     largest_lr: Rate | None = None
     """Upper bound on the rate of every cell: the largest rate that the runs tried; null: no bound."""
 

@@ -1,5 +1,6 @@
 """What a user should know about a study before its cells run, one line per notice."""
 
+import math
 from collections.abc import Sequence
 
 from peerscale.cell_names import budget_name
@@ -61,7 +62,7 @@ def rate_lines(cells: Sequence[Cell]) -> list[str]:
         values = [places[name][0] for places in beyond if name in places]
         low, high = next(places[name][1] for places in beyond if name in places)
         between = f"{min(values):.3g}" if len({*values}) == 1 else f"{min(values):.3g} to {max(values):.3g}"
-        parts.append(f"{name} {between} (fitted: {low:.3g} to {high:.3g})")
+        parts.append(f"{name} {between} (fitted: {f'{low:.3g} to {high:.3g}' if high < math.inf else f'from {low}'})")
     n = sum(map(bool, beyond))
     said = f"learning rate: {n} of {len(beyond)} cells lie outside the range that its law was fitted to"
     return [f"{said}: {'; '.join(parts)}"] * (n > 0)
@@ -76,5 +77,6 @@ def beyond_law(config: Config, tokens: int) -> dict[str, tuple[float, tuple[floa
         "d_model": (config.size.d_model, law.fitted_d_model),
         "tokens": (tokens, law.fitted_tokens),
         "batch_sequences": (config.batch_sequences, law.fitted_batch_sequences),
+        "steps": (tokens // config.tokens_per_step, (law.fewest_steps or 0, math.inf)),
     }
     return {name: place for name, place in places.items() if not place[1][0] <= place[0] <= place[1][1]}

@@ -35,6 +35,7 @@ def study() -> pd.DataFrame:
             "method": method, "size": f"d{width}", "d_model": width, "budget": budget, "seed": seed, "status": "done",
             "tokens": 1e7 * budget / 1e13 * 64 / width, "batch_sequences": batch, "lr": rate,
             "table_lr": table_lr or None, "val_set": "tuning",
+            "steps": round(1e7 * budget / 1e13 * 64 / width / batch / 64),
             "val_loss": LOWEST[batch] + more + 0.06 * math.log(rate / best) ** 2,
         })  # fmt: skip
 
@@ -102,6 +103,7 @@ def test_the_law_as_configuration_gives_the_rates_of_the_law() -> None:
         assert planned.lr == pytest.approx(best, rel=0.02)
     assert settings["lr_law"]["largest_lr"] == pytest.approx(runs["lr"].max(), rel=0.01)
     assert settings["lr_law"]["fitted_d_model"] == [32, 64] and settings["lr_law"]["fitted_batch_sequences"] == [8, 32]
+    assert settings["lr_law"]["fewest_steps"] == runs["steps"].min()
     of_one_batch = runs[runs["batch_sequences"] == 16]
     assumed = as_configuration(to_plain(fit_law(of_one_batch, ["d80"])), of_one_batch)["optim"]["lr_law"]
     assert (assumed["batch_exponent"], assumed["fitted_batch_sequences"]) == (0.5, [16, 16])

@@ -160,6 +160,7 @@ def as_configuration(law: Mapping[str, Any], runs: pd.DataFrame) -> dict[str, An
         lr_law[f"reference_{key}"] = shared[f"{name}_0"] if is_fitted else usual
         lr_law[f"{name}_exponent"] = shared[exponent] if is_fitted else ASSUMED_BATCH_EXPONENT
         lr_law[f"fitted_{key}"] = [*law["fitted"][name]] if is_fitted else [usual, usual]
+    lr_law["fewest_steps"] = int(done["steps"].min())
     lr_law["largest_lr"] = float(done["lr"].max())
     methods: dict[str, dict[str, Any]] = {}
     for method, found in law["groups"].items():
@@ -167,7 +168,8 @@ def as_configuration(law: Mapping[str, Any], runs: pd.DataFrame) -> dict[str, An
         if law["exponents"] == "own":
             exponents = {f"{name}_exponent": _rounded(found[VARIABLES[name][1]]) for name in law["fitted"]}
             methods[method]["lr_law"] = exponents
-    rounded = {key: value if key.startswith("fitted") else _rounded(value) for key, value in lr_law.items()}
+    exact = ("fitted", "fewest")
+    rounded = {key: value if key.startswith(exact) else _rounded(value) for key, value in lr_law.items()}
     return {"optim": {"lr_rule": "law", "lr_law": rounded}, "methods": methods}
 
 
