@@ -71,7 +71,7 @@ def test_what_gives_no_error_is_told() -> None:
     assert figure is not None and [str(line.get_label()) for line in figure.axes[0].lines] == ["peer"]
     single = fits(bracket("peer", 0.8, se=None))
     single["rates"]["brackets"]["df"] = 0
-    assert "A single bracket has no scatter" in "\n".join(brackets_section(RUNS, single))
+    assert "So few losses leave no scatter" in "\n".join(brackets_section(RUNS, single))
 
 
 @pytest.mark.parametrize("old", [{}, {"rates": {"best": [], "differences": []}}])
