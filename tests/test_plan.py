@@ -394,7 +394,9 @@ def test_a_law_gives_the_rate_of_width_tokens_and_batch() -> None:
         "d_model": (96, (32, 64)), "tokens": (20_000_000, (1e5, 1e7))
     }  # fmt: skip
     short = load([*law, "size=d32", "optim.lr_law.fewest_steps=300"])
-    assert beyond_law(short, 299 * 32 * 64) == {"steps": (299, (300, math.inf))} and not beyond_law(short, 300 * 32 * 64)
+    assert beyond_law(short, 299 * 32 * 64) == {"steps": (299, (300, math.inf))} and not beyond_law(
+        short, 300 * 32 * 64
+    )
     bounded = ["size=d32", *(override.replace("}", ", largest_lr: 0.011}") for override in law)]
     assert 0.029 > here.lr > 0.011 and plan(load(bounded)).lr == pytest.approx(0.011)
     assert plan(load([*bounded, "optim.lr_factor=2"])).lr == pytest.approx(0.022)

@@ -76,7 +76,10 @@ def brackets_section(runs: pd.DataFrame, fits: Fits) -> list[str]:
         f"together by parabolas in the logarithm of the rate: {fit}. Gain: the fitted loss at factor 1 minus that at "
         "the best factor. These cells are in no other table or figure.",
         *([f"- Brackets: {note}."] if (note := missing_note(runs[are_brackets(runs)])) else []),
-        *(["- So few losses leave no scatter about the parabolas: they give no error."] * (found["df"] == 0 and not flat)),
+        *(
+            ["- So few losses leave no scatter about the parabolas: they give no error."]
+            * (found["df"] == 0 and not flat)
+        ),
         *(["- These losses do not rise on both sides of a best rate: they give no error."] * flat),
     )
 

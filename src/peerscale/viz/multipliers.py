@@ -83,12 +83,12 @@ def in_measured_time(found: pd.DataFrame, conventions: Sequence[Mapping[str, Any
     times = {(row["method"], row["budget"]): row["multipliers"].get(MEASURED_TIME) for row in conventions}
     keys = zip(found["method"], found["budget"], strict=True)
     scale = pd.Series([times.get(key) for key in keys], found.index, float) / found["multiplier"]
-    scaled = found.assign(**{column: found[column] * scale for column in ("multiplier", "low", "high")})
-    scaled["by_seed"] = [
+    by_seed = [
         {seed: value * factor for seed, value in seeds.items()} if isinstance(seeds, dict) else None
         for seeds, factor in zip(found["by_seed"], scale, strict=True)
     ]
-    return scaled[scale.notna()]
+    scaled = {column: found[column] * scale for column in ("multiplier", "low", "high")}
+    return found.assign(**scaled, by_seed=pd.Series(by_seed, found.index, object))[scale.notna()]
 
 
 def paper_multipliers(published: pd.DataFrame, methods: Sequence[str]) -> dict[str, dict[float, float]]:

@@ -19,7 +19,7 @@ from peerscale.runs.study import method_names, usable, without_brackets
 from peerscale.viz.ablations import has_curves, over_seeds, varied
 from peerscale.viz.answer import verdicts
 from peerscale.viz.brackets import brackets_section, hold_rates, how_rates_count, what_intervals_hold
-from peerscale.viz.differences import against_dense, is_dense, to_dense
+from peerscale.viz.differences import against_dense, to_dense
 from peerscale.viz.forecasts import forecast_sections
 from peerscale.viz.isoflop import by_budget, missing_note, status_counts
 from peerscale.viz.markdown import number, probability, section, signed_interval, table, with_interval
