@@ -214,15 +214,15 @@ def test_active_parameters_of_token_choice(ffn: str, top_k: int) -> None:
 def test_active_parameters_of_expert_choice_are_those_of_the_mean_token() -> None:
     dense = cost(load(["ffn=dense"]))
     router = 32 * 16
-    assert cost(load(["ffn=moe"])).params_active == dense.params_total + router
-    twice = cost(load(["ffn=moe", "ffn.capacity_factor=2"]))
+    once, twice = (cost(load(["ffn=moe", "ffn.n_experts=16", f"ffn.capacity_factor={n}"])) for n in (1, 2))
+    assert once.params_active == dense.params_total + router
     assert twice.params_active == dense.params_total + router + 2 * 32 * 128
     assert dense.params_active == dense.params_total
 
 
 def test_fine_grained_experts_are_the_coarse_mixture_cut_up() -> None:
     # 16 dense layers in all and the parameters and FLOPs of one a token, but for the wider router.
-    dense, coarse, fine = (cost(load([f"ffn={name}"])) for name in ("dense", "moe", "fine_grained_moe"))
+    dense, coarse, fine = (cost(load([f"ffn={name}"])) for name in ("dense", "moe_token_choice", "fine_grained_moe"))
     router = 32 * 63
     assert fine.params_total - router == coarse.params_total - 32 * 16
     assert fine.params_active - router == dense.params_active

@@ -54,7 +54,9 @@ def assert_planned_as_composed(cells: Sequence[Cell], file: Path, overrides: Seq
         has_file = (OURS / "conf" / "size" / f"{config.size.name}.yaml").is_file()
         size = config.size.name if has_file else f"d{config.size.d_model}"
         words = [f"ffn={config.ffn.name}", f"size={size}", f"budget={config.budget!r}"]
-        tree = composed_by_hydra([*words, f"seed={config.seed}", *axes, *overrides], file).tree
+        rows = [row for row in load_sweep(file).grid if row.budget == config.budget and row.batch_sequences]
+        batch = [f"batch_sequences={row.batch_sequences}" for row in rows[:1]]
+        tree = composed_by_hydra([*words, f"seed={config.seed}", *batch, *axes, *overrides], file).tree
         del tree["sweep"]
         assert in_micro_batches(parse_config(tree)) == config
         assert pickle.loads(pickle.dumps(cell)) == cell, "a worker receives it as data"

@@ -275,7 +275,10 @@ def renamed(runs: pd.DataFrame, settings: str) -> pd.DataFrame:
     return runs.assign(axes=axes, cell=runs["cell"] + settings)
 
 
-def test_no_published_study_has_brackets() -> None:
+def test_studies_published_before_brackets_have_none() -> None:
     """So their fits are what they were: nothing of brackets enters a study without any."""
+    later = {"short_runs", "isoflop_cpu"}
     for file in sorted((ROOT / "results").glob("*/runs.csv")):
+        if file.parent.name in later:
+            continue
         assert not are_brackets(read_runs(file)).any() and fit_rate_brackets(read_runs(file)) is None

@@ -93,7 +93,7 @@ def test_a_row_says_what_its_configuration_and_cost_are(cells: list[Cell]) -> No
     assert (peer["active_experts"], peer["granularity"]) == (64, 64)  # G = h k (PEER, section 2)
     assert pkm["active_experts"] == 128 and np.isnan(pkm["granularity"])
     choice, token = by_method.loc["moe", ""], by_method.loc["moe", "token_choice"]
-    assert (choice["active_experts"], choice["capacity_factor"]) == (1, 1) and np.isnan(choice["top_k"])
+    assert (choice["active_experts"], choice["capacity_factor"]) == (2, 2) and np.isnan(choice["top_k"])
     assert (token["active_experts"], token["top_k"]) == (1, 1) and np.isnan(token["capacity_factor"])
     assert by_method.loc["dense", ""][["n_experts", "ffn_heads", "top_k", "d_key", "active_experts"]].isna().all()
 

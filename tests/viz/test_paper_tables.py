@@ -117,7 +117,7 @@ def test_conventions_from_columns_are_those_from_the_configuration(method: str) 
     found = {name: float(column.iloc[0]) for name, column in flops_by_convention(pd.DataFrame([row])).items()}
     layers, context, d, forward_and_backward = 4, 64, 64, 3
     scores_and_values = forward_and_backward * layers * 2 * (2 * context * d)
-    router = {"dense": 0, "moe": 2 * d * 16}.get(method, 2 * d * 4 * 32 + 2 * 4 * 64 * 32) * forward_and_backward
+    router = {"dense": 0, "moe": 2 * d * 32}.get(method, 2 * d * 4 * 32 + 2 * 4 * 64 * 32) * forward_and_backward
     assert found["as counted"] == model.flops_per_token
     assert found["causal attention"] == model.flops_per_token - scores_and_values / 2
     assert found["without router"] == model.flops_per_token - router
