@@ -129,3 +129,8 @@ def test_files_repeat_byte_for_byte_and_name_no_date_or_version(tmp_path: Path) 
         assert first == second
         assert b"CreationDate" not in first and b"Matplotlib" not in first
     assert {path.name for path in tmp_path.iterdir()} == {"first.png", "first.pdf", "second.png", "second.pdf"}
+
+
+def test_the_order_of_names_does_not_depend_on_the_process() -> None:
+    names = [f"peer load_balance_weight={value}" for value in ("0.003", "0.03", "0.0003")]
+    assert style.ordered(names) == style.ordered(reversed(names)) == sorted(names)

@@ -95,10 +95,10 @@ def ordered(names: Iterable[str]) -> list[str]:
     """Method names, each once: known ones in the order of the palette, then others by name with ascending numbers."""
     known = list(COLOURS)
 
-    def place(name: str) -> tuple[int, list[str | int]]:
+    def place(name: str) -> tuple[int, list[str | int], str]:
         method = name.partition(" ")[0]
         parts = [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
-        return known.index(method) if method in known else len(known), parts
+        return known.index(method) if method in known else len(known), parts, name  # 0.03 and 0.003 have equal parts
 
     return sorted(set(names), key=place)
 
