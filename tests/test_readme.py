@@ -71,7 +71,6 @@ def test_the_study_of_the_readme_plans_as_it_stands(tmp_path: Path) -> None:
         ("reproduce", 2.7e12, "peer", "dense"),
         ("isoflop_rates_5e11", 3e12, "peer", "dense"),
         ("isoflop_rates_5e11", 1e13, "peer", "dense"),
-        ("batch", 3e12, "peer batch_sequences=32", "dense batch_sequences=32"),
     ],
 )
 def test_the_numbers_of_the_readme_are_the_published_fits(

@@ -37,19 +37,19 @@ def as_schema_1(cell: Cell, name: str | None = None) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def cells() -> list[Cell]:
-    return [cell for cell in planned_cells("table_optimizer") if "65536" in cell.name][:3]
+    return [cell for cell in planned_cells("experts") if "65536" in cell.name][:3]
 
 
 def test_a_record_of_schema_1_is_the_record_that_schema_2_makes(cells: list[Cell], tmp_path: Path) -> None:
     for cell in cells:
-        folder = tmp_path / "runs" / "table_optimizer" / cell.name
+        folder = tmp_path / "runs" / "experts" / cell.name
         folder.mkdir(parents=True)
         (folder / "record.json").write_text(json.dumps(as_schema_1(cell)))
     with pytest.raises(UserError, match="schema version 1, of an earlier peerscale; to convert all records: make"):
         read_record(folder)
     assert main([str(tmp_path)]) == 0
     for cell in cells:
-        assert read_record(tmp_path / "runs" / "table_optimizer" / cell.name) == record_of(cell, Status.DONE)
+        assert read_record(tmp_path / "runs" / "experts" / cell.name) == record_of(cell, Status.DONE)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
     assert main([str(tmp_path)]) == 0
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")} == before, "once is enough"

@@ -23,7 +23,7 @@ def bracket(method: str, best: float, *, budget: float = 1e13, size: str = "d64"
 def fits(*each: dict[str, Any], errors: tuple[tuple[str, float | None, str], ...] = ()) -> dict[str, Any]:
     brackets = {"curvature": K, "curvature_se": 0.004, "scatter": 0.002, "df": 2, "each": [*each]} if each else None
     rows = [{"budget": 1e13, "method": m, "se": se, "df": None, "source": source} for m, se, source in errors]
-    return {"rates": {"best": [], "brackets": brackets, "cost": 0.004, "errors": rows}}
+    return {"rates": {"law": None, "brackets": brackets, "cost": 0.004, "errors": rows}}
 
 
 RUNS = pd.DataFrame({
@@ -74,7 +74,7 @@ def test_what_gives_no_error_is_told() -> None:
     assert "So few losses leave no scatter" in "\n".join(brackets_section(RUNS, single))
 
 
-@pytest.mark.parametrize("old", [{}, {"rates": {"best": [], "differences": []}}])
+@pytest.mark.parametrize("old", [{}, {"rates": {"law": None}}])
 def test_without_brackets_everything_is_said_as_before(old: dict[str, Any]) -> None:
     assert brackets_figure(old) is None and brackets_section(RUNS, old) == []
     assert what_intervals_hold(old) == "They leave out the choice of learning rates."

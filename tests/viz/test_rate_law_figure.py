@@ -11,7 +11,7 @@ import yaml
 from peerscale.config import load
 from peerscale.laws.fitting import to_plain
 from peerscale.plan import plan
-from peerscale.runs.rates import as_configuration, fit_law, wants_law
+from peerscale.runs.rates import as_configuration, fit_law, tries_rates
 from peerscale.viz.rate_law import batches, finished_cells, rate_law_figure, rate_law_sections
 from toy_study import axes_text
 
@@ -127,17 +127,35 @@ def test_the_figure_has_a_panel_a_corner_with_the_rates_of_the_law() -> None:
             assert (lines[method].get_markerfacecolor() == "white") == (width == 80)
 
 
-def test_a_study_of_one_budget_or_of_no_rates_has_no_law() -> None:
+def test_the_law_has_the_variables_that_the_study_varies() -> None:
+    """At one budget tokens fall with width: best = m width^-0.5 (1 / width)^-0.3, so that the exponent of width is 0.2."""
     runs = study()
-    assert fit_law(runs[runs["budget"] == 1e13]) is None
-    assert fit_law(runs.assign(axes="")) is None
-    assert fit_law(runs.groupby(["method", "size", "budget"]).head(1)) is None, "one rate a curve"
+    law = fit_law(runs[runs["budget"] == 1e13])
+    assert law and set(law["fitted"]) == {"width", "batch"}
+    for method, one in law["groups"].items():
+        assert one["m"] * (64 / one["width_0"]) ** -one["a"] == pytest.approx(BEST[method])
+        assert (one["a"], one["b"], one["c"]) == pytest.approx((0.2, 0.0, 0.5))
+    alone = runs[(runs["budget"] == 1e13) & (runs["d_model"] == 64) & (runs["batch_sequences"] == 16)]
+    law = fit_law(alone)
+    assert law and law["fitted"] == {} and {name: one["m"] for name, one in law["groups"].items()} == pytest.approx(BEST)
+    text = "\n".join(rate_law_sections(alone, to_plain(law)))
+    assert "| dense | 0.005 [0.005, 0.005] |" in text and "The loss of a curve is its lowest + 0.060" in text
+    assert "exponents" not in text and "As configuration" not in text, "nothing for other widths or lengths"
+    (axes,) = rate_law_figure(alone, to_plain(law)).axes
+    marked = {str(line.get_label()): line.get_xdata()[0] for line in axes.lines if "_law" in str(line.get_label())}
+    assert marked == pytest.approx({f"_law {name}": at for name, at in BEST.items()})
+
+
+def test_a_study_without_rates_or_with_one_rate_a_curve_has_no_law() -> None:
+    runs = study()
+    assert fit_law(runs.assign(axes="")) is None and not tries_rates(runs.assign(axes=""))
+    assert fit_law(runs.groupby(["method", "size", "budget"]).head(1)) is None
 
 
 def test_before_the_law_is_determined_losses_are_listed_and_drawn() -> None:
     runs = study()
     runs.loc[(runs["d_model"] != 64) | (runs["budget"] != 1e13), ["status", "val_loss"]] = ["pending", math.nan]
-    assert wants_law(runs) and fit_law(runs, ["d80"]) is None
+    assert tries_rates(runs) and fit_law(runs, ["d80"]) is None
     text = "\n".join(finished_cells(runs))
     assert text.count("| 1e13 | 64 | ") == (runs["status"] == "done").sum()
     assert f"{(runs['status'] == 'done').sum()} of {len(runs)} cells, which do not determine a law" in text

@@ -11,7 +11,7 @@ from peerscale.laws.fitting import to_plain
 from peerscale.laws.isoflop import MIN_BUDGETS
 from peerscale.laws.parametric import Surface
 from peerscale.runs.conventions import multipliers_by_convention
-from peerscale.runs.rates import fit_law, fit_rates
+from peerscale.runs.rates import fit_law
 from peerscale.runs.study import method_names, usable, without_brackets
 
 RESAMPLES = 1000
@@ -44,15 +44,15 @@ def fit_study(
         N = FLOPs per token / 6, so that C = 6 N D is exact. The three exponents of a method refer to the same measure
         of size.
         `conventions`: multipliers under other FLOP conventions.
-        `rates`: for a study that varies learning rates, the best rates and their `law` (None: too few runs), besides
-        the `rates` of `compared`: `brackets` of the usual rates and the errors from them.
+        `rates`: `law`, of the best rates of a study that varies them (None: too few runs), besides the `rates` of
+        `compared`: `brackets` of the usual rates and the errors from them.
     """
     runs = without_brackets(runs)
     return {
         **compared,
         "laws": compared["laws"] | _laws(runs, curves),
         "conventions": to_plain(multipliers_by_convention(runs, compared["budgets"], steps)),
-        "rates": to_plain({**fit_rates(runs), "law": fit_law(runs, held_out)}) | compared.get("rates", {}),
+        "rates": {"law": to_plain(fit_law(runs, held_out))} | compared.get("rates", {}),
     }
 
 

@@ -98,7 +98,9 @@ def _short(found: Outcomes) -> str:
 
 
 def _rival(claim: Claim) -> str:
-    return label(claim["rival"].partition(" ")[0])
+    """Name of the rival, with its settings if they are not those of the method."""
+    rival, _, settings = claim["rival"].partition(" ")
+    return label(rival if settings == claim["method"].partition(" ")[2] else claim["rival"])
 
 
 def _listed(texts: Iterable[str]) -> str:

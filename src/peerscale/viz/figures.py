@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from peerscale.runs.curves import CURVES
-from peerscale.runs.rates import RATES, wants_law
+from peerscale.runs.rates import tries_rates
 from peerscale.runs.study import Study, method_names, read_fits, usable, without_brackets
 from peerscale.runs.table import read_table
 from peerscale.viz import style
@@ -19,11 +19,13 @@ from peerscale.viz.isoflop import isoflop_figure
 from peerscale.viz.multipliers import multipliers_figure
 from peerscale.viz.published import read_published
 from peerscale.viz.rate_law import rate_law_figure
-from peerscale.viz.rates import rates_figure
 from peerscale.viz.study_table import compares_curves
 
 DEFAULT_X = "params_total"
 """Model size of the isoFLOP figure, as in the paper."""
+
+PICTURED = {"n_experts", "ffn_heads", "top_k", "query_norm"}
+"""Settings with a figure in the paper."""
 
 MANY = 2
 """Most settings that a study of one size may vary to get figures over settings; with more, variants are compared with
@@ -61,14 +63,14 @@ def study_figures(study: Study, runs: pd.DataFrame, x: str = DEFAULT_X) -> Itera
             yield "multipliers", drawn
     if study.fits.is_file() and (drawn := brackets_figure(read_fits(study.fits), note=note)):
         yield "brackets", drawn
-    if settings & set(RATES):  # cells of one setting then differ in their rates, not only in their seeds
-        law = read_fits(study.fits)["rates"].get("law")
-        yield "rates", rate_law_figure(runs, law, note=note) if wants_law(runs) else rates_figure(runs, note=note)
+    if tries_rates(runs):
+        yield "rates", rate_law_figure(runs, read_fits(study.fits)["rates"].get("law"), note=note)
         return
     if compares_curves(runs):
         return
-    if len(settings) > MANY and (drawn := differences_figure(read_fits(study.fits), note=note)):
-        yield "differences", drawn
+    if len(settings) > MANY or settings - PICTURED:
+        if drawn := differences_figure(read_fits(study.fits), note=note):
+            yield "differences", drawn
         return
     if "n_experts" in settings:
         yield "experts", experts_figure(runs, published, note=note)

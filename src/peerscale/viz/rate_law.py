@@ -82,7 +82,7 @@ def rate_law_sections(runs: pd.DataFrame, law: Law) -> list[str]:
     """Sections on the law's coefficients, the optimum of every curve, batches and table rates."""
     shared = next(iter(law["groups"].values()))["shared"]
     at = ", ".join(f"{name} {shared[f'{name}_0']:g}" for name in law["fitted"])
-    head = f"m, the best rate at {at} [95 %]"
+    head = f"m, the best rate at {at} [95 %]" if at else "best rate [95 %]"
     ms = [
         {"method": style.label(name), head: with_interval(one["m"], one["ci"]["m"], "{:.3g}")}
         for name, one in law["groups"].items()
@@ -99,17 +99,17 @@ def rate_law_sections(runs: pd.DataFrame, law: Law) -> list[str]:
         p = probability(test["p"])
         equal = f"On the right each method's own. The p of equal exponents is {p}: the law has {chosen}."
     fitted = ", ".join(f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in law["fitted"].items())
-    judged = ""
+    rule = "best rate = m (width / width₀)^−a (tokens / tokens₀)^−b (batch / batch₀)^c, where the" if fitted else "The"
+    judged = f" Fitted over {fitted}." if fitted else ""
     if law["held_out_cost"] is not None:
         off = number(math.exp(law["held_out_error"]))
-        judged = f" On {len(law['held_out'])} curves that it was not fitted to its rates are off by a factor of {off} "
+        judged += f" On {len(law['held_out'])} curves that it was not fitted to its rates are off by a factor of {off} "
         judged += f"(root mean square), which costs {law['held_out_cost']:.4f} nats on average."
     lines = section(
         "The law",
         ms,
-        "best rate = m (width / width₀)^−a (tokens / tokens₀)^−b (batch / batch₀)^c, where the loss of a curve is its "
-        f"lowest + {law['curvature']:.3f} (ln rate − ln best rate)². {law['n']} runs on {law['n_curves']} curves "
-        f"scatter by {law['scatter']:.4f} nats about it. Fitted over {fitted}.{judged}",
+        f"{rule} loss of a curve is its lowest + {law['curvature']:.3f} (ln rate − ln best rate)². {law['n']} runs on "
+        f"{law['n_curves']} curves scatter by {law['scatter']:.4f} nats about it.{judged}",
     )
     lines += section("Its exponents", exponents, equal)
     found = optima(law)
@@ -128,6 +128,8 @@ def rate_law_sections(runs: pd.DataFrame, law: Law) -> list[str]:
         for one in found.to_dict("records")
     ]  # fmt: skip
     lines += section("Every curve", curves, *(f"- {warning}" for warning in law["warnings"]))
+    if not {"width", "tokens"} <= law["fitted"].keys():
+        return lines
     settings = yaml.safe_dump(as_configuration(law, runs), sort_keys=False, default_flow_style=None, width=120)
     return [*lines, "## As configuration", "", "```yaml", *settings.splitlines(), "```", ""]
 

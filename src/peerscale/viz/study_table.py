@@ -14,7 +14,7 @@ import pandas as pd
 
 from peerscale.cell_names import budget_name
 from peerscale.laws.optima import OptimumStatus
-from peerscale.runs.rates import RATES, settings_table, wants_law
+from peerscale.runs.rates import tries_rates
 from peerscale.runs.study import method_names, usable, without_brackets
 from peerscale.viz.ablations import has_curves, over_seeds, varied
 from peerscale.viz.answer import verdicts
@@ -26,7 +26,6 @@ from peerscale.viz.markdown import number, probability, section, signed_interval
 from peerscale.viz.paper_tables import dense_of, norm_rows, paper_perplexities, perplexities
 from peerscale.viz.published import read_published
 from peerscale.viz.rate_law import finished_cells, rate_law_sections
-from peerscale.viz.rates import edges
 from peerscale.viz.style import in_words, label, listed, ordered, size_label
 
 Fits = Mapping[str, Any]
@@ -34,25 +33,18 @@ Fits = Mapping[str, Any]
 Rows = list[dict[str, str]]
 """Rows of a table by its headings."""
 
-RATE_TITLES = {"lr": "learning rate", "table_lr": "rate of the tables", "mean": "mean over sizes"}
-
 
 def study_table(sweep: str, runs: pd.DataFrame, fits: Fits, forecasts: Iterable[Fits] = ()) -> str:
     """`table.md` of a study from its table of runs, `fits.json` and the forecasts that were made (`runs.forecasts`)."""
     every, runs = runs, without_brackets(runs)
-    runs, settings, published = runs.assign(name=method_names(runs)), varied(runs), read_published()
-    rated = settings & set(RATES)
+    runs, published = runs.assign(name=method_names(runs)), read_published()
+    rated = tries_rates(runs)
     if compares_curves(runs):
         title, lines = "losses at equal compute", [f"**{fits['answer']}**", "", *closing_table(runs, fits)]
         lines += [*at_the_optimum(runs, fits, published), *forecast_sections(forecasts, fits)]
     elif rated:
-        about = f"Losses in nats per token on the {listed(runs['val_set'])} set. Rates are for the reference width."
-        if wants_law(runs):
-            law = fits["rates"].get("law")
-            told = rate_law_sections(runs, law) if law else finished_cells(runs)
-        else:
-            told = [about, "", *best_rates(fits), *rates(runs)]
-        title, lines = "learning rates", told
+        law = fits["rates"].get("law")
+        title, lines = "learning rates", rate_law_sections(runs, law) if law else finished_cells(runs)
     else:
         title, lines = "settings at one size", settings_lines(runs, fits)
     if varied(runs[runs["method"] == "peer"]) & {"n_experts", "query_norm"} and not rated:
@@ -309,44 +301,3 @@ def experts_and_norm(runs: pd.DataFrame, fits: Fits, published: pd.DataFrame) ->
         "Pairs: without / with BatchNorm. Experts used and unevenness: by the paper's section 3.3, ours over "
         f"{listed(runs['usage_tokens'])} tokens.",
     ) + section("What BatchNorm on the queries changes", pairs)
-
-
-def best_rates(fits: Fits) -> list[str]:
-    """The best rate of each method and size, and methods compared at their best rates."""
-    best = [
-        {"budget": budget_name(b["budget"]), "size": size_label(b["size"]), "method": label(b["method"]),
-         "best rate, fitted": number(b["rate"], "{:.3g}"), "loss there": number(b["loss"], "{:.4f}"),
-         "best rate tried": f"{b['best_tried']['rate']:g}", "loss at that": f"{b['best_tried']['loss']:.4f}",
-         "status": b["status"].replace("_", " ")}
-        for b in fits["rates"]["best"]
-    ]  # fmt: skip
-    pairs = [
-        {"budget": budget_name(d["budget"]), "size": size_label(d["size"]), "method": label(d["method"]),
-         "difference to dense, each at its best rate [95 %]": signed_interval(d)}
-        for d in fits["rates"]["differences"]
-    ]  # fmt: skip
-    return section(
-        "Best rates",
-        best,
-        "The minimum of a parabola in the logarithm of the rate, with one curvature for all methods and sizes of a "
-        "budget, through the rates near the best one tried.",
-    ) + section(
-        "Methods at their best rates",
-        pairs,
-        "The interval includes the scatter about the parabolas, not seeds: one seed tried all rates of a model.",
-    )
-
-
-def rates(runs: pd.DataFrame) -> list[str]:
-    """The settings of a learning-rate study, best first."""
-    lines: list[str] = []
-    for name, rows in settings_table(runs).groupby("name", sort=False):
-        forms = {rate: "{:g}" for rate in RATES if (rows[rate] > 0).any()}
-        sizes = [str(column) for column in rows if column not in ("name", *RATES)]
-        forms |= dict.fromkeys(sizes[:-1] if len(sizes) == 2 else sizes, "{:.4f}")  # with one size the mean is its loss
-        texts = [
-            {RATE_TITLES.get(column, size_label(column)): form.format(row[column]) for column, form in forms.items()}
-            for row in rows.to_dict("records")
-        ]
-        lines += section(label(str(name)), texts, *(f"- {edge}" for edge in edges(rows)))
-    return lines

@@ -91,14 +91,17 @@ NO_METADATA = {"png": {"Software": None}, "pdf": {"Creator": None, "Producer": N
 """Metadata without dates and versions, so that the same figure gives the same bytes."""
 
 
+NUMBER = re.compile(r"(\d+(?:\.\d+)?(?:e-?\d+)?)")
+
+
 def ordered(names: Iterable[str]) -> list[str]:
     """Method names, each once: known ones in the order of the palette, then others by name with ascending numbers."""
     known = list(COLOURS)
 
-    def place(name: str) -> tuple[int, list[str | int], str]:
+    def place(name: str) -> tuple[int, list[str | float], str]:
         method = name.partition(" ")[0]
-        parts = [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
-        return known.index(method) if method in known else len(known), parts, name  # 0.03 and 0.003 have equal parts
+        parts = [float(part) if i % 2 else part for i, part in enumerate(NUMBER.split(name))]
+        return known.index(method) if method in known else len(known), parts, name  # 0.5 and 0.50 have equal parts
 
     return sorted(set(names), key=place)
 
