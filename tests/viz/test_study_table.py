@@ -1,6 +1,5 @@
 """The closing table's numbers, and sentences that say what the numbers do."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 

@@ -30,7 +30,7 @@ def publish(source: Study, target: Study, *, replace_cells: bool = False) -> str
     Raises:
         UserError: the study is not complete, or published finished cells would be lost. Nothing is written then.
     """
-    for path in (source.runs, source.table, source.figures):
+    for path in (source.runs, source.table):
         if not path.exists():
             raise UserError(f"{path} is not there; first: make figures SWEEP={source.sweep}")
     records = [public(record) for record in read_records(source.folder)]
@@ -51,7 +51,8 @@ def publish(source: Study, target: Study, *, replace_cells: bool = False) -> str
         for kept in (source.runs, source.curves, source.fits, source.table):
             if kept.is_file():
                 shutil.copyfile(kept, folder / kept.name)
-        shutil.copytree(source.figures, folder / source.figures.name, copy_function=shutil.copyfile)
+        if source.figures.is_dir():
+            shutil.copytree(source.figures, folder / source.figures.name, copy_function=shutil.copyfile)
         lines = "".join(json.dumps(asdict(record)) + "\n" for record in records)
         (folder / target.records.name).write_text(lines, encoding="utf-8")
     kept = len(old) - len(removed) - len(replaced)

@@ -9,8 +9,6 @@ from peerscale.errors import UserError
 from peerscale.laws import fit_rates as fit_rate_law
 from peerscale.runs.study import axes_of, method_names, usable
 
-RATES = ["lr", "table_lr"]
-
 
 def tries_rates(runs: pd.DataFrame) -> bool:
     """Whether a study varies the peak learning rate, so that its models differ in their rates and not only in seeds."""

@@ -14,7 +14,6 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 from scipy.stats import t as student
 
-from peerscale.runs.rates import RATES
 from peerscale.runs.study import axes_of, method_names, usable
 from peerscale.viz import style
 from peerscale.viz.isoflop import X_LABELS, missing_note
@@ -53,7 +52,7 @@ def varied(runs: pd.DataFrame) -> set[str]:
     cell's tokens.
     """
     groups = runs[usable(runs)].assign(layer=layer_names(runs)).groupby(["layer", "size", "budget"])
-    not_set = {*RATES} - {key.removeprefix("optim.") for axes in axes_of(runs) for key in axes}
+    not_set = {"lr", "table_lr"} - {key.removeprefix("optim.") for axes in axes_of(runs) for key in axes}
     columns = [column for column in SETTINGS if column in runs and column not in not_set]
     return {column for column in columns if (groups[column].nunique() > 1).any()}
 
