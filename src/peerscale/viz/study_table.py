@@ -38,16 +38,16 @@ def study_table(sweep: str, runs: pd.DataFrame, fits: Fits, forecasts: Iterable[
     """`table.md` of a study from its table of runs, `fits.json` and the forecasts that were made (`runs.forecasts`)."""
     every, runs = runs, without_brackets(runs)
     runs, published = runs.assign(name=method_names(runs)), read_published()
-    rated = tries_rates(runs)
     if compares_curves(runs):
         title, lines = "losses at equal compute", [f"**{fits['answer']}**", "", *closing_table(runs, fits)]
         lines += [*at_the_optimum(runs, fits, published), *forecast_sections(forecasts, fits)]
-    elif rated:
+    elif tries_rates(runs):
         law = fits["rates"].get("law")
         title, lines = "learning rates", rate_law_sections(runs, law) if law else finished_cells(runs)
     else:
         title, lines = "settings at one size", settings_lines(runs, fits)
-    if varied(runs[runs["method"] == "peer"]) & {"n_experts", "query_norm"} and not rated:
+    changed = varied(runs[runs["method"] == "peer"])
+    if changed & {"n_experts", "query_norm"} and not changed & {"lr", "table_lr"}:
         lines += experts_and_norm(runs, fits, published)
     lines += brackets_section(every, fits)
     return "\n".join([f"# {sweep}: {title}", "", *lines])
