@@ -148,17 +148,23 @@ def test_cells_published_without_their_records_are_not_lost_either(
     assert "error: this would replace 47 by cells of another configuration" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("missing", ["runs.csv", "table.md", "figures"])
+@pytest.mark.parametrize("missing", ["runs.csv", "table.md"])
 def test_refuses_an_unfinished_study(
     folders: list[str], tmp_path: Path, missing: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = collected(SWEEP, tmp_path / "runs").folder / missing
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (collected(SWEEP, tmp_path / "runs").folder / missing).unlink()
     capsys.readouterr()
     assert exit_code(lambda: publish.main(folders)) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and missing in error
     assert not (tmp_path / "results").exists()
+
+
+def test_a_study_of_settings_without_a_figure_can_be_published(folders: list[str], tmp_path: Path) -> None:
+    shutil.rmtree(collected(SWEEP, tmp_path / "runs").figures)
+    assert publish.main(folders) == 0
+    assert {path.name for path in (tmp_path / "results" / SWEEP).iterdir()} >= {"runs.csv", "table.md", "fits.json"}
+    assert not (tmp_path / "results" / SWEEP / "figures").exists()
 
 
 def test_an_interrupted_publication_leaves_the_old_one(
