@@ -65,7 +65,7 @@ def test_explore_is_kept_with_the_outputs_of_its_code() -> None:
     found = [output for cell in cells for output in cell.outputs]
     assert not [output for output in found if output.output_type == "error" or output.get("name") == "stderr"]
     assert pictures(found) == 2
-    assert "50 cells, 50 with a loss" in written(found)
+    assert "40 cells, 40 with a loss" in written(found)
     assert all(cell.outputs for cell in cells if not re.match("STUDY|from", cell.source)), "every result is shown"
     assert path.stat().st_size < 400_000
 
@@ -101,7 +101,7 @@ def test_explore_reads_refits_predicts_and_compares_the_published_study() -> Non
     found = outputs("explore", RESAMPLES=20)
     assert pictures(found) == 2
     text = written(found)
-    assert "50 cells, 50 with a loss" in text
+    assert "40 cells, 40 with a loss" in text
     largest = read_runs("results/reproduce")["budget"].max()
     assert f"at {10 * largest:.2g} FLOPs" in text and "sequences_se" in text and "multiplier" in text
 

@@ -68,7 +68,6 @@ def test_the_study_of_the_readme_plans_as_it_stands(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("study", "budget", "method", "reference"),
     [
-        ("reproduce", 2.7e12, "peer", "dense"),
         ("isoflop_rates_5e11", 3e12, "peer", "dense"),
         ("isoflop_rates_5e11", 1e13, "peer", "dense"),
     ],
