@@ -48,7 +48,7 @@ def test_a_guess_goes_by_published_cells_of_the_method_or_of_any(tmp_path: Path)
 def test_the_published_study_is_guessed_as_long_as_it_took() -> None:
     cells = planned_cells("reproduce")
     seconds = [estimate_s(cell.config, cell.plan, [])[0] for cell in cells]
-    assert 21 / 1.5 < makespan_s(seconds, 2) / 60 < 21 * 1.5
+    assert 15 / 1.5 < makespan_s(seconds, 2) / 60 < 26 * 1.5, "15 minutes at usual speed, 26 on a slow day"
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,21 @@ def test_a_study_with_cells_to_run_decides_nothing(tmp_path: Path) -> None:
     assert row["measured here"].startswith("3e12: −0.050 ± 0.020")
 
 
+def test_studies_with_tuned_rates_stand_side_by_side(tmp_path: Path) -> None:
+    """And not beside an older one."""
+    left = [{}, {"cell": "d", "status": "pending", "val_loss": None}]
+    publish(tmp_path, "isoflop_rates_5e11", {1e13: [difference("peer", "pkm", -0.06, 0.02)]}, [])
+    publish(tmp_path, "isoflop_cpu", {3e12: [difference("peer", "pkm", 0.01, 0.03)]}, [], runs=left)
+    found, judged = difference("peer", "pkm", 0.02, 0.01), claim("pkm", 2e12, 0.02, 0.01, False)
+    publish(tmp_path, "reproduce", {2e12: [found]}, [judged])
+    row = by_claim(tmp_path)["PEER beats PKM"]
+    assert row["verdict"] == (
+        "isoflop_cpu: open: 1 of its 2 cells are still to run; reproduce: does not hold: PEER is behind (at 2e12)"
+    )
+    assert "3e12: +0.010 ± 0.030" in row["measured here"] and "2e12: +0.020 ± 0.010" in row["measured here"]
+    assert "1e13" not in row["measured here"]
+
+
 def test_a_study_with_rates_of_a_small_budget_decides_nothing(tmp_path: Path) -> None:
     differences = {1e13: [difference("peer", "dense", -0.05, 0.02)]}
     publish(tmp_path, "isoflop_rates_5e11", differences, [claim("dense", 1e13, -0.05, 0.001, False)])

@@ -25,7 +25,7 @@ BEGIN, END = "<!-- begin: make findings -->", "<!-- end -->"
 """Lines of the page between which the table stands."""
 
 MAIN = ("isoflop_cpu", "reproduce", "isoflop_rates_5e11")
-"""The studies of losses at the optimum; the first that has measured something of a claim counts for it."""
+"""The studies of losses at the optimum."""
 
 EARLIER = "open: learning rates tuned at 5e11 FLOPs"
 """The verdict on what was measured before rates followed a law."""
@@ -109,14 +109,13 @@ def _published(results: Path, *sweeps: str) -> list[Evidence]:
 
 
 def _row(claim: str, paper: str, studies: Iterable[Evidence], judge: Callable[[Evidence], tuple[str, str]]) -> Row:
-    """The row of a claim from the first of the studies that has measured something of it."""
-    for found in studies:
-        measured, verdict = judge(found)
-        if measured:
-            source = f" ([{found.sweep}](../results/{found.sweep}/table.md))"
-            verdict = found.undecided or verdict
-            return {"claim": claim, "the paper": paper, "measured here": measured + source, "verdict": verdict}
-    return {"claim": claim, "the paper": paper, "measured here": "—", "verdict": "not measured yet"}
+    """The row of a claim; a study with rates from 5e11 FLOPs counts only if no other has measured something of it."""
+    told = [(found, measured, verdict) for found in studies for measured, verdict in [judge(found)] if measured]
+    told = [one for one in told if one[0].undecided != EARLIER] or told[:1]
+    measured = [f"{text} ([{found.sweep}](../results/{found.sweep}/table.md))" for found, text, _ in told]
+    verdicts = [f"{found.sweep}: " * (len(told) > 1) + (found.undecided or verdict) for found, _, verdict in told]
+    return {"claim": claim, "the paper": paper, "measured here": "; ".join(measured) or "—",
+            "verdict": "; ".join(verdicts) or "not measured yet"}  # fmt: skip
 
 
 def _against(rival: str) -> Callable[[Evidence], tuple[str, str]]:
