@@ -68,6 +68,10 @@ def test_it_says_what_the_intervals_cover() -> None:
     ):
         assert told in small_print
     figure.draw_without_rendering()
+    one_seed = fits((1e11, "peer", "dense", -0.11, -0.12, -0.10))
+    one_seed["budgets"][0]["differences"][0] |= {"fit_se": None, "seeds_se": None}
+    said = drawn(differences_figure(one_seed)).get_supxlabel()
+    assert "validation sequences alone" in said and "misfit" not in said
 
 
 def test_without_a_difference_there_is_no_figure() -> None:

@@ -76,5 +76,7 @@ def differences_figure(fits: Mapping[str, Any], *, methods: Iterable[str] = (), 
         ]
         style.legend(figure, handles)
         at_sizes = "Hollow: at one size, of a method with too few for a curve." * bool(hollow)
-        style.caption(figure, note, at_sizes, bars(fits))
+        alone = all(one.get("fit_se", 0) is None and one.get("seeds_se", 0) is None for one in shown.values())
+        one_seed = "bars: 95 % interval from the sampling of validation sequences alone; there is one seed"
+        style.caption(figure, note, at_sizes, one_seed if alone else bars(fits))
     return figure
