@@ -149,7 +149,8 @@ def test_the_law_has_the_variables_that_the_study_varies() -> None:
 
 def test_a_study_without_rates_or_with_one_rate_a_curve_has_no_law() -> None:
     runs = study()
-    assert fit_law(runs.assign(axes="")) is None and not tries_rates(runs.assign(axes=""))
+    for axes in ("", axes_text("lr=0.01")):
+        assert fit_law(runs.assign(axes=axes)) is None and not tries_rates(runs.assign(axes=axes))
     assert fit_law(runs.groupby(["method", "size", "budget"]).head(1)) is None
 
 

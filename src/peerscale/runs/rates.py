@@ -12,7 +12,7 @@ from peerscale.runs.study import axes_of, method_names, usable
 
 def tries_rates(runs: pd.DataFrame) -> bool:
     """Whether a study varies the peak learning rate, so that its models differ in their rates and not only in seeds."""
-    return bool(axes_of(runs).map(lambda axes: "optim.lr" in axes).any())
+    return axes_of(runs).map(lambda axes: axes.get("optim.lr")).nunique() > 1
 
 
 def names_under_law(runs: pd.DataFrame) -> pd.Series:
