@@ -230,7 +230,7 @@ def test_controls_whose_rates_follow_the_law_are_compared_with_dense_of_the_usua
 
 
 def test_the_best_rate_is_the_minimum_of_the_parabolas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Losses exactly on parabolas in ln rate: minima at 0.02 and 0.03, and a rate's difference of 0.05."""
+    """Losses exactly on parabolas in ln rate: minima at 0.02 and 0.03."""
     losses = {"dense": (0.02, 4.0), "peer": (0.03, 3.95)}
     rows = [
         {

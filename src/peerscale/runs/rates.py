@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from peerscale.errors import UserError
-from peerscale.laws import fit_rates as fit_rate_law
+from peerscale.laws import fit_rates
 from peerscale.runs.study import axes_of, method_names, usable
 
 
@@ -43,7 +43,7 @@ def fit_law(runs: pd.DataFrame, held_out: Collection[str] = ()) -> dict[str, Any
     curve = ("budget", "table_lr", "seed", *(() if width else ("d_model",)))
     out = cells["size"].isin(held_out) if held_out else None
     try:
-        return fit_rate_law(
+        return fit_rates(
             cells, loss="val_loss", width=width, tokens=budget and "tokens", batch=batch, by="name", curve=curve,
             hold_out=out,
         ).to_dict()  # fmt: skip

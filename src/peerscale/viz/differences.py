@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from peerscale.viz import style
-from peerscale.viz.brackets import bars
-from peerscale.viz.markdown import signed_interval
+from peerscale.viz.brackets import bars, hold_rates
+from peerscale.viz.markdown import leaves_out_seeds, signed_interval
 
 LABEL_WIDTH = 95
 """Number of letters that fit beside each other: a label of the rows and a line below the axis."""
@@ -76,7 +76,7 @@ def differences_figure(fits: Mapping[str, Any], *, methods: Iterable[str] = (), 
         ]
         style.legend(figure, handles)
         at_sizes = "Hollow: at one size, of a method with too few for a curve." * bool(hollow)
-        alone = all(one.get("fit_se", 0) is None and one.get("seeds_se", 0) is None for one in shown.values())
-        one_seed = "bars: 95 % interval from the sampling of validation sequences alone; there is one seed"
-        style.caption(figure, note, at_sizes, one_seed if alone else bars(fits))
+        rates = " and from learning rates" if hold_rates(fits) else " alone"
+        one_seed = f"bars: 95 % interval from the sampling of validation sequences{rates}; there is one seed"
+        style.caption(figure, note, at_sizes, one_seed if all(map(leaves_out_seeds, shown.values())) else bars(fits))
     return figure

@@ -45,14 +45,18 @@ def plus_minus(found: Mapping[str, Any]) -> str:
     return f"{number(found['value'], '{:+.3f}')} ± {number((found['high'] - found['low']) / 2, '{:.3f}')}"
 
 
+def leaves_out_seeds(found: Mapping[str, Any]) -> bool:
+    """Whether the interval of a difference includes neither the misfit of sizes nor seeds."""
+    return found.get("fit_se", 0) is None and found.get("seeds_se", 0) is None
+
+
 def signed_interval(found: Mapping[str, Any] | None) -> str:
     """A difference with its interval, `−0.033 [−0.049, −0.018]`; noted if that includes neither sizes nor seeds."""
     if found is None or found.get("value") is None:
         return "—"
-    alone = found.get("fit_se", 0) is None and found.get("seeds_se", 0) is None
     interval = with_interval(found["value"], (found["low"], found["high"]), "{:+.3f}")
     part = "sequences only" if found.get("rate_se") is None else "without seeds"
-    return interval + f" ({part})" * alone
+    return interval + f" ({part})" * leaves_out_seeds(found)
 
 
 def probability(p: float | None) -> str:
