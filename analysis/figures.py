@@ -9,10 +9,11 @@ the main table.
 import sys
 from collections.abc import Sequence
 
+from peerscale.composition import sweep_text
 from peerscale.errors import UserError, exit_code
 from peerscale.files import from_checkout, write_text
 from peerscale.runs.forecasts import read_forecasts
-from peerscale.runs.study import find_study, published, read_fits, study_parser, usable, without_brackets
+from peerscale.runs.study import find_study, header, published, read_fits, study_parser, usable, without_brackets
 from peerscale.runs.table import read_runs
 from peerscale.viz import style
 from peerscale.viz.figures import DEFAULT_X, study_figures
@@ -33,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for path in style.save(figure, study.figures / name):
             print(path)
     forecasts = read_forecasts(published(arguments.sweep, arguments.results))
-    text = study_table(study.sweep, runs, read_fits(study.fits), forecasts)
+    withdrawn = header(sweep_text(study.sweep)).get("Withdrawn", "")
+    text = study_table(study.sweep, runs, read_fits(study.fits), forecasts, withdrawn)
     write_text(study.table, text)
     shown, *further = text.split("\n## ") if compares_curves(main) else [text]
     print(f"\n{shown}")

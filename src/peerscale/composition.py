@@ -1,5 +1,6 @@
 """YAML files and overrides -> one nested mapping, composed by Hydra, which is imported only when needed."""
 
+import contextlib
 import functools
 import os
 from collections.abc import Hashable, Mapping, Sequence
@@ -45,6 +46,13 @@ def of_section(override: str, section: str) -> bool:
 def of_cells(overrides: Sequence[str]) -> list[str]:
     """The overrides of a study that change the configuration of its cells."""
     return [override for override in overrides if not any(of_section(override, section) for section in SECTIONS)]
+
+
+def sweep_text(sweep: str) -> str:
+    """The text of a study's file; empty if the study has no file, such as a renamed one."""
+    with contextlib.suppress(ConfigError):
+        return sweep_file(sweep).read_text(encoding="utf-8")
+    return ""
 
 
 def sweep_file(sweep: str | Path) -> Path:

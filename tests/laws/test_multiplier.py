@@ -63,6 +63,19 @@ def test_compute_may_be_counted_differently() -> None:
     assert compute_multipliers(power_law(), (compute / 2, losses)) == pytest.approx([2.4] * 4)
 
 
+def test_a_trend_depends_on_nothing_outside_it() -> None:
+    """Whatever the losses of the smallest budget, which compares itself with all."""
+    trend = np.array([False, True, True, True])
+    (budgets, dense), (_, method) = power_law(), power_law(1.5)
+    shifted = method - np.array([0.05, 0, 0, 0])
+    for losses in (method, shifted):
+        found = compute_multipliers((budgets, dense), (budgets, losses), trend)
+        alone = compute_multipliers((budgets[1:], dense[1:]), (budgets[1:], losses[1:]))
+        np.testing.assert_array_equal(found[1:], alone)
+        assert found[0] == compute_multipliers((budgets, dense), (budgets, losses))[0]
+    assert compute_multipliers((budgets, dense), (budgets, shifted))[1] != pytest.approx(alone[0], rel=0.01)
+
+
 def test_draws_at_once_equal_one_by_one() -> None:
     rng = np.random.default_rng(1)
     dense, method = (power_law(gain)[1] * (1 + 0.02 * rng.normal(size=(50, 4))) for gain in (1.0, 1.5))

@@ -300,6 +300,14 @@ def test_holm_by_hand(p: list[float], corrected: list[float]) -> None:
     np.testing.assert_allclose(holm(np.array(p)), corrected)
 
 
+def test_tests_without_a_result_yet_count() -> None:
+    """As if each had a probability of one."""
+    p = np.array([0.012, 0.5, 0.001])
+    np.testing.assert_allclose(holm(p, 6), holm(np.append(p, [1.0, 1.0, 1.0]))[:3])
+    np.testing.assert_allclose(holm(p, 6), [0.06, 1.0, 0.006])
+    np.testing.assert_allclose(holm(np.append(p, math.nan), 2), [0.024, 0.5, 0.003, math.nan])  # fewer than there are
+
+
 REPEATS = 300
 SEED_SD = 0.007
 FINE_Z = np.linspace(5.58, 6.2, 501)

@@ -33,7 +33,7 @@ def run(
     return {
         "cell": cell, "axes": axes_text(settings),
         "method": method, "variant": "", "size": size, "seed": seed, "budget": budget, "status": "done",
-        "flops_per_token": x, "val_loss": loss, **more,
+        "flops_per_token": x, "val_loss": loss, "batch_sequences": 16, **more,
     }  # fmt: skip
 
 

@@ -87,6 +87,9 @@ def test_the_fit_is_that_of_the_law_of_rates_and_its_error_that_of_simulated_noi
         assert gains.mean() == pytest.approx(K * log_best[i] ** 2, abs=0.0008)
         expected = math.sqrt(np.mean([draw["each"][i]["se"] ** 2 for draw in draws]))
         assert gains.std() == pytest.approx(expected, rel=0.12)
+    third = pd.DataFrame([draw["each"][2] for draw in draws])
+    expected = math.sqrt((third["se"] ** 2).mean())
+    assert third["se"].min() > 0 and third["gain"].std() < expected < 2 * third["gain"].std()
 
 
 def test_seeds_of_a_bracket_share_its_best_rate() -> None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 from made_up_study import LADDER, SIZES, bowl, curves, ladder, record, run, with_sequences
 from scipy import stats
 
+from peerscale.data.batches import EvaluationBatches
 from peerscale.files import write_json
-from peerscale.runs.comparison import compare
+from peerscale.runs.comparison import compare, sequence_losses
 from peerscale.runs.record import Status
 from peerscale.sweep_config import ClaimsConfig
 
@@ -175,6 +177,19 @@ def test_the_error_of_sequences_is_that_of_the_difference_at_each() -> None:
     assert found["budgets"][0]["methods"][0]["sequences_se"] == pytest.approx(0.5 / 16, rel=0.15)
 
 
+def test_sequences_are_paired_whatever_the_batch() -> None:
+    """A record has them in the order in which evaluation takes them from the text."""
+    text = np.random.default_rng(0).normal(size=256)
+    records = []
+    for batch in (8, 32):
+        batches = EvaluationBatches(np.arange(2049), 2048, batch_sequences=batch, context=8)
+        sequences = np.concatenate([batches[i][:, 0] // 8 for i in range(len(batches))])
+        records.append(replace(record(f"{batch}", text[sequences]), batch_sequences=batch))
+    assert records[0].sequence_losses != records[1].sequence_losses
+    for found in sequence_losses(records, {"8", "32"}).values():
+        np.testing.assert_array_equal(found, text)
+
+
 def test_what_is_common_to_all_methods_leaves_no_error_of_a_difference() -> None:
     runs, records, _ = with_sequences(curves(FIVE, noise=0.004), own=0.0)
     found = compare(runs, records)
@@ -189,7 +204,7 @@ def test_sequences_that_are_missing_leave_their_part_out() -> None:
     lost = runs.loc[runs["budget"] == 3e12, "cell"].iloc[0]
     whole = compare(runs, records)
     kept = [record(r.cell, np.array([])) if r.cell == lost else r for r in records]
-    other = [record(r.cell, np.array(r.sequence_losses[:9])) if r.cell == lost else r for r in records]
+    other = [record(r.cell, np.array(r.sequence_losses[:16])) if r.cell == lost else r for r in records]
     for found in (compare(runs, kept), compare(runs, other), compare(runs, [r for r in records if r.cell != lost])):
         assert of(found, "peer", "dense", 3e12)["sequences_se"] is None
         assert of(found, "peer", "dense", 3e12)["value"] == of(whole, "peer", "dense", 3e12)["value"]
@@ -214,6 +229,17 @@ def test_the_family_is_what_the_study_names() -> None:
     for claim, alone in zip(found["claims"], p, strict=True):
         assert claim["p"] == alone and claim["p_holm"] == pytest.approx(expected[alone])
         assert claim["leads"] == (expected[alone] < 0.05 and claim["value"] < 0)
+
+
+def test_a_named_family_counts_comparisons_that_have_not_run() -> None:
+    """A verdict on the first budget must hold when the others have a result."""
+    runs = curves({(m, c): v for (m, _), v in FIVE.items() for c in LADDER[:1]}, noise=0.01)
+    claims = ClaimsConfig(method="peer", rivals=["dense", "moe"], budgets=LADDER[:3])
+    found = compare(runs, [], claims=claims)["claims"]
+    assert [c["family"] for c in found] == [6, 6]
+    small, large = sorted(found, key=lambda c: c["p"])
+    assert small["p_holm"] == pytest.approx(min(1, 6 * small["p"]))
+    assert large["p_holm"] == pytest.approx(min(1, max(6 * small["p"], 5 * large["p"])))
 
 
 def test_without_a_named_family_peer_is_compared_with_all() -> None:

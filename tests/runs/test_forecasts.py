@@ -10,6 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import pandas as pd
 import pytest
 from made_up_study import LADDER, curves, ladder, record, with_sequences
 
@@ -156,6 +157,13 @@ def test_what_is_written(study: Study, tmp_path: Path) -> None:
     assert found["forecasts"] == forecast(read_fits(study.fits), AT)
     text = "\n".join(forecast_table(found))
     assert "| dense |" in text and "from 30 cells (10 of 1e12, 10 of 3e12, 10 of 1e13 FLOPs)" in text
+
+
+def test_a_forecast_says_that_the_batch_changes(study: Study, tmp_path: Path) -> None:
+    runs = pd.read_csv(study.runs)
+    runs.assign(batch_sequences=runs["budget"].map({1e12: 16, 3e12: 32, 1e13: 32})).to_csv(study.runs, index=False)
+    changes = "the change of the batch (16 sequences at 1e12, 32 sequences at 3e12 and 1e13)"
+    assert changes in made(tmp_path)[0]["leaves_out"]
 
 
 def test_a_forecast_is_made_once(study: Study, tmp_path: Path) -> None:

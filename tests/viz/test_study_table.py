@@ -141,6 +141,10 @@ def test_growth_is_claimed_from_four_budgets_on(study: Tables) -> None:
     slope = {"method": "peer", "reference": "dense", "slope": 0.123, "low": 0.05, "high": 0.2}
     lines = study_table.at_the_optimum(runs, {**fits, "growth": [slope]}, published)
     assert "Slope of its logarithm per factor of ten in the budget: PEER +0.123 [+0.050, +0.200]." in lines
+    small = runs["budget"] == runs["budget"].min()
+    changing = runs.assign(batch_sequences=runs["batch_sequences"].where(~small, 2 * runs["batch_sequences"]))
+    lines = study_table.at_the_optimum(changing, {**fits, "growth": [slope]}, published)
+    assert any("in the budget (the batch changes too: " in line for line in lines)
 
 
 def test_a_study_of_one_method_has_a_table(study: Tables) -> None:

@@ -10,12 +10,14 @@ import numpy as np
 from peerscale.laws.solver import Array
 
 
-def compute_multipliers(dense: tuple[Array, Array], method: tuple[Array, Array]) -> Array:
+def compute_multipliers(dense: tuple[Array, Array], method: tuple[Array, Array], trend: Array | None = None) -> Array:
     """The multiplier at every budget, (..., budgets).
 
     Args:
         dense, method: compute (budgets,), ascending, and loss (..., budgets), for the same budgets. The two may count
             the compute of a budget differently.
+        trend: which budgets (budgets,) belong to a trend. They are compared as if there were no other budgets, so that
+            a trend depends on nothing outside it.
 
     Returns:
         Above 1 if dense needs more compute; NaN if a loss is unknown or would be extrapolated.
@@ -24,7 +26,10 @@ def compute_multipliers(dense: tuple[Array, Array], method: tuple[Array, Array])
     level, known = losses.max(axis=0), np.isfinite(losses).all(axis=0)
     smallest = known & (known.cumsum(axis=-1) == 1)
     level = np.where(smallest, losses.min(axis=0), level)
-    return compute_to_reach(*dense, level) / compute_to_reach(*method, level)
+    found = compute_to_reach(*dense, level) / compute_to_reach(*method, level)
+    if trend is not None and not trend.all():
+        found[..., trend] = compute_multipliers(*((x[trend], y[..., trend]) for x, y in (dense, method)))
+    return found
 
 
 def compute_to_reach(compute: Array, losses: Array, levels: Array) -> Array:

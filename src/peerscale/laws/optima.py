@@ -294,11 +294,15 @@ def f_test(restricted: Any, full: Any) -> dict[str, Any] | None:
     return {"f": f, "df": (constraints, full.df), "p": float(fisher.sf(f, constraints, full.df))}
 
 
-def holm(p: Array) -> Array:
-    """p-values of a family of tests, corrected for their number (Holm 1979); NaN is not counted."""
+def holm(p: Array, n_tests: int = 0) -> Array:
+    """p-values of a family of tests, corrected for their number (Holm 1979).
+
+    The number is `n_tests`, or that of the known values in `p` if it is larger. Tests without a value count as p = 1.
+    """
     order = np.argsort(p)[: np.isfinite(p).sum()]
     corrected = np.full(len(p), np.nan)
-    corrected[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)), 1)
+    at_least = max(n_tests, len(order)) - np.arange(len(order))
+    corrected[order] = np.minimum(np.maximum.accumulate(p[order] * at_least), 1)
     return corrected
 
 

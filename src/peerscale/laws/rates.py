@@ -368,8 +368,8 @@ def fit_brackets(factor: Array, loss: Array, bracket: Sequence[str], seed: Seque
         `curvature` k, in nats per (ln rate)^2, and `curvature_se`; `scatter` of the losses around the parabolas, in
         nats; `df`, degrees of freedom of the scatter and of every error; and for `each` bracket its `best` factor, the
         `lowest` loss (at that factor, averaged over seeds), the `gain` (fitted loss at factor 1 minus the lowest) and
-        its first-order standard error `se`. NaN if the brackets do not determine a parabola that opens upwards, and for
-        errors without degrees of freedom.
+        its standard error `se`, to second order in ln best, so that it is not zero where the usual rate is the best.
+        NaN if the brackets do not determine a parabola that opens upwards, and for errors without degrees of freedom.
     """
     x, (of, names) = np.log(factor), pd.factorize(np.array(bracket))
     curves = pd.Series(bracket).str.cat(pd.Series(seed).astype(str), " ")
@@ -383,6 +383,8 @@ def fit_brackets(factor: Array, loss: Array, bracket: Sequence[str], seed: Seque
         gradient[0], gradient[1 + i] = -(log_best**2), 2 * log_best
         level = float(pd.Series(at_usual[of == i]).groupby(curves[of == i].to_numpy()).mean().mean())
         gain, variance = k * log_best**2, float(gradient @ fit.covariance @ gradient)
+        of_best = np.array([-log_best, *np.eye(len(names))[i]]) / k  # gradient of ln best
+        variance += 2 * (k * float(of_best @ fit.covariance @ of_best)) ** 2
         se = math.sqrt(max(variance, 0.0)) if math.isfinite(variance) else math.nan
         each.append({"best": float(np.exp(log_best)), "lowest": level - gain, "gain": gain, "se": se})
     curvature, error = (fit.k, fit.k_se) if fit.determined else (math.nan, math.nan)

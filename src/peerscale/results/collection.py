@@ -4,7 +4,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
@@ -102,6 +102,8 @@ def write_fits(study: Study, runs: pd.DataFrame, curves: pd.DataFrame, records: 
         settings = None
     windows = {row.budget: settings.window(row.budget) for row in settings.grid} if settings else {}
     said = {key: getattr(settings, key) for key in ("claims", "rates_cost", "trend_from")} if settings else {}
+    if (claims := said.get("claims")) and not claims.budgets:
+        said["claims"] = replace(claims, budgets=sorted(windows))
     as_published = [public(record) for record in records]  # so that results/ alone gives the same fits
     compared = compare(runs, as_published, windows=windows, **said)
     steps = pd.read_csv(STEPS) if STEPS.is_file() else None

@@ -13,9 +13,10 @@ FAMILY_LEVEL = 0.05
 
 
 def claims_of(budgets: Sequence[Mapping[str, Any]], claims: ClaimsConfig | None) -> list[dict[str, Any]]:
-    """The comparisons of the family, each as method minus rival, with Holm's correction over all of them.
+    """The comparisons of the family, each as method minus rival, with Holm's correction.
 
-    If a study names the family, variants along an axis belong to it only if the method has no other curve.
+    If a study names the family, variants along an axis belong to it only if the method has no other curve. The
+    correction, for `family` comparisons, then also counts those that have no result yet.
     """
     method = claims.method if claims else "peer"
     compared = {found[key] for entry in budgets for found in entry["differences"] for key in ("method", "reference")}
@@ -38,9 +39,10 @@ def claims_of(budgets: Sequence[Mapping[str, Any]], claims: ClaimsConfig | None)
                     family[tuple(place.values())] = place | {
                         k: one[k] for k in ("value", "se", "df", "low", "high", "p")
                     }
-    corrected = holm(np.array([claim["p"] for claim in family.values()], float))
+    named = len(claims.rivals) * len(claims.budgets or budgets) if claims else 0
+    corrected, size = holm(np.array([claim["p"] for claim in family.values()], float), named), max(named, len(family))
     found = [
-        {**claim, "p_holm": p, "leads": bool(p < FAMILY_LEVEL and claim["value"] < 0)}
+        {**claim, "p_holm": p, "leads": bool(p < FAMILY_LEVEL and claim["value"] < 0), "family": size}
         for claim, p in zip(family.values(), corrected, strict=True)
     ]
     if claims and (margin := claims.equal_within) is not None:

@@ -26,8 +26,8 @@ from peerscale.sweep_config import ClaimsConfig
 CURVE_SIZES = 3
 """Fewest sizes for a curve of a method at a budget. With fewer, methods are compared at each size that they share."""
 
-Sequences = Mapping[str, list[float]]
-"""Losses of all validation sequences, by cell."""
+Sequences = Mapping[str, Array]
+"""Losses of all validation sequences (sequences,), by cell."""
 
 
 def compare(
@@ -47,7 +47,7 @@ def compare(
         windows: by budget, (low, high) FLOPs per token of the sizes to fit; None: all sizes.
         claims: the family of claims; None: PEER against every other method at every budget.
         rates_cost: nats per token that a method may lose through rates that are not bracketed; None: not known.
-        trend_from: smallest budget used for the growth of multipliers; None: the smallest budget.
+        trend_from: smallest budget of the growth of multipliers; None: the smallest budget.
 
     Returns:
         `x`, `loss`: the fitted columns.
@@ -81,7 +81,7 @@ def compare(
             entry = _at_each_size(rows, references, sequences, rates)
         entries.append({"budget": float(budget), **entry})
     budgets, frontiers = np.array([one.budget for one in fitted]), frontiers_of(fitted, rates)
-    multipliers, slopes = multipliers_of(budgets, frontiers, [one.by_seed for one in fitted], trend_from or 0.0)
+    multipliers, slopes = multipliers_of(fitted, frontiers, trend_from or 0.0)
     found: dict[str, Any] = {
         "x": X, "loss": "val_loss", **({"trend_from": trend_from} if trend_from else {}),
         "budgets": entries, "claims": claims_of(entries, claims),
@@ -95,11 +95,19 @@ def compare(
 
 
 def sequence_losses(records: Sequence[Record], cells: set[str]) -> Sequences:
-    """Losses of all validation sequences by cell; only cells evaluated on the most common number of sequences."""
-    losses = {r.cell: r.sequence_losses for r in records if r.cell in cells and np.isfinite(r.sequence_losses).all()}
-    lengths = [len(values) for values in losses.values() if values]
+    """Losses of all validation sequences by cell; only cells evaluated on the most common number of sequences.
+
+    They are in the order of the text, whereas a record has them in the order of its batches, each of which takes
+    sequences from the whole text (`data.batches.EvaluationBatches`).
+    """
+    losses = {
+        r.cell: np.reshape(r.sequence_losses, (-1, r.batch_sequences)).T.ravel()
+        for r in records
+        if r.cell in cells and r.sequence_losses and np.isfinite(r.sequence_losses).all()
+    }
+    lengths = [len(values) for values in losses.values()]
     usual = max(lengths, key=lengths.count, default=0)
-    return {cell: values for cell, values in losses.items() if values and len(values) == usual}
+    return {cell: values for cell, values in losses.items() if len(values) == usual}
 
 
 def _by_curves(

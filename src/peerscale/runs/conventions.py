@@ -53,7 +53,10 @@ def seconds_per_flop(runs: pd.DataFrame, steps: pd.DataFrame) -> pd.Series:
 
 
 def multipliers_by_convention(
-    runs: pd.DataFrame, budgets: Sequence[Mapping[str, Any]], steps: pd.DataFrame | None = None
+    runs: pd.DataFrame,
+    budgets: Sequence[Mapping[str, Any]],
+    steps: pd.DataFrame | None = None,
+    trend_from: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Dense's compute over each method's for the same loss, with compute counted under each convention.
 
@@ -64,6 +67,7 @@ def multipliers_by_convention(
         runs: the study's table.
         budgets: the entries of `fits.json`.
         steps: times of a benchmark (see `seconds_per_flop`), for one more convention, `measured time`.
+        trend_from: the budgets from this one on are compared without the smaller ones.
 
     Returns:
         budget, method and `multipliers` by convention, None if a multiplier would be an extrapolation.
@@ -89,7 +93,10 @@ def multipliers_by_convention(
         reference = same_variant("dense", name, names)
         if reference is None:
             continue
-        found = {c: compute_multipliers(frontier(reference, s), frontier(name, s)) for c, s in shares.items()}
+        found = {
+            convention: compute_multipliers(frontier(reference, share), frontier(name, share), at >= trend_from)
+            for convention, share in shares.items()
+        }
         for i, budget in enumerate(at):
             if (budget, name) in optima:
                 here = {convention: multipliers[i] for convention, multipliers in found.items()}

@@ -51,7 +51,9 @@ def fit_study(
     return {
         **compared,
         "laws": compared["laws"] | _laws(runs, curves),
-        "conventions": to_plain(multipliers_by_convention(runs, compared["budgets"], steps)),
+        "conventions": to_plain(
+            multipliers_by_convention(runs, compared["budgets"], steps, compared.get("trend_from", 0.0))
+        ),
         "rates": {"law": to_plain(fit_law(runs, held_out))} | compared.get("rates", {}),
     }
 

@@ -30,7 +30,17 @@ from peerscale.laws.fitting import LEVEL, to_plain
 from peerscale.laws.trend import MIN_POINTS, extrapolate
 from peerscale.runs.machine import git_commit
 from peerscale.runs.record import Status
-from peerscale.runs.study import Study, collected, find_study, method_names, published, read_fits, read_json, usable
+from peerscale.runs.study import (
+    Study,
+    batches,
+    collected,
+    find_study,
+    method_names,
+    published,
+    read_fits,
+    read_json,
+    usable,
+)  # fmt: skip
 from peerscale.runs.table import read_records, read_runs
 
 IRREDUCIBLE = 0.5
@@ -81,11 +91,12 @@ def make_forecast(sweep: str, budget: float, runs: Path, results: Path) -> tuple
             f"forecast needs; budgets with finished cells: {smaller}"
         )
     used = {point["budget"] for one in found for point in one["points"]}
-    counts = fitted_cells(read_runs(study.runs), fits)
+    runs_table = read_runs(study.runs)
+    counts = fitted_cells(runs_table, fits)
     made = {
         "sweep": sweep, "budget": budget, "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": git_commit(), "from": [{"budget": b, "cells": counts[b]} for b in sorted(used)],
-        "leaves_out": left_out(fits, used), "forecasts": found,
+        "leaves_out": left_out(fits, runs_table, used), "forecasts": found,
     }  # fmt: skip
     write_json(path, made)
     return made, path
@@ -153,11 +164,7 @@ def _quantities(fits: Mapping[str, Any]) -> list[dict[str, Any]]:
             for one in entry["methods"]
         ]
         rows += [{**one, **at, "quantity": "difference"} for one in filter(is_to_dense, entry["differences"])]
-    freedom = {entry["budget"]: entry.get("df", 0) for entry in fits["budgets"]}
-    rows += [
-        {**one, "df": freedom.get(one["budget"], 0), "quantity": "multiplier", "value": one["multiplier"]}
-        for one in fits["multipliers"]
-    ]
+    rows += [{**one, "quantity": "multiplier", "value": one["multiplier"]} for one in fits["multipliers"]]
     return [row for row in rows if row.get("value") is not None]
 
 
@@ -176,11 +183,17 @@ def is_to_dense(difference: Mapping[str, Any]) -> bool:
     return difference["size"] == "" and difference["reference"].partition(" ")[0] == "dense"
 
 
-def left_out(fits: Mapping[str, Any], budgets: Collection[float]) -> list[str]:
+def left_out(fits: Mapping[str, Any], runs: pd.DataFrame, budgets: Collection[float]) -> list[str]:
     """The sources of error that the intervals of a forecast from these budgets do not include."""
     errors = [one.get("rate_se") for e in fits["budgets"] if e["budget"] in budgets for one in e["methods"]]
     rates = ["the choice of learning rates"] * any(error is None for error in errors)
-    return [*rates, "a bend of a trend in the logarithm of the budget", "the sampling of validation sequences"]
+    changes = [f"the change of the batch ({found})" for found in [batches(runs, budgets)] if found]
+    return [
+        *rates,
+        *changes,
+        "a bend of a trend in the logarithm of the budget",
+        "the sampling of validation sequences",
+    ]
 
 
 def read_forecasts(study: Study) -> list[dict[str, Any]]:

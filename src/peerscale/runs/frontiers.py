@@ -68,32 +68,32 @@ def frontiers_of(fitted: Sequence[Budget], rates: RateErrors) -> dict[str, Array
 
 
 def multipliers_of(
-    budgets: Array,
-    frontiers: Mapping[str, Array],
-    by_seed: Sequence[Mapping[str, Mapping[str, float]]],
-    trend_from: float,
+    fitted: Sequence[Budget], frontiers: Mapping[str, Array], trend_from: float
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Dense's compute over each method's, by budget; with four or more budgets, the slope of its log in log10 C."""
-    found, slopes = [], []
+    """Dense's compute over each method's, by budget; with four or more budgets, the slope of its log in log10 C.
+
+    The trend is the budgets from `trend_from` on: the slope is theirs, and their multipliers depend on no other budget.
+    """
+    budgets, found, slopes = np.array([one.budget for one in fitted]), [], []
+    trend = budgets >= trend_from
     for name, (_, losses) in frontiers.items():
         reference = same_variant("dense", name, list(frontiers))
         if reference is None or name.partition(" ")[0] == "dense":
             continue
-        each = compute_multipliers((budgets, frontiers[reference][1]), (budgets, losses))
+        each = compute_multipliers((budgets, frontiers[reference][1]), (budgets, losses), trend)
         pair, known = {"method": name, "reference": reference}, np.isfinite(each[0])
         for i in np.flatnonzero(known).tolist():
-            seeds = {}
-            for seed in sorted(by_seed[i].get(name, {}).keys() & by_seed[i].get(reference, {}).keys()):
+            seeds, by_seed = {}, fitted[i].by_seed
+            for seed in sorted(by_seed.get(name, {}).keys() & by_seed.get(reference, {}).keys()):
                 dense, own = (
-                    (budgets, np.where(budgets == budgets[i], by_seed[i][one][seed], frontiers[one][1][0]))
+                    (budgets, np.where(budgets == budgets[i], by_seed[one][seed], frontiers[one][1][0]))
                     for one in (reference, name)
                 )
-                seeds[seed] = compute_multipliers(dense, own)[i]
+                seeds[seed] = compute_multipliers(dense, own, trend)[i]
             found.append({**pair, "budget": budgets[i], "multiplier": each[0, i], **_ends(each[1:, i]),
-                          **({"by_seed": seeds} if seeds else {})})  # fmt: skip
-        trend = known & (budgets >= trend_from)
-        if trend.sum() >= GROWTH_BUDGETS:
-            slope = math.log(10) * fit_power_law(budgets[trend], each[:, trend])[0]
+                          "df": fitted[i].fit.variances[1], **({"by_seed": seeds} if seeds else {})})  # fmt: skip
+        if (used := known & trend).sum() >= GROWTH_BUDGETS:
+            slope = math.log(10) * fit_power_law(budgets[used], each[:, used])[0]
             slopes.append({**pair, "slope": slope[0], **_ends(slope[1:])})
     return found, slopes
 

@@ -81,7 +81,7 @@ class Record:
     evaluation: dict[str, dict[str, float]] = field(default_factory=dict)
     """By held-out set: loss, se (over sequences), tokens, bits_per_byte, ppl."""
     sequence_losses: list[float] = field(default_factory=list)
-    """Mean loss of each sequence of the `val_set`, in fixed order, for paired comparison."""
+    """Mean loss of each sequence of the `val_set`, batch by batch (`runs.comparison.sequence_losses` sorts them)."""
     router: dict[str, float] = field(default_factory=dict)
     """expert_usage, unevenness, and usage_tokens, the number of tokens that they were counted over."""
     signals: list[str] = field(default_factory=list)

@@ -3,7 +3,7 @@
 import itertools
 import json
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,7 +121,8 @@ def read_fits(path: Path) -> dict[str, Any]:
     keys = {"answer", "budgets", "claims", "multipliers", "laws", "rates"}
     if isinstance(fits, dict) and keys <= fits.keys():
         methods = [method for budget in fits["budgets"] for method in budget["methods"]]
-        if all("low" in method for method in methods if method["loss"] is not None):
+        known = all("low" in method for method in methods if method["loss"] is not None)
+        if known and all("family" in claim for claim in fits["claims"]):
             return fits
     raise UserError(f"{path}: not the fits of a study as this version writes them: make figures, to fit it again")
 
@@ -169,6 +170,15 @@ def usable(table: pd.DataFrame) -> pd.Series:
     """Which rows can be fitted: finished cells with a finite loss."""
     loss = pd.to_numeric(table["val_loss"], errors="coerce")
     return (table["status"] == str(Status.DONE)) & np.isfinite(loss)
+
+
+def batches(table: pd.DataFrame, budgets: Iterable[float]) -> str:
+    """The batch at each of these budgets if it is not the same: `16 sequences at 3e12, 32 sequences at 1e13`."""
+    rows = without_brackets(table[usable(table) & table["budget"].isin([*budgets])])
+    each = rows.groupby("batch_sequences")["budget"].unique()
+    if len(each) < 2 or rows.groupby("budget")["batch_sequences"].nunique().max() > 1:
+        return ""
+    return ", ".join(f"{batch} sequences at {' and '.join(map(budget_name, sorted(at)))}" for batch, at in each.items())
 
 
 def planned_record(cell: "Cell") -> Record:

@@ -5,7 +5,6 @@ and it names parts that are missing.
 """
 
 import base64
-import contextlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,8 +14,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from peerscale.composition import sweep_file
-from peerscale.config import ConfigError
+from peerscale.composition import sweep_text
 from peerscale.errors import UserError
 from peerscale.runs.record import Record
 from peerscale.runs.study import Study, header, method_names, read_fits, usable, without_brackets
@@ -51,9 +49,7 @@ def report(study: Study) -> str:
         raise UserError(f"{study.runs} has no rows")
     main = without_brackets(runs)
     main = main.assign(name=method_names(main))
-    records, text = read_records(study.folder), ""
-    with contextlib.suppress(ConfigError):  # if the study has no file
-        text = sweep_file(study.sweep).read_text(encoding="utf-8")
+    records, text = read_records(study.folder), sweep_text(study.sweep)
     fits = read_fits(study.fits) if has_curves(main) and study.fits.is_file() else {}
     drawn = {path.stem for path in study.figures.glob("*.png")}
     figures = [name for name in TITLES if name in drawn] + sorted(drawn - {*TITLES})

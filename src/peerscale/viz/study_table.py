@@ -15,7 +15,7 @@ import pandas as pd
 from peerscale.cell_names import budget_name
 from peerscale.laws.optima import OptimumStatus
 from peerscale.runs.rates import tries_rates
-from peerscale.runs.study import method_names, usable, without_brackets
+from peerscale.runs.study import batches, method_names, usable, without_brackets
 from peerscale.viz.ablations import has_curves, over_seeds, varied
 from peerscale.viz.answer import verdicts
 from peerscale.viz.brackets import brackets_section, hold_rates, how_rates_count, what_intervals_hold
@@ -34,8 +34,9 @@ Rows = list[dict[str, str]]
 """Rows of a table by its headings."""
 
 
-def study_table(sweep: str, runs: pd.DataFrame, fits: Fits, forecasts: Iterable[Fits] = ()) -> str:
-    """`table.md` of a study from its table of runs, `fits.json` and the forecasts that were made (`runs.forecasts`)."""
+def study_table(sweep: str, runs: pd.DataFrame, fits: Fits, forecasts: Iterable[Fits] = (), withdrawn: str = "") -> str:
+    """`table.md` of a study from its table of runs, `fits.json`, the forecasts that were made (`runs.forecasts`) and,
+    if its results are withdrawn, the reason."""
     every, runs = runs, without_brackets(runs)
     runs, published = runs.assign(name=method_names(runs)), read_published()
     if compares_curves(runs):
@@ -50,7 +51,8 @@ def study_table(sweep: str, runs: pd.DataFrame, fits: Fits, forecasts: Iterable[
     if changed & {"n_experts", "query_norm"} and not changed & {"lr", "table_lr"}:
         lines += experts_and_norm(runs, fits, published)
     lines += brackets_section(every, fits)
-    return "\n".join([f"# {sweep}: {title}", "", *lines])
+    first = [f"**Withdrawn:** {withdrawn}", ""] if withdrawn else []
+    return "\n".join([f"# {sweep}: {title}", "", *first, *lines])
 
 
 def compares_curves(runs: pd.DataFrame) -> bool:
@@ -123,15 +125,14 @@ def at_the_optimum(runs: pd.DataFrame, fits: Fits, published: pd.DataFrame) -> l
     lines += section(
         "Claims",
         claims(fits),
-        f"Two-sided t tests, corrected by Holm's method for the {len(fits['claims'])} comparisons of this table. A "
-        "lead is claimed where the corrected p is below 0.05.",
+        _family(fits["claims"]),
     )
     lines += section(
         "Compute multiplier",
         multipliers(fits),
         "Dense's FLOPs over the FLOPs that the method needs for the same loss. Losses are interpolated between "
         "the budgets; intervals are from a joint bootstrap of all budgets.",
-        f"Slope of its logarithm per factor of ten in the budget: {', '.join(slopes)}."
+        f"Slope of its logarithm per factor of ten in the budget{_trend(runs, fits)}: {', '.join(slopes)}."
         if slopes
         else "No growth is claimed: it would need four budgets.",
     )
@@ -200,6 +201,23 @@ def claims(fits: Fits) -> Rows:
         if "equal" in claim:
             rows[-1][f"equal within {claim['equal_within']:g}"] = "yes" if claim["equal"] else "no"
     return rows
+
+
+def _family(claims: list[dict[str, Any]]) -> str:
+    """How the claims are tested."""
+    n = claims[0]["family"] if claims else 0
+    missing = f", of which {n - len(claims)} have no result yet and count as p = 1" if n > len(claims) else ""
+    return (
+        f"Two-sided t tests, corrected by Holm's method for the {n} comparisons that the study claims{missing}. A "
+        "lead is claimed where the corrected p is below 0.05."
+    )
+
+
+def _trend(runs: pd.DataFrame, fits: Fits) -> str:
+    """What else differs between the budgets of a trend."""
+    start = fits.get("trend_from", 0.0)
+    changes = batches(runs, [entry["budget"] for entry in fits["budgets"] if entry["budget"] >= start])
+    return f" (the batch changes too: {changes})" if changes else ""
 
 
 def multipliers(fits: Fits) -> Rows:
