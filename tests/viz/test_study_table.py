@@ -123,7 +123,12 @@ def test_how_the_fits_came_out_is_said(study: Tables) -> None:
         f"({entry['df']} degrees of freedom); one curvature for all: F(4, {entry['df'] - 4}) = {f:.2f}, p = {p:.2f}."
     )
     assert entry["df"] == 24 - 11, "24 finished cells; five intercepts, five slopes, one curvature"
-    assert len(lines) == 4
+    assert lines[4] == (
+        "- Layers: MoE (expert choice) 16 experts, capacity 1; MoE (token choice) 16 experts, top 1; "
+        "PKM 4,096 experts, 4 heads, top 32; PEER 4,096 experts, 4 heads, top 16."
+    )
+    assert len(lines) == 5
+    assert study_table.layers(runs[runs["method"] == "dense"]) == ""
 
 
 def test_a_difference_of_one_size_says_what_its_interval_leaves_out() -> None:

@@ -80,6 +80,7 @@ def closing_table(runs: pd.DataFrame, fits: Fits) -> list[str]:
                     against_dense(differences, budget, "", name),
                 "flags": "; ".join(flags) or "—",
             })  # fmt: skip
+    notes = [*verdicts(fits["claims"]), *map(fit_note, fits["budgets"]), layers(runs)]
     return [
         *table(rows),
         "",
@@ -91,9 +92,20 @@ def closing_table(runs: pd.DataFrame, fits: Fits) -> list[str]:
         "than four sizes (too few). It is flagged if it lies in the outer fifth of the sizes (off centre). "
         f"FLOPs: {listed(runs['convention'])}.",
         "",
-        *(f"- {line}" for line in (*verdicts(fits["claims"]), *filter(None, map(fit_note, fits["budgets"])))),
+        *(f"- {line}" for line in notes if line),
         "",
     ]
+
+
+def layers(runs: pd.DataFrame) -> str:
+    """The settings of each method's layer: `Layers: PEER 4,096 experts, 4 heads, top 16.`; empty if there are none."""
+    words = {"n_experts": "{:,.0f} experts", "ffn_heads": "{:.0f} heads", "top_k": "top {:.0f}",
+             "capacity_factor": "capacity {:g}"}  # fmt: skip
+    finished = runs[usable(runs)].drop_duplicates("name").set_index("name").reindex(columns=[*words])
+    each = {name: ", ".join(words[key].format(value) for key, value in row.dropna().items())
+            for name, row in finished.iterrows()}  # fmt: skip
+    texts = [f"{label(name.partition(' ')[0])} {each[name]}" for name in ordered(each) if each[name]]
+    return f"Layers: {'; '.join(dict.fromkeys(texts))}." if texts else ""
 
 
 def fit_note(entry: Mapping[str, Any]) -> str:
