@@ -158,7 +158,7 @@ def test_a_study_without_claims_says_so_in_its_place(study: Study, tmp_path: Pat
     found.fits.write_text(json.dumps({**fits, "claims": [], "answer": answer({**fits, "claims": []})}))
     assert report.main([SWEEP, "--runs", str(tmp_path)]) == 0
     body = (found.folder / "report.html").read_text().partition("<body>")[2]
-    assert '<p class="answer">No claim: no comparison that sweep.claims names' in body.partition("<figure>")[0]
+    assert '<p class="answer">No claim yet: no comparison of sweep.claims' in body.partition("<figure>")[0]
 
 
 def test_every_table_has_headings_to_sort_by(source: str) -> None:

@@ -50,7 +50,7 @@ def _no_answer(budgets: Sequence[Mapping[str, Any]]) -> str:
     if without and not any(found.get("value") for entry in budgets for found in entry["differences"]):
         return f"No answer: no minimum lies within the sizes at {_listed(map(budget_name, without))} FLOPs."
     if any(found.get("fit_se") is not None for entry in budgets for found in entry["differences"]):
-        return "No claim: no comparison that sweep.claims names (by default PEER with every other method) has finished."
+        return "No claim yet: no comparison of sweep.claims (by default PEER with every other method) has finished."
     return "No claim: no difference here has an error that includes seeds or the misfit of sizes."
 
 
