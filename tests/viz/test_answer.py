@@ -86,7 +86,7 @@ def test_what_is_missing_is_said() -> None:
     known = {"claims": [], "budgets": [{"budget": 3e12, "methods": [], "differences": [{"value": -0.1, "se": 0.001}]}]}
     assert answer(known) == "No claim: no difference here has an error that includes seeds or the misfit of sizes."
     later = {"budget": 3e12, "methods": [], "differences": [{"value": -0.1, "fit_se": 0.01}]}
-    assert answer({"claims": [], "budgets": [later]}).startswith("No claim yet: no comparison of sweep.clat sweep.claims names")
+    assert answer({"claims": [], "budgets": [later]}).startswith("No claim yet: no comparison of sweep.claims")
     nowhere = {"budget": 1e10, "methods": [{"loss": None}], "differences": [{"note": "dense: curvature"}]}
     assert answer({"claims": [], "budgets": [nowhere]}) == "No answer: no minimum lies within the sizes at 1e10 FLOPs."
 
