@@ -37,10 +37,8 @@ def test_losses_and_multipliers_with_their_intervals() -> None:
     drawn = points(losses)
     assert set(drawn) == {"dense", "peer"}
     np.testing.assert_allclose(drawn["peer"][:, 1], [4.9, 4.6])
-    np.testing.assert_allclose(drawn["peer"][:, 0], [1e11, 3e11], rtol=0.1)  # side by side with the others
-    (bars,) = (c for c in losses.collections if c.get_label() == "_interval dense")
-    for segment, loss in zip(bars.get_segments(), (5.0, 4.7), strict=True):
-        np.testing.assert_allclose(segment[:, 1], [loss - 0.02, loss + 0.03])
+    for name in drawn:  # beside its budget a point of a steep curve would seem to have another loss
+        np.testing.assert_array_equal(drawn[name][:, 0], [1e11, 3e11])
     np.testing.assert_allclose(points(multipliers)["peer"][:, 1], [1.2, 1.5])
     (bars,) = (c for c in multipliers.collections if c.get_label() == "_interval peer")
     np.testing.assert_allclose([segment[:, 1] for segment in bars.get_segments()], [(1.1, 1.4), (1.3, 1.8)])

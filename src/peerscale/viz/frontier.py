@@ -11,22 +11,25 @@ from matplotlib.figure import Figure
 from peerscale.laws.optima import OptimumStatus
 from peerscale.viz import style
 from peerscale.viz.brackets import bars
+from peerscale.viz.differences import is_dense
 
 
-def points_panel(axes: Axes, table: pd.DataFrame, *, colours: Mapping[str, str]) -> None:
+def points_panel(axes: Axes, table: pd.DataFrame, *, colours: Mapping[str, str], intervals: bool = False) -> None:
     """One line per method over the budgets: `table` has name, budget, value, low, high and hollow.
 
-    Methods are drawn side by side at each budget.
+    With intervals, methods are drawn side by side at each budget; on a steep curve that would change their order.
     """
     names = style.ordered(table["name"])
     for i, name in enumerate(names):
         rows = table[table["name"] == name].sort_values("budget")
-        x = np.asarray(rows["budget"], float) * 1.035 ** (i - (len(names) - 1) / 2)
+        x = np.asarray(rows["budget"], float)
         y, low, high = (np.asarray(rows[column], float) for column in ("value", "low", "high"))
+        if intervals:
+            x = x * 1.035 ** (i - (len(names) - 1) / 2)
+            axes.vlines(x, low, high, color=colours[name], linewidth=0.9, label=f"_interval {name}")
         axes.plot(x, y, color=colours[name], linewidth=0.8, alpha=0.6, label=f"_line {name}")
-        axes.vlines(x, low, high, color=colours[name], linewidth=0.9, label=f"_interval {name}")
         face = ["white" if flag else colours[name] for flag in rows["hollow"]]
-        axes.scatter(x, y, s=18, c=face, edgecolors=colours[name], linewidths=0.9, zorder=3, label=name)
+        axes.scatter(x, y, s=10, c=face, edgecolors=colours[name], linewidths=0.9, zorder=3, label=name)
     axes.set(xscale="log", xlabel="training FLOPs")
     style.decade_axis(axes.xaxis, table["budget"])
 
@@ -49,13 +52,15 @@ def frontier_figure(fits: Mapping[str, Any], *, note: str = "") -> Figure | None
         points_panel(panels[0], losses, colours=colours)
         panels[0].set(ylabel="loss (nats per token)", title="compute-optimal loss")
         if worth:
-            points_panel(panels[1], compared, colours=colours)
+            points_panel(panels[1], compared, colours=colours, intervals=True)
             panels[1].axhline(1, color=colours.get("dense", style.COLOURS["dense"]), linewidth=0.9, label="_dense")
             panels[1].set(yscale="log", ylabel="compute multiplier", title="dense's FLOPs over the method's")
             style.log_axis(panels[1].yaxis, *panels[1].get_ylim())
         style.method_legend(figure, names)
         marks = "hollow: flagged minimum" if losses["hollow"].any() else ""
-        same = "multiplier: for the same loss, losses interpolated between the budgets" if worth else ""
-        apart = "methods are drawn side by side at each budget"
-        style.caption(figure, note, bars(fits), "; ".join(filter(None, (same, marks, apart))))
+        alone = "losses: without intervals"
+        if any(map(is_dense, names)):
+            alone += "; differences.png shows the differences to dense with theirs"
+        same = "multiplier: for the same loss, losses interpolated between the budgets; methods side by side"
+        style.caption(figure, note, "; ".join(filter(None, (alone, marks))), *((same, bars(fits)) if worth else ()))
     return figure
