@@ -148,6 +148,16 @@ def test_error_bars_are_one_standard_error(study: tuple[pd.DataFrame, Fits]) -> 
         np.testing.assert_allclose(np.log(segment[:, 1]), [loss - error, loss + error])
 
 
+def test_points_that_coincide_can_be_told_apart(study: tuple[pd.DataFrame, Fits]) -> None:
+    figure = isoflop_figure(*study, x="params_total")
+    points = [container.lines[0] for container in figure.axes[0].containers]
+    stars = [line for line in figure.axes[0].lines if line.get_marker() == "*"]
+    assert stars and max(star.get_zorder() for star in stars) < min(drawn.get_zorder() for drawn in points)
+    shapes = {drawn.get_color(): drawn.get_marker() for drawn in points}
+    assert len(set(shapes.values())) == len(METHODS)
+    assert shapes == {handle.get_color(): handle.get_marker() for handle in figure.legends[0].get_lines()}
+
+
 def test_labels(study: tuple[pd.DataFrame, Fits]) -> None:
     figure = isoflop_figure(*study, x="params_active", note="data: gutenberg")
     assert [axes.get_title() for axes in figure.axes] == ["$10^{11}$ FLOPs", r"$3 \times 10^{11}$ FLOPs"]

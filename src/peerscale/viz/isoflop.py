@@ -1,5 +1,6 @@
 """Perplexity against model size at equal training compute (paper, figure 1)."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,8 @@ X_LABELS = {
 FITTED = "flops_per_token"
 """The size that the fits of `fits.json` use; other sizes are interpolated between the trained models."""
 
+POINT: Mapping[str, Any] = {"markersize": 5, "markeredgewidth": 0.5, "elinewidth": 0.7, "zorder": 6}  # above stars
+
 
 def isoflop_panel(
     axes: Axes,
@@ -29,10 +32,10 @@ def isoflop_panel(
     methods: Mapping[str, Mapping[str, Any]],
     *,
     x: str,
-    marker: str,
+    markers: Mapping[str, str],
     colours: Mapping[str, str],
 ) -> None:
-    """One budget: a point per run with +-1 standard error, the fitted curves and their minima.
+    """One budget: a point per run with +-1 standard error, the fitted curves and, below the points, their minima.
 
     Sizes outside the fitted window are hollow; those far above the fitted ones are triangles at the upper edge.
 
@@ -41,7 +44,7 @@ def isoflop_panel(
         runs: rows of one budget, with a column `name`; only finished runs are drawn.
         methods: the budget's `methods` in `fits.json`, by name.
         x: column of the model size.
-        marker: of the points.
+        markers: of the points, by method name.
         colours: by method name.
     """
     runs = runs[usable(runs)]
@@ -50,7 +53,7 @@ def isoflop_panel(
     ]
     axes.set(xscale="log", yscale="log")
     for name, rows, fitted in of_methods:
-        look: dict[str, Any] = {"fmt": marker, "color": colours[name], "markeredgecolor": "white", "label": name}
+        look: dict[str, Any] = {"fmt": markers[name], "color": colours[name], "markeredgecolor": "white", "label": name}
         _points(axes, rows[in_fit(rows, fitted)], x, **look)
         if fitted and None not in fitted["coefficients"]:
             sizes, losses = fitted_curve(fitted, 200)
@@ -63,7 +66,7 @@ def isoflop_panel(
         above = np.exp(outside["val_loss"]) > top
         hollow = {"color": colours[name], "markerfacecolor": "white", "markeredgecolor": colours[name]}
         if not above.all():
-            _points(axes, outside[~above], x, fmt=marker, **hollow, label=f"_left out {name}")
+            _points(axes, outside[~above], x, fmt=markers[name], **hollow, label=f"_left out {name}")
         if above.any():
             edge = np.full(above.sum(), top)
             label = f"_left out {name}, above"
@@ -101,7 +104,7 @@ def _points(axes: Axes, rows: pd.DataFrame, x: str, **look: Any) -> None:
     loss, error = np.asarray(rows["val_loss"], float), np.nan_to_num(np.asarray(rows["val_loss_se"], float))
     perplexity = np.exp(loss)
     bars = [perplexity - np.exp(loss - error), np.exp(loss + error) - perplexity]
-    axes.errorbar(np.asarray(rows[x], float), perplexity, bars, elinewidth=0.7, markeredgewidth=0.5, **look)
+    axes.errorbar(np.asarray(rows[x], float), perplexity, bars, **POINT, **look)
 
 
 def isoflop_figure(runs: pd.DataFrame, fits: Mapping[str, Any], *, x: str, note: str = "") -> Figure:
@@ -118,22 +121,22 @@ def isoflop_figure(runs: pd.DataFrame, fits: Mapping[str, Any], *, x: str, note:
     methods = by_budget(fits)
     budgets = sorted((runs if drawn.empty else drawn)["budget"].unique())
     names = style.ordered(drawn["name"])
-    colours, markers = style.colours(names), style.markers(budgets)
+    colours, markers = style.colours(names), dict(zip(names, itertools.cycle(style.MARKERS), strict=False))
     with style.applied():
         figure, panels = style.panels(len(budgets))
         for axes, budget in zip(panels, budgets, strict=True):
             fitted = methods.get(budget, {})
-            isoflop_panel(axes, runs[runs["budget"] == budget], fitted, x=x, marker=markers[budget], colours=colours)
+            isoflop_panel(axes, runs[runs["budget"] == budget], fitted, x=x, markers=markers, colours=colours)
             axes.set(title=style.budget_title(budget), xlabel=X_LABELS[x])
         panels[0].set_ylabel("validation perplexity")
-        style.method_legend(figure, names)
+        style.method_legend(figure, names, markers)
         of_all = [m for entry in methods.values() for m in entry.values()]
         flagged = any(m["status"] != OptimumStatus.OK for m in of_all)
         curves = "curves: parabolas in log FLOPs per token, one curvature for all methods; stars: their minima"
         labels = [str(part.get_label()) for axes in panels for part in (*axes.containers, *axes.lines)]
         hollow = "hollow points: sizes left out of the fit" if any("_left out" in text for text in labels) else ""
         above = "triangles: above the axis" if any(", above" in text for text in labels) else ""
-        bars = "bars: ±1 standard error over validation sequences"
+        bars = "bars: ±1 standard error over validation sequences, most of it common to all points"
         style.caption(
             figure, note, curves + ", hollow where flagged" * flagged, "; ".join(filter(None, (bars, hollow, above))),
             missing_note(runs),

@@ -1,4 +1,4 @@
-"""The common style of all figures: colour = method, marker = budget, star = fitted minimum, hollow = flagged.
+"""The common style of all figures: colour = method, star = fitted minimum, hollow = flagged.
 
 Figures are made without pyplot, so that drawing has no global state and needs no display.
 """
@@ -6,7 +6,7 @@ Figures are made without pyplot, so that drawing has no global state and needs n
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,7 +64,7 @@ SETTINGS = {
 """Text for the settings in a variant's name; `{}` is the value."""
 
 MARKERS = ("o", "s", "D", "v", "P", "X")
-"""Markers of budgets, ascending; an upward triangle is reserved for points above the axis."""
+"""Markers of budgets or, in a panel of one budget, of methods; an upward triangle is for points above the axis."""
 
 RC = {
     "font.family": "STIXGeneral",
@@ -209,10 +209,11 @@ def legend(figure: Figure, handles: Sequence[Line2D]) -> None:
     figure.legend(handles=by_column, loc="outside upper center", ncols=max(columns, 1))
 
 
-def method_legend(figure: Figure, names: Sequence[str]) -> None:
-    """Add a legend of methods."""
+def method_legend(figure: Figure, names: Sequence[str], markers: Mapping[str, str] | None = None) -> None:
+    """Add a legend of methods, with their markers if they have any."""
     chosen = colours(names)
-    legend(figure, [Line2D([], [], color=chosen[name], label=label(name)) for name in names])
+    drawn = {name: {"color": chosen[name], "marker": (markers or {}).get(name)} for name in names}
+    legend(figure, [Line2D([], [], **look, label=label(name)) for name, look in drawn.items()])
 
 
 def star(axes: Axes, x: float, y: float, color: str, label: str, *, hollow: bool = False) -> None:
