@@ -14,7 +14,8 @@ from synthetic_surface import BUDGETS, surface_runs
 
 from peerscale.runs.comparison import compare
 from peerscale.runs.study import collected, read_json
-from peerscale.viz.isoflop import isoflop_figure, missing_note, size_on_axis
+from peerscale.viz.isoflop import isoflop_figure, isoflop_panel, missing_note, size_on_axis
+from peerscale.viz.style import colours, panels
 
 Fits = dict[str, Any]
 NOTHING: Fits = {"budgets": []}
@@ -33,8 +34,8 @@ def points(axes: Axes, name: str) -> np.ndarray:
 
 
 def line(axes: Axes, label: str) -> np.ndarray:
-    found = [line for line in axes.lines if line.get_label() == label]
-    return np.column_stack(found[0].get_data()) if found else np.empty((0, 2))
+    found = [np.column_stack(line.get_data()) for line in axes.lines if line.get_label() == label]
+    return np.concatenate(found) if found else np.empty((0, 2))
 
 
 def finished(runs: pd.DataFrame, name: str, budget: float) -> pd.DataFrame:
@@ -124,7 +125,7 @@ def test_sizes_outside_the_window_are_hollow_or_triangles_and_squeeze_nothing() 
             for x, y in hollow:
                 assert y == pytest.approx(np.exp(outside[x])) and y <= axes.get_ylim()[1]
             for x, y in triangles:
-                assert y == axes.get_ylim()[1] < np.exp(outside[x])
+                assert np.mean(axes.get_ylim()) < y <= axes.get_ylim()[1] < np.exp(outside[x])
             assert line(axes, f"_fit {name}")[[0, -1], 0] == pytest.approx(sorted(points(axes, name)[[0, -1], 0]))
     markers = {
         str(drawn.get_label()): (drawn.get_marker(), drawn.get_markerfacecolor())
@@ -136,6 +137,24 @@ def test_sizes_outside_the_window_are_hollow_or_triangles_and_squeeze_nothing() 
     small_print = figure.get_supxlabel()
     assert "hollow points: sizes left out of the fit" in small_print and "triangles: above the axis" in small_print
     assert "hollow" not in alone.get_supxlabel() and "triangles" not in alone.get_supxlabel()
+
+
+def test_triangles_of_one_size_stand_below_each_other() -> None:
+    runs = pd.DataFrame(
+        {
+            "flops_per_token": [1e5, 1e5, 2e5, 8e5, 8e5, 8e5],
+            "val_loss": [4.0, 4.1, 4.0, 6.0, 5.5, 5.6],
+            "name": ["dense", "peer", "dense", "dense", "peer", "peer"],
+            "val_loss_se": 0.01,
+            "status": "done",
+        }
+    )
+    fit = {"sizes": [1e5, 2e5], "coefficients": [None], "loss": None}
+    _, (axes,) = panels(1)
+    names = {"dense": fit, "peer": fit}
+    isoflop_panel(axes, runs, names, x="flops_per_token", markers=dict.fromkeys(names, "o"), colours=colours(names))
+    ((_, dense),), ((_, peer),) = (line(axes, f"_left out {name}, above") for name in names)
+    assert dense == axes.get_ylim()[1] > peer
 
 
 def test_error_bars_are_one_standard_error(study: tuple[pd.DataFrame, Fits]) -> None:

@@ -1,6 +1,5 @@
 """Perplexity against model size at equal training compute (paper, figure 1)."""
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,7 +59,7 @@ def isoflop_panel(
             axes.plot(size_on_axis(rows, x, sizes), np.exp(losses), color=colours[name], label=f"_fit {name}")
     if len(runs):
         _limits(axes, runs[x])
-    top = axes.get_ylim()[1]
+    top, triangles = axes.get_ylim()[1], np.empty(0)
     for name, rows, fitted in of_methods:
         outside = rows[~in_fit(rows, fitted)]
         above = np.exp(outside["val_loss"]) > top
@@ -68,12 +67,20 @@ def isoflop_panel(
         if not above.all():
             _points(axes, outside[~above], x, fmt=markers[name], **hollow, label=f"_left out {name}")
         if above.any():
-            edge = np.full(above.sum(), top)
             label = f"_left out {name}, above"
-            axes.plot(outside.loc[above, x], edge, "^", **hollow, markersize=4, clip_on=False, label=label)
+            for place in np.unique(outside.loc[above, x].astype(float)):
+                axes.plot(place, stacked(axes, triangles, place), "^", **hollow, clip_on=False, label=label)
+                triangles = np.append(triangles, place)
         if fitted and fitted["loss"] is not None:
             at, flagged = size_on_axis(rows, x, np.array([fitted["x"]]))[0], fitted["status"] != OptimumStatus.OK
             style.star(axes, at, float(np.exp(fitted["loss"])), colours[name], f"_minimum {name}", hollow=flagged)
+
+
+def stacked(axes: Axes, others: np.ndarray, x: float) -> float:
+    """The height of a triangle at `x`: the upper edge of the panel, or lower if it would cover one at `others`."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    near = np.abs(np.log(others / x)) < 0.04 * np.log(right / left)
+    return float(high * (low / high) ** (0.035 * near.sum()))
 
 
 def by_budget(fits: Mapping[str, Any]) -> dict[float, dict[str, Any]]:
@@ -121,7 +128,7 @@ def isoflop_figure(runs: pd.DataFrame, fits: Mapping[str, Any], *, x: str, note:
     methods = by_budget(fits)
     budgets = sorted((runs if drawn.empty else drawn)["budget"].unique())
     names = style.ordered(drawn["name"])
-    colours, markers = style.colours(names), dict(zip(names, itertools.cycle(style.MARKERS), strict=False))
+    colours, markers = style.colours(names), style.method_markers(names)
     with style.applied():
         figure, panels = style.panels(len(budgets))
         for axes, budget in zip(panels, budgets, strict=True):
@@ -138,7 +145,7 @@ def isoflop_figure(runs: pd.DataFrame, fits: Mapping[str, Any], *, x: str, note:
         above = "triangles: above the axis" if any(", above" in text for text in labels) else ""
         bars = "bars: ±1 standard error over validation sequences, most of it common to all points"
         style.caption(
-            figure, note, curves + ", hollow where flagged" * flagged, "; ".join(filter(None, (bars, hollow, above))),
+            figure, note, curves + ", hollow where flagged" * flagged, bars, "; ".join(filter(None, (hollow, above))),
             missing_note(runs),
         )  # fmt: skip
     return figure

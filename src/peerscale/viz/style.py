@@ -3,6 +3,7 @@
 Figures are made without pyplot, so that drawing has no global state and needs no display.
 """
 
+import itertools
 import math
 import re
 import zlib
@@ -164,6 +165,11 @@ def markers(budgets: Iterable[float]) -> dict[float, str]:
     return {budget: MARKERS[i % len(MARKERS)] for i, budget in enumerate(sorted(set(budgets)))}
 
 
+def method_markers(names: Iterable[str]) -> dict[str, str]:
+    """A marker per name; a method of the palette has the same one in all figures."""
+    return dict(zip(ordered([*COLOURS, *names]), itertools.cycle(MARKERS), strict=False))
+
+
 def budget_title(budget: float) -> str:
     r"""`$3 \times 10^{11}$ FLOPs`."""
     return f"{power_of_ten(budget)} FLOPs"
@@ -220,7 +226,7 @@ def star(axes: Axes, x: float, y: float, color: str, label: str, *, hollow: bool
     """Mark a minimum with a star; hollow if it is flagged."""
     face, edge, width = ("white", color, 0.9) if hollow else (color, "white", 0.6)
     axes.plot(
-        [x], [y], "*", markersize=8, color=color, zorder=5, label=label,
+        [x], [y], "*", markersize=10, color=color, zorder=5, label=label,
         markerfacecolor=face, markeredgecolor=edge, markeredgewidth=width,
     )  # fmt: skip
 
