@@ -1,5 +1,8 @@
 """Training loss against the compute spent."""
 
+import textwrap
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -15,6 +18,9 @@ SKIPPED_SHARE = 0.08
 SMOOTHED = 5
 """Points of a curve over which a distance to dense is averaged, since the training loss of single batches scatters."""
 
+CAPTION_WIDTH = 135
+"""Letters in a line of the caption."""
+
 
 def curves_figure(curves: pd.DataFrame, runs: pd.DataFrame, *, note: str = "") -> Figure:
     """One column per budget: above, each method's run with the lowest validation loss; below, its distance to dense's.
@@ -29,12 +35,14 @@ def curves_figure(curves: pd.DataFrame, runs: pd.DataFrame, *, note: str = "") -
     with style.applied():
         figure = Figure(figsize=(style.TEXT_WIDTH, 2.2 * rows + 0.5), layout="constrained")
         panels = figure.subplots(rows, len(budgets), sharex="col", sharey="row", squeeze=False)
+        sizes: list[str] = []
         for column, budget in zip(panels.T, budgets, strict=True):
             finished = drawn[drawn["budget"] == budget]
-            lowest = finished.loc[finished.groupby("name")["val_loss"].idxmin(), ["name", "cell"]]
+            lowest = finished.loc[finished.groupby("name")["val_loss"].idxmin()].set_index("name")
             late = curves[curves["flops"] >= SKIPPED_SHARE * budget]
-            best = {name: late[late["cell"] == cell] for name, cell in lowest.itertuples(index=False)}
-            for name in style.ordered(best):
+            best = {name: late[late["cell"] == lowest["cell"][name]] for name in style.ordered(lowest.index)}
+            sizes += sizes_note(budget, {name: lowest["size"][name] for name in best})
+            for name in best:
                 look = {"color": style.colours(best)[name], "linewidth": 0.9, "label": name}
                 column[0].plot(best[name]["flops"], best[name]["loss"], **look)
             if rows > 1:
@@ -47,9 +55,21 @@ def curves_figure(curves: pd.DataFrame, runs: pd.DataFrame, *, note: str = "") -
         if rows > 1:
             panels[1, 0].set_ylabel("loss minus dense's (nats)")
         style.method_legend(figure, names)
+        figure.set_figheight(figure.get_figheight() + 0.12 * len(sizes))
         which = "each method's run of lowest validation loss; below, its loss minus dense's at equal FLOPs spent"
-        style.caption(figure, note, which if rows > 1 else which.partition(";")[0], missing_note(runs))
+        which = which if rows > 1 else which.partition(";")[0]
+        read = "models of different sizes have read different amounts of text at equal FLOPs"
+        style.caption(figure, note, which, read * (drawn["size"].nunique() > 1), *sizes, missing_note(runs))
     return figure
+
+
+def sizes_note(budget: float, sizes: Mapping[str, str]) -> list[str]:
+    """The size of each method's run, as lines of the caption."""
+    of_size: dict[str, list[str]] = {}
+    for name, size in sizes.items():
+        of_size.setdefault(style.size_label(size), []).append(style.label(name))
+    told = "; ".join(f"{size} for {', '.join(names)}" for size, names in of_size.items())
+    return textwrap.wrap(f"{style.budget_title(budget)}: {told}", CAPTION_WIDTH) if told else []
 
 
 def draw_distances(axes: Axes, best: dict[str, pd.DataFrame]) -> None:
