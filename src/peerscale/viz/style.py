@@ -59,6 +59,9 @@ SETTINGS = {
     "table_lr": "table rate {}",
     "query_norm=true": "BatchNorm",
     "query_norm=false": "no BatchNorm",
+    "schedule=wsd": "WSD schedule",
+    "lr_rule=constant": "rate set directly",
+    "warmup_steps": "{} warm-up steps",
     "name=adamw": "AdamW",
     "name=row_sparse_adamw": "row-sparse AdamW",
 }
@@ -191,10 +194,17 @@ def applied() -> Iterator[None]:
 
 def panels(n: int, *, height: float = 2.6) -> tuple[Figure, list[Axes]]:
     """A figure as wide as the text, with `n` panels in rows of up to three, each row `height` inches high."""
-    columns = min(n, 3)
+    columns = 2 if n == 4 else min(n, 3)
     rows = math.ceil(n / columns)
     figure = Figure(figsize=(TEXT_WIDTH, rows * height + 0.5), layout="constrained")
     return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(n)]
+
+
+def label_left(panels: Iterable[Axes], text: str) -> None:
+    """Label the y axes of the panels that begin a row."""
+    for axes in panels:
+        if (place := axes.get_subplotspec()) and place.is_first_col():
+            axes.set_ylabel(text)
 
 
 def caption(figure: Figure, *lines: str) -> None:
