@@ -120,11 +120,20 @@ def test_the_figure_has_a_panel_a_corner_with_the_rates_of_the_law() -> None:
     for axes, (budget, width) in zip(figure.axes, corners, strict=True):
         lines = {str(line.get_label()): line for line in axes.lines}
         for method in BEST:
-            assert len(lines[method].get_xdata()) == 5, "neither other batches nor other table rates"
+            fitted = np.sort(lines[method].get_xdata())
+            grey = lines[f"_left out {method}"].get_xdata() if f"_left out {method}" in lines else np.empty(0)
+            assert len(fitted) + len(grey) == 5, "neither other batches nor other table rates"
+            lowest = lines[method].get_xdata()[np.argmin(lines[method].get_ydata())]
+            assert np.abs(np.log(fitted / lowest)).max() <= math.log(3.2)
+            assert (np.abs(np.log(grey / lowest)) > math.log(3.2)).all()
+            curve = lines[f"_parabola {method}"].get_xdata()
+            assert (curve[0], curve[-1]) == pytest.approx((fitted[0], fitted[-1]))
             best = BEST[method] * (width / 64) ** -0.5 * (budget / 1e13 * 64 / width) ** -0.3
             ((x, y),) = lines[f"_law {method}"].get_xydata()
             assert (x, y) == pytest.approx((best, 4.25), rel=1e-6)
             assert (lines[method].get_markerfacecolor() == "white") == (width == 80)
+    assert any("_left out" in str(line.get_label()) for axes in figure.axes for line in axes.lines)
+    assert "grey: runs more than a factor of 3.2" in figure.get_supxlabel()
 
 
 def test_the_law_has_the_variables_that_the_study_varies() -> None:

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from peerscale.cell_names import budget_name
+from peerscale.laws.rates import REACH
 from peerscale.runs.rates import as_configuration, names_under_law
 from peerscale.runs.study import usable
 from peerscale.viz import style
@@ -23,6 +25,9 @@ EXPONENTS = {"a": "width", "b": "tokens", "c": "batch"}
 
 CURVE = ["name", "budget", "d_model", "table_lr", "seed"]
 """Columns that distinguish the curves of one batch size."""
+
+LEFT_OUT = "#c8c8c8"
+"""Inside of the points to which the law is not fitted."""
 
 
 def optima(law: Law) -> pd.DataFrame:
@@ -56,11 +61,15 @@ def rate_law_figure(runs: pd.DataFrame, law: Law | None, *, note: str = "") -> F
                 points = max((rows for _, rows in curves), key=lambda rows: rows["lr"].nunique()).sort_values("lr")
                 found = fitted[(fitted[CURVE] == points.iloc[0][CURVE]).all(axis=1)].to_dict("records")
                 held, colour = bool(found and found[0]["held_out"]), colours[name]
+                within = near(points) | (not found)
                 look = {"color": colour, "markersize": 3.5, "markerfacecolor": "white" if held else colour}
-                axes.plot(points["lr"], points["val_loss"], "o" if found else "o:", linewidth=0.7, label=name, **look)
+                _points(axes, points[within], "o" if found else "o:", label=name, **look)
+                if not within.all():
+                    look["markerfacecolor"] = LEFT_OUT
+                    _points(axes, points[~within], "o", label=f"_left out {name}", **look)
                 if found and law:
                     curve, k = found[0], law["curvature"]
-                    x = np.geomspace(points["lr"].min(), points["lr"].max(), 100)
+                    x = np.geomspace(points["lr"][within].min(), points["lr"][within].max(), 100)
                     y = curve["lowest"] + k * np.log(x / curve["best"]) ** 2
                     axes.plot(x, y, color=colour, linewidth=0.9, label=f"_parabola {name}")
                     chosen = curve["lowest"] + k * math.log(curve["predicted"] / curve["best"]) ** 2
@@ -70,12 +79,24 @@ def rate_law_figure(runs: pd.DataFrame, law: Law | None, *, note: str = "") -> F
             axes.set(title=title, xlabel="peak learning rate")
             axes.set_xscale("log")
             style.log_axis(axes.xaxis, *axes.get_xlim())
-        panels[0].set_ylabel("loss (nats per token)")
+        style.label_left(panels, "loss (nats per token)")
         style.method_legend(figure, style.ordered(tried["name"]))
+        labels = [str(line.get_label()) for axes in panels for line in axes.lines]
         what = "lines: parabolas in ln rate with one curvature; ticks: the rates of the law; hollow: held out"
-        what = what if law else "the finished cells do not determine a law"
-        style.caption(figure, note, f"{usual:g} sequences a batch", what, missing_note(runs))
+        grey = f"grey: runs more than a factor of {REACH:g} from the best rate tried, left out of the fit"
+        dotted = "dotted: runs that differ only in their rate; the finished cells do not determine a law"
+        whats = (what, grey * any("_left out" in label for label in labels)) if law else (dotted,)
+        style.caption(figure, note, f"{usual:g} sequences a batch", *whats, missing_note(runs))
     return figure
+
+
+def near(curve: pd.DataFrame) -> pd.Series:
+    """Which runs of a curve are so near the best rate tried that the law is fitted to them."""
+    return (curve["lr"] / curve["lr"][curve["val_loss"].idxmin()]).map(math.log).abs() <= math.log(REACH)
+
+
+def _points(axes: Axes, runs: pd.DataFrame, line: str, **look: Any) -> None:
+    axes.plot(runs["lr"], runs["val_loss"], line, linewidth=0.7, **look)
 
 
 def rate_law_sections(runs: pd.DataFrame, law: Law) -> list[str]:
