@@ -39,11 +39,11 @@ def test_multipliers_bands_seeds_and_time() -> None:
     assert {*np.round(band, 6)} == {*np.round([0.9 / 1.1 * 1.0, 0.9 / 1.1 * 1.2, 0.9 / 1.3 * 1.2, 0.9 / 1.3 * 1.5], 6)}
     assert dots(time) == pytest.approx([0.9 / 1.1 * 1.05, 0.9 / 1.1 * 1.15])
     assert paper.lines[0].get_label() == "peer" and "a note" in figure.get_supxlabel()
-    assert "one seed each" in figure.get_supxlabel()
+    assert "from one seed" in figure.get_supxlabel()
     alone = multipliers_figure(
         {"multipliers": [*PEER[1:], {**PEER[0], "by_seed": None}], "conventions": []}, read_published()
     )
-    assert alone is not None and "one seed each" not in alone.get_supxlabel()
+    assert alone is not None and "from one seed" not in alone.get_supxlabel()
     figure.draw_without_rendering()
 
 

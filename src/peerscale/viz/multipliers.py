@@ -16,8 +16,8 @@ from peerscale.viz.published import paper_values
 
 SIDE_BY_SIDE = 1.09
 """Factor between the x values of two methods, so that they do not overlap."""
-BESIDE = 1.09
-"""Factor between the x values of a mean and its seeds."""
+BESIDE = 1.045
+"""Factor between the x values of a mean and its seeds, half of the way to the next method."""
 
 
 def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, *, note: str = "") -> Figure | None:
@@ -66,10 +66,11 @@ def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, *, note
         style.decade_axis(beside.xaxis, [6e18, 2e19])
         style.log_axis(flops.yaxis, *flops.get_ylim())
         style.method_legend(figure, names)
-        seeds = "small dots: one seed each, about the means of the other budgets" * bool(
-            found["by_seed"].map(lambda each: isinstance(each, dict)).any()
+        seeds = (
+            "small dots: the multiplier from one seed at this budget, with means over seeds at the other budgets"
+            * bool(found["by_seed"].map(lambda each: isinstance(each, dict)).any())
         )
-        seconds = "measured time: of the steps of a quiet benchmark, whose own error the bands leave out"
+        seconds = "measured time: from the step times of a separate benchmark (results/bench), without their own error"
         theirs = "the paper: from the perplexities on C4 of its Table 1, by the same rule; it gives no errors"
         style.caption(figure, note, bars(fits).replace("bars", "bands", 1), seeds, seconds * (not timed.empty), theirs)
     return figure
