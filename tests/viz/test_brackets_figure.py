@@ -66,9 +66,12 @@ def test_the_table_has_losses_best_factor_and_gain() -> None:
 def test_what_gives_no_error_is_told() -> None:
     undetermined = bracket("peer", 1.0, se=None) | dict.fromkeys(("best", "lowest", "gain"))
     text = "\n".join(brackets_section(RUNS, fits(undetermined)))
-    assert "do not rise on both sides" in text and "| — | — ± — |" in text
+    assert "do not rise on both sides" in text and "—" not in text and "parabola" not in text
     figure = brackets_figure(fits(undetermined))
     assert figure is not None and [str(line.get_label()) for line in figure.axes[0].lines] == ["peer"]
+    assert "lines" not in figure.get_supxlabel() and "do not rise" in figure.get_supxlabel()
+    two = undetermined | {"losses": {"0.5": 4.31, "1": 4.3}}
+    assert "two rates give no parabola, so they give no error." in "\n".join(brackets_section(RUNS, fits(two)))
     single = fits(bracket("peer", 0.8, se=None))
     single["rates"]["brackets"]["df"] = 0
     assert "So few losses leave no scatter" in "\n".join(brackets_section(RUNS, single))

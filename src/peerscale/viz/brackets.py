@@ -54,34 +54,42 @@ def brackets_section(runs: pd.DataFrame, fits: Fits) -> list[str]:
     found = fits.get("rates", {}).get("brackets")
     if found is None:
         return []
-    flat = all(one["best"] is None for one in found["each"])  # no parabola that opens upwards
     factors = sorted({factor for one in found["each"] for factor in one["losses"]}, key=float)
+    why = why_no_parabola(found)
     rows = [
         {"budget": budget_name(one["budget"]), "size": style.size_label(one["size"]),
          "method": style.label(one["method"]), "seeds": str(one["seeds"]),
          **{f"loss at {factor}": number(one["losses"].get(factor), "{:.4f}") for factor in factors},
-         "best factor": number(one["best"]) + " (beyond those tried)" * is_beyond(one),
-         "gain ± s.e.": f"{number(one['gain'], '{:.4f}')} ± {number(one['se'], '{:.4f}')}"}
+         **({} if why else {
+             "best factor": number(one["best"]) + " (beyond those tried)" * is_beyond(one),
+             "gain ± s.e.": f"{number(one['gain'], '{:.4f}')} ± {number(one['se'], '{:.4f}')}"})}
         for one in found["each"]
     ]  # fmt: skip
     fit = (
-        f"one curvature, {number(found['curvature'], '{:.3f}')} ± {number(found['curvature_se'], '{:.3f}')} nats per "
-        f"(ln rate)²; losses scatter by {number(found['scatter'], '{:.4f}')} nats about the parabolas ({found['df']} "
-        "degrees of freedom)"
+        "All brackets are fitted together by parabolas in the logarithm of the rate: one curvature, "
+        f"{number(found['curvature'], '{:.3f}')} ± {number(found['curvature_se'], '{:.3f}')} nats per (ln rate)²; "
+        f"losses scatter by {number(found['scatter'], '{:.4f}')} nats about the parabolas ({found['df']} "
+        "degrees of freedom). Gain: the fitted loss at factor 1 minus that at the best factor."
     )
     return section(
         "Rate brackets",
         rows,
-        "Losses in nats per token at factors of the usual learning rate, means over seeds. All brackets are fitted "
-        f"together by parabolas in the logarithm of the rate: {fit}. Gain: the fitted loss at factor 1 minus that at "
-        "the best factor. These cells are in no other table or figure.",
+        "Losses in nats per token at factors of the usual learning rate, means over seeds"
+        f"{f'; {why}, so they give no error.' if why else f'. {fit}'} These cells are in no other table or figure.",
         *([f"- Brackets: {note}."] if (note := missing_note(runs[are_brackets(runs)])) else []),
         *(
             ["- So few losses leave no scatter about the parabolas: they give no error."]
-            * (found["df"] == 0 and not flat)
+            * (found["df"] == 0 and not why)
         ),
-        *(["- These losses do not rise on both sides of a best rate: they give no error."] * flat),
     )
+
+
+def why_no_parabola(found: Mapping[str, Any]) -> str:
+    """Why the brackets have no parabola that opens upwards; empty if they have one."""
+    if any(one["best"] is not None for one in found["each"]):
+        return ""
+    few = all(len(one["losses"]) < 3 for one in found["each"])
+    return "two rates give no parabola" if few else "they do not rise on both sides of a best rate"
 
 
 def is_beyond(one: Mapping[str, Any]) -> bool:
@@ -106,7 +114,14 @@ def brackets_figure(fits: Fits, *, note: str = "") -> Figure | None:
             x = np.geomspace(tried[0], tried[-1], 100)
             for one in here:
                 colour, name = colours[one["method"]], one["method"]
-                axes.plot([float(f) for f in one["losses"]], [*one["losses"].values()], "o", color=colour, label=name)
+                axes.plot(
+                    [float(f) for f in one["losses"]],
+                    [*one["losses"].values()],
+                    "o",
+                    color=colour,
+                    zorder=6,
+                    label=name,
+                )
                 if one["best"] is None:
                     continue
                 y = one["lowest"] + found["curvature"] * np.log(x / one["best"]) ** 2
@@ -116,9 +131,11 @@ def brackets_figure(fits: Fits, *, note: str = "") -> Figure | None:
             axes.set(title=f"{style.budget_title(place[0])}, {style.size_label(place[1])}", xscale="log")
             axes.set_xlabel("factor of the usual rate")
             style.decade_axis(axes.xaxis, tried, "{:g}".format)
-        for axes in panels[::3]:
-            axes.set_ylabel("loss (nats per token)")
+        style.label_left(panels, "loss (nats per token)")
         style.method_legend(figure, names)
         drawn = "lines: parabolas in ln rate, one curvature for all; stars: their minima, where within the rates tried"
-        style.caption(figure, note, drawn, "points: means over seeds; at factor 1 the study's own cells")
+        if why := why_no_parabola(found):
+            drawn = f"losses at factors of the usual rate; {why}"
+        seeds = "points: means over seeds; " * any(one["seeds"] > 1 for one in found["each"])
+        style.caption(figure, note, drawn, f"{seeds}at factor 1 the study's own cells")
     return figure
