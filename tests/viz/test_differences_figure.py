@@ -88,6 +88,23 @@ def test_variants_have_the_colours_of_the_studys_other_figures() -> None:
     assert found != colours(variants[5:])
 
 
+def test_of_fixed_sizes_the_bars_have_no_misfit_of_sizes() -> None:
+    one_size = fits((1e13, "peer", "dense", -0.05, -0.07, -0.03))
+    one_size["budgets"][0]["differences"][0] |= {"size": "d64", "fit_se": None, "seeds_se": 0.01}
+    assert "from seeds (pooled) and validation sequences" in drawn(differences_figure(one_size)).get_supxlabel()
+
+
+def test_with_several_references_the_axis_says_so_and_none_is_a_row() -> None:
+    batch = "batch_sequences=32"
+    axes = drawn(differences_figure(fits(
+        (1e13, f"dense {batch}", "dense", 0.02, 0.01, 0.03),
+        (1e13, "peer", "dense", -0.05, -0.07, -0.03),
+        (1e13, f"peer {batch}", f"dense {batch}", -0.05, -0.07, -0.03),
+    ))).axes[0]  # fmt: skip
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["PEER", "PEER, batch 32"]
+    assert "minus that of dense with the same settings" in axes.get_xlabel().replace("\n", " ")
+
+
 def test_of_one_size_the_axis_names_it_and_beside_curves_its_points_are_hollow() -> None:
     for entry in (alone := fits((1e13, "peer n_heads=1", "dense", -0.05, -0.07, -0.03)))["budgets"]:
         entry["differences"][0]["size"] = "d64"

@@ -45,6 +45,10 @@ def differences_figure(fits: Mapping[str, Any], *, methods: Iterable[str] = (), 
     figures.
     """
     shown = {place: found for place, found in to_dense(fits).items() if found.get("value") is not None}
+    reference = "dense's"
+    if len({found["reference"] for found in shown.values()}) > 1:  # so a dense model has another zero than its settings
+        shown = {place: found for place, found in shown.items() if not is_dense(place[2])}
+        reference = "that of dense with the same settings"
     if not shown:
         return None
     names = style.ordered(name for _, _, name in shown)
@@ -66,9 +70,10 @@ def differences_figure(fits: Mapping[str, Any], *, methods: Iterable[str] = (), 
         rows = [style.label(name) for name in names]
         axes.set_yticks(range(len(names)), rows)
         axes.grid(visible=False, axis="y")
+        fixed = all(size for _, size, _ in shown)
         sizes = " and ".join(dict.fromkeys(style.size_label(size) for _, size, _ in shown))
-        where = f"of {sizes}" if all(size for _, size, _ in shown) else "at the compute optimum"
-        label = f"loss {where} minus dense's (nats per token; left is better)"
+        where = f"of {sizes}" if fixed else "at the compute optimum"
+        label = f"loss {where} minus {reference} (nats per token; left is better)"
         axes.set(ylim=(len(names) - 0.4, -0.6), xlabel=textwrap.fill(label, LABEL_WIDTH - max(map(len, rows))))
         handles = [
             Line2D([], [], marker=marker, label=style.budget_title(budget), linestyle="none", color=grey)
@@ -77,6 +82,8 @@ def differences_figure(fits: Mapping[str, Any], *, methods: Iterable[str] = (), 
         style.legend(figure, handles)
         at_sizes = "Hollow: at one size, of a method with too few for a curve." * bool(hollow)
         rates = " and from learning rates" if hold_rates(fits) else " alone"
-        one_seed = f"bars: 95 % interval from the sampling of validation sequences{rates}; there is one seed"
-        style.caption(figure, note, at_sizes, one_seed if all(map(leaves_out_seeds, shown.values())) else bars(fits))
+        sources = bars(fits).replace("misfit of sizes, seeds", "seeds (pooled)") if fixed else bars(fits)
+        if all(map(leaves_out_seeds, shown.values())):
+            sources = f"bars: 95 % interval from the sampling of validation sequences{rates}; there is one seed"
+        style.caption(figure, note, at_sizes, sources)
     return figure
