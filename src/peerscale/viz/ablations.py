@@ -187,10 +187,14 @@ def query_norm_figure(runs: pd.DataFrame, published: pd.DataFrame, *, note: str 
     cells, x = cells.assign(norm=with_norm(cells)), "n_experts"
     with style.applied():
         figure, (ours, paper, unevenness) = style.panels(3)
-        lines_panel(ours, cells, x=x, series="norm", looks=NORM, apart=APART)
-        lines_panel(
-            unevenness, cells, x=x, series="norm", looks=NORM, y="unevenness", transform=np.asarray, apart=APART
-        )
+        lines: dict[str, Any] = {
+            "x": x,
+            "series": "norm",
+            "looks": NORM,
+            "apart": APART**4,
+        }  # experts differ by factors of four
+        lines_panel(ours, cells, **lines)
+        lines_panel(unevenness, cells, **lines, y="unevenness", transform=np.asarray)
         for norm, look in NORM.items():
             method = "peer" if norm else WITHOUT_NORM
             for axes, metric, line in ((paper, "ppl_c4", "-"), (unevenness, "unevenness", ":")):
@@ -237,7 +241,7 @@ def _ticks(axes: Axes, x: str, values: Iterable[float]) -> None:
     labels = [f"${math.isqrt(int(n))}^2$" if x == "n_experts" else f"{n:g}" for n in ticks]
     width = axes.get_position().width * style.TEXT_WIDTH
     crowded = len(ticks) > 4 * width  # a label takes about a quarter of an inch
-    axes.set_xticklabels(["" if crowded and i % 2 else text for i, text in enumerate(labels)])
+    axes.set_xticklabels(labels, rotation=90 if crowded else 0)
 
 
 def _handle(look: Mapping[str, Any]) -> Line2D:
