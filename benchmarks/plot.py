@@ -36,7 +36,7 @@ def peer_step_figure(table: pd.DataFrame) -> Figure:
     """Seconds of a step of either implementation against the number of experts, a panel for each kind of step."""
     titles = {
         "none": "forward and backward",
-        "dense AdamW, fused": "with dense AdamW in both",
+        "dense AdamW, fused": "with fused AdamW in both",
         "AdamW; row-sparse AdamW": "as each trains",
     }
     with style.applied():
