@@ -42,14 +42,16 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     rows: list[dict[str, object]] = []
     for size in options.sizes:
-        steps, flops = {}, {}
+        steps, flops, tokens = {}, {}, {}
         for method in options.methods:
-            steps[method], flops[method] = training_step([f"ffn={method}", f"size={size}", *options.overrides])
+            overrides = [f"ffn={method}", f"size={size}", *options.overrides]
+            steps[method], flops[method], tokens[method] = training_step(overrides)
         steps["gemm"], flops["gemm"] = matrix_product()
         seconds = in_turns(steps, options.repeats)
         rate = {name: flops[name] / statistics.median(values) for name, values in seconds.items()}
         for method in options.methods:
-            row = {"size": size, "method": method, "threads": options.threads, "flops": flops[method]}
+            row = {"size": size, "method": method, "threads": options.threads}
+            row |= {"tokens": tokens[method], "flops": flops[method]}
             row |= spread(seconds[method])
             row["gemm_flops_per_s"], row["flops_rate_of_gemm"] = rate["gemm"], rate[method] / rate["gemm"]
             row["time_over_dense"] = rate[options.methods[0]] / rate[method]
@@ -62,8 +64,8 @@ def main() -> None:
     write_table(options.out, rows)
 
 
-def training_step(overrides: list[str]) -> tuple[Callable[[], object], float]:
-    """A step on random tokens, and its counted FLOPs."""
+def training_step(overrides: list[str]) -> tuple[Callable[[], object], float, int]:
+    """A step on random tokens, its counted FLOPs and its tokens."""
     config = load(["budget=1e13", *overrides])
     module = LanguageModel(config, plan(config))
     optimizer = module.configure_optimizers()["optimizer"]  # pyrefly: ignore
@@ -77,7 +79,7 @@ def training_step(overrides: list[str]) -> tuple[Callable[[], object], float]:
         optimizer.step()
         optimizer.zero_grad()
 
-    return step, cost(config).flops_per_token * config.tokens_per_step
+    return step, cost(config).flops_per_token * config.tokens_per_step, config.tokens_per_step
 
 
 if __name__ == "__main__":

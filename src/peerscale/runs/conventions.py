@@ -35,20 +35,33 @@ MEASURED_TIME = "measured time"
 """A convention that counts the seconds of a benchmark on an idle machine instead of FLOPs."""
 
 
+SAME_LAYER = 0.03
+"""Relative difference of FLOPs per token up to which a cell has the layer that a benchmark measured; interpolation
+between sizes is off by less."""
+
+
 def seconds_per_flop(runs: pd.DataFrame, steps: pd.DataFrame) -> pd.Series:
-    """Seconds per FLOP of every row's training step; NaN if it was not measured.
+    """Seconds per FLOP of every row's training step; NaN if it was not measured, or only with other settings.
 
     Args:
         runs: the study's table.
-        steps: size, method, flops and median_s of training steps, as `benchmarks/training_step.py` writes them.
+        steps: size, method, tokens, flops and median_s of training steps, as `benchmarks/training_step.py` writes them.
+            A method was measured with other settings if its FLOPs per token differ by more than `SAME_LAYER` at a size
+            between those of the benchmark. Beyond its sizes, the time per FLOP of the nearest one is taken.
     """
     found = pd.Series(math.nan, index=runs.index)
     for name, rows in runs.groupby(method_names(runs)):
         measured = steps[steps["method"] == name].assign(d_model=lambda table: table["size"].str[1:].astype(float))
         if len(measured) > 1:
-            known = measured.sort_values("d_model")
-            each = known["median_s"] / known["flops"]
-            found[rows.index] = np.interp(np.log(rows["d_model"]), np.log(known["d_model"]), each)
+            known, at = measured.sort_values("d_model"), np.log(rows["d_model"])
+            seconds, flops_per_token = (
+                np.interp(at, np.log(known["d_model"]), values)
+                for values in (known["median_s"] / known["flops"], np.log(known["flops"] / known["tokens"]))
+            )
+            between = rows["d_model"].between(known["d_model"].min(), known["d_model"].max())
+            off = np.abs(np.log(rows["flops_per_token"]) - flops_per_token)[between]
+            if (off < SAME_LAYER).all() and len(off):
+                found[rows.index] = seconds
     return found
 
 
