@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from made_up_study import LADDER, curves, ladder, record, with_sequences
 
+from peerscale.composition import sweep_text
 from peerscale.errors import UserError
 from peerscale.files import write_json
 from peerscale.results.publication import publish
@@ -28,7 +29,7 @@ from peerscale.runs.forecasts import (
     observed,
     read_forecasts,
 )
-from peerscale.runs.study import Study, collected, published, read_fits
+from peerscale.runs.study import Study, collected, header, published, read_fits
 from peerscale.runs.table import read_runs
 from peerscale.viz.forecasts import forecast_sections, forecast_table
 from peerscale.viz.study_table import study_table
@@ -222,15 +223,15 @@ def test_the_table_of_a_published_study_has_a_section_only_with_a_forecast(tmp_p
     """What three budgets of a made-up study say of 1e13 beside what isoflop_rates_5e11 found there."""
     study = published("isoflop_rates_5e11")
     runs, fits = read_runs(study.runs), read_fits(study.fits)
-    plain = study_table("isoflop_rates_5e11", runs, fits)
+    withdrawn = header(sweep_text("isoflop_rates_5e11"))["Withdrawn"]
+    plain = study_table("isoflop_rates_5e11", runs, fits, withdrawn=withdrawn)
     assert plain == study.table.read_text() and "## Forecast" not in plain
     guessed = forecast(compare(ladder(1.3, [1e11, 3e11, 1e12], noise=0.01), []), 1e13)
     about = {"budget": 1e13, "made": "2026-01-01T00:00:00+00:00", "commit": None, "leaves_out": ["this", "that"]}
-    text = study_table(
-        "isoflop_rates_5e11", runs, fits, [{**about, "from": [{"budget": 1e12, "cells": 9}], "forecasts": guessed}]
-    )
+    made = {**about, "from": [{"budget": 1e12, "cells": 9}], "forecasts": guessed}
+    text = study_table("isoflop_rates_5e11", runs, fits, [made], withdrawn)
     assert text.startswith(plain.rstrip("\n")) and "## Forecast" in text
-    assert "| 1e13 | PEER | compute multiplier |" in text and "1.29 [1.14, 1.42]" in text
+    assert "| 1e13 | PEER | compute multiplier |" in text and "1.29 [1.15, 1.42]" in text
 
 
 def test_a_file_that_is_no_forecast(tmp_path: Path) -> None:

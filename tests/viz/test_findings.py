@@ -60,6 +60,7 @@ def claim(rival: str, budget: float, value: float, p_holm: float, equal: bool) -
         "value": value,
         "p_holm": p_holm,
         "equal": equal,
+        "family": 2,
     }
 
 
