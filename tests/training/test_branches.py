@@ -1,6 +1,7 @@
 """Runs of several lengths that share their first part: each ends as if it had been trained alone."""
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,6 +64,28 @@ def test_a_trunk_leaves_nothing_to_a_cell_that_was_begun(settings: list[str], tm
     run_cell(trunk)
     assert {path: path.stat().st_mtime_ns for path in done.folder.rglob("*")} == before
     assert checkpoints(branches[1].folder / CHECKPOINTS)
+
+
+def test_a_branch_goes_on_only_from_a_trunk_of_its_own_configuration(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    def edited(cell: Cell, runs: str = "runs") -> Cell:
+        optim = replace(cell.config.optim, weight_decay=0.5)
+        trainer = replace(cell.config.trainer, runs_directory=str(tmp_path / runs))
+        return replace(cell, config=replace(cell.config, optim=optim, trainer=trainer))
+
+    trunk, *branches = in_turn(branched(settings, tmp_path, *WSD))[0]
+    run_cell(trunk)
+    for cell, retrained in zip(branches, (False, True), strict=True):
+        if retrained:
+            shutil.rmtree(trunk.folder)
+            run_cell(edited(trunk))
+        run_cell(edited(cell))
+        run_cell(alone := replace(edited(cell, "alone"), trunk=""))
+        weights, others = final_weights(cell.folder), final_weights(alone.folder)
+        assert all(torch.equal(weights[name], others[name]) for name in weights)
+        assert (min(row["step"] for row in read_metrics(cell.folder)) > decay_from(cell.config, cell.plan)) == retrained
+        assert ("is of another configuration, starting at the first step" in capsys.readouterr().err) != retrained
 
 
 def test_a_sweep_trains_a_trunk_before_its_branches_and_the_plan_tells_what_that_saves(

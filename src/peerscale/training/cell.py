@@ -25,6 +25,7 @@ from peerscale.kernels.backends import choose_operators
 from peerscale.model.ranks import as_first_rank
 from peerscale.model.trained import CHECKPOINTS, checkpoints
 from peerscale.plan import Plan
+from peerscale.runs.fingerprint import start_fingerprint
 from peerscale.runs.record import Record, Status, new_record, read_record, write_record
 from peerscale.training.checkpoint import TimedCheckpoint, checkpoint_path, newest_readable
 from peerscale.training.distributed import (
@@ -135,18 +136,16 @@ class CellRun:
         self.device = pick_device(self.config)
         kernel = choose_operators(self.config.trainer.kernel, self.device.type).name
         environment = describe(kernel, self.device, self.config.trainer)
-        self.resumed = newest_readable(self.checkpoint_folder)
-        exact = True
+        self.record = new_record(cell, Status.RUNNING, corpus.manifest.fingerprint, environment=environment)
+        self.made_by = start_fingerprint(self.record.hashed_config)
+        self.resumed = newest_readable(self.checkpoint_folder, self.made_by)
         if self.resumed and old is not None:
             changed = changed_keys(old.environment, environment)
-            exact = old.bit_exact and not changed
+            self.record = replace(self.record, bit_exact=old.bit_exact and not changed)
             if changed:
                 print(
                     f"notice: {cell.name} continues with another {', '.join(changed)}: not bit-exact", file=sys.stderr
                 )
-        self.record = new_record(
-            cell, Status.RUNNING, corpus.manifest.fingerprint, environment=environment, bit_exact=exact
-        )
         self.tracker: Tracker | None = None
 
     def train(self) -> Status:
@@ -165,6 +164,7 @@ class CellRun:
                 trainer.checkpoint_every_steps,
                 last_step=plan.steps if trainer.keep_checkpoint else None,
                 branches=branches(self.cell),
+                made_by=self.made_by,
             )
             fit(module, self.corpus, self.tracker, saving, resumed)
             wall_s, started = saving.trained_s, time.perf_counter()

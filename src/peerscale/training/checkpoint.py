@@ -22,6 +22,9 @@ from peerscale.runs.record import read_record
 
 KEPT = 2
 
+MADE_BY = "start_fingerprint"
+"""Key of a checkpoint: the `start_fingerprint` of the run that made it. Older checkpoints do not have it."""
+
 COST = 0.02
 """Share of the time that saving may take; the interval after a slow save is longer."""
 
@@ -32,7 +35,8 @@ class TimedCheckpoint(lightning.Callback):
     It also saves after step `last_step`, and after the step in which a SIGTERM (with several ranks also Ctrl-C)
     arrived; Lightning then ends the run. It does not save after an exception, since an exception inside a step leaves
     weights and counters between two steps. `branches` has steps and the folders of the cells that continue from them:
-    each of these cells gets a checkpoint after its step, unless it has started already.
+    each of these cells gets a checkpoint after its step, unless it has started already. `made_by` is written into every
+    checkpoint.
     """
 
     def __init__(
@@ -42,9 +46,10 @@ class TimedCheckpoint(lightning.Callback):
         every_steps: int | None = None,
         last_step: int | None = None,
         branches: Sequence[tuple[int, Path]] = (),
+        made_by: str = "",
     ) -> None:
         self.folder, self.every_s, self.every_steps, self.last_step = folder, every_s, every_steps, last_step
-        self.branches = branches
+        self.branches, self.made_by = branches, made_by
         self.save_s = 0.0
         self.earlier_s = 0.0
         self.started_at = time.monotonic()
@@ -64,7 +69,7 @@ class TimedCheckpoint(lightning.Callback):
             return  # a micro-batch within a step
         step, terminated = trainer.global_step, self.terminated
         for folder in (folder for at, folder in self.branches if at == step):
-            if as_first_rank(read_record(folder) is None and not checkpoints(folder / CHECKPOINTS)):
+            if as_first_rank(read_record(folder) is None):
                 write_checkpoint(trainer, checkpoint_path(folder / CHECKPOINTS, step))
         due = step == self.last_step or (self.every_steps and step % self.every_steps == 0)
         waited_s = time.monotonic() - self.saved_at
@@ -89,6 +94,11 @@ class TimedCheckpoint(lightning.Callback):
 
     def _terminate(self, *_: object) -> None:
         self.terminated = True
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[MADE_BY] = self.made_by
 
     def state_dict(self) -> dict[str, Any]:
         return {"trained_s": self.trained_s}
@@ -125,10 +135,12 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:09d}.ckpt"
 
 
-def newest_readable(folder: Path) -> tuple[Path, int] | None:
+def newest_readable(folder: Path, made_by: str) -> tuple[Path, int] | None:
     """The newest complete checkpoint and its step; damaged ones are renamed, with a notice.
 
-    No code in a file is run: only weights and plain values are loaded, and any other pickle is refused.
+    So are those of another run than `made_by`, such as one that a trunk left for a branch, without a record, before the
+    configuration changed. No code in a file is run: only weights and plain values are loaded, and any other pickle is
+    refused.
     """
     found = checkpoints(folder)
     for path, before in itertools.zip_longest(found, found[1:]):
@@ -136,11 +148,14 @@ def newest_readable(folder: Path) -> tuple[Path, int] | None:
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():  # torch itself does not compare checksums
                     raise zipfile.BadZipFile(f"bad checksum of {damaged}")
-            step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            step, same = state["global_step"], state.get(MADE_BY, made_by) == made_by
+            problem = "" if same else "is of another configuration"
         except Exception as error:  # a damaged archive can raise many types of errors
-            instead = f"continuing from {before.name}" if before else "starting at the first step"
-            path.rename(path.with_suffix(".damaged"))
-            print(f"notice: {path} cannot be read ({type(error).__name__}), {instead}", file=sys.stderr, flush=True)
-            continue
-        return path, step
+            problem = f"cannot be read ({type(error).__name__})"
+        if not problem:
+            return path, step
+        instead = f"continuing from {before.name}" if before else "starting at the first step"
+        path.rename(path.with_suffix(".unusable"))
+        print(f"notice: {path} {problem}, {instead}", file=sys.stderr, flush=True)
     return None
