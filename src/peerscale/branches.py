@@ -21,7 +21,9 @@ def branched(file: Path, cells: Sequence["Cell"]) -> list["Cell"]:
         raise ConfigError(f"{file.name}: sweep.branches needs optim.schedule wsd")
     groups: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in (c for c in cells if c.config.optim.schedule == "wsd" and c.plan.verdict is Verdict.OK):
-        groups.setdefault((cell.config.ffn.name, cell.config.size, cell.config.seed, repr(cell.axes)), []).append(cell)
+        config = cell.config  # a row's batch is in no axis
+        key = (config.ffn.name, config.size, config.seed, config.batch_sequences, repr(cell.axes))
+        groups.setdefault(key, []).append(cell)
     found = {}
     for members in groups.values():
         *shorter, longest = sorted(members, key=lambda cell: cell.plan.steps)

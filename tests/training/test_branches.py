@@ -103,6 +103,19 @@ def test_a_sweep_trains_a_trunk_before_its_branches_and_the_plan_tells_what_that
     assert {name for name, step in first.items() if step > 4} == {cell.name for cell in cells if cell.trunk}
 
 
+def test_runs_with_other_batches_share_no_steps(settings: list[str], tmp_path: Path) -> None:  # noqa: F811
+    branched(settings, tmp_path, *WSD)
+    file = tmp_path / "branches.yaml"
+    file.write_text(file.read_text().replace("}], branches", ", batch_sequences: 32}], branches"))
+    words = [word for word in settings if word not in ("size=d8", "batch_sequences=16")]
+    cells = planned_cells(file, [*words, "tracking=disabled", *WSD])
+    batch = {cell.name: cell.config.batch_sequences for cell in cells}
+    assert sorted(batch.values()) == [16, 16, 16, 16, 32, 32]
+    for cell in cells:
+        with_it = {cell.trunk, *(name for _, name in cell.branches)} - {""}
+        assert len(with_it) == (batch[cell.name] == 16) and {batch[name] for name in with_it} <= {batch[cell.name]}
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
