@@ -76,6 +76,14 @@ def shaken(model: Transformer) -> Transformer:
     return model
 
 
+@pytest.mark.parametrize("kernel", ["torch", "cpp"])
+def test_more_tokens_than_the_context_are_refused(kernel: str) -> None:
+    model = build_model(load(["ffn=dense", *SMALL, f"trainer.kernel={kernel}"]))
+    assert model(torch.zeros(1, 6, dtype=torch.long)).isfinite().all()
+    with pytest.raises(ValueError, match=r"^7 tokens are more than the context of 6$"):
+        model(torch.zeros(1, 7, dtype=torch.long))
+
+
 def test_is_the_textbook_transformer_token_by_token() -> None:
     model = shaken(build_model(load(["ffn=dense", *SMALL])))
     tokens_BT = torch.randint(257, (2, 6))

@@ -118,7 +118,7 @@ class Transformer(nn.Module):
         recompute: bool = False,
     ) -> None:
         super().__init__()
-        self.operators = operators
+        self.context, self.operators = context, operators
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.blocks = nn.ModuleList(Block(d_model, n_heads, context, ffn, operators, recompute) for ffn in ffns)
         self.norm = RmsNorm(d_model, operators)
@@ -137,7 +137,9 @@ class Transformer(nn.Module):
         return F.linear(self.features(tokens_BT), self.embedding.weight)
 
     def features(self, tokens_BT: Tensor) -> Tensor:
-        """Tokens (B, T) -> the input of the output head (B, T, D)."""
+        """Tokens (B, T) -> the input of the output head (B, T, D); raises `ValueError` for T above the context."""
+        if tokens_BT.shape[1] > self.context:  # a kernel would read beyond the rotary tables
+            raise ValueError(f"{tokens_BT.shape[1]} tokens are more than the context of {self.context}")
         x_BTD = self.embedding(tokens_BT)
         for block in self.blocks:
             x_BTD = block(x_BTD)
