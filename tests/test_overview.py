@@ -236,7 +236,7 @@ def test_status_counts_what_is_run_here_and_what_is_published(
     )
     assert lines[9] == "* is published; make sweep SWEEP=toy PUBLISHED=1 runs only the others"
     assert said.err == (
-        f"notice: {tmp_path / 'results' / 'toy'}: published {kept[2].name} has another configuration "
+        f"notice: {tmp_path / 'results' / 'toy'}: {kept[2].name} has another configuration "
         "than the plan: context 32 -> 64\n"
     )
 

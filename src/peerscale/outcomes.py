@@ -126,7 +126,7 @@ def of_the_plan(
     if not differ:
         return kept, []
     name, found = next(iter(differ.items()))
-    count = f"{len(differ)} published cells, {name} among them, have" if len(differ) > 1 else f"published {name} has"
+    count = f"{len(differ)} cells, {name} among them, have" if len(differ) > 1 else f"{name} has"
     return kept, [f"notice: {where}: {count} another configuration than the plan: {'; '.join(found)}"]
 
 

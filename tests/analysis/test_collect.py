@@ -287,10 +287,34 @@ def test_a_published_cell_of_another_configuration_does_not_fill_in(
     arguments = published_and_run_here(collected_runs, tmp_path, peer, others)
     capsys.readouterr()
     assert collect.main(arguments) == 0
-    said = "published dense-d16-3e11-s0 has another configuration than the plan: context 32 -> 64"
+    said = "dense-d16-3e11-s0 has another configuration than the plan: context 32 -> 64"
     assert said in capsys.readouterr().err
     status = pd.read_csv(collected(SWEEP, tmp_path / "runs").runs).set_index("cell")["status"]
     assert (status["dense-d16-3e11-s0"], status["dense-d24-3e11-s0"]) == ("pending", "done")
+
+
+@pytest.mark.parametrize("all_of_them", [False, True])
+def test_own_cells_of_another_configuration_are_left_out(
+    all_of_them: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_cells(tmp_path)
+    for record in records():
+        hashed = {**record.hashed_config, "context": 32}
+        if all_of_them or record.cell == "dense-d16-3e11-s0":
+            other = replace(record, hashed_config=hashed, fingerprint=fingerprint(hashed))
+            write_record(tmp_path / SWEEP / record.cell, other)
+    collection.planned_cells = lambda sweep, overrides: cells()
+    assert collect.main([SWEEP, "--runs", str(tmp_path), "--results", str(tmp_path / "results")]) == 0
+    who = f"{len(records())} cells, dense-d8-1e11-s0 among them, have" if all_of_them else "dense-d16-3e11-s0 has"
+    said = f"notice: {tmp_path / SWEEP}: {who} another configuration than the plan: context 32 -> 64\n"
+    assert said in capsys.readouterr().err
+    study = collected(SWEEP, tmp_path)
+    status = pd.read_csv(study.runs).set_index("cell")["status"]
+    assert (status["dense-d16-3e11-s0"], status["dense-d24-3e11-s0"]) == (
+        "pending",
+        "pending" if all_of_them else "done",
+    )
+    assert "dense-d16-3e11-s0" not in set(pd.read_csv(study.curves)["cell"])
 
 
 @pytest.mark.parametrize("key", ["recipe_version", "data_fingerprint"])

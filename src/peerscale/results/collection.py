@@ -34,7 +34,8 @@ def collect(
     """Write the study's folder in `runs` from its cells there, or from `results` if there are none, or from both.
 
     Every planned cell has a row, even if it was dropped, failed or never run. With both, a published cell counts if
-    `runs` has no finished cell of that name, unless its configuration differs from the plan's.
+    `runs` has no finished cell of that name, unless its configuration differs from the plan's. Cells in `runs` whose
+    configuration differs are left out as well.
 
     Args:
         sweep: name of the study.
@@ -59,11 +60,14 @@ def collect(
     if not source.records.is_file() and (with_published or not own):
         raise UserError(f"no runs of {sweep!r}: neither cells in {here} nor {source.records}")
     cells, there = plan_of(sweep, overrides), read_published(source)
-    corpus = next((r.hashed_config.get("data_fingerprint") for r in own.values() if r.status is Status.DONE), None)
+    used = Counter(r.hashed_config.get("data_fingerprint") for r in own.values() if r.status is Status.DONE)
+    corpus = max(used, key=lambda each: used[each], default=None)
     same, notices = of_the_plan(cells or (), there, source.folder, corpus)
-    if not own or with_published:
-        print(*(f"{notice}\n" for notice in notices), sep="", end="", file=sys.stderr)
+    if own and not with_published:
+        notices = []
     there = there if not own else same if with_published else {}
+    own, differ = of_the_plan(cells or (), own, here, corpus)
+    print(*(f"{notice}\n" for notice in [*differ, *notices]), sep="", end="", file=sys.stderr)
     counting = {name: which_counts(own.get(name), there.get(name)) for name in {**own, **there}}
     found = {name: record for name, record in counting.items() if record is not None}
     run_here = [name for name in found if found[name] is own.get(name)]
@@ -82,7 +86,7 @@ def collect(
     write_fits(study, table, curves, records)
     states = ", ".join(f"{n} {status}" for status, n in Counter(record.status for record in planned).items())
     counts = {here: len(run_here), source.folder: len(found) - len(run_here)}
-    places = ", ".join(f"{n} cells of {folder}" for folder, n in counts.items() if n)
+    places = ", ".join(f"{n} cells of {folder}" for folder, n in counts.items() if n) or f"0 cells of {here}"
     yield f"{sweep}: {len(planned)} cells ({states}), from {places} -> {study.folder}"
     if further:
         yield f"{further_line([record.cell for record in further])}; they are in the table and the fits too"
