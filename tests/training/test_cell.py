@@ -23,7 +23,9 @@ from peerscale.train import run_single
 from peerscale.training import cell as cells
 from peerscale.training.cell import train_cell
 from peerscale.training.checkpoint import checkpoints
+from peerscale.training.distributed import RankError
 from test_train import budget, corpus_path, settings  # noqa: F401
+from toy_study import record_of
 
 
 @pytest.fixture
@@ -153,6 +155,23 @@ def test_what_older_cells_left_is_still_understood(tiny: list[str]) -> None:
 @pytest.mark.parametrize(("old", "new"), [("fused", "cpp"), ("native", "torch"), ("cpp", "cpp")])
 def test_older_names_of_kernels_are_read(old: str, new: str) -> None:
     assert load(["ffn=peer", f"trainer.kernel={old}"]).trainer.kernel == new
+
+
+def test_a_rank_that_fails_after_the_end_changes_no_result(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    planned = cell([*tiny, "trainer.devices=2"])
+
+    def killed_late(n_ranks: int, launched: Cell) -> None:
+        write_record(launched.folder, record_of(launched, Status.DONE))
+        raise RankError("rank 1: ended by SIGKILL")
+
+    monkeypatch.setattr(cells, "launch", killed_late)
+    assert train_cell(planned) is Status.DONE
+    record = read_record(planned.folder)
+    assert record is not None and record.status is Status.DONE and record.evaluation
+    said = "is done, but afterwards RankError: rank 1: ended by SIGKILL\n"
+    assert capsys.readouterr().err == f"notice: {planned.name} {said}"
 
 
 class Code:

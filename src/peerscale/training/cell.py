@@ -90,7 +90,11 @@ def _launch_ranks(cell: Cell, corpus: Corpus, old: Record | None) -> Status:
     try:
         launch(cell.config.trainer.devices, cell)
     except RankError as error:
-        failed = _failed(read_record(cell.folder) or CellRun(cell, corpus, old).record, error)
+        ended = read_record(cell.folder) or CellRun(cell, corpus, old).record
+        failed = _failed(ended, error)
+        if ended.status in FINISHED:  # its result is complete, and its checkpoint may be gone
+            print(f"notice: {cell.name} is {ended.status}, but afterwards {failed.reason}", file=sys.stderr)
+            return ended.status
         print(f"\n{cell.name} failed: {failed.reason}", file=sys.stderr)
         write_record(cell.folder, failed)
     record = read_record(cell.folder)
