@@ -77,6 +77,22 @@ def test_a_model_that_fails_to_be_built_is_recorded(tiny: list[str], monkeypatch
     assert (planned.folder / "config.yaml").is_file()
 
 
+def test_a_device_that_fails_before_the_model_is_built_is_recorded(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    planned = cell(tiny)
+    with monkeypatch.context() as patch:
+        patch.setattr(cells, "describe", fail)
+        assert train_cell(planned) is Status.FAILED
+    record = read_record(planned.folder)
+    assert record is not None and record.reason == "RuntimeError: CUDA error: out of memory"
+    assert train_cell(planned) is Status.DONE
+    assert "not bit-exact" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("compile", [False, True])
 def test_only_the_configuration_decides_whether_a_cell_is_compiled(
     compile: bool, tiny: list[str], monkeypatch: pytest.MonkeyPatch

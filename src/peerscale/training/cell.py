@@ -134,30 +134,24 @@ class CellRun:
     def __init__(self, cell: Cell, corpus: Corpus, old: Record | None) -> None:
         self.cell, self.corpus, self.config, self.plan = cell, corpus, cell.config, cell.plan
         self.checkpoint_folder = cell.folder / CHECKPOINTS
-        remove_abandoned(cell.folder)
-        remove_abandoned(self.checkpoint_folder)
-        prepare_process(self.config)
-        self.device = pick_device(self.config)
-        kernel = choose_operators(self.config.trainer.kernel, self.device.type).name
-        environment = describe(kernel, self.device, self.config.trainer)
-        self.record = new_record(cell, Status.RUNNING, corpus.manifest.fingerprint, environment=environment)
+        # Until the present environment is known, the record has that of the steps trained before.
+        before = {"environment": old.environment, "bit_exact": old.bit_exact} if old is not None else {}
+        self.record = new_record(cell, Status.RUNNING, corpus.manifest.fingerprint, **before)
         self.made_by = start_fingerprint(self.record.hashed_config)
-        self.resumed = newest_readable(self.checkpoint_folder, self.made_by)
-        if self.resumed and old is not None:
-            changed = changed_keys(old.environment, environment)
-            self.record = replace(self.record, bit_exact=old.bit_exact and not changed)
-            if changed:
-                print(
-                    f"notice: {cell.name} continues with another {', '.join(changed)}: not bit-exact", file=sys.stderr
-                )
         self.tracker: Tracker | None = None
 
     def train(self) -> Status:
         """Train, evaluate and record the cell."""
         config, plan, trainer = self.config, self.plan, self.config.trainer
-        resumed, first_step = self.resumed or (None, 0)
-        with joined_ranks(self.device):
-            module = build_module(config, plan, self.device)
+        remove_abandoned(self.cell.folder)
+        remove_abandoned(self.checkpoint_folder)
+        prepare_process(config)
+        device = pick_device(config)
+        resumed, first_step = newest_readable(self.checkpoint_folder, self.made_by) or (None, 0)
+        kernel = choose_operators(trainer.kernel, device.type).name
+        self._continue_in(describe(kernel, device, trainer), first_step)
+        with joined_ranks(device):
+            module = build_module(config, plan, device)
             as_first_rank(first_step)
             self._write(self.record)
             cut_back(self.cell.folder, first_step)
@@ -172,7 +166,7 @@ class CellRun:
             )
             fit(module, self.corpus, self.tracker, saving, resumed)
             wall_s, started = saving.trained_s, time.perf_counter()
-            results = evaluate(module, self.corpus, config, self.device)
+            results = evaluate(module, self.corpus, config, device)
         timing = {
             "wall_s": wall_s,
             "evaluation_s": time.perf_counter() - started,
@@ -183,6 +177,16 @@ class CellRun:
         if not np.isfinite(results["sequence_losses"]).all():
             ended = {"status": Status.DIVERGED, "reason": "the validation loss is not a finite number"}
         return self.close(replace(self.record, timing=timing, **results, **ended))
+
+    def _continue_in(self, environment: dict[str, Any], first_step: int) -> None:
+        """Put the present environment into the record, with a notice if the cell was begun in another."""
+        before = self.record.environment if first_step else {}
+        changed = changed_keys(before, environment) if before else []
+        if changed:
+            what = f"{self.cell.name} continues with another {', '.join(changed)}"
+            print(f"notice: {what}: not bit-exact", file=sys.stderr)
+        exact = not first_step or (self.record.bit_exact and not changed)
+        self.record = replace(self.record, environment=environment, bit_exact=exact)
 
     def close(self, record: Record) -> Status:
         """Write the record and end the W&B run with it; a finished cell keeps one checkpoint or none."""
