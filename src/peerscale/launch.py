@@ -21,7 +21,7 @@ from peerscale.outcomes import published_as_done, published_study, some
 from peerscale.plan import Verdict
 from peerscale.progress import Progress
 from peerscale.runs.record import FAILED, Status
-from peerscale.train import run_cell
+from peerscale.train import run_in_turn
 from peerscale.training.distributed import started_ranks
 
 LAUNCHERS = ("local", "joblib", "slurm")
@@ -96,7 +96,7 @@ def run_here(cells: Sequence[Cell], n_processes: int | None) -> dict[str, Status
     """
     groups = in_turn(cells)
     if n_processes is None:
-        statuses = [_run_in_turn(group) for group in groups]
+        statuses = [run_in_turn(group) for group in groups]
     else:
         from joblib import Parallel, delayed
 
@@ -111,11 +111,7 @@ def _run_as_worker(cells: Sequence[Cell]) -> dict[str, Status]:
 
     if cells[0].config.trainer.accelerator != "cpu":
         take_gpus(cells[0].config.trainer.devices)
-    return _run_in_turn(cells)
-
-
-def _run_in_turn(cells: Sequence[Cell]) -> dict[str, Status]:
-    return {cell.name: run_cell(cell) for cell in cells}
+    return run_in_turn(cells)
 
 
 @contextmanager

@@ -133,7 +133,7 @@ class CellJob:
         """Run the cells. On Slurm's warning signal, stop after the current step, save a checkpoint and requeue."""
         from submitit.slurm.slurm import SlurmJobEnvironment
 
-        from peerscale.train import run_cell
+        from peerscale.train import run_in_turn
 
         warning = signal.Signals[f"SIG{SlurmJobEnvironment.USR_SIG}"]
         requeue, ignore_term = signal.getsignal(warning), signal.getsignal(signal.SIGTERM)
@@ -149,7 +149,7 @@ class CellJob:
 
         signal.signal(warning, stop_training)
         try:
-            statuses = {cell.name: run_cell(cell) for cell in self.cells}
+            statuses = run_in_turn(self.cells)
             failed = [f"{name} {status}" for name, status in statuses.items() if status in FAILED]
             if failed:
                 raise FailedCells(f"{', '.join(failed)}; reason: make status SWEEP={self.cells[0].sweep}")

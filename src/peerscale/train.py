@@ -11,6 +11,7 @@ torch and lightning are imported inside the cell, so that planning and skipping 
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 
 import hydra
 from filelock import FileLock, Timeout
@@ -103,6 +104,19 @@ def run_cell(cell: Cell) -> Status:
     except Timeout:
         print(f"{cell.name} is being run by another process and is skipped here", file=sys.stderr)
         return Status.RUNNING
+
+
+def run_in_turn(cells: Sequence[Cell]) -> dict[str, Status]:
+    """Run cells one after the other; returns their statuses.
+
+    The branches of a trunk that another process is running are left to that process: here they would start at their
+    first step.
+    """
+    statuses: dict[str, Status] = {}
+    for cell in cells:
+        left = statuses.get(cell.trunk) is Status.RUNNING
+        statuses[cell.name] = Status.RUNNING if left else run_cell(cell)
+    return statuses
 
 
 def main() -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from peerscale.branches import in_turn
 from peerscale.cells import Cell, planned_cells
@@ -16,7 +17,7 @@ from peerscale.model.trained import CHECKPOINTS, checkpoints
 from peerscale.overview import main as overview
 from peerscale.plan import decay_from
 from peerscale.runs.curves import read_metrics
-from peerscale.runs.record import Status, read_record
+from peerscale.runs.record import LOCK, Status, read_record
 from peerscale.train import run_cell
 from test_train import budget, corpus_path, final_weights, settings  # noqa: F401
 
@@ -101,6 +102,19 @@ def test_a_sweep_trains_a_trunk_before_its_branches_and_the_plan_tells_what_that
     assert launch([str(tmp_path / "branches.yaml"), *words]) == 0
     first = {cell.name: min(row["step"] for row in read_metrics(cell.folder)) for cell in cells}
     assert {name for name, step in first.items() if step > 4} == {cell.name for cell in cells if cell.trunk}
+
+
+def test_the_branches_of_a_trunk_that_another_process_runs_are_left_to_it(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    cells = branched(settings, tmp_path, *WSD)
+    (trunk,) = (cell for cell in cells if cell.branches and cell.config.ffn.name == "dense")
+    words = [*(word for word in settings if word != "size=d8"), "tracking=disabled", *WSD, "sweep.methods=[dense]"]
+    trunk.folder.mkdir(parents=True)
+    with FileLock(trunk.folder / LOCK):
+        assert launch([str(tmp_path / "branches.yaml"), *words]) == 0
+    assert "some cells are being run by another process" in capsys.readouterr().err
+    assert not any(read_record(cell.folder) for cell in cells)
 
 
 def test_runs_with_other_batches_share_no_steps(settings: list[str], tmp_path: Path) -> None:  # noqa: F811
