@@ -1,10 +1,12 @@
 """Workers of one machine take different GPUs, and share them evenly where there are more workers."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from peerscale.training import gpus
 
@@ -48,3 +50,18 @@ def test_what_the_user_allows_bounds_it_and_a_second_call_changes_nothing(monkey
     gpus.take_gpus(1)
     assert os.environ[gpus.VISIBLE] == "2"
     workers.append(gpus._held)
+
+
+@pytest.mark.usefixtures("four_gpus")
+def test_the_locks_of_another_user_are_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [as_another_worker(1, monkeypatch) for _ in range(2)] == ["0", "1"]
+    acquire, theirs = FileLock.acquire, set(Path(tempfile.gettempdir()).iterdir())
+
+    def refused(lock: FileLock, **settings: float) -> object:
+        if Path(lock.lock_file) in theirs or "-2-0" in lock.lock_file:
+            raise PermissionError(lock.lock_file)
+        return acquire(lock, **settings)
+
+    monkeypatch.setattr(FileLock, "acquire", refused)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    assert [as_another_worker(1, monkeypatch) for _ in range(4)] == ["0", "1", "3", "0"]

@@ -15,7 +15,7 @@ _held: list[FileLock] = []
 
 
 def take_gpus(n: int) -> None:
-    """Make only `n` GPUs visible to this process: those that the fewest other workers on the machine have taken.
+    """Make only `n` GPUs visible to this process: those that the fewest other workers of this user have taken.
 
     Must be called before CUDA is used; a second call has no effect. If there are at most `n` GPUs, all stay visible.
     """
@@ -26,10 +26,11 @@ def take_gpus(n: int) -> None:
     for place in itertools.count():  # if there are more workers than GPUs, several share one
         taken = {}
         for gpu in gpus:
-            lock = FileLock(Path(tempfile.gettempdir(), f"peerscale-gpu-{gpu}-{place}.lock"))
+            # The file remains, and another user may not open it, so every user has files of their own.
+            lock = FileLock(Path(tempfile.gettempdir(), f"peerscale-gpu-{os.getuid()}-{gpu}-{place}.lock"))
             try:
                 taken[gpu] = lock.acquire(timeout=0).lock
-            except Timeout:
+            except (Timeout, PermissionError):
                 continue
             if len(taken) == n:
                 _held.extend(taken.values())
