@@ -28,7 +28,8 @@ def compute_multipliers(dense: tuple[Array, Array], method: tuple[Array, Array],
     level = np.where(smallest, losses.min(axis=0), level)
     found = compute_to_reach(*dense, level) / compute_to_reach(*method, level)
     if trend is not None and not trend.all():
-        found[..., trend] = compute_multipliers(*((x[trend], y[..., trend]) for x, y in (dense, method)))
+        own, other = ((compute[trend], losses[..., trend]) for compute, losses in (dense, method))
+        found[..., trend] = compute_multipliers(own, other)
     return found
 
 

@@ -144,17 +144,16 @@ def newest_readable(folder: Path, made_by: str) -> tuple[Path, int] | None:
     """
     found = checkpoints(folder)
     for path, before in itertools.zip_longest(found, found[1:]):
+        problem = "is of another configuration"
         try:
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():  # torch itself does not compare checksums
                     raise zipfile.BadZipFile(f"bad checksum of {damaged}")
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            step, same = state["global_step"], state.get(MADE_BY, made_by) == made_by
-            problem = "" if same else "is of another configuration"
+            if state.get(MADE_BY, made_by) == made_by:
+                return path, state["global_step"]
         except Exception as error:  # a damaged archive can raise many types of errors
             problem = f"cannot be read ({type(error).__name__})"
-        if not problem:
-            return path, step
         instead = f"continuing from {before.name}" if before else "starting at the first step"
         path.rename(path.with_suffix(".unusable"))
         print(f"notice: {path} {problem}, {instead}", file=sys.stderr, flush=True)

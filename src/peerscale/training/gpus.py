@@ -30,7 +30,7 @@ def take_gpus(n: int) -> None:
             lock = FileLock(Path(tempfile.gettempdir(), f"peerscale-gpu-{os.getuid()}-{gpu}-{place}.lock"))
             try:
                 taken[gpu] = lock.acquire(timeout=0).lock
-            except (Timeout, PermissionError):
+            except Timeout:
                 continue
             if len(taken) == n:
                 _held.extend(taken.values())

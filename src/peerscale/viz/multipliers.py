@@ -100,8 +100,8 @@ def paper_multipliers(published: pd.DataFrame, methods: Sequence[str]) -> dict[s
     found = {}
     for name, values in losses.items():
         if values.keys() == dense.keys():
-            both = ((budgets, np.log([*one.values()])) for one in (dense, values))
-            found[name] = dict(zip(budgets.tolist(), compute_multipliers(*both).tolist(), strict=True))
+            reference, own = ((budgets, np.log([*one.values()])) for one in (dense, values))
+            found[name] = dict(zip(budgets.tolist(), compute_multipliers(reference, own).tolist(), strict=True))
     return found
 
 

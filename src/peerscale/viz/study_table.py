@@ -102,7 +102,7 @@ def layers(runs: pd.DataFrame) -> str:
     words = {"n_experts": "{:,.0f} experts", "ffn_heads": "{:.0f} heads", "top_k": "top {:.0f}",
              "capacity_factor": "capacity {:g}"}  # fmt: skip
     finished = runs[usable(runs)].drop_duplicates("name").set_index("name").reindex(columns=[*words])
-    each = {name: ", ".join(words[key].format(value) for key, value in row.dropna().items())
+    each = {str(name): ", ".join(words[str(key)].format(value) for key, value in row.dropna().items())
             for name, row in finished.iterrows()}  # fmt: skip
     texts = [f"{label(name.partition(' ')[0])} {each[name]}" for name in ordered(each) if each[name]]
     return f"Layers: {'; '.join(dict.fromkeys(texts))}." if texts else ""
