@@ -9,8 +9,7 @@ import numpy as np
 import pandas as pd
 
 from peerscale.cells import Cell, planned_cells
-from peerscale.runs.record import Record, Status
-from peerscale.runs.study import planned_record
+from peerscale.runs.record import Record, Status, new_record
 from peerscale.runs.table import runs_table
 
 SEQUENCES = 256
@@ -53,8 +52,7 @@ def _record(cell: Cell, difficulty: np.ndarray, rng: np.random.Generator) -> Rec
         "expert_usage": 0.9, "unevenness": unevenness(cell.config), "usage_tokens": USED,
     }  # fmt: skip
     return replace(
-        planned_record(cell),
-        status=Status.DONE,
+        new_record(cell, Status.DONE, ""),
         evaluation={"validation": values, "speeches": {**values, "ppl": 1.3 * values["ppl"]}},
         sequence_losses=losses.tolist(),
         router=routed,

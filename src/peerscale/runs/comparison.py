@@ -103,11 +103,11 @@ def sequence_losses(records: Sequence[Record], cells: set[str]) -> Sequences:
     losses = {
         r.cell: np.reshape(r.sequence_losses, (-1, r.batch_sequences)).T.ravel()
         for r in records
-        if r.cell in cells and r.sequence_losses and np.isfinite(r.sequence_losses).all()
+        if r.cell in cells and np.isfinite(r.sequence_losses).all() and not len(r.sequence_losses) % r.batch_sequences
     }
-    lengths = [len(values) for values in losses.values()]
+    lengths = [len(values) for values in losses.values() if len(values)]
     usual = max(lengths, key=lengths.count, default=0)
-    return {cell: values for cell, values in losses.items() if len(values) == usual}
+    return {cell: values for cell, values in losses.items() if len(values) == usual > 0}
 
 
 def _by_curves(
