@@ -52,6 +52,7 @@ MESSAGES = [
         "size: 5 heads do not divide d_model 33 into an even width (rotary embedding needs pairs); nearest d_model: 30",
     ),
     ("size.d_model=0", f"size.d_model: {NOT_POSITIVE} 0"),
+    ("trainer.device_utilisation=0", f"trainer.device_utilisation: {NOT_POSITIVE} 0"),
     ("size.n_layers=-1", f"size.n_layers: {NOT_POSITIVE} -1"),
     (
         "size.d_model=wide",

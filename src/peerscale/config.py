@@ -211,7 +211,7 @@ class TrainerConfig:
     device_flops_per_s: Rate = 9.89e14
     """Peak of one GPU (default: an H100 in bf16). Times that no record gives are estimated from it and
     `device_utilisation`."""
-    device_utilisation: Fraction = 0.3
+    device_utilisation: Annotated[float, Field(gt=0, le=1)] = 0.3
     """Share of the peak that training is assumed to reach."""
     threads: Positive = 1
     """CPU threads of each process of a cell; parallel sweeps run fastest with one."""
