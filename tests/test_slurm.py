@@ -160,7 +160,7 @@ def test_a_class_of_resources_comes_from_the_plan(tmp_path: Path, monkeypatch: p
     assert (other.mem_gb, other.cpus, other.gpus) == (64, 3, 1)  # 32 GB of state and 2 GB
     shared = replace(cell.config, trainer=replace(trainer, devices=2))
     both = resources([replace(cell, config=shared, plan=big)], slurm_settings())
-    assert (both.cpus, both.gpus) == (6, 2)
+    assert (both.mem_gb, both.cpus, both.gpus) == (128, 6, 2)  # twice as much: a process for each GPU
     said = {"timeout_min": 7, "mem_gb": 1.5, "cpus_per_task": 2, "gpus_per_node": 4}
     assert str(resources([cell], slurm_settings(**said))) == "2 CPU, 4 GPU, 1.5 GB, 7 min"
 

@@ -19,7 +19,7 @@ from peerscale.errors import UserError
 from peerscale.files import write_text
 
 BASE_GB = 2.0
-"""Memory of Python, torch and Lightning without a model."""
+"""Memory of Python, torch and Lightning without a model, in each process."""
 
 SHORTEST_MIN = 10
 """The shortest time limit. The next ones double it, so that the jobs of a study fall into few classes."""
@@ -77,11 +77,14 @@ class Resources:
 def resources(cells: Sequence[Cell], settings: SlurmConfig) -> Resources:
     """The resources of a job of one cell, or of several of one model: from `settings`, or else from the plan.
 
-    Memory: 32 bytes per parameter (fp32 weight, gradient and two moments, and the same again for a checkpoint and
-    copies) and 16 per logit (logits, their softmax and both gradients), rounded up to a power of two in GB.
+    Memory: 32 bytes per parameter for each device's process (fp32 weight, gradient and two moments, and the same again
+    for a checkpoint and copies) and 16 per logit (logits, their softmax and both gradients), rounded up to a power of
+    two in GB.
     """
     config, plan = cells[0].config, cells[0].plan
-    memory = BASE_GB + (32 * plan.cost.params_total + 16 * config.tokens_per_step * config.data.vocab_size) / 1e9
+    of_process = BASE_GB + 32 * plan.cost.params_total / 1e9
+    of_logits = 16 * config.tokens_per_step * config.data.vocab_size / 1e9  # the processes share the batch
+    memory = config.trainer.devices * of_process + of_logits
     minutes = STARTING_MIN + settings.time_factor * sum(cell.estimate_s for cell in cells) / 60
     on_gpus = config.trainer.accelerator == "gpu"
     limit = SHORTEST_MIN * 2 ** max(0, math.ceil(math.log2(minutes / SHORTEST_MIN)))
