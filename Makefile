@@ -25,6 +25,8 @@ $(error $(firstword $(UNKNOWN)) is no variable of this Makefile; there are: $(KN
 endif
 
 .DEFAULT_GOAL := help
+# `data sweep figures` need each other in this order, also with make -j.
+.NOTPARALLEL:
 .PHONY: help setup reproduce smoke test check convert data studies plan sweep status figures forecast findings report validate publish sync dashboard notebooks bench torture clean
 
 help: ## print this help

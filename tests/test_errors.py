@@ -80,3 +80,11 @@ def test_make_hands_on_what_it_knows() -> None:
     assert "--jobs 1 smoke" in make("-n", "plan", "SWEEP=smoke", "JOBS=7", "LAUNCHER=local", python="B").stdout
     assert "publish.py smoke --replace" in make("-n", "publish", "SWEEP=smoke", "REPLACE=1", python="B").stdout
     assert "--replace" not in make("-n", "publish", "SWEEP=smoke", python="B").stdout
+
+
+def test_make_runs_its_targets_in_turn_also_with_j(tmp_path) -> None:
+    program, log = tmp_path / "python", tmp_path / "log"
+    program.write_text(f"#!/bin/sh\necho begins >> {log}; sleep 0.2; echo ends >> {log}\n")
+    program.chmod(0o755)
+    assert make("-j", "8", "data", "sweep", "SWEEP=smoke", python=str(tmp_path)).returncode == 0
+    assert log.read_text().split() == ["begins", "ends"] * 2
