@@ -11,13 +11,15 @@ from peerscale.config import Config, load
 from peerscale.device_memory import device_memory, in_micro_batches
 from peerscale.files import ROOT
 from peerscale.kernels.cross_entropy import linear_cross_entropy
-from peerscale.layers.dense import DenseConfig
+from peerscale.layers.modules.dense import Dense
 from peerscale.model import build_model
 from peerscale.overview import time_lines
 from peerscale.plan import plan
 from peerscale.runs.speed import Measured, estimate_s
 
 FFNS = sorted(path.stem for path in (ROOT / "conf" / "ffn").glob("*.yaml"))
+NARROWER = {"wide_dense": ["ffn.params_of.n_experts=1024"]}
+"""Settings of a layer that would take long here."""
 GPU = ["trainer.accelerator=gpu"]
 
 
@@ -42,26 +44,26 @@ def saved_bytes(config: Config) -> int:
 
 @pytest.mark.parametrize("ffn", FFNS)
 def test_activations_are_about_what_autograd_saves(ffn: str) -> None:
-    if ffn == "wide_dense":
-        pytest.skip("its hidden width is that of a million parameters")
-    settings = [f"ffn={ffn}", "trainer.kernel=torch", "++size.n_heads=4"]
+    settings = [f"ffn={ffn}", "trainer.kernel=torch", "++size.n_heads=4", *NARROWER.get(ffn, [])]
     for width, replaced in ((64, "middle"), (128, "all")):
         config = load([*settings, f"++size.d_model={width}", f"replaced={replaced}"])
         assert device_memory(config)["activations"] == pytest.approx(saved_bytes(config), rel=0.15), (width, replaced)
 
 
-@pytest.mark.parametrize("ffn", ["dense", "moe", "peer"])
+@pytest.mark.parametrize("ffn", ["dense", "wide_dense", "moe", "peer"])
 def test_checkpointing_keeps_the_inputs_of_what_is_computed_again(ffn: str) -> None:
-    settings = [f"ffn={ffn}", "trainer.kernel=torch", "++size.n_heads=4", "++size.d_model=64", "++size.n_layers=8"]
+    shape = ["++size.n_heads=4", "++size.d_model=64", "++size.n_layers=8"]
+    settings = [f"ffn={ffn}", "trainer.kernel=torch", *shape, *NARROWER.get(ffn, [])]
     config = load([*settings, "trainer.activation_checkpointing=true"])
-    one_block = 4 * config.tokens_per_step * (9 * 64 + DenseConfig().saved_numbers(config.surroundings))
+    hidden = max(layer.down.out_features for layer in build_model(config).modules() if isinstance(layer, Dense))
+    one_block = 4 * config.tokens_per_step * (9 * 64 + 2 * 64 + 2 * hidden)
     estimate = device_memory(config)["activations"]
     assert estimate == pytest.approx(saved_bytes(config) + one_block, rel=0.15)
     assert estimate < 0.6 * device_memory(load(settings))["activations"]
     planned, usual = plan(config), plan(load(settings))
     assert (planned.steps, planned.flops) == (usual.steps, usual.flops), "the budget is as it was"
     again = planned.cost.flops_per_token - planned.cost.flops["logits"]
-    again -= planned.cost.layer_flops * (ffn != "dense")
+    again -= planned.cost.layer_flops * (ffn not in ("dense", "wide_dense"))
     speeds = [Measured(ffn, planned.cost.flops_per_token, 1e10)]
     slower = estimate_s(config, planned, speeds)[0] - estimate_s(load(settings), usual, speeds)[0]
     assert slower == pytest.approx(planned.tokens * again / 3 / 1e10)

@@ -26,8 +26,10 @@ def device_memory(config: Config) -> dict[str, int]:
     n_replaced = len(config.replaced_blocks)
     numbers = n_layers * 9 * d_model + n_replaced * layer + (n_layers - n_replaced) * dense
     if config.trainer.activation_checkpointing:
-        n_kept = 0 if config.ffn.method == "dense" else n_replaced  # layers that are not recomputed
-        numbers = n_layers * 2 * d_model + n_kept * (layer + d_model) + 9 * d_model + dense
+        kept = n_replaced * (layer + d_model)
+        if isinstance(config.ffn, DenseConfig):  # recomputed like the others
+            kept, dense = 0, max(layer, dense)
+        numbers = n_layers * 2 * d_model + kept + 9 * d_model + dense
     n_copied = n_replaced * config.ffn.copied_parameters(around) if config.precision == "bf16" else 0
     tokens = config.tokens_per_step // config.trainer.devices // around.micro_batches
     return {
@@ -41,7 +43,7 @@ def recomputed_share(config: Config, cost: Cost) -> float:
     """FLOPs that activation checkpointing adds, as a share of the training FLOPs: the recomputed forward passes."""
     if not config.trainer.activation_checkpointing:
         return 0.0
-    kept = cost.flops["logits"] + (0 if config.ffn.method == "dense" else cost.layer_flops)
+    kept = cost.flops["logits"] + (0 if isinstance(config.ffn, DenseConfig) else cost.layer_flops)
     return (cost.flops_per_token - kept) / TRAINING / cost.flops_per_token
 
 

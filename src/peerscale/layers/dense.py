@@ -23,6 +23,9 @@ class DenseConfig(FfnConfig):
         weights = 2 * around.d_model * self.d_hidden(around)
         return LayerCost(params={"ffn": weights}, forward_flops={"ffn": 2 * weights})
 
+    def saved_numbers(self, around: Surroundings) -> int:
+        return 2 * around.d_model + 2 * self.d_hidden(around)
+
     def build(self, around: Surroundings) -> Any:
         return module_class("dense.Dense")(around.d_model, self.d_hidden(around), self.initial_output_scale)
 
