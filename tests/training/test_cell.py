@@ -206,6 +206,12 @@ def test_what_cannot_be_loaded_is_one_line(tiny: list[str], tmp_path: Path) -> N
             load_model(folder)
         assert str(error.value) == f"{folder} is not the folder of a cell: it has no config.yaml"
     folder, record = trained([*tiny, "trainer.keep_checkpoint=true"])
+    for name, content in (("config.yaml", ""), ("config.yaml", "a: [1"), ("record.json", '{"status": "do')):
+        whole = (folder / name).read_text()
+        (folder / name).write_text(content)
+        with pytest.raises(UserError, match=rf"^{folder}: config.yaml or record.json is damaged \(\w+\)$"):
+            load_model(folder)
+        (folder / name).write_text(whole)
     (path,) = checkpoints(folder / "checkpoints")
     torch.save({"state_dict": Code(tmp_path / "sign")}, path)
     with pytest.raises(UserError) as error:

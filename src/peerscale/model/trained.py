@@ -31,10 +31,12 @@ def read_trained(folder: Path) -> tuple[Config, dict[str, Tensor]]:
     try:
         tree = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         tree["trainer"].pop("shard_tables", None)  # a key of older cells, without effect on the model
-        config = parse_config(tree)
         status = json.loads((folder / "record.json").read_text(encoding="utf-8"))["status"]
     except OSError as error:
         raise UserError(f"{folder} is not the folder of a cell: it has no {Path(error.filename).name}") from None
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{folder}: config.yaml or record.json is damaged ({type(error).__name__})") from None
+    config = parse_config(tree)
     if status != "done":
         raise UserError(f"{folder}: the cell is {status}; only one that is done can be loaded")
     kept = checkpoints(folder / CHECKPOINTS)
