@@ -2,6 +2,7 @@ import errno
 import json
 import threading
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -91,6 +92,17 @@ def test_a_prepared_corpus_is_reused_and_read_back(config, monkeypatch):
     again = prepare(config)
     assert again.manifest == first.manifest == read_manifest(config) == open_corpus(config).manifest
     assert np.array_equal(open_corpus(config).tokens("train"), first.tokens("train"))
+
+
+def test_an_open_corpus_keeps_its_sets_when_another_replaces_it(config):
+    opened = prepare(config)
+    opened.tokens("train")
+    held_out = np.fromfile(opened.folder / "validation.bin", dtype="uint16")
+    path = Path(config.path)
+    path.write_text(path.read_text().replace("e", "o"))
+    prepare(config)
+    assert not np.array_equal(np.fromfile(opened.folder / "validation.bin", dtype="uint16"), held_out)
+    assert np.array_equal(opened.tokens("validation"), held_out)
 
 
 def test_equal_text_gives_equal_tokens_and_other_text_another_fingerprint(tmp_path, config, text_config):

@@ -84,9 +84,17 @@ class Corpus:
     folder: Path
     manifest: Manifest
 
+    @cached_property
+    def _sets(self) -> dict[str, npt.NDArray[np.uint16]]:
+        dtype = self.manifest.dtype
+        return {name: np.memmap(tokens_file(self.folder, name), dtype=dtype, mode="r") for name in self.manifest.splits}
+
     def tokens(self, split: str) -> npt.NDArray[np.uint16]:
-        """All tokens of a set, as a read-only memory map."""
-        return np.memmap(tokens_file(self.folder, split), dtype=self.manifest.dtype, mode="r")
+        """All tokens of a set, as a read-only memory map.
+
+        The first call opens all sets, so that a cell is not evaluated on a corpus that replaced its own meanwhile.
+        """
+        return self._sets[split]
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

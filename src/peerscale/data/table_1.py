@@ -65,7 +65,7 @@ def add(config: DataConfig, wanted: Mapping[str, str], corpus: Corpus) -> None:
             n_bytes = store.write_tokens(blocks(config, name), corpus.tokenizer, file.parent)[name]
             if not n_bytes:
                 raise UserError(f"{name}: no text in {config.held_out.get(name) or source}")
-        tokens = corpus.tokens(name)
+        tokens = np.memmap(store.tokens_file(folder, name), dtype=store.DTYPE, mode="r")
         manifest = replace(
             manifest,
             splits=manifest.splits | {name: len(tokens)},
