@@ -226,6 +226,15 @@ def test_a_row_of_few_steps_counts_for_few(tmp_path: Path) -> None:
     ]
 
 
+def test_the_first_row_of_a_branch_counts_like_the_others(tmp_path: Path) -> None:
+    metrics(tmp_path / "cell", 8)
+    path = tmp_path / "cell" / "metrics.jsonl"
+    rows = path.read_text().splitlines()[4:]
+    path.write_text("".join(f"{row}\n" for row in rows))
+    mean = sum(json.loads(row)["loss"] for row in rows) / 4
+    assert list(curves_table([tmp_path / "cell"], points=1)["loss"]) == [pytest.approx(mean)]
+
+
 def test_curves_of_several_cells_stay_apart(tmp_path: Path) -> None:
     for name, n in (("a", 60), ("b", 10)):
         metrics(tmp_path / name, n)
