@@ -63,5 +63,5 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON with `write_text`, each list of numbers on one line; raises `ValueError` for NaN."""
     text = json.dumps(value, indent=1, allow_nan=False)
-    lists_of_numbers = r"\[\s+([^\[\]{}\"]*?)\s+\]"
+    lists_of_numbers = r"\[\n([^\[\]{}\"]*?)\n\s*\]"  # strings have no line breaks in JSON
     write_text(path, re.sub(lists_of_numbers, lambda found: f"[{' '.join(found[1].split())}]", text) + "\n")

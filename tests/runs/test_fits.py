@@ -87,3 +87,11 @@ def test_two_budgets_have_no_surface_and_one_size_no_envelope() -> None:
     }  # fmt: skip
     one = runs[runs["size"] == f"d{len(GRID) // 2}"].groupby("method").head(1)
     assert fit_study(one, surface_curves(one), compare(one, []))["laws"] == {}
+
+
+def test_json_keeps_strings_and_puts_numbers_on_one_line(tmp_path: Path) -> None:
+    value = {"note": "window [ 1,  2 ]", "lines": "[\n 1\n]", "x": [1, 2.5, None], "deep": [[1, 2], [3]], "none": []}
+    write_json(tmp_path / "a.json", value)
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text) == value
+    assert '"x": [1, 2.5, null]' in text and "[1, 2]," in text
