@@ -148,7 +148,7 @@ class RateLawConfig:
     fewest_steps: Positive | None = None
     """The same for steps: few tokens and a large batch can each be in range and give a run too short for the law."""
     largest_lr: Rate | None = None
-    """Upper bound on the rate of every cell: the largest rate that the runs tried; null: no bound."""
+    """Upper bound on the rate of every cell, before `lr_factor`: the largest rate that the runs tried; null: none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
