@@ -97,9 +97,9 @@ def steps_saved(callback: TimedCheckpoint, training: Any, n_steps: int, step_s: 
     saved = []
     for step in range(1, n_steps + 1):
         time.sleep(step_s)
-        training.global_step = step
+        training.global_step, before = step, callback.saved_at
         callback.on_train_batch_end(training, None, None, None, step - 1)  # type: ignore[arg-type]
-        if callback.saved_step == step:
+        if callback.saved_at > before:
             saved.append(step)
     return saved
 

@@ -54,7 +54,6 @@ class TimedCheckpoint(lightning.Callback):
         self.earlier_s = 0.0
         self.started_at = time.monotonic()
         self.saved_at = time.monotonic()
-        self.saved_step = -1
         self.terminated = False
 
     def on_train_batch_end(
@@ -107,16 +106,13 @@ class TimedCheckpoint(lightning.Callback):
         self.earlier_s = state_dict["trained_s"]
 
     def save(self, trainer: lightning.Trainer) -> None:
-        step = trainer.global_step
-        if step == self.saved_step:
-            return
         started = time.monotonic()
-        write_checkpoint(trainer, checkpoint_path(self.folder, step))
+        write_checkpoint(trainer, checkpoint_path(self.folder, trainer.global_step))
         if not is_first_rank():
             return
         for old in checkpoints(self.folder)[KEPT:]:
             old.unlink()
-        self.saved_step, self.saved_at = step, time.monotonic()
+        self.saved_at = time.monotonic()
         self.save_s = self.saved_at - started
 
 
