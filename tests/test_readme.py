@@ -76,7 +76,9 @@ def test_the_study_of_the_readme_plans_as_it_stands(tmp_path: Path) -> None:
         ("reproduce", 2.2e12, "peer", "pkm"),
         ("reproduce", 7e11, "peer", "dense"),
         ("isoflop_cpu", 3e12, "peer", "dense"),
-        ("isoflop_cpu", 3e12, "peer", "pkm"),
+        ("isoflop_cpu", 1e13, "peer", "dense"),
+        ("isoflop_cpu", 1e13, "peer", "pkm"),
+        ("isoflop_cpu", 1e13, "peer", "moe_token_choice"),
         ("isoflop_rates_5e11", 3e12, "peer", "pkm"),
     ],
 )
