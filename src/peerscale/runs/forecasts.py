@@ -188,12 +188,8 @@ def left_out(fits: Mapping[str, Any], runs: pd.DataFrame, budgets: Collection[fl
     errors = [one.get("rate_se") for e in fits["budgets"] if e["budget"] in budgets for one in e["methods"]]
     rates = ["the choice of learning rates"] * any(error is None for error in errors)
     changes = [f"the change of the batch ({found})" for found in [batches(runs, budgets)] if found]
-    return [
-        *rates,
-        *changes,
-        "a bend of a trend in the logarithm of the budget",
-        "the sampling of validation sequences",
-    ]
+    always = ["a bend of a trend in the logarithm of the budget", "the sampling of validation sequences"]
+    return [*rates, *changes, *always]
 
 
 def read_forecasts(study: Study) -> list[dict[str, Any]]:

@@ -187,12 +187,8 @@ def query_norm_figure(runs: pd.DataFrame, published: pd.DataFrame, *, note: str 
     cells, x = cells.assign(norm=with_norm(cells)), "n_experts"
     with style.applied():
         figure, (ours, paper, unevenness) = style.panels(3)
-        lines: dict[str, Any] = {
-            "x": x,
-            "series": "norm",
-            "looks": NORM,
-            "apart": APART**4,
-        }  # experts differ by factors of four
+        # Numbers of experts differ by factors of four, so that the lines can be further apart.
+        lines: dict[str, Any] = {"x": x, "series": "norm", "looks": NORM, "apart": APART**4}
         lines_panel(ours, cells, **lines)
         lines_panel(unevenness, cells, **lines, y="unevenness", transform=np.asarray)
         for norm, look in NORM.items():

@@ -114,14 +114,8 @@ def brackets_figure(fits: Fits, *, note: str = "") -> Figure | None:
             x = np.geomspace(tried[0], tried[-1], 100)
             for one in here:
                 colour, name = colours[one["method"]], one["method"]
-                axes.plot(
-                    [float(f) for f in one["losses"]],
-                    [*one["losses"].values()],
-                    "o",
-                    color=colour,
-                    zorder=6,
-                    label=name,
-                )
+                factors, losses = [float(f) for f in one["losses"]], [*one["losses"].values()]
+                axes.plot(factors, losses, "o", color=colour, zorder=6, label=name)
                 if one["best"] is None:
                     continue
                 y = one["lowest"] + found["curvature"] * np.log(x / one["best"]) ** 2

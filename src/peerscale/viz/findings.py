@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 
 from peerscale.cell_names import budget_name
-from peerscale.composition import read_study, sweep_file
+from peerscale.composition import sweep_text
 from peerscale.errors import UserError
 from peerscale.runs.claims import turned
 from peerscale.runs.record import ENDED, Status
-from peerscale.runs.study import published, read_fits, usable
+from peerscale.runs.study import header, published, read_fits, usable
 from peerscale.runs.table import read_runs
 from peerscale.viz.answer import EQUALS, LEADS, TRAILS, UNDECIDED, outcome
 from peerscale.viz.markdown import number, plus_minus, signed_interval, table, with_interval
@@ -101,7 +101,7 @@ def _published(results: Path, *sweeps: str) -> list[Evidence]:
             runs = read_runs(study.runs)
             left = (~runs["status"].isin([*ENDED, Status.DROPPED])).sum()
             undecided = f"open: {left} of its {len(runs)} cells are still to run" if left else ""
-            if "tuned_at_5e11" in str(read_study(sweep_file(sweep)).get("defaults")):
+            if "Withdrawn" in header(sweep_text(sweep)):
                 undecided = EARLIER
             fits = read_fits(study.fits)
             found.append(Evidence(sweep=sweep, fits=fits, runs=runs[usable(runs)], undecided=undecided))
