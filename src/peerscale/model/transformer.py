@@ -79,7 +79,7 @@ class Block(nn.Module):
         """Draw the weights of both layers; raises `UserError` if the feed-forward layer cannot."""
         self.attention.init_weights(output_scale)
         init_ffn = getattr(self.ffn, "init_weights", None)
-        if init_ffn is not None:
+        if callable(init_ffn):
             init_ffn(output_scale)
         elif any(True for _ in self.ffn.parameters()):
             raise UserError(

@@ -30,7 +30,7 @@ class ParameterGroups:
 
 def parameter_groups(model: nn.Module) -> ParameterGroups:
     """Sort a model's parameters into groups; tables are those that a layer's optional `expert_tables()` lists."""
-    tables = [table for m in model.modules() if (own := getattr(m, "expert_tables", None)) for table in own()]
+    tables = [table for m in model.modules() if callable(own := getattr(m, "expert_tables", None)) for table in own()]
     table_ids = {id(table) for table in tables}
     others = [p for p in model.parameters() if id(p) not in table_ids]
     return ParameterGroups(

@@ -165,10 +165,10 @@ def active_figure(runs: pd.DataFrame, *, note: str = "") -> Figure:
         lines_panel(axes, cells, x="ffn_heads", series="active_experts", looks=looks, apart=APART)
         for level, rows in over_seeds(cells, ["active_experts", "ffn_heads"]).groupby("active_experts"):
             if len(rows) > 1:
-                best = rows.loc[rows["mean"].idxmin()]
-                x = float(best["ffn_heads"]) * APART ** (levels.index(level) - (len(levels) - 1) / 2)
-                y = math.exp(best["mean"])
-                style.star(axes, x, y, looks[level]["color"], f"_best {level:g}")
+                heads, losses = rows[["ffn_heads", "mean"]].to_numpy(float).T
+                best = losses.argmin()
+                x = heads[best] * APART ** (levels.index(level) - (len(levels) - 1) / 2)
+                style.star(axes, x, math.exp(losses[best]), looks[level]["color"], f"_best {level:g}")
         _perplexity(axes, where, dense)
         handles = [*map(_handle, looks.values()), *([Line2D([], [], **DENSE, label="dense")] if dense else [])]
         figure.legend(handles=handles, loc="outside right center", title="active experts\n(heads × top-k)")
