@@ -279,7 +279,7 @@ def fit_rates(
     lowest = by_curve["loss"].transform("idxmin").to_numpy()
     told_apart = [*([by] if by else []), *columns, *curve]
     rows = _Runs(
-        x=x, loss=losses, curve=curves, near=np.abs(x - x[lowest]) <= math.log(reach), places=np.hstack([one, z]),
+        x=x, loss=losses, curve=curves, near=within_reach(x, x[lowest], reach), places=np.hstack([one, z]),
         at=[dict(zip(told_apart, row, strict=True)) for row in table[told_apart].itertuples(index=False)],
     )  # fmt: skip
     held = np.zeros(len(table), bool) if hold_out is None else hold_out.to_numpy(bool)
@@ -321,6 +321,11 @@ def fit_rates(
         curves=rows.optima(~held, law), hold_out_given=bool(held.any()),
         held_out=tuple(one for out in split for one in rows.predicted(out)), warnings=tuple(warnings),
     )  # fmt: skip
+
+
+def within_reach(x: Array, x_of_lowest: Array | float, reach: float = REACH) -> Array:
+    """Whether rates are fitted, given ln rate (n,) of the runs and of the lowest loss on their curves; see `REACH`."""
+    return np.abs(x - x_of_lowest) <= math.log(reach)
 
 
 def _names(*columns: pd.Series) -> Array:

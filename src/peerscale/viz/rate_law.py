@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from peerscale.cell_names import budget_name
-from peerscale.laws.rates import REACH
+from peerscale.laws.rates import REACH, within_reach
 from peerscale.runs.rates import as_configuration, names_under_law
 from peerscale.runs.study import usable
 from peerscale.viz import style
@@ -61,7 +61,8 @@ def rate_law_figure(runs: pd.DataFrame, law: Law | None, *, note: str = "") -> F
                 points = max((rows for _, rows in curves), key=lambda rows: rows["lr"].nunique()).sort_values("lr")
                 found = fitted[(fitted[CURVE] == points.iloc[0][CURVE]).all(axis=1)].to_dict("records")
                 held, colour = bool(found and found[0]["held_out"]), colours[name]
-                within = near(points) | (not found)
+                rates = np.log(points["lr"])
+                within = within_reach(rates, rates[points["val_loss"].idxmin()]) | (not found)
                 look = {"color": colour, "markersize": 3.5, "markerfacecolor": "white" if held else colour}
                 _points(axes, points[within], "o" if found else "o:", label=name, **look)
                 if not within.all():
@@ -88,11 +89,6 @@ def rate_law_figure(runs: pd.DataFrame, law: Law | None, *, note: str = "") -> F
         whats = (what, grey * any("_left out" in label for label in labels)) if law else (dotted,)
         style.caption(figure, note, f"{usual:g} sequences a batch", *whats, missing_note(runs))
     return figure
-
-
-def near(curve: pd.DataFrame) -> pd.Series:
-    """Which runs of a curve are so near the best rate tried that the law is fitted to them."""
-    return (curve["lr"] / curve["lr"][curve["val_loss"].idxmin()]).map(math.log).abs() <= math.log(REACH)
 
 
 def _points(axes: Axes, runs: pd.DataFrame, line: str, **look: Any) -> None:
