@@ -53,7 +53,7 @@ def _record(cell: Cell, difficulty: np.ndarray, rng: np.random.Generator) -> Rec
     }  # fmt: skip
     return replace(
         new_record(cell, Status.DONE, ""),
-        evaluation={"validation": values, "speeches": {**values, "ppl": 1.3 * values["ppl"]}},
+        evaluation={cell.config.data.val_set: values, "speeches": {**values, "ppl": 1.3 * values["ppl"]}},
         sequence_losses=losses.tolist(),
         router=routed,
         environment={"kernel": "fused", "n_threads": 1, "git_commit": "0123456789ab"},

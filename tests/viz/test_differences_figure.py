@@ -121,3 +121,15 @@ def test_of_one_size_the_axis_names_it_and_beside_curves_its_points_are_hollow()
     assert (
         axes.get_xlabel().startswith("loss at the compute optimum") and "Hollow: at one size" in figure.get_supxlabel()
     )
+
+
+def test_of_two_sizes_each_has_its_marker_and_its_place_in_the_row() -> None:
+    two = fits((1e13, "peer", "dense", -0.05, -0.07, -0.03), (1e13, "peer", "dense", -0.02, -0.04, 0.00))
+    for entry, size in zip(two["budgets"][0]["differences"], ("d32-h4", "d48-h6"), strict=True):
+        entry["size"] = size
+    figure = drawn(differences_figure(two))
+    points = [line for line in figure.axes[0].lines if line.get_label() == "peer"]
+    assert len({line.get_marker() for line in points}) == 2
+    assert len({float(np.asarray(line.get_ydata())[0]) for line in points}) == 2
+    said = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert [words.partition(", ")[2] for words in said] == ["d_model 32 (4 heads)", "d_model 48 (6 heads)"]

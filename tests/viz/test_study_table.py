@@ -267,3 +267,14 @@ def test_an_uncollected_study_is_one_clear_line(tmp_path: Path, capsys: pytest.C
     arguments = ["absent", "--runs", str(tmp_path), "--results", str(tmp_path)]
     assert exit_code(lambda: figures.main(arguments)) == 2
     assert "first: make figures SWEEP=absent" in capsys.readouterr().err
+
+
+def test_a_study_of_two_sizes_is_listed_size_by_size(tmp_path: Path) -> None:
+    for record in ablation_records("batches"):
+        write_record(tmp_path / "batches" / record.cell, record)
+    arguments = ["batches", "--runs", str(tmp_path)]
+    assert script("collect").main(arguments) == 0 and figures.main(arguments) == 0
+    lines = collected("batches", tmp_path).table.read_text("utf-8").splitlines()
+    sizes = [line.split(" | ")[1] for line in lines if line.startswith("| 2.2e12")]
+    assert lines[0] == "# batches: settings at 2 sizes"
+    assert sizes == ["d_model 32 (4 heads)"] * 10 + ["d_model 48 (6 heads)"] * 10

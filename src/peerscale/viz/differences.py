@@ -39,7 +39,7 @@ def against_dense(
 
 
 def differences_figure(fits: Mapping[str, Any], *, methods: Iterable[str] = (), note: str = "") -> Figure | None:
-    """All methods against dense: one row per method with a point and its interval per budget; None without any.
+    """All methods against dense: a row per method, with a point and its interval per budget or size; None without any.
 
     `fits` is the study's `fits.json`; `methods` are all methods of the study, so that colours are the same in all its
     figures.
@@ -52,33 +52,34 @@ def differences_figure(fits: Mapping[str, Any], *, methods: Iterable[str] = (), 
     if not shown:
         return None
     names = style.ordered(name for _, _, name in shown)
-    markers = style.markers(budget for budget, *_ in shown)
+    fixed = all(size for _, size, _ in shown)
+    groups = {place: (place[0], place[1] * fixed) for place in shown}  # of points with one marker
+    markers = style.markers(groups.values())
     colours, grey = style.colours([*methods, *names]), style.COLOURS["dense"]
     curves = {entry["budget"] for entry in fits["budgets"] if entry.get("methods")}
     hollow = {place for place in shown if place[1] and place[0] in curves}
-    shift = {budget: 0.8 * ((i + 0.5) / len(markers) - 0.5) for i, budget in enumerate(markers)}  # in rows
+    shift = {group: 0.8 * ((i + 0.5) / len(markers) - 0.5) for i, group in enumerate(markers)}  # in rows
     with style.applied():
         figure, (axes,) = style.panels(1, height=0.55 + 0.36 * len(names))
         axes.axvline(0, color=grey, linewidth=0.9)
         for place, found in shown.items():
-            budget, _, name = place
-            height, look = names.index(name) + shift[budget], {"color": colours[name], "markersize": 5}
+            name, group = place[2], groups[place]
+            height, look = names.index(name) + shift[group], {"color": colours[name], "markersize": 5}
             if place in hollow:
                 look["markerfacecolor"] = "white"
             axes.plot([found["low"], found["high"]], [height, height], color=colours[name], label=f"_interval {name}")
-            axes.plot([found["value"]], [height], markers[budget], **look, label=name)
+            axes.plot([found["value"]], [height], markers[group], **look, label=name)
         rows = [style.label(name) for name in names]
         axes.set_yticks(range(len(names)), rows)
         axes.grid(visible=False, axis="y")
-        fixed = all(size for _, size, _ in shown)
-        sizes = " and ".join(dict.fromkeys(style.size_label(size) for _, size, _ in shown))
-        where = f"of {sizes}" if fixed else "at the compute optimum"
+        sizes = list(dict.fromkeys(style.size_label(size) for _, size, _ in shown))
+        where = f"of {' and '.join(sizes)}" if fixed else "at the compute optimum"
         label = f"loss {where} minus {reference} (nats per token; left is better)"
         axes.set(ylim=(len(names) - 0.4, -0.6), xlabel=textwrap.fill(label, LABEL_WIDTH - max(map(len, rows))))
-        handles = [
-            Line2D([], [], marker=marker, label=style.budget_title(budget), linestyle="none", color=grey)
-            for budget, marker in markers.items()
-        ]
+        handles = []
+        for (budget, size), marker in markers.items():
+            named = style.budget_title(budget) + f", {style.size_label(size)}" * (fixed and len(sizes) > 1)
+            handles.append(Line2D([], [], marker=marker, label=named, linestyle="none", color=grey))
         style.legend(figure, handles)
         at_sizes = "Hollow: at one size, of a method with too few for a curve." * bool(hollow)
         rates = " and from learning rates" if hold_rates(fits) else " alone"

@@ -46,7 +46,8 @@ def study_table(sweep: str, runs: pd.DataFrame, fits: Fits, forecasts: Iterable[
         law = fits["rates"].get("law")
         title, lines = "learning rates", rate_law_sections(runs, law) if law else finished_cells(runs)
     else:
-        title, lines = "settings at one size", settings_lines(runs, fits)
+        sizes = runs["size"].nunique()
+        title, lines = f"settings at {'one size' if sizes == 1 else f'{sizes} sizes'}", settings_lines(runs, fits)
     changed = varied(runs[runs["method"] == "peer"])
     if changed & {"n_experts", "query_norm"} and not changed & {"lr", "table_lr"}:
         lines += experts_and_norm(runs, fits, published)
@@ -285,10 +286,12 @@ def _ranked(value: float | None, among: Iterable[float | None]) -> str:
 
 
 def settings_lines(runs: pd.DataFrame, fits: Fits) -> list[str]:
-    """One row per variant of a study of one size, over its seeds."""
+    """One row per variant and size, over its seeds."""
     done = runs[usable(runs)]
-    order = {name: i for i, name in enumerate(done["name"].unique())}  # in the order of the plan, where settings ascend
-    variants = over_seeds(done, ["size", "budget", "name"]).sort_values("name", key=lambda names: names.map(order))
+    plan = {column: list(done[column].unique()) for column in ("budget", "size", "name")}  # there settings ascend
+    variants = over_seeds(done, [*plan]).sort_values(
+        [*plan], key=lambda column: column.map(plan[str(column.name)].index)
+    )
     columns = ["layer_share", "expert_usage", "unevenness"]
     others = done.groupby(["size", "budget", "name"], as_index=False)[columns].mean()
     differences = to_dense(fits)

@@ -163,9 +163,10 @@ def size_label(size: str) -> str:
     return f"d_model {width} ({more})" if more else f"d_model {width}"
 
 
-def markers(budgets: Iterable[float]) -> dict[float, str]:
-    """A marker per budget, in ascending order."""
-    return {budget: MARKERS[i % len(MARKERS)] for i, budget in enumerate(sorted(set(budgets)))}
+def markers(groups: Iterable[tuple[float, str]]) -> dict[tuple[float, str], str]:
+    """A marker per budget and size, in the order of the budgets."""
+    ascending = sorted(dict.fromkeys(groups), key=lambda group: group[0])
+    return {group: MARKERS[i % len(MARKERS)] for i, group in enumerate(ascending)}
 
 
 def method_markers(names: Iterable[str]) -> dict[str, str]:
