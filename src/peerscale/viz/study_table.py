@@ -311,7 +311,7 @@ def settings_lines(runs: pd.DataFrame, fits: Fits) -> list[str]:
         "",
         f"Losses in nats per token on the {listed(runs['val_set'])} set, means over seeds. Intervals include the "
         "sampling of its sequences and, where there are several seeds, their scatter, pooled over the rows. With one "
-        "seed they leave seeds out (sequences only). In other studies seeds scatter by 0.004 to 0.013 nats, so a "
+        "seed they leave seeds out (sequences only). In other studies seeds scatter by 0.004 to 0.017 nats, so a "
         f"difference of that size is no evidence. {held}Experts used and unevenness: the paper's definitions "
         "(section 3.3). "
         f"FLOPs: {listed(runs['convention'])}.",
