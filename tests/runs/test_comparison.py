@@ -380,6 +380,16 @@ def test_one_seed_at_one_size_claims_nothing() -> None:
     assert bare["value"] == one["value"] and bare["se"] is bare["low"] is bare["p"] is None
 
 
+@pytest.mark.parametrize(("rest", "claimed"), [("pending", []), ("dropped", ["dense"])])
+def test_one_size_decides_nothing_while_the_other_sizes_of_a_curve_are_to_run(rest: str, claimed: list[str]) -> None:
+    runs = curves({("peer", 1e12): 4.9, ("dense", 1e12): 5.0}, seeds=2, seed_sd=0.01)
+    runs.loc[runs["flops_per_token"] != SIZES[2], ["status", "val_loss"]] = [rest, math.nan]
+    claims = ClaimsConfig(method="peer", rivals=["dense"])
+    found = compare(runs, [], claims=claims)
+    assert of(found, "peer", "dense", size="d75")["value"] < 0, "described"
+    assert [claim["rival"] for claim in found["claims"]] == claimed
+
+
 def test_two_sizes_are_compared_each_by_itself() -> None:
     rows = [
         run(m, 1e12, loss, size=size, seed=seed, x=x)

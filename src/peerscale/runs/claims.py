@@ -1,6 +1,6 @@
 """The claims of a study: a family of comparisons under Holm's correction."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,14 @@ FAMILY_LEVEL = 0.05
 """Probability that any claim in the family is wrong."""
 
 
-def claims_of(budgets: Sequence[Mapping[str, Any]], claims: ClaimsConfig | None) -> list[dict[str, Any]]:
+def claims_of(
+    budgets: Sequence[Mapping[str, Any]], claims: ClaimsConfig | None, curves: Collection[float] = ()
+) -> list[dict[str, Any]]:
     """The comparisons of the family, each as method minus rival, with Holm's correction.
 
     If a study names the family, variants along an axis belong to it only if the method has no other curve. The
-    correction, for `family` comparisons, then also counts those that have no result yet.
+    correction, for `family` comparisons, then also counts those that have no result yet. At the budgets `curves` the
+    methods are compared at their optima, so that no single size decides while the others are still to run.
     """
     method = claims.method if claims else "peer"
     compared = {found[key] for entry in budgets for found in entry["differences"] for key in ("method", "reference")}
@@ -27,7 +30,7 @@ def claims_of(budgets: Sequence[Mapping[str, Any]], claims: ClaimsConfig | None)
             continue
         for found in entry["differences"]:
             # No claim from an error without misfit and seeds, or from a single size if other methods have curves.
-            if found.get("fit_se") is None and (found.get("seeds_se") is None or entry["methods"]):
+            if found.get("fit_se") is None and (found.get("seeds_se") is None or entry["budget"] in curves):
                 continue
             for one in (found, turned(found)):
                 name, rival = (one[key].partition(" ")[0] for key in ("method", "reference"))

@@ -19,7 +19,7 @@ from peerscale.laws.solver import Array
 from peerscale.runs.brackets import RateError, RateErrors, fit_rate_brackets, rate_errors
 from peerscale.runs.claims import claims_of
 from peerscale.runs.frontiers import Budget, X, frontiers_of, multipliers_of, power_laws
-from peerscale.runs.record import Record
+from peerscale.runs.record import Record, Status
 from peerscale.runs.study import method_names, same_variant, usable, without_brackets
 from peerscale.sweep_config import ClaimsConfig
 
@@ -84,7 +84,7 @@ def compare(
     multipliers, slopes = multipliers_of(fitted, frontiers, trend_from or 0.0)
     found: dict[str, Any] = {
         "x": X, "loss": "val_loss", **({"trend_from": trend_from} if trend_from else {}),
-        "budgets": entries, "claims": claims_of(entries, claims),
+        "budgets": entries, "claims": claims_of(entries, claims, _budgets_with_curves(main)),
         "multipliers": multipliers, "growth": slopes, "laws": power_laws(budgets, frontiers),
     }  # fmt: skip
     if brackets or rates_cost is not None:
@@ -92,6 +92,13 @@ def compare(
         errors = [{"budget": at, "method": name, **rates.get((at, name), unknown)._asdict()} for at, name in places]
         found["rates"] = {"brackets": brackets, "cost": rates_cost, "errors": errors}
     return to_plain(found)
+
+
+def _budgets_with_curves(runs: pd.DataFrame) -> set[float]:
+    """Budgets at which a method has enough sizes for a curve, counting those that are still to run."""
+    planned = runs[runs["status"] != str(Status.DROPPED)]
+    sizes = planned.assign(name=method_names(planned)).groupby(["budget", "name"])["size"].nunique()
+    return {float(budget) for budget, _ in sizes[sizes >= CURVE_SIZES].index}
 
 
 def sequence_losses(records: Sequence[Record], cells: set[str]) -> Sequences:

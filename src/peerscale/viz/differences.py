@@ -56,8 +56,7 @@ def differences_figure(fits: Mapping[str, Any], *, methods: Iterable[str] = (), 
     groups = {place: (place[0], place[1] * fixed) for place in shown}  # of points with one marker
     markers = style.markers(groups.values())
     colours, grey = style.colours([*methods, *names]), style.COLOURS["dense"]
-    curves = {entry["budget"] for entry in fits["budgets"] if entry.get("methods")}
-    hollow = {place for place in shown if place[1] and place[0] in curves}
+    hollow = {place for place in shown if place[1] and not fixed}
     shift = {group: 0.8 * ((i + 0.5) / len(markers) - 0.5) for i, group in enumerate(markers)}  # in rows
     with style.applied():
         figure, (axes,) = style.panels(1, height=0.55 + 0.36 * len(names))
