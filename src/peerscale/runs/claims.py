@@ -13,7 +13,7 @@ FAMILY_LEVEL = 0.05
 
 
 def claims_of(
-    budgets: Sequence[Mapping[str, Any]], claims: ClaimsConfig | None, curves: Collection[float] = ()
+    budgets: Sequence[Mapping[str, Any]], claims: ClaimsConfig | None, curves: Collection[float]
 ) -> list[dict[str, Any]]:
     """The comparisons of the family, each as method minus rival, with Holm's correction.
 
@@ -29,7 +29,7 @@ def claims_of(
         if claims and claims.budgets and entry["budget"] not in claims.budgets:
             continue
         for found in entry["differences"]:
-            # No claim from an error without misfit and seeds, or from a single size if other methods have curves.
+            # No claim from an error without misfit and seeds, or from a single size where there are curves.
             if found.get("fit_se") is None and (found.get("seeds_se") is None or entry["budget"] in curves):
                 continue
             for one in (found, turned(found)):
