@@ -5,6 +5,7 @@ LAUNCHER  ?= joblib
 JOBS      ?= $(shell getconf _NPROCESSORS_ONLN)
 OVERRIDES ?=
 BUDGET    ?=
+CELL      ?=
 PYTHON    ?= python3
 EXTRAS    ?= dev
 BIN       := .venv/bin
@@ -18,7 +19,7 @@ export OMP_NUM_THREADS      ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
 # A word that make takes for a variable, such as sweep=smoke or a second override without quotes, must not be ignored.
-KNOWN   = SWEEP BUDGET LAUNCHER JOBS OVERRIDES PUBLISHED REPLACE PRICE LOCKED WANDB DATA PYTHON EXTRAS BIN SHELL OMP_NUM_THREADS OPENBLAS_NUM_THREADS
+KNOWN   = SWEEP BUDGET CELL LAUNCHER JOBS OVERRIDES PUBLISHED REPLACE PRICE LOCKED WANDB DATA PYTHON EXTRAS BIN SHELL OMP_NUM_THREADS OPENBLAS_NUM_THREADS
 UNKNOWN = $(foreach name,$(filter-out $(KNOWN) -%,$(.VARIABLES)),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 ifneq (,$(strip $(UNKNOWN)))
 $(error $(firstword $(UNKNOWN)) is no variable of this Makefile; there are: $(KNOWN); keys of the configuration go together into one pair of quotes: OVERRIDES='key=value key=value')
@@ -27,12 +28,12 @@ endif
 .DEFAULT_GOAL := help
 # `data sweep figures` need each other in this order, also with make -j.
 .NOTPARALLEL:
-.PHONY: help setup reproduce smoke test check convert data studies plan sweep status figures forecast findings report validate publish sync dashboard notebooks bench torture clean
+.PHONY: help setup reproduce smoke test check convert data studies plan sweep repeat status figures forecast findings report validate publish sync dashboard notebooks bench torture clean
 
 help: ## print this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 	@echo; echo "Variables: SWEEP=$(SWEEP) LAUNCHER=joblib|local|slurm JOBS=$(JOBS) OVERRIDES='key=value ...' PYTHON=$(PYTHON)"
-	@echo "BUDGET=FLOPs: the budget to forecast; PRICE=NUMBER: price of a GPU-hour, for plan; PUBLISHED=1: sweep, figures and forecast count finished cells of results/ as done; REPLACE=1: publish may remove these, or replace them by cells of another configuration"
+	@echo "BUDGET=FLOPs: the budget to forecast; CELL=NAME: the cell to repeat; PRICE=NUMBER: price of a GPU-hour, for plan; PUBLISHED=1: sweep, figures and forecast count finished cells of results/ as done; REPLACE=1: publish may remove these, or replace them by cells of another configuration"
 	@echo "LOCKED=1: setup installs the versions that the published studies ran on (requirements.lock)"
 	@echo "Exit codes of the programs: 0 done, 1 a crash, 2 wrong input, 3 some cells failed (make sweep counts this as success), 130 Ctrl-C"
 
@@ -63,6 +64,9 @@ studies: setup ## every study: its question, and how many of its cells are done
 
 sweep: setup ## train the missing cells of SWEEP; failed cells do not stop the others; PUBLISHED=1: finished cells of results/ count as done
 	@$(BIN)/python -m peerscale.launch $(SWEEP) --launcher $(LAUNCHER) $(AT_ONCE_$(LAUNCHER)) $(if $(PUBLISHED),--published results) $(OVERRIDES) || { code=$$?; test $$code -eq 3 || exit $$code; }
+
+repeat: setup ## train the published cell CELL of SWEEP again, in runs/repeated, and compare its losses with the published ones
+	@$(BIN)/python -m peerscale.repeat $(SWEEP) '$(CELL)'
 
 status: setup ## the loss or the state of every cell of SWEEP
 	@$(BIN)/python -m peerscale.overview status $(SWEEP) $(OVERRIDES)

@@ -21,6 +21,7 @@ MODULES = {
     "launch": "peerscale.launch",
     "overview": "peerscale.overview",
     "prepare": "peerscale.data.prepare",
+    "repeat": "peerscale.repeat",
 }
 SCRIPTS = ("collect", "figures", "findings", "fit", "forecast", "publish", "validate")
 

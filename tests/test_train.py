@@ -25,7 +25,7 @@ from peerscale.runs.record import Record, Status, read_record
 from peerscale.runs.table import read_runs
 from peerscale.sweep_config import load_sweep
 from peerscale.train import run_cell
-from programs import call
+from programs import Result, call
 from toy_study import record_of
 
 LAYERS = sorted(path.stem for path in (ROOT / "conf" / "ffn").glob("*.yaml"))
@@ -312,6 +312,35 @@ def test_a_sweep_goes_on_after_failures_and_skips_what_is_done(launcher: str, st
     assert status.code == 0, status.err
     assert "2 dropped" in status.out and "1 diverged" in status.out and "1 done" in status.out
     assert "the training loss is" in status.out
+
+
+def test_a_published_cell_is_trained_again_and_compared(study: Path, tmp_path: Path) -> None:
+    assert call(f"launch {study} sweep.methods=[dense]").code == 0
+    (path,) = (tmp_path / "runs" / "tiny").glob("*/record.json")
+    record = json.loads(path.read_text())
+    published = tmp_path / "results" / "tiny" / "records.jsonl"
+    published.parent.mkdir(parents=True)
+    command = f"repeat {study} {record['cell']} --runs {tmp_path / 'again'} --results {published.parents[1]}"
+
+    def repeated(**changes: object) -> Result:
+        published.write_text(json.dumps({**record, **changes}) + "\n")
+        return call(command)
+
+    same = repeated()
+    assert same.code == 0 and same.out.count("the same, bit for bit") == len(record["evaluation"]) > 0, same
+    assert "environment" not in same.out
+    again = tmp_path / "again" / "tiny" / record["cell"] / "record.json"
+    written = again.stat().st_mtime_ns
+    higher = {name: {**values, "loss": values["loss"] + 0.5} for name, values in record["evaluation"].items()}
+    differs = repeated(evaluation=higher, environment={**record["environment"], "torch": "0.1"})
+    assert differs.code == 0 and "differs by -5.0e-01" in differs.out
+    assert f"torch {torch.__version__} (0.1)" in differs.out
+    assert again.stat().st_mtime_ns == written, "it is trained only once"
+    hashed = {**record["hashed_config"], "optim": {**record["hashed_config"]["optim"], "weight_decay": 0.5}}
+    refused = repeated(fingerprint="another", hashed_config=hashed)
+    assert refused.code == 2 and "optim.weight_decay 0.5 -> 0.1, so it cannot be repeated" in refused.err
+    unknown = call(command.replace("-s0", "-s7"))
+    assert unknown.code == 2 and f"similar ones: {record['cell']}" in unknown.err
 
 
 def test_a_refused_run_leaves_no_folder(settings: list[str], tmp_path: Path) -> None:
