@@ -82,7 +82,7 @@ forecast: setup ## predict BUDGET=1e14 from the smaller budgets of SWEEP, before
 	@$(BIN)/python analysis/collect.py $(SWEEP) $(OVERRIDES) $(if $(PUBLISHED),--with-published)
 	@$(BIN)/python analysis/forecast.py $(SWEEP) $(BUDGET)
 
-findings: setup ## the table of docs/findings.md: each claim of the paper, and what results/ says of it
+findings: setup ## the tables of docs/findings.md and the README: what results/ says of the paper's claims
 	@$(BIN)/python analysis/findings.py
 
 report: figures ## one HTML page of SWEEP in its study folder; WANDB=1 also puts a report on the W&B server

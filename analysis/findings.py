@@ -1,6 +1,6 @@
-"""Make the table of docs/findings.md anew: each claim of the PEER paper beside what the published studies measured.
+"""Make two tables anew from the published studies: the claims of the PEER paper, in docs/findings.md, and the README's.
 
-.venv/bin/python analysis/findings.py [--results DIR] [--page FILE]
+.venv/bin/python analysis/findings.py [--results DIR] [--page FILE] [--readme FILE]
 """
 
 import sys
@@ -11,23 +11,27 @@ from pathlib import Path
 from peerscale.errors import ArgumentParser, UserError, exit_code
 from peerscale.files import ROOT, from_checkout, write_text
 from peerscale.runs.study import RESULTS
-from peerscale.viz.findings import findings_page
+from peerscale.viz.findings import difference_rows, verdict_rows, with_table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     program = ".venv/bin/python analysis/findings.py"
     parser = ArgumentParser(prog=program, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="published studies")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "findings.md", metavar="FILE", help="the page")
+    for name, default in {"--page": ROOT / "docs" / "findings.md", "--readme": ROOT / "README.md"}.items():
+        parser.add_argument(name, type=Path, default=default, metavar="FILE", help=f"default: {from_checkout(default)}")
     given = parser.parse_args(argv)
     if not given.results.is_dir():
         raise UserError(f"{given.results}: no folder of published studies")
-    try:
-        text = given.page.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{given.page}: {error.strerror}") from None
-    write_text(given.page, findings_page(text, given.results))
-    print(from_checkout(given.page))
+    pages = {}
+    for page, rows in ((given.page, verdict_rows), (given.readme, difference_rows)):
+        try:
+            pages[page] = with_table(page.read_text(encoding="utf-8"), rows(given.results), page)
+        except OSError as error:
+            raise UserError(f"{page}: {error.strerror}") from None
+    for page, text in pages.items():
+        write_text(page, text)
+        print(from_checkout(page))
     return 0
 
 

@@ -1,15 +1,19 @@
 """The page of findings: verdicts from the claims and intervals of published studies, made anew byte for byte."""
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from scipy.stats import t as student
 
 from peerscale.errors import UserError
 from peerscale.files import ROOT
-from peerscale.viz.findings import BEGIN, EARLIER, END, findings_page, verdict_rows
+from peerscale.runs import read_runs
+from peerscale.viz.findings import BEGIN, EARLIER, END, difference_rows, verdict_rows, with_table
 
 BUDGETS = (3e13, 1e14)
 
@@ -40,6 +44,7 @@ def publish(
         "claims": claims,
         "multipliers": multipliers,
         "growth": slope,
+        "conventions": [{"method": "peer", "budget": 1e14, "multipliers": {"measured time": 1.0449}}],
         "laws": {},
         "rates": {},
     }
@@ -154,14 +159,36 @@ def test_a_study_with_rates_of_a_small_budget_decides_nothing(tmp_path: Path) ->
     assert by_claim(tmp_path)["PEER beats dense"]["verdict"] == "holds (at 1e13)"
 
 
-def test_the_committed_page_is_what_the_committed_studies_say() -> None:
-    text = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
-    assert findings_page(text, ROOT / "results") == text
+@pytest.mark.parametrize(("name", "rows"), [("docs/findings.md", verdict_rows), ("README.md", difference_rows)])
+def test_the_committed_pages_are_what_the_committed_studies_say(
+    name: str, rows: Callable[[Path], list[dict[str, str]]]
+) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert with_table(text, rows(ROOT / "results"), Path(name)) == text
 
 
 def test_a_page_without_a_place_for_the_table_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="needs the lines"):
-        findings_page(f"{END}\n{BEGIN}\n", tmp_path)
+    with pytest.raises(UserError, match=r"page\.md needs the lines"):
+        with_table(f"{END}\n{BEGIN}\n", [], tmp_path / "page.md")
+
+
+def test_the_readme_has_a_row_a_budget_with_significant_claims_in_bold(tmp_path: Path) -> None:
+    at_size = {**difference("moe", "peer", 0.03, 0.01), "size": "d64"}
+    differences = {
+        1e14: [difference("peer", "dense", -0.04, 0.02), difference("pkm", "peer", -0.01, 0.02), at_size],
+        3e13: [difference("peer", "dense", -0.05, 0.02)],
+        1e12: [],
+    }
+    claims = [claim("dense", 1e14, -0.04, 0.01, False), claim("pkm", 1e14, 0.01, 0.2, False)]
+    publish(tmp_path, "isoflop_cpu", differences, claims)
+    publish(tmp_path, "isoflop_rates_5e11", {3e12: differences[3e13]}, [])
+    smaller, larger = difference_rows(tmp_path)
+    assert smaller["FLOPs"] == "3e13" and smaller["PEER − dense"] == "−0.050 ± 0.020" and smaller["multiplier"] == "—"
+    assert larger == {
+        "FLOPs": "1e14", "PEER − dense": "**−0.040 ± 0.020**", "PEER − MoE (token choice)": "—",
+        "PEER − MoE (expert choice)": "−0.030 ± 0.010 at d_model 64", "PEER − PKM": "+0.010 ± 0.020",
+        "multiplier": "1.50 [1.20, 1.90]", "in time": "1.04", "study": "[isoflop_cpu](results/isoflop_cpu/table.md)",
+    }  # fmt: skip
 
 
 def test_a_rival_that_is_compared_at_two_sizes_has_both(tmp_path: Path) -> None:
@@ -184,3 +211,17 @@ def test_of_several_numbers_of_experts_at_one_size_the_best_is_named(tmp_path: P
     row = by_claim(tmp_path)["More experts help"]
     assert row["verdict"] == "descriptive: the lowest loss is that of 1,024 experts"
     assert row["measured here"].count("experts at 1e13, d_model 64") == 3
+
+
+def test_the_order_at_each_methods_better_batch_is_that_of_the_published_runs() -> None:
+    runs = read_runs(ROOT / "results" / "batches" / "runs.csv")
+    runs["layer"] = runs["method"] + runs["variant"].fillna("")
+    losses = runs.groupby(["layer", "batch_sequences", "d_model", "seed"])["val_loss"].first().unstack()
+    best = losses.mean(axis=1).groupby(["layer", "batch_sequences"]).mean().groupby("layer").min()
+    less = (best["peer"] - best).map("{:+.3f}".format)
+    half = float(student.ppf(0.975, 20)) * math.sqrt(losses.var(axis=1).mean() * (1 / 4 + 1 / 4))
+    words = (
+        f"PEER's loss less dense's is {less['dense']}, less that of expert choice {less['moe']}, of token choice "
+        f"{less['moetoken_choice']} and of PKM {less['pkm']}, each ± {half:.3f}"
+    )
+    assert words.replace("-", "−") in " ".join((ROOT / "docs" / "findings.md").read_text(encoding="utf-8").split())

@@ -1,4 +1,4 @@
-"""The claims of the PEER paper and what the published studies say of each: the table of docs/findings.md."""
+"""The claims of the PEER paper and what the published studies say of each: tables of two pages."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from peerscale.cell_names import budget_name
 from peerscale.composition import sweep_text
 from peerscale.errors import UserError
 from peerscale.runs.claims import turned
+from peerscale.runs.conventions import MEASURED_TIME
 from peerscale.runs.record import ENDED, Status
 from peerscale.runs.study import header, published, read_fits, usable
 from peerscale.runs.table import read_runs
@@ -22,7 +23,7 @@ from peerscale.viz.published import WITHOUT_NORM, paper_values, read_published
 from peerscale.viz.style import label, size_label
 
 BEGIN, END = "<!-- begin: make findings -->", "<!-- end -->"
-"""Lines of the page between which the table stands."""
+"""Lines of a page between which its table stands."""
 
 MAIN = ("isoflop_cpu", "reproduce", "isoflop_rates_5e11")
 """The studies of losses at the optimum."""
@@ -32,6 +33,8 @@ EARLIER = "open: learning rates tuned at 5e11 FLOPs"
 
 ALL_USED = 0.99
 """Share of the experts from which all are called used."""
+
+RIVALS = ("dense", "moe_token_choice", "moe", "pkm")
 
 PARTS = {"fit_se": "sizes", "seeds_se": "seeds", "sequences_se": "sequences", "rate_se": "rates"}
 
@@ -57,13 +60,41 @@ class Evidence:
     """Why it decides nothing, as a verdict; empty if it does."""
 
 
-def findings_page(text: str, results: Path) -> str:
-    """The page with its table made anew from the studies in `results`; raises `UserError` if it has no place for it."""
+def with_table(text: str, rows: Iterable[Row], page: Path) -> str:
+    """The text of a page with its table replaced by these rows; raises `UserError` if it has no place for a table."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise UserError(f"the page of findings needs the lines {BEGIN} and {END}, between which its table stands")
-    return "\n".join([before + begin, "", *table(verdict_rows(results)), "", end + after])
+        raise UserError(f"{page} needs the lines {BEGIN} and {END}, between which its table stands")
+    return "\n".join([before + begin, "", *table(rows), "", end + after])
+
+
+def difference_rows(results: Path) -> list[Row]:
+    """A row a budget: PEER's loss less that of each rival, significant claims in bold, and PEER's multiplier.
+
+    Links are those of the README.
+    """
+    rows: list[tuple[float, Row]] = []
+    for found in _published(results, *MAIN):
+        significant = {(c["rival"], _place(c)) for c in found.fits["claims"] if outcome(c) in (LEADS, TRAILS)}
+        gains = {one["budget"]: one for one in found.fits["multipliers"] if one["method"] == "peer"}
+        each = [one for one in found.fits["conventions"] if one["method"] == "peer"]
+        in_time = {one["budget"]: one["multipliers"].get(MEASURED_TIME) for one in each}
+        for budget in [entry["budget"] for entry in found.fits["budgets"] if found.undecided != EARLIER]:
+            texts: dict[str, list[str]] = {rival: [] for rival in RIVALS}
+            for rival in RIVALS:
+                for one in _differences(found, "peer", rival):
+                    if one["budget"] == budget:
+                        bold = "**" * ((rival, _place(one)) in significant)
+                        at = f" at {size_label(one['size'])}" * bool(one["size"])
+                        texts[rival].append(f"{bold}{plus_minus(one)}{bold}{at}")
+            row = {f"PEER − {label(rival)}": ", ".join(each) or "—" for rival, each in texts.items()}
+            row["multiplier"] = _interval(gains[budget], "multiplier") if budget in gains else "—"
+            row["in time"] = number(in_time.get(budget))
+            if {*row.values()} != {"—"}:
+                study = f"[{found.sweep}](results/{found.sweep}/table.md)"
+                rows.append((budget, {"FLOPs": budget_name(budget), **row, "study": study}))
+    return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
 
 
 def verdict_rows(results: Path) -> list[Row]:
