@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from synthetic_ablations import ablation_runs
 
+from peerscale.runs.study import budgets_with_curves
 from peerscale.viz.ablations import (
     active_figure,
     experts_figure,
-    has_curves,
     over_seeds,
     query_norm_figure,
     varied,
@@ -43,7 +43,7 @@ def test_each_study_varies_what_its_figure_shows() -> None:
     assert varied(ablation_runs("experts")) == {"n_experts"}
     assert varied(ablation_runs("active")) == {"ffn_heads", "top_k"}
     assert varied(ablation_runs("query_bn")) == {"n_experts", "query_norm"}
-    assert not any(has_curves(ablation_runs(sweep)) for sweep in ("experts", "active", "query_bn"))
+    assert not any(budgets_with_curves(ablation_runs(sweep)) for sweep in ("experts", "active", "query_bn"))
 
 
 def test_a_setting_of_unfinished_cells_is_not_varied() -> None:

@@ -20,11 +20,15 @@ from peerscale.runs.brackets import RateError, RateErrors, fit_rate_brackets, ra
 from peerscale.runs.claims import claims_of
 from peerscale.runs.frontiers import Budget, X, frontiers_of, multipliers_of, power_laws
 from peerscale.runs.record import Record, Status
-from peerscale.runs.study import method_names, same_variant, usable, without_brackets
+from peerscale.runs.study import (
+    CURVE_SIZES,
+    budgets_with_curves,
+    method_names,
+    same_variant,
+    usable,
+    without_brackets,
+)
 from peerscale.sweep_config import ClaimsConfig
-
-CURVE_SIZES = 3
-"""Fewest sizes for a curve of a method at a budget. With fewer, methods are compared at each size that they share."""
 
 Sequences = Mapping[str, Array]
 """Losses of all validation sequences (sequences,), by cell."""
@@ -82,9 +86,10 @@ def compare(
         entries.append({"budget": float(budget), **entry})
     budgets, frontiers = np.array([one.budget for one in fitted]), frontiers_of(fitted, rates)
     multipliers, slopes = multipliers_of(fitted, frontiers, trend_from or 0.0)
+    planned = main[main["status"] != str(Status.DROPPED)]
     found: dict[str, Any] = {
         "x": X, "loss": "val_loss", **({"trend_from": trend_from} if trend_from else {}),
-        "budgets": entries, "claims": claims_of(entries, claims, _budgets_with_curves(main)),
+        "budgets": entries, "claims": claims_of(entries, claims, budgets_with_curves(planned)),
         "multipliers": multipliers, "growth": slopes, "laws": power_laws(budgets, frontiers),
     }  # fmt: skip
     if brackets or rates_cost is not None:
@@ -92,13 +97,6 @@ def compare(
         errors = [{"budget": at, "method": name, **rates.get((at, name), unknown)._asdict()} for at, name in places]
         found["rates"] = {"brackets": brackets, "cost": rates_cost, "errors": errors}
     return to_plain(found)
-
-
-def _budgets_with_curves(runs: pd.DataFrame) -> set[float]:
-    """Budgets at which a method has enough sizes for a curve, counting those that are still to run."""
-    planned = runs[runs["status"] != str(Status.DROPPED)]
-    sizes = planned.assign(name=method_names(planned)).groupby(["budget", "name"])["size"].nunique()
-    return {float(budget) for budget, _ in sizes[sizes >= CURVE_SIZES].index}
 
 
 def sequence_losses(records: Sequence[Record], cells: set[str]) -> Sequences:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 RUNS, RESULTS = ROOT / "runs", ROOT / "results"
 
+CURVE_SIZES = 3
+"""Fewest sizes for a curve of a method at a budget. With fewer, methods are compared at each size that they share."""
+
 
 class _File:
     """A property that gives the path of a file in a study's folder."""
@@ -170,6 +173,12 @@ def usable(table: pd.DataFrame) -> pd.Series:
     """Which rows can be fitted: finished cells with a finite loss."""
     loss = pd.to_numeric(table["val_loss"], errors="coerce")
     return (table["status"] == str(Status.DONE)) & np.isfinite(loss)
+
+
+def budgets_with_curves(table: pd.DataFrame) -> set[float]:
+    """Budgets at which a method has enough sizes for a curve, `CURVE_SIZES` of them."""
+    sizes = table.assign(name=method_names(table)).groupby(["budget", "name"])["size"].nunique()
+    return {float(budget) for budget, _ in sizes[sizes >= CURVE_SIZES].index}
 
 
 def batches(table: pd.DataFrame, budgets: Iterable[float]) -> str:

@@ -57,12 +57,6 @@ def varied(runs: pd.DataFrame) -> set[str]:
     return {column for column in columns if (groups[column].nunique() > 1).any()}
 
 
-def has_curves(runs: pd.DataFrame) -> bool:
-    """Whether a method has at least three sizes at a budget, so that there is a parabola to draw."""
-    named = runs[usable(runs)].assign(name=method_names(runs))
-    return bool((named.groupby(["name", "budget"])["size"].nunique() >= 3).any())
-
-
 def with_norm(runs: pd.DataFrame) -> pd.Series:
     """Which rows have BatchNorm on their queries; read from CSV, the column may hold text or objects."""
     return runs["query_norm"].astype(str) == "True"

@@ -17,9 +17,16 @@ from markupsafe import Markup
 from peerscale.composition import sweep_text
 from peerscale.errors import UserError
 from peerscale.runs.record import Record
-from peerscale.runs.study import Study, header, method_names, read_fits, usable, without_brackets
+from peerscale.runs.study import (
+    Study,
+    budgets_with_curves,
+    header,
+    method_names,
+    read_fits,
+    usable,
+    without_brackets,
+)
 from peerscale.runs.table import read_records, read_runs
-from peerscale.viz.ablations import has_curves
 from peerscale.viz.figures import TITLES
 from peerscale.viz.interactive import isoflop_html
 from peerscale.viz.isoflop import status_counts
@@ -50,7 +57,7 @@ def report(study: Study) -> str:
     main = without_brackets(runs)
     main = main.assign(name=method_names(main))
     records, text = read_records(study.folder), sweep_text(study.sweep)
-    fits = read_fits(study.fits) if has_curves(main) and study.fits.is_file() else {}
+    fits = read_fits(study.fits) if budgets_with_curves(main[usable(main)]) and study.fits.is_file() else {}
     drawn = {path.stem for path in study.figures.glob("*.png")}
     figures = [name for name in TITLES if name in drawn] + sorted(drawn - {*TITLES})
     templates = Environment(

@@ -15,8 +15,8 @@ import pandas as pd
 from peerscale.cell_names import budget_name
 from peerscale.laws.optima import OptimumStatus
 from peerscale.runs.rates import tries_rates
-from peerscale.runs.study import batches, method_names, usable, without_brackets
-from peerscale.viz.ablations import has_curves, over_seeds, varied
+from peerscale.runs.study import batches, budgets_with_curves, method_names, usable, without_brackets
+from peerscale.viz.ablations import over_seeds, varied
 from peerscale.viz.answer import verdicts
 from peerscale.viz.brackets import brackets_section, hold_rates, how_rates_count, what_intervals_hold
 from peerscale.viz.differences import against_dense, to_dense
@@ -58,7 +58,7 @@ def study_table(sweep: str, runs: pd.DataFrame, fits: Fits, forecasts: Iterable[
 
 def compares_curves(runs: pd.DataFrame) -> bool:
     """Whether a study compares methods over sizes rather than settings at one size."""
-    return has_curves(runs) or not varied(runs)
+    return bool(budgets_with_curves(runs[usable(runs)])) or not varied(runs)
 
 
 def closing_table(runs: pd.DataFrame, fits: Fits) -> list[str]:
