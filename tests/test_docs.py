@@ -31,3 +31,11 @@ def test_make_targets_and_links_are_there(name: str) -> None:
     links = re.findall(r"\]\(((?!http)[^)#]+)\)", text)
     assert named or links
     assert all((ROOT / "docs" / link).exists() for link in links)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")], ids=str)
+def test_links_lead_to_headings_that_are_there(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#]*\.md)?#([^)]+)\)", page.read_text(encoding="utf-8")):
+        text = (page.parent / target if target else page).read_text(encoding="utf-8")
+        titles = (re.sub(r"[^\w\s-]", "", title).strip().lower() for title in re.findall(r"^#+ (.*)", text, flags=re.M))
+        assert anchor in {title.replace(" ", "-") for title in titles}

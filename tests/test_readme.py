@@ -10,6 +10,7 @@ import pytest
 from peerscale.cells import planned_cells
 from peerscale.files import ROOT
 from peerscale.plan import Verdict
+from peerscale.runs.study import read_fits
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -62,3 +63,18 @@ def test_the_study_of_the_readme_plans_as_it_stands(tmp_path: Path) -> None:
     assert {cell.config.budget for cell in cells} == {9e11}
     assert [cell.name for cell in cells if cell.plan.verdict is Verdict.DROP] == []
     assert f"its {len(cells)} cells" in README
+
+
+def test_the_barely_significant_differences_are_those_of_the_published_fits() -> None:
+    fits = read_fits(ROOT / "results" / "reproduce" / "fits.json")
+    barely = {claim["rival"]: f"{claim['p_holm']:.3f}" for claim in fits["claims"] if claim["p_holm"] > 0.01}
+    assert barely == {"moe_token_choice": "0.048", "pkm": "0.048"}
+    page = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+    assert "(p = 0.048)" in README and "(p = 0.048)" in page
+    own = {d["method"]: -d["own"]["value"] for d in fits["budgets"][1]["differences"] if d["reference"] == "peer"}
+    less = {name: f"{value:+.3f}".replace("-", "−") for name, value in own.items()}
+    said = (
+        f"PEER's loss less dense's is {less['dense']}, less that of expert choice {less['moe']}, of token choice "
+        f"{less['moe_token_choice']} and of PKM {less['pkm']}, with standard errors of 0.011"
+    )
+    assert said in " ".join(page.split())

@@ -52,6 +52,7 @@ def publish(
     columns = {
         "cell": "c", "method": "peer", "variant": "", "size": "d64", "seed": 0, "budget": 1e14, "flops_per_token": 1,
         "val_loss": 4.0, "status": "done", "convention": "", "axes": "", "reason": "",
+        "n_experts": None, "expert_usage": None,
     }  # fmt: skip
     pd.DataFrame([{**columns, **row} for row in runs or [{}]]).to_csv(folder / "runs.csv", index=False)
 
@@ -148,13 +149,14 @@ def test_studies_with_tuned_rates_stand_side_by_side(tmp_path: Path) -> None:
 def test_a_study_with_rates_of_a_small_budget_decides_nothing(tmp_path: Path) -> None:
     differences = {1e13: [difference("peer", "dense", -0.05, 0.02)]}
     publish(tmp_path, "isoflop_rates_5e11", differences, [claim("dense", 1e13, -0.05, 0.001, False)])
-    runs = [{"n_experts": n, "expert_usage": used} for n, used in ((256, 1.0), (4096, 0.6))]
+    runs = [{"n_experts": n, "expert_usage": used} for n, used in ((256, 1.0), (4096, 0.6), (4096, 0.7))]
+    runs.append({"n_experts": 4096, "expert_usage": 0.1, "budget": 1e13})
     publish(tmp_path, "experts", {1e13: []}, [], runs)
     rows = by_claim(tmp_path)
     assert (
         rows["PEER beats dense"]["verdict"] == EARLIER and "−0.050 ± 0.020" in rows["PEER beats dense"]["measured here"]
     )
-    assert rows["All experts are used"]["measured here"].startswith("100.0% of 256; 60.0% of 4,096 ([experts]")
+    assert rows["All experts are used"]["measured here"].startswith("100.0% of 256 at 1e14; 60.0% to 70.0% of 4,096")
     publish(tmp_path, "isoflop_cpu", differences, [claim("dense", 1e13, -0.05, 0.001, False)])
     assert by_claim(tmp_path)["PEER beats dense"]["verdict"] == "holds (at 1e13)"
 
@@ -183,11 +185,16 @@ def test_the_readme_has_a_row_a_budget_with_significant_claims_in_bold(tmp_path:
     publish(tmp_path, "isoflop_cpu", differences, claims)
     publish(tmp_path, "isoflop_rates_5e11", {3e12: differences[3e13]}, [])
     smaller, larger = difference_rows(tmp_path)
-    assert smaller["FLOPs"] == "3e13" and smaller["PEER − dense"] == "−0.050 ± 0.020" and smaller["multiplier"] == "—"
+    assert (
+        smaller["FLOPs"] == "3e13"
+        and smaller["PEER − dense"] == "−0.050 ± 0.020"
+        and smaller["multiplier [95 %]"] == "—"
+    )
     assert larger == {
         "FLOPs": "1e14", "PEER − dense": "**−0.040 ± 0.020**", "PEER − MoE (token choice)": "—",
         "PEER − MoE (expert choice)": "−0.030 ± 0.010 at d_model 64", "PEER − PKM": "+0.010 ± 0.020",
-        "multiplier": "1.50 [1.20, 1.90]", "in time": "1.04", "study": "[isoflop_cpu](results/isoflop_cpu/table.md)",
+        "multiplier [95 %]": "1.50 [1.20, 1.90]", "in training time": "1.04", "seeds": "1",
+        "study": "[isoflop_cpu](results/isoflop_cpu/table.md)",
     }  # fmt: skip
 
 

@@ -49,7 +49,16 @@ def test_multipliers_bands_seeds_and_time() -> None:
 
 def test_without_measured_times_there_is_no_panel_of_them() -> None:
     figure = multipliers_figure({"multipliers": PEER, "conventions": times(None)}, read_published())
-    assert figure is not None and [axes.get_title() for axes in figure.axes] == ["in FLOPs", "the paper"]
+    assert figure is not None and [axes.get_title() for axes in figure.axes] == ["ours, in FLOPs", "the paper"]
+
+
+def test_budgets_below_the_trend_stand_apart_from_the_line() -> None:
+    third = {**PEER[1], "budget": 1e13, "multiplier": 1.4}
+    fits = {"multipliers": [*PEER, third], "conventions": [], "trend_from": 3e12}
+    figure = multipliers_figure(fits, read_published())
+    assert figure is not None and "below the budgets of the trend" in figure.get_supxlabel()
+    drawn = [np.asarray(line.get_ydata(), float).tolist() for line in figure.axes[0].lines]
+    assert drawn[0] == [1.3, 1.4] and [1.1] in drawn and [1.0, 1.2] in drawn
 
 
 def test_one_budget_makes_no_figure() -> None:

@@ -89,11 +89,12 @@ def difference_rows(results: Path) -> list[Row]:
                         at = f" at {size_label(one['size'])}" * bool(one["size"])
                         texts[rival].append(f"{bold}{plus_minus(one)}{bold}{at}")
             row = {f"PEER − {label(rival)}": ", ".join(each) or "—" for rival, each in texts.items()}
-            row["multiplier"] = _interval(gains[budget], "multiplier") if budget in gains else "—"
-            row["in time"] = number(in_time.get(budget))
+            row["multiplier [95 %]"] = _interval(gains[budget], "multiplier") if budget in gains else "—"
+            row["in training time"] = number(in_time.get(budget))
             if {*row.values()} != {"—"}:
                 study = f"[{found.sweep}](results/{found.sweep}/table.md)"
-                rows.append((budget, {"FLOPs": budget_name(budget), **row, "study": study}))
+                seeds = found.runs.loc[found.runs["budget"] == budget, "seed"].nunique()
+                rows.append((budget, {"FLOPs": budget_name(budget), **row, "seeds": str(seeds), "study": study}))
     return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
 
 
@@ -119,7 +120,9 @@ def verdict_rows(results: Path) -> list[Row]:
     gains = [float(np.log(perplexity / without[n])) for n, perplexity in by_experts.items()]
     reported = f"{number(min(gains), '{:+.3f}')} to {number(abs(max(gains)), '{:.3f}')} nats (derived)"
     rows.append(_row("BatchNorm of the queries helps", reported, _published(results, "controls", "query_bn"), _norm))
-    rows.append(_row("All experts are used", "100 % of up to 1,048,576", _published(results, "experts"), _usage))
+    rows.append(
+        _row("All experts are used", "100 % of up to 1,048,576", [*main, *_published(results, "experts")], _usage)
+    )
     return rows
 
 
@@ -228,12 +231,17 @@ def _norm(found: Evidence) -> tuple[str, str]:
 
 
 def _usage(found: Evidence) -> tuple[str, str]:
+    """The share of used experts, lowest and highest of all cells, at the largest budget of each number of experts."""
     rows = found.runs[found.runs["method"] == "peer"]
-    usage = {int(n): share for n, share in rows.groupby("n_experts")["expert_usage"].mean().to_dict().items()}
-    texts = [f"{share:.1%} of {n:,}" for n, share in usage.items()]
-    used = [n for n, share in usage.items() if share >= ALL_USED]
+    rows = rows[rows["budget"] == rows.groupby("n_experts")["budget"].transform("max")]
+    texts, lowest = [], {}
+    for (n, budget), usage in rows.groupby(["n_experts", "budget"])["expert_usage"]:
+        lowest[int(n)] = usage.min()
+        ends = dict.fromkeys(f"{share:.1%}" for share in (usage.min(), usage.max()))
+        texts.append(f"{' to '.join(ends)} of {int(n):,} at {budget_name(budget)}")
+    used = [n for n, share in lowest.items() if share >= ALL_USED]
     told = f"holds up to {max(used):,}, not beyond" if used else "does not hold"
-    return "; ".join(texts), "holds" if len(used) == len(usage) else told
+    return "; ".join(texts), "holds" if len(used) == len(lowest) else told
 
 
 def _methods(found: Evidence) -> list[str]:

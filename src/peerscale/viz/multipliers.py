@@ -33,30 +33,30 @@ def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, *, note
         style.colours(["dense", *names]),
         paper_multipliers(published, [n.partition(" ")[0] for n in names]),
     )
-    timed = in_measured_time(found, fits["conventions"])
+    timed, start = in_measured_time(found, fits["conventions"]), fits.get("trend_from", 0.0)
     with style.applied():
         figure = Figure(figsize=(style.TEXT_WIDTH, 3.0), layout="constrained")
         grid = figure.add_gridspec(1, 3, width_ratios=[5, 2.4, 0.01] if timed.empty else [5, 2.4, 5])
         flops = figure.add_subplot(grid[0])
         beside = figure.add_subplot(grid[1], sharey=flops)
-        lines = [(flops, found)]
+        drawn = [(flops, found)]
         for name, values in paper.items():
             beside.plot(
                 [*values], [*values.values()], "D-", color=style.COLOURS[name], markerfacecolor="white", label=name
             )
-        flops.set(ylabel="compute multiplier over dense", title="in FLOPs", yscale="log")
+        flops.set(ylabel="compute multiplier over dense", title="ours, in FLOPs", yscale="log")
         beside.set(title="the paper", xscale="log", xlim=(3.5e18, 3.5e19))
         beside.tick_params(labelleft=False)
         panels = [flops, beside]
         if not timed.empty:
             panels.append(figure.add_subplot(grid[2], sharey=flops))
-            panels[2].set(title="in measured time")
+            panels[2].set(title="ours, in measured time")
             panels[2].tick_params(labelleft=False)
-            lines.append((panels[2], timed))
-        for axes, table in lines:
+            drawn.append((panels[2], timed))
+        for axes, table in drawn:
             for i, name in enumerate(names):
                 factor = SIDE_BY_SIDE ** (i - (len(names) - 1) / 2)
-                _draw(axes, table[table["method"] == name], colours[name], factor)
+                _draw(axes, table[table["method"] == name], colours[name], factor, start)
         for axes in panels:
             axes.axhline(1, color=colours["dense"], linewidth=0.9)
             axes.set(xscale="log", xlabel="training FLOPs")
@@ -70,9 +70,11 @@ def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, *, note
             "small dots: the multiplier from one seed at this budget, with means over seeds at the other budgets"
             * bool(found["by_seed"].map(lambda each: isinstance(each, dict)).any())
         )
+        outside = "points without a line: below the budgets of the trend (sweep.trend_from)"
         seconds = "measured time: from the step times of a separate benchmark (results/bench), without their own error"
         theirs = "the paper: from the perplexities on C4 of its Table 1, by the same rule; it gives no errors"
-        style.caption(figure, note, bars(fits).replace("bars", "bands", 1), seeds, seconds * (not timed.empty), theirs)
+        lines = [bars(fits).replace("bars", "bands", 1), outside * bool(budgets[0] < start), seeds]
+        style.caption(figure, note, *lines, seconds * (not timed.empty), theirs)
     return figure
 
 
@@ -105,13 +107,16 @@ def paper_multipliers(published: pd.DataFrame, methods: Sequence[str]) -> dict[s
     return found
 
 
-def _draw(axes: Axes, rows: pd.DataFrame, colour: str, shift: float) -> None:
-    """Draw a line with its error band, and a dot per seed."""
+def _draw(axes: Axes, rows: pd.DataFrame, colour: str, shift: float, start: float) -> None:
+    """Draw a line with its error band, and a dot per seed; budgets below `start` stand apart, with bars."""
     rows = rows.sort_values("budget")
-    x = rows["budget"].to_numpy(float) * shift
-    low, high = (rows[end].astype(float).to_numpy() for end in ("low", "high"))
-    axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-    axes.plot(x, rows["multiplier"].to_numpy(float), "o-", color=colour)
-    for at, seeds in zip(x, rows["by_seed"], strict=True):
+    apart, line = rows[rows["budget"] < start], rows[rows["budget"] >= start]
+    x, low, high = (line[key].to_numpy(float) for key in ("budget", "low", "high"))
+    axes.fill_between(x * shift, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.plot(x * shift, line["multiplier"].to_numpy(float), "o-", color=colour)
+    for at, middle, *ends in apart[["budget", "multiplier", "low", "high"]].to_numpy(float):
+        axes.plot([at * shift] * 2, ends, color=colour, alpha=0.4, linewidth=1)
+        axes.plot([at * shift], [middle], "o", color=colour)
+    for budget, seeds in zip(rows["budget"], rows["by_seed"], strict=True):
         if isinstance(seeds, dict):
-            axes.scatter([at * BESIDE] * len(seeds), [*seeds.values()], s=5, color=colour, linewidth=0)
+            axes.scatter([budget * shift * BESIDE] * len(seeds), [*seeds.values()], s=5, color=colour, linewidth=0)
