@@ -243,6 +243,12 @@ def test_axes_of_a_method_that_is_not_in_the_study_are_refused(study: Write) -> 
         )
 
 
+def test_a_study_of_two_corpora_is_refused(study: Write) -> None:
+    sweep = "{methods: [dense], grid: [{budget: 1e10, sizes: [d8]}], axes: {data.vocab_size: [2048, 512]}}"
+    with pytest.raises(ConfigError, match="varies keys of data that make another corpus"):
+        planned_cells(study(sweep))
+
+
 def test_two_corpora_of_one_name_are_not_mixed(tmp_path: Path) -> None:
     file = write_study(tmp_path)
     own = ["min_steps=1", "data=text"]

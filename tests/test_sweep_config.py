@@ -189,24 +189,27 @@ def claiming(folder: Path, **claims: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "claims"),
-    [
-        (["sweep.methods=[peer]"], None),
-        (["sweep.methods=[dense,moe]"], None),
-        (["sweep.methods=[peer,moe]"], ClaimsConfig(method="peer", rivals=["moe"], budgets=[3e10])),
-        (["sweep.methods=[wide_dense]"], None),
-        (["sweep.budgets=[1e10]"], None),
-        (["sweep.budgets=[3e10]"], ClaimsConfig(method="peer", rivals=["dense", "moe"], budgets=[3e10])),
-        (["sweep.seeds=[1]"], ClaimsConfig(method="peer", rivals=["dense", "moe"], budgets=[3e10])),
-        (["sweep.claims.rivals=[pkm]"], ClaimsConfig(method="peer", rivals=["pkm"], budgets=[3e10])),
-        (["sweep.grid=[{budget:5e10,sizes:[d8]}]"], None),
-    ],
-    ids=str,
+    "override", ["sweep.methods=[peer]", "sweep.methods=[dense,moe]", "sweep.budgets=[1e10]", "sweep.seeds=[1]"]
 )
-def test_a_part_of_a_study_keeps_the_claims_that_it_can_answer(
-    overrides: list[str], claims: ClaimsConfig | None, tmp_path: Path
-) -> None:
-    assert load_sweep(claiming(tmp_path, budgets=[3e10]), overrides).claims == claims
+def test_a_part_of_a_study_has_cells_but_says_nothing_of_results(override: str, tmp_path: Path) -> None:
+    """A method may be left out with all rows of a budget that the claims, or the trend, name."""
+    grid = [row(1e10, "d8", methods=["dense"]), row(3e10, "d8", methods=["dense", "peer", "moe"])]
+    study = {**CLAIMING, "grid": grid, "claims": {**CLAIMS, "budgets": [1e10]}, "trend_from": 1e10, "held_out": ["d8"]}
+    part = load_sweep(write_study(tmp_path, str(study)), [override])
+    assert part.rows and part.claims is None and part.trend_from is None and part.held_out == []
+
+
+@pytest.mark.parametrize("key", ["claims.rivals=[pkm]", "trend_from=1e10", "rates_cost=0.1", "held_out=[d8]"])
+def test_what_results_are_computed_from_cannot_be_overridden(key: str, tmp_path: Path) -> None:
+    file = claiming(tmp_path)
+    with pytest.raises(ConfigError, match=rf"^sweep\.{key[:4]}\w* is about results and cannot be overridden"):
+        load_sweep(file, [f"sweep.{key}"])
+
+
+def test_a_method_that_no_row_has_is_refused(tmp_path: Path) -> None:
+    file = write_study(tmp_path, str({**STUDY, "grid": [row(1e10, "d8", methods=[*STUDY["methods"]])]}))
+    with pytest.raises(ConfigError, match=r"^every row of the grid names its methods, and none has gated: "):
+        load_sweep(file, ["sweep.methods=[gated]"])
 
 
 def test_what_a_file_claims_is_checked_though_a_part_is_chosen(tmp_path: Path) -> None:

@@ -329,6 +329,7 @@ def test_a_published_cell_is_trained_again_and_compared(study: Path, tmp_path: P
     same = repeated()
     assert same.code == 0 and same.out.count("the same, bit for bit") == len(record["evaluation"]) > 0, same
     assert "environment" not in same.out
+    assert "environment" not in repeated(environment={**record["environment"], "kernel": "native"}).out, "torch's name"
     again = tmp_path / "again" / "tiny" / record["cell"] / "record.json"
     written = again.stat().st_mtime_ns
     higher = {name: {**values, "loss": values["loss"] + 0.5} for name, values in record["evaluation"].items()}

@@ -28,6 +28,7 @@ from peerscale.cell_names import are_brackets, cell_name
 from peerscale.composition import Composition, of_cells, read_study, sweep_file
 from peerscale.config import Config, composed, parse_config, to_dict
 from peerscale.config_errors import ConfigError, method_in
+from peerscale.data.store import folder as corpus_folder
 from peerscale.data.store import read_manifest
 from peerscale.device_memory import in_micro_batches
 from peerscale.errors import UserError
@@ -112,6 +113,8 @@ def planned_cells(sweep: str | Path, overrides: Sequence[str] = ()) -> list[Cell
     if study.branches:
         cells = branched(file, cells)
     names = [cell.name for cell in cells]
+    if len({corpus_folder(cell.config.data) for cell in cells}) > 1:
+        raise ConfigError(f"{file.name} varies keys of data that make another corpus: a study has one corpus")
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"{file.name} describes {len(twice)} cells twice, {min(twice)} among them")
     return _with_estimates(cells)

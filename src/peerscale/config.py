@@ -188,10 +188,6 @@ class OptimConfig:
             raise ValueError("lr_rule law needs optim.lr_law, the law that analysis/fit.py rates fits")
 
 
-RENAMED_KERNELS = {"fused": "cpp", "native": "torch"}
-"""Former names of kernels, which older configurations and records contain."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class TrainerConfig:
     """How and where a cell runs; nothing here changes its result, except through the order of floating-point sums."""
@@ -215,10 +211,7 @@ class TrainerConfig:
     """Share of the peak that training is assumed to reach."""
     threads: Positive = 1
     """CPU threads of each process of a cell; parallel sweeps run fastest with one."""
-    kernel: Annotated[
-        Literal["auto", "cpp", "triton", "torch", "reference"],
-        BeforeValidator(lambda name: RENAMED_KERNELS.get(name, name) if isinstance(name, str) else name),
-    ] = "auto"
+    kernel: Literal["auto", "cpp", "triton", "torch", "reference"] = "auto"
     """Which implementation of the operators (`kernels.backends`)."""
     compile: bool = False
     """torch.compile: takes 6 to 20 s at the start and saves 2 to 10 % of each step; worth it from 15 minutes a cell."""

@@ -6,6 +6,7 @@ python -m peerscale.repeat SWEEP CELL
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
+from typing import Any
 
 from peerscale.cells import FINISHED, planned_cells, state
 from peerscale.data.prepare import prepare
@@ -18,6 +19,9 @@ from peerscale.train import run_cell
 
 RUNS = "runs/repeated"
 """Where repeated cells are kept, so that no study counts them as its own."""
+
+FORMER: dict[Any, str] = {"fused": "cpp", "native": "torch"}
+"""Former names of kernels, in older records."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,7 +64,7 @@ def comparison(here: Record, published: Record) -> list[str]:
         said = f"differs by {difference:+.1e}" if difference else "the same, bit for bit"
         lines.append(f"  {name:<12} loss {loss:.4f}, published {values['loss']:.4f}: {said}")
     pairs = {key: (here.environment.get(key), published.environment.get(key)) for key in EXACT_KEYS}
-    changed = [f"{key} {own} ({theirs})" for key, (own, theirs) in pairs.items() if own != theirs]
+    changed = [f"{key} {own} ({theirs})" for key, (own, theirs) in pairs.items() if own != FORMER.get(theirs, theirs)]
     return [*lines, f"  environment here (published): {', '.join(changed)}"] if changed else lines
 
 

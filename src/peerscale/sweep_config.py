@@ -1,8 +1,8 @@
 """The `sweep` section of a study file: the cells of a study, and the questions that its statistics answer."""
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -169,10 +169,14 @@ def parse_sweep(tree: Mapping[str, Any]) -> SweepConfig:
     return parse(_SWEEP, SweepConfig, tree, "sweep")
 
 
-def load_sweep(sweep: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
-    """The `sweep` section of a study, changed by overrides such as `sweep.budgets=[1e12]`; other overrides are ignored.
+OF_RESULTS = ("claims", "trend_from", "held_out", "rates_cost")
+"""Keys that say what is computed from the results of a study's cells; they hold as the study's file has them."""
 
-    If the overrides leave out methods or budgets, their axes and claims are left out too.
+
+def load_sweep(sweep: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
+    """The `sweep` section of a study; with overrides such as `sweep.budgets=[1e12]` the cells of this part of it.
+
+    Other overrides are ignored. A part has no `OF_RESULTS`.
 
     Raises:
         ConfigError: the file or the overrides describe no study.
@@ -182,14 +186,17 @@ def load_sweep(sweep: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
     if not chosen:
         return study
     _refuse_repeated(chosen)
+    for override in chosen:
+        if (key := re.split("[.=]", override)[1]) in OF_RESULTS:
+            raise ConfigError(f"sweep.{key} is about results and cannot be overridden: change {sweep_file(sweep)}")
     with hydra_errors(chosen, sweep):
         tree = compose(chosen, sweep=sweep).tree["sweep"]
     if isinstance(tree.get("methods"), list):
         _leave_out(tree, set(study.methods) - set(tree["methods"]))
-    if study.claims is None or any(o.startswith("++sweep.claims") for o in chosen):
-        return parse_sweep(tree)
-    part = parse_sweep({**tree, "claims": None})
-    return replace(part, claims=_claims_about(part, study.claims))
+        if not tree["grid"]:
+            names = ", ".join(map(str, tree["methods"]))
+            raise ConfigError(f"every row of the grid names its methods, and none has {names}: add rows to {sweep}")
+    return parse_sweep({key: value for key, value in tree.items() if key not in OF_RESULTS})
 
 
 def _leave_out(tree: dict[str, Any], methods: set[str]) -> None:
@@ -232,13 +239,3 @@ def _refuse_repeated(overrides: Sequence[str]) -> None:
                 f"it once more: OVERRIDES=\"'{key}=...'\""
             )
         values[key] = value
-
-
-def _claims_about(part: SweepConfig, claims: ClaimsConfig) -> ClaimsConfig | None:
-    """The claims whose methods and budgets are in `part`, a part of their study; None: no claim is left."""
-    planned = {row.budget for row in part.rows}
-    rivals = [rival for rival in claims.rivals if rival in part.methods]
-    budgets = None if claims.budgets is None else [budget for budget in claims.budgets if budget in planned]
-    if claims.method not in part.methods or not rivals or budgets == []:
-        return None
-    return replace(claims, rivals=rivals, budgets=budgets)

@@ -96,7 +96,7 @@ def test_measured_time_counts_the_seconds_of_a_flop() -> None:
 
 
 def test_a_time_per_flop_is_between_those_of_the_sizes_around_it_and_of_the_same_layer() -> None:
-    steps = pd.DataFrame({"size": ["d32", "d64"], "method": "peer", "tokens": 1000, "flops": [1e8, 4e8],
+    steps = pd.DataFrame({"size": ["d32", "d64-h4"], "method": "peer", "tokens": 1000, "flops": [1e8, 4e8],
                           "median_s": [3e-3, 8e-3]})  # fmt: skip
     rows = pd.DataFrame({"method": "peer", "variant": "", "d_model": [32.0, 48.0, 64.0, 128.0],
                          "flops_per_token": [1e5, 2.25e5, 4e5, 1.6e6]})  # fmt: skip

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch import nn
 
 import peerscale.model
@@ -156,21 +155,6 @@ def test_a_cell_killed_in_its_evaluation_keeps_the_same_model(tiny: list[str], m
     loaded = load_model(str(folder)).state_dict()
     assert {f"model.{name}" for name in loaded} == set(weights)
     assert all(torch.equal(weights[f"model.{name}"], weight) for name, weight in loaded.items())
-
-
-def test_what_older_cells_left_is_still_understood(tiny: list[str]) -> None:
-    """They named two kernels otherwise, and had a key for tables that several devices shared."""
-    folder, _ = trained([*tiny, "trainer.keep_checkpoint=true"])
-    path = folder / "config.yaml"
-    tree = yaml.safe_load(path.read_text())
-    tree["trainer"] |= {"kernel": "fused", "shard_tables": False}
-    path.write_text(yaml.safe_dump(tree))
-    assert isinstance(load_model(folder), nn.Module)
-
-
-@pytest.mark.parametrize(("old", "new"), [("fused", "cpp"), ("native", "torch"), ("cpp", "cpp")])
-def test_older_names_of_kernels_are_read(old: str, new: str) -> None:
-    assert load(["ffn=peer", f"trainer.kernel={old}"]).trainer.kernel == new
 
 
 def test_a_rank_that_fails_after_the_end_changes_no_result(

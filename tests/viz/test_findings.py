@@ -211,9 +211,12 @@ def test_a_rival_that_is_compared_at_two_sizes_has_both(tmp_path: Path) -> None:
     assert "1e13, d_model 80: +0.020 ± 0.010" in row["measured here"]
 
 
-def test_of_several_numbers_of_experts_at_one_size_the_best_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("norm", ["", "-query_norm=true"])
+def test_of_several_numbers_of_experts_at_one_size_the_best_is_named(norm: str, tmp_path: Path) -> None:
     values = {256: -0.02, 1024: -0.05, 4096: -0.03}
-    found = [{**difference(f"peer n_experts={n}", "dense", value, 0.01), "size": "d64"} for n, value in values.items()]
+    names = {f"peer n_experts={n}{norm}": value for n, value in values.items()}
+    names |= {"peer n_experts=1024-query_norm=false": -0.09} if norm else {}
+    found = [{**difference(name, "dense", value, 0.01), "size": "d64"} for name, value in names.items()]
     publish(tmp_path, "isoflop_cpu", {1e13: found}, [])
     row = by_claim(tmp_path)["More experts help"]
     assert row["verdict"] == "descriptive: the lowest loss is that of 1,024 experts"

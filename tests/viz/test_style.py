@@ -58,6 +58,7 @@ def test_order_and_labels() -> None:
         ("n_experts=1024-query_norm=false", "1,024 experts, no BatchNorm"),
         ("lr=1e-05-table_lr=6e-3", "rate 1e-05, table rate 6e-3"),
         ("context=128-some_key=a-b", "context 128, some key a-b"),
+        ("lr=0.01-beta2=0.99", "rate 0.01, beta2 0.99"),
         ("", ""),
     ],
 )

@@ -30,7 +30,6 @@ def read_trained(folder: Path) -> tuple[Config, dict[str, Tensor]]:
     """
     try:
         tree = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        tree["trainer"].pop("shard_tables", None)  # a key of older cells, without effect on the model
         status = json.loads((folder / "record.json").read_text(encoding="utf-8"))["status"]
     except OSError as error:
         raise UserError(f"{folder} is not the folder of a cell: it has no {Path(error.filename).name}") from None

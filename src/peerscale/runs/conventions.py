@@ -51,7 +51,9 @@ def seconds_per_flop(runs: pd.DataFrame, steps: pd.DataFrame) -> pd.Series:
     """
     found = pd.Series(math.nan, index=runs.index)
     for name, rows in runs.groupby(method_names(runs)):
-        measured = steps[steps["method"] == name].assign(d_model=lambda table: table["size"].str[1:].astype(float))
+        measured = steps[steps["method"] == name].assign(
+            d_model=lambda table: table["size"].str.extract(r"d(\d+)", expand=False).astype(float)
+        )
         if len(measured) > 1:
             known, at = measured.sort_values("d_model"), np.log(rows["d_model"])
             seconds, flops_per_token = (

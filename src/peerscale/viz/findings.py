@@ -1,5 +1,6 @@
 """The claims of the PEER paper and what the published studies say of each: tables of two pages."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,7 +197,8 @@ def _growth(found: Evidence) -> tuple[str, str]:
 def _experts(found: Evidence) -> tuple[str, str]:
     """Further numbers of experts against the usual one at the optimum, or each against dense at one size."""
     reference = "peer" if "peer" in _methods(found) else "dense"
-    variants = {int(name.partition("=")[2]): name for name in _methods(found) if name.startswith("peer n_experts=")}
+    usual = re.compile(r"peer n_experts=(\d+)(-query_norm=true)?")
+    variants = {int(match[1]): match[0] for match in map(usual.fullmatch, _methods(found)) if match}
     pairs = [(n, one) for n in sorted(variants) for one in _differences(found, variants[n], reference)]
     texts = [f"{n:,} experts at {_place(one)}: {signed_interval(one)}" for n, one in pairs]
     if reference == "dense" and pairs:

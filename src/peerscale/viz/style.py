@@ -146,7 +146,7 @@ def label(name: str) -> str:
 def in_words(settings: str) -> str:
     """The settings of a variant: `n_experts=4096-name=adamw` is `4,096 experts, AdamW`."""
     words = []
-    for text in filter(None, re.split(r"-(?=[a-z_]+=)", settings)):
+    for text in filter(None, re.split(r"-(?=[a-z]\w*=)", settings)):
         key, _, value = text.partition("=")
         value = f"{int(value):,}" if value.isdecimal() else value
         words.append(SETTINGS.get(text) or SETTINGS.get(key, key.replace("_", " ") + " {}").format(value))
