@@ -29,7 +29,7 @@ def read_trained(folder: Path) -> tuple[Config, dict[str, Tensor]]:
         UserError: the folder holds no finished cell, or one without a checkpoint, or with a damaged one.
     """
     try:
-        tree = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        tree = dict(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
         status = json.loads((folder / "record.json").read_text(encoding="utf-8"))["status"]
     except OSError as error:
         raise UserError(f"{folder} is not the folder of a cell: it has no {Path(error.filename).name}") from None
