@@ -28,7 +28,7 @@ endif
 .DEFAULT_GOAL := help
 # `data sweep figures` need each other in this order, also with make -j.
 .NOTPARALLEL:
-.PHONY: help setup reproduce smoke test check convert data studies plan sweep repeat status figures forecast findings report validate publish sync dashboard notebooks bench torture clean
+.PHONY: help setup reproduce smoke test check data studies plan sweep repeat status figures forecast findings report validate publish sync dashboard notebooks bench torture clean
 
 help: ## print this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -94,9 +94,6 @@ validate: setup ## fit the published data sets in DATA=DIR and compare with the 
 
 publish: setup ## copy table, fits and figures of SWEEP to results/, to be committed; keeps finished cells there, unless REPLACE=1
 	@$(BIN)/python analysis/publish.py $(SWEEP) $(if $(REPLACE),--replace)
-
-convert: setup ## convert records of an earlier peerscale, in runs/ and results/, to the present schema
-	@$(BIN)/python -m peerscale.runs.convert
 
 sync: setup ## upload the W&B runs, table, fits and figures of SWEEP that are not uploaded yet
 	@$(BIN)/python analysis/sync.py $(SWEEP)

@@ -187,8 +187,6 @@ def set_aside(folder: Path) -> str:
 def parse_record(tree: Any, where: str) -> Record:
     """A record from its JSON; raises `UserError`, which names `where`."""
     version = tree.get("schema_version") if isinstance(tree, dict) else None
-    if version == 1:
-        raise UserError(f"{where}: schema version 1, of an earlier peerscale; to convert all records: make convert")
     if version != SCHEMA_VERSION:
         raise UserError(f"{where}: schema version {version}, but this peerscale reads version {SCHEMA_VERSION}")
     try:

@@ -13,8 +13,11 @@ from peerscale.errors import UserError
 from peerscale.files import ROOT
 from peerscale.runs.record import Record, cell_folders, parse_record, read_cell
 
-NEEDED = ("cell", "method", "variant", "size", "seed", "budget", "flops_per_token", "val_loss", "status", "convention")
-"""Columns that every table of runs must have, besides `axes`."""
+NEEDED = (
+    "cell", "method", "variant", "size", "seed", "budget", "flops_per_token", "val_loss", "status", "convention",
+    "axes",
+)  # fmt: skip
+"""Columns that every table of runs must have."""
 
 TEXTS = ("variant", "axes", "reason")
 """Text columns that may be empty."""
@@ -54,8 +57,6 @@ def read_runs(path: str | Path) -> pd.DataFrame:
     csv = path / "runs.csv" if path.is_dir() else path
     if csv.is_file():
         table = read_table(csv, NEEDED, dtype=dict.fromkeys(TEXTS, str))
-        if "axes" not in table:
-            raise UserError(f"{csv}: no column 'axes', so it is from an earlier peerscale; make convert updates it")
         return table.fillna({column: "" for column in TEXTS if column in table})
     records = read_records(path)
     if not records:
