@@ -35,7 +35,11 @@ def groups_here(n_groups: int) -> int:
 
 def gather(x: Tensor) -> Tensor:
     """x of all ranks, in order, concatenated along the first dimension; not differentiable."""
-    return x if n_ranks() == 1 else _gathered(x.detach())
+    if n_ranks() == 1:
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(n_ranks())]
+    dist.all_gather(parts, x.detach().contiguous())
+    return torch.cat(parts)
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
@@ -57,19 +61,7 @@ def as_first_rank(number: int) -> int:
     return int(first_ranks)
 
 
-# Operators of torch.library, which torch.compile does not trace into.
-
-
-@torch.library.custom_op("peerscale::gather", mutates_args=())
-def _gathered(x: Tensor) -> Tensor:
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(n_ranks())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
-
-
-@_gathered.register_fake
-def _(x: Tensor) -> Tensor:
-    return x.new_empty(n_ranks() * len(x), *x.shape[1:])
+# An operator of torch.library, which torch.compile does not trace into.
 
 
 @torch.library.custom_op("peerscale::sum_over_ranks", mutates_args=())

@@ -236,7 +236,7 @@ def fit(
         try:
             trainer.fit(
                 module,
-                StepLoader(batches, plan.steps, config.surroundings.micro_batches, prefetch=on_gpu),
+                StepLoader(batches, plan.steps, config.surroundings.micro_batches, pin_memory=on_gpu),
                 ckpt_path=resumed,
                 weights_only=True,
             )

@@ -31,7 +31,8 @@ def evaluate(module: LanguageModel, corpus: Corpus, config: Config, device: torc
     result: dict[str, Any] = {"evaluation": {}, "sequence_losses": [], "router": {}}
     module.eval().to(device)
     for name, n_tokens in evaluated_tokens(config, corpus.manifest.set_tokens(config.context)).items():
-        usages = attach_usage(module) if name == config.data.val_set else []
+        if name == config.data.val_set:
+            attach_usage(module)
         tokens, shape = corpus.tokens(name), batch_shape(config, name)
         if last_words := name == "lambada":
             batches = LastWordBatches(tokens, n_tokens, corpus.begins_word(), **shape)
@@ -55,7 +56,7 @@ def evaluate(module: LanguageModel, corpus: Corpus, config: Config, device: torc
         result["evaluation"][name] = values
         if name == config.data.val_set:
             result["sequence_losses"] = [round(float(x), 5) for x in losses]
-            result["router"] = detach_usage(module, usages)
+            result["router"] = detach_usage(module)
     return result
 
 
@@ -69,23 +70,22 @@ def _sequence_losses(module: LanguageModel, batch: np.ndarray, counted: np.ndarr
         return gather(losses_B).double().cpu().numpy()
 
 
-def attach_usage(module: LanguageModel) -> list[ExpertUsage]:
+def attach_usage(module: LanguageModel) -> None:
     """Start counting router weights in every layer that has experts."""
-    usages = []
     for layer in module.model.modules():
         if isinstance(layer, CountsUsage):
             layer.usage = ExpertUsage(layer.n_experts)
-            usages.append(layer.usage)
-    return usages
 
 
-def detach_usage(module: LanguageModel, usages: list[ExpertUsage]) -> dict[str, float]:
+def detach_usage(module: LanguageModel) -> dict[str, float]:
     """Stop counting; returns expert_usage and unevenness, averaged over the layers, and the number of counted tokens.
 
-    With several ranks, all of which must call it, the tokens of all ranks are counted.
+    Nothing if nothing was counted. With several ranks, all of which must call it, the tokens of all ranks are counted.
     """
+    usages = []
     for layer in module.model.modules():
-        if isinstance(layer, CountsUsage):
+        if isinstance(layer, CountsUsage) and layer.usage is not None:
+            usages.append(layer.usage)
             layer.usage = None
     if not usages:
         return {}

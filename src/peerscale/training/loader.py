@@ -1,7 +1,6 @@
 """Batches for Lightning: a sized loader whose position is one number, so that a resumed run continues exactly."""
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -17,36 +16,22 @@ class StepLoader:
     Lightning restores a loader exactly if it has a length and these two state methods; it would restart a plain
     DataLoader at its first batch.
 
-    With `prefetch` the next batch is read while the model uses the current one. With a GPU it is read into page-locked
-    memory, so that Lightning's copy to the GPU does not wait.
+    With `pin_memory` batches lie in page-locked memory, so that Lightning's copy to a GPU does not wait.
     """
 
-    def __init__(self, batches: TrainBatches, steps: int, micro_batches: int = 1, *, prefetch: bool = False) -> None:
+    def __init__(self, batches: TrainBatches, steps: int, micro_batches: int = 1, *, pin_memory: bool = False) -> None:
         self.batches, self.steps, self.micro_batches, self.next_step = batches, steps, micro_batches, 0
-        self.prefetch = prefetch
+        self.pin_memory = pin_memory
 
     def __len__(self) -> int:
         return self.steps * self.micro_batches
 
     def __iter__(self) -> Iterator[Tensor]:
-        steps = range(self.next_step, self.steps)
-        batches = self._ahead(steps) if self.prefetch and steps else map(self._read, steps)
-        for step, batch in zip(steps, batches, strict=True):
+        for step in range(self.next_step, self.steps):
+            batch = torch.from_numpy(self.batches[step])
+            here = batch[share(len(batch))]
             self.next_step = step + 1
-            yield from batch.chunk(self.micro_batches)
-
-    def _ahead(self, steps: range) -> Iterator[Tensor]:
-        with ThreadPoolExecutor(1) as reader:
-            coming = reader.submit(self._read, steps.start)
-            for step in steps[1:]:
-                batch, coming = coming.result(), reader.submit(self._read, step)
-                yield batch
-            yield coming.result()
-
-    def _read(self, step: int) -> Tensor:
-        batch = torch.from_numpy(self.batches[step])
-        here = batch[share(len(batch))]
-        return here.pin_memory() if self.prefetch and torch.cuda.is_available() else here
+            yield from (here.pin_memory() if self.pin_memory else here).chunk(self.micro_batches)
 
     def state_dict(self) -> dict[str, int]:
         return {"next_step": self.next_step, "micro_batches": self.micro_batches}

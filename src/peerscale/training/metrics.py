@@ -9,7 +9,6 @@ import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from peerscale.config import Config
-from peerscale.model.usage import ExpertUsage
 from peerscale.plan import Plan
 from peerscale.training.evaluation import attach_usage, detach_usage
 from peerscale.training.module import LanguageModel
@@ -28,7 +27,6 @@ class MetricsLog(lightning.Callback):
         self.loss_sum, self.loss_count = torch.zeros(()), 0
         self.since, self.since_step = time.perf_counter(), 0
         self.lr = 0.0
-        self.usages: list[ExpertUsage] = []
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.since, self.since_step = time.perf_counter(), trainer.global_step
@@ -41,7 +39,8 @@ class MetricsLog(lightning.Callback):
         self.lr = trainer.optimizers[0].param_groups[0]["lr"]  # after the step it is the next step's rate
         # Router health is sampled: only the tokens of a logged step are counted.
         assert isinstance(pl_module, LanguageModel)
-        self.usages = attach_usage(pl_module) if self._logs(trainer.global_step + 1) else []
+        if self._logs(trainer.global_step + 1):
+            attach_usage(pl_module)
 
     def on_train_batch_end(
         self,
@@ -67,7 +66,7 @@ class MetricsLog(lightning.Callback):
             "loss": loss,
             "lr": self.lr,
             "tokens_per_s": (step - self.since_step) * self.config.tokens_per_step / seconds,
-            **detach_usage(pl_module, self.usages),
+            **detach_usage(pl_module),
         }
         if not np.isfinite(loss):
             raise Diverged(f"the training loss is {loss} at step {step}")
