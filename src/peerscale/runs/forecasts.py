@@ -35,6 +35,7 @@ from peerscale.runs.study import (
     batches,
     collected,
     find_study,
+    is_dense,
     method_names,
     published,
     read_fits,
@@ -180,7 +181,7 @@ def _se(one: Mapping[str, Any]) -> float:
 
 def is_to_dense(difference: Mapping[str, Any]) -> bool:
     """Whether a difference of `fits.json` is between a method and dense, at their optima."""
-    return difference["size"] == "" and difference["reference"].partition(" ")[0] == "dense"
+    return difference["size"] == "" and is_dense(difference["reference"])
 
 
 def left_out(fits: Mapping[str, Any], runs: pd.DataFrame, budgets: Collection[float]) -> list[str]:

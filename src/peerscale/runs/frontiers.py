@@ -14,7 +14,7 @@ from peerscale.laws.multiplier import compute_multipliers
 from peerscale.laws.optima import OptimaFit, Optimum, OptimumStatus
 from peerscale.laws.solver import Array, FitStatus
 from peerscale.runs.brackets import RateErrors
-from peerscale.runs.study import same_variant
+from peerscale.runs.study import is_dense, same_variant
 
 X = "flops_per_token"
 """The measure of size in all fits, since it means the same for every method."""
@@ -78,7 +78,7 @@ def multipliers_of(
     trend = budgets >= trend_from
     for name, (_, losses) in frontiers.items():
         reference = same_variant("dense", name, list(frontiers))
-        if reference is None or name.partition(" ")[0] == "dense":
+        if reference is None or is_dense(name):
             continue
         each = compute_multipliers((budgets, frontiers[reference][1]), (budgets, losses), trend)
         pair, known = {"method": name, "reference": reference}, np.isfinite(each[0])

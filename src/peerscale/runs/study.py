@@ -163,6 +163,11 @@ def without_brackets(table: pd.DataFrame) -> pd.DataFrame:
     return table[~are_brackets(table)]
 
 
+def is_dense(name: str) -> bool:
+    """Whether a curve is of the dense model, with any settings."""
+    return name.partition(" ")[0] == "dense"
+
+
 def same_variant(reference: str, name: str, names: Sequence[str]) -> str | None:
     """The curve of `reference` with the same settings as `name`, or else without settings; None if there is none."""
     variant = reference + name.removeprefix(name.partition(" ")[0])

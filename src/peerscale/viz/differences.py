@@ -7,17 +7,13 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from peerscale.runs.study import is_dense
 from peerscale.viz import style
 from peerscale.viz.brackets import bars, hold_rates
 from peerscale.viz.markdown import leaves_out_seeds, signed_interval
 
 LABEL_WIDTH = 95
 """Number of letters that fit beside each other: a label of the rows and a line below the axis."""
-
-
-def is_dense(name: str) -> bool:
-    """Whether a curve is of the dense model, with any settings."""
-    return name.partition(" ")[0] == "dense"
 
 
 def to_dense(fits: Mapping[str, Any]) -> dict[tuple[float, str, str], Mapping[str, Any]]:

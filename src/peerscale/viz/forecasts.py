@@ -5,7 +5,7 @@ from typing import Any
 
 from peerscale.cell_names import budget_name
 from peerscale.runs.forecasts import inside, observed
-from peerscale.viz.differences import is_dense
+from peerscale.runs.study import is_dense
 from peerscale.viz.markdown import section, table, with_interval
 from peerscale.viz.style import label
 

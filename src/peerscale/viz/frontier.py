@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from peerscale.laws.optima import OptimumStatus
+from peerscale.runs.study import is_dense
 from peerscale.viz import style
 from peerscale.viz.brackets import bars
-from peerscale.viz.differences import is_dense
 
 
 def points_panel(axes: Axes, table: pd.DataFrame, *, colours: Mapping[str, str], intervals: bool = False) -> None:

@@ -8,9 +8,9 @@ import pandas as pd
 
 from peerscale.cell_names import budget_name
 from peerscale.laws.optima import OptimumStatus
-from peerscale.runs.study import method_names, same_variant, usable
+from peerscale.runs.study import is_dense, method_names, same_variant, usable
 from peerscale.viz.ablations import with_norm
-from peerscale.viz.differences import is_dense, to_dense
+from peerscale.viz.differences import to_dense
 from peerscale.viz.markdown import number
 from peerscale.viz.published import WITHOUT_NORM, paper_values
 from peerscale.viz.style import label, ordered
