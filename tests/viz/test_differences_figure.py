@@ -88,6 +88,18 @@ def test_variants_have_the_colours_of_the_studys_other_figures() -> None:
     assert found != colours(variants[5:])
 
 
+def test_no_two_intervals_of_a_row_lie_on_each_other() -> None:
+    """Not even those of two sizes at one budget, beside methods that are at their optimum."""
+    rows = fits(
+        (1e11, "peer", "dense", -0.1, -0.2, 0), (1e11, "moe", "dense", 0, -1, 1), (1e11, "moe", "dense", 1, 0, 2)
+    )
+    for found, size in zip(rows["budgets"][0]["differences"][1:], ("d32", "d64"), strict=True):
+        found["size"] = size
+    axes = drawn(differences_figure(rows)).axes[0]
+    heights = [float(np.asarray(line.get_ydata())[0]) for line in axes.lines if line.get_label() == "_interval moe"]
+    assert len({*heights}) == 2 and {round(height) for height in heights} == {0}
+
+
 def test_of_fixed_sizes_the_bars_have_no_misfit_of_sizes() -> None:
     one_size = fits((1e13, "peer", "dense", -0.05, -0.07, -0.03))
     one_size["budgets"][0]["differences"][0] |= {"size": "d64", "fit_se": None, "seeds_se": 0.01}

@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Iterable, Mapping
+from operator import itemgetter
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -53,17 +54,19 @@ def differences_figure(fits: Mapping[str, Any], *, methods: Iterable[str] = (), 
     markers = style.markers(groups.values())
     colours, grey = style.colours([*methods, *names]), style.COLOURS["dense"]
     hollow = {place for place in shown if place[1] and not fixed}
-    shift = {group: 0.8 * ((i + 0.5) / len(markers) - 0.5) for i, group in enumerate(markers)}  # in rows
+    of_name = {name: sorted((place for place in shown if place[2] == name), key=itemgetter(0)) for name in names}
+    apart = 0.8 / max(map(len, of_name.values()))  # of two points, in rows
     with style.applied():
         figure, (axes,) = style.panels(1, height=0.55 + 0.36 * len(names))
         axes.axvline(0, color=grey, linewidth=0.9)
         for place, found in shown.items():
-            name, group = place[2], groups[place]
-            height, look = names.index(name) + shift[group], {"color": colours[name], "markersize": 5}
+            name, look = place[2], {"color": colours[place[2]], "markersize": 5}
+            beside = of_name[name].index(place) - (len(of_name[name]) - 1) / 2
+            height = names.index(name) + beside * apart
             if place in hollow:
                 look["markerfacecolor"] = "white"
             axes.plot([found["low"], found["high"]], [height, height], color=colours[name], label=f"_interval {name}")
-            axes.plot([found["value"]], [height], markers[group], **look, label=name)
+            axes.plot([found["value"]], [height], markers[groups[place]], **look, label=name)
         rows = [style.label(name) for name in names]
         axes.set_yticks(range(len(names)), rows)
         axes.grid(visible=False, axis="y")
