@@ -65,6 +65,14 @@ def test_the_study_of_the_readme_plans_as_it_stands(tmp_path: Path) -> None:
     assert f"its {len(cells)} cells" in README
 
 
+def test_the_claim_of_the_main_study_is_that_of_the_published_fits() -> None:
+    claims = read_fits(ROOT / "results" / "isoflop_cpu" / "fits.json")["claims"]
+    found = {claim["rival"]: claim for claim in claims if claim["budget"] == 3e13}
+    assert found["dense"]["family"] == 6 and f"(p = {found['dense']['p_holm']:.3f}, corrected for all six" in README
+    assert f"it beats dense, by {-found['dense']['value']:.2f} nats per token at 3·10¹³" in README
+    assert not found["pkm"]["leads"] and not found["moe_token_choice"]["leads"]
+
+
 def test_the_barely_significant_differences_are_those_of_the_published_fits() -> None:
     fits = read_fits(ROOT / "results" / "reproduce" / "fits.json")
     barely = {claim["rival"]: f"{claim['p_holm']:.3f}" for claim in fits["claims"] if claim["p_holm"] > 0.01}

@@ -123,11 +123,11 @@ def test_batch_norm_is_with_less_without(tmp_path: Path) -> None:
     assert row["the paper"].startswith("−0.004 to 0.000 nats")  # ln(20.64 / 20.73) and ln(23.47 / 23.47)
 
 
-def test_a_study_with_cells_to_run_decides_nothing(tmp_path: Path) -> None:
+def test_a_study_says_how_many_cells_are_still_to_run(tmp_path: Path) -> None:
     cells = [{}, {"cell": "d", "status": "pending", "val_loss": None}, {"cell": "e", "status": "dropped"}]
     publish(tmp_path, "isoflop_cpu", {3e12: [difference("peer", "dense", -0.05, 0.02)]}, [], runs=cells)
     row = by_claim(tmp_path)["PEER beats dense"]
-    assert row["verdict"] == "open: 1 of its 3 cells are still to run"
+    assert row["verdict"] == "holds, descriptive (at 3e12); 1 of its 3 cells are still to run"
     assert row["measured here"].startswith("3e12: −0.050 ± 0.020")
 
 
@@ -140,7 +140,8 @@ def test_studies_with_tuned_rates_stand_side_by_side(tmp_path: Path) -> None:
     publish(tmp_path, "reproduce", {2e12: [found]}, [judged])
     row = by_claim(tmp_path)["PEER beats PKM"]
     assert row["verdict"] == (
-        "isoflop_cpu: open: 1 of its 2 cells are still to run; reproduce: does not hold: PEER is behind (at 2e12)"
+        "isoflop_cpu: cannot be told, descriptive (at 3e12); 1 of its 2 cells are still to run; "
+        "reproduce: does not hold: PEER is behind (at 2e12)"
     )
     assert "3e12: +0.010 ± 0.030" in row["measured here"] and "2e12: +0.020 ± 0.010" in row["measured here"]
     assert "1e13" not in row["measured here"]

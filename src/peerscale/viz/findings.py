@@ -57,8 +57,10 @@ class Evidence:
     fits: Mapping[str, Any]
     runs: pd.DataFrame
     """Finished cells."""
-    undecided: str
-    """Why it decides nothing, as a verdict; empty if it does."""
+    earlier: bool
+    """Whether its rates are from 5e11 FLOPs, so that it decides nothing (`EARLIER`)."""
+    to_run: str
+    """How many of its cells are still to run, empty if none; its claims are tested as if these had all run."""
 
 
 def with_table(text: str, rows: Iterable[Row], page: Path) -> str:
@@ -81,7 +83,7 @@ def difference_rows(results: Path) -> list[Row]:
         gains = {one["budget"]: one for one in found.fits["multipliers"] if one["method"] == "peer"}
         each = [one for one in found.fits["conventions"] if one["method"] == "peer"]
         in_time = {one["budget"]: one["multipliers"].get(MEASURED_TIME) for one in each}
-        for budget in [entry["budget"] for entry in found.fits["budgets"] if found.undecided != EARLIER]:
+        for budget in [entry["budget"] for entry in found.fits["budgets"] if not found.earlier]:
             texts: dict[str, list[str]] = {rival: [] for rival in RIVALS}
             for rival in RIVALS:
                 for one in _differences(found, "peer", rival):
@@ -135,20 +137,19 @@ def _published(results: Path, *sweeps: str) -> list[Evidence]:
         if study.fits.is_file():
             runs = read_runs(study.runs)
             left = (~runs["status"].isin([*ENDED, Status.DROPPED])).sum()
-            undecided = f"open: {left} of its {len(runs)} cells are still to run" if left else ""
-            if "Withdrawn" in header(sweep_text(sweep)):
-                undecided = EARLIER
-            fits = read_fits(study.fits)
-            found.append(Evidence(sweep=sweep, fits=fits, runs=runs[usable(runs)], undecided=undecided))
+            to_run = f"; {left} of its {len(runs)} cells are still to run" if left else ""
+            earlier, fits = "Withdrawn" in header(sweep_text(sweep)), read_fits(study.fits)
+            found.append(Evidence(sweep=sweep, fits=fits, runs=runs[usable(runs)], earlier=earlier, to_run=to_run))
     return found
 
 
 def _row(claim: str, paper: str, studies: Iterable[Evidence], judge: Callable[[Evidence], tuple[str, str]]) -> Row:
     """The row of a claim; a study with rates from 5e11 FLOPs counts only if no other has measured something of it."""
     told = [(found, measured, verdict) for found in studies for measured, verdict in [judge(found)] if measured]
-    told = [one for one in told if one[0].undecided != EARLIER] or told[:1]
+    told = [one for one in told if not one[0].earlier] or told[:1]
     measured = [f"{text} ([{found.sweep}](../results/{found.sweep}/table.md))" for found, text, _ in told]
-    verdicts = [f"{found.sweep}: " * (len(told) > 1) + (found.undecided or verdict) for found, _, verdict in told]
+    judged = [(found.sweep, EARLIER if found.earlier else verdict + found.to_run) for found, _, verdict in told]
+    verdicts = [f"{sweep}: " * (len(told) > 1) + verdict for sweep, verdict in judged]
     return {"claim": claim, "the paper": paper, "measured here": "; ".join(measured) or "—",
             "verdict": "; ".join(verdicts) or "not measured yet"}  # fmt: skip
 

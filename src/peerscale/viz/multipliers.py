@@ -42,7 +42,12 @@ def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, *, note
         drawn = [(flops, found)]
         for name, values in paper.items():
             beside.plot(
-                [*values], [*values.values()], "D-", color=style.COLOURS[name], markerfacecolor="white", label=name
+                [*values],
+                [*values.values()],
+                "D-",
+                color=colours.get(name, style.COLOURS[name]),
+                markerfacecolor="white",
+                label=name,
             )
         flops.set(ylabel="compute multiplier over dense", title="ours, in FLOPs", yscale="log")
         beside.set(title="the paper", xscale="log", xlim=(3.5e18, 3.5e19))
