@@ -14,7 +14,7 @@ def fits(*rows: tuple[float, str, str, float | None, float, float]) -> dict[str,
     budgets = dict.fromkeys(row[0] for row in rows)
     return {
         "budgets": [
-            {"budget": budget, "differences": [
+            {"budget": budget, "methods": [], "differences": [
                 {"method": method, "reference": of, "size": ""}
                 | ({} if v is None else {"value": v, "low": low, "high": high})
                 for at, method, of, v, low, high in rows if at == budget
@@ -124,7 +124,7 @@ def test_of_one_size_the_axis_names_it_and_beside_curves_its_points_are_hollow()
     assert axes.get_xlabel().startswith("loss of d_model 64 minus dense's")
     assert not [line for line in axes.lines if line.get_markerfacecolor() == "white" and line.get_marker() != "None"]
     mixed = fits((1e13, "peer", "dense", -0.05, -0.07, -0.03), (1e13, "moe", "dense", -0.01, -0.03, 0.01))
-    mixed["budgets"][0]["methods"] = [{"name": "peer"}]
+    mixed["budgets"][0]["methods"] = [{"name": "peer", "status": "ok"}]
     mixed["budgets"][0]["differences"][1]["size"] = "d64"
     figure = drawn(differences_figure(mixed))
     axes = figure.axes[0]
@@ -133,6 +133,15 @@ def test_of_one_size_the_axis_names_it_and_beside_curves_its_points_are_hollow()
     assert (
         axes.get_xlabel().startswith("loss at the compute optimum") and "Hollow: at one size" in figure.get_supxlabel()
     )
+
+
+def test_a_difference_from_a_flagged_minimum_is_hollow() -> None:
+    two = fits((1e13, "peer", "dense", -0.05, -0.07, -0.03), (3e13, "peer", "dense", -0.02, -0.04, 0.00))
+    two["budgets"][1]["methods"] = [{"name": "peer", "status": "ok"}, {"name": "dense", "status": "off_centre"}]
+    figure = drawn(differences_figure(two))
+    points = [line for line in figure.axes[0].lines if line.get_label() == "peer"]
+    assert [line.get_markerfacecolor() == "white" for line in points] == [False, True]
+    assert "Hollow: flagged minimum (table.md)." in figure.get_supxlabel()
 
 
 def test_of_two_sizes_each_has_its_marker_and_its_place_in_the_row() -> None:

@@ -26,7 +26,9 @@ def dots(axes: Axes) -> list[float]:
 
 
 def test_multipliers_bands_seeds_and_time() -> None:
-    figure = multipliers_figure({"multipliers": PEER, "conventions": times(0.9)}, read_published(), note="a note")
+    figure = multipliers_figure(
+        {"budgets": [], "multipliers": PEER, "conventions": times(0.9)}, read_published(), note="a note"
+    )
     assert figure is not None
     flops, paper, time = figure.axes
     np.testing.assert_allclose(flops.lines[0].get_ydata(), [1.1, 1.3])
@@ -41,28 +43,38 @@ def test_multipliers_bands_seeds_and_time() -> None:
     assert paper.lines[0].get_label() == "peer" and "a note" in figure.get_supxlabel()
     assert "from one seed" in figure.get_supxlabel()
     alone = multipliers_figure(
-        {"multipliers": [*PEER[1:], {**PEER[0], "by_seed": None}], "conventions": []}, read_published()
+        {"budgets": [], "multipliers": [*PEER[1:], {**PEER[0], "by_seed": None}], "conventions": []}, read_published()
     )
     assert alone is not None and "from one seed" not in alone.get_supxlabel()
     figure.draw_without_rendering()
 
 
 def test_without_measured_times_there_is_no_panel_of_them() -> None:
-    figure = multipliers_figure({"multipliers": PEER, "conventions": times(None)}, read_published())
+    figure = multipliers_figure({"budgets": [], "multipliers": PEER, "conventions": times(None)}, read_published())
     assert figure is not None and [axes.get_title() for axes in figure.axes] == ["ours, in FLOPs", "the paper"]
 
 
 def test_budgets_below_the_trend_stand_apart_from_the_line() -> None:
     third = {**PEER[1], "budget": 1e13, "multiplier": 1.4}
-    fits = {"multipliers": [*PEER, third], "conventions": [], "trend_from": 3e12}
+    fits = {"budgets": [], "multipliers": [*PEER, third], "conventions": [], "trend_from": 3e12}
     figure = multipliers_figure(fits, read_published())
     assert figure is not None and "below the budgets of the trend" in figure.get_supxlabel()
     drawn = [np.asarray(line.get_ydata(), float).tolist() for line in figure.axes[0].lines]
     assert drawn[0] == [1.3, 1.4] and [1.1] in drawn and [1.0, 1.2] in drawn
 
 
+def test_a_multiplier_from_a_flagged_minimum_is_hollow() -> None:
+    methods = [{"name": "peer", "status": "off_centre"}, {"name": "dense", "status": "ok"}]
+    fits = {"budgets": [{"budget": 3e12, "methods": methods}], "multipliers": PEER, "conventions": []}
+    figure = multipliers_figure(fits, read_published())
+    assert figure is not None and "hollow: flagged minimum" in figure.get_supxlabel()
+    hollow = [np.asarray(line.get_ydata(), float).tolist() for line in figure.axes[0].lines
+              if line.get_markerfacecolor() == "white" and len(line.get_ydata())]  # fmt: skip
+    assert hollow == [[1.3]]
+
+
 def test_one_budget_makes_no_figure() -> None:
-    assert multipliers_figure({"multipliers": PEER[:1], "conventions": []}, read_published()) is None
+    assert multipliers_figure({"budgets": [], "multipliers": PEER[:1], "conventions": []}, read_published()) is None
 
 
 def test_the_papers_multipliers_by_hand() -> None:

@@ -53,7 +53,11 @@ def differences_figure(fits: Mapping[str, Any], *, methods: Iterable[str] = (), 
     groups = {place: (place[0], place[1] * fixed) for place in shown}  # of points with one marker
     markers = style.markers(groups.values())
     colours, grey = style.colours([*methods, *names]), style.COLOURS["dense"]
-    hollow = {place for place in shown if place[1] and not fixed}
+    flagged = style.flagged_minima(fits)
+    doubtful = {
+        place for place in shown if not place[1] and {place[::2], (place[0], shown[place]["reference"])} & flagged
+    }
+    hollow = {place for place in shown if place[1] and not fixed} | doubtful
     of_name = {name: sorted((place for place in shown if place[2] == name), key=itemgetter(0)) for name in names}
     apart = 0.8 / max(map(len, of_name.values()))  # of two points, in rows
     with style.applied():
@@ -79,7 +83,8 @@ def differences_figure(fits: Mapping[str, Any], *, methods: Iterable[str] = (), 
             named = style.budget_title(budget) + f", {style.size_label(size)}" * (fixed and len(sizes) > 1)
             handles.append(Line2D([], [], marker=marker, label=named, linestyle="none", color=grey))
         style.legend(figure, handles)
-        at_sizes = "Hollow: at one size, of a method with too few for a curve." * bool(hollow)
+        why = ["at one size, of a method with too few for a curve"] * bool(hollow - doubtful)
+        at_sizes = f"Hollow: {'; '.join([*why, *['flagged minimum (table.md)'] * bool(doubtful)])}." * bool(hollow)
         rates = " and from learning rates" if hold_rates(fits) else " alone"
         sources = bars(fits).replace("misfit of sizes, seeds", "seeds (pooled)") if fixed else bars(fits)
         if all(map(leaves_out_seeds, shown.values())):

@@ -8,7 +8,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from peerscale.laws.optima import OptimumStatus
 from peerscale.runs.study import is_dense
 from peerscale.viz import style
 from peerscale.viz.brackets import bars
@@ -36,14 +35,19 @@ def points_panel(axes: Axes, table: pd.DataFrame, *, colours: Mapping[str, str],
 
 def frontier_figure(fits: Mapping[str, Any], *, note: str = "") -> Figure | None:
     """The loss at the compute optimum and the compute multiplier over dense, from `fits.json`; None without optima."""
+    flagged = style.flagged_minima(fits)
     optima = [
         {"name": m["name"], "budget": entry["budget"], "value": m["loss"], "low": m["low"], "high": m["high"],
-         "hollow": m["status"] != OptimumStatus.OK}
+         "hollow": (entry["budget"], m["name"]) in flagged}
         for entry in fits["budgets"] for m in entry["methods"] if m["loss"] is not None
     ]  # fmt: skip
     if not optima:
         return None
-    worth = [{"name": m["method"], "value": m["multiplier"], "hollow": False, **m} for m in fits["multipliers"]]
+    worth = [
+        {**m, "name": m["method"], "value": m["multiplier"],
+         "hollow": bool({(m["budget"], m["method"]), (m["budget"], m["reference"])} & flagged)}
+        for m in fits["multipliers"]
+    ]  # fmt: skip
     losses, compared = pd.DataFrame(optima), pd.DataFrame(worth)
     names = style.ordered(losses["name"])
     colours = style.colours(names)

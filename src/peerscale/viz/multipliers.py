@@ -25,7 +25,8 @@ def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, *, note
 
     None if no method has a multiplier at two budgets.
     """
-    found = pd.DataFrame(fits["multipliers"], columns=["method", "budget", "multiplier", "low", "high", "by_seed"])
+    columns = ["method", "reference", "budget", "multiplier", "low", "high", "by_seed"]
+    found, flagged = pd.DataFrame(fits["multipliers"], columns=columns), style.flagged_minima(fits)
     if found.empty or found.groupby("method")["budget"].nunique().max() < 2:
         return None
     names = style.ordered(found["method"])
@@ -33,6 +34,8 @@ def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, *, note
         style.colours(["dense", *names]),
         paper_multipliers(published, [n.partition(" ")[0] for n in names]),
     )
+    pairs = ({(one["budget"], one["method"]), (one["budget"], one["reference"])} for one in fits["multipliers"])
+    found["hollow"] = [bool(pair & flagged) for pair in pairs]
     timed, start = in_measured_time(found, fits["conventions"]), fits.get("trend_from", 0.0)
     with style.applied():
         figure = Figure(figsize=(style.TEXT_WIDTH, 3.0), layout="constrained")
@@ -61,7 +64,7 @@ def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, *, note
         for axes, table in drawn:
             for i, name in enumerate(names):
                 factor = SIDE_BY_SIDE ** (i - (len(names) - 1) / 2)
-                _draw(axes, table[table["method"] == name], colours[name], factor, start)
+                _draw(axes, table[table["method"] == name].sort_values("budget"), colours[name], factor, start)
         for axes in panels:
             axes.axhline(1, color=colours["dense"], linewidth=0.9)
             axes.set(xscale="log", xlabel="training FLOPs")
@@ -78,7 +81,8 @@ def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, *, note
         outside = "points without a line: below the budgets of the trend (sweep.trend_from)"
         seconds = "measured time: from the step times of a separate benchmark (results/bench), without their own error"
         theirs = "the paper: from the perplexities on C4 of its Table 1, by the same rule; it gives no errors"
-        lines = [bars(fits).replace("bars", "bands", 1), outside * bool(budgets[0] < start), seeds]
+        hollow = "hollow: flagged minimum (table.md)" * bool(found["hollow"].any())
+        lines = [bars(fits).replace("bars", "bands", 1), outside * bool(budgets[0] < start), hollow, seeds]
         style.caption(figure, note, *lines, seconds * (not timed.empty), theirs)
     return figure
 
@@ -114,7 +118,6 @@ def paper_multipliers(published: pd.DataFrame, methods: Sequence[str]) -> dict[s
 
 def _draw(axes: Axes, rows: pd.DataFrame, colour: str, shift: float, start: float) -> None:
     """Draw a line with its error band, and a dot per seed; budgets below `start` stand apart, with bars."""
-    rows = rows.sort_values("budget")
     apart, line = rows[rows["budget"] < start], rows[rows["budget"] >= start]
     x, low, high = (line[key].to_numpy(float) for key in ("budget", "low", "high"))
     axes.fill_between(x * shift, low, high, color=colour, alpha=0.15, linewidth=0)
@@ -122,6 +125,8 @@ def _draw(axes: Axes, rows: pd.DataFrame, colour: str, shift: float, start: floa
     for at, middle, *ends in apart[["budget", "multiplier", "low", "high"]].to_numpy(float):
         axes.plot([at * shift] * 2, ends, color=colour, alpha=0.4, linewidth=1)
         axes.plot([at * shift], [middle], "o", color=colour)
+    hollow = rows[rows["hollow"]]
+    axes.plot(hollow["budget"] * shift, hollow["multiplier"], "o", color=colour, markerfacecolor="white")
     for budget, seeds in zip(rows["budget"], rows["by_seed"], strict=True):
         if isinstance(seeds, dict):
             axes.scatter([budget * shift * BESIDE] * len(seeds), [*seeds.values()], s=5, color=colour, linewidth=0)

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pandas as pd
@@ -21,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from peerscale.files import replacing
+from peerscale.laws.optima import OptimumStatus
 
 TEXT_WIDTH = 5.5
 """Width of the text of a one-column paper in inches, so that figures are printed unscaled."""
@@ -231,6 +233,11 @@ def method_legend(figure: Figure, names: Sequence[str], markers: Mapping[str, st
     chosen = colours(names)
     drawn = {name: {"color": chosen[name], "marker": (markers or {}).get(name)} for name in names}
     legend(figure, [Line2D([], [], **look, label=label(name)) for name, look in drawn.items()])
+
+
+def flagged_minima(fits: Mapping[str, Any]) -> set[tuple[float, str]]:
+    """Budget and method of each fitted minimum that is flagged; figures draw what is computed from it hollow."""
+    return {(e["budget"], m["name"]) for e in fits["budgets"] for m in e["methods"] if m["status"] != OptimumStatus.OK}
 
 
 def star(axes: Axes, x: float, y: float, color: str, label: str, *, hollow: bool = False) -> None:
