@@ -120,7 +120,7 @@ test: setup check ## lint, types, import rules and tests
 check: setup ## lint, types and import rules
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/pyrefly check
+	@$(BIN)/pyrefly check --min-severity error
 	@$(BIN)/lint-imports
 
 clean: ## remove caches and the environment; runs, data and results stay
