@@ -54,9 +54,8 @@ def differences_figure(fits: Mapping[str, Any], *, methods: Iterable[str] = (), 
     markers = style.markers(groups.values())
     colours, grey = style.colours([*methods, *names]), style.COLOURS["dense"]
     flagged = style.flagged_minima(fits)
-    doubtful = {
-        place for place in shown if not place[1] and {place[::2], (place[0], shown[place]["reference"])} & flagged
-    }
+    optima = {place: found for place, found in shown.items() if not place[1]}
+    doubtful = {place for place, found in optima.items() if style.compares_flagged(flagged, place[0], found)}
     hollow = {place for place in shown if place[1] and not fixed} | doubtful
     of_name = {name: sorted((place for place in shown if place[2] == name), key=itemgetter(0)) for name in names}
     apart = 0.8 / max(map(len, of_name.values()))  # of two points, in rows

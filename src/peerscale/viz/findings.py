@@ -79,11 +79,13 @@ def difference_rows(results: Path) -> list[Row]:
     """
     rows: list[tuple[float, Row]] = []
     for found in _published(results, *MAIN):
+        if found.earlier:
+            continue
         significant = {(c["rival"], _place(c)) for c in found.fits["claims"] if outcome(c) in (LEADS, TRAILS)}
         gains = {one["budget"]: one for one in found.fits["multipliers"] if one["method"] == "peer"}
         each = [one for one in found.fits["conventions"] if one["method"] == "peer"]
         in_time = {one["budget"]: one["multipliers"].get(MEASURED_TIME) for one in each}
-        for budget in [entry["budget"] for entry in found.fits["budgets"] if not found.earlier]:
+        for budget in [entry["budget"] for entry in found.fits["budgets"]]:
             texts: dict[str, list[str]] = {rival: [] for rival in RIVALS}
             for rival in RIVALS:
                 for one in _differences(found, "peer", rival):

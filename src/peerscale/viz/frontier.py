@@ -45,7 +45,7 @@ def frontier_figure(fits: Mapping[str, Any], *, note: str = "") -> Figure | None
         return None
     worth = [
         {**m, "name": m["method"], "value": m["multiplier"],
-         "hollow": bool({(m["budget"], m["method"]), (m["budget"], m["reference"])} & flagged)}
+         "hollow": style.compares_flagged(flagged, m["budget"], m)}
         for m in fits["multipliers"]
     ]  # fmt: skip
     losses, compared = pd.DataFrame(optima), pd.DataFrame(worth)

@@ -34,8 +34,7 @@ def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, *, note
         style.colours(["dense", *names]),
         paper_multipliers(published, [n.partition(" ")[0] for n in names]),
     )
-    pairs = ({(one["budget"], one["method"]), (one["budget"], one["reference"])} for one in fits["multipliers"])
-    found["hollow"] = [bool(pair & flagged) for pair in pairs]
+    found["hollow"] = [style.compares_flagged(flagged, one["budget"], one) for one in fits["multipliers"]]
     timed, start = in_measured_time(found, fits["conventions"]), fits.get("trend_from", 0.0)
     with style.applied():
         figure = Figure(figsize=(style.TEXT_WIDTH, 3.0), layout="constrained")

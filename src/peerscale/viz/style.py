@@ -240,6 +240,11 @@ def flagged_minima(fits: Mapping[str, Any]) -> set[tuple[float, str]]:
     return {(e["budget"], m["name"]) for e in fits["budgets"] for m in e["methods"] if m["status"] != OptimumStatus.OK}
 
 
+def compares_flagged(flagged: set[tuple[float, str]], budget: float, one: Mapping[str, Any]) -> bool:
+    """Whether a difference or multiplier of `fits.json` at this budget compares one of the `flagged_minima`."""
+    return not flagged.isdisjoint({(budget, one["method"]), (budget, one["reference"])})
+
+
 def star(axes: Axes, x: float, y: float, color: str, label: str, *, hollow: bool = False) -> None:
     """Mark a minimum with a star; hollow if it is flagged."""
     face, edge, width = ("white", color, 0.9) if hollow else (color, "white", 0.6)
