@@ -41,7 +41,7 @@ reproduce: ## the main command: corpus, training runs, fits, figures and table o
 	@$(MAKE) --no-print-directory data sweep figures SWEEP=reproduce
 	@echo "Browse the runs:      make dashboard (W&B in the terminal, offline)    upload them: make sync"
 
-smoke: ## from text to a figure in under a minute, on a tiny study
+smoke: ## from text to a figure in about a minute, on a tiny study
 	@$(MAKE) --no-print-directory data sweep figures SWEEP=smoke
 
 setup: .venv/installed ## create .venv and install the package (a second call does nothing)
