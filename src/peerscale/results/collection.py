@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -114,7 +115,16 @@ def write_fits(study: Study, runs: pd.DataFrame, curves: pd.DataFrame, records: 
     fits = fit_study(runs, curves, compared, settings.held_out if settings else (), steps)
     fits["answer"] = answer(fits)
     write_text(study.runs, runs.to_csv(index=False))
-    write_json(study.fits, fits)
+    write_json(study.fits, rounded(fits))
+
+
+def rounded(fits: Any) -> Any:
+    """JSON with seven significant digits in each number, since the last digits of a fit differ between processors."""
+    if isinstance(fits, Mapping):
+        return {key: rounded(value) for key, value in fits.items()}
+    if isinstance(fits, (list, tuple)):
+        return [rounded(value) for value in fits]
+    return float(f"{fits:.7g}") if isinstance(fits, float) else fits
 
 
 def plan_of(sweep: str, overrides: Sequence[str]) -> Sequence[Cell] | None:
