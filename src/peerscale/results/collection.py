@@ -119,12 +119,12 @@ def write_fits(study: Study, runs: pd.DataFrame, curves: pd.DataFrame, records: 
 
 
 def rounded(fits: Any) -> Any:
-    """JSON with seven significant digits in each number, since the last digits of a fit differ between processors."""
+    """JSON with seven significant digits in each fraction, since the last digits of a fit differ between processors."""
     if isinstance(fits, Mapping):
         return {key: rounded(value) for key, value in fits.items()}
     if isinstance(fits, (list, tuple)):
         return [rounded(value) for value in fits]
-    return float(f"{fits:.7g}") if isinstance(fits, float) else fits
+    return float(f"{fits:.7g}") if isinstance(fits, float) and not fits.is_integer() else fits
 
 
 def plan_of(sweep: str, overrides: Sequence[str]) -> Sequence[Cell] | None:
