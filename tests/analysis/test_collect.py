@@ -20,6 +20,7 @@ from peerscale.runs.fingerprint import fingerprint
 from peerscale.runs.fits import fit_study
 from peerscale.runs.record import Record, Status, read_record, write_record
 from peerscale.runs.study import collected
+from peerscale.runs.study import published as kept
 from peerscale.runs.table import runs_table
 
 collect = script("collect")
@@ -251,6 +252,22 @@ def test_the_published_records_alone_give_the_same_fits(collected_runs: Path, tm
     assert collect.main(published_and_run_here(collected_runs, tmp_path, [], [public(r) for r in records()])) == 0
     from_results, from_runs = collected(SWEEP, tmp_path / "runs"), collected(SWEEP, collected_runs)
     assert from_results.fits.read_bytes() == from_runs.fits.read_bytes()
+
+
+@pytest.mark.parametrize("sweep", ["batches", "settings", "short_runs"])
+def test_the_fits_in_results_follow_from_the_records_beside_them(sweep: str, tmp_path: Path) -> None:
+    """To seven digits, which no processor changes but where a number lies halfway between two."""
+    assert collect.main([sweep, "--runs", str(tmp_path)]) == 0
+    made, published = (json.loads(study.fits.read_text()) for study in (collected(sweep, tmp_path), kept(sweep)))
+    numbers = [(a, b) for a, b in zip(leaves(made), leaves(published), strict=True) if isinstance(a, float)]
+    assert len(numbers) > 100 and all(a == pytest.approx(b, rel=1.5e-6, abs=1e-12) for a, b in numbers)
+    assert all(f"{a:.7g}" == f"{a:.12g}" or a.is_integer() for a, _ in numbers)
+
+
+def leaves(value: Any) -> list[Any]:
+    if isinstance(value, (dict, list)):
+        return [leaf for part in (value.values() if isinstance(value, dict) else value) for leaf in leaves(part)]
+    return [value]
 
 
 def test_without_them_it_says_what_is_published(
