@@ -37,7 +37,7 @@ help: ## print this help
 	@echo "LOCKED=1: setup installs the versions that the published studies ran on (requirements.lock)"
 	@echo "Exit codes of the programs: 0 done, 1 a crash, 2 wrong input, 3 some cells failed (make sweep counts this as success), 130 Ctrl-C"
 
-reproduce: ## the main command: corpus, training runs, fits, figures and table of the study reproduce (some 25 minutes on 2 cores)
+reproduce: ## the main command: corpus, training runs, fits, figures and table of the study reproduce (17 minutes on 2 cores)
 	@$(MAKE) --no-print-directory data sweep figures SWEEP=reproduce
 	@echo "Browse the runs:      make dashboard (W&B in the terminal, offline)    upload them: make sync"
 

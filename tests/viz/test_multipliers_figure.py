@@ -17,8 +17,9 @@ PEER = [
 ]  # fmt: skip
 
 
-def times(value: float | None) -> list[dict[str, Any]]:
-    return [{"budget": one["budget"], "method": "peer", "multipliers": {"measured time": value}} for one in PEER]
+def times(*values: float | None) -> list[dict[str, Any]]:
+    each = zip(PEER, values, strict=True)
+    return [{"budget": one["budget"], "method": "peer", "multipliers": {"measured time": value}} for one, value in each]
 
 
 def dots(axes: Axes) -> list[float]:
@@ -27,19 +28,17 @@ def dots(axes: Axes) -> list[float]:
 
 def test_multipliers_bands_seeds_and_time() -> None:
     figure = multipliers_figure(
-        {"budgets": [], "multipliers": PEER, "conventions": times(0.9)}, read_published(), note="a note"
+        {"budgets": [], "multipliers": PEER, "conventions": times(0.9, 0.8)}, read_published(), note="a note"
     )
     assert figure is not None
-    flops, paper, time = figure.axes
-    np.testing.assert_allclose(flops.lines[0].get_ydata(), [1.1, 1.3])
-    np.testing.assert_allclose(time.lines[0].get_ydata(), [0.9, 0.9])
-    band = flops.collections[0].get_paths()[0].vertices[:, 1]
+    ours, paper = figure.axes
+    assert [axes.get_title() for axes in figure.axes] == ["PEER", "the paper"]
+    np.testing.assert_allclose(ours.lines[0].get_ydata(), [1.1, 1.3])
+    band = ours.collections[0].get_paths()[0].vertices[:, 1]
     assert {*np.round(band, 6)} == {1.0, 1.2, 1.5}
-    assert dots(flops) == [1.05, 1.15]
-    # in time everything is scaled: by 0.9 / 1.1 at 1e12 and by 0.9 / 1.3 at 3e12
-    band = time.collections[0].get_paths()[0].vertices[:, 1]
-    assert {*np.round(band, 6)} == {*np.round([0.9 / 1.1 * 1.0, 0.9 / 1.1 * 1.2, 0.9 / 1.3 * 1.2, 0.9 / 1.3 * 1.5], 6)}
-    assert dots(time) == pytest.approx([0.9 / 1.1 * 1.05, 0.9 / 1.1 * 1.15])
+    assert dots(ours) == [1.05, 1.15]
+    (time,) = (line for line in ours.lines if line.get_linestyle() == "--")
+    np.testing.assert_allclose(time.get_ydata(), [0.9, 0.8])
     assert paper.lines[0].get_label() == "peer" and "a note" in figure.get_supxlabel()
     assert "from one seed" in figure.get_supxlabel()
     alone = multipliers_figure(
@@ -49,16 +48,24 @@ def test_multipliers_bands_seeds_and_time() -> None:
     figure.draw_without_rendering()
 
 
-def test_without_measured_times_there_is_no_panel_of_them() -> None:
-    figure = multipliers_figure({"budgets": [], "multipliers": PEER, "conventions": times(None)}, read_published())
-    assert figure is not None and [axes.get_title() for axes in figure.axes] == ["ours, in FLOPs", "the paper"]
+def test_without_measured_times_there_is_no_line_of_them() -> None:
+    figure = multipliers_figure({"budgets": [], "multipliers": PEER, "conventions": times(None, None)}, read_published())
+    assert figure is not None and "in training time" not in figure.get_supxlabel()
+    assert not any(line.get_linestyle() == "--" and len(line.get_xdata()) for line in figure.axes[0].lines)
+
+
+def test_each_method_has_a_panel_with_its_variants() -> None:
+    others = [{**one, "method": name} for one in PEER for name in ("pkm", "peer n_experts=16384")]
+    figure = multipliers_figure({"budgets": [], "multipliers": [*PEER, *others], "conventions": []}, read_published())
+    assert figure is not None and [axes.get_title() for axes in figure.axes] == ["PKM", "PEER", "the paper"]
+    assert [len(axes.collections) for axes in figure.axes] == [2, 4, 0]  # bands, and dots of seeds
 
 
 def test_budgets_below_the_trend_stand_apart_from_the_line() -> None:
     third = {**PEER[1], "budget": 1e13, "multiplier": 1.4}
     fits = {"budgets": [], "multipliers": [*PEER, third], "conventions": [], "trend_from": 3e12}
     figure = multipliers_figure(fits, read_published())
-    assert figure is not None and "below the budgets of the trend" in figure.get_supxlabel()
+    assert figure is not None and "points without a line" in figure.get_supxlabel()
     drawn = [np.asarray(line.get_ydata(), float).tolist() for line in figure.axes[0].lines]
     assert drawn[0] == [1.3, 1.4] and [1.1] in drawn and [1.0, 1.2] in drawn
 

@@ -31,6 +31,7 @@ def curves_figure(curves: pd.DataFrame, runs: pd.DataFrame, *, note: str = "") -
     drawn = runs[usable(runs)]
     budgets = sorted((runs if drawn.empty else drawn)["budget"].unique())
     names = style.ordered(drawn["name"])
+    colours = style.colours(names)
     rows = 1 + (len(names) > 1 and any(same_variant("dense", name, names) for name in names))
     with style.applied():
         figure = Figure(figsize=(style.TEXT_WIDTH, 2.2 * rows + 0.5), layout="constrained")
@@ -43,17 +44,17 @@ def curves_figure(curves: pd.DataFrame, runs: pd.DataFrame, *, note: str = "") -
             best = {name: late[late["cell"] == lowest["cell"][name]] for name in style.ordered(lowest.index)}
             sizes += sizes_note(budget, {name: lowest["size"][name] for name in best})
             for name in best:
-                look = {"color": style.colours(best)[name], "linewidth": 0.9, "label": name}
+                look = {"color": colours[name], "linewidth": 0.9, "label": name}
                 column[0].plot(best[name]["flops"], best[name]["loss"], **look)
             if rows > 1:
-                draw_distances(column[1], best)
+                draw_distances(column[1], best, colours)
             limits = (0.9 * SKIPPED_SHARE * budget, 1.1 * budget)
             column[0].set(xscale="log", xlim=limits, title=style.budget_title(budget))
             column[-1].set_xlabel("training FLOPs spent")
             style.decade_axis(column[-1].xaxis)
-        panels[0, 0].set_ylabel("training loss (nats)")
+        panels[0, 0].set_ylabel("training loss (nats per token)")
         if rows > 1:
-            panels[1, 0].set_ylabel("loss minus dense's (nats)")
+            panels[1, 0].set_ylabel("loss minus dense's (nats per token)")
         style.method_legend(figure, names)
         figure.set_figheight(figure.get_figheight() + 0.12 * len(sizes))
         which = "each method's run of lowest validation loss; below, its loss minus dense's at equal FLOPs spent"
@@ -72,9 +73,8 @@ def sizes_note(budget: float, sizes: Mapping[str, str]) -> list[str]:
     return textwrap.wrap(f"{style.budget_title(budget)}: {told}", CAPTION_WIDTH) if told else []
 
 
-def draw_distances(axes: Axes, best: dict[str, pd.DataFrame]) -> None:
+def draw_distances(axes: Axes, best: dict[str, pd.DataFrame], colours: Mapping[str, str]) -> None:
     """Draw each curve minus dense's at the same FLOPs (log-linear between points)."""
-    colours = style.colours(best)
     axes.axhline(0, color=style.COLOURS["dense"], linewidth=0.9, label="_dense")
     for name in style.ordered(best):
         reference = same_variant("dense", name, list(best))

@@ -15,7 +15,7 @@ from peerscale.errors import UserError
 from peerscale.runs.claims import turned
 from peerscale.runs.conventions import MEASURED_TIME
 from peerscale.runs.record import ENDED, Status
-from peerscale.runs.study import header, published, read_fits, usable
+from peerscale.runs.study import header, published, read_fits, usable, without_brackets
 from peerscale.runs.table import read_runs
 from peerscale.viz.answer import EQUALS, LEADS, TRAILS, UNDECIDED, outcome
 from peerscale.viz.markdown import number, plus_minus, signed_interval, table, with_interval
@@ -56,7 +56,7 @@ class Evidence:
     sweep: str
     fits: Mapping[str, Any]
     runs: pd.DataFrame
-    """Finished cells."""
+    """Finished cells, without rate brackets."""
     earlier: bool
     """Whether its rates are from 5e11 FLOPs, so that it decides nothing (`EARLIER`)."""
     to_run: str
@@ -95,7 +95,10 @@ def difference_rows(results: Path) -> list[Row]:
                         texts[rival].append(f"{bold}{plus_minus(one)}{bold}{at}")
             row = {f"PEER − {label(rival)}": ", ".join(each) or "—" for rival, each in texts.items()}
             row["multiplier [95 %]"] = _interval(gains[budget], "multiplier") if budget in gains else "—"
-            row["in training time"] = number(in_time.get(budget))
+            row["in training time"] = "—"
+            if budget in gains and (timed := in_time.get(budget)) is not None:  # its ends are scaled like the multiplier
+                scaled = {key: gains[budget][key] * timed / gains[budget]["multiplier"] for key in ("multiplier", "low", "high")}
+                row["in training time"] = _interval(scaled, "multiplier")
             if {*row.values()} != {"—"}:
                 study = f"[{found.sweep}](results/{found.sweep}/table.md)"
                 seeds = found.runs.loc[found.runs["budget"] == budget, "seed"].nunique()
@@ -141,7 +144,7 @@ def _published(results: Path, *sweeps: str) -> list[Evidence]:
             left = (~runs["status"].isin([*ENDED, Status.DROPPED])).sum()
             to_run = f"; {left} of its {len(runs)} cells are still to run" if left else ""
             earlier, fits = "Withdrawn" in header(sweep_text(sweep)), read_fits(study.fits)
-            found.append(Evidence(sweep=sweep, fits=fits, runs=runs[usable(runs)], earlier=earlier, to_run=to_run))
+            found.append(Evidence(sweep=sweep, fits=fits, runs=without_brackets(runs[usable(runs)]), earlier=earlier, to_run=to_run))
     return found
 
 
@@ -192,7 +195,7 @@ def _growth(found: Evidence) -> tuple[str, str]:
     values = "; ".join(f"{budget_name(one['budget'])}: {_interval(one, 'multiplier')}" for one in each)
     slope = next((one for one in found.fits["growth"] if one["method"] == "peer"), None)
     if slope is None:
-        return values, "cannot be told: needs four budgets"
+        return values, "cannot be told: needs four budgets of one kind of model"
     told = "holds" if slope["low"] > 0 else "does not hold" if slope["high"] < 0 else "cannot be told"
     return f"ln multiplier per decade {_interval(slope, 'slope')}; {values}", told
 

@@ -14,14 +14,12 @@ from peerscale.viz import style
 from peerscale.viz.brackets import bars
 from peerscale.viz.published import paper_values
 
-SIDE_BY_SIDE = 1.09
-"""Factor between the x values of two methods, so that they do not overlap."""
-BESIDE = 1.045
-"""Factor between the x values of a mean and its seeds, half of the way to the next method."""
+BESIDE = 1.06
+"""Factor between the x values of a mean and its seeds."""
 
 
 def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, *, note: str = "") -> Figure | None:
-    """Multipliers from `fits.json`, with intervals and a dot per seed; on the right those of the paper.
+    """Multipliers from `fits.json`, a panel a method, with intervals and a dot per seed; on the right those of the paper.
 
     None if no method has a multiplier at two budgets.
     """
@@ -30,59 +28,44 @@ def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, *, note
     if found.empty or found.groupby("method")["budget"].nunique().max() < 2:
         return None
     names = style.ordered(found["method"])
-    colours, paper = (
-        style.colours(["dense", *names]),
-        paper_multipliers(published, [n.partition(" ")[0] for n in names]),
-    )
+    methods = list(dict.fromkeys(name.partition(" ")[0] for name in names))
+    paper = paper_multipliers(published, methods)
+    colours = style.colours([*methods, *names])
     found["hollow"] = [style.compares_flagged(flagged, one["budget"], one) for one in fits["multipliers"]]
     timed, start = in_measured_time(found, fits["conventions"]), fits.get("trend_from", 0.0)
+    budgets = sorted(found["budget"].unique())
     with style.applied():
-        figure = Figure(figsize=(style.TEXT_WIDTH, 3.0), layout="constrained")
-        grid = figure.add_gridspec(1, 3, width_ratios=[5, 2.4, 0.01] if timed.empty else [5, 2.4, 5])
-        flops = figure.add_subplot(grid[0])
-        beside = figure.add_subplot(grid[1], sharey=flops)
-        drawn = [(flops, found)]
+        figure = Figure(figsize=(style.TEXT_WIDTH, 2.8), layout="constrained")
+        panels = figure.subplots(1, len(methods) + bool(paper), sharey=True, squeeze=False)[0]
+        for axes, method in zip(panels, methods, strict=False):
+            for name in [name for name in names if name.partition(" ")[0] == method]:
+                draw_line(axes, found[found["method"] == name].sort_values("budget"), colours[name], start)
+                in_time = timed[(timed["method"] == name) & (timed["budget"] >= start)].sort_values("budget")
+                axes.plot(in_time["budget"], in_time["multiplier"], "--", color=colours[name], linewidth=0.9)
+            axes.set_title(style.label(method), fontsize=8)
+            style.decade_axis(axes.xaxis, budgets if len(budgets) < 3 else [b for b in budgets if np.log10(b) % 1 == 0])
         for name, values in paper.items():
-            beside.plot(
-                [*values],
-                [*values.values()],
-                "D-",
-                color=colours.get(name, style.COLOURS[name]),
-                markerfacecolor="white",
-                label=name,
-            )
-        flops.set(ylabel="compute multiplier over dense", title="ours, in FLOPs", yscale="log")
-        beside.set(title="the paper", xscale="log", xlim=(3.5e18, 3.5e19))
-        beside.tick_params(labelleft=False)
-        panels = [flops, beside]
-        if not timed.empty:
-            panels.append(figure.add_subplot(grid[2], sharey=flops))
-            panels[2].set(title="ours, in measured time")
-            panels[2].tick_params(labelleft=False)
-            drawn.append((panels[2], timed))
-        for axes, table in drawn:
-            for i, name in enumerate(names):
-                factor = SIDE_BY_SIDE ** (i - (len(names) - 1) / 2)
-                _draw(axes, table[table["method"] == name].sort_values("budget"), colours[name], factor, start)
+            panels[-1].plot([*values], [*values.values()], "D-", color=colours[name], markerfacecolor="white", label=name)
+        if paper:
+            panels[-1].set_title("the paper", fontsize=8)
+            panels[-1].set_xlim(3e18, 4e19)
+            style.decade_axis(panels[-1].xaxis, [6e18, 2e19])
         for axes in panels:
-            axes.axhline(1, color=colours["dense"], linewidth=0.9)
+            axes.axhline(1, color=style.COLOURS["dense"], linewidth=0.9)
             axes.set(xscale="log", xlabel="training FLOPs")
-        budgets = sorted(found["budget"].unique())
-        for axes in (flops, *panels[2:]):
-            style.decade_axis(axes.xaxis, budgets)
-        style.decade_axis(beside.xaxis, [6e18, 2e19])
-        style.log_axis(flops.yaxis, *flops.get_ylim())
+        panels[0].set(ylabel="compute multiplier over dense", yscale="log")
+        style.log_axis(panels[0].yaxis, *panels[0].get_ylim())
         style.method_legend(figure, names)
         seeds = (
             "small dots: the multiplier from one seed at this budget, with means over seeds at the other budgets"
             * bool(found["by_seed"].map(lambda each: isinstance(each, dict)).any())
         )
-        outside = "points without a line: below the budgets of the trend (sweep.trend_from)"
-        seconds = "measured time: from the step times of a separate benchmark (results/bench), without their own error"
+        outside = "points without a line: other models or batches than from there on (table.md)"
+        seconds = "dashed: in training time, from the step times of a separate benchmark (results/bench)"
         theirs = "the paper: from the perplexities on C4 of its Table 1, by the same rule; it gives no errors"
         hollow = "hollow: flagged minimum (table.md)" * bool(found["hollow"].any())
         lines = [bars(fits).replace("bars", "bands", 1), outside * bool(budgets[0] < start), hollow, seeds]
-        style.caption(figure, note, *lines, seconds * (not timed.empty), theirs)
+        style.caption(figure, note, *lines, seconds * (not timed.empty), theirs * bool(paper))
     return figure
 
 
@@ -115,17 +98,17 @@ def paper_multipliers(published: pd.DataFrame, methods: Sequence[str]) -> dict[s
     return found
 
 
-def _draw(axes: Axes, rows: pd.DataFrame, colour: str, shift: float, start: float) -> None:
+def draw_line(axes: Axes, rows: pd.DataFrame, colour: str, start: float) -> None:
     """Draw a line with its error band, and a dot per seed; budgets below `start` stand apart, with bars."""
     apart, line = rows[rows["budget"] < start], rows[rows["budget"] >= start]
     x, low, high = (line[key].to_numpy(float) for key in ("budget", "low", "high"))
-    axes.fill_between(x * shift, low, high, color=colour, alpha=0.15, linewidth=0)
-    axes.plot(x * shift, line["multiplier"].to_numpy(float), "o-", color=colour)
+    axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+    axes.plot(x, line["multiplier"].to_numpy(float), "o-", color=colour)
     for at, middle, *ends in apart[["budget", "multiplier", "low", "high"]].to_numpy(float):
-        axes.plot([at * shift] * 2, ends, color=colour, alpha=0.4, linewidth=1)
-        axes.plot([at * shift], [middle], "o", color=colour)
+        axes.plot([at] * 2, ends, color=colour, alpha=0.4, linewidth=1)
+        axes.plot([at], [middle], "o", color=colour)
     hollow = rows[rows["hollow"]]
-    axes.plot(hollow["budget"] * shift, hollow["multiplier"], "o", color=colour, markerfacecolor="white")
+    axes.plot(hollow["budget"], hollow["multiplier"], "o", color=colour, markerfacecolor="white")
     for budget, seeds in zip(rows["budget"], rows["by_seed"], strict=True):
         if isinstance(seeds, dict):
-            axes.scatter([budget * shift * BESIDE] * len(seeds), [*seeds.values()], s=5, color=colour, linewidth=0)
+            axes.scatter([budget * BESIDE] * len(seeds), [*seeds.values()], s=5, color=colour, linewidth=0)

@@ -321,7 +321,7 @@ def settings_lines(runs: pd.DataFrame, fits: Fits) -> list[str]:
 
 
 def experts_and_norm(runs: pd.DataFrame, fits: Fits, published: pd.DataFrame) -> list[str]:
-    """The paper's table 2 beside ours, and the effect of BatchNorm."""
+    """The paper's table 2 beside ours, for runs of one size and budget, and the effect of BatchNorm."""
     pairs = [
         {"method": label(re.sub("[ -]query_norm=true", "", found["method"])),
          "loss with BatchNorm minus loss without [95 %]": signed_interval(found)}
@@ -330,7 +330,7 @@ def experts_and_norm(runs: pd.DataFrame, fits: Fits, published: pd.DataFrame) ->
     ]  # fmt: skip
     return section(
         "Experts and BatchNorm on the queries (the paper's table 2)",
-        norm_rows(runs, published),
+        norm_rows(runs, published) if len(runs[["size", "budget"]].drop_duplicates()) == 1 else [],
         "Pairs: without / with BatchNorm. Experts used and unevenness: by the paper's section 3.3, ours over "
         f"{listed(runs['usage_tokens'])} tokens.",
     ) + section("What BatchNorm on the queries changes", pairs)

@@ -113,9 +113,10 @@ def ordered(names: Iterable[str]) -> list[str]:
 
 
 def colours(names: Iterable[str]) -> dict[str, str]:
-    """A colour per name: the colour of its method or, if a method has several variants, its shades from light to dark.
+    """A colour per name: the colour of its method or, for several variants, shades of it from light to dark.
 
-    An unknown method's colour depends on its name alone, unless two would share one.
+    The method as its file configures it keeps the colour, and its variants are lighter. An unknown method's colour depends
+    on its name alone, unless two would share one.
     """
     variants: dict[str, list[str]] = {}
     for name in ordered(names):
@@ -125,11 +126,14 @@ def colours(names: Iterable[str]) -> dict[str, str]:
         slot = zlib.crc32(method.encode()) % len(SPARE_COLOURS)
         spare = SPARE_COLOURS[slot:] + SPARE_COLOURS[:slot]
         chosen[method] = COLOURS.get(method) or next((c for c in spare if c not in chosen.values()), spare[0])
-    return {
-        name: shaded(chosen[method], (i + 0.5) / len(members)) if len(members) > 1 else chosen[method]
-        for method, members in variants.items()
-        for i, name in enumerate(members)
-    }
+    found: dict[str, str] = {}
+    for method, members in variants.items():
+        others, darkest = [name for name in members if name != method], 0.6 if method in members else 1.0
+        shades = [shaded(chosen[method], darkest * (i + 0.5) / len(others)) for i in range(len(others))]
+        found |= {method: chosen[method]} | dict(zip(others, shades, strict=True))
+        if len(members) == 1:
+            found[members[0]] = chosen[method]
+    return {name: found[name] for members in variants.values() for name in members}
 
 
 def shaded(colour: str, place: float) -> str:
