@@ -49,7 +49,9 @@ def test_multipliers_bands_seeds_and_time() -> None:
 
 
 def test_without_measured_times_there_is_no_line_of_them() -> None:
-    figure = multipliers_figure({"budgets": [], "multipliers": PEER, "conventions": times(None, None)}, read_published())
+    figure = multipliers_figure(
+        {"budgets": [], "multipliers": PEER, "conventions": times(None, None)}, read_published()
+    )
     assert figure is not None and "in training time" not in figure.get_supxlabel()
     assert not any(line.get_linestyle() == "--" and len(line.get_xdata()) for line in figure.axes[0].lines)
 

@@ -94,10 +94,11 @@ def difference_rows(results: Path) -> list[Row]:
                         at = f" at {size_label(one['size'])}" * bool(one["size"])
                         texts[rival].append(f"{bold}{plus_minus(one)}{bold}{at}")
             row = {f"PEER − {label(rival)}": ", ".join(each) or "—" for rival, each in texts.items()}
-            row["multiplier [95 %]"] = _interval(gains[budget], "multiplier") if budget in gains else "—"
+            gain, timed = gains.get(budget), in_time.get(budget)
+            row["multiplier [95 %]"] = _interval(gain, "multiplier") if gain else "—"
             row["in training time"] = "—"
-            if budget in gains and (timed := in_time.get(budget)) is not None:  # its ends are scaled like the multiplier
-                scaled = {key: gains[budget][key] * timed / gains[budget]["multiplier"] for key in ("multiplier", "low", "high")}
+            if gain and timed is not None:  # its ends are scaled as the multiplier is
+                scaled = {key: gain[key] * timed / gain["multiplier"] for key in ("multiplier", "low", "high")}
                 row["in training time"] = _interval(scaled, "multiplier")
             if {*row.values()} != {"—"}:
                 study = f"[{found.sweep}](results/{found.sweep}/table.md)"
@@ -144,7 +145,11 @@ def _published(results: Path, *sweeps: str) -> list[Evidence]:
             left = (~runs["status"].isin([*ENDED, Status.DROPPED])).sum()
             to_run = f"; {left} of its {len(runs)} cells are still to run" if left else ""
             earlier, fits = "Withdrawn" in header(sweep_text(sweep)), read_fits(study.fits)
-            found.append(Evidence(sweep=sweep, fits=fits, runs=without_brackets(runs[usable(runs)]), earlier=earlier, to_run=to_run))
+            found.append(
+                Evidence(
+                    sweep=sweep, fits=fits, runs=without_brackets(runs[usable(runs)]), earlier=earlier, to_run=to_run
+                )
+            )
     return found
 
 

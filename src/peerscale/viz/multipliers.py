@@ -19,7 +19,7 @@ BESIDE = 1.06
 
 
 def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, *, note: str = "") -> Figure | None:
-    """Multipliers from `fits.json`, a panel a method, with intervals and a dot per seed; on the right those of the paper.
+    """Multipliers from `fits.json`, a panel a method, with intervals and dots of seeds; on the right the paper's.
 
     None if no method has a multiplier at two budgets.
     """
@@ -45,7 +45,9 @@ def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, *, note
             axes.set_title(style.label(method), fontsize=8)
             style.decade_axis(axes.xaxis, budgets if len(budgets) < 3 else [b for b in budgets if np.log10(b) % 1 == 0])
         for name, values in paper.items():
-            panels[-1].plot([*values], [*values.values()], "D-", color=colours[name], markerfacecolor="white", label=name)
+            panels[-1].plot(
+                [*values], [*values.values()], "D-", color=colours[name], markerfacecolor="white", label=name
+            )
         if paper:
             panels[-1].set_title("the paper", fontsize=8)
             panels[-1].set_xlim(3e18, 4e19)

@@ -115,8 +115,8 @@ def ordered(names: Iterable[str]) -> list[str]:
 def colours(names: Iterable[str]) -> dict[str, str]:
     """A colour per name: the colour of its method or, for several variants, shades of it from light to dark.
 
-    The method as its file configures it keeps the colour, and its variants are lighter. An unknown method's colour depends
-    on its name alone, unless two would share one.
+    The method as its file configures it keeps the colour, and its variants are lighter. An unknown method's colour
+    depends on its name alone, unless two would share one.
     """
     variants: dict[str, list[str]] = {}
     for name in ordered(names):
