@@ -130,9 +130,8 @@ def test_of_one_size_the_axis_names_it_and_beside_curves_its_points_are_hollow()
     axes = figure.axes[0]
     hollow = [line for line in axes.lines if line.get_markerfacecolor() == "white" and line.get_marker() != "None"]
     assert [line.get_label() for line in hollow] == ["moe"]
-    assert (
-        axes.get_xlabel().startswith("loss at the compute optimum") and "Hollow: at one size" in figure.get_supxlabel()
-    )
+    assert axes.get_xlabel().startswith("loss at the compute optimum")
+    assert "Hollow: compared at equal size (d_model 64), since" in figure.get_supxlabel()
 
 
 def test_a_difference_from_a_flagged_minimum_is_hollow() -> None:

@@ -122,7 +122,7 @@ def brackets_figure(fits: Fits, *, note: str = "") -> Figure | None:
                 axes.plot(x, y, color=colour, linewidth=0.9, label=f"_parabola {name}")
                 if not is_beyond(one):
                     style.star(axes, one["best"], one["lowest"], colour, f"_best {name}")
-            axes.set(title=f"{style.budget_title(place[0])}, {style.size_label(place[1])}", xscale="log")
+            axes.set(title=f"{style.budget_title(place[0])}\n{style.size_label(place[1])}", xscale="log")
             axes.set_xlabel("factor of the usual rate")
             style.decade_axis(axes.xaxis, tried, "{:g}".format)
         style.label_left(panels, "loss (nats per token)")

@@ -135,7 +135,7 @@ def isoflop_figure(runs: pd.DataFrame, fits: Mapping[str, Any], *, x: str, note:
             fitted = methods.get(budget, {})
             isoflop_panel(axes, runs[runs["budget"] == budget], fitted, x=x, markers=markers, colours=colours)
             axes.set(title=style.budget_title(budget), xlabel=X_LABELS[x])
-        panels[0].set_ylabel("validation perplexity")
+        style.label_left(panels, "validation perplexity")
         style.method_legend(figure, names, markers)
         of_all = [m for entry in methods.values() for m in entry.values()]
         flagged = any(m["status"] != OptimumStatus.OK for m in of_all)

@@ -14,7 +14,7 @@ from peerscale.viz import style
 from peerscale.viz.brackets import bars
 from peerscale.viz.published import paper_values
 
-BESIDE = 1.06
+BESIDE = 1.18
 """Factor between the x values of a mean and its seeds."""
 
 
@@ -37,6 +37,9 @@ def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, *, note
     with style.applied():
         figure = Figure(figsize=(style.TEXT_WIDTH, 2.8), layout="constrained")
         panels = figure.subplots(1, len(methods) + bool(paper), sharey=True, squeeze=False)[0]
+        for axes in panels:
+            axes.axhline(1, color=style.COLOURS["dense"], linewidth=0.9)
+            axes.set(xscale="log", xlabel="training FLOPs", xmargin=0.12)
         for axes, method in zip(panels, methods, strict=False):
             for name in [name for name in names if name.partition(" ")[0] == method]:
                 draw_line(axes, found[found["method"] == name].sort_values("budget"), colours[name], start)
@@ -50,11 +53,8 @@ def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, *, note
             )
         if paper:
             panels[-1].set_title("the paper", fontsize=8)
-            panels[-1].set_xlim(3e18, 4e19)
+            panels[-1].set_xlim(4.6e18, 2.6e19)
             style.decade_axis(panels[-1].xaxis, [6e18, 2e19])
-        for axes in panels:
-            axes.axhline(1, color=style.COLOURS["dense"], linewidth=0.9)
-            axes.set(xscale="log", xlabel="training FLOPs")
         panels[0].set(ylabel="compute multiplier over dense", yscale="log")
         style.log_axis(panels[0].yaxis, *panels[0].get_ylim())
         style.method_legend(figure, names)
