@@ -30,9 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = read_runs(study.runs)
     if not usable(main := without_brackets(runs)).any():
         raise UserError(f"study {arguments.sweep!r} has no finished cell to draw")
+    drawn = []
     for name, figure in study_figures(study, runs, arguments.x):
         for path in style.save(figure, study.figures / name):
             print(path)
+            drawn.append(path)
+    if arguments.x == DEFAULT_X:
+        for former in {*study.figures.glob("*")} - {*drawn}:  # of other settings or other runs
+            former.unlink()
     forecasts = read_forecasts(published(arguments.sweep, arguments.results))
     withdrawn = header(sweep_text(study.sweep)).get("Withdrawn", "")
     text = study_table(study.sweep, runs, read_fits(study.fits), forecasts, withdrawn)

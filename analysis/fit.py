@@ -36,6 +36,8 @@ from peerscale.laws.parametric import Surface
 from peerscale.laws.solver import FitStatus, Objective
 from peerscale.runs import read_runs
 from peerscale.runs.curves import CURVES
+from peerscale.runs.rates import names_under_law, tries_rates
+from peerscale.runs.study import method_names, usable, without_brackets
 from peerscale.runs.table import read_table as read_csv
 
 PROGRAM = ".venv/bin/python analysis/fit.py"
@@ -145,9 +147,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def read_table(path: Path, where: str | None, *, curves: bool = False) -> pd.DataFrame:
-    """The rows of a CSV (labelled by line), or of a study's runs or training curves, that satisfy the query."""
+    """The rows of a CSV (labelled by line), or of a study's finished runs or their curves, that satisfy the query.
+
+    In a study, `method` is the name of the curve: layers and settings are not mixed, and rate brackets are left out.
+    """
     if path.is_dir():
         table = read_runs(path)
+        table = table[usable(table)]
+        table = table if tries_rates(table) else without_brackets(table)
+        table = table.assign(method=names_under_law(table) if tries_rates(table) else method_names(table))
         if curves:  # add the columns of their runs, with the suffix `_final` if the curves have the same column
             table = read_csv(path / "curves.csv", CURVES).merge(table, on="cell", suffixes=("", "_final"))
     else:
@@ -257,14 +265,17 @@ def fit_learning_rates(table: pd.DataFrame, hold_out: str | None, **options: Any
         f"rates: {fit.n} runs on {fit.n_curves} curves, which scatter by {fit.scatter:.2g} about parabolas in ln lr of "
         f"curvature {fit.curvature:.3g} +- {fit.curvature_se:.1g}"
     ]
-    for method, law in fit.laws.items():
+    chosen, intervals = (fit.own, fit.own_ci) if fit.exponents == "own" else (fit.laws, fit.ci)
+    for i, (method, law) in enumerate(chosen.items()):
         at = ", ".join(f"{name} {getattr(law, f'{name}_0'):g}" for name in fit.fitted)
         where = f"at {at}" * bool(at)
-        lines.append(f"  m of {method:<20} {_number(law.m, fit.ci[method]['m']):<32} {where}".rstrip())
-    law, intervals = next(iter(fit.laws.values())), next(iter(fit.ci.values()))
-    lines += [f"  {name:<25} {_number(getattr(law, name), ci)}" for name, ci in intervals.items() if name != "m"]
+        lines.append(f"  m of {method:<20} {_number(law.m, intervals[method]['m']):<32} {where}".rstrip())
+        if fit.exponents == "own" or i == len(chosen) - 1:
+            exponents = {name: ci for name, ci in intervals[method].items() if name != "m"}
+            lines += [f"  {name:<25} {_number(getattr(law, name), ci)}" for name, ci in exponents.items()]
     if test := fit.equal_exponents:
-        lines.append(f"  one set of exponents for all: F{test['df']} = {test['f']:.2f}, p = {test['p']:.2g}")
+        kept = "; so each method has its own" * (fit.exponents == "own")
+        lines.append(f"  one set of exponents for all: F{test['df']} = {test['f']:.2f}, p = {test['p']:.2g}{kept}")
     for one in fit.held_out if held is not None else ():
         lines.append(f"  held out {one.name}: best {one.best:.3g}, predicted {one.predicted:.3g}, costs {one.cost:.2g}")
     if fit.held_out:

@@ -85,6 +85,8 @@ def planned_cells(sweep: str | Path, overrides: Sequence[str] = ()) -> list[Cell
     for override in overrides:
         if re.match(r"hydra[./]", key := overridden_key(override)):
             raise ConfigError(f"{override}: a study may not change Hydra's own settings")
+        if key.partition(".")[0] == "sweep":
+            raise ConfigError(f"{override}: the keys of a study are changed one by one: sweep.KEY=VALUE")
         of_rows = ["batch_sequences"] if any(row.batch_sequences for row in study.grid) else []
         if key in {*NAMED, *of_rows, *(axis for _, axes in all_axes(study) for axis in axes)}:
             raise ConfigError(f"{file.name} varies {key}; {instead_of_override(key, override.partition('=')[2])}")

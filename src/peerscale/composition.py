@@ -76,7 +76,10 @@ def read_study(file: Path) -> dict[str, Any]:
     """The contents of a study's file, not yet laid over conf/; raises `ConfigError` if it is not a study."""
     from omegaconf import OmegaConf
 
-    study = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    try:
+        study = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file.name} is not UTF-8 text") from None
     if not isinstance(study, dict):
         raise ConfigError(f"{file.name}: input should be a mapping with a `sweep:` section, not a list")
     if {*(study.pop("hydra", None) or {})} - {"mode"}:  # `hydra.mode` was once required; it has no effect now

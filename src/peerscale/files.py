@@ -31,7 +31,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` at the end, or remove it on an error.
 
     The file or folder that the block makes there appears at `path` in one step, except that an existing folder is
-    removed first. On an error `path` stays as it was.
+    moved away first. On an error in the block `path` stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -39,7 +39,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         if temporary.is_dir() and path.is_dir():
-            shutil.rmtree(path)
+            path.rename(scratch / ".before")
         temporary.replace(path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from peerscale.branches import in_turn
 from peerscale.cells import Cell, pending_cells, planned_cells
+from peerscale.composition import study_files, sweep_file
 from peerscale.data.prepare import prepare
 from peerscale.data.store import read_manifest
 from peerscale.errors import ArgumentParser, FailedCells, UserError, exit_code
@@ -81,6 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{len(failed)} of {len(cells)} cells failed: {some(failed)}; reasons: make status SWEEP={name}"
         )
     draw = f"make figures SWEEP={name}{' PUBLISHED=1' if elsewhere else ''}"
+    if (file := sweep_file(options.sweep)) not in map(Path.resolve, study_files()):
+        draw += f" (first copy {file} to sweeps/, where it looks for studies)"
     if Status.RUNNING in statuses.values():
         print(f"some cells are being run by another process: make status SWEEP={name}", file=sys.stderr)
     else:
@@ -93,15 +96,25 @@ def run_here(cells: Sequence[Cell], n_processes: int | None) -> dict[str, Status
 
     Raises:
         UserError: a cell cannot be run as it is; running cells stop as on Ctrl-C.
+        FailedCells: one of the processes was killed.
     """
     groups = in_turn(cells)
     if n_processes is None:
         statuses = [run_in_turn(group) for group in groups]
     else:
         from joblib import Parallel, delayed
+        from joblib.externals.loky.process_executor import TerminatedWorkerError
 
         with _terminated_as_by_ctrl_c():
-            statuses = Parallel(n_jobs=n_processes, batch_size=1)(delayed(_run_as_worker)(group) for group in groups)
+            try:
+                statuses = Parallel(n_jobs=n_processes, batch_size=1)(
+                    delayed(_run_as_worker)(group) for group in groups
+                )
+            except TerminatedWorkerError:
+                raise FailedCells(
+                    "a process was killed, perhaps since memory ran out, and the others were stopped; the same command "
+                    "continues every cell from its checkpoint; fewer at once need less memory: JOBS=1"
+                ) from None
     return {name: status for group in statuses for name, status in group.items()}
 
 

@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
-from peerscale.cell_names import budget_name
+from peerscale.cell_names import axes_label, budget_name
 from peerscale.cells import Cell, how_to_rerun, state, without_brackets
 from peerscale.config import Config
 from peerscale.plan import Plan, Verdict
@@ -20,15 +21,18 @@ def diverged_lines(cells: Sequence[Cell], data_fingerprint: str) -> list[str]:
 
 
 def short_methods(cells: Sequence[Cell], min_sizes: int) -> list[str]:
-    """Methods with fewer than `min_sizes` sizes left at a budget, one line each."""
-    lines = []
-    usual = without_brackets(cells)
-    for name, budget in sorted({(cell.config.ffn.name, cell.config.budget) for cell in cells}):
-        mine = [c for c in usual if (c.config.ffn.name, c.config.budget) == (name, budget)]
-        left = {c.config.size for c in mine if c.plan.verdict is Verdict.OK}
-        if len(left) < min_sizes:
-            lines.append(f"{name} has {len(left)} sizes left at {budget_name(budget)}, fewer than {min_sizes}")
-    return lines
+    """Curves with fewer than `min_sizes` sizes left at a budget, one line each."""
+    left: dict[tuple[str, float], set[Any]] = {}
+    for cell in without_brackets(cells):
+        name = " ".join(filter(None, (cell.config.ffn.name, axes_label(cell.axes))))
+        sizes = left.setdefault((name, cell.config.budget), set())
+        if cell.plan.verdict is Verdict.OK:
+            sizes.add(cell.config.size)
+    return [
+        f"{name} has {len(sizes)} sizes left at {budget_name(budget)}, fewer than {min_sizes}"
+        for (name, budget), sizes in sorted(left.items(), key=lambda pair: pair[0])
+        if len(sizes) < min_sizes
+    ]
 
 
 def evaluation_lines(cells: Sequence[Cell], *, short_only: bool = False) -> list[str]:

@@ -5,6 +5,7 @@ python -m peerscale.repeat SWEEP CELL
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -42,9 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     same, notices = of_the_plan(chosen, {options.cell: done[options.cell]}, study.folder, corpus)
     if not same:
         raise UserError(f"{notices[0].removeprefix('notice: ')}, so it cannot be repeated")
-    (cell,) = chosen
+    cell = replace(chosen[0], trunk="", branches=())  # trained from its first step, and leaving nothing for others
     if state(cell, corpus) not in FINISHED:
-        with Progress(cell.sweep, chosen):
+        with Progress(cell.sweep, [cell]):
             run_cell(cell)
     record = read_record(cell.folder)
     if record is None or record.status is not Status.DONE:

@@ -86,7 +86,7 @@ class SweepConfig:
     min_sizes: Positive = 5
     """Sizes that every method needs at every budget: five points for a parabola."""
     claims: ClaimsConfig | None = None
-    """What the study claims, if anything."""
+    """What the study claims; null: PEER against every other method where there are curves."""
     branches: bool = False
     """Whether the runs of one model at several budgets share their common steps (needs `optim.schedule: wsd`): the
     longest run is trained first and leaves checkpoints, from which the others start their decay."""

@@ -73,6 +73,8 @@ def run_single(composition: Composition) -> None:
     if (status := state(cell, corpus.manifest.fingerprint)) not in FINISHED:
         with Progress(cell.sweep, [cell]):
             status = run_cell(cell)
+    if status is Status.RUNNING:  # by another process, as `run_cell` has said
+        return
     record = read_record(cell.folder)
     if record is None or status is not Status.DONE:
         raise FailedCells(f"{cell.name} {status}" + (f": {record.reason}; {how_to_rerun(cell)}" if record else ""))

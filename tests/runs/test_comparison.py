@@ -335,7 +335,8 @@ def test_seeds_of_one_size_give_students_two_sample_test() -> None:
     assert one["p"] == pytest.approx(test.pvalue)
     assert (one["low"], one["high"]) == pytest.approx((interval.low, interval.high))
     assert one["seeds_se"] == one["se"] and one["fit_se"] is None
-    (claim,) = found["claims"]
+    assert found["claims"] == [], "only what a study names is claimed at a single size"
+    (claim,) = compare(runs, [], claims=ClaimsConfig(method="peer", rivals=["dense"]))["claims"]
     assert (claim["size"], claim["p"], claim["p_holm"]) == ("d64", one["p"], one["p"])
 
 
@@ -397,7 +398,8 @@ def test_two_sizes_are_compared_each_by_itself() -> None:
         for m, loss in zip(("dense", "peer"), losses, strict=True) for seed in range(2)
     ]  # fmt: skip
     rng = np.random.default_rng(1)
-    found = compare(pd.DataFrame(rows).assign(val_loss=lambda t: t["val_loss"] + 0.001 * rng.normal(size=len(t))), [])
+    runs = pd.DataFrame(rows).assign(val_loss=lambda t: t["val_loss"] + 0.001 * rng.normal(size=len(t)))
+    found = compare(runs, [], claims=ClaimsConfig(method="peer", rivals=["dense"]))
     values = {size: of(found, "peer", "dense", 1e12, size)["value"] for size in ("d32", "d64")}
     assert values == pytest.approx({"d32": -0.1, "d64": -0.05}, abs=0.005)
     assert [c["size"] for c in found["claims"]] == ["d32", "d64"]

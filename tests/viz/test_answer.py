@@ -84,7 +84,10 @@ def test_variants_are_told_one_by_one_at_the_largest_budget() -> None:
 def test_what_is_missing_is_said() -> None:
     assert answer(fits()) == "No answer yet: no two methods have finished cells to compare."
     known = {"claims": [], "budgets": [{"budget": 3e12, "methods": [], "differences": [{"value": -0.1, "se": 0.001}]}]}
-    assert answer(known) == "No claim: no difference here has an error that includes seeds or the misfit of sizes."
+    assert (
+        answer(known)
+        == "No claim: at single sizes only what sweep.claims names is claimed, and only where errors include seeds."
+    )
     later = {"budget": 3e12, "methods": [], "differences": [{"value": -0.1, "fit_se": 0.01}]}
     assert answer({"claims": [], "budgets": [later]}).startswith("No claim yet: no comparison of sweep.claims")
     nowhere = {"budget": 1e10, "methods": [{"loss": None}], "differences": [{"note": "dense: curvature"}]}

@@ -145,7 +145,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", help="such as data=text data.path=FILE_OR_FOLDER data.vocab_size=4096")
     parser.add_argument("--sweep", help="prepare what this study needs")
     arguments = parser.parse_args(argv)
-    config = load(arguments.overrides, sweep=arguments.sweep).data
+    if arguments.sweep:
+        from peerscale.cells import planned_cells
+
+        config = planned_cells(arguments.sweep, arguments.overrides)[0].config.data
+    else:
+        config = load(arguments.overrides).data
     was_there = store.read_manifest(config)
     corpus = prepare(config)
     manifest = corpus.manifest

@@ -10,10 +10,11 @@ from typing import Any
 
 import pandas as pd
 
+from peerscale.axes import overridden_key
 from peerscale.cells import Cell, planned_cells
 from peerscale.composition import of_cells
 from peerscale.errors import UserError
-from peerscale.files import write_json, write_text
+from peerscale.files import ROOT, write_json, write_text
 from peerscale.outcomes import further_line, of_the_plan, read_published, some, which_counts
 from peerscale.results.publication import public
 from peerscale.runs.comparison import compare
@@ -48,8 +49,12 @@ def collect(
         Messages on what was collected.
 
     Raises:
-        UserError: there are no records.
+        UserError: there are no records, or the overrides name another folder of runs.
     """
+    for override in overrides:
+        key, value = overridden_key(override), override.partition("=")[2]
+        if key == "trainer.runs_directory" and (ROOT / value).resolve() != runs.resolve():
+            raise UserError(f"{override}: cells are read from {runs}; give --runs {value} to the programs in analysis/")
     overrides = of_cells(overrides)  # cells outside the plan count in any case
     here, source, study = runs / sweep, published(sweep, results), collected(sweep, runs)
     own = {record.cell: record for record in read_records(here)}
@@ -118,13 +123,16 @@ def write_fits(study: Study, runs: pd.DataFrame, curves: pd.DataFrame, records: 
     write_json(study.fits, rounded(fits))
 
 
-def rounded(fits: Any) -> Any:
-    """JSON with seven significant digits in each fraction, since the last digits of a fit differ between processors."""
+def rounded(fits: Any, digits: int = 7) -> Any:
+    """JSON with so many significant digits in each fraction, since the last digits of a fit differ between processors.
+
+    Coefficients of parabolas have two more, since their terms nearly cancel.
+    """
     if isinstance(fits, Mapping):
-        return {key: rounded(value) for key, value in fits.items()}
+        return {key: rounded(value, digits + 2 * (key == "coefficients")) for key, value in fits.items()}
     if isinstance(fits, (list, tuple)):
-        return [rounded(value) for value in fits]
-    return float(f"{fits:.7g}") if isinstance(fits, float) and not fits.is_integer() else fits
+        return [rounded(value, digits) for value in fits]
+    return float(f"{fits:.{digits}g}") if isinstance(fits, float) and not fits.is_integer() else fits
 
 
 def plan_of(sweep: str, overrides: Sequence[str]) -> Sequence[Cell] | None:

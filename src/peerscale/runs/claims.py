@@ -17,7 +17,8 @@ def claims_of(
 ) -> list[dict[str, Any]]:
     """The comparisons of the family, each as method minus rival, with Holm's correction.
 
-    If a study names the family, variants along an axis belong to it only if the method has no other curve. The
+    If a study names no family, it is PEER against every other method where there are curves. If it names one, variants
+    along an axis belong to it only if the method has no other curve. The
     correction, for `family` comparisons, then also counts those that have no result yet. At the budgets `curves` the
     methods are compared at their optima, so that no single size decides while the others are still to run.
     """
@@ -26,6 +27,8 @@ def claims_of(
     as_configured = claims is not None and method in compared
     family: dict[tuple[Any, ...], dict[str, Any]] = {}
     for entry in budgets:
+        if claims is None and entry["budget"] not in curves:
+            continue
         if claims and claims.budgets and entry["budget"] not in claims.budgets:
             continue
         for found in entry["differences"]:

@@ -49,7 +49,7 @@ def compare(
         runs: the study's table.
         records: the records of its cells, which have the losses of validation sequences.
         windows: by budget, (low, high) FLOPs per token of the sizes to fit; None: all sizes.
-        claims: the family of claims; None: PEER against every other method at every budget.
+        claims: the family of claims; None: PEER against every other method where there are curves.
         rates_cost: nats per token that a method may lose through rates that are not bracketed; None: not known.
         trend_from: smallest budget of the growth of multipliers; None: the smallest budget.
 

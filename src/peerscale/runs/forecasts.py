@@ -41,6 +41,7 @@ from peerscale.runs.study import (
     read_fits,
     read_json,
     usable,
+    without_brackets,
 )  # fmt: skip
 from peerscale.runs.table import read_records, read_runs
 
@@ -114,6 +115,7 @@ def finished_cells(sweep: str, budget: float, runs: Path, results: Path) -> list
 
 def fitted_cells(runs: pd.DataFrame, fits: Mapping[str, Any]) -> dict[float, int]:
     """Number of cells in the fit of each budget."""
+    runs = without_brackets(runs)
     done = runs.assign(name=method_names(runs))[usable(runs)]
     sizes = {(e["budget"], m["name"]): m["sizes"] for e in fits["budgets"] for m in e["methods"]}
     rows = zip(done["budget"], done["name"], done["flops_per_token"], strict=True)

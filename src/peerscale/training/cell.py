@@ -134,7 +134,8 @@ class CellRun:
     def __init__(self, cell: Cell, corpus: Corpus, old: Record | None) -> None:
         self.cell, self.corpus, self.config, self.plan = cell, corpus, cell.config, cell.plan
         self.checkpoint_folder = cell.folder / CHECKPOINTS
-        # Until the present environment is known, the record has that of the steps trained before.
+        # Until the present environment is known, the record has that of the steps trained before, perhaps by its trunk.
+        old = old or (read_record(cell.folder.parent / cell.trunk) if cell.trunk else None)
         before = {"environment": old.environment, "bit_exact": old.bit_exact} if old is not None else {}
         self.record = new_record(cell, Status.RUNNING, corpus.manifest.fingerprint, **before)
         self.made_by = start_fingerprint(self.record.hashed_config)
@@ -256,7 +257,7 @@ def build_trainer(
     logging.getLogger("lightning").setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     return lightning.Trainer(
-        accelerator=config.trainer.accelerator,
+        accelerator="gpu" if pick_device(config).type == "cuda" else "cpu",
         **devices,
         precision="bf16-mixed" if config.precision == "bf16" else "32-true",
         max_steps=plan.steps,

@@ -51,7 +51,7 @@ def _no_answer(budgets: Sequence[Mapping[str, Any]]) -> str:
         return f"No answer: no minimum lies within the sizes at {_listed(map(budget_name, without))} FLOPs."
     if any(found.get("fit_se") is not None for entry in budgets for found in entry["differences"]):
         return "No claim yet: no comparison of sweep.claims (by default PEER with every other method) has finished."
-    return "No claim: no difference here has an error that includes seeds or the misfit of sizes."
+    return "No claim: at single sizes only what sweep.claims names is claimed, and only where errors include seeds."
 
 
 def verdicts(claims: Sequence[Claim]) -> list[str]:
