@@ -31,17 +31,19 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` at the end, or remove it on an error.
 
     The file or folder that the block makes there appears at `path` in one step, except that an existing folder is
-    moved away first. On an error in the block `path` stays as it was.
+    moved away first. On an error `path` stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    temporary = scratch / path.name
+    temporary, before = scratch / path.name, scratch / ".before"
     try:
         yield temporary
         if temporary.is_dir() and path.is_dir():
-            path.rename(scratch / ".before")
+            path.rename(before)
         temporary.replace(path)
     finally:
+        if before.exists() and not path.exists():
+            before.rename(path)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
