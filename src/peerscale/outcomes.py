@@ -57,8 +57,6 @@ def outcomes(cells: Sequence[Cell], study: Study, data_fingerprint: str | None) 
     plan = {cell.name: cell for cell in cells}
     here = cells[0].folder.parent
     counting, notices = of_the_plan(cells, read_published(study), study.folder, data_fingerprint)
-    if study.runs.is_file() and not study.records.is_file():
-        notices = [f"notice: {study.folder} has no records.jsonl, so its cells cannot be compared and do not count"]
     names = dict.fromkeys([*plan, *(folder.name for folder in cell_folders(here)), *counting])
     found = {name: _outcome(here / name, plan.get(name), counting.get(name), data_fingerprint) for name in names}
     return Outcomes(

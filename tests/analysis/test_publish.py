@@ -138,16 +138,6 @@ def test_the_same_cell_trained_again_is_replaced(
     assert "0 added, 1 replaced, 46 kept, 0 removed" in capsys.readouterr().out
 
 
-def test_cells_published_without_their_records_are_not_lost_either(
-    folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    collect_again(folders, tmp_path, lambda record: record)
-    published(SWEEP, tmp_path / "results").records.unlink()
-    capsys.readouterr()
-    assert exit_code(lambda: publish.main(folders)) == 2
-    assert "error: this would replace 47 by cells of another configuration" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("missing", ["runs.csv", "table.md"])
 def test_refuses_an_unfinished_study(
     folders: list[str], tmp_path: Path, missing: str, capsys: pytest.CaptureFixture[str]

@@ -10,9 +10,11 @@ from synthetic_ablations import ablation_records
 from synthetic_study import LOSS, OFFSET, SWEEP, minimum, script, shared_curvature
 
 from peerscale.errors import exit_code
+from peerscale.results.collection import write_fits
 from peerscale.runs.comparison import compare
+from peerscale.runs.curves import curves_table
 from peerscale.runs.record import write_record
-from peerscale.runs.study import collected, method_names, published, read_json
+from peerscale.runs.study import collected, method_names, read_json
 from peerscale.runs.table import read_runs
 from peerscale.viz import study_table, style
 from peerscale.viz.answer import answer
@@ -252,12 +254,10 @@ def test_the_best_rate_is_the_minimum_of_the_parabolas(tmp_path: Path, capsys: p
         }
         for name, (at, best) in losses.items() for i, lr in enumerate((0.0125, 0.0175, 0.025, 0.035, 0.05))
     ]  # fmt: skip
-    folder = published("mine", tmp_path).folder
-    folder.mkdir()
-    pd.DataFrame(rows).to_csv(folder / "runs.csv", index=False)
-    places = ["mine", "--runs", str(tmp_path / "none"), "--results", str(tmp_path)]
-    assert script("collect").main(places) == 0  # published without its records
-    assert figures.main(places) == 0
+    study = collected("mine", tmp_path)
+    study.folder.mkdir(parents=True)
+    write_fits(study, pd.DataFrame(rows), curves_table(()), [])
+    assert figures.main(["mine", "--runs", str(tmp_path)]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 5e11 | 16 |")]
     best = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert [(row[2], *map(float, row[6:8])) for row in best] == [("dense", 0.02, 4.0), ("PEER", 0.03, 3.95)]

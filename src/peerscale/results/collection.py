@@ -22,7 +22,7 @@ from peerscale.runs.curves import CURVES, curves_table
 from peerscale.runs.fits import fit_study
 from peerscale.runs.record import Record, Status
 from peerscale.runs.study import RESULTS, Study, collected, planned_record, published
-from peerscale.runs.table import read_records, read_runs, read_table, runs_table
+from peerscale.runs.table import read_records, read_table, runs_table
 from peerscale.sweep_config import load_sweep
 from peerscale.viz.answer import answer
 
@@ -58,11 +58,6 @@ def collect(
     overrides = of_cells(overrides)  # cells outside the plan count in any case
     here, source, study = runs / sweep, published(sweep, results), collected(sweep, runs)
     own = {record.cell: record for record in read_records(here)}
-    if source.runs.is_file() and not source.records.is_file() and not own:
-        table = read_runs(source.runs)
-        write_fits(study, table, curves_table(()), [])
-        yield f"{sweep}: {len(table)} cells, from {source.runs} (without records) -> {study.folder}"
-        return
     if not source.records.is_file() and (with_published or not own):
         raise UserError(f"no runs of {sweep!r}: neither cells in {here} nor {source.records}")
     cells, there = plan_of(sweep, overrides), read_published(source)

@@ -4,15 +4,13 @@ import json
 import shutil
 from dataclasses import asdict, replace
 
-import pandas as pd
-
 from peerscale.errors import UserError
 from peerscale.files import replacing
 from peerscale.outcomes import some
 from peerscale.runs.fingerprint import differing_keys
 from peerscale.runs.record import Record, Status
 from peerscale.runs.study import Study
-from peerscale.runs.table import read_records, read_runs
+from peerscale.runs.table import read_records
 
 
 def publish(source: Study, target: Study, *, replace_cells: bool = False) -> str:
@@ -62,18 +60,13 @@ def publish(source: Study, target: Study, *, replace_cells: bool = False) -> str
     return f"finished cells: {counts} -> {target.folder}"
 
 
-def finished(study: Study) -> dict[str, Record | None]:
-    """The finished cells of a published study by name; their records are None if it was published without records."""
-    if study.records.is_file():
-        return {record.cell: record for record in read_records(study.folder) if record.status is Status.DONE}
-    runs = read_runs(study.runs) if study.runs.is_file() else pd.DataFrame(columns=["cell", "status"])
-    return dict.fromkeys(runs.loc[runs["status"] == str(Status.DONE), "cell"])
+def finished(study: Study) -> dict[str, Record]:
+    """The finished cells of a published study by name."""
+    return {record.cell: record for record in read_records(study.folder) if record.status is Status.DONE}
 
 
-def _differences(old: Record | None, new: Record) -> str:
+def _differences(old: Record, new: Record) -> str:
     """How the configuration of a cell differs from the published one; empty if it is the same cell trained again."""
-    if old is None:
-        return "published without its record, so not known to be the same"
     same = old.fingerprint == new.fingerprint
     return "" if same else ", ".join(differing_keys(old.hashed_config, new.hashed_config)) or "fingerprint only"
 
