@@ -115,7 +115,7 @@ def test_the_plan_chooses_the_fewest_parts_that_fit(ffn: str, group: int, parts:
             for n in (1, 2, 4)}  # fmt: skip
     assert fits == {1: False, 2: False, 4: True}
     assert (plan(config).reason == "") == (parts == 4)
-    cpu = load([*large[1:], f"ffn={ffn}"])
+    cpu = load(["trainer.accelerator=cpu", *large[1:], f"ffn={ffn}"])
     assert in_micro_batches(cpu).trainer.micro_batches == 1
 
 
@@ -140,4 +140,6 @@ def test_the_plan_tells_gpu_hours_their_cost_and_the_largest_cell() -> None:
     guess, line = time_lines(cells, None)
     assert "assumes trainer.device_utilisation 0.3 of trainer.device_flops_per_s 9.89e+14" in guess
     assert "GPU-hours; PRICE=2.5 gives their cost" in line
-    assert time_lines([replace(cell, estimate_is_guess=False) for cell in planned_cells("smoke")], 2.5) == []
+    on_cpus = [replace(cell, estimate_is_guess=False) for cell in planned_cells("smoke")]
+    assert time_lines(on_cpus, None) == []
+    assert time_lines(on_cpus, 2.5) == ["no GPU-hours to price: no cell has trainer.accelerator=gpu"]

@@ -225,6 +225,10 @@ class TrainerConfig:
     runs_directory: str = "runs"
     """Where cells are kept, relative to the checkout."""
 
+    def __post_init__(self) -> None:
+        if self.device_memory_gb is not None and self.accelerator == "auto":
+            raise ValueError("device_memory_gb needs accelerator=gpu, since the plan cannot know what auto will find")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class TrackingConfig:

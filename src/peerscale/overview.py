@@ -87,6 +87,8 @@ def time_lines(cells: Sequence[Cell], price: float | None) -> list[str]:
         parts = Counter(cell.config.surroundings.micro_batches for cell in on_gpus)
         if parts.keys() != {1}:
             lines.append(f"micro-batches: {', '.join(f'{m} of {parts[m]} cells' for m in sorted(parts))}")
+    elif price is not None:
+        lines.append("no GPU-hours to price: no cell has trainer.accelerator=gpu")
     return lines
 
 
