@@ -329,6 +329,21 @@ def test_methods_short_of_sizes_are_named(cells: list[Cell]) -> None:
     assert len(short_methods(cells, 3)) == 4
 
 
+def test_each_curve_of_a_method_needs_its_own_sizes(study: Write) -> None:
+    grid = (
+        "[{budget: 1e10, sizes: [d8, d12, d16]}, {budget: 1e10, sizes: [d20], methods: [dense]}, "
+        "{budget: 1e10, sizes: [d8], methods: [peer], axes: {ffn.n_experts: [1024]}}, "
+        "{budget: 1e10, sizes: [d20], methods: [dense], axes: {optim.lr_factor: [0.5]}}]"
+    )
+    cells = planned_cells(study(f"{{methods: [dense, peer], grid: {grid}}}", "min_steps: 1"))
+    assert {cell.plan.verdict for cell in cells} == {Verdict.OK}
+    assert short_methods(cells, 2) == ["peer n_experts=1024 has 1 sizes left at 1e10, fewer than 2"]
+    assert short_methods(cells, 4) == [
+        "peer has 3 sizes left at 1e10, fewer than 4",
+        "peer n_experts=1024 has 1 sizes left at 1e10, fewer than 4",
+    ]
+
+
 # Lines for Hydra
 
 

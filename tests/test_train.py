@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from peerscale import launch
 from peerscale.accounting import cost
 from peerscale.cells import Cell, planned_cells, single_cell
 from peerscale.config import composed, load
 from peerscale.data.prepare import prepare
-from peerscale.errors import UserError
+from peerscale.errors import UserError, exit_code
 from peerscale.files import ROOT
 from peerscale.runs.curves import read_metrics
 from peerscale.runs.record import Record, Status, read_record
@@ -314,6 +315,17 @@ def test_a_sweep_goes_on_after_failures_and_skips_what_is_done(launcher: str, st
     assert "the training loss is" in status.out
 
 
+def test_a_killed_worker_ends_a_sweep_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch, "in_turn", lambda cells: [[1], [2]])
+    monkeypatch.setattr(launch, "_run_as_worker", lambda group: os.kill(os.getpid(), signal.SIGKILL))
+    assert exit_code(lambda: launch.run_here([], 2) and None) == 3
+    error = capsys.readouterr().err
+    assert error.startswith("error: a process was killed, perhaps since memory ran out") and error.count("\n") == 1
+    assert "the same command continues every cell from its checkpoint" in error
+
+
 def test_a_published_cell_is_trained_again_and_compared(study: Path, tmp_path: Path) -> None:
     assert call(f"launch {study} sweep.methods=[dense]").code == 0
     (path,) = (tmp_path / "runs" / "tiny").glob("*/record.json")
@@ -378,7 +390,7 @@ def test_a_sweep_runs_only_what_is_not_published(study: Path, tmp_path: Path) ->
         result = call(f"launch {study} --published {tmp_path / 'results'}")
         assert result.code == 0, result.err
         assert f"2 cells, {done} done ({done} of them published), 0 dropped, {2 - done} to run" in result.err
-        assert said in result.err
+        assert f"{said} (first copy {study} to sweeps/, where it looks for studies)\n" in result.err
     assert f"{cells[1].name} has another configuration than the plan: context 4 -> 8" in result.err
     assert [path.parent.name for path in tmp_path.glob("runs/tiny.v2/*/record.json")] == [cells[1].name]
 

@@ -65,6 +65,22 @@ def test_what_a_study_varies_decides_its_figures(sweep: str, names: set[str], tm
     assert set(drawn(study.figures)) == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
 
 
+def test_figures_of_former_settings_go_unless_another_meaning_of_size_is_asked_for(tmp_path: Path) -> None:
+    study = collected("active", tmp_path)
+    study.folder.mkdir(parents=True)
+    runs = ablation_runs("active")
+    runs.to_csv(study.runs, index=False)
+    write_fits(study, runs, curves_table(()), [])
+    study.figures.mkdir()
+    former = study.figures / "experts.png"
+    former.write_bytes(b"former")
+    new = {"active.png", "active.pdf"}
+    assert figures.main(["active", "--runs", str(tmp_path), "--x", "params_active"]) == 0
+    assert set(drawn(study.figures)) == {*new, "experts.png"} and former.read_bytes() == b"former"
+    assert figures.main(["active", "--runs", str(tmp_path)]) == 0
+    assert set(drawn(study.figures)) == new
+
+
 @pytest.mark.parametrize(("sweep", "figure"), [("rates", {"rates.png", "rates.pdf"}), ("table_optimizer", set())])
 def test_cells_that_differ_in_their_rates_are_not_drawn_as_seeds(sweep: str, figure: set[str], tmp_path: Path) -> None:
     """The second varies experts too, but its cells at one number of experts differ in the rates of their tables."""

@@ -1,6 +1,7 @@
 """The command line of the fits: any table in, one JSON out, and one clear line for whatever is wrong."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 from synthetic_study import script
 
 from peerscale.errors import exit_code
+from peerscale.runs import read_runs
+from peerscale.runs.study import published
 
 fit = script("fit")
 SURFACE = ["--params", "N", "--tokens", "D", "--loss", "loss"]
@@ -380,6 +383,53 @@ def test_envelope_of_a_study_and_of_a_csv(tmp_path: Path, capsys: pytest.Capture
     assert "no column 'params_total'" in capsys.readouterr().err
 
 
+def test_a_studys_folder_gives_its_finished_runs_by_curve_without_brackets(tmp_path: Path) -> None:
+    cells = {
+        "dense-d8": ("dense", "", {}, "done"),
+        "dense-d12": ("dense", "", {}, "pending"),
+        "dense-d16": ("dense", "", {}, "diverged"),
+        "dense-d8-lr_factor=2.0": ("dense", "", {"optim.lr_factor": 2.0}, "done"),
+        "moe-d8": ("moe", "", {}, "done"),
+        "moe_token_choice-d8": ("moe", "token_choice", {}, "done"),
+        "peer-d8": ("peer", "", {}, "done"),
+        "peer-d8-n_experts=16384": ("peer", "", {"ffn.n_experts": 16384}, "done"),
+        "peer-d8-n_experts=16384-lr_factor=2.0": ("peer", "", {"ffn.n_experts": 16384, "optim.lr_factor": 2.0}, "done"),
+    }
+    curve_of = {
+        "dense-d8": "dense",
+        "moe-d8": "moe",
+        "moe_token_choice-d8": "moe_token_choice",
+        "peer-d8": "peer",
+        "peer-d8-n_experts=16384": "peer n_experts=16384",
+    }
+    runs = pd.DataFrame(
+        [
+            {"cell": cell, "method": method, "variant": variant, "axes": json.dumps(axes) if axes else "",
+             "status": status, "val_loss": 4.0 if status == "done" else None}
+            for cell, (method, variant, axes, status) in cells.items()
+        ]
+    )  # fmt: skip
+    runs = runs.assign(size="d8", seed=0, budget=1e15, flops_per_token=1.0, convention="x")
+    runs.to_csv(tmp_path / "runs.csv", index=False)
+    rows = [{"cell": cell, "step": step, "tokens": 1, "flops": 1, "loss": 4.0} for cell in cells for step in (1, 2)]
+    pd.DataFrame(rows).to_csv(tmp_path / "curves.csv", index=False)
+    table = fit.read_table(tmp_path, None)
+    assert dict(zip(table["cell"], table["method"], strict=True)) == curve_of and len(table) == len(curve_of)
+    assert fit.read_table(tmp_path, "method == 'peer'")["cell"].tolist() == ["peer-d8"]
+    curves = fit.read_table(tmp_path, None, curves=True)
+    assert dict(zip(curves["cell"], curves["method"], strict=True)) == curve_of and len(curves) == 2 * len(curve_of)
+
+
+def test_of_a_published_study_the_table_has_its_curves_and_of_one_of_rates_every_rate() -> None:
+    study = published("isoflop_cpu").folder
+    runs, table = read_runs(study), fit.read_table(study, None)
+    assert "peer n_experts=16384" in {*table["method"]} and {*table["status"]} == {"done"}
+    assert runs["axes"].str.contains("lr_factor").any() and not table["axes"].str.contains("lr_factor").any()
+    rates = fit.read_table(published("rates").folder, None)
+    assert {*rates["method"]} == {"dense", "moe", "moe_token_choice", "pkm", "peer"}
+    assert rates.groupby("method")["lr"].nunique().min() > 3
+
+
 def test_rates_of_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
         {"layer": layer, "d": d, "D": tokens, "lr": best * factor, "L": 4 + 0.05 * np.log(factor) ** 2}
@@ -404,3 +454,31 @@ def test_rates_of_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "--hold-out 'd == 5' holds out none of the 24 rows" in capsys.readouterr().err
     assert run("rates", path, *columns, "--hold-out", "d") == 2
     assert "--hold-out 'd' is not a condition on rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("a", "b", "own"), [(0.5, 0.3, False), (0.0, 0.6, True)])
+def test_each_method_is_shown_with_its_own_exponents_unless_the_test_lets_them_share(
+    a: float, b: float, own: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        {"layer": layer, "d": d, "D": tokens, "lr": best * factor, "L": 4 + 0.05 * np.log(factor) ** 2 + error}
+        for layer, m, (of_d, of_tokens) in (("dense", 0.004, (0.5, 0.3)), ("peer", 0.006, (a, b)))
+        for d, tokens in ((32, 2e6), (64, 2e6), (64, 1e7), (96, 1e7))
+        for best in [m * (d / 64) ** -of_d * (tokens / 1e7) ** -of_tokens]
+        for factor in (0.5, 1.0, 2.0)
+        for error in [1e-4 * rng.standard_normal()]
+    ]
+    path, out = tmp_path / "rates.csv", tmp_path / "fit.json"
+    pd.DataFrame(rows).to_csv(path, index=False)
+    columns = ("--lr", "lr", "--loss", "L", "--width", "d", "--tokens", "D", "--by", "layer", "--out", out)
+    assert run("rates", path, *columns) == 0
+    printed = capsys.readouterr().out
+    found = [(name, float(value)) for name, value in re.findall(r"^  (m of \w+|[abc]) +(\S+)", printed, re.MULTILINE)]
+    names = ["m of dense", "a", "b", "m of peer", "a", "b"] if own else ["m of dense", "m of peer", "a", "b"]
+    exponents = [0.5, 0.3, a, b] if own else [0.5, 0.3]
+    assert [name for name, _ in found] == names
+    assert [value for name, value in found if name in ("a", "b")] == pytest.approx(exponents, abs=0.02)
+    assert ("so each method has its own" in printed) == own
+    stored = json.loads(out.read_text())["groups"]["peer"]
+    assert [value for _, value in found][-2:] == pytest.approx([stored["a"], stored["b"]], rel=1e-5)

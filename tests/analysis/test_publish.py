@@ -1,6 +1,7 @@
 """What is committed of a study: all of it, small, and without a machine's folders."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -172,3 +173,41 @@ def test_an_interrupted_publication_leaves_the_old_one(
         publish.main(folders)
     assert target.records.read_bytes() == before
     assert [path.name for path in (tmp_path / "results").iterdir()] == [SWEEP]
+
+
+def test_a_publication_that_cannot_be_put_in_its_place_leaves_the_former_one(
+    folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish.main(folders)
+    before = contents(tmp_path / "results")
+    collected(SWEEP, tmp_path / "runs").table.write_text("# another")
+    target, move = published(SWEEP, tmp_path / "results").folder, Path.replace
+
+    def refuse(self: Path, to: Path) -> Path:
+        if Path(to) == target:
+            raise PermissionError(13, "Permission denied")
+        return move(self, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", refuse)
+        with pytest.raises(PermissionError):
+            publish.main(folders)
+    assert contents(tmp_path / "results") == before
+    assert [path.name for path in (tmp_path / "results").iterdir()] == [SWEEP]
+    assert publish.main(folders) == 0
+    assert published(SWEEP, tmp_path / "results").table.read_text() == "# another"
+
+
+def test_a_table_from_before_the_fits_is_not_published(
+    folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = collected(SWEEP, tmp_path / "runs")
+    fitted = study.fits.stat().st_mtime_ns
+    os.utime(study.table, ns=(fitted - 1, fitted - 1))
+    capsys.readouterr()
+    assert exit_code(lambda: publish.main(folders)) == 2
+    said = f"{study.table} is older than fits.json; first: make figures SWEEP={SWEEP}"
+    assert capsys.readouterr().err == f"error: {said}\n"
+    assert not (tmp_path / "results").exists()
+    os.utime(study.table, ns=(fitted, fitted))
+    assert publish.main(folders) == 0

@@ -77,6 +77,12 @@ def cells(folder: Path) -> None:
     (folder / "cell").symlink_to(folder / "runs/toy/dense-d8-1e10-s0")
 
 
+def latin_study(folder: Path) -> None:
+    """toy.yaml, a study whose comment is not UTF-8."""
+    file = write_study(folder, "{methods: [dense], grid: [{budget: 1e10, sizes: [d8]}]}")
+    file.write_bytes("# Größe\n".encode("latin-1") + file.read_bytes())
+
+
 def study(folder: Path) -> None:
     """The same, collected; a link `study` to its tables."""
     cells(folder)

@@ -15,6 +15,7 @@ from peerscale.data.prepare import prepare
 from peerscale.data.store import open_corpus, read_manifest
 from peerscale.errors import UserError, exit_code
 from programs import call
+from toy_study import write_study
 
 N_BYTES = 400_000
 
@@ -245,3 +246,14 @@ def test_the_command_prepares_and_says_where(tmp_path):
     assert (again.code, again.err) == (0, "")
     assert again.out.splitlines()[:-1] == lines[:-1]
     assert again.out.splitlines()[-1] == f"text, vocabulary 512, already prepared in {folder}"
+
+
+def test_the_command_prepares_for_a_part_of_a_study_with_overrides_of_its_layers(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(prose(N_BYTES), encoding="utf-8")
+    study = write_study(tmp_path)
+    data = f"data=text data.path={path} data.vocab_size=512 data.evaluation.validation=1024"
+    done = call(f"prepare --sweep {study} sweep.methods=[peer] ffn.n_experts=1024 {data}")
+    assert (done.code, done.err) == (0, "")
+    (folder,) = (tmp_path / "data").glob("text-512-????????")
+    assert done.out.splitlines()[-1] == f"text, vocabulary 512, prepared in {folder}"

@@ -23,6 +23,7 @@ from peerscale.runs.comparison import compare
 from peerscale.runs.forecasts import (
     Observation,
     finished_cells,
+    fitted_cells,
     forecast,
     inside,
     make_forecast,
@@ -158,6 +159,17 @@ def test_what_is_written(study: Study, tmp_path: Path) -> None:
     assert found["forecasts"] == forecast(read_fits(study.fits), AT)
     text = "\n".join(forecast_table(found))
     assert "| dense |" in text and "from 30 cells (10 of 1e12, 10 of 3e12, 10 of 1e13 FLOPs)" in text
+
+
+def test_cells_that_all_share_a_setting_are_counted_beside_brackets() -> None:
+    shared = {"optim.weight_decay": 0.2}
+    usual = ladder(1.3, LADDER[:3], noise=0.01).assign(axes=json.dumps(shared), lr=0.01)
+    bracketed = usual[usual["budget"] == LADDER[0]]
+    doubled = {"cell": bracketed["cell"] + "-lr_factor=2.0", "axes": json.dumps({**shared, "optim.lr_factor": 2.0})}
+    runs = pd.concat([usual, bracketed.assign(**doubled, lr=0.02)], ignore_index=True)
+    fits = compare(runs, [])
+    assert {method["name"] for entry in fits["budgets"] for method in entry["methods"]} == {"dense", "peer"}
+    assert fitted_cells(runs, fits) == dict.fromkeys(LADDER[:3], 10)
 
 
 def test_a_forecast_says_that_the_batch_changes(study: Study, tmp_path: Path) -> None:

@@ -11,15 +11,19 @@ from filelock import FileLock
 
 from peerscale.branches import in_turn
 from peerscale.cells import Cell, planned_cells
+from peerscale.data.store import open_corpus
 from peerscale.errors import UserError
 from peerscale.launch import main as launch
 from peerscale.model.trained import CHECKPOINTS, checkpoints
 from peerscale.overview import main as overview
 from peerscale.plan import decay_from
 from peerscale.runs.curves import read_metrics
-from peerscale.runs.record import LOCK, Status, read_record
+from peerscale.runs.record import LOCK, Status, read_record, write_record
 from peerscale.train import run_cell
+from peerscale.training.cell import CellRun
+from peerscale.training.environment import describe
 from test_train import budget, corpus_path, final_weights, settings  # noqa: F401
+from toy_study import record_of
 
 WSD = ["optim.schedule=wsd", "optim.warmup_steps=4", "optim.decay_fraction=0.25", "optim.lr_rule=constant"]
 
@@ -87,6 +91,24 @@ def test_a_branch_goes_on_only_from_a_trunk_of_its_own_configuration(
         assert all(torch.equal(weights[name], others[name]) for name in weights)
         assert (min(row["step"] for row in read_metrics(cell.folder)) > decay_from(cell.config, cell.plan)) == retrained
         assert ("is of another configuration, starting at the first step" in capsys.readouterr().err) != retrained
+
+
+def test_a_branch_begins_with_the_environment_of_its_trunk_and_is_no_more_exact(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    ((trunk, branch, other),) = in_turn(branched(settings, tmp_path, *WSD, "sweep.methods=[dense]"))
+    corpus = open_corpus(trunk.config.data)
+    here = describe("torch", torch.device("cpu"), trunk.config.trainer)
+    for exact, then in ((True, here), (True, {**here, "torch": "0.1"}), (False, here)):
+        write_record(trunk.folder, record_of(trunk, Status.DONE, environment=then, bit_exact=exact))
+        run = CellRun(branch, corpus, None)
+        assert run.record.environment == then and run.record.bit_exact == exact
+        run._continue_in(here, 9)  # from the checkpoint that the trunk left
+        assert run.record.environment == here and run.record.bit_exact == (exact and then == here)
+        said = f"notice: {branch.name} continues with another torch: not bit-exact\n"
+        assert capsys.readouterr().err == said * (then != here)
+    begun = record_of(other, Status.RUNNING, environment=here, bit_exact=True)
+    assert CellRun(other, corpus, begun).record.bit_exact, "its own record comes first"
 
 
 def test_a_sweep_trains_a_trunk_before_its_branches_and_the_plan_tells_what_that_saves(

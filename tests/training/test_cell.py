@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import nn
 
 import peerscale.model
@@ -17,7 +18,7 @@ from peerscale.data.prepare import prepare
 from peerscale.data.store import open_corpus
 from peerscale.errors import UserError
 from peerscale.model import load_model
-from peerscale.runs.record import Record, Status, read_record, write_record
+from peerscale.runs.record import LOCK, Record, Status, read_record, write_record
 from peerscale.train import run_single
 from peerscale.training import cell as cells
 from peerscale.training.cell import train_cell
@@ -219,6 +220,18 @@ def test_the_last_line_of_a_single_cell_says_where_its_model_is(tiny: list[str],
         run_single(composed(overrides))
         last = capsys.readouterr().out.splitlines()[-1]
         assert last.endswith(f" nats per token; {planned.folder}; trained model: {path}")
+
+
+def test_a_single_cell_that_another_process_runs_is_no_error(
+    tiny: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    planned = cell(tiny)
+    planned.folder.mkdir(parents=True)
+    with FileLock(planned.folder / LOCK):
+        run_single(composed(tiny))
+    printed = capsys.readouterr()
+    assert printed.out == "" and f"{planned.name} is being run by another process and is skipped here" in printed.err
+    assert read_record(planned.folder) is None
 
 
 @pytest.mark.parametrize("layer", ["dense", "peer"])
