@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = study_parser("collect", __doc__)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides that the cells were run with")
     parser.add_argument("--with-published", action="store_true", help="add the published cells that were not run here")
-    given = parser.parse_args(argv)
+    given = parser.parse_intermixed_args(argv)
     for line in collect(given.sweep, given.runs, given.results, given.overrides, with_published=given.with_published):
         print(line)
     return 0

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(path)
             drawn.append(path)
     if arguments.x == DEFAULT_X:
-        for former in {*study.figures.glob("*")} - {*drawn}:  # of other settings or other runs
+        for former in {*study.figures.glob("[!.]*.*")} - {*drawn}:  # of other settings or other runs
             former.unlink()
     forecasts = read_forecasts(published(arguments.sweep, arguments.results))
     withdrawn = header(sweep_text(study.sweep)).get("Withdrawn", "")

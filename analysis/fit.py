@@ -153,9 +153,10 @@ def read_table(path: Path, where: str | None, *, curves: bool = False) -> pd.Dat
     """
     if path.is_dir():
         table = read_runs(path)
-        table = table[usable(table)]
-        table = table if tries_rates(table) else without_brackets(table)
-        table = table.assign(method=names_under_law(table) if tries_rates(table) else method_names(table))
+        table = table if (of_rates := tries_rates(table)) else without_brackets(table)
+        table = table.assign(method=names_under_law(table) if of_rates else method_names(table))[usable(table)]
+        if table.empty:
+            raise UserError(f"the study {path} has no finished run")
         if curves:  # add the columns of their runs, with the suffix `_final` if the curves have the same column
             table = read_csv(path / "curves.csv", CURVES).merge(table, on="cell", suffixes=("", "_final"))
     else:

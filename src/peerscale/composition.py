@@ -50,7 +50,7 @@ def of_cells(overrides: Sequence[str]) -> list[str]:
 
 def sweep_text(sweep: str) -> str:
     """The text of a study's file; empty if the study has no file, such as a renamed one."""
-    with contextlib.suppress(ConfigError):
+    with contextlib.suppress(ConfigError, UnicodeDecodeError):
         return sweep_file(sweep).read_text(encoding="utf-8")
     return ""
 

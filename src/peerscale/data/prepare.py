@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m peerscale.data.prepare", description=__doc__.splitlines()[0])
     parser.add_argument("overrides", nargs="*", help="such as data=text data.path=FILE_OR_FOLDER data.vocab_size=4096")
     parser.add_argument("--sweep", help="prepare what this study needs")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     if arguments.sweep:
         from peerscale.cells import planned_cells
 
