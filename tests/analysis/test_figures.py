@@ -54,7 +54,7 @@ def test_a_published_table_alone_is_enough_with_another_meaning_of_size(runs: Pa
     assert set(drawn(target.figures)) == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
 
 
-@pytest.mark.parametrize(("sweep", "names"), [("active", {"active"}), ("query_bn", {"experts", "query_norm"})])
+@pytest.mark.parametrize(("sweep", "names"), [("active", {"active"}), ("experts", {"experts", "query_norm"})])
 def test_what_a_study_varies_decides_its_figures(sweep: str, names: set[str], tmp_path: Path) -> None:
     study = collected(sweep, tmp_path)
     study.folder.mkdir(parents=True)

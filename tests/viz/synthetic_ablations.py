@@ -44,6 +44,12 @@ def ablation_runs(sweep: str) -> pd.DataFrame:
     return runs_table(ablation_records(sweep))
 
 
+def with_norm_of_one_seed() -> pd.DataFrame:
+    """The rows of `experts` that have BatchNorm or are dense, of one seed."""
+    runs = ablation_runs("experts")
+    return runs[(runs["seed"] == 0) & (runs["query_norm"].astype(str) != "False")]
+
+
 def _record(cell: Cell, difficulty: np.ndarray, rng: np.random.Generator) -> Record:
     losses = np.round(loss(cell.config) + rng.normal(0, 0.002) + difficulty + rng.normal(0, 0.05, SEQUENCES), 5)
     mean, error = float(losses.mean()), float(losses.std(ddof=1) / math.sqrt(SEQUENCES))

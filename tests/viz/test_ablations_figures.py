@@ -2,14 +2,15 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
-from synthetic_ablations import ablation_runs
+from matplotlib.figure import Figure
+from synthetic_ablations import ablation_runs, with_norm_of_one_seed
 
 from peerscale.runs.study import budgets_with_curves
 from peerscale.viz.ablations import (
@@ -21,7 +22,7 @@ from peerscale.viz.ablations import (
 )
 from peerscale.viz.published import read_published
 
-T_975_16 = 2.1199052992210112
+T_975_8 = 2.306004135204166
 """Student's t, 16 degrees of freedom, two-sided 5 %: any statistical table."""
 
 
@@ -40,14 +41,14 @@ def ticks(axes: Axes, x: np.ndarray) -> np.ndarray:
 
 
 def test_each_study_varies_what_its_figure_shows() -> None:
-    assert varied(ablation_runs("experts")) == {"n_experts"}
+    assert varied(with_norm_of_one_seed()) == {"n_experts"}
     assert varied(ablation_runs("active")) == {"ffn_heads", "top_k"}
-    assert varied(ablation_runs("query_bn")) == {"n_experts", "query_norm"}
-    assert not any(budgets_with_curves(ablation_runs(sweep)) for sweep in ("experts", "active", "query_bn"))
+    assert varied(ablation_runs("experts")) == {"n_experts", "query_norm"}
+    assert not any(budgets_with_curves(ablation_runs(sweep)) for sweep in ("experts", "active"))
 
 
 def test_a_setting_of_unfinished_cells_is_not_varied() -> None:
-    runs = ablation_runs("query_bn")
+    runs = ablation_runs("experts")
     assert "query_norm" not in varied(
         runs.assign(status=np.where(runs["cell"].str.contains("false"), "failed", "done"))
     )
@@ -62,12 +63,11 @@ def test_a_rate_that_follows_from_the_tokens_of_a_cell_is_not_varied() -> None:
 
 
 def test_experts_are_the_tables_and_the_papers() -> None:
-    runs = ablation_runs("experts")
+    runs = with_norm_of_one_seed()
     ours, paper = experts_figure(runs, read_published()).axes
     drawn = points(ours)
-    for method, label in (("peer", "PEER"), ("pkm", "PKM")):
-        rows = runs[runs["method"] == method]
-        assert drawn[label] == pytest.approx(dict(zip(rows["n_experts"], np.exp(rows["val_loss"]), strict=True)))
+    rows = runs[runs["method"] == "peer"]
+    assert drawn["PEER"] == pytest.approx(dict(zip(rows["n_experts"], np.exp(rows["val_loss"]), strict=True)))
     dense = math.exp(float(runs.loc[runs["method"] == "dense", "val_loss"].iloc[0]))
     assert [line.get_ydata()[0] for line in ours.lines if line.get_label() == "_dense"] == [pytest.approx(dense)]
     # Table 2, with BatchNorm, and table 1's dense model.
@@ -96,11 +96,12 @@ def test_active_experts_are_lines_over_heads_with_a_star_at_the_best() -> None:
 
 
 def test_query_norm_shows_means_intervals_and_every_seed() -> None:
-    runs = ablation_runs("query_bn")
+    runs = ablation_runs("experts")
+    runs = runs[runs["method"] == "peer"]
     figure = query_norm_figure(runs, read_published())
     ours, paper, unevenness = figure.axes
     by_point = runs.groupby(["query_norm", "n_experts"])["val_loss"]
-    assert len(by_point) == 8 and (by_point.size() == 3).all()  # so 16 degrees of freedom
+    assert len(by_point) == 8 and (by_point.size() == 2).all()  # so 8 degrees of freedom
     pooled = math.sqrt(by_point.var(ddof=1).mean())
     for norm, label in ((True, "PEER with BatchNorm on the queries"), (False, "without")):
         rows = runs[runs["query_norm"].astype(str) == str(norm)]
@@ -109,7 +110,7 @@ def test_query_norm_shows_means_intervals_and_every_seed() -> None:
         for (n, group), segment in zip(rows.groupby("n_experts"), segments, strict=True):
             losses = group["val_loss"].to_numpy(float)
             assert points(ours)[label][n] == pytest.approx(math.exp(losses.mean()))
-            half = T_975_16 * pooled / math.sqrt(3)
+            half = T_975_8 * pooled / math.sqrt(2)
             np.testing.assert_allclose(segment[:, 1], np.exp([losses.mean() - half, losses.mean() + half]), rtol=1e-9)
         assert points(unevenness)[label] == pytest.approx(rows.groupby("n_experts")["unevenness"].mean().to_dict())
     dots = np.concatenate([line.get_ydata() for line in ours.lines if line.get_label() == "_seeds"])
@@ -120,11 +121,11 @@ def test_query_norm_shows_means_intervals_and_every_seed() -> None:
     ]
     dotted = [list(line.get_ydata()) for line in unevenness.lines if line.get_label() == "_paper"]
     assert dotted == [[0.30, 0.44, 0.66, 1.06], [0.45, 0.63, 0.97, 1.52]]
-    assert "3 seeds" in figure.get_supxlabel() and "32,768 tokens" in figure.get_supxlabel()
+    assert "2 seeds" in figure.get_supxlabel() and "32,768 tokens" in figure.get_supxlabel()
 
 
 def test_one_seed_has_the_standard_error_and_says_so() -> None:
-    runs = ablation_runs("experts")
+    runs = with_norm_of_one_seed()
     rows = over_seeds(runs[runs["method"] == "peer"], ["n_experts"])
     errors = runs[runs["method"] == "peer"].set_index("n_experts")["val_loss_se"]
     assert list(rows["high"] - rows["mean"]) == pytest.approx(list(errors[rows["n_experts"]]))
@@ -135,24 +136,24 @@ def test_one_seed_has_the_standard_error_and_says_so() -> None:
 
 
 FIGURES = {
-    "experts": lambda runs: experts_figure(runs, read_published()),
-    "active": active_figure,
-    "query_bn": lambda runs: query_norm_figure(runs, read_published()),
+    "experts": (lambda runs: experts_figure(runs, read_published()), "experts"),
+    "active": (active_figure, "active"),
+    "query_norm": (lambda runs: query_norm_figure(runs, read_published()), "experts"),
 }
 
 
-@pytest.mark.parametrize("sweep", FIGURES)
-def test_what_went_wrong_is_left_out_and_counted(sweep: str) -> None:
+@pytest.mark.parametrize(("draw", "sweep"), FIGURES.values(), ids=FIGURES)
+def test_what_went_wrong_is_left_out_and_counted(draw: Callable[..., Figure], sweep: str) -> None:
     runs = ablation_runs(sweep)
     runs.loc[runs.index[-1], ["status", "val_loss"]] = ["diverged", np.nan]
-    figure = FIGURES[sweep](runs)
+    figure = draw(runs)
     figure.draw_without_rendering()
     assert "1 diverged" in figure.get_supxlabel()
 
 
-@pytest.mark.parametrize("sweep", FIGURES)
-def test_no_two_labels_of_an_axis_overlap(sweep: str) -> None:
-    figure = FIGURES[sweep](ablation_runs(sweep))
+@pytest.mark.parametrize(("draw", "sweep"), FIGURES.values(), ids=FIGURES)
+def test_no_two_labels_of_an_axis_overlap(draw: Callable[..., Figure], sweep: str) -> None:
+    figure = draw(ablation_runs(sweep))
     figure.draw_without_rendering()
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):

@@ -128,7 +128,7 @@ def verdict_rows(results: Path) -> list[Row]:
     without = paper_values(paper, "table 2", WITHOUT_NORM, "ppl_c4")
     gains = [float(np.log(perplexity / without[n])) for n, perplexity in by_experts.items()]
     reported = f"{number(min(gains), '{:+.3f}')} to {number(abs(max(gains)), '{:.3f}')} nats (derived)"
-    rows.append(_row("BatchNorm of the queries helps", reported, _published(results, "controls", "query_bn"), _norm))
+    rows.append(_row("BatchNorm of the queries helps", reported, _published(results, "controls", "experts"), _norm))
     rows.append(
         _row("All experts are used", "100 % of up to 1,048,576", [*main, *_published(results, "experts")], _usage)
     )
