@@ -1,5 +1,6 @@
 """The statistics of published studies against an independent analysis of the same tables."""
 
+import math
 from functools import cache
 from typing import Any
 
@@ -45,10 +46,14 @@ def test_seeds_of_isoflop_rates_5e11() -> None:
     assert entry["seeds_sd"] == pytest.approx(0.0040, abs=5e-5) and entry["seeds_df"] == 10
 
 
-def test_batchnorm_on_queries() -> None:
-    (entry,) = published("query_bn")["budgets"]
-    found = {d["method"]: d for d in entry["differences"]}
-    one = found["peer n_experts=65536-query_norm=true"]
-    assert one["value"] == pytest.approx(-0.0125, abs=5e-5) and one["seeds_se"] == pytest.approx(0.0083, abs=5e-5)
-    assert len(found) == 4 and all(d["low"] < 0 < d["high"] for d in found.values())
-    assert published("query_bn")["claims"] == []
+def test_controls_against_two_sample_statistics_by_hand() -> None:
+    """32 cells, two seeds of 16 variants: 16 degrees of freedom, one variance."""
+    (entry,) = published("controls")["budgets"]
+    found = {d["method"]: d for d in entry["differences"] if d["reference"] == "dense"}
+    runs = read_runs(ROOT / "results" / "controls" / "runs.csv")
+    runs["layer"] = runs["method"] + runs["variant"].fillna("") + runs["axes"].fillna("")
+    groups = runs.groupby("layer")["val_loss"]
+    seeds_se = math.sqrt(groups.var(ddof=1).mean())  # of a difference of two means of two
+    assert len(groups) == 16 and found["pkm"]["seeds_se"] == pytest.approx(seeds_se)
+    assert found["pkm"]["value"] == pytest.approx(groups.mean()["pkm"] - groups.mean()["dense"])
+    assert published("controls")["claims"] == []

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,11 @@ from scipy.stats import t as student
 from peerscale.errors import UserError
 from peerscale.files import ROOT
 from peerscale.runs import read_runs
+from peerscale.runs.study import read_fits
+from peerscale.viz.differences import to_dense
 from peerscale.viz.findings import BEGIN, EARLIER, END, difference_rows, verdict_rows, with_table
+from peerscale.viz.markdown import plus_minus
+from peerscale.viz.style import label
 
 BUDGETS = (3e13, 1e14)
 
@@ -236,3 +241,18 @@ def test_the_order_at_each_methods_better_batch_is_that_of_the_published_runs() 
         f"{less['moetoken_choice']} and of PKM {less['pkm']}, each ± {half:.3f}"
     )
     assert words.replace("-", "−") in " ".join((ROOT / "docs" / "findings.md").read_text(encoding="utf-8").split())
+
+
+def test_the_controls_of_the_page_are_those_of_the_published_fits() -> None:
+    page = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+    fits = read_fits(ROOT / "results" / "controls" / "fits.json")
+    shown = re.findall(r"^\| ([^|]+) \| ([+−][^|]+) \|[^|]*\|$", page, flags=re.M)
+    assert dict(shown) == {label(name): plus_minus(one) for (_, _, name), one in to_dense(fits).items()}
+    (entry,) = fits["budgets"]
+    ahead = {d["method"]: plus_minus(d) for d in entry["differences"] if d["reference"] == "peer"}
+    for name, text in (("pkm", "PKM (by {})"), ("fine_grained_moe", "fine-grained MoE (by {})")):
+        assert text.format(ahead[name].removeprefix("−")) in page
+    runs = read_runs(ROOT / "results" / "isoflop_cpu" / "runs.csv")
+    alike = runs[(runs["budget"] == 1e13) & (runs["size"] == "d64") & runs["axes"].fillna("").isin(["", "{}"])]
+    means = alike.groupby("method")["val_loss"].mean()
+    assert f"with a third seed, in `isoflop_cpu`, −{means['dense'] - means['peer']:.3f} at this size" in page
