@@ -92,7 +92,7 @@ def test_a_claim_is_judged_by_holms_probability_and_the_margin(tmp_path: Path) -
     ]  # fmt: skip
     publish(tmp_path, "isoflop_cpu", differences, claims, growth=(0.1, 0.05, 0.15))
     rows = by_claim(tmp_path)
-    assert rows["PEER beats dense"]["verdict"] == "holds (at 1e14, 3e13)"
+    assert rows["PEER beats dense"]["verdict"] == "holds (at 1e14; 3e13)"
     assert (
         rows["PEER beats MoE (token choice)"]["verdict"] == "cannot be told (at 1e14); does not hold: equal (at 3e13)"
     )

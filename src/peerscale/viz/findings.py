@@ -188,11 +188,11 @@ def _told(one: Mapping[str, Any]) -> str:
 
 
 def _by_verdict(verdicts: Iterable[tuple[str, str]]) -> str:
-    """`holds (at 1e14, 3e13); cannot be told (at 3e12)` from pairs of verdict and place."""
+    """`holds (at 1e14; 3e13); cannot be told (at 3e12)` from pairs of verdict and place."""
     at: dict[str, list[str]] = {}
     for verdict, place in verdicts:
         at.setdefault(verdict, []).append(place)
-    return "; ".join(f"{verdict} (at {', '.join(places)})" for verdict, places in at.items())
+    return "; ".join(f"{verdict} (at {'; '.join(places)})" for verdict, places in at.items())
 
 
 def _growth(found: Evidence) -> tuple[str, str]:
@@ -223,12 +223,12 @@ def _active(found: Evidence) -> tuple[str, str]:
     rows = found.runs[found.runs["method"] == "peer"]
     losses = rows.groupby(["active_experts", "ffn_heads"])["val_loss"].mean().reset_index()
     best = losses.loc[losses.groupby("active_experts")["val_loss"].idxmin()]
-    texts = [f"{int(a)}: {loss:.3f} with {int(h)}" for a, h, loss in best.itertuples(index=False)]
+    texts = [f"{int(a)}: {loss:.3f} ({int(h)} head{'s' * (h > 1)})" for a, h, loss in best.itertuples(index=False)]
     grows = best["ffn_heads"].is_monotonic_increasing and best["ffn_heads"].nunique() > 1
     falls = best["val_loss"].is_monotonic_decreasing
     told = [f"more active experts {'are' if falls else 'are not always'} better",
             f"the best number of heads {'grows' if grows else 'does not grow'}"]  # fmt: skip
-    return f"active experts: loss with the best number of heads: {'; '.join(texts)}", f"descriptive: {', '.join(told)}"
+    return f"active experts: loss (best number of heads): {', '.join(texts)}", f"descriptive: {', '.join(told)}"
 
 
 def _norm(found: Evidence) -> tuple[str, str]:
