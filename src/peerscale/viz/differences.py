@@ -82,7 +82,7 @@ def differences_figure(fits: Mapping[str, Any], *, methods: Iterable[str] = (), 
             named = style.budget_title(budget) + f", {style.size_label(size)}" * (fixed and len(sizes) > 1)
             handles.append(Line2D([], [], marker=marker, label=named, linestyle="none", color=grey))
         style.legend(figure, handles)
-        at = " and ".join(dict.fromkeys(style.size_label(size) for _, size, _ in shown if size))
+        at = ", ".join(dict.fromkeys(style.size_label(size) for _, size, _ in shown if size))
         why = [f"compared at equal size ({at}), since there are too few for a curve"] * bool(hollow - doubtful)
         at_sizes = f"Hollow: {'; '.join([*why, *['flagged minimum (table.md)'] * bool(doubtful)])}." * bool(hollow)
         rates = " and from learning rates" if hold_rates(fits) else " alone"
