@@ -83,6 +83,18 @@ def own_curvature(study: str, budget: float) -> dict[str, float]:
     return one
 
 
+def test_the_differences_of_every_block_are_those_of_the_published_fits() -> None:
+    claims = read_fits(ROOT / "results" / "every_block" / "fits.json")["claims"]
+    dense, token_choice, pkm = (
+        f"{abs(one['value']):.3f} ± {(one['high'] - one['low']) / 2:.3f}"
+        for rival in ("dense", "moe_token_choice", "pkm") for one in claims if one["rival"] == rival
+    )  # fmt: skip
+    assert f"PEER leads dense by {dense} and token choice by {token_choice}, and is {pkm} behind PKM" in " ".join(
+        README.split()
+    )
+    assert [one["p_holm"] < 0.05 and one["value"] < 0 for one in claims] == [True, True, False]
+
+
 def test_the_barely_significant_differences_are_those_of_the_published_fits() -> None:
     fits = read_fits(ROOT / "results" / "reproduce" / "fits.json")
     barely = {claim["rival"]: f"{claim['p_holm']:.3f}" for claim in fits["claims"] if claim["p_holm"] > 0.01}

@@ -26,7 +26,7 @@ from peerscale.viz.style import label, size_label
 BEGIN, END = "<!-- begin: make findings -->", "<!-- end -->"
 """Lines of a page between which its table stands."""
 
-MAIN = ("isoflop_cpu", "reproduce", "isoflop_rates_5e11")
+MAIN = ("isoflop_cpu", "every_block", "reproduce", "isoflop_rates_5e11")
 """The studies of losses at the optimum."""
 
 EARLIER = "open: learning rates tuned at 5e11 FLOPs"
