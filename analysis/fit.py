@@ -266,16 +266,18 @@ def fit_learning_rates(table: pd.DataFrame, hold_out: str | None, **options: Any
         f"rates: {fit.n} runs on {fit.n_curves} curves, which scatter by {fit.scatter:.2g} about parabolas in ln lr of "
         f"curvature {fit.curvature:.3g} +- {fit.curvature_se:.1g}"
     ]
-    chosen, intervals = (fit.own, fit.own_ci) if fit.exponents == "own" else (fit.laws, fit.ci)
+    chosen, intervals, own = fit.laws, fit.ci, False
+    if fit.exponents == "own" and fit.own and fit.own_ci:
+        chosen, intervals, own = fit.own, fit.own_ci, True
     for i, (method, law) in enumerate(chosen.items()):
         at = ", ".join(f"{name} {getattr(law, f'{name}_0'):g}" for name in fit.fitted)
         where = f"at {at}" * bool(at)
         lines.append(f"  m of {method:<20} {_number(law.m, intervals[method]['m']):<32} {where}".rstrip())
-        if fit.exponents == "own" or i == len(chosen) - 1:
+        if own or i == len(chosen) - 1:
             exponents = {name: ci for name, ci in intervals[method].items() if name != "m"}
             lines += [f"  {name:<25} {_number(getattr(law, name), ci)}" for name, ci in exponents.items()]
     if test := fit.equal_exponents:
-        kept = "; so each method has its own" * (fit.exponents == "own")
+        kept = "; so each method has its own" * own
         lines.append(f"  one set of exponents for all: F{test['df']} = {test['f']:.2f}, p = {test['p']:.2g}{kept}")
     for one in fit.held_out if held is not None else ():
         lines.append(f"  held out {one.name}: best {one.best:.3g}, predicted {one.predicted:.3g}, costs {one.cost:.2g}")
