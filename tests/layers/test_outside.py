@@ -62,7 +62,7 @@ def test_is_built_priced_and_initialised_as_the_readme_says(mylab: Path) -> None
     model = build_model(config)
     layer = model.blocks[1].ffn
     assert type(layer).__name__ == "Gated" and config.ffn.name == "gated"
-    for linear, std in ((layer.gate, 32**-0.5), (layer.down, 32**-0.5), (layer.up, 80**-0.5 / 8**0.5)):
+    for linear, std in ((layer.gate, 32**-0.5), (layer.up, 32**-0.5), (layer.down, 80**-0.5 / 8**0.5)):
         assert linear.weight.std().item() == pytest.approx(std, rel=0.1), "1 / fan-in, the last over sqrt(2 x 4 layers)"
     assert cost(config).params_total == sum(p.numel() for p in model.parameters())
     tokens = torch.zeros(2, config.context, dtype=torch.long)
