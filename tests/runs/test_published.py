@@ -5,6 +5,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+from scipy.stats import t as student
 
 from peerscale.files import ROOT
 from peerscale.runs.comparison import compare
@@ -57,3 +58,18 @@ def test_controls_against_two_sample_statistics_by_hand() -> None:
     assert len(groups) == 16 and found["pkm"]["seeds_se"] == pytest.approx(seeds_se)
     assert found["pkm"]["value"] == pytest.approx(groups.mean()["pkm"] - groups.mean()["dense"])
     assert published("controls")["claims"] == []
+
+
+def test_experts_and_batchnorm_by_hand() -> None:
+    (entry,) = published("experts")["budgets"]
+    found = {(d["method"], d["reference"]): d for d in entry["differences"]}
+    runs = read_runs(ROOT / "results" / "experts" / "runs.csv")
+    groups = runs.groupby(runs["axes"].fillna(""))["val_loss"]
+    assert len(groups) == 9 and (groups.size() == 2).all()
+    half = float(student.ppf(0.975, 9)) * math.sqrt(groups.var(ddof=1).mean())  # of seeds alone
+    with_norm, without = ("peer n_experts=65536-query_norm=true", "peer n_experts=65536-query_norm=false")
+    for pair, text in (((with_norm, without), "0.065 ± 0.054"), ((with_norm, "dense"), "0.060 ± 0.054")):
+        one = found[pair]
+        assert f"{-one['value']:.3f} ± {(one['high'] - one['low']) / 2:.3f}" == text
+        assert text in (ROOT / "README.md").read_text(encoding="utf-8")
+        assert (one["high"] - one["low"]) / 2 == pytest.approx(half, rel=0.02)

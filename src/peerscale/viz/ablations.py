@@ -66,19 +66,17 @@ def over_seeds(runs: pd.DataFrame, by: Sequence[str], y: str = "val_loss") -> pd
     """One row per combination of `by`, with the mean of `y` over seeds and an interval.
 
     Returns:
-        `by`, mean, low, high, seeds. The interval is Student's 95 % interval of the mean over seeds; the scatter of a
-        loss over seeds is pooled over all rows, as in `runs.comparison`. With one seed the interval is +-1 standard
-        error over validation sequences if `y` is the loss, and otherwise empty (low = high = mean).
+        `by`, mean, low, high, seeds. The interval is Student's 95 % interval of the mean over seeds, whose scatter is
+        pooled over all rows, as in `runs.comparison`. With one seed the interval is +-1 standard error over validation
+        sequences if `y` is the loss, and otherwise empty (low = high = mean).
     """
     rows, groups = [], runs.groupby(list(by))
     scatter = runs[y].astype(float) - groups[y].transform("mean").astype(float)
     pooled_df = len(runs) - groups.ngroups
     for key, group in groups:
         values, n = np.asarray(group[y], float), len(group)
-        if n > 1 and y == "val_loss":
+        if n > 1:
             half = float(student.ppf(0.975, pooled_df) * math.sqrt((scatter**2).sum() / pooled_df / n))
-        elif n > 1:
-            half = float(student.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n))
         else:
             half = float(np.nan_to_num(group["val_loss_se"].iloc[0])) if y == "val_loss" else 0.0
         rows.append((*key, values.mean(), values.mean() - half, values.mean() + half, n))
@@ -203,13 +201,14 @@ def query_norm_figure(runs: pd.DataFrame, published: pd.DataFrame, *, note: str 
 
 
 def _at_one_size(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[float], str]:
-    """The size and budget with the most finished runs: its sparse runs, its dense perplexities, and a title."""
+    """The size and budget with the most finished runs: its sparse runs, its mean dense perplexity, and a title."""
     done = runs.assign(name=layer_names(runs))[usable(runs)]
     budget, size = done[["budget", "size"]].value_counts().index[0]
     cells = done[(done["budget"] == budget) & (done["size"] == size)]
     dense = cells["method"] == "dense"
     title = f"{style.budget_title(budget)}, {style.size_label(str(size))}"
-    return cells[~dense], np.exp(cells.loc[dense, "val_loss"].astype(float)).tolist(), title
+    level = [float(np.exp(cells.loc[dense, "val_loss"].astype(float).mean()))] if dense.any() else []
+    return cells[~dense], level, title
 
 
 def _perplexity(axes: Axes, title: str, dense: Iterable[float] = ()) -> None:
@@ -248,5 +247,5 @@ def _bars(cells: pd.DataFrame) -> str:
     seeds = cells["seed"].nunique()
     if seeds > 1:
         bars = f"bars: 95 % interval of the mean over {seeds} seeds (dots), Student's t"
-        return f"{bars}; of losses with their scatter pooled"
+        return f"{bars}, with their scatter pooled"
     return "bars: ±1 standard error over validation sequences, most of it common to all points; one seed"

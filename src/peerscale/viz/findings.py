@@ -238,14 +238,16 @@ def _norm(found: Evidence) -> tuple[str, str]:
     for name, other in [(name, other) for name, other in pairs if name != other] + [("peer", "peer query_norm=false")]:
         for one in _differences(found, name, other):
             experts = name.partition("n_experts=")[2].partition("-")[0]
-            texts.append((f"{int(experts):,} experts: " if experts else "") + signed_interval(one))
-            told.append(_told(one))
-    return "; ".join(texts), ", ".join(dict.fromkeys(told))
+            place = f"{int(experts):,} experts" if experts else _place(one)
+            texts.append(f"{place}: {signed_interval(one)}")
+            told.append((f"{_told(one)}, descriptive", place))
+    return "; ".join(texts), _by_verdict(told)
 
 
 def _usage(found: Evidence) -> tuple[str, str]:
-    """The share of used experts, lowest and highest of all cells, at the largest budget of each number of experts."""
+    """The share of used experts with BatchNorm, from lowest to highest cell, at the largest budget of each number."""
     rows = found.runs[found.runs["method"] == "peer"]
+    rows = rows[rows.get("query_norm", pd.Series(index=rows.index)).astype(str) != "False"]
     rows = rows[rows["budget"] == rows.groupby("n_experts")["budget"].transform("max")]
     texts, lowest = [], {}
     for (n, budget), usage in rows.groupby(["n_experts", "budget"])["expert_usage"]:
