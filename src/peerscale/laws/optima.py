@@ -31,6 +31,8 @@ MIN_SIZES = 4
 """Sizes that a method needs at a budget: one more than the coefficients of a parabola."""
 OUTER = 0.2
 """An optimum in the outermost fifth of the sampled log range is flagged."""
+FLAT = 1e-10
+"""Curvature, in units of loss per squared decade, up to which losses are flat but for rounding."""
 
 
 class OptimumStatus(StrEnum):
@@ -204,7 +206,7 @@ class OptimaFit:
         """The minimum of one method."""
         _, b, c = self.curve(name)
         here = self.method == self.names.index(name)
-        at = -b / (2 * c) if c > 0 else math.nan
+        at = -b / (2 * c) if c > FLAT else math.nan
         status = optimum_status(at, self.z[here], c, self.at_least)
         if not status.has_number:
             at = math.nan  # makes all results below NaN
@@ -272,12 +274,12 @@ class OptimaFit:
 def parabola_optima(coefficients: Array, centre: float = 0.0) -> tuple[Array, Array]:
     """x and loss at the minima of parabolas with `coefficients` (3, ...) in log10 x - centre.
 
-    NaN if a parabola opens downwards, or so slightly upwards that its minimum is not a possible size or loss.
+    NaN if a parabola is flat or opens downwards, or so slightly upwards that its minimum is no possible size or loss.
     """
     c0, c1, c2 = coefficients
     with np.errstate(all="ignore"):
         x, loss = 10.0 ** (centre - c1 / (2 * c2)), c0 - c1**2 / (4 * c2)
-    there = (c2 > 0) & (x > 0) & np.isfinite(x) & (loss > 0)
+    there = (c2 > FLAT) & (x > 0) & np.isfinite(x) & (loss > 0)
     return np.where(there, x, np.nan), np.where(there, loss, np.nan)
 
 
@@ -310,7 +312,7 @@ def optimum_status(at: float, z: Array, curvature: float, at_least: int) -> Opti
     """Status of the minimum at log size `at` of a curve fitted to the log sizes z, of which it needs `at_least`."""
     if len(np.unique(z)) < at_least:
         return OptimumStatus.TOO_FEW
-    if not curvature > 0:
+    if not curvature > FLAT:
         return OptimumStatus.CURVATURE
     place = (at - z.min()) / np.ptp(z)
     if not 0 <= place <= 1:
