@@ -10,8 +10,6 @@ import pytest
 from synthetic_study import script
 
 from peerscale.errors import exit_code
-from peerscale.runs import read_runs
-from peerscale.runs.study import published
 
 fit = script("fit")
 SURFACE = ["--params", "N", "--tokens", "D", "--loss", "loss"]
@@ -381,53 +379,6 @@ def test_envelope_of_a_study_and_of_a_csv(tmp_path: Path, capsys: pytest.Capture
     assert json.loads(out.read_text())["exponent"] == pytest.approx(by_folder["exponent"])
     assert run("envelope", tmp_path / "curves.csv", *columns, "--out", out) == 2
     assert "no column 'params_total'" in capsys.readouterr().err
-
-
-def test_a_studys_folder_gives_its_finished_runs_by_curve_without_brackets(tmp_path: Path) -> None:
-    cells = {
-        "dense-d8": ("dense", "", {}, "done"),
-        "dense-d12": ("dense", "", {}, "pending"),
-        "dense-d16": ("dense", "", {}, "diverged"),
-        "dense-d8-lr_factor=2.0": ("dense", "", {"optim.lr_factor": 2.0}, "done"),
-        "moe-d8": ("moe", "", {}, "done"),
-        "moe_token_choice-d8": ("moe", "token_choice", {}, "done"),
-        "peer-d8": ("peer", "", {}, "done"),
-        "peer-d8-n_experts=16384": ("peer", "", {"ffn.n_experts": 16384}, "done"),
-        "peer-d8-n_experts=16384-lr_factor=2.0": ("peer", "", {"ffn.n_experts": 16384, "optim.lr_factor": 2.0}, "done"),
-    }
-    curve_of = {
-        "dense-d8": "dense",
-        "moe-d8": "moe",
-        "moe_token_choice-d8": "moe_token_choice",
-        "peer-d8": "peer",
-        "peer-d8-n_experts=16384": "peer n_experts=16384",
-    }
-    runs = pd.DataFrame(
-        [
-            {"cell": cell, "method": method, "variant": variant, "axes": json.dumps(axes) if axes else "",
-             "status": status, "val_loss": 4.0 if status == "done" else None}
-            for cell, (method, variant, axes, status) in cells.items()
-        ]
-    )  # fmt: skip
-    runs = runs.assign(size="d8", seed=0, budget=1e15, flops_per_token=1.0, convention="x")
-    runs.to_csv(tmp_path / "runs.csv", index=False)
-    rows = [{"cell": cell, "step": step, "tokens": 1, "flops": 1, "loss": 4.0} for cell in cells for step in (1, 2)]
-    pd.DataFrame(rows).to_csv(tmp_path / "curves.csv", index=False)
-    table = fit.read_table(tmp_path, None)
-    assert dict(zip(table["cell"], table["method"], strict=True)) == curve_of and len(table) == len(curve_of)
-    assert fit.read_table(tmp_path, "method == 'peer'")["cell"].tolist() == ["peer-d8"]
-    curves = fit.read_table(tmp_path, None, curves=True)
-    assert dict(zip(curves["cell"], curves["method"], strict=True)) == curve_of and len(curves) == 2 * len(curve_of)
-
-
-def test_of_a_published_study_the_table_has_its_curves_and_of_one_of_rates_every_rate() -> None:
-    study = published("isoflop_cpu").folder
-    runs, table = read_runs(study), fit.read_table(study, None)
-    assert "peer n_experts=16384" in {*table["method"]} and {*table["status"]} == {"done"}
-    assert runs["axes"].str.contains("lr_factor").any() and not table["axes"].str.contains("lr_factor").any()
-    rates = fit.read_table(published("rates").folder, None)
-    assert {*rates["method"]} == {"dense", "moe", "moe_token_choice", "pkm", "peer"}
-    assert rates.groupby("method")["lr"].nunique().min() > 3
 
 
 def test_rates_of_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,13 +13,12 @@ from peerscale.cell_names import budget_name
 from peerscale.composition import sweep_text
 from peerscale.errors import UserError
 from peerscale.runs.claims import turned
-from peerscale.runs.conventions import MEASURED_TIME
 from peerscale.runs.record import ENDED, Status
 from peerscale.runs.study import header, published, read_fits, usable, without_brackets
 from peerscale.runs.table import read_runs
 from peerscale.viz.answer import EQUALS, LEADS, TRAILS, UNDECIDED, outcome
 from peerscale.viz.markdown import number, plus_minus, signed_interval, table, with_interval
-from peerscale.viz.multipliers import paper_multipliers
+from peerscale.viz.multipliers import COLUMNS, in_measured_time, paper_multipliers
 from peerscale.viz.published import WITHOUT_NORM, paper_values, read_published
 from peerscale.viz.style import label, size_label
 
@@ -83,8 +82,8 @@ def difference_rows(results: Path) -> list[Row]:
             continue
         significant = {(c["rival"], _place(c)) for c in found.fits["claims"] if outcome(c) in (LEADS, TRAILS)}
         gains = {one["budget"]: one for one in found.fits["multipliers"] if one["method"] == "peer"}
-        each = [one for one in found.fits["conventions"] if one["method"] == "peer"]
-        in_time = {one["budget"]: one["multipliers"].get(MEASURED_TIME) for one in each}
+        timed = in_measured_time(pd.DataFrame(found.fits["multipliers"], columns=COLUMNS), found.fits["conventions"])
+        in_time = {one["budget"]: one for one in timed[timed["method"] == "peer"].to_dict("records")}
         for budget in [entry["budget"] for entry in found.fits["budgets"]]:
             texts: dict[str, list[str]] = {rival: [] for rival in RIVALS}
             for rival in RIVALS:
@@ -94,12 +93,8 @@ def difference_rows(results: Path) -> list[Row]:
                         at = f" at {size_label(one['size'])}" * bool(one["size"])
                         texts[rival].append(f"{bold}{plus_minus(one)}{bold}{at}")
             row = {f"PEER − {label(rival)}": ", ".join(each) or "—" for rival, each in texts.items()}
-            gain, timed = gains.get(budget), in_time.get(budget)
-            row["multiplier [95 %]"] = _interval(gain, "multiplier") if gain else "—"
-            row["in training time"] = "—"
-            if gain and timed is not None:  # its ends are scaled as the multiplier is
-                scaled = {key: gain[key] * timed / gain["multiplier"] for key in ("multiplier", "low", "high")}
-                row["in training time"] = _interval(scaled, "multiplier")
+            for title, each in (("multiplier [95 %]", gains), ("in training time", in_time)):
+                row[title] = _interval(each[budget], "multiplier") if budget in each else "—"
             if {*row.values()} != {"—"}:
                 study = f"[{found.sweep}](results/{found.sweep}/table.md)"
                 seeds = found.runs.loc[found.runs["budget"] == budget, "seed"].nunique()
@@ -145,11 +140,8 @@ def _published(results: Path, *sweeps: str) -> list[Evidence]:
             left = (~runs["status"].isin([*ENDED, Status.DROPPED])).sum()
             to_run = f"; {left} of its {len(runs)} cells are still to run" if left else ""
             earlier, fits = "Withdrawn" in header(sweep_text(sweep)), read_fits(study.fits)
-            found.append(
-                Evidence(
-                    sweep=sweep, fits=fits, runs=without_brackets(runs[usable(runs)]), earlier=earlier, to_run=to_run
-                )
-            )
+            usual = without_brackets(runs)
+            found.append(Evidence(sweep=sweep, fits=fits, runs=usual[usable(usual)], earlier=earlier, to_run=to_run))
     return found
 
 

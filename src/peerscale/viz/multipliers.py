@@ -14,6 +14,8 @@ from peerscale.viz import style
 from peerscale.viz.brackets import bars
 from peerscale.viz.published import paper_values
 
+COLUMNS = ("method", "reference", "budget", "multiplier", "low", "high", "by_seed")
+"""What `fits.json` tells of each multiplier."""
 BESIDE = 1.18
 """Factor between the x values of a mean and its seeds."""
 
@@ -23,8 +25,7 @@ def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, *, note
 
     None if no method has a multiplier at two budgets.
     """
-    columns = ["method", "reference", "budget", "multiplier", "low", "high", "by_seed"]
-    found, flagged = pd.DataFrame(fits["multipliers"], columns=columns), style.flagged_minima(fits)
+    found, flagged = pd.DataFrame(fits["multipliers"], columns=COLUMNS), style.flagged_minima(fits)
     if found.empty or found.groupby("method")["budget"].nunique().max() < 2:
         return None
     names = style.ordered(found["method"])

@@ -128,12 +128,11 @@ def colours(names: Iterable[str]) -> dict[str, str]:
         chosen[method] = COLOURS.get(method) or next((c for c in spare if c not in chosen.values()), spare[0])
     found: dict[str, str] = {}
     for method, members in variants.items():
-        others, darkest = [name for name in members if name != method], 0.6 if method in members else 1.0
-        shades = [shaded(chosen[method], darkest * (i + 0.5) / len(others)) for i in range(len(others))]
-        found |= {method: chosen[method]} | dict(zip(others, shades, strict=True))
-        if len(members) == 1:
-            found[members[0]] = chosen[method]
-    return {name: found[name] for members in variants.values() for name in members}
+        found |= dict.fromkeys(members, chosen[method])
+        if len(members) > 1:
+            others, darkest = [name for name in members if name != method], 0.6 if method in members else 1.0
+            found |= {n: shaded(chosen[method], darkest * (i + 0.5) / len(others)) for i, n in enumerate(others)}
+    return found
 
 
 def shaded(colour: str, place: float) -> str:
