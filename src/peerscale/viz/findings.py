@@ -83,7 +83,7 @@ def difference_rows(results: Path) -> list[Row]:
         significant = {(c["rival"], _place(c)) for c in found.fits["claims"] if outcome(c) in (LEADS, TRAILS)}
         gains = {one["budget"]: one for one in found.fits["multipliers"] if one["method"] == "peer"}
         timed = in_measured_time(pd.DataFrame(found.fits["multipliers"], columns=COLUMNS), found.fits["conventions"])
-        in_time = {one["budget"]: one for one in timed[timed["method"] == "peer"].to_dict("records")}
+        in_time: dict[float, Any] = {one["budget"]: one for one in timed[timed["method"] == "peer"].to_dict("records")}
         for budget in [entry["budget"] for entry in found.fits["budgets"]]:
             texts: dict[str, list[str]] = {rival: [] for rival in RIVALS}
             for rival in RIVALS:
