@@ -12,6 +12,8 @@ BIN       := .venv/bin
 # Cells that run at once; on Slurm only if JOBS is given, as the cores of the login node do not matter there.
 AT_ONCE_joblib = --jobs $(JOBS)
 AT_ONCE_slurm  = $(if $(filter command environment,$(firstword $(origin JOBS))),--jobs $(JOBS))
+# A setup with EXTRAS or LOCKED installs once for each choice; all other targets are content with any.
+INSTALLED     = .venv/installed$(if $(filter command,$(firstword $(origin EXTRAS))),-$(EXTRAS))$(if $(LOCKED),-locked)
 # Number of workers for which the plan estimates the time.
 WORKERS       = $(if $(filter joblib,$(LAUNCHER)),$(JOBS),1)
 # One thread a cell, one cell a core; more threads only spin.
@@ -44,14 +46,14 @@ reproduce: ## the main command: corpus, training runs, fits, figures and table o
 smoke: ## from text to a figure in about a minute, on a tiny study
 	@$(MAKE) --no-print-directory data sweep figures SWEEP=smoke
 
-setup: .venv/installed ## create .venv and install the package (a second call does nothing)
+setup: $(INSTALLED) ## create .venv and install the package (a second call does nothing)
 
-.venv/installed: pyproject.toml
+$(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: peerscale needs Python 3.11 or newer: name one with PYTHON=..."; exit 2; }
 	@echo "creating .venv and installing peerscale into it: some minutes, once"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(LOCKED),--constraint requirements.lock) --editable '.[$(EXTRAS)]'
-	@touch $@
+	@touch .venv/installed $@
 
 data: setup ## download and tokenize the corpus of SWEEP, once
 	@$(BIN)/python -m peerscale.data.prepare --sweep $(SWEEP) $(OVERRIDES)

@@ -63,7 +63,7 @@ def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, *, note
             "small dots: the multiplier from one seed at this budget, with means over seeds at the other budgets"
             * bool(found["by_seed"].map(lambda each: isinstance(each, dict)).any())
         )
-        outside = "points without a line: other models or batches than from there on (table.md)"
+        outside = "points without a line: models or batches of another kind than at larger budgets (table.md)"
         seconds = "dashed: in training time, from the step times of a separate benchmark (results/bench)"
         theirs = "the paper: from the perplexities on C4 of its Table 1, by the same rule; it gives no errors"
         hollow = "hollow: flagged minimum (table.md)" * bool(found["hollow"].any())
