@@ -11,7 +11,7 @@ from peerscale.cells import Cell, count_cells, planned_cells
 from peerscale.data.store import PREPARATION_VERSION, Manifest, folder, write_manifest
 from peerscale.errors import exit_code
 from peerscale.files import ROOT
-from peerscale.overview import main, text_table
+from peerscale.overview import main, text_table, time_lines
 from peerscale.progress import duration
 from peerscale.runs.record import Record, Status, write_record
 from peerscale.sweep_config import load_sweep
@@ -342,6 +342,10 @@ def test_a_wrong_request_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err.startswith("error: no sweep file nosuch.yaml; in sweeps/ there are: ")
     assert exit_code(lambda: main(["status", "smoke", "budget"])) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_price_is_no_error_when_every_cell_is_done() -> None:
+    assert time_lines([], 2.5) == []
 
 
 def test_tables_are_aligned() -> None:

@@ -34,7 +34,7 @@ from peerscale.plan import Verdict, decay_from
 from peerscale.progress import duration
 from peerscale.runs.record import ENDED, Status
 from peerscale.runs.speed import makespan_s
-from peerscale.runs.study import RESULTS, RUNS, collected, header, published, read_fits
+from peerscale.runs.study import RESULTS, RUNS, find_study, header, published, read_fits
 from peerscale.runs.table import read_records, read_runs
 from peerscale.slurm import Job, jobs_folder, log_path, queued, read_job_ids
 from peerscale.sweep_config import load_sweep
@@ -87,7 +87,7 @@ def time_lines(cells: Sequence[Cell], price: float | None) -> list[str]:
         parts = Counter(cell.config.surroundings.micro_batches for cell in on_gpus)
         if parts.keys() != {1}:
             lines.append(f"micro-batches: {', '.join(f'{m} of {parts[m]} cells' for m in sorted(parts))}")
-    elif price is not None:
+    elif price is not None and cells:
         lines.append("no GPU-hours to price: no cell has trainer.accelerator=gpu")
     return lines
 
@@ -193,8 +193,8 @@ def print_status(sweep: str, overrides: Sequence[str], results: Path) -> int:
     for note in notes:
         print(note)
     _print_notices(found)
-    study = published(name, results) if n_published else collected(name, cells[0].folder.parents[1])
     with contextlib.suppress(UserError):  # if the study was never fitted
+        study = find_study(name, cells[0].folder.parents[1], results)
         print(f"\n{read_fits(study.fits)['answer']} ({from_checkout(study.fits)}, as last fitted)")
     return 0
 

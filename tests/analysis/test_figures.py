@@ -12,9 +12,10 @@ from synthetic_ablations import ablation_runs
 from synthetic_study import SWEEP, script
 
 from peerscale.errors import exit_code
-from peerscale.results.collection import write_fits
+from peerscale.files import write_json
+from peerscale.results.collection import fits_of
 from peerscale.runs.curves import curves_table
-from peerscale.runs.study import collected, published
+from peerscale.runs.study import Study, collected, published
 from peerscale.viz.figures import small_print
 
 figures = script("figures")
@@ -54,23 +55,39 @@ def test_a_published_table_alone_is_enough_with_another_meaning_of_size(runs: Pa
     assert set(drawn(target.figures)) == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
 
 
+def fitted(sweep: str, runs: pd.DataFrame, folder: Path) -> Study:
+    """The study in a folder, with its table of runs and its fits."""
+    study = collected(sweep, folder)
+    study.folder.mkdir(parents=True)
+    runs.to_csv(study.runs, index=False)
+    write_json(study.fits, fits_of(sweep, runs, curves_table(()), []))
+    return study
+
+
 @pytest.mark.parametrize(("sweep", "names"), [("active", {"active"}), ("experts", {"experts", "query_norm"})])
 def test_what_a_study_varies_decides_its_figures(sweep: str, names: set[str], tmp_path: Path) -> None:
-    study = collected(sweep, tmp_path)
-    study.folder.mkdir(parents=True)
-    runs = ablation_runs(sweep)
-    runs.to_csv(study.runs, index=False)
-    write_fits(study, runs, curves_table(()), [])
+    study = fitted(sweep, ablation_runs(sweep), tmp_path)
     assert figures.main([sweep, "--runs", str(tmp_path)]) == 0
     assert set(drawn(study.figures)) == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
 
 
+@pytest.mark.parametrize("method, norm", [("moe", None), ("peer", False), ("pkm", True)])
+def test_settings_that_the_papers_figures_do_not_show_are_compared_with_dense(
+    method: str, norm: bool | None, tmp_path: Path
+) -> None:
+    """Experts of MoE, of PEER without BatchNorm, and PKM with and without: each draws differences, and only these."""
+    runs = ablation_runs("experts")
+    dense, peer = runs[runs["method"] == "dense"], runs[(runs["method"] == "peer") & (runs["seed"] == 0)]
+    rows = peer[(peer["query_norm"].astype(str) == str(norm is not False)) | (method == "pkm")]
+    rows = rows.assign(method=method, query_norm=None if method == "moe" else rows["query_norm"])
+    rows = rows[rows["n_experts"] == 1024] if method == "pkm" else rows
+    study = fitted("mine", pd.concat([dense, rows]), tmp_path)
+    assert figures.main(["mine", "--runs", str(tmp_path)]) == 0
+    assert set(drawn(study.figures)) == {"differences.png", "differences.pdf"}
+
+
 def test_figures_of_former_settings_go_unless_another_meaning_of_size_is_asked_for(tmp_path: Path) -> None:
-    study = collected("active", tmp_path)
-    study.folder.mkdir(parents=True)
-    runs = ablation_runs("active")
-    runs.to_csv(study.runs, index=False)
-    write_fits(study, runs, curves_table(()), [])
+    study = fitted("active", ablation_runs("active"), tmp_path)
     study.figures.mkdir()
     former = study.figures / "experts.png"
     former.write_bytes(b"former")

@@ -78,6 +78,7 @@ def collect_again(folders: list[str], tmp_path: Path, change: Callable[[Record],
     study = collected(SWEEP, tmp_path / "runs")
     changed = [after for record in read_records(study.folder) if (after := change(record))]
     study.records.write_text("".join(json.dumps(asdict(record)) + "\n" for record in changed))
+    study.table.touch()
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -198,16 +199,17 @@ def test_a_publication_that_cannot_be_put_in_its_place_leaves_the_former_one(
     assert published(SWEEP, tmp_path / "results").table.read_text() == "# another"
 
 
-def test_a_table_from_before_the_fits_is_not_published(
-    folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("newer", ["records.jsonl", "curves.csv", "runs.csv", "fits.json"])
+def test_a_table_from_before_what_it_shows_is_not_published(
+    newer: str, folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     study = collected(SWEEP, tmp_path / "runs")
-    fitted = study.fits.stat().st_mtime_ns
-    os.utime(study.table, ns=(fitted - 1, fitted - 1))
+    fitted = study.table.stat().st_mtime_ns
+    os.utime(study.folder / newer, ns=(fitted + 1, fitted + 1))
     capsys.readouterr()
     assert exit_code(lambda: publish.main(folders)) == 2
-    said = f"{study.table} is older than fits.json; first: make figures SWEEP={SWEEP}"
+    said = f"{study.table} is older than {newer}; first: make figures SWEEP={SWEEP}"
     assert capsys.readouterr().err == f"error: {said}\n"
     assert not (tmp_path / "results").exists()
-    os.utime(study.table, ns=(fitted, fitted))
+    os.utime(study.folder / newer, ns=(fitted, fitted))
     assert publish.main(folders) == 0

@@ -142,6 +142,19 @@ def test_the_command_of_a_fit_runs(study: Study, source: str, tmp_path: Path) ->
     assert len(json.loads((tmp_path / "fit.json").read_text())["vertices"]) == 2
 
 
+def test_the_command_of_a_fit_names_the_curve(study: Study, tmp_path: Path) -> None:
+    """Of a variant it is not the method; without two budgets there is no command."""
+    found = collected(SWEEP, tmp_path)
+    shutil.copytree(study.folder, found.folder)
+    runs = read_runs(study.runs)
+    of_variant = runs[runs["method"] == "peer"].assign(variant="mine")
+    for rows, budgets in ((of_variant, 2), (of_variant[of_variant["budget"] == 1e11], 1)):
+        rows.to_csv(found.runs, index=False)
+        assert report.main([SWEEP, "--runs", str(tmp_path)]) == 0
+        page = html.unescape((found.folder / "report.html").read_text())
+        assert ("--where \"method == 'peer_mine'\" " in page, "analysis/fit.py isoflop" in page) == (budgets == 2,) * 2
+
+
 def test_the_page_opens_with_the_answer_and_then_figure_1(study: Study, source: str) -> None:
     body = without_scripts(source).partition("<body>")[2]
     sentence = html.escape(answer(json.loads(study.fits.read_text())), quote=False)

@@ -190,6 +190,29 @@ def test_sequences_are_paired_whatever_the_batch() -> None:
         np.testing.assert_array_equal(found, text)
 
 
+def test_each_budget_has_its_own_number_of_sequences() -> None:
+    """Whole batches of 16 and 32 need not cover the same part of a set; and one cell has fewer than its neighbours."""
+    counts = {"a": (1e12, 688, 16), "b": (1e12, 688, 16), "c": (1e12, 672, 16), "d": (1e13, 672, 32)}
+    records = [
+        replace(record(cell, np.arange(n) / n), budget=budget, batch_sequences=batch)
+        for cell, (budget, n, batch) in counts.items()
+    ]
+    assert {cell: len(values) for cell, values in sequence_losses(records, {*counts}).items()} == {
+        "a": 688, "b": 688, "d": 672,
+    }  # fmt: skip
+
+
+def test_budgets_of_different_sequences_are_drawn_together() -> None:
+    both = [with_sequences(curves({(m, c): v for (m, _), v in FIVE.items()}, noise=0.004), n=n)
+            for c, n in ((1e12, 256), (3e12, 320))]  # fmt: skip
+    records = [
+        replace(one, budget=c) for (_, of_budget, _), c in zip(both, (1e12, 3e12), strict=True) for one in of_budget
+    ]
+    found = compare(pd.concat([runs for runs, _, _ in both]), records)
+    assert all(one["sequences_se"] > 0 for entry in found["budgets"] for one in entry["differences"])
+    assert all(one["low"] < one["multiplier"] < one["high"] for one in found["multipliers"])
+
+
 def test_what_is_common_to_all_methods_leaves_no_error_of_a_difference() -> None:
     runs, records, _ = with_sequences(curves(FIVE, noise=0.004), own=0.0)
     found = compare(runs, records)
@@ -240,6 +263,16 @@ def test_a_named_family_counts_comparisons_that_have_not_run() -> None:
     small, large = sorted(found, key=lambda c: c["p"])
     assert small["p_holm"] == pytest.approx(min(1, 6 * small["p"]))
     assert large["p_holm"] == pytest.approx(min(1, max(6 * small["p"], 5 * large["p"])))
+
+
+def test_two_claims_at_one_budget_do_not_stand_for_one_at_another() -> None:
+    """Dense is claimed at 1e12 and 1e13: two sizes have run at 1e12 and none at 1e13, so there are three claims."""
+    rows = [run(m, 1e12, 4 + 0.1 * (m == "dense") + 0.002 * s, size=size, seed=s)
+            for m in ("dense", "peer") for size in ("d32", "d64") for s in (0, 1)]  # fmt: skip
+    claims = ClaimsConfig(method="peer", rivals=["dense"], budgets=[1e12, 1e13])
+    found = compare(pd.DataFrame(rows), [], claims=claims)["claims"]
+    assert [(c["size"], c["family"]) for c in found] == [("d32", 3), ("d64", 3)]
+    assert min(c["p_holm"] for c in found) == pytest.approx(3 * found[0]["p"])
 
 
 def test_without_a_named_family_peer_is_compared_with_all() -> None:

@@ -46,6 +46,14 @@ def test_a_share_of_the_compute_scales_the_multiplier() -> None:
         }, rel=1e-3)  # fmt: skip
 
 
+def test_settings_of_dense_are_not_compared_with_dense() -> None:
+    """As in the multipliers of the study, where dense with other settings is a reference only."""
+    runs = study({"dense": 0.8, "peer": 0.5})
+    other = runs[runs["method"] == "dense"].assign(axes='{"optim.schedule": "wsd"}')
+    both = pd.concat([runs, other], ignore_index=True)
+    assert {row["method"] for row in multipliers_by_convention(both, compare(both, [])["budgets"])} == {"peer"}
+
+
 def test_as_counted_is_the_studys_own_multiplier() -> None:
     runs = study({"dense": 0.8, "peer": 0.5})
     noisy = runs.assign(val_loss=runs["val_loss"] + np.random.default_rng(0).normal(0, 0.004, len(runs)))

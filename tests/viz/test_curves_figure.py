@@ -76,6 +76,20 @@ def test_below_is_the_distance_to_dense_at_equal_flops() -> None:
     assert "dense" in below.get_ylabel()
 
 
+def test_the_first_distance_is_to_dense_at_the_same_flops() -> None:
+    """Also if dense's first drawn point comes after that of the other curve; the loss falls by 2 per decade here."""
+    curves, runs = straight({"dense": 0.0, "peer": -0.1})
+    curves = curves.assign(loss=curves["loss"] - np.log10(curves["flops"] / 1e10))
+    dense = curves["cell"] == "dense-d8-1e11-s0"
+    curves = curves[~dense | (curves["flops"] < 1.05e10) | (curves["flops"] > 2e10)]
+    early = pd.DataFrame(
+        {"cell": runs["cell"], "flops": 5e9, "loss": [5.0 - 2 * np.log10(0.5), 4.9 - 2 * np.log10(0.5)]}
+    )
+    drawn = lines(curves_figure(pd.concat([early, curves]), runs).axes[1])["peer"]
+    assert drawn[0, 0] == pytest.approx(1.01e10)
+    np.testing.assert_allclose(drawn[:, 1], -0.1, atol=1e-9)
+
+
 def test_variants_are_compared_with_dense_at_their_own_settings() -> None:
     constants = {"dense batch=8": 0.0, "dense batch=16": 0.3, "peer batch=8": 0.1, "peer batch=16": 0.1}
     drawn = lines(curves_figure(*straight(constants)).axes[1])

@@ -32,7 +32,7 @@ def difference(method: str, reference: str, value: float, half: float) -> dict[s
 
 def publish(
     results: Path, sweep: str, differences: dict[float, list[dict[str, Any]]], claims: list[dict[str, Any]],
-    runs: list[dict[str, Any]] | None = None, growth: tuple[float, float, float] | None = None,
+    runs: list[dict[str, Any]] | None = None, growth: tuple[float | None, ...] | None = None,
 ) -> None:  # fmt: skip
     folder = results / sweep
     folder.mkdir(parents=True)
@@ -202,6 +202,24 @@ def test_the_readme_has_a_row_a_budget_with_significant_claims_in_bold(tmp_path:
         "multiplier [95 %]": "1.50 [1.20, 1.90]", "in training time": "1.04 [0.84, 1.32]", "seeds": "1",
         "study": "[isoflop_cpu](results/isoflop_cpu/table.md)",
     }  # fmt: skip
+
+
+def test_what_has_no_interval_cannot_be_told(tmp_path: Path) -> None:
+    unknown = {**difference("peer", "moe", -0.05, 0.02), "low": None, "high": None}
+    publish(tmp_path, "isoflop_cpu", {1e14: [unknown]}, [], growth=(0.1, None, None))
+    rows = by_claim(tmp_path)
+    assert rows["PEER beats MoE (expert choice)"]["verdict"] == "cannot be told, descriptive (at 1e14)"
+    assert rows["PEER beats MoE (expert choice)"]["measured here"].startswith("1e14: −0.050 ± — (")
+    growth = rows["PEER's multiplier grows with the budget"]
+    assert growth["verdict"] == "cannot be told" and "0.10 [none]" in growth["measured here"]
+
+
+def test_a_claim_about_a_variant_makes_no_other_difference_bold(tmp_path: Path) -> None:
+    differences = [difference("peer", "dense", -0.02, 0.03), difference("peer n_experts=16384", "dense", -0.08, 0.02)]
+    claims = [{**claim("dense", 1e14, -0.08, 0.001, False), "method": "peer n_experts=16384"},
+              claim("dense", 1e14, -0.02, 0.6, False)]  # fmt: skip
+    publish(tmp_path, "isoflop_cpu", {1e14: differences}, claims)
+    assert difference_rows(tmp_path)[0]["PEER − dense"] == "−0.020 ± 0.030"
 
 
 def test_a_rival_that_is_compared_at_two_sizes_has_both(tmp_path: Path) -> None:

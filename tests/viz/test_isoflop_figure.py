@@ -13,8 +13,8 @@ from synthetic_study import GRID, METHODS, SWEEP, WRONG, minimum, shared_curvatu
 from synthetic_surface import BUDGETS, surface_runs
 
 from peerscale.runs.comparison import compare
-from peerscale.runs.study import collected, read_json
-from peerscale.viz.isoflop import isoflop_figure, isoflop_panel, missing_note, size_on_axis
+from peerscale.runs.study import at_size, collected, read_json
+from peerscale.viz.isoflop import isoflop_figure, isoflop_panel, missing_note
 from peerscale.viz.style import colours, panels
 
 Fits = dict[str, Any]
@@ -72,7 +72,7 @@ def test_points_curves_and_minima_are_the_tables(study: tuple[pd.DataFrame, Fits
 
 def test_a_size_on_another_axis_is_log_linear_between_the_models() -> None:
     rows = pd.DataFrame({"flops_per_token": [1e5, 1e7, 1e8, 1e8], "params_total": [10.0, 1000.0, 2000.0, 2000.0]})
-    found = size_on_axis(rows, "params_total", np.array([1e5, 1e6, 1e7, 10**7.5]))
+    found = at_size(rows["params_total"], rows, np.array([1e5, 1e6, 1e7, 10**7.5]))
     assert found == pytest.approx([10, 100, 1000, 1000 * 2**0.5])
 
 

@@ -84,6 +84,17 @@ def test_batches_differ_with_an_error_from_the_seeds_of_all_methods() -> None:
     assert list(dense) == list(peer) and dense["batch 32"] == "4.2850 (2)"
 
 
+def test_the_usual_batch_is_the_most_common_of_models_with_several() -> None:
+    """One model was tried at batches 8 and 32 only, all others at 16 alone; two table rates of a batch count once."""
+    rows = [("dense", 16, 4.3)] * 5 + [("peer", 8, 4.25), ("peer", 32, 4.2), ("peer", 8, 4.45)]
+    curves = pd.DataFrame([
+        {"budget": 1e13, "d_model": 64 + 16 * i * (name == "dense"), "name": name, "batch_sequences": batch,
+         "seed": 100, "lowest": loss} for i, (name, batch, loss) in enumerate(rows)
+    ])  # fmt: skip
+    (peer,) = batches(curves)
+    assert peer["32 less 8"].startswith("−0.0500 ± ") and peer["batch 8"] == "4.2500 (1)"
+
+
 def test_the_law_as_configuration_gives_the_rates_of_the_law() -> None:
     runs = study()
     law = to_plain(fit_law(runs, ["d80"]))

@@ -6,16 +6,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic_ablations import ablation_records
+from synthetic_ablations import ablation_records, ablation_runs
 from synthetic_study import LOSS, OFFSET, SWEEP, minimum, script, shared_curvature
 
 from peerscale.errors import exit_code
-from peerscale.results.collection import write_fits
+from peerscale.files import write_json
+from peerscale.results.collection import fits_of
 from peerscale.runs.comparison import compare
 from peerscale.runs.curves import curves_table
+from peerscale.runs.fits import fit_study
 from peerscale.runs.record import write_record
 from peerscale.runs.study import collected, method_names, read_json
 from peerscale.runs.table import read_runs
+from peerscale.sweep_config import ClaimsConfig
 from peerscale.viz import study_table, style
 from peerscale.viz.answer import answer
 from peerscale.viz.figures import study_figures
@@ -245,6 +248,16 @@ def test_controls_whose_rates_follow_the_law_are_compared_with_dense_of_the_usua
     assert any(line.startswith(f"| 4,096 | {without:.2f} / {with_norm:.2f} |") for line in lines), "not with one head"
 
 
+def test_claims_at_one_size_are_told() -> None:
+    runs = ablation_runs("experts")
+    claims = ClaimsConfig(method="peer", rivals=["dense"])
+    compared = compare(runs, ablation_records("experts"), claims=claims)
+    fits = fit_study(runs, curves_table(()), compared, (), None)
+    text = study_table.study_table("experts", runs, {**fits, "answer": answer(fits)})
+    assert text.splitlines()[2].startswith("**At 1e13 FLOPs, d_model 64, 1,024 experts, BatchNorm, PEER leads dense (")
+    assert "\n## Claims\n" in text and "corrected by Holm's method for the 8 comparisons" in text
+
+
 def test_the_best_rate_is_the_minimum_of_the_parabolas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Losses exactly on parabolas in ln rate: minima at 0.02 and 0.03."""
     losses = {"dense": (0.02, 4.0), "peer": (0.03, 3.95)}
@@ -261,7 +274,8 @@ def test_the_best_rate_is_the_minimum_of_the_parabolas(tmp_path: Path, capsys: p
     ]  # fmt: skip
     study = collected("mine", tmp_path)
     study.folder.mkdir(parents=True)
-    write_fits(study, pd.DataFrame(rows), curves_table(()), [])
+    pd.DataFrame(rows).to_csv(study.runs, index=False)
+    write_json(study.fits, fits_of("mine", pd.DataFrame(rows), curves_table(()), []))
     assert figures.main(["mine", "--runs", str(tmp_path)]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 5e11 | 16 |")]
     best = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]

@@ -12,7 +12,7 @@ import pandas as pd
 
 from peerscale.axes import overridden_key
 from peerscale.cells import Cell, planned_cells
-from peerscale.composition import of_cells
+from peerscale.composition import of_cells, sweep_text
 from peerscale.errors import UserError
 from peerscale.files import ROOT, write_json, write_text
 from peerscale.outcomes import further_line, of_the_plan, read_published, some, which_counts
@@ -21,13 +21,15 @@ from peerscale.runs.comparison import compare
 from peerscale.runs.curves import CURVES, curves_table
 from peerscale.runs.fits import fit_study
 from peerscale.runs.record import Record, Status
-from peerscale.runs.study import RESULTS, Study, collected, planned_record, published
+from peerscale.runs.study import RESULTS, collected, planned_record, published
 from peerscale.runs.table import read_records, read_table, runs_table
 from peerscale.sweep_config import load_sweep
 from peerscale.viz.answer import answer
 
 STEPS = RESULTS / "bench" / "training_step.csv"
 """Times of training steps, which `make bench` publishes."""
+STEP_COLUMNS = ("size", "method", "tokens", "flops", "median_s")
+"""Columns of `STEPS` that are used."""
 
 
 def collect(
@@ -81,10 +83,12 @@ def collect(
     foreign = [r.cell for r in further if corpora and r.hashed_config.get("data_fingerprint") not in corpora]
     further = [record for record in further if record.cell not in foreign]
     records = [*planned, *further]
-    table = runs_table(records)  # before anything is written, since it may refuse a record
+    table = runs_table(records)
+    fits = fits_of(sweep, table, curves, records)
     write_text(study.records, "".join(json.dumps(asdict(record)) + "\n" for record in records))
     write_text(study.curves, curves.to_csv(index=False))
-    write_fits(study, table, curves, records)
+    write_text(study.runs, table.to_csv(index=False))
+    write_json(study.fits, fits)
     states = ", ".join(f"{n} {status}" for status, n in Counter(record.status for record in planned).items())
     counts = {here: len(run_here), source.folder: len(found) - len(run_here)}
     places = ", ".join(f"{n} cells of {folder}" for folder, n in counts.items() if n) or f"0 cells of {here}"
@@ -99,23 +103,19 @@ def collect(
         yield f"{len(missed)} of them are finished in {source.folder}: make figures SWEEP={sweep} PUBLISHED=1"
 
 
-def write_fits(study: Study, runs: pd.DataFrame, curves: pd.DataFrame, records: Sequence[Record]) -> None:
-    """Write the table of runs and everything computed from it, with the windows and claims of the study's file."""
-    try:
-        settings = load_sweep(study.sweep)
-    except UserError:  # a study without a file, such as a renamed one
-        settings = None
+def fits_of(sweep: str, runs: pd.DataFrame, curves: pd.DataFrame, records: Sequence[Record]) -> dict[str, Any]:
+    """Everything that is computed from the table of runs, with the windows and claims of the study's file."""
+    settings = load_sweep(sweep) if sweep_text(sweep) else None  # a renamed study has no file
     windows = {row.budget: settings.window(row.budget) for row in settings.grid} if settings else {}
     said = {key: getattr(settings, key) for key in ("claims", "rates_cost", "trend_from")} if settings else {}
     if (claims := said.get("claims")) and not claims.budgets:
         said["claims"] = replace(claims, budgets=sorted(windows))
     as_published = [public(record) for record in records]  # so that results/ alone gives the same fits
     compared = compare(runs, as_published, windows=windows, **said)
-    steps = pd.read_csv(STEPS) if STEPS.is_file() else None
+    steps = read_table(STEPS, STEP_COLUMNS) if STEPS.is_file() else None
     fits = fit_study(runs, curves, compared, settings.held_out if settings else (), steps)
     fits["answer"] = answer(fits)
-    write_text(study.runs, runs.to_csv(index=False))
-    write_json(study.fits, rounded(fits))
+    return rounded(fits)
 
 
 def rounded(fits: Any, digits: int = 7) -> Any:

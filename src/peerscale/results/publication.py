@@ -31,8 +31,9 @@ def publish(source: Study, target: Study, *, replace_cells: bool = False) -> str
     for path in (source.runs, source.table):
         if not path.exists():
             raise UserError(f"{path} is not there; first: make figures SWEEP={source.sweep}")
-    if source.fits.is_file() and source.table.stat().st_mtime_ns < source.fits.stat().st_mtime_ns:
-        raise UserError(f"{source.table} is older than {source.fits.name}; first: make figures SWEEP={source.sweep}")
+    for path in (source.records, source.curves, source.runs, source.fits):
+        if path.is_file() and source.table.stat().st_mtime_ns < path.stat().st_mtime_ns:
+            raise UserError(f"{source.table} is older than {path.name}; first: make figures SWEEP={source.sweep}")
     records = [public(record) for record in read_records(source.folder)]
     old, new = finished(target), {record.cell: record for record in records if record.status is Status.DONE}
     removed = [cell for cell in old if cell not in new]

@@ -45,8 +45,10 @@ def claims_of(
                     family[tuple(place.values())] = place | {
                         k: one[k] for k in ("value", "se", "df", "low", "high", "p")
                     }
+    told = {(claim["budget"], claim["rival"].partition(" ")[0]) for claim in family.values()}
     named = len(claims.rivals) * len(claims.budgets or budgets) if claims else 0
-    corrected, size = holm(np.array([claim["p"] for claim in family.values()], float), named), max(named, len(family))
+    size = len(family) + max(0, named - len(told))
+    corrected = holm(np.array([claim["p"] for claim in family.values()], float), size)
     found = [
         {**claim, "p_holm": p, "leads": bool(p < FAMILY_LEVEL and claim["value"] < 0), "family": size}
         for claim, p in zip(family.values(), corrected, strict=True)

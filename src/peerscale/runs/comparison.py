@@ -84,13 +84,13 @@ def compare(
         else:
             entry = _at_each_size(rows, references, sequences, rates)
         entries.append({"budget": float(budget), **entry})
-    budgets, frontiers = np.array([one.budget for one in fitted]), frontiers_of(fitted, rates)
+    frontiers = frontiers_of(fitted, rates)
     multipliers, slopes = multipliers_of(fitted, frontiers, trend_from or 0.0)
     planned = main[main["status"] != str(Status.DROPPED)]
     found: dict[str, Any] = {
         "x": X, "loss": "val_loss", **({"trend_from": trend_from} if trend_from else {}),
         "budgets": entries, "claims": claims_of(entries, claims, budgets_with_curves(planned)),
-        "multipliers": multipliers, "growth": slopes, "laws": power_laws(budgets, frontiers),
+        "multipliers": multipliers, "growth": slopes, "laws": power_laws(fitted, frontiers),
     }  # fmt: skip
     if brackets or rates_cost is not None:
         unknown = RateError(math.nan, math.nan, "")
@@ -100,7 +100,7 @@ def compare(
 
 
 def sequence_losses(records: Sequence[Record], cells: set[str]) -> Sequences:
-    """Losses of all validation sequences by cell; only cells evaluated on the most common number of sequences.
+    """Losses of all validation sequences by cell; only cells evaluated on their budget's most common number of them.
 
     They are in the order of the text, whereas a record has them in the order of its batches, each of which takes
     sequences from the whole text (`data.batches.EvaluationBatches`).
@@ -108,11 +108,15 @@ def sequence_losses(records: Sequence[Record], cells: set[str]) -> Sequences:
     losses = {
         r.cell: np.reshape(r.sequence_losses, (-1, r.batch_sequences)).T.ravel()
         for r in records
-        if r.cell in cells and np.isfinite(r.sequence_losses).all() and not len(r.sequence_losses) % r.batch_sequences
+        if r.cell in cells and r.sequence_losses and np.isfinite(r.sequence_losses).all()
+        if not len(r.sequence_losses) % r.batch_sequences
     }
-    lengths = [len(values) for values in losses.values() if len(values)]
-    usual = max(lengths, key=lengths.count, default=0)
-    return {cell: values for cell, values in losses.items() if len(values) == usual > 0}
+    budget = {r.cell: r.budget for r in records}
+    lengths: dict[float, list[int]] = {}
+    for cell, values in losses.items():
+        lengths.setdefault(budget[cell], []).append(len(values))
+    usual = {at: max(each, key=each.count) for at, each in lengths.items()}
+    return {cell: values for cell, values in losses.items() if len(values) == usual[budget[cell]]}
 
 
 def _by_curves(

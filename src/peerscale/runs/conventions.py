@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from peerscale.laws.multiplier import compute_multipliers
-from peerscale.runs.study import method_names, same_variant, usable
+from peerscale.runs.study import at_size, is_dense, method_names, same_variant, usable
 
 ROUTER = ("flops_router", "flops_query", "flops_sub_keys")
 """Components that choose experts."""
@@ -98,7 +98,9 @@ def multipliers_by_convention(
     def frontier(name: str, share: pd.Series) -> tuple[np.ndarray, np.ndarray]:
         found = [optima.get((budget, name)) for budget in at]
         spent = [
-            budget * _share(m["x"], done[(done["name"] == name) & (done["budget"] == budget)], share) if m else math.nan
+            budget * float(at_size(share[(done["name"] == name) & (done["budget"] == budget)], done, m["x"]))
+            if m
+            else math.nan
             for budget, m in zip(at, found, strict=True)
         ]
         return np.array(spent), np.array([m["loss"] if m else math.nan for m in found])
@@ -106,7 +108,7 @@ def multipliers_by_convention(
     rows = []
     for name in names:
         reference = same_variant("dense", name, names)
-        if reference is None:
+        if reference is None or is_dense(name):
             continue
         found = {
             convention: compute_multipliers(frontier(reference, share), frontier(name, share), at >= trend_from)
@@ -117,9 +119,3 @@ def multipliers_by_convention(
                 here = {convention: multipliers[i] for convention, multipliers in found.items()}
                 rows.append({"budget": float(budget), "method": name, "multipliers": here})
     return rows
-
-
-def _share(x: float, cells: pd.DataFrame, shares: pd.Series) -> float:
-    known = shares[cells.index].groupby(cells["flops_per_token"]).mean()
-    sizes, there = known.index.to_numpy(float), known.to_numpy(float)
-    return float(np.exp(np.interp(np.log(x), np.log(sizes), np.log(there))))

@@ -11,7 +11,7 @@ from peerscale.laws.fitting import LEVEL as INTERVAL
 from peerscale.laws.fitting import Bootstrap, percentile_interval, resample_counts
 from peerscale.laws.isoflop import MIN_BUDGETS, fit_power_law
 from peerscale.laws.multiplier import compute_multipliers
-from peerscale.laws.optima import OptimaFit, Optimum, OptimumStatus
+from peerscale.laws.optima import OptimaFit, Optimum
 from peerscale.laws.solver import Array, FitStatus
 from peerscale.runs.brackets import RateErrors
 from peerscale.runs.study import is_dense, same_variant
@@ -41,11 +41,9 @@ def frontiers_of(fitted: Sequence[Budget], rates: RateErrors) -> dict[str, Array
     """x and loss of each method's optimum at every budget, (2, 1 + draws, budgets): first the fit, then the draws.
 
     Size means are drawn around the fit with the errors of misfit and seeds. Their variance is drawn too, so that
-    intervals are Student's. All budgets draw the same validation sequences. A method's losses are also drawn with the
-    error of its learning rate if that is known. NaN if a method's optimum has no number.
+    intervals are Student's. Budgets with the same validation sequences draw the same ones. A method's losses are also
+    drawn with the error of its learning rate if that is known. NaN if a method's optimum has no number.
     """
-    n = next((one.sequences.shape[1] for one in fitted if one.sequences is not None), 0)
-    resampled = resample_counts(n, DRAWS, seed=0) / n - 1 / n if n else np.array(0)
     names = dict.fromkeys(name for one in fitted for name in one.optima)
     frontiers = {name: np.full((2, 1 + DRAWS, len(fitted)), math.nan) for name in names}
     for i, one in enumerate(fitted):
@@ -56,7 +54,8 @@ def frontiers_of(fitted: Sequence[Budget], rates: RateErrors) -> dict[str, Array
             one.fit.losses - one.fit.residuals + rng.normal(size=(DRAWS, len(variances))) * np.sqrt(variances) * scale
         )
         if one.sequences is not None:
-            drawn += resampled @ one.sequences.T
+            n = one.sequences.shape[1]
+            drawn += (resample_counts(n, DRAWS, seed=0) / n - 1 / n) @ one.sequences.T
         minima = np.stack(one.fit.optima_of(drawn))
         for method, (name, optimum) in enumerate(one.optima.items()):
             if optimum.status.has_number:
@@ -89,7 +88,8 @@ def multipliers_of(
                     (budgets, np.where(budgets == budgets[i], by_seed[one][seed], frontiers[one][1][0]))
                     for one in (reference, name)
                 )
-                seeds[seed] = compute_multipliers(dense, own, trend)[i]
+                if math.isfinite(multiplier := compute_multipliers(dense, own, trend)[i]):
+                    seeds[seed] = multiplier
             found.append({**pair, "budget": budgets[i], "multiplier": each[0, i], **_ends(each[1:, i]),
                           "df": fitted[i].fit.variances[1], **({"by_seed": seeds} if seeds else {})})  # fmt: skip
         if (used := known & trend).sum() >= GROWTH_BUDGETS:
@@ -104,9 +104,9 @@ def _ends(draws: Array) -> dict[str, float]:
     return {"low": low, "high": high}
 
 
-def power_laws(budgets: Array, frontiers: Mapping[str, Array]) -> dict[str, Any]:
+def power_laws(fitted: Sequence[Budget], frontiers: Mapping[str, Array]) -> dict[str, Any]:
     """The optima of each method with two or more budgets and, with three or more, the power law through their sizes."""
-    laws = {}
+    budgets, laws = np.array([one.budget for one in fitted]), {}
     for name, (x, losses) in frontiers.items():
         known = np.isfinite(x[0])
         if known.sum() < 2:
@@ -115,17 +115,17 @@ def power_laws(budgets: Array, frontiers: Mapping[str, Array]) -> dict[str, Any]
         power = dict.fromkeys(("exponent", "coefficient"))
         draws = {"loss": losses[1:, known][whole]}
         if enough := known.sum() >= MIN_BUDGETS:
-            fitted = dict(zip(power, fit_power_law(budgets[known], x[:, known]), strict=True))
-            power = {key: float(values[0]) for key, values in fitted.items()}
-            draws = {key: values[1:][whole] for key, values in fitted.items()} | draws
+            powers = dict(zip(power, fit_power_law(budgets[known], x[:, known]), strict=True))
+            power = {key: float(values[0]) for key, values in powers.items()}
+            draws = {key: values[1:][whole] for key, values in powers.items()} | draws
         bootstrap = Bootstrap(draws=draws, resamples=DRAWS, failed=int((~whole).sum()), seed=0)
         laws[name] = {
             "law": "isoflop", "method": name, "x": X, "n": int(known.sum()),
             "status": FitStatus.CONVERGED if enough else FitStatus.TOO_FEW_POINTS, **power, "ci": bootstrap.intervals(),
             "vertices": [
-                {"budget": budget, "x": size, "loss": loss, "status": OptimumStatus.OK}
-                for budget, size, loss in zip(budgets[known], x[0, known], losses[0, known], strict=True)
+                {"budget": budgets[i], "x": x[0, i], "loss": losses[0, i], "status": fitted[i].optima[name].status}
+                for i in np.flatnonzero(known).tolist()
             ],
-            "bootstrap": bootstrap,
+            "include_flagged": True, "bootstrap": bootstrap,
         }  # fmt: skip
     return laws

@@ -180,6 +180,13 @@ def usable(table: pd.DataFrame) -> pd.Series:
     return (table["status"] == str(Status.DONE)) & np.isfinite(loss)
 
 
+def at_size(values: pd.Series, table: pd.DataFrame, flops_per_token: Any) -> np.ndarray:
+    """The values of some rows of a table at other FLOPs per token, log-linear between the sizes of these rows."""
+    known = values.groupby(table["flops_per_token"]).mean().sort_index()
+    sizes, there = np.log(known.index.to_numpy(float)), np.log(known.to_numpy(float))
+    return np.exp(np.interp(np.log(flops_per_token), sizes, there))
+
+
 def budgets_with_curves(table: pd.DataFrame) -> set[float]:
     """Budgets at which a method has enough sizes for a curve, `CURVE_SIZES` of them."""
     sizes = table.assign(name=method_names(table)).groupby(["budget", "name"])["size"].nunique()

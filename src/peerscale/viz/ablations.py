@@ -125,7 +125,7 @@ def experts_figure(runs: pd.DataFrame, published: pd.DataFrame, *, note: str = "
     names = style.ordered(cells["name"])
     colours = style.colours(["dense", "peer", *names])
     looks: dict[Hashable, dict[str, Any]] = {
-        name: {"color": colours[name], "marker": style.MARKERS[i], "label": style.label(name)}
+        name: {"color": colours[name], "marker": style.MARKERS[i % len(style.MARKERS)], "label": style.label(name)}
         for i, name in enumerate(style.ordered({*names, "peer"}))
     }
     with style.applied():

@@ -40,15 +40,15 @@ def curves_figure(curves: pd.DataFrame, runs: pd.DataFrame, *, note: str = "") -
         for column, budget in zip(panels.T, budgets, strict=True):
             finished = drawn[drawn["budget"] == budget]
             lowest = finished.loc[finished.groupby("name")["val_loss"].idxmin()].set_index("name")
-            late = curves[curves["flops"] >= SKIPPED_SHARE * budget]
-            best = {name: late[late["cell"] == lowest["cell"][name]] for name in style.ordered(lowest.index)}
+            best = {name: curves[curves["cell"] == lowest["cell"][name]] for name in style.ordered(lowest.index)}
+            start = SKIPPED_SHARE * budget
             sizes += sizes_note(budget, {name: lowest["size"][name] for name in best})
             for name in best:
-                look = {"color": colours[name], "linewidth": 0.9, "label": name}
-                column[0].plot(best[name]["flops"], best[name]["loss"], **look)
+                late = best[name][best[name]["flops"] >= start]
+                column[0].plot(late["flops"], late["loss"], color=colours[name], linewidth=0.9, label=name)
             if rows > 1:
-                draw_distances(column[1], best, colours)
-            limits = (0.9 * SKIPPED_SHARE * budget, 1.1 * budget)
+                draw_distances(column[1], best, colours, start)
+            limits = (0.9 * start, 1.1 * budget)
             column[0].set(xscale="log", xlim=limits, title=style.budget_title(budget))
             column[-1].set_xlabel("training FLOPs spent")
             style.decade_axis(column[-1].xaxis)
@@ -73,8 +73,8 @@ def sizes_note(budget: float, sizes: Mapping[str, str]) -> list[str]:
     return textwrap.wrap(f"{style.budget_title(budget)}: {told}", CAPTION_WIDTH) if told else []
 
 
-def draw_distances(axes: Axes, best: dict[str, pd.DataFrame], colours: Mapping[str, str]) -> None:
-    """Draw each curve minus dense's at the same FLOPs (log-linear between points)."""
+def draw_distances(axes: Axes, best: dict[str, pd.DataFrame], colours: Mapping[str, str], start: float) -> None:
+    """Draw each curve minus dense's at the same FLOPs (log-linear between points), from `start` FLOPs on."""
     axes.axhline(0, color=style.COLOURS["dense"], linewidth=0.9, label="_dense")
     for name in style.ordered(best):
         reference = same_variant("dense", name, list(best))
@@ -83,4 +83,5 @@ def draw_distances(axes: Axes, best: dict[str, pd.DataFrame], colours: Mapping[s
         flops, dense = np.log(best[name]["flops"]), best[reference]
         distance = best[name]["loss"] - np.interp(flops, np.log(dense["flops"]), dense["loss"])
         distance = distance.rolling(SMOOTHED, center=True, min_periods=1).mean()
-        axes.plot(best[name]["flops"], distance, color=colours[name], linewidth=0.9, label=name)
+        late = best[name]["flops"] >= start
+        axes.plot(best[name]["flops"][late], distance[late], color=colours[name], linewidth=0.9, label=name)

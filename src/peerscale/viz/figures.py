@@ -10,7 +10,7 @@ from peerscale.runs.rates import tries_rates
 from peerscale.runs.study import Study, method_names, read_fits, usable, without_brackets
 from peerscale.runs.table import read_table
 from peerscale.viz import style
-from peerscale.viz.ablations import active_figure, experts_figure, query_norm_figure, varied
+from peerscale.viz.ablations import active_figure, experts_figure, query_norm_figure, varied, with_norm
 from peerscale.viz.brackets import brackets_figure
 from peerscale.viz.curves import curves_figure
 from peerscale.viz.differences import differences_figure
@@ -48,10 +48,10 @@ TITLES = {
 
 def study_figures(study: Study, runs: pd.DataFrame, x: str = DEFAULT_X) -> Iterator[tuple[str, Figure]]:
     """The figures that can be drawn from a study's tables, by name; `x` is the size of the isoFLOP figure."""
-    runs = without_brackets(runs)
+    runs, fits = without_brackets(runs), read_fits(study.fits)
     note, settings, published = small_print(runs), varied(runs), read_published()
     if compares_curves(runs):
-        name, fits = "isoflop" if x == DEFAULT_X else f"isoflop_{x}", read_fits(study.fits)
+        name = "isoflop" if x == DEFAULT_X else f"isoflop_{x}"
         yield name, isoflop_figure(runs, fits, x=x, note=note)
         if study.curves.is_file():
             yield "curves", curves_figure(read_table(study.curves, CURVES), runs, note=note)
@@ -61,22 +61,25 @@ def study_figures(study: Study, runs: pd.DataFrame, x: str = DEFAULT_X) -> Itera
             yield "frontier", drawn
         if drawn := multipliers_figure(fits, published, note=note):
             yield "multipliers", drawn
-    if study.fits.is_file() and (drawn := brackets_figure(read_fits(study.fits), note=note)):
+    if drawn := brackets_figure(fits, note=note):
         yield "brackets", drawn
     if tries_rates(runs):
-        yield "rates", rate_law_figure(runs, read_fits(study.fits)["rates"].get("law"), note=note)
-        return
-    if compares_curves(runs):
-        return
-    if len(settings) > MANY or settings - PICTURED:
-        if drawn := differences_figure(read_fits(study.fits), note=note):
+        yield "rates", rate_law_figure(runs, fits["rates"].get("law"), note=note)
+    elif not compares_curves(runs):
+        of_paper = [*of_the_paper(runs, published, note)] if len(settings) <= MANY and settings <= PICTURED else []
+        yield from of_paper
+        if not of_paper and (drawn := differences_figure(fits, note=note)):
             yield "differences", drawn
-        return
-    if "n_experts" in settings:
+
+
+def of_the_paper(runs: pd.DataFrame, published: pd.DataFrame, note: str) -> Iterator[tuple[str, Figure]]:
+    """The paper's figures over settings of PEER, for those that a study of one size varies."""
+    peer = runs[runs["method"] == "peer"]
+    if "n_experts" in varied(peer[with_norm(peer)]):
         yield "experts", experts_figure(runs, published, note=note)
-    if settings & {"ffn_heads", "top_k"}:
+    if varied(peer) & {"ffn_heads", "top_k"}:
         yield "active", active_figure(runs, note=note)
-    if "query_norm" in settings:
+    if "query_norm" in varied(peer):
         yield "query_norm", query_norm_figure(runs, published, note=note)
 
 

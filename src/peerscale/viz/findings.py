@@ -80,7 +80,8 @@ def difference_rows(results: Path) -> list[Row]:
     for found in _published(results, *MAIN):
         if found.earlier:
             continue
-        significant = {(c["rival"], _place(c)) for c in found.fits["claims"] if outcome(c) in (LEADS, TRAILS)}
+        claims = [c for c in found.fits["claims"] if c["method"] == "peer"]
+        significant = {(c["rival"], _place(c)) for c in claims if outcome(c) in (LEADS, TRAILS)}
         gains = {one["budget"]: one for one in found.fits["multipliers"] if one["method"] == "peer"}
         timed = in_measured_time(pd.DataFrame(found.fits["multipliers"], columns=COLUMNS), found.fits["conventions"])
         in_time: dict[float, Any] = {one["budget"]: one for one in timed[timed["method"] == "peer"].to_dict("records")}
@@ -176,7 +177,8 @@ def _against(rival: str) -> Callable[[Evidence], tuple[str, str]]:
 
 def _told(one: Mapping[str, Any]) -> str:
     """What an interval by itself says of the claim that a difference is negative."""
-    return "holds" if one["high"] < 0 else "does not hold" if one["low"] > 0 else "cannot be told"
+    low, high = np.array([one["low"], one["high"]], float)  # NaN if it is not known
+    return "holds" if high < 0 else "does not hold" if low > 0 else "cannot be told"
 
 
 def _by_verdict(verdicts: Iterable[tuple[str, str]]) -> str:
@@ -193,8 +195,8 @@ def _growth(found: Evidence) -> tuple[str, str]:
     slope = next((one for one in found.fits["growth"] if one["method"] == "peer"), None)
     if slope is None:
         return values, "cannot be told: needs four budgets of one kind of model"
-    told = "holds" if slope["low"] > 0 else "does not hold" if slope["high"] < 0 else "cannot be told"
-    return f"ln multiplier per decade {_interval(slope, 'slope')}; {values}", told
+    low, high = np.array([slope["low"], slope["high"]], float)
+    return f"ln multiplier per decade {_interval(slope, 'slope')}; {values}", _told({"low": -high, "high": -low})
 
 
 def _experts(found: Evidence) -> tuple[str, str]:

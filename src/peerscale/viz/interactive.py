@@ -16,9 +16,9 @@ import vl_convert
 
 from peerscale.cell_names import budget_name
 from peerscale.laws.optima import OptimumStatus
-from peerscale.runs.study import method_names, usable
+from peerscale.runs.study import at_size, method_names, usable
 from peerscale.viz import style
-from peerscale.viz.isoflop import X_LABELS, by_budget, fitted_curve, in_fit, size_on_axis
+from peerscale.viz.isoflop import X_LABELS, by_budget, fitted_curve, in_fit
 
 SIZES = ("params_total", "flops_per_token", "params_active")
 """Columns that the x axis can show and to which the x of a curve, FLOPs per token, can be converted."""
@@ -93,7 +93,7 @@ def _marks(runs: pd.DataFrame, fitted: Mapping[str, Any]) -> Iterator[dict[str, 
 
 def _places(rows: pd.DataFrame, flops_per_token: np.ndarray, losses: np.ndarray) -> list[dict[str, float]]:
     """Positions of points of a method's curve, for each size that the x axis can show."""
-    places = pd.DataFrame({column: size_on_axis(rows, column, flops_per_token) for column in SIZES})
+    places = pd.DataFrame({column: at_size(rows[column], rows, flops_per_token) for column in SIZES})
     return places.assign(drawn=np.exp(losses)).to_dict("records")  # pyrefly: ignore
 
 

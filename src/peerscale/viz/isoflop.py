@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from peerscale.laws.optima import OptimumStatus
-from peerscale.runs.study import method_names, usable
+from peerscale.runs.study import at_size, method_names, usable
 from peerscale.viz import style
 
 X_LABELS = {
@@ -56,7 +56,7 @@ def isoflop_panel(
         _points(axes, rows[in_fit(rows, fitted)], x, **look)
         if fitted and None not in fitted["coefficients"]:
             sizes, losses = fitted_curve(fitted, 200)
-            axes.plot(size_on_axis(rows, x, sizes), np.exp(losses), color=colours[name], label=f"_fit {name}")
+            axes.plot(at_size(rows[x], rows, sizes), np.exp(losses), color=colours[name], label=f"_fit {name}")
     if len(runs):
         _limits(axes, runs[x])
     top, triangles = axes.get_ylim()[1], np.empty(0)
@@ -72,7 +72,7 @@ def isoflop_panel(
                 axes.plot(place, stacked(axes, triangles, place), "^", **hollow, clip_on=False, label=label)
                 triangles = np.append(triangles, place)
         if fitted and fitted["loss"] is not None:
-            at, flagged = size_on_axis(rows, x, np.array([fitted["x"]]))[0], fitted["status"] != OptimumStatus.OK
+            at, flagged = float(at_size(rows[x], rows, fitted["x"])), fitted["status"] != OptimumStatus.OK
             style.star(axes, at, float(np.exp(fitted["loss"])), colours[name], f"_minimum {name}", hollow=flagged)
 
 
@@ -97,14 +97,6 @@ def fitted_curve(fitted: Mapping[str, Any], points: int) -> tuple[np.ndarray, np
     """FLOPs per token and losses along the parabola of a fit."""
     sizes = np.geomspace(fitted["sizes"][0], fitted["sizes"][-1], points)
     return sizes, np.polynomial.polynomial.polyval(np.log10(sizes), fitted["coefficients"])
-
-
-def size_on_axis(rows: pd.DataFrame, x: str, flops_per_token: np.ndarray) -> np.ndarray:
-    """The size in column `x` of a method's models with `flops_per_token`, log-linear between the trained models."""
-    known = rows.groupby(FITTED)[x].first().sort_index()
-    return np.exp(
-        np.interp(np.log(flops_per_token), np.log(known.index.to_numpy(float)), np.log(known.to_numpy(float)))
-    )
 
 
 def _points(axes: Axes, rows: pd.DataFrame, x: str, **look: Any) -> None:

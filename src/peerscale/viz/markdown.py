@@ -1,5 +1,6 @@
 """Tables and numbers as Markdown, and Markdown as HTML; the whole package uses these functions."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -29,20 +30,22 @@ def html(text: str) -> str:
 
 def number(value: float | None, form: str = "{:.2f}") -> str:
     """A number as text: a dash for None; 1.2e6 instead of 1.2e+06."""
-    return "—" if pd.isna(value) else form.format(value).replace("e+", "e").replace("e0", "e").replace("-", "−")
+    return "—" if pd.isna(value) else re.sub(r"e(-?)\+?0?", r"e\1", form.format(value)).replace("-", "−")
 
 
 def with_interval(value: float | None, interval: Sequence[float | None] | None, form: str = "{:.4g}") -> str:
     """A number with its interval in brackets, or with a note in brackets if it has no interval."""
-    if value is None:
+    if pd.isna(value):
         return "—"
-    known = interval is not None and None not in interval
+    known = interval is not None and not any(map(pd.isna, interval))
     return number(value, form) + (f" [{', '.join(number(end, form) for end in interval)}]" if known else " [none]")
 
 
 def plus_minus(found: Mapping[str, Any]) -> str:
     """A difference with half of its interval, `−0.033 ± 0.016`."""
-    return f"{number(found['value'], '{:+.3f}')} ± {number((found['high'] - found['low']) / 2, '{:.3f}')}"
+    known = found["low"] is not None and found["high"] is not None
+    half = (found["high"] - found["low"]) / 2 if known else None
+    return f"{number(found['value'], '{:+.3f}')} ± {number(half, '{:.3f}')}"
 
 
 def leaves_out_seeds(found: Mapping[str, Any]) -> bool:

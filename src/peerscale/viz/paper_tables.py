@@ -1,6 +1,6 @@
 """Tables 1 and 2 of the PEER paper, with our numbers and the paper's in the same form."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,7 @@ import pandas as pd
 
 from peerscale.cell_names import budget_name
 from peerscale.laws.optima import OptimumStatus
-from peerscale.runs.study import is_dense, method_names, same_variant, usable
+from peerscale.runs.study import is_dense, method_names, usable
 from peerscale.viz.ablations import with_norm
 from peerscale.viz.differences import to_dense
 from peerscale.viz.markdown import number
@@ -57,11 +57,6 @@ def perplexity_row(budget: float, method: str, sets: Mapping[str, float], gap: f
     shown = {name: number(value) for name, value in sets.items()}
     gap_title = "difference to dense (nats)"
     return {"budget": budget_name(budget), "method": method, **shown, gap_title: number(gap, "{:+.3f}")}
-
-
-def dense_of(name: str, names: Collection[str]) -> str | None:
-    """The dense curve with which a curve is compared, itself if it is dense; None if there is none."""
-    return name if is_dense(name) else same_variant("dense", name, list(names))
 
 
 def norm_rows(runs: pd.DataFrame, published: pd.DataFrame) -> list[dict[str, str]]:

@@ -166,8 +166,11 @@ def batches(curves: pd.DataFrame) -> list[dict[str, str]]:
     several = curves[curves.groupby(model)["batch_sequences"].transform("nunique") > 1]
     if several.empty:
         return []
-    usual = curves["batch_sequences"].mode().iloc[0]
-    losses = several.pivot_table(index=[*model, "seed"], columns="batch_sequences", values="lowest", sort=False)
+    compared = curves["batch_sequences"].isin(several["batch_sequences"])
+    usual = curves.loc[compared, "batch_sequences"].mode().iloc[0]
+    losses = several.pivot_table(
+        index=[*model, "seed"], columns="batch_sequences", values="lowest", aggfunc="min", sort=False
+    )
     losses = losses.sort_index(axis=1)
     less = losses.drop(columns=usual).sub(losses[usual], axis=0)
     apart = less - less.groupby(model).transform("mean")

@@ -57,7 +57,8 @@ def report(study: Study) -> str:
     main = without_brackets(runs)
     main = main.assign(name=method_names(main))
     records, text = read_records(study.folder), sweep_text(study.sweep)
-    fits = read_fits(study.fits) if budgets_with_curves(main[usable(main)]) and study.fits.is_file() else {}
+    fits = read_fits(study.fits) if study.fits.is_file() else {}
+    with_curves = budgets_with_curves(main[usable(main)])
     drawn = {path.stem for path in study.figures.glob("*.png")}
     figures = [name for name in TITLES if name in drawn] + sorted(drawn - {*TITLES})
     templates = Environment(
@@ -73,12 +74,14 @@ def report(study: Study) -> str:
         "sweep": study.sweep,
         "folder": f"runs/{study.sweep}/study" if study.folder.name == "study" else f"results/{study.sweep}",
         "runs": runs,
+        "first": (main[usable(main)] if usable(main).any() else main).iloc[0],
         "counts": ", ".join(status_counts(runs)),
         "header": header(text),
         "sweep_text": text,
         "results": re.sub("^#+", "###", study.table.read_text("utf-8"), flags=re.M) if study.table.is_file() else "",
         "figures": {name: TITLES.get(name, name.replace("_", " ")) for name in figures},
-        "answer": fits.get("answer", ""),
+        "answer": fits.get("answer", "") if with_curves or fits.get("claims") else "",
+        "compares_budgets": len(with_curves) > 1,
         "unfinished": [
             {key: escaped(cell[key] or "—") for key in ("cell", "status", "reason")}
             for cell in runs[~usable(runs)].to_dict("records")

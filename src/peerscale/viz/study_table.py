@@ -15,15 +15,15 @@ import pandas as pd
 from peerscale.cell_names import budget_name
 from peerscale.laws.optima import OptimumStatus
 from peerscale.runs.rates import tries_rates
-from peerscale.runs.study import batches, budgets_with_curves, method_names, usable, without_brackets
-from peerscale.viz.ablations import over_seeds, varied
+from peerscale.runs.study import batches, budgets_with_curves, method_names, same_variant, usable, without_brackets
+from peerscale.viz.ablations import varied
 from peerscale.viz.answer import verdicts
 from peerscale.viz.brackets import brackets_section, hold_rates, how_rates_count, what_intervals_hold
 from peerscale.viz.differences import against_dense, to_dense
 from peerscale.viz.forecasts import forecast_sections
 from peerscale.viz.isoflop import by_budget, missing_note, status_counts
 from peerscale.viz.markdown import number, probability, section, signed_interval, table, with_interval
-from peerscale.viz.paper_tables import dense_of, norm_rows, paper_perplexities, perplexities
+from peerscale.viz.paper_tables import norm_rows, paper_perplexities, perplexities
 from peerscale.viz.published import read_published
 from peerscale.viz.rate_law import finished_cells, rate_law_sections
 from peerscale.viz.style import in_words, label, listed, ordered, size_label
@@ -47,7 +47,9 @@ def study_table(sweep: str, runs: pd.DataFrame, fits: Fits, forecasts: Iterable[
         title, lines = "learning rates", rate_law_sections(runs, law) if law else finished_cells(runs)
     else:
         sizes = runs["size"].nunique()
-        title, lines = f"settings at {'one size' if sizes == 1 else f'{sizes} sizes'}", settings_lines(runs, fits)
+        title = f"settings at {'one size' if sizes == 1 else f'{sizes} sizes'}"
+        lines = [f"**{fits['answer']}**", ""] * bool(fits["claims"])
+        lines += [*settings_lines(runs, fits), *claims_section(fits)]
     changed = varied(runs[runs["method"] == "peer"])
     if changed & {"n_experts", "query_norm"} and not changed & {"lr", "table_lr"}:
         lines += experts_and_norm(runs, fits, published)
@@ -135,11 +137,7 @@ def at_the_optimum(runs: pd.DataFrame, fits: Fits, published: pd.DataFrame) -> l
         "includes the scatter of seeds. Sequences: sampling of the validation set, paired between methods. "
         f"{how_rates_count(fits)} Last column: the difference if each method has its own curvature.",
     )
-    lines += section(
-        "Claims",
-        claims(fits),
-        _family(fits["claims"]),
-    )
+    lines += claims_section(fits)
     lines += section(
         "Compute multiplier",
         multipliers(fits),
@@ -196,6 +194,11 @@ def parts(fits: Fits) -> Rows:
         for (budget, size, method), found in to_dense(fits).items() if found.get("value") is not None
         for own in [found.get("own")]
     ]  # fmt: skip
+
+
+def claims_section(fits: Fits) -> list[str]:
+    """The claims, and how they are tested; empty if there are none."""
+    return section("Claims", claims(fits), _family(fits["claims"]))
 
 
 def claims(fits: Fits) -> Rows:
@@ -267,10 +270,10 @@ def conventions(fits: Fits) -> Rows:
 
     Ranks are among the methods at one budget that are compared with the same dense curve.
     """
-    curves = {m["name"] for entry in fits["budgets"] for m in entry["methods"]}
+    curves = [m["name"] for entry in fits["budgets"] for m in entry["methods"]]
     groups: dict[tuple[float, str], dict[str, Mapping[str, float | None]]] = {}
     for found in fits["conventions"]:
-        dense = dense_of(found["method"], curves) or "dense"
+        dense = same_variant("dense", found["method"], curves) or "dense"
         group = groups.setdefault((found["budget"], dense), {dense: dict.fromkeys(found["multipliers"], 1.0)})
         group[found["method"]] = found["multipliers"]
     return [
@@ -289,22 +292,22 @@ def settings_lines(runs: pd.DataFrame, fits: Fits) -> list[str]:
     """One row per variant and size, over its seeds."""
     done = runs[usable(runs)]
     plan = {column: list(done[column].unique()) for column in ("budget", "size", "name")}  # there settings ascend
-    variants = over_seeds(done, [*plan]).sort_values(
-        [*plan], key=lambda column: column.map(plan[str(column.name)].index)
-    )
-    columns = ["layer_share", "expert_usage", "unevenness"]
-    others = done.groupby(["size", "budget", "name"], as_index=False)[columns].mean()
+    columns = ["val_loss", "layer_share", "expert_usage", "unevenness"]
+    groups = done.astype(dict.fromkeys(columns, float)).groupby([*plan], as_index=False)
+    variants = groups.agg(seeds=("seed", "size"), **{column: (column, "mean") for column in columns})
+    variants = variants.sort_values([*plan], key=lambda column: column.map(plan[str(column.name)].index))
     differences = to_dense(fits)
     held = f"{what_intervals_hold(fits)} {how_rates_count(fits)} " if hold_rates(fits) else ""
     rows = [
         {
             "budget": budget_name(row["budget"]), "size": size_label(row["size"]), "method": label(row["name"]),
-            "seeds": str(row["seeds"]), "loss": f"{row['mean']:.4f}", "perplexity": f"{np.exp(row['mean']):.2f}",
+            "seeds": str(row["seeds"]), "loss": number(row["val_loss"], "{:.4f}"),
+            "perplexity": number(np.exp(row["val_loss"])),
             "difference to dense [95 %]": against_dense(differences, row["budget"], row["size"], row["name"]),
             "layer's share of FLOPs": number(row["layer_share"], "{:.1%}"),
             "experts used": number(row["expert_usage"], "{:.1%}"), "unevenness": number(row["unevenness"]),
         }
-        for row in variants.merge(others, how="left").to_dict("records")
+        for row in variants.to_dict("records")
     ]  # fmt: skip
     return [
         *table(rows),

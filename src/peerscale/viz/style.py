@@ -176,7 +176,7 @@ def markers(groups: Iterable[tuple[float, str]]) -> dict[tuple[float, str], str]
 
 def method_markers(names: Iterable[str]) -> dict[str, str]:
     """A marker per name; a method of the palette has the same one in all figures."""
-    return dict(zip(ordered([*COLOURS, *names]), itertools.cycle(MARKERS), strict=False))
+    return dict(zip([*COLOURS, *ordered({*names} - {*COLOURS})], itertools.cycle(MARKERS), strict=False))
 
 
 def budget_title(budget: float) -> str:
