@@ -15,7 +15,7 @@ from peerscale.sweep_config import GridRow, SweepConfig
 NAMED = ("ffn", "size", "budget", "seed")
 """Keys that have their own place in a cell's name; a study varies them through methods, grid and seeds."""
 
-UNNAMED = ("ffn.class", "ffn.method", "ffn.variant", "size", "budget", "seed")
+TOLD_ELSEWHERE = ("ffn.class", "ffn.method", "ffn.variant", "size", "budget", "seed")
 """Keys of a composed configuration that never become axes, since a cell's name holds their values elsewhere."""
 
 CORPUS = ("data.name", "data.path", "data.source", "data.max_documents")
@@ -97,7 +97,7 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
     """The dotted keys of a configuration that can distinguish cells, with their values."""
     for name, value in tree.items():
         key = f"{prefix}{name}"
-        if key in (*NOT_HASHED, *UNNAMED) and key not in CORPUS:
+        if key in (*NOT_HASHED, *TOLD_ELSEWHERE) and key not in CORPUS:
             continue
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{key}.")

@@ -65,7 +65,7 @@ class Cell:
     @property
     def folder(self) -> Path:
         """`runs/<sweep>/<cell>`."""
-        return ROOT / self.config.trainer.runs_directory / self.sweep / self.name
+        return ROOT / Path(self.config.trainer.runs_directory).expanduser() / self.sweep / self.name
 
 
 def planned_cells(sweep: str | Path, overrides: Sequence[str] = ()) -> list[Cell]:
@@ -105,7 +105,8 @@ def planned_cells(sweep: str | Path, overrides: Sequence[str] = ()) -> list[Cell
             groups = {key: value for key, value in {**axes, **row_axes}.items() if (OURS / "conf" / key).is_dir()}
             usual = compose(f"ffn={method}", *(f"{key}={value}" for key, value in groups.items()), *overrides).tree
             tree = {**deepcopy(usual), "size": {**backbone(size)}, "budget": row.budget, "seed": seed}
-            tree["batch_sequences"] = row.batch_sequences or tree["batch_sequences"]
+            if row.batch_sequences:
+                tree["batch_sequences"] = row.batch_sequences
             for key, value in {**axes, **row_axes}.items():
                 if key not in groups:
                     set_value(tree, key, value)
@@ -202,7 +203,7 @@ def _cell(sweep: str, config: Config, axes: Mapping[str, Any]) -> Cell:
 
 
 def _with_estimates(cells: list[Cell]) -> list[Cell]:
-    speeds = measured_speeds(ROOT / cells[0].config.trainer.runs_directory)
+    speeds = measured_speeds(cells[0].folder.parents[1])
     estimated = []
     for cell in cells:
         seconds, guess = estimate_s(cell.config, cell.plan, speeds)

@@ -159,9 +159,9 @@ class OptimConfig:
     """`row_sparse_adamw` updates only the table rows that were retrieved, so its cost does not grow with the number of
     experts."""
     lr: Rate
-    """Peak rate at d_model 32, or at the reference point of `lr_law`; `lr_rule` scales it elsewhere."""
+    """Peak rate, which `lr_rule` scales: that at d_model 32, or at the reference point of `lr_law`."""
     table_lr: Rate | None = None
-    """Rate of the expert tables and PKM values, the same for all sizes; null: the layer has none."""
+    """Rate of the expert tables and PKM values, the same for all sizes; null: that of all other parameters."""
     lr_rule: Literal["constant", "inverse_sqrt_width", "law"] = "inverse_sqrt_width"
     """`inverse_sqrt_width`: lr x sqrt(32 / d_model); `law`: as `lr_law` says."""
     lr_law: RateLawConfig | None = None

@@ -44,11 +44,11 @@ def one_line(problem: Mapping[str, Any], root: type, section: str = "", layer: s
     given = problem["input"]
     message = problem["msg"].removeprefix("Value error, ")
     match problem["type"]:
-        case "unexpected_keyword_argument" | "extra_forbidden":
+        case "unexpected_keyword_argument":
             if section:
                 return f"unknown key {where}; there are: {', '.join(_siblings(parts, root))}"
             return unknown_key(where, root, layer)
-        case "missing" | "missing_argument" | "missing_keyword_only_argument":
+        case "missing":
             return f"{where}: missing"
         case "value_error":
             return f"{where}: {message}" if problem["loc"] else message

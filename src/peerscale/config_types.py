@@ -17,5 +17,5 @@ Whole = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
 Seed = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, lt=2**32)]
 """The seeds that numpy accepts."""
 Positive = Annotated[int, BeforeValidator(_no_bool), Field(gt=0)]
-Rate = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, BeforeValidator(_no_bool), Field(gt=0)]
+Fraction = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1)]

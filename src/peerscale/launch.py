@@ -70,9 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from peerscale.submission import submit
 
         submit(pending, settings)
-        return 0
     statuses: dict[str, Status] = {}
-    if pending:
+    if pending and not settings:
         with Progress(name, pending, already_done=done):
             statuses = run_here(pending, options.jobs or 1 if options.launcher == "joblib" else None)
     failed = [cell for cell, status in statuses.items() if status in FAILED]
@@ -81,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise FailedCells(
             f"{len(failed)} of {len(cells)} cells failed: {some(failed)}; reasons: make status SWEEP={name}"
         )
+    if pending and settings:
+        return 0
     draw = f"make figures SWEEP={name}{' PUBLISHED=1' if elsewhere else ''}"
     if (file := sweep_file(options.sweep)) not in map(Path.resolve, study_files()):
         draw += f" (first copy {file} to sweeps/, where it looks for studies)"

@@ -191,8 +191,8 @@ def load_sweep(sweep: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
             raise ConfigError(f"sweep.{key} is about results and cannot be overridden: change {sweep_file(sweep)}")
     with hydra_errors(chosen, sweep):
         tree = compose(chosen, sweep=sweep).tree["sweep"]
-    if isinstance(tree.get("methods"), list):
-        _leave_out(tree, set(study.methods) - set(tree["methods"]))
+    if isinstance(chosen_methods := tree.get("methods"), list):
+        _leave_out(tree, {method for method in study.methods if method not in chosen_methods})
         if not tree["grid"]:
             names = ", ".join(map(str, tree["methods"]))
             raise ConfigError(f"every row of the grid names its methods, and none has {names}: add rows to {sweep}")

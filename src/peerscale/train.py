@@ -44,7 +44,7 @@ def hydra_job(tree: DictConfig) -> None:
         run_single(Composition.of(plain, HydraConfig.get().runtime.choices))
 
     if HydraConfig.get().mode is RunMode.MULTIRUN:
-        return run()  # an error ends the other jobs too
+        return run()  # Hydra runs the other jobs as well, and then raises the first error
     # Exit here, since Hydra would print its own line above an error.
     sys.exit(exit_code(run))
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import wandb
+from filelock import FileLock
 from synthetic_study import script
 
 from peerscale.errors import exit_code
-from peerscale.runs.record import Status
+from peerscale.runs.record import LOCK, Status
 from tracked_cell import TrackedCell
 from wandb_server import Run, WandbServer, serving
 
@@ -81,7 +82,8 @@ def test_cells_still_logging_online_are_skipped(
     live.log(1, 3)
     done.log(1, 3)
     done.finish()
-    assert upload() == 0
+    with FileLock(live.folder / LOCK):
+        assert upload() == 0
     assert f"1 cells uploaded to {wandb_server.url}, 0 were there already, 1 still logging online, skipped\n" in (
         capsys.readouterr().out
     )
@@ -107,6 +109,34 @@ def test_a_cell_uploaded_in_the_middle_goes_on(wandb_server: WandbServer, tmp_pa
     assert upload() == 0
     cell.assert_arrived(run_of(wandb_server, cell))
     assert len(run_of(wandb_server, cell).history) == 60
+
+
+def test_a_killed_cell_that_logged_online_is_uploaded(wandb_server: WandbServer, tmp_path: Path, upload: SYNC) -> None:
+    cell = TrackedCell(tmp_path, "online")
+    cell.log(1, 8)
+    cell.kill()
+    assert upload() == 0
+    assert [row["_step"] for row in run_of(wandb_server, cell).history] == list(range(1, 9))
+
+
+def test_a_cell_whose_files_cannot_be_read_does_not_keep_the_others(
+    wandb_server: WandbServer, tmp_path: Path, upload: SYNC, capsys: pytest.CaptureFixture
+) -> None:
+    cells = [TrackedCell(tmp_path, "offline", seed) for seed in range(3)]
+    for cell in cells:
+        cell.log(1, 3)
+        cell.finish()
+    settings = cells[0].folder / "config.yaml"
+    whole = settings.read_text()
+    settings.write_text(whole.replace("method: dense", "method: dents"))
+    assert upload("--jobs", "1") == 3
+    told = f"all others are uploaded, but the files of 1 cannot be read: {cells[0].record.cell}: method 'dents' is not"
+    assert told in capsys.readouterr().err
+    for cell in cells[1:]:
+        cell.assert_arrived(run_of(wandb_server, cell))
+    settings.write_text(whole)
+    assert upload() == 0
+    cells[0].assert_arrived(run_of(wandb_server, cells[0]))
 
 
 def test_every_third_request_fails_and_all_arrives(wandb_server: WandbServer, tmp_path: Path, upload: SYNC) -> None:

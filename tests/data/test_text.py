@@ -36,6 +36,17 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path, text_config):
     assert max(len(block.text.encode()) for block in blocks(config)) < 6000
 
 
+def test_archives_and_shards_of_other_formats_are_not_read_as_text(tmp_path, text_config):
+    """The lines of a C4 shard are JSON, and a tar archive is no text."""
+    shard = tmp_path / "en" / "c4-train.00000-of-00001.json.gz"
+    shard.parent.mkdir()
+    shard.write_bytes(gzip.compress(b'{"text": "a page"}\n'))
+    (tmp_path / "en" / "more.tar.gz").write_bytes(gzip.compress(b"a.txt"))
+    for path in (shard, shard.parent):
+        with pytest.raises(UserError, match=r"is or holds no \.txt, \.jsonl, \.txt\.gz, \.jsonl\.gz file"):
+            sources(text_config(path))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -69,6 +80,7 @@ def test_a_path_without_text_is_refused(tmp_path, text_config):
     (tmp_path / "table.csv").write_text("a,b")
     for path in ("folder", "table.csv"):
         with pytest.raises(
-            UserError, match=rf"^data\.path: {tmp_path}/{path} is or holds no \.txt, \.jsonl, \.gz file$"
+            UserError,
+            match=rf"^data\.path: {tmp_path}/{path} is or holds no \.txt, \.jsonl, .*\.jsonl\.gz file$",
         ):
             sources(text_config(tmp_path / path))

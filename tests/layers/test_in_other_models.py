@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from peerscale.files import ROOT
 from peerscale.kernels.backends import choose_operators
 from peerscale.layers import Peer, Pkm
+from peerscale.training.optimizer import parameter_groups
 
 
 class TwoLayers(nn.Module):
@@ -25,6 +26,24 @@ class TwoLayers(nn.Module):
         x_BTD = self.embedding(tokens_BT)
         x_BTD = x_BTD + self.memory(x_BTD)
         return self.head((x_BTD + self.experts(x_BTD)).mean(1))
+
+
+class Wrapped(nn.Module):
+    """A layer around another one, whose tables it passes on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Peer(16, n_experts=64, n_heads=2, top_k=4)
+
+    def expert_tables(self) -> list[nn.Parameter]:
+        return self.inner.expert_tables()
+
+
+def test_tables_that_a_layer_passes_on_are_trained_once() -> None:
+    groups, inner = parameter_groups(model := Wrapped()), model.inner
+    assert [id(table) for table in groups.tables] == [id(inner.w_down), id(inner.w_up)]
+    everything = [*groups.tables, *groups.matrices, *groups.vectors]
+    assert sorted(map(id, everything)) == sorted(map(id, model.parameters()))
 
 
 def test_trains_as_the_readable_reference_does() -> None:

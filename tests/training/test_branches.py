@@ -71,6 +71,17 @@ def test_a_trunk_leaves_nothing_to_a_cell_that_was_begun(settings: list[str], tm
     assert checkpoints(branches[1].folder / CHECKPOINTS)
 
 
+def test_a_trunk_leaves_nothing_to_a_cell_that_another_process_is_starting(
+    settings: list[str], tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    """It has no record yet, but its lock is held."""
+    trunk, starting, *_ = in_turn(branched(settings, tmp_path, *WSD))[0]
+    starting.folder.mkdir(parents=True)
+    with FileLock(starting.folder / LOCK):
+        run_cell(trunk)
+    assert [path.name for path in starting.folder.iterdir()] == [LOCK]
+
+
 def test_a_branch_goes_on_only_from_a_trunk_of_its_own_configuration(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
 ) -> None:  # fmt: skip

@@ -54,18 +54,18 @@ def flipped(content: bytes) -> bytes:
 
 
 def test_the_newest_is_taken(tmp_path: Path) -> None:
-    assert newest_readable(tmp_path, "") is None
-    assert newest_readable(tmp_path / "nowhere", "") is None
+    assert newest_readable(tmp_path, "", 1) is None
+    assert newest_readable(tmp_path / "nowhere", "", 1) is None
     save(tmp_path, 5)
     newest = save(tmp_path, 12)
-    assert newest_readable(tmp_path, "") == (newest, 12)
+    assert newest_readable(tmp_path, "", 1) == (newest, 12)
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_one_gives_way_to_the_one_before(damage: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     before, newest = save(tmp_path, 5), save(tmp_path, 6)
     DAMAGE[damage](newest)
-    assert newest_readable(tmp_path, "") == (before, 5)
+    assert newest_readable(tmp_path, "", 1) == (before, 5)
     notice = capsys.readouterr().err
     assert notice.startswith(f"notice: {newest} cannot be read (") and notice.endswith(
         f"continuing from {before.name}\n"
@@ -78,7 +78,7 @@ def test_a_damaged_one_gives_way_to_the_one_before(damage: str, tmp_path: Path, 
 def test_without_a_whole_one_the_cell_begins_anew(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for step in (5, 6):
         save(tmp_path, step).write_bytes(b"torn")
-    assert newest_readable(tmp_path, "") is None
+    assert newest_readable(tmp_path, "", 1) is None
     assert capsys.readouterr().err.splitlines()[1].endswith("starting at the first step")
 
 

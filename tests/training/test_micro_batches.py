@@ -6,12 +6,16 @@ from typing import Any
 import pytest
 import torch
 
-from peerscale.config import load
+from peerscale.cells import single_cell
+from peerscale.config import composed, load
 from peerscale.data.store import open_corpus
 from peerscale.errors import UserError
+from peerscale.model.trained import CHECKPOINTS
 from peerscale.plan import Verdict, plan
-from peerscale.training.cell import build_module, fit
-from peerscale.training.checkpoint import TimedCheckpoint, checkpoints
+from peerscale.runs.fingerprint import start_fingerprint
+from peerscale.runs.record import Status, new_record
+from peerscale.training.cell import build_module, fit, train_cell
+from peerscale.training.checkpoint import MADE_BY, TimedCheckpoint, checkpoints
 from peerscale.training.evaluation import evaluate
 from test_train import budget, corpus_path, settings  # noqa: F401
 
@@ -89,6 +93,19 @@ def test_a_cell_goes_on_in_the_same_parts_alone(settings: list[str], tmp_path: P
         UserError, match=r"started with trainer\.micro_batches=2 and continues only with that, not with 4"
     ):
         trained([*overrides, "trainer.micro_batches=4"], tmp_path / "other", middle)
+
+
+def test_other_parts_are_refused_before_anything_is_written(settings: list[str], tmp_path: Path) -> None:  # noqa: F811
+    overrides = [*settings, "ffn=dense", "tracking=disabled", f"trainer.runs_directory={tmp_path}"]
+    overrides.append(budget(overrides, STEPS))
+    cell = single_cell(composed([*overrides, "trainer.micro_batches=2"]))
+    corpus = open_corpus(cell.config.data)
+    *_, state = trained([*overrides, "trainer.micro_batches=2", "trainer.kernel=reference"], cell.folder / CHECKPOINTS)
+    begun = new_record(cell, Status.RUNNING, corpus.manifest.fingerprint)
+    torch.save(state | {MADE_BY: start_fingerprint(begun.hashed_config)}, checkpoints(cell.folder / CHECKPOINTS)[0])
+    with pytest.raises(UserError, match=r"with trainer\.micro_batches=2 and continues only with that, not with 4"):
+        train_cell(single_cell(composed([*overrides, "trainer.micro_batches=4"])))
+    assert [path.name for path in cell.folder.iterdir()] == [CHECKPOINTS]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from peerscale.cells import single_cell
@@ -64,6 +65,14 @@ def test_a_throughput_below_half_is_told_if_it_lasts() -> None:
     assert told([*fast, slow, slow, *fast]) == [], "two rows are a checkpoint or a neighbour"
     assert told([*fast, *[slow] * 6]) == ["step 15: throughput halved, 499 tokens/s after 1000"]
     assert told([*fast, *[{"tokens_per_s": 501.0}] * 6]) == []
+
+
+def test_a_throughput_is_compared_with_the_median_of_all_rows_but_the_last_five() -> None:
+    speeds = np.random.default_rng(0).lognormal(7, 0.8, 400).tolist()
+    low = [i >= 14 and np.median(speeds[i - 4 : i + 1]) < 0.5 * np.median(speeds[: i - 4]) for i in range(400)]
+    begins = [i + 1 for i in range(1, 400) if low[i] and not low[i - 1]]
+    found = [int(text.split()[1].rstrip(":")) for text in told([{"tokens_per_s": speed} for speed in speeds])]
+    assert found == begins and len(begins) > 3
 
 
 def test_published_curves_are_silent() -> None:

@@ -83,7 +83,7 @@ def _build(config: DataConfig, sources: dict[str, str], folder: Path) -> Manifes
         for block in progress(SOURCES[config.source].blocks(config), desc=f"reading {config.source}"):
             file.write(json.dumps(block, ensure_ascii=False) + "\n")
             n_blocks += 1
-            n_bytes += len(block.text.encode()) if block.split in (None, "train") else 0
+            n_bytes += len(block.text.encode()) if block.split is None else 0
     if n_bytes < MIN_BYTES:
         raise UserError(
             f"{config.path or config.source}: {n_bytes:,} bytes of text are too few for held-out sets; "

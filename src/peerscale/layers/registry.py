@@ -52,7 +52,7 @@ def layer_class(value: Mapping[str, Any]) -> type[FfnConfig]:
     """The class of the layer that a mapping describes; its settings are not checked. Raises `ConfigError`."""
     if path := value.get("class"):
         return _outside(str(path))
-    if (method := value.get("method")) not in BUILT_IN:
+    if not isinstance(method := value.get("method"), str) or method not in BUILT_IN:
         raise ConfigError(
             f"method {method!r} is not a layer of peerscale, which are {', '.join(BUILT_IN)}; "
             "for one of your own give its class, such as class: mylab.gated.GatedConfig"

@@ -66,9 +66,9 @@ class Record:
     """Dotted keys and values that, besides the five fields above, distinguish the cell from others of its study."""
     batch_sequences: int
     lr: float
-    """Peak rate at this width."""
+    """Peak rate of this cell."""
     table_lr: float | None
-    """Peak rate of the expert tables; None: the layer has none."""
+    """Peak rate of the expert tables; None: the layer has none, or they have `lr`."""
     fingerprint: str
     hashed_config: dict[str, Any]
     """The values that the fingerprint hashes, kept so that an error can name the keys that differ."""

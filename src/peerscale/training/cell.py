@@ -148,7 +148,9 @@ class CellRun:
         remove_abandoned(self.checkpoint_folder)
         prepare_process(config)
         device = pick_device(config)
-        resumed, first_step = newest_readable(self.checkpoint_folder, self.made_by) or (None, 0)
+        resumed, first_step = newest_readable(
+            self.checkpoint_folder, self.made_by, config.surroundings.micro_batches
+        ) or (None, 0)
         kernel = choose_operators(trainer.kernel, device.type).name
         self._continue_in(describe(kernel, device, trainer), first_step)
         with joined_ranks(device):

@@ -15,15 +15,20 @@ import lightning
 import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
+from peerscale.errors import UserError
 from peerscale.files import replacing
 from peerscale.model.ranks import as_first_rank, is_first_rank, n_ranks
 from peerscale.model.trained import CHECKPOINTS, checkpoints
-from peerscale.runs.record import read_record
+from peerscale.runs.record import is_held, read_record
+from peerscale.training.loader import refuse_other_micro_batches
 
 KEPT = 2
 
 MADE_BY = "start_fingerprint"
 """Key of a checkpoint: the `start_fingerprint` of the run that made it. Older checkpoints do not have it."""
+
+MICRO_BATCHES = "micro_batches"
+"""Key of a checkpoint: the number of micro-batches of a step. Older checkpoints have it in the loader's state only."""
 
 COST = 0.02
 """Share of the time that saving may take; the interval after a slow save is longer."""
@@ -68,7 +73,7 @@ class TimedCheckpoint(lightning.Callback):
             return  # a micro-batch within a step
         step, terminated = trainer.global_step, self.terminated
         for folder in (folder for at, folder in self.branches if at == step):
-            if as_first_rank(read_record(folder) is None):
+            if as_first_rank(read_record(folder) is None and not is_held(folder)):
                 write_checkpoint(trainer, checkpoint_path(folder / CHECKPOINTS, step))
         due = step == self.last_step or (self.every_steps and step % self.every_steps == 0)
         waited_s = time.monotonic() - self.saved_at
@@ -97,7 +102,7 @@ class TimedCheckpoint(lightning.Callback):
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint[MADE_BY] = self.made_by
+        checkpoint |= {MADE_BY: self.made_by, MICRO_BATCHES: trainer.accumulate_grad_batches}
 
     def state_dict(self) -> dict[str, Any]:
         return {"trained_s": self.trained_s}
@@ -131,12 +136,15 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:09d}.ckpt"
 
 
-def newest_readable(folder: Path, made_by: str) -> tuple[Path, int] | None:
+def newest_readable(folder: Path, made_by: str, micro_batches: int) -> tuple[Path, int] | None:
     """The newest complete checkpoint and its step; damaged ones are renamed, with a notice.
 
     So are those of another run than `made_by`, such as one that a trunk left for a branch, without a record, before the
     configuration changed. No code in a file is run: only weights and plain values are loaded, and any other pickle is
     refused.
+
+    Raises:
+        UserError: the run was begun with another number of micro-batches.
     """
     found = checkpoints(folder)
     for path, before in itertools.zip_longest(found, found[1:]):
@@ -147,7 +155,10 @@ def newest_readable(folder: Path, made_by: str) -> tuple[Path, int] | None:
                     raise zipfile.BadZipFile(f"bad checksum of {damaged}")
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             if state.get(MADE_BY, made_by) == made_by:
+                refuse_other_micro_batches(state.get(MICRO_BATCHES, micro_batches), micro_batches)
                 return path, state["global_step"]
+        except UserError:
+            raise
         except Exception as error:  # a damaged archive can raise many types of errors
             problem = f"cannot be read ({type(error).__name__})"
         instead = f"continuing from {before.name}" if before else "starting at the first step"

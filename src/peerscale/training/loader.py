@@ -37,9 +37,13 @@ class StepLoader:
         return {"next_step": self.next_step, "micro_batches": self.micro_batches}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        if (begun := state.get("micro_batches", 1)) != self.micro_batches:
-            raise UserError(
-                f"the cell was started with trainer.micro_batches={begun} and continues only with that, not with "
-                f"{self.micro_batches}"
-            )
+        refuse_other_micro_batches(state.get("micro_batches", 1), self.micro_batches)
         self.next_step = state["next_step"]
+
+
+def refuse_other_micro_batches(begun: int, now: int) -> None:
+    """Raise `UserError` if a run was begun with another number of micro-batches than it would continue with."""
+    if begun != now:
+        raise UserError(
+            f"the cell was started with trainer.micro_batches={begun} and continues only with that, not with {now}"
+        )

@@ -30,9 +30,9 @@ class ParameterGroups:
 
 def parameter_groups(model: nn.Module) -> ParameterGroups:
     """Sort a model's parameters into groups; tables are those that a layer's optional `expert_tables()` lists."""
-    tables = [table for m in model.modules() if callable(own := getattr(m, "expert_tables", None)) for table in own()]
-    table_ids = {id(table) for table in tables}
-    others = [p for p in model.parameters() if id(p) not in table_ids]
+    owners = [own for module in model.modules() if callable(own := getattr(module, "expert_tables", None))]
+    tables = list(dict.fromkeys(table for own in owners for table in own()))  # a layer may pass on those of a part
+    others = [p for p in model.parameters() if p not in set(tables)]
     return ParameterGroups(
         matrices=[p for p in others if p.ndim >= 2], vectors=[p for p in others if p.ndim < 2], tables=tables
     )

@@ -3,6 +3,7 @@
 They depend only on the rows of `metrics.jsonl`, so that a resumed run or an upload finds the same signals.
 """
 
+from bisect import insort
 from collections.abc import Mapping
 from statistics import median
 
@@ -29,6 +30,7 @@ class Watch:
         self.n_experts, self.per_token = n_experts, per_token
         self.losses: list[float] = []
         self.speeds: list[float] = []
+        self.sorted_speeds: list[float] = []
         self.lasting: set[str] = set()
 
     def see(self, row: Mapping[str, float]) -> dict[str, str]:
@@ -59,7 +61,10 @@ class Watch:
 
     def _slow(self, speed: float) -> str:
         self.speeds.append(speed)
-        before, now = self.speeds[:-SLOW_ROWS], self.speeds[-SLOW_ROWS:]
-        if len(before) < WINDOW or median(now) >= SLOW * (usual := median(before)):
+        if len(self.speeds) > SLOW_ROWS:
+            insort(self.sorted_speeds, self.speeds.pop(0))
+        half, odd = divmod(len(self.sorted_speeds), 2)
+        if len(self.sorted_speeds) < WINDOW:
             return ""
-        return f"{median(now):.0f} tokens/s after {usual:.0f}"
+        usual, now = median(self.sorted_speeds[half - 1 + odd : half + 1]), median(self.speeds)
+        return "" if now >= SLOW * usual else f"{now:.0f} tokens/s after {usual:.0f}"

@@ -22,7 +22,7 @@ from peerscale.errors import FailedCells, UserError
 from peerscale.files import write_text
 from peerscale.layers.registry import parse_layer
 from peerscale.runs.curves import METRICS, read_metrics
-from peerscale.runs.record import RECORD, Record, Status, cell_folders, read_record
+from peerscale.runs.record import ENDED, RECORD, Record, Status, cell_folders, read_cell
 from peerscale.runs.study import Study, collected
 from peerscale.training.signals import Watch
 from peerscale.training.tracking import WandbError, WandbRun, client_errors, start_run
@@ -66,7 +66,8 @@ def upload(sweep: str, runs: Path, *, jobs: int, timeout_s: float) -> Iterator[s
 
     Raises:
         UserError: there are no cells.
-        FailedCells: the server did not take everything in time; calling again continues from there.
+        FailedCells: the server did not take everything in time, or the files of a cell cannot be read; calling again
+            continues from there.
     """
     import wandb
 
@@ -76,15 +77,23 @@ def upload(sweep: str, runs: Path, *, jobs: int, timeout_s: float) -> Iterator[s
     server = wandb.setup(wandb.Settings(silent=True)).settings.base_url
     live = sum(cell.logs_online for cell in cells)
     waiting = [cell for cell in cells if not cell.logs_online and is_new(cell.folder, cell.files, server)]
+    unreadable: list[str] = []
     with ThreadPoolExecutor(jobs) as pool:
         pending = [pool.submit(upload_cell, cell, server, timeout_s) for cell in waiting]
         try:
-            for future in tqdm(pending, unit="cell", disable=not sys.stderr.isatty()):
-                future.result()
+            for future, cell in tqdm([*zip(pending, waiting, strict=True)], disable=not sys.stderr.isatty()):
+                try:
+                    future.result()
+                except UserError as error:
+                    unreadable.append(f"{cell.record.cell}: {error}")
         except WandbError as error:  # if a server does not answer, the remaining cells are not tried
             pool.shutdown(cancel_futures=True)
             left = sum(is_new(cell.folder, cell.files, server) for cell in waiting)
             raise FailedCells(f"{left} cells are not uploaded, {error}; the same command goes on from here") from None
+    if unreadable:
+        raise FailedCells(
+            f"all others are uploaded, but the files of {len(unreadable)} cannot be read: {unreadable[0]}"
+        )
     skipped = f", {live} still logging online, skipped" if live else ""
     before = len(cells) - len(waiting) - live
     yield f"{sweep}: {len(waiting)} cells uploaded to {server}, {before} were there already{skipped}"
@@ -94,7 +103,7 @@ def upload(sweep: str, runs: Path, *, jobs: int, timeout_s: float) -> Iterator[s
 def study_cells(folder: Path) -> Iterator[CellFiles]:
     """The cells of a study that have started."""
     for cell in cell_folders(folder):
-        record = read_record(cell)
+        record = read_cell(cell)
         if record is not None and record.cell == cell.name and (cell / CONFIG).is_file():
             yield CellFiles(cell, record, yaml.safe_load((cell / CONFIG).read_text(encoding="utf-8")))
 
@@ -111,15 +120,20 @@ def contents(files: Iterable[Path], server: str) -> dict[str, str]:
 
 
 def upload_cell(cell: CellFiles, server: str, timeout_s: float) -> None:
-    """Send what the server does not have of one cell; raises `WandbError`, which names the cell, on a failure."""
+    """Send what the server does not have of one cell.
+
+    Raises:
+        WandbError: the server did not take it; the message names the cell.
+        UserError: the cell's files cannot be read.
+    """
     state = contents(cell.files, server)  # computed before reading, so that rows written later are sent next time
+    watch, rows = Watch(*parse_layer(cell.settings["ffn"]).routed()), [*read_metrics(cell.folder)]
     try:
         with tempfile.TemporaryDirectory() as scratch, client_errors():
             run = WandbRun(Path(scratch), cell.settings, cell.record, online=True, timeout_s=timeout_s)
-            watch = Watch(*parse_layer(cell.settings["ffn"]).routed())
-            for row in read_metrics(cell.folder):
+            for row in rows:
                 run.log(row, watch.see(row))
-            if cell.record.status is not Status.RUNNING:
+            if cell.record.status in ENDED:
                 log_artifact(run.run, cell.artifact, "cell", cell.files)
             run.finish(cell.record)
     except WandbError as error:
@@ -154,7 +168,7 @@ def upload_study(study: Study, cells: Sequence[CellFiles], server: str, timeout_
     import wandb
 
     tracking = cells[0].settings["tracking"]
-    used = [cell.artifact for cell in cells if cell.record.status is not Status.RUNNING]
+    used = [cell.artifact for cell in cells if cell.record.status in ENDED]
     try:
         with tempfile.TemporaryDirectory() as scratch, client_errors():
             number = re.sub(r"[^\w-]", "-", f"{study.sweep}-study{tracking['id_salt']}")
