@@ -42,6 +42,15 @@ def test_what_isoflop_rates_5e11_may_claim() -> None:
     assert (multipliers[1e13]["low"], multipliers[1e13]["high"]) == pytest.approx((1.13, 1.46), abs=0.07)
 
 
+def test_the_optima_of_a_law_have_the_status_that_the_budgets_give_them() -> None:
+    fits = published("isoflop_cpu")
+    status = {(entry["budget"], m["name"]): m["status"] for entry in fits["budgets"] for m in entry["methods"]}
+    laws = [law for law in fits["laws"].values() if law["law"] == "isoflop"]
+    vertices = {(v["budget"], law["method"]): v["status"] for law in laws for v in law["vertices"]}
+    assert vertices.items() <= status.items() and {*vertices.values()} == {"ok", "off_centre"}
+    assert all(law["include_flagged"] for law in laws)
+
+
 def test_seeds_of_isoflop_rates_5e11() -> None:
     (entry,) = (e for e in published("isoflop_rates_5e11")["budgets"] if e["budget"] == 3e12)
     assert entry["seeds_sd"] == pytest.approx(0.0040, abs=5e-5) and entry["seeds_df"] == 10
