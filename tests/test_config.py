@@ -205,7 +205,9 @@ def test_every_file_of_conf_loads(group: str, name: str, tmp_path: Path) -> None
 def test_every_layers_file_names_its_rates(ffn: str) -> None:
     # Last in the defaults, so that the rates tuned for the layer stand, whatever the optimiser's file says.
     config = load([f"ffn={ffn}"])
-    assert config.optim.lr == yaml_file(f"ffn/{ffn}")["optim"]["lr"]
+    file = yaml_file(f"ffn/{ffn}")
+    base = yaml_file(f"ffn/{file['defaults'][0]}") if "defaults" in file else {}  # as a variant of this layer
+    assert config.optim.lr == (base | file)["optim"]["lr"]
     assert (config.optim.table_lr is not None) == isinstance(config.ffn, PeerConfig | PkmConfig)
 
 
