@@ -71,6 +71,11 @@ def test_the_claim_of_the_main_study_is_that_of_the_published_fits() -> None:
     assert found["dense"]["family"] == 6 and f"(p = {found['dense']['p_holm']:.3f}, corrected for all six" in README
     assert f"it beats dense, by {-found['dense']['value']:.2f} nats per token at 3·10¹³" in README
     assert not found["pkm"]["leads"] and not found["moe_token_choice"]["leads"]
+    largest = {claim["rival"]: claim for claim in claims if claim["budget"] == 1e14}
+    assert f"training FLOPs and by {-largest['dense']['value']:.2f} at 10¹⁴" in README.replace("\n", " ")
+    assert f"PKM by {-largest['pkm']['value']:.2f} at 10¹⁴" in README
+    assert f"(p = {largest['dense']['p_holm']:.4f}, corrected for all six" in README
+    assert f"PKM (p = {largest['pkm']['p_holm']:.3f})" in README
     places = (("isoflop_cpu", 3e13), ("reproduce", 2.2e12), ("every_block", 1e13))
     first, second, third = (own_curvature(study, budget) for study, budget in places)
     assert (

@@ -214,6 +214,15 @@ def test_what_has_no_interval_cannot_be_told(tmp_path: Path) -> None:
     assert growth["verdict"] == "cannot be told" and "0.10 [none]" in growth["measured here"]
 
 
+def test_an_interval_without_seeds_is_marked_and_decides_nothing(tmp_path: Path) -> None:
+    one_seed = {**difference("peer", "moe", 0.047, 0.009), "fit_se": None, "size": "d112"}
+    publish(tmp_path, "isoflop_cpu", {1e14: [one_seed]}, [])
+    row = by_claim(tmp_path)["PEER beats MoE (expert choice)"]
+    assert row["verdict"] == "open: one seed, descriptive (at 1e14, d_model 112)"
+    shown = difference_rows(tmp_path)[0]["PEER − MoE (expert choice)"]
+    assert shown == "+0.047 ± 0.009 (without seeds) at d_model 112"
+
+
 def test_a_claim_about_a_variant_makes_no_other_difference_bold(tmp_path: Path) -> None:
     differences = [difference("peer", "dense", -0.02, 0.03), difference("peer n_experts=16384", "dense", -0.08, 0.02)]
     claims = [{**claim("dense", 1e14, -0.08, 0.001, False), "method": "peer n_experts=16384"},

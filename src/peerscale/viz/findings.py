@@ -17,7 +17,7 @@ from peerscale.runs.record import ENDED, Status
 from peerscale.runs.study import header, published, read_fits, usable, without_brackets
 from peerscale.runs.table import read_runs
 from peerscale.viz.answer import EQUALS, LEADS, TRAILS, UNDECIDED, outcome
-from peerscale.viz.markdown import number, plus_minus, signed_interval, table, with_interval
+from peerscale.viz.markdown import leaves_out_seeds, number, plus_minus, signed_interval, table, with_interval
 from peerscale.viz.multipliers import COLUMNS, in_measured_time, paper_multipliers
 from peerscale.viz.published import WITHOUT_NORM, paper_values, read_published
 from peerscale.viz.style import label, size_label
@@ -91,7 +91,8 @@ def difference_rows(results: Path) -> list[Row]:
                 for one in _differences(found, "peer", rival):
                     if one["budget"] == budget:
                         bold = "**" * ((rival, _place(one)) in significant)
-                        at = f" at {size_label(one['size'])}" * bool(one["size"])
+                        at = " (without seeds)" * leaves_out_seeds(one)
+                        at += f" at {size_label(one['size'])}" * bool(one["size"])
                         texts[rival].append(f"{bold}{plus_minus(one)}{bold}{at}")
             row = {f"PEER − {label(rival)}": ", ".join(each) or "—" for rival, each in texts.items()}
             for title, each in (("multiplier [95 %]", gains), ("in training time", in_time)):
@@ -169,7 +170,8 @@ def _against(rival: str) -> Callable[[Evidence], tuple[str, str]]:
                 continue
             parts = ", ".join(f"{word} {one[key]:.3f}" for key, word in PARTS.items() if one.get(key) is not None)
             measured.append(f"{place}: {plus_minus(one)} ({parts})")
-            verdicts.append((VERDICTS[outcome(claims[place])] if claims else _told(one) + ", descriptive", place))
+            alone = "open: one seed" if leaves_out_seeds(one) else _told(one)
+            verdicts.append((VERDICTS[outcome(claims[place])] if claims else f"{alone}, descriptive", place))
         return "; ".join(measured), _by_verdict(verdicts)
 
     return judge
