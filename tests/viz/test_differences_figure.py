@@ -132,6 +132,10 @@ def test_of_one_size_the_axis_names_it_and_beside_curves_its_points_are_hollow()
     assert [line.get_label() for line in hollow] == ["moe"]
     assert axes.get_xlabel().startswith("loss at the compute optimum")
     assert "Hollow: compared at equal size (d_model 64), since" in figure.get_supxlabel()
+    assert "leave seeds out" not in figure.get_supxlabel()
+    mixed["budgets"][0]["differences"][1] |= {"fit_se": None, "seeds_se": None}
+    told = drawn(differences_figure(mixed)).get_supxlabel()
+    assert told.endswith("\nbars of MoE (expert choice) at $10^{13}$ FLOPs leave seeds out")
 
 
 def test_a_difference_from_a_flagged_minimum_is_hollow() -> None:

@@ -82,12 +82,16 @@ def differences_figure(fits: Mapping[str, Any], *, methods: Iterable[str] = (), 
             named = style.budget_title(budget) + f", {style.size_label(size)}" * (fixed and len(sizes) > 1)
             handles.append(Line2D([], [], marker=marker, label=named, linestyle="none", color=grey))
         style.legend(figure, handles)
-        at = ", ".join(dict.fromkeys(style.size_label(size) for _, size, _ in shown if size))
+        labels = dict.fromkeys(style.size_label(size) for _, size, _ in shown if size)
+        at = ", ".join(text.removeprefix("d_model ") if i else text for i, text in enumerate(labels))
         why = [f"compared at equal size ({at}), since there are too few for a curve"] * bool(hollow - doubtful)
         at_sizes = f"Hollow: {'; '.join([*why, *['flagged minimum (table.md)'] * bool(doubtful)])}." * bool(hollow)
         rates = " and from learning rates" if hold_rates(fits) else " alone"
         sources = bars(fits).replace("misfit of sizes, seeds", "seeds (pooled)") if fixed else bars(fits)
         if all(map(leaves_out_seeds, shown.values())):
             sources = f"bars: 95 % interval from the sampling of validation sequences{rates}; there is one seed"
-        style.caption(figure, note, at_sizes, sources)
+        unknown = [(name, budget) for (budget, _, name), found in shown.items() if leaves_out_seeds(found)]
+        places = dict.fromkeys(f"{style.label(name)} at {style.budget_title(budget)}" for name, budget in unknown)
+        seedless = f"bars of {', '.join(places)} leave seeds out" * (0 < len(unknown) < len(shown))
+        style.caption(figure, note, at_sizes, sources, seedless)
     return figure
