@@ -69,8 +69,8 @@ def files(where: str, key: str = "data.path") -> dict[str, Path]:
         return {path.name: path}
     if not path.exists():
         raise UserError(f"{key}: {path} does not exist")
-    files = [p for p in sorted(path.rglob("*")) if p.name.endswith(SUFFIXES) and p.is_file()]
-    found = {p.relative_to(path).as_posix(): p for p in files}
+    inside = [p for p in sorted(path.rglob("*")) if p.name.endswith(SUFFIXES) and p.is_file()]
+    found = {p.relative_to(path).as_posix(): p for p in inside}
     if not found:
         raise UserError(f"{key}: {path} is or holds no {', '.join(SUFFIXES)} file")
     return found

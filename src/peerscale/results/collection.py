@@ -55,7 +55,7 @@ def collect(
     """
     for override in overrides:
         key, value = overridden_key(override), override.partition("=")[2]
-        if key == "trainer.runs_directory" and (ROOT / value).resolve() != runs.resolve():
+        if key == "trainer.runs_directory" and (ROOT / Path(value).expanduser()).resolve() != runs.resolve():
             raise UserError(f"{override}: cells are read from {runs}; give --runs {value} to the programs in analysis/")
     overrides = of_cells(overrides)  # cells outside the plan count in any case
     here, source, study = runs / sweep, published(sweep, results), collected(sweep, runs)

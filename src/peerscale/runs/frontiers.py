@@ -3,6 +3,7 @@ laws of optimal sizes from these."""
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,8 +55,7 @@ def frontiers_of(fitted: Sequence[Budget], rates: RateErrors) -> dict[str, Array
             one.fit.losses - one.fit.residuals + rng.normal(size=(DRAWS, len(variances))) * np.sqrt(variances) * scale
         )
         if one.sequences is not None:
-            n = one.sequences.shape[1]
-            drawn += (resample_counts(n, DRAWS, seed=0) / n - 1 / n) @ one.sequences.T
+            drawn += _resampled(one.sequences.shape[1]) @ one.sequences.T
         minima = np.stack(one.fit.optima_of(drawn))
         for method, (name, optimum) in enumerate(one.optima.items()):
             if optimum.status.has_number:
@@ -64,6 +64,12 @@ def frontiers_of(fitted: Sequence[Budget], rates: RateErrors) -> dict[str, Array
                 for se, _ in rates.of(one.budget, name):
                     frontiers[name][1, 1:, i] += rng.normal(0, se, DRAWS)
     return frontiers
+
+
+@cache
+def _resampled(n: int) -> Array:
+    """Weights (draws, n) by which the mean over resampled sequences differs from the mean over all."""
+    return resample_counts(n, DRAWS, seed=0) / n - 1 / n
 
 
 def multipliers_of(

@@ -31,10 +31,10 @@ class ParameterGroups:
 def parameter_groups(model: nn.Module) -> ParameterGroups:
     """Sort a model's parameters into groups; tables are those that a layer's optional `expert_tables()` lists."""
     owners = [own for module in model.modules() if callable(own := getattr(module, "expert_tables", None))]
-    tables = list(dict.fromkeys(table for own in owners for table in own()))  # a layer may pass on those of a part
-    others = [p for p in model.parameters() if p not in set(tables)]
+    tables = dict.fromkeys(table for own in owners for table in own())  # a layer may pass on those of a part
+    others = [p for p in model.parameters() if p not in tables]
     return ParameterGroups(
-        matrices=[p for p in others if p.ndim >= 2], vectors=[p for p in others if p.ndim < 2], tables=tables
+        matrices=[p for p in others if p.ndim >= 2], vectors=[p for p in others if p.ndim < 2], tables=[*tables]
     )
 
 

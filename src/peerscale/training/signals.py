@@ -30,7 +30,9 @@ class Watch:
         self.n_experts, self.per_token = n_experts, per_token
         self.losses: list[float] = []
         self.speeds: list[float] = []
-        self.sorted_speeds: list[float] = []
+        """Of the last `SLOW_ROWS` rows."""
+        self.earlier_speeds: list[float] = []
+        """Of all rows before, ascending, so that their median needs no sorting."""
         self.lasting: set[str] = set()
 
     def see(self, row: Mapping[str, float]) -> dict[str, str]:
@@ -62,9 +64,7 @@ class Watch:
     def _slow(self, speed: float) -> str:
         self.speeds.append(speed)
         if len(self.speeds) > SLOW_ROWS:
-            insort(self.sorted_speeds, self.speeds.pop(0))
-        half, odd = divmod(len(self.sorted_speeds), 2)
-        if len(self.sorted_speeds) < WINDOW:
+            insort(self.earlier_speeds, self.speeds.pop(0))
+        if len(self.earlier_speeds) < WINDOW or median(self.speeds) >= SLOW * (usual := median(self.earlier_speeds)):
             return ""
-        usual, now = median(self.sorted_speeds[half - 1 + odd : half + 1]), median(self.speeds)
-        return "" if now >= SLOW * usual else f"{now:.0f} tokens/s after {usual:.0f}"
+        return f"{median(self.speeds):.0f} tokens/s after {usual:.0f}"

@@ -81,7 +81,8 @@ def upload(sweep: str, runs: Path, *, jobs: int, timeout_s: float) -> Iterator[s
     with ThreadPoolExecutor(jobs) as pool:
         pending = [pool.submit(upload_cell, cell, server, timeout_s) for cell in waiting]
         try:
-            for future, cell in tqdm([*zip(pending, waiting, strict=True)], disable=not sys.stderr.isatty()):
+            sent = tqdm(pending, unit="cell", disable=not sys.stderr.isatty())
+            for future, cell in zip(sent, waiting, strict=True):
                 try:
                     future.result()
                 except UserError as error:

@@ -170,8 +170,7 @@ def _against(rival: str) -> Callable[[Evidence], tuple[str, str]]:
                 continue
             parts = ", ".join(f"{word} {one[key]:.3f}" for key, word in PARTS.items() if one.get(key) is not None)
             measured.append(f"{place}: {plus_minus(one)} ({parts})")
-            alone = "open: one seed" if leaves_out_seeds(one) else _told(one)
-            verdicts.append((VERDICTS[outcome(claims[place])] if claims else f"{alone}, descriptive", place))
+            verdicts.append((VERDICTS[outcome(claims[place])] if claims else _told(one) + ", descriptive", place))
         return "; ".join(measured), _by_verdict(verdicts)
 
     return judge
@@ -179,6 +178,8 @@ def _against(rival: str) -> Callable[[Evidence], tuple[str, str]]:
 
 def _told(one: Mapping[str, Any]) -> str:
     """What an interval by itself says of the claim that a difference is negative."""
+    if leaves_out_seeds(one):
+        return "open: one seed"
     low, high = np.array([one["low"], one["high"]], float)  # NaN if it is not known
     return "holds" if high < 0 else "does not hold" if low > 0 else "cannot be told"
 
