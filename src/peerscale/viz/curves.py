@@ -50,7 +50,7 @@ def curves_figure(curves: pd.DataFrame, runs: pd.DataFrame, *, note: str = "") -
                 draw_distances(column[1], best, colours, start)
             limits = (0.9 * start, 1.1 * budget)
             column[0].set(xscale="log", xlim=limits, title=style.budget_title(budget))
-            column[-1].set_xlabel("training FLOPs spent")
+            column[-1].set_xlabel("FLOPs spent")
             style.decade_axis(column[-1].xaxis)
         panels[0, 0].set_ylabel("training loss (nats per token)")
         if rows > 1:
