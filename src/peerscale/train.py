@@ -88,6 +88,7 @@ def run_cell(cell: Cell) -> Status:
 
     Raises:
         UserError: the cell cannot be run as it is; if it was never run before, its folder is removed.
+        FailedCells: another process is running a cell whose ranks torchrun or srun started.
     """
     with uncollected():
         from peerscale.training.cell import train_cell
@@ -104,6 +105,8 @@ def run_cell(cell: Cell) -> Status:
             shutil.rmtree(cell.folder)
         raise
     except Timeout:
+        if started_ranks()[1] > 1:  # the other ranks wait for this one, which must therefore fail
+            raise FailedCells(f"{cell.name} is being run by another process") from None
         print(f"{cell.name} is being run by another process and is skipped here", file=sys.stderr)
         return Status.RUNNING
 

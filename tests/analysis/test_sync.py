@@ -11,6 +11,7 @@ from synthetic_study import script
 
 from peerscale.errors import exit_code
 from peerscale.runs.record import LOCK, Status
+from peerscale.training.upload import study_cells, upload_cell
 from tracked_cell import TrackedCell
 from wandb_server import Run, WandbServer, serving
 
@@ -205,3 +206,16 @@ def test_wrong_input_is_one_line(upload: SYNC, capsys: pytest.CaptureFixture) ->
     assert upload() == 2
     assert capsys.readouterr().err.endswith("make sweep SWEEP=single\n")
     assert upload("--jobs", "0") == 2
+
+
+def test_what_ends_between_the_list_and_its_upload_arrives_as_it_ended(
+    wandb_server: WandbServer, tmp_path: Path
+) -> None:
+    cell = TrackedCell(tmp_path, "offline")
+    cell.log(1, 3)
+    (listed,) = study_cells(tmp_path / "single")
+    cell.log(4, 6)
+    cell.finish()
+    upload_cell(listed, wandb_server.url, 30)
+    cell.assert_arrived(run_of(wandb_server, cell))
+    assert wandb_server.artifact(listed.artifact)["state"] == "COMMITTED"

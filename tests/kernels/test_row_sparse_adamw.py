@@ -238,3 +238,36 @@ def test_updates_do_not_depend_on_the_number_of_threads():
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_dense_and_collected_gradients_make_one_step(name):
+    """Such as those of a penalty on the whole table."""
+    one, other = table(), table()
+    other.data.copy_(one.data)
+    optimizers = row_sparse(one), torch.optim.AdamW([other], **RATES)
+    for indices, weights, grad in batches(3):
+        for parameter, optimizer in zip((one, other), optimizers, strict=True):
+            optimizer.zero_grad()
+            if parameter is one:
+                backward(name, parameter, (indices, weights, grad))
+            else:
+                ((parameter[indices] * weights[:, :, None]).sum(1) * grad).sum().backward()
+            (0.1 * parameter.square().sum()).backward()
+            optimizer.step()
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_a_table_need_not_be_contiguous(name):
+    one, other = table(), nn.Parameter(torch.randn(D, N, dtype=torch.float64).T)
+    other.data.copy_(one.data)
+    assert not other.is_contiguous()
+    for parameter in (one, other):
+        optimizer = row_sparse(parameter)
+        torch.manual_seed(1)
+        for batch in batches(2):
+            optimizer.zero_grad()
+            backward(name, parameter, batch)
+            optimizer.step()
+    torch.testing.assert_close(one, other)

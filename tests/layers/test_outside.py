@@ -18,7 +18,7 @@ from peerscale.errors import UserError
 from peerscale.files import ROOT
 from peerscale.layers import registry
 from peerscale.layers.registry import parse_layer
-from peerscale.model import build_model
+from peerscale.model import build_model, load_model
 from peerscale.plan import plan
 from peerscale.runs.fingerprint import differing_keys, hashed_config
 from peerscale.runs.study import planned_record
@@ -116,6 +116,11 @@ def test_stands_in_a_folder_of_pythonpath_and_trains(
     assert done.code == 0, done.err
     (record,) = (json.loads(path.read_text()) for path in (tmp_path / "runs").glob("single/gated-*/record.json"))
     assert record["status"] == "done" and len(record["hashed_config"]["ffn"]["source_sha256"]) == 64
+    (folder,) = (tmp_path / "runs").glob("single/gated-*")
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace(record["hashed_config"]["ffn"]["source_sha256"], 64 * "0"))
+    with pytest.raises(UserError, match=r"gated.GatedConfig is in a file that was changed since the cell was trained"):
+        load_model(folder)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import per_token
 from peerscale.config import load
@@ -191,6 +191,29 @@ def test_auxiliary_losses_of_all_layers_are_summed() -> None:
     dense = build_model(load(["ffn=dense", *SMALL]))
     dense(torch.randint(257, (2, 6)))
     assert dense.auxiliary_loss() is None
+
+
+class Around(nn.Module):
+    """A layer that passes on the auxiliary loss of its part."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    @property
+    def auxiliary_loss(self) -> Tensor:
+        return self.part.auxiliary_loss
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(x)
+
+
+def test_an_auxiliary_loss_that_is_passed_on_counts_once() -> None:
+    model = build_model(load(["ffn=moe_token_choice", *SMALL]))
+    part = model.blocks[0].ffn
+    model.blocks[0].ffn = Around(part)
+    model(torch.randint(257, (2, 6)))
+    assert model.auxiliary_loss().item() == pytest.approx(part.auxiliary_loss.item())
 
 
 def test_starts_with_the_documented_variances() -> None:

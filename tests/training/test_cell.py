@@ -16,10 +16,10 @@ from peerscale.config import composed, load
 from peerscale.data.batches import EvaluationBatches
 from peerscale.data.prepare import prepare
 from peerscale.data.store import open_corpus
-from peerscale.errors import UserError
+from peerscale.errors import FailedCells, UserError
 from peerscale.model import load_model
 from peerscale.runs.record import LOCK, Record, Status, read_record, write_record
-from peerscale.train import run_single
+from peerscale.train import run_cell, run_single
 from peerscale.training import cell as cells
 from peerscale.training.cell import train_cell
 from peerscale.training.checkpoint import checkpoints
@@ -198,6 +198,10 @@ def test_what_cannot_be_loaded_is_one_line(tiny: list[str], tmp_path: Path) -> N
             load_model(folder)
         (folder / name).write_text(whole)
     (path,) = checkpoints(folder / "checkpoints")
+    earlier = path.rename(path.with_name("step-000000001.ckpt"))  # as if it had been killed before it removed it
+    with pytest.raises(UserError, match="kept no checkpoint"):
+        load_model(folder)
+    earlier.rename(path)
     torch.save({"state_dict": Code(tmp_path / "sign")}, path)
     with pytest.raises(UserError) as error:
         load_model(folder)
@@ -232,6 +236,18 @@ def test_a_single_cell_that_another_process_runs_is_no_error(
     printed = capsys.readouterr()
     assert printed.out == "" and f"{planned.name} is being run by another process and is skipped here" in printed.err
     assert read_record(planned.folder) is None
+
+
+def test_ranks_of_a_cell_that_another_process_runs_end_with_an_error(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other ranks would wait for the first one."""
+    planned = cell([*tiny, "trainer.devices=2"])
+    planned.folder.mkdir(parents=True)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with FileLock(planned.folder / LOCK), pytest.raises(FailedCells, match="is being run by another process"):
+        run_cell(planned)
 
 
 @pytest.mark.parametrize("layer", ["dense", "peer"])

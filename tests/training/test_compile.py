@@ -1,5 +1,7 @@
 """A compiled training step is one graph a shape, and computes what the same operators compute without torch.compile."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from peerscale.config import load
 from peerscale.kernels.cpp_operators import CppOperators
 from peerscale.kernels.operators import collect_row_gradients, collected_gradients
 from peerscale.plan import plan
+from peerscale.training.cell import build_module
 from peerscale.training.evaluation import attach_usage, detach_usage
 from peerscale.training.module import LanguageModel
 from peerscale.training.optimizer import build_optimizer
@@ -111,3 +114,17 @@ def test_what_is_collected_is_not_the_memory_of_a_graph() -> None:
         tensor.zero_()
     [part] = collected_gradients(table) or []
     torch.testing.assert_close(part.pairs.operators.table_gradient(part), expected)
+
+
+def test_a_process_compiles_every_cell_that_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there are: torch compiles one function only so often."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    counters.clear()
+    compiled = []
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for width in (8, 16, 24, 32):
+            config = load([*SIZE, "ffn=dense", f"size.d_model={width}", "trainer.compile=true"])
+            module = build_module(config, plan(config), torch.device("cpu"))
+            module.training_step(torch.randint(300, (8, 9)), 0)
+            compiled.append(counters["stats"]["unique_graphs"])
+    assert compiled == [1, 2, 3, 4]

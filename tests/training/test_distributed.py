@@ -34,6 +34,7 @@ from peerscale.training.cell import build_module, fit, train_cell
 from peerscale.training.checkpoint import TimedCheckpoint, checkpoints
 from peerscale.training.distributed import joined_ranks, started_ranks
 from peerscale.training.evaluation import evaluate
+from peerscale.training.table_exchange import TableExchange
 from test_train import budget, corpus_path, settings, train  # noqa: F401
 
 STEPS = 6
@@ -179,6 +180,24 @@ def launched(configs: dict[str, Config], cells: dict[str, Cell], tmp_path_factor
 def on_two(launched: Path) -> dict[str, tuple[Rows, dict[str, Any], dict[str, Any]]]:
     """What comes of all cases on two processes."""
     return pickle.loads((launched / "found.pickle").read_bytes())
+
+
+@pytest.mark.parametrize("kernel", ["reference", "torch", "cpp"])
+def test_a_penalty_on_a_table_is_exchanged_as_well(kernel: str) -> None:
+    """With `optim=adamw`; its gradient is dense, that of retrieved rows is made of factors."""
+    config = load(["ffn=pkm", "size=d8", "ffn.n_experts=64", "ffn.top_k=4", f"trainer.kernel={kernel}"])
+    gradients = []
+    for exchanged in (False, True):
+        torch.manual_seed(0)
+        model = module.LanguageModel(config, plan(config))
+        exchange = TableExchange(model) if exchanged else None
+        (table,) = model.groups.tables
+        loss = model.losses(torch.randint(256, (16, 9), generator=torch.Generator().manual_seed(1)))[0]
+        (loss + 0.1 * table.square().sum()).backward()
+        if exchange:
+            exchange.on_before_optimizer_step()
+        gradients.append(table.grad)
+    torch.testing.assert_close(*gradients)
 
 
 def run_in_ranks(patch: pytest.MonkeyPatch, program: str) -> None:

@@ -121,8 +121,10 @@ class CppOperators(TorchOperators):
 
     def sort_pairs(self, pairs: Pairs) -> SortedPairs:
         rows_TJ, P = pairs.rows_TJ, pairs.rows_TJ.numel()
-        if rows_TJ.device.type != "cpu" or P >= 2**31:
+        if rows_TJ.device.type != "cpu":
             return super().sort_pairs(pairs)
+        if P >= 2**31:  # the C++ code counts pairs in int32
+            raise ValueError(f"{P} pairs of tokens and rows in one batch; kernel cpp takes fewer than 2^31")
         order, tokens, starts = (torch.empty(size, dtype=torch.int32) for size in (P, P, P + 1))
         R = library().peerscale_sort_pairs(*_as_c(rows_TJ, *rows_TJ.shape, pairs.n_rows, order, tokens, starts))
         return SortedPairs(order, tokens, starts[: R + 1])

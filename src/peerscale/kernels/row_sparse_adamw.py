@@ -16,8 +16,8 @@ class RowSparseAdamW(torch.optim.AdamW):
 
     The parameters of a marked group are tables, (rows, width). Once they are added to the optimiser, the backward
     passes of `peerscale.kernels` collect their gradients in compact form and leave `grad` at `None`. Gradients of
-    several backward passes add up until `zero_grad` clears them. If other operators set a dense `grad`, the table is
-    updated in the rows where it is not all zero. The arguments are the same as torch's.
+    several backward passes add up until `zero_grad` clears them. If other operators set a dense `grad`, the two
+    are added, and the rows where the sum is not all zero are updated. The arguments are the same as torch's.
     """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -58,15 +58,17 @@ class RowSparseAdamW(torch.optim.AdamW):
         return [(table, group) for group in self.param_groups if group["row_sparse"] for table in group["params"]]
 
     def _step_table(self, table: Tensor, group: dict[str, Any]) -> None:
-        gradient = total_gradient(collected_gradients(table) or [])
-        if gradient is None and table.grad is None:
+        gradient, dense = total_gradient(collected_gradients(table) or []), table.grad
+        if gradient is None and dense is None:
             return
         state = self.state[table]
         if not state:
             state["step"] = table.new_zeros(len(table))
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(table), torch.zeros_like(table)
-        if gradient is not None:
+        if gradient is not None and dense is None:
             gradient.pairs.operators.adamw_rows(gradient, table, state, group)
-        if table.grad is not None:
-            rows = table.grad.any(dim=1).nonzero().squeeze(1)
-            update_rows(table, state, rows, table.grad[rows], group)
+        elif dense is not None:
+            if gradient is not None:
+                dense = dense + gradient.pairs.operators.table_gradient(gradient)
+            rows = dense.any(dim=1).nonzero().squeeze(1)
+            update_rows(table, state, rows, dense[rows], group)

@@ -112,6 +112,7 @@ class TorchOperators(Operators):
         # The gradient of a row is also a weighted sum of rows: of the token vectors of its pairs.
         weights = gradient.coefficients_TJ.view(-1)[by_row.order_P]
         begin = by_row.starts_R[:-1]
+        begin = begin[begin < len(by_row.order_P)]  # Triton's pairs end with empty runs
         vectors_TD = gradient.vectors_TD.to(weights.dtype)
         gradient_RD = F.embedding_bag(by_row.tokens_P, vectors_TD, begin, mode="sum", per_sample_weights=weights)
         rows_R = gradient.pairs.rows_TJ.view(-1)[by_row.order_P[begin]]

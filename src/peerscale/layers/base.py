@@ -89,7 +89,7 @@ class FfnConfig:
 
         Its `init_weights(output_scale)` draws all its initial weights; `output_scale`, (2 n_layers)^-1/2, is meant for
         its last matrix product. A layer may also have `expert_tables()`, the parameters trained with `optim.table_lr`,
-        and `auxiliary_loss`, which is added to the loss (None: nothing to add).
+        and `auxiliary_loss`, which is added to the loss (None: nothing to add); so is that of each module inside it.
         """
         raise NotImplementedError
 

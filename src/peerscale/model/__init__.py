@@ -44,7 +44,8 @@ def load_model(folder: str | Path) -> Transformer:
         folder: of the cell, `runs/<sweep>/<cell>`, trained with `trainer.keep_checkpoint=true`.
 
     Raises:
-        UserError: the folder holds no finished cell, or one without a checkpoint, or with a damaged one.
+        UserError: the folder holds no finished cell, or one without a checkpoint of its last step, or with a damaged
+            one, or one whose layer's module has changed since.
     """
     config, weights = read_trained(Path(folder))
     # The kernel of its training may not run here, and the weights do not depend on it.

@@ -146,7 +146,10 @@ class Transformer(nn.Module):
         return self.norm(x_BTD)
 
     def auxiliary_loss(self) -> Tensor | None:
-        """Sum of the auxiliary losses of the layers, from their last forward pass in training."""
+        """Sum of the auxiliary losses of the layers and their parts, from their last forward pass in training.
+
+        A loss that a layer passes on from one of its parts counts once.
+        """
         losses = [getattr(m, "auxiliary_loss", None) for m in self.modules()]
-        tensors = [loss for loss in losses if isinstance(loss, Tensor)]
-        return torch.stack(tensors).sum() if tensors else None
+        tensors = {id(loss): loss for loss in losses if isinstance(loss, Tensor)}
+        return torch.stack([*tensors.values()]).sum() if tensors else None

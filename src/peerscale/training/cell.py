@@ -23,11 +23,11 @@ from peerscale.errors import UserError
 from peerscale.files import remove_abandoned, write_text
 from peerscale.kernels.backends import choose_operators
 from peerscale.model.ranks import as_first_rank
-from peerscale.model.trained import CHECKPOINTS, checkpoints
+from peerscale.model.trained import CHECKPOINTS, checkpoint_path, checkpoints
 from peerscale.plan import Plan
 from peerscale.runs.fingerprint import start_fingerprint
 from peerscale.runs.record import Record, Status, new_record, read_record, write_record
-from peerscale.training.checkpoint import TimedCheckpoint, checkpoint_path, newest_readable
+from peerscale.training.checkpoint import TimedCheckpoint, newest_readable
 from peerscale.training.distributed import (
     RankError,
     joined_ranks,
@@ -220,6 +220,7 @@ def build_module(config: Config, plan: Plan, device: torch.device) -> LanguageMo
     lightning.seed_everything(config.seed, verbose=False)
     module = LanguageModel(config, plan, device.type)
     if config.trainer.compile:
+        torch.compiler.reset()  # a process that trains several cells would soon reach the limit of compilations
         module.losses = torch.compile(module.losses)
     return module
 

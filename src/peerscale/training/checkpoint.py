@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from peerscale.errors import UserError
 from peerscale.files import replacing
 from peerscale.model.ranks import as_first_rank, is_first_rank, n_ranks
-from peerscale.model.trained import CHECKPOINTS, checkpoints
+from peerscale.model.trained import CHECKPOINTS, checkpoint_path, checkpoints
 from peerscale.runs.record import is_held, read_record
 from peerscale.training.loader import refuse_other_micro_batches
 
@@ -129,11 +129,6 @@ def write_checkpoint(trainer: lightning.Trainer, path: Path) -> None:
         trainer.save_checkpoint(temporary)
         with temporary.open("rb") as file:  # must be on disk before an older checkpoint is removed
             os.fsync(file.fileno())
-
-
-def checkpoint_path(folder: Path, step: int) -> Path:
-    """The file of the checkpoint after a step."""
-    return folder / f"step-{step:09d}.ckpt"
 
 
 def newest_readable(folder: Path, made_by: str, micro_batches: int) -> tuple[Path, int] | None:

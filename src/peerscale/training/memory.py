@@ -30,5 +30,5 @@ def keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl and macOS have none
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, GIBIBYTE)
+        mallopt(M_MMAP_THRESHOLD, GIBIBYTE) or mallopt(M_MMAP_THRESHOLD, GIBIBYTE // 32)  # all that older glibc takes
         mallopt(M_TRIM_THRESHOLD, GIBIBYTE)

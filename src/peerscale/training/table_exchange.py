@@ -49,4 +49,5 @@ class TableExchange(lightning.Callback):
             if self.row_sparse:
                 collected.append(gradient)
             else:
-                table.grad = operators.table_gradient(gradient)
+                factored = operators.table_gradient(gradient)
+                table.grad = factored if table.grad is None else table.grad + factored

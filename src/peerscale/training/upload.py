@@ -103,10 +103,15 @@ def upload(sweep: str, runs: Path, *, jobs: int, timeout_s: float) -> Iterator[s
 
 def study_cells(folder: Path) -> Iterator[CellFiles]:
     """The cells of a study that have started."""
-    for cell in cell_folders(folder):
-        record = read_cell(cell)
-        if record is not None and record.cell == cell.name and (cell / CONFIG).is_file():
-            yield CellFiles(cell, record, yaml.safe_load((cell / CONFIG).read_text(encoding="utf-8")))
+    yield from filter(None, map(read_files, cell_folders(folder)))
+
+
+def read_files(folder: Path) -> CellFiles | None:
+    """What a folder holds of a cell that has started; None: nothing."""
+    record = read_cell(folder)
+    if record is None or record.cell != folder.name or not (folder / CONFIG).is_file():
+        return None
+    return CellFiles(folder, record, yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")))
 
 
 def is_new(folder: Path, files: Iterable[Path], server: str) -> bool:
@@ -127,7 +132,8 @@ def upload_cell(cell: CellFiles, server: str, timeout_s: float) -> None:
         WandbError: the server did not take it; the message names the cell.
         UserError: the cell's files cannot be read.
     """
-    state = contents(cell.files, server)  # computed before reading, so that rows written later are sent next time
+    state = contents(cell.files, server)  # computed before reading, so that what is written later is sent next time
+    cell = read_files(cell.folder) or cell  # it may have ended since the cells were listed
     watch, rows = Watch(*parse_layer(cell.settings["ffn"]).routed()), [*read_metrics(cell.folder)]
     try:
         with tempfile.TemporaryDirectory() as scratch, client_errors():

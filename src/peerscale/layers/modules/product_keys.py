@@ -34,7 +34,7 @@ class QueryNorm(nn.BatchNorm1d):
         """x (T, features) -> y (T, features)."""
         if not self.training or n_ranks() * self.n_groups * self.n_passes == 1:
             return super().forward(input)
-        n = len(input) * n_ranks() // self.n_groups
+        n = self._group_size(input)
         parts_GTF = input.unflatten(0, (groups_here(self.n_groups), -1))
         mean_G1F = self._sum(parts_GTF) / n
         centred_GTF = parts_GTF - mean_G1F
@@ -51,6 +51,12 @@ class QueryNorm(nn.BatchNorm1d):
             for running_F, new_F in zip((self.running_mean, self.running_var), new_2F, strict=True):
                 running_F.copy_(torch.where(ends, running_F.lerp(new_F, self.momentum), running_F))
         return (centred_GTF * (variance_G1F + self.eps).rsqrt()).flatten(0, 1) * self.weight + self.bias
+
+    def _group_size(self, input: Tensor) -> Tensor | int:
+        """Tokens in a group; in the layers of other people's models, ranks may have unequal numbers of them."""
+        if self.n_groups == 1 and n_ranks() > 1:
+            return sum_over_ranks(torch.full((), len(input), dtype=torch.float32, device=input.device))
+        return len(input) * n_ranks() // self.n_groups
 
     def _sum(self, parts_GTF: Tensor) -> Tensor:
         """The sum over each group; a single group is spread over all ranks."""
