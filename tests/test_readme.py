@@ -65,17 +65,39 @@ def test_the_study_of_the_readme_plans_as_it_stands(tmp_path: Path) -> None:
     assert f"its {len(cells)} cells" in README
 
 
-def test_the_claim_of_the_main_study_is_that_of_the_published_fits() -> None:
-    claims = read_fits(ROOT / "results" / "isoflop_cpu" / "fits.json")["claims"]
-    found = {claim["rival"]: claim for claim in claims if claim["budget"] == 3e13}
-    assert found["dense"]["family"] == 6 and f"(p = {found['dense']['p_holm']:.3f}, corrected for all six" in README
-    assert f"it beats dense, by {-found['dense']['value']:.2f} nats per token at 3·10¹³" in README
-    assert not found["pkm"]["leads"] and not found["moe_token_choice"]["leads"]
-    largest = {claim["rival"]: claim for claim in claims if claim["budget"] == 1e14}
-    assert f"training FLOPs and by {-largest['dense']['value']:.2f} at 10¹⁴" in README.replace("\n", " ")
-    assert f"PKM by {-largest['pkm']['value']:.2f} at 10¹⁴" in README
-    assert f"(p = {largest['dense']['p_holm']:.4f}, corrected for all six" in README
-    assert f"PKM (p = {largest['pkm']['p_holm']:.3f})" in README
+def size_of(claim: dict[str, float]) -> str:
+    """The difference of a claim without its sign, and half of its interval."""
+    return f"{abs(claim['value']):.3f} ± {(claim['high'] - claim['low']) / 2:.3f}"
+
+
+def test_the_verdicts_of_the_readme_are_those_of_the_published_fits() -> None:
+    main, small = (read_fits(ROOT / "results" / study / "fits.json") for study in ("isoflop_cpu", "reproduce"))
+    of = {(claim["rival"], claim["budget"]): claim for claim in main["claims"] + small["claims"]}
+    assert of["dense", 3e13]["family"] == 6
+    decided = {rival: claim["p_holm"] < 0.05 for (rival, budget), claim in of.items() if budget == 3e13}
+    assert decided == {"dense": True, "pkm": False, "moe_token_choice": False}
+    leads, trails = ("dense", 3e13), ("pkm", 2.2e12)
+    for place in (leads, ("dense", 1e14), ("pkm", 1e14), ("moe_token_choice", 2.2e12), ("moe", 2.2e12)):
+        assert of[place]["leads"], place
+    for place in (("moe_token_choice", 1e14), trails):
+        assert of[place]["value"] > 0 and of[place]["p_holm"] < 0.05
+    text = " ".join(README.split())
+    for line in (
+        f"- **Dense**: PEER leads by {size_of(of[leads])} at 3·10¹³ FLOPs and by {size_of(of['dense', 1e14])} at 10¹⁴.",
+        f"ahead of PEER by {size_of(of['moe_token_choice', 1e14])} at 10¹⁴. They cannot be told apart at 3·10¹³, and "
+        f"PEER leads by {size_of(of['moe_token_choice', 2.2e12])} at 2.2·10¹².",
+        f"(descriptive). PEER leads by {size_of(of['moe', 2.2e12])} at 2.2·10¹².",
+        f"- **PKM**: PEER leads by {size_of(of['pkm', 1e14])} at 10¹⁴. They cannot be told apart at 3·10¹³, and PKM "
+        f"leads by {size_of(of[trails])} at 2.2·10¹².",
+    ):
+        assert line in text
+    (growth,) = (one for one in main["growth"] if one["method"] == "peer")
+    assert growth["low"] < 0 < growth["high"]
+    interval = f"{growth['slope']:.2f} [{growth['low']:.2f}, +{growth['high']:.2f}]".replace("-", "−")
+    assert f"cannot be told: ln multiplier {interval} per factor of ten." in text
+
+
+def test_the_difference_with_own_curvatures_is_that_of_the_published_fits() -> None:
     places = (("isoflop_cpu", 3e13), ("reproduce", 2.2e12), ("every_block", 1e13))
     first, second, third = (own_curvature(study, budget) for study, budget in places)
     assert (
@@ -97,9 +119,10 @@ def test_the_differences_of_every_block_are_those_of_the_published_fits() -> Non
         f"{abs(one['value']):.3f} ± {(one['high'] - one['low']) / 2:.3f}"
         for rival in ("dense", "moe_token_choice", "pkm") for one in claims if one["rival"] == rival
     )  # fmt: skip
+    page = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
     assert (
-        f"PEER leads dense by {dense} and token choice by {token_choice}, and cannot be told apart from PKM (+{pkm},"
-    ) in " ".join(README.split())
+        f"PEER leads dense by {dense} and token choice by {token_choice}, and cannot be told apart from PKM (+{pkm})"
+    ) in " ".join(page.split())
     assert [one["p_holm"] < 0.05 and one["value"] < 0 for one in claims] == [True, True, False]
 
 

@@ -80,5 +80,5 @@ def test_experts_and_batchnorm_by_hand() -> None:
     for pair, text in (((with_norm, without), "0.065 ± 0.054"), ((with_norm, "dense"), "0.060 ± 0.054")):
         one = found[pair]
         assert f"{-one['value']:.3f} ± {(one['high'] - one['low']) / 2:.3f}" == text
-        assert text in (ROOT / "README.md").read_text(encoding="utf-8")
+        assert text in (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
         assert (one["high"] - one["low"]) / 2 == pytest.approx(half, rel=0.02)
