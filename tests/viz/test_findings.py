@@ -121,6 +121,19 @@ def test_more_experts_are_judged_within_the_main_study(tmp_path: Path) -> None:
     assert "16,384 experts at 1e14: −0.030 [−0.040, −0.020]" in row["measured here"]
 
 
+def test_each_number_of_active_experts_has_its_best_heads(tmp_path: Path) -> None:
+    losses = {(1, 16): -0.01, (2, 8): -0.02, (1, 32): -0.05, (2, 16): 0.01, (4, 16): -0.03}
+    found = [difference(f"peer n_heads={h}-top_k={k}", "dense", loss, 0.04) for (h, k), loss in losses.items()]
+    publish(tmp_path, "active", {1e13: found}, [])
+    row = by_claim(tmp_path)["More active experts help"]
+    assert row["measured here"].startswith(
+        "active experts (best number of heads), less dense: 16 (2 heads): −0.020 ± 0.040, 32 (1 head): −0.050 ± 0.040, "
+        "64 (4 heads): −0.030 ± 0.040"
+    )
+    told = "the lowest loss is that of 32 active experts, and their best number of heads does not grow"
+    assert row["verdict"] == f"descriptive: {told}"
+
+
 def test_batch_norm_is_with_less_without(tmp_path: Path) -> None:
     publish(tmp_path, "controls", {1e13: [difference("peer query_norm=false", "peer", 0.02, 0.01)]}, [])
     row = by_claim(tmp_path)["BatchNorm of the queries helps"]

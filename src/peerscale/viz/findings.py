@@ -216,16 +216,21 @@ def _experts(found: Evidence) -> tuple[str, str]:
 
 
 def _active(found: Evidence) -> tuple[str, str]:
-    """The best number of heads for each number of active experts."""
-    rows = found.runs[found.runs["method"] == "peer"]
-    losses = rows.groupby(["active_experts", "ffn_heads"])["val_loss"].mean().reset_index()
-    best = losses.loc[losses.groupby("active_experts")["val_loss"].idxmin()]
-    texts = [f"{int(a)}: {loss:.3f} ({int(h)} head{'s' * (h > 1)})" for a, h, loss in best.itertuples(index=False)]
-    grows = best["ffn_heads"].is_monotonic_increasing and best["ffn_heads"].nunique() > 1
-    falls = best["val_loss"].is_monotonic_decreasing
-    told = [f"more active experts {'are' if falls else 'are not always'} better",
-            f"the best number of heads {'grows' if grows else 'does not grow'}"]  # fmt: skip
-    return f"active experts: loss (best number of heads): {', '.join(texts)}", f"descriptive: {', '.join(told)}"
+    """For each number of active experts, the best number of heads and its loss less dense's, at one size."""
+    best: dict[int, tuple[int, dict[str, Any]]] = {}
+    for match in filter(None, (re.fullmatch(r"peer n_heads=(\d+)-top_k=(\d+)", name) for name in _methods(found))):
+        heads, active = int(match[1]), int(match[1]) * int(match[2])
+        for one in _differences(found, match[0], "dense"):
+            if active not in best or one["value"] < best[active][1]["value"]:
+                best[active] = heads, one
+    if not best:
+        return "", ""
+    texts = [f"{n} ({heads} head{'s' * (heads > 1)}): {plus_minus(one)}" for n, (heads, one) in sorted(best.items())]
+    lowest = min(best, key=lambda n: best[n][1]["value"])
+    heads = [best[n][0] for n in sorted(best)]
+    grows = "grows" if heads == sorted(heads) and heads[0] < heads[-1] else "does not grow"
+    told = f"descriptive: the lowest loss is that of {lowest} active experts, and their best number of heads {grows}"
+    return f"active experts (best number of heads), less dense: {', '.join(texts)}", told
 
 
 def _norm(found: Evidence) -> tuple[str, str]:
