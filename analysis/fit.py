@@ -11,8 +11,9 @@
 
 The values of --params, --x and so on are names of columns. Instead of a table of runs (for `envelope`: of training
 curves), you can give the folder of a study, such as results/reproduce; `predict` also reads a study's fits.json.
-Intervals are 95 % percentile intervals of a bootstrap over runs. Every fit also reports how well the smaller budgets
-predict the largest one; `rates` reports how well the law predicts the best rates of models that it was not fitted to.
+Intervals are 95 % percentile intervals of a bootstrap over runs (`isoflop`: over residuals), for `rates` Fieller's.
+Every fit also reports how well the smaller budgets predict the largest one; `rates` reports how well the law predicts
+the best rates of models that it was not fitted to.
 """
 
 import argparse
@@ -113,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         by = given.pop("by", None)
         if law is laws.fit_isoflop:
             table = one_budget_each(table, given["budget"], given.pop("tolerance"))
+            require_parabola(table, [*([by] if by else []), given["budget"]], given["x"])
         stored, text = fit_groups(table, lambda rows: law(rows, **given), by, given.get("x", ""))
         unnamed = {*NOT_IN_SOURCE, *({"budget"} if law is not laws.fit_isoflop else ())}
         described = {name: value for name, value in given.items() if name not in unnamed}
@@ -196,20 +198,25 @@ def one_budget_each(table: pd.DataFrame, budget: str, tolerance: float | None) -
     return table
 
 
-def fit_groups(
-    table: pd.DataFrame, fit: Callable[[pd.DataFrame], Any], by: str | None, x: str
-) -> tuple[dict[str, Any], str]:
-    """The fit (with `by`: one per value, under `groups`) and its summary; `UserError` if no parabola is possible."""
-    if by is not None:
-        require_column(table, by)
-    named = [("", table)] if by is None else table.groupby(by, sort=False, dropna=False)
-    groups = {str(name): fit(rows) for name, rows in named}
-    optima = [optimum for group in groups.values() if isinstance(group, IsoflopFit) for optimum in group.vertices]
-    if optima and not any(np.isfinite(optimum.curvature) for optimum in optima):
+def require_parabola(table: pd.DataFrame, one_curve: list[str], x: str) -> None:
+    """Raise `UserError` if no curve, of rows with equal values in the columns `one_curve`, has three sizes `x`."""
+    for column in (*one_curve, x):
+        require_column(table, column)
+    if table.groupby(one_curve, dropna=False)[x].nunique().max() < 3:
         raise UserError(
             "no budget has runs of three different sizes, the fewest for a parabola (five are recommended); "
             "--tolerance .1 groups measured FLOPs into budgets"
         )
+
+
+def fit_groups(
+    table: pd.DataFrame, fit: Callable[[pd.DataFrame], Any], by: str | None, x: str
+) -> tuple[dict[str, Any], str]:
+    """The fit (with `by`: one per value, under `groups`) and its summary."""
+    if by is not None:
+        require_column(table, by)
+    named = [("", table)] if by is None else table.groupby(by, sort=False, dropna=False)
+    groups = {str(name): fit(rows) for name, rows in named}
     first = next(iter(groups.values()))
     if by is None:
         return first.to_dict(), summary(first, x)
@@ -316,10 +323,12 @@ def stored_fits(path: Path) -> list[tuple[str, dict[str, Any], Mapping[str, Any]
     """Name, fit and names of the columns of every fit in a file: one fit, one per group, or fits by name."""
     stored = json.loads(path.read_text(encoding="utf-8"))
     fits = {"": stored} if "law" in stored else dict(stored).get("laws", stored)
+    if "laws" in stored and (rates := (stored.get("rates") or {}).get("law")):
+        fits = fits | {"rates": rates}
     if not fits:
         raise ValueError("it is empty")
     return [
-        (f"{name} {group}".strip() or part["law"], part, fit.get("source", fit))
+        (f"{name} {group}".strip() or part["law"], part, fit | fit.get("source", {}))
         for name, fit in fits.items()
         for group, part in fit.get("groups", {"": fit}).items()
     ]
@@ -328,7 +337,7 @@ def stored_fits(path: Path) -> list[tuple[str, dict[str, Any], Mapping[str, Any]
 def _number(value: Any, interval: tuple[float, float] | None = None) -> str:
     if value is None or not np.isfinite(value):
         return NONE
-    shown = f" [{interval[0]:.4g}, {interval[1]:.4g}]" if interval and np.isfinite(interval).all() else ""
+    shown = f" [{interval[0]:.4g}, {interval[1]:.4g}]" if interval and not np.isnan(interval).any() else ""
     return f"{float(value):.6g}{shown}"
 
 

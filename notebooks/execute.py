@@ -28,7 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = parser.parse_args(argv).notebook
     if not path.is_file():
         raise UserError(f"no notebook {path}")
-    notebook = nbformat.read(path, as_version=4)
+    try:
+        notebook = nbformat.read(path, as_version=4)
+    except (ValueError, AttributeError) as error:  # nbformat's NotJSONError is a ValueError
+        raise UserError(f"{path} is not a notebook ({type(error).__name__})") from None
     metadata = dict(notebook.metadata)
     options = {"resources": {"metadata": {"path": str(path.parent)}}, "timeout": 600, "record_timing": False}
     quiet = ["--IPKernelApp.log_level=40"]  # not its warning of a local port

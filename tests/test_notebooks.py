@@ -90,11 +90,12 @@ def test_executing_keeps_outputs_or_leaves_the_notebook_alone(
     nbformat.write(kept, path)
     before = path.read_bytes()
     capsys.readouterr()
-    for words in ([str(path)], [str(tmp_path / "none.ipynb")]):
+    for words in ([str(path)], [str(tmp_path / "none.ipynb")], [str(ROOT / "README.md")]):
         assert exit_code(lambda words=words: execute.main(words)) == 2
     errors = capsys.readouterr().err.splitlines()
     assert errors[0].endswith("ZeroDivisionError: division by zero") and errors[1].startswith("error: no notebook ")
-    assert len(errors) == 2 and path.read_bytes() == before
+    assert errors[2].endswith("README.md is not a notebook (NotJSONError)")
+    assert len(errors) == 3 and path.read_bytes() == before
 
 
 def test_explore_reads_refits_predicts_and_compares_the_published_study() -> None:

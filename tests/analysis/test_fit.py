@@ -401,6 +401,12 @@ def test_rates_of_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert stored["source"]["hold_out"] == "d == 96" and stored["held_out_cost"] == pytest.approx(0, abs=1e-9)
     assert run("predict", out, "--width", 96, "--tokens", "1e7") == 0
     assert "peer\n  best lr  0.00489898" in capsys.readouterr().out
+    study = tmp_path / "fits.json"  # as a study has it
+    study.write_text(
+        json.dumps({"laws": {}, "rates": {"law": {key: stored[key] for key in stored if key != "source"}}})
+    )
+    assert run("predict", study, "--width", 96, "--tokens", "1e7") == 0
+    assert "rates peer\n  best lr  0.00489898" in capsys.readouterr().out
     assert run("rates", path, *columns, "--hold-out", "d == 5") == 2
     assert "--hold-out 'd == 5' holds out none of the 24 rows" in capsys.readouterr().err
     assert run("rates", path, *columns, "--hold-out", "d") == 2

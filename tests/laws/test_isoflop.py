@@ -248,6 +248,9 @@ def test_approach_3_stands_beside_approach_2() -> None:
     assert result.surface_exponent == pytest.approx(law.a, abs=1e-5)
     in_tokens = fit_isoflop(table.assign(D=table["C"] / (6 * table["N"])), budget="C", x="D", loss="loss")
     assert in_tokens.surface_exponent == pytest.approx(law.b, abs=1e-5)
+    noise = np.random.default_rng(0).normal(0, 0.2, 15)
+    two_sizes = table[table["N"].groupby(table["C"]).rank().isin([4, 5, 6])]
+    assert fit_isoflop(two_sizes.assign(loss=3 + noise), budget="C", x="N", loss="loss").surface_exponent is None
 
 
 def test_minima_that_scatter_more_than_their_runs_widen_the_interval() -> None:

@@ -1,5 +1,6 @@
 """The law of the best learning rate, against the truth of made-up runs and against SciPy's nonlinear least squares."""
 
+import json
 import math
 from dataclasses import asdict
 
@@ -154,3 +155,49 @@ def test_a_stored_fit_predicts() -> None:
         law = RateLaw(**{name: group[name] for name in asdict(TRUTH[method])})
         assert found.values["best lr"][0] == pytest.approx(law.predict(128, 1e8)) and not found.notes
     assert not predict(group, {"budget": 1e13}, {}).values
+
+
+def test_a_law_without_another_model_to_test_it_says_so() -> None:
+    one = runs(0.004).query("method == 'dense' and d == 64 and T == 1e7 and B == 16")
+    fit = fit_rates(one)
+    assert fit.held_out == () and "no held-out error: the other curves do not determine the law" in fit.warnings
+    stored = json.loads(json.dumps(fit.to_dict(), allow_nan=False))
+    assert stored["held_out_error"] is None and stored["groups"]["all"]["status"] == "converged"
+
+
+def test_a_method_without_a_name_is_one_of_its_own() -> None:
+    laws = {**TRUTH, "none": RateLaw(m=0.02, a=0.4, b=0.3, c=0.5)}
+    table = runs(0, laws=laws)
+    unnamed = table.assign(method=table["method"].where(table["method"] != "none", None))
+    fit = fit_rates(unnamed, **COLUMNS, reach=100)
+    assert len(fit.laws) == 3
+    assert fit.laws["peer"].m == pytest.approx(at_reference(fit, "peer")) and fit.laws["peer"].a == pytest.approx(0.4)
+
+
+def test_what_the_runs_do_not_bound_is_said() -> None:
+    rng = np.random.default_rng(0)
+    rows = [(d, lr, 4 + rng.normal(0, 0.1)) for d in (32, 64) for lr in (1e-3, 2e-3, 4e-3)]
+    table = pd.DataFrame(rows, columns=["d", "lr", "loss"])
+    table["loss"] += 0.01 * np.log(table["lr"] / 2e-3) ** 2
+    fit = fit_rates(table, width="d")
+    assert fit.ci["all"]["m"] == (0, math.inf) and fit.ci["all"]["a"] == (-math.inf, math.inf)
+    assert "the runs do not bound m of all, a of all: their intervals are infinite" in fit.warnings
+    stored = fit.to_dict()
+    found = predict(stored["groups"]["all"], {"width": 64}, stored)
+    assert found.notes == (
+        "warning: the fit's status is not_identifiable, a coefficient is uncertain by more than its own size",
+    )
+
+
+def test_a_prediction_says_what_the_law_does_not_know() -> None:
+    stored = fit_rates(runs(0), tokens="T", by="method", curve=["d", "B"], reach=100).to_dict()
+    peer = stored["groups"]["peer"]
+    alone, more = (
+        predict(peer, {"tokens": 5e6}, stored),
+        predict(peer, {"tokens": 5e6, "width": 999, "batch": 2}, stored),
+    )
+    assert alone.values == more.values and alone.notes == ()
+    assert more.notes == ("warning: --width, --batch not used: the rates law has no such variable",)
+    assert predict(peer, {"width": 64}, stored).values == {}
+    (note,) = predict(peer, {"tokens": 5e7}, stored).notes
+    assert note == "warning: --tokens is outside the range that was fitted, 2e+06 to 1e+07"

@@ -100,6 +100,14 @@ def row_labels(table: pd.DataFrame, column: str) -> Array:
     return np.asarray(pd.factorize(table[column], use_na_sentinel=False)[0])
 
 
+def cluster_labels(table: pd.DataFrame, column: str) -> Array:
+    """The labels of the clusters that are resampled; `UserError` if there is no such column, or only one cluster."""
+    labels = row_labels(table, column)
+    if labels.max(initial=0) == 0:
+        raise UserError(f"column {column!r} holds one value: there must be several clusters to resample")
+    return labels
+
+
 def table_warnings(table: pd.DataFrame, *names: str) -> tuple[str, ...]:
     """Warnings about these rows: rows equal to an earlier one in all `names`, and mixed measures (`INCOMPARABLE`).
 
@@ -133,6 +141,26 @@ def resample_counts(n: int, resamples: int, seed: int, clusters: Array | None = 
     n_clusters = labels.max() + 1
     draw = np.random.default_rng(seed).multinomial
     return draw(n_clusters, np.full(n_clusters, 1 / n_clusters), size=resamples)[:, labels].astype(float)
+
+
+def resample_residuals(residuals: Array, resamples: int, seed: int, clusters: Array | None = None) -> Array:
+    """Residuals drawn with replacement, (resamples, n), for designs that are too small to lose a run (five sizes).
+
+    Every run takes the residual of a run in a drawn cluster; runs of the same cluster draw from the same cluster, so
+    that a shift common to a cluster stays common. Without `clusters` this is the usual residual bootstrap. NaN
+    residuals are never drawn; the result is NaN if there are no others.
+    """
+    rng = np.random.default_rng(seed)
+    n = len(residuals)
+    labels = np.arange(n) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+    known = np.flatnonzero(np.isfinite(residuals))
+    if not len(known):
+        return np.full((resamples, n), np.nan)
+    by_cluster = known[np.argsort(labels[known], kind="stable")]
+    sizes = np.bincount(labels[known], minlength=labels.max() + 1)
+    first = np.cumsum(sizes) - sizes
+    source = rng.choice(np.flatnonzero(sizes), size=(resamples, len(sizes)))[:, labels]
+    return residuals[by_cluster[first[source] + np.floor(rng.random((resamples, n)) * sizes[source]).astype(int)]]
 
 
 def percentile_interval(values: Array) -> tuple[float, float]:
@@ -217,7 +245,8 @@ class HoldOut:
     observed: float
     predicted: float
     interval: tuple[float, float] | None
-    """Bootstrap interval of the prediction, over the fitted runs."""
+    """Bootstrap interval of the prediction, over the fitted runs; for `loss` with the scatter of as many runs as are
+    held out about the law."""
     observed_interval: tuple[float, float] | None = None
     """Bootstrap interval of the observed value, for `x`."""
     rmse: float
@@ -332,7 +361,7 @@ def estimate(
         scale: (runs,); the largest runs by this value are held out if there is no column `budget`.
         bootstrap, seed, cluster, budget, hold_out: see `Resampling`.
     """
-    clusters = row_labels(table, cluster) if cluster else None
+    clusters = cluster_labels(table, cluster) if cluster else None
     if budget is not None:
         (scale,) = positive_columns(table, budget, law=kind.law, at_least=0)
     point, value, status = solve(problem)
@@ -369,7 +398,12 @@ def _predict_held_out(
         weights = np.zeros((bootstrap, len(held)))
         weights[:, kept] = resample_counts(len(kept), bootstrap, seed, None if clusters is None else clusters[kept])
         refits = minimise(problem, start, weights)
-        interval = percentile_interval(problem.law.predict(refits.points[~refits.failed])[:, held].mean(axis=1))
+        misses = np.full(len(held), np.nan)
+        freedom = len(kept) - len(problem.coordinates.names)
+        misses[kept] = np.log(problem.loss / problem.law.predict(best)[0])[kept] * math.sqrt(len(kept) / freedom)
+        scatter = np.exp(resample_residuals(misses, bootstrap, seed, clusters))
+        drawn = problem.law.predict(refits.points) * scatter
+        interval = percentile_interval(drawn[~refits.failed][:, held].mean(axis=1))
     about = {"quantity": "loss", "budget": float(scale[held].min()), "n": int(held.sum()), "interval": interval}
     return HoldOut.of(problem.loss[held], predicted, **about)
 

@@ -21,10 +21,11 @@ from peerscale.laws.fitting import (
     Bootstrap,
     Fit,
     HoldOut,
+    cluster_labels,
     miss,
     percentile_interval,
     positive_columns,
-    row_labels,
+    resample_residuals,
     table_warnings,
 )
 from peerscale.laws.optima import OptimaFit, OptimumStatus, optimum_status, parabola_optima
@@ -132,8 +133,8 @@ class IsoflopFit(PowerLaw, Fit):
     vertices: tuple[BudgetOptimum, ...]
     """The optimum of every budget, ascending, including flagged ones; named as in `fit.json`."""
     surface_exponent: float | None
-    """The exponent by approach 3 (squared error) on the same runs, without the bias of parabolas; None below six runs.
-    """
+    """The exponent by approach 3 (squared error) on the same runs, without the bias of parabolas; None if they do not
+    determine it."""
 
 
 def fit_isoflop(
@@ -183,7 +184,7 @@ def fit_isoflop(
         n_runs = np.bincount(group)[group]
         spare = np.where(has_parabola[group] & (n_runs > 3), n_runs - 3, np.nan)  # degrees of freedom
         scaled = fit.residuals * np.sqrt(n_runs / spare)
-        clusters = row_labels(table, cluster)[near] if cluster else None
+        clusters = cluster_labels(table[near], cluster) if cluster else None
         resampled = losses - fit.residuals + resample_residuals(scaled, bootstrap, seed, clusters)
         refitted = np.where(has_parabola, fit.optima_of(resampled), np.nan)
         draws, drawn = _bootstrap(values, refitted, optima, usable, seed)
@@ -199,13 +200,14 @@ def fit_isoflop(
         hold_out = predict_largest(values[usable], optima[usable], refits, observed)
     if len(losses) > 5 and len(values) > 1:  # L = E + A / x^alpha + B / (C / x)^beta, for any measure x of size
         runs = pd.DataFrame({"x": sizes, "rest": budgets / sizes, "loss": losses})
-        surface = fit_parametric(runs, params="x", tokens="rest", loss="loss", objective="mse")
+        fit_of_all = fit_parametric(runs, params="x", tokens="rest", loss="loss", objective="mse")
+        surface = float(fit_of_all.a) if fit_of_all.status is FitStatus.CONVERGED else None
     warnings = (*left_out, *_warnings(found, usable.sum()), *table_warnings(table, budget, x, loss))
     return IsoflopFit(
         n=len(losses), status=FitStatus.TOO_FEW_POINTS if exponent is None else FitStatus.CONVERGED,
         objective_name="mse", objective_value=float(np.sum(fit.residuals[has_parabola[group]] ** 2)),
         vertices=tuple(found),
-        surface_exponent=None if surface is None else float(surface.a), exponent=exponent, coefficient=coefficient,
+        surface_exponent=surface, exponent=exponent, coefficient=coefficient,
         warnings=(*warnings, *miss(hold_out)), hold_out=hold_out, bootstrap=draws,
     )  # fmt: skip
 
@@ -258,26 +260,6 @@ def _bootstrap(budgets: Array, refitted: Array, optima: Array, usable: Array, se
         draws["exponent"], draws["coefficient"] = fit_power_law(budgets[usable], scattered)
     draws = {name: values[good] for name, values in {**draws, "x": x, "loss": loss}.items()}
     return Bootstrap(draws=draws, resamples=len(x), failed=int(np.sum(~good)), seed=seed), scattered[good]
-
-
-def resample_residuals(residuals: Array, resamples: int, seed: int, clusters: Array | None = None) -> Array:
-    """Residuals drawn with replacement, (resamples, n), for designs that are too small to lose a run (five sizes).
-
-    Every run takes the residual of a run in a drawn cluster; runs of the same cluster draw from the same cluster, so
-    that a shift common to a cluster stays common. Without `clusters` this is the usual residual bootstrap. NaN
-    residuals are never drawn; the result is NaN if there are no others.
-    """
-    rng = np.random.default_rng(seed)
-    n = len(residuals)
-    labels = np.arange(n) if clusters is None else np.unique(clusters, return_inverse=True)[1]
-    known = np.flatnonzero(np.isfinite(residuals))
-    if not len(known):
-        return np.full((resamples, n), np.nan)
-    by_cluster = known[np.argsort(labels[known], kind="stable")]
-    sizes = np.bincount(labels[known], minlength=labels.max() + 1)
-    first = np.cumsum(sizes) - sizes
-    source = rng.choice(np.flatnonzero(sizes), size=(resamples, len(sizes)))[:, labels]
-    return residuals[by_cluster[first[source] + np.floor(rng.random((resamples, n)) * sizes[source]).astype(int)]]
 
 
 def _warnings(optima: list[BudgetOptimum], n_usable: int) -> tuple[str, ...]:

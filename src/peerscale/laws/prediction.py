@@ -49,7 +49,8 @@ def predict(stored: Mapping[str, Any], given: Mapping[str, float], columns: Mapp
     Args:
         stored: `Fit.to_dict()`; for an isoFLOP fit the bootstrap's draws may have `loss`, (draws, budgets).
         given: numbers by name, see `LAWS`.
-        columns: names of the fitted columns, such as `{"x": "params_total"}`, and `include_flagged`.
+        columns: names of the fitted columns, such as `{"x": "params_total"}`, `include_flagged`, and for a law of rates
+            `fitted`, the ranges of its variables.
 
     Raises:
         ValueError, KeyError, TypeError, AttributeError: `stored` is not such a fit.
@@ -58,14 +59,21 @@ def predict(stored: Mapping[str, Any], given: Mapping[str, float], columns: Mapp
     if name not in LAWS:
         raise ValueError(f"unknown law {name!r}")
     form, variables = LAWS[name]
+    if form is RateLaw:  # it may depend on some of the variables only
+        fitted = columns.get("fitted", dict.fromkeys(variables, (0, np.inf)))
+        variables = tuple(key for key in variables if key in fitted)
+        for key, (low, high) in ((key, fitted[key]) for key in variables if key in given):
+            if not low <= given[key] <= high:
+                notes.append(f"warning: --{key} is outside the range that was fitted, {low:g} to {high:g}")
+    known = {key: value for key, value in given.items() if key in variables}
     coefficients = {item.name: stored[item.name] for item in fields(form)}
     if wrong := [key for key, value in coefficients.items() if not isinstance(value, float | int | None)]:
         raise ValueError(f"{wrong[0]} is not a number")
     bootstrap = Bootstrap.from_dict(stored["bootstrap"]) if stored["bootstrap"] else None
     values, draws = {}, {}
     if None not in coefficients.values():
-        values = _answers(name, form(**coefficients), given, columns)
-        draws = _answers(name, bootstrap.law(form), given, columns) if bootstrap else {}
+        values = _answers(name, form(**coefficients), known, columns)
+        draws = _answers(name, bootstrap.law(form), known, columns) if bootstrap else {}
         if stored["status"] != FitStatus.CONVERGED:
             notes.append(f"warning: the fit's status is {stored['status']}{DOUBTS.get(stored['status'], '')}")
     else:
@@ -99,7 +107,7 @@ def _answers(name: str, law: Any, given: Mapping[str, float], columns: Mapping[s
     """The predictions of a law for the given numbers, by name; empty if there are too few numbers."""
     found, variables = {}, {key: given.get(key) for key in LAWS[name][1]}
     if isinstance(law, RateLaw):
-        return {"best lr": law.predict(**variables)} if any(variables.values()) else {}
+        return {"best lr": law.predict(**variables)} if given or columns.get("fitted") == {} else {}
     if budget := variables.pop("budget", None):
         best = law.optimum(budget)
         if not variables:

@@ -22,9 +22,9 @@ import pandas as pd
 from scipy.stats import t as student
 
 from peerscale.errors import UserError
-from peerscale.laws.fitting import LEVEL, fields_to_plain, positive_columns, require_column
+from peerscale.laws.fitting import LEVEL, fields_to_plain, positive_columns, require_column, to_plain
 from peerscale.laws.optima import f_test
-from peerscale.laws.solver import Array
+from peerscale.laws.solver import Array, FitStatus
 
 MIN_RATES = 3
 REACH = 3.2
@@ -136,8 +136,10 @@ class RateFit:
             both = {"shared": {**laws[name], "ci": ci[name]}} | (
                 {"own": {**own[name], "ci": own_ci[name]}} if own else {}
             )
-            groups[name] = {"law": self.law, "status": "converged", "bootstrap": None, **both[self.exponents], **both}
-        errors = {"held_out_error": self.held_out_error, "held_out_cost": self.held_out_cost}
+            chosen = both[self.exponents]
+            status = FitStatus.NOT_IDENTIFIABLE if unbounded(chosen["ci"]) else FitStatus.CONVERGED
+            groups[name] = {"law": self.law, "status": str(status), "bootstrap": None, **chosen, **both}
+        errors = to_plain({"held_out_error": self.held_out_error, "held_out_cost": self.held_out_cost})
         return {"law": self.law} | plain | errors | {"by": "method", "groups": groups}
 
 
@@ -265,7 +267,7 @@ def fit_rates(
     rates, losses, *values = positive_columns(table, lr, loss, *columns, law=RateFit.law, at_least=MIN_RATES)
     for column in filter(None, (by, *curve)):
         require_column(table, column)
-    methods = table[by].astype(str) if by else pd.Series("all", table.index)
+    methods = table[by].map(str) if by else pd.Series("all", table.index)  # missing values as a method of their own
     of_method, names = pd.factorize(methods.to_numpy())
     told = dict(zip(variables, values, strict=True))
     # m is the best rate here: in the midst of the runs, and at the batch that most of them have.
@@ -311,16 +313,28 @@ def fit_rates(
         warnings.append(f"the lowest loss is at the edge of the rates tried: {edges}")
     models = _names(*(table[column] for column in columns)) if columns else np.full(len(x), "")
     split = [held] if held.any() else [models == model for model in np.unique(models)]
+    held_out = tuple(one for out in split for one in rows.predicted(out))
+    if not held_out:
+        warnings.append("no held-out error: the other curves do not determine the law")
     laws, intervals = _laws(shared, names, reference, [False] * len(varies))
     own_laws, own_intervals = _laws(own, names, reference, varies) if own else (None, None)
+    chosen = intervals if law is shared or own_intervals is None else own_intervals
+    loose = [f"{key} of {name}" for name, ci in chosen.items() for key in unbounded(ci)]
+    if loose:
+        warnings.append(f"the runs do not bound {', '.join(loose)}: their intervals are infinite")
     return RateFit(
         n=int(fitted.sum()), n_curves=len(np.unique(curves[fitted])), laws=laws, ci=intervals,
         own=own_laws, own_ci=own_intervals, equal_exponents=equal, exponents="shared" if law is shared else "own",
         curvature=law.k, curvature_se=law.k_se, scatter=law.scatter, df=law.df,
         fitted={name: (float(each[fitted].min()), float(each[fitted].max())) for name, each in told.items()},
         curves=rows.optima(~held, law), hold_out_given=bool(held.any()),
-        held_out=tuple(one for out in split for one in rows.predicted(out)), warnings=tuple(warnings),
+        held_out=held_out, warnings=tuple(warnings),
     )  # fmt: skip
+
+
+def unbounded(ci: Mapping[str, tuple[float | None, float | None]]) -> list[str]:
+    """The coefficients whose interval is infinite; in JSON such an end is None."""
+    return [key for key, ends in ci.items() if any(end is None or math.isinf(end) for end in ends)]
 
 
 def within_reach(x: Array, x_of_lowest: Array | float, reach: float = REACH) -> Array:
