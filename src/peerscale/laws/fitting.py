@@ -401,6 +401,7 @@ def _predict_held_out(
         misses = np.full(len(held), np.nan)
         freedom = len(kept) - len(problem.coordinates.names)
         misses[kept] = np.log(problem.loss / problem.law.predict(best)[0])[kept] * math.sqrt(len(kept) / freedom)
+        misses -= np.nanmean(misses)  # those of a Huber loss are not centred
         scatter = np.exp(resample_residuals(misses, bootstrap, seed + 1, clusters))  # not with the same random numbers
         drawn = problem.law.predict(refits.points) * scatter
         interval = percentile_interval(drawn[~refits.failed][:, held].mean(axis=1))
