@@ -144,7 +144,7 @@ def resample_counts(n: int, resamples: int, seed: int, clusters: Array | None = 
 
 
 def resample_residuals(residuals: Array, resamples: int, seed: int, clusters: Array | None = None) -> Array:
-    """Residuals drawn with replacement, (resamples, n), for designs that are too small to lose a run (five sizes).
+    """Residuals drawn with replacement, (resamples, n), for other runs, or designs too small to lose one (five sizes).
 
     Every run takes the residual of a run in a drawn cluster; runs of the same cluster draw from the same cluster, so
     that a shift common to a cluster stays common. Without `clusters` this is the usual residual bootstrap. NaN
@@ -403,8 +403,8 @@ def _predict_held_out(
         misses[kept] = np.log(problem.loss / problem.law.predict(best)[0])[kept] * math.sqrt(len(kept) / freedom)
         misses -= np.nanmean(misses)  # those of a Huber loss are not centred
         scatter = np.exp(resample_residuals(misses, bootstrap, seed + 1, clusters))  # not with the same random numbers
-        drawn = problem.law.predict(refits.points) * scatter
-        interval = percentile_interval(drawn[~refits.failed][:, held].mean(axis=1))
+        good = ~refits.failed
+        interval = percentile_interval((problem.law.predict(refits.points[good]) * scatter[good])[:, held].mean(axis=1))
     about = {"quantity": "loss", "budget": float(scale[held].min()), "n": int(held.sum()), "interval": interval}
     return HoldOut.of(problem.loss[held], predicted, **about)
 

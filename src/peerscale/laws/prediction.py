@@ -62,8 +62,9 @@ def predict(stored: Mapping[str, Any], given: Mapping[str, float], columns: Mapp
     if form is RateLaw:  # it may depend on some of the variables only
         fitted = columns.get("fitted", dict.fromkeys(variables, (0, np.inf)))
         variables = tuple(key for key in variables if key in fitted)
-        for key, (low, high) in ((key, fitted[key]) for key in variables if key in given):
-            if not low <= given[key] <= high:
+        for key in variables:
+            low, high = fitted[key]
+            if key in given and not low <= given[key] <= high:
                 notes.append(f"warning: --{key} is outside the range that was fitted, {low:g} to {high:g}")
     known = {key: value for key, value in given.items() if key in variables}
     coefficients = {item.name: stored[item.name] for item in fields(form)}

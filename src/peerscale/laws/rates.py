@@ -318,7 +318,7 @@ def fit_rates(
         warnings.append("no held-out error: the other curves do not determine the law")
     laws, intervals = _laws(shared, names, reference, [False] * len(varies))
     own_laws, own_intervals = _laws(own, names, reference, varies) if own else (None, None)
-    chosen = intervals if law is shared or own_intervals is None else own_intervals
+    chosen = own_intervals if own_intervals and law is own else intervals
     loose = [f"{key} of {name}" for name, ci in chosen.items() for key in unbounded(ci)]
     if loose:
         warnings.append(f"the runs do not bound {', '.join(loose)}: their intervals are infinite")
