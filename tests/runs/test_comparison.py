@@ -250,6 +250,24 @@ def test_variants_are_compared_with_the_same_variant() -> None:
     ]  # fmt: skip
 
 
+def test_other_settings_are_compared_with_the_usual_ones_of_all_methods_and_are_no_claims() -> None:
+    more, others = "peer n_experts=16384", "moe n_experts=32"
+    lowest = {("dense", 1e12): 4.5, ("moe", 1e12): 4.45, ("peer", 1e12): 4.46, (more, 1e12): 4.41}
+    ours = curves(lowest, noise=0.004)
+    two_sizes = curves({(others, 1e12): 4.44}, noise=0.004, sizes=SIZES[1:3])
+    found = compare(
+        pd.concat([ours, two_sizes], ignore_index=True), [], claims=ClaimsConfig(method="peer", rivals=["moe"])
+    )
+    to_dense = {name: of(found, name, "dense")["value"] for name in ("moe", more)}
+    assert of(found, "moe", more)["value"] == pytest.approx(to_dense["moe"] - to_dense[more])
+    for size, x in (("d48", SIZES[1]), ("d75", SIZES[2])):
+        (loss,) = two_sizes.loc[two_sizes["flops_per_token"] == x, "val_loss"]
+        at = ours[ours["flops_per_token"] == x].set_index("cell")["val_loss"]
+        for rival, start in (("moe", f"moe-{size}-1e+12-s0"), (more, f"peer-{size}-1e+12-n_experts=16384-s0")):
+            assert of(found, others, rival, size=size)["value"] == pytest.approx(loss - at[start])
+    assert [(claim["method"], claim["rival"], claim["size"]) for claim in found["claims"]] == [("peer", "moe", "")]
+
+
 # One size.
 
 

@@ -117,7 +117,7 @@ def test_more_experts_are_judged_within_the_main_study(tmp_path: Path) -> None:
     more = [difference("peer n_experts=16384", "peer", -0.03, 0.01), difference("peer", "dense", -0.03, 0.01)]
     publish(tmp_path, "isoflop_cpu", {1e14: more, 3e13: [{**more[0], "high": 0.01}]}, [])
     row = by_claim(tmp_path)["More experts help"]
-    assert row["verdict"] == "holds (at 1e14); cannot be told (at 3e13)"
+    assert row["verdict"] == "holds, descriptive (at 1e14); cannot be told, descriptive (at 3e13)"
     assert "16,384 experts at 1e14: −0.030 [−0.040, −0.020]" in row["measured here"]
 
 
@@ -215,6 +215,21 @@ def test_the_readme_has_a_row_a_budget_with_significant_claims_in_bold(tmp_path:
         "multiplier [95 %]": "1.50 [1.20, 1.90]", "in training time": "1.04 [0.84, 1.32]", "seeds": "1",
         "study": "[isoflop_cpu](results/isoflop_cpu/table.md)",
     }  # fmt: skip
+
+
+def test_the_seeds_of_a_row_are_those_of_the_models_that_it_compares(tmp_path: Path) -> None:
+    more = {"axes": '{"n_experts": 16384}', "n_experts": 16384}
+    runs = [{"seed": 0}, {"seed": 1}, {"size": "d80"}, {"method": "dense"}, *({**more, "seed": n} for n in range(5))]
+    publish(tmp_path, "isoflop_cpu", {1e14: [difference("peer", "dense", -0.04, 0.02)]}, [], runs)
+    assert [row["seeds"] for row in difference_rows(tmp_path)] == ["1 to 2"]
+
+
+def test_usage_is_judged_for_each_number_of_experts(tmp_path: Path) -> None:
+    at = [(1024, 1.0, 1e14), (4096, 0.7, 1e13), (4096, 1.0, 1e14), (16384, 0.9, 1e14)]
+    runs = [{"n_experts": n, "expert_usage": share, "budget": budget} for n, share, budget in at]
+    publish(tmp_path, "isoflop_cpu", {1e14: []}, [], runs)
+    verdict = by_claim(tmp_path)["All experts are used"]["verdict"]
+    assert verdict == "holds for 1,024, 4,096, not for 16,384 experts (each at its largest budget)"
 
 
 def test_what_has_no_interval_cannot_be_told(tmp_path: Path) -> None:

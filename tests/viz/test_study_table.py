@@ -248,6 +248,18 @@ def test_controls_whose_rates_follow_the_law_are_compared_with_dense_of_the_usua
     assert any(line.startswith(f"| 4,096 | {without:.2f} / {with_norm:.2f} |") for line in lines), "not with one head"
 
 
+def test_other_settings_are_told_once_for_each_pair() -> None:
+    pairs = [("peer", "dense"), ("peer top_k=32", "dense"), ("peer top_k=32", "peer"), ("peer", "peer top_k=32"),
+             ("moe", "peer top_k=32"), ("peer top_k=32", "moe")]  # fmt: skip
+    one = {"size": "d64", "value": -0.02, "low": -0.03, "high": -0.01}
+    differences = [{"method": method, "reference": reference, **one} for method, reference in pairs]
+    fits = {"budgets": [{"budget": 1e14, "differences": differences}], "claims": [{}]}
+    assert [row["comparison"] for row in study_table.other_settings(fits)] == [
+        "PEER, top 32 minus PEER, d_model 64", "PEER, top 32 minus MoE (expert choice), d_model 64",
+    ]  # fmt: skip
+    assert study_table.other_settings({**fits, "claims": []}) == []
+
+
 def test_claims_at_one_size_are_told() -> None:
     runs = ablation_runs("experts")
     claims = ClaimsConfig(method="peer", rivals=["dense"])

@@ -71,7 +71,9 @@ def compare(
     sequences = sequence_losses(records, set(done["cell"]))
     entries: list[dict[str, Any]] = []
     fitted: list[Budget] = []
-    references = tuple(dict.fromkeys(("dense", "peer", *([claims.method] if claims else ()))))
+    references = tuple(
+        dict.fromkeys(("dense", "peer", *(_with_settings(done["name"], claims.method) if claims else ())))
+    )
     for budget in sorted(done["budget"].unique()):
         rows = done[done["budget"] == budget]
         n_sizes = rows.groupby("name")["size"].transform("nunique")
@@ -218,6 +220,13 @@ def _at_each_size(
             found = found.with_rates(rates.of(float(rows["budget"].iloc[0]), name, reference))
             differences.append({"method": name, "reference": reference, "size": str(size), **_described(found)})
     return {"window": None, "methods": [], "differences": differences}
+
+
+def _with_settings(names: Iterable[str], method: str) -> list[str]:
+    """The method as configured, with each of its other settings, and each other method that has other settings."""
+    variants = [name for name in dict.fromkeys(names) if " " in name]
+    usual = [name.partition(" ")[0] for name in variants]
+    return [method, *(name for name, base in zip(variants, usual, strict=True) if base == method), *usual]
 
 
 def _pairs(names: Sequence[str], references: Sequence[str]) -> list[tuple[str, str]]:

@@ -14,7 +14,7 @@ from peerscale.composition import sweep_text
 from peerscale.errors import UserError
 from peerscale.runs.claims import turned
 from peerscale.runs.record import ENDED, Status
-from peerscale.runs.study import header, published, read_fits, usable, without_brackets
+from peerscale.runs.study import header, method_names, published, read_fits, usable, without_brackets
 from peerscale.runs.table import read_runs
 from peerscale.viz.answer import EQUALS, LEADS, TRAILS, UNDECIDED, outcome
 from peerscale.viz.markdown import leaves_out_seeds, number, plus_minus, signed_interval, table, with_interval
@@ -99,9 +99,17 @@ def difference_rows(results: Path) -> list[Row]:
                 row[title] = _interval(each[budget], "multiplier") if budget in each else "—"
             if {*row.values()} != {"—"}:
                 study = f"[{found.sweep}](results/{found.sweep}/table.md)"
-                seeds = found.runs.loc[found.runs["budget"] == budget, "seed"].nunique()
-                rows.append((budget, {"FLOPs": budget_name(budget), **row, "seeds": str(seeds), "study": study}))
+                seeds = _fewest_to_most_seeds(found.runs[found.runs["budget"] == budget])
+                rows.append((budget, {"FLOPs": budget_name(budget), **row, "seeds": seeds, "study": study}))
     return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
+
+
+def _fewest_to_most_seeds(runs: pd.DataFrame) -> str:
+    """How many seeds the models of the methods as configured have."""
+    names = method_names(runs)
+    usual = ~names.str.contains(" ")
+    seeds = runs[usual].groupby([names[usual], "size"])["seed"].nunique()
+    return " to ".join(str(n) for n in dict.fromkeys((seeds.min(), seeds.max()))) if len(seeds) else "—"
 
 
 def verdict_rows(results: Path) -> list[Row]:
@@ -212,7 +220,7 @@ def _experts(found: Evidence) -> tuple[str, str]:
     if reference == "dense" and pairs:
         best = min(pairs, key=lambda pair: pair[1]["value"])[0]
         return "; ".join(texts), f"descriptive: the lowest loss is that of {best:,} experts"
-    return "; ".join(texts), _by_verdict((_told(one), _place(one)) for _, one in pairs)
+    return "; ".join(texts), _by_verdict((f"{_told(one)}, descriptive", _place(one)) for _, one in pairs)
 
 
 def _active(found: Evidence) -> tuple[str, str]:
@@ -257,7 +265,8 @@ def _usage(found: Evidence) -> tuple[str, str]:
         ends = dict.fromkeys(f"{share:.1%}" for share in (usage.min(), usage.max()))
         texts.append(f"{' to '.join(ends)} of {int(n):,} at {budget_name(budget)}")
     used = [n for n, share in lowest.items() if share >= ALL_USED]
-    told = f"holds up to {max(used):,}, not beyond" if used else "does not hold"
+    few, many = (", ".join(f"{n:,}" for n in lowest if (n in used) is are) for are in (True, False))
+    told = f"holds for {few}, not for {many} experts (each at its largest budget)" if used else "does not hold"
     return "; ".join(texts), "holds" if len(used) == len(lowest) else told
 
 

@@ -15,7 +15,15 @@ import pandas as pd
 from peerscale.cell_names import budget_name
 from peerscale.laws.optima import OptimumStatus
 from peerscale.runs.rates import tries_rates
-from peerscale.runs.study import batches, budgets_with_curves, method_names, same_variant, usable, without_brackets
+from peerscale.runs.study import (
+    batches,
+    budgets_with_curves,
+    is_dense,
+    method_names,
+    same_variant,
+    usable,
+    without_brackets,
+)
 from peerscale.viz.ablations import varied
 from peerscale.viz.answer import verdicts
 from peerscale.viz.brackets import brackets_section, hold_rates, how_rates_count, what_intervals_hold
@@ -138,6 +146,7 @@ def at_the_optimum(runs: pd.DataFrame, fits: Fits, published: pd.DataFrame) -> l
         f"{how_rates_count(fits)} Last column: the difference if each method has its own curvature.",
     )
     lines += claims_section(fits)
+    lines += section("Other settings", other_settings(fits), "Descriptive; errors as in the table of errors by source.")
     lines += section(
         "Compute multiplier",
         multipliers(fits),
@@ -217,6 +226,25 @@ def claims(fits: Fits) -> Rows:
         if "equal" in claim:
             rows[-1][f"equal within {claim['equal_within']:g}"] = "yes" if claim["equal"] else "no"
     return rows
+
+
+def other_settings(fits: Fits) -> Rows:
+    """Each variant of a method less the usual setting, the rivals and their variants, but for dense (see `to_dense`).
+
+    Empty if the study claims nothing: then its variants are compared with dense alone, or by their learning rates.
+    """
+    rows: dict[tuple[str, str, frozenset[str]], dict[str, str]] = {}
+    for entry in fits["budgets"] if fits["claims"] else ():
+        for found in entry["differences"]:
+            method, reference = found["method"], found["reference"]
+            ours, theirs = (name.partition(" ")[2] for name in (method, reference))
+            if ours and ours != theirs and not is_dense(reference) and found.get("value") is not None:
+                compared = f"{label(method)} minus {label(reference)}"
+                place = (budget_name(entry["budget"]), size_label(found["size"]))
+                rows.setdefault((*place, frozenset((method, reference))), {
+                    "budget": place[0], "comparison": ", ".join(filter(None, (compared, place[1]))),
+                    "difference [95 %]": signed_interval(found)})  # fmt: skip
+    return list(rows.values())
 
 
 def _family(claims: list[dict[str, Any]]) -> str:
