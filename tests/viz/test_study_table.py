@@ -251,12 +251,16 @@ def test_controls_whose_rates_follow_the_law_are_compared_with_dense_of_the_usua
 def test_other_settings_are_told_once_for_each_pair() -> None:
     pairs = [("peer", "dense"), ("peer top_k=32", "dense"), ("peer top_k=32", "peer"), ("peer", "peer top_k=32"),
              ("moe", "peer top_k=32"), ("peer top_k=32", "moe")]  # fmt: skip
+    pairs += [("pkm", "peer top_k=32"), ("moe", "peer"), ("dense", "peer top_k=32")]
     one = {"size": "d64", "value": -0.02, "low": -0.03, "high": -0.01}
     differences = [{"method": method, "reference": reference, **one} for method, reference in pairs]
     fits = {"budgets": [{"budget": 1e14, "differences": differences}], "claims": [{}]}
-    assert [row["comparison"] for row in study_table.other_settings(fits)] == [
-        "PEER, top 32 minus PEER, d_model 64", "PEER, top 32 minus MoE (expert choice), d_model 64",
-    ]  # fmt: skip
+    rows = [(row["comparison"], row["difference [95 %]"]) for row in study_table.other_settings(fits)]
+    assert rows == [
+        ("PEER, top 32 minus PEER, d_model 64", "−0.020 [−0.030, −0.010]"),
+        ("PEER, top 32 minus MoE (expert choice), d_model 64", "+0.020 [+0.010, +0.030]"),
+        ("PEER, top 32 minus PKM, d_model 64", "+0.020 [+0.010, +0.030]"),
+    ]
     assert study_table.other_settings({**fits, "claims": []}) == []
 
 

@@ -14,6 +14,7 @@ import pandas as pd
 
 from peerscale.cell_names import budget_name
 from peerscale.laws.optima import OptimumStatus
+from peerscale.runs.claims import turned
 from peerscale.runs.rates import tries_rates
 from peerscale.runs.study import (
     batches,
@@ -235,15 +236,16 @@ def other_settings(fits: Fits) -> Rows:
     """
     rows: dict[tuple[str, str, frozenset[str]], dict[str, str]] = {}
     for entry in fits["budgets"] if fits["claims"] else ():
-        for found in entry["differences"]:
-            method, reference = found["method"], found["reference"]
+        for found in (each for each in entry["differences"] if each.get("value") is not None):
+            one = found if " " in found["method"] else turned(found)
+            method, reference = one["method"], one["reference"]
             ours, theirs = (name.partition(" ")[2] for name in (method, reference))
-            if ours and ours != theirs and not is_dense(reference) and found.get("value") is not None:
+            if ours and ours != theirs and not is_dense(reference):
                 compared = f"{label(method)} minus {label(reference)}"
                 place = (budget_name(entry["budget"]), size_label(found["size"]))
                 rows.setdefault((*place, frozenset((method, reference))), {
                     "budget": place[0], "comparison": ", ".join(filter(None, (compared, place[1]))),
-                    "difference [95 %]": signed_interval(found)})  # fmt: skip
+                    "difference [95 %]": signed_interval(one)})  # fmt: skip
     return list(rows.values())
 
 
