@@ -26,7 +26,7 @@ from peerscale.axes import (
 from peerscale.branches import branched
 from peerscale.cell_names import are_brackets, cell_name
 from peerscale.composition import Composition, of_cells, read_study, sweep_file
-from peerscale.config import Config, composed, parse_config, to_dict
+from peerscale.config import TABLE_1_SETS, Config, composed, parse_config, to_dict
 from peerscale.config_errors import ConfigError, method_in
 from peerscale.data.store import folder as corpus_folder
 from peerscale.data.store import read_manifest
@@ -82,14 +82,21 @@ def planned_cells(sweep: str | Path, overrides: Sequence[str] = ()) -> list[Cell
     file = sweep_file(sweep)
     study, overrides = load_sweep(file, overrides), of_cells(overrides)
     check_axes(file, study)
+    of_rows = ["batch_sequences"] if any(row.batch_sequences for row in study.grid) else []
     for override in overrides:
         if re.match(r"hydra[./]", key := overridden_key(override)):
             raise ConfigError(f"{override}: a study may not change Hydra's own settings")
         if key.partition(".")[0] == "sweep":
             raise ConfigError(f"{override}: the keys of a study are changed one by one: sweep.KEY=VALUE")
-        of_rows = ["batch_sequences"] if any(row.batch_sequences for row in study.grid) else []
         if key in {*NAMED, *of_rows, *(axis for _, axes in all_axes(study) for axis in axes)}:
             raise ConfigError(f"{file.name} varies {key}; {instead_of_override(key, override.partition('=')[2])}")
+    fixed = {key: value for key, value in read_study(file).items() if key not in ("sweep", "defaults")}
+    varied = {*NAMED, *of_rows, *(axis for _, axes in all_axes(study) for axis in axes)}
+    for key in re.findall(r"\$\{([\w.]+)\}", f"{fixed} {overrides}"):
+        if {key, key.partition(".")[0]} & varied:
+            raise ConfigError(
+                f"{file.name}: ${{{key}}} would not follow the study, which varies {key}: write the value"
+            )
     # Composing takes 80 ms, so it is done once per layer, not once per cell or size.
     compose = functools.cache(lambda *choice: composed(choice, sweep=file))
     of_size = [override for override in overrides if overridden_key(override).startswith("size.")]
@@ -100,6 +107,10 @@ def planned_cells(sweep: str | Path, overrides: Sequence[str] = ()) -> list[Cell
         if method not in (row.methods or study.methods):
             continue
         changed = changes(compose(f"ffn={method}", *overrides), compose(f"ffn={method}"), compose)
+        if compose(f"ffn={method}").tree["size"] != compose().tree["size"]:
+            raise ConfigError(
+                f"{file.name}: the file of {method} in conf/ffn sets size, which the grid of a study decides"
+            )
         refuse_axes_of_other_layers(file, study, method, row, method_in(compose(f"ffn={method}").tree))
         for size, (axes, row_axes, seed) in itertools.product(row.sizes, axis_values(study, method, row)):
             groups = {key: value for key, value in {**axes, **row_axes}.items() if (OURS / "conf" / key).is_dir()}
@@ -116,7 +127,8 @@ def planned_cells(sweep: str | Path, overrides: Sequence[str] = ()) -> list[Cell
     if study.branches:
         cells = branched(file, cells)
     names = [cell.name for cell in cells]
-    if len({corpus_folder(cell.config.data) for cell in cells}) > 1:
+    if len({(corpus_folder(data), *(bool(data.evaluation.get(name)) for name in TABLE_1_SETS))
+            for data in (cell.config.data for cell in cells)}) > 1:  # fmt: skip
         raise ConfigError(f"{file.name} varies keys of data that make another corpus: a study has one corpus")
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"{file.name} describes {len(twice)} cells twice, {min(twice)} among them")

@@ -80,9 +80,14 @@ def read_study(file: Path) -> dict[str, Any]:
         study = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     except UnicodeDecodeError:
         raise ConfigError(f"{file.name} is not UTF-8 text") from None
+    except OSError as error:
+        if error.errno is not None:  # not OmegaConf's own, about a file that holds a number
+            raise
+        raise ConfigError(f"{file.name}: input should be a mapping with a `sweep:` section") from None
     if not isinstance(study, dict):
         raise ConfigError(f"{file.name}: input should be a mapping with a `sweep:` section, not a list")
-    if {*(study.pop("hydra", None) or {})} - {"mode"}:  # `hydra.mode` was once required; it has no effect now
+    hydra = study.pop("hydra", None) or {}
+    if not isinstance(hydra, dict) or {*hydra} - {"mode"}:  # `hydra.mode` was once required; it has no effect now
         raise ConfigError(f"{file.name}: a study may not set hydra, since it could run code")
     if not isinstance(defaults := study.get("defaults", []), list):
         raise ConfigError(f"{file.name}: defaults: input should be a list, not {defaults!r}")
@@ -102,7 +107,8 @@ def compose(overrides: Sequence[str] = (), *, sweep: str | Path | None = None, n
     """
     if sweep is not None:
         return _composed(_register(sweep), overrides)
-    files = [file for folder in (OURS / "conf", *own_folders()) for file in sorted(folder.rglob("*.yaml"))]
+    found = (file for folder in (OURS / "conf", *own_folders()) for file in sorted(folder.rglob("*.yaml")))
+    files = [file for file in found if file.is_file()]  # an editor may keep a link to nowhere beside a file
     return deepcopy(_kept(name, tuple(overrides), tuple((file, file.stat().st_mtime_ns) for file in files)))
 
 

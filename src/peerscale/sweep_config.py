@@ -110,6 +110,9 @@ class SweepConfig:
                 )
         if unknown := sorted({*self.held_out} - {size for row in self.grid for size in row.sizes}):
             raise ValueError(f"held_out names {unknown[0]}, a size that the grid does not have")
+        axes = {key for each in (self.axes, *self.method_axes.values()) for key in each}
+        if "batch_sequences" in axes and any(row.batch_sequences for row in self.grid):
+            raise ValueError("batch_sequences is an axis, so no row of the grid may have a value of it")
         self._check_brackets()
         claims = self.claims
         for where, named in (
@@ -136,19 +139,21 @@ class SweepConfig:
 
     def _check_brackets(self) -> None:
         """Refuse rows that bracket the rate of a cell if no row trains that cell at its usual rate."""
-        usual: set[tuple[float, str, str, int]] = set()
-        brackets: dict[tuple[float, str, str, int], None] = {}
+        usual: set[tuple[float, str, str, int, int | None]] = set()
+        brackets: dict[tuple[float, str, str, int, int | None], None] = {}
         for row in self.grid:
-            cells = itertools.product([row.budget], row.sizes, row.methods or self.methods, row.seeds or self.seeds)
+            methods, seeds = row.methods or self.methods, row.seeds or self.seeds
+            cells = itertools.product([row.budget], row.sizes, methods, seeds, [row.batch_sequences])
             if 1 in row.axes.get(RATE_FACTOR, [1]):
                 usual.update(cells)
             else:
                 brackets.update(dict.fromkeys(cells))
         if usual and (alone := next((cell for cell in brackets if cell not in usual), None)):
-            budget, size, method, seed = alone
+            budget, size, method, seed, batch = alone
+            cell = f"{method}, {size}, seed {seed}" + f", batch_sequences {batch}" * bool(batch)
             raise ValueError(
-                f"grid has {RATE_FACTOR} for {method}, {size}, seed {seed} at {budget:g}, but no row trains that cell "
-                "at its usual rate: add one, or take it out"
+                f"grid has {RATE_FACTOR} for {cell} at {budget:g}, but no row trains that cell at its usual rate: "
+                "add one, or take it out"
             )
 
     @property

@@ -69,7 +69,13 @@ def files(where: str, key: str = "data.path") -> dict[str, Path]:
         return {path.name: path}
     if not path.exists():
         raise UserError(f"{key}: {path} does not exist")
-    inside = [p for p in sorted(path.rglob("*")) if p.name.endswith(SUFFIXES) and p.is_file()]
+    inside = [
+        p
+        for p in sorted(path.rglob("*"))
+        if p.name.endswith(SUFFIXES)
+        and p.is_file()
+        and not any(part.startswith(".") for part in p.relative_to(path).parts)
+    ]
     found = {p.relative_to(path).as_posix(): p for p in inside}
     if not found:
         raise UserError(f"{key}: {path} is or holds no {', '.join(SUFFIXES)} file")

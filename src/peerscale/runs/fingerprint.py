@@ -18,7 +18,7 @@ NOT_HASHED = (
 """Keys of the configuration that decide how and where a cell runs and what is kept, but not its result."""
 
 NAMES = (
-    "ffn.class", "ffn.variant", "ffn.params_of.variant", "data.source", "data.max_documents",
+    "ffn.variant", "ffn.params_of.variant", "data.source", "data.max_documents",
     "optim.lr_rule", "optim.lr_law", "optim.lr_factor",
 )  # fmt: skip
 """Keys that are not hashed because the values that they stand for are: layer settings, tokens, learning rates."""
