@@ -268,6 +268,25 @@ def test_other_settings_are_compared_with_the_usual_ones_of_all_methods_and_are_
     assert [(claim["method"], claim["rival"], claim["size"]) for claim in found["claims"]] == [("peer", "moe", "")]
 
 
+def test_a_claim_is_against_the_rival_of_the_same_settings() -> None:
+    both = {(f"{method} batch_sequences={n}", 1e12): loss + shift
+            for method, loss in (("dense", 4.5), ("peer", 4.46)) for n, shift in ((8, 0.1), (16, 0.0))}  # fmt: skip
+    quiet = {("dense", 1e12): 4.5, ("dense initial_output_scale=0.25", 1e12): 4.4, ("peer", 1e12): 4.46}
+    claims = ClaimsConfig(method="peer", rivals=["dense"])
+    for lowest, expected in (
+        (both, {(f"peer batch_sequences={n}", f"dense batch_sequences={n}") for n in (8, 16)}),
+        (quiet, {("peer", "dense")}),
+    ):
+        found = compare(curves(lowest, noise=0.002), [], claims=claims)["claims"]
+        assert {(c["method"], c["rival"]) for c in found} == expected
+        assert {c["family"] for c in found} == {len(expected)}
+
+
+def test_a_trend_of_which_nothing_has_finished_is_no_error() -> None:
+    found = compare(curves({("dense", 1e12): 4.5, ("peer", 1e12): 4.46}), [], trend_from=3e12)
+    assert [one["budget"] for one in found["multipliers"]] in ([], [1e12])
+
+
 # One size.
 
 

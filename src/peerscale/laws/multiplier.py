@@ -27,7 +27,7 @@ def compute_multipliers(dense: tuple[Array, Array], method: tuple[Array, Array],
     smallest = known & (known.cumsum(axis=-1) == 1)
     level = np.where(smallest, losses.min(axis=0), level)
     found = compute_to_reach(*dense, level) / compute_to_reach(*method, level)
-    if trend is not None and not trend.all():
+    if trend is not None and trend.any() and not trend.all():
         own, other = ((compute[trend], losses[..., trend]) for compute, losses in (dense, method))
         found[..., trend] = compute_multipliers(own, other)
     return found

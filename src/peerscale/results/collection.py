@@ -63,7 +63,12 @@ def collect(
     if not source.records.is_file() and (with_published or not own):
         raise UserError(f"no runs of {sweep!r}: neither cells in {here} nor {source.records}")
     cells, there = plan_of(sweep, overrides), read_published(source)
-    used = Counter(r.hashed_config.get("data_fingerprint") for r in own.values() if r.status is Status.DONE)
+    names = {cell.name for cell in cells or ()}
+    used = Counter(
+        r.hashed_config.get("data_fingerprint")
+        for r in own.values()
+        if r.status is Status.DONE and (not names or r.cell in names)
+    )
     corpus = max(used, key=lambda each: used[each], default=None)
     same, notices = of_the_plan(cells or (), there, source.folder, corpus)
     if own and not with_published:

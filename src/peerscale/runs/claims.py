@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from peerscale.laws.optima import holm
+from peerscale.runs.study import same_variant
 from peerscale.sweep_config import ClaimsConfig
 
 FAMILY_LEVEL = 0.05
@@ -38,6 +39,8 @@ def claims_of(
             for one in (found, turned(found)):
                 name, rival = (one[key].partition(" ")[0] for key in ("method", "reference"))
                 if as_configured and one["method"] != method:
+                    continue
+                if same_variant(rival, one["method"], compared) not in (None, one["reference"]):
                     continue
                 if name == method != rival and (not claims or rival in claims.rivals):
                     place = {"budget": entry["budget"], "size": one["size"], "method": one["method"],

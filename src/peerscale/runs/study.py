@@ -3,7 +3,7 @@
 import itertools
 import json
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,7 +168,7 @@ def is_dense(name: str) -> bool:
     return name.partition(" ")[0] == "dense"
 
 
-def same_variant(reference: str, name: str, names: Sequence[str]) -> str | None:
+def same_variant(reference: str, name: str, names: Collection[str]) -> str | None:
     """The curve of `reference` with the same settings as `name`, or else without settings; None if there is none."""
     variant = reference + name.removeprefix(name.partition(" ")[0])
     return next((found for found in (variant, reference) if found in names and found != name), None)

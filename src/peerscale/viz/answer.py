@@ -45,10 +45,11 @@ def answer(fits: Mapping[str, Any]) -> str:
 def _no_answer(budgets: Sequence[Mapping[str, Any]]) -> str:
     """Why a study has no claim."""
     if not any(entry["differences"] for entry in budgets):
-        return "No answer yet: no two methods have finished cells to compare."
+        return "No answer yet: no comparison of sweep.claims (by default PEER or dense with another) can be made."
     without = [entry["budget"] for entry in budgets if any(m["loss"] is None for m in entry["methods"])]
     if without and not any(found.get("value") for entry in budgets for found in entry["differences"]):
-        return f"No answer: no minimum lies within the sizes at {_listed(map(budget_name, without))} FLOPs."
+        at = _listed(map(budget_name, without))
+        return f"No answer: too few methods have a minimum at {at} FLOPs (see their flags)."
     if any(found.get("fit_se") is not None for entry in budgets for found in entry["differences"]):
         return "No claim yet: no comparison of sweep.claims (by default PEER with every other method) has finished."
     return "No claim: at single sizes only what sweep.claims names is claimed, and only where errors include seeds."

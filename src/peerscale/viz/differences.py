@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from peerscale.runs.study import is_dense
+from peerscale.runs.study import is_dense, same_variant
 from peerscale.viz import style
 from peerscale.viz.brackets import bars, hold_rates
 from peerscale.viz.markdown import leaves_out_seeds, signed_interval
@@ -22,8 +22,9 @@ def to_dense(fits: Mapping[str, Any]) -> dict[tuple[float, str, str], Mapping[st
     return {
         (entry["budget"], found["size"], found["method"]): found
         for entry in fits["budgets"]
+        for names in [{one[key] for one in entry["differences"] for key in ("method", "reference")}]
         for found in entry["differences"]
-        if is_dense(found["reference"])
+        if found["reference"] == same_variant("dense", found["method"], names)
     }
 
 

@@ -30,11 +30,12 @@ def perplexities(fits: Mapping[str, Any]) -> list[dict[str, str]]:
     A dagger marks a flagged minimum.
     """
     gaps = {(budget, name): found.get("value") for (budget, size, name), found in to_dense(fits).items() if not size}
+    sets = dict.fromkeys(name for entry in fits["budgets"] for m in entry["methods"] for name in m["sets"])
     return [
         perplexity_row(
             entry["budget"], label(m["name"]) + " †" * (m["status"] != OptimumStatus.OK),
-            {name: np.exp(loss) for name, loss in m["sets"].items()},
-            0.0 if is_dense(m["name"]) else gaps.get((entry["budget"], m["name"])),
+            {name: np.exp(m["sets"].get(name, np.nan)) for name in sets},
+            gaps.get((entry["budget"], m["name"]), 0.0 if is_dense(m["name"]) else None),
         )
         for entry in fits["budgets"] for m in entry["methods"] if m["sets"]
     ]  # fmt: skip

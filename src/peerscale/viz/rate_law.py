@@ -126,7 +126,7 @@ def rate_law_sections(runs: pd.DataFrame, law: Law) -> list[str]:
         "The law",
         ms,
         f"{rule} loss of a curve is its lowest + {law['curvature']:.3f} (ln rate − ln best rate)². {law['n']} runs on "
-        f"{law['n_curves']} curves scatter by {law['scatter']:.4f} nats about it.{judged}",
+        f"{law['n_curves']} curves scatter by {number(law['scatter'], '{:.4f}')} nats about it.{judged}",
     )
     lines += section("Its exponents", exponents, equal)
     found = optima(law)
