@@ -12,6 +12,9 @@ BIN       := .venv/bin
 # Cells that run at once; on Slurm only if JOBS is given, as the cores of the login node do not matter there.
 AT_ONCE_joblib = --jobs $(JOBS)
 AT_ONCE_slurm  = $(if $(filter command environment,$(firstword $(origin JOBS))),--jobs $(JOBS))
+# 0 means no.
+$(foreach flag,PUBLISHED REPLACE LOCKED WANDB,$(if $(filter 0,$($(flag))),$(eval override $(flag) :=)))
+
 # A setup with EXTRAS or LOCKED installs once for each choice; all other targets are content with any.
 INSTALLED     = .venv/installed$(if $(filter command,$(firstword $(origin EXTRAS))),-$(EXTRAS))$(if $(LOCKED),-locked)
 # Number of workers for which the plan estimates the time.
@@ -65,7 +68,7 @@ studies: setup ## every study: its question, and how many of its cells are done
 	@$(BIN)/python -m peerscale.overview studies
 
 sweep: setup ## train the missing cells of SWEEP; failed cells do not stop the others; PUBLISHED=1: finished cells of results/ count as done
-	@$(BIN)/python -m peerscale.launch $(SWEEP) --launcher $(LAUNCHER) $(AT_ONCE_$(LAUNCHER)) $(if $(filter-out 0,$(PUBLISHED)),--published results) $(OVERRIDES) || { code=$$?; test $$code -eq 3 || exit $$code; }
+	@$(BIN)/python -m peerscale.launch $(SWEEP) --launcher $(LAUNCHER) $(AT_ONCE_$(LAUNCHER)) $(if $(PUBLISHED),--published results) $(OVERRIDES) || { code=$$?; test $$code -eq 3 || exit $$code; }
 
 repeat: setup ## train the published cell CELL of SWEEP again, in runs/repeated, and compare its losses with the published ones
 	@$(BIN)/python -m peerscale.repeat $(SWEEP) '$(CELL)'
@@ -74,14 +77,14 @@ status: setup ## the loss or the state of every cell of SWEEP
 	@$(BIN)/python -m peerscale.overview status $(SWEEP) $(OVERRIDES)
 
 figures: setup ## table, fits and figures of SWEEP, from its runs or else from results/; PUBLISHED=1: from both
-	@$(BIN)/python analysis/collect.py $(SWEEP) $(OVERRIDES) $(if $(filter-out 0,$(PUBLISHED)),--with-published)
+	@$(BIN)/python analysis/collect.py $(SWEEP) $(OVERRIDES) $(if $(PUBLISHED),--with-published)
 	@$(BIN)/python analysis/figures.py $(SWEEP)
 	@test ! -d runs/$(SWEEP)/study/figures || { echo; \
 		echo "Figures:              runs/$(SWEEP)/study/figures/"; \
 		echo "All as one HTML page: make report SWEEP=$(SWEEP)    copied to results/: make publish SWEEP=$(SWEEP)"; }
 
 forecast: setup ## predict BUDGET=1e14 from the smaller budgets of SWEEP, before its cells run; written to results/
-	@$(BIN)/python analysis/collect.py $(SWEEP) $(OVERRIDES) $(if $(filter-out 0,$(PUBLISHED)),--with-published)
+	@$(BIN)/python analysis/collect.py $(SWEEP) $(OVERRIDES) $(if $(PUBLISHED),--with-published)
 	@$(BIN)/python analysis/forecast.py $(SWEEP) $(BUDGET)
 
 findings: setup ## the tables of docs/findings.md and the README: what results/ says of the paper's claims
@@ -95,7 +98,7 @@ validate: setup ## fit the published data sets in DATA=DIR and compare with the 
 	@$(BIN)/python analysis/validate.py $(DATA)
 
 publish: setup ## copy table, fits and figures of SWEEP to results/, to be committed; keeps finished cells there, unless REPLACE=1
-	@$(BIN)/python analysis/publish.py $(SWEEP) $(if $(filter-out 0,$(REPLACE)),--replace)
+	@$(BIN)/python analysis/publish.py $(SWEEP) $(if $(REPLACE),--replace)
 
 sync: setup ## upload the W&B runs, table, fits and figures of SWEEP that are not uploaded yet
 	@$(BIN)/python analysis/sync.py $(SWEEP)

@@ -83,15 +83,15 @@ def planned_cells(sweep: str | Path, overrides: Sequence[str] = ()) -> list[Cell
     study, overrides = load_sweep(file, overrides), of_cells(overrides)
     check_axes(file, study)
     of_rows = ["batch_sequences"] if any(row.batch_sequences for row in study.grid) else []
+    varied = {*NAMED, *of_rows, *(axis for _, axes in all_axes(study) for axis in axes)}
     for override in overrides:
         if re.match(r"hydra[./]", key := overridden_key(override)):
             raise ConfigError(f"{override}: a study may not change Hydra's own settings")
         if key.partition(".")[0] == "sweep":
             raise ConfigError(f"{override}: the keys of a study are changed one by one: sweep.KEY=VALUE")
-        if key in {*NAMED, *of_rows, *(axis for _, axes in all_axes(study) for axis in axes)}:
+        if key in varied:
             raise ConfigError(f"{file.name} varies {key}; {instead_of_override(key, override.partition('=')[2])}")
     fixed = {key: value for key, value in read_study(file).items() if key not in ("sweep", "defaults")}
-    varied = {*NAMED, *of_rows, *(axis for _, axes in all_axes(study) for axis in axes)}
     for key in re.findall(r"\$\{([\w.]+)\}", f"{fixed} {overrides}"):
         if {key, key.partition(".")[0]} & varied:
             raise ConfigError(

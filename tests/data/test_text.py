@@ -36,6 +36,15 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path, text_config):
     assert max(len(block.text.encode()) for block in blocks(config)) < 6000
 
 
+def test_hidden_files_and_folders_are_not_read(tmp_path, text_config):
+    """Such as an editor's copies, whose lines would come twice, in training and in validation."""
+    for name in ("a.txt", ".a.txt", ".ipynb_checkpoints/a-checkpoint.txt"):
+        path = tmp_path / ".kept" / "texts" / name  # where the folder itself lies does not matter
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("text", encoding="utf-8")
+    assert list(sources(text_config(tmp_path / ".kept" / "texts"))) == ["a.txt"]
+
+
 def test_archives_and_shards_of_other_formats_are_not_read_as_text(tmp_path, text_config):
     """The lines of a C4 shard are JSON, and a tar archive is no text."""
     shard = tmp_path / "en" / "c4-train.00000-of-00001.json.gz"

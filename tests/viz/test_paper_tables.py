@@ -249,6 +249,20 @@ def test_claims_name_both_methods_and_their_common_settings_once() -> None:
     ]
 
 
+def test_a_dense_variant_is_compared_with_dense_and_a_set_that_a_budget_lacks_keeps_its_column() -> None:
+    quiet = "dense initial_output_scale=0.25"
+    budgets = []
+    for budget, sets in ((1e12, {"validation": 4.0, "speeches": 4.5, "wikipedia": 5.0}), (1e13, {"wikipedia": 4.8})):
+        methods = [{"name": name, "status": "ok", "sets": sets} for name in ("dense", quiet, "peer")]
+        pairs = [(quiet, "dense", -0.1), ("peer", "dense", -0.04), ("peer", quiet, 0.06), ("dense", quiet, 0.1)]
+        differences = [{"method": one, "reference": other, "size": "", "value": gap} for one, other, gap in pairs]
+        budgets.append({"budget": budget, "methods": methods, "differences": differences})
+    rows = table(paper_tables.perplexities({"budgets": budgets}))
+    gaps = [row.split(" | ")[-1].rstrip(" |") for row in rows[2:]]
+    assert gaps == ["+0.000", "−0.100", "−0.040"] * 2
+    assert rows[-1] == f"| 1e13 | PEER | — | — | {math.exp(4.8):.2f} | −0.040 |"
+
+
 def test_multipliers_are_listed_by_budget_with_their_intervals() -> None:
     found = [
         {"method": "peer", "reference": "dense", "budget": 3e12, "multiplier": 1.183, "low": 1.09, "high": 1.26},

@@ -69,14 +69,9 @@ def files(where: str, key: str = "data.path") -> dict[str, Path]:
         return {path.name: path}
     if not path.exists():
         raise UserError(f"{key}: {path} does not exist")
-    inside = [
-        p
-        for p in sorted(path.rglob("*"))
-        if p.name.endswith(SUFFIXES)
-        and p.is_file()
-        and not any(part.startswith(".") for part in p.relative_to(path).parts)
-    ]
-    found = {p.relative_to(path).as_posix(): p for p in inside}
+    inside = {p.relative_to(path): p for p in sorted(path.rglob("*")) if p.name.endswith(SUFFIXES) and p.is_file()}
+    hidden = {name for name in inside if any(part.startswith(".") for part in name.parts)}  # such as an editor's copies
+    found = {name.as_posix(): p for name, p in inside.items() if name not in hidden}
     if not found:
         raise UserError(f"{key}: {path} is or holds no {', '.join(SUFFIXES)} file")
     return found

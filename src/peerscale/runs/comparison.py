@@ -225,8 +225,8 @@ def _at_each_size(
 def _with_settings(names: Iterable[str], method: str) -> list[str]:
     """The method as configured, with each of its other settings, and each other method that has other settings."""
     variants = [name for name in dict.fromkeys(names) if " " in name]
-    usual = [name.partition(" ")[0] for name in variants]
-    return [method, *(name for name, base in zip(variants, usual, strict=True) if base == method), *usual]
+    own = [name for name in variants if name.startswith(f"{method} ")]
+    return [method, *own, *(name.partition(" ")[0] for name in variants)]
 
 
 def _pairs(names: Sequence[str], references: Sequence[str]) -> list[tuple[str, str]]:
