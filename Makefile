@@ -62,19 +62,19 @@ data: setup ## download and tokenize the corpus of SWEEP, once
 	@$(BIN)/python -m peerscale.data.prepare --sweep $(SWEEP) $(OVERRIDES)
 
 plan: setup ## what SWEEP would run: parameters, FLOPs, steps, time, dropped cells
-	@$(BIN)/python -m peerscale.overview plan --jobs $(WORKERS)$(if $(PRICE), --price $(PRICE)) $(SWEEP) $(OVERRIDES)
+	@$(BIN)/python -m peerscale.launch.overview plan --jobs $(WORKERS)$(if $(PRICE), --price $(PRICE)) $(SWEEP) $(OVERRIDES)
 
 studies: setup ## every study: its question, and how many of its cells are done
-	@$(BIN)/python -m peerscale.overview studies
+	@$(BIN)/python -m peerscale.launch.overview studies
 
 sweep: setup ## train the missing cells of SWEEP; failed cells do not stop the others; PUBLISHED=1: finished cells of results/ count as done
 	@$(BIN)/python -m peerscale.launch $(SWEEP) --launcher $(LAUNCHER) $(AT_ONCE_$(LAUNCHER)) $(if $(PUBLISHED),--published results) $(OVERRIDES) || { code=$$?; test $$code -eq 3 || exit $$code; }
 
 repeat: setup ## train the published cell CELL of SWEEP again, in runs/repeated, and compare its losses with the published ones
-	@$(BIN)/python -m peerscale.repeat $(SWEEP) '$(CELL)'
+	@$(BIN)/python -m peerscale.launch.repeat $(SWEEP) '$(CELL)'
 
 status: setup ## the loss or the state of every cell of SWEEP
-	@$(BIN)/python -m peerscale.overview status $(SWEEP) $(OVERRIDES)
+	@$(BIN)/python -m peerscale.launch.overview status $(SWEEP) $(OVERRIDES)
 
 figures: setup ## table, fits and figures of SWEEP, from its runs or else from results/; PUBLISHED=1: from both
 	@$(BIN)/python analysis/collect.py $(SWEEP) $(OVERRIDES) $(if $(PUBLISHED),--with-published)

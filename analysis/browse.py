@@ -14,7 +14,7 @@ from pathlib import Path
 
 from peerscale.errors import UserError, exit_code
 from peerscale.files import replacing
-from peerscale.runs.study import study_parser
+from peerscale.records.study import study_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

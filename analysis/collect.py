@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 
 from peerscale.errors import exit_code
-from peerscale.results.collection import collect
-from peerscale.runs.study import study_parser
+from peerscale.records.study import study_parser
+from peerscale.stats.collection import collect
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,9 +18,9 @@ import yaml
 
 from peerscale.errors import FailedCells, UserError, exit_code
 from peerscale.files import write_text
-from peerscale.runs.study import Study, collected, read_json, study_parser, usable
-from peerscale.runs.table import read_runs
-from peerscale.training.tracking import WandbError, client_errors
+from peerscale.records.study import Study, collected, read_json, study_parser, usable
+from peerscale.records.table import read_runs
+from peerscale.train.tracking import WandbError, client_errors
 
 wr: Any = None
 expr: Any = None

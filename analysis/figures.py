@@ -9,16 +9,16 @@ the main table.
 import sys
 from collections.abc import Sequence
 
-from peerscale.composition import sweep_text
+from peerscale.config.compose import sweep_text
 from peerscale.errors import UserError, exit_code
+from peerscale.figures import style
+from peerscale.figures.figures import DEFAULT_X, study_figures
+from peerscale.figures.isoflop import X_LABELS
+from peerscale.figures.study_table import compares_curves, study_table
 from peerscale.files import from_checkout, write_text
-from peerscale.runs.forecasts import read_forecasts
-from peerscale.runs.study import find_study, header, published, read_fits, study_parser, usable, without_brackets
-from peerscale.runs.table import read_runs
-from peerscale.viz import style
-from peerscale.viz.figures import DEFAULT_X, study_figures
-from peerscale.viz.isoflop import X_LABELS
-from peerscale.viz.study_table import compares_curves, study_table
+from peerscale.records.study import find_study, header, published, read_fits, study_parser, usable, without_brackets
+from peerscale.records.table import read_runs
+from peerscale.stats.forecasts import read_forecasts
 
 
 def main(argv: Sequence[str] | None = None) -> int:

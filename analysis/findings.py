@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peerscale.errors import ArgumentParser, UserError, exit_code
+from peerscale.figures.findings import difference_rows, verdict_rows, with_table
 from peerscale.files import ROOT, from_checkout, write_text
-from peerscale.runs.study import RESULTS
-from peerscale.viz.findings import difference_rows, verdict_rows, with_table
+from peerscale.records.study import RESULTS
 
 
 def main(argv: Sequence[str] | None = None) -> int:

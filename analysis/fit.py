@@ -28,18 +28,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from peerscale import laws
+from peerscale import api as laws
 from peerscale.errors import ArgumentParser, UserError, exit_code, natural_number, positive_number
 from peerscale.files import write_json
 from peerscale.laws.fitting import SHOWN, HoldOut, positive_columns, require_column
 from peerscale.laws.isoflop import IsoflopFit, PowerLaw
 from peerscale.laws.parametric import Surface
 from peerscale.laws.solver import FitStatus, Objective
-from peerscale.runs import read_runs
-from peerscale.runs.curves import CURVES
-from peerscale.runs.rates import names_under_law, tries_rates
-from peerscale.runs.study import method_names, usable, without_brackets
-from peerscale.runs.table import read_table as read_csv
+from peerscale.records.curves import CURVES
+from peerscale.records.study import method_names, usable, without_brackets
+from peerscale.records.table import read_runs
+from peerscale.records.table import read_table as read_csv
+from peerscale.stats.rates import names_under_law, tries_rates
 
 PROGRAM = ".venv/bin/python analysis/fit.py"
 COMMANDS: dict[str, tuple[Callable[..., Any], str, str, str]] = {

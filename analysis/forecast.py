@@ -10,12 +10,12 @@ exists already.
 import sys
 from collections.abc import Sequence
 
-from peerscale.cell_names import budget_name
 from peerscale.errors import exit_code, positive_number
+from peerscale.figures.forecasts import forecast_table
 from peerscale.files import from_checkout
-from peerscale.runs.forecasts import make_forecast
-from peerscale.runs.study import study_parser
-from peerscale.viz.forecasts import forecast_table
+from peerscale.records.cell_names import budget_name
+from peerscale.records.study import study_parser
+from peerscale.stats.forecasts import make_forecast
 
 
 def main(argv: Sequence[str] | None = None) -> int:

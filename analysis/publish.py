@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 
 from peerscale.errors import exit_code
-from peerscale.results.publication import publish
-from peerscale.runs.study import collected, published, study_parser
+from peerscale.records.publication import publish
+from peerscale.records.study import collected, published, study_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

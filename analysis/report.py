@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 
 from peerscale.errors import exit_code
+from peerscale.figures.report import report
 from peerscale.files import write_text
-from peerscale.runs.study import find_study, study_parser
-from peerscale.viz.report import report
+from peerscale.records.study import find_study, study_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 
 from peerscale.errors import exit_code, positive_integer, positive_number
-from peerscale.runs.study import study_parser
-from peerscale.training.upload import upload
+from peerscale.records.study import study_parser
+from peerscale.train.upload import upload
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,11 +19,11 @@ import numpy as np
 import pandas as pd
 from scipy.special import huber
 
+from peerscale.api import fit_granular, fit_isoflop, fit_parametric, fit_routed
 from peerscale.errors import ArgumentParser, UserError, exit_code
-from peerscale.laws import fit_granular, fit_isoflop, fit_parametric, fit_routed
 from peerscale.laws.moe import GranularLaw
 from peerscale.laws.parametric import Surface
-from peerscale.runs.table import read_table
+from peerscale.records.table import read_table
 
 SURFACE = ("E", "A", "B", "alpha", "beta")
 

@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 
-from peerscale import launch, train
-from peerscale.accounting import cost
-from peerscale.config import load
+import peerscale.launch.run as launch
+import peerscale.train.run as train
+from peerscale.config.schema import load
 from peerscale.errors import exit_code
-from peerscale.runs.curves import read_metrics
-from peerscale.runs.record import Status, read_record
-from peerscale.training.module import LanguageModel
+from peerscale.plan.cost import cost
+from peerscale.records.curves import read_metrics
+from peerscale.records.record import Status, read_record
+from peerscale.train.module import LanguageModel
 
 FORK = multiprocessing.get_context("fork")
 STEPS = 120

@@ -20,7 +20,7 @@ from timing import in_turns, random_row_bytes_per_s, spread, write_table
 
 from peerscale.errors import exit_code
 from peerscale.layers.modules.product_keys import Peer
-from peerscale.training.memory import keep_freed_memory
+from peerscale.train.memory import keep_freed_memory
 
 WIDTH = 256
 EXPERTS, ACTIVE, TOKENS = 2**16, 128, 2048

@@ -147,7 +147,7 @@ def work(layer_name: str, step_name: str, experts: int, threads: int | None) -> 
     """For each line of the input a step, and a line with its seconds and the peak of memory so far."""
     import torch
 
-    from peerscale.training.memory import keep_freed_memory
+    from peerscale.train.memory import keep_freed_memory
 
     if layer_name != "theirs":
         keep_freed_memory()
@@ -180,7 +180,7 @@ def make_optimizer(layer: Any, step_name: str) -> Any:
     """torch's AdamW by default or fused, the row-sparse one, or none for gradients alone."""
     import torch
 
-    from peerscale.kernels.row_sparse_adamw import RowSparseAdamW
+    from peerscale.ops.row_sparse_adamw import RowSparseAdamW
 
     match step_name:
         case "gradients":

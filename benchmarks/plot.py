@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from peerscale.errors import UserError, exit_code
-from peerscale.viz import style
+from peerscale.figures import style
 
 OURS, THEIRS, LIMIT = style.COLOURS["peer"], style.COLOURS["dense"], "#888888"
 AXES = {"experts": "experts", "active_experts": "active experts", "tokens": "tokens in a step"}

@@ -13,12 +13,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from broken_runs import check
 from pydantic import TypeAdapter
 
-from peerscale.cells import Cell, planned_cells
-from peerscale.runs.curves import read_metrics
-from peerscale.runs.record import Record, Status, read_record
-from peerscale.slurm import SlurmConfig, jobs_folder, read_job_ids
-from peerscale.submission import submit
-from peerscale.train import run_cell
+from peerscale.launch.slurm import SlurmConfig, jobs_folder, read_job_ids
+from peerscale.launch.submission import submit
+from peerscale.plan.cells import Cell, planned_cells
+from peerscale.records.curves import read_metrics
+from peerscale.records.record import Record, Status, read_record
+from peerscale.train.run import run_cell
 from slurm_cluster import ask, missing, one_node_slurm, trainable_study
 
 TRAINING_S = 100.0

@@ -25,13 +25,13 @@ import torch
 from broken_runs import FORK, STEPS, Bench, Wrong, at_step, cells, check, files, kept, write_text
 from slurm_time_limit import in_slices
 
-import peerscale.training.cell as training
-from peerscale.config import load
+import peerscale.train.cell as training
+from peerscale.config.schema import load
 from peerscale.data.prepare import prepare
-from peerscale.runs.curves import read_metrics
-from peerscale.runs.record import SCHEMA_VERSION, Status, read_record
-from peerscale.runs.study import usable
-from peerscale.runs.table import read_records, runs_table
+from peerscale.records.curves import read_metrics
+from peerscale.records.record import SCHEMA_VERSION, Status, read_record
+from peerscale.records.study import usable
+from peerscale.records.table import read_records, runs_table
 
 Outcome = tuple[int, str, int]
 """Times tried, what came of it, lost records."""

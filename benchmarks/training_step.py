@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from timing import in_turns, matrix_product, spread, write_table
 
-from peerscale.accounting import cost
-from peerscale.config import load
+from peerscale.config.schema import load
 from peerscale.errors import exit_code
-from peerscale.plan import plan
-from peerscale.training.memory import keep_freed_memory
-from peerscale.training.module import LanguageModel
+from peerscale.plan.cost import cost
+from peerscale.plan.plan import plan
+from peerscale.train.memory import keep_freed_memory
+from peerscale.train.module import LanguageModel
 
 METHODS = ["dense", "moe", "moe_token_choice", "pkm", "peer"]
 

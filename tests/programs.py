@@ -17,11 +17,11 @@ from peerscale.errors import exit_code
 from peerscale.files import ROOT
 
 MODULES = {
-    "train": "peerscale.train",
-    "launch": "peerscale.launch",
-    "overview": "peerscale.overview",
+    "train": "peerscale.train.run",
+    "launch": "peerscale.launch.run",
+    "overview": "peerscale.launch.overview",
     "prepare": "peerscale.data.prepare",
-    "repeat": "peerscale.repeat",
+    "repeat": "peerscale.launch.repeat",
 }
 SCRIPTS = ("collect", "figures", "findings", "fit", "forecast", "publish", "validate")
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from peerscale.accounting import cost
-from peerscale.cells import planned_cells
-from peerscale.config import load
+from peerscale.config.schema import load
 from peerscale.data.prepare import prepare
+from peerscale.plan.cells import planned_cells
+from peerscale.plan.cost import cost
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "srun", "scontrol", "scancel")
 

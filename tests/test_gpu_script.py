@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from peerscale.config import load
+from peerscale.config.schema import load
 from peerscale.errors import UserError
 from peerscale.files import ROOT
-from peerscale.kernels.operators import Pairs
-from peerscale.kernels.torch_operators import TorchOperators
-from peerscale.runs.table import read_runs
-from peerscale.training import environment
+from peerscale.ops.operators import Pairs
+from peerscale.ops.torch_operators import TorchOperators
+from peerscale.records.table import read_runs
+from peerscale.train import environment
 from programs import call
 
 sys.path.insert(0, str(ROOT / "benchmarks"))

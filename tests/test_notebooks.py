@@ -13,7 +13,7 @@ from nbclient import NotebookClient
 
 from peerscale.errors import exit_code
 from peerscale.files import ROOT
-from peerscale.runs import read_runs
+from peerscale.records.table import read_runs
 
 
 @pytest.fixture(autouse=True)

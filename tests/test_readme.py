@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from peerscale.cells import planned_cells
 from peerscale.files import ROOT
-from peerscale.plan import Verdict
-from peerscale.runs.study import read_fits
+from peerscale.plan.cells import planned_cells
+from peerscale.plan.plan import Verdict
+from peerscale.records.study import read_fits
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

@@ -14,18 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from peerscale import launch
-from peerscale.accounting import cost
-from peerscale.cells import Cell, planned_cells, single_cell
-from peerscale.config import composed, load
+import peerscale.launch.run as launch
+from peerscale.config.schema import composed, load
+from peerscale.config.study import load_sweep
 from peerscale.data.prepare import prepare
 from peerscale.errors import UserError, exit_code
 from peerscale.files import ROOT
-from peerscale.runs.curves import read_metrics
-from peerscale.runs.record import Record, Status, read_record
-from peerscale.runs.table import read_runs
-from peerscale.sweep_config import load_sweep
-from peerscale.train import run_cell
+from peerscale.plan.cells import Cell, planned_cells, single_cell
+from peerscale.plan.cost import cost
+from peerscale.records.curves import read_metrics
+from peerscale.records.record import Record, Status, read_record
+from peerscale.records.table import read_runs
+from peerscale.train.run import run_cell
 from programs import Result, call
 from toy_study import record_of
 
@@ -123,7 +123,7 @@ def test_an_interrupted_cell_ends_as_an_unbroken_one(
     overrides = [*settings, budget(settings, 13), "trainer.keep_checkpoint=true"]
     _, unbroken = train([*overrides, f"trainer.runs_directory={tmp_path / 'unbroken'}"])
 
-    from peerscale.training.module import LanguageModel
+    from peerscale.train.module import LanguageModel
 
     calls, step = [], LanguageModel.training_step
 
@@ -188,7 +188,7 @@ def test_a_diverged_cell_is_run_again_only_once_its_folder_is_set_aside(settings
 def test_the_time_of_a_resumed_cell_is_that_of_all_its_parts(
     settings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from peerscale.training.module import LanguageModel
+    from peerscale.train.module import LanguageModel
 
     overrides = [*settings, "tracking=disabled", budget(settings, 6), "trainer.checkpoint_every_steps=1"]
     step, calls = LanguageModel.training_step, []
@@ -219,7 +219,7 @@ def test_what_a_killed_process_left_half_written_is_removed(settings: list[str],
 
 
 def test_a_failing_cell_is_recorded_with_its_traceback(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from peerscale.training.module import LanguageModel
+    from peerscale.train.module import LanguageModel
 
     def fail(*_: object) -> None:
         raise RuntimeError("out of something")

@@ -35,7 +35,8 @@ def test_plans_trains_and_gives_its_layers_to_other_models_in_any_folder(install
     readme = (ROOT / "README.md").read_text()
     (lines,) = [code for code in re.findall(r"```python\n(.*?)```", readme, flags=re.S) if "import Peer, Pkm" in code]
     assert len(lines.strip().splitlines()) <= 8
-    program = "from peerscale import launch, overview\noverview.main(['plan', 'smoke'])\nlaunch.main(['mine'])\n"
+    program = "from peerscale.launch import overview, run as launch\n"
+    program += "overview.main(['plan', 'smoke'])\nlaunch.main(['mine'])\n"
     program += f"{lines}\nassert layer.w_down.grad is not None and layer.query.weight.grad.abs().sum() > 0\n"
     program += f"assert launch.__file__.startswith({str(installed)!r})"
     command, environment = [sys.executable, "-c", program], {**os.environ, "PYTHONPATH": str(installed)}

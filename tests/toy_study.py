@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peerscale import composition
-from peerscale.cells import Cell
-from peerscale.runs.machine import cpu_name
-from peerscale.runs.record import Record, Status, new_record
+import peerscale.config.compose as composition
+from peerscale.plan.cells import Cell
+from peerscale.records.machine import cpu_name
+from peerscale.records.record import Record, Status, new_record
 
 CORPUS = "0123456789abcdef"
 """Stands for the fingerprint of a prepared corpus."""

@@ -9,10 +9,10 @@ from typing import Any
 import wandb
 import yaml
 
-from peerscale.cells import single_cell
-from peerscale.config import composed, to_dict
-from peerscale.runs.record import Record, Status, write_record
-from peerscale.training.tracking import Tracker, cut_back
+from peerscale.config.schema import composed, to_dict
+from peerscale.plan.cells import single_cell
+from peerscale.records.record import Record, Status, write_record
+from peerscale.train.tracking import Tracker, cut_back
 from toy_study import record_of
 from wandb_server import Run
 

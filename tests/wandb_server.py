@@ -346,7 +346,7 @@ def wandb_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wa
     """A server that the client of this process is logged in to; the client and its service end with the test."""
     import wandb
 
-    from peerscale.training import tracking
+    from peerscale.train import tracking
 
     for name in ("GRAPHQL", "FILE_STREAM", "FILE_TRANSFER"):
         monkeypatch.setenv(f"WANDB__{name}_RETRY_WAIT_MIN_SECONDS", "1")  # whole ones only

@@ -6,8 +6,8 @@ from pathlib import Path
 from gpu.studies import STUDY
 
 from peerscale.files import remove_abandoned, replacing
-from peerscale.runs.curves import METRICS
-from peerscale.runs.record import RECORD
+from peerscale.records.curves import METRICS
+from peerscale.records.record import RECORD
 
 TABLES = Path("results/bench/gpu")
 KEPT = (RECORD, METRICS, "config.yaml")

@@ -5,7 +5,7 @@ from pathlib import Path
 from broken_runs import write_text
 from gpu.machine import Machine
 
-from peerscale.config import load
+from peerscale.config.schema import load
 from peerscale.data.prepare import prepare
 
 

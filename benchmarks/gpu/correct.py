@@ -18,9 +18,9 @@ from torch import Tensor
 
 from peerscale.data.store import file_sha256
 from peerscale.files import PACKAGE
-from peerscale.kernels.adamw import update_rows
-from peerscale.kernels.backends import BACKENDS
-from peerscale.kernels.operators import Operators, Pairs, TableGradient
+from peerscale.ops.adamw import update_rows
+from peerscale.ops.backends import BACKENDS
+from peerscale.ops.operators import Operators, Pairs, TableGradient
 
 REFERENCE = BACKENDS["reference"]
 ALLOWED = {"float32": 2e-5, "bfloat16": 2 * 2**-7}
@@ -62,7 +62,7 @@ def cases(machine: Machine) -> Iterator[Case]:
 
 def stamp() -> str:
     """Of all that the verdict is about."""
-    sources = [*PACKAGE.glob("kernels/*"), *PACKAGE.glob("layers/**/*.py"), *PACKAGE.glob("model/*.py")]
+    sources = [*PACKAGE.glob("ops/*"), *PACKAGE.glob("layers/**/*.py"), *PACKAGE.glob("model/*.py")]
     files = sorted(path for path in sources if path.is_file())
     return "".join(file_sha256(path)[:4] for path in files)
 

@@ -8,10 +8,10 @@ import torch
 from gpu.machine import Machine
 from torch import Tensor
 
-from peerscale.config import load
-from peerscale.plan import plan
-from peerscale.training.module import LanguageModel
-from peerscale.training.optimizer import build_optimizer
+from peerscale.config.schema import load
+from peerscale.plan.plan import plan
+from peerscale.train.module import LanguageModel
+from peerscale.train.optimizer import build_optimizer
 
 METHODS = ("dense", "moe", "moe_token_choice", "pkm", "peer")
 

@@ -18,7 +18,7 @@ from gpu.results import Case, Row
 from timing import spread
 from torch import Tensor
 
-from peerscale.kernels.operators import Operators, Pairs, TableGradient
+from peerscale.ops.operators import Operators, Pairs, TableGradient
 
 RATES = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
 

@@ -10,8 +10,8 @@ import torch
 from timing import in_turns
 
 from peerscale.errors import UserError
-from peerscale.kernels.backends import choose_operators
-from peerscale.kernels.operators import Operators
+from peerscale.ops.backends import choose_operators
+from peerscale.ops.operators import Operators
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ from gpu import corpus
 from gpu.machine import Machine
 from gpu.results import Case, Row
 
-from peerscale.cells import Cell, single_cell
-from peerscale.config import composed
-from peerscale.runs.curves import read_metrics
-from peerscale.runs.record import Status, read_record
-from peerscale.train import run_cell
+from peerscale.config.schema import composed
+from peerscale.plan.cells import Cell, single_cell
+from peerscale.records.curves import read_metrics
+from peerscale.records.record import Status, read_record
+from peerscale.train.run import run_cell
 
 METHODS = ("dense", "peer", "pkm", "moe", "moe_token_choice")
 STEPS = 60

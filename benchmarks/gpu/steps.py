@@ -14,11 +14,11 @@ from gpu.machine import Machine
 from gpu.results import Case, Row
 from timing import spread
 
-from peerscale.accounting import cost
-from peerscale.config import Config, load
-from peerscale.device_memory import device_memory
-from peerscale.plan import plan
-from peerscale.training.module import LanguageModel
+from peerscale.config.schema import Config, load
+from peerscale.plan.cost import cost
+from peerscale.plan.memory import device_memory
+from peerscale.plan.plan import plan
+from peerscale.train.module import LanguageModel
 
 METHODS = ("dense", "peer", "pkm", "moe", "moe_token_choice")
 SIZES = ("d256-l8-h4", "d512-l8-h8", "d768-l12-h12")

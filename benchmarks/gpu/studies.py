@@ -16,11 +16,11 @@ from gpu import corpus
 from gpu.machine import Machine
 from gpu.results import MOST_TRIES, Clock, OutOfTime, Results, Row
 
+from peerscale.config.study import SweepConfig, load_sweep
 from peerscale.errors import FAILED_CELLS, UserError
 from peerscale.files import PACKAGE, replacing, write_text
-from peerscale.runs.record import Status
-from peerscale.runs.table import read_records
-from peerscale.sweep_config import SweepConfig, load_sweep
+from peerscale.records.record import Status
+from peerscale.records.table import read_records
 
 STUDY = "gpu"
 """Its name, in DIR/runs and once archived."""

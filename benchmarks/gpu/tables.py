@@ -9,8 +9,8 @@ from gpu.results import Row, read_rows
 from gpu.studies import STUDY
 
 from peerscale.files import write_text
-from peerscale.runs.record import Status
-from peerscale.runs.table import read_records
+from peerscale.records.record import Status
+from peerscale.records.table import read_records
 
 
 class Column(NamedTuple):

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "viz"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "figures"))
 
 from synthetic_study import collected_runs  # noqa: F401
 

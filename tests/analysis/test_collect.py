@@ -12,16 +12,16 @@ from filelock import FileLock
 from synthetic_study import METHODS, SWEEP, WRONG, cells, minimum, records, script, shared_curvature, write_cells
 
 from peerscale.errors import UserError, exit_code
-from peerscale.results import collection
-from peerscale.results.publication import public
-from peerscale.runs.comparison import compare
-from peerscale.runs.curves import curves_table
-from peerscale.runs.fingerprint import fingerprint
-from peerscale.runs.fits import fit_study
-from peerscale.runs.record import Record, Status, read_record, write_record
-from peerscale.runs.study import collected
-from peerscale.runs.study import published as kept
-from peerscale.runs.table import runs_table
+from peerscale.records.curves import curves_table
+from peerscale.records.fingerprint import fingerprint
+from peerscale.records.publication import public
+from peerscale.records.record import Record, Status, read_record, write_record
+from peerscale.records.study import collected
+from peerscale.records.study import published as kept
+from peerscale.records.table import runs_table
+from peerscale.stats import collection
+from peerscale.stats.comparison import compare
+from peerscale.stats.fits import fit_study
 
 collect = script("collect")
 
@@ -196,7 +196,7 @@ def test_a_second_collection_changes_no_byte(collected_runs: Path, tmp_path: Pat
 
 def test_a_wrong_file_of_a_study_is_refused_and_none_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its claims and windows would otherwise be ignored."""
-    monkeypatch.setattr("peerscale.composition.ROOT", tmp_path)
+    monkeypatch.setattr("peerscale.config.compose.ROOT", tmp_path)
     (tmp_path / "sweeps").mkdir()
     text = "sweep: {methods: [dense], grid: [{budget: 1e11, sizes: [d8]}], claims: {method: peeer, rivals: [dense]}}"
     (tmp_path / "sweeps" / "mine.yaml").write_text(text)

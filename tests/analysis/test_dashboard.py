@@ -10,7 +10,7 @@ from synthetic_study import script
 
 from peerscale.errors import exit_code
 from peerscale.files import ROOT
-from peerscale.runs import read_runs
+from peerscale.records.table import read_runs
 from wandb_server import WandbServer
 
 dashboard = script("dashboard")

@@ -12,11 +12,11 @@ from synthetic_ablations import ablation_runs
 from synthetic_study import SWEEP, script
 
 from peerscale.errors import exit_code
+from peerscale.figures.figures import small_print
 from peerscale.files import write_json
-from peerscale.results.collection import fits_of
-from peerscale.runs.curves import curves_table
-from peerscale.runs.study import Study, collected, published
-from peerscale.viz.figures import small_print
+from peerscale.records.curves import curves_table
+from peerscale.records.study import Study, collected, published
+from peerscale.stats.collection import fits_of
 
 figures = script("figures")
 SCRIPT = Path(__file__).parents[2] / "analysis" / "figures.py"

@@ -6,8 +6,8 @@ from pathlib import Path
 import pandas as pd
 from synthetic_study import script
 
-from peerscale.runs import read_runs
-from peerscale.runs.study import published
+from peerscale.records.study import published
+from peerscale.records.table import read_runs
 
 fit = script("fit")
 

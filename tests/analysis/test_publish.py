@@ -11,10 +11,10 @@ import pytest
 from synthetic_study import SWEEP, records, script
 
 from peerscale.errors import exit_code
-from peerscale.results import publication
-from peerscale.runs.record import Record, Status
-from peerscale.runs.study import collected, published
-from peerscale.runs.table import read_records, read_runs
+from peerscale.records import publication
+from peerscale.records.record import Record, Status
+from peerscale.records.study import collected, published
+from peerscale.records.table import read_records, read_runs
 
 publish = script("publish")
 

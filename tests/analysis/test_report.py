@@ -19,12 +19,12 @@ from matplotlib.figure import Figure
 from synthetic_study import SWEEP, WRONG, script
 
 from peerscale.errors import exit_code
+from peerscale.figures.answer import answer
+from peerscale.figures.study_table import study_table
 from peerscale.files import ROOT
-from peerscale.runs.record import Status
-from peerscale.runs.study import Study, collected, header, published, read_fits
-from peerscale.runs.table import read_runs
-from peerscale.viz.answer import answer
-from peerscale.viz.study_table import study_table
+from peerscale.records.record import Status
+from peerscale.records.study import Study, collected, header, published, read_fits
+from peerscale.records.table import read_runs
 
 report = script("report")
 SCRIPT = ROOT / "analysis" / "report.py"

@@ -10,8 +10,8 @@ from filelock import FileLock
 from synthetic_study import script
 
 from peerscale.errors import exit_code
-from peerscale.runs.record import LOCK, Status
-from peerscale.training.upload import study_cells, upload_cell
+from peerscale.records.record import LOCK, Status
+from peerscale.train.upload import study_cells, upload_cell
 from tracked_cell import TrackedCell
 from wandb_server import Run, WandbServer, serving
 
@@ -154,7 +154,7 @@ def test_every_third_request_fails_and_all_arrives(wandb_server: WandbServer, tm
 def test_a_server_that_was_down_during_training_gets_everything_later(
     wandb_server: WandbServer, tmp_path: Path, upload: SYNC, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from peerscale.training import tracking
+    from peerscale.train import tracking
 
     monkeypatch.setattr(tracking, "TIMEOUT_S", 2.0)
     cell = TrackedCell(tmp_path, "online")

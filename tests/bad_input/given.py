@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from peerscale.cells import planned_cells, single_cell
-from peerscale.config import composed, load
+from peerscale.config.schema import composed, load
 from peerscale.data.prepare import prepare
 from peerscale.data.store import folder as corpus_folder
-from peerscale.runs.record import Status, write_record
+from peerscale.plan.cells import planned_cells, single_cell
+from peerscale.records.record import Status, write_record
 from programs import call
 from toy_study import record_of, write_study
 
@@ -101,7 +101,7 @@ def table(folder: Path) -> None:
 def published(folder: Path) -> None:
     """results/toy/records.jsonl of two records."""
     cells(folder)
-    from peerscale.runs.table import read_records
+    from peerscale.records.table import read_records
 
     records = read_records(folder / "runs" / "toy")[:2]
     (folder / "results/toy").mkdir(parents=True)

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from peerscale.config import DataConfig
+from peerscale.config.schema import DataConfig
 
 
 @pytest.fixture

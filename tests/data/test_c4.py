@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from made_up_text import prose
 
-from peerscale.config import DataConfig
+from peerscale.config.schema import DataConfig
 from peerscale.data import c4, streaming
 from peerscale.data.c4 import blocks, held_out_blocks, sources, training_pages
 from peerscale.data.prepare import prepare

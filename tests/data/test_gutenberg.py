@@ -4,7 +4,7 @@ import random
 import numpy as np
 import pytest
 
-from peerscale.config import load
+from peerscale.config.schema import load
 from peerscale.data.gutenberg import pickled_strings, verse_blocks
 from peerscale.data.store import open_corpus, read_manifest
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from made_up_text import prose
 
-from peerscale.config import DataConfig
+from peerscale.config.schema import DataConfig
 from peerscale.data.batches import LastWordBatches
 from peerscale.data.prepare import prepare
 from peerscale.data.store import Corpus, open_corpus, read_manifest

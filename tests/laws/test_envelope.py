@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from peerscale.api import fit_envelope
 from peerscale.errors import UserError
-from peerscale.laws import fit_envelope
 from peerscale.laws.envelope import EnvelopeFit, smooth_curves, winning_sizes
 from peerscale.laws.parametric import Surface
 from peerscale.laws.solver import FitStatus

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from peerscale.api import fit_granular, fit_isoflop, fit_parametric, fit_routed
 from peerscale.errors import UserError
-from peerscale.laws import fit_granular, fit_isoflop, fit_parametric, fit_routed
 from peerscale.laws.fitting import (
     Bootstrap,
     largest,

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 from scipy.optimize import least_squares
 
+from peerscale.api import fit_granular, fit_routed
 from peerscale.errors import UserError
-from peerscale.laws import fit_granular, fit_routed
 from peerscale.laws.moe import GranularFit, GranularLaw, RoutedFit, RoutedLaw, saturated_experts
 from peerscale.laws.solver import FitStatus
 

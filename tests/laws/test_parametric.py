@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize, minimize_scalar
 from scipy.special import huber
 
+from peerscale.api import fit_parametric
 from peerscale.errors import UserError
-from peerscale.laws import fit_parametric
 from peerscale.laws.fitting import resample_counts
 from peerscale.laws.parametric import START_EXPONENTS, ParametricFit, Surface
 from peerscale.laws.solver import Coordinates, FitStatus, Objective, PowerSum, Problem, minimise, power_problem

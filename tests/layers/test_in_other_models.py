@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from peerscale.files import ROOT
-from peerscale.kernels.backends import choose_operators
 from peerscale.layers import Peer, Pkm
-from peerscale.training.optimizer import parameter_groups
+from peerscale.ops.backends import choose_operators
+from peerscale.train.optimizer import parameter_groups
 
 
 class TwoLayers(nn.Module):

@@ -11,18 +11,18 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from peerscale.accounting import cost
-from peerscale.cells import planned_cells
-from peerscale.config import Config, ConfigError, load, parse_config, to_dict
+from peerscale.config.schema import Config, ConfigError, load, parse_config, to_dict
 from peerscale.errors import UserError
 from peerscale.files import ROOT
 from peerscale.layers import registry
 from peerscale.layers.registry import parse_layer
-from peerscale.model import build_model, load_model
-from peerscale.plan import plan
-from peerscale.runs.fingerprint import differing_keys, hashed_config
-from peerscale.runs.study import planned_record
-from peerscale.runs.table import runs_table
+from peerscale.model.build import build_model, load_model
+from peerscale.plan.cells import planned_cells
+from peerscale.plan.cost import cost
+from peerscale.plan.plan import plan
+from peerscale.records.fingerprint import differing_keys, hashed_config
+from peerscale.records.study import planned_record
+from peerscale.records.table import runs_table
 from programs import call
 
 RECIPE = (ROOT / "README.md").read_text().split("## Add a layer")[1].split("\n## ")[0]

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import per_token
-from peerscale.kernels.backends import choose_operators
 from peerscale.layers.modules.product_keys import Pkm
 from peerscale.model.usage import ExpertUsage
+from peerscale.ops.backends import choose_operators
 
 FORMS = [
     {"shared_keys": shared, "query_norm": norm, "query_bias": bias}

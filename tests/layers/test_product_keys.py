@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from peerscale.kernels.backends import choose_operators
-from peerscale.kernels.operators import candidate_pairs
 from peerscale.layers.modules.product_keys import Pkm, QueryNorm
+from peerscale.ops.backends import choose_operators
+from peerscale.ops.operators import candidate_pairs
 
 FINDERS = ["reference", "cpp"]
 

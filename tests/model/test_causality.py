@@ -5,9 +5,9 @@ import functools
 import pytest
 import torch
 
-from peerscale.config import Config, load
+from peerscale.config.schema import Config, load
 from peerscale.files import ROOT
-from peerscale.model import build_model
+from peerscale.model.build import build_model
 from peerscale.model.transformer import Transformer
 
 FFNS = sorted(path.stem for path in (ROOT / "conf/ffn").glob("*.yaml"))

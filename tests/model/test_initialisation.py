@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import peerscale.model
-from peerscale.config import Config, load
+import peerscale.model.build
+from peerscale.config.schema import Config, load
 from peerscale.errors import UserError
 from peerscale.files import ROOT
 from peerscale.layers.modules.dense import NoLayer
-from peerscale.model import build_model
+from peerscale.model.build import build_model
 from peerscale.model.transformer import Attention, Transformer
 
 DRAWS = "1866a7ec96260b60"

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 import per_token
-from peerscale.config import load
+from peerscale.config.schema import load
 from peerscale.layers.modules.dense import Dense
 from peerscale.layers.modules.moe import ExpertChoiceMoe, FineGrainedMoe, TokenChoiceMoe
 from peerscale.layers.modules.product_keys import Peer, Pkm
-from peerscale.model import build_model
+from peerscale.model.build import build_model
 from peerscale.model.transformer import Attention, Transformer
 
 KINDS = {

@@ -3,7 +3,7 @@
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
-from peerscale.composition import own_folders
+from peerscale.config.compose import own_folders
 
 
 class OwnLayers(SearchPathPlugin):

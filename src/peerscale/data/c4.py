@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
 
-from peerscale.config import DataConfig
+from peerscale.config.schema import DataConfig
 from peerscale.data import hub
 from peerscale.data.blocks import Block, document
 from peerscale.data.text import read_jsonl

@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from itertools import dropwhile, islice
 
-from peerscale.config import DataConfig
+from peerscale.config.schema import DataConfig
 from peerscale.data import store, wheels
 from peerscale.data.blocks import Block, document
 

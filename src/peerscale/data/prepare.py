@@ -17,7 +17,7 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
-from peerscale.config import HELD_OUT_SETS, TABLE_1_SETS, DataConfig, load
+from peerscale.config.schema import HELD_OUT_SETS, TABLE_1_SETS, DataConfig, load
 from peerscale.data import c4, gutenberg, store, table_1, text
 from peerscale.data.blocks import MIN_BYTES, Block, HeldOut
 from peerscale.data.store import Corpus, Manifest
@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sweep", help="prepare what this study needs")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.sweep:
-        from peerscale.cells import planned_cells
+        from peerscale.plan.cells import planned_cells
 
         config = planned_cells(arguments.sweep, arguments.overrides)[0].config.data
     else:

@@ -18,7 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from tokenizers import Tokenizer
 
-from peerscale.config import TABLE_1_SETS, DataConfig
+from peerscale.config.schema import TABLE_1_SETS, DataConfig
 from peerscale.data.blocks import Block
 from peerscale.data.tokenizer import END_OF_TEXT_ID, encode
 from peerscale.errors import UserError

@@ -15,7 +15,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from peerscale.config import DataConfig
+from peerscale.config.schema import DataConfig
 from peerscale.data import c4, store
 from peerscale.data.blocks import MIN_BYTES, document
 from peerscale.data.store import write_tokens

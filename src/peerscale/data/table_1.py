@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from peerscale.config import TABLE_1_SETS, DataConfig
+from peerscale.config.schema import TABLE_1_SETS, DataConfig
 from peerscale.data import hub, store, text
 from peerscale.data.blocks import Block, document
 from peerscale.data.store import Corpus

@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TextIO
 
-from peerscale.config import DataConfig
+from peerscale.config.schema import DataConfig
 from peerscale.data.blocks import Block, cut, document
 from peerscale.data.store import file_sha256
 from peerscale.errors import UserError

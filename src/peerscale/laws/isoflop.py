@@ -28,9 +28,9 @@ from peerscale.laws.fitting import (
     resample_residuals,
     table_warnings,
 )
-from peerscale.laws.optima import OptimaFit, OptimumStatus, optimum_status, parabola_optima
 from peerscale.laws.parametric import fit_parametric
 from peerscale.laws.solver import Array, FitStatus, Number
+from peerscale.stats.optima import OptimaFit, OptimumStatus, optimum_status, parabola_optima
 
 MIN_BUDGETS = 3
 """Different optima needed for a power law: one more than its coefficients."""

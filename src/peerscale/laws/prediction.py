@@ -9,10 +9,10 @@ import numpy as np
 from peerscale.laws.fitting import Bootstrap, percentile_interval
 from peerscale.laws.isoflop import PowerLaw, fit_power_law
 from peerscale.laws.moe import GranularLaw, RoutedLaw
-from peerscale.laws.optima import OptimumStatus
 from peerscale.laws.parametric import Surface
-from peerscale.laws.rates import RateLaw
 from peerscale.laws.solver import Array, FitStatus, Number
+from peerscale.stats.optima import OptimumStatus
+from peerscale.stats.rate_law import RateLaw
 
 LAWS: Mapping[str, tuple[type, tuple[str, ...]]] = {
     "isoflop": (PowerLaw, ("budget",)),

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
 
 from pydantic.dataclasses import dataclass
 
-from peerscale.config_types import STRICT
+from peerscale.config.types import STRICT
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from peerscale.kernels.operators import Operators
+    from peerscale.ops.operators import Operators
 
 T = TypeVar("T")
 

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from peerscale.config_types import Rate
+from peerscale.config.types import Rate
 from peerscale.layers.base import FfnConfig, LayerCost, Surroundings, layer_config, module_class
 from peerscale.layers.registry import Layer
 

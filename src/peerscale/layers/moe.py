@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from peerscale.config_types import Positive, Rate
+from peerscale.config.types import Positive, Rate
 from peerscale.layers.base import FfnConfig, LayerCost, Surroundings, layer_config, module_class
 
 

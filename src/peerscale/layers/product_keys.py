@@ -4,7 +4,7 @@ from dataclasses import fields
 from math import isqrt
 from typing import Any, ClassVar, Literal
 
-from peerscale.config_types import Positive
+from peerscale.config.types import Positive
 from peerscale.layers.base import FfnConfig, LayerCost, Surroundings, layer_config, module_class
 
 

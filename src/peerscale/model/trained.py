@@ -7,7 +7,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from peerscale.config import Config, parse_config
+from peerscale.config.schema import Config, parse_config
 from peerscale.errors import UserError
 from peerscale.layers.registry import dump_layer
 

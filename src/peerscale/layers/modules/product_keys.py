@@ -9,11 +9,11 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from peerscale.kernels.backends import choose_operators
-from peerscale.kernels.operators import Operators
 from peerscale.layers.product_keys import PeerConfig, PkmConfig, RetrievalConfig
 from peerscale.model.ranks import groups_here, mean_over_ranks, n_ranks, sum_over_ranks
 from peerscale.model.usage import CountsUsage
+from peerscale.ops.backends import choose_operators
+from peerscale.ops.operators import Operators
 
 
 class QueryNorm(nn.BatchNorm1d):

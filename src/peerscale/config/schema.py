@@ -1,0 +1,356 @@
+"""The configuration of a run as frozen dataclasses, and `load`, which makes it from YAML files and overrides.
+
+Parsing is strict: an unknown key, a wrong type or a size that cannot be built raises a `ConfigError` of one line. This
+module does not import torch.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, TypeAdapter
+from pydantic.dataclasses import dataclass
+
+from peerscale.config.compose import STUDY, Composition, compose, of_cells
+from peerscale.config.errors import ConfigError, first_line, method_in, of_composition, parse
+from peerscale.config.types import STRICT, Fraction, Positive, Rate, Seed
+from peerscale.layers.base import Surroundings
+from peerscale.layers.registry import Layer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class SizeConfig:
+    """The backbone, the same for every method."""
+
+    d_model: Positive
+    n_layers: Positive = 4
+    n_heads: Positive = 2
+
+    def __post_init__(self) -> None:
+        if self.d_model % (2 * self.n_heads):
+            legal = 2 * self.n_heads * max(1, round(self.d_model / (2 * self.n_heads)))
+            raise ValueError(
+                f"{self.n_heads} heads do not divide d_model {self.d_model} into an even width (rotary embedding needs "
+                f"pairs); nearest d_model: {legal}"
+            )
+
+    @property
+    def d_ff(self) -> int:
+        """Hidden width of the dense feed-forward layer: 4 d_model (paper, section 3.1)."""
+        return 4 * self.d_model
+
+    @property
+    def name(self) -> str:
+        """`d32`; a depth other than 4 and an unusual number of heads are appended: `d32-l6-h8`."""
+        depth = "" if self.n_layers == 4 else f"-l{self.n_layers}"
+        heads = "" if self.n_heads == self._usual_heads else f"-h{self.n_heads}"
+        return f"d{self.d_model}{depth}{heads}"
+
+    @property
+    def _usual_heads(self) -> int:
+        """The number in conf/size: the fewest heads whose width is at most 16; 4 for d48."""
+        if self.d_model == 48:
+            return 4
+        return next(n for n in range(1, self.d_model) if self.d_model % (2 * n) == 0 and self.d_model // n <= 16)
+
+
+def _blocks(value: Any) -> Any:
+    """Validate `replaced` in one function, since pydantic reports an error for each member of a union."""
+    blocks = isinstance(value, list) and value and all(type(i) is int and i >= 1 for i in value)
+    if value not in ("middle", "all") and not blocks:
+        raise ValueError(f"middle, all or a list of blocks counted from 1, not {value!r}")
+    return value
+
+
+FROM_FILES = ("pile", "curation_corpus")
+"""Sets of `TABLE_1_SETS` that are not freely available on the Hugging Face hub."""
+TABLE_1_SETS = ("lambada", "wikitext", *FROM_FILES)
+"""Evaluation sets of the paper's Table 1, except C4. When a corpus is prepared, those that `evaluation` names are added
+to it, from the files in `held_out` or else from the hub."""
+HELD_OUT_SETS = ("validation", "tuning", "speeches", "wikipedia", *TABLE_1_SETS)
+"""Sets that are never trained on. Every corpus has the first two; only `gutenberg` has the next two."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class DataConfig:
+    """A corpus, its tokenizer and its held-out sets."""
+
+    source: Literal["gutenberg", "text", "c4"]
+    name: str | None = None
+    """Name of the corpus in cell names and in the table of runs; null: see `corpus_name`."""
+    vocab_size: Annotated[int, Field(ge=257, le=65536)] = 2048
+    train_tokens: Positive | None = None
+    """Training tokens of the corpus, given so that planning does not need it; null: known once it is prepared."""
+    max_epochs: Rate = 1.0
+    """A cell that needs more passes over the corpus is dropped."""
+    val_set: str = "validation"
+    """The held-out set whose loss is `val_loss`; learning rates are tuned on `tuning`."""
+    evaluation: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: {"validation": 131072})
+    """Tokens of each held-out set to evaluate on, the same for every cell; 0 leaves a set out. If a set is smaller, all
+    its whole batches are used; a set that the corpus does not have is skipped. In `lambada` only the last word of each
+    passage is scored (`training.evaluation`), and each passage takes a whole row of `context` tokens."""
+    held_out: dict[str, str | None] = Field(default_factory=dict)
+    """The user's files, or folders of files, for sets of `TABLE_1_SETS`."""
+    path: str | None = None
+    """`text`: a .txt, .jsonl or .gz file, or a folder of them. `c4`: a folder of C4's shards, to use instead of the
+    hub."""
+    max_documents: Positive | None = None
+    """`c4`: documents to stream."""
+    directory: str = "data"
+    """Where prepared tokens are kept, relative to the checkout."""
+
+    def __post_init__(self) -> None:
+        if self.name is not None and not re.fullmatch(r"\w[\w.-]*", self.name, re.ASCII):
+            raise ValueError(
+                f"name {self.name!r} is not a plain word (letters, digits, _ . -, and no . or - at its start)"
+            )
+        if strange := [name for name in self.evaluation if name not in HELD_OUT_SETS]:
+            raise ValueError(f"evaluation names {strange[0]!r}; the held-out sets are {', '.join(HELD_OUT_SETS)}")
+        if strange := [name for name in self.held_out if name not in TABLE_1_SETS]:
+            raise ValueError(f"held_out names {strange[0]!r}; there are {', '.join(TABLE_1_SETS)}")
+        if not self.evaluation.get(self.val_set):
+            raise ValueError(
+                f"val_set {self.val_set!r} has no tokens in evaluation, which names {list(self.evaluation)}"
+            )
+        if self.source == "text" and not self.path:
+            raise ValueError("source text needs data.path=FILE_OR_FOLDER (.txt, .jsonl, .gz)")
+
+    @property
+    def corpus_name(self) -> str:
+        """`name`; if that is null, the name of the user's file or folder without its ending, or else the `source`."""
+        if self.name or self.source != "text" or not self.path:
+            return self.name or self.source
+        stem = re.sub(r"(\.(txt|jsonl|gz))+$", "", Path(self.path).expanduser().absolute().name)
+        return re.sub(r"[^\w.-]+", "_", stem, flags=re.ASCII).strip("_.-") or self.source
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class RateLawConfig:
+    """How the best learning rate depends on width, tokens and batch, as fitted by `analysis/fit.py rates`.
+
+    lr x (d_model / reference)^-width_exponent x (tokens / reference)^-tokens_exponent
+    x (batch_sequences / reference)^batch_exponent
+    """
+
+    reference_d_model: Rate
+    reference_tokens: Rate
+    reference_batch_sequences: Rate
+    """The reference point, at which the best rate is `optim.lr`."""
+    width_exponent: float
+    tokens_exponent: float
+    batch_exponent: float
+    fitted_d_model: tuple[Rate, Rate]
+    """Smallest and largest value in the runs that the law was fitted to; the plan lists cells outside this range."""
+    fitted_tokens: tuple[Rate, Rate]
+    fitted_batch_sequences: tuple[Rate, Rate]
+    fewest_steps: Positive | None = None
+    """The same for steps: few tokens and a large batch can each be in range and give a run too short for the law."""
+    largest_lr: Rate | None = None
+    """Upper bound on the rate of every cell, before `lr_factor`: the largest rate that the runs tried; null: none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    name: Literal["adamw", "row_sparse_adamw"] = "adamw"
+    """`row_sparse_adamw` updates only the table rows that were retrieved, so its cost does not grow with the number of
+    experts."""
+    lr: Rate
+    """Peak rate, which `lr_rule` scales: that at d_model 32, or at the reference point of `lr_law`."""
+    table_lr: Rate | None = None
+    """Rate of the expert tables and PKM values, the same for all sizes; null: that of all other parameters."""
+    lr_rule: Literal["constant", "inverse_sqrt_width", "law"] = "inverse_sqrt_width"
+    """`inverse_sqrt_width`: lr x sqrt(32 / d_model); `law`: as `lr_law` says."""
+    lr_law: RateLawConfig | None = None
+    lr_factor: Rate = 1.0
+    """Multiplies the peak rate, but not `table_lr`; the axis of a study that brackets its rates."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """`wsd` (warm-up, stable, decay) keeps the peak rate until the last part of the run, so that runs of different
+    lengths share their first part."""
+    warmup_fraction: Fraction = 0.1
+    warmup_steps: Positive | None = None
+    """Replaces the fraction: the same number of steps for a run of any length."""
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """`wsd`: the fraction of the steps, at the end, in which the rate falls linearly to `final_lr_fraction`."""
+    final_lr_fraction: Fraction = 0.1
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    eps: Rate = 1e-8
+    grad_clip: Rate = 1.0
+    """Bound on the global gradient norm of all parameters except the expert tables."""
+
+    def __post_init__(self) -> None:
+        if self.lr_rule == "law" and self.lr_law is None:
+            raise ValueError("lr_rule law needs optim.lr_law, the law that analysis/fit.py rates fits")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class TrainerConfig:
+    """How and where a cell runs; nothing here changes its result, except through the order of floating-point sums."""
+
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: Positive = 1
+    """GPUs of one cell, or processes on a machine without GPUs. They share each batch, so their number must divide
+    `batch_sequences`."""
+    micro_batches: Positive | None = None
+    """Parts of a device's batch that are computed one after the other to save memory; their gradients are summed. Null:
+    the plan chooses the smallest number that fits `device_memory_gb`."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of attention and dense layers and recompute the rest in the backward pass: less memory for a
+    third more time. The layer under study is not recomputed; the FLOPs of the budget do not change."""
+    device_memory_gb: Rate | None = None
+    """Memory of one GPU; a cell that trains on GPUs must fit into it (`device_memory`). Null: no limit."""
+    device_flops_per_s: Rate = 9.89e14
+    """Peak of one GPU (default: an H100 in bf16). Times that no record gives are estimated from it and
+    `device_utilisation`."""
+    device_utilisation: Annotated[float, Field(gt=0, le=1)] = 0.3
+    """Share of the peak that training is assumed to reach."""
+    threads: Positive = 1
+    """CPU threads of each process of a cell; parallel sweeps run fastest with one."""
+    kernel: Literal["auto", "cpp", "triton", "torch", "reference"] = "auto"
+    """Which implementation of the operators (`kernels.backends`)."""
+    compile: bool = False
+    """torch.compile: takes 6 to 20 s at the start and saves 2 to 10 % of each step; worth it from 15 minutes a cell."""
+    checkpoint_every_s: Rate = 60.0
+    """Seconds between two checkpoints; longer if saving one would take more than 2 % of the time."""
+    checkpoint_every_steps: Positive | None = None
+    """Also save a checkpoint every so many steps; null: only time decides."""
+    log_every_steps: Positive = 20
+    keep_checkpoint: bool = False
+    """Keep the checkpoint after the last step of a finished cell, for `peerscale.model.build.load_model`."""
+    runs_directory: str = "runs"
+    """Where cells are kept, relative to the checkout."""
+
+    def __post_init__(self) -> None:
+        if self.device_memory_gb is not None and self.accelerator == "auto":
+            raise ValueError("device_memory_gb needs accelerator=gpu, since the plan cannot know what auto will find")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class TrackingConfig:
+    """Weights & Biases."""
+
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "peerscale"
+    entity: str | None = None
+    tags: list[str] = Field(default_factory=list)
+    id_salt: str = ""
+    """Changes the W&B run ids, for a project in which runs with the usual ids were deleted."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class Config:
+    """One cell: a model, its data and recipe, and the training compute that it may use."""
+
+    size: SizeConfig
+    ffn: Layer
+    """The layer under study."""
+    data: DataConfig
+    optim: OptimConfig
+    trainer: TrainerConfig
+    tracking: TrackingConfig
+    budget: Rate
+    """Training FLOPs, by the convention of `accounting`."""
+    seed: Seed = 0
+    replaced: Annotated[Literal["middle", "all"] | list[Positive], BeforeValidator(_blocks)] = "middle"
+    """Blocks whose feed-forward layer is `ffn`, counted from 1; `middle` is block n_layers // 2 (paper: 6 of 12)."""
+    batch_sequences: Positive = 16
+    context: Annotated[int, Field(ge=2)] = 64
+    """Tokens per sequence."""
+    routing_group_sequences: Positive | None = None
+    """Sequences in a routing group: expert choice selects tokens within a group, and the BatchNorm of queries takes its
+    statistics over a group. Null: the whole batch, on all devices."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    min_steps: Positive = 200
+    """A cell with fewer optimiser steps is dropped."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.replaced, list) and max(self.replaced) > self.size.n_layers:
+            raise ValueError(f"replaced {self.replaced} names a block outside 1..{self.size.n_layers}")
+
+    @property
+    def replaced_blocks(self) -> tuple[int, ...]:
+        """The replaced blocks, counted from 1."""
+        match self.replaced:
+            case "middle":
+                return (max(1, self.size.n_layers // 2),)
+            case "all":
+                return tuple(range(1, self.size.n_layers + 1))
+            case blocks:
+                return tuple(sorted(set(blocks)))
+
+    @property
+    def surroundings(self) -> Surroundings:
+        """What the layer under study may know about the rest of the model."""
+        return Surroundings(
+            d_model=self.size.d_model,
+            d_ff=self.size.d_ff,
+            group_sequences=self.routing_group_sequences or self.batch_sequences,
+            n_groups=self.n_routing_groups,
+            micro_batches=self.trainer.micro_batches or 1,
+        )
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_sequences * self.context
+
+    @property
+    def n_routing_groups(self) -> int:
+        """Number of consecutive parts of a batch, each with its own statistics."""
+        return self.batch_sequences // (self.routing_group_sequences or self.batch_sequences)
+
+
+_CONFIG: TypeAdapter[Config] = TypeAdapter(Config)
+
+
+def parse_config(tree: Mapping[str, Any]) -> Config:
+    """Make a `Config` from a nested mapping, composed by Hydra or read from `config.yaml`; raises `ConfigError`."""
+    return parse(_CONFIG, Config, tree)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain values, as written to `config.yaml`; the inverse of `parse_config`."""
+    return _CONFIG.dump_python(config, mode="json")
+
+
+def load(overrides: Sequence[str] = (), *, sweep: str | Path | None = None) -> Config:
+    """Compose `conf/` with Hydra-style overrides, as the command line does.
+
+    Args:
+        overrides: such as `["ffn=peer", "size=d64", "budget=1e12"]`.
+        sweep: a study's name or file, whose settings are laid over `conf/` and below the overrides.
+
+    Raises:
+        ConfigError: an unknown key or value, or a model that cannot be built.
+    """
+    return parse_config(composed(overrides if sweep is None else of_cells(overrides), sweep=sweep).tree)
+
+
+def composed(overrides: Sequence[str] = (), *, sweep: str | Path | None = None, name: str = "config") -> Composition:
+    """Like `composition.compose`, but raises `ConfigError` and leaves out the `sweep` section of a study."""
+    with hydra_errors(overrides, sweep):
+        composition = compose(overrides, sweep=sweep, name=name)
+    composition.tree.pop("sweep", None)
+    return composition
+
+
+@contextmanager
+def hydra_errors(overrides: Sequence[str] = (), sweep: str | Path | None = None) -> Iterator[None]:
+    """Turn errors of Hydra, OmegaConf and YAML about `overrides` or a study's file into `ConfigError`."""
+
+    def layer() -> str | None:
+        try:
+            return method_in(composed([o for o in overrides if not o.startswith("ffn.")], sweep=sweep).tree)
+        except ConfigError:
+            return None
+
+    try:
+        yield
+    except Exception as error:
+        if not of_composition(error):
+            raise
+        raise ConfigError(first_line(error, Config, layer).replace(f"{STUDY}'", "'")) from None

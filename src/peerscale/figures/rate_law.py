@@ -1,0 +1,215 @@
+"""The law of the best learning rate: loss against rate at every size and budget, and tables of the law and batches."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from peerscale.figures import style
+from peerscale.figures.isoflop import missing_note
+from peerscale.figures.markdown import number, probability, section, with_interval
+from peerscale.records.cell_names import budget_name
+from peerscale.records.study import usable
+from peerscale.stats.rate_law import REACH, within_reach
+from peerscale.stats.rates import as_configuration, names_under_law
+
+Law = Mapping[str, Any]
+"""`rates.law` of a study's `fits.json`."""
+
+EXPONENTS = {"a": "width", "b": "tokens", "c": "batch"}
+
+CURVE = ["name", "budget", "d_model", "table_lr", "seed"]
+"""Columns that distinguish the curves of one batch size."""
+
+LEFT_OUT = "#c8c8c8"
+"""Inside of the points to which the law is not fitted."""
+
+
+def optima(law: Law) -> pd.DataFrame:
+    """The curves of the study that have an optimum, one per row; `held_out`: the law was not fitted to the curve."""
+    rows = [
+        {**{"batch_sequences": math.nan}, **curve["at"], **curve, "held_out": held}
+        for held in (False, True) if not held or law["hold_out_given"]
+        for curve in law["held_out" if held else "curves"]
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def rate_law_figure(runs: pd.DataFrame, law: Law | None, *, note: str = "") -> Figure:
+    """One panel per budget and width: loss against rate, with the fitted parabolas and, as ticks, the law's rates.
+
+    Only the losses as long as the finished cells do not determine a law.
+    """
+    tried = runs.assign(name=names_under_law(runs), table_lr=runs["table_lr"].fillna(0.0))[usable(runs)]
+    usual = tried["batch_sequences"].mode().iloc[0]
+    tried = tried[tried["batch_sequences"] == usual]
+    fitted = optima(law) if law else pd.DataFrame(columns=["batch_sequences", *CURVE])
+    fitted = fitted[fitted["batch_sequences"].isna() | (fitted["batch_sequences"] == usual)]
+    colours, corners = style.colours(tried["name"]), sorted({*zip(tried["budget"], tried["d_model"], strict=True)})
+    with style.applied():
+        figure, panels = style.panels(len(corners))
+        for axes, (budget, width) in zip(panels, corners, strict=True):
+            here = tried[(tried["budget"] == budget) & (tried["d_model"] == width)]
+            title = f"{style.budget_title(budget)}, d_model {width:g}"
+            for name in style.ordered(here["name"]):
+                curves = here[here["name"] == name].groupby(["table_lr", "seed"])
+                points = max((rows for _, rows in curves), key=lambda rows: rows["lr"].nunique()).sort_values("lr")
+                found = fitted[(fitted[CURVE] == points.iloc[0][CURVE]).all(axis=1)].to_dict("records")
+                held, colour = bool(found and found[0]["held_out"]), colours[name]
+                rates = np.log(points["lr"])
+                within = within_reach(rates, rates[points["val_loss"].idxmin()]) | (not found)
+                look = {"color": colour, "markersize": 3.5, "markerfacecolor": "white" if held else colour}
+                _points(axes, points[within], "o" if found else "o:", label=name, **look)
+                if not within.all():
+                    look["markerfacecolor"] = LEFT_OUT
+                    _points(axes, points[~within], "o", label=f"_left out {name}", **look)
+                if found and law:
+                    curve, k = found[0], law["curvature"]
+                    x = np.geomspace(points["lr"][within].min(), points["lr"][within].max(), 100)
+                    y = curve["lowest"] + k * np.log(x / curve["best"]) ** 2
+                    axes.plot(x, y, color=colour, linewidth=0.9, label=f"_parabola {name}")
+                    chosen = curve["lowest"] + k * math.log(curve["predicted"] / curve["best"]) ** 2
+                    tick = {"color": colour, "markersize": 11, "markeredgewidth": 1.6, "label": f"_law {name}"}
+                    axes.plot([curve["predicted"]], [chosen], "|", **tick)
+                    title += " (held out)" * (held and "held" not in title)
+            axes.set(title=title, xlabel="peak learning rate")
+            axes.set_xscale("log")
+            style.log_axis(axes.xaxis, *axes.get_xlim())
+        style.label_left(panels, "loss (nats per token)")
+        style.method_legend(figure, style.ordered(tried["name"]))
+        labels = [str(line.get_label()) for axes in panels for line in axes.lines]
+        what = "lines: parabolas in ln rate with one curvature; ticks: the rates of the law; hollow: held out"
+        grey = f"grey: runs more than a factor of {REACH:g} from the best rate tried, left out of the fit"
+        dotted = "dotted: runs that differ only in their rate; the finished cells do not determine a law"
+        whats = (what, grey * any("_left out" in label for label in labels)) if law else (dotted,)
+        style.caption(figure, note, f"{usual:g} sequences a batch", *whats, missing_note(runs))
+    return figure
+
+
+def _points(axes: Axes, runs: pd.DataFrame, line: str, **look: Any) -> None:
+    axes.plot(runs["lr"], runs["val_loss"], line, linewidth=0.7, **look)
+
+
+def rate_law_sections(runs: pd.DataFrame, law: Law) -> list[str]:
+    """Sections on the law's coefficients, the optimum of every curve, batches and table rates."""
+    shared = next(iter(law["groups"].values()))["shared"]
+    at = ", ".join(f"{name} {shared[f'{name}_0']:g}" for name in law["fitted"])
+    head = f"m, the best rate at {at} [95 %]" if at else "best rate [95 %]"
+    ms = [
+        {"method": style.label(name), head: with_interval(one["m"], one["ci"]["m"], "{:.3g}")}
+        for name, one in law["groups"].items()
+    ]
+    exponents = [
+        {"exponent": f"{key} ({EXPONENTS[key]})", "of all methods [95 %]": with_interval(shared[key], ci, "{:.2f}"),
+         **{style.label(name): with_interval(one["own"][key], one["own"]["ci"][key], "{:.2f}")
+            for name, one in law["groups"].items() if "own" in one}}
+        for key, ci in shared["ci"].items() if key != "m"
+    ]  # fmt: skip
+    equal = ""
+    if test := law["equal_exponents"]:
+        chosen = "those of all methods" if law["exponents"] == "shared" else "each method's own"
+        p = probability(test["p"])
+        equal = f"On the right each method's own. The p of equal exponents is {p}: the law has {chosen}."
+    fitted = ", ".join(f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in law["fitted"].items())
+    rule = "best rate = m (width / width₀)^−a (tokens / tokens₀)^−b (batch / batch₀)^c, where the" if fitted else "The"
+    judged = f" Fitted over {fitted}." if fitted else ""
+    if law["held_out_cost"] is not None:
+        off = number(math.exp(law["held_out_error"]))
+        judged += f" On {len(law['held_out'])} curves that it was not fitted to its rates are off by a factor of {off} "
+        judged += f"(root mean square), which costs {law['held_out_cost']:.4f} nats on average."
+    lines = section(
+        "The law",
+        ms,
+        f"{rule} loss of a curve is its lowest + {law['curvature']:.3f} (ln rate − ln best rate)². {law['n']} runs on "
+        f"{law['n_curves']} curves scatter by {number(law['scatter'], '{:.4f}')} nats about it.{judged}",
+    )
+    lines += section("Its exponents", exponents, equal)
+    found = optima(law)
+    lines += section(
+        "Batches",
+        batches(found),
+        "Loss at the best rate of each batch, the mean of as many seeds as in brackets; and the difference to the "
+        "usual batch ± its standard error by seeds, pooled over methods.",
+    )
+    lines += section("Rates of the tables", table_rates(runs), "Losses at one and the same rate of all other weights.")
+    curves = [
+        {**place(one["budget"], one["d_model"], one["name"]), "batch": number(one["batch_sequences"], "{:g}"),
+         "seed": f"{one['seed']}", "runs": f"{one['n']}",
+         "best rate": f"{one['best']:.3g}", "loss there": f"{one['lowest']:.4f}",
+         "the law's": f"{one['predicted']:.3g}", "which costs": f"{one['cost']:.4f}" + " (held out)" * one["held_out"]}
+        for one in found.to_dict("records")
+    ]  # fmt: skip
+    lines += section("Every curve", curves, *(f"- {warning}" for warning in law["warnings"]))
+    if not {"width", "tokens"} <= law["fitted"].keys():
+        return lines
+    settings = yaml.safe_dump(as_configuration(law, runs), sort_keys=False, default_flow_style=None, width=120)
+    return [*lines, "## As configuration", "", "```yaml", *settings.splitlines(), "```", ""]
+
+
+def place(budget: float, width: float, name: str) -> dict[str, str]:
+    """The first columns of a table of models."""
+    return {"budget": budget_name(budget), "width": f"{width:g}", "method": style.label(name)}
+
+
+def batches(curves: pd.DataFrame) -> list[dict[str, str]]:
+    """A row a model that was trained with several batches: the lowest loss of each, the mean over seeds.
+
+    Beside it the difference to the usual batch and its standard error: the seeds' differences scatter with a variance
+    that is pooled over the methods and batches of one budget and width.
+    """
+    model = ["budget", "d_model", "name"]
+    several = curves[curves.groupby(model)["batch_sequences"].transform("nunique") > 1]
+    if several.empty:
+        return []
+    compared = curves["batch_sequences"].isin(several["batch_sequences"])
+    usual = curves.loc[compared, "batch_sequences"].mode().iloc[0]
+    losses = several.pivot_table(
+        index=[*model, "seed"], columns="batch_sequences", values="lowest", aggfunc="min", sort=False
+    )
+    losses = losses.sort_index(axis=1)
+    less = losses.drop(columns=usual).sub(losses[usual], axis=0)
+    apart = less - less.groupby(model).transform("mean")
+    freedom = less.groupby(model).count().sub(1).clip(lower=0)
+    corner = ["budget", "d_model"]
+    variance = (apart**2).groupby(corner).sum().sum(axis=1) / freedom.groupby(corner).sum().sum(axis=1)
+    rows = []
+    for key, seeds in losses.groupby(model, sort=False):
+        row = place(*key)
+        for batch, each in seeds.items():
+            row[f"batch {batch:g}"] = f"{each.mean():.4f} ({n})" if (n := each.count()) else "—"
+        for batch, each in less.loc[key].items():
+            error = math.sqrt(variance[key[:2]] / n) if (n := each.count()) else math.nan
+            difference = f"{number(each.mean(), '{:+.4f}')} ± {number(error, '{:.4f}')}"
+            row[f"{batch:g} less {usual:g}"] = difference if n else "—"
+        rows.append(row)
+    return rows
+
+
+def table_rates(runs: pd.DataFrame) -> list[dict[str, str]]:
+    """One row per model and rate with which several table rates were tried."""
+    tried = runs.assign(name=names_under_law(runs))[usable(runs) & (runs["table_lr"].fillna(0) > 0)]
+    same = ["budget", "d_model", "name", "lr", "batch_sequences"]
+    tried = tried[tried.groupby(same)["table_lr"].transform("nunique") > 1]
+    losses = tried.pivot_table(index=same, columns="table_lr", values="val_loss", sort=False).sort_index(axis=1)
+    return [
+        {**place(*model[:3]), **{f"{rate:g}": number(loss, "{:.4f}") for rate, loss in zip(losses, row, strict=True)}}
+        for model, *row in losses.itertuples()
+    ]
+
+
+def finished_cells(runs: pd.DataFrame) -> list[str]:
+    """The losses so far, for a study whose law is not determined yet."""
+    done = runs.assign(name=names_under_law(runs))[usable(runs)].sort_values(["budget", "d_model", "name", "lr"])
+    rows = [
+        {**place(one["budget"], one["d_model"], one["name"]), "batch": f"{one['batch_sequences']:g}",
+         "seed": f"{one['seed']}", "learning rate": f"{one['lr']:.3g}",
+         "rate of the tables": number(one["table_lr"], "{:g}"), "loss": f"{one['val_loss']:.4f}"}
+        for one in done.to_dict("records")
+    ]  # fmt: skip
+    finished = f"{len(done)} of {len(runs)} cells, which do not determine a law of the best rate."
+    return section("Finished cells", rows, finished)

@@ -1,0 +1,302 @@
+"""The common style of all figures: colour = method, star = fitted minimum, hollow = flagged.
+
+Figures are made without pyplot, so that drawing has no global state and needs no display.
+"""
+
+import itertools
+import math
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pandas as pd
+from matplotlib import ticker
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis, XAxis
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from peerscale.files import replacing
+from peerscale.stats.optima import OptimumStatus
+
+TEXT_WIDTH = 5.5
+"""Width of the text of a one-column paper in inches, so that figures are printed unscaled."""
+
+COLOURS = {
+    "dense": "#4d4d4d",
+    "moe": "#e69f00",
+    "moe_token_choice": "#cc79a7",
+    "pkm": "#009e73",
+    "peer": "#0072b2",
+}
+"""Okabe and Ito's palette, which remains distinguishable with all common forms of colour blindness."""
+
+SPARE_COLOURS = ("#d55e00", "#56b4e9", "#882255", "#999933", "#661100", "#44aa99", "#aa4499")
+"""Colours of other layers."""
+
+LABELS = {
+    "dense": "dense",
+    "moe": "MoE (expert choice)",
+    "moe_token_choice": "MoE (token choice)",
+    "fine_grained_moe": "fine-grained MoE",
+    "wide_dense": "wide dense",
+    "no_layer": "no layer",
+    "pkm": "PKM",
+    "pkm_equal_top_k": "PKM, PEER's top k",
+    "peer": "PEER",
+}
+
+SETTINGS = {
+    "batch_sequences": "batch {}",
+    "n_experts": "{} experts",
+    "n_heads": "{} heads",
+    "n_heads=1": "1 head",
+    "top_k": "top {}",
+    "lr": "rate {}",
+    "table_lr": "table rate {}",
+    "query_norm=true": "BatchNorm",
+    "query_norm=false": "no BatchNorm",
+    "schedule=wsd": "WSD schedule",
+    "lr_rule=constant": "rate set directly",
+    "warmup_steps": "{} warm-up steps",
+    "name=adamw": "AdamW",
+    "name=row_sparse_adamw": "row-sparse AdamW",
+}
+"""Text for the settings in a variant's name; `{}` is the value."""
+
+MARKERS = ("o", "s", "D", "v", "P", "X")
+"""Markers of budgets or, in a panel of one budget, of methods; an upward triangle is for points above the axis."""
+
+RC = {
+    "font.family": "STIXGeneral",
+    "mathtext.fontset": "stix",
+    **dict.fromkeys(("font.size", "axes.labelsize", "axes.titlesize"), 9),
+    **dict.fromkeys(("legend.fontsize", "xtick.labelsize", "ytick.labelsize"), 8),
+    **dict.fromkeys(("axes.linewidth", "xtick.major.width", "ytick.major.width"), 0.6),
+    **dict.fromkeys(("xtick.minor.width", "ytick.minor.width"), 0.4),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.5,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+    "legend.frameon": False,
+    "legend.handlelength": 1.6,
+    "legend.columnspacing": 1.2,
+    "pdf.fonttype": 42,
+    "savefig.dpi": 220,
+}
+
+NO_METADATA = {"png": {"Software": None}, "pdf": {"Creator": None, "Producer": None, "CreationDate": None}}
+"""Metadata without dates and versions, so that the same figure gives the same bytes."""
+
+
+NUMBER = re.compile(r"(\d+(?:\.\d+)?(?:e-?\d+)?)")
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Method names, each once: known ones in the order of the palette, then others by name with ascending numbers."""
+    known = list(COLOURS)
+
+    def place(name: str) -> tuple[int, list[str | float], str]:
+        method = name.partition(" ")[0]
+        parts = [float(part) if i % 2 else part for i, part in enumerate(NUMBER.split(name))]
+        return known.index(method) if method in known else len(known), parts, name  # 0.5 and 0.50 have equal parts
+
+    return sorted(set(names), key=place)
+
+
+def colours(names: Iterable[str]) -> dict[str, str]:
+    """A colour per name: the colour of its method or, for several variants, shades of it from light to dark.
+
+    The method as its file configures it keeps the colour, and its variants are lighter. An unknown method's colour
+    depends on its name alone, unless two would share one.
+    """
+    variants: dict[str, list[str]] = {}
+    for name in ordered(names):
+        variants.setdefault(name.partition(" ")[0], []).append(name)
+    chosen: dict[str, str] = {}
+    for method in variants:
+        slot = zlib.crc32(method.encode()) % len(SPARE_COLOURS)
+        spare = SPARE_COLOURS[slot:] + SPARE_COLOURS[:slot]
+        chosen[method] = COLOURS.get(method) or next((c for c in spare if c not in chosen.values()), spare[0])
+    found: dict[str, str] = {}
+    for method, members in variants.items():
+        found |= dict.fromkeys(members, chosen[method])
+        if len(members) > 1:
+            others, darkest = [name for name in members if name != method], 0.6 if method in members else 1.0
+            found |= {n: shaded(chosen[method], darkest * (i + 0.5) / len(others)) for i, n in enumerate(others)}
+    return found
+
+
+def shaded(colour: str, place: float) -> str:
+    """A colour mixed with white (`place` below 2/3; most white at 0) or with black (above 2/3; most black at 1)."""
+    end, share = (1.0, 0.6 - 0.9 * place) if place < 2 / 3 else (0.0, 1.5 * place - 1)
+    red, green, blue = (channel + share * (end - channel) for channel in to_rgb(colour))
+    return to_hex((red, green, blue))
+
+
+def label(name: str) -> str:
+    """A method's name as figures and tables write it: `peer batch_sequences=8` is `PEER, batch 8`."""
+    method, _, settings = name.partition(" ")
+    return ", ".join(filter(None, (LABELS.get(method, method.replace("_", " ")), in_words(settings))))
+
+
+def in_words(settings: str) -> str:
+    """The settings of a variant: `n_experts=4096-name=adamw` is `4,096 experts, AdamW`."""
+    words = []
+    for text in filter(None, re.split(r"-(?=[a-z]\w*=)", settings)):
+        key, _, value = text.partition("=")
+        value = f"{int(value):,}" if value.isdecimal() else value
+        words.append(SETTINGS.get(text) or SETTINGS.get(key, key.replace("_", " ") + " {}").format(value))
+    return ", ".join(words)
+
+
+def size_label(size: str) -> str:
+    """A size as figures and tables write it: `d32-l6-h8` is `d_model 32 (6 layers, 8 heads)`."""
+    found = re.fullmatch(r"d(\d+)(?:-l(\d+))?(?:-h(\d+))?", size)
+    if found is None:
+        return size
+    width, depth, heads = found.groups()
+    more = ", ".join(f"{n} {what}" for n, what in ((depth, "layers"), (heads, "heads")) if n)
+    return f"d_model {width} ({more})" if more else f"d_model {width}"
+
+
+def markers(groups: Iterable[tuple[float, str]]) -> dict[tuple[float, str], str]:
+    """A marker per budget and size, in the order of the budgets."""
+    ascending = sorted(dict.fromkeys(groups), key=lambda group: group[0])
+    return {group: MARKERS[i % len(MARKERS)] for i, group in enumerate(ascending)}
+
+
+def method_markers(names: Iterable[str]) -> dict[str, str]:
+    """A marker per name; a method of the palette has the same one in all figures."""
+    return dict(zip([*COLOURS, *ordered({*names} - {*COLOURS})], itertools.cycle(MARKERS), strict=False))
+
+
+def budget_title(budget: float) -> str:
+    r"""`$3 \times 10^{11}$ FLOPs`."""
+    return f"{power_of_ten(budget)} FLOPs"
+
+
+def power_of_ten(value: float) -> str:
+    r"""`$3 \times 10^{11}$`."""
+    mantissa, exponent = f"{value:.2e}".split("e")
+    factor = "" if float(mantissa) == 1 else rf"{float(mantissa):g} \times "
+    return rf"${factor}10^{{{int(exponent)}}}$"
+
+
+@contextmanager
+def applied() -> Iterator[None]:
+    """A context that applies the style to everything drawn inside."""
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **RC}):
+        yield
+
+
+def panels(n: int, *, height: float = 2.6) -> tuple[Figure, list[Axes]]:
+    """A figure as wide as the text, with `n` panels in rows of up to three, each row `height` inches high."""
+    columns = 2 if n == 4 else min(n, 3)
+    rows = math.ceil(n / columns)
+    figure = Figure(figsize=(TEXT_WIDTH, rows * height + 0.5), layout="constrained")
+    return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(n)]
+
+
+def label_left(panels: Iterable[Axes], text: str) -> None:
+    """Label the y axes of the panels that begin a row."""
+    for axes in panels:
+        if (place := axes.get_subplotspec()) and place.is_first_col():
+            axes.set_ylabel(text)
+
+
+def caption(figure: Figure, *lines: str) -> None:
+    """Add small print below the panels: data, units, conventions."""
+    figure.supxlabel("\n".join(line for line in lines if line), fontsize=6.5, color="#555555")
+
+
+def legend(figure: Figure, handles: Sequence[Line2D]) -> None:
+    """Add one legend for all panels, above them, in row order; rows beyond the first make the figure higher."""
+    widths = sorted((0.4 + 0.05 * len(str(handle.get_label())) for handle in handles), reverse=True)
+    fitting = next((n for n in range(len(widths), 1, -1) if sum(widths[:n]) <= TEXT_WIDTH), 1)
+    rows = max(math.ceil(len(widths) / fitting), 1)
+    columns = math.ceil(len(widths) / rows)
+    figure.set_figheight(figure.get_figheight() + 0.17 * (rows - 1))
+    by_column = [
+        handle for i in range(columns) for handle in handles[i::columns]
+    ]  # matplotlib fills a legend by columns
+    figure.legend(handles=by_column, loc="outside upper center", ncols=max(columns, 1))
+
+
+def method_legend(figure: Figure, names: Sequence[str], markers: Mapping[str, str] | None = None) -> None:
+    """Add a legend of methods, with their markers if they have any."""
+    chosen = colours(names)
+    drawn = {name: {"color": chosen[name], "marker": (markers or {}).get(name)} for name in names}
+    legend(figure, [Line2D([], [], **look, label=label(name)) for name, look in drawn.items()])
+
+
+def flagged_minima(fits: Mapping[str, Any]) -> set[tuple[float, str]]:
+    """Budget and method of each fitted minimum that is flagged; figures draw what is computed from it hollow."""
+    return {(e["budget"], m["name"]) for e in fits["budgets"] for m in e["methods"] if m["status"] != OptimumStatus.OK}
+
+
+def compares_flagged(flagged: set[tuple[float, str]], budget: float, one: Mapping[str, Any]) -> bool:
+    """Whether a difference or multiplier of `fits.json` at this budget compares one of the `flagged_minima`."""
+    return not flagged.isdisjoint({(budget, one["method"]), (budget, one["reference"])})
+
+
+def star(axes: Axes, x: float, y: float, color: str, label: str, *, hollow: bool = False) -> None:
+    """Mark a minimum with a star; hollow if it is flagged."""
+    face, edge, width = ("white", color, 0.9) if hollow else (color, "white", 0.6)
+    axes.plot(
+        [x], [y], "*", markersize=10, color=color, zorder=5, label=label,
+        markerfacecolor=face, markeredgecolor=edge, markeredgewidth=width,
+    )  # fmt: skip
+
+
+def listed(column: pd.Series) -> str:
+    """The values of a column as text for captions."""
+    values = sorted(column.dropna().unique())
+    return " and ".join(value if isinstance(value, str) else f"{value:,.0f}" for value in values)
+
+
+def log_axis(axis: Axis, low: float, high: float) -> None:
+    """Set ticks of a logarithmic axis with plain labels (`200k`, `3M`), even if its range is short."""
+    decades = math.log10(high / low)
+    axis.set_minor_formatter(ticker.NullFormatter())
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: short_number(value)))
+    if decades < 0.7:
+        nbins = 4 if isinstance(axis, XAxis) else 6
+        axis.set_major_locator(ticker.MaxNLocator(nbins=nbins, steps=[1, 2, 2.5, 5, 10]))
+        axis.set_minor_locator(ticker.NullLocator())
+    else:
+        subs = (1.0, 2.0, 5.0) if decades < 1.4 else (1.0, 3.0) if decades < 2.5 else (1.0,)
+        axis.set_major_locator(ticker.LogLocator(subs=subs))
+
+
+def decade_axis(axis: Axis, values: Iterable[float] = (), text: Callable[[float], str] = power_of_ten) -> None:
+    """Set ticks of a logarithmic axis at 1 and 3 times powers of ten, or at the values themselves if they are few."""
+    ticks = sorted(set(values))
+    few = 0 < len(ticks) <= 4
+    axis.set_major_locator(ticker.FixedLocator(ticks) if few else ticker.LogLocator(subs=(1.0, 3.0)))
+    if few:
+        axis.set_minor_locator(ticker.NullLocator())
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: text(value)))
+    axis.set_minor_formatter(ticker.NullFormatter())
+
+
+def short_number(value: float) -> str:
+    """`1500` -> `1.5k`, `2e6` -> `2M`, `1e9` -> `1G`."""
+    return f"{value:g}" if value < 1000 else ticker.EngFormatter(sep="").format_eng(value)
+
+
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """Write `<stem>.png` and `<stem>.pdf` atomically; the same figure gives the same bytes."""
+    paths = {kind: stem.with_name(f"{stem.name}.{kind}") for kind in NO_METADATA}
+    for kind, path in paths.items():
+        with replacing(path) as temporary, applied():
+            figure.savefig(temporary, format=kind, metadata=NO_METADATA[kind])
+    return [*paths.values()]

@@ -1,0 +1,1 @@
+"""A study on this machine or on Slurm: its runs started, watched and repeated."""

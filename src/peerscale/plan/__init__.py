@@ -1,0 +1,1 @@
+"""What a run costs and how it will be trained, before it is."""

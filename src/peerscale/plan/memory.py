@@ -1,0 +1,110 @@
+"""How a batch is divided among devices and micro-batches, and whether a part of it fits the memory of a GPU."""
+
+from dataclasses import replace
+
+from peerscale.config.schema import Config
+from peerscale.layers.dense import DenseConfig
+from peerscale.plan.cost import TRAINING, Cost, cost
+
+STATE_BYTES = 16
+"""Per parameter: weight, gradient and two moments, in fp32."""
+LOGITS_BYTES = 2**30
+"""For the slices of logits and their gradients that a GPU holds at once (`kernels.cross_entropy`)."""
+
+
+def device_memory(config: Config) -> dict[str, int]:
+    """Bytes that training takes on one device, by purpose; an estimate that ignores the allocator's overhead.
+
+    `state` is `STATE_BYTES` per parameter and, with precision bf16, 2 bytes more per parameter of an expert table, for
+    its bf16 copy. `activations` is what one micro-batch keeps for its backward pass: per token and block 9 d_model
+    numbers, and the `saved_numbers` of its feed-forward layer. The `reference` kernel keeps more for PKM and PEER.
+    Activation checkpointing keeps the inputs of attention and dense layers, and temporarily all of one block.
+    """
+    around, bytes_each = config.surroundings, 2 if config.precision == "bf16" else 4
+    d_model, n_layers = config.size.d_model, config.size.n_layers
+    layer, dense = config.ffn.saved_numbers(around), DenseConfig().saved_numbers(around)
+    n_replaced = len(config.replaced_blocks)
+    numbers = n_layers * 9 * d_model + n_replaced * layer + (n_layers - n_replaced) * dense
+    if config.trainer.activation_checkpointing:
+        kept = n_replaced * (layer + d_model)
+        if isinstance(config.ffn, DenseConfig):  # recomputed like the others
+            kept, dense = 0, max(layer, dense)
+        numbers = n_layers * 2 * d_model + kept + 9 * d_model + dense
+    n_copied = n_replaced * config.ffn.copied_parameters(around) if config.precision == "bf16" else 0
+    tokens = config.tokens_per_step // config.trainer.devices // around.micro_batches
+    return {
+        "state": STATE_BYTES * cost(config).params_total + 2 * n_copied,
+        "activations": tokens * bytes_each * numbers,
+        "logits": LOGITS_BYTES,
+    }
+
+
+def recomputed_share(config: Config, cost: Cost) -> float:
+    """FLOPs that activation checkpointing adds, as a share of the training FLOPs: the recomputed forward passes."""
+    if not config.trainer.activation_checkpointing:
+        return 0.0
+    kept = cost.flops["logits"] + (0 if isinstance(config.ffn, DenseConfig) else cost.layer_flops)
+    return (cost.flops_per_token - kept) / TRAINING / cost.flops_per_token
+
+
+def in_micro_batches(config: Config) -> Config:
+    """The configuration with a number of micro-batches, if `trainer.micro_batches` leaves that to the plan.
+
+    It is the smallest number that divides the batch in a way that the layer allows and fits the memory of the device;
+    1 if no number does.
+    """
+    if config.trainer.micro_batches is not None:
+        return config
+    here, room = config.batch_sequences // config.trainer.devices, config.trainer.device_memory_gb
+    some = [
+        replace(config, trainer=replace(config.trainer, micro_batches=parts)) for parts in range(1, max(1, here) + 1)
+    ]
+    if config.trainer.accelerator == "gpu" and room is not None:
+        return next((each for each in some if not indivisible(each) and _memory_gb(each) <= room), some[0])
+    return some[0]
+
+
+def indivisible(config: Config) -> str:
+    """Why a batch cannot be divided as the configuration asks; empty if it can."""
+    if config.batch_sequences % config.trainer.devices:
+        allowed = [str(n) for n in range(1, config.batch_sequences + 1) if config.batch_sequences % n == 0]
+        return (
+            f"{config.batch_sequences} sequences cannot be shared by trainer.devices {config.trainer.devices}; "
+            f"allowed: {', '.join(allowed)}"
+        )
+    sequences = config.routing_group_sequences or config.batch_sequences
+    here, parts = config.batch_sequences // config.trainer.devices, config.surroundings.micro_batches
+    if here % parts:
+        return f"the {here} sequences of a device cannot be divided into trainer.micro_batches {parts}"
+    if config.batch_sequences % sequences:
+        return f"routing_group_sequences {sequences} does not divide batch_sequences {config.batch_sequences}"
+    if sequences < config.batch_sequences and here % sequences:
+        return f"routing_group_sequences {sequences} does not divide the {here} sequences of a device"
+    if parts > 1 and config.ffn.takes_statistics and (here // parts) % sequences:
+        return (
+            f"{config.ffn.name} takes statistics over {sequences} sequences, which trainer.micro_batches {parts} "
+            f"splits; routing_group_sequences may be {here // parts} or a divisor of that"
+        )
+    return ""
+
+
+def too_large(config: Config) -> str:
+    """Why a cell does not fit its GPUs, and what would make it fit; empty if it fits or uses no GPUs."""
+    room = config.trainer.device_memory_gb
+    if config.trainer.accelerator != "gpu" or room is None or (needed := _memory_gb(config)) <= room:
+        return ""
+    problem = f"{needed:.3g} GB are more than trainer.device_memory_gb {room:g}"
+    free = replace(config, trainer=replace(config.trainer, micro_batches=None))
+    smaller = in_micro_batches(free)
+    if (fits := _memory_gb(smaller)) <= room:
+        return f"{problem}; trainer.micro_batches={smaller.trainer.micro_batches} would take {fits:.3g}"
+    recomputed = in_micro_batches(replace(free, trainer=replace(free.trainer, activation_checkpointing=True)))
+    if (fits := _memory_gb(recomputed)) <= room:
+        return f"{problem}; trainer.activation_checkpointing=true would take {fits:.3g}, and more time"
+    of_state = device_memory(config)["state"] / 1e9
+    hint = "; smaller routing_group_sequences allow more of them" if config.ffn.takes_statistics else ""
+    return f"{problem}, {of_state:.3g} of them weights and moments; no trainer.micro_batches is enough{hint}"
+
+
+def _memory_gb(config: Config) -> float:
+    return sum(device_memory(config).values()) / 1e9

@@ -1,0 +1,125 @@
+"""From a configuration and its budget to steps, tokens and learning rates, or a reason to drop the cell."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from peerscale.config.schema import Config
+from peerscale.plan.budget_limits import unusable_budget
+from peerscale.plan.cost import Cost, cost
+from peerscale.plan.held_out_sets import evaluated_tokens, skipped_sets, unusable_data
+from peerscale.plan.memory import in_micro_batches, indivisible, too_large
+
+REFERENCE_WIDTH = 32
+"""d_model at which `lr_rule: inverse_sqrt_width` takes `optim.lr` as it is."""
+
+
+class Verdict(StrEnum):
+    OK = "OK"
+    DROP = "DROP"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a cell will do, known before it is started."""
+
+    verdict: Verdict
+    reason: str
+    """Why the cell is dropped; empty if it is not."""
+    cost: Cost
+    steps: int
+    tokens: int
+    epochs: float | None
+    """Passes over the training tokens; None if their number is not known yet."""
+    warmup_steps: int
+    lr: float
+    table_lr: float | None
+    evaluation: dict[str, int]
+    """Tokens of each held-out set that the cell is evaluated on."""
+    skipped: dict[str, str]
+    """Held-out sets that `data.evaluation` names but the corpus cannot provide, and why."""
+
+    @property
+    def evaluation_tokens(self) -> int:
+        return sum(self.evaluation.values())
+
+    @property
+    def flops(self) -> int:
+        """Training FLOPs that the cell will have used."""
+        return self.tokens * self.cost.flops_per_token
+
+    @property
+    def tokens_per_param(self) -> float:
+        return self.tokens / self.cost.params_total
+
+
+def plan(config: Config, *, set_tokens: Mapping[str, int] | None = None) -> Plan:
+    """Derive the run from its budget.
+
+    Args:
+        config: the cell.
+        set_tokens: tokens of each set of the prepared corpus, from its manifest. None: `data.train_tokens` is used, and
+            the held-out sets are assumed to be as large as `data.evaluation` asks.
+    """
+    config, model = in_micro_batches(config), cost(config)
+    train_tokens = config.data.train_tokens if set_tokens is None else set_tokens["train"]
+    # 1) Steps: the budget divided by the cost of a step. The study fixes batch and context.
+    steps = round(config.budget / (model.flops_per_token * config.tokens_per_step))
+    tokens = steps * config.tokens_per_step
+    # 2) Everything that depends on the length of the run.
+    warmup_steps = config.optim.warmup_steps or max(1, round(config.optim.warmup_fraction * steps))
+    epochs = tokens / train_tokens if train_tokens else None
+    reason = (
+        unusable_data(config, set_tokens)
+        or indivisible(config)
+        or config.ffn.unusable(config.surroundings)
+        or too_large(config)
+        or unusable_budget(config, model.flops_per_token, train_tokens, steps, warmup_steps)
+    )
+    return Plan(
+        verdict=Verdict.DROP if reason else Verdict.OK,
+        reason=reason,
+        cost=model,
+        steps=steps,
+        tokens=tokens,
+        epochs=epochs,
+        warmup_steps=warmup_steps,
+        lr=config.optim.lr * config.optim.lr_factor * lr_scale(config, tokens),
+        table_lr=config.optim.table_lr,
+        evaluation=evaluated_tokens(config, set_tokens),
+        skipped=skipped_sets(config, set_tokens),
+    )
+
+
+def schedule(config: Config, plan: Plan, step: int) -> float:
+    """Factor on every learning rate at `step`, counted from 0: linear warm-up, then a decay that ends with the run.
+
+    `cosine` decays from the end of warm-up; `wsd` decays linearly from `decay_from` on.
+    """
+    if step < plan.warmup_steps:
+        return (step + 1) / plan.warmup_steps
+    start = plan.warmup_steps if config.optim.schedule == "cosine" else decay_from(config, plan)
+    progress = min(1.0, max(0, step - start) / max(1, plan.steps - start))
+    left = 0.5 * (1 + math.cos(math.pi * progress)) if config.optim.schedule == "cosine" else 1 - progress
+    floor = config.optim.final_lr_fraction
+    return floor + (1 - floor) * left
+
+
+def decay_from(config: Config, plan: Plan) -> int:
+    """Number of steps before the decay of a run with `wsd`."""
+    return max(plan.warmup_steps, plan.steps - max(1, round(config.optim.decay_fraction * plan.steps)))
+
+
+def lr_scale(config: Config, tokens: int) -> float:
+    """Factor of `optim.lr_rule` on the peak rate of a cell that trains on `tokens`."""
+    law = config.optim.lr_law
+    match config.optim.lr_rule:
+        case "inverse_sqrt_width":
+            return math.sqrt(REFERENCE_WIDTH / config.size.d_model)
+        case "law" if law is not None:
+            by_width = (config.size.d_model / law.reference_d_model) ** -law.width_exponent
+            by_tokens = (max(tokens, 1) / law.reference_tokens) ** -law.tokens_exponent
+            by_batch = (config.batch_sequences / law.reference_batch_sequences) ** law.batch_exponent
+            return min(by_width * by_tokens * by_batch, (law.largest_lr or math.inf) / config.optim.lr)
+    return 1.0

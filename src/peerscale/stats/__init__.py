@@ -1,0 +1,1 @@
+"""Statistics of studies: optima, comparisons, multipliers, claims and learning rates."""

@@ -1,0 +1,137 @@
+"""The optima of each method over the budgets of a study, with draws from their errors; compute multipliers and power
+laws of optimal sizes from these."""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from peerscale.laws.fitting import LEVEL as INTERVAL
+from peerscale.laws.fitting import Bootstrap, percentile_interval, resample_counts
+from peerscale.laws.isoflop import MIN_BUDGETS, fit_power_law
+from peerscale.laws.solver import Array, FitStatus
+from peerscale.records.study import is_dense, same_variant
+from peerscale.stats.brackets import RateErrors
+from peerscale.stats.multiplier import compute_multipliers
+from peerscale.stats.optima import OptimaFit, Optimum
+
+X = "flops_per_token"
+"""The measure of size in all fits, since it means the same for every method."""
+
+GROWTH_BUDGETS = 4
+"""Fewest budgets for which a growth of the multiplier is reported."""
+
+DRAWS = 1000
+
+
+class Budget(NamedTuple):
+    """The fit of one budget, and the losses behind it."""
+
+    budget: float
+    fit: OptimaFit
+    optima: dict[str, Optimum]
+    by_seed: dict[str, dict[str, float]]
+    """The loss at each optimum if the losses of one seed replace the means, by method and seed."""
+    sequences: Array | None
+    """Losses of the validation sequences at every size mean (points, sequences); None if not known for all."""
+
+
+def frontiers_of(fitted: Sequence[Budget], rates: RateErrors) -> dict[str, Array]:
+    """x and loss of each method's optimum at every budget, (2, 1 + draws, budgets): first the fit, then the draws.
+
+    Size means are drawn around the fit with the errors of misfit and seeds. Their variance is drawn too, so that
+    intervals are Student's. Budgets with the same validation sequences draw the same ones. A method's losses are also
+    drawn with the error of its learning rate if that is known. NaN if a method's optimum has no number.
+    """
+    names = dict.fromkeys(name for one in fitted for name in one.optima)
+    frontiers = {name: np.full((2, 1 + DRAWS, len(fitted)), math.nan) for name in names}
+    for i, one in enumerate(fitted):
+        variances, df = one.fit.variances
+        rng = np.random.default_rng(round(one.budget))
+        scale = np.sqrt(df / rng.chisquare(df, (DRAWS, 1))) if math.isfinite(df) else math.nan
+        drawn = (
+            one.fit.losses - one.fit.residuals + rng.normal(size=(DRAWS, len(variances))) * np.sqrt(variances) * scale
+        )
+        if one.sequences is not None:
+            drawn += _resampled(one.sequences.shape[1]) @ one.sequences.T
+        minima = np.stack(one.fit.optima_of(drawn))
+        for method, (name, optimum) in enumerate(one.optima.items()):
+            if optimum.status.has_number:
+                frontiers[name][:, 0, i] = optimum.x, optimum.loss
+                frontiers[name][:, 1:, i] = minima[:, :, method]
+                for se, _ in rates.of(one.budget, name):
+                    frontiers[name][1, 1:, i] += rng.normal(0, se, DRAWS)
+    return frontiers
+
+
+@cache
+def _resampled(n: int) -> Array:
+    """Weights (draws, n) by which the mean over resampled sequences differs from the mean over all."""
+    return resample_counts(n, DRAWS, seed=0) / n - 1 / n
+
+
+def multipliers_of(
+    fitted: Sequence[Budget], frontiers: Mapping[str, Array], trend_from: float
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Dense's compute over each method's, by budget; with four or more budgets, the slope of its log in log10 C.
+
+    The trend is the budgets from `trend_from` on: the slope is theirs, and their multipliers depend on no other budget.
+    """
+    budgets, found, slopes = np.array([one.budget for one in fitted]), [], []
+    trend = budgets >= trend_from
+    for name, (_, losses) in frontiers.items():
+        reference = same_variant("dense", name, list(frontiers))
+        if reference is None or is_dense(name):
+            continue
+        each = compute_multipliers((budgets, frontiers[reference][1]), (budgets, losses), trend)
+        pair, known = {"method": name, "reference": reference}, np.isfinite(each[0])
+        for i in np.flatnonzero(known).tolist():
+            seeds, by_seed = {}, fitted[i].by_seed
+            for seed in sorted(by_seed.get(name, {}).keys() & by_seed.get(reference, {}).keys()):
+                dense, own = (
+                    (budgets, np.where(budgets == budgets[i], by_seed[one][seed], frontiers[one][1][0]))
+                    for one in (reference, name)
+                )
+                if math.isfinite(multiplier := compute_multipliers(dense, own, trend)[i]):
+                    seeds[seed] = multiplier
+            found.append({**pair, "budget": budgets[i], "multiplier": each[0, i], **_ends(each[1:, i]),
+                          "df": fitted[i].fit.variances[1], **({"by_seed": seeds} if seeds else {})})  # fmt: skip
+        if (used := known & trend).sum() >= GROWTH_BUDGETS:
+            slope = math.log(10) * fit_power_law(budgets[used], each[:, used])[0]
+            slopes.append({**pair, "slope": slope[0], **_ends(slope[1:])})
+    return found, slopes
+
+
+def _ends(draws: Array) -> dict[str, float]:
+    """Ends of the interval of draws; NaN if more than one in twenty draws would be an extrapolation."""
+    low, high = percentile_interval(draws) if np.isfinite(draws).mean() >= INTERVAL else (math.nan, math.nan)
+    return {"low": low, "high": high}
+
+
+def power_laws(fitted: Sequence[Budget], frontiers: Mapping[str, Array]) -> dict[str, Any]:
+    """The optima of each method with two or more budgets and, with three or more, the power law through their sizes."""
+    budgets, laws = np.array([one.budget for one in fitted]), {}
+    for name, (x, losses) in frontiers.items():
+        known = np.isfinite(x[0])
+        if known.sum() < 2:
+            continue
+        whole = np.isfinite(x[1:, known]).all(axis=1)
+        power = dict.fromkeys(("exponent", "coefficient"))
+        draws = {"loss": losses[1:, known][whole]}
+        if enough := known.sum() >= MIN_BUDGETS:
+            powers = dict(zip(power, fit_power_law(budgets[known], x[:, known]), strict=True))
+            power = {key: float(values[0]) for key, values in powers.items()}
+            draws = {key: values[1:][whole] for key, values in powers.items()} | draws
+        bootstrap = Bootstrap(draws=draws, resamples=DRAWS, failed=int((~whole).sum()), seed=0)
+        laws[name] = {
+            "law": "isoflop", "method": name, "x": X, "n": int(known.sum()),
+            "status": FitStatus.CONVERGED if enough else FitStatus.TOO_FEW_POINTS, **power, "ci": bootstrap.intervals(),
+            "vertices": [
+                {"budget": budgets[i], "x": x[0, i], "loss": losses[0, i], "status": fitted[i].optima[name].status}
+                for i in np.flatnonzero(known).tolist()
+            ],
+            "include_flagged": True, "bootstrap": bootstrap,
+        }  # fmt: skip
+    return laws

@@ -1,0 +1,46 @@
+"""The environment that a cell ran in: to compare timings, and to know whether a resumed run is bit-exact."""
+
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from peerscale.config.schema import TrainerConfig
+from peerscale.records.machine import cpu_name, git_commit
+
+EXACT_KEYS = ("hardware", "device", "kernel", "compiled", "n_devices", "n_threads", "torch")
+"""A resumed run is bit-exact if these have not changed."""
+
+
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The `EXACT_KEYS` that differ between the environment of a record and the current one."""
+    return [key for key in EXACT_KEYS if old.get(key) != new[key]]
+
+
+def describe(kernel: str, device: torch.device, trainer: TrainerConfig) -> dict[str, Any]:
+    """Hardware, versions, commit, kernel, devices, and threads per device."""
+    return {
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "cores": os.cpu_count(),
+        "device": device.type,
+        "kernel": kernel,
+        "compiled": trainer.compile,
+        "n_devices": trainer.devices,
+        "n_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": version("lightning"),
+        "peerscale": _own_version(),
+        "git_commit": git_commit(),
+    }
+
+
+def _own_version() -> str | None:
+    """The version of this package; None if it is not installed but imported from the `src` of a checkout."""
+    try:
+        return version("peerscale")
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,74 @@
+"""How files and overrides become a configuration, and what that may import."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from peerscale.config.compose import sweep_file
+from peerscale.config.schema import ConfigError, load
+from peerscale.config.study import load_sweep
+from peerscale.files import ROOT
+from peerscale.layers.product_keys import PeerConfig
+
+
+def test_a_study_is_found_by_name_or_path(tmp_path: Path) -> None:
+    assert sweep_file("smoke") == ROOT / "sweeps/smoke.yaml"
+    assert sweep_file(ROOT / "sweeps/smoke.yaml") == ROOT / "sweeps/smoke.yaml"
+    with pytest.raises(ConfigError) as refused:
+        sweep_file("nosuch")
+    known = ", ".join(sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml")))
+    assert str(refused.value) == f"no sweep file nosuch.yaml; in sweeps/ there are: {known}"
+    bare = tmp_path / "bare.yaml"
+    bare.write_text("defaults: [config, _self_]\nbudget: 1e12\n")
+    with pytest.raises(ConfigError, match="no `sweep:` section"):
+        load_sweep(bare)
+
+
+def test_a_studys_settings_lie_between_conf_and_overrides(tmp_path: Path) -> None:
+    study = tmp_path / "study.yaml"
+    study.write_text("defaults: [config, _self_]\nsweep: {methods: [peer]}\nmin_steps: 7\ncontext: 32\n")
+    config = load(["ffn=peer", "context=16"], sweep=study)
+    assert (config.min_steps, config.context, config.batch_sequences) == (7, 16, 16)
+    assert isinstance(config.ffn, PeerConfig)
+
+
+def test_composes_inside_a_running_hydra_and_leaves_it_as_it_was(tmp_path: Path) -> None:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    (tmp_path / "other.yaml").write_text("answer: 42\n")
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        assert load(["ffn=peer"]).ffn.method == "peer"
+        with pytest.raises(ConfigError):
+            load(["ffn=nosuch"])
+        assert hydra_compose("other").answer == 42
+
+
+def test_loading_takes_no_time() -> None:
+    load([])
+    started = time.process_time()
+    load(["ffn=peer", "size=d64", "budget=1e12"])
+    assert time.process_time() - started < 0.5  # some 50 ms
+
+
+HEAVY = ("torch", "lightning", "wandb", "datasets")
+
+
+def test_planning_and_analysis_import_no_training_library() -> None:
+    program = f"""
+import sys
+for statement in (
+    "import peerscale.config.schema, peerscale.plan.cost, peerscale.plan.plan, peerscale.laws",
+    "import peerscale.figures.isoflop, peerscale.launch.progress",
+    "import peerscale.records.table, peerscale.records.study, peerscale.records.record, peerscale.records.speed",
+    "import peerscale.data.prepare, peerscale.train.run, peerscale.launch.run",
+    "from peerscale.launch.overview import main; main(['plan', 'smoke']); main(['status', 'smoke'])",
+):
+    exec(statement)
+    assert not (found := {{*sys.modules}} & {{*{HEAVY}}}), (statement, found)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,224 @@
+"""The isoFLOP figure draws the table's numbers, and nothing else."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
+from synthetic_study import GRID, METHODS, SWEEP, WRONG, minimum, shared_curvature
+from synthetic_surface import BUDGETS, surface_runs
+
+from peerscale.figures.isoflop import isoflop_figure, isoflop_panel, missing_note
+from peerscale.figures.style import colours, panels
+from peerscale.records.study import at_size, collected, read_json
+from peerscale.stats.comparison import compare
+
+Fits = dict[str, Any]
+NOTHING: Fits = {"budgets": []}
+
+
+@pytest.fixture(scope="module")
+def study(collected_runs: Path) -> tuple[pd.DataFrame, Fits]:
+    files = collected(SWEEP, collected_runs)
+    return pd.read_csv(files.runs), read_json(files.fits)
+
+
+def points(axes: Axes, name: str) -> np.ndarray:
+    """(n, 2) drawn points of a method."""
+    found = [c for c in axes.containers if isinstance(c, ErrorbarContainer) and c.get_label() == name]
+    return np.column_stack(found[0].lines[0].get_data()) if found else np.empty((0, 2))
+
+
+def line(axes: Axes, label: str) -> np.ndarray:
+    found = [np.column_stack(line.get_data()) for line in axes.lines if line.get_label() == label]
+    return np.concatenate(found) if found else np.empty((0, 2))
+
+
+def finished(runs: pd.DataFrame, name: str, budget: float) -> pd.DataFrame:
+    """The finished runs, by size; from the cells' names, not the code under test."""
+    rows = runs[runs["cell"].str.startswith(f"{name}-") & (runs["budget"] == budget) & (runs["status"] == "done")]
+    return rows.sort_values("flops_per_token")
+
+
+@pytest.mark.parametrize("x", ["params_total", "flops_per_token"])
+def test_points_curves_and_minima_are_the_tables(study: tuple[pd.DataFrame, Fits], x: str) -> None:
+    runs, fits = study
+    figure = isoflop_figure(runs, fits, x=x)
+    for axes, budget in zip(figure.axes, GRID, strict=True):
+        done = {name: finished(runs, name, budget) for name in METHODS}
+        curves = shared_curvature({name: (d["flops_per_token"], d["val_loss"]) for name, d in done.items()})
+        for name, rows in done.items():
+            np.testing.assert_allclose(points(axes, name), np.column_stack([rows[x], np.exp(rows["val_loss"])]))
+            curve, flops = line(axes, f"_fit {name}"), np.log10(rows["flops_per_token"])
+            assert curve[[0, -1], 0] == pytest.approx([rows[x].min(), rows[x].max()])
+            wanted = np.polynomial.Polynomial(curves[name])
+            on_curve = np.interp(np.log(rows[x]), np.log(curve[:, 0]), np.log(curve[:, 1]))
+            np.testing.assert_allclose(on_curve, wanted(flops), atol=2e-4)  # 200 points, joined by straight lines
+            optimal, loss = minimum(curves[name])
+            ((at, perplexity),) = line(axes, f"_minimum {name}")
+            assert perplexity == pytest.approx(np.exp(loss), rel=1e-6)
+            if x == "flops_per_token":
+                assert at == pytest.approx(optimal, rel=1e-6)
+                continue
+            above = int(np.searchsorted(flops, np.log10(optimal)))  # between two models, in proportion of logarithms
+            place = (np.log10(optimal) - flops.iloc[above - 1]) / (flops.iloc[above] - flops.iloc[above - 1])
+            low, high = rows[x].iloc[above - 1], rows[x].iloc[above]
+            assert at == pytest.approx(low ** (1 - place) * high**place, rel=1e-6)
+
+
+def test_a_size_on_another_axis_is_log_linear_between_the_models() -> None:
+    rows = pd.DataFrame({"flops_per_token": [1e5, 1e7, 1e8, 1e8], "params_total": [10.0, 1000.0, 2000.0, 2000.0]})
+    found = at_size(rows["params_total"], rows, np.array([1e5, 1e6, 1e7, 10**7.5]))
+    assert found == pytest.approx([10, 100, 1000, 1000 * 2**0.5])
+
+
+def window(fits: Fits, **changes: Any) -> Fits:
+    """The fits with dense's entry at the first budget changed."""
+    first, *rest = fits["budgets"]
+    methods = [{**m, **changes} if m["name"] == "dense" else m for m in first["methods"]]
+    return {"budgets": [{**first, "methods": methods}, *rest]}
+
+
+@pytest.mark.parametrize(("status", "face"), [("ok", "filled"), ("off_centre", "hollow")])
+def test_a_flagged_minimum_is_hollow(study: tuple[pd.DataFrame, Fits], status: str, face: str) -> None:
+    runs, fits = study
+    figure = isoflop_figure(runs, window(fits, status=status), x="params_total")
+    (star,) = (line for line in figure.axes[0].lines if line.get_label() == "_minimum dense")
+    assert ("hollow" if star.get_markerfacecolor() == "white" else "filled") == face
+    assert (
+        "hollow where flagged"
+        in isoflop_figure(runs, window(fits, status="off_centre"), x="params_total").get_supxlabel()
+    )
+
+
+@pytest.mark.parametrize("status", ["too_few", "outside_range", "curvature"])
+def test_no_star_without_a_number(study: tuple[pd.DataFrame, Fits], status: str) -> None:
+    runs, fits = study
+    axes = isoflop_figure(runs, window(fits, status=status, x=None, loss=None), x="params_total").axes[0]
+    assert len(line(axes, "_minimum dense")) == 0
+    assert len(line(axes, "_minimum peer")) == 1
+
+
+def test_sizes_outside_the_window_are_hollow_or_triangles_and_squeeze_nothing() -> None:
+    runs = surface_runs()
+    windows, kept = {}, []
+    for budget in BUDGETS:
+        sizes = np.sort(runs.loc[(runs["budget"] == budget) & (runs["method"] == "dense"), "flops_per_token"])
+        windows[budget] = (sizes[1] * 0.99, sizes[5] * 1.01)
+        kept.append(runs[(runs["budget"] == budget) & runs["flops_per_token"].between(*windows[budget])])
+    fits = compare(runs, [], windows=windows)
+    figure = isoflop_figure(runs, fits, x="flops_per_token")
+    alone = isoflop_figure(pd.concat(kept), compare(pd.concat(kept), []), x="flops_per_token")
+    for axes, same, budget in zip(figure.axes, alone.axes, BUDGETS, strict=True):
+        assert axes.get_ylim() == pytest.approx(same.get_ylim())
+        for name in ("dense", "peer"):
+            rows = runs[(runs["budget"] == budget) & (runs["method"] == name)]
+            inside = rows["flops_per_token"].between(*windows[budget])
+            assert sorted(points(axes, name)[:, 0]) == pytest.approx(sorted(rows.loc[inside, "flops_per_token"]))
+            hollow, triangles = points(axes, f"_left out {name}"), line(axes, f"_left out {name}, above")
+            outside = rows[~inside].set_index("flops_per_token")["val_loss"]
+            assert len(hollow) + len(triangles) == len(outside) == 2
+            for x, y in hollow:
+                assert y == pytest.approx(np.exp(outside[x])) and y <= axes.get_ylim()[1]
+            for x, y in triangles:
+                assert np.mean(axes.get_ylim()) < y <= axes.get_ylim()[1] < np.exp(outside[x])
+            assert line(axes, f"_fit {name}")[[0, -1], 0] == pytest.approx(sorted(points(axes, name)[[0, -1], 0]))
+    markers = {
+        str(drawn.get_label()): (drawn.get_marker(), drawn.get_markerfacecolor())
+        for axes in figure.axes
+        for drawn in axes.lines
+        if "above" in str(drawn.get_label())
+    }
+    assert markers and set(markers.values()) == {("^", "white")}
+    small_print = figure.get_supxlabel()
+    assert "hollow points: sizes left out of the fit" in small_print and "triangles: above the axis" in small_print
+    assert "hollow" not in alone.get_supxlabel() and "triangles" not in alone.get_supxlabel()
+
+
+def test_triangles_of_one_size_stand_below_each_other() -> None:
+    runs = pd.DataFrame(
+        {
+            "flops_per_token": [1e5, 1e5, 2e5, 8e5, 8e5, 8e5],
+            "val_loss": [4.0, 4.1, 4.0, 6.0, 5.5, 5.6],
+            "name": ["dense", "peer", "dense", "dense", "peer", "peer"],
+            "val_loss_se": 0.01,
+            "status": "done",
+        }
+    )
+    fit = {"sizes": [1e5, 2e5], "coefficients": [None], "loss": None}
+    _, (axes,) = panels(1)
+    names = {"dense": fit, "peer": fit}
+    isoflop_panel(axes, runs, names, x="flops_per_token", markers=dict.fromkeys(names, "o"), colours=colours(names))
+    ((_, dense),), ((_, peer),) = (line(axes, f"_left out {name}, above") for name in names)
+    assert dense == axes.get_ylim()[1] > peer
+
+
+def test_error_bars_are_one_standard_error(study: tuple[pd.DataFrame, Fits]) -> None:
+    runs, fits = study
+    axes = isoflop_figure(runs, fits, x="params_total").axes[0]
+    container = next(c for c in axes.containers if c.get_label() == "dense")
+    (bars,) = container.lines[2]
+    rows = runs[(runs["method"] == "dense") & (runs["budget"] == 1e11)].sort_values("params_total")
+    for segment, loss, error in zip(bars.get_segments(), rows["val_loss"], rows["val_loss_se"], strict=True):
+        np.testing.assert_allclose(np.log(segment[:, 1]), [loss - error, loss + error])
+
+
+def test_points_that_coincide_can_be_told_apart(study: tuple[pd.DataFrame, Fits]) -> None:
+    figure = isoflop_figure(*study, x="params_total")
+    points = [container.lines[0] for container in figure.axes[0].containers]
+    stars = [line for line in figure.axes[0].lines if line.get_marker() == "*"]
+    assert stars and max(star.get_zorder() for star in stars) < min(drawn.get_zorder() for drawn in points)
+    shapes = {drawn.get_color(): drawn.get_marker() for drawn in points}
+    assert len(set(shapes.values())) == len(METHODS)
+    assert shapes == {handle.get_color(): handle.get_marker() for handle in figure.legends[0].get_lines()}
+
+
+def test_labels(study: tuple[pd.DataFrame, Fits]) -> None:
+    figure = isoflop_figure(*study, x="params_active", note="data: gutenberg")
+    assert [axes.get_title() for axes in figure.axes] == ["$10^{11}$ FLOPs", r"$3 \times 10^{11}$ FLOPs"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "dense",
+        "MoE (expert choice)",
+        "MoE (token choice)",
+        "PKM",
+        "PEER",
+    ]
+    assert "perplexity" in figure.axes[0].get_ylabel()
+    assert figure.axes[0].get_xlabel() == "parameters, active per token"
+    assert "gutenberg" in figure.get_supxlabel()
+    assert "1 diverged, 1 dropped, 1 failed" in figure.get_supxlabel()
+
+
+def test_missing_cells_are_counted(study: tuple[pd.DataFrame, Fits]) -> None:
+    runs, _ = study
+    assert missing_note(runs[~runs["cell"].isin(WRONG)]) == ""
+
+
+def drawn(figure: Figure) -> Figure:
+    figure.draw_without_rendering()
+    return figure
+
+
+def test_a_study_with_next_to_nothing_in_it_is_still_drawn(study: tuple[pd.DataFrame, Fits]) -> None:
+    runs, _ = study
+    one_cell = runs[(runs["cell"] == "dense-d8-1e11-s0") | (runs["status"] != "done")]
+    figure = drawn(isoflop_figure(one_cell, NOTHING, x="params_total"))
+    assert [len(points(axes, "dense")) for axes in figure.axes] == [1]
+    for x in ("params_total", "flops_per_token"):
+        axes = drawn(isoflop_figure(one_cell.assign(val_loss_se=np.nan), NOTHING, x=x)).axes[0]
+        ((size, perplexity),) = points(axes, "dense")
+        assert axes.get_xlim()[0] < size < axes.get_xlim()[1]
+        assert axes.get_ylim()[0] < perplexity < axes.get_ylim()[1]
+
+
+def test_a_budget_without_a_finished_cell_has_no_panel_and_is_told(study: tuple[pd.DataFrame, Fits]) -> None:
+    runs, fits = study
+    last = runs["budget"] == max(GRID)
+    begun = runs.assign(status=runs["status"].mask(last, "pending"), val_loss=runs["val_loss"].mask(last))
+    figure = isoflop_figure(begun, fits, x="params_total")
+    assert len(figure.axes) == len(GRID) - 1
+    assert f"{last.sum()} pending" in figure.get_supxlabel()

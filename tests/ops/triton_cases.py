@@ -1,0 +1,173 @@
+"""What is particular to the GPU backend; `test_triton` runs these."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from test_operators import DEVICE, assert_same, inputs, results
+from torch import nn
+
+from peerscale.ops import triton_kernels, triton_operators
+from peerscale.ops.backends import BACKENDS, choose_operators
+from peerscale.ops.operators import Pairs
+from peerscale.ops.row_sparse_adamw import RowSparseAdamW
+
+TRITON, REFERENCE = choose_operators("triton", DEVICE), BACKENDS["reference"]
+TUNED = [triton_kernels.row_dot_products, triton_kernels.weighted_row_sum, triton_kernels.table_gradient]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def experts(operators, tensors, rows):
+    return results(lambda *t: operators.single_neuron_experts(*t[:3], rows, t[3], "gelu"), tensors)
+
+
+def assert_equal_to_the_definition(shape, dtype, tolerance):
+    tensors, rows = inputs(shape, dtype)
+    assert_same(
+        experts(TRITON, tensors, rows), experts(REFERENCE, [tensor.double() for tensor in tensors], rows), tolerance
+    )
+
+
+@pytest.mark.parametrize(
+    "config", triton_kernels._CONFIGS, ids=lambda config: "-".join(map(str, config.kwargs.values()))
+)
+def test_every_block_size_gives_the_same(monkeypatch, config):
+    for kernel in TUNED:
+        monkeypatch.setattr(kernel, "configs", [config])
+    assert_equal_to_the_definition((3, 70, 5, 20), torch.float64, 1e-12)
+
+
+def test_pairs_in_the_order_of_their_rows(monkeypatch):
+    monkeypatch.setattr(triton_operators, "_CACHE_BYTES", 0)
+    shape = (12, 70, 30, 9)
+    tensors, rows = inputs(shape, torch.float64)
+    assert Pairs(TRITON, rows, 30).quicker_by_row(tensors[0], tensors[1], 0)
+    assert_equal_to_the_definition(shape, torch.float64, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_summed_in_float32(dtype):
+    tensors, rows = inputs((2, 100, 3, 60), dtype)
+    actual = experts(TRITON, tensors, rows)
+    expected = experts(REFERENCE, [tensor.double() for tensor in tensors], rows)
+    assert [tensor.dtype for tensor in actual] == [dtype] * 5
+    # One rounding, that of the result, which the interpreter cuts off to bfloat16; the gradients' probe is rounded too.
+    eps = torch.finfo(dtype).eps
+    rounding = 1.01 if dtype == torch.bfloat16 and DEVICE == "cpu" else 0.51
+    torch.testing.assert_close(actual[0].double(), expected[0], rtol=rounding * eps, atol=1e-5)
+    assert_same(actual[1:], expected[1:], 2 * eps)
+
+
+def test_runs_are_those_of_a_loop():
+    rows = torch.randint(0, 50, (6, 4))
+    runs = TRITON.sort_pairs(Pairs(TRITON, rows, 50))
+    starts = runs.starts_R.tolist()
+    positions = [runs.order_P[a:b].tolist() for a, b in itertools.pairwise(starts)]
+    flat = rows.flatten().tolist()
+    expected = [[p for p, row in enumerate(flat) if row == wanted] for wanted in sorted(set(flat))]
+    assert positions == expected + [[]] * (24 - len(expected))
+    assert runs.tokens_P.tolist() == [p // 4 for p in runs.order_P.tolist()]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+def test_adamw_of_wide_rows_with_many_pairs(dtype, tolerance):
+    rates = {"lr": 0.03, "betas": (0.0, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+    dense = nn.Parameter(torch.randn(3, 300, dtype=torch.float64))
+    table = nn.Parameter(dense.detach().to(dtype))
+    optimizers = torch.optim.AdamW([dense], **rates), RowSparseAdamW([{"params": [table], "row_sparse": True}], **rates)
+    for _ in range(3):
+        rows, weights = torch.arange(30).remainder(3).view(6, 5), torch.randn(6, 5, dtype=dtype, requires_grad=True)
+        grad = torch.randn(6, 300, dtype=dtype)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        TRITON.weighted_rows(table, rows, weights).backward(grad)
+        REFERENCE.weighted_rows(dense, rows, weights.double()).backward(grad.double())
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(table.double(), dense, rtol=tolerance, atol=tolerance)
+
+
+def test_deterministic_algorithms_do_not_depend_on_which_blocks_are_fastest():
+    assert triton_kernels._candidates(triton_kernels._CONFIGS, {}) == triton_kernels._CONFIGS
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert len(triton_kernels._candidates(triton_kernels._CONFIGS, {})) == 1
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def search(operators, top_k, tensors):
+    rows = []
+
+    def scores(*tensors):
+        found, chosen = operators.product_key_top_k(*tensors, top_k)
+        rows.append(chosen)
+        return found
+
+    return results(scores, tensors), rows[0]
+
+
+# Tokens, heads, key sets, sub-keys a side, half a key's width, top k: no whole tiles or powers of two; a key set for
+# each head; one sub-key of one number; as many as there are.
+@pytest.mark.parametrize(
+    ("shape", "dtype", "tolerance"),
+    [
+        ((3, 2, 1, 70, 40, 6), torch.float32, 3e-6),
+        ((1, 1, 1, 1, 1, 1), torch.float32, 3e-6),
+        ((1, 1, 1, 20, 17, 20), torch.float32, 3e-6),
+        ((5, 2, 2, 33, 7, 5), torch.bfloat16, 2 * 2**-7),
+    ],
+    ids=str,
+)
+def test_the_search_equals_the_definition(shape, dtype, tolerance):
+    T, H, G, N, C, top_k = shape
+    tensors = [torch.randn(T, H, 2, C).to(dtype), torch.randn(G, 2, N, C).to(dtype)]
+    found, rows = search(TRITON, top_k, tensors)
+    expected, expected_rows = search(REFERENCE, top_k, [tensor.double() for tensor in tensors])
+    assert torch.equal(rows, expected_rows) and found[0].dtype == torch.float32
+    assert_same(found[:1], expected[:1], 3e-6)
+    assert_same(found[1:], expected[1:], tolerance)
+
+
+def test_the_search_puts_the_lower_of_equal_sub_keys_first_and_hides_no_nan():
+    query, sub_keys = torch.ones(3, 1, 2, 4), torch.ones(1, 2, 9, 4)
+    query[1] = float("nan")
+    scores, rows = TRITON.product_key_top_k(query, sub_keys, 3)
+    assert rows[0].tolist() == rows[2].tolist() == [[0, 1, 2]]
+    assert scores.isnan().flatten(1).all(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(("dtype", "top_k"), [(torch.float64, 3), (torch.float32, 65)])
+def test_a_search_that_the_kernel_does_not_take_runs_on_torch(dtype, top_k):
+    query, sub_keys = torch.randn(3, 2, 2, 5, dtype=dtype), torch.randn(1, 2, 66, 5, dtype=dtype)
+    found, expected = (BACKENDS[name].product_key_top_k(query, sub_keys, top_k) for name in ("triton", "torch"))
+    assert found[0].dtype == dtype and all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2**-7)]
+)
+@pytest.mark.parametrize(("tokens", "vocabulary"), [(1, 1), (2, 9001)])
+def test_cross_entropy_equals_the_definition(tokens, vocabulary, dtype, tolerance):
+    logits, targets = (3 * torch.randn(tokens, vocabulary)).to(dtype), torch.randint(vocabulary, (tokens,))
+    expected = logits.double().clone()
+    losses = [TRITON.cross_entropy_(logits, targets, 0.3), REFERENCE.cross_entropy_(expected, targets, 0.3)]
+    assert losses[0].dtype == dtype
+    assert_same([losses[0], logits], [losses[1], expected], tolerance)
+
+
+def test_cross_entropy_of_a_diverged_model_in_the_kernel():
+    logits = torch.tensor([[0.0, 1e4, -1e4], [0.0, float("nan"), 0.0], [0.0, float("inf"), 0.0]])
+    losses = TRITON.cross_entropy_(logits, torch.tensor([2, 0, 0]), 1.0)
+    assert losses[0] == 2e4 and losses[1:].isnan().all() and logits[0].tolist() == [0.0, 1.0, -1.0]
+
+
+def test_other_devices_run_on_torch():
+    (x, w_down, w_up, gates), rows = inputs((6, 4, 8, 4), torch.float32)
+    on_meta = [tensor.to("meta") for tensor in (x, w_down, w_up, rows, gates)]
+    assert copy.deepcopy(TRITON).single_neuron_experts(*on_meta, "gelu").shape == x.shape

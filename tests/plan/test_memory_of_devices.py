@@ -1,0 +1,145 @@
+"""GPU memory, times and costs of a plan; what training keeps is compared with what autograd saves."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from peerscale.config.schema import Config, load
+from peerscale.files import ROOT
+from peerscale.launch.overview import time_lines
+from peerscale.layers.modules.dense import Dense
+from peerscale.model.build import build_model
+from peerscale.ops.cross_entropy import linear_cross_entropy
+from peerscale.plan.cells import Cell, planned_cells
+from peerscale.plan.cost import cost
+from peerscale.plan.memory import device_memory, in_micro_batches
+from peerscale.plan.plan import plan
+from peerscale.records.speed import Measured, estimate_s
+
+FFNS = sorted(path.stem for path in (ROOT / "conf" / "ffn").glob("*.yaml"))
+NARROWER = {"wide_dense": ["ffn.params_of.n_experts=1024"]}
+"""Settings of a layer that would take long here."""
+GPU = ["trainer.accelerator=gpu"]
+
+
+def saved_bytes(config: Config) -> int:
+    """What autograd keeps of a forward pass, parameters apart; of the head only its gradient is kept."""
+    model, kept = build_model(config).train(), {}
+    own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), x)
+        return x
+
+    tokens = torch.randint(config.data.vocab_size, (config.batch_sequences, config.context + 1))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        features = model.features(tokens[:, :-1]).flatten(0, 1)
+        linear_cross_entropy(features, model.embedding.weight, tokens[:, 1:].flatten(), model.operators)
+        model.auxiliary_loss()
+    return sum(n for n, _ in kept.values()) - 4 * model.embedding.weight.numel()
+
+
+@pytest.mark.parametrize("ffn", FFNS)
+def test_activations_are_about_what_autograd_saves(ffn: str) -> None:
+    settings = [f"ffn={ffn}", "trainer.kernel=torch", "++size.n_heads=4", *NARROWER.get(ffn, [])]
+    for width, replaced in ((64, "middle"), (128, "all")):
+        config = load([*settings, f"++size.d_model={width}", f"replaced={replaced}"])
+        assert device_memory(config)["activations"] == pytest.approx(saved_bytes(config), rel=0.15), (width, replaced)
+
+
+@pytest.mark.parametrize("ffn", ["dense", "wide_dense", "moe", "peer"])
+def test_checkpointing_keeps_the_inputs_of_what_is_computed_again(ffn: str) -> None:
+    shape = ["++size.n_heads=4", "++size.d_model=64", "++size.n_layers=8"]
+    settings = [f"ffn={ffn}", "trainer.kernel=torch", *shape, *NARROWER.get(ffn, [])]
+    config = load([*settings, "trainer.activation_checkpointing=true"])
+    hidden = max(layer.down.out_features for layer in build_model(config).modules() if isinstance(layer, Dense))
+    one_block = 4 * config.tokens_per_step * (9 * 64 + 2 * 64 + 2 * hidden)
+    estimate = device_memory(config)["activations"]
+    assert estimate == pytest.approx(saved_bytes(config) + one_block, rel=0.15)
+    assert estimate < 0.6 * device_memory(load(settings))["activations"]
+    planned, usual = plan(config), plan(load(settings))
+    assert (planned.steps, planned.flops) == (usual.steps, usual.flops), "the budget is as it was"
+    again = planned.cost.flops_per_token - planned.cost.flops["logits"]
+    again -= planned.cost.layer_flops * (ffn not in ("dense", "wide_dense"))
+    speeds = [Measured(ffn, planned.cost.flops_per_token, 1e10)]
+    slower = estimate_s(config, planned, speeds)[0] - estimate_s(load(settings), usual, speeds)[0]
+    assert slower == pytest.approx(planned.tokens * again / 3 / 1e10)
+
+
+def test_memory_of_one_device() -> None:
+    config = load(["ffn=dense", "size=d64", "precision=bf16", "trainer.micro_batches=2", "trainer.devices=4"])
+    memory = device_memory(config)
+    assert memory["state"] == 16 * cost(config).params_total
+    assert memory["activations"] == 2 * 64 * 2 * 4 * 19 * 64  # 2 sequences of 64 tokens, 2 bytes, 4 blocks
+
+
+@pytest.mark.parametrize(("ffn", "tables"), [("peer", 2), ("pkm", 1), ("moe", 0)])
+def test_memory_of_the_bf16_copies_of_tables(ffn: str, tables: int) -> None:
+    words = [f"ffn={ffn}", "size=d64", "replaced=[1,2]"]
+    half, full = (load([*words, f"precision={precision}"]) for precision in ("bf16", "fp32"))
+    added = device_memory(half)["state"] - device_memory(full)["state"]
+    assert added == (tables and 2 * 2 * tables * half.ffn.n_experts * 64)  # bytes, blocks, tables
+
+
+def test_a_cell_that_does_not_fit_is_dropped_with_the_parts_in_which_it_would() -> None:
+    large = [*GPU, "size=d256", "budget=5e14", "batch_sequences=64", "context=512", "trainer.device_memory_gb=2"]
+    dense = plan(load([*large, "ffn=dense", "trainer.micro_batches=1"]))
+    assert dense.reason == "3.68 GB are more than trainer.device_memory_gb 2; trainer.micro_batches=4 would take 1.77"
+    assert plan(load([*large, "ffn=dense", "trainer.micro_batches=4"])).reason == ""
+    peer = plan(load([*large, "ffn=peer"]))
+    hint = "no trainer.micro_batches is enough; smaller routing_group_sequences allow more of them"
+    assert peer.reason.startswith("3.") and peer.reason.endswith(f"of them weights and moments; {hint}")
+    roomy = [word.replace("memory_gb=2", "memory_gb=3") for word in large]
+    advice = plan(load([*roomy, "ffn=peer"])).reason
+    assert (
+        advice.endswith("and more time")
+        and plan(load([*roomy, "ffn=peer", advice.split("; ")[1].split()[0]])).reason == ""
+    )
+    grouped = plan(load([*large, "ffn=peer", "routing_group_sequences=8", "trainer.micro_batches=2"]))
+    assert grouped.reason.endswith("; trainer.micro_batches=4 would take 1.78")
+    assert plan(load(["trainer.accelerator=cpu", *large[1:], "ffn=dense"])).reason == "", "on a CPU nothing is asked"
+
+
+@pytest.mark.parametrize(
+    ("ffn", "group", "parts"), [("dense", 64, 4), ("peer", 8, 4), ("peer", 16, 4), ("peer", 64, 1)]
+)
+def test_the_plan_chooses_the_fewest_parts_that_fit(ffn: str, group: int, parts: int) -> None:
+    large = [*GPU, "size=d256", "budget=5e14", "batch_sequences=64", "context=512", "trainer.device_memory_gb=2"]
+    config = load([*large, f"ffn={ffn}", f"routing_group_sequences={group}"])
+    chosen = in_micro_batches(config)
+    assert chosen.trainer.micro_batches == parts
+    fits = {n: sum(device_memory(replace(config, trainer=replace(config.trainer, micro_batches=n))).values()) < 2e9
+            for n in (1, 2, 4)}  # fmt: skip
+    assert fits == {1: False, 2: False, 4: True}
+    assert (plan(config).reason == "") == (parts == 4)
+    cpu = load(["trainer.accelerator=cpu", *large[1:], f"ffn={ffn}"])
+    assert in_micro_batches(cpu).trainer.micro_batches == 1
+
+
+def test_a_time_on_gpus_is_of_their_records_or_a_share_of_their_peak() -> None:
+    config = load([*GPU, "ffn=dense", "budget=1e15", "trainer.devices=2", "trainer.device_flops_per_s=1e14"])
+    planned = plan(config)
+    work = planned.flops + planned.evaluation_tokens * planned.cost.flops_per_token / 3
+    assert estimate_s(config, planned, []) == (pytest.approx(1 + work / (2 * 0.3 * 1e14)), True)
+    of_cpu = Measured("dense", planned.cost.flops_per_token, 1e10, 1, 2, "cpu")
+    assert estimate_s(config, planned, [of_cpu])[1], "a CPU's speed is none of a GPU's"
+    of_gpus = Measured("dense", planned.cost.flops_per_token, 5e13, 3, 2, "cuda")
+    assert estimate_s(config, planned, [of_gpus, of_cpu]) == (pytest.approx(1 + work / 5e13), False)
+    on_cpu = load(["ffn=dense", "trainer.devices=2"])
+    assert estimate_s(on_cpu, plan(on_cpu), [of_gpus])[1]
+
+
+def test_the_plan_tells_gpu_hours_their_cost_and_the_largest_cell() -> None:
+    cells: list[Cell] = planned_cells("smoke", [*GPU, "trainer.devices=2"])
+    timed = [replace(cell, estimate_s=3600.0, estimate_is_guess=False) for cell in cells]
+    (line,) = time_lines(timed, 2.5)
+    assert line.startswith("20 GPU-hours, 50 at 2.5 an hour; the largest cell takes about 1.0")
+    guess, line = time_lines(cells, None)
+    assert "assumes trainer.device_utilisation 0.3 of trainer.device_flops_per_s 9.89e+14" in guess
+    assert "GPU-hours; PRICE=2.5 gives their cost" in line
+    on_cpus = [replace(cell, estimate_is_guess=False) for cell in planned_cells("smoke")]
+    assert time_lines(on_cpus, None) == []
+    assert time_lines(on_cpus, 2.5) == ["no GPU-hours to price: no cell has trainer.accelerator=gpu"]

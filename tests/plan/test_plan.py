@@ -1,0 +1,424 @@
+import functools
+import math
+import re
+from dataclasses import replace
+from fractions import Fraction
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from peerscale.config.schema import Config, ConfigError, load
+from peerscale.data.batches import EvaluationBatches
+from peerscale.files import ROOT
+from peerscale.plan.cost import cost
+from peerscale.plan.notices import as_asked, beyond_law, evaluation_line
+from peerscale.plan.plan import Verdict, decay_from, plan, schedule
+from peerscale.records.fingerprint import hashed_config
+
+FFNS = sorted(path.stem for path in (ROOT / "conf/ffn").glob("*.yaml"))
+
+
+def sets(train: int) -> dict[str, int]:
+    """Tokens of the sets of a corpus, held-out ones as large as anyone asks."""
+    return {"train": train, "validation": 10**9, "tuning": 10**9}
+
+
+@functools.cache
+def configured(*overrides: str) -> Config:
+    return load(overrides)
+
+
+def steps_for(config: Config, steps: float) -> Config:
+    """The same cell with a budget for so many steps."""
+    return replace(config, budget=steps * cost(config).flops_per_token * config.batch_sequences * config.context)
+
+
+@given(
+    ffn=st.sampled_from(FFNS),
+    size=st.sampled_from(["d8", "d20", "d64", "d256"]),
+    log_budget=st.floats(8, 18),
+    batch_sequences=st.sampled_from([16, 32, 128]),
+    context=st.sampled_from([16, 64, 2048]),
+    min_steps=st.integers(100, 2000),
+    train_tokens=st.none() | st.integers(10**4, 10**12),
+)
+def test_meets_its_budget_or_is_dropped_for_a_reason(
+    ffn, size, log_budget, batch_sequences, context, min_steps, train_tokens
+) -> None:
+    base = configured(f"ffn={ffn}", "data.train_tokens=null")
+    config = replace(
+        base,
+        size=configured(f"size={size}").size,
+        data=replace(base.data, evaluation={"validation": batch_sequences * context}),
+        budget=10**log_budget,
+        batch_sequences=batch_sequences,
+        context=context,
+        min_steps=min_steps,
+    )
+    planned = plan(config, set_tokens=sets(train=train_tokens) if train_tokens else None)
+    per_step = cost(config).flops_per_token * batch_sequences * context
+    exact = Fraction(config.budget) / per_step
+    assert abs(planned.steps - exact) <= Fraction(1, 2)
+    assert planned.tokens == planned.steps * batch_sequences * context
+    assert planned.flops == planned.steps * per_step
+    too_short = planned.steps < min_steps
+    too_long = train_tokens is not None and planned.tokens > train_tokens
+    less_than_a_batch = train_tokens is not None and train_tokens <= 2 * batch_sequences * context
+    if planned.verdict is Verdict.OK:
+        assert not too_short and not too_long
+        assert planned.reason == ""
+        assert abs(planned.flops / config.budget - 1) <= 0.005
+        assert 1 <= planned.warmup_steps < planned.steps
+    else:
+        assert too_short or too_long or less_than_a_batch
+        assert planned.reason.startswith("the train set of this corpus has ") == less_than_a_batch
+        if less_than_a_batch:
+            return
+        assert ("fewer than min_steps" in planned.reason) == too_short
+        assert ("epochs are more than" in planned.reason) == (too_long and not too_short)
+        named = re.search(r"the (smallest|largest) budget for this cell is (\S+)$", planned.reason)
+        if named is None:  # min_steps are too many for the corpus, whatever the budget
+            assert "no budget fits" in planned.reason
+            assert train_tokens < min_steps * batch_sequences * context
+            return
+        assert named[1] == ("smallest" if too_short else "largest")
+        near = plan(
+            replace(config, budget=float(named[2])), set_tokens=sets(train=train_tokens) if train_tokens else None
+        )
+        assert near.verdict is Verdict.OK, near.reason
+        limit = min_steps if too_short else train_tokens // (batch_sequences * context)
+        assert limit / 1.1 <= near.steps <= limit * 1.1 + 1  # two digits are within a tenth
+
+
+@pytest.mark.parametrize("steps", [0, 1, 199])
+def test_drops_a_run_of_too_few_steps_and_names_the_smallest_budget(steps: int) -> None:
+    config = configured("ffn=peer", "size=d32", "budget=1e12")
+    planned = plan(steps_for(config, max(steps, 0.01)))
+    exact = 200 * cost(config).flops_per_token * 1024
+    (named,) = re.findall(r"\S+$", planned.reason)
+    assert planned.verdict is Verdict.DROP
+    assert planned.reason == (
+        f"{steps} step{' is' if steps == 1 else 's are'} fewer than min_steps 200: "
+        f"the smallest budget for this cell is {named}"
+    )
+    assert re.fullmatch(r"\d(\.\d)?e11", named)
+    assert exact <= float(named) < exact + 1e10
+
+
+def test_a_budget_is_named_in_as_many_digits_as_it_takes() -> None:
+    # Only runs of 200 or 201 steps are possible.
+    config = configured("ffn=dense", "data.train_tokens=null")
+    per_step = cost(config).flops_per_token * 1024
+    for steps, named in ((1, "smallest"), (1000, "largest")):
+        corpus = sets(train=201 * 1024 + 1000)
+        reason = plan(steps_for(config, steps), set_tokens=corpus).reason
+        assert f"the {named} budget for this cell is " in reason
+        budget = float(reason.split()[-1])
+        assert 200 * per_step <= budget <= 201 * per_step
+        assert plan(replace(config, budget=budget), set_tokens=corpus).verdict is Verdict.OK
+
+
+def test_says_where_no_budget_fits() -> None:
+    config = configured("ffn=dense", "data.train_tokens=null")
+    for steps, problem in (
+        (1, "1 step is fewer than min_steps 200"),
+        (300, "3.00 epochs are more than data.max_epochs 1"),
+    ):
+        assert plan(steps_for(config, steps), set_tokens=sets(train=102_400)).reason == (
+            f"{problem}: no budget fits, since 200 steps take 204,800 tokens and data.max_epochs 1 allows 102,400"
+        )
+
+
+def test_the_smallest_budget_leaves_steps_after_warm_up() -> None:
+    config = steps_for(configured("ffn=dense", "optim.warmup_fraction=0.9999"), 300)
+    planned = plan(config)
+    assert planned.reason.startswith(
+        "warm-up of 300 steps leaves no step to train: the smallest budget for this cell is "
+    )
+    assert plan(replace(config, budget=float(planned.reason.split()[-1]))).verdict is Verdict.OK
+
+
+def test_keeps_a_run_of_just_enough_steps() -> None:
+    assert plan(steps_for(configured("ffn=peer"), 200)).verdict is Verdict.OK
+
+
+def test_drops_a_run_that_is_all_warm_up() -> None:
+    config = configured("ffn=dense", "optim.warmup_fraction=1")
+    planned = plan(steps_for(config, 300))
+    assert (planned.verdict, planned.reason) == (Verdict.DROP, "optim.warmup_fraction 1 leaves no step after warm-up")
+
+
+def test_drops_a_run_of_too_many_epochs() -> None:
+    config = configured("ffn=dense", "data.train_tokens=null")
+    config = steps_for(config, 500)  # of 1,024 tokens
+    dropped = plan(config, set_tokens=sets(train=400 * 1024))
+    problem, _, named = dropped.reason.rpartition(" ")
+    assert problem == "1.25 epochs are more than data.max_epochs 1: the largest budget for this cell is"
+    exact = 400 * 1024 * cost(config).flops_per_token
+    assert 0.9 * exact < float(named) <= exact
+    assert (dropped.verdict, dropped.epochs) == (Verdict.DROP, 1.25)
+    assert plan(config, set_tokens=sets(train=500 * 1024)).verdict is Verdict.OK
+    barely = plan(config, set_tokens=sets(train=499 * 1024))
+    assert barely.reason.startswith("1.01 epochs are more than data.max_epochs 1: ")
+    twice = replace(config, data=replace(config.data, max_epochs=2))
+    assert plan(twice, set_tokens=sets(train=400 * 1024)).verdict is Verdict.OK
+
+
+def test_epochs_are_unknown_until_the_corpus_is() -> None:
+    config = steps_for(configured("ffn=dense", "data.train_tokens=null"), 10**9)
+    assert plan(config).epochs is None
+    assert plan(config).verdict is Verdict.OK
+
+
+def test_the_tokens_that_are_prepared_count_before_those_written_down() -> None:
+    config = steps_for(configured("ffn=dense", "data.train_tokens=1000000"), 500)
+    assert plan(config).epochs == pytest.approx(0.512)
+    assert plan(config, set_tokens=sets(train=512_000)).epochs == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "n_experts", "capacity_factor", "capacity"),
+    [(16, 32, 1, "0.5"), (16, 3, 1, "5.33333"), (24, 16, 1, "1.5"), (16, 16, 0.5, "0.5"), (16, 16, 1.5, "1.5")],
+)
+def test_drops_expert_choice_without_a_whole_capacity(sequences, n_experts, capacity_factor, capacity) -> None:
+    config = configured(
+        "ffn=moe",
+        f"batch_sequences={sequences}",
+        f"ffn.n_experts={n_experts}",
+        f"ffn.capacity_factor={capacity_factor}",
+    )
+    planned = plan(steps_for(config, 300))
+    assert planned.verdict is Verdict.DROP
+    assert planned.reason == (
+        f"expert choice needs a whole capacity in 1..{sequences}: {sequences} sequences x {capacity_factor} / "
+        f"{n_experts} experts = {capacity}"
+    )
+
+
+def test_drops_experts_that_are_no_whole_part_of_a_dense_layer() -> None:
+    planned = plan(steps_for(configured("ffn=fine_grained_moe", "ffn.granularity=3"), 300))
+    assert (planned.verdict, planned.reason) == (Verdict.DROP, "ffn.granularity 3 does not divide d_ff 128")
+
+
+@pytest.mark.parametrize(("sequences", "n_experts", "factor"), [(16, 16, 1), (32, 16, 1), (16, 16, 2), (32, 8, 0.25)])
+def test_keeps_expert_choice_with_a_whole_capacity(sequences, n_experts, factor) -> None:
+    config = configured(
+        "ffn=moe", f"batch_sequences={sequences}", f"ffn.n_experts={n_experts}", f"ffn.capacity_factor={factor}"
+    )
+    assert plan(steps_for(config, 300)).verdict is Verdict.OK
+
+
+def test_a_capacity_is_whole_whatever_its_factor_rounds_to() -> None:
+    # 100 x 1.1 / 11 = 10, but 100 * 1.1 is 110.00000000000001 in floating point.
+    config = configured("ffn=moe", "batch_sequences=100", "ffn.n_experts=11", "ffn.capacity_factor=1.1")
+    assert plan(steps_for(config, 300)).verdict is Verdict.OK
+
+
+def test_refuses_expert_choice_that_wants_more_tokens_than_there_are() -> None:
+    # 4 sequences x 8 / 2 experts: each expert would take 16 of the 4 tokens at a position.
+    try:
+        config = configured("ffn=moe", "batch_sequences=4", "ffn.n_experts=2", "ffn.capacity_factor=8")
+    except ConfigError:
+        return
+    assert plan(steps_for(config, 300)).verdict is Verdict.DROP
+
+
+def test_token_choice_needs_no_capacity() -> None:
+    assert plan(steps_for(configured("ffn=moe_token_choice", "batch_sequences=3"), 300)).verdict is Verdict.OK
+
+
+@pytest.mark.parametrize(("size", "factor"), [("d32", 1.0), ("d8", 2.0), ("d128", 0.5)])
+def test_rates_follow_the_width_and_table_rates_do_not(size: str, factor: float) -> None:
+    settings = ("ffn=peer", f"size={size}", "optim.lr=0.01", "optim.table_lr=0.002")
+    planned = plan(configured(*settings, "optim.lr_rule=inverse_sqrt_width"))
+    assert planned.lr == pytest.approx(0.01 * factor)
+    assert planned.table_lr == 0.002
+    assert plan(configured(*settings, "optim.lr_rule=constant")).lr == 0.01
+    assert plan(configured("ffn=dense", f"size={size}")).table_lr is None
+
+
+def test_evaluation_tokens_are_those_of_all_sets() -> None:
+    config = configured("ffn=dense", "data.evaluation={validation:4096,tuning:0,speeches:2048,wikipedia:1024}")
+    planned = plan(config)
+    assert planned.evaluation == {"validation": 4096, "speeches": 2048, "wikipedia": 1024}
+    assert planned.evaluation_tokens == 7168
+    assert evaluation_line(config, planned) == (
+        "evaluation: validation 4,096 tokens; speeches 2,048 tokens; wikipedia 1,024 tokens"
+    )
+    assert as_asked(config, planned)
+
+
+def test_a_set_is_evaluated_on_the_whole_batches_that_it_has() -> None:
+    config = configured("ffn=dense", "data.evaluation={validation:131072,tuning:3000,speeches:65536,wikipedia:65536}")
+    planned = plan(config, set_tokens={"train": 10**9, "validation": 44_290, "tuning": 9999, "wikipedia": 2048})
+    assert planned.verdict is Verdict.OK
+    assert planned.evaluation == {"validation": 43 * 1024, "tuning": 2 * 1024}
+    assert not as_asked(config, planned)
+    assert evaluation_line(config, planned) == (
+        "evaluation: validation 44,032 of 131,072 tokens asked; tuning 2,048 of 3,000 tokens asked; speeches: not in "
+        "this corpus, skipped; wikipedia: fewer tokens than the 2,049 that a batch of 16 x 64 needs, skipped"
+    )
+
+
+def test_sets_of_table_1_may_fill_one_batch_and_some_are_only_in_files() -> None:
+    sets = [f"data.evaluation.{name}={n}" for name, n in (("validation", 4096), ("wikitext", 4096), ("pile", 1024))]
+    config = configured("ffn=dense", "data=c4", *sets, "data.evaluation.curation_corpus=1024")
+    files = "not on the hub, only from files in data.held_out, skipped"
+    assert evaluation_line(config, plan(config)) == (
+        f"evaluation: validation 4,096 tokens; wikitext 4,096 tokens; pile, curation_corpus: {files}"
+    )
+    given = configured("ffn=dense", "data=c4", *sets, "data.held_out.pile=pile.jsonl")
+    assert plan(given).evaluation == {"validation": 4096, "wikitext": 4096, "pile": 1024}
+    there = plan(config, set_tokens={"train": 10**9, "validation": 9999, "wikitext": 2048, "pile": 1024})
+    assert there.evaluation == {"validation": 4096, "wikitext": 1024}
+    assert there.skipped == {
+        "pile": "fewer tokens than the 1,025 that a batch of 16 x 64 needs",
+        "curation_corpus": "not on the hub, only from files in data.held_out",
+    }
+
+
+@given(
+    held=st.integers(1, 5000),
+    asked=st.integers(1, 5000),
+    batch_sequences=st.integers(1, 20),
+    context=st.integers(2, 20),
+)
+def test_what_the_plan_keeps_can_be_evaluated_and_nothing_more(held, asked, batch_sequences, context) -> None:
+    shape = {"batch_sequences": batch_sequences, "context": context}
+    base = configured("ffn=dense", "data.evaluation={validation:9}")
+    config = replace(base, data=replace(base.data, evaluation={"validation": asked}), **shape)
+    planned = plan(config, set_tokens={"train": 10**9, "validation": held})
+    tokens, a_batch = np.zeros(held, np.uint16), batch_sequences * context
+    if "validation" in planned.evaluation:
+        batches = EvaluationBatches(tokens, planned.evaluation["validation"], **shape)
+        assert len(batches) * a_batch == planned.evaluation["validation"] <= asked
+        more = planned.evaluation["validation"] + a_batch
+        if more > asked:
+            return
+    else:
+        assert planned.verdict is Verdict.DROP
+        more = a_batch
+        if asked < a_batch:
+            assert planned.reason == (
+                f"data.evaluation.validation asks for {asked:,} tokens, but one batch of {batch_sequences} x {context} "
+                f"has {a_batch:,}"
+            )
+            return
+        assert planned.reason == (
+            f"the validation set of this corpus has {held:,} tokens, fewer than the {2 * a_batch + 1:,} that a batch "
+            f"of {batch_sequences} x {context} needs"
+        )
+    with pytest.raises(AssertionError):
+        EvaluationBatches(tokens, more, **shape)
+
+
+def test_drops_what_has_no_validation_set_or_training_batch() -> None:
+    config = configured("ffn=dense", "data.val_set=speeches")
+    assert plan(config, set_tokens=sets(train=10**9)).reason == (
+        "data.val_set speeches is not in this corpus, whose held-out sets are validation, tuning"
+    )
+    assert plan(configured("ffn=dense"), set_tokens=sets(train=2048)).reason == (
+        "the train set of this corpus has 2,048 tokens, fewer than the 2,049 that a batch of 16 x 64 needs"
+    )
+
+
+def test_tokens_per_parameter_are_of_all_parameters() -> None:
+    planned = plan(steps_for(configured("ffn=peer"), 1000))
+    assert planned.tokens_per_param == 1000 * 16 * 64 / planned.cost.params_total
+
+
+@given(
+    steps=st.integers(200, 5000),
+    warmup=st.floats(0, 0.9),
+    floor=st.floats(0, 1),
+)
+def test_schedule_warms_up_linearly_and_ends_with_the_run(steps: int, warmup: float, floor: float) -> None:
+    base = configured("ffn=dense", "data.train_tokens=null")
+    config = replace(base, optim=replace(base.optim, warmup_fraction=warmup, final_lr_fraction=floor))
+    planned = plan(steps_for(config, steps))
+    assert planned.steps == steps
+    w = planned.warmup_steps
+    assert abs(w - warmup * steps) <= 1
+    assume(w < steps)
+    factors = [schedule(config, planned, step) for step in range(steps)]
+    assert factors[:w] == pytest.approx([(step + 1) / w for step in range(w)])
+    assert max(factors) == factors[w - 1] == 1
+    assert all(a >= b - 1e-12 for a, b in pairwise(factors[w - 1 :]))
+    # The last step is one short of the floor, which the run reaches at its end and never passes.
+    assert schedule(config, planned, steps) == pytest.approx(floor)
+    assert floor - 1e-12 <= factors[-1] <= floor + (1 - floor) * (math.pi / (steps - w)) ** 2 / 4 + 1e-12
+
+
+def test_schedule_is_the_cosine() -> None:
+    config = configured("ffn=dense", "optim.warmup_fraction=0.25", "optim.final_lr_fraction=0.2")
+    planned = plan(steps_for(config, 400))
+    # Quarters of the 300 steps after a warm-up of 100: 0.2 + 0.8 (1 + cos(pi p)) / 2.
+    factors = [schedule(config, planned, 100 + 75 * quarter) for quarter in range(5)]
+    assert factors == pytest.approx([1.0, 0.6 + 0.4 * math.sqrt(0.5), 0.6, 0.6 - 0.4 * math.sqrt(0.5), 0.2])
+
+
+def test_wsd_keeps_the_peak_until_its_straight_decay() -> None:
+    config = configured("ffn=dense", "optim.schedule=wsd", "optim.warmup_steps=50", "optim.decay_fraction=0.25")
+    config = replace(config, optim=replace(config.optim, final_lr_fraction=0.2))
+    planned = plan(steps_for(config, 400))
+    assert (planned.warmup_steps, decay_from(config, planned)) == (50, 300)
+    assert [schedule(config, planned, step) for step in (0, 24, 49)] == pytest.approx([0.02, 0.5, 1.0])
+    assert {schedule(config, planned, step) for step in range(50, 301)} == {1.0}
+    assert [schedule(config, planned, 300 + 25 * part) for part in range(5)] == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_warm_up_in_steps_is_as_long_for_any_budget() -> None:
+    config = configured("ffn=dense", "optim.warmup_steps=250")
+    assert [plan(steps_for(config, n)).warmup_steps for n in (400, 4000)] == [250, 250]
+    short = plan(steps_for(config, 230))
+    assert short.verdict is Verdict.DROP and "warm-up of 250 steps leaves no step to train" in short.reason
+
+
+LAW = (
+    "{reference_d_model: 64, reference_tokens: 1e7, reference_batch_sequences: 16, width_exponent: 0.4, "
+    "tokens_exponent: 0.3, batch_exponent: 0.5, "
+    "fitted_d_model: [32, 64], fitted_tokens: [1e5, 1e7], fitted_batch_sequences: [8, 32], fewest_steps: 1}"
+)
+
+
+def test_a_law_gives_the_rate_of_width_tokens_and_batch() -> None:
+    law = ["optim.lr_rule=law", f"optim.lr_law={LAW}", "optim.lr=0.005", "budget=1e12", "batch_sequences=32"]
+    here = plan(load([*law, "size=d32"]))
+    assert here.lr == pytest.approx(0.005 * (32 / 64) ** -0.4 * (here.tokens / 1e7) ** -0.3 * (32 / 16) ** 0.5)
+    assert plan(load([*law, "size=d32", "optim.lr_factor=0.5"])).lr == pytest.approx(here.lr / 2)
+    assert beyond_law(load([*law, "size=d32"]), here.tokens) == {}
+    assert beyond_law(load([*law, "size=d96"]), 20_000_000) == {
+        "d_model": (96, (32, 64)), "tokens": (20_000_000, (1e5, 1e7))
+    }  # fmt: skip
+    short = load([*law, "size=d32", "optim.lr_law.fewest_steps=300"])
+    assert beyond_law(short, 299 * 32 * 64) == {"steps": (299, (300, math.inf))} and not beyond_law(
+        short, 300 * 32 * 64
+    )
+    bounded = ["size=d32", *(override.replace("}", ", largest_lr: 0.011}") for override in law)]
+    assert 0.029 > here.lr > 0.011 and plan(load(bounded)).lr == pytest.approx(0.011)
+    assert plan(load([*bounded, "optim.lr_factor=2"])).lr == pytest.approx(0.022)
+    assert beyond_law(load(["size=d96", "optim.lr_rule=constant"]), 20_000_000) == {}, "no law, no range"
+    with pytest.raises(ConfigError, match=r"lr_rule law needs optim\.lr_law"):
+        load(["optim.lr_rule=law", "optim.lr_law=null"])
+
+
+def test_a_cell_is_the_same_whichever_rule_gave_its_rate() -> None:
+    by_width = load(["size=d32", "optim.lr=0.01", "optim.lr_rule=inverse_sqrt_width"])
+    constant = load(["size=d32", "optim.lr=0.02", "optim.lr_rule=constant", "optim.lr_factor=0.5"])
+    first, second = (hashed_config(config, plan(config), "corpus") for config in (by_width, constant))
+    assert first == second
+
+
+def test_what_cannot_be_shared_is_dropped_with_its_reason() -> None:
+    three = plan(load(["ffn=dense", "trainer.devices=3"]))
+    assert three.verdict is Verdict.DROP
+    assert three.reason == "16 sequences cannot be shared by trainer.devices 3; allowed: 1, 2, 4, 8, 16"
+    split = plan(load(["ffn=moe", "ffn.n_experts=4", "trainer.devices=4", "routing_group_sequences=8"]))
+    assert split.reason == "routing_group_sequences 8 does not divide the 4 sequences of a device"
+    odd = plan(load(["ffn=peer", "routing_group_sequences=6"]))
+    assert odd.reason == "routing_group_sequences 6 does not divide batch_sequences 16"
+    few = plan(load(["ffn=moe", "ffn.n_experts=16", "ffn.capacity_factor=1", "routing_group_sequences=8"]))
+    assert few.reason == ("expert choice needs a whole capacity in 1..8: 8 sequences x 1 / 16 experts = 0.5")

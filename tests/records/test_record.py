@@ -1,0 +1,295 @@
+import functools
+import json
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from peerscale.config.schema import Config, composed, load, to_dict
+from peerscale.errors import UserError
+from peerscale.plan.cells import single_cell
+from peerscale.plan.plan import plan
+from peerscale.records.fingerprint import ADDED_LATER, RECIPE_VERSION, differing_keys, fingerprint, hashed_config
+from peerscale.records.record import (
+    LOCK,
+    RECORD,
+    SCHEMA_VERSION,
+    Record,
+    Status,
+    differences,
+    parse_record,
+    read_cell,
+    read_record,
+    write_record,
+)
+from peerscale.records.table import read_records
+from toy_study import CORPUS, record_of
+
+
+def record(status: Status = Status.DONE, **fields: Any) -> Record:
+    return record_of(single_cell(composed(["ffn=peer"])), status, **fields)
+
+
+@pytest.mark.parametrize("status", Status)
+def test_round_trips_through_its_file(tmp_path: Path, status: Status) -> None:
+    full = record(
+        status,
+        reason="line one — é",
+        sequence_losses=[5.1, 4.25],
+        router={"expert_usage": 0.75, "unevenness": 1.5, "usage_tokens": 131072},
+        environment={"hardware": "abacus", "n_threads": 1, "git_commit": None, "versions": {"torch": "2.8"}},
+        bit_exact=False,
+        traceback="Traceback:\n  ...",
+    )
+    write_record(tmp_path / "cell", full)
+    back = read_record(tmp_path / "cell")
+    assert back is not None
+    assert back.status is status
+    assert json.loads(json.dumps(asdict(back))) == json.loads(json.dumps(asdict(full)))
+    assert fingerprint(back.hashed_config) == full.fingerprint
+    assert [path.name for path in (tmp_path / "cell").iterdir()] == ["record.json"]
+
+
+def test_a_loss_that_is_no_number_round_trips(tmp_path: Path) -> None:
+    write_record(tmp_path, record(evaluation={"validation": {"loss": float("nan"), "ppl": float("inf")}}))
+    back = read_record(tmp_path)
+    assert back is not None
+    assert back.evaluation["validation"]["loss"] != back.evaluation["validation"]["loss"]
+    assert back.evaluation["validation"]["ppl"] == float("inf")
+
+
+def test_a_cell_that_was_never_run_has_none(tmp_path: Path) -> None:
+    assert read_record(tmp_path) is None
+    assert read_record(tmp_path / "nosuch") is None
+
+
+def broken(tmp_path: Path, **change: Any) -> str:
+    tree = {**json.loads(json.dumps(asdict(record()))), **change}
+    (tmp_path / "record.json").write_text(json.dumps({key: value for key, value in tree.items() if value != "GONE"}))
+    with pytest.raises(UserError) as refused:
+        read_record(tmp_path)
+    return str(refused.value)
+
+
+def test_another_schema_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    for version in (SCHEMA_VERSION + 1, 1, None, "1"):
+        message = broken(tmp_path, schema_version=version)
+        problem = f"{path}: schema version {version}, but this peerscale reads version {SCHEMA_VERSION}"
+        assert message == f"{problem}; to go on without it: mv '{tmp_path}' '{tmp_path}.old'"
+    assert "schema version None" in broken(tmp_path, schema_version="GONE")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"mood": "good"}, "mood: Unexpected keyword argument"),
+        ({"status": "resting"}, "status"),
+        ({"fingerprint": "GONE"}, "fingerprint"),
+        ({"plan": None}, "plan"),
+        ({"params": {"ffn": "many"}}, "params.ffn"),
+        ({"evaluation": {"validation": {"loss": "low"}}}, "evaluation.validation.loss"),
+    ],
+)
+def test_what_is_no_record_is_refused_naming_the_field(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    message = broken(tmp_path, **change)
+    assert message.startswith(f"{tmp_path / 'record.json'}: {said}")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(("text", "said"), [("{", "not JSON"), ("", "not JSON"), ("[1]", "schema version None")])
+def test_a_file_that_holds_no_record_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "record.json").write_text(text)
+    with pytest.raises(UserError, match=said):
+        read_record(tmp_path)
+
+
+def test_a_line_of_a_published_study_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"records\.jsonl:7: schema version 9"):
+        parse_record({"schema_version": 9}, "records.jsonl:7")
+
+
+# The fingerprint
+
+BASE = ("ffn=peer", "size=d16", "budget=1e12", "optim.lr_rule=inverse_sqrt_width")
+
+
+@functools.cache
+def hashed(*overrides: str, corpus: str = CORPUS) -> str:
+    return fingerprint(hashed_of(load([*BASE, *overrides]), corpus))
+
+
+def hashed_of(config: Config, corpus: str = CORPUS) -> dict[str, Any]:
+    return hashed_config(config, plan(config), corpus)
+
+
+def test_is_16_hexadecimal_digits_and_stable() -> None:
+    assert len(hashed()) == 16 and int(hashed(), 16) >= 0
+    assert hashed() == hashed("ffn=peer", "seed=0")
+    tree = hashed_of(load(BASE))
+    assert fingerprint(dict(reversed(tree.items()))) == fingerprint(tree)
+    assert fingerprint(json.loads(json.dumps(tree))) == fingerprint(tree)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("seed=1", "budget=1.1e12", "replaced=all", "batch_sequences=32", "context=32", "precision=bf16"),
+        *("size.d_model=32", "size.n_layers=5", "size.n_heads=2"),
+        *("ffn=pkm", "ffn.n_experts=1024", "ffn.top_k=8", "ffn.n_heads=2", "++ffn.query_norm=false", "++ffn.d_key=16"),
+        *("++ffn.activation=relu", "++ffn.score=sigmoid", "++ffn.query_bias=false", "++ffn.shared_keys=false"),
+        *("optim.lr=0.1", "optim.table_lr=0.1", "optim.lr_rule=constant", "optim.warmup_fraction=0.2"),
+        *("optim.final_lr_fraction=0", "optim.weight_decay=0", "optim.beta1=0.8", "optim.beta2=0.9", "optim.eps=1e-7"),
+        "routing_group_sequences=4",
+        *("optim.grad_clip=2", "data.vocab_size=1024", "data.evaluation.validation=1024", "data.val_set=speeches"),
+    ],
+)
+def test_changes_with_everything_that_changes_the_result(override: str) -> None:
+    assert hashed(override) != hashed()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("trainer.threads=2", "trainer.kernel=reference", "trainer.compile=off", "trainer.accelerator=cpu"),
+        *("trainer.checkpoint_every_s=1", "trainer.log_every_steps=1", "trainer.keep_checkpoint=true"),
+        *("trainer.runs_directory=elsewhere", "tracking.mode=online", "tracking.tags=[a]", "tracking.id_salt=x"),
+        *("data.directory=elsewhere", "++data.path=elsewhere", "data.train_tokens=12345", "data.max_epochs=3"),
+        *("data.name=verse", "+data.held_out.pile=pile.jsonl"),
+        *("min_steps=3", "routing_group_sequences=16"),
+    ],
+)
+def test_stays_with_everything_that_does_not(override: str) -> None:
+    assert hashed(override) == hashed()
+
+
+def test_every_key_is_either_hashed_or_known_to_be_operational() -> None:
+    config = load(BASE)
+    left_out = {
+        *(f"trainer.{key}" for key in to_dict(config)["trainer"]),
+        *(f"tracking.{key}" for key in to_dict(config)["tracking"]),
+        *("min_steps", "data.directory", "data.name", "data.path", "data.train_tokens", "data.max_epochs"),
+        # What these name is hashed: the layer's settings, the tokens of the corpus, the rates of this width.
+        *("ffn.variant", "data.source", "data.max_documents", "optim.lr_rule", "optim.lr_factor"),
+        *(f"data.evaluation.{name}" for name, tokens in config.data.evaluation.items() if not tokens),
+        *("routing_group_sequences", "optim.warmup_steps", "optim.decay_fraction"),  # where they are the usual ones
+    }
+    left_out |= {f"optim.lr_law.{key}" for key in to_dict(config)["optim"]["lr_law"]}
+    assert {*flat(to_dict(config))} - {*flat(hashed_of(config))} == left_out
+    assert {*flat(hashed_of(config))} - {*flat(to_dict(config))} == {"data_fingerprint", "recipe_version"}
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    return [
+        key
+        for name, value in tree.items()
+        for key in (flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [f"{prefix}{name}"])
+    ]
+
+
+def test_changes_with_the_corpus_and_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load(BASE)
+    before = fingerprint(hashed_of(config))
+    assert fingerprint(hashed_of(config, "f" * 16)) != before
+    monkeypatch.setattr("peerscale.records.fingerprint.RECIPE_VERSION", RECIPE_VERSION + 1)
+    assert fingerprint(hashed_of(config)) != before
+
+
+def test_tables_read_in_bf16_are_a_recipe_of_their_own() -> None:
+    recipes = {
+        (ffn, precision): hashed_of(load([f"ffn={ffn}", f"precision={precision}"]))["recipe_version"] - RECIPE_VERSION
+        for ffn in ("peer", "pkm", "moe", "dense")
+        for precision in ("fp32", "bf16")
+    }
+    assert {cell for cell, later in recipes.items() if later} == {("peer", "bf16"), ("pkm", "bf16")}
+
+
+def test_differing_keys_are_dotted_and_in_order() -> None:
+    old = {"a": 1, "ffn": {"top_k": 8, "method": "peer"}, "size": {"d_model": 8}, "gone": None, "gone_too": 1}
+    new = {"a": 1, "ffn": {"top_k": 16, "method": "peer"}, "size": 3, "new": "x"}
+    assert differing_keys(old, new) == [
+        "ffn.top_k 8 -> 16",
+        "gone_too 1 -> None",
+        "new None -> 'x'",
+        "size {'d_model': 8} -> 3",
+    ]
+    assert differing_keys(old, old) == []
+
+
+def test_two_configurations_differ_in_what_was_changed() -> None:
+    old = load(BASE)
+    new = replace(old, seed=3, optim=replace(old.optim, lr=0.5))
+    assert differing_keys(hashed_of(old), hashed_of(new)) == [
+        f"optim.lr {old.optim.lr * 2**0.5} -> {0.5 * 2**0.5}",  # at d_model 16, for rates meant at 32
+        "seed 0 -> 3",
+    ]
+
+
+def test_a_folder_set_aside_as_the_error_says_stops_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "study" / "cell"
+    folder.mkdir(parents=True)
+    (folder / RECORD).write_text("{")
+    with pytest.raises(UserError) as refused:
+        read_records(tmp_path / "study")
+    command = str(refused.value).rpartition("to go on without it: ")[2]
+    subprocess.run(["sh", "-c", command], check=True)
+    assert read_records(tmp_path / "study") == []
+
+
+def test_a_running_record_is_interrupted_where_no_process_holds_its_lock(tmp_path: Path) -> None:
+    write_record(tmp_path, replace(record(), status=Status.RUNNING))
+
+    def status(read: Callable[[Path], Record | None]) -> Status:
+        found = read(tmp_path)
+        assert found is not None
+        return found.status
+
+    assert status(read_cell) is Status.INTERRUPTED
+    assert not (tmp_path / LOCK).exists(), "looking leaves nothing behind"
+    with FileLock(tmp_path / LOCK):
+        assert status(read_cell) is Status.RUNNING
+    assert status(read_cell) is Status.INTERRUPTED
+    assert status(read_record) is Status.RUNNING
+
+
+def test_without_a_corpus_all_but_the_corpus_is_compared() -> None:
+    peer = ["ffn=peer", "optim.lr_rule=constant"]
+    cell = single_cell(composed(peer))
+    kept = record_of(cell, Status.DONE, corpus="a" * 16)
+    kept = replace(kept, hashed_config=json.loads(json.dumps(kept.hashed_config)))
+    assert differences(cell, kept, None) == differences(cell, kept, "a" * 16) == []
+    assert differences(cell, kept, "b" * 16) == [f"data_fingerprint '{'a' * 16}' -> '{'b' * 16}'"]
+    assert differences(single_cell(composed([*peer, "context=32"])), kept, None) == ["context 64 -> 32"]
+
+
+def test_the_names_of_rules_and_layers_are_not_hashed_but_what_they_stand_for() -> None:
+    rule = load([*BASE, "optim.lr_rule=inverse_sqrt_width", "optim.lr=0.02"])
+    value = load([*BASE, "optim.lr_rule=constant", f"optim.lr={0.02 * (32 / 16) ** 0.5!r}"])
+    assert hashed_of(rule) == hashed_of(value)
+    assert hashed("++ffn.variant=other") == hashed()
+    assert hashed("replaced=[2]") == hashed("replaced=middle") != hashed("replaced=[1]")
+    assert hashed("data.evaluation.speeches=0") == fingerprint(
+        {
+            **hashed_of(load(BASE)),
+            "data": {
+                **(data := hashed_of(load(BASE))["data"]),
+                "evaluation": {name: tokens for name, tokens in data["evaluation"].items() if name != "speeches"},
+            },
+        }
+    )
+
+
+def test_a_key_added_later_is_hashed_only_where_it_departs_from_what_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = hashed()
+    config = load(BASE)
+    later = {**to_dict(config), "optim": {**to_dict(config)["optim"], "amsgrad": False}}
+    monkeypatch.setattr("peerscale.records.fingerprint.to_dict", lambda _: json.loads(json.dumps(later)))
+    assert fingerprint(hashed_of(config)) != before
+    monkeypatch.setattr("peerscale.records.fingerprint.ADDED_LATER", {**ADDED_LATER, "optim.amsgrad": False})
+    assert fingerprint(hashed_of(config)) == before
+    later["optim"]["amsgrad"] = True
+    assert fingerprint(hashed_of(config)) != before

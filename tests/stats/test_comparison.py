@@ -1,0 +1,404 @@
+"""The statistics of a study against regressions, t tests and corrections that are worked here by themselves."""
+
+import itertools
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from made_up_study import LADDER, SIZES, bowl, curves, ladder, record, run, with_sequences
+from peerscale.config.study import ClaimsConfig
+from peerscale.data.batches import EvaluationBatches
+from peerscale.files import write_json
+from peerscale.records.record import Status
+from peerscale.stats.comparison import compare, sequence_losses
+
+FIVE = {("dense", 1e12): 4.50, ("moe", 1e12): 4.49, ("peer", 1e12): 4.46}
+
+
+def of(found: dict[str, Any], method: str, reference: str, budget: float = 1e12, size: str = "") -> dict[str, Any]:
+    """The difference of two methods at a budget."""
+    (entry,) = (entry for entry in found["budgets"] if entry["budget"] == budget)
+    (one,) = (
+        d for d in entry["differences"] if (d["method"], d["reference"], d["size"]) == (method, reference, size)
+    )  # fmt: skip
+    return one
+
+
+def minima(runs: pd.DataFrame, losses: np.ndarray) -> dict[str, float]:
+    """Each method's minimum, by the normal equations of parabolas with one curvature."""
+    z = np.log10(runs["flops_per_token"].to_numpy()) - 6
+    methods = list(runs["method"].unique())
+    one = np.array([[method == m for m in methods] for method in runs["method"]], float)
+    design = np.column_stack([one, one * z[:, None], z**2])
+    theta = np.linalg.solve(design.T @ design, design.T @ losses)
+    n = len(methods)
+    return {m: float(theta[i] - theta[n + i] ** 2 / (4 * theta[-1])) for i, m in enumerate(methods)}
+
+
+# Methods that have curves.
+
+
+def test_exact_parabolas_are_recovered() -> None:
+    found = compare(curves(FIVE | {("dense", 3e12): 4.2, ("peer", 3e12): 4.15}), [])
+    for entry in found["budgets"]:
+        optimum = 7.5e5 * (entry["budget"] / 1e12) ** 0.5
+        for method in entry["methods"]:
+            assert method["loss"] == pytest.approx((FIVE | {("dense", 3e12): 4.2, ("peer", 3e12): 4.15})[
+                method["name"], entry["budget"]
+            ])  # fmt: skip
+            assert method["x"] == pytest.approx(optimum) and method["status"] == "ok"
+            assert method["own"]["loss"] == pytest.approx(method["loss"])
+        assert entry["curvature"] == pytest.approx(0.9) and entry["scatter"] < 1e-12
+    assert of(found, "peer", "dense")["value"] == pytest.approx(-0.04)
+    assert of(found, "moe", "peer")["value"] == pytest.approx(0.03)
+    assert of(found, "peer", "dense", 3e12)["value"] == pytest.approx(-0.05)
+    assert [entry["budget"] for entry in found["budgets"]] == [1e12, 3e12]
+
+
+def test_differences_of_noisy_curves_share_one_curvature() -> None:
+    runs = curves(FIVE, noise=0.005)
+    found, expected = compare(runs, []), minima(runs, runs["val_loss"].to_numpy())
+    for pair in (("peer", "dense"), ("moe", "dense"), ("moe", "peer"), ("dense", "peer")):
+        one = of(found, *pair)
+        assert one["value"] == pytest.approx(expected[pair[0]] - expected[pair[1]], abs=1e-9)
+        half = stats.t.ppf(0.975, 15 - 7) * one["se"]
+        assert (one["low"], one["high"]) == pytest.approx((one["value"] - half, one["value"] + half))
+        assert one["fit_se"] == one["se"] and one["seeds_se"] is one["sequences_se"] is one["rate_se"] is None
+    for one in found["budgets"][0]["methods"]:
+        half = stats.t.ppf(0.975, 15 - 7) * one["se"]
+        assert (one["low"], one["high"]) == pytest.approx((one["loss"] - half, one["loss"] + half))
+    assert of(found, "peer", "dense")["own"]["value"] != pytest.approx(of(found, "peer", "dense")["value"], abs=1e-6)
+
+
+def test_one_window_leaves_out_the_same_sizes_of_all_methods() -> None:
+    runs = curves(FIVE, noise=0.003)
+    far = runs["flops_per_token"] < 4e5
+    spoilt = runs.assign(val_loss=runs["val_loss"] + 0.5 * far)
+    found = compare(spoilt, [], windows={1e12: (4e5, 2e6)})
+    (entry,), (without,) = found["budgets"], compare(runs[~far], [])["budgets"]
+    assert entry["window"] == [4e5, 2e6] and without["window"] is None
+    assert entry["differences"] == without["differences"]
+    for method in entry["methods"]:
+        assert method["left_out"] == [SIZES[0]] and method["sizes"] == pytest.approx(SIZES[1:])
+    assert compare(spoilt, [], windows={3e12: (4e5, 2e6), 1e12: None})["budgets"][0]["methods"][0]["left_out"] == []
+
+
+def test_no_number_no_difference() -> None:
+    """A minimum beyond the sizes, a curve of three sizes: their status is told, and no comparison made."""
+    runs = curves(FIVE, noise=0.002)
+    beyond = [run("pkm", 1e12, bowl(x, 4.4, at=4e6), x=x) for x in SIZES]
+    few = [run("wide", 1e12, bowl(x, 4.4), x=x) for x in SIZES[:3]]
+    edge = [run("null", 1e12, bowl(x, 4.6, at=1.7e6), x=x) for x in SIZES]
+    found = compare(pd.concat([runs, pd.DataFrame(beyond + few + edge)], ignore_index=True), [])
+    methods = {m["name"]: m for m in found["budgets"][0]["methods"]}
+    assert {name: m["status"] for name, m in methods.items()} == {
+        "dense": "ok", "moe": "ok", "peer": "ok", "pkm": "outside_range", "wide": "too_few", "null": "off_centre",
+    }  # fmt: skip
+    for name in ("pkm", "wide"):
+        assert methods[name]["loss"] is None and methods[name]["x"] is None and "se" not in methods[name]
+        assert "value" not in of(found, name, "dense") and name in of(found, name, "dense")["note"]
+        assert name not in {m["method"] for m in found["multipliers"]} | {c["rival"] for c in found["claims"]}
+    assert methods["null"]["loss"] == pytest.approx(4.6, abs=0.01)
+    assert of(found, "null", "dense")["value"] == pytest.approx(0.1, abs=0.01)
+    assert compare(curves({("dense", 1e12): 4.5}, noise=0.01), [])["budgets"][0]["differences"] == []
+
+
+def test_a_window_that_leaves_no_curve() -> None:
+    found = compare(curves(FIVE), [], windows={1e12: (4e5, 8e5)})
+    assert found["budgets"] == [{"budget": 1e12, "window": [4e5, 8e5], "methods": [], "differences": []}]
+    assert found["claims"] == found["multipliers"] == [] and found["laws"] == {}
+
+
+def test_cells_that_failed_or_were_not_run_count_for_nothing() -> None:
+    runs = curves(FIVE, noise=0.003)
+    wrong = [
+        run("dense", 1e12, 3.0, seed=1, status="running"), run("peer", 1e12, 9.0, seed=1, status="diverged"),
+        run("moe", 1e12, math.nan, seed=1, status="pending"), run("peer", 1e12, math.inf, seed=2),
+        run("dense", 9e12, math.nan, status="dropped"),
+    ]  # fmt: skip
+    assert compare(pd.concat([runs, pd.DataFrame(wrong)], ignore_index=True), []) == compare(runs, [])
+    nothing = compare(pd.DataFrame(wrong), [])
+    assert nothing["budgets"] == nothing["claims"] == []
+
+
+def test_evaluation_sets_are_compared_at_the_minimum_of_the_validation_loss() -> None:
+    runs = curves(FIVE, noise=0.003)
+    gap = 0.4 - 0.06 * (runs["method"] == "peer")
+    (entry,) = compare(runs.assign(ppl_speeches=np.exp(runs["val_loss"] + gap)), [])["budgets"]
+    found = of({"budgets": [entry]}, "peer", "dense")
+    assert found["sets"]["speeches"]["value"] == pytest.approx(found["value"] - 0.06)
+    assert found["sets"]["speeches"]["se"] == pytest.approx(found["se"])
+    for method in entry["methods"]:
+        expected = method["loss"] + (0.34 if method["name"] == "peer" else 0.4)
+        assert method["sets"]["speeches"] == pytest.approx(expected)
+    assert compare(runs.assign(ppl_speeches=np.nan), [])["budgets"][0]["methods"][0]["sets"] == {}
+
+
+@pytest.mark.filterwarnings("error")
+def test_losses_without_any_curve_are_no_error() -> None:
+    """Flat but for noise: whatever curvature chance makes, however small, nothing overflows."""
+    for rng, noise in itertools.product(range(12), (0.0, 1e-12, 0.01)):
+        draw = np.random.default_rng(rng)
+        rows = [
+            run(m, c, 4.5 + noise * draw.normal(), x=x) for m in ("dense", "peer") for c in LADDER[:3] for x in SIZES
+        ]
+        found = compare(pd.DataFrame(rows), [])
+        json.dumps(found, allow_nan=False)
+        assert all(m["status"] != "ok" or math.isfinite(m["loss"]) for e in found["budgets"] for m in e["methods"])
+
+
+# Validation sequences.
+
+
+def test_the_error_of_sequences_is_that_of_the_difference_at_each() -> None:
+    runs, records, losses = with_sequences(curves({k: v for k, v in FIVE.items() if k[0] != "moe"}, noise=0.004))
+    found = compare(runs, records)
+    means, step = losses.mean(axis=1), 1e-5
+    gradient = []
+    for i in range(len(means)):  # of peer's minimum less dense's, by differences
+        ends = [minima(runs, means + s * step * np.eye(len(means))[i]) for s in (1, -1)]
+        gradient.append((ends[0]["peer"] - ends[0]["dense"] - ends[1]["peer"] + ends[1]["dense"]) / (2 * step))
+    each = np.array(gradient) @ losses
+    one = of(found, "peer", "dense")
+    assert one["sequences_se"] == pytest.approx(each.std(ddof=1) / 16, rel=1e-4)
+    assert one["se"] == pytest.approx(math.hypot(one["fit_se"], one["sequences_se"]))
+    assert found["budgets"][0]["methods"][0]["sequences_se"] == pytest.approx(0.5 / 16, rel=0.15)
+
+
+def test_sequences_are_paired_whatever_the_batch() -> None:
+    """A record has them in the order in which evaluation takes them from the text."""
+    text = np.random.default_rng(0).normal(size=256)
+    records = []
+    for batch in (8, 32):
+        batches = EvaluationBatches(np.arange(2049), 2048, batch_sequences=batch, context=8)
+        sequences = np.concatenate([batches[i][:, 0] // 8 for i in range(len(batches))])
+        records.append(replace(record(f"{batch}", text[sequences]), batch_sequences=batch))
+    assert records[0].sequence_losses != records[1].sequence_losses
+    for found in sequence_losses(records, {"8", "32"}).values():
+        np.testing.assert_array_equal(found, text)
+
+
+def test_each_budget_has_its_own_number_of_sequences() -> None:
+    """Whole batches of 16 and 32 need not cover the same part of a set; and one cell has fewer than its neighbours."""
+    counts = {"a": (1e12, 688, 16), "b": (1e12, 688, 16), "c": (1e12, 672, 16), "d": (1e13, 672, 32)}
+    records = [
+        replace(record(cell, np.arange(n) / n), budget=budget, batch_sequences=batch)
+        for cell, (budget, n, batch) in counts.items()
+    ]
+    assert {cell: len(values) for cell, values in sequence_losses(records, {*counts}).items()} == {
+        "a": 688, "b": 688, "d": 672,
+    }  # fmt: skip
+
+
+def test_budgets_of_different_sequences_are_drawn_together() -> None:
+    both = [with_sequences(curves({(m, c): v for (m, _), v in FIVE.items()}, noise=0.004), n=n)
+            for c, n in ((1e12, 256), (3e12, 320))]  # fmt: skip
+    records = [
+        replace(one, budget=c) for (_, of_budget, _), c in zip(both, (1e12, 3e12), strict=True) for one in of_budget
+    ]
+    found = compare(pd.concat([runs for runs, _, _ in both]), records)
+    assert all(one["sequences_se"] > 0 for entry in found["budgets"] for one in entry["differences"])
+    assert all(one["low"] < one["multiplier"] < one["high"] for one in found["multipliers"])
+
+
+def test_what_is_common_to_all_methods_leaves_no_error_of_a_difference() -> None:
+    runs, records, _ = with_sequences(curves(FIVE, noise=0.004), own=0.0)
+    found = compare(runs, records)
+    for pair in (("peer", "dense"), ("moe", "peer")):
+        assert of(found, *pair)["sequences_se"] < 1e-12
+        assert of(found, *pair)["se"] == pytest.approx(of(found, *pair)["fit_se"])
+
+
+def test_sequences_that_are_missing_leave_their_part_out() -> None:
+    both = FIVE | {("dense", 3e12): 4.2, ("peer", 3e12): 4.15}
+    runs, records, _ = with_sequences(curves(both, noise=0.004))
+    lost = runs.loc[runs["budget"] == 3e12, "cell"].iloc[0]
+    whole = compare(runs, records)
+    kept = [record(r.cell, np.array([])) if r.cell == lost else r for r in records]
+    other = [record(r.cell, np.array(r.sequence_losses[:16])) if r.cell == lost else r for r in records]
+    for found in (compare(runs, kept), compare(runs, other), compare(runs, [r for r in records if r.cell != lost])):
+        assert of(found, "peer", "dense", 3e12)["sequences_se"] is None
+        assert of(found, "peer", "dense", 3e12)["value"] == of(whole, "peer", "dense", 3e12)["value"]
+        assert of(found, "peer", "dense") == of(whole, "peer", "dense")
+    failed = record("dense-failed", np.zeros(256), Status.FAILED)
+    assert compare(runs, [*records, failed]) == whole
+
+
+# Claims.
+
+
+def test_variants_are_compared_with_the_same_variant() -> None:
+    lowest = {
+        (f"{method} batch_sequences={n}", 1e12): loss + shift
+        for method, loss in (("dense", 4.5), ("peer", 4.46)) for n, shift in ((8, 0.1), (16, 0.0))
+    }  # fmt: skip
+    found = compare(curves(lowest, noise=0.002), [])
+    assert {(c["method"], c["rival"]) for c in found["claims"]} == {
+        (f"peer batch_sequences={n}", f"dense batch_sequences={n}") for n in (8, 16)
+    }
+    assert all(c["value"] == pytest.approx(-0.04, abs=0.01) for c in found["claims"])
+    plain = compare(curves({("dense", 1e12): 4.5, ("peer top_k=4", 1e12): 4.4, ("peer top_k=8", 1e12): 4.45}), [])
+    assert [(d["method"], d["reference"]) for d in plain["budgets"][0]["differences"]] == [
+        ("peer top_k=4", "dense"), ("peer top_k=8", "dense"),
+    ]  # fmt: skip
+
+
+def test_other_settings_are_compared_with_the_usual_ones_of_all_methods_and_are_no_claims() -> None:
+    more, others = "peer n_experts=16384", "moe n_experts=32"
+    lowest = {("dense", 1e12): 4.5, ("moe", 1e12): 4.45, ("peer", 1e12): 4.46, (more, 1e12): 4.41}
+    ours = curves(lowest, noise=0.004)
+    two_sizes = curves({(others, 1e12): 4.44}, noise=0.004, sizes=SIZES[1:3])
+    found = compare(
+        pd.concat([ours, two_sizes], ignore_index=True), [], claims=ClaimsConfig(method="peer", rivals=["moe"])
+    )
+    to_dense = {name: of(found, name, "dense")["value"] for name in ("moe", more)}
+    assert of(found, "moe", more)["value"] == pytest.approx(to_dense["moe"] - to_dense[more])
+    for size, x in (("d48", SIZES[1]), ("d75", SIZES[2])):
+        (loss,) = two_sizes.loc[two_sizes["flops_per_token"] == x, "val_loss"]
+        at = ours[ours["flops_per_token"] == x].set_index("cell")["val_loss"]
+        for rival, start in (("moe", f"moe-{size}-1e+12-s0"), (more, f"peer-{size}-1e+12-n_experts=16384-s0")):
+            assert of(found, others, rival, size=size)["value"] == pytest.approx(loss - at[start])
+    assert [(claim["method"], claim["rival"], claim["size"]) for claim in found["claims"]] == [("peer", "moe", "")]
+
+
+def test_a_claim_is_against_the_rival_of_the_same_settings() -> None:
+    both = {(f"{method} batch_sequences={n}", 1e12): loss + shift
+            for method, loss in (("dense", 4.5), ("peer", 4.46)) for n, shift in ((8, 0.1), (16, 0.0))}  # fmt: skip
+    quiet = {("dense", 1e12): 4.5, ("dense initial_output_scale=0.25", 1e12): 4.4, ("peer", 1e12): 4.46}
+    claims = ClaimsConfig(method="peer", rivals=["dense"])
+    for lowest, expected in (
+        (both, {(f"peer batch_sequences={n}", f"dense batch_sequences={n}") for n in (8, 16)}),
+        (quiet, {("peer", "dense")}),
+    ):
+        found = compare(curves(lowest, noise=0.002), [], claims=claims)["claims"]
+        assert {(c["method"], c["rival"]) for c in found} == expected
+        assert {c["family"] for c in found} == {len(expected)}
+
+
+def test_a_trend_of_which_nothing_has_finished_is_no_error() -> None:
+    below = {(method, budget): loss * (budget / 1e12) ** -0.07
+             for method, loss in (("dense", 4.5), ("peer", 4.46)) for budget in (3e11, 1e12)}  # fmt: skip
+    started, whole = (compare(curves(below, noise=1e-5), [], trend_from=start) for start in (3e12, None))
+    assert started["growth"] == [] and started["multipliers"] == whole["multipliers"] != []
+
+
+# One size.
+
+
+def at_one_size(seeds: int) -> pd.DataFrame:
+    rng = np.random.default_rng(8)
+    rows = [
+        run(method, 3e12, mean + 0.008 * rng.normal(), size="d64", seed=seed)
+        for method, mean in (("dense", 4.5), ("peer", 4.47)) for seed in range(seeds)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_seeds_of_one_size_give_students_two_sample_test() -> None:
+    runs = at_one_size(3)
+    found = compare(runs, [])
+    one = of(found, "peer", "dense", 3e12, "d64")
+    peer, dense = (runs.loc[runs["method"] == m, "val_loss"] for m in ("peer", "dense"))
+    test = stats.ttest_ind(peer, dense)
+    interval = test.confidence_interval(0.95)
+    assert one["value"] == pytest.approx(peer.mean() - dense.mean()) and one["df"] == 4
+    assert one["p"] == pytest.approx(test.pvalue)
+    assert (one["low"], one["high"]) == pytest.approx((interval.low, interval.high))
+    assert one["seeds_se"] == one["se"] and one["fit_se"] is None
+    assert found["claims"] == [], "only what a study names is claimed at a single size"
+    (claim,) = compare(runs, [], claims=ClaimsConfig(method="peer", rivals=["dense"]))["claims"]
+    assert (claim["size"], claim["p"], claim["p_holm"]) == ("d64", one["p"], one["p"])
+
+
+def test_a_method_without_a_curve_is_compared_at_its_sizes_and_claims_nothing() -> None:
+    whole = curves(FIVE, noise=0.004, seeds=2, seed_sd=0.004)
+    runs = whole[(whole["method"] != "moe") | whole["flops_per_token"].isin(SIZES[1:3])]
+    found, without = compare(runs, []), compare(runs[runs["method"] != "moe"], [])
+    assert [(d["method"], d["reference"], d["size"]) for d in found["budgets"][0]["differences"] if d["size"]] == [
+        ("moe", "dense", "d48"), ("moe", "peer", "d48"), ("moe", "dense", "d75"), ("moe", "peer", "d75"),
+    ]  # fmt: skip
+    here = {m: runs.loc[(runs["method"] == m) & (runs["size"] == "d48"), "val_loss"] for m in ("dense", "moe", "peer")}
+    one = of(found, "moe", "dense", size="d48")
+    assert one["value"] == pytest.approx(here["moe"].mean() - here["dense"].mean())
+    assert one["seeds_se"] == pytest.approx(math.sqrt(sum(losses.var() for losses in here.values()) / 3))
+    assert found["claims"] == without["claims"] and found["multipliers"] == without["multipliers"]
+
+
+def test_seeds_are_pooled_over_methods_and_sequences_added() -> None:
+    """With unequal numbers of seeds, and a third method that only tells of their scatter."""
+    more = [run("pkm", 3e12, loss, size="d64", seed=i) for i, loss in enumerate((4.50, 4.52))]
+    runs = pd.concat([at_one_size(4).iloc[:-1], pd.DataFrame(more)], ignore_index=True)
+    runs, records, losses = with_sequences(runs)
+    groups = [runs.loc[runs["method"] == m, "val_loss"] for m in ("dense", "peer", "pkm")]
+    variance = sum(float(((g - g.mean()) ** 2).sum()) for g in groups) / (4 + 3 + 2 - 3)
+    seeds = math.sqrt(variance * (1 / 3 + 1 / 4))
+    each = losses[4:7].mean(axis=0) - losses[:4].mean(axis=0)
+    sampled = each.std(ddof=1) / 16
+    one = of(compare(runs, records), "peer", "dense", 3e12, "d64")
+    assert one["seeds_se"] == pytest.approx(seeds) and one["sequences_se"] == pytest.approx(sampled)
+    assert one["se"] == pytest.approx(math.hypot(seeds, sampled))
+    assert one["df"] == pytest.approx(one["se"] ** 4 / (seeds**4 / 6 + sampled**4 / 255))
+
+
+def test_one_seed_at_one_size_claims_nothing() -> None:
+    runs, records, losses = with_sequences(at_one_size(1))
+    found = compare(runs, records)
+    one = of(found, "peer", "dense", 3e12, "d64")
+    assert one["se"] == one["sequences_se"] == pytest.approx((losses[1] - losses[0]).std(ddof=1) / 16)
+    assert one["seeds_se"] is None and one["low"] < one["value"] < one["high"]
+    assert found["claims"] == []
+    bare = of(compare(runs, []), "peer", "dense", 3e12, "d64")
+    assert bare["value"] == one["value"] and bare["se"] is bare["low"] is bare["p"] is None
+
+
+@pytest.mark.parametrize(("rest", "claimed"), [("pending", []), ("dropped", ["dense"])])
+def test_one_size_decides_nothing_while_the_other_sizes_of_a_curve_are_to_run(rest: str, claimed: list[str]) -> None:
+    runs = curves({("peer", 1e12): 4.9, ("dense", 1e12): 5.0}, seeds=2, seed_sd=0.01)
+    runs.loc[runs["flops_per_token"] != SIZES[2], ["status", "val_loss"]] = [rest, math.nan]
+    claims = ClaimsConfig(method="peer", rivals=["dense"])
+    found = compare(runs, [], claims=claims)
+    assert of(found, "peer", "dense", size="d75")["value"] < 0, "described"
+    assert [claim["rival"] for claim in found["claims"]] == claimed
+
+
+def test_two_sizes_are_compared_each_by_itself() -> None:
+    rows = [
+        run(m, 1e12, loss, size=size, seed=seed, x=x)
+        for size, x, losses in (("d32", 4e5, (4.5, 4.4)), ("d64", 8e5, (4.6, 4.55)))
+        for m, loss in zip(("dense", "peer"), losses, strict=True) for seed in range(2)
+    ]  # fmt: skip
+    rng = np.random.default_rng(1)
+    runs = pd.DataFrame(rows).assign(val_loss=lambda t: t["val_loss"] + 0.001 * rng.normal(size=len(t)))
+    found = compare(runs, [], claims=ClaimsConfig(method="peer", rivals=["dense"]))
+    values = {size: of(found, "peer", "dense", 1e12, size)["value"] for size in ("d32", "d64")}
+    assert values == pytest.approx({"d32": -0.1, "d64": -0.05}, abs=0.005)
+    assert [c["size"] for c in found["claims"]] == ["d32", "d64"]
+
+
+def test_batchnorm_on_queries_is_compared_with_the_same_layer_without() -> None:
+    rows = [
+        run("peer", 3e12, loss + 0.002 * seed, size="d64", seed=seed, settings=f"n_experts={n}-query_norm={norm}")
+        for n, shift in ((1024, -0.01), (4096, 0.02)) for norm, loss in (("true", 4.4 + shift), ("false", 4.4))
+        for seed in range(2)
+    ]  # fmt: skip
+    (entry,) = compare(pd.DataFrame(rows), [])["budgets"]
+    assert {d["method"]: round(d["value"], 6) for d in entry["differences"]} == {
+        "peer n_experts=1024-query_norm=true": -0.01, "peer n_experts=4096-query_norm=true": 0.02,
+    }  # fmt: skip
+    assert all(d["reference"] == d["method"].replace("true", "false") for d in entry["differences"])
+
+
+def test_everything_is_plain_json(tmp_path: Path) -> None:
+    runs, records, _ = with_sequences(ladder(1.3, LADDER, noise=0.004, seeds=2, seed_sd=0.004), n=32)
+    lone = pd.DataFrame([run("peer", 5e11, 5.0, size="d64"), run("dense", 5e11, 5.1, size="d64")])
+    found = compare(pd.concat([runs, lone], ignore_index=True), records)
+    write_json(tmp_path / "fits.json", found)
+    assert json.loads((tmp_path / "fits.json").read_text()) == found
+    assert compare(pd.concat([runs, lone], ignore_index=True), records) == found  # nothing is left to chance

@@ -1,0 +1,140 @@
+"""Compute multipliers, their growth, and the power laws of a study, against frontiers that are known."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from made_up_study import LADDER, SIZES, bowl, curves, ladder, with_sequences
+from peerscale.laws.prediction import predict
+from peerscale.stats.comparison import compare
+
+
+def test_multipliers_of_exact_curves() -> None:
+    found = compare(ladder(1.5, LADDER, noise=1e-6), [])
+    assert [m["budget"] for m in found["multipliers"]] == LADDER
+    for one in found["multipliers"]:
+        assert (one["method"], one["reference"]) == ("peer", "dense")
+        assert one["multiplier"] == pytest.approx(1.5, rel=1e-3) and one["low"] < one["multiplier"] < one["high"]
+
+
+def test_growth_wants_four_budgets() -> None:
+    gains = {c: 1.2 * (c / 1e12) ** 0.1 for c in LADDER}
+    runs = pd.concat([curves({("dense", c): 40 * c**-0.07, ("peer", c): 40 * (g * c) ** -0.07}, noise=1e-5)
+                      for c, g in gains.items()], ignore_index=True)  # fmt: skip
+    found = compare(runs, [])
+    (slope,) = found["growth"]
+    log_c, log_m = np.log10(LADDER), np.log([m["multiplier"] for m in found["multipliers"]])
+    assert slope["slope"] == pytest.approx(np.polyfit(log_c, log_m, 1)[0])
+    # At dense's budget C PEER needs C / m, where its gain is g(C / m) = m; at the smallest PEER's own budget counts.
+    exact = np.log([gains[1e12], *(gains[c] ** (1 / 1.1) for c in LADDER[1:])])
+    assert slope["slope"] == pytest.approx(np.polyfit(log_c, exact, 1)[0], rel=0.05)  # straight between budgets
+    assert slope["low"] < slope["slope"] < slope["high"]
+    three = compare(runs[runs["budget"] < 3e13], [])
+    assert len(three["multipliers"]) == 3 and three["growth"] == []
+
+
+def test_growth_leaves_out_budgets_below_the_start_of_the_trend() -> None:
+    gains = {3e11: 3.0} | {c: 1.2 * (c / 1e12) ** 0.1 for c in LADDER}
+    runs = pd.concat([curves({("dense", c): 40 * c**-0.07, ("peer", c): 40 * (g * c) ** -0.07}, noise=1e-5)
+                      for c, g in gains.items()], ignore_index=True)  # fmt: skip
+    found = compare(runs, [], trend_from=1e12)
+    (slope,), of_budget = found["growth"], {m["budget"]: math.log(m["multiplier"]) for m in found["multipliers"]}
+    assert len(of_budget) == 5 and found["trend_from"] == 1e12
+    assert slope["slope"] == pytest.approx(np.polyfit(np.log10(LADDER), [of_budget[c] for c in LADDER], 1)[0])
+    assert compare(runs, [], trend_from=3e12)["growth"] == []
+    assert compare(runs, [])["growth"][0]["slope"] != pytest.approx(slope["slope"])
+
+
+def test_each_seed_has_its_own_loss_and_multiplier() -> None:
+    """A seed that shifts all losses of a method at a budget shifts its optimum by as much."""
+    runs = curves(
+        {(m, c): 40 * (g * c) ** -0.07 for m, g in (("dense", 1.0), ("peer", 1.5)) for c in LADDER[:3]},
+        noise=1e-5,
+        seeds=2,
+    )
+    luck = {("dense", 0): 0.01, ("dense", 1): -0.01, ("peer", 0): -0.02, ("peer", 1): 0.02}
+    at = runs["budget"] == 3e12
+    runs.loc[at, "val_loss"] += [luck[key] for key in zip(runs.loc[at, "method"], runs.loc[at, "seed"], strict=True)]
+    found = compare(runs[at | (runs["seed"] == 0)], [])
+    losses = {e["budget"]: {m["name"]: m for m in e["methods"]} for e in found["budgets"]}
+    for (method, seed), shift in luck.items():
+        one = losses[3e12][method]
+        assert one["by_seed"][str(seed)] - one["loss"] == pytest.approx(shift)
+    assert "by_seed" not in losses[1e12]["dense"]
+    (here,) = (m for m in found["multipliers"] if m["budget"] == 3e12)
+    assert here["by_seed"].keys() == {"0", "1"} and "by_seed" not in found["multipliers"][0]
+    for seed, value in here["by_seed"].items():
+        dense, peer = losses[3e12]["dense"]["by_seed"][seed], losses[3e12]["peer"]["by_seed"][seed]
+        log_c = np.log([1e12, 3e12])  # PEER reaches dense's loss between these two
+        part = np.interp(-np.log(dense), -np.log([losses[1e12]["peer"]["loss"], peer]), log_c)
+        assert value == pytest.approx(3e12 / np.exp(part))
+
+
+def test_one_budget_has_no_multiplier() -> None:
+    assert compare(ladder(1.5, [1e12], noise=1e-4), [])["multipliers"] == []
+
+
+def test_a_budget_without_a_minimum_is_not_used_for_others() -> None:
+    """PEER's curve at 1e12 has its minimum beyond the sizes: neither its number nor its draws may serve."""
+    runs = ladder(1.5, LADDER[:3], noise=0.003)
+    peer = (runs["method"] == "peer") & (runs["budget"] == 1e12)
+    beyond = runs["val_loss"].where(~peer, [bowl(x, 5.5, at=3e6) for x in runs["flops_per_token"]])
+    found, without = (compare(table, [])["multipliers"] for table in (runs.assign(val_loss=beyond), runs[~peer]))
+    assert [m["budget"] for m in found] == [m["budget"] for m in without] == [3e12, 1e13]
+    for one, other in zip(found, without, strict=True):
+        assert one["multiplier"] == pytest.approx(other["multiplier"], rel=0.02)
+        assert (one["low"], one["high"]) == pytest.approx((other["low"], other["high"]), rel=0.1)
+
+
+def test_no_interval_where_it_would_be_cut_by_extrapolation() -> None:
+    """PEER with 2.9 times the compute reaches dense's loss just above the smaller of two budgets, or would below it."""
+    found = {noise: compare(ladder(2.9, LADDER[:2], noise=noise, rng=1), [])["multipliers"] for noise in (1e-4, 0.01)}
+    assert all(2.8 < m["multiplier"] < 3 for both in found.values() for m in both)
+    assert all(m["low"] < m["multiplier"] < m["high"] < 3 for m in found[1e-4])
+    assert [(m["low"], m["high"]) for m in found[0.01]] == [(None, None)] * 2
+
+
+def test_all_budgets_draw_the_same_sequences() -> None:
+    """A text that is hard at every budget moves both frontiers alike, and so hardly a multiplier."""
+    runs, records, _ = with_sequences(ladder(1.5, LADDER[:3], noise=1e-5), own=0.0)
+    assert compare(runs, records)["budgets"][0]["methods"][0]["se"] > 0.025
+    for one in compare(runs, records)["multipliers"]:
+        assert one["low"] < 1.5 < one["high"] and one["high"] / one["low"] < 1.02
+
+
+def test_intervals_of_multipliers_hold_the_true_one() -> None:
+    rng, held = np.random.default_rng(5), []
+    for _ in range(40):
+        for one in compare(ladder(1.3, LADDER[:3], noise=0.006, rng=rng, sizes=SIZES[[0, 1, 3, 4]]), [])["multipliers"]:
+            held.append(one["low"] <= 1.3 <= one["high"])
+    assert len(held) > 115 and 0.90 <= np.mean(held) <= 0.98
+
+
+def test_the_law_of_optimal_sizes() -> None:
+    found = compare(ladder(1.5, LADDER, noise=0.004), [])
+    law = found["laws"]["dense"]
+    x = [m["x"] for entry in found["budgets"] for m in entry["methods"] if m["name"] == "dense"]
+    exponent, coefficient = np.polyfit(np.log10(LADDER), np.log10(x), 1)
+    assert law["exponent"] == pytest.approx(exponent) and law["coefficient"] == pytest.approx(10**coefficient)
+    low, high = law["ci"]["exponent"]
+    assert low < law["exponent"] < high and low < 0.5 < high
+    assert law["x"] == "flops_per_token" and law["n"] == 4
+    two = compare(ladder(1.5, LADDER[:2], noise=0.004), [])["laws"]["dense"]
+    assert two["exponent"] is None and two["status"] == "too_few_points"
+    assert [optimum["loss"] for optimum in two["vertices"]] == pytest.approx(
+        [v["loss"] for v in law["vertices"][:2]], abs=0.02
+    )
+    assert compare(ladder(1.5, LADDER[:1], noise=0.004), [])["laws"] == {}
+
+
+def test_a_stored_law_predicts_the_loss_with_an_interval() -> None:
+    """The losses of the ladder fall as a power of the budget, which holds a little further on too."""
+    law = compare(ladder(1.5, LADDER, noise=0.004), [])["laws"]["dense"]
+    losses = [optimum["loss"] for optimum in law["vertices"]]
+    slope, start = np.polyfit(np.log(LADDER), np.log(losses), 1)
+    target = 3 * max(LADDER)
+    value, interval = predict(law, {"budget": target}, {"x": "flops_per_token"}).values["loss at the optimum"]
+    assert value == pytest.approx(np.exp(start + slope * np.log(target)))
+    assert interval is not None and interval[0] < value < interval[1]

@@ -1,0 +1,281 @@
+"""What a cell leaves behind: nothing when it is refused, one checkpoint when it is asked to keep its model."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+from torch import nn
+
+import peerscale.model.build
+from peerscale.config.schema import composed, load
+from peerscale.data.batches import EvaluationBatches
+from peerscale.data.prepare import prepare
+from peerscale.data.store import open_corpus
+from peerscale.errors import FailedCells, UserError
+from peerscale.model.build import load_model
+from peerscale.plan.cells import Cell, single_cell
+from peerscale.records.record import LOCK, Record, Status, read_record, write_record
+from peerscale.train import cell as cells
+from peerscale.train.cell import train_cell
+from peerscale.train.checkpoint import checkpoints
+from peerscale.train.distributed import RankError
+from peerscale.train.run import run_cell, run_single
+from test_train import budget, corpus_path, settings  # noqa: F401
+from toy_study import record_of
+
+
+@pytest.fixture
+def tiny(settings: list[str]) -> list[str]:  # noqa: F811
+    """A cell of 8 steps."""
+    overrides = [*settings, "tracking=disabled"]
+    prepare(load(overrides).data)
+    return [*overrides, budget(overrides, 8)]
+
+
+def cell(overrides: list[str]) -> Cell:
+    return single_cell(composed(overrides))
+
+
+def trained(overrides: list[str]) -> tuple[Path, Record]:
+    """Folder and record of a cell that trains without a fault."""
+    planned = cell(overrides)
+    assert train_cell(planned) is Status.DONE
+    record = read_record(planned.folder)
+    assert record is not None
+    return planned.folder, record
+
+
+def test_a_layer_that_draws_no_weights_is_refused_before_anything_is_written(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peerscale.model, "build_ffn", lambda *_: nn.Linear(8, 8))
+    with pytest.raises(UserError, match=r"^Linear has parameters but no method init_weights"):
+        train_cell(cell(tiny))
+    assert not cell(tiny).folder.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused_before_anything_is_written(tiny: list[str]) -> None:
+    with pytest.raises(UserError, match=r"^trainer.accelerator=gpu, but torch sees no GPU here"):
+        train_cell(cell([*tiny, "trainer.accelerator=gpu"]))
+    assert not cell(tiny).folder.exists()
+
+
+def test_a_model_that_fails_to_be_built_is_recorded(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(peerscale.model, "build_ffn", fail)
+    planned = cell(tiny)
+    assert train_cell(planned) is Status.FAILED
+    record = read_record(planned.folder)
+    assert record is not None and record.reason == "RuntimeError: out of memory"
+    assert (planned.folder / "config.yaml").is_file()
+
+
+def test_a_device_that_fails_before_the_model_is_built_is_recorded(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    planned = cell(tiny)
+    with monkeypatch.context() as patch:
+        patch.setattr(cells, "describe", fail)
+        assert train_cell(planned) is Status.FAILED
+    record = read_record(planned.folder)
+    assert record is not None and record.reason == "RuntimeError: CUDA error: out of memory"
+    assert train_cell(planned) is Status.DONE
+    assert "not bit-exact" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_only_the_configuration_decides_whether_a_cell_is_compiled(
+    compile: bool, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
+    overrides = [*tiny, "trainer.compile=true"] if compile else tiny
+    for estimate_s in (1.0, 1e6):  # which comes from other cells' records
+        planned = replace(cell([*overrides, f"seed={int(estimate_s)}"]), estimate_s=estimate_s)
+        assert train_cell(planned) is Status.DONE
+        record = read_record(planned.folder)
+        assert record is not None and record.environment["compiled"] is compile
+    assert len(compiled) == 2 * compile
+
+
+@pytest.mark.parametrize("layer", ["dense", "peer"])
+def test_a_kept_model_is_the_one_that_was_evaluated(layer: str, tiny: list[str]) -> None:
+    ffn = [*tiny, f"ffn={layer}", "trainer.keep_checkpoint=true", "trainer.checkpoint_every_steps=3"]
+    folder, record = trained([*ffn, budget(ffn, 8)])
+    assert [path.name for path in checkpoints(folder / "checkpoints")] == ["step-000000008.ckpt"]
+    model, config = load_model(folder), load([*ffn, budget(ffn, 8)])
+    assert not model.training
+    tokens = open_corpus(config.data).tokens("validation")
+    losses = []
+    for batch in EvaluationBatches(tokens, 512, batch_sequences=config.batch_sequences, context=config.context):
+        batch = torch.from_numpy(batch)
+        with torch.no_grad():
+            predicted = model(batch[:, :-1]).log_softmax(-1)
+        losses.append(-predicted.gather(-1, batch[:, 1:, None]).mean().item())
+    assert sum(losses) / len(losses) == pytest.approx(record.evaluation["validation"]["loss"], abs=1e-5)
+
+
+def test_a_cell_that_is_not_asked_keeps_no_checkpoint(tiny: list[str]) -> None:
+    folder, _ = trained([*tiny, "trainer.checkpoint_every_steps=3"])
+    assert checkpoints(folder / "checkpoints") == []
+    with pytest.raises(UserError) as error:
+        load_model(folder)
+    assert str(error.value) == (
+        f"{folder} kept no checkpoint; to train the cell again and keep it, move this folder away and add "
+        "trainer.keep_checkpoint=true to the command"
+    )
+
+
+def test_a_cell_killed_in_its_evaluation_keeps_the_same_model(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    overrides = [*tiny, "trainer.keep_checkpoint=true"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cells, "evaluate", killed)
+        train_cell(cell(overrides))
+    folder = cell(overrides).folder
+    with pytest.raises(UserError) as error:
+        load_model(folder)
+    assert str(error.value) == f"{folder}: the cell is running; only one that is done can be loaded"
+    (before,) = checkpoints(folder / "checkpoints")
+    weights = torch.load(before, weights_only=True)["state_dict"]
+    _, record = trained(overrides)
+    assert record.timing["wall_s"] > 0
+    assert [path.name for path in checkpoints(folder / "checkpoints")] == [before.name]
+    loaded = load_model(str(folder)).state_dict()
+    assert {f"model.{name}" for name in loaded} == set(weights)
+    assert all(torch.equal(weights[f"model.{name}"], weight) for name, weight in loaded.items())
+
+
+def test_a_rank_that_fails_after_the_end_changes_no_result(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    planned = cell([*tiny, "trainer.devices=2"])
+
+    def killed_late(n_ranks: int, launched: Cell) -> None:
+        write_record(launched.folder, record_of(launched, Status.DONE))
+        raise RankError("rank 1: ended by SIGKILL")
+
+    monkeypatch.setattr(cells, "launch", killed_late)
+    assert train_cell(planned) is Status.DONE
+    record = read_record(planned.folder)
+    assert record is not None and record.status is Status.DONE and record.evaluation
+    said = "is done, but afterwards RankError: rank 1: ended by SIGKILL\n"
+    assert capsys.readouterr().err == f"notice: {planned.name} {said}"
+
+
+class Code:
+    """Pickles as a call that leaves a sign."""
+
+    def __init__(self, sign: Path) -> None:
+        self.sign = sign
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.mkdir, (self.sign,)
+
+
+def test_what_cannot_be_loaded_is_one_line(tiny: list[str], tmp_path: Path) -> None:
+    for folder in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(UserError) as error:
+            load_model(folder)
+        assert str(error.value) == f"{folder} is not the folder of a cell: it has no config.yaml"
+    folder, record = trained([*tiny, "trainer.keep_checkpoint=true"])
+    for name, content in (("config.yaml", ""), ("config.yaml", "a: [1"), ("record.json", '{"status": "do')):
+        whole = (folder / name).read_text()
+        (folder / name).write_text(content)
+        with pytest.raises(UserError, match=rf"^{folder}: config.yaml or record.json is damaged \(\w+\)$"):
+            load_model(folder)
+        (folder / name).write_text(whole)
+    (path,) = checkpoints(folder / "checkpoints")
+    earlier = path.rename(path.with_name("step-000000001.ckpt"))  # as if it had been killed before it removed it
+    with pytest.raises(UserError, match="kept no checkpoint"):
+        load_model(folder)
+    earlier.rename(path)
+    torch.save({"state_dict": Code(tmp_path / "sign")}, path)
+    with pytest.raises(UserError) as error:
+        load_model(folder)
+    assert str(error.value) == f"{path} cannot be read (UnpicklingError)"
+    assert not (tmp_path / "sign").exists()
+    path.write_bytes(b"torn")
+    with pytest.raises(UserError) as error:
+        load_model(folder)
+    assert str(error.value).startswith(f"{path} cannot be read (")
+    write_record(folder, replace(record, status=Status.DIVERGED))
+    with pytest.raises(UserError, match="the cell is diverged; only one that is done can be loaded"):
+        load_model(folder)
+
+
+def test_the_last_line_of_a_single_cell_says_where_its_model_is(tiny: list[str], capsys: pytest.CaptureFixture) -> None:
+    overrides = [*tiny, "trainer.keep_checkpoint=true"]
+    planned = cell(overrides)
+    path = planned.folder / "checkpoints" / "step-000000008.ckpt"
+    for _ in range(2):  # trained, and found done
+        run_single(composed(overrides))
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last.endswith(f" nats per token; {planned.folder}; trained model: {path}")
+
+
+def test_a_single_cell_that_another_process_runs_is_no_error(
+    tiny: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    planned = cell(tiny)
+    planned.folder.mkdir(parents=True)
+    with FileLock(planned.folder / LOCK):
+        run_single(composed(tiny))
+    printed = capsys.readouterr()
+    assert printed.out == "" and f"{planned.name} is being run by another process and is skipped here" in printed.err
+    assert read_record(planned.folder) is None
+
+
+def test_ranks_of_a_cell_that_another_process_runs_end_with_an_error(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other ranks would wait for the first one."""
+    planned = cell([*tiny, "trainer.devices=2"])
+    planned.folder.mkdir(parents=True)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with FileLock(planned.folder / LOCK), pytest.raises(FailedCells, match="is being run by another process"):
+        run_cell(planned)
+
+
+@pytest.mark.parametrize("layer", ["dense", "peer"])
+def test_of_lambada_the_last_words_count_each_after_its_own_passage(
+    layer: str, tiny: list[str], tmp_path: Path
+) -> None:
+    words = ["ba", "ken", "list", "molly", "nurk", "ra"]
+    passages = [" ".join(words[i * j % 6] for j in range(2 + i % 6)) + f" {words[i % 6]}li{i}" for i in range(32)]
+    (tmp_path / "lambada.txt").write_text("\n".join(passages), encoding="utf-8")
+    sets = ["+data.evaluation.lambada=2048", f"+data.held_out.lambada={tmp_path / 'lambada.txt'}"]
+    asked = [*tiny, *sets, f"ffn={layer}", "context=32", "trainer.keep_checkpoint=true"]
+    asked.append(budget(asked, 8))
+    corpus = prepare(load(asked).data)
+    folder, record = trained(asked)
+    found, model = record.evaluation["lambada"], load_model(folder)
+    nats, counts = [], []
+    for passage in passages:
+        head, _, last = passage.rpartition(" ")
+        before, word = (corpus.tokenizer.encode(text).ids for text in (head, f" {last}"))
+        with torch.no_grad():
+            predicted = model(torch.tensor([[*before, *word]])).log_softmax(-1)[0, len(before) - 1 : -1]
+        nats.append(-predicted[range(len(word)), word].sum().item())
+        counts.append(len(word))
+    assert len({*counts}) > 1 and found["tokens"] == sum(counts)
+    loss = sum(nats) / sum(counts)
+    assert found["loss"] == pytest.approx(loss, abs=1e-5) and found["ppl"] == pytest.approx(math.exp(loss), rel=1e-4)
+    # The jackknife's standard error of a ratio of sums.
+    others = [(sum(nats) - a) / (sum(counts) - n) for a, n in zip(nats, counts, strict=True)]
+    jackknife = math.sqrt(31 / 32 * sum((other - sum(others) / 32) ** 2 for other in others))
+    assert found["se"] == pytest.approx(jackknife, rel=0.03)
+    assert "bits_per_byte" not in found

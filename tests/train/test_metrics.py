@@ -1,0 +1,59 @@
+"""What the rows of a cell say of each step, interrupted or not."""
+
+import time
+
+import pytest
+import torch
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+
+from peerscale.config.schema import load
+from peerscale.files import ROOT
+from peerscale.plan.plan import plan, schedule
+from peerscale.records.curves import read_metrics
+from peerscale.records.record import Status
+from peerscale.train.module import LanguageModel
+from test_train import budget, corpus_path, settings, train  # noqa: F401
+
+STEP_S = 0.05
+
+
+@pytest.fixture
+def interrupted(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:  # noqa: F811
+    """A cell of 12 steps, each of at least `STEP_S`, with a row every fifth, that fails in its ninth step."""
+    step, calls = LanguageModel.training_step, []
+
+    def slow_and_once_broken(self: LanguageModel, tokens: torch.Tensor, batch_idx: int) -> STEP_OUTPUT:
+        calls.append(batch_idx)
+        if len(calls) == 9:
+            raise RuntimeError("broken off")
+        time.sleep(STEP_S)
+        return step(self, tokens, batch_idx)
+
+    monkeypatch.setattr(LanguageModel, "training_step", slow_and_once_broken)
+    overrides = [*settings, "tracking=disabled", "trainer.checkpoint_every_steps=1", "trainer.log_every_steps=5"]
+    overrides.append(budget(overrides, 12))
+    status, record = train(overrides)
+    assert (status, record.reason) == (Status.FAILED, "RuntimeError: broken off")
+    return overrides
+
+
+def test_a_row_has_the_rate_of_its_own_step(interrupted: list[str]) -> None:
+    status, record = train(interrupted)
+    assert status is Status.DONE
+    config = load(interrupted)
+    planned = plan(config)
+    rows = list(read_metrics(ROOT / config.trainer.runs_directory / "single" / record.cell))
+    assert [row["step"] for row in rows] == [5, 10, 12]
+    # The schedule counts from 0: the first step takes its factor 0.
+    assert [row["lr"] for row in rows] == pytest.approx([planned.lr * schedule(config, planned, s) for s in (4, 9, 11)])
+
+
+def test_the_first_row_after_a_resume_counts_only_steps_since(interrupted: list[str]) -> None:
+    _, record = train(interrupted)
+    config = load(interrupted)
+    speeds = {
+        row["step"]: row["tokens_per_s"]
+        for row in read_metrics(ROOT / config.trainer.runs_directory / "single" / record.cell)
+    }
+    fastest = config.tokens_per_step / STEP_S
+    assert all(0 < speed <= fastest for speed in speeds.values()), (speeds, fastest)

@@ -1,0 +1,139 @@
+"""Steps in micro-batches end with the weights, losses and running statistics of whole ones."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peerscale.config.schema import composed, load
+from peerscale.data.store import open_corpus
+from peerscale.errors import UserError
+from peerscale.model.trained import CHECKPOINTS
+from peerscale.plan.cells import single_cell
+from peerscale.plan.plan import Verdict, plan
+from peerscale.records.fingerprint import start_fingerprint
+from peerscale.records.record import Status, new_record
+from peerscale.train.cell import build_module, fit, train_cell
+from peerscale.train.checkpoint import MADE_BY, TimedCheckpoint, checkpoints
+from peerscale.train.evaluation import evaluate
+from test_train import budget, corpus_path, settings  # noqa: F401
+
+STEPS = 4
+CPU = torch.device("cpu")
+GROUPS = "routing_group_sequences=4"
+CASES = {
+    "dense": ["ffn=dense"],
+    "expert choice": ["ffn=moe", "ffn.n_experts=4", GROUPS],
+    "token choice": ["ffn=moe_token_choice", "ffn.load_balance_weight=1", GROUPS],
+    "fine-grained": ["ffn=fine_grained_moe", "ffn.load_balance_weight=1", GROUPS],
+    "pkm": ["ffn=pkm", "ffn.query_bias=false", GROUPS],
+    "peer": ["ffn=peer", "ffn.query_bias=false", GROUPS, "replaced=all"],
+    "peer without norm": ["ffn=peer", "ffn.query_norm=false"],
+    "peer, row-sparse": ["ffn=peer", "ffn.query_bias=false", GROUPS, "optim=row_sparse_adamw"],
+}
+
+
+class Rows(list[dict[str, Any]]):
+    """Stands for a tracker."""
+
+    def log(self, row: dict[str, Any]) -> None:
+        self.append({key: value for key, value in row.items() if key != "tokens_per_s"})
+
+
+def trained(
+    overrides: list[str], folder: Path, resumed: Path | None = None
+) -> tuple[Rows, list[float], dict[str, Any]]:
+    """Metrics, losses of validation sequences, and the checkpoint after the last step, all in float64."""
+    config, rows = load(overrides), Rows()
+    planned, corpus = plan(config), open_corpus(config.data)
+    assert planned.verdict is Verdict.OK and planned.steps == STEPS
+    module = build_module(config, planned, CPU).double()
+    saving = TimedCheckpoint(folder, 1e9, every_steps=2)
+    fit(module, corpus, rows, saving, resumed)  # type: ignore[arg-type]
+    assert next(path.name for path in checkpoints(folder)) == f"step-{STEPS:09d}.ckpt"
+    losses = evaluate(module, corpus, config, CPU)["sequence_losses"]
+    return rows, losses, torch.load(checkpoints(folder)[0], weights_only=True)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parts_of_a_batch_add_up(case: str, settings: list[str], tmp_path: Path) -> None:  # noqa: F811
+    overrides = [*settings, *CASES[case], "tracking=disabled", "trainer.kernel=reference", "trainer.log_every_steps=2"]
+    overrides.append(budget(overrides, STEPS))
+    rows, losses, whole = trained(overrides, tmp_path / "1")
+    assert [row["step"] for row in rows] == [2, 4]
+    for n in (2, 4) if case in ("peer", "token choice") else (4,):
+        rows_of_parts, losses_of_parts, parts = trained([*overrides, f"trainer.micro_batches={n}"], tmp_path / str(n))
+        assert len(rows) == len(rows_of_parts)
+        for row, row_of_parts in zip(rows, rows_of_parts, strict=True):
+            same = {
+                key: value for key, value in row.items() if key not in ("expert_usage", "unevenness", "usage_tokens")
+            }
+            assert {key: row_of_parts[key] for key in same} == pytest.approx(same, rel=1e-10)
+            if "unevenness" in row:
+                assert row_of_parts == pytest.approx(row, rel=1e-6), "usage is counted over all parts"
+        assert losses_of_parts == pytest.approx(losses, abs=1e-5)
+        assert whole["state_dict"].keys() == parts["state_dict"].keys()
+        for name, weight in whole["state_dict"].items():
+            torch.testing.assert_close(
+                parts["state_dict"][name], weight, rtol=1e-10, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+def test_a_cell_goes_on_in_the_same_parts_alone(settings: list[str], tmp_path: Path) -> None:  # noqa: F811
+    overrides = [*settings, "ffn=dense", "tracking=disabled", "trainer.micro_batches=2", "trainer.kernel=reference"]
+    overrides.append(budget(overrides, STEPS))
+    rows, losses, unbroken = trained(overrides, tmp_path / "unbroken")
+    middle = tmp_path / "unbroken" / "step-000000002.ckpt"
+    rows_again, losses_again, again = trained(overrides, tmp_path / "again", middle)
+    assert losses_again == losses and rows_again[-1] == rows[-1]
+    for name, weight in unbroken["state_dict"].items():
+        assert torch.equal(again["state_dict"][name], weight)
+    with pytest.raises(
+        UserError, match=r"started with trainer\.micro_batches=2 and continues only with that, not with 4"
+    ):
+        trained([*overrides, "trainer.micro_batches=4"], tmp_path / "other", middle)
+
+
+def test_other_parts_are_refused_before_anything_is_written(settings: list[str], tmp_path: Path) -> None:  # noqa: F811
+    overrides = [*settings, "ffn=dense", "tracking=disabled", f"trainer.runs_directory={tmp_path}"]
+    overrides.append(budget(overrides, STEPS))
+    cell = single_cell(composed([*overrides, "trainer.micro_batches=2"]))
+    corpus = open_corpus(cell.config.data)
+    *_, state = trained([*overrides, "trainer.micro_batches=2", "trainer.kernel=reference"], cell.folder / CHECKPOINTS)
+    begun = new_record(cell, Status.RUNNING, corpus.manifest.fingerprint)
+    torch.save(state | {MADE_BY: start_fingerprint(begun.hashed_config)}, checkpoints(cell.folder / CHECKPOINTS)[0])
+    with pytest.raises(UserError, match=r"with trainer\.micro_batches=2 and continues only with that, not with 4"):
+        train_cell(single_cell(composed([*overrides, "trainer.micro_batches=4"])))
+    assert [path.name for path in cell.folder.iterdir()] == [CHECKPOINTS]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (
+            ["ffn=dense", "trainer.micro_batches=3"],
+            "the 16 sequences of a device cannot be divided into trainer.micro_batches 3",
+        ),
+        (
+            ["ffn=peer", "trainer.micro_batches=4"],
+            "peer takes statistics over 16 sequences, which trainer.micro_batches 4 splits; "
+            "routing_group_sequences may be 4 or a divisor of that",
+        ),
+        (["ffn=peer", "trainer.micro_batches=4", "routing_group_sequences=4"], ""),
+        (["ffn=peer", "ffn.query_norm=false", "trainer.micro_batches=4"], ""),
+        (["ffn=moe_token_choice", "ffn.load_balance_weight=0", "trainer.micro_batches=16"], ""),
+    ],
+)
+def test_a_group_of_statistics_is_in_one_part(overrides: list[str], reason: str) -> None:
+    assert plan(load([*overrides, "size=d8", "budget=1e11"])).reason == reason
+
+
+@pytest.mark.parametrize("case", ["dense", "token choice", "peer"])
+def test_what_is_computed_again_is_the_same(case: str, settings: list[str], tmp_path: Path) -> None:  # noqa: F811
+    overrides = [*settings, *CASES[case], "tracking=disabled", "trainer.kernel=torch", "trainer.log_every_steps=2"]
+    overrides.append(budget(overrides, STEPS))
+    rows, losses, kept = trained(overrides, tmp_path / "kept")
+    others, their_losses, again = trained([*overrides, "trainer.activation_checkpointing=true"], tmp_path / "again")
+    assert (rows, losses) == (others, their_losses)
+    assert all(torch.equal(kept["state_dict"][name], again["state_dict"][name]) for name in kept["state_dict"])
