@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import per_token
-from peerscale.layers.modules.moe import FineGrainedMoe, TokenChoiceMoe
-from peerscale.layers.moe import FineGrainedMoeConfig, MoeConfig
-from peerscale.model.usage import ExpertUsage
+from peerscale.layers.fine_grained_moe import FineGrainedMoe, FineGrainedMoeConfig
+from peerscale.layers.moe import MoeConfig, TokenChoiceMoe
+from peerscale.layers.usage import ExpertUsage
 
 
 def fine_grained(n_experts: int, top_k: int, n_shared: int = 1, weight: float = 0.0) -> FineGrainedMoe:

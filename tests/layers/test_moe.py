@@ -4,23 +4,22 @@ import pytest
 import torch
 
 import per_token
-from peerscale.layers.modules.dense import Dense
-from peerscale.layers.modules.moe import ExpertChoiceMoe, TokenChoiceMoe
-from peerscale.layers.moe import MoeConfig
-from peerscale.model.usage import ExpertUsage
+from peerscale.layers.dense import Dense
+from peerscale.layers.moe import ExpertChoiceMoe, MoeConfig, TokenChoiceMoe
+from peerscale.layers.usage import ExpertUsage
 
 
-def expert_choice(n_experts: int, capacity_factor: float = 1.0, d_model: int = 5) -> ExpertChoiceMoe:
+def expert_choice(n_experts: int, capacity_factor: float = 1.0, group: int | None = None) -> ExpertChoiceMoe:
     torch.manual_seed(0)
-    return ExpertChoiceMoe(d_model, 4 * d_model, MoeConfig(n_experts=n_experts, capacity_factor=capacity_factor))
+    return ExpertChoiceMoe(5, 20, MoeConfig(n_experts=n_experts, capacity_factor=capacity_factor), group)
 
 
 def token_choice(
-    n_experts: int, top_k: int = 1, d_model: int = 5, d_ff: int | None = None, **weights: float
+    n_experts: int, top_k: int = 1, d_model: int = 5, d_ff: int = 20, balance: float = 0.0, **options
 ) -> TokenChoiceMoe:
     torch.manual_seed(0)
-    config = MoeConfig(n_experts=n_experts, top_k=top_k, **{"load_balance_weight": 0, "z_loss_weight": 0, **weights})
-    return TokenChoiceMoe(d_model, d_ff or 4 * d_model, config)
+    config = MoeConfig(n_experts=n_experts, top_k=top_k, load_balance_weight=balance)
+    return TokenChoiceMoe(d_model, d_ff, config, **options)
 
 
 @pytest.mark.parametrize(
@@ -40,8 +39,7 @@ def test_expert_choice_is_every_experts_best_tokens_at_each_position(
 
 @pytest.mark.parametrize("n_groups", [2, 4])
 def test_expert_choice_in_groups_is_each_group_by_itself(n_groups: int) -> None:
-    layer, x = expert_choice(2), torch.randn(8, 3, 5)
-    layer.n_groups = n_groups
+    layer, x = expert_choice(2, group=8 // n_groups), torch.randn(8, 3, 5)
 
     def group_by_group(layer: ExpertChoiceMoe, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([per_token.expert_choice(layer, group) for group in x.chunk(n_groups)])
@@ -106,10 +104,16 @@ def test_one_expert_is_the_dense_layer(make) -> None:
     torch.testing.assert_close(layer(x), dense(x))
 
 
-def test_experts_start_with_the_variance_of_one_over_fan_in() -> None:
-    experts = token_choice(8, d_model=64).experts
-    assert experts.down.std().item() == pytest.approx(64**-0.5, rel=0.02)
-    assert experts.up.std().item() == pytest.approx(256**-0.5, rel=0.02)
+def test_initial_weights_have_the_variance_of_one_over_fan_in() -> None:
+    """The constructor draws those of the experts; `init_weights` draws the router's and scales the experts' outputs."""
+    layer = token_choice(8, d_model=64, d_ff=256)
+    assert layer.experts.down.std().item() == pytest.approx(64**-0.5, rel=0.02)
+    assert layer.experts.up.std().item() == pytest.approx(256**-0.5, rel=0.02)
+    router, down, up = (weight.clone() for weight in layer.parameters())
+    layer.init_weights(0.5)
+    assert torch.equal(layer.experts.down, down) and torch.equal(layer.experts.up, 0.5 * up)
+    assert not torch.equal(layer.router.weight, router)
+    assert layer.router.weight.std().item() == pytest.approx(64**-0.5, rel=0.2)
 
 
 @pytest.mark.parametrize(
@@ -141,14 +145,23 @@ def balance_and_z_loss(layer: TokenChoiceMoe, x_TD: torch.Tensor) -> tuple[float
 
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_auxiliary_loss_is_load_balance_and_z_loss(top_k: int) -> None:
-    layer, x = token_choice(4, top_k, load_balance_weight=0.3, z_loss_weight=0.07).double(), torch.randn(13, 5).double()
+    layer, x = token_choice(4, top_k, balance=0.3, z_loss_weight=0.07).double(), torch.randn(13, 5).double()
     layer(x)
     balance, z_loss = balance_and_z_loss(layer, x)
     assert layer.auxiliary_loss.item() == pytest.approx(0.3 * balance + 0.07 * z_loss, rel=1e-6)
 
 
+def test_auxiliary_loss_of_groups_is_the_mean_of_each_by_itself() -> None:
+    x, losses = torch.randn(6, 3, 5), []
+    for part, group in ((x, 2), *((part, None) for part in x.split(2))):
+        layer = token_choice(4, 2, balance=0.3, z_loss_weight=0.07, group_sequences=group)
+        layer(part)
+        losses.append(layer.auxiliary_loss)
+    torch.testing.assert_close(losses[0], torch.stack(losses[1:]).mean())
+
+
 def test_load_balance_loss_is_1_when_even_and_n_experts_at_collapse() -> None:
-    layer = token_choice(4, load_balance_weight=1.0)
+    layer = token_choice(4, balance=1.0)
     with torch.no_grad():
         layer.router.weight.zero_()
         layer.router.weight[:4, :4] = 1e-4 * torch.eye(4)
@@ -160,12 +173,12 @@ def test_load_balance_loss_is_1_when_even_and_n_experts_at_collapse() -> None:
 
 
 def test_auxiliary_loss_trains_the_router_alone_and_only_in_training() -> None:
-    layer, x = token_choice(4, load_balance_weight=1.0, z_loss_weight=1.0), torch.randn(13, 5)
+    layer, x = token_choice(4, balance=1.0, z_loss_weight=1.0), torch.randn(13, 5)
     layer(x)
     layer.auxiliary_loss.backward()
     assert layer.router.weight.grad.abs().max() > 0
     assert layer.experts.down.grad is None
-    fresh = token_choice(4, load_balance_weight=1.0).eval()
+    fresh = token_choice(4, balance=1.0).eval()
     fresh(x)
     assert fresh.auxiliary_loss is None
 
