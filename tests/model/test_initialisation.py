@@ -11,7 +11,7 @@ import peerscale.model.build
 from peerscale.config.schema import Config, load
 from peerscale.errors import UserError
 from peerscale.files import ROOT
-from peerscale.layers.modules.dense import NoLayer
+from peerscale.layers.dense import NoLayer
 from peerscale.model.build import build_model
 from peerscale.model.transformer import Attention, Transformer
 
@@ -88,7 +88,7 @@ def small() -> Config:
 
 
 def build_with(layer: nn.Module, config: Config, monkeypatch: pytest.MonkeyPatch) -> Transformer:
-    monkeypatch.setattr(peerscale.model, "build_ffn", lambda *_: layer)
+    monkeypatch.setattr(peerscale.model.build, "build_ffn", lambda *_: layer)
     return build_model(config)
 
 

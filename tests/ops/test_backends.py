@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from peerscale.errors import UserError
-from peerscale.layers.modules.product_keys import Peer
+from peerscale.layers import Peer
 from peerscale.ops import backends, compiler
 from peerscale.ops.backends import choose_operators
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peerscale.layers.modules.product_keys import Peer, Pkm
+from peerscale.layers import Peer, Pkm
 from peerscale.ops.backends import BACKENDS, choose_operators
 from peerscale.ops.row_sparse_adamw import RowSparseAdamW
 

@@ -1,16 +1,13 @@
 """Product-key retrieval against brute force over all keys."""
 
 import math
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
-from peerscale.layers.modules.product_keys import Pkm, QueryNorm
 from peerscale.ops.backends import choose_operators
 from peerscale.ops.operators import candidate_pairs
 
@@ -154,84 +151,3 @@ def test_candidate_pairs_are_those_with_fewer_than_k_better_or_equal_ones(k):
     pairs = list(zip(*candidate_pairs(k), strict=True))
     assert set(pairs) == {(i, j) for i in range(k) for j in range(k) if (i + 1) * (j + 1) <= k}
     assert len(pairs) == len(set(pairs)) <= k * (1 + math.log(k))
-
-
-@pytest.mark.parametrize("name", [*FINDERS, "torch"])
-@pytest.mark.parametrize("shared", [True, False])
-def test_layout_of_queries_and_keys(name, shared):
-    """The query projection's outputs are (head, half, width); the row of sub-keys (i, j) is i sqrt(n_experts) + j."""
-    torch.manual_seed(0)
-    layer = Pkm(6, 25, 3, 4, 8, shared_keys=shared, query_norm=False, operators=choose_operators(name)).double()
-    x = torch.randn(7, 6, dtype=torch.float64)
-    scores, rows = layer.retrieve(x)
-    q = (x @ layer.query.weight.T + layer.query.bias).view(7, 3, 2, 4)
-    for t in range(7):
-        for h in range(3):
-            first, second = layer.sub_keys[0 if shared else h]
-            every = (first @ q[t, h, 0])[:, None] + (second @ q[t, h, 1])[None, :]
-            best, row = every.flatten().topk(4)
-            torch.testing.assert_close(scores[t, h], best)
-            assert rows[t, h].tolist() == row.tolist()
-
-
-def test_query_norm_is_batch_norm_in_full_precision():
-    torch.manual_seed(0)
-    layer = Pkm(6, 25, 3, 4, 8)
-    x = torch.randn(7, 6)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        scores, _ = layer.retrieve(x.bfloat16())
-    assert scores.dtype == torch.float32
-    projected = layer.query(x.bfloat16().float())
-    normed = (projected - projected.mean(0)) / (projected.var(0, unbiased=False) + 1e-5).sqrt()
-    every = all_scores(normed.view(7, 3, 2, 4), layer.sub_keys)
-    torch.testing.assert_close(scores, every.topk(4, dim=-1).values)
-
-
-def test_query_norm_in_groups_is_the_batch_norm_of_each_group() -> None:
-    torch.manual_seed(0)
-    norm, groups = QueryNorm(5, n_groups=3), [nn.BatchNorm1d(5) for _ in range(3)]
-    nn.init.uniform_(norm.weight, 0.5, 1.5)
-    for group in groups:
-        group.weight.data.copy_(norm.weight.data)
-    x = torch.randn(12, 5, requires_grad=True)
-    y, probe = norm(x), torch.randn(12, 5)
-    wanted = torch.cat([group(part) for group, part in zip(groups, x.chunk(3), strict=True)])
-    torch.testing.assert_close(y, wanted)
-    torch.testing.assert_close(
-        *(torch.autograd.grad((out * probe).sum(), x, retain_graph=True)[0] for out in (y, wanted))
-    )
-    for name in ("running_mean", "running_var"):
-        torch.testing.assert_close(getattr(norm, name), torch.stack([getattr(group, name) for group in groups]).mean(0))
-    assert norm.eval()(x).shape == x.shape
-
-
-def norm_of_a_share(x: Tensor, shares: tuple[int, int], probe: Tensor, file: str) -> None:
-    """Program of one of two ranks: the norm of its share, its gradient and the running statistics, kept in a file."""
-    rank = torch.distributed.get_rank()
-    x, probe = x.split(shares)[rank].clone().requires_grad_(), probe.split(shares)[rank]
-    norm = QueryNorm(x.shape[1])
-    y = norm(x)
-    (gradient,) = torch.autograd.grad((y * probe).sum(), x)
-    torch.save((y.detach(), gradient, norm.running_mean, norm.running_var), f"{file}{rank}")
-
-
-def rank_of_two(rank: int, store: str, *arguments: Any) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    norm_of_a_share(*arguments)
-    torch.distributed.destroy_process_group()
-
-
-def test_query_norm_takes_unequal_shares_of_two_ranks(tmp_path: Path) -> None:
-    """As other people's models may have them."""
-    torch.manual_seed(0)
-    x, probe = torch.randn(12, 5) + 3, torch.randn(12, 5)
-    arguments = (str(tmp_path / "store"), x, (8, 4), probe, str(tmp_path / "of_rank_"))
-    torch.multiprocessing.spawn(rank_of_two, arguments, nprocs=2)
-    whole, of_ranks = x.clone().requires_grad_(), [torch.load(tmp_path / f"of_rank_{rank}") for rank in range(2)]
-    y = (norm := nn.BatchNorm1d(5))(whole)
-    (gradient,) = torch.autograd.grad((y * probe).sum(), whole)
-    torch.testing.assert_close(torch.cat([found[0] for found in of_ranks]), y)
-    torch.testing.assert_close(torch.cat([found[1] for found in of_ranks]), gradient, rtol=1e-4, atol=1e-5)
-    for _, _, mean, variance in of_ranks:
-        torch.testing.assert_close(mean, norm.running_mean)
-        torch.testing.assert_close(variance, norm.running_var)
