@@ -40,7 +40,7 @@ help: ## print this help
 	@echo; echo "Variables: SWEEP=$(SWEEP) LAUNCHER=joblib|local|slurm JOBS=$(JOBS) OVERRIDES='key=value ...' PYTHON=$(PYTHON)"
 	@echo "BUDGET=FLOPs: the budget to forecast; CELL=NAME: the cell to repeat; PRICE=NUMBER: price of a GPU-hour, for plan; PUBLISHED=1: sweep, figures and forecast count finished cells of results/ as done; REPLACE=1: publish may remove these, or replace them by cells of another configuration"
 	@echo "LOCKED=1: setup installs the versions that the published studies ran on (requirements.lock)"
-	@echo "Exit codes of the programs: 0 done, 1 a crash, 2 wrong input, 3 some cells failed (make sweep counts this as success), 130 Ctrl-C"
+	@echo "Exit codes of the programs: 0 done, 1 a crash, 2 wrong input, 3 some cells failed (make sweep counts this as success), 4 some cells were killed again and again, 130 Ctrl-C"
 
 reproduce: ## the main command: corpus, training runs, fits, figures and table of the study reproduce (17 minutes on 2 cores)
 	@$(MAKE) --no-print-directory data sweep figures SWEEP=reproduce

@@ -14,11 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import peerscale.launch.run as launch
 from peerscale.config.schema import composed, load
 from peerscale.config.study import load_sweep
 from peerscale.data.prepare import prepare
-from peerscale.errors import UserError, exit_code
+from peerscale.errors import UserError
 from peerscale.files import ROOT
 from peerscale.plan.cells import Cell, planned_cells, single_cell
 from peerscale.plan.cost import cost
@@ -313,17 +312,6 @@ def test_a_sweep_goes_on_after_failures_and_skips_what_is_done(launcher: str, st
     assert status.code == 0, status.err
     assert "2 dropped" in status.out and "1 diverged" in status.out and "1 done" in status.out
     assert "the training loss is" in status.out
-
-
-def test_a_killed_worker_ends_a_sweep_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(launch, "in_turn", lambda cells: [[1], [2]])
-    monkeypatch.setattr(launch, "_run_as_worker", lambda group: os.kill(os.getpid(), signal.SIGKILL))
-    assert exit_code(lambda: launch.run_here([], 2) and None) == 3
-    error = capsys.readouterr().err
-    assert error.startswith("error: a process was killed, perhaps since memory ran out") and error.count("\n") == 1
-    assert "the same command continues every cell from its checkpoint" in error
 
 
 def test_a_published_cell_is_trained_again_and_compared(study: Path, tmp_path: Path) -> None:

@@ -5,10 +5,8 @@ python -m peerscale.launch SWEEP [key=value ...] [--launcher joblib --jobs 4]
 Failed cells do not stop the others. Exit codes: `peerscale.errors`.
 """
 
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from peerscale.config.compose import study_files, sweep_file
@@ -16,14 +14,13 @@ from peerscale.data.prepare import prepare
 from peerscale.data.store import read_manifest
 from peerscale.errors import ArgumentParser, FailedCells, UserError
 from peerscale.launch.outcomes import published_as_done, published_study, some
+from peerscale.launch.processes import run_at_once
 from peerscale.launch.progress import Progress
-from peerscale.plan.branches import in_turn
 from peerscale.plan.cells import Cell, pending_cells, planned_cells
 from peerscale.plan.notices import diverged_lines, evaluation_lines, rate_lines
 from peerscale.plan.plan import Verdict
 from peerscale.records.record import FAILED, Status
-from peerscale.train.distributed import started_ranks
-from peerscale.train.run import run_in_turn
+from peerscale.train.run import run_cell
 
 LAUNCHERS = ("local", "joblib", "slurm")
 
@@ -40,8 +37,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     if options.jobs is not None and options.jobs < 1:
         raise UserError(f"--jobs must be at least 1, not {options.jobs}")
-    if started_ranks()[1] > 1:
-        raise UserError("torchrun and srun start the ranks of one cell; a study starts the ranks of its cells itself")
     settings = None
     if options.launcher == "slurm":
         from peerscale.launch.submission import submission_settings
@@ -97,42 +92,8 @@ def run_here(cells: Sequence[Cell], n_processes: int | None) -> dict[str, Status
 
     Raises:
         UserError: a cell cannot be run as it is; running cells stop as on Ctrl-C.
-        FailedCells: one of the processes was killed.
+        Aborted: the process of a cell was killed again and again.
     """
-    groups = in_turn(cells)
     if n_processes is None:
-        statuses = [run_in_turn(group) for group in groups]
-    else:
-        from joblib import Parallel, delayed
-        from joblib.externals.loky.process_executor import TerminatedWorkerError
-
-        with _terminated_as_by_ctrl_c():
-            try:
-                statuses = Parallel(n_jobs=n_processes, batch_size=1)(
-                    delayed(_run_as_worker)(group) for group in groups
-                )
-            except TerminatedWorkerError:
-                raise FailedCells(
-                    "a process was killed, perhaps since memory ran out, and the others were stopped; the same command "
-                    "continues every cell from its checkpoint; fewer at once need less memory: JOBS=1"
-                ) from None
-    return {name: status for group in statuses for name, status in group.items()}
-
-
-def _run_as_worker(cells: Sequence[Cell]) -> dict[str, Status]:
-    """Run cells in one of several processes, each of which has its own GPUs if there are any."""
-    from peerscale.train.gpus import take_gpus
-
-    if cells[0].config.trainer.accelerator != "cpu":
-        take_gpus(cells[0].config.trainer.devices)
-    return run_in_turn(cells)
-
-
-@contextmanager
-def _terminated_as_by_ctrl_c() -> Iterator[None]:
-    """Treat SIGTERM like Ctrl-C, since the worker processes would otherwise keep running."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        return {cell.name: run_cell(cell) for cell in cells}
+    return run_at_once(cells, n_processes, run_cell)
