@@ -84,9 +84,8 @@ def test_make_refuses_a_variable_that_it_does_not_know(word: str) -> None:
 
 
 def test_make_hands_on_what_it_knows() -> None:
-    sweep = make("-n", "sweep", "SWEEP=smoke", "OVERRIDES=a=1 c=3", "PUBLISHED=1", "JOBS=7", python="B").stdout
-    assert "-m peerscale.launch smoke --launcher joblib --jobs 7" in sweep
-    assert " --published results a=1 c=3" in sweep
+    sweep = make("-n", "sweep", "SWEEP=smoke", "OVERRIDES=a=1 c=3", "JOBS=7", python="B").stdout
+    assert "-m peerscale.launch smoke --launcher joblib --jobs 7 a=1 c=3" in sweep
     assert "--jobs 7 smoke" in make("-n", "plan", "SWEEP=smoke", "JOBS=7", python="B").stdout
     assert "--jobs 1 smoke" in make("-n", "plan", "SWEEP=smoke", "JOBS=7", "LAUNCHER=local", python="B").stdout
     assert "publish.py smoke --replace" in make("-n", "publish", "SWEEP=smoke", "REPLACE=1", python="B").stdout

@@ -72,11 +72,15 @@ FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
 class FailedCells(Exception):
-    """The sweep ran to its end, but some of its cells failed; exit code `FAILED_CELLS`."""
+    """The sweep ran to its end, but some of its cells failed."""
+
+    code = FAILED_CELLS
 
 
-class Aborted(Exception):
-    """Some cells of a sweep did not end, since their processes were killed; exit code `ABORTED`."""
+class Aborted(FailedCells):
+    """Some cells of a sweep did not end, since their processes were killed."""
+
+    code = ABORTED
 
 
 def exit_code(main: Callable[[], int | None]) -> int:
@@ -87,10 +91,7 @@ def exit_code(main: Callable[[], int | None]) -> int:
         return code
     except FailedCells as error:
         print(f"error: {error}", file=sys.stderr)
-        return FAILED_CELLS
-    except Aborted as error:
-        print(f"error: {error}", file=sys.stderr)
-        return ABORTED
+        return error.code
     except UserError as error:
         message = str(error)
     except BrokenPipeError:

@@ -5,9 +5,8 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
-from contextlib import contextmanager
 from typing import Any
 
 from joblib.externals.loky import ProcessPoolExecutor
@@ -35,33 +34,31 @@ def run_at_once(cells: Sequence[Cell], n: int, run: Callable[[Cell], Status]) ->
         Aborted: the process of some cell was killed `TRIES` times; all other cells have ended.
     """
     environments = worker_environments(cells, n)
-    idle = [(environment, _executor(environment)) for environment in environments]
-    waiting, running = list(cells), {}
+    executors = [_executor(environment) for environment in environments]
+    idle, waiting, running = [*range(len(executors))], [*cells], {}
     statuses: dict[str, Status] = {}
     killed: Counter[str] = Counter()
-    with _terminated_as_by_ctrl_c():
-        try:
-            while waiting or running:
-                while waiting and idle:
-                    cell, (environment, executor) = waiting.pop(0), idle.pop()
-                    running[executor.submit(run, cell)] = cell, environment, executor
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    cell, environment, executor = running.pop(future)
-                    try:
-                        statuses[cell.name] = future.result()
-                    except TerminatedWorkerError:
-                        executor.shutdown(kill_workers=True)
-                        executor = _executor(environment)
-                        killed[cell.name] += 1
-                        if killed[cell.name] < TRIES:
-                            print(
-                                f"\nnotice: the process of {cell.name} was killed; it is tried again", file=sys.stderr
-                            )
-                            waiting.insert(0, cell)
-                    idle.append((environment, executor))
-        finally:
-            for *_, executor in [*idle, *running.values()]:
-                executor.shutdown(kill_workers=True)
+    sigterm = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, or the processes would go on
+    try:
+        while waiting or running:
+            while waiting and idle:
+                cell, worker = waiting.pop(0), idle.pop()
+                running[executors[worker].submit(run, cell)] = cell, worker
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                cell, worker = running.pop(future)
+                idle.append(worker)
+                try:
+                    statuses[cell.name] = future.result()
+                except TerminatedWorkerError:
+                    executors[worker] = _executor(environments[worker])
+                    killed[cell.name] += 1
+                    if killed[cell.name] < TRIES:
+                        print(f"\nnotice: {cell.name} is tried again: its process was killed", file=sys.stderr)
+                        waiting.insert(0, cell)
+    finally:
+        for executor in executors:
+            executor.shutdown(kill_workers=True)
+        signal.signal(signal.SIGTERM, sigterm)
     if lost := [name for name, times in killed.items() if times == TRIES]:
         raise Aborted(
             f"not all cells could be run: the process of {lost[0]}{' and others' * (len(lost) > 1)} was killed "
@@ -86,13 +83,3 @@ def worker_environments(cells: Sequence[Cell], n: int) -> list[dict[str, str]]:
 
 def _executor(environment: dict[str, str]) -> Any:
     return ProcessPoolExecutor(max_workers=1, timeout=IDLE_S, env=environment)
-
-
-@contextmanager
-def _terminated_as_by_ctrl_c() -> Iterator[None]:
-    """Treat SIGTERM like Ctrl-C, since the processes would otherwise go on."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -6,20 +6,19 @@ Failed cells do not stop the others. Exit codes: `peerscale.errors`.
 """
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
-from peerscale.config.compose import study_files, sweep_file
 from peerscale.data.prepare import prepare
 from peerscale.data.store import read_manifest
-from peerscale.errors import ArgumentParser, FailedCells, UserError
-from peerscale.launch.outcomes import published_as_done, published_study, some
+from peerscale.errors import ArgumentParser, FailedCells, UserError, positive_integer
+from peerscale.launch import slurm
+from peerscale.launch.outcome import outcomes
 from peerscale.launch.processes import run_at_once
 from peerscale.launch.progress import Progress
-from peerscale.plan.cells import Cell, pending_cells, planned_cells
-from peerscale.plan.notices import diverged_lines, evaluation_lines, rate_lines
-from peerscale.plan.plan import Verdict
-from peerscale.records.record import FAILED, Status
+from peerscale.plan.cells import FINISHED, planned_cells
+from peerscale.plan.notices import evaluation_lines, rate_lines
+from peerscale.records.record import FAILED, Status, set_aside
 from peerscale.train.run import run_cell
 
 LAUNCHERS = ("local", "joblib", "slurm")
@@ -32,68 +31,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--launcher", choices=LAUNCHERS, default="local", help="this process, several processes, or Slurm jobs"
     )
-    parser.add_argument("--jobs", type=int, metavar="N", help="cells that run at once (default: one, or Slurm's limit)")
-    parser.add_argument("--published", type=Path, metavar="DIR", help="count cells finished in this folder as done")
+    at_once = "cells that run at once (default: one, or Slurm's limit)"
+    parser.add_argument("--jobs", type=positive_integer, metavar="N", help=at_once)
     options = parser.parse_intermixed_args(arguments)
-    if options.jobs is not None and options.jobs < 1:
-        raise UserError(f"--jobs must be at least 1, not {options.jobs}")
-    settings = None
-    if options.launcher == "slurm":
-        from peerscale.launch.submission import submission_settings
-
-        # Checked before the corpus is prepared, in case nothing can be submitted.
-        settings = submission_settings(options.overrides, options.jobs)
+    # Checked before the corpus is prepared, in case nothing can be submitted.
+    settings = slurm.load_settings(options.overrides, options.jobs) if options.launcher == "slurm" else None
     cells = planned_cells(options.sweep, options.overrides)
-    name = cells[0].sweep
-    study = published_study(name, options.published) if options.published else None
     was_there = read_manifest(cells[0].config.data)
-    manifest = prepare(cells[0].config.data).manifest
-    if manifest != was_there:  # the sizes of its sets decide which cells are dropped
+    if prepare(cells[0].config.data).manifest != was_there:  # the sizes of its sets decide which cells are dropped
         cells = planned_cells(options.sweep, options.overrides)
-    corpus = manifest.fingerprint
-    elsewhere = published_as_done(cells, study, corpus) if study else set()
-    left = [cell for cell in cells if cell.name not in elsewhere]
-    pending, diverged = pending_cells(left, corpus), diverged_lines(left, corpus)
-    dropped = sum(cell.plan.verdict is Verdict.DROP for cell in left)
-    done = len(cells) - len(pending) - dropped - len(diverged)
-    published = f" ({len(elsewhere)} of them published)" if elsewhere else ""
-    counts = f"{done} done{published}, {dropped} dropped, {len(pending)} to run"
-    print(f"{name}: {len(cells)} cells, {counts}", file=sys.stderr)
-    notices = [f"notice: {line}" for line in [*evaluation_lines(cells, short_only=True), *rate_lines(cells)]]
-    print(*(f"{line}\n" for line in notices + diverged), sep="", end="", file=sys.stderr)
+    sweep, found = cells[0].sweep, outcomes(cells)
+    if refused := next((outcome.refused for outcome in found if outcome.refused), None):
+        raise UserError(refused)
+    # Longest first, so that the last ones to finish are short.
+    pending = [outcome.cell for outcome in found if outcome.status not in FINISHED]
+    pending.sort(key=lambda cell: -cell.estimate_s)
+    n = Counter(outcome.status for outcome in found)
+    counts = f"{n[Status.DONE]} done, {n[Status.DROPPED]} dropped, {len(pending)} to run"
+    print(f"{sweep}: {len(cells)} cells, {counts}", file=sys.stderr)
+    for line in [*evaluation_lines(cells, short_only=True), *rate_lines(cells)]:
+        print(f"notice: {line}", file=sys.stderr)
+    failed = []
+    for outcome in found:
+        if outcome.record and outcome.status is Status.DIVERGED:
+            anyway = f"to run it again anyway: {set_aside(outcome.cell.folder)}"
+            print(f"{outcome.cell.name} diverged: {outcome.record.reason}; {anyway}", file=sys.stderr)
+            failed.append(outcome.cell.name)
     if pending and settings:
-        from peerscale.launch.submission import submit
-
-        submit(pending, settings)
-    statuses: dict[str, Status] = {}
-    if pending and not settings:
-        with Progress(name, pending, already_done=done):
-            statuses = run_here(pending, options.jobs or 1 if options.launcher == "joblib" else None)
-    failed = [cell for cell, status in statuses.items() if status in FAILED]
-    failed += [line.partition(" ")[0] for line in diverged]
+        slurm.submit(pending, settings)
+    elif pending:
+        with Progress(sweep, pending, already_done=n[Status.DONE]):
+            if options.launcher == "joblib":
+                statuses = run_at_once(pending, options.jobs or 1, run_cell)
+            else:
+                statuses = {cell.name: run_cell(cell) for cell in pending}
+        failed = [name for name, status in statuses.items() if status in FAILED] + failed
+        if Status.RUNNING in statuses.values():
+            print(f"some cells are being run by another process: make status SWEEP={sweep}", file=sys.stderr)
+        elif not failed:
+            print(f"all cells are done; next: make figures SWEEP={sweep}", file=sys.stderr)
+    elif not failed:
+        print(f"nothing to run; next: make figures SWEEP={sweep}", file=sys.stderr)
     if failed:
-        raise FailedCells(
-            f"{len(failed)} of {len(cells)} cells failed: {some(failed)}; reasons: make status SWEEP={name}"
-        )
-    if pending and settings:
-        return 0
-    draw = f"make figures SWEEP={name}{' PUBLISHED=1' if elsewhere else ''}"
-    if (file := sweep_file(options.sweep)) not in map(Path.resolve, study_files()):
-        draw += f" (first copy {file} to sweeps/, where it looks for studies)"
-    if Status.RUNNING in statuses.values():
-        print(f"some cells are being run by another process: make status SWEEP={name}", file=sys.stderr)
-    else:
-        print(f"{'all cells are done' if pending else 'nothing to run'}; next: {draw}", file=sys.stderr)
+        some = ", ".join(failed[:3]) + " ..." * (len(failed) > 3)
+        raise FailedCells(f"{len(failed)} of {len(cells)} cells failed: {some}; reasons: make status SWEEP={sweep}")
     return 0
-
-
-def run_here(cells: Sequence[Cell], n_processes: int | None) -> dict[str, Status]:
-    """Run cells on this machine, `n_processes` at once, or one after the other in this process; returns their statuses.
-
-    Raises:
-        UserError: a cell cannot be run as it is; running cells stop as on Ctrl-C.
-        Aborted: the process of a cell was killed again and again.
-    """
-    if n_processes is None:
-        return {cell.name: run_cell(cell) for cell in cells}
-    return run_at_once(cells, n_processes, run_cell)
