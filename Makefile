@@ -38,9 +38,9 @@ endif
 help: ## print this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 	@echo; echo "Variables: SWEEP=$(SWEEP) LAUNCHER=joblib|local|slurm JOBS=$(JOBS) OVERRIDES='key=value ...' PYTHON=$(PYTHON)"
-	@echo "BUDGET=FLOPs: the budget to forecast; CELL=NAME: the cell to repeat; PRICE=NUMBER: price of a GPU-hour, for plan; PUBLISHED=1: sweep, figures and forecast count finished cells of results/ as done; REPLACE=1: publish may remove these, or replace them by cells of another configuration"
+	@echo "BUDGET=FLOPs: the budget to forecast; CELL=NAME: the cell to repeat; PRICE=NUMBER: price of a GPU-hour, for plan; PUBLISHED=1: figures and forecast count finished cells of results/ as done; REPLACE=1: publish may remove these, or replace them by cells of another configuration"
 	@echo "LOCKED=1: setup installs the versions that the published studies ran on (requirements.lock)"
-	@echo "Exit codes of the programs: 0 done, 1 a crash, 2 wrong input, 3 some cells failed (make sweep counts this as success), 130 Ctrl-C"
+	@echo "Exit codes of the programs: 0 done, 1 a crash, 2 wrong input, 3 some cells failed (make sweep counts this as success), 4 some cells were killed again and again, 130 Ctrl-C"
 
 reproduce: ## the main command: corpus, training runs, fits, figures and table of the study reproduce (17 minutes on 2 cores)
 	@$(MAKE) --no-print-directory data sweep figures SWEEP=reproduce
@@ -67,10 +67,10 @@ plan: setup ## what SWEEP would run: parameters, FLOPs, steps, time, dropped cel
 studies: setup ## every study: its question, and how many of its cells are done
 	@$(BIN)/python -m peerscale.launch.overview studies
 
-sweep: setup ## train the missing cells of SWEEP; failed cells do not stop the others; PUBLISHED=1: finished cells of results/ count as done
-	@$(BIN)/python -m peerscale.launch $(SWEEP) --launcher $(LAUNCHER) $(AT_ONCE_$(LAUNCHER)) $(if $(PUBLISHED),--published results) $(OVERRIDES) || { code=$$?; test $$code -eq 3 || exit $$code; }
+sweep: setup ## train the missing cells of SWEEP; failed cells do not stop the others
+	@$(BIN)/python -m peerscale.launch $(SWEEP) --launcher $(LAUNCHER) $(AT_ONCE_$(LAUNCHER)) $(OVERRIDES) || { code=$$?; test $$code -eq 3 || exit $$code; }
 
-repeat: setup ## train the published cell CELL of SWEEP again, in runs/repeated, and compare its losses with the published ones
+repeat: setup ## train the cell CELL of SWEEP in results/ again, in runs/repeated, and compare its losses
 	@$(BIN)/python -m peerscale.launch.repeat $(SWEEP) '$(CELL)'
 
 status: setup ## the loss or the state of every cell of SWEEP

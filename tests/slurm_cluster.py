@@ -61,7 +61,7 @@ sweep:
   grid: [{{budget: {short}, sizes: [d8]}}, {{budget: {long}, sizes: [d8]}}]
   min_sizes: 1
 data: {{path: {text}, directory: {folder}/data, vocab_size: 300, max_epochs: 1e6, evaluation: {{validation: 512}}}}
-trainer: {{runs_directory: {folder}/runs, kernel: torch, log_every_steps: 20, checkpoint_every_s: 3600}}
+trainer: {{runs_directory: {folder}/runs, kernel: torch, log_every_steps: 20, checkpoint_every_steps: 50}}
 size: {{n_layers: 2}}
 context: 8
 min_steps: 40
@@ -69,10 +69,7 @@ min_steps: 40
 
 
 def trainable_study(folder: Path, steps: int) -> Path:
-    """A study's file: dense at 50 and at `steps` steps, PEER at a dropped cell and at fewer steps; corpus prepared.
-
-    Its cells keep no checkpoint but those that a signal asks for.
-    """
+    """A study's file: dense at 50 and at `steps` steps, PEER at a dropped cell and at fewer steps; corpus prepared."""
     folder.mkdir(parents=True, exist_ok=True)
     text, file = folder / "text.txt", folder / "toy.yaml"
     text.write_text("\n".join(f"{i * i} {i % 97} {i % 89}" for i in range(20_000)))

@@ -385,7 +385,7 @@ def test_a_sweep_runs_the_cells_that_the_plan_lists(
     ran: list[Cell] = []
     corpus = SimpleNamespace(manifest=SimpleNamespace(fingerprint=CORPUS))
     monkeypatch.setattr(launch, "prepare", lambda config: corpus)
-    monkeypatch.setattr(launch, "pending_cells", lambda cells, _: ran.extend(cells) or [])
+    monkeypatch.setattr(launch, "outcomes", lambda cells: ran.extend(cells) or [])
     file = tmp_path / "mine.yaml"
     file.write_text(f"{start}sweep: {TOY}\n")
     assert launch.main([str(file), *overrides]) == 0

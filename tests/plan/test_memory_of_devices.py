@@ -7,7 +7,7 @@ import torch
 
 from peerscale.config.schema import Config, load
 from peerscale.files import ROOT
-from peerscale.launch.overview import time_lines
+from peerscale.launch.plan_table import time_lines
 from peerscale.layers.dense import Dense
 from peerscale.model.build import build_model
 from peerscale.ops.cross_entropy import linear_cross_entropy
@@ -138,8 +138,7 @@ def test_the_plan_tells_gpu_hours_their_cost_and_the_largest_cell() -> None:
     (line,) = time_lines(timed, 2.5)
     assert line.startswith("20 GPU-hours, 50 at 2.5 an hour; the largest cell takes about 1.0")
     guess, line = time_lines(cells, None)
-    assert "assumes trainer.device_utilisation 0.3 of trainer.device_flops_per_s 9.89e+14" in guess
+    assert guess.startswith("time? is estimated from trainer.device_utilisation")
     assert "GPU-hours; PRICE=2.5 gives their cost" in line
     on_cpus = [replace(cell, estimate_is_guess=False) for cell in planned_cells("smoke")]
-    assert time_lines(on_cpus, None) == []
-    assert time_lines(on_cpus, 2.5) == ["no GPU-hours to price: no cell has trainer.accelerator=gpu"]
+    assert time_lines(on_cpus, 2.5) == time_lines([], 2.5) == []
