@@ -1,6 +1,4 @@
-import json
 import re
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from peerscale.launch.progress import duration
 from peerscale.plan.cells import Cell, count_cells, planned_cells
 from peerscale.plan.cost import CONVENTION
 from peerscale.records.record import Record, Status, write_record
+from peerscale.records.table import write_records
 from toy_study import TOY, kept_in, record_of, write_study
 
 
@@ -210,7 +209,7 @@ def publish(folder: Path, *records: Record) -> list[str]:
     study = folder / "results" / "toy"
     study.mkdir(parents=True)
     (study / "runs.csv").write_text("cell,status\n")
-    (study / "records.jsonl").write_text("".join(json.dumps(asdict(record)) + "\n" for record in records))
+    write_records(study, records)
     return ["--results", str(folder / "results")]
 
 

@@ -1,6 +1,6 @@
 import json
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +13,8 @@ from peerscale.files import ROOT
 from peerscale.plan.cells import Cell, planned_cells, single_cell
 from peerscale.plan.cost import CONVENTION, cost
 from peerscale.records.curves import curves_table, read_metrics
-from peerscale.records.record import Record, Status, write_record
-from peerscale.records.study import planned_record
-from peerscale.records.table import read_records, read_runs, runs_table
+from peerscale.records.record import Record, Status, planned_record, write_record
+from peerscale.records.table import read_records, read_runs, runs_table, write_records
 from toy_study import record_of, write_study
 
 COLUMNS = [
@@ -133,8 +132,13 @@ def test_a_folder_that_was_set_aside_is_no_cell(tmp_path: Path, records: list[Re
 
 
 def test_reads_every_row_of_a_published_study(tmp_path: Path, records: list[Record]) -> None:
-    (tmp_path / "records.jsonl").write_text("".join(json.dumps(asdict(record)) + "\n" for record in records))
-    assert [record.cell for record in read_records(tmp_path)] == [record.cell for record in records]
+    losses = [[5.12344, 4.0], [5.0, float("nan")], [7.12345678, 30.0]]
+    records = [replace(r, sequence_losses=some) for r, some in zip(records, [*losses, *[[]] * 17], strict=True)]
+    write_records(tmp_path, records)
+    found = read_records(tmp_path)
+    assert [record.cell for record in found] == [record.cell for record in records]
+    kept = [[5.1234, 4.0], [], [7.1235, 30.0]]
+    assert [record.sequence_losses for record in found] == [*kept, *[[]] * 17]
     assert_same_table(read_runs(tmp_path), runs_table(records))
 
 

@@ -278,7 +278,7 @@ def renamed(runs: pd.DataFrame, settings: str) -> pd.DataFrame:
 
 def test_studies_published_before_brackets_have_none() -> None:
     """So their fits are what they were: nothing of brackets enters a study without any."""
-    later = {"short_runs", "isoflop_cpu"}
+    later = {"isoflop_cpu"}
     for file in sorted((ROOT / "results").glob("*/runs.csv")):
         if file.parent.name in later:
             continue

@@ -6,7 +6,7 @@ and it names parts that are missing.
 
 import base64
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from peerscale.figures.interactive import isoflop_html
 from peerscale.figures.isoflop import status_counts
 from peerscale.figures.markdown import html, number, table
 from peerscale.figures.style import label
-from peerscale.records.record import Record
 from peerscale.records.study import (
     Study,
     budgets_with_curves,
@@ -87,7 +86,7 @@ def report(study: Study) -> str:
             for cell in runs[~usable(runs)].to_dict("records")
         ],
         "warnings": warnings(fits),
-        "signals": signals(records),
+        "inexact": [{"cell": escaped(record.cell)} for record in records if not record.bit_exact],
         "recipe": settings([(name, record.hashed_config) for name, record in named]),
         "cells": cells(runs),
         "environment": settings([("value", record.environment) for record in ran]),
@@ -140,16 +139,6 @@ def warnings(fits: Mapping[str, Any]) -> list[dict[str, str]]:
         for warning in fit.get("warnings", ()):
             found.setdefault((fit["law"], warning.replace("_", " ")), []).append(label(fit["method"]))
     return [{"law": law, "warning": warning, "of": ", ".join(who)} for (law, warning), who in found.items()]
-
-
-def signals(records: Iterable[Record]) -> list[dict[str, str]]:
-    """Problems during training, by cell."""
-    inexact = "resumed on another machine, thread count, kernel or torch: not bit for bit what one run gives"
-    return [
-        {"cell": escaped(record.cell), "signal": escaped(signal)}
-        for record in records
-        for signal in (*record.signals, *([] if record.bit_exact else [inexact]))
-    ]
 
 
 def cells(runs: pd.DataFrame) -> list[dict[str, str]]:

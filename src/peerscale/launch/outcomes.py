@@ -1,7 +1,7 @@
 """The outcomes of a study's cells: those run here, in runs/, and those published, in results/."""
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,7 +9,8 @@ from peerscale.errors import UserError
 from peerscale.files import ROOT
 from peerscale.plan.cells import Cell, check_same
 from peerscale.plan.plan import Verdict
-from peerscale.records.record import ENDED, Record, Status, cell_folders, differences, read_cell
+from peerscale.records.matching import of_the_plan
+from peerscale.records.record import ENDED, Record, Status, cell_folders, read_cell
 from peerscale.records.study import Study, published
 from peerscale.records.table import read_records
 
@@ -109,30 +110,3 @@ def published_as_done(cells: Sequence[Cell], study: Study, data_fingerprint: str
         print(notice, file=sys.stderr)
     names = {cell.name for cell in cells if cell.plan.verdict is Verdict.OK}
     return {name for name, record in same.items() if name in names and record.status is Status.DONE}
-
-
-def of_the_plan(
-    cells: Iterable[Cell], records: Mapping[str, Record], where: Path, data_fingerprint: str | None
-) -> tuple[dict[str, Record], list[str]]:
-    """The records that match the plan's configuration or are of no cell of the plan; and a notice about the others."""
-    differ = {
-        cell.name: found
-        for cell in cells
-        if cell.name in records and (found := differences(cell, records[cell.name], data_fingerprint))
-    }
-    kept = {name: record for name, record in records.items() if name not in differ}
-    if not differ:
-        return kept, []
-    name, found = next(iter(differ.items()))
-    count = f"{len(differ)} cells, {name} among them, have" if len(differ) > 1 else f"{name} has"
-    return kept, [f"notice: {where}: {count} another configuration than the plan: {'; '.join(found)}"]
-
-
-def some(names: Sequence[str]) -> str:
-    """The first three names of a list, and `...` if there are more."""
-    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
-
-
-def further_line(names: Sequence[str]) -> str:
-    """One line about cells that have a record but are not in the plan."""
-    return f"{len(names)} further cell{'s' * (len(names) > 1)} not in the plan: {some(names)}"

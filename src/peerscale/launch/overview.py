@@ -20,7 +20,7 @@ from peerscale.data import text
 from peerscale.data.store import read_manifest
 from peerscale.errors import USER_ERROR, ArgumentParser, UserError, exit_code, positive_integer, positive_number
 from peerscale.files import from_checkout
-from peerscale.launch.outcomes import Outcome, Outcomes, further_line, outcomes
+from peerscale.launch.outcomes import Outcome, Outcomes, outcomes
 from peerscale.launch.progress import duration
 from peerscale.launch.slurm import Job, jobs_folder, log_path, queued, read_job_ids
 from peerscale.plan.cells import (
@@ -34,6 +34,7 @@ from peerscale.plan.memory import device_memory
 from peerscale.plan.notices import evaluation_lines, rate_lines, short_methods
 from peerscale.plan.plan import Verdict, decay_from
 from peerscale.records.cell_names import budget_name
+from peerscale.records.matching import further_line
 from peerscale.records.record import ENDED, Status
 from peerscale.records.speed import makespan_s
 from peerscale.records.study import RESULTS, RUNS, find_study, header, published, read_fits

@@ -7,22 +7,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
-from typing import Any
 
 from peerscale.data.prepare import prepare
 from peerscale.errors import ArgumentParser, FailedCells, UserError, exit_code
 from peerscale.files import from_checkout
-from peerscale.launch.outcomes import of_the_plan, published_study, read_published
+from peerscale.launch.outcomes import published_study, read_published
 from peerscale.launch.progress import Progress
 from peerscale.plan.cells import FINISHED, planned_cells, state
+from peerscale.records.matching import of_the_plan
 from peerscale.records.record import Record, Status, read_record
 from peerscale.train.run import run_cell
 
 RUNS = "runs/repeated"
 """Where repeated cells are kept, so that no study counts them as its own."""
-
-FORMER: dict[Any, str] = {"fused": "cpp", "native": "torch"}
-"""Former names of kernels, in older records."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,7 +62,7 @@ def comparison(here: Record, published: Record) -> list[str]:
         said = f"differs by {difference:+.1e}" if difference else "the same, bit for bit"
         lines.append(f"  {name:<12} loss {loss:.4f}, published {values['loss']:.4f}: {said}")
     pairs = {key: (here.environment.get(key), published.environment.get(key)) for key in EXACT_KEYS}
-    changed = [f"{key} {own} ({theirs})" for key, (own, theirs) in pairs.items() if own != FORMER.get(theirs, theirs)]
+    changed = [f"{key} {own} ({theirs})" for key, (own, theirs) in pairs.items() if own != theirs]
     return [*lines, f"  environment here (published): {', '.join(changed)}"] if changed else lines
 
 

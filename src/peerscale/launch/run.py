@@ -15,12 +15,13 @@ from peerscale.config.compose import study_files, sweep_file
 from peerscale.data.prepare import prepare
 from peerscale.data.store import read_manifest
 from peerscale.errors import ArgumentParser, FailedCells, UserError
-from peerscale.launch.outcomes import published_as_done, published_study, some
+from peerscale.launch.outcomes import published_as_done, published_study
 from peerscale.launch.progress import Progress
 from peerscale.plan.branches import in_turn
 from peerscale.plan.cells import Cell, pending_cells, planned_cells
 from peerscale.plan.notices import diverged_lines, evaluation_lines, rate_lines
 from peerscale.plan.plan import Verdict
+from peerscale.records.matching import some
 from peerscale.records.record import FAILED, Status
 from peerscale.train.distributed import started_ranks
 from peerscale.train.run import run_in_turn

@@ -4,22 +4,18 @@ import itertools
 import json
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from peerscale.errors import ArgumentParser, UserError
 from peerscale.files import ROOT
-from peerscale.plan.plan import Verdict
 from peerscale.records.cell_names import are_brackets as cells_are_brackets
 from peerscale.records.cell_names import axes_label, budget_name
-from peerscale.records.record import Record, Status, new_record
-
-if TYPE_CHECKING:
-    from peerscale.plan.cells import Cell
+from peerscale.records.record import Status
 
 RUNS, RESULTS = ROOT / "runs", ROOT / "results"
 
@@ -46,7 +42,9 @@ class Study:
     runs = _File("runs.csv")
     """One row per cell, including cells without a result."""
     records = _File("records.jsonl")
-    """One record per line."""
+    """One record per line, without the losses of single sequences."""
+    sequence_losses = _File("sequence_losses.npz")
+    """These losses."""
     curves = _File("curves.csv")
     """Shortened training curves."""
     fits = _File("fits.json")
@@ -54,15 +52,6 @@ class Study:
     table = _File("table.md")
     """The closing table, in Markdown."""
     figures = _File("figures")
-
-    def forecast(self, budget: float) -> Path:
-        """The file of the forecast for `budget` of a published study."""
-        return self.folder / f"forecast-{budget_name(budget)}.json"
-
-    @property
-    def forecasts(self) -> list[Path]:
-        """The files of all forecasts that were made."""
-        return sorted(self.folder.glob("forecast-*.json"))
 
 
 def study_parser(script: str, description: str | None) -> ArgumentParser:
@@ -200,9 +189,3 @@ def batches(table: pd.DataFrame, budgets: Iterable[float]) -> str:
     if len(each) < 2 or rows.groupby("budget")["batch_sequences"].nunique().max() > 1:
         return ""
     return ", ".join(f"{batch} sequences at {' and '.join(map(budget_name, sorted(at)))}" for batch, at in each.items())
-
-
-def planned_record(cell: "Cell") -> Record:
-    """A record for a cell that has none yet: either dropped by its plan, or pending."""
-    status = Status.DROPPED if cell.plan.verdict is Verdict.DROP else Status.PENDING
-    return replace(new_record(cell, status, ""), reason=cell.plan.reason, fingerprint="")

@@ -193,8 +193,6 @@ class CellRun:
 
     def close(self, record: Record) -> Status:
         """Write the record and end the W&B run with it; a finished cell keeps one checkpoint or none."""
-        if self.tracker is not None:
-            record = replace(record, signals=self.tracker.signals)
         self._write(record)
         if record.status in FINISHED:
             kept = checkpoints(self.checkpoint_folder)[:1] if self.config.trainer.keep_checkpoint else []

@@ -1,7 +1,8 @@
-"""The statistics of published studies against an independent analysis of the same tables."""
+"""What is committed: its runs still count as done, and its statistics are those of an independent analysis."""
 
 import math
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,13 @@ from scipy.stats import t as student
 
 from peerscale.config.study import load_sweep
 from peerscale.files import ROOT
-from peerscale.records.table import read_records, read_runs
+from peerscale.plan.cells import planned_cells
+from peerscale.records.fingerprint import fingerprint
+from peerscale.records.record import differences
+from peerscale.records.table import read_records, read_runs, runs_table
 from peerscale.stats.comparison import compare
+
+STUDIES = sorted(file.parent.name for file in (ROOT / "results").glob("*/records.jsonl"))
 
 
 @cache
@@ -20,26 +26,32 @@ def published(sweep: str) -> dict[str, Any]:
     return compare(read_runs(folder / "runs.csv"), read_records(folder), windows=windows, claims=study.claims)
 
 
-@pytest.mark.parametrize(
-    ("budget", "value", "se"), [(1e12, -0.011, 0.0045), (3e12, -0.034, 0.006), (1e13, -0.0445, 0.011)]
-)
-def test_peers_lead_over_dense(budget: float, value: float, se: float) -> None:
-    (entry,) = (e for e in published("isoflop_rates_5e11")["budgets"] if e["budget"] == budget)
-    (found,) = (d for d in entry["differences"] if (d["method"], d["reference"]) == ("peer", "dense"))
-    assert found["value"] == pytest.approx(value, abs=0.003) and found["se"] == pytest.approx(se, rel=0.25)
-    assert found["sequences_se"] < 0.002 < found["fit_se"]  # texts are the least of what is uncertain
+@pytest.mark.parametrize("sweep", STUDIES)
+def test_committed_runs_count_as_done(sweep: str) -> None:
+    """Every cell is in the plan of the study's file, with the fingerprint of its record."""
+    cells = {cell.name: cell for cell in planned_cells(sweep)}
+    for record in read_records(ROOT / "results" / sweep):
+        assert record.fingerprint == fingerprint(record.hashed_config)
+        assert differences(cells[record.cell], record, None) == []
 
 
-def test_what_isoflop_rates_5e11_may_claim() -> None:
-    """Four rivals at three budgets. At 1e13 PEER leads dense, but is not told apart from token choice."""
-    claims = {(c["budget"], c["rival"]): c for c in published("isoflop_rates_5e11")["claims"]}
-    assert len(claims) == 12
-    assert claims[1e13, "dense"]["leads"] and claims[3e12, "dense"]["leads"] and not claims[1e12, "dense"]["leads"]
-    assert not claims[1e13, "moe_token_choice"]["leads"]
-    assert published("isoflop_rates_5e11")["growth"] == []  # three budgets
-    multipliers = {m["budget"]: m for m in published("isoflop_rates_5e11")["multipliers"] if m["method"] == "peer"}
-    assert multipliers[1e13]["multiplier"] == pytest.approx(1.30, abs=0.03)
-    assert (multipliers[1e13]["low"], multipliers[1e13]["high"]) == pytest.approx((1.13, 1.46), abs=0.07)
+@pytest.mark.parametrize("sweep", STUDIES)
+def test_the_committed_table_is_that_of_the_records(sweep: str, tmp_path: Path) -> None:
+    folder = ROOT / "results" / sweep
+    runs_table(read_records(folder)).to_csv(tmp_path / "runs.csv", index=False)
+    assert (tmp_path / "runs.csv").read_text() == (folder / "runs.csv").read_text()
+
+
+def test_no_committed_file_is_large() -> None:
+    assert all(path.stat().st_size < 2e6 for path in (ROOT / "results").rglob("*"))
+
+
+def test_runs_of_studies_that_are_not_kept_are_in_the_archive() -> None:
+    archive = read_runs(ROOT / "results" / "archive.csv")
+    assert (archive.groupby("sweep").size() > 3).all() and len(archive) == 215
+    assert not {*archive["sweep"]} & {*STUDIES}
+    million = archive[archive["n_experts"] == 2**20]
+    assert len(million) > 0 and (million["expert_usage"] < 0.01).all()
 
 
 def test_the_optima_of_a_law_have_the_status_that_the_budgets_give_them() -> None:
@@ -49,11 +61,6 @@ def test_the_optima_of_a_law_have_the_status_that_the_budgets_give_them() -> Non
     vertices = {(v["budget"], law["method"]): v["status"] for law in laws for v in law["vertices"]}
     assert vertices.items() <= status.items() and {*vertices.values()} == {"ok", "off_centre"}
     assert all(law["include_flagged"] for law in laws)
-
-
-def test_seeds_of_isoflop_rates_5e11() -> None:
-    (entry,) = (e for e in published("isoflop_rates_5e11")["budgets"] if e["budget"] == 3e12)
-    assert entry["seeds_sd"] == pytest.approx(0.0040, abs=5e-5) and entry["seeds_df"] == 10
 
 
 def test_controls_against_two_sample_statistics_by_hand() -> None:
