@@ -9,8 +9,8 @@ runs/SWEEP/study. Every planned cell has a row, even if it was dropped, failed o
 import sys
 from collections.abc import Sequence
 
+from peerscale.command_line import study_parser
 from peerscale.errors import exit_code
-from peerscale.records.study import study_parser
 from peerscale.stats.collection import collect
 
 

@@ -8,9 +8,10 @@ A cell that has a record in runs/SWEEP stays as it is.
 import sys
 from collections.abc import Sequence
 
+from peerscale.command_line import study_parser
 from peerscale.errors import exit_code
 from peerscale.records.publication import restore
-from peerscale.records.study import published, study_parser
+from peerscale.records.study import published
 
 
 def main(argv: Sequence[str] | None = None) -> int:

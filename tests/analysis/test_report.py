@@ -18,12 +18,13 @@ import pytest
 from matplotlib.figure import Figure
 from synthetic_study import SWEEP, WRONG, script
 
+from peerscale.config.compose import header
 from peerscale.errors import exit_code
 from peerscale.figures.answer import answer
 from peerscale.figures.study_table import study_table
 from peerscale.files import ROOT
 from peerscale.records.record import Status
-from peerscale.records.study import Study, collected, header, published, read_fits
+from peerscale.records.study import Study, collected, published, read_fits
 from peerscale.records.table import read_runs
 
 report = script("report")

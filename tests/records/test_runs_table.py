@@ -102,6 +102,14 @@ def test_active_experts_are_of_the_realised_capacity() -> None:
     assert row["active_experts"] == 2
 
 
+def test_a_column_that_only_an_outside_layer_has_is_kept(records: list[Record]) -> None:
+    table = runs_table([replace(records[0], layer={"n_gates": 4, "top_k": 2}), *records[1:]])
+    assert table["n_gates"].iloc[0] == 4 and table["n_gates"].iloc[1:].isna().all()
+    assert table["top_k"].iloc[0] == 2 and [column for column in table.columns if column in COLUMNS] == COLUMNS
+    with pytest.raises(UserError, match=f"layer of {records[0].cell} has a column 'lr', which the table of runs has"):
+        runs_table([replace(records[0], layer={"lr": 0.1})])
+
+
 def write_cells(folder: Path, records: list[Record]) -> Path:
     for record in records:
         write_record(folder / record.cell, record)

@@ -7,16 +7,8 @@ import pandas as pd
 import pytest
 
 from peerscale.errors import UserError
-from peerscale.records.study import (
-    collected,
-    find_study,
-    method_names,
-    published,
-    read_fits,
-    read_json,
-    same_variant,
-    usable,
-)
+from peerscale.records.study import collected, find_study, published, read_fits, read_json
+from peerscale.stats.curves_of_runs import method_names, same_variant, usable
 from toy_study import axes_text
 
 

@@ -14,23 +14,16 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from peerscale.config.compose import sweep_text
+from peerscale.config.compose import header, sweep_text
 from peerscale.errors import UserError
 from peerscale.figures.figures import TITLES
 from peerscale.figures.interactive import isoflop_html
 from peerscale.figures.isoflop import status_counts
 from peerscale.figures.markdown import html, number, table
 from peerscale.figures.style import label
-from peerscale.records.study import (
-    Study,
-    budgets_with_curves,
-    header,
-    method_names,
-    read_fits,
-    usable,
-    without_brackets,
-)
+from peerscale.records.study import Study, read_fits
 from peerscale.records.table import read_records, read_runs
+from peerscale.stats.curves_of_runs import budgets_with_curves, method_names, usable, without_brackets
 
 COLUMNS = {
     "val_loss": ("loss, nats per token", "{:.4f}"), "val_loss_se": ("± s.e.", "{:.4f}"),

@@ -23,7 +23,8 @@ from peerscale.figures.published import read_published
 from peerscale.figures.rate_law import finished_cells, rate_law_sections
 from peerscale.figures.style import in_words, label, listed, ordered, size_label
 from peerscale.records.cell_names import budget_name
-from peerscale.records.study import (
+from peerscale.stats.claims import turned
+from peerscale.stats.curves_of_runs import (
     batches,
     budgets_with_curves,
     is_dense,
@@ -32,7 +33,6 @@ from peerscale.records.study import (
     usable,
     without_brackets,
 )
-from peerscale.stats.claims import turned
 from peerscale.stats.optima import OptimumStatus
 from peerscale.stats.rates import tries_rates
 

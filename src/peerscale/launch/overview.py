@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from peerscale.config.compose import study_files
+from peerscale.config.compose import header, study_files
 from peerscale.config.study import load_sweep
 from peerscale.data import text
 from peerscale.data.store import read_manifest
@@ -37,7 +37,7 @@ from peerscale.records.cell_names import budget_name
 from peerscale.records.matching import further_line
 from peerscale.records.record import ENDED, Status
 from peerscale.records.speed import makespan_s
-from peerscale.records.study import RESULTS, RUNS, find_study, header, published, read_fits
+from peerscale.records.study import RESULTS, RUNS, find_study, published, read_fits
 from peerscale.records.table import read_records, read_runs
 
 

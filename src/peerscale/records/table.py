@@ -27,7 +27,7 @@ TEXTS = ("variant", "axes", "reason")
 LAYER_COLUMNS = (
     "n_experts", "ffn_heads", "top_k", "d_key", "query_norm", "active_experts", "granularity", "capacity_factor",
 )  # fmt: skip
-"""Columns for a layer's own values (`layers.base.FfnConfig.columns`)."""
+"""Columns of every table for a layer's own values (`layers.base.FfnConfig.columns`); a layer may have further ones."""
 
 WHOLE = ("flops_per_token", "flops_per_s")
 """Columns whose names start like components of the FLOPs per token, but which are not components."""
@@ -133,7 +133,7 @@ def runs_table(records: Iterable[Record]) -> pd.DataFrame:
 def _row(record: Record) -> dict[str, Any]:
     config, plan = record.hashed_config, record.plan
     val = record.evaluation.get(config["data"]["val_set"], {})
-    return {
+    row = {
         **{name: getattr(record, name) for name in ("sweep", "cell", "method", "variant", "size", "seed", "budget")},
         "axes": json.dumps(record.axes) if record.axes else "",
         "flops": plan["flops"],
@@ -149,7 +149,7 @@ def _row(record: Record) -> dict[str, Any]:
         "params_total": sum(record.params.values()),
         "params_active": plan["params_active"],
         "params_non_embedding": sum(record.params.values()) - record.params["embedding"],
-        **{column: record.layer.get(column) for column in LAYER_COLUMNS},
+        **dict.fromkeys(LAYER_COLUMNS),
         "lr": record.lr,
         "table_lr": record.table_lr,
         "optimizer": config["optim"]["name"],
@@ -166,3 +166,6 @@ def _row(record: Record) -> dict[str, Any]:
         "recipe_version": config["recipe_version"],
         "git_commit": record.environment.get("git_commit"),
     }
+    if taken := [column for column in record.layer if column in row and column not in LAYER_COLUMNS]:
+        raise UserError(f"the layer of {record.cell} has a column {taken[0]!r}, which the table of runs has itself")
+    return row | record.layer
