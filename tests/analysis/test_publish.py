@@ -10,7 +10,6 @@ import pytest
 from synthetic_study import SWEEP, cells, records, script
 
 from peerscale.errors import exit_code
-from peerscale.records import publication
 from peerscale.records.record import Record, Status, read_record, write_record
 from peerscale.records.study import collected, published
 from peerscale.records.table import read_records, write_records
@@ -139,23 +138,6 @@ def test_a_study_of_settings_without_a_figure_can_be_published(folders: list[str
     assert publish.main(folders) == 0
     assert {path.name for path in (tmp_path / "results" / SWEEP).iterdir()} >= {"runs.csv", "table.md", "fits.json"}
     assert not (tmp_path / "results" / SWEEP / "figures").exists()
-
-
-def test_an_interrupted_publication_leaves_the_old_one(
-    folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    publish.main(folders)
-    target = published(SWEEP, tmp_path / "results")
-    before = target.records.read_bytes()
-
-    def full_disk(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(publication.shutil, "copyfile", full_disk)
-    with pytest.raises(OSError):
-        publish.main(folders)
-    assert target.records.read_bytes() == before
-    assert [path.name for path in (tmp_path / "results").iterdir()] == [SWEEP]
 
 
 def test_a_publication_that_cannot_be_put_in_its_place_leaves_the_former_one(

@@ -55,11 +55,6 @@ def fingerprint(hashed: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def start_fingerprint(hashed: Mapping[str, Any]) -> str:
-    """The fingerprint without the budget: the same for runs that share their first steps (`sweep.branches`)."""
-    return fingerprint({key: value for key, value in hashed.items() if key != "budget"})
-
-
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Dotted keys whose values differ, each as `key old -> new`."""
     differences = []
