@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from peerscale.command_line import study_parser
 from peerscale.errors import UserError, exit_code
 from peerscale.files import replacing
-from peerscale.records.study import study_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

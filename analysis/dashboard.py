@@ -16,10 +16,12 @@ from typing import Any
 
 import yaml
 
+from peerscale.command_line import study_parser
 from peerscale.errors import FailedCells, UserError, exit_code
 from peerscale.files import write_text
-from peerscale.records.study import Study, collected, read_json, study_parser, usable
+from peerscale.records.study import Study, collected, read_json
 from peerscale.records.table import read_runs
+from peerscale.stats.curves_of_runs import usable
 from peerscale.train.tracking import WandbError, client_errors
 
 wr: Any = None

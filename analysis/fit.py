@@ -36,9 +36,9 @@ from peerscale.laws.isoflop import IsoflopFit, PowerLaw
 from peerscale.laws.parametric import Surface
 from peerscale.laws.solver import FitStatus, Objective
 from peerscale.records.curves import CURVES
-from peerscale.records.study import method_names, usable, without_brackets
 from peerscale.records.table import read_runs
 from peerscale.records.table import read_table as read_csv
+from peerscale.stats.curves_of_runs import method_names, usable, without_brackets
 from peerscale.stats.rates import names_under_law, tries_rates
 
 PROGRAM = ".venv/bin/python analysis/fit.py"

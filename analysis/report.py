@@ -8,10 +8,11 @@ Works on runs/SWEEP/study, or else on results/SWEEP, and writes report.html ther
 import sys
 from collections.abc import Sequence
 
+from peerscale.command_line import study_parser
 from peerscale.errors import exit_code
 from peerscale.figures.report import report
 from peerscale.files import write_text
-from peerscale.records.study import find_study, study_parser
+from peerscale.records.study import find_study
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,8 +10,8 @@ Exit code 3 if something could not be uploaded.
 import sys
 from collections.abc import Sequence
 
+from peerscale.command_line import study_parser
 from peerscale.errors import exit_code, positive_integer, positive_number
-from peerscale.records.study import study_parser
 from peerscale.train.upload import upload
 
 

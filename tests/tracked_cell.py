@@ -63,7 +63,7 @@ class TrackedCell:
     def finish(self, status: Status = Status.DONE) -> None:
         assert self.tracker is not None
         evaluation = {"validation": {"loss": 4.5, "se": 0.01}}
-        self.record = replace(self.record, status=status, evaluation=evaluation, signals=self.tracker.signals)
+        self.record = replace(self.record, status=status, evaluation=evaluation)
         write_record(self.folder, self.record)
         self.tracker.finish(self.record)
         self.tracker = None

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -99,11 +98,8 @@ def table(folder: Path) -> None:
 
 
 def published(folder: Path) -> None:
-    """results/toy/records.jsonl of two records."""
+    """results/toy of two records."""
     cells(folder)
-    from peerscale.records.table import read_records
+    from peerscale.records.table import read_records, write_records
 
-    records = read_records(folder / "runs" / "toy")[:2]
-    (folder / "results/toy").mkdir(parents=True)
-    lines = "".join(json.dumps(asdict(one)) + "\n" for one in records)
-    (folder / "results/toy/records.jsonl").write_text(lines)
+    write_records(folder / "results/toy", read_records(folder / "runs" / "toy")[:2])

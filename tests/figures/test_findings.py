@@ -285,7 +285,7 @@ def test_of_several_numbers_of_experts_at_one_size_the_best_is_named(norm: str, 
 
 
 def test_the_order_at_each_methods_better_batch_is_that_of_the_published_runs() -> None:
-    runs = read_runs(ROOT / "results" / "batches" / "runs.csv")
+    runs = read_runs(ROOT / "results" / "archive.csv").query("sweep == 'batches'")
     runs["layer"] = runs["method"] + runs["variant"].fillna("")
     losses = runs.groupby(["layer", "batch_sequences", "d_model", "seed"])["val_loss"].first().unstack()
     best = losses.mean(axis=1).groupby(["layer", "batch_sequences"]).mean().groupby("layer").min()

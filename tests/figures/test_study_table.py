@@ -19,10 +19,11 @@ from peerscale.figures.published import read_published
 from peerscale.files import write_json
 from peerscale.records.curves import curves_table
 from peerscale.records.record import write_record
-from peerscale.records.study import collected, method_names, read_json
+from peerscale.records.study import collected, read_json
 from peerscale.records.table import read_runs
 from peerscale.stats.collection import fits_of
 from peerscale.stats.comparison import compare
+from peerscale.stats.curves_of_runs import method_names
 from peerscale.stats.fits import fit_study
 
 figures = script("figures")

@@ -21,7 +21,7 @@ from peerscale.plan.cells import planned_cells
 from peerscale.plan.cost import cost
 from peerscale.plan.plan import plan
 from peerscale.records.fingerprint import differing_keys, hashed_config
-from peerscale.records.study import planned_record
+from peerscale.records.record import planned_record
 from peerscale.records.table import runs_table
 from programs import call
 

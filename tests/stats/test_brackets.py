@@ -12,11 +12,11 @@ from scipy import stats
 from made_up_study import LADDER, SIZES, curves, run
 from peerscale.files import ROOT
 from peerscale.records.curves import curves_table
-from peerscale.records.study import are_brackets, without_brackets
 from peerscale.records.table import read_runs
 from peerscale.stats import frontiers
 from peerscale.stats.brackets import fit_rate_brackets
 from peerscale.stats.comparison import compare
+from peerscale.stats.curves_of_runs import are_brackets, without_brackets
 from peerscale.stats.fits import fit_study
 from peerscale.stats.rate_law import fit_brackets, fit_rates
 
@@ -280,7 +280,7 @@ def renamed(runs: pd.DataFrame, settings: str) -> pd.DataFrame:
 
 def test_studies_published_before_brackets_have_none() -> None:
     """So their fits are what they were: nothing of brackets enters a study without any."""
-    later = {"short_runs", "isoflop_cpu"}
+    later = {"isoflop_cpu"}
     for file in sorted((ROOT / "results").glob("*/runs.csv")):
         if file.parent.name in later:
             continue

@@ -12,7 +12,7 @@ from peerscale.errors import UserError
 from peerscale.model.trained import CHECKPOINTS
 from peerscale.plan.cells import single_cell
 from peerscale.plan.plan import Verdict, plan
-from peerscale.records.fingerprint import start_fingerprint
+from peerscale.records.fingerprint import fingerprint
 from peerscale.records.record import Status, new_record
 from peerscale.train.cell import build_module, fit, train_cell
 from peerscale.train.checkpoint import MADE_BY, TimedCheckpoint, checkpoints
@@ -102,7 +102,8 @@ def test_other_parts_are_refused_before_anything_is_written(settings: list[str],
     corpus = open_corpus(cell.config.data)
     *_, state = trained([*overrides, "trainer.micro_batches=2", "trainer.kernel=reference"], cell.folder / CHECKPOINTS)
     begun = new_record(cell, Status.RUNNING, corpus.manifest.fingerprint)
-    torch.save(state | {MADE_BY: start_fingerprint(begun.hashed_config)}, checkpoints(cell.folder / CHECKPOINTS)[0])
+    made_by = fingerprint({key: value for key, value in begun.hashed_config.items() if key != "budget"})
+    torch.save(state | {MADE_BY: made_by}, checkpoints(cell.folder / CHECKPOINTS)[0])
     with pytest.raises(UserError, match=r"with trainer\.micro_batches=2 and continues only with that, not with 4"):
         train_cell(single_cell(composed([*overrides, "trainer.micro_batches=4"])))
     assert [path.name for path in cell.folder.iterdir()] == [CHECKPOINTS]

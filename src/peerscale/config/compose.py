@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from copy import deepcopy
@@ -53,6 +54,17 @@ def sweep_text(sweep: str) -> str:
     with contextlib.suppress(ConfigError, UnicodeDecodeError):
         return sweep_file(sweep).read_text(encoding="utf-8")
     return ""
+
+
+def header(text: str) -> dict[str, str]:
+    """The opening comment of a study's file, by keyword: `# Question: ...`, which may continue on further lines."""
+    entries: dict[str, str] = {}
+    for line in itertools.takewhile(lambda line: line.startswith("# "), text.splitlines()):
+        word, colon, rest = line.lstrip("# ").partition(": ")
+        starts = bool(colon) and word.isalpha() and word.istitle()
+        key = word if starts else next(reversed(entries), "Question")
+        entries[key] = f"{entries.get(key, '')} {rest if starts else line.lstrip('# ')}".strip()
+    return entries
 
 
 def sweep_file(sweep: str | Path) -> Path:

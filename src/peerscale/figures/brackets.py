@@ -11,7 +11,7 @@ from peerscale.figures import style
 from peerscale.figures.isoflop import missing_note
 from peerscale.figures.markdown import number, section
 from peerscale.records.cell_names import budget_name
-from peerscale.records.study import are_brackets
+from peerscale.stats.curves_of_runs import are_brackets
 
 Fits = Mapping[str, Any]
 """A study's `fits.json`; the keys of brackets may be missing if the study has none."""

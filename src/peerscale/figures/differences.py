@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from peerscale.figures import style
 from peerscale.figures.brackets import bars, hold_rates
 from peerscale.figures.markdown import leaves_out_seeds, signed_interval
-from peerscale.records.study import is_dense, same_variant
+from peerscale.stats.curves_of_runs import is_dense, same_variant
 
 LABEL_WIDTH = 95
 """Number of letters that fit beside each other: a label of the rows and a line below the axis."""

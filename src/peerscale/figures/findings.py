@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from peerscale.config.compose import sweep_text
+from peerscale.config.compose import header, sweep_text
 from peerscale.errors import UserError
 from peerscale.figures.answer import EQUALS, LEADS, TRAILS, UNDECIDED, outcome
 from peerscale.figures.markdown import leaves_out_seeds, number, plus_minus, signed_interval, table, with_interval
@@ -18,9 +18,10 @@ from peerscale.figures.published import WITHOUT_NORM, paper_values, read_publish
 from peerscale.figures.style import label, size_label
 from peerscale.records.cell_names import budget_name
 from peerscale.records.record import ENDED, Status
-from peerscale.records.study import header, method_names, published, read_fits, usable, without_brackets
+from peerscale.records.study import published, read_fits
 from peerscale.records.table import read_runs
 from peerscale.stats.claims import turned
+from peerscale.stats.curves_of_runs import method_names, usable, without_brackets
 
 BEGIN, END = "<!-- begin: make findings -->", "<!-- end -->"
 """Lines of a page between which its table stands."""

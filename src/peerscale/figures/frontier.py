@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from peerscale.figures import style
 from peerscale.figures.brackets import bars
-from peerscale.records.study import is_dense
+from peerscale.stats.curves_of_runs import is_dense
 
 
 def points_panel(axes: Axes, table: pd.DataFrame, *, colours: Mapping[str, str], intervals: bool = False) -> None:

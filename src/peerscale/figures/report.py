@@ -6,7 +6,7 @@ and it names parts that are missing.
 
 import base64
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +14,16 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from peerscale.config.compose import sweep_text
+from peerscale.config.compose import header, sweep_text
 from peerscale.errors import UserError
 from peerscale.figures.figures import TITLES
 from peerscale.figures.interactive import isoflop_html
 from peerscale.figures.isoflop import status_counts
 from peerscale.figures.markdown import html, number, table
 from peerscale.figures.style import label
-from peerscale.records.record import Record
-from peerscale.records.study import (
-    Study,
-    budgets_with_curves,
-    header,
-    method_names,
-    read_fits,
-    usable,
-    without_brackets,
-)
+from peerscale.records.study import Study, read_fits
 from peerscale.records.table import read_records, read_runs
+from peerscale.stats.curves_of_runs import budgets_with_curves, method_names, usable, without_brackets
 
 COLUMNS = {
     "val_loss": ("loss, nats per token", "{:.4f}"), "val_loss_se": ("± s.e.", "{:.4f}"),
@@ -87,7 +79,7 @@ def report(study: Study) -> str:
             for cell in runs[~usable(runs)].to_dict("records")
         ],
         "warnings": warnings(fits),
-        "signals": signals(records),
+        "inexact": [{"cell": escaped(record.cell)} for record in records if not record.bit_exact],
         "recipe": settings([(name, record.hashed_config) for name, record in named]),
         "cells": cells(runs),
         "environment": settings([("value", record.environment) for record in ran]),
@@ -140,16 +132,6 @@ def warnings(fits: Mapping[str, Any]) -> list[dict[str, str]]:
         for warning in fit.get("warnings", ()):
             found.setdefault((fit["law"], warning.replace("_", " ")), []).append(label(fit["method"]))
     return [{"law": law, "warning": warning, "of": ", ".join(who)} for (law, warning), who in found.items()]
-
-
-def signals(records: Iterable[Record]) -> list[dict[str, str]]:
-    """Problems during training, by cell."""
-    inexact = "resumed on another machine, thread count, kernel or torch: not bit for bit what one run gives"
-    return [
-        {"cell": escaped(record.cell), "signal": escaped(signal)}
-        for record in records
-        for signal in (*record.signals, *([] if record.bit_exact else [inexact]))
-    ]
 
 
 def cells(runs: pd.DataFrame) -> list[dict[str, str]]:

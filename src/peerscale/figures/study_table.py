@@ -16,7 +16,6 @@ from peerscale.figures.ablations import varied
 from peerscale.figures.answer import verdicts
 from peerscale.figures.brackets import brackets_section, hold_rates, how_rates_count, what_intervals_hold
 from peerscale.figures.differences import against_dense, to_dense
-from peerscale.figures.forecasts import forecast_sections
 from peerscale.figures.isoflop import by_budget, missing_note, status_counts
 from peerscale.figures.markdown import number, probability, section, signed_interval, table, with_interval
 from peerscale.figures.paper_tables import norm_rows, paper_perplexities, perplexities
@@ -24,7 +23,8 @@ from peerscale.figures.published import read_published
 from peerscale.figures.rate_law import finished_cells, rate_law_sections
 from peerscale.figures.style import in_words, label, listed, ordered, size_label
 from peerscale.records.cell_names import budget_name
-from peerscale.records.study import (
+from peerscale.stats.claims import turned
+from peerscale.stats.curves_of_runs import (
     batches,
     budgets_with_curves,
     is_dense,
@@ -33,7 +33,6 @@ from peerscale.records.study import (
     usable,
     without_brackets,
 )
-from peerscale.stats.claims import turned
 from peerscale.stats.optima import OptimumStatus
 from peerscale.stats.rates import tries_rates
 
@@ -43,14 +42,13 @@ Rows = list[dict[str, str]]
 """Rows of a table by its headings."""
 
 
-def study_table(sweep: str, runs: pd.DataFrame, fits: Fits, forecasts: Iterable[Fits] = (), withdrawn: str = "") -> str:
-    """`table.md` of a study from its table of runs, `fits.json`, the forecasts that were made (`runs.forecasts`) and,
-    if its results are withdrawn, the reason."""
+def study_table(sweep: str, runs: pd.DataFrame, fits: Fits, withdrawn: str = "") -> str:
+    """`table.md` of a study from its table of runs, `fits.json` and, if its results are withdrawn, the reason."""
     every, runs = runs, without_brackets(runs)
     runs, published = runs.assign(name=method_names(runs)), read_published()
     if compares_curves(runs):
         title, lines = "losses at equal compute", [f"**{fits['answer']}**", "", *closing_table(runs, fits)]
-        lines += [*at_the_optimum(runs, fits, published), *forecast_sections(forecasts, fits)]
+        lines += at_the_optimum(runs, fits, published)
     elif tries_rates(runs):
         law = fits["rates"].get("law")
         title, lines = "learning rates", rate_law_sections(runs, law) if law else finished_cells(runs)

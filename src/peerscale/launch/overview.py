@@ -11,14 +11,14 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from peerscale.config.compose import study_files
+from peerscale.config.compose import header, study_files
 from peerscale.config.study import load_sweep
 from peerscale.errors import ArgumentParser, UserError, exit_code, positive_integer, positive_number
 from peerscale.launch.plan_table import print_plan
 from peerscale.launch.status_table import print_status
 from peerscale.plan.cells import count_cells
 from peerscale.records.record import Status
-from peerscale.records.study import RESULTS, RUNS, header
+from peerscale.records.study import RESULTS, RUNS
 from peerscale.records.table import read_records, read_runs
 
 

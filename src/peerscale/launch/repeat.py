@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 from peerscale.data.prepare import prepare
 from peerscale.errors import ArgumentParser, FailedCells, UserError, exit_code
@@ -21,9 +20,6 @@ from peerscale.train.run import run_cell
 
 RUNS = "runs/repeated"
 """Where repeated cells are kept, so that no study counts them as its own."""
-
-FORMER: dict[Any, str] = {"fused": "cpp", "native": "torch"}
-"""Former names of kernels, in older records."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,7 +64,7 @@ def comparison(here: Record, committed: Record) -> list[str]:
         said = f"differs by {difference:+.1e}" if difference else "the same, bit for bit"
         lines.append(f"  {name:<12} loss {loss:.4f}, committed {values['loss']:.4f}: {said}")
     pairs = {key: (here.environment.get(key), committed.environment.get(key)) for key in EXACT_KEYS}
-    changed = [f"{key} {own} ({theirs})" for key, (own, theirs) in pairs.items() if own != FORMER.get(theirs, theirs)]
+    changed = [f"{key} {own} ({theirs})" for key, (own, theirs) in pairs.items() if own != theirs]
     return [*lines, f"  environment here (committed): {', '.join(changed)}"] if changed else lines
 
 

@@ -11,6 +11,9 @@ from peerscale.plan.plan import Plan
 RECIPE_VERSION = 1
 """Increase this when the numerics of training change, so that old cells are not taken for new ones."""
 
+RECIPE_OF_COPIES = 2
+"""The version for cells that read expert tables from bf16 copies, where they came after version 1 of these cells."""
+
 NOT_HASHED = (
     "trainer", "tracking", "min_steps",
     "data.directory", "data.name", "data.path", "data.held_out", "data.train_tokens", "data.max_epochs",
@@ -42,19 +45,14 @@ def hashed_config(config: Config, plan: Plan, data_fingerprint: str) -> dict[str
     tree["optim"] |= {"lr": plan.lr, "table_lr": plan.table_lr}
     tree["data"]["evaluation"] = {name: tokens for name, tokens in tree["data"]["evaluation"].items() if tokens}
     tree["replaced"] = list(config.replaced_blocks)
-    # Reading expert tables from bf16 copies changed the recipe, but only for cells that have such copies.
-    copied = config.precision == "bf16" and config.ffn.copied_parameters(config.surroundings) > 0
-    return {**tree, "data_fingerprint": data_fingerprint, "recipe_version": RECIPE_VERSION + copied}
+    has_copies = config.precision == "bf16" and config.ffn.copied_parameters(config.surroundings) > 0
+    version = RECIPE_OF_COPIES if has_copies else RECIPE_VERSION
+    return {**tree, "data_fingerprint": data_fingerprint, "recipe_version": version}
 
 
 def fingerprint(hashed: Mapping[str, Any]) -> str:
     """16 hexadecimal digits of the SHA-256 of the canonical JSON."""
     return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def start_fingerprint(hashed: Mapping[str, Any]) -> str:
-    """The fingerprint without the budget: the same for runs that share their first steps (`sweep.branches`)."""
-    return fingerprint({key: value for key, value in hashed.items() if key != "budget"})
 
 
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -10,8 +10,8 @@ from peerscale.laws.envelope import fit_envelope
 from peerscale.laws.fitting import to_plain
 from peerscale.laws.isoflop import MIN_BUDGETS
 from peerscale.laws.parametric import Surface, fit_parametric
-from peerscale.records.study import method_names, usable, without_brackets
 from peerscale.stats.conventions import multipliers_by_convention
+from peerscale.stats.curves_of_runs import method_names, usable, without_brackets
 from peerscale.stats.rates import fit_law
 
 RESAMPLES = 1000

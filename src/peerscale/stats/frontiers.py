@@ -12,8 +12,8 @@ from peerscale.laws.fitting import LEVEL as INTERVAL
 from peerscale.laws.fitting import Bootstrap, percentile_interval, resample_counts
 from peerscale.laws.isoflop import MIN_BUDGETS, fit_power_law
 from peerscale.laws.solver import Array, FitStatus
-from peerscale.records.study import is_dense, same_variant
 from peerscale.stats.brackets import RateErrors
+from peerscale.stats.curves_of_runs import is_dense, same_variant
 from peerscale.stats.multiplier import compute_multipliers
 from peerscale.stats.optima import OptimaFit, Optimum
 

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from peerscale.errors import UserError
-from peerscale.records.study import axes_of, method_names, usable
+from peerscale.stats.curves_of_runs import axes_of, method_names, usable
 from peerscale.stats.rate_law import fit_rates
 
 

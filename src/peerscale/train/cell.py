@@ -25,7 +25,7 @@ from peerscale.model.trained import CHECKPOINTS, checkpoint_path, checkpoints
 from peerscale.ops.backends import choose_operators
 from peerscale.plan.cells import FINISHED, Cell, check_same
 from peerscale.plan.plan import Plan
-from peerscale.records.fingerprint import start_fingerprint
+from peerscale.records.fingerprint import fingerprint
 from peerscale.records.record import Record, Status, new_record, read_record, write_record
 from peerscale.train.checkpoint import TimedCheckpoint, newest_readable
 from peerscale.train.distributed import (
@@ -138,7 +138,8 @@ class CellRun:
         old = old or (read_record(cell.folder.parent / cell.trunk) if cell.trunk else None)
         before = {"environment": old.environment, "bit_exact": old.bit_exact} if old is not None else {}
         self.record = new_record(cell, Status.RUNNING, corpus.manifest.fingerprint, **before)
-        self.made_by = start_fingerprint(self.record.hashed_config)
+        hashed = self.record.hashed_config
+        self.made_by = fingerprint({key: value for key, value in hashed.items() if key != "budget"})
         self.tracker: Tracker | None = None
 
     def train(self) -> Status:
@@ -193,8 +194,6 @@ class CellRun:
 
     def close(self, record: Record) -> Status:
         """Write the record and end the W&B run with it; a finished cell keeps one checkpoint or none."""
-        if self.tracker is not None:
-            record = replace(record, signals=self.tracker.signals)
         self._write(record)
         if record.status in FINISHED:
             kept = checkpoints(self.checkpoint_folder)[:1] if self.config.trainer.keep_checkpoint else []

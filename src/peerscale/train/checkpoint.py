@@ -25,7 +25,7 @@ from peerscale.train.loader import refuse_other_micro_batches
 KEPT = 2
 
 MADE_BY = "start_fingerprint"
-"""Key of a checkpoint: the `start_fingerprint` of the run that made it. Older checkpoints do not have it."""
+"""Key of a checkpoint: the fingerprint of the run that made it, without its budget. Older ones do not have it."""
 
 MICRO_BATCHES = "micro_batches"
 """Key of a checkpoint: the number of micro-batches of a step. Older checkpoints have it in the loader's state only."""

@@ -89,7 +89,7 @@ class WandbRun:
     def finish(self, record: Record) -> None:
         """End the run with the results of `record`; raises `WandbError` if the server did not take all in time."""
         losses = {f"{name}/{key}": value for name, values in record.evaluation.items() for key, value in values.items()}
-        summary = {"status": str(record.status), "reason": record.reason, "signals": record.signals}
+        summary = {"status": str(record.status), "reason": record.reason}
         # As numbers, so that W&B can sum them.
         summary |= {status: int(record.status is status) for status in FAILED}
         with client_errors():
