@@ -319,7 +319,7 @@ def test_a_killed_worker_ends_a_sweep_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(launch, "in_turn", lambda cells: [[1], [2]])
-    monkeypatch.setattr(launch, "_run_as_worker", lambda group: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(launch, "run_in_turn", lambda group: os.kill(os.getpid(), signal.SIGKILL))
     assert exit_code(lambda: launch.run_here([], 2) and None) == 3
     error = capsys.readouterr().err
     assert error.startswith("error: a process was killed, perhaps since memory ran out") and error.count("\n") == 1

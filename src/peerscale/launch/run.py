@@ -22,7 +22,6 @@ from peerscale.plan.cells import Cell, pending_cells, planned_cells
 from peerscale.plan.notices import diverged_lines, evaluation_lines, rate_lines
 from peerscale.plan.plan import Verdict
 from peerscale.records.record import FAILED, Status
-from peerscale.train.distributed import started_ranks
 from peerscale.train.run import run_in_turn
 
 LAUNCHERS = ("local", "joblib", "slurm")
@@ -40,8 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     if options.jobs is not None and options.jobs < 1:
         raise UserError(f"--jobs must be at least 1, not {options.jobs}")
-    if started_ranks()[1] > 1:
-        raise UserError("torchrun and srun start the ranks of one cell; a study starts the ranks of its cells itself")
     settings = None
     if options.launcher == "slurm":
         from peerscale.launch.submission import submission_settings
@@ -108,24 +105,13 @@ def run_here(cells: Sequence[Cell], n_processes: int | None) -> dict[str, Status
 
         with _terminated_as_by_ctrl_c():
             try:
-                statuses = Parallel(n_jobs=n_processes, batch_size=1)(
-                    delayed(_run_as_worker)(group) for group in groups
-                )
+                statuses = Parallel(n_jobs=n_processes, batch_size=1)(delayed(run_in_turn)(group) for group in groups)
             except TerminatedWorkerError:
                 raise FailedCells(
                     "a process was killed, perhaps since memory ran out, and the others were stopped; the same command "
                     "continues every cell from its checkpoint; fewer at once need less memory: JOBS=1"
                 ) from None
     return {name: status for group in statuses for name, status in group.items()}
-
-
-def _run_as_worker(cells: Sequence[Cell]) -> dict[str, Status]:
-    """Run cells in one of several processes, each of which has its own GPUs if there are any."""
-    from peerscale.train.gpus import take_gpus
-
-    if cells[0].config.trainer.accelerator != "cpu":
-        take_gpus(cells[0].config.trainer.devices)
-    return run_in_turn(cells)
 
 
 @contextmanager

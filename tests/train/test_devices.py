@@ -1,0 +1,74 @@
+"""Cells on two devices: Lightning starts the processes, and they end with what one device ends with."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from peerscale.config.schema import composed
+from peerscale.plan.cells import single_cell
+from peerscale.records.curves import read_metrics
+from peerscale.records.record import Record, Status, read_record
+from peerscale.train.cell import train_cell
+from test_train import EXPLODES, budget, corpus_path, final_weights, settings  # noqa: F401
+
+CASES = {
+    "dense": ["ffn=dense", "trainer.micro_batches=2"],
+    "expert choice": ["ffn=moe", "ffn.n_experts=4", "routing_group_sequences=4"],
+    "token choice": ["ffn=moe_token_choice", "ffn.load_balance_weight=1", "routing_group_sequences=8"],
+    "peer": ["ffn=peer", "ffn.query_norm=false"],
+    "pkm": ["ffn=pkm", "ffn.query_norm=false"],
+}
+
+
+@pytest.fixture
+def overrides(settings: list[str]) -> list[str]:  # noqa: F811
+    return [*settings, "tracking=disabled", "trainer.checkpoint_every_steps=3", "trainer.keep_checkpoint=true"]
+
+
+def trained(overrides: list[str], n_devices: int, runs: Path, *more: str) -> tuple[Path, Record]:
+    cell = single_cell(composed([*overrides, f"trainer.devices={n_devices}", f"trainer.runs_directory={runs}", *more]))
+    train_cell(cell)
+    record = read_record(cell.folder)
+    assert record is not None
+    return cell.folder, record
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_devices_train_what_one_does(case: str, overrides: list[str], tmp_path: Path) -> None:
+    overrides = [*overrides, *CASES[case]]
+    overrides.append(budget(overrides, 7))
+    (one, of_one), (two, of_two) = (trained(overrides, n, tmp_path / str(n)) for n in (1, 2))
+    assert of_one.status is of_two.status is Status.DONE and of_two.environment["n_devices"] == 2, of_two.traceback
+    assert of_two.sequence_losses == pytest.approx(of_one.sequence_losses, abs=2e-5)
+    rows, rows_of_two = (list(read_metrics(folder)) for folder in (one, two))
+    assert [row["step"] for row in rows] == [2, 4, 6, 7]
+    for row, other in zip(rows, rows_of_two, strict=True):
+        same = {key: value for key, value in row.items() if key != "tokens_per_s"}
+        assert {key: other[key] for key in same} == pytest.approx(same, rel=2e-5, abs=2e-6)
+    weights, weights_of_two = final_weights(one), final_weights(two)
+    assert weights.keys() == weights_of_two.keys()
+    for name, weight in weights.items():
+        assert (weights_of_two[name] - weight).double().norm() < 2e-5 * weight.double().norm(), name
+
+
+def test_a_run_on_two_devices_goes_on_exactly(overrides: list[str], tmp_path: Path) -> None:
+    overrides = [*overrides, "ffn=peer", "ffn.query_norm=false"]
+    overrides.append(budget(overrides, 7))
+    unbroken, record = trained(overrides, 2, tmp_path / "unbroken")
+    folder = single_cell(composed([*overrides, f"trainer.runs_directory={tmp_path / 'again'}"])).folder
+    folder.parent.mkdir(parents=True)
+    # As if it had been killed after step 6.
+    subprocess.run(["cp", "-r", unbroken, folder], check=True)
+    (folder / "record.json").write_text((folder / "record.json").read_text().replace('"done"', '"running"'))
+    for path in (folder / "checkpoints").glob("*.ckpt"):
+        path.unlink()
+    _, fresh = trained(overrides, 2, tmp_path / "again")
+    assert fresh.sequence_losses == record.sequence_losses and fresh.bit_exact
+
+
+def test_what_fails_or_diverges_on_two_devices_is_recorded(overrides: list[str], tmp_path: Path) -> None:
+    overrides = [*overrides, "ffn=dense"]
+    overrides.append(budget(overrides, 7))
+    _, record = trained(overrides, 2, tmp_path / "diverged", *EXPLODES)
+    assert record.status is Status.DIVERGED and record.reason.startswith("the training loss is ")
