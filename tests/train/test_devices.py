@@ -1,15 +1,20 @@
 """Cells on two devices: Lightning starts the processes, and they end with what one device ends with."""
 
-import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
-from peerscale.config.schema import composed
+from peerscale.config.schema import composed, load
+from peerscale.data.prepare import prepare
 from peerscale.plan.cells import single_cell
+from peerscale.plan.plan import plan
 from peerscale.records.curves import read_metrics
 from peerscale.records.record import Record, Status, read_record
-from peerscale.train.cell import train_cell
+from peerscale.train.cell import fit, train_cell
+from peerscale.train.checkpoint import StepCheckpoint
+from peerscale.train.metrics import MetricsLog
+from peerscale.train.module import LanguageModel
 from test_train import EXPLODES, budget, corpus_path, final_weights, settings  # noqa: F401
 
 CASES = {
@@ -53,21 +58,22 @@ def test_two_devices_train_what_one_does(case: str, overrides: list[str], tmp_pa
 
 
 def test_a_run_on_two_devices_goes_on_exactly(overrides: list[str], tmp_path: Path) -> None:
-    overrides = [*overrides, "ffn=peer", "ffn.query_norm=false"]
-    overrides.append(budget(overrides, 7))
-    unbroken, record = trained(overrides, 2, tmp_path / "unbroken")
-    folder = single_cell(composed([*overrides, f"trainer.runs_directory={tmp_path / 'again'}"])).folder
-    folder.parent.mkdir(parents=True)
-    # As if it had been killed after step 6.
-    subprocess.run(["cp", "-r", unbroken, folder], check=True)
-    (folder / "record.json").write_text((folder / "record.json").read_text().replace('"done"', '"running"'))
-    for path in (folder / "checkpoints").glob("*.ckpt"):
-        path.unlink()
-    _, fresh = trained(overrides, 2, tmp_path / "again")
-    assert fresh.sequence_losses == record.sequence_losses and fresh.bit_exact
+    overrides = [*overrides, "ffn=peer", "ffn.query_norm=false", "trainer.devices=2"]
+    config, ends = load([*overrides, budget(overrides, 7)]), []
+    prepare(config.data)
+    for folder, resumed in ((tmp_path / "unbroken", None), (tmp_path / "again", "unbroken/step-000000003.ckpt")):
+        folder.mkdir()
+        planned = plan(config)
+        module = LanguageModel(config, planned)
+        callbacks = [MetricsLog(config, planned, folder), StepCheckpoint(folder, config.trainer, fingerprint="")]
+        fit(module, callbacks, None, tmp_path / resumed if resumed else None)
+        ends.append((module.state_dict(), [(row["step"], row["loss"]) for row in read_metrics(folder)]))
+    (weights, rows), (weights_again, rows_again) = ends
+    assert rows_again == rows[1:] and [step for step, _ in rows_again] == [4, 6, 7]
+    assert all(torch.equal(weights_again[name], weight) for name, weight in weights.items())
 
 
-def test_what_fails_or_diverges_on_two_devices_is_recorded(overrides: list[str], tmp_path: Path) -> None:
+def test_what_diverges_on_two_devices_is_recorded(overrides: list[str], tmp_path: Path) -> None:
     overrides = [*overrides, "ffn=dense"]
     overrides.append(budget(overrides, 7))
     _, record = trained(overrides, 2, tmp_path / "diverged", *EXPLODES)
