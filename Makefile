@@ -12,7 +12,7 @@ BIN       := .venv/bin
 AT_ONCE_joblib = --jobs $(JOBS)
 AT_ONCE_slurm  = $(if $(filter command environment,$(firstword $(origin JOBS))),--jobs $(JOBS))
 # 0 means no.
-$(foreach flag,PUBLISHED REPLACE LOCKED WANDB,$(if $(filter 0,$($(flag))),$(eval override $(flag) :=)))
+$(foreach flag,REPLACE LOCKED,$(if $(filter 0,$($(flag))),$(eval override $(flag) :=)))
 
 # A setup with EXTRAS or LOCKED installs once for each choice; all other targets are content with any.
 INSTALLED     = .venv/installed$(if $(filter command,$(firstword $(origin EXTRAS))),-$(EXTRAS))$(if $(LOCKED),-locked)
@@ -23,7 +23,7 @@ export OMP_NUM_THREADS      ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
 # A word that make takes for a variable, such as sweep=smoke or a second override without quotes, must not be ignored.
-KNOWN   = SWEEP CELL LAUNCHER JOBS OVERRIDES PUBLISHED REPLACE PRICE LOCKED WANDB DATA PYTHON EXTRAS BIN SHELL OMP_NUM_THREADS OPENBLAS_NUM_THREADS
+KNOWN   = SWEEP CELL LAUNCHER JOBS OVERRIDES REPLACE PRICE LOCKED DATA PYTHON EXTRAS BIN SHELL OMP_NUM_THREADS OPENBLAS_NUM_THREADS
 UNKNOWN = $(foreach name,$(filter-out $(KNOWN) -%,$(.VARIABLES)),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 ifneq (,$(strip $(UNKNOWN)))
 $(error $(firstword $(UNKNOWN)) is no variable of this Makefile; there are: $(KNOWN); keys of the configuration go together into one pair of quotes: OVERRIDES='key=value key=value')
@@ -43,7 +43,7 @@ help: ## print this help
 
 reproduce: ## the main command: corpus, training runs, fits, figures and table of the study reproduce (17 minutes on 2 cores)
 	@$(MAKE) --no-print-directory data sweep figures SWEEP=reproduce
-	@echo "Browse the runs:      make dashboard (W&B in the terminal, offline)    upload them: make sync"
+	@echo "Browse the runs:      .venv/bin/wandb leet runs/reproduce/CELL/wandb    upload them: make sync"
 
 smoke: ## from text to a figure in about a minute, on a tiny study
 	@$(MAKE) --no-print-directory data sweep figures SWEEP=smoke
@@ -88,9 +88,8 @@ figures: setup ## table, fits and figures of SWEEP, from its runs
 findings: setup ## the tables of docs/findings.md and the README: what results/ says of the paper's claims
 	@$(BIN)/python analysis/findings.py
 
-report: figures ## one HTML page of SWEEP in its study folder; WANDB=1 also puts a report on the W&B server
+report: figures ## one HTML page of SWEEP in its study folder
 	@$(BIN)/python analysis/report.py $(SWEEP)
-	@$(if $(WANDB),$(BIN)/python analysis/dashboard.py $(SWEEP))
 
 validate: setup ## fit the published data sets in DATA=DIR and compare with the published values
 	@$(BIN)/python analysis/validate.py $(DATA)
@@ -98,11 +97,11 @@ validate: setup ## fit the published data sets in DATA=DIR and compare with the 
 publish: setup ## copy table, fits and figures of SWEEP to results/, to be committed; keeps finished cells there, unless REPLACE=1
 	@$(BIN)/python analysis/publish.py $(SWEEP) $(if $(REPLACE),--replace)
 
-sync: setup ## upload the W&B runs, table, fits and figures of SWEEP that are not uploaded yet
-	@$(BIN)/python analysis/sync.py $(SWEEP)
+sync: setup ## upload the offline W&B runs of SWEEP that are not uploaded yet
+	@$(BIN)/wandb sync -n 4 runs/$(SWEEP)/*/wandb/offline-run-*
 
-dashboard: setup ## browse the W&B runs of SWEEP in the terminal, offline, by cell
-	@$(BIN)/python analysis/browse.py $(SWEEP)
+dashboard: setup ## save a report of SWEEP on the W&B server: its figures, its table, the curves of its runs
+	@$(BIN)/python analysis/dashboard.py $(SWEEP)
 
 notebooks: setup ## run notebooks/explore.ipynb and save its outputs, to be committed
 	@$(BIN)/python notebooks/execute.py

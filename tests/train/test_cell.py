@@ -15,17 +15,15 @@ from peerscale.config.schema import composed, load
 from peerscale.data.batches import EvaluationBatches
 from peerscale.data.prepare import prepare
 from peerscale.data.store import open_corpus
-from peerscale.errors import FailedCells, UserError
+from peerscale.errors import UserError
 from peerscale.model.build import load_model
+from peerscale.model.trained import checkpoints
 from peerscale.plan.cells import Cell, single_cell
 from peerscale.records.record import LOCK, Record, Status, read_record, write_record
 from peerscale.train import cell as cells
 from peerscale.train.cell import train_cell
-from peerscale.train.checkpoint import checkpoints
-from peerscale.train.distributed import RankError
-from peerscale.train.run import run_cell, run_single
+from peerscale.train.run import run_single
 from test_train import budget, corpus_path, settings  # noqa: F401
-from toy_study import record_of
 
 
 @pytest.fixture
@@ -52,7 +50,7 @@ def trained(overrides: list[str]) -> tuple[Path, Record]:
 def test_a_layer_that_draws_no_weights_is_refused_before_anything_is_written(
     tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peerscale.model, "build_ffn", lambda *_: nn.Linear(8, 8))
+    monkeypatch.setattr(peerscale.model.build, "build_ffn", lambda *_: nn.Linear(8, 8))
     with pytest.raises(UserError, match=r"^Linear has parameters but no method init_weights"):
         train_cell(cell(tiny))
     assert not cell(tiny).folder.exists()
@@ -69,7 +67,7 @@ def test_a_model_that_fails_to_be_built_is_recorded(tiny: list[str], monkeypatch
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(peerscale.model, "build_ffn", fail)
+    monkeypatch.setattr(peerscale.model.build, "build_ffn", fail)
     planned = cell(tiny)
     assert train_cell(planned) is Status.FAILED
     record = read_record(planned.folder)
@@ -158,23 +156,6 @@ def test_a_cell_killed_in_its_evaluation_keeps_the_same_model(tiny: list[str], m
     assert all(torch.equal(weights[f"model.{name}"], weight) for name, weight in loaded.items())
 
 
-def test_a_rank_that_fails_after_the_end_changes_no_result(
-    tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    planned = cell([*tiny, "trainer.devices=2"])
-
-    def killed_late(n_ranks: int, launched: Cell) -> None:
-        write_record(launched.folder, record_of(launched, Status.DONE))
-        raise RankError("rank 1: ended by SIGKILL")
-
-    monkeypatch.setattr(cells, "launch", killed_late)
-    assert train_cell(planned) is Status.DONE
-    record = read_record(planned.folder)
-    assert record is not None and record.status is Status.DONE and record.evaluation
-    said = "is done, but afterwards RankError: rank 1: ended by SIGKILL\n"
-    assert capsys.readouterr().err == f"notice: {planned.name} {said}"
-
-
 class Code:
     """Pickles as a call that leaves a sign."""
 
@@ -236,18 +217,6 @@ def test_a_single_cell_that_another_process_runs_is_no_error(
     printed = capsys.readouterr()
     assert printed.out == "" and f"{planned.name} is being run by another process and is skipped here" in printed.err
     assert read_record(planned.folder) is None
-
-
-def test_ranks_of_a_cell_that_another_process_runs_end_with_an_error(
-    tiny: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The other ranks would wait for the first one."""
-    planned = cell([*tiny, "trainer.devices=2"])
-    planned.folder.mkdir(parents=True)
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with FileLock(planned.folder / LOCK), pytest.raises(FailedCells, match="is being run by another process"):
-        run_cell(planned)
 
 
 @pytest.mark.parametrize("layer", ["dense", "peer"])

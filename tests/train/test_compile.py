@@ -11,7 +11,6 @@ from peerscale.config.schema import load
 from peerscale.ops.cpp_operators import CppOperators
 from peerscale.ops.operators import collect_row_gradients, collected_gradients
 from peerscale.plan.plan import plan
-from peerscale.train.cell import build_module
 from peerscale.train.evaluation import attach_usage, detach_usage
 from peerscale.train.module import LanguageModel
 from peerscale.train.optimizer import build_optimizer
@@ -124,7 +123,8 @@ def test_a_process_compiles_every_cell_that_it_trains(monkeypatch: pytest.Monkey
     with torch._dynamo.config.patch(recompile_limit=2):
         for width in (8, 16, 24, 32):
             config = load([*SIZE, "ffn=dense", f"size.d_model={width}", "trainer.compile=true"])
-            module = build_module(config, plan(config), torch.device("cpu"))
+            module = LanguageModel(config, plan(config))
+            module.setup("fit")
             module.training_step(torch.randint(300, (8, 9)), 0)
             compiled.append(counters["stats"]["unique_graphs"])
     assert compiled == [1, 2, 3, 4]

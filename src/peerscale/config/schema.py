@@ -195,7 +195,7 @@ class TrainerConfig:
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: Positive = 1
     """GPUs of one cell, or processes on a machine without GPUs. They share each batch, so their number must divide
-    `batch_sequences`."""
+    `batch_sequences`. `row_sparse_adamw` trains on one."""
     micro_batches: Positive | None = None
     """Parts of a device's batch that are computed one after the other to save memory; their gradients are summed. Null:
     the plan chooses the smallest number that fits `device_memory_gb`."""
@@ -216,9 +216,9 @@ class TrainerConfig:
     compile: bool = False
     """torch.compile: takes 6 to 20 s at the start and saves 2 to 10 % of each step; worth it from 15 minutes a cell."""
     checkpoint_every_s: Rate = 60.0
-    """Seconds between two checkpoints; longer if saving one would take more than 2 % of the time."""
+    """Seconds between two checkpoints."""
     checkpoint_every_steps: Positive | None = None
-    """Also save a checkpoint every so many steps; null: only time decides."""
+    """Save a checkpoint every so many steps instead; null: time decides."""
     log_every_steps: Positive = 20
     keep_checkpoint: bool = False
     """Keep the checkpoint after the last step of a finished cell, for `peerscale.model.build.load_model`."""

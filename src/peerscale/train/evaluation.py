@@ -9,6 +9,7 @@ loss of whole passages, and it depends on the vocabulary. The paper does not say
 import math
 from typing import Any
 
+import lightning
 import numpy as np
 import torch
 
@@ -16,7 +17,6 @@ from peerscale.config.schema import Config
 from peerscale.data.batches import EvaluationBatches, LastWordBatches
 from peerscale.data.store import Corpus
 from peerscale.layers.usage import CountsUsage, ExpertUsage
-from peerscale.model.ranks import gather, n_ranks, share, sum_over_ranks
 from peerscale.plan.held_out_sets import batch_shape, evaluated_tokens
 from peerscale.train.module import LanguageModel
 
@@ -26,7 +26,8 @@ def evaluate(module: LanguageModel, corpus: Corpus, config: Config, device: torc
 
     Router health is counted over the `val_set`.
 
-    Batches have the training shape, whole ones only, since expert choice depends on the batch; ranks share them.
+    Batches have the training shape, whole ones only, since expert choice depends on the batch. One device evaluates,
+    also after a training on several.
     """
     result: dict[str, Any] = {"evaluation": {}, "sequence_losses": [], "router": {}}
     module.eval().to(device)
@@ -62,12 +63,12 @@ def evaluate(module: LanguageModel, corpus: Corpus, config: Config, device: torc
 
 def _sequence_losses(module: LanguageModel, batch: np.ndarray, counted: np.ndarray, device: torch.device) -> np.ndarray:
     """The mean loss of each sequence over its scored targets; counted (B, T)."""
-    tokens, counted_BT = (torch.from_numpy(part[share(len(batch))]).to(device) for part in (batch, counted))
+    tokens, counted_BT = (torch.from_numpy(part).to(device) for part in (batch, counted))
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, module.config.precision == "bf16"):
         parts = tokens.chunk(module.config.surroundings.micro_batches)
         losses_BT = torch.cat([module.losses(part)[1] for part in parts])
         losses_B = (losses_BT * counted_BT).sum(dim=1) / counted_BT.sum(dim=1)
-        return gather(losses_B).double().cpu().numpy()
+        return losses_B.double().cpu().numpy()
 
 
 def attach_usage(module: LanguageModel) -> None:
@@ -77,10 +78,11 @@ def attach_usage(module: LanguageModel) -> None:
             layer.usage = ExpertUsage(layer.n_experts)
 
 
-def detach_usage(module: LanguageModel) -> dict[str, float]:
+def detach_usage(module: LanguageModel, trainer: lightning.Trainer | None = None) -> dict[str, float]:
     """Stop counting; returns expert_usage and unevenness, averaged over the layers, and the number of counted tokens.
 
-    Nothing if nothing was counted. With several ranks, all of which must call it, the tokens of all ranks are counted.
+    Nothing if nothing was counted. If there is a trainer, the tokens of all its devices are counted, and all its
+    processes must call this.
     """
     usages = []
     for layer in module.model.modules():
@@ -89,8 +91,10 @@ def detach_usage(module: LanguageModel) -> dict[str, float]:
             layer.usage = None
     if not usages:
         return {}
-    for usage in usages:
-        usage.weight_sums, usage.tokens = sum_over_ranks(usage.weight_sums), usage.tokens * n_ranks()
+    if trainer is not None:
+        for usage in usages:
+            usage.weight_sums = trainer.strategy.reduce(usage.weight_sums, reduce_op="sum")
+            usage.tokens = usage.tokens * trainer.world_size
     return {
         "expert_usage": sum(u.usage for u in usages) / len(usages),
         "unevenness": sum(u.unevenness for u in usages) / len(usages),
