@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from peerscale.errors import exit_code, positive_number
 from peerscale.figures.forecasts import forecast_table
 from peerscale.files import from_checkout
-from peerscale.records.cell_names import budget_name
+from peerscale.plan.cell_names import budget_name
 from peerscale.records.study import study_parser
 from peerscale.stats.forecasts import make_forecast
 

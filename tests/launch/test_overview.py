@@ -276,9 +276,9 @@ def test_the_plan_marks_done_cells_and_leaves_them_out_of_the_time(
 def test_cells_that_the_plan_does_not_have_are_counted_apart(
     study: Path, cells: list[Cell], capsys: pytest.CaptureFixture
 ) -> None:
-    (other,) = planned_cells(
-        study, ["optim.lr=1e-3", "sweep.methods=[dense]", "sweep.budgets=[1e10]", "size.n_layers=3"]
-    )[:1]
+    (other,) = planned_cells(study, ["optim.lr=1e-3", "sweep.methods=[dense]", "sweep.budgets=[1e10]", "n_layers=3"])[
+        :1
+    ]
     write_record(other.folder, record_of(other, Status.DONE))
     (cells[0].folder.parent / "dense-d8-1e10-s0.old").mkdir()
     assert main(["status", str(study)]) == 0
@@ -300,7 +300,7 @@ def test_a_damaged_record_is_shown_with_its_remedy(
 
 
 def test_seeds_are_summed_up_by_mean_and_deviation(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    sweep = "{methods: [dense], grid: [{budget: 1e10, sizes: [d8]}, {budget: 3e10, sizes: [d8]}], seeds: [0, 1, 2]}"
+    sweep = "{methods: [dense], grid: [{budget: 1e10, d_model: [8]}, {budget: 3e10, d_model: [8]}], seeds: [0, 1, 2]}"
     file = write_study(tmp_path, sweep, "min_steps: 1")
     for cell, loss in zip(planned_cells(file), (5.0, 5.1, 5.3, 4.5), strict=False):
         write_record(cell.folder, record_of(cell, Status.DONE, evaluation={"validation": {"loss": loss}}))
@@ -330,7 +330,7 @@ def test_studies_are_listed_with_question_and_state(tmp_path: Path, capsys: pyte
 def test_cells_are_counted_without_planning_them(tmp_path: Path) -> None:
     file = write_study(
         tmp_path,
-        "{methods: [dense, peer], grid: [{budget: 1e10, sizes: [d8, d12]}, {budget: 3e10, sizes: [d16], seeds: [4]}], "
+        "{methods: [dense, peer], grid: [{budget: 1e10, d_model: [8, 12]}, {budget: 3e10, d_model: [16], seeds: [4]}], "
         "seeds: [0, 5], axes: {optim.weight_decay: [0.0, 0.1]}, method_axes: {peer: {optim.table_lr: [1e-3, 0.5, 1]}}}",
     )
     # (2 sizes x 2 seeds + 1) x 2 rates of decay, for dense once and for PEER with three rates
@@ -358,7 +358,7 @@ def test_tables_are_aligned() -> None:
 
 
 def test_rate_brackets_stand_below_the_grid_and_are_no_sizes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    rows = "{budget: 1e10, sizes: [d8]}, {budget: 1e10, sizes: [d8], axes: {optim.lr_factor: [0.5, 2.0]}}"
+    rows = "{budget: 1e10, d_model: [8]}, {budget: 1e10, d_model: [8], axes: {optim.lr_factor: [0.5, 2.0]}}"
     file = write_study(tmp_path, f"{{methods: [dense], min_sizes: 1, grid: [{rows}]}}", "min_steps: 1")
     assert [cell.plan.lr / planned_cells(file)[0].plan.lr for cell in planned_cells(file)] == [1, 0.5, 2]
     assert main(["status", str(file)]) == 0

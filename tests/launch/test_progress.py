@@ -2,14 +2,12 @@ import json
 import os
 import re
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from peerscale.launch.progress import Progress, duration
 from peerscale.plan.cells import Cell, planned_cells
-from peerscale.plan.plan import decay_from
 from peerscale.records.record import Status, write_record
 from toy_study import record_of, write_study
 
@@ -69,17 +67,6 @@ def test_time_left_does_not_count_steps_that_were_done_before(cells: list[Cell])
     progress.started = time.monotonic() - 1000
     # Ten steps in 1,000 s.
     assert progress.line().split(" | ")[-1] == f"{duration(100 * (steps - steps // 2 - 10))} left"
-
-
-def test_a_branch_has_only_the_steps_after_its_trunks_checkpoint(cells: list[Cell]) -> None:
-    optim = replace(cells[1].config.optim, schedule="wsd", decay_fraction=0.2)
-    branch = replace(cells[1], trunk="longer", config=replace(cells[1].config, optim=optim))
-    steps, start = branch.plan.steps, decay_from(branch.config, branch.plan)
-    progress = Progress("toy", [branch])
-    write_record(branch.folder, record_of(branch, Status.RUNNING))
-    log(branch, start + 10)
-    progress.started = time.monotonic() - 1000
-    assert progress.line().split(" | ")[-1] == f"{duration(100 * (steps - start - 10))} left"
 
 
 def test_a_cell_that_has_just_begun_is_starting(cells: list[Cell]) -> None:

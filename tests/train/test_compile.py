@@ -16,7 +16,7 @@ from peerscale.train.evaluation import attach_usage, detach_usage
 from peerscale.train.module import LanguageModel
 from peerscale.train.optimizer import build_optimizer
 
-SIZE = ["size=d16", "context=8", "size.n_layers=1", "batch_sequences=16", "budget=1e12", "data.vocab_size=300"]
+SIZE = ["d_model=16", "context=8", "n_layers=1", "batch_sequences=16", "budget=1e12", "data.vocab_size=300"]
 GROUPS = ["trainer.micro_batches=2", "routing_group_sequences=4"]
 ROWS = ["ffn.n_experts=64", "ffn.n_heads=2", "ffn.top_k=4", "ffn.query_bias=false"]
 CASES = {
@@ -26,7 +26,7 @@ CASES = {
     "fine-grained": ["ffn=fine_grained_moe", *GROUPS],
     "pkm": ["ffn=pkm", *ROWS],
     "peer": ["ffn=peer", *ROWS, *GROUPS, "replaced=all", "trainer.kernel=torch"],
-    "peer, row-sparse": ["ffn=peer", *ROWS, *GROUPS, "replaced=all", "optim=row_sparse_adamw", "size.n_layers=2"],
+    "peer, row-sparse": ["ffn=peer", *ROWS, *GROUPS, "replaced=all", "optim=row_sparse_adamw", "n_layers=2"],
 }
 SEQUENCES = (8, 16, 24)  # of a micro-batch
 
@@ -123,7 +123,7 @@ def test_a_process_compiles_every_cell_that_it_trains(monkeypatch: pytest.Monkey
     compiled = []
     with torch._dynamo.config.patch(recompile_limit=2):
         for width in (8, 16, 24, 32):
-            config = load([*SIZE, "ffn=dense", f"size.d_model={width}", "trainer.compile=true"])
+            config = load([*SIZE, "ffn=dense", f"d_model={width}", "trainer.compile=true"])
             module = build_module(config, plan(config), torch.device("cpu"))
             module.training_step(torch.randint(300, (8, 9)), 0)
             compiled.append(counters["stats"]["unique_graphs"])

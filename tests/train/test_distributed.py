@@ -185,7 +185,7 @@ def on_two(launched: Path) -> dict[str, tuple[Rows, dict[str, Any], dict[str, An
 @pytest.mark.parametrize("kernel", ["reference", "torch", "cpp"])
 def test_a_penalty_on_a_table_is_exchanged_as_well(kernel: str) -> None:
     """With `optim=adamw`; its gradient is dense, that of retrieved rows is made of factors."""
-    config = load(["ffn=pkm", "size=d8", "ffn.n_experts=64", "ffn.top_k=4", f"trainer.kernel={kernel}"])
+    config = load(["ffn=pkm", "d_model=8", "ffn.n_experts=64", "ffn.top_k=4", f"trainer.kernel={kernel}"])
     gradients = []
     for exchanged in (False, True):
         torch.manual_seed(0)

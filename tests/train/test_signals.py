@@ -94,7 +94,7 @@ def test_signals_come_to_the_record_and_older_records_have_none(
     text.write_text("\n".join(f"line {n} of {n * 7919 % 1000} words" for n in range(6000)))
     overrides = [
         "data=text", f"data.path={text}", "data.vocab_size=300", f"data.directory={tmp_path / 'data'}",
-        "data.evaluation.validation=512", "data.max_epochs=100", "size=d8", "size.n_layers=2", "context=8",
+        "data.evaluation.validation=512", "data.max_epochs=100", "d_model=8", "n_layers=2", "context=8",
         f"trainer.runs_directory={tmp_path / 'runs'}", "trainer.log_every_steps=1", "tracking=disabled", "budget=2e7",
         "min_steps=1",
     ]  # fmt: skip

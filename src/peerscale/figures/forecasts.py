@@ -5,7 +5,7 @@ from typing import Any
 
 from peerscale.figures.markdown import section, table, with_interval
 from peerscale.figures.style import label
-from peerscale.records.cell_names import budget_name
+from peerscale.plan.cell_names import budget_name
 from peerscale.records.study import is_dense
 from peerscale.stats.forecasts import inside, observed
 

@@ -23,6 +23,7 @@ from peerscale.files import from_checkout
 from peerscale.launch.outcomes import Outcome, Outcomes, further_line, outcomes
 from peerscale.launch.progress import duration
 from peerscale.launch.slurm import Job, jobs_folder, log_path, queued, read_job_ids
+from peerscale.plan.cell_names import budget_name
 from peerscale.plan.cells import (
     Cell,
     count_cells,
@@ -32,8 +33,7 @@ from peerscale.plan.cells import (
 from peerscale.plan.cost import CONVENTION
 from peerscale.plan.memory import device_memory
 from peerscale.plan.notices import evaluation_lines, rate_lines, short_methods
-from peerscale.plan.plan import Verdict, decay_from
-from peerscale.records.cell_names import budget_name
+from peerscale.plan.plan import Verdict
 from peerscale.records.record import ENDED, Status
 from peerscale.records.speed import makespan_s
 from peerscale.records.study import RESULTS, RUNS, find_study, header, published, read_fits
@@ -92,18 +92,6 @@ def time_lines(cells: Sequence[Cell], price: float | None) -> list[str]:
     return lines
 
 
-def branches_lines(cells: Sequence[Cell]) -> list[str]:
-    """The FLOPs that branches save in these cells; no line if there are no branches."""
-    shared = sum(
-        decay_from(cell.config, cell.plan) * cell.config.tokens_per_step * cell.plan.cost.flops_per_token
-        for cell in cells if cell.trunk
-    )  # fmt: skip
-    if not shared:
-        return []
-    whole, n = sum(cell.plan.flops for cell in cells), sum(bool(cell.trunk) for cell in cells)
-    return [f"{n} cells are branches: {whole - shared:.3g} FLOPs are trained, {shared / whole:.0%} are saved"]
-
-
 def print_plan(sweep: str, overrides: Sequence[str], workers: int, results: Path, price: float | None = None) -> int:
     """Print the plan; returns exit code 2 if a method keeps too few sizes at a budget."""
     cells = planned_cells(sweep, overrides)
@@ -122,7 +110,7 @@ def print_plan(sweep: str, overrides: Sequence[str], workers: int, results: Path
     print(f"{command}: {_to_run(not_done_here, workers)}")
     if published_ones := len(not_done_here) - len(not_done):
         print(f"{command} PUBLISHED=1: {_to_run(not_done, workers)}, as {published_ones} are published")
-    for line in (*branches_lines(kept), *time_lines(not_done_here, price)):
+    for line in time_lines(not_done_here, price):
         print(line)
     print(*evaluation_lines(cells), *rate_lines(cells), sep="\n", end="\n" if kept else "")
     if any(cell.plan.epochs is None for cell in cells):

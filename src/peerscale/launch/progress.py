@@ -10,7 +10,6 @@ from typing import Any, Self
 
 from peerscale.errors import UserError
 from peerscale.plan.cells import Cell
-from peerscale.plan.plan import decay_from
 from peerscale.records.curves import METRICS
 from peerscale.records.record import ENDED, RECORD, Status
 
@@ -52,8 +51,7 @@ class Progress:
         """One line: `reproduce 12/50 | peer-d32-3e11-s0 120/367 loss 5.43 21k tok/s | 6 min left`."""
         ended, work, work_done, running = self.already_done, 0.0, 0.0, []
         for cell in self.cells:
-            own_steps = cell.plan.steps - _first_step(cell)  # which the estimate is for
-            before, step_s = self.steps_before[cell.name], cell.estimate_s / own_steps
+            before, step_s = self.steps_before[cell.name], cell.estimate_s / cell.plan.steps
             work += step_s * (cell.plan.steps - before)
             status, row = self._state(cell)
             if status in ENDED:
@@ -95,12 +93,7 @@ def _written(cell: Cell) -> int | None:
 def _steps_saved(cell: Cell) -> int:
     """The step from which an interrupted cell will continue, from the name of its newest checkpoint."""
     saved = (cell.folder / "checkpoints").glob("step-*.ckpt")
-    return max((int(path.stem.removeprefix("step-")) for path in saved), default=_first_step(cell))
-
-
-def _first_step(cell: Cell) -> int:
-    """The step from which a cell is trained: a branch starts with the last checkpoint of its trunk."""
-    return decay_from(cell.config, cell.plan) if cell.trunk else 0
+    return max((int(path.stem.removeprefix("step-")) for path in saved), default=0)
 
 
 def duration(seconds: float) -> str:

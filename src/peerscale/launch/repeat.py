@@ -5,7 +5,6 @@ python -m peerscale.launch.repeat SWEEP CELL
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -43,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     same, notices = of_the_plan(chosen, {options.cell: done[options.cell]}, study.folder, corpus)
     if not same:
         raise UserError(f"{notices[0].removeprefix('notice: ')}, so it cannot be repeated")
-    cell = replace(chosen[0], trunk="", branches=())  # trained from its first step, and leaving nothing for others
+    cell = chosen[0]
     if state(cell, corpus) not in FINISHED:
         with Progress(cell.sweep, [cell]):
             run_cell(cell)

@@ -17,7 +17,6 @@ from peerscale.data.store import read_manifest
 from peerscale.errors import ArgumentParser, FailedCells, UserError
 from peerscale.launch.outcomes import published_as_done, published_study, some
 from peerscale.launch.progress import Progress
-from peerscale.plan.branches import in_turn
 from peerscale.plan.cells import Cell, pending_cells, planned_cells
 from peerscale.plan.notices import diverged_lines, evaluation_lines, rate_lines
 from peerscale.plan.plan import Verdict
@@ -99,7 +98,7 @@ def run_here(cells: Sequence[Cell], n_processes: int | None) -> dict[str, Status
         UserError: a cell cannot be run as it is; running cells stop as on Ctrl-C.
         FailedCells: one of the processes was killed.
     """
-    groups = in_turn(cells)
+    groups = [[cell] for cell in cells]
     if n_processes is None:
         statuses = [run_in_turn(group) for group in groups]
     else:

@@ -10,9 +10,8 @@ from typing import Any
 from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from peerscale.config.compose import of_section
+from peerscale.config.compose import composed, overridden, set_value
 from peerscale.config.errors import parse
-from peerscale.config.schema import composed
 from peerscale.config.types import STRICT, Positive, Rate, Whole
 from peerscale.errors import UserError
 from peerscale.files import write_text
@@ -56,8 +55,10 @@ class SlurmConfig:
 
 def load_settings(overrides: Sequence[str] = ()) -> SlurmConfig:
     """conf/slurm.yaml, changed by the overrides that start with `slurm.`; raises `ConfigError`."""
-    chosen = [f"++{override.lstrip('+')}" for override in overrides if of_section(override, "slurm")]
-    return parse(TypeAdapter(SlurmConfig), SlurmConfig, composed(chosen, name="slurm").tree["slurm"], "slurm")
+    settings = composed(name="slurm").tree["slurm"]
+    for key, value in overridden(overrides, "slurm").items():
+        set_value(settings, key, value)
+    return parse(TypeAdapter(SlurmConfig), settings, "slurm.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, order=True)

@@ -27,7 +27,6 @@ from peerscale.launch.slurm import (
     resources,
     write_job_ids,
 )
-from peerscale.plan.branches import in_turn
 from peerscale.plan.cells import Cell
 from peerscale.records.record import FAILED
 
@@ -64,7 +63,7 @@ def submit(cells: Sequence[Cell], settings: SlurmConfig) -> None:
         alive = queued({ids[cell.name] for cell in cells if cell.name in ids})
         free = [cell for cell in cells if ids.get(cell.name) not in alive]
         print(f"{sweep}: {len(cells) - len(free)} cells queued or running in Slurm, {len(free)} to submit")
-        needs = [(resources(group, settings), group) for group in in_turn(free)]
+        needs = [(resources(group, settings), group) for group in ([cell] for cell in free)]
         longest_first = sorted(needs, key=lambda pair: pair[0], reverse=True)
         for need, pairs in itertools.groupby(longest_first, key=lambda pair: pair[0]):
             groups = [group for _, group in pairs]
@@ -114,8 +113,7 @@ def _submit_array(groups: Sequence[Sequence[Cell]], need: Resources, settings: S
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CellJob:
-    """What a Slurm job runs: one cell, or a trunk and then its branches, as planned at submission. Later changes of
-    conf/ have no effect."""
+    """What a Slurm job runs: cells as planned at submission. Later changes of conf/ have no effect."""
 
     cells: Sequence[Cell]
 

@@ -13,13 +13,13 @@ import pandas as pd
 
 from peerscale.errors import ArgumentParser, UserError
 from peerscale.files import ROOT
+from peerscale.plan.cell_names import are_brackets as cells_are_brackets
+from peerscale.plan.cell_names import axes_label, budget_name
 from peerscale.plan.plan import Verdict
-from peerscale.records.cell_names import are_brackets as cells_are_brackets
-from peerscale.records.cell_names import axes_label, budget_name
 from peerscale.records.record import Record, Status, new_record
 
 if TYPE_CHECKING:
-    from peerscale.plan.cells import Cell
+    from peerscale.plan.cell import Cell
 
 RUNS, RESULTS = ROOT / "runs", ROOT / "results"
 

@@ -26,7 +26,7 @@ from scipy.stats import t as student
 from peerscale.errors import UserError
 from peerscale.files import from_checkout, write_json
 from peerscale.laws.fitting import LEVEL, to_plain
-from peerscale.records.cell_names import budget_name
+from peerscale.plan.cell_names import budget_name
 from peerscale.records.machine import git_commit
 from peerscale.records.record import Status
 from peerscale.records.study import (

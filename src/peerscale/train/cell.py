@@ -112,17 +112,12 @@ def _train_with_first_rank(cell: Cell, corpus: Corpus) -> Status:
         resumed_step = as_first_rank(0)
         resumed = checkpoint_path(folder, resumed_step) if resumed_step else None
         try:
-            saving = TimedCheckpoint(folder, config.trainer.checkpoint_every_s, branches=branches(cell))
+            saving = TimedCheckpoint(folder, config.trainer.checkpoint_every_s)
             fit(module, corpus, None, saving, resumed)
         except Diverged:
             return Status.DIVERGED
         evaluate(module, corpus, config, device)
     return Status.DONE
-
-
-def branches(cell: Cell) -> list[tuple[int, Path]]:
-    """The folders of a cell's branches, each with the step from which it continues."""
-    return [(step, cell.folder.parent / name) for step, name in cell.branches]
 
 
 class CellRun:
@@ -134,8 +129,7 @@ class CellRun:
     def __init__(self, cell: Cell, corpus: Corpus, old: Record | None) -> None:
         self.cell, self.corpus, self.config, self.plan = cell, corpus, cell.config, cell.plan
         self.checkpoint_folder = cell.folder / CHECKPOINTS
-        # Until the present environment is known, the record has that of the steps trained before, perhaps by its trunk.
-        old = old or (read_record(cell.folder.parent / cell.trunk) if cell.trunk else None)
+        # Until the present environment is known, the record has that of the steps trained before.
         before = {"environment": old.environment, "bit_exact": old.bit_exact} if old is not None else {}
         self.record = new_record(cell, Status.RUNNING, corpus.manifest.fingerprint, **before)
         self.made_by = start_fingerprint(self.record.hashed_config)
@@ -164,7 +158,6 @@ class CellRun:
                 trainer.checkpoint_every_s,
                 trainer.checkpoint_every_steps,
                 last_step=plan.steps if trainer.keep_checkpoint else None,
-                branches=branches(self.cell),
                 made_by=self.made_by,
             )
             fit(module, self.corpus, self.tracker, saving, resumed)

@@ -1,8 +1,8 @@
 """Run one cell: compose, plan, skip or resume, train, record. Several: Hydra's `-m`, or a study (`peerscale.launch`).
 
-    python -m peerscale.train ffn=peer size=d32 budget=2e11
-    python -m peerscale.train -m ffn=peer,dense size=d32,d48
-    torchrun --nproc-per-node 2 -m peerscale.train ffn=peer size=d32 budget=2e11 trainer.devices=2
+    python -m peerscale.train ffn=peer d_model=32 budget=2e11
+    python -m peerscale.train -m ffn=peer,dense d_model=32,48
+    torchrun --nproc-per-node 2 -m peerscale.train ffn=peer d_model=32 budget=2e11 trainer.devices=2
 
 torch and lightning are imported inside the cell, so that planning and skipping take no time. Exit codes:
 `peerscale.errors`.
@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from peerscale.config.compose import Composition
-from peerscale.config.schema import hydra_errors
+from peerscale.config.errors import hydra_errors
 from peerscale.data.prepare import prepare
 from peerscale.data.store import read_manifest
 from peerscale.errors import FailedCells, UserError, exit_code
@@ -112,22 +112,13 @@ def run_cell(cell: Cell) -> Status:
 
 
 def run_in_turn(cells: Sequence[Cell]) -> dict[str, Status]:
-    """Run cells one after the other; returns their statuses.
-
-    The branches of a trunk that another process is running are left to that process: here they would start at their
-    first step.
-    """
-    statuses: dict[str, Status] = {}
-    for cell in cells:
-        left = statuses.get(cell.trunk) is Status.RUNNING
-        statuses[cell.name] = Status.RUNNING if left else run_cell(cell)
-    return statuses
+    """Run cells one after the other; returns their statuses."""
+    return {cell.name: run_cell(cell) for cell in cells}
 
 
 def main() -> int:
     """Let Hydra compose and run the job; its errors become `ConfigError`."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them
-    overrides = [word for word in sys.argv[1:] if not word.startswith("-") and ("=" in word or word.startswith("~"))]
-    with hydra_errors(overrides):
+    with hydra_errors():
         hydra_job()
     return 0
