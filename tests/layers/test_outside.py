@@ -168,8 +168,6 @@ def test_a_mistake_in_its_module_takes_one_line(mylab: Path, old: str, new: str,
     assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_an_override_of_a_key_that_it_lacks_is_answered_with_its_own(mylab: Path) -> None:
-    with pytest.raises(ConfigError, match=r"unknown key ffn.d_hidden; did you mean ffn.d_hidden_over_d_model\?"):
-        small("ffn.d_hidden=3")
-    with pytest.raises(ConfigError, match=r"unknown key ffn.top_k; gated does not have it, only moe, "):
+def test_an_override_of_a_key_that_it_lacks_is_refused(mylab: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^Could not override 'ffn.top_k'"):
         small("ffn.top_k=3")
