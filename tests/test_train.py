@@ -55,7 +55,7 @@ def settings(corpus_path: Path, tmp_path: Path) -> list[str]:
     """Overrides that train in a second and write under tmp_path."""
     return [
         "data=text", f"data.path={corpus_path}", "data.vocab_size=300", f"data.directory={corpus_path.parent / 'data'}",
-        "data.evaluation.validation=512", "data.max_epochs=100", "size=d8", "size.n_layers=2",
+        "data.evaluation.validation=512", "data.max_epochs=100", "d_model=8", "n_layers=2",
         "batch_sequences=16", "context=8", "min_steps=4", f"trainer.runs_directory={tmp_path / 'runs'}",
         "trainer.log_every_steps=2", "trainer.kernel=torch",
     ]  # fmt: skip
@@ -252,7 +252,7 @@ def study(settings: list[str], tmp_path: Path) -> Path:
         "defaults: [override data: text, override tracking: disabled]",
         "sweep:",
         "  methods: [dense, peer]",
-        f"  grid: [{{budget: {steps}, sizes: [d8]}}]",
+        f"  grid: [{{budget: {steps}, d_model: [8]}}]",
         "  axes: {optim.warmup_fraction: [0.0, 1.0]}",
         "  method_axes: {peer: {optim.lr: [1e30]}}",
         "  min_sizes: 1",

@@ -33,7 +33,7 @@ class TrackedCell:
     """`log` rows as a worker would, `killed` at any time and gone on with."""
 
     def __init__(self, runs: Path, mode: str = "offline", seed: int = 0) -> None:
-        overrides = ["ffn=dense", "size=d8", f"seed={seed}", f"tracking={mode}", f"trainer.runs_directory={runs}"]
+        overrides = ["ffn=dense", "d_model=8", f"seed={seed}", f"tracking={mode}", f"trainer.runs_directory={runs}"]
         cell = single_cell(composed(overrides))
         self.folder, self.config, self.plan = cell.folder, cell.config, cell.plan
         self.record: Record = record_of(cell, Status.RUNNING)

@@ -47,9 +47,9 @@ def words_of(machine: Machine, folder: Path, method: str) -> list[str]:
     """The cell; it leaves six checkpoints."""
     words = [f"ffn={method}", *corpus.settings(machine, folder), "optim=row_sparse_adamw", "tracking=disabled"]
     if machine.rehearse:
-        words += ["size=d8", "size.n_layers=2", "batch_sequences=16", "context=8", "data.evaluation.validation=512"]
+        words += ["d_model=8", "n_layers=2", "batch_sequences=16", "context=8", "data.evaluation.validation=512"]
     else:
-        words += ["size=d256-h4", "batch_sequences=64", "context=256", "precision=bf16"]
+        words += ["d_model=256", "head_dim=64", "batch_sequences=64", "context=256", "precision=bf16"]
     words += [f"trainer.checkpoint_every_steps={steps(machine) // 6}", "trainer.log_every_steps=1"]
     words += ["min_steps=2", "data.max_epochs=100"]
     return [*words, f"budget={flops(words, steps(machine)):.10g}"]

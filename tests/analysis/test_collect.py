@@ -197,7 +197,7 @@ def test_a_wrong_file_of_a_study_is_refused_and_none_is_not(tmp_path: Path, monk
     """Its claims and windows would otherwise be ignored."""
     monkeypatch.setattr("peerscale.config.compose.ROOT", tmp_path)
     (tmp_path / "sweeps").mkdir()
-    text = "sweep: {methods: [dense], grid: [{budget: 1e11, sizes: [d8]}], claims: {method: peeer, rivals: [dense]}}"
+    text = "sweep: {methods: [dense], grid: [{budget: 1e11, d_model: [8]}], claims: {method: peeer, rivals: [dense]}}"
     (tmp_path / "sweeps" / "mine.yaml").write_text(text)
     rest = (runs_table(records()), curves_table(()), [])
     with pytest.raises(UserError, match="claims names peeer"):

@@ -16,8 +16,8 @@ from peerscale.figures import paper_tables, study_table
 from peerscale.figures.markdown import table
 from peerscale.figures.published import paper_values, read_published
 from peerscale.figures.style import label
+from peerscale.plan.cell_names import budget_name
 from peerscale.plan.cost import cost
-from peerscale.records.cell_names import budget_name
 from peerscale.records.study import collected, read_json
 from peerscale.records.table import read_runs
 from peerscale.stats.comparison import compare
@@ -110,7 +110,7 @@ def test_table_2_of_a_study_with_batchnorm_alone() -> None:
 
 @pytest.mark.parametrize("method", ["dense", "moe", "pkm", "peer"])
 def test_conventions_from_columns_are_those_from_the_configuration(method: str) -> None:
-    config = load([f"ffn={method}", "size=d64"])
+    config = load([f"ffn={method}", "d_model=64"])
     model = cost(config)
     row = {f"flops_{name}": n for name, n in model.flops.items()}
     row |= {"flops_per_token": model.flops_per_token, "params_active": model.params_active}

@@ -213,9 +213,9 @@ def test_the_plan_marks_done_cells_and_leaves_them_out_of_the_time(
 def test_cells_that_the_plan_does_not_have_are_counted_apart(
     study: Path, cells: list[Cell], capsys: pytest.CaptureFixture
 ) -> None:
-    (other,) = planned_cells(
-        study, ["optim.lr=1e-3", "sweep.methods=[dense]", "sweep.budgets=[1e10]", "size.n_layers=3"]
-    )[:1]
+    (other,) = planned_cells(study, ["optim.lr=1e-3", "sweep.methods=[dense]", "sweep.budgets=[1e10]", "n_layers=3"])[
+        :1
+    ]
     write_record(other.folder, record_of(other, Status.DONE))
     (cells[0].folder.parent / "dense-d8-1e10-s0.old").mkdir()
     assert main(["status", str(study)]) == 0
@@ -253,7 +253,7 @@ def test_studies_are_listed_with_question_and_state(tmp_path: Path, capsys: pyte
 def test_cells_are_counted_without_planning_them(tmp_path: Path) -> None:
     file = write_study(
         tmp_path,
-        "{methods: [dense, peer], grid: [{budget: 1e10, sizes: [d8, d12]}, {budget: 3e10, sizes: [d16], seeds: [4]}], "
+        "{methods: [dense, peer], grid: [{budget: 1e10, d_model: [8, 12]}, {budget: 3e10, d_model: [16], seeds: [4]}], "
         "seeds: [0, 5], axes: {optim.weight_decay: [0.0, 0.1]}, method_axes: {peer: {optim.table_lr: [1e-3, 0.5, 1]}}}",
     )
     # (2 sizes x 2 seeds + 1) x 2 rates of decay, for dense once and for PEER with three rates

@@ -12,7 +12,7 @@ from peerscale.model.transformer import Transformer
 
 FFNS = sorted(path.stem for path in (ROOT / "conf/ffn").glob("*.yaml"))
 EXPERT_CHOICE = [ffn for ffn in FFNS if getattr(load([f"ffn={ffn}"]).ffn, "routing", "") == "expert_choice"]
-SMALL = ("size=d16", "size.n_layers=3", "data.vocab_size=257", "context=8", "replaced=all")
+SMALL = ("d_model=16", "n_layers=3", "data.vocab_size=257", "context=8", "replaced=all")
 SEQUENCES, TOKENS = 16, 8
 
 

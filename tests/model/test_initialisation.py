@@ -59,8 +59,8 @@ def test_every_layer_of_conf_is_pinned() -> None:
 @pytest.mark.skipif(draws() != DRAWS, reason="torch draws other numbers here")
 @pytest.mark.parametrize(("ffn", "size"), STARTS)
 def test_starts_from_the_weights_of_the_published_runs(ffn: str, size: str) -> None:
-    before = [f"+before_settings={ffn}"] if (ROOT / f"conf/before_settings/{ffn}.yaml").is_file() else []
-    config = load([f"ffn={ffn}", f"size={size}", *before])
+    then = ["ffn.n_experts=16", "ffn.capacity_factor=1.0"] if ffn == "moe" else []
+    config = load([f"ffn={ffn}", f"d_model={size.removeprefix('d')}", *then])
     torch.manual_seed(0)
     weights = digest(*build_model(config).parameters())
     assert (weights, digest(torch.get_rng_state())) == STARTS[ffn, size]
@@ -84,7 +84,7 @@ class InitialisedGate(Gate):
 
 @pytest.fixture
 def small() -> Config:
-    return load(["ffn=dense", "size=d8", "size.n_layers=2", "data.vocab_size=257", "context=6"])
+    return load(["ffn=dense", "d_model=8", "n_layers=2", "data.vocab_size=257", "context=6"])
 
 
 def build_with(layer: nn.Module, config: Config, monkeypatch: pytest.MonkeyPatch) -> Transformer:
@@ -138,7 +138,7 @@ def test_a_dense_layer_may_start_with_a_smaller_output() -> None:
     outputs = []
     for scale in (1.0, 0.25):
         torch.manual_seed(0)
-        layer = build_model(load(["ffn=dense", "size=d16", f"ffn.initial_output_scale={scale}"])).blocks[1].ffn
+        layer = build_model(load(["ffn=dense", "d_model=16", f"ffn.initial_output_scale={scale}"])).blocks[1].ffn
         outputs.append(layer(torch.linspace(-1, 1, 32).reshape(1, 2, 16)))
     torch.testing.assert_close(outputs[1], outputs[0] / 4)
 

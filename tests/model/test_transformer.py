@@ -25,7 +25,7 @@ KINDS = {
     "pkm_equal_top_k": Pkm,
     "peer": Peer,
 }
-SMALL = ("size=d8", "size.n_heads=2", "size.n_layers=2", "data.vocab_size=257", "context=6", "batch_sequences=16")
+SMALL = ("d_model=8", "head_dim=4", "n_layers=2", "data.vocab_size=257", "context=6", "batch_sequences=16")
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def test_the_layer_under_study_is_in_the_replaced_blocks(ffn: str) -> None:
         ([3, 1], 3, {1, 3}),
     ):
         with torch.device("meta"):
-            model = build_model(replace(base, size=replace(base.size, n_layers=n_layers), replaced=replaced))
+            model = build_model(replace(base, n_layers=n_layers, replaced=replaced))
         kinds = {i: type(block.ffn) for i, block in enumerate(model.blocks, 1)}
         assert kinds == {i: KINDS[ffn] if i in blocks else Dense for i in range(1, n_layers + 1)}
 
@@ -219,7 +219,7 @@ def test_an_auxiliary_loss_that_is_passed_on_counts_once() -> None:
 
 def test_starts_with_the_documented_variances() -> None:
     torch.manual_seed(0)
-    model = build_model(load(["ffn=dense", "size=d128", "size.n_layers=2", "data.vocab_size=512"]))
+    model = build_model(load(["ffn=dense", "d_model=128", "n_layers=2", "data.vocab_size=512"]))
     block = model.blocks[1]
     wanted = {
         model.embedding: 128**-0.5,
@@ -236,7 +236,7 @@ def test_starts_with_the_documented_variances() -> None:
 @pytest.mark.parametrize("ffn", ["moe", "fine_grained_moe"])
 def test_every_expert_starts_as_a_dense_layer(ffn: str) -> None:
     torch.manual_seed(0)
-    layer = build_model(load([f"ffn={ffn}", "size=d128", "size.n_layers=2"])).blocks[0].ffn
+    layer = build_model(load([f"ffn={ffn}", "d_model=128", "n_layers=2"])).blocks[0].ffn
     width = {"moe": 512, "fine_grained_moe": 128}[ffn]
     wanted = {layer.experts.down: 128**-0.5, layer.experts.up: width**-0.5 / 2}
     if ffn == "fine_grained_moe":
@@ -248,7 +248,7 @@ def test_every_expert_starts_as_a_dense_layer(ffn: str) -> None:
 @pytest.mark.parametrize("ffn", KINDS)
 def test_an_untrained_model_knows_nothing(ffn: str) -> None:
     torch.manual_seed(0)
-    model = build_model(load([f"ffn={ffn}", "size=d32", "data.vocab_size=300", "context=16"]))
+    model = build_model(load([f"ffn={ffn}", "d_model=32", "data.vocab_size=300", "context=16"]))
     tokens = torch.randint(300, (16, 17))
     loss = torch.nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).item()
     # Logits of a tied head have the variance of about 1 that costs half a nat over the even guess.

@@ -59,10 +59,10 @@ def smallest_cell(folder: Path) -> Cell:
     cells = planned_cells("isoflop_paper", ["sweep.methods=[peer]", "tracking=disabled"])
     cell = min(cells, key=lambda cell: cell.plan.cost.flops_per_token)
     config = cell.config
-    assert (config.size.name, config.context, config.data.vocab_size) == ("d640-l10-h10", 2048, 32_768)
+    assert (config.size_name, config.context, config.data.vocab_size) == ("d640-l10-h10", 2048, 32_768)
     assert (config.precision, config.optim.name, config.replaced) == ("bf16", "row_sparse_adamw", "middle")
     if not WHOLE:
-        config = replace(config, context=64, size=replace(config.size, n_layers=2))
+        config = replace(config, context=64, n_layers=2)
     tokens = 2 * config.context
     config = replace(
         config,

@@ -115,7 +115,8 @@ def test_a_line_of_a_published_study_is_named(tmp_path: Path) -> None:
 
 # The fingerprint
 
-BASE = ("ffn=peer", "size=d16", "budget=1e12", "optim.lr_rule=inverse_sqrt_width")
+SIZE = ("d_model", "head_dim", "n_layers")
+BASE = ("ffn=peer", "d_model=16", "budget=1e12", "optim.lr_rule=inverse_sqrt_width")
 
 
 @functools.cache
@@ -139,7 +140,7 @@ def test_is_16_hexadecimal_digits_and_stable() -> None:
     "override",
     [
         *("seed=1", "budget=1.1e12", "replaced=all", "batch_sequences=32", "context=32", "precision=bf16"),
-        *("size.d_model=32", "size.n_layers=5", "size.n_heads=2"),
+        *("d_model=32", "n_layers=5", "head_dim=8"),
         *("ffn=pkm", "ffn.n_experts=1024", "ffn.top_k=8", "ffn.n_heads=2", "++ffn.query_norm=false", "++ffn.d_key=16"),
         *("++ffn.activation=relu", "++ffn.score=sigmoid", "++ffn.query_bias=false", "++ffn.shared_keys=false"),
         *("optim.lr=0.1", "optim.table_lr=0.1", "optim.lr_rule=constant", "optim.warmup_fraction=0.2"),
@@ -176,11 +177,14 @@ def test_every_key_is_either_hashed_or_known_to_be_operational() -> None:
         # What these name is hashed: the layer's settings, the tokens of the corpus, the rates of this width.
         *("ffn.variant", "data.source", "data.max_documents", "optim.lr_rule", "optim.lr_factor"),
         *(f"data.evaluation.{name}" for name, tokens in config.data.evaluation.items() if not tokens),
-        *("routing_group_sequences", "optim.warmup_steps", "optim.decay_fraction"),  # where they are the usual ones
+        "routing_group_sequences",  # where it is the usual one
+        *SIZE,  # hashed as size.d_model, size.n_layers and size.n_heads
     }
     left_out |= {f"optim.lr_law.{key}" for key in to_dict(config)["optim"]["lr_law"]}
     assert {*flat(to_dict(config))} - {*flat(hashed_of(config))} == left_out
-    assert {*flat(hashed_of(config))} - {*flat(to_dict(config))} == {"data_fingerprint", "recipe_version"}
+    assert {*flat(hashed_of(config))} - {*flat(to_dict(config))} == {
+        *("data_fingerprint", "recipe_version", "optim.schedule", "size.d_model", "size.n_layers", "size.n_heads")
+    }
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> list[str]:

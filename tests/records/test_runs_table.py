@@ -26,7 +26,7 @@ COLUMNS = [
 ]  # fmt: skip
 """Of the design, in its order, but for those that depend on the methods and the evaluation sets."""
 
-SWEEP = "{methods: [dense, moe, moe_token_choice, pkm, peer], grid: [{budget: 1e10, sizes: [d8, d12]}], seeds: [0, 1]}"
+SWEEP = "{methods: [dense, moe, moe_token_choice, pkm, peer], grid: [{budget: 1e10, d_model: [8, 12]}], seeds: [0, 1]}"
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +78,8 @@ def test_a_row_says_what_its_configuration_and_cost_are(cells: list[Cell]) -> No
         assert row["flops"] == pytest.approx(row["flops_per_token"] * row["tokens"])
         assert row["tokens"] == row["steps"] * row["batch_sequences"] * row["context"]
         assert row["params_non_embedding"] == row["params_total"] - row["vocab_size"] * row["d_model"]
-        assert (row["d_model"], row["n_layers"], row["n_heads"]) == (config.size.d_model, 4, config.size.n_heads)
-        assert (row["size"], row["seed"], row["budget"]) == (config.size.name, config.seed, 1e10)
+        assert (row["d_model"], row["n_layers"], row["n_heads"]) == (config.d_model, 4, config.n_heads)
+        assert (row["size"], row["seed"], row["budget"]) == (config.size_name, config.seed, 1e10)
         assert (row["val_loss"], row["val_loss_se"], row["ppl_validation"]) == (5.25, 0.125, 190.5)
         assert (row["unevenness"], row["usage_tokens"], row["convention"]) == (1.25, 64, CONVENTION)
         for component in (c.removeprefix("flops_") for c in table if re.fullmatch("flops_(?!per_).*", c)):

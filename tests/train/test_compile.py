@@ -15,7 +15,7 @@ from peerscale.train.evaluation import attach_usage, detach_usage
 from peerscale.train.module import LanguageModel
 from peerscale.train.optimizer import build_optimizer
 
-SIZE = ["size=d16", "context=8", "size.n_layers=1", "batch_sequences=16", "budget=1e12", "data.vocab_size=300"]
+SIZE = ["d_model=16", "context=8", "n_layers=1", "batch_sequences=16", "budget=1e12", "data.vocab_size=300"]
 GROUPS = ["trainer.micro_batches=2", "routing_group_sequences=4"]
 ROWS = ["ffn.n_experts=64", "ffn.n_heads=2", "ffn.top_k=4", "ffn.query_bias=false"]
 CASES = {
@@ -25,7 +25,7 @@ CASES = {
     "fine-grained": ["ffn=fine_grained_moe", *GROUPS],
     "pkm": ["ffn=pkm", *ROWS],
     "peer": ["ffn=peer", *ROWS, *GROUPS, "replaced=all", "trainer.kernel=torch"],
-    "peer, row-sparse": ["ffn=peer", *ROWS, *GROUPS, "replaced=all", "optim=row_sparse_adamw", "size.n_layers=2"],
+    "peer, row-sparse": ["ffn=peer", *ROWS, *GROUPS, "replaced=all", "optim=row_sparse_adamw", "n_layers=2"],
 }
 SEQUENCES = (8, 16, 24)  # of a micro-batch
 

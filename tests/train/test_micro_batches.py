@@ -127,7 +127,7 @@ def test_other_parts_are_refused_before_anything_is_written(settings: list[str],
     ],
 )
 def test_a_group_of_statistics_is_in_one_part(overrides: list[str], reason: str) -> None:
-    assert plan(load([*overrides, "size=d8", "budget=1e11"])).reason == reason
+    assert plan(load([*overrides, "d_model=8", "budget=1e11"])).reason == reason
 
 
 @pytest.mark.parametrize("case", ["dense", "token choice", "peer"])

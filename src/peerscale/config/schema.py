@@ -5,55 +5,18 @@ module does not import torch.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from peerscale.config.compose import STUDY, Composition, compose, of_cells
-from peerscale.config.errors import ConfigError, first_line, method_in, of_composition, parse
+from peerscale.config.compose import composed, of_cells, read_study
+from peerscale.config.errors import parse
 from peerscale.layers.base import Surroundings
 from peerscale.layers.registry import Layer
 from peerscale.types import STRICT, Fraction, Positive, Rate, Seed
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
-class SizeConfig:
-    """The backbone, the same for every method."""
-
-    d_model: Positive
-    n_layers: Positive = 4
-    n_heads: Positive = 2
-
-    def __post_init__(self) -> None:
-        if self.d_model % (2 * self.n_heads):
-            legal = 2 * self.n_heads * max(1, round(self.d_model / (2 * self.n_heads)))
-            raise ValueError(
-                f"{self.n_heads} heads do not divide d_model {self.d_model} into an even width (rotary embedding needs "
-                f"pairs); nearest d_model: {legal}"
-            )
-
-    @property
-    def d_ff(self) -> int:
-        """Hidden width of the dense feed-forward layer: 4 d_model (paper, section 3.1)."""
-        return 4 * self.d_model
-
-    @property
-    def name(self) -> str:
-        """`d32`; a depth other than 4 and an unusual number of heads are appended: `d32-l6-h8`."""
-        depth = "" if self.n_layers == 4 else f"-l{self.n_layers}"
-        heads = "" if self.n_heads == self._usual_heads else f"-h{self.n_heads}"
-        return f"d{self.d_model}{depth}{heads}"
-
-    @property
-    def _usual_heads(self) -> int:
-        """The number in conf/size: the fewest heads whose width is at most 16; 4 for d48."""
-        if self.d_model == 48:
-            return 4
-        return next(n for n in range(1, self.d_model) if self.d_model % (2 * n) == 0 and self.d_model // n <= 16)
 
 
 def _blocks(value: Any) -> Any:
@@ -153,7 +116,7 @@ class RateLawConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class OptimConfig:
-    """AdamW and its schedule."""
+    """AdamW, with a linear warm-up and a cosine decay."""
 
     name: Literal["adamw", "row_sparse_adamw"] = "adamw"
     """`row_sparse_adamw` updates only the table rows that were retrieved, so its cost does not grow with the number of
@@ -167,14 +130,7 @@ class OptimConfig:
     lr_law: RateLawConfig | None = None
     lr_factor: Rate = 1.0
     """Multiplies the peak rate, but not `table_lr`; the axis of a study that brackets its rates."""
-    schedule: Literal["cosine", "wsd"] = "cosine"
-    """`wsd` (warm-up, stable, decay) keeps the peak rate until the last part of the run, so that runs of different
-    lengths share their first part."""
-    warmup_fraction: Fraction = 0.1
-    warmup_steps: Positive | None = None
-    """Replaces the fraction: the same number of steps for a run of any length."""
-    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """`wsd`: the fraction of the steps, at the end, in which the rate falls linearly to `final_lr_fraction`."""
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     final_lr_fraction: Fraction = 0.1
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -246,7 +202,12 @@ class TrackingConfig:
 class Config:
     """One cell: a model, its data and recipe, and the training compute that it may use."""
 
-    size: SizeConfig
+    d_model: Positive
+    """Width."""
+    head_dim: Annotated[Positive, Field(multiple_of=2)] | None = None
+    """Width of an attention head, even since rotary embedding needs pairs; null: see `usual_head_dim`."""
+    n_layers: Positive = 4
+    """Number of blocks."""
     ffn: Layer
     """The layer under study."""
     data: DataConfig
@@ -269,17 +230,38 @@ class Config:
     """A cell with fewer optimiser steps is dropped."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.replaced, list) and max(self.replaced) > self.size.n_layers:
-            raise ValueError(f"replaced {self.replaced} names a block outside 1..{self.size.n_layers}")
+        if self.d_model % 2:
+            raise ValueError(f"d_model {self.d_model} is odd, but attention heads need an even width")
+        if self.head_dim and self.d_model % self.head_dim:
+            raise ValueError(f"head_dim {self.head_dim} does not divide d_model {self.d_model}")
+        if isinstance(self.replaced, list) and max(self.replaced) > self.n_layers:
+            raise ValueError(f"replaced {self.replaced} names a block outside 1..{self.n_layers}")
+
+    @property
+    def n_heads(self) -> int:
+        """Number of attention heads."""
+        return self.d_model // (self.head_dim or usual_head_dim(self.d_model))
+
+    @property
+    def d_ff(self) -> int:
+        """Hidden width of the dense feed-forward layer: 4 d_model (paper, section 3.1)."""
+        return 4 * self.d_model
+
+    @property
+    def size_name(self) -> str:
+        """`d32`; a depth other than 4 and an unusual number of heads are appended: `d32-l6-h8`."""
+        depth = "" if self.n_layers == 4 else f"-l{self.n_layers}"
+        heads = "" if self.head_dim in (None, usual_head_dim(self.d_model)) else f"-h{self.n_heads}"
+        return f"d{self.d_model}{depth}{heads}"
 
     @property
     def replaced_blocks(self) -> tuple[int, ...]:
         """The replaced blocks, counted from 1."""
         match self.replaced:
             case "middle":
-                return (max(1, self.size.n_layers // 2),)
+                return (max(1, self.n_layers // 2),)
             case "all":
-                return tuple(range(1, self.size.n_layers + 1))
+                return tuple(range(1, self.n_layers + 1))
             case blocks:
                 return tuple(sorted(set(blocks)))
 
@@ -287,8 +269,8 @@ class Config:
     def surroundings(self) -> Surroundings:
         """What the layer under study may know about the rest of the model."""
         return Surroundings(
-            d_model=self.size.d_model,
-            d_ff=self.size.d_ff,
+            d_model=self.d_model,
+            d_ff=self.d_ff,
             group_sequences=self.routing_group_sequences or self.batch_sequences,
             n_groups=self.n_routing_groups,
             micro_batches=self.trainer.micro_batches or 1,
@@ -304,12 +286,21 @@ class Config:
         return self.batch_sequences // (self.routing_group_sequences or self.batch_sequences)
 
 
+def usual_head_dim(d_model: int) -> int:
+    """The largest even divisor of `d_model` up to 16; 12 for d_model 48, with which the first studies ran."""
+    return 12 if d_model == 48 else max(width for width in range(2, 17, 2) if d_model % width == 0)
+
+
 _CONFIG: TypeAdapter[Config] = TypeAdapter(Config)
 
 
-def parse_config(tree: Mapping[str, Any]) -> Config:
-    """Make a `Config` from a nested mapping, composed by Hydra or read from `config.yaml`; raises `ConfigError`."""
-    return parse(_CONFIG, Config, tree)
+def parse_config(tree: Mapping[str, Any], where: str = "") -> Config:
+    """Make a `Config` from a nested mapping, composed by Hydra or read from `config.yaml`.
+
+    Raises:
+        ConfigError: for the first mistake; `where` stands before the key.
+    """
+    return parse(_CONFIG, tree, where)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -321,36 +312,12 @@ def load(overrides: Sequence[str] = (), *, sweep: str | Path | None = None) -> C
     """Compose `conf/` with Hydra-style overrides, as the command line does.
 
     Args:
-        overrides: such as `["ffn=peer", "size=d64", "budget=1e12"]`.
+        overrides: such as `["ffn=peer", "d_model=64", "budget=1e12"]`.
         sweep: a study's name or file, whose settings are laid over `conf/` and below the overrides.
 
     Raises:
         ConfigError: an unknown key or value, or a model that cannot be built.
     """
-    return parse_config(composed(overrides if sweep is None else of_cells(overrides), sweep=sweep).tree)
-
-
-def composed(overrides: Sequence[str] = (), *, sweep: str | Path | None = None, name: str = "config") -> Composition:
-    """Like `composition.compose`, but raises `ConfigError` and leaves out the `sweep` section of a study."""
-    with hydra_errors(overrides, sweep):
-        composition = compose(overrides, sweep=sweep, name=name)
-    composition.tree.pop("sweep", None)
-    return composition
-
-
-@contextmanager
-def hydra_errors(overrides: Sequence[str] = (), sweep: str | Path | None = None) -> Iterator[None]:
-    """Turn errors of Hydra, OmegaConf and YAML about `overrides` or a study's file into `ConfigError`."""
-
-    def layer() -> str | None:
-        try:
-            return method_in(composed([o for o in overrides if not o.startswith("ffn.")], sweep=sweep).tree)
-        except ConfigError:
-            return None
-
-    try:
-        yield
-    except Exception as error:
-        if not of_composition(error):
-            raise
-        raise ConfigError(first_line(error, Config, layer).replace(f"{STUDY}'", "'")) from None
+    if sweep is None:
+        return parse_config(composed(overrides).tree)
+    return parse_config(composed(of_cells(overrides), study=read_study(sweep)).tree)

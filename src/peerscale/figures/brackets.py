@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from peerscale.figures import style
 from peerscale.figures.isoflop import missing_note
 from peerscale.figures.markdown import number, section
-from peerscale.records.cell_names import budget_name
+from peerscale.plan.cell_names import budget_name
 from peerscale.stats.curves_of_runs import are_brackets
 
 Fits = Mapping[str, Any]

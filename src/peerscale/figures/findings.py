@@ -16,7 +16,7 @@ from peerscale.figures.markdown import leaves_out_seeds, number, plus_minus, sig
 from peerscale.figures.multipliers import COLUMNS, in_measured_time, paper_multipliers
 from peerscale.figures.published import WITHOUT_NORM, paper_values, read_published
 from peerscale.figures.style import label, size_label
-from peerscale.records.cell_names import budget_name
+from peerscale.plan.cell_names import budget_name
 from peerscale.records.record import ENDED, Status
 from peerscale.records.study import published, read_fits
 from peerscale.records.table import read_runs

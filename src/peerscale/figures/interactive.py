@@ -16,7 +16,7 @@ import vl_convert
 
 from peerscale.figures import style
 from peerscale.figures.isoflop import X_LABELS, by_budget, fitted_curve, in_fit
-from peerscale.records.cell_names import budget_name
+from peerscale.plan.cell_names import budget_name
 from peerscale.stats.curves_of_runs import at_size, method_names, usable
 from peerscale.stats.optima import OptimumStatus
 

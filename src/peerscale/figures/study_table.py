@@ -22,7 +22,7 @@ from peerscale.figures.paper_tables import norm_rows, paper_perplexities, perple
 from peerscale.figures.published import read_published
 from peerscale.figures.rate_law import finished_cells, rate_law_sections
 from peerscale.figures.style import in_words, label, listed, ordered, size_label
-from peerscale.records.cell_names import budget_name
+from peerscale.plan.cell_names import budget_name
 from peerscale.stats.claims import turned
 from peerscale.stats.curves_of_runs import (
     batches,

@@ -9,8 +9,8 @@ import pandas as pd
 from peerscale.errors import UserError
 from peerscale.launch.outcome import Outcome, outcomes
 from peerscale.launch.slurm import jobs_folder, log_path, queued, read_job_ids
+from peerscale.plan.cell_names import budget_name
 from peerscale.plan.cells import Cell, planned_cells
-from peerscale.records.cell_names import budget_name
 from peerscale.records.record import FAILED, RECORD, Status, cell_folders
 
 

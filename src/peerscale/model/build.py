@@ -25,16 +25,18 @@ def build_model(config: Config, device: str = "cpu") -> Transformer:
         UserError: the layer's parameter count differs from that in its cost, or it has parameters but no method
             `init_weights(output_scale)` that draws them, or it cannot be used in this model.
     """
-    size, operators = config.size, choose_operators(config.trainer.kernel, device)
+    operators = choose_operators(config.trainer.kernel, device)
     around = replace(config.surroundings, operators=operators)
     if reason := config.ffn.unusable(around):
         raise UserError(reason)
     ffns = [
         build_ffn(config.ffn, around) if block in config.replaced_blocks else DenseConfig().build(around)
-        for block in range(1, size.n_layers + 1)
+        for block in range(1, config.n_layers + 1)
     ]
     recompute = config.trainer.activation_checkpointing
-    return Transformer(size.d_model, size.n_heads, config.context, config.data.vocab_size, ffns, operators, recompute)
+    return Transformer(
+        config.d_model, config.n_heads, config.context, config.data.vocab_size, ffns, operators, recompute
+    )
 
 
 def load_model(folder: str | Path) -> Transformer:

@@ -27,8 +27,7 @@ NAMES = (
 """Keys that are not hashed because the values that they stand for are: layer settings, tokens, learning rates."""
 
 ADDED_LATER: dict[str, Any] = {
-    "routing_group_sequences": None, "ffn.initial_output_scale": 1.0, "optim.warmup_steps": None,
-    "optim.decay_fraction": 0.2,
+    "routing_group_sequences": None, "ffn.initial_output_scale": 1.0,
 }  # fmt: skip
 """Keys that older configurations do not have, with the values that have the same effect as their absence. A key is
 hashed only if it has another value, so that the fingerprints of finished cells do not change."""
@@ -42,7 +41,10 @@ def hashed_config(config: Config, plan: Plan, data_fingerprint: str) -> dict[str
         remove_key(tree, key)
     for key, usual in ADDED_LATER.items():
         remove_key(tree, key, usual)
-    tree["optim"] |= {"lr": plan.lr, "table_lr": plan.table_lr}
+    tree["optim"] |= {"lr": plan.lr, "table_lr": plan.table_lr, "schedule": "cosine"}
+    for key in ("d_model", "head_dim", "n_layers"):
+        del tree[key]
+    tree["size"] = {"d_model": config.d_model, "n_layers": config.n_layers, "n_heads": config.n_heads}
     tree["data"]["evaluation"] = {name: tokens for name, tokens in tree["data"]["evaluation"].items() if tokens}
     tree["replaced"] = list(config.replaced_blocks)
     has_copies = config.precision == "bf16" and config.ffn.copied_parameters(config.surroundings) > 0

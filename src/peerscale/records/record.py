@@ -118,14 +118,14 @@ def new_record(cell: PlannedCell, status: Status, data_fingerprint: str, **field
     of_cost = ("flops_per_token", "layer_share", "params_total", "params_active")
     return Record(
         sweep=cell.sweep, cell=cell.name, status=status, method=ffn.method, variant=ffn.variant,
-        size=config.size.name, budget=config.budget, seed=config.seed, axes=cell.axes,
+        size=config.size_name, budget=config.budget, seed=config.seed, axes=cell.axes,
         batch_sequences=config.batch_sequences, lr=plan.lr, table_lr=plan.table_lr,
         fingerprint=fingerprint(hashed), hashed_config=hashed,
         plan={
             "data": config.data.corpus_name,
             **{name: getattr(plan, name) for name in of_plan}, **{name: getattr(plan.cost, name) for name in of_cost},
         },
-        layer=ffn.columns(config.size.d_model), params=plan.cost.params, flops_per_token=plan.cost.flops, **fields,
+        layer=ffn.columns(config.d_model), params=plan.cost.params, flops_per_token=plan.cost.flops, **fields,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from peerscale.records.cell_names import RATE_FACTOR
+from peerscale.config.study import RATE_FACTOR
 from peerscale.stats.curves_of_runs import are_brackets, axes_of, method_names, usable, without_brackets
 from peerscale.stats.rate_law import fit_brackets
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from peerscale.config.axes import overridden_key
-from peerscale.config.compose import of_cells, sweep_text
+from peerscale.config.compose import of_cells, overridden, sweep_text
 from peerscale.config.study import load_sweep
 from peerscale.errors import UserError
 from peerscale.figures.answer import answer
@@ -47,10 +46,9 @@ def collect(sweep: str, runs: Path, overrides: Sequence[str] = ()) -> Iterator[s
     Raises:
         UserError: there are no records, or the overrides name another folder of runs.
     """
-    for override in overrides:
-        key, value = overridden_key(override), override.partition("=")[2]
-        if key == "trainer.runs_directory" and (ROOT / Path(value).expanduser()).resolve() != runs.resolve():
-            raise UserError(f"{override}: cells are read from {runs}; give --runs {value} to the programs in analysis/")
+    elsewhere = overridden(overrides).get("trainer.runs_directory", runs)
+    if (ROOT / Path(elsewhere).expanduser()).resolve() != runs.resolve():
+        raise UserError(f"cells are read from {runs}; give --runs {elsewhere} to the programs in analysis/")
     overrides = of_cells(overrides)  # cells outside the plan count in any case
     here, study = runs / sweep, collected(sweep, runs)
     own = {record.cell: record for record in read_records(here)}

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from peerscale.records.cell_names import are_brackets as cells_are_brackets
-from peerscale.records.cell_names import axes_label, budget_name
+from peerscale.plan.cell_names import are_brackets as cells_are_brackets
+from peerscale.plan.cell_names import axes_label, budget_name
 from peerscale.records.record import Status
 
 CURVE_SIZES = 3

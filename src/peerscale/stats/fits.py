@@ -25,7 +25,7 @@ def fit_study(
     runs: pd.DataFrame,
     curves: pd.DataFrame,
     compared: Mapping[str, Any],
-    held_out: Collection[str] = (),
+    held_out: Collection[int] = (),
     steps: pd.DataFrame | None = None,
 ) -> dict[str, Any]:
     """Statistics and laws of a study as plain values for JSON.
@@ -34,7 +34,7 @@ def fit_study(
         runs: the study's table; laws and conventions do not use its rate brackets.
         curves: its training curves: cell, flops and loss of logged steps.
         compared: the result of `comparison.compare`.
-        held_out: names of the sizes that a law of learning rates is not fitted to.
+        held_out: widths (d_model) that a law of learning rates is not fitted to.
         steps: times of training steps in a benchmark, for multipliers in measured time.
 
     Returns:

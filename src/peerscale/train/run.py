@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from peerscale.config.compose import Composition
-from peerscale.config.schema import hydra_errors
+from peerscale.config.errors import hydra_errors
 from peerscale.data.prepare import prepare
 from peerscale.data.store import read_manifest
 from peerscale.errors import FailedCells, UserError, exit_code
@@ -107,7 +107,6 @@ def run_in_turn(cells: Sequence[Cell]) -> dict[str, Status]:
 def main() -> int:
     """Let Hydra compose and run the job; its errors become `ConfigError`."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them
-    overrides = [word for word in sys.argv[1:] if not word.startswith("-") and ("=" in word or word.startswith("~"))]
-    with hydra_errors(overrides):
+    with hydra_errors():
         hydra_job()
     return 0

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peerscale.config.schema import composed
+from peerscale.plan.cell_names import budget_name
 from peerscale.plan.cells import planned_cells, single_cell
-from peerscale.records.cell_names import budget_name
 from peerscale.records.fingerprint import hashed_config
 from toy_study import CORPUS, write_study
 
@@ -17,13 +17,13 @@ from toy_study import CORPUS, write_study
 @pytest.mark.parametrize(
     ("overrides", "name"),
     [
-        (["ffn=peer", "size=d64", "budget=1e12"], "peer-d64-1e12-s0"),
+        (["ffn=peer", "d_model=64", "budget=1e12"], "peer-d64-1e12-s0"),
         (["ffn=moe_token_choice", "seed=7"], "moe_token_choice-d32-2e11-s7"),
         (["ffn=peer", "ffn.top_k=8", "optim.lr=1e-3"], "peer-d32-2e11-lr=0.001-top_k=8-s0"),
         (["replaced=[1,3]"], "dense-d32-2e11-replaced=1_3-s0"),
         (["ffn=peer", "++ffn.query_norm=false"], "peer-d32-2e11-query_norm=false-s0"),
         (["trainer.threads=2", "tracking=disabled", "data.directory=x", "trainer=cpu"], "dense-d32-2e11-s0"),
-        (["size.n_layers=6"], "dense-d32-l6-2e11-s0"),
+        (["n_layers=6"], "dense-d32-l6-2e11-s0"),
         (["data.vocab_size=512", "context=32"], "dense-d32-2e11-vocab_size=512-context=32-s0"),
     ],
 )
@@ -62,7 +62,7 @@ def test_booleans_have_one_name() -> None:
 
 
 def test_axes_and_overrides_name_a_value_alike(tmp_path: Path) -> None:
-    sweep = "methods: [dense], grid: [{budget: 1e10, sizes: [d8]}]"
+    sweep = "methods: [dense], grid: [{budget: 1e10, d_model: [8]}]"
     (axis,) = planned_cells(write_study(tmp_path, f"{{{sweep}, axes: {{optim.lr: [2e-2]}}}}"))
     (override,) = planned_cells(write_study(tmp_path, f"{{{sweep}}}"), ["optim.lr=.02"])
     assert axis.name == override.name == "dense-d8-1e10-lr=0.02-s0"
