@@ -91,7 +91,7 @@ class SweepConfig:
     """Whether the runs of one model at several budgets share their common steps (needs `optim.schedule: wsd`): the
     longest run is trained first and leaves checkpoints, from which the others start their decay."""
     trend_from: Rate | None = None
-    """Smallest budget that the growth of multipliers and the forecasts use; null: the smallest of the grid."""
+    """Smallest budget that the growth of multipliers uses; null: the smallest of the grid."""
     held_out: list[str] = Field(default_factory=list)
     """Sizes that test a law of learning rates, and that it is not fitted to."""
     rates_cost: Rate | None = None

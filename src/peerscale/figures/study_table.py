@@ -16,7 +16,6 @@ from peerscale.figures.ablations import varied
 from peerscale.figures.answer import verdicts
 from peerscale.figures.brackets import brackets_section, hold_rates, how_rates_count, what_intervals_hold
 from peerscale.figures.differences import against_dense, to_dense
-from peerscale.figures.forecasts import forecast_sections
 from peerscale.figures.isoflop import by_budget, missing_note, status_counts
 from peerscale.figures.markdown import number, probability, section, signed_interval, table, with_interval
 from peerscale.figures.paper_tables import norm_rows, paper_perplexities, perplexities
@@ -43,14 +42,13 @@ Rows = list[dict[str, str]]
 """Rows of a table by its headings."""
 
 
-def study_table(sweep: str, runs: pd.DataFrame, fits: Fits, forecasts: Iterable[Fits] = (), withdrawn: str = "") -> str:
-    """`table.md` of a study from its table of runs, `fits.json`, the forecasts that were made (`runs.forecasts`) and,
-    if its results are withdrawn, the reason."""
+def study_table(sweep: str, runs: pd.DataFrame, fits: Fits, withdrawn: str = "") -> str:
+    """`table.md` of a study from its table of runs, `fits.json` and, if its results are withdrawn, the reason."""
     every, runs = runs, without_brackets(runs)
     runs, published = runs.assign(name=method_names(runs)), read_published()
     if compares_curves(runs):
         title, lines = "losses at equal compute", [f"**{fits['answer']}**", "", *closing_table(runs, fits)]
-        lines += [*at_the_optimum(runs, fits, published), *forecast_sections(forecasts, fits)]
+        lines += at_the_optimum(runs, fits, published)
     elif tries_rates(runs):
         law = fits["rates"].get("law")
         title, lines = "learning rates", rate_law_sections(runs, law) if law else finished_cells(runs)
@@ -276,18 +274,17 @@ def multipliers(fits: Fits) -> Rows:
 
 
 def exponents(fits: Fits) -> Rows:
-    """Exponents of the optimal FLOPs per token by approaches 1, 2 and 3; predictions for the held-out largest budget.
+    """Exponents of the optimal FLOPs per token by approaches 2 and 3; predictions for the held-out largest budget.
 
     Empty if no method has the three budgets that a power law needs.
     """
     laws, rows = fits["laws"], []
     for name in ordered(fit["method"] for fit in laws.values()):
-        envelope, isoflop, surface = (laws.get(name + end, {}) for end in ("/envelope", "", "/parametric"))
+        isoflop, surface = laws.get(name, {}), laws.get(f"{name}/parametric", {})
         if isoflop.get("exponent") is None and not surface:
             continue
         row, held = {"method": label(name)}, surface.get("hold_out") or {}
-        approaches = {"1: curves": (envelope, "exponent"), "2: isoFLOP optima": (isoflop, "exponent"),
-                      "3: surface": (surface, "a")}  # fmt: skip
+        approaches = {"2: isoFLOP optima": (isoflop, "exponent"), "3: surface": (surface, "a")}
         for title, (fit, key) in approaches.items():
             row[title] = with_interval(fit.get(key), fit.get("ci", {}).get(key), "{:.3f}")
         row["largest budget: predicted"] = with_interval(held.get("predicted"), held.get("interval"), "{:.3f}")

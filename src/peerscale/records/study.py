@@ -55,15 +55,6 @@ class Study:
     """The closing table, in Markdown."""
     figures = _File("figures")
 
-    def forecast(self, budget: float) -> Path:
-        """The file of the forecast for `budget` of a published study."""
-        return self.folder / f"forecast-{budget_name(budget)}.json"
-
-    @property
-    def forecasts(self) -> list[Path]:
-        """The files of all forecasts that were made."""
-        return sorted(self.folder.glob("forecast-*.json"))
-
 
 def study_parser(script: str, description: str | None) -> ArgumentParser:
     """The command line of `analysis/<script>.py`, which works on one study."""

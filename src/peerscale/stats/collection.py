@@ -118,7 +118,7 @@ def fits_of(sweep: str, runs: pd.DataFrame, curves: pd.DataFrame, records: Seque
     as_published = [public(record) for record in records]  # so that results/ alone gives the same fits
     compared = compare(runs, as_published, windows=windows, **said)
     steps = read_table(STEPS, STEP_COLUMNS) if STEPS.is_file() else None
-    fits = fit_study(runs, curves, compared, settings.held_out if settings else (), steps)
+    fits = fit_study(runs, compared, settings.held_out if settings else (), steps)
     fits["answer"] = answer(fits)
     return rounded(fits)
 
