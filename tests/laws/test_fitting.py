@@ -163,7 +163,7 @@ def test_intervals_cover_the_true_loss_about_as_often_as_they_say() -> None:
     truth = TRUTH.predict(runs()["N"][held], runs()["D"][held]).mean()
     covered = 0
     for seed in range(40):
-        low, high = fit(runs(seed=seed), objective="mse-log", bootstrap=200, seed=seed).hold_out.interval
+        low, high = fit(runs(seed=seed), objective="mse-log", bootstrap=80, seed=seed).hold_out.interval
         covered += low <= truth <= high
     assert covered >= 33
 
@@ -176,7 +176,7 @@ def test_one_run_that_scatters_about_the_law_as_the_others_is_not_said_to_miss()
         last = table[table["C"] == table["C"].max()].iloc[[3]]
         table = pd.concat([table[table["C"] < table["C"].max()], last])
         table["loss"] = TRUTH.predict(table["N"], table["D"]) * np.exp(rng.normal(0, 0.005, len(table)))
-        missed += fit(table, objective="mse-log", bootstrap=200, seed=seed, hold_out=9e20).hold_out.missed
+        missed += fit(table, objective="mse-log", bootstrap=80, seed=seed, hold_out=9e20).hold_out.missed
     assert missed <= 6
 
 

@@ -29,6 +29,8 @@ TOLERANCE = 1e-10
 """Relative changes of objective and coordinates at which a fit has converged: at SciPy's defaults fits of a law stop
 early."""
 MAX_EVALUATIONS = 1000
+WORTH_PROCESSES = 500
+"""Number of refits that take longer than to start a process on every core."""
 
 
 class FitStatus(StrEnum):
@@ -157,14 +159,10 @@ class Problem:
         return min(map(self.minimise, self.starts), key=lambda found: found.value)
 
     def refit(self, start: Array, counts: Array) -> list[Optimum]:
-        """The optimum near `start` for each resample, on all cores.
-
-        Args:
-            start: (p,).
-            counts: (resamples, runs), how often each run counts.
-        """
+        """The optimum near `start` (p,) for each resample; `counts` (resamples, runs) has how often each run counts."""
         resamples = (np.repeat(np.arange(len(self.loss)), times) for times in counts)
-        return Parallel(n_jobs=-1)(delayed(self.minimise)(start, rows) for rows in resamples)
+        jobs = -1 if len(counts) >= WORTH_PROCESSES else 1
+        return Parallel(n_jobs=jobs)(delayed(self.minimise)(start, rows) for rows in resamples)
 
     def status(self, found: Optimum) -> FitStatus:
         """Whether the data determine the coefficients, from the errors of the law made linear at its optimum.
