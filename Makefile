@@ -23,7 +23,7 @@ export OMP_NUM_THREADS      ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
 # A word that make takes for a variable, such as sweep=smoke or a second override without quotes, must not be ignored.
-KNOWN   = SWEEP CELL LAUNCHER JOBS OVERRIDES REPLACE PRICE LOCKED DATA PYTHON EXTRAS BIN SHELL OMP_NUM_THREADS OPENBLAS_NUM_THREADS
+KNOWN   = SWEEP CELL LAUNCHER JOBS OVERRIDES REPLACE PRICE LOCKED PYTHON EXTRAS BIN SHELL OMP_NUM_THREADS OPENBLAS_NUM_THREADS
 UNKNOWN = $(foreach name,$(filter-out $(KNOWN) -%,$(.VARIABLES)),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 ifneq (,$(strip $(UNKNOWN)))
 $(error $(firstword $(UNKNOWN)) is no variable of this Makefile; there are: $(KNOWN); keys of the configuration go together into one pair of quotes: OVERRIDES='key=value key=value')
@@ -32,7 +32,7 @@ endif
 .DEFAULT_GOAL := help
 # `data sweep figures` need each other in this order, also with make -j.
 .NOTPARALLEL:
-.PHONY: help setup reproduce smoke test check data studies plan sweep repeat status restore figures findings report validate publish sync dashboard notebooks bench torture clean
+.PHONY: help setup reproduce smoke test check data studies plan sweep repeat status restore figures findings report publish sync dashboard notebooks bench torture clean
 
 help: ## print this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -90,9 +90,6 @@ findings: setup ## the tables of docs/findings.md and the README: what results/ 
 
 report: figures ## one HTML page of SWEEP in its study folder
 	@$(BIN)/python analysis/report.py $(SWEEP)
-
-validate: setup ## fit the published data sets in DATA=DIR and compare with the published values
-	@$(BIN)/python analysis/validate.py $(DATA)
 
 publish: setup ## copy table, fits and figures of SWEEP to results/, to be committed; keeps finished cells there, unless REPLACE=1
 	@$(BIN)/python analysis/publish.py $(SWEEP) $(if $(REPLACE),--replace)

@@ -139,7 +139,7 @@ def test_fits_hold_each_methods_optimum_and_the_differences(collected_runs: Path
 
 
 def fitted(some: list[Record]) -> dict[str, Any]:
-    return fit_study(runs_table(some), curves_table(()), compare(runs_table(some), some))
+    return fit_study(runs_table(some), compare(runs_table(some), some))
 
 
 def test_a_cell_without_sequence_losses_costs_its_budget_only_their_part_of_the_error() -> None:

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from synthetic_ablations import ablation_runs, with_norm_of_one_seed
 from synthetic_study import SWEEP, minimum, shared_curvature
-from synthetic_surface import surface_curves, surface_runs
+from synthetic_surface import surface_runs
 
 from peerscale.config.schema import load
 from peerscale.figures import paper_tables, study_table
@@ -272,19 +272,19 @@ def test_multipliers_are_listed_by_budget_with_their_intervals() -> None:
     assert rows == ["| 1e12 | PEER | 1.00 [none] |", "| 3e12 | PEER | 1.18 [1.09, 1.26] |"]
 
 
-def test_exponents_of_three_approaches_stand_side_by_side(study: Study) -> None:
+def test_exponents_of_both_approaches_stand_side_by_side(study: Study) -> None:
     runs = surface_runs(noise=1e-4)
-    fits = fit_study(runs, surface_curves(runs), compare(runs, []))
+    fits = fit_study(runs, compare(runs, []))
     header, _, dense, peer = table(study_table.exponents(fits))
     laws = fits["laws"]
-    assert header == "| method | 1: curves | 2: isoFLOP optima | 3: surface | largest budget: predicted | observed |"
+    assert header == "| method | 2: isoFLOP optima | 3: surface | largest budget: predicted | observed |"
     assert peer.startswith("| PEER |")
     cells = dense.strip("| ").split(" | ")
     shown = [float(cell.split(" ")[0]) for cell in cells[1:]]
     surface = laws["dense/parametric"]
-    wanted = [laws["dense/envelope"]["exponent"], laws["dense"]["exponent"], surface["a"]]
+    wanted = [laws["dense"]["exponent"], surface["a"]]
     wanted += [surface["hold_out"]["predicted"], surface["hold_out"]["observed"]]
     assert shown == pytest.approx(wanted, abs=5.1e-4)
     low, high = surface["ci"]["a"]
-    assert cells[3].endswith(f"[{low:.3f}, {high:.3f}]")
+    assert cells[2].endswith(f"[{low:.3f}, {high:.3f}]")
     assert table(study_table.exponents(study[1])) == []  # two budgets have no exponent

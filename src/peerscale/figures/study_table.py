@@ -274,18 +274,17 @@ def multipliers(fits: Fits) -> Rows:
 
 
 def exponents(fits: Fits) -> Rows:
-    """Exponents of the optimal FLOPs per token by approaches 1, 2 and 3; predictions for the held-out largest budget.
+    """Exponents of the optimal FLOPs per token by approaches 2 and 3; predictions for the held-out largest budget.
 
     Empty if no method has the three budgets that a power law needs.
     """
     laws, rows = fits["laws"], []
     for name in ordered(fit["method"] for fit in laws.values()):
-        envelope, isoflop, surface = (laws.get(name + end, {}) for end in ("/envelope", "", "/parametric"))
+        isoflop, surface = laws.get(name, {}), laws.get(f"{name}/parametric", {})
         if isoflop.get("exponent") is None and not surface:
             continue
         row, held = {"method": label(name)}, surface.get("hold_out") or {}
-        approaches = {"1: curves": (envelope, "exponent"), "2: isoFLOP optima": (isoflop, "exponent"),
-                      "3: surface": (surface, "a")}  # fmt: skip
+        approaches = {"2: isoFLOP optima": (isoflop, "exponent"), "3: surface": (surface, "a")}
         for title, (fit, key) in approaches.items():
             row[title] = with_interval(fit.get(key), fit.get("ci", {}).get(key), "{:.3f}")
         row["largest budget: predicted"] = with_interval(held.get("predicted"), held.get("interval"), "{:.3f}")

@@ -92,7 +92,7 @@ def fits_of(sweep: str, runs: pd.DataFrame, curves: pd.DataFrame, records: Seque
         said["claims"] = replace(claims, budgets=sorted(windows))
     compared = compare(runs, records, windows=windows, **said)
     steps = read_table(STEPS, STEP_COLUMNS) if STEPS.is_file() else None
-    fits = fit_study(runs, curves, compared, settings.held_out if settings else (), steps)
+    fits = fit_study(runs, compared, settings.held_out if settings else (), steps)
     fits["answer"] = answer(fits)
     return rounded(fits)
 
