@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from peerscale.ops.torch_operators import TorchOperators
 from torch import Tensor
 
 from peerscale.config.schema import load
 from peerscale.errors import UserError
 from peerscale.files import ROOT
 from peerscale.ops.operators import Pairs
-from peerscale.ops.torch_operators import TorchOperators
 from peerscale.records.table import read_runs
 from peerscale.train import environment
 from programs import call

@@ -14,11 +14,11 @@ import torch
 from gpu import correct_models
 from gpu.machine import Machine
 from gpu.results import Case, Results, Row
+from peerscale.ops.adamw import update_rows
 from torch import Tensor
 
 from peerscale.data.store import file_sha256
 from peerscale.files import PACKAGE
-from peerscale.ops.adamw import update_rows
 from peerscale.ops.backends import BACKENDS
 from peerscale.ops.operators import Operators, Pairs, TableGradient
 

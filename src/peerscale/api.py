@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from peerscale.laws.moe import fit_granular, fit_routed
     from peerscale.laws.parametric import fit_parametric
     from peerscale.laws.prediction import predict
-    from peerscale.model.build import build_model, load_model
+    from peerscale.model.build import build_model
+    from peerscale.model.trained import load_model
     from peerscale.plan.cost import cost
     from peerscale.plan.plan import plan
     from peerscale.records.table import read_runs
@@ -26,7 +27,7 @@ _MODULES = {
     "build_model": "model.build", "compute_multipliers": "stats.multiplier", "cost": "plan.cost",
     "fit_envelope": "laws.envelope", "fit_granular": "laws.moe", "fit_isoflop": "laws.isoflop",
     "fit_parametric": "laws.parametric", "fit_rates": "stats.rate_law", "fit_routed": "laws.moe",
-    "load": "config.schema", "load_model": "model.build", "plan": "plan.plan", "predict": "laws.prediction",
+    "load": "config.schema", "load_model": "model.trained", "plan": "plan.plan", "predict": "laws.prediction",
     "read_runs": "records.table",
 }  # fmt: skip
 

@@ -1,8 +1,6 @@
 """Product-key retrieval against brute force over all keys."""
 
 import math
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from peerscale.layers.modules.product_keys import Pkm, QueryNorm
+from peerscale.layers.modules.product_keys import GroupedBatchNorm, Pkm
 from peerscale.ops.backends import choose_operators
 from peerscale.ops.operators import candidate_pairs
 
@@ -189,7 +187,7 @@ def test_query_norm_is_batch_norm_in_full_precision():
 
 def test_query_norm_in_groups_is_the_batch_norm_of_each_group() -> None:
     torch.manual_seed(0)
-    norm, groups = QueryNorm(5, n_groups=3), [nn.BatchNorm1d(5) for _ in range(3)]
+    norm, groups = GroupedBatchNorm(5, n_groups=3), [nn.BatchNorm1d(5) for _ in range(3)]
     nn.init.uniform_(norm.weight, 0.5, 1.5)
     for group in groups:
         group.weight.data.copy_(norm.weight.data)
@@ -203,35 +201,3 @@ def test_query_norm_in_groups_is_the_batch_norm_of_each_group() -> None:
     for name in ("running_mean", "running_var"):
         torch.testing.assert_close(getattr(norm, name), torch.stack([getattr(group, name) for group in groups]).mean(0))
     assert norm.eval()(x).shape == x.shape
-
-
-def norm_of_a_share(x: Tensor, shares: tuple[int, int], probe: Tensor, file: str) -> None:
-    """Program of one of two ranks: the norm of its share, its gradient and the running statistics, kept in a file."""
-    rank = torch.distributed.get_rank()
-    x, probe = x.split(shares)[rank].clone().requires_grad_(), probe.split(shares)[rank]
-    norm = QueryNorm(x.shape[1])
-    y = norm(x)
-    (gradient,) = torch.autograd.grad((y * probe).sum(), x)
-    torch.save((y.detach(), gradient, norm.running_mean, norm.running_var), f"{file}{rank}")
-
-
-def rank_of_two(rank: int, store: str, *arguments: Any) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    norm_of_a_share(*arguments)
-    torch.distributed.destroy_process_group()
-
-
-def test_query_norm_takes_unequal_shares_of_two_ranks(tmp_path: Path) -> None:
-    """As other people's models may have them."""
-    torch.manual_seed(0)
-    x, probe = torch.randn(12, 5) + 3, torch.randn(12, 5)
-    arguments = (str(tmp_path / "store"), x, (8, 4), probe, str(tmp_path / "of_rank_"))
-    torch.multiprocessing.spawn(rank_of_two, arguments, nprocs=2)
-    whole, of_ranks = x.clone().requires_grad_(), [torch.load(tmp_path / f"of_rank_{rank}") for rank in range(2)]
-    y = (norm := nn.BatchNorm1d(5))(whole)
-    (gradient,) = torch.autograd.grad((y * probe).sum(), whole)
-    torch.testing.assert_close(torch.cat([found[0] for found in of_ranks]), y)
-    torch.testing.assert_close(torch.cat([found[1] for found in of_ranks]), gradient, rtol=1e-4, atol=1e-5)
-    for _, _, mean, variance in of_ranks:
-        torch.testing.assert_close(mean, norm.running_mean)
-        torch.testing.assert_close(variance, norm.running_var)

@@ -16,7 +16,7 @@ from peerscale.data.batches import EvaluationBatches
 from peerscale.data.prepare import prepare
 from peerscale.data.store import open_corpus
 from peerscale.errors import FailedCells, UserError
-from peerscale.model.build import load_model
+from peerscale.model.trained import load_model
 from peerscale.plan.cells import Cell, single_cell
 from peerscale.records.record import LOCK, Record, Status, read_record, write_record
 from peerscale.train import cell as cells
@@ -52,7 +52,7 @@ def trained(overrides: list[str]) -> tuple[Path, Record]:
 def test_a_layer_that_draws_no_weights_is_refused_before_anything_is_written(
     tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peerscale.model, "build_ffn", lambda *_: nn.Linear(8, 8))
+    monkeypatch.setattr(peerscale.model.build, "build_ffn", lambda *_: nn.Linear(8, 8))
     with pytest.raises(UserError, match=r"^Linear has parameters but no method init_weights"):
         train_cell(cell(tiny))
     assert not cell(tiny).folder.exists()
@@ -69,7 +69,7 @@ def test_a_model_that_fails_to_be_built_is_recorded(tiny: list[str], monkeypatch
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(peerscale.model, "build_ffn", fail)
+    monkeypatch.setattr(peerscale.model.build, "build_ffn", fail)
     planned = cell(tiny)
     assert train_cell(planned) is Status.FAILED
     record = read_record(planned.folder)
@@ -189,12 +189,16 @@ def test_what_cannot_be_loaded_is_one_line(tiny: list[str], tmp_path: Path) -> N
     for folder in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(UserError) as error:
             load_model(folder)
-        assert str(error.value) == f"{folder} is not the folder of a cell: it has no config.yaml"
+        assert str(error.value) == f"{folder} is not the folder of a cell: it has no record.json"
     folder, record = trained([*tiny, "trainer.keep_checkpoint=true"])
-    for name, content in (("config.yaml", ""), ("config.yaml", "a: [1"), ("record.json", '{"status": "do')):
+    for name, content, said in (
+        ("config.yaml", "", "input should be"),
+        ("config.yaml", "a: [1", rf"^{folder}/config.yaml cannot be read \(ParserError\)$"),
+        ("record.json", '{"status": "do', rf"^{folder}/record.json: not JSON"),
+    ):
         whole = (folder / name).read_text()
         (folder / name).write_text(content)
-        with pytest.raises(UserError, match=rf"^{folder}: config.yaml or record.json is damaged \(\w+\)$"):
+        with pytest.raises(UserError, match=said):
             load_model(folder)
         (folder / name).write_text(whole)
     (path,) = checkpoints(folder / "checkpoints")

@@ -221,7 +221,7 @@ class TrainerConfig:
     """Also save a checkpoint every so many steps; null: only time decides."""
     log_every_steps: Positive = 20
     keep_checkpoint: bool = False
-    """Keep the checkpoint after the last step of a finished cell, for `peerscale.model.build.load_model`."""
+    """Keep the checkpoint after the last step of a finished cell, for `peerscale.api.load_model`."""
     runs_directory: str = "runs"
     """Where cells are kept, relative to the checkout."""
 

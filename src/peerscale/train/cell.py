@@ -20,7 +20,6 @@ from peerscale.data.batches import TrainBatches
 from peerscale.data.store import Corpus, open_corpus
 from peerscale.errors import UserError
 from peerscale.files import remove_abandoned, write_text
-from peerscale.model.ranks import as_first_rank
 from peerscale.model.trained import CHECKPOINTS, checkpoint_path, checkpoints
 from peerscale.ops.backends import choose_operators
 from peerscale.plan.cells import FINISHED, Cell, check_same
@@ -42,6 +41,7 @@ from peerscale.train.loader import StepLoader
 from peerscale.train.memory import keep_freed_memory
 from peerscale.train.metrics import Diverged, MetricsLog
 from peerscale.train.module import LanguageModel
+from peerscale.train.ranks import as_first_rank
 from peerscale.train.table_exchange import TableExchange
 from peerscale.train.tracking import Tracker, cut_back
 
@@ -218,11 +218,7 @@ def prepare_process(config: Config) -> None:
 def build_module(config: Config, plan: Plan, device: torch.device) -> LanguageModel:
     """The untrained model of a cell on this rank; raises `UserError` if its layer does not draw its weights."""
     lightning.seed_everything(config.seed, verbose=False)
-    module = LanguageModel(config, plan, device.type)
-    if config.trainer.compile:
-        torch.compiler.reset()  # a process that trains several cells would soon reach the limit of compilations
-        module.losses = torch.compile(module.losses)
-    return module
+    return LanguageModel(config, plan, device.type)
 
 
 def fit(

@@ -17,10 +17,10 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from peerscale.errors import UserError
 from peerscale.files import replacing
-from peerscale.model.ranks import as_first_rank, is_first_rank, n_ranks
 from peerscale.model.trained import CHECKPOINTS, checkpoint_path, checkpoints
 from peerscale.records.record import is_held, read_record
 from peerscale.train.loader import refuse_other_micro_batches
+from peerscale.train.ranks import as_first_rank, is_first_rank, n_ranks
 
 KEPT = 2
 

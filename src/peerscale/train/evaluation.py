@@ -15,10 +15,10 @@ import torch
 from peerscale.config.schema import Config
 from peerscale.data.batches import EvaluationBatches, LastWordBatches
 from peerscale.data.store import Corpus
-from peerscale.model.ranks import gather, n_ranks, share, sum_over_ranks
 from peerscale.model.usage import CountsUsage, ExpertUsage
 from peerscale.plan.held_out_sets import batch_shape, evaluated_tokens
 from peerscale.train.module import LanguageModel
+from peerscale.train.ranks import gather, n_ranks, share, sum_over_ranks
 
 
 def evaluate(module: LanguageModel, corpus: Corpus, config: Config, device: torch.device) -> dict[str, Any]:

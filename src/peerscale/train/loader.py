@@ -7,7 +7,7 @@ from torch import Tensor
 
 from peerscale.data.batches import TrainBatches
 from peerscale.errors import UserError
-from peerscale.model.ranks import share
+from peerscale.train.ranks import share
 
 
 class StepLoader:

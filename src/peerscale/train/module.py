@@ -9,10 +9,10 @@ from torch import Tensor
 
 from peerscale.config.schema import Config
 from peerscale.model.build import build_model
-from peerscale.model.ranks import mean_over_ranks
 from peerscale.ops.cross_entropy import linear_cross_entropy
 from peerscale.plan.plan import Plan, schedule
 from peerscale.train.optimizer import build_optimizer, parameter_groups
+from peerscale.train.ranks import mean_over_ranks
 
 
 class LanguageModel(lightning.LightningModule):

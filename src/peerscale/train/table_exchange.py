@@ -5,8 +5,7 @@ from typing import Any
 import lightning
 from torch.nn.parallel import DistributedDataParallel
 
-from peerscale.model.ranks import gather, mean_over_ranks, n_ranks
-from peerscale.ops.operators import (
+from peerscale.ops.pairs import (
     Pairs,
     TableGradient,
     collect_row_gradients,
@@ -14,6 +13,7 @@ from peerscale.ops.operators import (
     total_gradient,
 )
 from peerscale.train.module import LanguageModel
+from peerscale.train.ranks import gather, mean_over_ranks, n_ranks
 
 
 class TableExchange(lightning.Callback):

@@ -4,15 +4,12 @@ Shapes: B sequences, T tokens per sequence, D model width, F hidden width, E exp
 at each position (capacity), K top_k, M tokens of the whole batch, P pairs of a token and an expert.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peerscale.layers.modules.dense import Dense
 from peerscale.layers.moe import FineGrainedMoeConfig, MoeConfig
-from peerscale.model.ranks import gather, groups_here, mean_over_ranks, n_ranks, share
 from peerscale.model.usage import CountsUsage
 
 
@@ -65,7 +62,7 @@ class ExpertChoiceMoe(RoutedExperts):
     that no sequence sees its own future. The output of a sequence depends on the others in its group.
 
     Args:
-        n_groups: number of consecutive parts of the input, on all ranks, each of which is a group.
+        n_groups: number of consecutive parts of the input, each of which is a group.
 
     Raises (forward):
         ValueError: if a group's sequences x capacity_factor / n_experts is not a whole number in 1..sequences.
@@ -78,7 +75,7 @@ class ExpertChoiceMoe(RoutedExperts):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """x (B, T, D) -> y (B, T, D)."""
         B, T, D = x_BTD.shape
-        sequences = B * n_ranks() // self.n_groups
+        sequences = B // self.n_groups
         capacity = self.config.capacity(sequences)
         if capacity is None:
             raise ValueError(
@@ -86,9 +83,7 @@ class ExpertChoiceMoe(RoutedExperts):
                 f"is not a whole number in 1..{sequences}"
             )
         gates_BTE = self.route(x_BTD)[0]
-        if n_ranks() > 1 and self.n_groups == 1:
-            return self._forward_on_ranks(x_BTD, gates_BTE, capacity)
-        groups = groups_here(self.n_groups)
+        groups = self.n_groups
         gates_ETGC, place_ETGC = gates_BTE.permute(2, 1, 0).unflatten(-1, (groups, -1)).topk(capacity, dim=-1)
         if groups > 1:
             # Sorted by sequence, which fixes the order of the sums over an expert's tokens.
@@ -107,28 +102,6 @@ class ExpertChoiceMoe(RoutedExperts):
         y_MD = torch.zeros_like(x_MD, dtype=y_EMD.dtype).index_add(0, token_EM.flatten(), y_EMD.flatten(0, 1))
         return y_MD.view(B, T, D)
 
-    @torch.compiler.disable  # its shapes change with every batch
-    def _forward_on_ranks(self, x_BTD: Tensor, gates_BTE: Tensor, capacity: int) -> Tensor:
-        """The output for this rank's sequences if experts choose among the sequences of all ranks.
-
-        Each rank computes the chosen tokens that it holds. Their number differs between experts, so the host has to
-        wait for the device to know it.
-        """
-        B, T, D = x_BTD.shape
-        gates_ETS = gather(gates_BTE).permute(2, 1, 0)
-        chosen_ETS = torch.zeros_like(gates_ETS, dtype=torch.bool)
-        chosen_ETS.scatter_(-1, gates_ETS.topk(capacity, dim=-1).indices, True)
-        chosen_ETB = chosen_ETS[..., share(B * n_ranks())]
-        expert_P, position_P, sequence_P = chosen_ETB.nonzero(as_tuple=True)
-        gates_P = gates_BTE[sequence_P, position_P, expert_P]
-        if self.usage is not None:
-            self.usage.add(expert_P, gates_P, B * T)
-        token_P = sequence_P * T + position_P
-        x_MD = x_BTD.reshape(B * T, D)
-        y_PD = self.experts.grouped(x_MD.index_select(0, token_P), chosen_ETB.sum((1, 2)))
-        y_PD = y_PD * gates_P.unsqueeze(-1).to(x_BTD.dtype)
-        return torch.zeros_like(x_MD, dtype=y_PD.dtype).index_add(0, token_P, y_PD).view(B, T, D)
-
 
 class TokenChoiceMoe(RoutedExperts):
     """Every token chooses its top k experts; no token is dropped and the output does not depend on the batch.
@@ -139,7 +112,7 @@ class TokenChoiceMoe(RoutedExperts):
     groups.
 
     Args:
-        n_groups: number of consecutive parts of the input, on all ranks, each of which is a group.
+        n_groups: number of consecutive parts of the input, each of which is a group.
     """
 
     def __init__(
@@ -160,8 +133,7 @@ class TokenChoiceMoe(RoutedExperts):
         load_E = expert_P.new_zeros(self.n_experts).scatter_add_(0, expert_P, torch.ones_like(expert_P))
         if self.training:
             if self.n_groups == 1:
-                # Only the loads need a mean over ranks here; the mean of the losses averages the probabilities.
-                share_E = mean_over_ranks(load_E.to(probabilities_ME.dtype) / expert_MK.numel())
+                share_E = load_E.to(probabilities_ME.dtype) / expert_MK.numel()
                 balance = self.n_experts * (share_E * probabilities_ME.mean(0)).sum()
             else:
                 balance = self._balance_of_groups(probabilities_ME, expert_MK)
@@ -177,10 +149,9 @@ class TokenChoiceMoe(RoutedExperts):
         return (y_MKD * gates_MK.unsqueeze(-1).to(x.dtype)).sum(1).view(x.shape)
 
     def _balance_of_groups(self, probabilities_ME: Tensor, expert_MK: Tensor) -> Tensor:
-        """E sum_i f_i P_i, averaged over the groups on this rank, which all have the same number of tokens."""
-        groups = groups_here(self.n_groups)
+        """E sum_i f_i P_i, averaged over the groups, which all have the same number of tokens."""
         chosen_ME = F.one_hot(expert_MK, self.n_experts).sum(1).to(probabilities_ME.dtype) / self.top_k
-        share_GE, mean_GE = (x.unflatten(0, (groups, -1)).mean(1) for x in (chosen_ME, probabilities_ME))
+        share_GE, mean_GE = (x.unflatten(0, (self.n_groups, -1)).mean(1) for x in (chosen_ME, probabilities_ME))
         return self.n_experts * (share_GE * mean_GE).sum(-1).mean()
 
 
@@ -212,12 +183,6 @@ def _grouped_product(x_PD: Tensor, weight_EDF: Tensor, rows_E: Tensor) -> Tensor
     if torch.is_autocast_enabled(x_PD.device.type):  # autocast does not cover grouped products
         dtype = torch.get_autocast_dtype(x_PD.device.type)
         x_PD, weight_EDF = x_PD.to(dtype), weight_EDF.to(dtype)
-    if torch.compiler.is_compiling():  # torch 2.13 cannot infer shapes of grouped products in float32
-        return _compiled_product(x_PD, weight_EDF, rows_E)
-    return _product(x_PD, weight_EDF, rows_E)
-
-
-def _product(x_PD: Tensor, weight_EDF: Tensor, rows_E: Tensor) -> Tensor:
     if _groups(x_PD, *weight_EDF.shape[1:]):
         return F.grouped_mm(x_PD, weight_EDF, offs=rows_E.cumsum(0, dtype=torch.int32))
     return torch.cat([x @ weight for x, weight in zip(x_PD.split(rows_E.tolist()), weight_EDF, strict=True)])
@@ -227,39 +192,3 @@ def _groups(x_PD: Tensor, *widths: int) -> bool:
     """Whether torch supports this grouped product: since 2.10, not in float64, rows of a multiple of 16 bytes."""
     aligned = all(width * x_PD.element_size() % 16 == 0 for width in widths)
     return hasattr(F, "grouped_mm") and x_PD.dtype != torch.float64 and aligned
-
-
-@torch.library.custom_op("peerscale::grouped_product", mutates_args=())
-def _compiled_product(x_PD: Tensor, weight_EDF: Tensor, rows_E: Tensor) -> Tensor:
-    return _product(x_PD, weight_EDF, rows_E)
-
-
-@_compiled_product.register_fake
-def _(x_PD: Tensor, weight_EDF: Tensor, rows_E: Tensor) -> Tensor:
-    return x_PD.new_empty(len(x_PD), weight_EDF.shape[2])
-
-
-@torch.library.custom_op("peerscale::grouped_outer_product", mutates_args=())
-def _outer_product(x_PD: Tensor, grad_PF: Tensor, rows_E: Tensor) -> Tensor:
-    """The gradient of the weights."""
-    if _groups(x_PD, x_PD.shape[1], grad_PF.shape[1]):
-        return F.grouped_mm(x_PD.T, grad_PF, offs=rows_E.cumsum(0, dtype=torch.int32))
-    parts = (tensor.split(rows_E.tolist()) for tensor in (x_PD, grad_PF))
-    return torch.stack([x.T @ grad for x, grad in zip(*parts, strict=True)])
-
-
-@_outer_product.register_fake
-def _(x_PD: Tensor, grad_PF: Tensor, rows_E: Tensor) -> Tensor:
-    return x_PD.new_empty(len(rows_E), x_PD.shape[1], grad_PF.shape[1])
-
-
-def _product_gradients(ctx: Any, grad_PF: Tensor) -> tuple[Tensor, Tensor, None]:
-    x_PD, weight_EDF, rows_E = ctx.saved_tensors
-    grad_PF = grad_PF.contiguous()
-    grad_PD = _compiled_product(grad_PF, weight_EDF.transpose(1, 2), rows_E)
-    return grad_PD, _outer_product(x_PD, grad_PF, rows_E), None
-
-
-_compiled_product.register_autograd(
-    _product_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
-)

@@ -7,61 +7,63 @@ Shapes: T tokens, D model width, H heads, S the 2 halves of a key, C half a key'
 from typing import Any, ClassVar, Literal, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peerscale.layers.product_keys import PeerConfig, PkmConfig, RetrievalConfig
-from peerscale.model.ranks import groups_here, mean_over_ranks, n_ranks, sum_over_ranks
 from peerscale.model.usage import CountsUsage
 from peerscale.ops.backends import choose_operators
 from peerscale.ops.operators import Operators
 
+EPS, MOMENTUM = 1e-5, 0.1
+"""Of torch's BatchNorm."""
 
-class QueryNorm(nn.BatchNorm1d):
-    """torch's BatchNorm over the input of all ranks, or separately over each of its `n_groups` consecutive parts.
+
+class GroupedBatchNorm(nn.Module):
+    """BatchNorm separately over each of `n_groups` equal, consecutive parts of the input.
 
     The running statistics move towards the mean statistics of the groups, once per batch, that is, after every
-    `n_passes` inputs in training. (torch's SyncBatchNorm does not run on a CPU.)
+    `n_passes` inputs in training. (Not a kind of torch's BatchNorm, which several devices would take their statistics
+    of together.)
     """
 
-    def __init__(self, n_features: int, n_groups: int = 1, n_passes: int = 1) -> None:
-        super().__init__(n_features)
+    def __init__(self, n_features: int, n_groups: int, n_passes: int = 1) -> None:
+        super().__init__()
         self.n_groups, self.n_passes = n_groups, n_passes
-        # Kept in tensors, since torch.compile would recompile the layer for each new Python number.
-        self.register_buffer("passed_P2F", torch.zeros(n_passes, 2, n_features), persistent=False)
-        self.register_buffer("n_passed", torch.zeros((), dtype=torch.long), persistent=False)
+        self.weight, self.bias = nn.Parameter(torch.ones(n_features)), nn.Parameter(torch.zeros(n_features))
+        self.running_mean = nn.Buffer(torch.zeros(n_features))
+        self.running_var = nn.Buffer(torch.ones(n_features))
+        self.num_batches_tracked = nn.Buffer(torch.zeros((), dtype=torch.long))
+        self.passed_P2F = nn.Buffer(torch.zeros(n_passes, 2, n_features), persistent=False)
+        self.n_passed = 0
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """x (T, features) -> y (T, features)."""
-        if not self.training or n_ranks() * self.n_groups * self.n_passes == 1:
-            return super().forward(input)
-        n = self._group_size(input)
-        parts_GTF = input.unflatten(0, (groups_here(self.n_groups), -1))
-        mean_G1F = self._sum(parts_GTF) / n
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=EPS)
+        parts_GTF = x.unflatten(0, (self.n_groups, -1))
+        n = parts_GTF.shape[1]
+        mean_G1F = parts_GTF.sum(1, keepdim=True) / n
         centred_GTF = parts_GTF - mean_G1F
-        variance_G1F = self._sum(centred_GTF.square()) / n
-        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
-        assert self.momentum is not None
+        variance_G1F = centred_GTF.square().sum(1, keepdim=True) / n
         with torch.no_grad():
-            here_2F = torch.stack([mean_G1F.mean((0, 1)), variance_G1F.mean((0, 1)) * n / (n - 1)])
-            self.passed_P2F.copy_(torch.cat([self.passed_P2F[1:], here_2F[None]]))
-            new_2F = mean_over_ranks(self.passed_P2F.mean(0))
+            self.passed_P2F[self.n_passed % self.n_passes] = torch.stack(
+                [mean_G1F.mean((0, 1)), variance_G1F.mean((0, 1)) * n / (n - 1)]
+            )
             self.n_passed += 1
-            ends = self.n_passed % self.n_passes == 0
-            self.num_batches_tracked += ends
-            for running_F, new_F in zip((self.running_mean, self.running_var), new_2F, strict=True):
-                running_F.copy_(torch.where(ends, running_F.lerp(new_F, self.momentum), running_F))
-        return (centred_GTF * (variance_G1F + self.eps).rsqrt()).flatten(0, 1) * self.weight + self.bias
+            if self.n_passed % self.n_passes == 0:
+                self.num_batches_tracked.add_(1)
+                new_mean_F, new_var_F = self.passed_P2F.mean(0)
+                self.running_mean.lerp_(new_mean_F, MOMENTUM)
+                self.running_var.lerp_(new_var_F, MOMENTUM)
+        return (centred_GTF * (variance_G1F + EPS).rsqrt()).flatten(0, 1) * self.weight + self.bias
 
-    def _group_size(self, input: Tensor) -> Tensor | int:
-        """Tokens in a group; in the layers of other people's models, ranks may have unequal numbers of them."""
-        if self.n_groups == 1 and n_ranks() > 1:
-            return sum_over_ranks(torch.full((), len(input), dtype=torch.float32, device=input.device))
-        return len(input) * n_ranks() // self.n_groups
 
-    def _sum(self, parts_GTF: Tensor) -> Tensor:
-        """The sum over each group; a single group is spread over all ranks."""
-        here_G1F = parts_GTF.sum(1, keepdim=True)
-        return sum_over_ranks(here_G1F) if self.n_groups == 1 else here_G1F
+def query_norm(n_features: int, n_groups: int, n_passes: int) -> nn.Module:
+    """The BatchNorm of queries: torch's own, unless a batch passes in several groups or parts."""
+    if n_groups * n_passes == 1:
+        return nn.BatchNorm1d(n_features)
+    return GroupedBatchNorm(n_features, n_groups, n_passes)
 
 
 class ProductKeyRetrieval(nn.Module, CountsUsage):
@@ -73,7 +75,7 @@ class ProductKeyRetrieval(nn.Module, CountsUsage):
     Args:
         d_model: width of input and output.
         n_experts, n_heads, top_k, d_key, settings: see the settings class, `CONFIG`.
-        n_groups: consecutive parts of the input, on all ranks, each with its own BatchNorm statistics.
+        n_groups: consecutive parts of the input, each with its own BatchNorm statistics.
         n_passes: inputs that make up a batch, after which the BatchNorm's running statistics move.
         operators: the backend; None: the fastest for the kind of device that the layer is on (`kernels.backends`).
 
@@ -103,7 +105,7 @@ class ProductKeyRetrieval(nn.Module, CountsUsage):
         self.operators = operators or choose_operators()
         d_key = config.resolved_d_key(d_model)
         self.query = nn.Linear(d_model, self.n_heads * d_key, bias=config.query_bias)
-        self.query_norm = QueryNorm(self.n_heads * d_key, n_groups, n_passes) if config.query_norm else None
+        self.query_norm = query_norm(self.n_heads * d_key, n_groups, n_passes) if config.query_norm else None
         self.sub_keys = nn.Parameter(torch.empty(config.n_key_sets, 2, config.n_keys, d_key // 2))
         self.reset_parameters()
 

@@ -1,8 +1,7 @@
 """Communication between the processes (ranks) of a parallel cell; with a single process each function is trivial.
 
 The sequences of a batch are divided evenly among the ranks, in order. The loss of a rank is the mean over its share,
-and gradients are averaged over the ranks. For a tensor that all ranks compute together, the gradient is therefore the
-sum of its gradients from the losses of all ranks.
+and gradients are averaged over the ranks.
 """
 
 import torch
@@ -28,11 +27,6 @@ def share(n: int) -> slice:
     return slice(dist.get_rank() * here, (dist.get_rank() + 1) * here)
 
 
-def groups_here(n_groups: int) -> int:
-    """Number of the batch's equal, consecutive groups that this rank has; 1 if all ranks share a single group."""
-    return 1 if n_groups == 1 else n_groups // n_ranks()
-
-
 def gather(x: Tensor) -> Tensor:
     """x of all ranks, in order, concatenated along the first dimension; not differentiable."""
     if n_ranks() == 1:
@@ -43,12 +37,16 @@ def gather(x: Tensor) -> Tensor:
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """Sum of x over all ranks, differentiable."""
-    return x if n_ranks() == 1 else _all_reduced(x)
+    """Sum of x over all ranks; not differentiable."""
+    if n_ranks() == 1:
+        return x
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """Mean of x over all ranks, differentiable."""
+    """Mean of x over all ranks; not differentiable."""
     return x if n_ranks() == 1 else sum_over_ranks(x) / n_ranks()
 
 
@@ -59,21 +57,3 @@ def as_first_rank(number: int) -> int:
     first_ranks = torch.tensor(number)
     dist.broadcast(first_ranks, src=0)
     return int(first_ranks)
-
-
-# An operator of torch.library, which torch.compile does not trace into.
-
-
-@torch.library.custom_op("peerscale::sum_over_ranks", mutates_args=())
-def _all_reduced(x: Tensor) -> Tensor:
-    total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total)
-    return total
-
-
-@_all_reduced.register_fake
-def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-_all_reduced.register_autograd(lambda ctx, grad: _all_reduced(grad))
