@@ -46,7 +46,7 @@ def overrides(machine: Machine, method: str, size: str, vocabulary: int, batch: 
     """The configuration; statistics of routing are taken over 32 sequences, whatever the batch."""
     words = [f"ffn={method}", f"size={size}", f"data.vocab_size={vocabulary}", f"batch_sequences={batch}"]
     words += ["context=8", "size.n_layers=2"] if machine.rehearse else [f"context={CONTEXT}"]
-    words += [f"routing_group_sequences={min(batch, 32)}", "precision=bf16", "optim=row_sparse_adamw", "budget=1e15"]
+    words += [f"routing_group_sequences={min(batch, 32)}", "precision=bf16", "budget=1e15"]
     if method in ("pkm", "peer"):
         words += (
             ["ffn.n_experts=64", "ffn.n_heads=1", "ffn.top_k=4"]
