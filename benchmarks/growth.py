@@ -19,7 +19,7 @@ from peer_step import make_optimizer
 from timing import in_turns, random_row_bytes_per_s, spread, write_table
 
 from peerscale.errors import exit_code
-from peerscale.layers.modules.product_keys import Peer
+from peerscale.layers import Peer
 from peerscale.train.memory import keep_freed_memory
 
 WIDTH = 256

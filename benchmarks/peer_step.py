@@ -197,7 +197,7 @@ def make_optimizer(layer: Any, step_name: str) -> Any:
 
 def peerscale_layer(experts: int, width: int = WIDTH, heads: int = HEADS, top_k: int = TOP_K) -> Any:
     """PEER-pytorch knows no query norm, no query bias, and keys of each head only."""
-    from peerscale.layers.modules.product_keys import Peer
+    from peerscale.layers import Peer
 
     return Peer(width, experts, heads, top_k, width, shared_keys=False, query_norm=False, query_bias=False)
 

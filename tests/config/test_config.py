@@ -23,8 +23,10 @@ from peerscale.config.schema import (
 )
 from peerscale.files import ROOT
 from peerscale.layers.dense import DenseConfig, NoLayerConfig, WideDenseConfig
-from peerscale.layers.moe import FineGrainedMoeConfig, MoeConfig
-from peerscale.layers.product_keys import PeerConfig, PkmConfig
+from peerscale.layers.fine_grained_moe import FineGrainedMoeConfig
+from peerscale.layers.moe import MoeConfig
+from peerscale.layers.peer import PeerConfig
+from peerscale.layers.pkm import PkmConfig
 
 GROUPS = ("data", "ffn", "optim", "size", "tracking", "trainer")
 FILES = [(group, name) for group in GROUPS for name in sorted(p.stem for p in (ROOT / "conf" / group).glob("*.yaml"))]

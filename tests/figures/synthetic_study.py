@@ -14,7 +14,8 @@ import pytest
 from peerscale.config.schema import Config, DataConfig, OptimConfig, SizeConfig, TrackingConfig, TrainerConfig
 from peerscale.layers.dense import DenseConfig
 from peerscale.layers.moe import MoeConfig
-from peerscale.layers.product_keys import PeerConfig, PkmConfig
+from peerscale.layers.peer import PeerConfig
+from peerscale.layers.pkm import PkmConfig
 from peerscale.plan.plan import Plan, plan
 from peerscale.records.record import Record, Status, new_record, write_record
 from peerscale.stats import collection

@@ -1,6 +1,8 @@
 """PEER and PKM in a plain PyTorch model, with a plain optimiser."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -37,6 +39,17 @@ class Wrapped(nn.Module):
 
     def expert_tables(self) -> list[nn.Parameter]:
         return self.inner.expert_tables()
+
+
+def test_importing_a_layer_imports_no_configuration_plan_or_study() -> None:
+    program = """
+import sys
+from peerscale.layers import Peer
+ours = {name.split(".")[1] for name in sys.modules if name.startswith("peerscale.")}
+assert ours == {"errors", "files", "layers", "ops", "types"}, ours
+assert not {*sys.modules} & {"hydra", "omegaconf", "yaml", "pandas", "lightning", "wandb"}
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_tables_that_a_layer_passes_on_are_trained_once() -> None:

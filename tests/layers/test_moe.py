@@ -1,26 +1,35 @@
 import math
+from functools import partial
 
 import pytest
 import torch
 
 import per_token
-from peerscale.layers.modules.dense import Dense
-from peerscale.layers.modules.moe import ExpertChoiceMoe, TokenChoiceMoe
-from peerscale.layers.moe import MoeConfig
-from peerscale.model.usage import ExpertUsage
+from peerscale.layers.dense import Dense
+from peerscale.layers.fine_grained_moe import FineGrainedMoe, FineGrainedMoeConfig
+from peerscale.layers.moe import ExpertChoiceMoe, MoeConfig, TokenChoiceMoe
+from peerscale.layers.usage import ExpertUsage
 
 
-def expert_choice(n_experts: int, capacity_factor: float = 1.0, d_model: int = 5) -> ExpertChoiceMoe:
+def expert_choice(n_experts: int, capacity_factor: float = 1.0, group: int | None = None) -> ExpertChoiceMoe:
     torch.manual_seed(0)
-    return ExpertChoiceMoe(d_model, 4 * d_model, MoeConfig(n_experts=n_experts, capacity_factor=capacity_factor))
+    return ExpertChoiceMoe(5, 20, MoeConfig(n_experts=n_experts, capacity_factor=capacity_factor), group)
 
 
 def token_choice(
-    n_experts: int, top_k: int = 1, d_model: int = 5, d_ff: int | None = None, **weights: float
+    n_experts: int, top_k: int = 1, d_model: int = 5, d_ff: int = 20, balance: float = 0.0, **options
 ) -> TokenChoiceMoe:
     torch.manual_seed(0)
-    config = MoeConfig(n_experts=n_experts, top_k=top_k, **{"load_balance_weight": 0, "z_loss_weight": 0, **weights})
-    return TokenChoiceMoe(d_model, d_ff or 4 * d_model, config)
+    config = MoeConfig(n_experts=n_experts, top_k=top_k, load_balance_weight=balance)
+    return TokenChoiceMoe(d_model, d_ff, config, **options)
+
+
+def fine_grained(n_experts: int, top_k: int, n_shared: int = 1, weight: float = 0.0) -> FineGrainedMoe:
+    torch.manual_seed(0)
+    config = FineGrainedMoeConfig(
+        n_experts=n_experts, top_k=top_k, n_shared=n_shared, granularity=4, load_balance_weight=weight
+    )
+    return FineGrainedMoe(5, 12, config)
 
 
 @pytest.mark.parametrize(
@@ -40,8 +49,7 @@ def test_expert_choice_is_every_experts_best_tokens_at_each_position(
 
 @pytest.mark.parametrize("n_groups", [2, 4])
 def test_expert_choice_in_groups_is_each_group_by_itself(n_groups: int) -> None:
-    layer, x = expert_choice(2), torch.randn(8, 3, 5)
-    layer.n_groups = n_groups
+    layer, x = expert_choice(2, group=8 // n_groups), torch.randn(8, 3, 5)
 
     def group_by_group(layer: ExpertChoiceMoe, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([per_token.expert_choice(layer, group) for group in x.chunk(n_groups)])
@@ -106,10 +114,16 @@ def test_one_expert_is_the_dense_layer(make) -> None:
     torch.testing.assert_close(layer(x), dense(x))
 
 
-def test_experts_start_with_the_variance_of_one_over_fan_in() -> None:
-    experts = token_choice(8, d_model=64).experts
-    assert experts.down.std().item() == pytest.approx(64**-0.5, rel=0.02)
-    assert experts.up.std().item() == pytest.approx(256**-0.5, rel=0.02)
+def test_initial_weights_have_the_variance_of_one_over_fan_in() -> None:
+    """The constructor draws those of the experts; `init_weights` draws the router's and scales the experts' outputs."""
+    layer = token_choice(8, d_model=64, d_ff=256)
+    assert layer.experts.down.std().item() == pytest.approx(64**-0.5, rel=0.02)
+    assert layer.experts.up.std().item() == pytest.approx(256**-0.5, rel=0.02)
+    router, down, up = (weight.clone() for weight in layer.parameters())
+    layer.init_weights(0.5)
+    assert torch.equal(layer.experts.down, down) and torch.equal(layer.experts.up, 0.5 * up)
+    assert not torch.equal(layer.router.weight, router)
+    assert layer.router.weight.std().item() == pytest.approx(64**-0.5, rel=0.2)
 
 
 @pytest.mark.parametrize(
@@ -141,14 +155,31 @@ def balance_and_z_loss(layer: TokenChoiceMoe, x_TD: torch.Tensor) -> tuple[float
 
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_auxiliary_loss_is_load_balance_and_z_loss(top_k: int) -> None:
-    layer, x = token_choice(4, top_k, load_balance_weight=0.3, z_loss_weight=0.07).double(), torch.randn(13, 5).double()
+    layer, x = token_choice(4, top_k, balance=0.3, z_loss_weight=0.07).double(), torch.randn(13, 5).double()
     layer(x)
     balance, z_loss = balance_and_z_loss(layer, x)
     assert layer.auxiliary_loss.item() == pytest.approx(0.3 * balance + 0.07 * z_loss, rel=1e-6)
 
 
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_fine_grained_auxiliary_loss_is_the_expert_level_balance_loss(top_k: int) -> None:
+    """Dai et al. 2024, equations 12 to 14: f_i counts choices times N' / (K' T), and so is E times their share."""
+    layer, x = fine_grained(6, top_k, n_shared=2, weight=0.3).double(), torch.randn(13, 5).double()
+    layer(x)
+    assert layer.auxiliary_loss.item() == pytest.approx(0.3 * balance_and_z_loss(layer, x)[0], rel=1e-6)
+
+
+def test_auxiliary_loss_of_groups_is_the_mean_of_each_by_itself() -> None:
+    x, losses = torch.randn(6, 3, 5), []
+    for part, group in ((x, 2), *((part, None) for part in x.split(2))):
+        layer = token_choice(4, 2, balance=0.3, z_loss_weight=0.07, group_sequences=group)
+        layer(part)
+        losses.append(layer.auxiliary_loss)
+    torch.testing.assert_close(losses[0], torch.stack(losses[1:]).mean())
+
+
 def test_load_balance_loss_is_1_when_even_and_n_experts_at_collapse() -> None:
-    layer = token_choice(4, load_balance_weight=1.0)
+    layer = token_choice(4, balance=1.0)
     with torch.no_grad():
         layer.router.weight.zero_()
         layer.router.weight[:4, :4] = 1e-4 * torch.eye(4)
@@ -160,12 +191,12 @@ def test_load_balance_loss_is_1_when_even_and_n_experts_at_collapse() -> None:
 
 
 def test_auxiliary_loss_trains_the_router_alone_and_only_in_training() -> None:
-    layer, x = token_choice(4, load_balance_weight=1.0, z_loss_weight=1.0), torch.randn(13, 5)
+    layer, x = token_choice(4, balance=1.0, z_loss_weight=1.0), torch.randn(13, 5)
     layer(x)
     layer.auxiliary_loss.backward()
     assert layer.router.weight.grad.abs().max() > 0
     assert layer.experts.down.grad is None
-    fresh = token_choice(4, load_balance_weight=1.0).eval()
+    fresh = token_choice(4, balance=1.0).eval()
     fresh(x)
     assert fresh.auxiliary_loss is None
 
@@ -209,3 +240,34 @@ def test_routes_in_fp32_under_autocast(make) -> None:
         routed = layer(x)
     torch.testing.assert_close(layer.usage.weight_sums, counted, rtol=0, atol=0)
     torch.testing.assert_close(routed.float(), plain, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(("n_experts", "top_k", "n_shared"), [(6, 1, 1), (6, 3, 1), (4, 4, 2), (9, 2, 3)])
+def test_fine_grained_is_the_shared_experts_and_every_tokens_best(n_experts: int, top_k: int, n_shared: int) -> None:
+    loop = partial(per_token.fine_grained, n_shared=n_shared)
+    per_token.assert_equal_with_gradients(fine_grained(n_experts, top_k, n_shared), loop, torch.randn(11, 5))
+
+
+def test_fine_grained_gates_of_the_chosen_do_not_sum_to_one() -> None:
+    # Equation 10: s itself, so that with equal scores each of the top k weighs 1 / n_experts.
+    layer, x = fine_grained(8, 2), torch.randn(3, 5)
+    with torch.no_grad():
+        layer.router.weight.zero_()
+        layer.experts.down[:], layer.experts.up[:] = layer.experts.down[0].clone(), layer.experts.up[0].clone()
+    routed = 2 / 8 * torch.stack([per_token.coarse_expert(layer, 0, row) for row in x])
+    torch.testing.assert_close(layer(x) - layer.shared(x), routed)
+
+
+def test_fine_grained_without_its_shared_expert_is_token_choice() -> None:
+    layer, plain, x = fine_grained(6, 2), TokenChoiceMoe(5, 3, MoeConfig(n_experts=6, top_k=2)), torch.randn(2, 4, 5)
+    plain.load_state_dict({name: value for name, value in layer.state_dict().items() if "shared" not in name})
+    torch.nn.init.zeros_(layer.shared.up.weight)
+    torch.testing.assert_close(layer(x), plain(x))
+
+
+def test_fine_grained_usage_counts_the_routed_experts_alone() -> None:
+    layer, x = fine_grained(6, 2, n_shared=2), torch.randn(7, 5)
+    layer.usage = ExpertUsage(layer.n_experts)
+    layer(x)
+    assert len(layer.usage.weight_sums) == 6 and layer.usage.tokens == 7
+    assert int((layer.usage.weight_sums > 0).sum()) > 2

@@ -11,7 +11,7 @@ import peerscale.model.build
 from peerscale.config.schema import Config, load
 from peerscale.errors import UserError
 from peerscale.files import ROOT
-from peerscale.layers.modules.dense import NoLayer
+from peerscale.layers.dense import NoLayer
 from peerscale.model.build import build_model
 from peerscale.model.transformer import Transformer
 

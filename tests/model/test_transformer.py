@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 import per_token
 from peerscale.config.schema import load
-from peerscale.layers.modules.dense import Dense
-from peerscale.layers.modules.moe import ExpertChoiceMoe, FineGrainedMoe, TokenChoiceMoe
-from peerscale.layers.modules.product_keys import Peer, Pkm
+from peerscale.layers import Peer, Pkm
+from peerscale.layers.dense import Dense
+from peerscale.layers.fine_grained_moe import FineGrainedMoe
+from peerscale.layers.moe import ExpertChoiceMoe, TokenChoiceMoe
 from peerscale.model.build import build_model
 from peerscale.model.transformer import Attention, Transformer
 

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from peerscale.config.schema import Config, load
 from peerscale.files import ROOT
 from peerscale.layers.dense import WideDenseConfig
-from peerscale.layers.modules.moe import FineGrainedMoe, TokenChoiceMoe
-from peerscale.layers.moe import FineGrainedMoeConfig, MoeConfig
+from peerscale.layers.fine_grained_moe import FineGrainedMoe, FineGrainedMoeConfig
+from peerscale.layers.moe import MoeConfig, TokenChoiceMoe
 from peerscale.model.build import build_model
 from peerscale.model.transformer import Transformer
 from peerscale.plan.cost import cost

@@ -8,7 +8,7 @@ import torch
 from peerscale.config.schema import Config, load
 from peerscale.files import ROOT
 from peerscale.launch.overview import time_lines
-from peerscale.layers.modules.dense import Dense
+from peerscale.layers.dense import Dense
 from peerscale.model.build import build_model
 from peerscale.ops.cross_entropy import linear_cross_entropy
 from peerscale.plan.cells import Cell, planned_cells

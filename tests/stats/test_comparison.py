@@ -13,6 +13,7 @@ import pytest
 from scipy import stats
 
 from made_up_study import LADDER, SIZES, bowl, curves, ladder, record, run, with_sequences
+from own_variances import own_variances
 from peerscale.config.study import ClaimsConfig
 from peerscale.data.batches import EvaluationBatches
 from peerscale.files import write_json
@@ -68,11 +69,11 @@ def test_differences_of_noisy_curves_share_one_curvature() -> None:
     for pair in (("peer", "dense"), ("moe", "dense"), ("moe", "peer"), ("dense", "peer")):
         one = of(found, *pair)
         assert one["value"] == pytest.approx(expected[pair[0]] - expected[pair[1]], abs=1e-9)
-        half = stats.t.ppf(0.975, 15 - 7) * one["se"]
+        half = stats.t.ppf(0.975, one["df"]) * one["se"]
         assert (one["low"], one["high"]) == pytest.approx((one["value"] - half, one["value"] + half))
         assert one["fit_se"] == one["se"] and one["seeds_se"] is one["sequences_se"] is one["rate_se"] is None
     for one in found["budgets"][0]["methods"]:
-        half = stats.t.ppf(0.975, 15 - 7) * one["se"]
+        half = stats.t.ppf(0.975, one["df"]) * one["se"]
         assert (one["low"], one["high"]) == pytest.approx((one["loss"] - half, one["loss"] + half))
     assert of(found, "peer", "dense")["own"]["value"] != pytest.approx(of(found, "peer", "dense")["value"], abs=1e-6)
 
@@ -301,16 +302,18 @@ def at_one_size(seeds: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def test_seeds_of_one_size_give_students_two_sample_test() -> None:
+def test_seeds_of_one_size_give_welchs_two_sample_test() -> None:
+    """With variances that are shrunk towards each other."""
     runs = at_one_size(3)
     found = compare(runs, [])
     one = of(found, "peer", "dense", 3e12, "d64")
-    peer, dense = (runs.loc[runs["method"] == m, "val_loss"] for m in ("peer", "dense"))
-    test = stats.ttest_ind(peer, dense)
-    interval = test.confidence_interval(0.95)
-    assert one["value"] == pytest.approx(peer.mean() - dense.mean()) and one["df"] == 4
-    assert one["p"] == pytest.approx(test.pvalue)
-    assert (one["low"], one["high"]) == pytest.approx((interval.low, interval.high))
+    peer, dense = (runs.loc[runs["method"] == m, "val_loss"].to_numpy() for m in ("peer", "dense"))
+    parts = [(variance / 3, df) for variance, df in own_variances([peer, dense])]
+    se = math.sqrt(sum(part for part, _ in parts))
+    df = se**4 / sum(part**2 / df for part, df in parts)
+    assert one["value"] == pytest.approx(peer.mean() - dense.mean())
+    assert one["se"] == pytest.approx(se, rel=1e-3) and one["df"] == pytest.approx(df, rel=1e-3)
+    assert one["p"] == pytest.approx(2 * stats.t.sf(abs(one["value"]) / se, df), rel=1e-2)
     assert one["seeds_se"] == one["se"] and one["fit_se"] is None
     assert found["claims"] == [], "only what a study names is claimed at a single size"
     (claim,) = compare(runs, [], claims=ClaimsConfig(method="peer", rivals=["dense"]))["claims"]
@@ -327,24 +330,26 @@ def test_a_method_without_a_curve_is_compared_at_its_sizes_and_claims_nothing() 
     here = {m: runs.loc[(runs["method"] == m) & (runs["size"] == "d48"), "val_loss"] for m in ("dense", "moe", "peer")}
     one = of(found, "moe", "dense", size="d48")
     assert one["value"] == pytest.approx(here["moe"].mean() - here["dense"].mean())
-    assert one["seeds_se"] == pytest.approx(math.sqrt(sum(losses.var() for losses in here.values()) / 3))
+    own = dict(zip(here, own_variances([losses.to_numpy() for losses in here.values()]), strict=True))
+    assert one["seeds_se"] == pytest.approx(math.sqrt((own["moe"][0] + own["dense"][0]) / 2), rel=1e-3)
     assert found["claims"] == without["claims"] and found["multipliers"] == without["multipliers"]
 
 
-def test_seeds_are_pooled_over_methods_and_sequences_added() -> None:
+def test_sequences_are_added_to_seeds() -> None:
     """With unequal numbers of seeds, and a third method that only tells of their scatter."""
     more = [run("pkm", 3e12, loss, size="d64", seed=i) for i, loss in enumerate((4.50, 4.52))]
     runs = pd.concat([at_one_size(4).iloc[:-1], pd.DataFrame(more)], ignore_index=True)
     runs, records, losses = with_sequences(runs)
-    groups = [runs.loc[runs["method"] == m, "val_loss"] for m in ("dense", "peer", "pkm")]
-    variance = sum(float(((g - g.mean()) ** 2).sum()) for g in groups) / (4 + 3 + 2 - 3)
-    seeds = math.sqrt(variance * (1 / 3 + 1 / 4))
+    groups = [runs.loc[runs["method"] == m, "val_loss"].to_numpy() for m in ("dense", "peer", "pkm")]
+    (dense, dense_df), (peer, peer_df), _ = own_variances(groups)
+    seeds = math.sqrt(dense / 4 + peer / 3)
     each = losses[4:7].mean(axis=0) - losses[:4].mean(axis=0)
     sampled = each.std(ddof=1) / 16
     one = of(compare(runs, records), "peer", "dense", 3e12, "d64")
-    assert one["seeds_se"] == pytest.approx(seeds) and one["sequences_se"] == pytest.approx(sampled)
-    assert one["se"] == pytest.approx(math.hypot(seeds, sampled))
-    assert one["df"] == pytest.approx(one["se"] ** 4 / (seeds**4 / 6 + sampled**4 / 255))
+    assert one["seeds_se"] == pytest.approx(seeds, rel=1e-3) and one["sequences_se"] == pytest.approx(sampled)
+    assert one["se"] == pytest.approx(math.hypot(one["seeds_se"], sampled))
+    df = one["se"] ** 4 / ((dense / 4) ** 2 / dense_df + (peer / 3) ** 2 / peer_df + sampled**4 / 255)
+    assert one["df"] == pytest.approx(df, rel=1e-2)
 
 
 def test_one_seed_at_one_size_claims_nothing() -> None:

@@ -109,7 +109,8 @@ def test_intervals_of_multipliers_hold_the_true_one() -> None:
     for _ in range(40):
         for one in compare(ladder(1.3, LADDER[:3], noise=0.006, rng=rng, sizes=SIZES[[0, 1, 3, 4]]), [])["multipliers"]:
             held.append(one["low"] <= 1.3 <= one["high"])
-    assert len(held) > 115 and 0.90 <= np.mean(held) <= 0.98
+    # 0.98 was the limit for a variance pooled over methods; own ones are worth fewer degrees of freedom.
+    assert len(held) > 115 and 0.90 <= np.mean(held) <= 0.99
 
 
 def test_the_law_of_optimal_sizes() -> None:

@@ -15,9 +15,9 @@ from pydantic.dataclasses import dataclass
 
 from peerscale.config.compose import STUDY, Composition, compose, of_cells
 from peerscale.config.errors import ConfigError, first_line, method_in, of_composition, parse
-from peerscale.config.types import STRICT, Fraction, Positive, Rate, Seed
 from peerscale.layers.base import Surroundings
 from peerscale.layers.registry import Layer
+from peerscale.types import STRICT, Fraction, Positive, Rate, Seed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)

@@ -12,8 +12,8 @@ from pydantic.dataclasses import dataclass
 from peerscale.config.compose import compose, of_section, read_study, sweep_file
 from peerscale.config.errors import ConfigError, parse
 from peerscale.config.schema import hydra_errors
-from peerscale.config.types import STRICT, Positive, Rate, Seed
 from peerscale.records.cell_names import RATE_FACTOR
+from peerscale.types import STRICT, Positive, Rate, Seed
 
 Values = Annotated[list[Any], Field(min_length=1)]
 

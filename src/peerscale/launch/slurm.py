@@ -13,10 +13,10 @@ from pydantic.dataclasses import dataclass
 from peerscale.config.compose import of_section
 from peerscale.config.errors import parse
 from peerscale.config.schema import composed
-from peerscale.config.types import STRICT, Positive, Rate, Whole
 from peerscale.errors import UserError
 from peerscale.files import write_text
 from peerscale.plan.cells import Cell
+from peerscale.types import STRICT, Positive, Rate, Whole
 
 BASE_GB = 2.0
 """Memory of Python, torch and Lightning without a model, in each process."""

@@ -173,7 +173,7 @@ def fit_isoflop(
     values, group = np.unique(budgets, return_inverse=True)
     fit = OptimaFit(  # one parabola per budget through its runs, including repeats of a size
         names=tuple(map(str, values)), method=group, x=sizes, losses=losses, n_seeds=np.ones(len(losses), int),
-        seeds_variance=math.nan, seeds_df=0, shared=False, at_least=MIN_SIZES,
+        seed_squares=np.zeros(len(values)), seed_df=np.zeros(len(values)), shared=False, at_least=MIN_SIZES,
     )  # fmt: skip
     found = [_optimum(fit, i, float(value)) for i, value in enumerate(values)]
     has_parabola = np.array([np.isfinite(one.curvature) for one in found])

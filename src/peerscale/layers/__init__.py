@@ -1,23 +1,22 @@
-"""Feed-forward layers, which a study compares.
+"""Feed-forward layers, which a study compares. One module is one layer: settings, cost, weights and forward pass.
 
-A layer is defined by its settings, a subclass of `FfnConfig` that states its cost and builds it. The modules of this
-folder have the settings of our layers; `modules` has their weights and forward passes. They are separate because
-planning, tables and figures need only the settings, and importing torch would take longer than everything else that
-they do. A layer of your own is one module anywhere (README.md, Add a layer).
+`base` says what a layer must define; `registry` finds ours by name, and others by the path of their class (README.md,
+Add a layer). Nothing here imports configurations, plans or training, so that the layers serve other models as well.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from peerscale.layers.base import FfnConfig, LayerCost, Surroundings, layer_config, module_class
-
-if TYPE_CHECKING:
-    from peerscale.layers.modules.product_keys import Peer, Pkm
+from peerscale.layers.base import FfnConfig, LayerCost, Surroundings, layer_config
 
 __all__ = ["FfnConfig", "LayerCost", "Peer", "Pkm", "Surroundings", "layer_config"]
 
 
 def __getattr__(name: str) -> Any:
-    """`Peer` and `Pkm`, imported on first use, since they import torch."""
-    if name in ("Peer", "Pkm"):
-        return module_class(f"product_keys.{name}")
-    raise AttributeError(f"module {__name__} has no attribute {name}")
+    """`Peer` and `Pkm`, imported on first use, since a study's file is read without torch."""
+    if name == "Peer":
+        from peerscale.layers.peer import Peer as layer
+    elif name == "Pkm":
+        from peerscale.layers.pkm import Pkm as layer
+    else:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    return layer

@@ -1,12 +1,11 @@
-"""What every layer states before it is built, without torch: its settings, its cost, its limits."""
+"""What every layer defines: its settings, its cost, its limits, and how it is built."""
 
-import importlib
 from dataclasses import dataclass as plain_dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
 
 from pydantic.dataclasses import dataclass
 
-from peerscale.config.types import STRICT
+from peerscale.types import STRICT
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,12 +30,7 @@ class Surroundings:
     micro_batches: int = 1
     """Number of parts in which a batch passes through the layer; each consists of whole groups."""
     operators: "Operators | None" = None
-    """The backend of the operators (`kernels.backends`); known once a model is built."""
-
-    @property
-    def groups_at_once(self) -> int:
-        """Number of groups that pass through the layer at once, on all devices."""
-        return max(1, self.n_groups // self.micro_batches)
+    """The backend of the operators (`ops.backends`); known once a model is built."""
 
 
 @plain_dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,12 +50,6 @@ def layer_config(kind: type[T]) -> type[T]:
     """Make the settings of a layer a frozen, strictly checked dataclass; its fields are the keys of the YAML file."""
     decorate: Any = dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
     return decorate(kind)
-
-
-def module_class(path: str) -> Any:
-    """A class of `layers.modules`, such as `product_keys.Peer`; imported when used, not when a study is planned."""
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(f"peerscale.layers.modules.{module}"), name)
 
 
 @layer_config
@@ -87,9 +75,12 @@ class FfnConfig:
     def build(self, around: Surroundings) -> "nn.Module":
         """One layer, x (B, T, D) -> y (B, T, D).
 
-        Its `init_weights(output_scale)` draws all its initial weights; `output_scale`, (2 n_layers)^-1/2, is meant for
-        its last matrix product. A layer may also have `expert_tables()`, the parameters trained with `optim.table_lr`,
-        and `auxiliary_loss`, which is added to the loss (None: nothing to add); so is that of each module inside it.
+        If it has parameters, it has a method `init_weights(output_scale)`, which is called once, after all layers are
+        built, and leaves the weights that training starts from: it draws them, or keeps those that the constructor
+        drew. `output_scale`, (2 n_layers)^-1/2, is meant for its last matrix product.
+
+        A layer may also have `expert_tables()`, a list of the parameters trained with `optim.table_lr`, and
+        `auxiliary_loss`, which is added to the loss (None: nothing to add); so is that of each module inside it.
         """
         raise NotImplementedError
 
@@ -105,7 +96,7 @@ class FfnConfig:
         return 2 * around.d_model + 2 * around.d_ff
 
     def copied_parameters(self, around: Surroundings) -> int:
-        """Number of parameters of which training in bf16 also keeps a bf16 copy (`kernels.rounded`)."""
+        """Number of parameters of which training in bf16 also keeps a bf16 copy (`ops.rounded`)."""
         return 0
 
     @property
@@ -118,5 +109,5 @@ class FfnConfig:
         return 0, 0
 
     def columns(self, d_model: int) -> dict[str, Any]:
-        """The layer's values for the table of runs, by column; the columns are `LAYER_COLUMNS` of `runs.table`."""
+        """The layer's values for the table of runs, by column; the columns are `LAYER_COLUMNS` of `records.table`."""
         return {}

@@ -1,10 +1,13 @@
 """The dense feed-forward layer, a wider one, and a block without any."""
 
-from typing import Any, Literal
+from typing import Literal
 
-from peerscale.config.types import Rate
-from peerscale.layers.base import FfnConfig, LayerCost, Surroundings, layer_config, module_class
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peerscale.layers.base import FfnConfig, LayerCost, Surroundings, layer_config
 from peerscale.layers.registry import Layer
+from peerscale.types import Rate
 
 
 @layer_config
@@ -26,8 +29,28 @@ class DenseConfig(FfnConfig):
     def saved_numbers(self, around: Surroundings) -> int:
         return 2 * around.d_model + 2 * self.d_hidden(around)
 
-    def build(self, around: Surroundings) -> Any:
-        return module_class("dense.Dense")(around.d_model, self.d_hidden(around), self.initial_output_scale)
+    def build(self, around: Surroundings) -> nn.Module:
+        return Dense(around.d_model, self.d_hidden(around), self.initial_output_scale)
+
+
+class Dense(nn.Module):
+    """d_model -> d_ff -> d_model with GELU, no biases."""
+
+    def __init__(self, d_model: int, d_ff: int, initial_output_scale: float = 1.0) -> None:
+        super().__init__()
+        self.initial_output_scale = initial_output_scale
+        self.down = nn.Linear(d_model, d_ff, bias=False)
+        self.up = nn.Linear(d_ff, d_model, bias=False)
+
+    def init_weights(self, output_scale: float) -> None:
+        """Variance 1 / fan-in; the second product times `output_scale` and `initial_output_scale`."""
+        for linear in (self.down, self.up):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        self.up.weight.data *= output_scale * self.initial_output_scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> y (..., D)."""
+        return self.up(F.gelu(self.down(x)))
 
 
 @layer_config
@@ -56,5 +79,13 @@ class NoLayerConfig(FfnConfig):
     def saved_numbers(self, around: Surroundings) -> int:
         return around.d_model
 
-    def build(self, around: Surroundings) -> Any:
-        return module_class("dense.NoLayer")()
+    def build(self, around: Surroundings) -> nn.Module:
+        return NoLayer()
+
+
+class NoLayer(nn.Module):
+    """Adds nothing to the residual stream."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> zeros (..., D), connected to x so that it gets a gradient of zeros."""
+        return x * 0

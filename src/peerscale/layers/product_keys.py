@@ -1,16 +1,28 @@
-"""Layers that retrieve rows by product keys: product-key memory (Lample et al. 2019) and PEER (He 2024)."""
+"""Retrieval by product keys, which finds the exact top k of N keys at the cost of 2 sqrt(N) keys: settings, cost and
+weights that product-key memory (Lample et al. 2019) and PEER (He 2024, section 2, equations 4 and 5) share.
+
+Shapes: T tokens, D model width, G groups of tokens, F width of all queries, H heads, S the 2 halves of a key, C half a
+key's width, K top_k, J = H K.
+"""
 
 from dataclasses import fields
 from math import isqrt
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from peerscale.config.types import Positive
-from peerscale.layers.base import FfnConfig, LayerCost, Surroundings, layer_config, module_class
+import torch
+from torch import Tensor, nn
+
+from peerscale.layers.base import FfnConfig, LayerCost, Surroundings, layer_config
+from peerscale.layers.groups import mean_over_devices, n_groups
+from peerscale.layers.usage import CountsUsage
+from peerscale.ops.backends import choose_operators
+from peerscale.ops.operators import Operators
+from peerscale.types import Positive
 
 
 @layer_config
 class RetrievalConfig(FfnConfig):
-    """The settings and the cost that both layers share."""
+    """The settings of a layer that retrieves rows of tables; a subclass defines `ROWS_PER_EXPERT` and `build`."""
 
     n_experts: Positive
     n_heads: Positive
@@ -28,8 +40,6 @@ class RetrievalConfig(FfnConfig):
 
     ROWS_PER_EXPERT: ClassVar[int]
     """Number of table rows, of d_model numbers each, per expert."""
-    MODULE: ClassVar[str]
-    """The layer's class in `layers.modules`."""
 
     def __post_init__(self) -> None:
         side = isqrt(self.n_experts)
@@ -82,15 +92,17 @@ class RetrievalConfig(FfnConfig):
             },
         )
 
-    def build(self, around: Surroundings) -> Any:
+    def arguments(self, around: Surroundings) -> dict[str, Any]:
+        """The arguments with which the layer is built."""
         settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("method", "variant")}
-        return module_class(self.MODULE)(
-            around.d_model,
-            n_groups=around.groups_at_once,
-            n_passes=around.micro_batches,
-            operators=around.operators,
+        grouped = around.n_groups * around.micro_batches > 1
+        return {
+            "d_model": around.d_model,
+            "group_sequences": around.group_sequences if grouped else None,
+            "micro_batches": around.micro_batches,
+            "operators": around.operators,
             **settings,
-        )
+        }
 
     def saved_numbers(self, around: Surroundings) -> int:
         queries = self.n_heads * self.resolved_d_key(around.d_model)  # counted twice below: before and after their norm
@@ -117,28 +129,129 @@ class RetrievalConfig(FfnConfig):
         }
 
 
-@layer_config
-class PkmConfig(RetrievalConfig):
-    """Product-key memory (Lample et al. 2019): retrieved values that do not depend on the input."""
+class GroupedBatchNorm(nn.InstanceNorm1d):
+    """BatchNorm of each group of tokens by itself: an instance norm, whose instances are the groups.
 
-    method: Literal["pkm"] = "pkm"
+    The running statistics are the groups' mean. As with BatchNorm, they move by `momentum` a batch, which consists of
+    `micro_batches` inputs here; each input moves them so far that all have the same weight in the end.
+    """
 
-    ROWS_PER_EXPERT: ClassVar[int] = 1
-    MODULE: ClassVar[str] = "product_keys.Pkm"
+    BATCH_MOMENTUM = 0.1
+
+    def __init__(self, n_features: int, micro_batches: int = 1) -> None:
+        super().__init__(n_features, affine=True, track_running_stats=True)
+        self.micro_batches, self.n_inputs = micro_batches, 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x (G, T, F) -> y (G, T, F)."""
+        if self.training:
+            to_come = self.micro_batches - 1 - self.n_inputs % self.micro_batches
+            self.momentum = self.BATCH_MOMENTUM / (self.micro_batches - to_come * self.BATCH_MOMENTUM)
+            self.n_inputs += 1
+        y = super().forward(input.transpose(1, 2)).transpose(1, 2)
+        if self.training:
+            assert self.running_mean is not None and self.running_var is not None
+            for running_F in (self.running_mean, self.running_var):
+                running_F.copy_(mean_over_devices(running_F))
+        return y
 
 
-@layer_config
-class PeerConfig(RetrievalConfig):
-    """Parameter-efficient expert retrieval (He 2024): retrieved experts of one neuron each."""
+class ProductKeyRetrieval(nn.Module, CountsUsage):
+    """Queries, product keys and their top k; scores are always in fp32. Subclasses add tables of rows.
 
-    method: Literal["peer"] = "peer"
-    activation: Literal["gelu", "relu"] = "gelu"
-    """Not stated in the paper ("e.g. ReLU or GELU")."""
-    score: Literal["softmax", "sigmoid"] = "softmax"
-    """Applied over the retrieved experts of each head (paper, equation 2 and algorithm 1)."""
+    Under autocast the rows are rounded to its type when they are read (`ops.operators`); the gradients of the tables
+    keep the type of the tables.
 
-    ROWS_PER_EXPERT: ClassVar[int] = 2
-    MODULE: ClassVar[str] = "product_keys.Peer"
+    Args:
+        d_model: width of input and output.
+        n_experts, n_heads, top_k, d_key, settings: see the settings class, `CONFIG`.
+        group_sequences: the queries of so many sequences are normalised together; None: those of the whole input.
+        micro_batches: inputs that make up a batch, with which the running statistics of groups move.
+        operators: the backend; None: the fastest for the kind of device that the layer is on (`ops.backends`).
 
-    def columns(self, d_model: int) -> dict[str, Any]:
-        return {**RetrievalConfig.columns(self, d_model), "granularity": self.active_experts}
+    Raises:
+        ValueError: the settings are invalid.
+    """
+
+    CONFIG: ClassVar[type[RetrievalConfig]]
+
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        n_heads: int,
+        top_k: int,
+        d_key: int | Literal["half_d_model"] = "half_d_model",
+        *,
+        group_sequences: int | None = None,
+        micro_batches: int = 1,
+        operators: Operators | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        config = self.CONFIG(n_experts=n_experts, n_heads=n_heads, top_k=top_k, d_key=d_key, **settings)
+        self.config, self.n_experts, self.n_heads, self.top_k = config, n_experts, n_heads, top_k
+        self.follows_device = operators is None
+        self.operators = operators or choose_operators()
+        d_key, self.group_sequences = config.resolved_d_key(d_model), group_sequences
+        self.query = nn.Linear(d_model, n_heads * d_key, bias=config.query_bias)
+        self.query_norm = None
+        if config.query_norm and group_sequences is None:
+            self.query_norm = nn.BatchNorm1d(n_heads * d_key)
+        elif config.query_norm:
+            self.query_norm = GroupedBatchNorm(n_heads * d_key, micro_batches)
+        self.sub_keys = nn.Parameter(torch.empty(config.n_key_sets, 2, config.n_keys, d_key // 2))
+        # The paper states no initialisation; this one is from the product-key memory code that it refers to.
+        nn.init.xavier_uniform_(self.query.weight)
+        if self.query.bias is not None:
+            nn.init.zeros_(self.query.bias)
+        bound = self.sub_keys.shape[-1] ** -0.5
+        nn.init.uniform_(self.sub_keys, -bound, bound)
+
+    def new_table(self, d_model: int) -> nn.Parameter:
+        """A table with a row per expert, of norm about 1; the papers state no initialisation."""
+        return nn.Parameter(torch.randn(self.n_experts, d_model) * d_model**-0.5)
+
+    def init_weights(self, output_scale: float) -> None:
+        """Keep the constructor's weights, including the tables, unscaled: the papers state no scale of the output."""
+
+    def _apply(self, *arguments: Any, **options: Any) -> Self:
+        """Called by `to` and `cuda`: choose the operators again, since the fastest backend depends on the device."""
+        super()._apply(*arguments, **options)
+        if self.follows_device:
+            self.operators = choose_operators(device=self.sub_keys.device.type)
+        return self
+
+    def retrieve(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (..., D) -> scores, best first, and row numbers, both (T, H, K)."""
+        with torch.autocast(x.device.type, enabled=False):
+            query_TF = self.query(x.reshape(-1, x.shape[-1]).to(self.query.weight.dtype))
+            if isinstance(self.query_norm, GroupedBatchNorm):
+                query_GTF = query_TF.unflatten(0, (n_groups(len(x), self.group_sequences), -1))
+                query_TF = self.query_norm(query_GTF).flatten(0, 1)
+            elif self.query_norm is not None:
+                query_TF = self.query_norm(query_TF)
+            query_THSC = query_TF.view(-1, self.n_heads, 2, self.sub_keys.shape[-1])
+            return self.operators.product_key_top_k(query_THSC, self.sub_keys, self.top_k)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> y (..., D)."""
+        scores_THK, rows_THK = self.retrieve(x)
+        gates_THK = self.gates(scores_THK)
+        if self.usage is not None:
+            self.usage.add(rows_THK, gates_THK, len(gates_THK))
+        device, dtype = x.device.type, self.sub_keys.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            x_TD = x.reshape(-1, x.shape[-1]).to(dtype)
+            y_TD = self.combine(x_TD, rows_THK.flatten(1), gates_THK.flatten(1))
+        return y_TD.view(x.shape).to(x.dtype)
+
+    def gates(self, scores_THK: Tensor) -> Tensor:
+        """The weights of the retrieved rows."""
+        return scores_THK.softmax(dim=-1)
+
+    def combine(self, x_TD: Tensor, rows_TJ: Tensor, gates_TJ: Tensor) -> Tensor:
+        """The output (T, D) from the retrieved rows, which are read in the precision of x."""
+        raise NotImplementedError

@@ -1,8 +1,9 @@
 """From a mapping of settings to a layer: a built-in one by its `method`, any other by the import path in `class`."""
 
+import ast
 import functools
 import hashlib
-import importlib
+import pkgutil
 import sys
 from collections.abc import Mapping
 from dataclasses import fields
@@ -19,9 +20,9 @@ BUILT_IN = {
     "wide_dense": "peerscale.layers.dense.WideDenseConfig",
     "no_layer": "peerscale.layers.dense.NoLayerConfig",
     "moe": "peerscale.layers.moe.MoeConfig",
-    "fine_grained_moe": "peerscale.layers.moe.FineGrainedMoeConfig",
-    "pkm": "peerscale.layers.product_keys.PkmConfig",
-    "peer": "peerscale.layers.product_keys.PeerConfig",
+    "fine_grained_moe": "peerscale.layers.fine_grained_moe.FineGrainedMoeConfig",
+    "pkm": "peerscale.layers.pkm.PkmConfig",
+    "peer": "peerscale.layers.peer.PeerConfig",
 }
 """The built-in layers, which need no `class`, by `method`."""
 
@@ -57,7 +58,7 @@ def layer_class(value: Mapping[str, Any]) -> type[FfnConfig]:
             f"method {method!r} is not a layer of peerscale, which are {', '.join(BUILT_IN)}; "
             "for one of your own give its class, such as class: mylab.gated.GatedConfig"
         )
-    return _load(BUILT_IN[method])
+    return pkgutil.resolve_name(BUILT_IN[method])
 
 
 def method_of(kind: type[FfnConfig]) -> Any:
@@ -68,8 +69,8 @@ def method_of(kind: type[FfnConfig]) -> Any:
 def dump_layer(layer: FfnConfig) -> dict[str, Any]:
     """Plain values; the inverse of `parse_layer`.
 
-    For a layer outside peerscale they include its `class` and the SHA-256 of the file that defines it. Both enter the
-    cell's fingerprint, so an edited file counts as another layer.
+    For a layer outside peerscale they include its `class` and a hash of the module that defines it, `source_sha256`.
+    Both enter the cell's fingerprint, so a module with other code counts as another layer.
     """
     settings = _adapter(type(layer)).dump_python(layer, mode="json")
     path = f"{type(layer).__module__}.{type(layer).__qualname__}"
@@ -84,7 +85,7 @@ Layer = Annotated[FfnConfig, BeforeValidator(parse_layer), PlainSerializer(dump_
 
 def known_layers() -> dict[str, type[FfnConfig]]:
     """The built-in layers and those imported so far, by `method`."""
-    return {method: _load(path) for method, path in BUILT_IN.items()} | _FOUND
+    return {method: pkgutil.resolve_name(path) for method, path in BUILT_IN.items()} | _FOUND
 
 
 @functools.cache
@@ -96,23 +97,17 @@ def _outside(path: str) -> type[FfnConfig]:
     """The class of a layer outside peerscale; its module may lie in the current folder."""
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)
-    module = path.rpartition(".")[0]
     try:
-        kind = _load(path)
-    except ModuleNotFoundError as error:
-        if f"{module}.".startswith(f"{error.name}."):
-            raise ConfigError(f"class {path}: no module {error.name} in the current folder or on PYTHONPATH") from None
-        raise ConfigError(f"class {path}: {module} cannot be imported: {error}") from None
-    except Exception as error:
+        kind = pkgutil.resolve_name(path)
+    except Exception as error:  # its module can raise any
         why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise ConfigError(f"class {path}: {module or 'it'} cannot be imported: {why}") from None
+        raise ConfigError(f"class {path} is not found in the current folder or on PYTHONPATH: {why}") from None
     if not (isinstance(kind, type) and issubclass(kind, FfnConfig)) or "__dataclass_fields__" not in vars(kind):
         raise ConfigError(
             f"class {path} is not a subclass of peerscale.layers.FfnConfig with the decorator layer_config"
         )
-    for needed in ("cost", "build"):
-        if getattr(kind, needed) is getattr(FfnConfig, needed):
-            raise ConfigError(f"class {path} has no method {needed}(self, around)")
+    if kind.cost is FfnConfig.cost or kind.build is FfnConfig.build:
+        raise ConfigError(f"class {path} needs the methods cost(self, around) and build(self, around)")
     if not isinstance(method := method_of(kind), str) or method in BUILT_IN:
         raise ConfigError(f"class {path} needs a default for method, and none of {', '.join(BUILT_IN)}")
     _FOUND[method] = kind
@@ -120,14 +115,18 @@ def _outside(path: str) -> type[FfnConfig]:
 
 
 @functools.cache
-def _load(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
-
-
-@functools.cache
 def _source_sha256(module: str) -> str:
+    """The SHA-256 of a module's syntax tree, written as code: comments, docstrings and layout are not in it."""
     file = getattr(sys.modules[module], "__file__", None)
     if file is None:
         raise ConfigError(f"the layer of {module} is not in a file; training needs its class in a module's file")
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    tree = _WithoutTexts().visit(ast.parse(Path(file).read_bytes()))
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
+
+
+class _WithoutTexts(ast.NodeTransformer):
+    """Removes statements that are only a text, such as docstrings."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        is_text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return None if is_text else node

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from peerscale.errors import UserError
-from peerscale.layers.modules.dense import Dense
+from peerscale.layers.dense import Dense
 from peerscale.ops.backends import BACKENDS
 from peerscale.ops.operators import Operators
 

@@ -9,7 +9,7 @@ appendix F, counts the same products; 6N leaves out attention scores).
 from dataclasses import dataclass
 
 from peerscale.config.schema import Config
-from peerscale.layers.dense import DenseConfig
+from peerscale.layers.registry import parse_layer
 
 CONVENTION = "per-operation, full attention, backward 2x"
 
@@ -48,7 +48,7 @@ def cost(config: Config) -> Cost:
     """Parameters and training FLOPs per token; a test compares them with the built model."""
     d, n_layers = config.size.d_model, config.size.n_layers
     layer, n_replaced = config.ffn.cost(config.surroundings), len(config.replaced_blocks)
-    dense, n_dense = DenseConfig().cost(config.surroundings), n_layers - n_replaced
+    dense, n_dense = parse_layer({"method": "dense"}).cost(config.surroundings), n_layers - n_replaced
     params = {
         "embedding": config.data.vocab_size * d,
         "attention": n_layers * 4 * d * d,

@@ -3,9 +3,10 @@
 from dataclasses import replace
 
 from peerscale.config.schema import Config
-from peerscale.layers.dense import DenseConfig
+from peerscale.layers.registry import layer_class, parse_layer
 from peerscale.plan.cost import TRAINING, Cost, cost
 
+DENSE = {"method": "dense"}
 STATE_BYTES = 16
 """Per parameter: weight, gradient and two moments, in fp32."""
 LOGITS_BYTES = 2**30
@@ -22,12 +23,12 @@ def device_memory(config: Config) -> dict[str, int]:
     """
     around, bytes_each = config.surroundings, 2 if config.precision == "bf16" else 4
     d_model, n_layers = config.size.d_model, config.size.n_layers
-    layer, dense = config.ffn.saved_numbers(around), DenseConfig().saved_numbers(around)
+    layer, dense = config.ffn.saved_numbers(around), parse_layer(DENSE).saved_numbers(around)
     n_replaced = len(config.replaced_blocks)
     numbers = n_layers * 9 * d_model + n_replaced * layer + (n_layers - n_replaced) * dense
     if config.trainer.activation_checkpointing:
         kept = n_replaced * (layer + d_model)
-        if isinstance(config.ffn, DenseConfig):  # recomputed like the others
+        if isinstance(config.ffn, layer_class(DENSE)):  # recomputed like the others
             kept, dense = 0, max(layer, dense)
         numbers = n_layers * 2 * d_model + kept + 9 * d_model + dense
     n_copied = n_replaced * config.ffn.copied_parameters(around) if config.precision == "bf16" else 0
@@ -43,7 +44,7 @@ def recomputed_share(config: Config, cost: Cost) -> float:
     """FLOPs that activation checkpointing adds, as a share of the training FLOPs: the recomputed forward passes."""
     if not config.trainer.activation_checkpointing:
         return 0.0
-    kept = cost.flops["logits"] + (0 if isinstance(config.ffn, DenseConfig) else cost.layer_flops)
+    kept = cost.flops["logits"] + (0 if isinstance(config.ffn, layer_class(DENSE)) else cost.layer_flops)
     return (cost.flops_per_token - kept) / TRAINING / cost.flops_per_token
 
 

@@ -14,6 +14,10 @@ from peerscale.records.cell_names import RATE_FACTOR
 from peerscale.records.study import are_brackets, axes_of, method_names, usable, without_brackets
 from peerscale.stats.rate_law import fit_brackets
 
+COST_DF = 2.0
+"""Degrees of freedom of an error that a study's file states: the largest of a few brackets, it is known about as well
+as a standard deviation of three values."""
+
 
 class RateError(NamedTuple):
     """The part of the error of a method's loss at a budget that comes from its learning rate."""
@@ -87,7 +91,7 @@ def rate_errors(
         places: budgets and names of the study's methods.
         cost: nats per token, used if a method has no bracket at a budget; None: not known.
     """
-    known = RateErrors() if cost is None else RateErrors(dict.fromkeys(places, RateError(cost, math.inf, "cost")))
+    known = RateErrors() if cost is None else RateErrors(dict.fromkeys(places, RateError(cost, COST_DF, "cost")))
     for place, rows in pd.DataFrame(brackets["each"]).groupby(["budget", "method"]) if brackets else ():
         of_gain, of_scatter = (rows[["gain", "se"]] ** 2).mean(skipna=False)
         if brackets and math.isfinite(total := float(of_gain + of_scatter)):

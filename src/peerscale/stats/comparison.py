@@ -28,7 +28,8 @@ from peerscale.records.study import (
 from peerscale.stats.brackets import RateError, RateErrors, fit_rate_brackets, rate_errors
 from peerscale.stats.claims import claims_of
 from peerscale.stats.frontiers import Budget, X, frontiers_of, multipliers_of, power_laws
-from peerscale.stats.optima import Estimate, OptimaFit, Optimum, f_test
+from peerscale.stats.noise import shrunk_variances
+from peerscale.stats.optima import Estimate, OptimaFit, Optimum, f_test, satterthwaite
 
 Sequences = Mapping[str, Array]
 """Losses of all validation sequences (sequences,), by cell."""
@@ -154,6 +155,7 @@ def _by_curves(
         methods.append({
             "name": name, "status": optimum.status, "x": optimum.x, "x_interval": optimum.x_interval,
             "loss": optimum.loss, **error, "sizes": optimum.sizes,
+            "seeds_sd": math.sqrt(shared.noise.seeds[shared.names.index(name)]) if shared.seed_df.any() else None,
             "left_out": sorted({*rows.loc[rows["name"] == name, X]} - {*optimum.sizes}),
             "coefficients": optimum.coefficients,
             "own": {"status": one.status, "x": one.x, "loss": one.loss, "curvature": one.coefficients[2]},
@@ -174,8 +176,8 @@ def _by_curves(
             entry["sets"] = {s: _described(fit.estimate(weights).with_rates(of_rates)) for s, fit in others.items()}
         differences.append(entry)
     return Budget(budget, shared, optima, by_seed, drawn), {
-        "window": window, "scatter": shared.scatter, "df": shared.df, "seeds_sd": math.sqrt(shared.seeds_variance),
-        "seeds_df": shared.seeds_df, "curvature": float(shared.curve(shared.names[0])[2]),
+        "window": window, "scatter": shared.scatter, "df": shared.df, "seeds_sd": shared.seeds_sd,
+        "seeds_df": int(shared.seed_df.sum()), "curvature": float(shared.curve(shared.names[0])[2]),
         "equality": f_test(shared, own), "methods": methods, "differences": differences,
     }  # fmt: skip
 
@@ -199,20 +201,22 @@ def _by_seed(rows: pd.DataFrame, fit: OptimaFit, optimum: Optimum) -> dict[str, 
 def _at_each_size(
     rows: pd.DataFrame, references: Sequence[str], sequences: Sequences, rates: RateErrors
 ) -> dict[str, Any]:
-    """Compare methods at each size that they share: means over seeds, with the scatter pooled over methods."""
+    """Compare methods at each size that they share: means over seeds, with the scatter of each method."""
     differences = []
     for size, cells in rows.groupby("size", sort=False):
         variants = {str(name): variant for name, variant in cells.groupby("name", sort=False)}
-        freedom = len(cells) - len(variants)
-        squares = sum(len(seeds) * float(seeds["val_loss"].to_numpy(float).var()) for seeds in variants.values())
-        variance = squares / freedom if freedom else 0.0
+        each = [seeds["val_loss"].to_numpy(float) for seeds in variants.values()]
+        squares, own_df = np.array([len(y) * y.var() for y in each]), np.array([len(y) - 1.0 for y in each])
+        noise = dict(zip(variants, zip(*shrunk_variances(squares, own_df), strict=True), strict=True))
+        freedom = own_df.any()
         for name, reference in _pairs(list(variants), references):
             pair = variants[name], variants[reference]
-            seeds = math.sqrt(variance * sum(1 / len(variant) for variant in pair))
+            parts = [(noise[one][0] / len(variants[one]), noise[one][1]) for one in (name, reference)]
+            seeds = math.sqrt(sum(part for part, _ in parts))
             losses, others = (_mean_losses(variant["cell"], sequences) for variant in pair)
             sampled = None if losses is None or others is None else losses - others
             found = Estimate(
-                value=float(pair[0]["val_loss"].mean() - pair[1]["val_loss"].mean()), df=freedom or math.inf,
+                value=float(pair[0]["val_loss"].mean() - pair[1]["val_loss"].mean()), df=satterthwaite(parts),
                 se=seeds if freedom or sampled is not None else math.nan, fit_se=None,
                 seeds_se=seeds if freedom else None, sequences_se=None,
             )  # fmt: skip

@@ -48,12 +48,11 @@ def frontiers_of(fitted: Sequence[Budget], rates: RateErrors) -> dict[str, Array
     names = dict.fromkeys(name for one in fitted for name in one.optima)
     frontiers = {name: np.full((2, 1 + DRAWS, len(fitted)), math.nan) for name in names}
     for i, one in enumerate(fitted):
-        variances, df = one.fit.variances
+        variances, df = one.fit.variances, one.fit.noise.df
         rng = np.random.default_rng(round(one.budget))
-        scale = np.sqrt(df / rng.chisquare(df, (DRAWS, 1))) if math.isfinite(df) else math.nan
-        drawn = (
-            one.fit.losses - one.fit.residuals + rng.normal(size=(DRAWS, len(variances))) * np.sqrt(variances) * scale
-        )
+        scale = np.sqrt(df / rng.chisquare(df, (DRAWS, len(df))))
+        errors = rng.normal(size=(DRAWS, len(one.fit.x))) * np.sqrt(variances) * scale[:, one.fit.method]
+        drawn = one.fit.losses - one.fit.residuals + errors
         if one.sequences is not None:
             drawn += _resampled(one.sequences.shape[1]) @ one.sequences.T
         minima = np.stack(one.fit.optima_of(drawn))
@@ -97,7 +96,7 @@ def multipliers_of(
                 if math.isfinite(multiplier := compute_multipliers(dense, own, trend)[i]):
                     seeds[seed] = multiplier
             found.append({**pair, "budget": budgets[i], "multiplier": each[0, i], **_ends(each[1:, i]),
-                          "df": fitted[i].fit.variances[1], **({"by_seed": seeds} if seeds else {})})  # fmt: skip
+                          "df": fitted[i].fit.df, **({"by_seed": seeds} if seeds else {})})  # fmt: skip
         if (used := known & trend).sum() >= GROWTH_BUDGETS:
             slope = math.log(10) * fit_power_law(budgets[used], each[:, used])[0]
             slopes.append({**pair, "slope": slope[0], **_ends(slope[1:])})

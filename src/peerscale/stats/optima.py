@@ -5,9 +5,8 @@ At one budget the loss of method m at size x, averaged over the seeds of that si
     y = a_m + b_m z + c z^2 + misfit + seed / sqrt(number of seeds),    z = log10 x.
 
 All methods share the curvature c (primary analysis), or each method has its own (reported beside it). The misfit is an
-effect of the size, which the seeds of a size share. It is the deviation from a parabola, with variance tau^2; seeds
-scatter around the mean of their size with variance sigma^2, pooled over methods. Neither is counted twice: the
-residuals of the size means have variance tau^2 + sigma^2 / seeds, from which tau^2 follows by moments.
+effect of the size, which the seeds of a size share: the deviation from a parabola. Seeds scatter around the mean of
+their size. `noise` has their variances; neither is counted twice.
 
 To first order, the minimum a_m - b_m^2 / (4 c) is the fitted curve at a fixed z. The error of a minimum, or of a
 difference of two, is therefore that of a weighted sum of the size means. Sums of two estimated variances have the
@@ -15,7 +14,7 @@ degrees of freedom of Satterthwaite (1946); intervals are Student's.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
@@ -26,6 +25,7 @@ from scipy.stats import f as fisher
 
 from peerscale.laws.fitting import StudentValue
 from peerscale.laws.solver import Array
+from peerscale.stats.noise import Noise, estimate_noise
 
 MIN_SIZES = 4
 """Sizes that a method needs at a budget: one more than the coefficients of a parabola."""
@@ -71,7 +71,7 @@ class Estimate(StudentValue):
     def with_sequences(self, losses: Array) -> Self:
         """The estimate with the error from sampling sequences added; `losses` has its value for each sequence."""
         sampled, n = float(losses.std(ddof=1)) / math.sqrt(len(losses)), len(losses)
-        df = _satterthwaite([(self.se**2, self.df), (sampled**2, n - 1)])
+        df = satterthwaite([(self.se**2, self.df), (sampled**2, n - 1)])
         return replace(self, se=math.hypot(self.se, sampled), df=df, sequences_se=sampled)
 
     def with_rates(self, errors: Sequence[tuple[float, float]]) -> Self:
@@ -83,7 +83,7 @@ class Estimate(StudentValue):
             return self
         rates, together = math.hypot(*(se for se, _ in errors)), sum(se**2 / math.sqrt(df) for se, df in errors)
         of_rates = rates**4 / together**2 if together else math.inf
-        df = _satterthwaite([(self.se**2, self.df), (rates**2, of_rates)])
+        df = satterthwaite([(self.se**2, self.df), (rates**2, of_rates)])
         return replace(self, se=math.hypot(self.se, rates), df=df, rate_se=rates)
 
 
@@ -117,9 +117,10 @@ class OptimaFit:
     """Size means (points,)."""
     n_seeds: Array
     """Number of runs behind each size mean (points,)."""
-    seeds_variance: float
-    """sigma^2, pooled over methods and sizes; NaN without replicates."""
-    seeds_df: int
+    seed_squares: Array
+    """Sum of the squared deviations of a method's runs from the means of their sizes (methods,)."""
+    seed_df: Array
+    """Its degrees of freedom (methods,)."""
     shared: bool
     at_least: int
 
@@ -142,11 +143,11 @@ class OptimaFit:
         run = run.reshape(-1)
         n_seeds = np.bincount(run)
         means = np.bincount(run, losses) / n_seeds
-        freedom = int(len(losses) - len(means))
-        scatter = float(((losses - means[run]) ** 2).sum()) / freedom if freedom else math.nan
+        squares = np.bincount(index, (losses - means[run]) ** 2, len(methods))
+        method = points[:, 0].astype(int)
         return cls(
-            names=methods, method=points[:, 0].astype(int), x=points[:, 1], losses=means, n_seeds=n_seeds,
-            seeds_variance=scatter, seeds_df=freedom, shared=shared, at_least=at_least,
+            names=methods, method=method, x=points[:, 1], losses=means, n_seeds=n_seeds, seed_squares=squares,
+            seed_df=np.bincount(method, n_seeds - 1.0, len(methods)), shared=shared, at_least=at_least,
         )  # fmt: skip
 
     @cached_property
@@ -237,38 +238,54 @@ class OptimaFit:
             weights: (points,), such as the difference of the weights of two optima.
             sequences: losses of the same validation sequences at every size, (points, sequences).
         """
-        misfit, seeds, df = self._components
-        by_misfit, by_seeds = float(weights @ weights) * misfit, float(weights**2 @ (1 / self.n_seeds)) * seeds
-        if misfit > 0 and self.seeds_df:  # the total is a sum of two independent mean squares, of residuals and seeds
-            residual = float(weights @ weights) * self.scatter**2
-            df = _satterthwaite([(residual, self.df), (by_misfit + by_seeds - residual, self.seeds_df)])
+        by_misfit, by_seeds, df = self._error(weights)
         found = Estimate(
             value=float(weights @ self.losses), se=math.sqrt(by_misfit + by_seeds), df=df, fit_se=math.sqrt(by_misfit),
-            seeds_se=math.sqrt(by_seeds) if self.seeds_df else None, sequences_se=None,
+            seeds_se=math.sqrt(by_seeds) if self.seed_df.any() else None, sequences_se=None,
         )  # fmt: skip
         return found if sequences is None else found.with_sequences(weights @ sequences)
 
     @property
-    def variances(self) -> tuple[Array, float]:
-        """Variance of every size mean (points,) from misfit and seeds, and the degrees of freedom of their scale."""
-        misfit, seeds, df = self._components
-        return misfit + seeds / self.n_seeds, df
+    def seeds_sd(self) -> float:
+        """Standard deviation of seeds in nats, pooled over methods; NaN without replicates."""
+        return math.sqrt(self.seed_squares.sum() / self.seed_df.sum()) if self.seed_df.any() else math.nan
 
     @cached_property
-    def _components(self) -> tuple[float, float, float]:
-        """tau^2, sigma^2 (0 without replicates, since tau^2 then includes it), and degrees of freedom for both."""
-        rss, df, seeds = self.rss, self.df, self.seeds_variance
-        if not df:
-            return math.nan, seeds if self.seeds_df else 0.0, math.nan
-        if not self.seeds_df:
-            return rss / df, 0.0, df
-        leverage = np.einsum("pc,cp->p", self.design, self.solution)
-        per_seed = float(((1 - leverage) / self.n_seeds).sum())  # share of sigma^2 in the residual sum of squares
-        misfit = (rss - seeds * per_seed) / df
-        if misfit > 0:
-            return misfit, seeds, df
-        pooled = (rss / per_seed * df + seeds * self.seeds_df) / (df + self.seeds_df)  # two estimates of sigma^2
-        return 0.0, pooled, df + self.seeds_df
+    def _free(self) -> tuple[Array, Array]:
+        """Degrees of freedom of each method's residuals, and the share of one seed's variance in their mean square."""
+        free, n = 1 - np.einsum("pc,cp->p", self.design, self.solution), len(self.names)
+        free = np.where(free > 1e-9, free, 0.0)  # a size that its method's curve passes through tells nothing
+        df, shares = (np.bincount(self.method, each, n) for each in (free, free / self.n_seeds))
+        return df, np.divide(shares, df, out=np.zeros(n), where=df > 0)
+
+    @cached_property
+    def noise(self) -> Noise:
+        """The variances of size means, by method."""
+        (df, shares), squares = self._free, np.bincount(self.method, self.residuals**2, len(self.names))
+        return estimate_noise(squares, df, shares, self.seed_squares, self.seed_df)
+
+    @property
+    def variances(self) -> Array:
+        """Variance of every size mean (points,) from misfit and seeds; NaN without degrees of freedom."""
+        noise, m = self.noise, self.method
+        return noise.multiple[m] * (noise.misfit + noise.seeds[m] / self.n_seeds)
+
+    def _error(self, weights: Array) -> tuple[float, float, float]:
+        """Variances of a weighted sum of the size means from misfit and seeds, and the degrees of freedom of both."""
+        noise, m, n = self.noise, self.method, len(self.names)
+        by_point = noise.multiple[m] * weights**2
+        by_misfit = np.bincount(m, by_point, n) * noise.misfit
+        by_seeds = np.bincount(m, by_point / self.n_seeds, n) * noise.seeds
+        if not self.df:
+            df = math.nan
+        elif not noise.misfit:
+            df = satterthwaite(zip(by_seeds, noise.seeds_df, strict=True))
+        else:  # a sum of independent mean squares: of residuals, which have the misfit in common, and of seeds
+            residual = np.bincount(m, by_point, n) * (noise.misfit + noise.seeds * self._free[1])
+            residual_df = min(satterthwaite(zip(residual, noise.residual_df, strict=True)), self.df)
+            rest = by_misfit + by_seeds - residual
+            df = satterthwaite([(residual.sum(), residual_df), *zip(rest, noise.seeds_df, strict=True)])
+        return float(by_misfit.sum()), float(by_seeds.sum()), df
 
 
 def parabola_optima(coefficients: Array, centre: float = 0.0) -> tuple[Array, Array]:
@@ -320,8 +337,9 @@ def optimum_status(at: float, z: Array, curvature: float, at_least: int) -> Opti
     return OptimumStatus.OK if OUTER <= place <= 1 - OUTER else OptimumStatus.OFF_CENTRE
 
 
-def _satterthwaite(parts: Sequence[tuple[float, float]]) -> float:
+def satterthwaite(parts: Iterable[tuple[float, float]]) -> float:
     """Degrees of freedom of a sum of estimated variances, given as (variance, df) (Satterthwaite 1946)."""
+    parts = list(parts)
     total = sum(variance for variance, _ in parts)
     below = sum(variance**2 / df for variance, df in parts if df > 0)
     return total**2 / below if below > 0 else math.inf

@@ -15,7 +15,7 @@ import torch
 from peerscale.config.schema import Config
 from peerscale.data.batches import EvaluationBatches, LastWordBatches
 from peerscale.data.store import Corpus
-from peerscale.model.usage import CountsUsage, ExpertUsage
+from peerscale.layers.usage import CountsUsage, ExpertUsage
 from peerscale.plan.held_out_sets import batch_shape, evaluated_tokens
 from peerscale.train.module import LanguageModel
 from peerscale.train.ranks import gather, n_ranks, share, sum_over_ranks
@@ -90,7 +90,7 @@ def detach_usage(module: LanguageModel) -> dict[str, float]:
     if not usages:
         return {}
     for usage in usages:
-        usage.weight_sums, usage.token_sum = sum_over_ranks(usage.weight_sums), usage.token_sum * n_ranks()
+        usage.weight_sums, usage.tokens = sum_over_ranks(usage.weight_sums), usage.tokens * n_ranks()
     return {
         "expert_usage": sum(u.usage for u in usages) / len(usages),
         "unevenness": sum(u.unevenness for u in usages) / len(usages),

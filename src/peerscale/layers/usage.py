@@ -16,18 +16,14 @@ class ExpertUsage:
 
     def __init__(self, n_experts: int) -> None:
         self.weight_sums = torch.zeros(n_experts, dtype=torch.float64)
-        self.token_sum = torch.zeros((), dtype=torch.long)  # a Python number would cause recompilation each time
+        self.tokens = 0
+        """Number of tokens counted."""
 
     def add(self, experts: Tensor, weights: Tensor, tokens: int) -> None:
         """Add `weights` of `experts`, two tensors of one shape, from a pass over `tokens` tokens."""
         self.weight_sums = self.weight_sums.to(weights.device)
         self.weight_sums.index_add_(0, experts.reshape(-1), weights.detach().reshape(-1).double())
-        self.token_sum = self.token_sum + tokens
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens counted."""
-        return int(self.token_sum)
+        self.tokens += tokens
 
     @property
     def usage(self) -> float:

@@ -6,9 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
-from peerscale.layers.modules.product_keys import GroupedBatchNorm, Pkm
 from peerscale.ops.backends import choose_operators
 from peerscale.ops.operators import candidate_pairs
 
@@ -152,52 +151,3 @@ def test_candidate_pairs_are_those_with_fewer_than_k_better_or_equal_ones(k):
     pairs = list(zip(*candidate_pairs(k), strict=True))
     assert set(pairs) == {(i, j) for i in range(k) for j in range(k) if (i + 1) * (j + 1) <= k}
     assert len(pairs) == len(set(pairs)) <= k * (1 + math.log(k))
-
-
-@pytest.mark.parametrize("name", [*FINDERS, "torch"])
-@pytest.mark.parametrize("shared", [True, False])
-def test_layout_of_queries_and_keys(name, shared):
-    """The query projection's outputs are (head, half, width); the row of sub-keys (i, j) is i sqrt(n_experts) + j."""
-    torch.manual_seed(0)
-    layer = Pkm(6, 25, 3, 4, 8, shared_keys=shared, query_norm=False, operators=choose_operators(name)).double()
-    x = torch.randn(7, 6, dtype=torch.float64)
-    scores, rows = layer.retrieve(x)
-    q = (x @ layer.query.weight.T + layer.query.bias).view(7, 3, 2, 4)
-    for t in range(7):
-        for h in range(3):
-            first, second = layer.sub_keys[0 if shared else h]
-            every = (first @ q[t, h, 0])[:, None] + (second @ q[t, h, 1])[None, :]
-            best, row = every.flatten().topk(4)
-            torch.testing.assert_close(scores[t, h], best)
-            assert rows[t, h].tolist() == row.tolist()
-
-
-def test_query_norm_is_batch_norm_in_full_precision():
-    torch.manual_seed(0)
-    layer = Pkm(6, 25, 3, 4, 8)
-    x = torch.randn(7, 6)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        scores, _ = layer.retrieve(x.bfloat16())
-    assert scores.dtype == torch.float32
-    projected = layer.query(x.bfloat16().float())
-    normed = (projected - projected.mean(0)) / (projected.var(0, unbiased=False) + 1e-5).sqrt()
-    every = all_scores(normed.view(7, 3, 2, 4), layer.sub_keys)
-    torch.testing.assert_close(scores, every.topk(4, dim=-1).values)
-
-
-def test_query_norm_in_groups_is_the_batch_norm_of_each_group() -> None:
-    torch.manual_seed(0)
-    norm, groups = GroupedBatchNorm(5, n_groups=3), [nn.BatchNorm1d(5) for _ in range(3)]
-    nn.init.uniform_(norm.weight, 0.5, 1.5)
-    for group in groups:
-        group.weight.data.copy_(norm.weight.data)
-    x = torch.randn(12, 5, requires_grad=True)
-    y, probe = norm(x), torch.randn(12, 5)
-    wanted = torch.cat([group(part) for group, part in zip(groups, x.chunk(3), strict=True)])
-    torch.testing.assert_close(y, wanted)
-    torch.testing.assert_close(
-        *(torch.autograd.grad((out * probe).sum(), x, retain_graph=True)[0] for out in (y, wanted))
-    )
-    for name in ("running_mean", "running_var"):
-        torch.testing.assert_close(getattr(norm, name), torch.stack([getattr(group, name) for group in groups]).mean(0))
-    assert norm.eval()(x).shape == x.shape

@@ -1,4 +1,4 @@
-"""The types of the fields of the configuration's dataclasses."""
+"""The types of the fields of settings: numbers with their bounds, strictly checked."""
 
 from typing import Annotated, Any
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peerscale.model.usage import ExpertUsage
+from peerscale.layers.usage import ExpertUsage
 
 
 def counted(n_experts: int, *passes: tuple[list[int], list[float]]) -> ExpertUsage:

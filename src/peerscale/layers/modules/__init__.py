@@ -1,1 +1,0 @@
-"""The weights and forward passes of the layers, in torch; planning does not import them."""
