@@ -48,7 +48,7 @@ def overrides(machine: Machine, method: str, vocabulary: int, batch: int) -> lis
     """The configuration; statistics of routing are taken over 32 sequences, whatever the batch."""
     words = [f"ffn={method}", f"data.vocab_size={vocabulary}", f"batch_sequences={batch}"]
     words += ["context=8"] if machine.rehearse else [f"context={CONTEXT}", "head_dim=64"]
-    words += [f"routing_group_sequences={min(batch, 32)}", "precision=bf16", "optim=row_sparse_adamw", "budget=1e15"]
+    words += [f"routing_group_sequences={min(batch, 32)}", "precision=bf16", "budget=1e15"]
     if method in ("pkm", "peer"):
         words += (
             ["ffn.n_experts=64", "ffn.n_heads=1", "ffn.top_k=4"]

@@ -38,7 +38,6 @@ batch_sequences: 16
 context: 8
 min_steps: 4
 n_layers: 2
-optim: {name: row_sparse_adamw}
 """
 
 

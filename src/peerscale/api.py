@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from peerscale.laws.isoflop import fit_isoflop
     from peerscale.laws.moe import fit_granular, fit_routed
     from peerscale.laws.parametric import fit_parametric
-    from peerscale.model.build import build_model, load_model
+    from peerscale.model.build import build_model
+    from peerscale.model.trained import load_model
     from peerscale.plan.cost import cost
     from peerscale.plan.plan import plan
     from peerscale.records.table import read_runs
@@ -23,7 +24,7 @@ __all__ = [
 _MODULES = {
     "build_model": "model.build", "compute_multipliers": "stats.multiplier", "cost": "plan.cost",
     "fit_granular": "laws.moe", "fit_isoflop": "laws.isoflop", "fit_parametric": "laws.parametric",
-    "fit_rates": "stats.rate_law", "fit_routed": "laws.moe", "load": "config.schema", "load_model": "model.build",
+    "fit_rates": "stats.rate_law", "fit_routed": "laws.moe", "load": "config.schema", "load_model": "model.trained",
     "plan": "plan.plan", "read_runs": "records.table",
 }  # fmt: skip
 

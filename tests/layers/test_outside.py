@@ -16,7 +16,8 @@ from peerscale.errors import ConfigError, UserError
 from peerscale.files import ROOT
 from peerscale.layers import registry
 from peerscale.layers.registry import parse_layer
-from peerscale.model.build import build_model, load_model
+from peerscale.model.build import build_model
+from peerscale.model.trained import load_model
 from peerscale.plan.cells import planned_cells
 from peerscale.plan.cost import cost
 from peerscale.plan.plan import plan

@@ -16,8 +16,7 @@ from peerscale.data.batches import EvaluationBatches
 from peerscale.data.prepare import prepare
 from peerscale.data.store import open_corpus
 from peerscale.errors import UserError
-from peerscale.model.build import load_model
-from peerscale.model.trained import checkpoints
+from peerscale.model.trained import checkpoints, load_model
 from peerscale.plan.cells import Cell, single_cell
 from peerscale.records.record import LOCK, Record, Status, read_record, write_record
 from peerscale.train import cell as cells
@@ -170,12 +169,16 @@ def test_what_cannot_be_loaded_is_one_line(tiny: list[str], tmp_path: Path) -> N
     for folder in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(UserError) as error:
             load_model(folder)
-        assert str(error.value) == f"{folder} is not the folder of a cell: it has no config.yaml"
+        assert str(error.value) == f"{folder} is not the folder of a cell: it has no record.json"
     folder, record = trained([*tiny, "trainer.keep_checkpoint=true"])
-    for name, content in (("config.yaml", ""), ("config.yaml", "a: [1"), ("record.json", '{"status": "do')):
+    for name, content, said in (
+        ("config.yaml", "", "input should be"),
+        ("config.yaml", "a: [1", rf"^{folder}/config.yaml cannot be read \(ParserError\)$"),
+        ("record.json", '{"status": "do', rf"^{folder}/record.json: not JSON"),
+    ):
         whole = (folder / name).read_text()
         (folder / name).write_text(content)
-        with pytest.raises(UserError, match=rf"^{folder}: config.yaml or record.json is damaged \(\w+\)$"):
+        with pytest.raises(UserError, match=said):
             load_model(folder)
         (folder / name).write_text(whole)
     (path,) = checkpoints(folder / "checkpoints")

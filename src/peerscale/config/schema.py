@@ -168,16 +168,16 @@ class TrainerConfig:
     threads: Positive = 1
     """CPU threads of each process of a cell; parallel sweeps run fastest with one."""
     kernel: Literal["auto", "cpp", "triton", "torch", "reference"] = "auto"
-    """Which implementation of the operators (`kernels.backends`)."""
+    """Which implementation of the operators (`ops.backends`)."""
     compile: bool = False
-    """torch.compile: takes 6 to 20 s at the start and saves 2 to 10 % of each step; worth it from 15 minutes a cell."""
+    """torch.compile for attention, norms and dense layers: takes seconds at the start, so it is for long cells."""
     checkpoint_every_s: Rate = 60.0
     """Seconds between two checkpoints."""
     checkpoint_every_steps: Positive | None = None
     """Save a checkpoint every so many steps instead; null: time decides."""
     log_every_steps: Positive = 20
     keep_checkpoint: bool = False
-    """Keep the checkpoint after the last step of a finished cell, for `peerscale.model.build.load_model`."""
+    """Keep the checkpoint after the last step of a finished cell, for `peerscale.api.load_model`."""
     runs_directory: str = "runs"
     """Where cells are kept, relative to the checkout."""
 

@@ -35,8 +35,7 @@ class LanguageModel(lightning.LightningModule):
         """Called in each process that trains."""
         prepare_process(self.config)
         if self.config.trainer.compile:
-            torch.compiler.reset()  # a process that trains several cells would soon reach the limit of compilations
-            self.losses = torch.compile(self.losses)
+            self.model.compile_backbone()
 
     def losses(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the next tokens in nats: tokens (B, T + 1) -> the mean (for training) and each (B, T)."""
