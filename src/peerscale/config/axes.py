@@ -18,7 +18,7 @@ NAMED = ("ffn", "size", "budget", "seed")
 TOLD_ELSEWHERE = ("ffn.class", "ffn.method", "ffn.variant", "size", "budget", "seed")
 """Keys of a composed configuration that never become axes, since a cell's name holds their values elsewhere."""
 
-CORPUS = ("data.name", "data.path", "data.source", "data.max_documents")
+CORPUS = ("data.name", "data.path", "data.source")
 """Keys that choose a corpus; in a cell's name they are one axis, `data=<name of the corpus>`."""
 
 

@@ -16,8 +16,8 @@ import pandas as pd
 
 from peerscale.config.compose import study_files
 from peerscale.config.study import load_sweep
-from peerscale.data import text
 from peerscale.data.store import read_manifest
+from peerscale.data.text import texts
 from peerscale.errors import USER_ERROR, ArgumentParser, UserError, exit_code, positive_integer, positive_number
 from peerscale.files import from_checkout
 from peerscale.launch.outcomes import Outcome, Outcomes, further_line, outcomes
@@ -107,8 +107,8 @@ def branches_lines(cells: Sequence[Cell]) -> list[str]:
 def print_plan(sweep: str, overrides: Sequence[str], workers: int, results: Path, price: float | None = None) -> int:
     """Print the plan; returns exit code 2 if a method keeps too few sizes at a budget."""
     cells = planned_cells(sweep, overrides)
-    if cells[0].config.data.source == "text":
-        text.files(str(cells[0].config.data.path))  # raises for a wrong path now, not only when the corpus is prepared
+    if cells[0].config.data.train_tokens is None:
+        texts(cells[0].config.data)  # raises for a wrong path now, not only when the corpus is prepared
     found = _outcomes(cells, results)
     kept = [cell for cell in cells if cell.plan.verdict is Verdict.OK]
     rows = [plan_row(cell, found.planned[cell.name]) for cell in cells]

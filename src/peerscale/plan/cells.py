@@ -25,7 +25,7 @@ from peerscale.config.axes import (
 )
 from peerscale.config.compose import Composition, of_cells, read_study, sweep_file
 from peerscale.config.errors import ConfigError, method_in
-from peerscale.config.schema import TABLE_1_SETS, Config, composed, parse_config, to_dict
+from peerscale.config.schema import Config, composed, parse_config, to_dict
 from peerscale.config.study import SweepConfig, load_sweep
 from peerscale.data.store import folder as corpus_folder
 from peerscale.data.store import read_manifest
@@ -127,8 +127,7 @@ def planned_cells(sweep: str | Path, overrides: Sequence[str] = ()) -> list[Cell
     if study.branches:
         cells = branched(file, cells)
     names = [cell.name for cell in cells]
-    if len({(corpus_folder(data), *(bool(data.evaluation.get(name)) for name in TABLE_1_SETS))
-            for data in (cell.config.data for cell in cells)}) > 1:  # fmt: skip
+    if len({corpus_folder(cell.config.data) for cell in cells}) > 1:
         raise ConfigError(f"{file.name} varies keys of data that make another corpus: a study has one corpus")
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"{file.name} describes {len(twice)} cells twice, {min(twice)} among them")
@@ -208,7 +207,7 @@ def _cell(sweep: str, config: Config, axes: Mapping[str, Any]) -> Cell:
         name=cell_name(config, values),
         axes=values,
         config=config,
-        plan=plan(config, set_tokens=manifest.set_tokens(config.context) if manifest else None),
+        plan=plan(config, set_tokens=manifest.splits if manifest else None),
         estimate_s=0.0,
         estimate_is_guess=True,
     )
