@@ -35,15 +35,12 @@ def corpus(cells: list[Cell]) -> str:
     """The fingerprint of what is prepared: a manifest is all that planning and status read."""
     manifest = Manifest(
         preparation_version=PREPARATION_VERSION,
-        source="gutenberg",
         vocab_size=2048,
-        dtype="uint16",
         splits={"train": 10**7, "validation": 10**6},
         utf8_bytes={"train": 10**8, "validation": 10**7},
         tokens_sha256={"train": "", "validation": ""},
         tokenizer_sha256="",
         sources={},
-        versions={},
     )
     place = folder(cells[0].config.data)
     place.mkdir(parents=True)

@@ -9,6 +9,7 @@ from torch._dynamo.utils import counters
 
 from peerscale.config.schema import load
 from peerscale.model.build import build_model
+from peerscale.model.transformer import Transformer
 
 SIZE = ["d_model=16", "context=8", "n_layers=2", "batch_sequences=16", "budget=1e12", "data.vocab_size=300"]
 ROWS = ["ffn.n_experts=64", "ffn.n_heads=2", "ffn.top_k=4", "ffn.query_norm=false"]
@@ -27,10 +28,18 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     counters.clear()
 
 
+def model_of(words: list[str], compile: bool = True) -> Transformer:
+    """As for training, which compiles after the model is built."""
+    model = build_model(load([*SIZE, *words]))
+    if compile:
+        model.compile_backbone()
+    return model
+
+
 def passes(words: list[str], compile: bool) -> list[Tensor]:
     """Logits and gradients of three batches, of two shapes."""
     torch.manual_seed(0)
-    model, results = build_model(load([*SIZE, *words, f"trainer.compile={compile}"])), []
+    model, results = model_of(words, compile), []
     for sequences in (16, 8, 16):
         logits = model(torch.randint(300, (sequences, 8)))
         results += [logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))]
@@ -49,7 +58,7 @@ def test_a_compiled_model_computes_the_same(case: str) -> None:
 
 @pytest.mark.parametrize("ffn", ["peer", "moe"])
 def test_retrieval_and_routing_run_outside_the_graph(ffn: str) -> None:
-    model, traced = build_model(load([*SIZE, f"ffn={ffn}", "replaced=all", "trainer.compile=true"])), []
+    model, traced = model_of([f"ffn={ffn}", "replaced=all"]), []
     for block in model.blocks:
         projection = block.ffn.query if ffn == "peer" else block.ffn.router
         projection.register_forward_hook(lambda *_: traced.append(torch.compiler.is_compiling()))
@@ -63,7 +72,6 @@ def test_a_process_compiles_every_model_that_it_builds() -> None:
     compiled = []
     with torch._dynamo.config.patch(recompile_limit=2):
         for width in (8, 16, 24, 32):
-            model = build_model(load([*SIZE, "ffn=dense", f"d_model={width}", "trainer.compile=true"]))
-            model(torch.randint(300, (8, 8)))
+            model_of(["ffn=dense", f"d_model={width}"])(torch.randint(300, (8, 8)))
             compiled.append(counters["stats"]["unique_graphs"])
     assert compiled == [1, 2, 3, 4]

@@ -101,8 +101,7 @@ def test_a_budgets_name_is_the_budget(budget: float) -> None:
             ["optim.lr=0.1", "data=text", "data.vocab_size=300", "data.path=a.txt", "context=8"],
             "dense-d32-2e11-data=a-vocab_size=300-lr=0.1-context=8-s0",
         ),
-        (["data=c4", "data.max_documents=1000"], "dense-d32-2e11-data=c4-s0"),
-        (["data=c4", "data.path=/data/shards", "data.name=c4_part"], "dense-d32-2e11-data=c4_part-s0"),
+        (["data=text", "data.path=c4.parquet"], "dense-d32-2e11-data=c4-s0"),
     ],
 )
 def test_a_corpus_stands_in_names_by_its_own_and_never_by_its_path(overrides: list[str], name: str) -> None:

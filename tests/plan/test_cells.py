@@ -374,7 +374,7 @@ def test_a_sweep_runs_the_cells_that_the_plan_lists(tmp_path: Path, monkeypatch:
     ran: list[Cell] = []
     corpus = SimpleNamespace(manifest=SimpleNamespace(fingerprint=CORPUS))
     monkeypatch.setattr(launch, "prepare", lambda config: corpus)
-    monkeypatch.setattr(launch, "pending_cells", lambda cells, _: ran.extend(cells) or [])
+    monkeypatch.setattr(launch, "outcomes", lambda cells: ran.extend(cells) or [])
     overrides = ["sweep.methods=[peer]", "ffn.n_experts=1024", "sweep.seeds=[1]", "data.evaluation={validation:512}"]
     file = write_study(tmp_path)
     assert launch.main([str(file), *overrides]) == 0

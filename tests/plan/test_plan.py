@@ -245,30 +245,23 @@ def test_evaluation_tokens_are_those_of_all_sets() -> None:
 
 def test_a_set_is_evaluated_on_the_whole_batches_that_it_has() -> None:
     config = configured("ffn=dense", "data.evaluation={validation:131072,tuning:3000,speeches:65536,wikipedia:65536}")
-    planned = plan(config, set_tokens={"train": 10**9, "validation": 44_290, "tuning": 9999, "wikipedia": 2048})
+    planned = plan(config, set_tokens={"train": 10**9, "validation": 44_290, "tuning": 9999, "wikipedia": 1024})
     assert planned.verdict is Verdict.OK
     assert planned.evaluation == {"validation": 43 * 1024, "tuning": 2 * 1024}
     assert not as_asked(config, planned)
     assert evaluation_line(config, planned) == (
         "evaluation: validation 44,032 of 131,072 tokens asked; tuning 2,048 of 3,000 tokens asked; speeches: not in "
-        "this corpus, skipped; wikipedia: fewer tokens than the 2,049 that a batch of 16 x 64 needs, skipped"
+        "this corpus, skipped; wikipedia: fewer tokens than the 1,025 that a batch of 16 x 64 needs, skipped"
     )
 
 
-def test_sets_of_table_1_may_fill_one_batch_and_some_are_only_in_files() -> None:
-    sets = [f"data.evaluation.{name}={n}" for name, n in (("validation", 4096), ("wikitext", 4096), ("pile", 1024))]
-    config = configured("ffn=dense", "data=c4", *sets, "data.evaluation.curation_corpus=1024")
-    files = "not on the hub, only from files in data.held_out, skipped"
-    assert evaluation_line(config, plan(config)) == (
-        f"evaluation: validation 4,096 tokens; wikitext 4,096 tokens; pile, curation_corpus: {files}"
-    )
-    given = configured("ffn=dense", "data=c4", *sets, "data.held_out.pile=pile.jsonl")
-    assert plan(given).evaluation == {"validation": 4096, "wikitext": 4096, "pile": 1024}
-    there = plan(config, set_tokens={"train": 10**9, "validation": 9999, "wikitext": 2048, "pile": 1024})
-    assert there.evaluation == {"validation": 4096, "wikitext": 1024}
-    assert there.skipped == {
-        "pile": "fewer tokens than the 1,025 that a batch of 16 x 64 needs",
-        "curation_corpus": "not on the hub, only from files in data.held_out",
+def test_a_set_may_fill_just_one_batch() -> None:
+    config = configured("ffn=dense", "data.evaluation={validation:2048,tuning:1024,speeches:1024,wikipedia:0}")
+    planned = plan(config, set_tokens={"train": 10**9, "validation": 1025, "tuning": 1024})
+    assert planned.evaluation == {"validation": 1024}
+    assert planned.skipped == {
+        "tuning": "fewer tokens than the 1,025 that a batch of 16 x 64 needs",
+        "speeches": "not in this corpus",
     }
 
 
@@ -300,7 +293,7 @@ def test_what_the_plan_keeps_can_be_evaluated_and_nothing_more(held, asked, batc
             )
             return
         assert planned.reason == (
-            f"the validation set of this corpus has {held:,} tokens, fewer than the {2 * a_batch + 1:,} that a batch "
+            f"the validation set of this corpus has {held:,} tokens, fewer than the {a_batch + 1:,} that a batch "
             f"of {batch_sequences} x {context} needs"
         )
     with pytest.raises(AssertionError):

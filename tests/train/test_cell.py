@@ -1,6 +1,5 @@
 """What a cell leaves behind: nothing when it is refused, one checkpoint when it is asked to keep its model."""
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -220,34 +219,3 @@ def test_a_single_cell_that_another_process_runs_is_no_error(
     printed = capsys.readouterr()
     assert printed.out == "" and f"{planned.name} is being run by another process and is skipped here" in printed.err
     assert read_record(planned.folder) is None
-
-
-@pytest.mark.parametrize("layer", ["dense", "peer"])
-def test_of_lambada_the_last_words_count_each_after_its_own_passage(
-    layer: str, tiny: list[str], tmp_path: Path
-) -> None:
-    words = ["ba", "ken", "list", "molly", "nurk", "ra"]
-    passages = [" ".join(words[i * j % 6] for j in range(2 + i % 6)) + f" {words[i % 6]}li{i}" for i in range(32)]
-    (tmp_path / "lambada.txt").write_text("\n".join(passages), encoding="utf-8")
-    sets = ["+data.evaluation.lambada=2048", f"+data.held_out.lambada={tmp_path / 'lambada.txt'}"]
-    asked = [*tiny, *sets, f"ffn={layer}", "context=32", "trainer.keep_checkpoint=true"]
-    asked.append(budget(asked, 8))
-    corpus = prepare(load(asked).data)
-    folder, record = trained(asked)
-    found, model = record.evaluation["lambada"], load_model(folder)
-    nats, counts = [], []
-    for passage in passages:
-        head, _, last = passage.rpartition(" ")
-        before, word = (corpus.tokenizer.encode(text).ids for text in (head, f" {last}"))
-        with torch.no_grad():
-            predicted = model(torch.tensor([[*before, *word]])).log_softmax(-1)[0, len(before) - 1 : -1]
-        nats.append(-predicted[range(len(word)), word].sum().item())
-        counts.append(len(word))
-    assert len({*counts}) > 1 and found["tokens"] == sum(counts)
-    loss = sum(nats) / sum(counts)
-    assert found["loss"] == pytest.approx(loss, abs=1e-5) and found["ppl"] == pytest.approx(math.exp(loss), rel=1e-4)
-    # The jackknife's standard error of a ratio of sums.
-    others = [(sum(nats) - a) / (sum(counts) - n) for a, n in zip(nats, counts, strict=True)]
-    jackknife = math.sqrt(31 / 32 * sum((other - sum(others) / 32) ** 2 for other in others))
-    assert found["se"] == pytest.approx(jackknife, rel=0.03)
-    assert "bits_per_byte" not in found

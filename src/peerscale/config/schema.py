@@ -27,20 +27,15 @@ def _blocks(value: Any) -> Any:
     return value
 
 
-FROM_FILES = ("pile", "curation_corpus")
-"""Sets of `TABLE_1_SETS` that are not freely available on the Hugging Face hub."""
-TABLE_1_SETS = ("lambada", "wikitext", *FROM_FILES)
-"""Evaluation sets of the paper's Table 1, except C4. When a corpus is prepared, those that `evaluation` names are added
-to it, from the files in `held_out` or else from the hub."""
-HELD_OUT_SETS = ("validation", "tuning", "speeches", "wikipedia", *TABLE_1_SETS)
-"""Sets that are never trained on. Every corpus has the first two; only `gutenberg` has the next two."""
+CORPUS_SETS = ("train", "validation", "tuning", "speeches", "wikipedia")
+"""Sets that a corpus may have of its own; only `gutenberg` has the last two. Other names are free for the user's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class DataConfig:
-    """A corpus, its tokenizer and its held-out sets."""
+    """A corpus, its tokenizer and its held-out sets. Places of text are files, or folders of them (`data.text`)."""
 
-    source: Literal["gutenberg", "text", "c4"]
+    source: Literal["gutenberg", "text"]
     name: str | None = None
     """Name of the corpus in cell names and in the table of runs; null: see `corpus_name`."""
     vocab_size: Annotated[int, Field(ge=257, le=65536)] = 2048
@@ -52,40 +47,40 @@ class DataConfig:
     """The held-out set whose loss is `val_loss`; learning rates are tuned on `tuning`."""
     evaluation: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: {"validation": 131072})
     """Tokens of each held-out set to evaluate on, the same for every cell; 0 leaves a set out. If a set is smaller, all
-    its whole batches are used; a set that the corpus does not have is skipped. In `lambada` only the last word of each
-    passage is scored (`training.evaluation`), and each passage takes a whole row of `context` tokens."""
-    held_out: dict[str, str | None] = Field(default_factory=dict)
-    """The user's files, or folders of files, for sets of `TABLE_1_SETS`."""
+    its whole batches are used; a set that the corpus does not have is skipped."""
+    evaluation_files: dict[str, str] = Field(default_factory=dict)
+    """Further held-out sets: name -> place of its text. They are prepared with the corpus, with its tokenizer."""
     path: str | None = None
-    """`text`: a .txt, .jsonl or .gz file, or a folder of them. `c4`: a folder of C4's shards, to use instead of the
-    hub."""
-    max_documents: Positive | None = None
-    """`c4`: documents to stream."""
+    """`text`: the place of the text, of which spans are set aside as `validation` and `tuning`."""
     directory: str = "data"
     """Where prepared tokens are kept, relative to the checkout."""
 
     def __post_init__(self) -> None:
-        if self.name is not None and not re.fullmatch(r"\w[\w.-]*", self.name, re.ASCII):
-            raise ValueError(
-                f"name {self.name!r} is not a plain word (letters, digits, _ . -, and no . or - at its start)"
-            )
-        if strange := [name for name in self.evaluation if name not in HELD_OUT_SETS]:
-            raise ValueError(f"evaluation names {strange[0]!r}; the held-out sets are {', '.join(HELD_OUT_SETS)}")
-        if strange := [name for name in self.held_out if name not in TABLE_1_SETS]:
-            raise ValueError(f"held_out names {strange[0]!r}; there are {', '.join(TABLE_1_SETS)}")
+        for what, name in [("name", self.name), *(("evaluation_files", name) for name in self.evaluation_files)]:
+            if name is not None and not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
+                raise ValueError(
+                    f"{what} {name!r} is not a plain word (letters, digits, _ . -, and no . or - at its start)"
+                )
+        if taken := [name for name in self.evaluation_files if name in CORPUS_SETS]:
+            raise ValueError(f"evaluation_files names {taken[0]!r}, which is a set of the corpus itself")
+        there = [*CORPUS_SETS[1:], *self.evaluation_files]
+        if strange := [name for name in self.evaluation if name not in there]:
+            raise ValueError(f"evaluation names {strange[0]!r}; the held-out sets are {', '.join(there)}")
+        if unused := [name for name in self.evaluation_files if name not in self.evaluation]:
+            raise ValueError(f"evaluation_files names {unused[0]!r}, which has no number of tokens in evaluation")
         if not self.evaluation.get(self.val_set):
             raise ValueError(
                 f"val_set {self.val_set!r} has no tokens in evaluation, which names {list(self.evaluation)}"
             )
         if self.source == "text" and not self.path:
-            raise ValueError("source text needs data.path=FILE_OR_FOLDER (.txt, .jsonl, .gz)")
+            raise ValueError("source text needs data.path=FILE_OR_FOLDER (.txt, .jsonl, .parquet)")
 
     @property
     def corpus_name(self) -> str:
         """`name`; if that is null, the name of the user's file or folder without its ending, or else the `source`."""
         if self.name or self.source != "text" or not self.path:
             return self.name or self.source
-        stem = re.sub(r"(\.(txt|jsonl|gz))+$", "", Path(self.path).expanduser().absolute().name)
+        stem = re.sub(r"(\.(txt|jsonl|parquet|gz))+$", "", Path(self.path).expanduser().absolute().name)
         return re.sub(r"[^\w.-]+", "_", stem, flags=re.ASCII).strip("_.-") or self.source
 
 

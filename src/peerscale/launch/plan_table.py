@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from peerscale.config.study import load_sweep
-from peerscale.data import text
+from peerscale.data.text import texts
 from peerscale.errors import USER_ERROR
 from peerscale.launch.outcome import outcomes
 from peerscale.plan.cells import Cell, planned_cells
@@ -33,8 +33,7 @@ def print_plan(sweep: str, overrides: Sequence[str], workers: int, price: float 
         price: of a GPU-hour.
     """
     cells = planned_cells(sweep, overrides)
-    if cells[0].config.data.source == "text":
-        text.files(str(cells[0].config.data.path))  # raises for a wrong path now, not only when the corpus is prepared
+    texts(cells[0].config.data)  # raises for a wrong path now, not only when the corpus is prepared
     found = outcomes(cells)
     done = {outcome.cell.name for outcome in found if outcome.status is Status.DONE}
     rows = [plan_row(cell) | {"": "done" if cell.name in done else str(cell.plan.verdict)} for cell in cells]

@@ -14,7 +14,7 @@ TOLD_ELSEWHERE = (
 )  # fmt: skip
 """Keys of a configuration that never become axes, since a cell's name holds their values elsewhere."""
 
-CORPUS = ("data.name", "data.path", "data.source", "data.max_documents")
+CORPUS = ("data.name", "data.path", "data.source")
 """Keys that choose a corpus; in a cell's name they are one axis, `data=<name of the corpus>`."""
 
 

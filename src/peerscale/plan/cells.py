@@ -22,7 +22,7 @@ from peerscale.config.compose import (
     value_at,
 )
 from peerscale.config.errors import ConfigError
-from peerscale.config.schema import TABLE_1_SETS, Config, parse_config, to_dict
+from peerscale.config.schema import Config, parse_config, to_dict
 from peerscale.config.study import SweepConfig, load_sweep
 from peerscale.data.store import folder as corpus_folder
 from peerscale.data.store import read_manifest
@@ -114,11 +114,7 @@ def _refuse_varied(file: str, study: SweepConfig, overrides: Sequence[str]) -> N
 
 def _check_together(file: str, cells: Sequence[Cell]) -> None:
     """Raise `ConfigError` if two cells have one name, or two cells different corpora."""
-    corpora = {
-        (corpus_folder(data), *(bool(data.evaluation.get(name)) for name in TABLE_1_SETS))
-        for data in (cell.config.data for cell in cells)
-    }
-    if len(corpora) > 1:
+    if len({corpus_folder(cell.config.data) for cell in cells}) > 1:
         raise ConfigError(f"{file} varies keys of data that make another corpus: a study has one corpus")
     names = Counter(cell.name for cell in cells)
     if twice := [name for name, n in names.items() if n > 1]:
@@ -187,7 +183,7 @@ def without_brackets(cells: Sequence[Cell]) -> list[Cell]:
 def _cell(sweep: str, config: Config, axes: Mapping[str, Any]) -> Cell:
     manifest = read_manifest(config.data)
     values = {key: value_at(to_dict(config), key, value) for key, value in axes.items()}  # `0.02` for `.02`
-    planned = plan(config, set_tokens=manifest.set_tokens(config.context) if manifest else None)
+    planned = plan(config, set_tokens=manifest.splits if manifest else None)
     return Cell(
         sweep=sweep,
         name=cell_name(config, values),

@@ -16,13 +16,12 @@ RECIPE_OF_COPIES = 2
 
 NOT_HASHED = (
     "trainer", "tracking", "min_steps",
-    "data.directory", "data.name", "data.path", "data.held_out", "data.train_tokens", "data.max_epochs",
+    "data.directory", "data.name", "data.path", "data.evaluation_files", "data.train_tokens", "data.max_epochs",
 )  # fmt: skip
 """Keys of the configuration that decide how and where a cell runs and what is kept, but not its result."""
 
 NAMES = (
-    "ffn.variant", "ffn.params_of.variant", "data.source", "data.max_documents",
-    "optim.lr_rule", "optim.lr_law", "optim.lr_factor",
+    "ffn.variant", "ffn.params_of.variant", "data.source", "optim.lr_rule", "optim.lr_law", "optim.lr_factor",
 )  # fmt: skip
 """Keys that are not hashed because the values that they stand for are: layer settings, tokens, learning rates."""
 

@@ -1,10 +1,4 @@
-"""Losses on the held-out sets, on the same tokens for every cell.
-
-In `lambada` (Paperno et al. 2016) only the last word of each passage is scored: `loss` is the mean over the tokens of
-all last words, in nats per token, given the whole passage before them, and `ppl` is its exponential. It is neither the
-perplexity per word that language-model suites report, which sums over the tokens of a word, nor the accuracy, nor the
-loss of whole passages, and it depends on the vocabulary. The paper does not say which of these it reports.
-"""
+"""Losses on the held-out sets, on the same tokens for every cell."""
 
 import math
 from typing import Any
@@ -14,10 +8,10 @@ import numpy as np
 import torch
 
 from peerscale.config.schema import Config
-from peerscale.data.batches import EvaluationBatches, LastWordBatches
+from peerscale.data.batches import EvaluationBatches
 from peerscale.data.store import Corpus
 from peerscale.layers.usage import CountsUsage, ExpertUsage
-from peerscale.plan.held_out_sets import batch_shape, evaluated_tokens
+from peerscale.plan.held_out_sets import evaluated_tokens
 from peerscale.train.module import LanguageModel
 
 
@@ -31,29 +25,20 @@ def evaluate(module: LanguageModel, corpus: Corpus, config: Config, device: torc
     """
     result: dict[str, Any] = {"evaluation": {}, "sequence_losses": [], "router": {}}
     module.eval().to(device)
-    for name, n_tokens in evaluated_tokens(config, corpus.manifest.set_tokens(config.context)).items():
+    shape = {"batch_sequences": config.batch_sequences, "context": config.context}
+    for name, n_tokens in evaluated_tokens(config, corpus.manifest.splits).items():
         if name == config.data.val_set:
             attach_usage(module)
-        tokens, shape = corpus.tokens(name), batch_shape(config, name)
-        if last_words := name == "lambada":
-            batches = LastWordBatches(tokens, n_tokens, corpus.begins_word(), **shape)
-        else:
-            batches = EvaluationBatches(tokens, n_tokens, **shape)
-        counted = [batches.counted(i) for i in range(len(batches))]
-        losses = np.concatenate([_sequence_losses(module, batches[i], each, device) for i, each in enumerate(counted)])
-        n_counted = np.concatenate(counted).sum(axis=1)
-        weights = n_counted / n_counted.mean()
-        loss = float((weights * losses).mean())
-        linear = weights * losses - (weights - 1) * loss  # linearised: its spread is that of a ratio of two sums
+        batches = EvaluationBatches(corpus.tokens(name), n_tokens, **shape)
+        losses = np.concatenate([_sequence_losses(module, batches[i], device) for i in range(len(batches))])
+        loss, tokens_per_byte = float(losses.mean()), corpus.manifest.splits[name] / corpus.manifest.utf8_bytes[name]
         values = {
             "loss": loss,
-            "se": float(linear.std(ddof=1) / math.sqrt(len(losses))) if len(losses) > 1 else math.nan,
-            "tokens": int(n_counted.sum()),
+            "se": float(losses.std(ddof=1) / math.sqrt(len(losses))) if len(losses) > 1 else math.nan,
+            "tokens": losses.size * config.context,
             "ppl": math.exp(min(loss, 700.0)),
+            "bits_per_byte": loss * tokens_per_byte / math.log(2),
         }
-        if not last_words:
-            tokens_per_byte = corpus.manifest.splits[name] / corpus.manifest.utf8_bytes[name]
-            values["bits_per_byte"] = loss * tokens_per_byte / math.log(2)
         result["evaluation"][name] = values
         if name == config.data.val_set:
             result["sequence_losses"] = [round(float(x), 5) for x in losses]
@@ -61,14 +46,13 @@ def evaluate(module: LanguageModel, corpus: Corpus, config: Config, device: torc
     return result
 
 
-def _sequence_losses(module: LanguageModel, batch: np.ndarray, counted: np.ndarray, device: torch.device) -> np.ndarray:
-    """The mean loss of each sequence over its scored targets; counted (B, T)."""
-    tokens, counted_BT = (torch.from_numpy(part).to(device) for part in (batch, counted))
+def _sequence_losses(module: LanguageModel, batch: np.ndarray, device: torch.device) -> np.ndarray:
+    """The mean loss of each sequence of a batch (B, T + 1), shape (B,)."""
+    tokens = torch.from_numpy(batch).to(device)
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, module.config.precision == "bf16"):
         parts = tokens.chunk(module.config.surroundings.micro_batches)
         losses_BT = torch.cat([module.losses(part)[1] for part in parts])
-        losses_B = (losses_BT * counted_BT).sum(dim=1) / counted_BT.sum(dim=1)
-        return losses_B.double().cpu().numpy()
+        return (losses_BT.sum(dim=1) / losses_BT.shape[1]).double().cpu().numpy()
 
 
 def attach_usage(module: LanguageModel) -> None:
