@@ -73,7 +73,7 @@ class Bench:
             "defaults: [override data: text, override tracking: disabled]",
             f"sweep: {{methods: [dense, peer], grid: [{{budget: 2e8, d_model: [8, 12, 16]}}], min_sizes: 1{sweep}}}",
         ]
-        for group in ("data", "size", "trainer", "optim"):
+        for group in ("data", "trainer", "optim"):
             inner = [f"{k.partition('.')[2]}: {v}" for k, v in settings.items() if k.startswith(f"{group}.")]
             inner += ["evaluation: {validation: 512}"] if group == "data" else []
             lines.append(f"{group}: {{{', '.join(inner)}}}")

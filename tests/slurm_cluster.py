@@ -62,7 +62,7 @@ sweep:
   min_sizes: 1
 data: {{path: {text}, directory: {folder}/data, vocab_size: 300, max_epochs: 1e6, evaluation: {{validation: 512}}}}
 trainer: {{runs_directory: {folder}/runs, kernel: torch, log_every_steps: 20, checkpoint_every_steps: 50}}
-size: {{n_layers: 2}}
+n_layers: 2
 context: 8
 min_steps: 40
 """

@@ -253,22 +253,22 @@ def study(settings: list[str], tmp_path: Path) -> Path:
         "sweep:",
         "  methods: [dense, peer]",
         f"  grid: [{{budget: {steps}, d_model: [8]}}]",
-        "  axes: {optim.warmup_fraction: [0.0, 1.0]}",
+        "  axes: {batch_sequences: [16, 64]}",
         "  method_axes: {peer: {optim.lr: [1e30]}}",
         "  min_sizes: 1",
-        "optim: {lr_rule: constant}",
+        "optim: {lr_rule: constant, warmup_fraction: 0}",
     ]
     for key, value in keys.items():
-        if "." not in key and key not in ("data", "size"):
+        if "." not in key and key not in ("data", "d_model", "batch_sequences"):
             lines.append(f"{key}: {value}")
-    for group in ("data", "trainer", "size"):
+    for group in ("data", "trainer"):
         inner = ", ".join(
             f"{key.split('.')[1]}: {value}"
             for key, value in keys.items()
             if key.count(".") == 1 and key.startswith(f"{group}.")
         )
         lines.append(f"{group}: {{{inner}}}")
-    lines[-3] = lines[-3].replace("}", ", evaluation: {validation: 512}}")
+    lines[-2] = lines[-2].replace("}", ", evaluation: {validation: 512}}")
     path = tmp_path / "tiny.yaml"
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -392,7 +392,7 @@ def test_ctrl_c_leaves_a_cell_that_goes_on(settings: list[str], tmp_path: Path) 
 
 
 def test_a_two_cell_sweep_goes_from_text_to_figure(study: Path, tmp_path: Path) -> None:
-    text = study.read_text().replace("  axes: {optim.warmup_fraction: [0.0, 1.0]}\n", "")
+    text = study.read_text().replace("  axes: {batch_sequences: [16, 64]}\n", "")
     study.write_text(text.replace("  method_axes: {peer: {optim.lr: [1e30]}}\n", ""))
     steps = load_sweep(study).grid[0].budget
     for part, said in (

@@ -173,10 +173,10 @@ def test_a_damaged_file_is_named_with_what_to_do(config, name, damage):
 def test_a_sweep_looks_at_the_tokens_once_and_refuses_damaged_ones(tmp_path, monkeypatch):
     """Tokens of the same number as before, but others: nothing else in a run would notice."""
     (tmp_path / "text.txt").write_text(prose(N_BYTES), encoding="utf-8")
-    study = write_study(tmp_path, "{methods: [dense], grid: [{budget: 1e7, sizes: [d8, d12]}]}")
+    study = write_study(tmp_path, "{methods: [dense], grid: [{budget: 1e7, d_model: [8, 12]}], min_sizes: 1}")
     settings = (
         f"data=text data.path={tmp_path / 'text.txt'} data.vocab_size=512 data.evaluation.validation=1024 context=8 "
-        "size.n_layers=1 min_steps=1 tracking=disabled trainer.accelerator=cpu"
+        "n_layers=1 min_steps=1 tracking=disabled trainer.accelerator=cpu"
     )
     prepared = call(f"prepare --sweep {study} {settings}")
     (folder,) = (tmp_path / "data").glob("text-512-????????")
@@ -191,7 +191,7 @@ def test_a_sweep_looks_at_the_tokens_once_and_refuses_damaged_ones(tmp_path, mon
 
     path = folder / "train.bin"
     path.write_bytes(np.full(path.stat().st_size // 2, 300, dtype="uint16").tobytes())
-    for command in (f"launch {study} sweep.seeds=[1]", f"train size=d8 budget=1e7 data.directory={folder.parent}"):
+    for command in (f"launch {study} sweep.seeds=[1]", f"train d_model=8 budget=1e7 data.directory={folder.parent}"):
         damaged = call(f"{command} {settings}")
         assert damaged.code == 2
         assert damaged.err.startswith(f"error: {path} is missing or damaged: ") and damaged.err.count("\n") == 1

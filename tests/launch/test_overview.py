@@ -258,7 +258,7 @@ def test_cells_are_counted_without_planning_them(tmp_path: Path) -> None:
 
 
 def test_rate_brackets_are_no_sizes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    rows = "{budget: 1e10, sizes: [d8]}, {budget: 1e10, sizes: [d8], axes: {optim.lr_factor: [0.5, 2.0]}}"
+    rows = "{budget: 1e10, d_model: [8]}, {budget: 1e10, d_model: [8], axes: {optim.lr_factor: [0.5, 2.0]}}"
     file = write_study(tmp_path, f"{{methods: [dense], min_sizes: 1, grid: [{rows}]}}", "min_steps: 1")
     assert [cell.plan.lr / planned_cells(file)[0].plan.lr for cell in planned_cells(file)] == [1, 0.5, 2]
     assert main(["plan", str(file), "sweep.min_sizes=2"]) == 2

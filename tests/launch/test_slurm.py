@@ -175,7 +175,10 @@ def test_without_submitit_one_line_says_what_to_install(monkeypatch: pytest.Monk
     ("wrong", "line"),
     [
         ("slurm.partitions=main", r"^conf/slurm.yaml: Key 'partitions' is not in struct$"),
-        ("slurm.mem_gb=much", r"^sbatch: invalid literal for int() with base 10: 'much' \(asked for 1 jobs of much GB"),
+        (
+            "slurm.mem_gb=much",
+            r"^sbatch: invalid literal for int\(\) with base 10: 'much' \(asked for 1 jobs of much GB",
+        ),
     ],
 )
 def test_a_wrong_setting_is_one_line(wrong: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,7 +171,7 @@ def test_what_cannot_be_loaded_is_one_line(tiny: list[str], tmp_path: Path) -> N
         assert str(error.value) == f"{folder} is not the folder of a cell: it has no record.json"
     folder, record = trained([*tiny, "trainer.keep_checkpoint=true"])
     for name, content, said in (
-        ("config.yaml", "", "input should be"),
+        ("config.yaml", "", "[Ii]nput should be"),
         ("config.yaml", "a: [1", rf"^{folder}/config.yaml cannot be read \(ParserError\)$"),
         ("record.json", '{"status": "do', rf"^{folder}/record.json: not JSON"),
     ):
