@@ -33,7 +33,7 @@ endif
 .DEFAULT_GOAL := help
 # `data sweep figures` need each other in this order, also with make -j.
 .NOTPARALLEL:
-.PHONY: help setup reproduce smoke test check data studies plan sweep repeat status figures forecast findings report validate publish sync dashboard notebooks bench torture clean
+.PHONY: help setup reproduce smoke test check data studies plan sweep repeat status figures forecast report validate publish sync dashboard notebooks bench torture clean
 
 help: ## print this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -86,9 +86,6 @@ figures: setup ## table, fits and figures of SWEEP, from its runs or else from r
 forecast: setup ## predict BUDGET=1e14 from the smaller budgets of SWEEP, before its cells run; written to results/
 	@$(BIN)/python analysis/collect.py $(SWEEP) $(OVERRIDES) $(if $(PUBLISHED),--with-published)
 	@$(BIN)/python analysis/forecast.py $(SWEEP) $(BUDGET)
-
-findings: setup ## the tables of docs/findings.md and the README: what results/ says of the paper's claims
-	@$(BIN)/python analysis/findings.py
 
 report: figures ## one HTML page of SWEEP in its study folder; WANDB=1 also puts a report on the W&B server
 	@$(BIN)/python analysis/report.py $(SWEEP)

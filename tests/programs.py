@@ -23,7 +23,7 @@ MODULES = {
     "prepare": "peerscale.data.prepare",
     "repeat": "peerscale.launch.repeat",
 }
-SCRIPTS = ("collect", "figures", "findings", "fit", "forecast", "publish", "validate")
+SCRIPTS = ("collect", "figures", "fit", "forecast", "publish", "validate")
 
 
 @dataclass(frozen=True)
