@@ -1,7 +1,6 @@
 """The main figure draws the multipliers of fits.json, and beside them the paper's."""
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,19 +16,12 @@ PEER = [
 ]  # fmt: skip
 
 
-def times(*values: float | None) -> list[dict[str, Any]]:
-    each = zip(PEER, values, strict=True)
-    return [{"budget": one["budget"], "method": "peer", "multipliers": {"measured time": value}} for one, value in each]
-
-
 def dots(axes: Axes) -> list[float]:
     return sorted(float(y) for scatter in axes.collections[1:] for y in np.asarray(scatter.get_offsets())[:, 1])
 
 
-def test_multipliers_bands_seeds_and_time() -> None:
-    figure = multipliers_figure(
-        {"budgets": [], "multipliers": PEER, "conventions": times(0.9, 0.8)}, read_published(), note="a note"
-    )
+def test_multipliers_bands_and_seeds() -> None:
+    figure = multipliers_figure({"budgets": [], "multipliers": PEER}, read_published(), note="a note")
     assert figure is not None
     ours, paper = figure.axes
     assert [axes.get_title() for axes in figure.axes] == ["PEER", "the paper"]
@@ -37,35 +29,25 @@ def test_multipliers_bands_seeds_and_time() -> None:
     band = ours.collections[0].get_paths()[0].vertices[:, 1]
     assert {*np.round(band, 6)} == {1.0, 1.2, 1.5}
     assert dots(ours) == [1.05, 1.15]
-    (time,) = (line for line in ours.lines if line.get_linestyle() == "--")
-    np.testing.assert_allclose(time.get_ydata(), [0.9, 0.8])
     assert paper.lines[1].get_label() == "peer" and "a note" in figure.get_supxlabel()
     assert "from one seed" in figure.get_supxlabel()
     alone = multipliers_figure(
-        {"budgets": [], "multipliers": [*PEER[1:], {**PEER[0], "by_seed": None}], "conventions": []}, read_published()
+        {"budgets": [], "multipliers": [*PEER[1:], {**PEER[0], "by_seed": None}]}, read_published()
     )
     assert alone is not None and "from one seed" not in alone.get_supxlabel()
     figure.draw_without_rendering()
 
 
-def test_without_measured_times_there_is_no_line_of_them() -> None:
-    figure = multipliers_figure(
-        {"budgets": [], "multipliers": PEER, "conventions": times(None, None)}, read_published()
-    )
-    assert figure is not None and "in training time" not in figure.get_supxlabel()
-    assert not any(line.get_linestyle() == "--" and len(line.get_xdata()) for line in figure.axes[0].lines)
-
-
 def test_each_method_has_a_panel_with_its_variants() -> None:
     others = [{**one, "method": name} for one in PEER for name in ("pkm", "peer n_experts=16384")]
-    figure = multipliers_figure({"budgets": [], "multipliers": [*PEER, *others], "conventions": []}, read_published())
+    figure = multipliers_figure({"budgets": [], "multipliers": [*PEER, *others]}, read_published())
     assert figure is not None and [axes.get_title() for axes in figure.axes] == ["PKM", "PEER", "the paper"]
     assert [len(axes.collections) for axes in figure.axes] == [2, 4, 0]  # bands, and dots of seeds
 
 
 def test_budgets_below_the_trend_stand_apart_from_the_line() -> None:
     third = {**PEER[1], "budget": 1e13, "multiplier": 1.4}
-    fits = {"budgets": [], "multipliers": [*PEER, third], "conventions": [], "trend_from": 3e12}
+    fits = {"budgets": [], "multipliers": [*PEER, third], "trend_from": 3e12}
     figure = multipliers_figure(fits, read_published())
     assert figure is not None and "points without a line" in figure.get_supxlabel()
     drawn = [np.asarray(line.get_ydata(), float).tolist() for line in figure.axes[0].lines]
@@ -74,7 +56,7 @@ def test_budgets_below_the_trend_stand_apart_from_the_line() -> None:
 
 def test_a_multiplier_from_a_flagged_minimum_is_hollow() -> None:
     methods = [{"name": "peer", "status": "off_centre"}, {"name": "dense", "status": "ok"}]
-    fits = {"budgets": [{"budget": 3e12, "methods": methods}], "multipliers": PEER, "conventions": []}
+    fits = {"budgets": [{"budget": 3e12, "methods": methods}], "multipliers": PEER}
     figure = multipliers_figure(fits, read_published())
     assert figure is not None and "hollow: flagged minimum" in figure.get_supxlabel()
     hollow = [np.asarray(line.get_ydata(), float).tolist() for line in figure.axes[0].lines
@@ -83,7 +65,7 @@ def test_a_multiplier_from_a_flagged_minimum_is_hollow() -> None:
 
 
 def test_one_budget_makes_no_figure() -> None:
-    assert multipliers_figure({"budgets": [], "multipliers": PEER[:1], "conventions": []}, read_published()) is None
+    assert multipliers_figure({"budgets": [], "multipliers": PEER[:1]}, read_published()) is None
 
 
 def test_the_papers_multipliers_by_hand() -> None:

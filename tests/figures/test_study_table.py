@@ -268,7 +268,7 @@ def test_claims_at_one_size_are_told() -> None:
     runs = ablation_runs("experts")
     claims = ClaimsConfig(method="peer", rivals=["dense"])
     compared = compare(runs, ablation_records("experts"), claims=claims)
-    fits = fit_study(runs, curves_table(()), compared, (), None)
+    fits = fit_study(runs, curves_table(()), compared)
     text = study_table.study_table("experts", runs, {**fits, "answer": answer(fits)})
     assert text.splitlines()[2].startswith("**At 1e13 FLOPs, d_model 64, 1,024 experts, BatchNorm, PEER leads dense (")
     assert "\n## Claims\n" in text and "corrected by Holm's method for the 8 comparisons" in text

@@ -38,7 +38,7 @@ TITLES = {
     "query_norm": "BatchNorm on the queries (the paper's Figure 4)",
     "differences": "Difference to dense",
     "frontier": "Compute-optimal loss, and the compute multiplier over dense",
-    "multipliers": "Compute multipliers over dense, in FLOPs and in measured time, beside the paper's",
+    "multipliers": "Compute multipliers over dense, beside the paper's",
     "curves": "Training curves",
     "rates": "Learning rates",
     "brackets": "Rate brackets: the same models at other learning rates",

@@ -1,4 +1,4 @@
-"""Compute multipliers: dense's compute over a method's for the same loss, by budget, in FLOPs and in time."""
+"""Compute multipliers: dense's compute over a method's for the same loss, by budget."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from peerscale.figures import style
 from peerscale.figures.brackets import bars
 from peerscale.figures.published import paper_values
-from peerscale.stats.conventions import MEASURED_TIME
 from peerscale.stats.multiplier import compute_multipliers
 
 COLUMNS = ("method", "reference", "budget", "multiplier", "low", "high", "by_seed")
@@ -33,7 +32,7 @@ def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, *, note
     paper = paper_multipliers(published, methods)
     colours = style.colours([*methods, *names])
     found["hollow"] = [style.compares_flagged(flagged, one["budget"], one) for one in fits["multipliers"]]
-    timed, start = in_measured_time(found, fits["conventions"]), fits.get("trend_from", 0.0)
+    start = fits.get("trend_from", 0.0)
     budgets = sorted(found["budget"].unique())
     with style.applied():
         figure = Figure(figsize=(style.TEXT_WIDTH, 2.8), layout="constrained")
@@ -44,8 +43,6 @@ def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, *, note
         for axes, method in zip(panels, methods, strict=False):
             for name in [name for name in names if name.partition(" ")[0] == method]:
                 draw_line(axes, found[found["method"] == name].sort_values("budget"), colours[name], start)
-                in_time = timed[(timed["method"] == name) & (timed["budget"] >= start)].sort_values("budget")
-                axes.plot(in_time["budget"], in_time["multiplier"], "--", color=colours[name], linewidth=0.9)
             axes.set_title(style.label(method), fontsize=8)
             style.decade_axis(axes.xaxis, budgets if len(budgets) < 3 else [b for b in budgets if np.log10(b) % 1 == 0])
         for name, values in paper.items():
@@ -64,28 +61,11 @@ def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, *, note
             * bool(found["by_seed"].map(lambda each: isinstance(each, dict)).any())
         )
         outside = "points without a line: models or batches of another kind than at larger budgets (table.md)"
-        seconds = "dashed: in training time, from the step times of a separate benchmark (results/bench)"
         theirs = "the paper: from the perplexities on C4 of its Table 1, by the same rule; it gives no errors"
         hollow = "hollow: flagged minimum (table.md)" * bool(found["hollow"].any())
         lines = [bars(fits).replace("bars", "bands", 1), outside * bool(budgets[0] < start), hollow, seeds]
-        style.caption(figure, note, *lines, seconds * (not timed.empty), theirs * bool(paper))
+        style.caption(figure, note, *lines, theirs * bool(paper))
     return figure
-
-
-def in_measured_time(found: pd.DataFrame, conventions: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """The multipliers in measured time instead of FLOPs; without those whose time was not measured.
-
-    Intervals and seeds are scaled with the multiplier, as if the time of a FLOP were the same at both of their ends.
-    """
-    times = {(row["method"], row["budget"]): row["multipliers"].get(MEASURED_TIME) for row in conventions}
-    keys = zip(found["method"], found["budget"], strict=True)
-    scale = pd.Series([times.get(key) for key in keys], found.index, float) / found["multiplier"]
-    by_seed = [
-        {seed: value * factor for seed, value in seeds.items()} if isinstance(seeds, dict) else None
-        for seeds, factor in zip(found["by_seed"], scale, strict=True)
-    ]
-    scaled = {column: found[column] * scale for column in ("multiplier", "low", "high")}
-    return found.assign(**scaled, by_seed=pd.Series(by_seed, found.index, object))[scale.notna()]
 
 
 def paper_multipliers(published: pd.DataFrame, methods: Sequence[str]) -> dict[str, dict[float, float]]:

@@ -21,15 +21,10 @@ from peerscale.plan.cells import Cell, planned_cells
 from peerscale.records.curves import CURVES, curves_table
 from peerscale.records.publication import public
 from peerscale.records.record import Record, Status
-from peerscale.records.study import RESULTS, collected, planned_record, published
+from peerscale.records.study import collected, planned_record, published
 from peerscale.records.table import read_records, read_table, runs_table
 from peerscale.stats.comparison import compare
 from peerscale.stats.fits import fit_study
-
-STEPS = RESULTS / "bench" / "training_step.csv"
-"""Times of training steps, which `make bench` publishes."""
-STEP_COLUMNS = ("size", "method", "tokens", "flops", "median_s")
-"""Columns of `STEPS` that are used."""
 
 
 def collect(
@@ -117,8 +112,7 @@ def fits_of(sweep: str, runs: pd.DataFrame, curves: pd.DataFrame, records: Seque
         said["claims"] = replace(claims, budgets=sorted(windows))
     as_published = [public(record) for record in records]  # so that results/ alone gives the same fits
     compared = compare(runs, as_published, windows=windows, **said)
-    steps = read_table(STEPS, STEP_COLUMNS) if STEPS.is_file() else None
-    fits = fit_study(runs, curves, compared, settings.held_out if settings else (), steps)
+    fits = fit_study(runs, curves, compared, settings.held_out if settings else ())
     fits["answer"] = answer(fits)
     return rounded(fits)
 

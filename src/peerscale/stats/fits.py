@@ -26,7 +26,6 @@ def fit_study(
     curves: pd.DataFrame,
     compared: Mapping[str, Any],
     held_out: Collection[str] = (),
-    steps: pd.DataFrame | None = None,
 ) -> dict[str, Any]:
     """Statistics and laws of a study as plain values for JSON.
 
@@ -35,7 +34,6 @@ def fit_study(
         curves: its training curves: cell, flops and loss of logged steps.
         compared: the result of `comparison.compare`.
         held_out: names of the sizes that a law of learning rates is not fitted to.
-        steps: times of training steps in a benchmark, for multipliers in measured time.
 
     Returns:
         `compared`, and also
@@ -51,9 +49,7 @@ def fit_study(
     return {
         **compared,
         "laws": compared["laws"] | _laws(runs, curves),
-        "conventions": to_plain(
-            multipliers_by_convention(runs, compared["budgets"], steps, compared.get("trend_from", 0.0))
-        ),
+        "conventions": to_plain(multipliers_by_convention(runs, compared["budgets"], compared.get("trend_from", 0.0))),
         "rates": {"law": to_plain(fit_law(runs, held_out))} | compared.get("rates", {}),
     }
 
