@@ -13,7 +13,7 @@ BIN       := .venv/bin
 AT_ONCE_joblib = --jobs $(JOBS)
 AT_ONCE_slurm  = $(if $(filter command environment,$(firstword $(origin JOBS))),--jobs $(JOBS))
 # 0 means no.
-$(foreach flag,PUBLISHED REPLACE LOCKED WANDB,$(if $(filter 0,$($(flag))),$(eval override $(flag) :=)))
+$(foreach flag,PUBLISHED REPLACE LOCKED,$(if $(filter 0,$($(flag))),$(eval override $(flag) :=)))
 
 # A setup with EXTRAS or LOCKED installs once for each choice; all other targets are content with any.
 INSTALLED     = .venv/installed$(if $(filter command,$(firstword $(origin EXTRAS))),-$(EXTRAS))$(if $(LOCKED),-locked)
@@ -24,7 +24,7 @@ export OMP_NUM_THREADS      ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
 # A word that make takes for a variable, such as sweep=smoke or a second override without quotes, must not be ignored.
-KNOWN   = SWEEP BUDGET CELL LAUNCHER JOBS OVERRIDES PUBLISHED REPLACE PRICE LOCKED WANDB DATA PYTHON EXTRAS BIN SHELL OMP_NUM_THREADS OPENBLAS_NUM_THREADS
+KNOWN   = SWEEP BUDGET CELL LAUNCHER JOBS OVERRIDES PUBLISHED REPLACE PRICE LOCKED DATA PYTHON EXTRAS BIN SHELL OMP_NUM_THREADS OPENBLAS_NUM_THREADS
 UNKNOWN = $(foreach name,$(filter-out $(KNOWN) -%,$(.VARIABLES)),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 ifneq (,$(strip $(UNKNOWN)))
 $(error $(firstword $(UNKNOWN)) is no variable of this Makefile; there are: $(KNOWN); keys of the configuration go together into one pair of quotes: OVERRIDES='key=value key=value')
@@ -33,7 +33,7 @@ endif
 .DEFAULT_GOAL := help
 # `data sweep figures` need each other in this order, also with make -j.
 .NOTPARALLEL:
-.PHONY: help setup reproduce smoke test check data studies plan sweep repeat status figures forecast report validate publish sync dashboard notebooks bench torture clean
+.PHONY: help setup reproduce smoke test check data studies plan sweep repeat status figures forecast validate publish sync dashboard notebooks bench torture clean
 
 help: ## print this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -81,15 +81,11 @@ figures: setup ## table, fits and figures of SWEEP, from its runs or else from r
 	@$(BIN)/python analysis/figures.py $(SWEEP)
 	@test ! -d runs/$(SWEEP)/study/figures || { echo; \
 		echo "Figures:              runs/$(SWEEP)/study/figures/"; \
-		echo "All as one HTML page: make report SWEEP=$(SWEEP)    copied to results/: make publish SWEEP=$(SWEEP)"; }
+		echo "Copied to results/:   make publish SWEEP=$(SWEEP)"; }
 
 forecast: setup ## predict BUDGET=1e14 from the smaller budgets of SWEEP, before its cells run; written to results/
 	@$(BIN)/python analysis/collect.py $(SWEEP) $(OVERRIDES) $(if $(PUBLISHED),--with-published)
 	@$(BIN)/python analysis/forecast.py $(SWEEP) $(BUDGET)
-
-report: figures ## one HTML page of SWEEP in its study folder; WANDB=1 also puts a report on the W&B server
-	@$(BIN)/python analysis/report.py $(SWEEP)
-	@$(if $(WANDB),$(BIN)/python analysis/dashboard.py $(SWEEP))
 
 validate: setup ## fit the published data sets in DATA=DIR and compare with the published values
 	@$(BIN)/python analysis/validate.py $(DATA)

@@ -16,9 +16,8 @@ from peerscale.figures.figures import DEFAULT_X, study_figures
 from peerscale.figures.isoflop import X_LABELS
 from peerscale.figures.study_table import compares_curves, study_table
 from peerscale.files import from_checkout, write_text
-from peerscale.records.study import find_study, header, published, read_fits, study_parser, usable, without_brackets
+from peerscale.records.study import find_study, header, read_fits, study_parser, usable, without_brackets
 from peerscale.records.table import read_runs
-from peerscale.stats.forecasts import read_forecasts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,9 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.x == DEFAULT_X:
         for former in {*study.figures.glob("[!.]*.*")} - {*drawn}:  # of other settings or other runs
             former.unlink()
-    forecasts = read_forecasts(published(arguments.sweep, arguments.results))
     withdrawn = header(sweep_text(study.sweep)).get("Withdrawn", "")
-    text = study_table(study.sweep, runs, read_fits(study.fits), forecasts, withdrawn)
+    text = study_table(study.sweep, runs, read_fits(study.fits), withdrawn)
     write_text(study.table, text)
     shown, *further = text.split("\n## ") if compares_curves(main) else [text]
     print(f"\n{shown}")

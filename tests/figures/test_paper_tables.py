@@ -231,7 +231,7 @@ def test_errors_stand_by_source() -> None:
 def claim(**changes: Any) -> dict[str, Any]:
     found = {
         "budget": 3e12, "size": "", "method": "peer", "rival": "dense", "value": -0.033, "low": -0.049, "high": -0.017,
-        "p": 0.00004, "p_holm": 0.0123,
+        "p": 0.00004, "p_holm": 0.0123, "family": 4,
     }  # fmt: skip
     return {**found, **changes}
 
@@ -242,10 +242,10 @@ def test_claims_name_both_methods_and_their_common_settings_once() -> None:
     rows = table(study_table.claims({"claims": claims}))[2:]
     interval = "−0.033 [−0.049, −0.017]"
     assert rows == [
-        f"| 3e12 | PEER minus dense | {interval} | < 0.0001 | 0.0123 |",
-        f"| 3e12 | PEER minus dense, batch 8 | {interval} | < 0.0001 | 0.0123 |",
-        f"| 3e12 | PEER minus dense, d_model 40 | {interval} | — | — |",
-        f"| 3e12 | PEER, 4,096 experts minus dense | {interval} | < 0.0001 | 0.0123 |",
+        f"| 3e12 | PEER minus dense | {interval} | < 0.0001 | 0.0123 | leads |",
+        f"| 3e12 | PEER minus dense, batch 8 | {interval} | < 0.0001 | 0.0123 | leads |",
+        f"| 3e12 | PEER minus dense, d_model 40 | {interval} | — | — | cannot be told apart from |",
+        f"| 3e12 | PEER, 4,096 experts minus dense | {interval} | < 0.0001 | 0.0123 | leads |",
     ]
 
 
@@ -272,19 +272,19 @@ def test_multipliers_are_listed_by_budget_with_their_intervals() -> None:
     assert rows == ["| 1e12 | PEER | 1.00 [none] |", "| 3e12 | PEER | 1.18 [1.09, 1.26] |"]
 
 
-def test_exponents_of_three_approaches_stand_side_by_side(study: Study) -> None:
+def test_exponents_of_two_approaches_stand_side_by_side(study: Study) -> None:
     runs = surface_runs(noise=1e-4)
     fits = fit_study(runs, surface_curves(runs), compare(runs, []))
     header, _, dense, peer = table(study_table.exponents(fits))
     laws = fits["laws"]
-    assert header == "| method | 1: curves | 2: isoFLOP optima | 3: surface | largest budget: predicted | observed |"
+    assert header == "| method | 2: isoFLOP optima | 3: surface | largest budget: predicted | observed |"
     assert peer.startswith("| PEER |")
     cells = dense.strip("| ").split(" | ")
     shown = [float(cell.split(" ")[0]) for cell in cells[1:]]
     surface = laws["dense/parametric"]
-    wanted = [laws["dense/envelope"]["exponent"], laws["dense"]["exponent"], surface["a"]]
+    wanted = [laws["dense"]["exponent"], surface["a"]]
     wanted += [surface["hold_out"]["predicted"], surface["hold_out"]["observed"]]
     assert shown == pytest.approx(wanted, abs=5.1e-4)
     low, high = surface["ci"]["a"]
-    assert cells[3].endswith(f"[{low:.3f}, {high:.3f}]")
+    assert cells[2].endswith(f"[{low:.3f}, {high:.3f}]")
     assert table(study_table.exponents(study[1])) == []  # two budgets have no exponent

@@ -14,14 +14,11 @@ import pandas as pd
 import pytest
 
 from made_up_study import LADDER, curves, ladder, record, with_sequences
-from peerscale.config.compose import sweep_text
 from peerscale.errors import UserError
 from peerscale.figures.forecasts import forecast_sections, forecast_table
-from peerscale.figures.study_table import study_table
 from peerscale.files import write_json
 from peerscale.records.publication import publish
-from peerscale.records.study import Study, collected, header, published, read_fits
-from peerscale.records.table import read_runs
+from peerscale.records.study import Study, collected, published, read_fits
 from peerscale.stats import frontiers
 from peerscale.stats.comparison import compare
 from peerscale.stats.forecasts import (
@@ -229,21 +226,6 @@ def test_publishing_keeps_it_and_the_table_shows_it_once_there_is_something_to_c
     assert seen["dense", "loss"].value == entry["methods"][0]["loss"]
     assert {one["reference"]: one["value"] for one in entry["differences"]}["dense"] == seen["peer", "difference"].value
     assert seen["peer", "multiplier"].value == next(m["multiplier"] for m in fits["multipliers"] if m["budget"] == AT)
-
-
-def test_the_table_of_a_published_study_has_a_section_only_with_a_forecast(tmp_path: Path) -> None:
-    """What three budgets of a made-up study say of 1e13 beside what isoflop_rates_5e11 found there."""
-    study = published("isoflop_rates_5e11")
-    runs, fits = read_runs(study.runs), read_fits(study.fits)
-    withdrawn = header(sweep_text("isoflop_rates_5e11"))["Withdrawn"]
-    plain = study_table("isoflop_rates_5e11", runs, fits, withdrawn=withdrawn)
-    assert plain == study.table.read_text() and "## Forecast" not in plain
-    guessed = forecast(compare(ladder(1.3, [1e11, 3e11, 1e12], noise=0.01), []), 1e13)
-    about = {"budget": 1e13, "made": "2026-01-01T00:00:00+00:00", "commit": None, "leaves_out": ["this", "that"]}
-    made = {**about, "from": [{"budget": 1e12, "cells": 9}], "forecasts": guessed}
-    text = study_table("isoflop_rates_5e11", runs, fits, [made], withdrawn)
-    assert text.startswith(plain.rstrip("\n")) and "## Forecast" in text
-    assert "| 1e13 | PEER | compute multiplier |" in text and "1.29 [1.15, 1.42]" in text
 
 
 def test_a_file_that_is_no_forecast(tmp_path: Path) -> None:
