@@ -33,7 +33,7 @@ endif
 .DEFAULT_GOAL := help
 # `data sweep figures` need each other in this order, also with make -j.
 .NOTPARALLEL:
-.PHONY: help setup reproduce smoke test check data studies plan sweep repeat status figures forecast validate publish sync dashboard notebooks bench torture clean
+.PHONY: help setup reproduce smoke test check data studies plan sweep repeat status figures forecast page validate publish sync dashboard notebooks bench torture clean
 
 help: ## print this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -86,6 +86,9 @@ figures: setup ## table, fits and figures of SWEEP, from its runs or else from r
 forecast: setup ## predict BUDGET=1e14 from the smaller budgets of SWEEP, before its cells run; written to results/
 	@$(BIN)/python analysis/collect.py $(SWEEP) $(OVERRIDES) $(if $(PUBLISHED),--with-published)
 	@$(BIN)/python analysis/forecast.py $(SWEEP) $(BUDGET)
+
+page: setup ## one HTML page of the studies in results/: answers, isoFLOP curves to look into, tables; in runs/page.html
+	@$(BIN)/python analysis/page.py
 
 validate: setup ## fit the published data sets in DATA=DIR and compare with the published values
 	@$(BIN)/python analysis/validate.py $(DATA)
