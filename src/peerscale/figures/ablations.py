@@ -183,7 +183,8 @@ def query_norm_figure(runs: pd.DataFrame, published: pd.DataFrame) -> Figure:
         method = "peer" if norm else WITHOUT_NORM
         for axes, metric, line in ((paper, "ppl_c4", "-"), (unevenness, "unevenness", ":")):
             values = paper_values(published, "table 2", method, metric)
-            style.points(axes, [*values], [*values.values()], line=line, **{**look, "label": "_paper"})
+            unnamed: dict[str, Any] = {**look, "label": "_paper"}
+            style.points(axes, [*values], [*values.values()], line=line, **unnamed)
             _ticks(axes, x, [*values, *(cells[x] if axes is unevenness else ())])
     _perplexity(ours, where)
     _perplexity(paper, "the paper, on C4")

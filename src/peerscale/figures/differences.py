@@ -1,6 +1,5 @@
 """Differences of loss to dense, at the compute optimum or at one size, with intervals."""
 
-import textwrap
 from collections.abc import Iterable, Mapping
 from operator import itemgetter
 from typing import Any
@@ -11,9 +10,6 @@ from matplotlib.lines import Line2D
 from peerscale.figures import style
 from peerscale.figures.markdown import signed_interval
 from peerscale.records.study import is_dense, same_variant
-
-LABEL_WIDTH = 95
-"""Number of letters that fit beside each other: a label of the rows and a line below the axis."""
 
 Differences = dict[tuple[float, str, str], Mapping[str, Any]]
 """By budget, size (empty: at the optimum) and method."""
@@ -47,7 +43,7 @@ def differences_figure(fits: Mapping[str, Any], methods: Iterable[str] = ()) -> 
     reference = "dense's"
     if len({found["reference"] for found in shown.values()}) > 1:  # so a dense model has another zero than its settings
         shown = {place: found for place, found in shown.items() if not is_dense(place[2])}
-        reference = "that of dense with the same settings"
+        reference = "dense's with the same settings"
     if not shown:
         return None
     names = style.ordered(name for _, _, name in shown)
@@ -57,7 +53,7 @@ def differences_figure(fits: Mapping[str, Any], methods: Iterable[str] = ()) -> 
     colours, flagged = style.colours([*methods, *names]), style.flagged_minima(fits)
     of_name = {name: sorted((place for place in shown if place[2] == name), key=itemgetter(0)) for name in names}
     apart = 0.8 / max(map(len, of_name.values()))  # of two points, in rows
-    figure, (axes,) = style.panels(1, height=0.55 + 0.36 * len(names))
+    figure, (axes,) = style.panels(1, height=0.75 + 0.36 * len(names))
     axes.axvline(0, color=style.COLOURS["dense"], linewidth=0.9)
     for place, found in shown.items():
         budget, size, name = place
@@ -66,13 +62,11 @@ def differences_figure(fits: Mapping[str, Any], methods: Iterable[str] = ()) -> 
         look = {"color": colours[name], "markerfacecolor": "white" if hollow else colours[name], "markersize": 5}
         axes.plot([found["low"], found["high"]], [height, height], color=colours[name], label=f"_interval {name}")
         axes.plot([found["value"]], [height], markers[groups[place]], **look, label=name)
-    rows = [style.label(name) for name in names]
-    axes.set_yticks(range(len(names)), rows)
+    axes.set_yticks(range(len(names)), [style.label(name) for name in names])
     axes.grid(visible=False, axis="y")
     sizes = list(dict.fromkeys(style.size_label(size) for _, size, _ in shown))
-    where = f"of {' and '.join(sizes)}" if fixed else "at the compute optimum"
-    label = f"loss {where} minus {reference} (nats per token; left is better)"
-    axes.set(ylim=(len(names) - 0.4, -0.6), xlabel=textwrap.fill(label, LABEL_WIDTH - max(map(len, rows))))
+    axes.set_title(" and ".join(sizes) if fixed else "at the compute optimum")
+    axes.set(ylim=(len(names) - 0.4, -0.6), xlabel=f"loss minus {reference} (nats per token)")
     handles = []
     for (budget, size), marker in markers.items():
         named = style.budget_title(budget) + f", {style.size_label(size)}" * (fixed and len(sizes) > 1)

@@ -13,7 +13,7 @@ Rows = list[dict[str, str]]
 def table(rows: Iterable[Mapping[str, str]]) -> list[str]:
     """Lines of a table with one row per mapping, whose keys are the headings; empty without rows."""
     frame = pd.DataFrame([*rows]).fillna("—")
-    lines = [[*frame], ["---"] * frame.shape[1], *frame.to_numpy().tolist()] if len(frame) else []
+    lines = [[*map(str, frame)], ["---"] * frame.shape[1], *frame.to_numpy().tolist()] if len(frame) else []
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
 

@@ -106,7 +106,7 @@ def chart_rows(runs: pd.DataFrame, fits: Mapping[str, Any]) -> Iterator[dict[str
             optimum = _along(rows, np.array([fitted["x"]]))
             drawn.append(optimum.assign(kind=kind, perplexity=np.exp(fitted["loss"])))
         for part in drawn:
-            yield from ({**common, **row} for row in part.to_dict("records"))
+            yield from part.assign(**common).to_dict("records")  # pyrefly: ignore
 
 
 def _title(budget: float) -> str:

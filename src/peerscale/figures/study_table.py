@@ -157,9 +157,10 @@ def fit_rows(runs: pd.DataFrame, fits: Fits) -> Rows:
 def layer_rows(runs: pd.DataFrame) -> Rows:
     """The settings of each method's layer."""
     layers = runs[usable(runs)].drop_duplicates("name").set_index("name").reindex(columns=[*LAYER]).dropna(how="all")
+    settings = {str(name): found for name, found in layers.to_dict("index").items()}
     return [
-        {"method": label(name), **{LAYER[str(key)]: number(value, "{:,g}") for key, value in layers.loc[name].items()}}
-        for name in ordered(map(str, layers.index))
+        {"method": label(name), **{title: number(settings[name][key], "{:,g}") for key, title in LAYER.items()}}
+        for name in ordered(settings)
     ]
 
 
