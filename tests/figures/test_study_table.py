@@ -183,7 +183,7 @@ def test_it_prints_the_answer_and_names_the_further_tables(
     written, said = study.table.read_text(), answer(read_json(study.fits))
     assert written.splitlines()[:3] == [f"# {SWEEP}: losses at equal compute", "", f"**{said}**"]
     headings = [line.removeprefix("## ") for line in written.splitlines() if line.startswith("## ")]
-    assert {"Errors by source", "Claims", "Compute multiplier"} <= set(headings)
+    assert {"Differences", "Claims", "Compute multiplier"} <= set(headings)
     shown, further = printed.partition("# ")[2].rstrip("\n").rsplit("\n", 1)
     assert written.startswith(f"# {shown}")
     assert "## " not in shown and further == f"Further tables in {study.table}: {'; '.join(headings)}"
@@ -240,22 +240,6 @@ def test_controls_whose_rates_follow_the_law_are_compared_with_dense_of_the_usua
     assert any(line.startswith(f"| 4,096 | {without:.2f} / {with_norm:.2f} |") for line in lines), "not with one head"
 
 
-def test_other_settings_are_told_once_for_each_pair() -> None:
-    pairs = [("peer", "dense"), ("peer top_k=32", "dense"), ("peer top_k=32", "peer"), ("peer", "peer top_k=32"),
-             ("moe", "peer top_k=32"), ("peer top_k=32", "moe")]  # fmt: skip
-    pairs += [("pkm", "peer top_k=32"), ("moe", "peer"), ("dense", "peer top_k=32")]
-    one = {"size": "d64", "value": -0.02, "low": -0.03, "high": -0.01}
-    differences = [{"method": method, "reference": reference, **one} for method, reference in pairs]
-    fits = {"budgets": [{"budget": 1e14, "differences": differences}], "claims": [{}]}
-    rows = [(row["comparison"], row["difference [95 %]"]) for row in study_table.other_settings(fits)]
-    assert rows == [
-        ("PEER, top 32 minus PEER, d_model 64", "−0.020 [−0.030, −0.010]"),
-        ("PEER, top 32 minus MoE (expert choice), d_model 64", "+0.020 [+0.010, +0.030]"),
-        ("PEER, top 32 minus PKM, d_model 64", "+0.020 [+0.010, +0.030]"),
-    ]
-    assert study_table.other_settings({**fits, "claims": []}) == []
-
-
 def test_claims_at_one_size_are_told() -> None:
     runs = ablation_runs("experts")
     claims = ClaimsConfig(method="peer", rivals=["dense"])
@@ -302,6 +286,6 @@ def test_a_study_of_two_sizes_is_listed_size_by_size(tmp_path: Path) -> None:
     arguments = ["batches", "--runs", str(tmp_path)]
     assert script("collect").main(arguments) == 0 and figures.main(arguments) == 0
     lines = collected("batches", tmp_path).table.read_text("utf-8").splitlines()
-    sizes = [line.split(" | ")[1] for line in lines if line.startswith("| 2.2e12")]
+    sizes = [line.split(" | ")[1] for line in lines if line.startswith("| 2.2e12 | d_model")]
     assert lines[0] == "# batches: settings at several sizes"
     assert sizes == ["d_model 32 (4 heads)"] * 10 + ["d_model 48 (6 heads)"] * 10

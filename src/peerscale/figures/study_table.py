@@ -5,7 +5,6 @@ and rankings under other FLOP conventions; or a layer's settings at one size, wi
 rates. `docs/results.md` explains their columns.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,8 +22,7 @@ from peerscale.figures.published import read_published
 from peerscale.figures.rate_law import finished_cells, rate_law_sections
 from peerscale.figures.style import in_words, label, listed, ordered, size_label
 from peerscale.records.cell_names import budget_name
-from peerscale.records.study import budgets_with_curves, is_dense, method_names, same_variant, usable, without_brackets
-from peerscale.stats.claims import turned
+from peerscale.records.study import budgets_with_curves, method_names, same_variant, usable, without_brackets
 from peerscale.stats.optima import OptimumStatus
 from peerscale.stats.rates import tries_rates
 
@@ -53,9 +51,11 @@ def study_table(sweep: str, runs: pd.DataFrame, fits: Fits, withdrawn: str = "")
         title = f"settings at {'one size' if runs['size'].nunique() == 1 else 'several sizes'}"
         lines = [f"**{fits['answer']}**", "", *table(main_rows(runs, fits)), ""]
         lines += [f"Nats per token; FLOPs: {listed(runs['convention'])}.", "", *section("Claims", claims(fits))]
-    changed = varied(runs[runs["method"] == "peer"])
-    if changed & {"n_experts", "query_norm"} and not changed & {"lr", "table_lr"}:
-        lines += experts_and_norm(runs, fits)
+        lines += section("Differences", difference_rows(fits))
+    changed, places = varied(runs[runs["method"] == "peer"]), runs[["size", "budget"]].drop_duplicates()
+    if changed & {"n_experts", "query_norm"} and not changed & {"lr", "table_lr"} and len(places) == 1:
+        title_of_paper = "Experts and BatchNorm on the queries (the paper's table 2)"
+        lines += section(title_of_paper, norm_rows(runs, read_published()), "Pairs: without / with BatchNorm.")
     lines += brackets_section(fits)
     first = [f"**Withdrawn:** {withdrawn}", ""] if withdrawn else []
     return "\n".join([f"# {sweep}: {title}", "", *first, *lines])
@@ -124,9 +124,8 @@ def at_the_optimum(runs: pd.DataFrame, fits: Fits) -> list[str]:
     return [
         *section("Fits", fit_rows(runs, fits)),
         *section("Layers", layer_rows(runs)),
-        *section("Errors by source", parts(fits)),
         *section("Claims", claims(fits)),
-        *section("Other settings", other_settings(fits), "Descriptive."),
+        *section("Differences", difference_rows(fits)),
         *section("Compute multiplier", multipliers(fits)),
         *section("Growth of the multiplier", growth, "Slope of its logarithm per factor of ten in the budget [95 %]."),
         *section("Perplexity at the compute optimum (the paper's table 1)", ours),
@@ -164,20 +163,22 @@ def layer_rows(runs: pd.DataFrame) -> Rows:
     ]
 
 
-def parts(fits: Fits) -> Rows:
-    """Each difference to dense with its 95 % interval and the parts of its standard error."""
-    return [
-        {
-            "budget": budget_name(budget), "method": ", ".join(filter(None, (label(method), size_label(size)))),
-            "difference to dense [95 %]": signed_interval(found),
-            **{title: number(found[key], "{:.4f}") for key, title in PARTS.items()},
-            "degrees of freedom": number(found["df"], "{:.0f}") if found["df"] else "∞",
-            "difference with own curvatures ± s.e.":
-                f"{number(own['value'], '{:+.3f}')} ± {number(own['se'], '{:.3f}')}" if own else "—",
-        }
-        for (budget, size, method), found in to_dense(fits).items() if found.get("value") is not None
-        for own in [found.get("own")]
-    ]  # fmt: skip
+def difference_rows(fits: Fits) -> Rows:
+    """Each difference of two methods, once, with its 95 % interval and the parts of its standard error."""
+    rows: dict[tuple[float, str, frozenset[str]], dict[str, str]] = {}
+    for entry in fits["budgets"]:
+        for one in (each for each in entry["differences"] if each.get("value") is not None):
+            pair, own = frozenset((one["method"], one["reference"])), one.get("own")
+            compared = (f"{label(one['method'])} minus {label(one['reference'])}", size_label(one["size"]))
+            rows.setdefault((entry["budget"], one["size"], pair), {
+                "budget": budget_name(entry["budget"]), "comparison": ", ".join(filter(None, compared)),
+                "difference [95 %]": signed_interval(one),
+                **{title: number(one[key], "{:.4f}") for key, title in PARTS.items()},
+                "degrees of freedom": number(one["df"], "{:.0f}") if one["df"] else "∞",
+                "with own curvatures ± s.e.":
+                    f"{number(own['value'], '{:+.3f}')} ± {number(own['se'], '{:.3f}')}" if own else "—",
+            })  # fmt: skip
+    return list(rows.values())
 
 
 def claims(fits: Fits) -> Rows:
@@ -195,26 +196,6 @@ def claims(fits: Fits) -> Rows:
             "outcome": outcome(claim),
         })  # fmt: skip
     return rows
-
-
-def other_settings(fits: Fits) -> Rows:
-    """Each variant of a method less the usual setting, the rivals and their variants, but for dense (see `to_dense`).
-
-    Empty if the study claims nothing: then its variants are compared with dense alone, or by their learning rates.
-    """
-    rows: dict[tuple[str, str, frozenset[str]], dict[str, str]] = {}
-    for entry in fits["budgets"] if fits["claims"] else ():
-        for found in (each for each in entry["differences"] if each.get("value") is not None):
-            one = found if " " in found["method"] else turned(found)
-            method, reference = one["method"], one["reference"]
-            ours, theirs = (name.partition(" ")[2] for name in (method, reference))
-            if ours and ours != theirs and not is_dense(reference):
-                compared = f"{label(method)} minus {label(reference)}"
-                place = (budget_name(entry["budget"]), size_label(found["size"]))
-                rows.setdefault((*place, frozenset((method, reference))), {
-                    "budget": place[0], "comparison": ", ".join(filter(None, (compared, place[1]))),
-                    "difference [95 %]": signed_interval(one)})  # fmt: skip
-    return list(rows.values())
 
 
 def multipliers(fits: Fits) -> Rows:
@@ -266,22 +247,3 @@ def conventions(fits: Fits) -> Rows:
 def _ranked(value: float | None, among: Iterable[float | None]) -> str:
     """A multiplier with its rank."""
     return "—" if value is None else f"{value:.3f} ({1 + sum(other is not None and other > value for other in among)})"
-
-
-def experts_and_norm(runs: pd.DataFrame, fits: Fits) -> list[str]:
-    """The paper's table 2 beside ours, for runs of one size and budget, and the effect of BatchNorm."""
-    pairs = [
-        {"method": label(re.sub("[ -]query_norm=true", "", found["method"])),
-         "loss with BatchNorm minus loss without [95 %]": signed_interval(found)}
-        for entry in fits["budgets"] for found in entry["differences"]
-        if "query_norm=true" in found["method"] and "query_norm=false" in found["reference"]
-    ]  # fmt: skip
-    at_one_place = len(runs[["size", "budget"]].drop_duplicates()) == 1
-    return [
-        *section(
-            "Experts and BatchNorm on the queries (the paper's table 2)",
-            norm_rows(runs, read_published()) if at_one_place else [],
-            "Pairs: without / with BatchNorm.",
-        ),
-        *section("What BatchNorm on the queries changes", pairs),
-    ]
