@@ -4,7 +4,6 @@ SWEEP     ?= reproduce
 LAUNCHER  ?= joblib
 JOBS      ?= $(shell getconf _NPROCESSORS_ONLN)
 OVERRIDES ?=
-BUDGET    ?=
 CELL      ?=
 PYTHON    ?= python3
 EXTRAS    ?= dev
@@ -13,7 +12,7 @@ BIN       := .venv/bin
 AT_ONCE_joblib = --jobs $(JOBS)
 AT_ONCE_slurm  = $(if $(filter command environment,$(firstword $(origin JOBS))),--jobs $(JOBS))
 # 0 means no.
-$(foreach flag,PUBLISHED REPLACE LOCKED,$(if $(filter 0,$($(flag))),$(eval override $(flag) :=)))
+$(foreach flag,REPLACE LOCKED,$(if $(filter 0,$($(flag))),$(eval override $(flag) :=)))
 
 # A setup with EXTRAS or LOCKED installs once for each choice; all other targets are content with any.
 INSTALLED     = .venv/installed$(if $(filter command,$(firstword $(origin EXTRAS))),-$(EXTRAS))$(if $(LOCKED),-locked)
@@ -24,7 +23,7 @@ export OMP_NUM_THREADS      ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
 # A word that make takes for a variable, such as sweep=smoke or a second override without quotes, must not be ignored.
-KNOWN   = SWEEP BUDGET CELL LAUNCHER JOBS OVERRIDES PUBLISHED REPLACE PRICE LOCKED DATA PYTHON EXTRAS BIN SHELL OMP_NUM_THREADS OPENBLAS_NUM_THREADS
+KNOWN   = SWEEP CELL LAUNCHER JOBS OVERRIDES REPLACE PRICE LOCKED PYTHON EXTRAS BIN SHELL OMP_NUM_THREADS OPENBLAS_NUM_THREADS
 UNKNOWN = $(foreach name,$(filter-out $(KNOWN) -%,$(.VARIABLES)),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 ifneq (,$(strip $(UNKNOWN)))
 $(error $(firstword $(UNKNOWN)) is no variable of this Makefile; there are: $(KNOWN); keys of the configuration go together into one pair of quotes: OVERRIDES='key=value key=value')
@@ -33,18 +32,18 @@ endif
 .DEFAULT_GOAL := help
 # `data sweep figures` need each other in this order, also with make -j.
 .NOTPARALLEL:
-.PHONY: help setup reproduce smoke test check data studies plan sweep repeat status figures forecast page validate publish sync dashboard notebooks bench torture clean
+.PHONY: help setup reproduce smoke test check data studies plan sweep repeat status restore figures page publish sync dashboard notebooks bench torture clean
 
 help: ## print this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 	@echo; echo "Variables: SWEEP=$(SWEEP) LAUNCHER=joblib|local|slurm JOBS=$(JOBS) OVERRIDES='key=value ...' PYTHON=$(PYTHON)"
-	@echo "BUDGET=FLOPs: the budget to forecast; CELL=NAME: the cell to repeat; PRICE=NUMBER: price of a GPU-hour, for plan; PUBLISHED=1: sweep, figures and forecast count finished cells of results/ as done; REPLACE=1: publish may remove these, or replace them by cells of another configuration"
+	@echo "CELL=NAME: the cell to repeat; PRICE=NUMBER: price of a GPU-hour, for plan; REPLACE=1: publish may remove finished cells of results/, or replace them by cells of another configuration"
 	@echo "LOCKED=1: setup installs the versions that the published studies ran on (requirements.lock)"
-	@echo "Exit codes of the programs: 0 done, 1 a crash, 2 wrong input, 3 some cells failed (make sweep counts this as success), 130 Ctrl-C"
+	@echo "Exit codes of the programs: 0 done, 1 a crash, 2 wrong input, 3 some cells failed (make sweep counts this as success), 4 some cells were killed again and again, 130 Ctrl-C"
 
 reproduce: ## the main command: corpus, training runs, fits, figures and table of the study reproduce (17 minutes on 2 cores)
 	@$(MAKE) --no-print-directory data sweep figures SWEEP=reproduce
-	@echo "Browse the runs:      make dashboard (W&B in the terminal, offline)    upload them: make sync"
+	@echo "Browse the runs:      .venv/bin/wandb leet runs/reproduce/CELL/wandb    upload them: make sync"
 
 smoke: ## from text to a figure in about a minute, on a tiny study
 	@$(MAKE) --no-print-directory data sweep figures SWEEP=smoke
@@ -67,40 +66,36 @@ plan: setup ## what SWEEP would run: parameters, FLOPs, steps, time, dropped cel
 studies: setup ## every study: its question, and how many of its cells are done
 	@$(BIN)/python -m peerscale.launch.overview studies
 
-sweep: setup ## train the missing cells of SWEEP; failed cells do not stop the others; PUBLISHED=1: finished cells of results/ count as done
-	@$(BIN)/python -m peerscale.launch $(SWEEP) --launcher $(LAUNCHER) $(AT_ONCE_$(LAUNCHER)) $(if $(PUBLISHED),--published results) $(OVERRIDES) || { code=$$?; test $$code -eq 3 || exit $$code; }
+sweep: setup ## train the missing cells of SWEEP; failed cells do not stop the others
+	@$(BIN)/python -m peerscale.launch $(SWEEP) --launcher $(LAUNCHER) $(AT_ONCE_$(LAUNCHER)) $(OVERRIDES) || { code=$$?; test $$code -eq 3 || exit $$code; }
 
-repeat: setup ## train the published cell CELL of SWEEP again, in runs/repeated, and compare its losses with the published ones
+repeat: setup ## train the cell CELL of SWEEP in results/ again, in runs/repeated, and compare its losses
 	@$(BIN)/python -m peerscale.launch.repeat $(SWEEP) '$(CELL)'
 
 status: setup ## the loss or the state of every cell of SWEEP
 	@$(BIN)/python -m peerscale.launch.overview status $(SWEEP) $(OVERRIDES)
 
-figures: setup ## table, fits and figures of SWEEP, from its runs or else from results/; PUBLISHED=1: from both
-	@$(BIN)/python analysis/collect.py $(SWEEP) $(OVERRIDES) $(if $(PUBLISHED),--with-published)
+restore: setup ## copy the records of SWEEP in results/ to runs/, where they count as if trained here; keeps records that are there
+	@$(BIN)/python analysis/restore.py $(SWEEP)
+
+figures: setup ## table, fits and figures of SWEEP, from its runs
+	@$(BIN)/python analysis/collect.py $(SWEEP) $(OVERRIDES)
 	@$(BIN)/python analysis/figures.py $(SWEEP)
 	@test ! -d runs/$(SWEEP)/study/figures || { echo; \
 		echo "Figures:              runs/$(SWEEP)/study/figures/"; \
 		echo "Copied to results/:   make publish SWEEP=$(SWEEP)"; }
 
-forecast: setup ## predict BUDGET=1e14 from the smaller budgets of SWEEP, before its cells run; written to results/
-	@$(BIN)/python analysis/collect.py $(SWEEP) $(OVERRIDES) $(if $(PUBLISHED),--with-published)
-	@$(BIN)/python analysis/forecast.py $(SWEEP) $(BUDGET)
-
 page: setup ## one HTML page of the studies in results/: answers, isoFLOP curves to look into, tables; in runs/page.html
 	@$(BIN)/python analysis/page.py
-
-validate: setup ## fit the published data sets in DATA=DIR and compare with the published values
-	@$(BIN)/python analysis/validate.py $(DATA)
 
 publish: setup ## copy table, fits and figures of SWEEP to results/, to be committed; keeps finished cells there, unless REPLACE=1
 	@$(BIN)/python analysis/publish.py $(SWEEP) $(if $(REPLACE),--replace)
 
-sync: setup ## upload the W&B runs, table, fits and figures of SWEEP that are not uploaded yet
-	@$(BIN)/python analysis/sync.py $(SWEEP)
+sync: setup ## upload the offline W&B runs of SWEEP that are not uploaded yet
+	@$(BIN)/wandb sync -n 4 runs/$(SWEEP)/*/wandb/offline-run-*
 
-dashboard: setup ## browse the W&B runs of SWEEP in the terminal, offline, by cell
-	@$(BIN)/python analysis/browse.py $(SWEEP)
+dashboard: setup ## save a report of SWEEP on the W&B server: its figures, its table, the curves of its runs
+	@$(BIN)/python analysis/dashboard.py $(SWEEP)
 
 notebooks: setup ## run notebooks/explore.ipynb and save its outputs, to be committed
 	@$(BIN)/python notebooks/execute.py

@@ -1,25 +1,24 @@
-"""Collect the records of a study into its tables and fits: runs.csv, records.jsonl, curves.csv, fits.json.
+"""Collect the cells of a study into its records, tables and fits.
 
-    .venv/bin/python analysis/collect.py SWEEP [key=value ...] [--with-published]
+    .venv/bin/python analysis/collect.py SWEEP [key=value ...]
 
-Reads the cells in runs/SWEEP, or in results/SWEEP if there are none, or both; writes runs/SWEEP/study. Every planned
-cell has a row, even if it was dropped, failed or never run.
+Reads the cells in runs/SWEEP; writes records.jsonl, sequence_losses.npz, runs.csv, curves.csv and fits.json into
+runs/SWEEP/study. Every planned cell has a row, even if it was dropped, failed or never run.
 """
 
 import sys
 from collections.abc import Sequence
 
+from peerscale.command_line import study_parser
 from peerscale.errors import exit_code
-from peerscale.records.study import study_parser
 from peerscale.stats.collection import collect
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = study_parser("collect", __doc__)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides that the cells were run with")
-    parser.add_argument("--with-published", action="store_true", help="add the published cells that were not run here")
     given = parser.parse_intermixed_args(argv)
-    for line in collect(given.sweep, given.runs, given.results, given.overrides, with_published=given.with_published):
+    for line in collect(given.sweep, given.runs, given.overrides):
         print(line)
     return 0
 

@@ -2,13 +2,14 @@
 
     .venv/bin/python analysis/dashboard.py SWEEP
 
-The report is saved on the W&B server, where a second call updates it. It shows what `make sync` has uploaded. Needs the
-package wandb-workspaces: .venv/bin/python -m pip install --editable '.[report]'
+The report is saved on the W&B server, where a second call updates it. It shows the cells that `make sync` has uploaded.
+Needs the package wandb-workspaces: .venv/bin/python -m pip install --editable '.[report]'
 """
 
 import contextlib
 import importlib
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,11 +17,12 @@ from typing import Any
 
 import yaml
 
+from peerscale.command_line import study_parser
 from peerscale.errors import FailedCells, UserError, exit_code
 from peerscale.files import write_text
-from peerscale.records.study import Study, collected, read_json, study_parser, usable
+from peerscale.records.study import Study, collected, read_json
 from peerscale.records.table import read_runs
-from peerscale.train.tracking import WandbError, client_errors
+from peerscale.stats.curves_of_runs import usable
 
 wr: Any = None
 expr: Any = None
@@ -45,8 +47,7 @@ Every run is one cell: a model of one method and size, trained with one budget o
 the same held-out tokens for every cell. FLOPs are counted per operation. The x axes are `flops` and `tokens`, because a
 step of a larger model costs more compute. Final losses against parameters form one isoFLOP curve for each method and
 budget; its minimum is the compute-optimal size. Usage is the share of experts that got any weight. Unevenness is the KL
-divergence of the experts' shares from uniform, in nats (0 is even). A run's `signals` say at which step its loss
-spiked, its router collapsed or its throughput halved.
+divergence of the experts' shares from uniform, in nats (0 is even).
 """
 
 
@@ -57,10 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{study.runs} is not there; first: make figures SWEEP={given.sweep}")
     tracking = tracking_of(given.runs / given.sweep)
     try:
-        with client_errors():
-            print(save(study, tracking))
-    except WandbError as error:
-        raise FailedCells(f"W&B server: {error}; the report is not saved") from None
+        print(save(study, tracking))
+    except Exception as error:  # the client raises many types
+        said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise FailedCells(f"W&B server: {said}; the report is not saved") from None
     return 0
 
 
@@ -80,12 +81,32 @@ def save(study: Study, tracking: dict[str, Any]) -> str:
     import wandb
 
     wandb.setup(wandb.Settings(silent=True))
+    log_figures(study, tracking)
     views = study.folder / VIEWS
     text = report(study, tracking["entity"] or str(wandb.Api().default_entity), tracking["project"])
     text.id = read_json(views).get("report", "") if views.is_file() else ""
     text.save()
     write_text(views, json.dumps({"report": text.id}) + "\n")
     return text.url
+
+
+def log_figures(study: Study, tracking: dict[str, Any]) -> None:
+    """Log a study's figures to its run `<sweep>-study`, from which the report shows them."""
+    import wandb
+
+    run = wandb.init(
+        project=tracking["project"],
+        entity=tracking["entity"],
+        id=re.sub(r"[^\w-]", "-", f"{study.sweep}-study{tracking['id_salt']}"),
+        name=f"{study.sweep}-study",
+        group=study.sweep,
+        job_type="study",
+        mode="online",
+        resume="allow",
+        settings=wandb.Settings(console="off", silent=True, x_disable_stats=True, x_disable_meta=True),
+    )
+    run.log({f"figures/{path.stem}": wandb.Image(str(path)) for path in sorted(study.figures.glob("*.png"))})
+    run.finish()
 
 
 def final(title: str, x: str, **options: Any) -> Any:

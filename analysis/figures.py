@@ -9,15 +9,17 @@ the main table.
 import sys
 from collections.abc import Sequence
 
-from peerscale.config.compose import sweep_text
+from peerscale.command_line import study_parser
+from peerscale.config.compose import header, sweep_text
 from peerscale.errors import UserError, exit_code
 from peerscale.figures import style
 from peerscale.figures.figures import DEFAULT_X, study_figures
 from peerscale.figures.isoflop import X_LABELS
 from peerscale.figures.study_table import compares_curves, study_table
 from peerscale.files import from_checkout, write_text
-from peerscale.records.study import find_study, header, read_fits, study_parser, usable, without_brackets
+from peerscale.records.study import find_study, read_fits
 from peerscale.records.table import read_runs
+from peerscale.stats.curves_of_runs import usable, without_brackets
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,26 +1,22 @@
-"""Fit scaling laws to any table of runs, and predict from a fit.
+"""Fit scaling laws to any table of runs.
 
     .venv/bin/python analysis/fit.py parametric runs.csv --params N --tokens D --loss loss --out fit.json
     .venv/bin/python analysis/fit.py isoflop runs.csv --budget C --x N --loss loss --by method --out fit.json
     .venv/bin/python analysis/fit.py routed runs.csv --dense-params N --experts E --loss loss --out fit.json
     .venv/bin/python analysis/fit.py granular runs.csv --params N --tokens D --granularity G --loss loss --out fit.json
-    .venv/bin/python analysis/fit.py envelope curves.csv --run run --flops C --x N --loss loss --out fit.json
     .venv/bin/python analysis/fit.py rates runs.csv --lr lr --loss loss --width d --tokens D --batch B --by method \\
         --out fit.json
-    .venv/bin/python analysis/fit.py predict fit.json --budget 1e21
 
-The values of --params, --x and so on are names of columns. Instead of a table of runs (for `envelope`: of training
-curves), you can give the folder of a study, such as results/reproduce; `predict` also reads a study's fits.json.
-Intervals are 95 % percentile intervals of a bootstrap over runs (`isoflop`: over residuals), for `rates` Fieller's.
-Every fit also reports how well the smaller budgets predict the largest one; `rates` reports how well the law predicts
-the best rates of models that it was not fitted to.
+The values of --params, --x and so on are names of columns. Instead of a table of runs, you can give the folder of a
+study, such as results/reproduce. Intervals are 95 % percentile intervals of a bootstrap over runs (`isoflop`: over
+residuals), for `rates` Fieller's. Every fit also reports how well the smaller budgets predict the largest one; `rates`
+reports how well the law predicts the best rates of models that it was not fitted to.
 """
 
 import argparse
-import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -31,14 +27,13 @@ import pandas as pd
 from peerscale import api as laws
 from peerscale.errors import ArgumentParser, UserError, exit_code, natural_number, positive_number
 from peerscale.files import write_json
-from peerscale.laws.fitting import SHOWN, HoldOut, positive_columns, require_column
-from peerscale.laws.isoflop import IsoflopFit, PowerLaw
-from peerscale.laws.parametric import Surface
-from peerscale.laws.solver import FitStatus, Objective
-from peerscale.records.curves import CURVES
-from peerscale.records.study import method_names, usable, without_brackets
+from peerscale.laws.fitting import HoldOut
+from peerscale.laws.isoflop import IsoflopFit
+from peerscale.laws.least_squares import FitStatus, Objective
+from peerscale.laws.table import positive_columns, require_column
 from peerscale.records.table import read_runs
 from peerscale.records.table import read_table as read_csv
+from peerscale.stats.curves_of_runs import method_names, usable, without_brackets
 from peerscale.stats.rates import names_under_law, tries_rates
 
 PROGRAM = ".venv/bin/python analysis/fit.py"
@@ -47,7 +42,6 @@ COMMANDS: dict[str, tuple[Callable[..., Any], str, str, str]] = {
                    "L = E + A / N^alpha + B / D^beta"),
     "isoflop": (laws.fit_isoflop, "budget x loss", "by include-flagged within tolerance cluster",
                 "a parabola per budget, a power law through the minima"),
-    "envelope": (laws.fit_envelope, "run flops x loss", "by", "the lowest of all training curves, and its power law"),
     "routed": (laws.fit_routed, "dense-params experts loss", "budget hold-out cluster",
                "log10 L = a n + b e + c n e + d"),
     "granular": (laws.fit_granular, "params tokens granularity loss", "budget hold-out cluster",
@@ -55,7 +49,7 @@ COMMANDS: dict[str, tuple[Callable[..., Any], str, str, str]] = {
     "rates": (laws.fit_rates, "lr loss", "width tokens batch by curve hold-out",
               "lr = m (width / width_0)^-a (tokens / tokens_0)^-b (batch / batch_0)^c"),
 }  # fmt: skip
-"""Function, columns, options and help text of each command that fits a law."""
+"""Function, columns, options and help text of each command."""
 COLUMNS = {
     "params": "the number of parameters",
     "dense-params": "the number of parameters that one token uses",
@@ -63,7 +57,6 @@ COLUMNS = {
     "flops": "the training FLOPs; C = 6 N D then gives the tokens",
     "budget": "the compute budget: one value for all runs of a budget; other laws only hold out the largest budget",
     "x": "the size whose optimum is sought, such as parameters, tokens or FLOPs per token",
-    "run": "the run's name",
     "experts": "the number of experts",
     "granularity": "the granularity, or the experts that one token uses",
     "loss": "the loss",
@@ -85,28 +78,24 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "curve": {"metavar": "COL", "nargs": "*", "default": [], "help": "further columns equal in the runs of a curve"},
     "rates hold-out": {"metavar": "EXPR", "help": "rows that test the law; default: each model in turn"},
 }
-RESAMPLED = {laws.fit_parametric: 4000, laws.fit_isoflop: 4000, laws.fit_rates: None}
-"""Bootstrap resamples, if not 1,000."""
+RESAMPLES = 1000
 NOT_IN_SOURCE = ("bootstrap", "seed", "cluster", "hold_out")
-PREDICT_FROM = ("budget", "params", "tokens", "experts", "granularity", "width", "batch")
 MEANINGS = {
-    "a": "the optimal N grows as C^a",
-    "b": "the optimal D grows as C^b",
-    "exponent": "the optimum grows as the budget to this power",
-    "coefficient": "the optimum of a budget of 1 FLOP",
+    "parametric": {"a": "the optimal N grows as C^a", "b": "the optimal D grows as C^b"},
+    "isoflop": {
+        "exponent": "the optimum grows as the budget to this power",
+        "coefficient": "the optimum of a budget of 1 FLOP",
+    },
 }
-"""Meanings of coefficients that are not in a formula."""
+"""Meanings of a law's coefficients that are not in a formula."""
 NONE = "none"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = vars(parser().parse_args(argv))
     command = given.pop("command")
-    if command == "predict":
-        print(predict(given.pop("file"), {name: value for name, value in given.items() if value}))
-        return 0
     law, (path, where, out) = COMMANDS[command][0], (given.pop(name) for name in ("table", "where", "out"))
-    table = read_table(path, where, curves=law is laws.fit_envelope)
+    table = read_table(path, where)
     described = dict(given)
     if law is laws.fit_rates:
         stored, text = fit_learning_rates(table, **given)
@@ -136,20 +125,16 @@ def parser() -> argparse.ArgumentParser:
             else:
                 add(f"--{name}", **OPTIONS.get(f"{command} {name}", OPTIONS[name]))
         add("--where", metavar="EXPR", help="rows to fit, as a pandas query: \"method == 'dense'\"")
-        if n := RESAMPLED.get(law, 1000):
-            add("--bootstrap", type=natural_number, default=n, metavar="N", help=f"resamples ({n})")
+        if law is not laws.fit_rates:
+            text = f"resamples ({RESAMPLES})"
+            add("--bootstrap", type=natural_number, default=RESAMPLES, metavar="N", help=text)
             add("--seed", type=natural_number, default=0, help="seed of the resampling (0)", metavar="N")
         add("--out", type=Path, required=True, metavar="JSON", help="file to write the fit to")
-    text = "optimum of a budget, loss of a run, or best rate, from a fit"
-    add = commands.add_parser("predict", help=text, description=text).add_argument
-    add("file", type=Path, metavar="JSON", help="a fit, or fits by name such as a study's fits.json")
-    for name in PREDICT_FROM:
-        add(f"--{name}", **NUMBER, help="of the run to predict; --budget: training FLOPs, to predict the optimum")
     return top
 
 
-def read_table(path: Path, where: str | None, *, curves: bool = False) -> pd.DataFrame:
-    """The rows of a CSV (labelled by line), or of a study's finished runs or their curves, that satisfy the query.
+def read_table(path: Path, where: str | None) -> pd.DataFrame:
+    """The rows of a CSV (labelled by line), or of a study's finished runs, that satisfy the query.
 
     In a study, `method` is the name of the curve: layers and settings are not mixed, and rate brackets are left out.
     """
@@ -159,8 +144,6 @@ def read_table(path: Path, where: str | None, *, curves: bool = False) -> pd.Dat
         table = table.assign(method=names_under_law(table) if of_rates else method_names(table))[usable(table)]
         if table.empty:
             raise UserError(f"the study {path} has no finished run")
-        if curves:  # add the columns of their runs, with the suffix `_final` if the curves have the same column
-            table = read_csv(path / "curves.csv", CURVES).merge(table, on="cell", suffixes=("", "_final"))
     else:
         table = read_csv(path, skipinitialspace=True)
         table.index = pd.RangeIndex(2, len(table) + 2, name="line")
@@ -178,7 +161,8 @@ def rows_that(option: str, query: str, table: pd.DataFrame) -> pd.Series:
         rows = table.eval(query, local_dict={}, global_dict={})  # a query sees only columns
     except Exception as error:  # a query can raise any Python exception
         there = ", ".join(map(str, table.columns))
-        raise UserError(f"{option} {query!r}: {_first_line(error)}; columns: {there}") from None
+        what = f"no {error}" if isinstance(error, KeyError) else [*str(error).splitlines(), type(error).__name__][0]
+        raise UserError(f"{option} {query!r}: {what}; columns: {there}") from None
     if not (isinstance(rows, pd.Series) and pd.api.types.is_bool_dtype(rows)):
         raise UserError(f"{option} {query!r} is not a condition on rows, such as \"method == 'dense'\"")
     return rows.fillna(False)
@@ -239,7 +223,7 @@ def summary(fit: Any, x: str) -> str:
     for optimum in fit.vertices if isinstance(fit, IsoflopFit) else ():
         size, loss = _number(optimum.x, optimum.x_interval), _number(optimum.loss, optimum.loss_interval)
         lines.append(f"  budget {optimum.budget:<8.4g} {x} {size}  loss {loss}  n {optimum.n}  {optimum.status}")
-    meanings = MEANINGS if isinstance(fit, Surface | PowerLaw) else {}
+    meanings = MEANINGS.get(fit.law, {})
     for name in (*(item.name for item in fields(fit.form)), *fit.derived):
         value, meaning = _number(getattr(fit, name), fit.ci.get(name)), meanings.get(name, "")
         lines.append(f"  {name:<12} {value:<32} {meaning * (value != NONE)}".rstrip())
@@ -294,58 +278,11 @@ def fit_learning_rates(table: pd.DataFrame, hold_out: str | None, **options: Any
     return fit.to_dict(), "\n".join([*lines, *(f"  warning: {warning}" for warning in fit.warnings)])
 
 
-def predict(path: Path, asked: Mapping[str, float]) -> str:
-    """The predictions of each fit of a file for the given numbers; notes shared by fits come once, at the end."""
-    lines, notes = [], dict[str, list[str]]()
-    try:
-        fits = stored_fits(path)
-        for name, stored, columns in fits:
-            found = laws.predict(stored, asked, columns)
-            if found.values:
-                width = max(map(len, found.values))
-                lines += [name, *(f"  {what:<{width}}  {_number(*value)}" for what, value in found.values.items())]
-            for note in found.notes:
-                notes.setdefault(note, []).append(name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} holds no fit of this program: {_first_line(error)}") from None
-    if not lines and all("law needs" in note for note in notes):
-        raise UserError(f"no prediction: {'; '.join(note.partition(': ')[2] for note in notes)}")
-    for note, names in notes.items():
-        (what, _, why), where, which = note.partition(": "), "", ""
-        if len(fits) > 1:
-            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            where, which = f" from {len(names)} of {len(fits)} fits", f" ({', '.join(names[:SHOWN])}{more})"
-        lines.append(f"{what}{where}: {why}{which}")
-    return "\n".join(lines)
-
-
-def stored_fits(path: Path) -> list[tuple[str, dict[str, Any], Mapping[str, Any]]]:
-    """Name, fit and names of the columns of every fit in a file: one fit, one per group, or fits by name."""
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    fits = {"": stored} if "law" in stored else dict(stored).get("laws", stored)
-    if "laws" in stored and (rates := (stored.get("rates") or {}).get("law")):
-        fits = fits | {"rates": rates}
-    if not fits:
-        raise ValueError("it is empty")
-    return [
-        (f"{name} {group}".strip() or part["law"], part, fit | fit.get("source", {}))
-        for name, fit in fits.items()
-        for group, part in fit.get("groups", {"": fit}).items()
-    ]
-
-
 def _number(value: Any, interval: tuple[float, float] | None = None) -> str:
     if value is None or not np.isfinite(value):
         return NONE
     shown = f" [{interval[0]:.4g}, {interval[1]:.4g}]" if interval and not np.isnan(interval).any() else ""
     return f"{float(value):.6g}{shown}"
-
-
-def _first_line(error: Exception) -> str:
-    if isinstance(error, KeyError):
-        return f"no {error}"
-    lines = str(getattr(error, "strerror", None) or error).splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 if __name__ == "__main__":

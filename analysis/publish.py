@@ -8,9 +8,10 @@ Without --replace, published finished cells are neither removed nor replaced by 
 import sys
 from collections.abc import Sequence
 
+from peerscale.command_line import study_parser
 from peerscale.errors import exit_code
 from peerscale.records.publication import publish
-from peerscale.records.study import collected, published, study_parser
+from peerscale.records.study import collected, published
 
 
 def main(argv: Sequence[str] | None = None) -> int:

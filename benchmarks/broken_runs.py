@@ -55,13 +55,13 @@ class Bench:
         """Keys of the cell that is broken: PEER with row-sparse AdamW, a checkpoint every third step."""
         return {
             "data.path": self.folder / "text.txt", "data.directory": self.folder / "data", "data.vocab_size": 300,
-            "data.evaluation.validation": 512, "data.max_epochs": 100, "size.n_layers": 2, "batch_sequences": 16,
+            "data.evaluation.validation": 512, "data.max_epochs": 100, "n_layers": 2, "batch_sequences": 16,
             "context": 8, "min_steps": 4, "trainer.runs_directory": self.folder / runs, "trainer.kernel": "torch",
             "trainer.log_every_steps": 1, "trainer.checkpoint_every_steps": 3, "trainer.keep_checkpoint": "true",
         }  # fmt: skip
 
     def cell(self, runs: str) -> list[str]:
-        groups = ["data=text", "size=d8", "ffn=peer", "optim=row_sparse_adamw", "tracking=disabled"]
+        groups = ["data=text", "d_model=8", "ffn=peer", "optim=row_sparse_adamw", "tracking=disabled"]
         words = [*groups, *(f"{key}={value}" for key, value in self.settings(runs).items())]
         return [*words, f"budget={flops(words, STEPS):.10g}"]
 
@@ -71,7 +71,7 @@ class Bench:
         settings |= {key.replace("__", "."): value for key, value in changed.items()}
         lines = [
             "defaults: [override data: text, override tracking: disabled]",
-            f"sweep: {{methods: [dense, peer], grid: [{{budget: 2e8, sizes: [d8, d12, d16]}}], min_sizes: 1{sweep}}}",
+            f"sweep: {{methods: [dense, peer], grid: [{{budget: 2e8, d_model: [8, 12, 16]}}], min_sizes: 1{sweep}}}",
         ]
         for group in ("data", "size", "trainer", "optim"):
             inner = [f"{k.partition('.')[2]}: {v}" for k, v in settings.items() if k.startswith(f"{group}.")]

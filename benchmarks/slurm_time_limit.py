@@ -11,10 +11,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from broken_runs import check
-from pydantic import TypeAdapter
 
-from peerscale.launch.slurm import SlurmConfig, jobs_folder, read_job_ids
-from peerscale.launch.submission import submit
+from peerscale.launch.slurm import jobs_folder, load_settings, read_job_ids, submit
 from peerscale.plan.cells import Cell, planned_cells
 from peerscale.records.curves import read_metrics
 from peerscale.records.record import Record, Status, read_record
@@ -37,11 +35,9 @@ def in_slices(folder: Path) -> tuple[int, str, int]:
     speed = steps / _train_here(_cell(trainable_study(folder / "speed", steps))).timing["wall_s"]
     study = trainable_study(folder / "study", round(TRAINING_S * speed))
     cell, unbroken = _cell(study), _cell(study, f"trainer.runs_directory={folder / 'unbroken'}")
-    settings = dict.fromkeys(("partition", "account", "qos", "constraint", "additional_parameters", "cpus_per_task"))
-    settings |= {"gpus_per_node": 0, "mem_gb": 1, "timeout_min": 1, "signal_delay_s": 10, "max_num_timeout": 20}
-    settings |= {"array_parallelism": 1, "time_factor": 1, "max_timeout_min": 1, "setup": []}
+    overrides = ["timeout_min=1", "signal_delay_s=10", "mem_gb=1"]
     with one_node_slurm(folder / "slurm"):
-        submit([cell], TypeAdapter(SlurmConfig).validate_python(settings))
+        submit([cell], load_settings([f"slurm.{override}" for override in overrides]))
         reference = _train_here(unbroken)
         while ask("squeue", "--noheader"):
             time.sleep(1)

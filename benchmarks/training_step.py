@@ -31,7 +31,7 @@ METHODS = ["dense", "moe", "moe_token_choice", "pkm", "peer"]
 def main() -> None:
     """Measure each size, print a row for each method, write the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", default=["d16", "d32", "d64", "d128"])
+    parser.add_argument("--widths", nargs="+", default=["16", "32", "64", "128"], help="d_model")
     parser.add_argument("--methods", nargs="+", default=METHODS, help="dense first")
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "1")))
     parser.add_argument("--repeats", type=int, default=30)
@@ -41,23 +41,23 @@ def main() -> None:
     keep_freed_memory()
     torch.set_num_threads(options.threads)
     rows: list[dict[str, object]] = []
-    for size in options.sizes:
+    for width in options.widths:
         steps, flops, tokens = {}, {}, {}
         for method in options.methods:
-            overrides = [f"ffn={method}", f"size={size}", *options.overrides]
+            overrides = [f"ffn={method}", f"d_model={width}", *options.overrides]
             steps[method], flops[method], tokens[method] = training_step(overrides)
         steps["gemm"], flops["gemm"] = matrix_product()
         seconds = in_turns(steps, options.repeats)
         rate = {name: flops[name] / statistics.median(values) for name, values in seconds.items()}
         for method in options.methods:
-            row = {"size": size, "method": method, "threads": options.threads}
+            row = {"size": f"d{width}", "method": method, "threads": options.threads}
             row |= {"tokens": tokens[method], "flops": flops[method]}
             row |= spread(seconds[method])
             row["gemm_flops_per_s"], row["flops_rate_of_gemm"] = rate["gemm"], rate[method] / rate["gemm"]
             row["time_over_dense"] = rate[options.methods[0]] / rate[method]
             rows.append(row)
             print(
-                f"{size:>5} {method:<17} {1e3 * row['median_s']:6.1f} ms, {rate[method] / 1e9:5.1f} GFLOP/s, "
+                f"{width:>5} {method:<17} {1e3 * row['median_s']:6.1f} ms, {rate[method] / 1e9:5.1f} GFLOP/s, "
                 f"{row['flops_rate_of_gemm']:.2f} of the product's rate, {row['time_over_dense']:.2f} x dense",
                 flush=True,
             )

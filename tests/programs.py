@@ -23,7 +23,7 @@ MODULES = {
     "prepare": "peerscale.data.prepare",
     "repeat": "peerscale.launch.repeat",
 }
-SCRIPTS = ("collect", "figures", "fit", "forecast", "publish", "validate")
+SCRIPTS = ("collect", "figures", "fit", "publish", "restore")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def program(name: str) -> ModuleType:
 def call_as_process(line: str) -> Result:
     """Run `NAME WORD ...` in a process of its own."""
     name, *words = shlex.split(line)
-    start = ["-m", MODULES[name]] if name in MODULES else [str(ROOT / "analysis" / f"{name}.py")]
+    start = ["-m", MODULES[name].removesuffix(".run")] if name in MODULES else [str(ROOT / "analysis" / f"{name}.py")]
     ran = subprocess.run([sys.executable, *start, *words], cwd=ROOT, capture_output=True, text=True, timeout=240)
     return Result(ran.returncode, ran.stdout, ran.stderr)
 

@@ -58,10 +58,10 @@ STUDY = """\
 defaults: [override data: text, override tracking: disabled]
 sweep:
   methods: [dense, peer]
-  grid: [{{budget: {short}, sizes: [d8]}}, {{budget: {long}, sizes: [d8]}}]
+  grid: [{{budget: {short}, d_model: [8]}}, {{budget: {long}, d_model: [8]}}]
   min_sizes: 1
 data: {{path: {text}, directory: {folder}/data, vocab_size: 300, max_epochs: 1e6, evaluation: {{validation: 512}}}}
-trainer: {{runs_directory: {folder}/runs, kernel: torch, log_every_steps: 20, checkpoint_every_s: 3600}}
+trainer: {{runs_directory: {folder}/runs, kernel: torch, log_every_steps: 20, checkpoint_every_steps: 50}}
 size: {{n_layers: 2}}
 context: 8
 min_steps: 40
@@ -69,14 +69,11 @@ min_steps: 40
 
 
 def trainable_study(folder: Path, steps: int) -> Path:
-    """A study's file: dense at 50 and at `steps` steps, PEER at a dropped cell and at fewer steps; corpus prepared.
-
-    Its cells keep no checkpoint but those that a signal asks for.
-    """
+    """A study's file: dense at 50 and at `steps` steps, PEER at a dropped cell and at fewer steps; corpus prepared."""
     folder.mkdir(parents=True, exist_ok=True)
     text, file = folder / "text.txt", folder / "toy.yaml"
     text.write_text("\n".join(f"{i * i} {i % 97} {i % 89}" for i in range(20_000)))
-    config = load(["size=d8", "size.n_layers=2", "context=8", "data=text", f"data.path={text}", "data.vocab_size=300"])
+    config = load(["d_model=8", "n_layers=2", "context=8", "data=text", f"data.path={text}", "data.vocab_size=300"])
     step = cost(config).flops_per_token * config.tokens_per_step
     file.write_text(STUDY.format(short=f"{50 * step:.6e}", long=f"{steps * step:.6e}", text=text, folder=folder))
     prepare(planned_cells(file)[0].config.data)

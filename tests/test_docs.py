@@ -9,7 +9,7 @@ from peerscale.files import ROOT
 
 TEXTS = [
     *(ROOT / "docs" / f"{name}.md" for name in ("cluster", "scale", "fitting", "runs", "speed", "wandb")),
-    *(ROOT / "analysis" / f"{name}.py" for name in ("browse", "dashboard", "fit", "sync", "validate")),
+    *(ROOT / "analysis" / f"{name}.py" for name in ("dashboard", "fit")),
     *sorted((ROOT / "benchmarks").glob("*.py")),
 ]
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from peerscale.errors import FailedCells, UserError, exit_code
+from peerscale.errors import Aborted, FailedCells, UserError, exit_code
 from peerscale.files import ROOT
 
 
@@ -19,6 +19,7 @@ def raising(error: BaseException) -> int:
     [
         (UserError("wrong"), 2, "error: wrong\n"),
         (FailedCells("one failed"), 3, "error: one failed\n"),
+        (Aborted("killed"), 4, "error: killed\n"),
         (KeyboardInterrupt(), 130, "\ninterrupted; the same command goes on where this one stopped\n"),
     ],
 )
@@ -56,12 +57,22 @@ def make(*words: str, python: str = "true") -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
-@pytest.mark.parametrize(("code", "ends"), [(0, 0), (1, 2), (2, 2), (3, 0), (130, 2)])
+@pytest.mark.parametrize(("code", "ends"), [(0, 0), (1, 2), (2, 2), (3, 0), (4, 2), (130, 2)])
 def test_make_sweep_goes_on_after_failed_cells_only(code: int, ends: int, tmp_path) -> None:
     program = tmp_path / "python"
     program.write_text(f"#!/bin/sh\nexit {code}\n")
     program.chmod(0o755)
     assert make("sweep", "SWEEP=smoke", python=str(tmp_path)).returncode == ends
+
+
+@pytest.mark.parametrize(("code", "drawn"), [(3, True), (4, False)])
+def test_no_figures_are_drawn_of_an_aborted_sweep(code: int, drawn: bool, tmp_path) -> None:
+    program, log = tmp_path / "python", tmp_path / "log"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {log}\ncase "$*" in *peerscale.launch*) exit {code};; esac\n')
+    program.chmod(0o755)
+    assert (make("reproduce", python=str(tmp_path)).returncode == 0) == drawn
+    assert "peerscale.launch reproduce" in log.read_text()
+    assert ("figures" in log.read_text()) == drawn
 
 
 @pytest.mark.parametrize("word", ["sweep=smoke", "b=2", "sweep.methods=[peer]"])
@@ -73,9 +84,8 @@ def test_make_refuses_a_variable_that_it_does_not_know(word: str) -> None:
 
 
 def test_make_hands_on_what_it_knows() -> None:
-    sweep = make("-n", "sweep", "SWEEP=smoke", "OVERRIDES=a=1 c=3", "PUBLISHED=1", "JOBS=7", python="B").stdout
-    assert "-m peerscale.launch.run smoke --launcher joblib --jobs 7" in sweep
-    assert " --published results a=1 c=3" in sweep
+    sweep = make("-n", "sweep", "SWEEP=smoke", "OVERRIDES=a=1 c=3", "JOBS=7", python="B").stdout
+    assert "-m peerscale.launch smoke --launcher joblib --jobs 7 a=1 c=3" in sweep
     assert "--jobs 7 smoke" in make("-n", "plan", "SWEEP=smoke", "JOBS=7", python="B").stdout
     assert "--jobs 1 smoke" in make("-n", "plan", "SWEEP=smoke", "JOBS=7", "LAUNCHER=local", python="B").stdout
     assert "publish.py smoke --replace" in make("-n", "publish", "SWEEP=smoke", "REPLACE=1", python="B").stdout

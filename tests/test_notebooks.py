@@ -115,7 +115,7 @@ def test_a_new_layer_gets_to_the_figure(tmp_path: Path) -> None:
     data = {"path": str(tmp_path / "text.txt"), "directory": str(tmp_path / "data"), "vocab_size": 300}
     settings = {
         "data": {**data, "max_epochs": 100, "evaluation": {"validation": 512}},
-        "size": {"n_layers": 2},
+        "n_layers": 2,
         "context": 8,
         "min_steps": 5,
         "tracking": {"mode": "disabled"},

@@ -57,7 +57,7 @@ def test_the_study_of_the_readme_plans_as_it_stands(tmp_path: Path) -> None:
     (text,) = [block for block in blocks(README, "yaml") if block.startswith("sweep:")]
     (tmp_path / "mine.yaml").write_text(text)
     cells = planned_cells(tmp_path / "mine.yaml")
-    dense, peer = (Counter(c.config.size.name for c in cells if c.config.ffn.method == m) for m in ("dense", "peer"))
+    dense, peer = (Counter(c.config.size_name for c in cells if c.config.ffn.method == m) for m in ("dense", "peer"))
     assert dense == dict.fromkeys(("d16", "d20", "d24", "d32", "d48"), 4), "two seeds of two batches"
     assert peer == {size: 2 * n for size, n in dense.items()}, "of two numbers of experts each"
     assert {cell.config.budget for cell in cells} == {9e11}

@@ -28,7 +28,7 @@ def test_plans_trains_and_gives_its_layers_to_other_models_in_any_folder(install
     (tmp_path / "sweeps").mkdir()
     (tmp_path / "sweeps" / "mine.yaml").write_text(
         "defaults: [override data: text, override tracking: disabled]\n"
-        "sweep: {methods: [peer], grid: [{budget: 3e7, sizes: [d8]}], min_sizes: 1}\n"
+        "sweep: {methods: [peer], grid: [{budget: 3e7, d_model: [8]}], min_sizes: 1}\n"
         "size: {n_layers: 2}\ncontext: 8\nmin_steps: 1\n"
         "data: {path: text.txt, vocab_size: 300, max_epochs: 100, evaluation: {validation: 512}}\n"
     )

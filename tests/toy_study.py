@@ -2,20 +2,18 @@
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import peerscale.config.compose as composition
-from peerscale.plan.cells import Cell
+from peerscale.plan.cell import Cell
 from peerscale.records.machine import cpu_name
 from peerscale.records.record import Record, Status, new_record
 
 CORPUS = "0123456789abcdef"
 """Stands for the fingerprint of a prepared corpus."""
 
-TOY = "{methods: [dense, peer], grid: [{budget: 1e10, sizes: [d8, d12]}, {budget: 3e10, sizes: [d12, d16]}]}"
+TOY = "{methods: [dense, peer], grid: [{budget: 1e10, d_model: [8, 12]}, {budget: 3e10, d_model: [12, 16]}]}"
 """At `min_steps=65` three of its eight cells are dropped: d12 of dense and both sizes of peer at 1e10."""
 
 
@@ -27,11 +25,6 @@ def write_study(folder: Path, sweep: str = TOY, settings: str = "") -> Path:
         f"trainer: {{runs_directory: {folder / 'runs'}}}\ndata: {{directory: {folder / 'data'}}}\n{settings}\n"
     )
     return file
-
-
-def composed_by_hydra(overrides: Sequence[str], sweep: Path | str | None = None) -> composition.Composition:
-    """What Hydra makes of it all by itself, with nothing kept from before."""
-    return composition._composed(composition._register(sweep) if sweep else "config", overrides)
 
 
 def kept_in(folder: Path, cell: Cell) -> Cell:

@@ -42,10 +42,6 @@ class WandbServer(http.server.ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.runs: dict[str, Run] = {}
         self.files: dict[str, bytes] = {}
-        self.artifacts: dict[str, dict[str, Any]] = {}
-        self.uses: set[tuple[str, str]] = set()
-        """(run id, artifact name)"""
-        self.alerts: list[dict[str, Any]] = []
         self.views: dict[str, dict[str, Any]] = {}
         self.unknown: list[str] = []
         self.operations: Counter[str] = Counter()
@@ -55,10 +51,6 @@ class WandbServer(http.server.ThreadingHTTPServer):
         self.delay_s = 0.0
         self.down = False
         self.closing = threading.Event()
-
-    def artifact(self, name: str) -> dict[str, Any]:
-        (found,) = [a for a in self.artifacts.values() if a["name"] == name]
-        return found
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(error := sys.exception(), ConnectionError):  # clients drop connections
@@ -199,49 +191,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         ]
         return {"createRunFiles": {"runID": given["run"], "uploadHeaders": [], "files": files}}
 
-    def on_NotifyScriptableRunAlert(self, given: dict[str, Any]) -> dict[str, Any]:
-        self.server.alerts.append({key: given[key] for key in ("runName", "title", "text", "severity")})
-        return {"notifyScriptableRunAlert": {"success": True}}
-
-    def on_ArtifactMembershipByName(self, given: dict[str, Any]) -> dict[str, Any]:
-        name = given["name"].removesuffix(":latest")
-        found = [
-            (key, a) for key, a in self.server.artifacts.items() if a["name"] == name and a["state"] == "COMMITTED"
-        ]
-        if not found:
-            return {"project": {"artifactCollectionMembership": None}}
-        key, artifact = found[-1]
-        project = {"id": "p", "internalId": "p", "name": given["project"], "entity": {"id": "e", "name": "us"}}
-        collection = {"__typename": "ArtifactSequence", "name": name, "project": project}
-        nothing = dict.fromkeys(
-            ("description", "metadata", "historyStep", "digestAlgorithm", "commitHash", "updatedAt")
-        )
-        body = {
-            "__typename": "Artifact",
-            "id": key,
-            "artifactSequence": collection,
-            "artifactType": {"name": artifact["type"]},
-            "versionIndex": 0,
-            "ttlDurationSeconds": -2,
-            "ttlIsInherited": True,
-            "tags": [],
-            "state": "COMMITTED",
-            "size": 0,
-            "digest": artifact["digest"],
-            "fileCount": 0,
-            "createdAt": "2026-01-01T00:00:00",
-            "aliases": [],
-            **nothing,
-        }
-        membership = {"__typename": "ArtifactCollectionMembership", "id": key, "versionIndex": 0, "aliases": []}
-        rest = {"createdAt": "2026-01-01T00:00:00", "artifactCollection": collection, "artifact": body}
-        return {"project": {"artifactCollectionMembership": {**membership, **rest}}}
-
-    def on_UseArtifact(self, given: dict[str, Any]) -> dict[str, Any]:
-        artifact = self.server.artifacts[given["artifactID"]]
-        self.server.uses.add((given["runName"], artifact["name"]))
-        return {"useArtifact": {"artifact": {"id": given["artifactID"], "digest": artifact["digest"]}}}
-
     def on_GetDefaultEntity(self, given: dict[str, Any]) -> dict[str, Any]:
         return {"viewer": {"id": "u", "entity": "us"}}
 
@@ -273,60 +222,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         ]
         return {"project": {"allViews": {"edges": nodes}}}
 
-    def on_ArtifactType(self, given: dict[str, Any]) -> dict[str, Any]:
-        return {"project": {"artifact": None}}
-
-    def on_CreateArtifact(self, given: dict[str, Any]) -> dict[str, Any]:
-        artifacts = self.server.artifacts
-        same = [
-            key
-            for key, value in artifacts.items()
-            if value["digest"] == given["digest"] and value["name"] == given["artifactCollectionName"]
-        ]
-        key = same[0] if same else f"artifact-{len(artifacts)}"
-        new = {
-            "name": given["artifactCollectionName"],
-            "type": given["artifactTypeName"],
-            "digest": given["digest"],
-            "state": "PENDING",
-            "run": given.get("runName"),
-            "files": {},
-        }
-        artifact = artifacts.setdefault(key, new)
-        answer = {"id": key, "state": artifact["state"], "artifactSequence": {"latestArtifact": None}}
-        return {"createArtifact": {"artifact": answer}}
-
-    def manifest(self, key: str) -> dict[str, Any]:
-        file = {"id": key, "uploadUrl": f"{self.server.url}/storage/manifest/{key}", "uploadHeaders": []}
-        return {"artifactManifest": {"id": f"manifest-{key}", "file": file}}
-
-    def on_CreateArtifactManifest(self, given: dict[str, Any]) -> dict[str, Any]:
-        return {"createArtifactManifest": self.manifest(given["artifactID"])}
-
-    def on_UpdateArtifactManifest(self, given: dict[str, Any]) -> dict[str, Any]:
-        return {"updateArtifactManifest": self.manifest(given["artifactManifestID"].removeprefix("manifest-"))}
-
-    def on_CreateArtifactFiles(self, given: dict[str, Any]) -> dict[str, Any]:
-        nodes = []
-        for file in given["artifactFiles"]:
-            path = f"/storage/artifact/{file['artifactID']}/{file['name']}"
-            self.server.artifacts[file["artifactID"]]["files"][file["name"]] = path
-            nodes.append(
-                {
-                    "storagePath": file["name"],
-                    "uploadUrl": self.server.url + path,
-                    "uploadHeaders": [],
-                    "uploadMultipartUrls": None,
-                    "artifact": {"id": file["artifactID"]},
-                }
-            )
-        return {"createArtifactFiles": {"files": {"edges": [{"node": node} for node in nodes]}}}
-
-    def on_CommitArtifact(self, given: dict[str, Any]) -> dict[str, Any]:
-        artifact = self.server.artifacts[given["artifactID"]]
-        artifact["state"] = "COMMITTED"
-        return {"commitArtifact": {"artifact": {"id": given["artifactID"], "digest": artifact["digest"]}}}
-
 
 @contextlib.contextmanager
 def serving(port: int = 0) -> Iterator[WandbServer]:
@@ -357,7 +252,7 @@ def wandb_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wa
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setattr(tracking, "_offline_until", 0.0)
+    monkeypatch.setattr(tracking, "_server_failed", False)
     with serving() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         wandb.teardown()

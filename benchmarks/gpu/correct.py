@@ -18,9 +18,8 @@ from torch import Tensor
 
 from peerscale.data.store import file_sha256
 from peerscale.files import PACKAGE
-from peerscale.ops.adamw import update_rows
 from peerscale.ops.backends import BACKENDS
-from peerscale.ops.operators import Operators, Pairs, TableGradient
+from peerscale.ops.operators import Operators
 
 REFERENCE = BACKENDS["reference"]
 ALLOWED = {"float32": 2e-5, "bfloat16": 2 * 2**-7}
@@ -41,7 +40,7 @@ class Shape(NamedTuple):
 
 FULL = [Shape(37, D, N, J) for D, N, J in itertools.product((24, 40, 256, 1024), (256, 4096, 65536), (1, 64, 128))] + [
     Shape(0, 40, 256, 64),  # an empty batch
-    Shape(1031, 1024, 65536, 128),  # beyond the cache, every row several times: read in the order of the rows
+    Shape(1031, 1024, 65536, 128),  # beyond the cache, every row several times
     Shape(4099, 256, 256, 128),  # two thousand pairs a row
     Shape(1, 24, 65536, 1),
 ]
@@ -129,8 +128,6 @@ def operator_checks(machine: Machine, shape: Shape, dtype: torch.dtype) -> list[
             allowed,
         )
         found += zip(names, compared, strict=True)
-        if rows.numel():
-            found += adamw_checks(machine.operators, rows, w_up, gates, x)
         if rows.numel() and dtype == torch.float32:
             found += retrieval_checks(machine.operators, shape)
     return found
@@ -145,32 +142,6 @@ def _against_reference(operators: Operators, function, tensors: Sequence[Tensor]
         probe = torch.sin(torch.arange(y.numel(), dtype=torch.float64)).view_as(y).to(y.dtype)
         both.append([y.detach(), *torch.autograd.grad((y * probe).sum(), leaves)])
     return [error(actual, expected, allowed) for actual, expected in zip(*both, strict=True)]
-
-
-def adamw_checks(operators: Operators, rows: Tensor, table: Tensor, weights: Tensor, x: Tensor) -> list[Check]:
-    """Three row-sparse steps, the last on other rows, in float32 beside float64; of vectors that may be halves."""
-    # A large eps: without it a gradient that rounds to another sign moves its weight the other way.
-    rates = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-3, "weight_decay": 0.1}
-    tables = []
-    for dtype in (torch.float32, torch.float64):
-        changed = table.to(dtype, copy=True)
-        state = {"exp_avg": torch.zeros_like(changed), "exp_avg_sq": torch.zeros_like(changed)}
-        state["step"] = changed.new_zeros(len(table))
-        for shift in (0, 0, 1):
-            shifted, coefficients = (rows + shift) % len(table), weights.to(dtype)
-            if dtype == torch.float32:
-                operators.adamw_rows(
-                    TableGradient(Pairs(operators, shifted, len(table)), coefficients, x), changed, state, rates
-                )
-            else:
-                gradient = REFERENCE.table_gradient(
-                    TableGradient(Pairs(REFERENCE, shifted, len(table)), coefficients, x.to(dtype))
-                )
-                touched = shifted.unique()
-                update_rows(changed, state, touched, gradient[touched], rates)
-        tables.append([changed, *state.values()])
-    names = ("AdamW's table", "AdamW's mean", "AdamW's square", "AdamW's steps")
-    return [(name, error(a, e, ALLOWED["float32"])) for name, a, e in zip(names, *tables, strict=True)]
 
 
 def retrieval_checks(operators: Operators, shape: Shape) -> list[Check]:

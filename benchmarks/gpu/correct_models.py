@@ -23,11 +23,10 @@ more."""
 
 def overrides(method: str, rehearse: bool) -> list[str]:
     """A model of two blocks; routing takes its statistics over 16 sequences."""
-    size = ["size=d16", "context=8"] if rehearse else ["size=d128-h2", "context=64"]
-    words = [f"ffn={method}", *size, "size.n_layers=2", "batch_sequences=32", "routing_group_sequences=16"]
+    size = ["d_model=16", "context=8"] if rehearse else ["d_model=128", "head_dim=64", "context=64"]
+    words = [f"ffn={method}", *size, "n_layers=2", "batch_sequences=32", "routing_group_sequences=16"]
     if method in ("pkm", "peer"):
         words += ["ffn.n_experts=64", "ffn.n_heads=1", "ffn.top_k=4"] if rehearse else ["ffn.n_experts=4096"]
-        words.append("optim=row_sparse_adamw")
     return [*words, "budget=1e12", "data.vocab_size=512", "tracking=disabled"]
 
 
@@ -53,7 +52,7 @@ def _waits(machine: Machine, module: LanguageModel, tokens: Tensor) -> bool:
     """Whether the host waits for the GPU in a step; in fp32 grouped products would (docs/scale.md)."""
     optimizer = build_optimizer(module.groups, module.config, module.plan)
     try:
-        for mode in ("default", "error"):  # kernels are tuned in the first step
+        for mode in ("default", "error"):  # kernels are compiled in the first step
             if machine.type == "cuda":
                 torch.cuda.set_sync_debug_mode(mode)
             with machine.autocast("bf16"):

@@ -2,8 +2,7 @@
 
 Bytes are those that the operator asks for, whether they come from memory or from a cache: so a share may be above one
 where a table or its tokens fit the cache. `row_dot_products` and `weighted_row_sum` are the forward pass of PEER, and
-each the other's backward pass; `table_gradient` is the dense gradient, and `adamw_rows` forms a row's gradient and
-takes the step of AdamW with it.
+each the other's backward pass; `table_gradient` is the dense gradient.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,9 +17,8 @@ from gpu.results import Case, Row
 from timing import spread
 from torch import Tensor
 
-from peerscale.ops.operators import Operators, Pairs, TableGradient
-
-RATES = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
+from peerscale.ops.operators import Operators
+from peerscale.ops.pairs import Pairs, TableGradient
 
 
 class Shape(NamedTuple):
@@ -43,7 +41,7 @@ FULL = [
 ]
 TINY = [Shape(64, 16, 24, 8, 4, "float32")]
 KERNELS = (
-    "row_dot_products", "weighted_row_sum", "sort_pairs", "table_gradient", "adamw_rows", "product_key_top_k",
+    "row_dot_products", "weighted_row_sum", "sort_pairs", "table_gradient", "product_key_top_k",
 )  # fmt: skip
 
 
@@ -93,13 +91,7 @@ def prepared(operators: Operators, shape: Shape, kernel: str) -> tuple[Callable[
     table = torch.randn(N, D, dtype=dtype)
     if kernel == "row_dot_products":
         return lambda: operators.row_dot_products(x, table, pairs), gathered + x.nbytes
-    if kernel == "weighted_row_sum":
-        return lambda: operators.weighted_row_sum(table, pairs, weights), gathered + x.nbytes
-    table = table.float()
-    state = {"exp_avg": torch.zeros_like(table), "exp_avg_sq": torch.zeros_like(table), "step": torch.zeros(N)}
-    n_rows, _ = len(pairs.rows_TJ.unique()), pairs.by_row
-    moved = 6 * n_rows * D * real  # table and both moments, read and written
-    return lambda: operators.adamw_rows(gradient, table, state, RATES), gathered + moved
+    return lambda: operators.weighted_row_sum(table, pairs, weights), gathered + x.nbytes
 
 
 @torch.no_grad()

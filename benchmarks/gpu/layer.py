@@ -1,8 +1,7 @@
 """A training step of one PEER layer, beside PEER-pytorch's: forward, backward, optimiser; and the most memory it took.
 
-Ours takes row-sparse AdamW, or for comparison torch's fused one. Theirs runs as it comes, with fused AdamW, and
-compiled with fused AdamW. Each is alone in the device's memory. Outputs of the two with the same weights are compared
-once.
+Ours takes torch's fused AdamW. Theirs runs as it comes, with fused AdamW, and compiled with fused AdamW. Each is alone
+in the device's memory. Outputs of the two with the same weights are compared once.
 """
 
 import importlib.util
@@ -43,7 +42,7 @@ FULL = [
 ]
 TINY = [Shape(64, 32, 24, 2, 4, "fp32"), Shape(64, 16, 16, 1, 8, "bf16")]
 
-OURS = {"peerscale": "row_sparse_adamw", "peerscale, dense AdamW": "fused_adamw"}
+OURS = {"peerscale": "fused_adamw"}
 THEIRS = {
     "PEER-pytorch": "adamw",
     "PEER-pytorch, fused AdamW": "fused_adamw",

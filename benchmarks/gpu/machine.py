@@ -54,7 +54,7 @@ class Machine:
         return torch.autocast(self.type, torch.bfloat16, precision == "bf16")
 
     def seconds(self, step: Callable[[], object]) -> list[float]:
-        """Seconds of single calls, the compilation and tuning of the first ones not among them.
+        """Seconds of single calls, the compilation of the first ones not among them.
 
         On a GPU by its own clock, with as many calls as half a second has, but 5 to 50. They follow one another without
         a wait, so that the host's time counts only where the GPU has to wait for it.

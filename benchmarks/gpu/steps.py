@@ -21,7 +21,8 @@ from peerscale.plan.plan import plan
 from peerscale.train.module import LanguageModel
 
 METHODS = ("dense", "peer", "pkm", "moe", "moe_token_choice")
-SIZES = ("d256-l8-h4", "d512-l8-h8", "d768-l12-h12")
+SIZES = {"d256-l8-h4": (256, 8), "d512-l8-h8": (512, 8), "d768-l12-h12": (768, 12)}
+"""d_model and n_layers; heads have width 64."""
 VOCABULARIES = (8192, 32768)
 SEQUENCES = (32, 128)
 CONTEXT = 512
@@ -31,22 +32,23 @@ def cases(machine: Machine, folder: Path) -> Iterator[Case]:
     """Every method at every size, vocabulary and batch; small ones first."""
     sizes, vocabularies, sequences = SIZES, VOCABULARIES, SEQUENCES
     if machine.rehearse:
-        sizes, vocabularies, sequences = ("d16",), (512,), (16,)
-    for size in sizes:
+        sizes, vocabularies, sequences = {"d16": (16, 2)}, (512,), (16,)
+    for size, (d_model, n_layers) in sizes.items():
         for batch in sequences:
             for vocabulary in vocabularies:
                 for method in METHODS:
-                    words = overrides(machine, method, size, vocabulary, batch)
+                    words = overrides(machine, method, vocabulary, batch)
+                    words += [f"d_model={d_model}", f"n_layers={n_layers}"]
                     labels = {"method": method, "size": size, "vocabulary": vocabulary, "sequences": batch}
                     name = f"{method} {size} V{vocabulary} B{batch}"
                     yield Case(name, labels, partial(measure, machine, folder, words))
 
 
-def overrides(machine: Machine, method: str, size: str, vocabulary: int, batch: int) -> list[str]:
+def overrides(machine: Machine, method: str, vocabulary: int, batch: int) -> list[str]:
     """The configuration; statistics of routing are taken over 32 sequences, whatever the batch."""
-    words = [f"ffn={method}", f"size={size}", f"data.vocab_size={vocabulary}", f"batch_sequences={batch}"]
-    words += ["context=8", "size.n_layers=2"] if machine.rehearse else [f"context={CONTEXT}"]
-    words += [f"routing_group_sequences={min(batch, 32)}", "precision=bf16", "optim=row_sparse_adamw", "budget=1e15"]
+    words = [f"ffn={method}", f"data.vocab_size={vocabulary}", f"batch_sequences={batch}"]
+    words += ["context=8"] if machine.rehearse else [f"context={CONTEXT}", "head_dim=64"]
+    words += [f"routing_group_sequences={min(batch, 32)}", "precision=bf16", "budget=1e15"]
     if method in ("pkm", "peer"):
         words += (
             ["ffn.n_experts=64", "ffn.n_heads=1", "ffn.top_k=4"]

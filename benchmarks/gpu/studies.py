@@ -32,13 +32,12 @@ CLOSING_S = 20.0
 
 TINY = """\
 # Question: does the whole way from study to archive work? No result.
-sweep: {methods: [dense, peer], grid: [{budget: 2e8, sizes: [d8, d12, d16]}], min_sizes: 1}
+sweep: {methods: [dense, peer], grid: [{budget: 2e8, d_model: [8, 12, 16]}], min_sizes: 1}
 defaults: [override data: text, override tracking: disabled]
 batch_sequences: 16
 context: 8
 min_steps: 4
-size: {n_layers: 2}
-optim: {name: row_sparse_adamw}
+n_layers: 2
 """
 
 

@@ -5,12 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peerscale.config.schema import load
-    from peerscale.laws.envelope import fit_envelope
     from peerscale.laws.isoflop import fit_isoflop
     from peerscale.laws.moe import fit_granular, fit_routed
     from peerscale.laws.parametric import fit_parametric
-    from peerscale.laws.prediction import predict
-    from peerscale.model.build import build_model, load_model
+    from peerscale.model.build import build_model
+    from peerscale.model.trained import load_model
     from peerscale.plan.cost import cost
     from peerscale.plan.plan import plan
     from peerscale.records.table import read_runs
@@ -18,16 +17,15 @@ if TYPE_CHECKING:
     from peerscale.stats.rate_law import fit_rates
 
 __all__ = [
-    "build_model", "compute_multipliers", "cost", "fit_envelope", "fit_granular", "fit_isoflop", "fit_parametric",
-    "fit_rates", "fit_routed", "load", "load_model", "plan", "predict", "read_runs",
+    "build_model", "compute_multipliers", "cost", "fit_granular", "fit_isoflop", "fit_parametric", "fit_rates",
+    "fit_routed", "load", "load_model", "plan", "read_runs",
 ]  # fmt: skip
 
 _MODULES = {
     "build_model": "model.build", "compute_multipliers": "stats.multiplier", "cost": "plan.cost",
-    "fit_envelope": "laws.envelope", "fit_granular": "laws.moe", "fit_isoflop": "laws.isoflop",
-    "fit_parametric": "laws.parametric", "fit_rates": "stats.rate_law", "fit_routed": "laws.moe",
-    "load": "config.schema", "load_model": "model.build", "plan": "plan.plan", "predict": "laws.prediction",
-    "read_runs": "records.table",
+    "fit_granular": "laws.moe", "fit_isoflop": "laws.isoflop", "fit_parametric": "laws.parametric",
+    "fit_rates": "stats.rate_law", "fit_routed": "laws.moe", "load": "config.schema", "load_model": "model.trained",
+    "plan": "plan.plan", "read_runs": "records.table",
 }  # fmt: skip
 
 

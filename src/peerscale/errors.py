@@ -1,7 +1,7 @@
 """Errors that the user can fix, reported in one clear line without a traceback; and the exit codes of all programs.
 
 0: everything is done. 1: a crash of the program, with Python's traceback. 2: `USER_ERROR`. 3: `FAILED_CELLS`.
-130: `INTERRUPTED`.
+4: `ABORTED`. 130: `INTERRUPTED`.
 """
 
 import argparse
@@ -18,6 +18,9 @@ USER_ERROR = 2
 
 FAILED_CELLS = 3
 """The input was correct and the program ran to its end, but some cells failed."""
+
+ABORTED = 4
+"""The input was correct, but some cells could not be run to an end; the same command continues the work."""
 
 INTERRUPTED = 130
 """Ctrl-C; the same command continues the work."""
@@ -69,7 +72,15 @@ FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
 class FailedCells(Exception):
-    """The sweep ran to its end, but some of its cells failed; exit code `FAILED_CELLS`."""
+    """The sweep ran to its end, but some of its cells failed."""
+
+    code = FAILED_CELLS
+
+
+class Aborted(FailedCells):
+    """Some cells of a sweep did not end, since their processes were killed."""
+
+    code = ABORTED
 
 
 def exit_code(main: Callable[[], int | None]) -> int:
@@ -80,7 +91,7 @@ def exit_code(main: Callable[[], int | None]) -> int:
         return code
     except FailedCells as error:
         print(f"error: {error}", file=sys.stderr)
-        return FAILED_CELLS
+        return error.code
     except UserError as error:
         message = str(error)
     except BrokenPipeError:

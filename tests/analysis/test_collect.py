@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,10 @@ from synthetic_study import METHODS, SWEEP, WRONG, cells, minimum, records, scri
 from peerscale.errors import UserError, exit_code
 from peerscale.records.curves import curves_table
 from peerscale.records.fingerprint import fingerprint
-from peerscale.records.publication import public
-from peerscale.records.record import Record, Status, read_record, write_record
+from peerscale.records.record import Record, Status, write_record
 from peerscale.records.study import collected
 from peerscale.records.study import published as kept
-from peerscale.records.table import runs_table
+from peerscale.records.table import read_records, runs_table
 from peerscale.stats import collection
 from peerscale.stats.comparison import compare
 from peerscale.stats.fits import fit_study
@@ -71,7 +70,7 @@ def test_a_recorded_cell_outside_the_plan_keeps_its_row_and_is_counted_apart(
     write_cells(tmp_path)
     left_out = ("dense-d8-1e11-s0", "peer-d16-3e11-s0")
     collection.planned_cells = lambda sweep, overrides: [cell for cell in cells() if cell.name not in left_out]
-    assert collect.main([SWEEP, "--runs", str(tmp_path), "--results", str(tmp_path / "results")]) == 0
+    assert collect.main([SWEEP, "--runs", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "synthetic: 48 cells (45 done, 1 failed, 1 dropped, 1 diverged), from" in out
     assert f"2 further cells not in the plan: {', '.join(left_out)}" in out
@@ -95,7 +94,7 @@ def test_a_running_record_that_no_process_holds_is_interrupted(tmp_path: Path) -
         write_record(tmp_path / SWEEP / cell, replace(record, status=Status.RUNNING, evaluation={}, timing={}))
     collection.planned_cells = lambda sweep, overrides: cells()
     with FileLock(tmp_path / SWEEP / "dense-d8-1e11-s0" / "lock"):
-        assert collect.main([SWEEP, "--runs", str(tmp_path), "--results", str(tmp_path / "results")]) == 0
+        assert collect.main([SWEEP, "--runs", str(tmp_path)]) == 0
     status = pd.read_csv(collected(SWEEP, tmp_path).runs).set_index("cell")["status"]
     assert (status["dense-d8-1e11-s0"], status["peer-d16-3e11-s0"]) == ("running", "interrupted")
 
@@ -140,7 +139,7 @@ def test_fits_hold_each_methods_optimum_and_the_differences(collected_runs: Path
 
 
 def fitted(some: list[Record]) -> dict[str, Any]:
-    return fit_study(runs_table(some), curves_table(()), compare(runs_table(some), some))
+    return fit_study(runs_table(some), compare(runs_table(some), some))
 
 
 def test_a_cell_without_sequence_losses_costs_its_budget_only_their_part_of_the_error() -> None:
@@ -191,14 +190,14 @@ def test_a_second_collection_changes_no_byte(collected_runs: Path, tmp_path: Pat
     assert collect.main([SWEEP, "--runs", str(tmp_path)]) == 0
     contents.append({path.name: path.read_bytes() for path in collected(SWEEP, tmp_path).folder.iterdir()})
     assert contents[0] == contents[1]
-    assert set(contents[0]) == {"runs.csv", "records.jsonl", "curves.csv", "fits.json"}
+    assert set(contents[0]) == {"runs.csv", "records.jsonl", "sequence_losses.npz", "curves.csv", "fits.json"}
 
 
 def test_a_wrong_file_of_a_study_is_refused_and_none_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its claims and windows would otherwise be ignored."""
     monkeypatch.setattr("peerscale.config.compose.ROOT", tmp_path)
     (tmp_path / "sweeps").mkdir()
-    text = "sweep: {methods: [dense], grid: [{budget: 1e11, sizes: [d8]}], claims: {method: peeer, rivals: [dense]}}"
+    text = "sweep: {methods: [dense], grid: [{budget: 1e11, d_model: [8]}], claims: {method: peeer, rivals: [dense]}}"
     (tmp_path / "sweeps" / "mine.yaml").write_text(text)
     rest = (runs_table(records()), curves_table(()), [])
     with pytest.raises(UserError, match="claims names peeer"):
@@ -206,70 +205,28 @@ def test_a_wrong_file_of_a_study_is_refused_and_none_is_not(tmp_path: Path, monk
     assert len(collection.fits_of("absent", *rest)["claims"]) > 0
 
 
-def test_a_published_study_is_collected_from_its_files(collected_runs: Path, tmp_path: Path) -> None:
-    source = collected(SWEEP, collected_runs)
-    shutil.copytree(source.folder, tmp_path / "results" / SWEEP)
-    collection.planned_cells = lambda sweep, overrides: cells()
-    arguments = [SWEEP, "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
-    assert collect.main(arguments) == 0
-    again = collected(SWEEP, tmp_path / "runs")
-    for path in ("runs", "records", "fits", "curves"):
-        assert getattr(again, path).read_text() == getattr(source, path).read_text()
-
-
 def test_nothing_to_collect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["absent", "--runs", str(tmp_path), "--results", str(tmp_path)]
+    arguments = ["absent", "--runs", str(tmp_path)]
     assert exit_code(lambda: collect.main(arguments)) == 2
-    assert "no runs of 'absent'" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith("if it has any: make restore SWEEP=absent\n")
 
 
 def test_records_survive_the_collection(collected_runs: Path) -> None:
-    lines = collected(SWEEP, collected_runs).records.read_text().splitlines()
-    by_cell = {json.loads(line)["cell"]: json.loads(line) for line in lines}
-    record = read_record(collected_runs / SWEEP / "peer-d16-1e11-s0")
-    assert record is not None
-    assert by_cell[record.cell]["sequence_losses"] == record.sequence_losses
-
-
-def published_and_run_here(collected_runs: Path, folder: Path, own: list[Record], others: list[Record]) -> list[str]:
-    """The arguments for a study whose `others` were published and whose `own` were run here."""
-    shutil.copytree(collected(SWEEP, collected_runs).folder, folder / "results" / SWEEP)
-    planned, _ = collection.with_planned(cells(), by_cell(others))
-    lines = "".join(json.dumps(asdict(record)) + "\n" for record in planned)
-    (folder / "results" / SWEEP / "records.jsonl").write_text(lines)
-    for record in own:
-        shutil.copytree(collected_runs / SWEEP / record.cell, folder / "runs" / SWEEP / record.cell)
-    collection.planned_cells = lambda sweep, overrides: cells()
-    return [SWEEP, "--runs", str(folder / "runs"), "--results", str(folder / "results"), "--with-published"]
-
-
-def test_published_cells_fill_in_what_was_not_run_here(
-    collected_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    peer = [r for r in records() if r.method == "peer"]
-    others = [replace(r, status=Status.FAILED) if r.cell == peer[0].cell else r for r in records()]
-    arguments = published_and_run_here(collected_runs, tmp_path, peer, others)
-    capsys.readouterr()
-    assert collect.main(arguments) == 0
-    assert f"{len(peer)} cells of" in capsys.readouterr().out
-    merged, whole = collected(SWEEP, tmp_path / "runs"), collected(SWEEP, collected_runs)
-    for path in ("runs", "records", "fits"):
-        assert getattr(merged, path).read_text() == getattr(whole, path).read_text(), path
-    both = (pd.read_csv(s.curves).sort_values(["cell", "step"], ignore_index=True) for s in (merged, whole))
-    pd.testing.assert_frame_equal(*both)
-
-
-def test_the_published_records_alone_give_the_same_fits(collected_runs: Path, tmp_path: Path) -> None:
+    """All of them, but for tracebacks, which name a machine's folders, and the fifth decimal of sequences' losses."""
+    by_name = by_cell(read_records(collected(SWEEP, collected_runs).folder))
     assert any(round(loss, 4) != loss for record in records() for loss in record.sequence_losses)
-    assert collect.main(published_and_run_here(collected_runs, tmp_path, [], [public(r) for r in records()])) == 0
-    from_results, from_runs = collected(SWEEP, tmp_path / "runs"), collected(SWEEP, collected_runs)
-    assert from_results.fits.read_bytes() == from_runs.fits.read_bytes()
+    for record in records():
+        losses = [round(loss, 4) for loss in record.sequence_losses]
+        published = by_name[record.cell]
+        assert published == replace(record, hashed_config=published.hashed_config, sequence_losses=losses, traceback="")
+        assert fingerprint(published.hashed_config) == record.fingerprint
 
 
-@pytest.mark.parametrize("sweep", ["batches", "settings", "short_runs"])
+@pytest.mark.parametrize("sweep", ["every_block", "settings"])
 def test_the_fits_in_results_follow_from_the_records_beside_them(sweep: str, tmp_path: Path) -> None:
     """To seven digits, which no processor changes but where a number lies halfway between two."""
-    assert collect.main([sweep, "--runs", str(tmp_path)]) == 0
+    for name in ("restore", "collect"):
+        assert script(name).main([sweep, "--runs", str(tmp_path)]) == 0
     made, published = (json.loads(study.fits.read_text()) for study in (collected(sweep, tmp_path), kept(sweep)))
     numbers = [(a, b) for a, b in zip(leaves(made), leaves(published), strict=True) if isinstance(a, float)]
     assert len(numbers) > 100 and all(a == pytest.approx(b, rel=1.5e-6, abs=1e-12) for a, b in numbers)
@@ -280,46 +237,6 @@ def leaves(value: Any) -> list[Any]:
     if isinstance(value, (dict, list)):
         return [leaf for part in (value.values() if isinstance(value, dict) else value) for leaf in leaves(part)]
     return [value]
-
-
-def test_without_them_it_says_what_is_published(
-    collected_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    peer = [r for r in records() if r.method == "peer"]
-    arguments = published_and_run_here(collected_runs, tmp_path, peer, records())
-    capsys.readouterr()
-    assert collect.main(arguments[:-1]) == 0
-    done_elsewhere = sum(r.status is Status.DONE and r.method != "peer" for r in records())
-    said = f"{done_elsewhere} of them are finished in {tmp_path / 'results' / SWEEP}: make figures SWEEP={SWEEP}"
-    assert f"{said} PUBLISHED=1\n" in capsys.readouterr().out
-
-
-def test_a_published_finished_cell_counts_before_one_that_failed_here(collected_runs: Path, tmp_path: Path) -> None:
-    failed = next(r for r in records() if r.cell == "peer-d16-3e11-s0")
-    arguments = published_and_run_here(collected_runs, tmp_path, [failed], records())
-    write_record(tmp_path / "runs" / SWEEP / failed.cell, replace(failed, status=Status.FAILED, evaluation={}))
-    assert collect.main(arguments) == 0
-    table = pd.read_csv(collected(SWEEP, tmp_path / "runs").runs).set_index("cell")
-    assert table.loc[failed.cell, "val_loss"] == pytest.approx(failed.evaluation["validation"]["loss"])
-
-
-def test_a_published_cell_of_another_configuration_does_not_fill_in(
-    collected_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    peer = [r for r in records() if r.method == "peer"]
-
-    def changed(record: Record) -> Record:
-        hashed = {**record.hashed_config, "context": 32}
-        return replace(record, hashed_config=hashed, fingerprint=fingerprint(hashed))
-
-    others = [changed(r) if r.cell == "dense-d16-3e11-s0" else r for r in records()]
-    arguments = published_and_run_here(collected_runs, tmp_path, peer, others)
-    capsys.readouterr()
-    assert collect.main(arguments) == 0
-    said = "dense-d16-3e11-s0 has another configuration than the plan: context 32 -> 64"
-    assert said in capsys.readouterr().err
-    status = pd.read_csv(collected(SWEEP, tmp_path / "runs").runs).set_index("cell")["status"]
-    assert (status["dense-d16-3e11-s0"], status["dense-d24-3e11-s0"]) == ("pending", "done")
 
 
 @pytest.mark.parametrize("all_of_them", [False, True])
@@ -333,7 +250,7 @@ def test_own_cells_of_another_configuration_are_left_out(
             other = replace(record, hashed_config=hashed, fingerprint=fingerprint(hashed))
             write_record(tmp_path / SWEEP / record.cell, other)
     collection.planned_cells = lambda sweep, overrides: cells()
-    assert collect.main([SWEEP, "--runs", str(tmp_path), "--results", str(tmp_path / "results")]) == 0
+    assert collect.main([SWEEP, "--runs", str(tmp_path)]) == 0
     who = f"{len(records())} cells, dense-d8-1e11-s0 among them, have" if all_of_them else "dense-d16-3e11-s0 has"
     said = f"notice: {tmp_path / SWEEP}: {who} another configuration than the plan: context 32 -> 64\n"
     assert said in capsys.readouterr().err
@@ -344,26 +261,3 @@ def test_own_cells_of_another_configuration_are_left_out(
         "pending" if all_of_them else "done",
     )
     assert "dense-d16-3e11-s0" not in set(pd.read_csv(study.curves)["cell"])
-
-
-@pytest.mark.parametrize("key", ["recipe_version", "data_fingerprint"])
-def test_published_cells_of_another_recipe_or_corpus_do_not_fill_in(
-    collected_runs: Path, tmp_path: Path, key: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def other(record: Record) -> Record:
-        hashed = {**record.hashed_config, key: "other"}
-        return replace(record, hashed_config=hashed, fingerprint=fingerprint(hashed))
-
-    peer = [r for r in records() if r.method == "peer"]
-    others = [other(r) if r.status is Status.DONE else r for r in records() if r.method != "peer"]
-    arguments = published_and_run_here(collected_runs, tmp_path, peer, others)
-    capsys.readouterr()
-    assert collect.main(arguments) == 0
-    assert f"another configuration than the plan: {key} " in capsys.readouterr().err
-    table = pd.read_csv(collected(SWEEP, tmp_path / "runs").runs)
-    assert set(table.loc[table["status"] == "done", "method"]) == {"peer"}
-
-
-def test_without_a_published_study_there_is_nothing_to_add(collected_runs: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"records\.jsonl"):
-        collect.main([SWEEP, "--runs", str(collected_runs), "--results", str(tmp_path), "--with-published"])

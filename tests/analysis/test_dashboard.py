@@ -20,7 +20,7 @@ dashboard = script("dashboard")
 def runs(tmp_path: Path) -> Path:
     cell = tmp_path / "reproduce" / "dense-d12-5e11-s0"
     cell.mkdir(parents=True)
-    (cell / "config.yaml").write_text(yaml.safe_dump({"tracking": {"project": "ours", "entity": None}}))
+    (cell / "config.yaml").write_text(yaml.safe_dump({"tracking": {"project": "ours", "entity": None, "id_salt": ""}}))
     shutil.copytree(ROOT / "results" / "reproduce", tmp_path / "reproduce" / "study")
     return tmp_path
 
@@ -52,6 +52,9 @@ def test_saved_twice_there_is_one_report(wandb_server: WandbServer, runs: Path) 
     ):
         assert needed in text, needed
     assert wandb_server.unknown == []
+    (logged,) = wandb_server.runs.values()
+    assert (logged.meta["groupName"], logged.meta["jobType"]) == ("reproduce", "study")
+    assert "figures/isoflop" in logged.summary and any("isoflop" in name for name in wandb_server.files)
     grids = [block["metadata"] for block in json.loads(text)["blocks"] if block["type"] == "panel-grid"]
     panels = {
         panel["config"]["chartTitle"]: panel["config"]

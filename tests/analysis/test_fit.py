@@ -38,13 +38,7 @@ def run(*arguments: object) -> int:
     return exit_code(lambda: fit.main([str(argument) for argument in arguments]))
 
 
-def answers(printed: str) -> dict[str, list[float]]:
-    """The predictions of one fit: value, and ends of its interval."""
-    lines = [line.strip().rpartition("  ") for line in printed.splitlines() if line.startswith("  ")]
-    return {name.strip(): [float(text.strip("[],")) for text in value.split()] for name, _, value in lines}
-
-
-def test_parametric_and_predict(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_parametric(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "made" / "fit.json"
     where = "method == 'dense'"
     assert run("parametric", table, *SURFACE, "--where", where, "--bootstrap", 200, "--out", out) == 0
@@ -57,15 +51,6 @@ def test_parametric_and_predict(table: Path, tmp_path: Path, capsys: pytest.Capt
         "objective": "huber-log", "delta": 1e-3,
     }  # fmt: skip
     assert stored["ci"]["a"][0] < stored["a"] < stored["ci"]["a"][1]
-
-    assert run("predict", out, "--budget", "1e20", "--params", "1e9", "--tokens", "2e10") == 0
-    values = answers(capsys.readouterr().out)
-    assert values["loss"][0] == pytest.approx(surface_loss(1e9, 2e10), abs=0.01)
-    assert values["loss"][1] < values["loss"][0] < values["loss"][2]
-    assert values["optimal N"][0] == pytest.approx(0.09 * 1e10, rel=0.5)
-    assert values["optimal N"][0] * values["optimal D"][0] * 6 == pytest.approx(1e20, rel=1e-4)
-    n, d = values["optimal N"][0], values["optimal D"][0]
-    assert values["loss at the optimum"][0] == pytest.approx(surface_loss(n, d), abs=0.01)
 
 
 def test_flops_and_objective(table: Path, tmp_path: Path) -> None:
@@ -92,78 +77,6 @@ def test_isoflop_by_method(table: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert [optimum["budget"] for optimum in dense["vertices"]] == [1e18, 1e19, 1e20, 1e21]
     assert len(dense["vertices"][0]["x_interval"]) == 2
     assert "method = peer" in capsys.readouterr().out
-    assert run("predict", out, "--budget", "1e22") == 0
-    assert capsys.readouterr().out.count("optimal N ") == 2
-
-
-def optimal_loss(c: np.ndarray) -> np.ndarray:
-    return 40 * c**-0.06
-
-
-def write_parabolas(path: Path, budgets: tuple[float, ...], *, noise: float = 0.0) -> None:
-    """Runs on parabolas whose minima lie at 0.1 C^0.5, with losses on a power law."""
-    c, offset = (axis.ravel() for axis in np.meshgrid(budgets, np.linspace(-0.5, 0.5, 7)))
-    loss = optimal_loss(c) + 0.2 * offset**2 + noise * np.random.default_rng(0).standard_normal(len(c))
-    pd.DataFrame({"C": c, "my size": 0.1 * c**0.5 * 10**offset, "L": loss}).to_csv(path, index=False)
-
-
-PARABOLAS = ("--budget", "C", "--x", "my size", "--loss", "L")
-
-
-def test_an_isoflop_fit_predicts_size_and_loss_by_their_names(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    table, out = tmp_path / "runs.csv", tmp_path / "fit.json"
-    write_parabolas(table, (1e18, 1e19, 1e20))
-    assert run("isoflop", table, *PARABOLAS, "--bootstrap", 0, "--out", out) == 0
-    assert "my size 1e+08" in capsys.readouterr().out
-    assert run("predict", out, "--budget", "1e21") == 0
-    found = answers(printed := capsys.readouterr().out)
-    assert found.keys() == {"optimal my size", "loss at the optimum"} and "warning" not in printed
-    assert found["optimal my size"] == pytest.approx([0.1 * 1e21**0.5], rel=1e-4)
-    assert found["loss at the optimum"] == pytest.approx([optimal_loss(1e21)], rel=1e-4)
-    assert run("predict", out, "--budget", "1e22") == 0
-    assert "warning: 1e+22 is far beyond the largest budget, 1e+20;" in capsys.readouterr().out
-
-    write_parabolas(table, (1e18, 1e19, 1e20), noise=0.003)
-    assert run("isoflop", table, *PARABOLAS, "--bootstrap", 200, "--out", out) == 0
-    capsys.readouterr()
-    assert run("predict", out, "--budget", "1e21") == 0
-    value, low, high = answers(capsys.readouterr().out)["loss at the optimum"]
-    assert low < optimal_loss(1e21) < high and low < value < high and high - low < 0.05
-
-
-def test_two_budgets_are_enough_for_the_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    table, out = tmp_path / "runs.csv", tmp_path / "fit.json"
-    write_parabolas(table, (1e18, 1e19))
-    assert run("isoflop", table, *PARABOLAS, "--bootstrap", 20, "--out", out) == 0
-    capsys.readouterr()
-    assert run("predict", out, "--budget", "3e18") == 0
-    found = answers(printed := capsys.readouterr().out)
-    assert found.keys() == {"loss at the optimum"}
-    assert found["loss at the optimum"][0] == pytest.approx(optimal_loss(3e18), rel=1e-4)
-    assert printed.endswith("no optimum: too few budgets with a usable optimum, three are needed\n")
-
-
-def test_what_holds_for_many_fits_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    table, out, fits = tmp_path / "runs.csv", tmp_path / "fit.json", tmp_path / "fits.json"
-    stored = {}
-    for name, budgets, where in (("ours", (1e18, 1e19, 1e20), "C > 0"), ("few", (1e18, 1e19), "C < 2e18 or L < 2.9")):
-        write_parabolas(table, budgets)
-        assert run("isoflop", table, *PARABOLAS, "--where", where, "--bootstrap", 0, "--out", out) == 0
-        stored[name] = {**json.loads(out.read_text()), "x": "my size"}
-        del stored[name]["source"]  # a study's fits name their columns themselves
-    stored |= {f"few {i}": stored["few"] for i in range(6)}
-    for content in (stored, {"version": 2, "laws": stored}):
-        fits.write_text(json.dumps(content))
-        capsys.readouterr()
-        assert run("predict", fits, "--budget", "1e21") == 0
-        lines = capsys.readouterr().out.splitlines()
-        assert [line.split("  ")[0] for line in lines[:3]] == ["ours", "", ""]
-        assert lines[3:] == [
-            "no prediction from 7 of 8 fits: too few budgets with a usable optimum, three are needed "
-            "(few, few 0, few 1, few 2, few 3 and 2 more)"
-        ]
 
 
 def test_flagged_minima_are_shown_and_optional(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,8 +91,6 @@ def test_flagged_minima_are_shown_and_optional(table: Path, tmp_path: Path, caps
     printed = capsys.readouterr().out
     assert "curvature" in printed and "outside_range" in printed and "no exponent: 2 usable budgets" in printed
     assert json.loads((tmp_path / "fit.json").read_text())["exponent"] is None
-    assert run("predict", tmp_path / "fit.json", "--budget", "1e22") == 0
-    assert "no optimum: too few budgets" in capsys.readouterr().out
     assert run(*arguments, "--include-flagged") == 0
     assert json.loads((tmp_path / "fit.json").read_text())["exponent"] is not None
 
@@ -196,24 +107,9 @@ def test_routed_and_granular(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert run("routed", tmp_path / "routed.csv", *routed_columns, "--bootstrap", 20, "--out", out) == 0
     stored = json.loads(out.read_text())
     assert {"a", "b", "c", "d", "E_start", "E_max", "rms_log10", "ci"} <= stored.keys()
-    assert run("predict", out, "--params", "1e8", "--experts", "32") == 0
-    assert f"{routed[(sizes == 1e8) & (counts == 32)][0]:.2f}" in capsys.readouterr().out
     granular_columns = ("--params", "N", "--tokens", "D", "--granularity", "G", "--loss", "loss")
     assert run("granular", tmp_path / "granular.csv", *granular_columns, "--bootstrap", 0, "--out", out) == 0
     assert json.loads(out.read_text())["gamma"] == pytest.approx(0.58, rel=1e-3)
-    assert run("predict", out, "--params", "5e8", "--tokens", "6e10", "--granularity", "4") == 0
-    expected = granular[(n == 5e8) & (d == 6e10) & (g == 4)][0]
-    assert f"{expected:.3f}" in capsys.readouterr().out
-
-
-def test_fits_by_name(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, fits = tmp_path / "fit.json", tmp_path / "fits.json"
-    run("parametric", table, *SURFACE, "--bootstrap", 0, "--out", out)
-    fits.write_text(json.dumps({"one": json.loads(out.read_text()), "two": json.loads(out.read_text())}))
-    capsys.readouterr()
-    assert run("predict", fits, "--budget", "1e20") == 0
-    *named, warning = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
-    assert named == ["one", "two"] and warning.startswith("warning from 2 of 2 fits: the fit's status is ")
 
 
 @pytest.mark.parametrize(
@@ -268,11 +164,8 @@ def test_unreadable_files(table: Path, tmp_path: Path, capsys: pytest.CaptureFix
         assert run("parametric", path, *SURFACE, "--out", tmp_path / "fit.json") == 2
     assert run("parametric", table, *SURFACE, "--bootstrap", 0, "--out", tmp_path) == 2
     assert run("parametric", table, *SURFACE, "--bootstrap", 0, "--out", table / "fit.json") == 2
-    for text in ("", "[1]", "{}", '{"law": "cubic"}', '{"law": "parametric", "E": 1}'):
-        empty.write_text(text)
-        assert run("predict", empty, "--budget", "1e20") == 2
     errors = capsys.readouterr().err
-    assert errors.count("error: ") == errors.count("\n") == 10 and "Traceback" not in errors
+    assert errors.count("error: ") == errors.count("\n") == 5 and "Traceback" not in errors
 
 
 def test_unfit_numbers_are_refused(table: Path, tmp_path: Path) -> None:
@@ -290,7 +183,7 @@ def test_duplicates_are_named(table: Path, tmp_path: Path, capsys: pytest.Captur
 def test_the_commands_of_the_help_text_can_be_typed() -> None:
     text = (fit.__doc__ or "").replace("\\\n", " ")
     commands = [line.split() for line in text.splitlines() if line.startswith("    ")]
-    assert {words[2] for words in commands} == {*fit.COMMANDS, "rates", "predict"}
+    assert {words[2] for words in commands} == {*fit.COMMANDS}
     for python, program, *words in commands:
         assert f"{python} {program}" == fit.PROGRAM == fit.parser().prog
         fit.parser().parse_args(words)
@@ -337,50 +230,6 @@ def test_odd_names_measured_budgets_and_mixtures(
     assert json.loads(out.read_text())["n"] == 28
 
 
-def test_predict_completes_a_budget_and_names_what_it_does_not_use(
-    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "fit.json"
-    run("parametric", table, *SURFACE, "--where", "method == 'dense'", "--bootstrap", 0, "--out", out)
-    losses = []
-    for options in (("--tokens", "1.6666667e10"), ("--budget", "1e20"), ("--budget", "1e20", "--experts", 8)):
-        capsys.readouterr()
-        assert run("predict", out, "--params", "1e9", *options) == 0
-        printed = capsys.readouterr().out
-        losses.append(answers(printed)["loss"][0])
-    assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
-    assert "warning: --experts not used: the parametric law has no such variable" in printed
-    assert run("predict", out, "--experts", 8) == 2
-    assert "needs --budget, or --params, --tokens" in capsys.readouterr().err
-
-
-def test_envelope_of_a_study_and_of_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cells = {f"dense-d{i}-1e15-s0": n for i, n in enumerate(np.geomspace(1e6, 1e9, 13))}
-    curves = pd.concat(
-        pd.DataFrame(
-            {"cell": cell, "step": range(60), "tokens": c / (6 * n), "flops": c, "loss": surface_loss(n, c / 6 / n)}
-        )
-        for cell, n in cells.items()
-        for c in [np.geomspace(1e13, 1e18, 60)]
-    )  # fmt: skip
-    runs = pd.DataFrame({"cell": cells.keys(), "params_total": cells.values(), "method": "dense", "variant": ""})
-    runs = runs.assign(size="d", seed=0, budget=1e18, flops_per_token=1.0, val_loss=3.0, status="done", axes="")
-    runs.assign(flops=1e18, convention="x").to_csv(tmp_path / "runs.csv", index=False)
-    curves.to_csv(tmp_path / "curves.csv", index=False)
-    out = tmp_path / "fit.json"
-    columns = ("--run", "cell", "--flops", "flops", "--x", "params_total", "--loss", "loss", "--bootstrap", 20)
-    assert run("envelope", tmp_path, *columns, "--by", "method", "--out", out) == 0
-    by_folder = json.loads(out.read_text())["groups"]["dense"]
-    assert by_folder["exponent"] == pytest.approx(0.37 / 0.71, abs=0.04) and by_folder["n"] == 13
-    assert run("predict", out, "--budget", "1e20") == 0 and "optimal params_total" in capsys.readouterr().out
-    joined = tmp_path / "joined.csv"
-    curves.merge(runs[["cell", "params_total"]], on="cell").to_csv(joined, index=False)
-    assert run("envelope", joined, *columns, "--out", out) == 0
-    assert json.loads(out.read_text())["exponent"] == pytest.approx(by_folder["exponent"])
-    assert run("envelope", tmp_path / "curves.csv", *columns, "--out", out) == 2
-    assert "no column 'params_total'" in capsys.readouterr().err
-
-
 def test_rates_of_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
         {"layer": layer, "d": d, "D": tokens, "lr": best * factor, "L": 4 + 0.05 * np.log(factor) ** 2}
@@ -399,14 +248,6 @@ def test_rates_of_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     stored = json.loads(out.read_text())
     assert stored["groups"]["peer"]["a"] == pytest.approx(0.5) and stored["groups"]["peer"]["b"] == pytest.approx(0.3)
     assert stored["source"]["hold_out"] == "d == 96" and stored["held_out_cost"] == pytest.approx(0, abs=1e-9)
-    assert run("predict", out, "--width", 96, "--tokens", "1e7") == 0
-    assert "peer\n  best lr  0.00489898" in capsys.readouterr().out
-    study = tmp_path / "fits.json"  # as a study has it
-    study.write_text(
-        json.dumps({"laws": {}, "rates": {"law": {key: stored[key] for key in stored if key != "source"}}})
-    )
-    assert run("predict", study, "--width", 96, "--tokens", "1e7") == 0
-    assert "rates peer\n  best lr  0.00489898" in capsys.readouterr().out
     assert run("rates", path, *columns, "--hold-out", "d == 5") == 2
     assert "--hold-out 'd == 5' holds out none of the 24 rows" in capsys.readouterr().err
     assert run("rates", path, *columns, "--hold-out", "d") == 2

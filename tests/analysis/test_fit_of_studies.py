@@ -40,13 +40,9 @@ def test_a_studys_folder_gives_its_finished_runs_by_curve_without_brackets(tmp_p
     )  # fmt: skip
     runs = runs.assign(size="d8", seed=0, budget=1e15, flops_per_token=1.0, convention="x")
     runs.to_csv(tmp_path / "runs.csv", index=False)
-    rows = [{"cell": cell, "step": step, "tokens": 1, "flops": 1, "loss": 4.0} for cell in cells for step in (1, 2)]
-    pd.DataFrame(rows).to_csv(tmp_path / "curves.csv", index=False)
     table = fit.read_table(tmp_path, None)
     assert dict(zip(table["cell"], table["method"], strict=True)) == curve_of and len(table) == len(curve_of)
     assert fit.read_table(tmp_path, "method == 'peer'")["cell"].tolist() == ["peer-d8"]
-    curves = fit.read_table(tmp_path, None, curves=True)
-    assert dict(zip(curves["cell"], curves["method"], strict=True)) == curve_of and len(curves) == 2 * len(curve_of)
 
 
 def test_of_a_published_study_the_table_has_its_curves_and_of_one_of_rates_every_rate() -> None:

@@ -1,22 +1,21 @@
 """What is committed of a study: all of it, small, and without a machine's folders."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from synthetic_study import SWEEP, records, script
+from synthetic_study import SWEEP, cells, records, script
 
 from peerscale.errors import exit_code
-from peerscale.records import publication
-from peerscale.records.record import Record, Status
+from peerscale.records.record import Record, Status, read_record, write_record
 from peerscale.records.study import collected, published
-from peerscale.records.table import read_records, read_runs
+from peerscale.records.table import read_records, write_records
+from peerscale.stats import collection
 
-publish = script("publish")
+publish, restore, collect = script("publish"), script("restore"), script("collect")
 
 
 @pytest.fixture
@@ -35,29 +34,11 @@ def folders(collected_runs: Path, tmp_path: Path) -> list[str]:
 def test_what_is_published(folders: list[str], tmp_path: Path) -> None:
     assert publish.main(folders) == 0
     source, target = collected(SWEEP, tmp_path / "runs"), published(SWEEP, tmp_path / "results")
-    names = {"runs.csv", "records.jsonl", "curves.csv", "fits.json", "table.md", "figures"}
-    assert {path.name for path in target.folder.iterdir()} == names
-    for name in names - {"records.jsonl", "figures"}:
-        assert (target.folder / name).read_bytes() == (source.folder / name).read_bytes()
-    assert (target.figures / "isoflop.png").read_bytes() == b"a figure"
-    assert len(read_runs(target.folder)) == 50
-
-
-def test_records_are_rounded_and_without_tracebacks(folders: list[str], tmp_path: Path) -> None:
-    publish.main(folders)
-    target = published(SWEEP, tmp_path / "results")
-    full = {record.cell: record for record in records()}
-    kept = read_records(target.folder)
-    assert len(kept) == 50
-    for record in kept:
-        assert record.traceback == ""
-        if record.cell in full:
-            original = full[record.cell]
-            assert record.sequence_losses == pytest.approx(original.sequence_losses, abs=5.1e-5)
-            assert all(len(str(loss).partition(".")[2]) <= 4 for loss in record.sequence_losses)
-            assert record.evaluation == original.evaluation and record.reason == original.reason
-    for line in target.records.read_text().splitlines():
-        json.loads(line)
+    (source.folder / "report.html").write_text("of this machine alone")
+    files = contents(target.folder)
+    names = {"runs.csv", "records.jsonl", "sequence_losses.npz", "curves.csv", "fits.json", "table.md", "figures"}
+    assert {path.parts[0] for path in files} == names
+    assert all((source.folder / path).read_bytes() == content for path, content in files.items())
 
 
 def test_publishing_again_replaces_and_keeps_what_is_not_its_own(folders: list[str], tmp_path: Path) -> None:
@@ -77,12 +58,12 @@ def collect_again(folders: list[str], tmp_path: Path, change: Callable[[Record],
     assert publish.main(folders) == 0
     study = collected(SWEEP, tmp_path / "runs")
     changed = [after for record in read_records(study.folder) if (after := change(record))]
-    study.records.write_text("".join(json.dumps(asdict(record)) + "\n" for record in changed))
+    write_records(study.folder, changed)
     study.table.touch()
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_finished_cells_do_not_vanish_unasked(
@@ -103,7 +84,7 @@ def test_finished_cells_do_not_vanish_unasked(
     named = "moe-d8-1e11-s0, moe-d12-1e11-s0, moe-d16-1e11-s0 ..."
     assert line == (
         f"error: this would remove {done - 10} finished cells ({named}) in {tmp_path / 'results' / SWEEP}; "
-        f"make figures SWEEP={SWEEP} PUBLISHED=1 keeps those that would be removed; "
+        f"make restore SWEEP={SWEEP} brings back those that would be removed; "
         f"to do it anyway: make publish SWEEP={SWEEP} REPLACE=1\n"
     )
     assert publish.main([*folders, "--replace"]) == 0
@@ -159,23 +140,6 @@ def test_a_study_of_settings_without_a_figure_can_be_published(folders: list[str
     assert not (tmp_path / "results" / SWEEP / "figures").exists()
 
 
-def test_an_interrupted_publication_leaves_the_old_one(
-    folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    publish.main(folders)
-    target = published(SWEEP, tmp_path / "results")
-    before = target.records.read_bytes()
-
-    def full_disk(record: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(publication, "public", full_disk)
-    with pytest.raises(OSError):
-        publish.main(folders)
-    assert target.records.read_bytes() == before
-    assert [path.name for path in (tmp_path / "results").iterdir()] == [SWEEP]
-
-
 def test_a_publication_that_cannot_be_put_in_its_place_leaves_the_former_one(
     folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,7 +163,7 @@ def test_a_publication_that_cannot_be_put_in_its_place_leaves_the_former_one(
     assert published(SWEEP, tmp_path / "results").table.read_text() == "# another"
 
 
-@pytest.mark.parametrize("newer", ["records.jsonl", "curves.csv", "runs.csv", "fits.json"])
+@pytest.mark.parametrize("newer", ["records.jsonl", "sequence_losses.npz", "curves.csv", "runs.csv", "fits.json"])
 def test_a_table_from_before_what_it_shows_is_not_published(
     newer: str, folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -213,3 +177,37 @@ def test_a_table_from_before_what_it_shows_is_not_published(
     assert not (tmp_path / "results").exists()
     os.utime(study.folder / newer, ns=(fitted, fitted))
     assert publish.main(folders) == 0
+
+
+def test_a_restored_study_is_collected_as_it_was(
+    folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish.main(folders)
+    monkeypatch.setattr(collection, "planned_cells", lambda sweep, overrides: cells())
+    again = [SWEEP, "--runs", str(tmp_path / "again"), *folders[-2:]]
+    capsys.readouterr()
+    assert restore.main(again) == 0
+    ended = len(records())
+    assert capsys.readouterr().out.startswith(f"{ended} cells restored from {tmp_path / 'results' / SWEEP}; 0 were in")
+    assert collect.main([SWEEP, "--runs", str(tmp_path / "again")]) == 0
+    source, target = (collected(SWEEP, tmp_path / name) for name in ("runs", "again"))
+    for name in ("records.jsonl", "runs.csv", "curves.csv", "sequence_losses.npz", "fits.json"):
+        assert (target.folder / name).read_bytes() == (source.folder / name).read_bytes(), name
+
+
+def test_own_records_are_never_overwritten(
+    folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish.main(folders)
+    mine = tmp_path / "runs" / SWEEP / "peer-d16-1e11-s0"
+    own = next(replace(r, status=Status.FAILED, evaluation={}) for r in records() if r.cell == mine.name)
+    write_record(mine, own)
+    (mine / "metrics.jsonl").write_text("")
+    before = contents(mine)
+    (broken := tmp_path / "runs" / SWEEP / "dense-d16-1e11-s0" / "record.json").parent.mkdir()
+    broken.write_text("{")
+    capsys.readouterr()
+    assert restore.main(folders) == 0
+    assert contents(mine) == before and broken.read_text() == "{"
+    assert f"{len(records()) - 2} cells restored" in capsys.readouterr().out
+    assert (found := read_record(mine.parent / "dense-d8-1e11-s0")) and found.status is Status.DONE

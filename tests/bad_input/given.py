@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,7 @@ def gzips(folder: Path) -> None:
 
 
 TEXT = ["data=text", "data.vocab_size=300", "data.evaluation.validation=512", "data.max_epochs=100"]
-TINY = [*TEXT, "size=d8", "size.n_layers=2", "context=8", "min_steps=4", "budget=2e7", "tracking=disabled"]
+TINY = [*TEXT, "d_model=8", "n_layers=2", "context=8", "min_steps=4", "budget=2e7", "tracking=disabled"]
 """A single cell that trains in a second."""
 
 
@@ -67,9 +66,9 @@ def record(folder: Path) -> None:
 
 def cells(folder: Path) -> None:
     """A study of one finished cell a size, with metrics."""
-    write_study(folder, "{methods: [dense], grid: [{budget: 1e10, sizes: [d8, d12, d16, d20, d24]}]}", "min_steps: 1")
+    write_study(folder, "{methods: [dense], grid: [{budget: 1e10, d_model: [8, 12, 16, 20, 24]}]}", "min_steps: 1")
     for cell in planned_cells(folder / "toy.yaml"):
-        loss = 5 + (cell.config.size.d_model - 16) ** 2 / 100
+        loss = 5 + (cell.config.d_model - 16) ** 2 / 100
         sets = {"validation": {"loss": loss, "se": 0.1, "tokens": 131072.0, "bits_per_byte": 2.5, "ppl": 190.5}}
         write_record(cell.folder, record_of(cell, Status.DONE, evaluation=sets, sequence_losses=[loss, loss + 0.1]))
         rows = [{"step": s, "tokens": s * 1024, "flops": s * 10**6, "loss": 6.0, "tokens_per_s": 1e4} for s in (1, 2)]
@@ -79,7 +78,7 @@ def cells(folder: Path) -> None:
 
 def latin_study(folder: Path) -> None:
     """toy.yaml, a study whose comment is not UTF-8."""
-    file = write_study(folder, "{methods: [dense], grid: [{budget: 1e10, sizes: [d8]}]}")
+    file = write_study(folder, "{methods: [dense], grid: [{budget: 1e10, d_model: [8]}]}")
     file.write_bytes("# Größe\n".encode("latin-1") + file.read_bytes())
 
 
@@ -99,11 +98,8 @@ def table(folder: Path) -> None:
 
 
 def published(folder: Path) -> None:
-    """results/toy/records.jsonl of two records."""
+    """results/toy of two records."""
     cells(folder)
-    from peerscale.records.table import read_records
+    from peerscale.records.table import read_records, write_records
 
-    records = read_records(folder / "runs" / "toy")[:2]
-    (folder / "results/toy").mkdir(parents=True)
-    lines = "".join(json.dumps(asdict(one)) + "\n" for one in records)
-    (folder / "results/toy/records.jsonl").write_text(lines)
+    write_records(folder / "results/toy", read_records(folder / "runs" / "toy")[:2])

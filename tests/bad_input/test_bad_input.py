@@ -80,8 +80,9 @@ def assert_refused(case: dict[str, Any], code: int, errors: str, here: Path) -> 
         assert last.partition(": ")[2] == f"error: {case['says']}" and code == 2
         return
     expected = case["says"]
-    for folder in ("conf/ffn", "conf/size", "sweeps"):
-        expected = expected.replace(f"{{{folder}}}", ", ".join(sorted(file.stem for file in (ROOT / folder).glob("*"))))
+    for folder, between in (("conf/ffn", " "), ("sweeps", ", ")):
+        names = sorted(file.stem for file in (ROOT / folder).glob("*"))
+        expected = expected.replace(f"{{{folder}}}", between.join(names))
     # In a cell's name a path has other separators.
     last = last.replace(str(here), "{here}").replace(str(here).strip("/").replace("/", "_"), "{here}")
     assert last == f"error: {expected}"

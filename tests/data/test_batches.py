@@ -76,7 +76,7 @@ def test_batches_are_those_of_earlier_runs():
     )
 
 
-@given(n_batches=st.integers(2, 12), remainder=st.integers(0, 5), slack=st.integers(0, 600), **shapes)
+@given(n_batches=st.integers(1, 12), remainder=st.integers(0, 5), slack=st.integers(0, 600), **shapes)
 def test_evaluation_takes_distinct_windows_far_apart(n_batches, remainder, slack, batch_sequences, context):
     asked = n_batches * batch_sequences * context + min(remainder, batch_sequences * context - 1)
     tokens = counting(n_batches * batch_sequences * context + 1 + slack)
@@ -85,7 +85,7 @@ def test_evaluation_takes_distinct_windows_far_apart(n_batches, remainder, slack
     assert n_batches * batch_sequences * context == sum(b[:, 1:].size for b in batches)
     chosen = [windows(batch, context) for batch in batches]
     for numbers in chosen:
-        assert (np.diff(np.sort(numbers)) >= 2).all()
+        assert n_batches == 1 or (np.diff(np.sort(numbers)) >= 2).all()
     together = np.sort(np.concatenate(chosen))
     assert len(set(together.tolist())) == len(together)
     n_windows = (len(tokens) - 1) // context

@@ -1,7 +1,8 @@
 import errno
 import json
+import shutil
 import threading
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,8 @@ import pytest
 from made_up_text import prose
 
 from peerscale.data import prepare as module
-from peerscale.data import store, tokenizer
-from peerscale.data.blocks import GAP_BYTES
-from peerscale.data.prepare import prepare
+from peerscale.data import store
+from peerscale.data.prepare import END_OF_TEXT, END_OF_TEXT_ID, GAP_BYTES, held_out_split, prepare, train_tokenizer
 from peerscale.data.store import open_corpus, read_manifest
 from peerscale.errors import UserError, exit_code
 from programs import call
@@ -73,17 +73,45 @@ def test_documents_are_joined_by_one_end_of_text(tmp_path, text_config):
     assert found == [text for text in texts if text in set(found)]
 
 
+@pytest.mark.parametrize("total", [100_000, 249_999, 1_000_000, 12_345_678, 101_000_000, 400_000_000])
+def test_held_out_spans_lie_apart_and_in_full(total):
+    step = max(50, total // 200_000)
+    names = [held_out_split(offset, total) for offset in range(0, total, step)]
+    runs = [(name, len(list(run))) for name, run in groupby(names)]
+    period = ["train", None, "tuning", None, "train", None, "validation", None]
+    n_spans = max(1, min(40, total // 250_000))
+    assert [name for name, _ in runs] == [*(period * n_spans), "train"]
+    assert all(length * step >= GAP_BYTES - step for name, length in runs if name is None)
+    for name in ("validation", "tuning"):
+        held = sum(length for run, length in runs if run == name) * step
+        assert held == pytest.approx(min(0.04 * total, 1_250_000), rel=0.2, abs=2 * step * n_spans)
+    assert sum(length for run, length in runs if run == "train") * step >= 0.66 * total
+
+
 def test_the_tokenizer_never_sees_held_out_text(config, monkeypatch):
     seen = []
 
     def train(texts, vocab_size):
         seen.extend(texts)
-        return tokenizer.train(seen, vocab_size)
+        return train_tokenizer(seen, vocab_size)
 
-    monkeypatch.setattr(module, "train", train)
+    monkeypatch.setattr(module, "train_tokenizer", train)
     corpus = prepare(config)
     # So little text is trained on in full: all of train, and nothing else.
     assert "".join(seen) == "".join(piece for piece, _ in pieces(corpus, "train"))
+
+
+def test_the_tokenizer_has_the_size_asked_and_loses_nothing():
+    tokenizer = train_tokenizer([prose(100_000)], 400)
+    assert tokenizer.get_vocab_size() == 400
+    assert tokenizer.token_to_id(END_OF_TEXT) == END_OF_TEXT_ID
+    strange = "Ünseen \u4e2d\u6587 \U0001f600\r\n\tend"
+    assert tokenizer.decode(tokenizer.encode(strange).ids) == strange
+
+
+def test_training_the_tokenizer_twice_gives_the_same():
+    texts = prose(60_000, seed=1).splitlines()
+    assert train_tokenizer(texts, 600).to_str() == train_tokenizer(texts, 600).to_str()
 
 
 def test_a_prepared_corpus_is_reused_and_read_back(config, monkeypatch):
@@ -119,50 +147,72 @@ def test_equal_text_gives_equal_tokens_and_other_text_another_fingerprint(tmp_pa
     larger = prepare(text_config(copy, vocab_size=600)).manifest
     assert larger.fingerprint != first.fingerprint
     assert read_manifest(config) == first
+    greedy = text_config(Path(config.path), evaluation={"validation": 10**9, "speeches": 64}, name="mine")
+    assert open_corpus(greedy).folder == prepare(greedy).folder == store.folder(config)
 
 
-def test_damage_is_found_and_mended(config, capsys):
+@pytest.mark.parametrize("name", ["train.bin", "tuning.bin", "tokenizer.json"])
+@pytest.mark.parametrize("damage", ["other content", "cut off", "gone"])
+def test_a_damaged_file_is_named_with_what_to_do(config, name, damage):
     first = prepare(config)
-    path = first.folder / "train.bin"
+    path = first.folder / name
     whole = path.read_bytes()
-    n_tokens = len(whole) // 2
-
-    path.write_bytes(whole[:-2])
+    path.unlink()
+    if damage != "gone":
+        path.write_bytes(whole[::-1] if damage == "other content" else whole[:-2])
     with pytest.raises(UserError) as error:
-        open_corpus(config)
-    assert str(error.value).startswith(f"{path} is missing or damaged (not {n_tokens:,} tokens); make data")
-    assert prepare(config).manifest == first.manifest
-    assert f"{path} is missing or damaged (not {n_tokens:,} tokens): preparing it again\n" in capsys.readouterr().err
-    assert path.read_bytes() == whole
-
-    saved = first.folder / "tokenizer.json"
-    saved.write_text(saved.read_text(encoding="utf-8") + " ", encoding="utf-8")
-    with pytest.raises(UserError, match=r"tokenizer\.json is missing or damaged; make data"):
-        open_corpus(config)
-
-
-@pytest.mark.parametrize("content", ["{}", "not json", ""])
-def test_an_unreadable_manifest_counts_as_nothing(config, content):
-    first = prepare(config)
-    (first.folder / "manifest.json").write_text(content)
-    assert read_manifest(config) is None
+        prepare(config)
+    assert str(error.value) == (
+        f"{path} is missing or damaged: its sha256 is not that of manifest.json; remove {first.folder}, and the same "
+        "command prepares it again"
+    )
+    shutil.rmtree(first.folder)
     assert prepare(config).manifest == first.manifest
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"dtype": "object"}, {"dtype": "uint32"}, {"vocab_size": 600}, {"splits": None}, {"code": "x"},
-    ],
-    ids=str,
-)  # fmt: skip
+def test_a_sweep_looks_at_the_tokens_once_and_refuses_damaged_ones(tmp_path, monkeypatch):
+    """Tokens of the same number as before, but others: nothing else in a run would notice."""
+    (tmp_path / "text.txt").write_text(prose(N_BYTES), encoding="utf-8")
+    study = write_study(tmp_path, "{methods: [dense], grid: [{budget: 1e7, sizes: [d8, d12]}]}")
+    settings = (
+        f"data=text data.path={tmp_path / 'text.txt'} data.vocab_size=512 data.evaluation.validation=1024 context=8 "
+        "size.n_layers=1 min_steps=1 tracking=disabled trainer.accelerator=cpu"
+    )
+    prepared = call(f"prepare --sweep {study} {settings}")
+    (folder,) = (tmp_path / "data").glob("text-512-????????")
+    assert (prepared.code, prepared.err) == (0, "")
+    assert prepared.out.splitlines()[-1] == f"text, vocabulary 512, prepared in {folder}"
+
+    hashed, file_sha256 = [], store.file_sha256
+    monkeypatch.setattr(store, "file_sha256", lambda path: hashed.append(path.name) or file_sha256(path))
+    launched = call(f"launch {study} {settings}")
+    assert launched.code == 0 and "2 to run" in launched.err
+    assert sorted(hashed) == ["text.txt", "tokenizer.json", "train.bin", "tuning.bin", "validation.bin"]
+
+    path = folder / "train.bin"
+    path.write_bytes(np.full(path.stat().st_size // 2, 300, dtype="uint16").tobytes())
+    for command in (f"launch {study} sweep.seeds=[1]", f"train size=d8 budget=1e7 data.directory={folder.parent}"):
+        damaged = call(f"{command} {settings}")
+        assert damaged.code == 2
+        assert damaged.err.startswith(f"error: {path} is missing or damaged: ") and damaged.err.count("\n") == 1
+
+
+def test_a_worker_does_not_train_on_tokens_that_were_cut_off(config):
+    path = prepare(config).folder / "train.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(ValueError, match="mmap length is greater than file size"):
+        open_corpus(config).tokens("train")
+
+
+@pytest.mark.parametrize("change", ["not json", "", "{}", {"vocab_size": 600}, {"splits": None}], ids=str)
 def test_a_manifest_that_does_not_describe_its_corpus_counts_as_nothing(config, change):
-    folder = prepare(config).folder
-    path = folder / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    first = prepare(config)
+    path = first.folder / "manifest.json"
+    path.write_text(change if isinstance(change, str) else json.dumps({**json.loads(path.read_text()), **change}))
     assert read_manifest(config) is None
     with pytest.raises(UserError, match=r"^corpus text is not prepared; make data, "):
         open_corpus(config)
+    assert prepare(config).manifest == first.manifest
 
 
 def test_what_an_older_preparation_made_is_made_again(config, monkeypatch):
@@ -191,7 +241,7 @@ def test_a_full_disk_leaves_nothing_half_written(config, monkeypatch, capsys):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.store, "write_tokens", full)
+        patch.setattr(module, "write_tokens", full)
         assert exit_code(lambda: prepare(config) and None) == 2
     assert capsys.readouterr().err == "error: no space left on disk; no half-written file is left\n"
     folder = store.folder(config)
@@ -210,7 +260,7 @@ def test_too_short_a_corpus_for_held_out_sets(tmp_path, text_config, content):
     path.write_text(content, encoding="utf-8")
     with pytest.raises(UserError) as error:
         prepare(text_config(path))
-    n_bytes = len(content.encode())
+    n_bytes = len(content.encode()) if content.strip() else 0
     expected = f"{path}: {n_bytes:,} bytes of text are too few for held-out sets; at least 100,000 are needed"
     assert str(error.value) == expected
 
@@ -226,10 +276,27 @@ def test_too_short_a_corpus_for_its_vocabulary(tmp_path, config, text_config):
     prepare(text_config(path, vocab_size=reached))
 
 
-def test_a_corpus_is_prepared_whatever_is_to_be_evaluated_on_it(tmp_path, config, text_config):
-    first = prepare(config)
-    greedy = text_config(tmp_path / "text.txt", evaluation={"validation": 10**9, "speeches": 64}, name="mine")
-    assert open_corpus(greedy).folder == prepare(greedy).folder == first.folder
+def test_evaluation_sets_are_encoded_whole_beside_a_corpus_that_stays_as_it_was(tmp_path, config, text_config):
+    texts = {"news": ["one page", "another"], "a.b-c": ["one", "two", "three"]}
+    files = {}
+    for name, pages in texts.items():
+        files[name] = tmp_path / f"{name}.jsonl"
+        files[name].write_text("".join(json.dumps({"text": page}) + "\n" for page in pages))
+    settings = {
+        "evaluation_files": {name: str(path) for name, path in files.items()},
+        "evaluation": {"validation": 64, **dict.fromkeys(files, 1)},
+    }
+    alone, asked = prepare(config), text_config(Path(config.path), **settings)
+    both = prepare(asked)
+    assert both.folder != alone.folder and both.manifest.fingerprint != alone.manifest.fingerprint
+    assert {name: [text for text, _ in pieces(both, name)] for name in texts} == texts
+    assert both.manifest.utf8_bytes["news"] == 15
+    for name, sha256 in alone.manifest.tokens_sha256.items():
+        assert both.manifest.tokens_sha256[name] == sha256
+    files["news"].write_text(json.dumps({"text": "later news"}))
+    later = prepare(asked)
+    assert later.manifest.fingerprint != both.manifest.fingerprint
+    assert [text for text, _ in pieces(later, "news")] == ["later news"]
 
 
 def test_the_command_prepares_and_says_where(tmp_path):
@@ -239,21 +306,9 @@ def test_the_command_prepares_and_says_where(tmp_path):
     done = call(f"prepare {data} data.evaluation.validation=1024")
     assert (done.code, done.err) == (0, "")
     lines = done.out.splitlines()
-    assert [line.split()[0] for line in lines[:-1]] == ["set", "train", "validation", "tuning"]
+    assert [line.split()[0] for line in lines[:-1]] == ["set", "train", "tuning", "validation"]
     (folder,) = (tmp_path / "data").glob("text-512-????????")
     assert lines[-1] == f"text, vocabulary 512, prepared in {folder}"
-    again = call(f"prepare {data} data.evaluation.validation=1024")
-    assert (again.code, again.err) == (0, "")
-    assert again.out.splitlines()[:-1] == lines[:-1]
-    assert again.out.splitlines()[-1] == f"text, vocabulary 512, already prepared in {folder}"
-
-
-def test_the_command_prepares_for_a_part_of_a_study_with_overrides_of_its_layers(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text(prose(N_BYTES), encoding="utf-8")
-    study = write_study(tmp_path)
-    data = f"data=text data.path={path} data.vocab_size=512 data.evaluation.validation=1024"
-    done = call(f"prepare --sweep {study} sweep.methods=[peer] ffn.n_experts=1024 {data}")
-    assert (done.code, done.err) == (0, "")
-    (folder,) = (tmp_path / "data").glob("text-512-????????")
-    assert done.out.splitlines()[-1] == f"text, vocabulary 512, prepared in {folder}"
+    assert call(f"prepare {data} data.evaluation.validation=1024") == done
+    study = f"--sweep {write_study(tmp_path)} sweep.methods=[peer] ffn.n_experts=1024"
+    assert call(f"prepare {study} {data} data.evaluation.validation=1024") == done

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peerscale.config.schema import Config, DataConfig, OptimConfig, SizeConfig, TrackingConfig, TrainerConfig
+from peerscale.config.schema import Config, DataConfig, OptimConfig, TrackingConfig, TrainerConfig
 from peerscale.layers.dense import DenseConfig
 from peerscale.layers.moe import MoeConfig
 from peerscale.layers.peer import PeerConfig
@@ -64,7 +64,7 @@ def cells() -> list[SyntheticCell]:
         for budget, widths in GRID.items():
             for width in widths:
                 config = Config(
-                    size=SizeConfig(d_model=width),
+                    d_model=width,
                     ffn=ffn,
                     data=DataConfig(
                         source="gutenberg", evaluation={"validation": SEQUENCES * CONTEXT, "speeches": 1024}

@@ -20,7 +20,7 @@ from peerscale.figures.ablations import (
     varied,
 )
 from peerscale.figures.published import read_published
-from peerscale.records.study import budgets_with_curves
+from peerscale.stats.curves_of_runs import budgets_with_curves
 
 T_975_8 = 2.306004135204166
 """Student's t, 16 degrees of freedom, two-sided 5 %: any statistical table."""

@@ -14,8 +14,9 @@ from synthetic_surface import BUDGETS, surface_runs
 
 from peerscale.figures.isoflop import isoflop_figure, isoflop_panel
 from peerscale.figures.style import colours, panels
-from peerscale.records.study import at_size, collected, read_json
+from peerscale.records.study import collected, read_json
 from peerscale.stats.comparison import compare
+from peerscale.stats.curves_of_runs import at_size
 
 Fits = dict[str, Any]
 NOTHING: Fits = {"budgets": []}

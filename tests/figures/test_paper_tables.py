@@ -9,15 +9,15 @@ import pandas as pd
 import pytest
 from synthetic_ablations import ablation_runs, with_norm_of_one_seed
 from synthetic_study import SWEEP, minimum, shared_curvature
-from synthetic_surface import surface_curves, surface_runs
+from synthetic_surface import surface_runs
 
 from peerscale.config.schema import load
 from peerscale.figures import paper_tables, study_table
 from peerscale.figures.markdown import table
 from peerscale.figures.published import paper_values, read_published
 from peerscale.figures.style import label
+from peerscale.plan.cell_names import budget_name
 from peerscale.plan.cost import cost
-from peerscale.records.cell_names import budget_name
 from peerscale.records.study import collected, read_json
 from peerscale.records.table import read_runs
 from peerscale.stats.comparison import compare
@@ -110,7 +110,7 @@ def test_table_2_of_a_study_with_batchnorm_alone() -> None:
 
 @pytest.mark.parametrize("method", ["dense", "moe", "pkm", "peer"])
 def test_conventions_from_columns_are_those_from_the_configuration(method: str) -> None:
-    config = load([f"ffn={method}", "size=d64"])
+    config = load([f"ffn={method}", "d_model=64"])
     model = cost(config)
     row = {f"flops_{name}": n for name, n in model.flops.items()}
     row |= {"flops_per_token": model.flops_per_token, "params_active": model.params_active}
@@ -245,7 +245,7 @@ def test_multipliers_are_listed_by_budget_with_their_intervals() -> None:
 
 def test_exponents_of_two_approaches_stand_side_by_side(study: Study) -> None:
     runs = surface_runs(noise=1e-4)
-    fits = fit_study(runs, surface_curves(runs), compare(runs, []))
+    fits = fit_study(runs, compare(runs, []))
     header, _, dense, peer = table(study_table.exponents(fits))
     laws = fits["laws"]
     assert header == "| method | 2: isoFLOP optima | 3: surface | largest budget: predicted | observed |"

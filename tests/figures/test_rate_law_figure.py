@@ -54,7 +54,7 @@ def study() -> pd.DataFrame:
 
 def test_tables_tell_the_law_the_batches_and_the_rates_of_tables() -> None:
     runs = study()
-    law = to_plain(fit_law(runs, ["d80"]))
+    law = to_plain(fit_law(runs, [80]))
     text = "\n".join(rate_law_sections(runs, law))
     fit = text.partition("## Its fit\n\n")[2].splitlines()
     row = dict(zip(*(line.strip("| ").split(" | ") for line in (fit[0], fit[2])), strict=True))
@@ -99,7 +99,7 @@ def test_the_usual_batch_is_the_most_common_of_models_with_several() -> None:
 
 def test_the_law_as_configuration_gives_the_rates_of_the_law() -> None:
     runs = study()
-    law = to_plain(fit_law(runs, ["d80"]))
+    law = to_plain(fit_law(runs, [80]))
     text = "\n".join(rate_law_sections(runs, law))
     printed = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     settings, m = printed["optim"], printed["methods"]["dense"]["lr"]
@@ -110,7 +110,7 @@ def test_the_law_as_configuration_gives_the_rates_of_the_law() -> None:
         f"optim.lr_law={json.dumps(settings['lr_law']).replace(chr(34), '')}",
     ]
     for width, batch in ((32, 8), (64, 16), (64, 32)):
-        config = load([*words, f"size=d{width}", f"batch_sequences={batch}", "budget=1e13", f"optim.lr={m}"])
+        config = load([*words, f"d_model={width}", f"batch_sequences={batch}", "budget=1e13", f"optim.lr={m}"])
         planned = plan(config)
         best = BEST["dense"] * (width / 64) ** -0.5 * (planned.tokens / 1e7) ** -0.3 * (batch / 16) ** 0.5
         assert planned.lr == pytest.approx(best, rel=0.02)
@@ -118,13 +118,13 @@ def test_the_law_as_configuration_gives_the_rates_of_the_law() -> None:
     assert settings["lr_law"]["fitted_d_model"] == [32, 64] and settings["lr_law"]["fitted_batch_sequences"] == [8, 32]
     assert settings["lr_law"]["fewest_steps"] == runs["steps"].min()
     of_one_batch = runs[runs["batch_sequences"] == 16]
-    assumed = as_configuration(to_plain(fit_law(of_one_batch, ["d80"])), of_one_batch)["optim"]["lr_law"]
+    assumed = as_configuration(to_plain(fit_law(of_one_batch, [80])), of_one_batch)["optim"]["lr_law"]
     assert (assumed["batch_exponent"], assumed["fitted_batch_sequences"]) == (0.5, [16, 16])
 
 
 def test_the_figure_has_a_panel_a_corner_with_the_rates_of_the_law() -> None:
     runs = study()
-    figure = rate_law_figure(runs, to_plain(fit_law(runs, ["d80"])))
+    figure = rate_law_figure(runs, to_plain(fit_law(runs, [80])))
     titles = [axes.get_title() for axes in figure.axes]
     assert [title.split(", ")[1] for title in titles] == [
         "d_model 32", "d_model 64", "d_model 32", "d_model 64", "d_model 80 (held out)"
@@ -178,7 +178,7 @@ def test_a_study_without_rates_or_with_one_rate_a_curve_has_no_law() -> None:
 def test_before_the_law_is_determined_losses_are_listed_and_drawn() -> None:
     runs = study()
     runs.loc[(runs["d_model"] != 64) | (runs["budget"] != 1e13), ["status", "val_loss"]] = ["pending", math.nan]
-    assert tries_rates(runs) and fit_law(runs, ["d80"]) is None
+    assert tries_rates(runs) and fit_law(runs, [80]) is None
     text = "\n".join(finished_cells(runs))
     assert text.count("| 1e13 | 64 | ") == (runs["status"] == "done").sum()
     assert f"{(runs['status'] == 'done').sum()} of {len(runs)} cells, which do not determine a law" in text

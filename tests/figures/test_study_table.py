@@ -18,10 +18,11 @@ from peerscale.figures.markdown import signed_interval, table
 from peerscale.files import write_json
 from peerscale.records.curves import curves_table
 from peerscale.records.record import write_record
-from peerscale.records.study import collected, method_names, read_json
+from peerscale.records.study import collected, read_json
 from peerscale.records.table import read_runs
 from peerscale.stats.collection import fits_of
 from peerscale.stats.comparison import compare
+from peerscale.stats.curves_of_runs import method_names
 from peerscale.stats.fits import fit_study
 
 figures = script("figures")
@@ -244,7 +245,7 @@ def test_claims_at_one_size_are_told() -> None:
     runs = ablation_runs("experts")
     claims = ClaimsConfig(method="peer", rivals=["dense"])
     compared = compare(runs, ablation_records("experts"), claims=claims)
-    fits = fit_study(runs, curves_table(()), compared)
+    fits = fit_study(runs, compared)
     text = study_table.study_table("experts", runs, {**fits, "answer": answer(fits)})
     assert text.splitlines()[2].startswith("**At 1e13 FLOPs, d_model 64, 1,024 experts, BatchNorm, PEER leads dense (")
     assert "\n## Claims\n" in text and "p, corrected for 8 claims" in text
@@ -280,12 +281,11 @@ def test_an_uncollected_study_is_one_clear_line(tmp_path: Path, capsys: pytest.C
     assert "first: make figures SWEEP=absent" in capsys.readouterr().err
 
 
-def test_a_study_of_two_sizes_is_listed_size_by_size(tmp_path: Path) -> None:
-    for record in ablation_records("batches"):
-        write_record(tmp_path / "batches" / record.cell, record)
-    arguments = ["batches", "--runs", str(tmp_path)]
-    assert script("collect").main(arguments) == 0 and figures.main(arguments) == 0
-    lines = collected("batches", tmp_path).table.read_text("utf-8").splitlines()
-    sizes = [line.split(" | ")[1] for line in lines if line.startswith("| 2.2e12 | d_model")]
-    assert lines[0] == "# batches: settings at several sizes"
-    assert sizes == ["d_model 32 (4 heads)"] * 10 + ["d_model 48 (6 heads)"] * 10
+def test_a_study_of_two_sizes_is_listed_size_by_size() -> None:
+    runs = ablation_runs("active")
+    two = pd.concat([runs, runs.assign(size="d48-h6", cell=runs["cell"] + " larger")], ignore_index=True)
+    fits = {**fit_study(two, compare(two, [])), "answer": "No claim."}
+    lines = study_table.study_table("mine", two, fits).splitlines()
+    sizes = [line.split(" | ")[1] for line in lines if line.startswith("| 1e13 | d_model")]
+    assert lines[0] == "# mine: settings at several sizes"
+    assert sizes == [size for size in ("d_model 64", "d_model 48 (6 heads)") for _ in range(len(sizes) // 2)]

@@ -6,28 +6,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from peerscale.errors import UserError
 from peerscale.files import ROOT
 from peerscale.launch.overview import main as overview
-from peerscale.launch.slurm import SlurmConfig, load_settings, queued, resources
-from peerscale.launch.submission import submission_settings
-from peerscale.launch.submission import submit as submit_cells
+from peerscale.launch.slurm import load_settings, needs, queued, submit
 from peerscale.plan.cells import Cell, planned_cells
 from peerscale.records.curves import METRICS, read_metrics
 from peerscale.records.record import Record, Status, read_record, write_record
 from slurm_cluster import ask, missing, one_node_slurm, trainable_study
 from toy_study import record_of, write_study
-
-DEFAULTS = {
-    **dict.fromkeys(("partition", "account", "qos", "constraint", "additional_parameters")),
-    **dict.fromkeys(("cpus_per_task", "gpus_per_node", "mem_gb", "timeout_min")),
-    **{"array_parallelism": 256, "time_factor": 3.0, "max_timeout_min": 1440, "signal_delay_s": 120},
-    **{"max_num_timeout": 100, "setup": []},
-}
 
 
 @pytest.fixture
@@ -44,7 +37,7 @@ def sweep_command(study: Path, *settings: str) -> list[str]:
     return [sys.executable, "-m", "peerscale.launch", str(study), "--launcher", "slurm", held, *settings]
 
 
-def slurm_settings(**changed: object) -> SlurmConfig:
+def slurm_settings(**changed: object) -> dict[str, Any]:
     return load_settings([f"slurm.{key}={json.dumps(value)}" for key, value in changed.items()])
 
 
@@ -74,28 +67,26 @@ def test_a_sweep_is_submitted_once_and_survives_preemption(
     folder = tmp_path / "runs" / "toy" / "study" / "slurm"
 
     with pytest.raises(UserError, match=r"^sbatch: Batch job submission failed: Invalid partition"):
-        submit_cells([short], slurm_settings(partition="nowhere"))
-    # The factor puts the long cells in a class of their own: 2 minutes + factor x seconds / 60 are 10 between the two.
-    factor = 480 / ((short.estimate_s + min(preempted.estimate_s, warned.estimate_s)) / 2)
-    command = sweep_command(study, f"slurm.time_factor={factor:.4f}", "slurm.mem_gb=1")
+        submit([short], slurm_settings(partition="nowhere"))
+    command = sweep_command(study, "slurm.timeout_min=20", "slurm.mem_gb=1")
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
     assert result.returncode == 0, result.stderr
     assert "toy: 0 cells queued or running in Slurm, 3 to submit" in result.stdout
-    assert "  job 1: 2 x 1 CPU, 1 GB, 20 min\n  job 2: 1 x 1 CPU, 1 GB, 10 min\n" in result.stdout
+    assert "  array 1: 3 jobs of 1 GB, 1 CPUs, 0 GPUs, 20 min\n" in result.stdout
     jobs = json.loads((folder / "jobs.json").read_text())
-    assert jobs == {preempted.name: "1_0", warned.name: "1_1", short.name: "2"} or jobs == {
-        **{preempted.name: "1_1", warned.name: "1_0", short.name: "2"}
-    }
+    assert jobs.keys() == {short.name, preempted.name, warned.name}
+    assert jobs[short.name] == "1_2" and {*jobs.values()} == {"1_0", "1_1", "1_2"}, "the shortest is the last"
     asked = ask("squeue", "--noheader", "--array", "--format=%i %l %c %m", "--sort=i").splitlines()
-    assert asked == ["1_0 20:00 1 1G", "1_1 20:00 1 1G", "2 10:00 1 1G"]
-    submit_cells([short, preempted, warned], slurm_settings())
+    assert asked == [f"1_{i} 20:00 1 1G" for i in range(3)]
+    submit([short, preempted, warned], slurm_settings())
     assert "3 cells queued or running in Slurm, 0 to submit" in capsys.readouterr().out
     assert json.loads((folder / "jobs.json").read_text()) == jobs
     overview(["status", str(study)])
     out = capsys.readouterr().out
-    assert "3 queued" in out and f"{short.name} queued: Slurm job 2 (JobHeldUser)" in out
+    assert "3 queued" in out and f"{short.name} queued: Slurm job 1_2 (JobHeldUser)" in out
 
-    ask("scontrol", "release", "1")
+    for cell in (preempted, warned):
+        ask("scontrol", "release", jobs[cell.name])
     to_disturb = {
         preempted.name: (preempted, ["scontrol", "requeue", jobs[preempted.name]]),  # SIGTERM, then SIGKILL
         warned.name: (warned, ["scancel", "--signal=USR2", jobs[warned.name]]),  # as before the time limit
@@ -103,14 +94,12 @@ def test_a_sweep_is_submitted_once_and_survives_preemption(
 
     def disturb() -> bool:
         for name, (cell, command) in list(to_disturb.items()):
-            if rows(cell):
+            if rows(cell) and list((cell.folder / "checkpoints").glob("step-*.ckpt")):
                 ask(*command)
                 del to_disturb[name]
         return not to_disturb
 
     wait(disturb)
-    for cell in (preempted, warned):
-        wait(lambda cell=cell: list((cell.folder / "checkpoints").glob("step-*.ckpt")))
     before = {cell.name: rows(cell)[:1] for cell in (preempted, warned)}
     wait(lambda: "PENDING" in ask("squeue", "--noheader", "--format=%T", f"--jobs={jobs[warned.name]}"))
     overview(["status", str(study)])
@@ -121,7 +110,7 @@ def test_a_sweep_is_submitted_once_and_survives_preemption(
     undisturbed = planned_cells(study, [f"trainer.runs_directory={tmp_path / 'undisturbed'}"])
     for cell in undisturbed[1::2]:
         run_cell(cell)
-    wait(lambda: not ask("squeue", "--noheader", "--jobs=1"))
+    wait(lambda: {jobs[short.name]} == {*ask("squeue", "--noheader", "--array", "--format=%i").split()})
     for cell, reference in zip((preempted, warned), undisturbed[1::2], strict=True):
         assert record(cell).status is Status.DONE and record(cell).bit_exact
         assert record(cell).sequence_losses == record(reference).sequence_losses
@@ -129,40 +118,33 @@ def test_a_sweep_is_submitted_once_and_survives_preemption(
         losses, expected = ([(row["step"], row["loss"]) for row in rows(c)] for c in (cell, reference))
         assert losses == expected
 
-    ask("scancel", "2")
+    ask("scancel", "1")
     wait(lambda: not ask("squeue", "--noheader"))
     overview(["status", str(study)])
-    log = folder / "2_0_log.err"
-    assert f"{short.name} interrupted: Slurm job 2 has ended, see {log}" in capsys.readouterr().out
+    log = folder / "1_2_0_log.err"
+    assert f"{short.name} interrupted: Slurm job 1_2 has ended, see {log}" in capsys.readouterr().out
     corpus = record(preempted).hashed_config["data_fingerprint"]
     write_record(short.folder, record_of(short, Status.FAILED, corpus=corpus, reason="OSError: no space"))
     overview(["status", str(study)])
     out = capsys.readouterr().out
-    assert "2 done" in out and f"failed: OSError: no space; Slurm job 2 has ended, see {log}" in out
-    submit_cells([short], slurm_settings())
-    assert re.search(r"0 cells queued or running in Slurm, 1 to submit\n  job \d+: 1 x", capsys.readouterr().out)
-    assert int(json.loads((folder / "jobs.json").read_text())[short.name]) > 2
+    assert "2 done" in out and f"failed: OSError: no space; Slurm job 1_2 has ended, see {log}" in out
+    submit([short], slurm_settings())
+    out = capsys.readouterr().out
+    assert re.search(r"0 cells queued or running in Slurm, 1 to submit\n  array \d+: 1 jobs", out)
+    assert int(json.loads((folder / "jobs.json").read_text())[short.name]) > 1
 
 
-def test_a_class_of_resources_comes_from_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
-    monkeypatch.setenv("PATH", f"{fake_program(tmp_path, 'sbatch', 'true')}:/usr/bin:/bin")
+def test_what_a_job_needs_comes_from_the_plans(tmp_path: Path) -> None:
     cell = planned_cells(write_study(tmp_path))[0]
-    times = {0: 10, 159: 10, 161: 20, 900: 80, 24 * 3600: 1440}  # 2 + 3 t / 60 minutes, up to 10, 20, 40 ... a day
-    for seconds, minutes in times.items():
-        assert resources([replace(cell, estimate_s=seconds)], slurm_settings()).time_min == minutes
-    small = resources([cell], slurm_settings())
-    assert (small.mem_gb, small.cpus, small.gpus) == (4, 1, 0)  # 2 GB and a little, up to a power of two
+    small = {"mem_gb": 4, "cpus_per_task": 1, "gpus_per_node": None}  # 2 GB and a little, up to a power of two
+    assert needs([cell]) == small
     trainer = replace(cell.config.trainer, threads=3, accelerator="gpu")
     big = replace(cell.plan, cost=replace(cell.plan.cost, params={"table": 10**9}))
-    other = resources([replace(cell, config=replace(cell.config, trainer=trainer), plan=big)], slurm_settings())
-    assert (other.mem_gb, other.cpus, other.gpus) == (64, 3, 1)  # 32 GB of state and 2 GB
-    shared = replace(cell.config, trainer=replace(trainer, devices=2))
-    both = resources([replace(cell, config=shared, plan=big)], slurm_settings())
-    assert (both.mem_gb, both.cpus, both.gpus) == (128, 6, 2)  # twice as much: a process for each GPU
-    said = {"timeout_min": 7, "mem_gb": 1.5, "cpus_per_task": 2, "gpus_per_node": 4}
-    assert str(resources([cell], slurm_settings(**said))) == "2 CPU, 4 GPU, 1.5 GB, 7 min"
+    other = replace(cell, config=replace(cell.config, trainer=trainer), plan=big)
+    large = {"mem_gb": 64, "cpus_per_task": 3, "gpus_per_node": 1}  # 32 GB of state and 2 GB
+    assert needs([other]) == needs([cell, other, cell]) == large
+    both = replace(other, config=replace(cell.config, trainer=replace(trainer, devices=2)))
+    assert needs([both]) == {"mem_gb": 128, "cpus_per_task": 6, "gpus_per_node": 2}  # a process for each GPU
 
 
 def fake_program(folder: Path, name: str, script: str) -> Path:
@@ -186,22 +168,28 @@ def test_without_slurm_one_line_says_what_to_install(tmp_path: Path) -> None:
 def test_without_submitit_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UserError, match=r"^Slurm jobs need submitit: .*pip install --editable '\.\[slurm\]'$"):
-        submission_settings([], None)
+        load_settings()
 
 
 @pytest.mark.parametrize(
     ("wrong", "line"),
     [
-        ({"array_parallelism": "many"}, "slurm.array_parallelism: .*'many'"),
-        ({"mem_gb": 0}, "slurm.mem_gb: .* 0"),
-        ({"timeout_min": 2}, "signal_delay_s 120 leaves no time within a limit of 2 min"),
-        ({"partitions": "main"}, "unknown key slurm.partitions; there are: partition, account"),
+        ("slurm.partitions=main", r"^conf/slurm.yaml: Key 'partitions' is not in struct$"),
+        ("slurm.mem_gb=much", r"^sbatch: invalid literal for int() with base 10: 'much' \(asked for 1 jobs of much GB"),
     ],
 )
-def test_a_wrong_setting_is_one_line(wrong: dict, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_setting_is_one_line(wrong: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(fake_program(tmp_path, "sbatch", "true")))
+    fake_program(tmp_path, "srun", "true")
     with pytest.raises(UserError, match=line):
-        load_settings([f"slurm.{key}={json.dumps(value)}" for key, value in wrong.items()])
+        submit(planned_cells(write_study(tmp_path))[:1], load_settings([wrong]))
+
+
+def test_settings_are_the_files_and_what_the_overrides_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(fake_program(tmp_path, "sbatch", "true")))
+    usual = load_settings()
+    chosen = load_settings(["optim.lr=1", "slurm.setup=[module load python]", "slurm.partition=gpu"], 7)
+    assert chosen == usual | {"setup": ["module load python"], "partition": "gpu", "array_parallelism": 7}
 
 
 def test_a_queue_that_does_not_answer_is_not_an_empty_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,13 +202,4 @@ def test_a_queue_that_does_not_answer_is_not_an_empty_queue(tmp_path: Path, monk
     fake_program(tmp_path, "squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
     assert queued(["1_0"]) == {}
     fake_program(tmp_path, "squeue", "echo '1_0|RUNNING|node[7]'; echo '1_1|PENDING|(Resources, or|so)'")
-    assert {job: (told.word, told.detail) for job, told in queued(["1_0", "1_1"]).items()} == {
-        **{"1_0": ("running", "node[7]"), "1_1": ("queued", "(Resources, or|so)")}
-    }
-
-
-def test_the_defaults_are_those_of_the_configuration() -> None:
-    import yaml
-
-    settings = yaml.safe_load((ROOT / "conf" / "slurm.yaml").read_text())["slurm"]
-    assert settings == DEFAULTS and settings.keys() == set(SlurmConfig.__dataclass_fields__)
+    assert queued(["1_0", "1_1"]) == {"1_0": ("RUNNING", "node[7]"), "1_1": ("PENDING", "(Resources, or|so)")}

@@ -8,17 +8,10 @@ import pytest
 
 from peerscale.api import fit_granular, fit_isoflop, fit_parametric, fit_routed
 from peerscale.errors import UserError
-from peerscale.laws.fitting import (
-    Bootstrap,
-    largest,
-    percentile_interval,
-    positive_columns,
-    resample_counts,
-    resample_residuals,
-    row_labels,
-    table_warnings,
-)
+from peerscale.laws.bootstrap import Bootstrap, percentile_interval, resample_counts, resample_residuals
+from peerscale.laws.fitting import largest, to_plain
 from peerscale.laws.parametric import Surface
+from peerscale.laws.table import cluster_labels, positive_columns, table_warnings
 
 
 def columns(table: pd.DataFrame, *names: str, at_least: int = 1) -> list[np.ndarray]:
@@ -50,16 +43,19 @@ def test_missing_columns_and_rows_are_named() -> None:
     with pytest.raises(UserError, match="the table has no rows"):
         columns(table.head(0), "N")
     with pytest.raises(UserError, match="no column 'run'"):
-        row_labels(table, "run")
+        cluster_labels(table, "run")
 
 
 def test_mixtures_and_duplicates_are_flagged() -> None:
-    table = pd.DataFrame({"N": [1.0, 2.0, 1.0], "loss": [3.0, 2.0, 3.0], "Vocab Size": 1, "convention": "full"})
+    table = pd.DataFrame(
+        {"N": [1.0, 2.0, 1.0], "loss": [3.0, 2.0, 3.0], "Vocab Size": 1, "convention": "full", "method": "peer"}
+    )
     (only,) = table_warnings(table, "N", "loss")
     assert only == "1 duplicated rows, kept and so counted again: row 2"
     mixed = table.assign(**{"Vocab Size": [1, 2, 2], "convention": ["full", "6ND", None], "data": ["a", None, "a"]})
-    warnings = table_warnings(mixed, "N", "loss")
-    assert len(warnings) == 3
+    warnings = table_warnings(mixed.assign(method=["peer", "dense", "peer"]), "N", "loss")
+    assert len(warnings) == 4
+    assert "column 'method' mixes peer, dense: runs of different methods are not comparable" in warnings
     assert "column 'convention' mixes full, 6ND: FLOPs of different conventions are not comparable" in warnings
     assert any("'Vocab Size' mixes 1, 2: losses per token of different tokenizers" in warning for warning in warnings)
 
@@ -88,11 +84,11 @@ def test_clusters_are_drawn_together() -> None:
 
 def test_residuals_are_drawn_evenly_and_never_nan() -> None:
     residuals = np.array([1.0, 2.0, np.nan, 3.0])
-    drawn = resample_residuals(residuals, 6000, seed=0)
+    drawn = resample_residuals(residuals, 6000, 0, np.arange(4))
     assert drawn.shape == (6000, 4)
     for value in (1, 2, 3):
         np.testing.assert_allclose(np.mean(drawn == value, axis=0), 1 / 3, atol=0.03)
-    assert np.isnan(resample_residuals(np.full(3, np.nan), 5, seed=0)).all()
+    assert np.isnan(resample_residuals(np.full(3, np.nan), 5, 0, np.arange(3))).all()
 
 
 def test_a_cluster_draws_its_residuals_from_one_other() -> None:
@@ -113,12 +109,13 @@ def test_interval_is_the_percentiles_of_what_is_finite() -> None:
     assert np.isnan(percentile_interval(np.full(4, np.nan))).all()
 
 
-def test_stored_and_read_back() -> None:
+def test_draws_are_stored_to_six_digits_and_without_nan() -> None:
     draws = np.random.default_rng(0).lognormal(10, 1, 3000)
-    stored = Bootstrap(draws={"a": draws}, resamples=3010, failed=10, at_bound=2, seed=4).to_dict()
-    again = Bootstrap.from_dict(stored)
-    assert (again.resamples, again.failed, again.at_bound, again.seed) == (3010, 10, 2, 4) and stored["level"] == 0.95
-    np.testing.assert_allclose(again.draws["a"], draws[: len(again.draws["a"])], rtol=1e-5)
+    loss = np.array([[3.0, np.nan]] * 3000)
+    stored = to_plain(Bootstrap(draws={"a": draws, "loss": loss}, resamples=3010, failed=10, at_bound=2, seed=4))
+    assert [stored[key] for key in ("resamples", "failed", "at_bound", "seed", "level")] == [3010, 10, 2, 4, 0.95]
+    np.testing.assert_allclose(stored["draws"]["a"], draws[:500], rtol=1e-5)
+    assert stored["draws"]["loss"][0] == [3.0, None]
 
 
 TRUTH = Surface(E=1.82, A=480.0, B=2100.0, alpha=0.347, beta=0.367)
@@ -166,7 +163,7 @@ def test_intervals_cover_the_true_loss_about_as_often_as_they_say() -> None:
     truth = TRUTH.predict(runs()["N"][held], runs()["D"][held]).mean()
     covered = 0
     for seed in range(40):
-        low, high = fit(runs(seed=seed), objective="mse-log", bootstrap=200, seed=seed).hold_out.interval
+        low, high = fit(runs(seed=seed), objective="mse-log", bootstrap=80, seed=seed).hold_out.interval
         covered += low <= truth <= high
     assert covered >= 33
 
@@ -179,7 +176,7 @@ def test_one_run_that_scatters_about_the_law_as_the_others_is_not_said_to_miss()
         last = table[table["C"] == table["C"].max()].iloc[[3]]
         table = pd.concat([table[table["C"] < table["C"].max()], last])
         table["loss"] = TRUTH.predict(table["N"], table["D"]) * np.exp(rng.normal(0, 0.005, len(table)))
-        missed += fit(table, objective="mse-log", bootstrap=200, seed=seed, hold_out=9e20).hold_out.missed
+        missed += fit(table, objective="mse-log", bootstrap=80, seed=seed, hold_out=9e20).hold_out.missed
     assert missed <= 6
 
 

@@ -8,9 +8,9 @@ import pytest
 
 from peerscale.api import fit_isoflop
 from peerscale.laws.isoflop import IsoflopFit
+from peerscale.laws.least_squares import FitStatus
+from peerscale.laws.parabola import OptimumStatus
 from peerscale.laws.parametric import Surface
-from peerscale.laws.solver import FitStatus
-from peerscale.stats.optima import OptimumStatus
 
 TRUTH = Surface(E=1.82, A=480.0, B=2100.0, alpha=0.347, beta=0.367)
 BUDGETS = np.array([1e15, 3e15, 1e16, 3e16, 1e17])

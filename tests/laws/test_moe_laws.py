@@ -10,8 +10,8 @@ from scipy.optimize import least_squares
 
 from peerscale.api import fit_granular, fit_routed
 from peerscale.errors import UserError
+from peerscale.laws.least_squares import FitStatus
 from peerscale.laws.moe import GranularFit, GranularLaw, RoutedFit, RoutedLaw, saturated_experts
-from peerscale.laws.solver import FitStatus
 
 ROUTED = RoutedLaw(a=-0.082, b=-0.108, c=0.009, d=1.104, E_start=1.85, E_max=314.5)
 ROUTED_NAMES = ("a", "b", "c", "d", "E_start", "E_max")

@@ -11,17 +11,18 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from peerscale.config.schema import Config, ConfigError, load, parse_config, to_dict
-from peerscale.errors import UserError
+from peerscale.config.schema import Config, load, parse_config, to_dict
+from peerscale.errors import ConfigError, UserError
 from peerscale.files import ROOT
 from peerscale.layers import registry
 from peerscale.layers.registry import parse_layer
-from peerscale.model.build import build_model, load_model
+from peerscale.model.build import build_model
+from peerscale.model.trained import load_model
 from peerscale.plan.cells import planned_cells
 from peerscale.plan.cost import cost
 from peerscale.plan.plan import plan
 from peerscale.records.fingerprint import differing_keys, hashed_config
-from peerscale.records.study import planned_record
+from peerscale.records.record import planned_record
 from peerscale.records.table import runs_table
 from programs import call
 
@@ -53,11 +54,11 @@ def forget() -> None:
 
 
 def small(*overrides: str) -> Config:
-    return load(["ffn=gated", "size=d8", "data.vocab_size=257", "context=6", "batch_sequences=4", *overrides])
+    return load(["ffn=gated", "d_model=8", "data.vocab_size=257", "context=6", "batch_sequences=4", *overrides])
 
 
 def test_is_built_priced_and_initialised_as_the_readme_says(mylab: Path) -> None:
-    config = load(["ffn=gated", "size=d32", "ffn.d_hidden_over_d_model=2.5", "replaced=[2,3]"])
+    config = load(["ffn=gated", "d_model=32", "ffn.d_hidden_over_d_model=2.5", "replaced=[2,3]"])
     model = build_model(config)
     layer = model.blocks[1].ffn
     assert type(layer).__name__ == "Gated" and config.ffn.name == "gated"
@@ -88,11 +89,11 @@ def test_is_hashed_with_its_code_but_not_with_what_explains_it(mylab: Path) -> N
 def test_a_study_varies_its_keys_and_tabulates_it(mylab: Path) -> None:
     study = mylab / "mine.yaml"
     study.write_text(
-        "sweep:\n  methods: [dense, gated]\n  grid: [{budget: 9.0e11, sizes: [d16, d20]}]\n"
+        "sweep:\n  methods: [dense, gated]\n  grid: [{budget: 9.0e11, d_model: [16, 20]}]\n"
         "  method_axes: {gated: {ffn.d_hidden_over_d_model: [2, 3]}}\n"
     )
     cells = planned_cells(study)
-    assert [cell.name for cell in cells if cell.config.size.d_model == 16] == [
+    assert [cell.name for cell in cells if cell.config.d_model == 16] == [
         "dense-d16-9e11-s0",
         "gated-d16-9e11-d_hidden_over_d_model=2.0-s0",
         "gated-d16-9e11-d_hidden_over_d_model=3.0-s0",
@@ -107,7 +108,7 @@ def test_stands_in_a_folder_of_pythonpath_and_trains(
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"line {n} of {n * 7919 % 1000} words" for n in range(6000)))
     overrides = [
-        "ffn=gated", "size=d8", "size.n_layers=2", "context=8", "budget=2e7", "min_steps=1", "data=text",
+        "ffn=gated", "d_model=8", "n_layers=2", "context=8", "budget=2e7", "min_steps=1", "data=text",
         f"data.path={text}", "data.vocab_size=300", f"data.directory={tmp_path / 'data'}", "tracking=disabled",
         "data.evaluation.validation=512", "data.max_epochs=100", f"trainer.runs_directory={tmp_path / 'runs'}",
     ]  # fmt: skip
@@ -136,9 +137,9 @@ def test_stands_in_a_folder_of_pythonpath_and_trains(
         ("method: gated", "method 'gated' is not a layer of peerscale, which are dense, "),
         (
             "class: gated.GatedConfig, d_hidden_over: 3",
-            "unknown key ffn.d_hidden_over; did you mean ffn.d_hidden_over_d_model?",
+            "ffn.d_hidden_over: Unexpected keyword argument",
         ),
-        ("class: gated.GatedConfig, d_hidden_over_d_model: x", "ffn.d_hidden_over_d_model: input should be a valid"),
+        ("class: gated.GatedConfig, d_hidden_over_d_model: x", "ffn.d_hidden_over_d_model: Input should be a valid"),
     ],
 )
 def test_a_mistake_in_its_file_takes_one_line(mylab: Path, change: str, message: str) -> None:
@@ -172,8 +173,6 @@ def test_a_mistake_in_its_module_takes_one_line(mylab: Path, old: str, new: str,
     assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_an_override_of_a_key_that_it_lacks_is_answered_with_its_own(mylab: Path) -> None:
-    with pytest.raises(ConfigError, match=r"unknown key ffn.d_hidden; did you mean ffn.d_hidden_over_d_model\?"):
-        small("ffn.d_hidden=3")
-    with pytest.raises(ConfigError, match=r"unknown key ffn.top_k; gated does not have it, only moe, "):
+def test_an_override_of_a_key_that_it_lacks_is_refused(mylab: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^Could not override 'ffn.top_k'"):
         small("ffn.top_k=3")

@@ -25,7 +25,7 @@ KINDS = {
     "pkm_equal_top_k": Pkm,
     "peer": Peer,
 }
-SMALL = ("size=d8", "size.n_heads=2", "size.n_layers=2", "data.vocab_size=257", "context=6", "batch_sequences=16")
+SMALL = ("d_model=8", "head_dim=4", "n_layers=2", "data.vocab_size=257", "context=6", "batch_sequences=16")
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -125,9 +125,13 @@ def test_the_layer_under_study_is_in_the_replaced_blocks(ffn: str) -> None:
         ([3, 1], 3, {1, 3}),
     ):
         with torch.device("meta"):
-            model = build_model(replace(base, size=replace(base.size, n_layers=n_layers), replaced=replaced))
+            model = build_model(replace(base, n_layers=n_layers, replaced=replaced))
         kinds = {i: type(block.ffn) for i, block in enumerate(model.blocks, 1)}
         assert kinds == {i: KINDS[ffn] if i in blocks else Dense for i in range(1, n_layers + 1)}
+
+
+def built(ffn: str, *overrides: str) -> nn.Module:
+    return build_model(load([f"ffn={ffn}", *SMALL, *overrides])).blocks[0].ffn
 
 
 def test_the_layer_gets_every_setting_of_its_configuration() -> None:
@@ -137,61 +141,20 @@ def test_the_layer_gets_every_setting_of_its_configuration() -> None:
     set_all = [f"++ffn.{key}={value}" for key, value in {**common, **switches, **forms}.items()]
     for name in ("peer", "pkm"):
         overrides = [o for o in set_all if name == "peer" or o.split("=")[0][6:] not in forms]
-        layer = build_model(load([f"ffn={name}", *SMALL, *overrides])).blocks[0].ffn
+        layer = built(name, *overrides)
         assert layer.sub_keys.shape == (3, 2, 8, 5)
         assert (layer.n_experts, layer.n_heads, layer.top_k) == (64, 3, 5)
         assert layer.query.bias is None and layer.query_norm is None
         if name == "peer":
             assert (layer.activation, layer.score) == ("relu", "sigmoid")
-    token = (
-        build_model(
-            load(
-                [
-                    "ffn=moe_token_choice",
-                    *SMALL,
-                    "ffn.n_experts=6",
-                    "ffn.top_k=2",
-                    "++ffn.load_balance_weight=0.5",
-                    "++ffn.z_loss_weight=0.25",
-                ]
-            )
-        )
-        .blocks[0]
-        .ffn
-    )
+    sizes = ["ffn.n_experts=6", "ffn.top_k=2", "++ffn.load_balance_weight=0.5"]
+    token = built("moe_token_choice", *sizes, "++ffn.z_loss_weight=0.25")
     assert (token.n_experts, token.top_k, token.config.load_balance_weight, token.z_loss_weight) == (6, 2, 0.5, 0.25)
-    fine = build_model(
-        load(
-            [
-                "ffn=fine_grained_moe",
-                *SMALL,
-                *(
-                    "ffn.n_experts=6",
-                    "ffn.top_k=2",
-                    "ffn.n_shared=3",
-                    "ffn.granularity=8",
-                    "ffn.load_balance_weight=0.5",
-                ),
-            ]
-        )
-    )
-    layer = fine.blocks[0].ffn
+    layer = built("fine_grained_moe", *sizes, "ffn.n_shared=3", "ffn.granularity=8")
     assert (layer.n_experts, layer.top_k, layer.config.load_balance_weight, layer.z_loss_weight) == (6, 2, 0.5, 0)
     assert layer.experts.down.shape == (6, 8, 4) and layer.shared.down.weight.shape == (12, 8)
-    choice = build_model(load(["ffn=moe", *SMALL, "ffn.n_experts=8", "ffn.capacity_factor=2"])).blocks[0].ffn
+    choice = built("moe", "ffn.n_experts=8", "ffn.capacity_factor=2")
     assert (choice.n_experts, choice.config.capacity_factor) == (8, 2)
-
-
-def test_auxiliary_losses_of_all_layers_are_summed() -> None:
-    model = build_model(load(["ffn=moe_token_choice", *SMALL, "replaced=all"]))
-    assert model.auxiliary_loss() is None
-    model(torch.randint(257, (2, 6)))
-    losses = [block.ffn.auxiliary_loss.item() for block in model.blocks]
-    assert len(losses) == 2 and min(losses) > 0
-    assert model.auxiliary_loss().item() == pytest.approx(sum(losses))
-    dense = build_model(load(["ffn=dense", *SMALL]))
-    dense(torch.randint(257, (2, 6)))
-    assert dense.auxiliary_loss() is None
 
 
 class Around(nn.Module):
@@ -209,46 +172,46 @@ class Around(nn.Module):
         return self.part(x)
 
 
-def test_an_auxiliary_loss_that_is_passed_on_counts_once() -> None:
-    model = build_model(load(["ffn=moe_token_choice", *SMALL]))
-    part = model.blocks[0].ffn
-    model.blocks[0].ffn = Around(part)
+def test_auxiliary_losses_of_all_layers_are_summed() -> None:
+    model = build_model(load(["ffn=moe_token_choice", *SMALL, "replaced=all"]))
+    assert model.auxiliary_loss() is None
     model(torch.randint(257, (2, 6)))
-    assert model.auxiliary_loss().item() == pytest.approx(part.auxiliary_loss.item())
+    losses = [block.ffn.auxiliary_loss.item() for block in model.blocks]
+    assert len(losses) == 2 and min(losses) > 0
+    assert model.auxiliary_loss().item() == pytest.approx(sum(losses))
+    model.blocks[0].ffn = Around(model.blocks[0].ffn)
+    assert model.auxiliary_loss().item() == pytest.approx(sum(losses)), "a loss that is passed on counts once"
+    dense = build_model(load(["ffn=dense", *SMALL]))
+    dense(torch.randint(257, (2, 6)))
+    assert dense.auxiliary_loss() is None
 
 
-def test_starts_with_the_documented_variances() -> None:
+@pytest.mark.parametrize("ffn", ["dense", "moe", "fine_grained_moe"])
+def test_starts_with_the_documented_variances(ffn: str) -> None:
     torch.manual_seed(0)
-    model = build_model(load(["ffn=dense", "size=d128", "size.n_layers=2", "data.vocab_size=512"]))
-    block = model.blocks[1]
+    model = build_model(load([f"ffn={ffn}", "d_model=128", "n_layers=2", "data.vocab_size=512", "replaced=all"]))
+    attention, layer = model.blocks[1].attention, model.blocks[1].ffn
+    wide, half = 512**-0.5, 1 / 2  # 1 / sqrt(2 x 2 layers)
     wanted = {
-        model.embedding: 128**-0.5,
-        block.attention.qkv: 128**-0.5,
-        block.attention.out: 128**-0.5 / 2,  # sqrt(2 x 2 layers)
-        block.ffn.down: 128**-0.5,
-        block.ffn.up: 512**-0.5 / 2,
+        model.embedding.weight: 128**-0.5,
+        attention.qkv.weight: 128**-0.5,
+        attention.out.weight: 128**-0.5 * half,
     }
-    for module, std in wanted.items():
-        assert module.weight.std().item() == pytest.approx(std, rel=0.03)
-        assert module.weight.mean().item() == pytest.approx(0, abs=0.03 * std)
-
-
-@pytest.mark.parametrize("ffn", ["moe", "fine_grained_moe"])
-def test_every_expert_starts_as_a_dense_layer(ffn: str) -> None:
-    torch.manual_seed(0)
-    layer = build_model(load([f"ffn={ffn}", "size=d128", "size.n_layers=2"])).blocks[0].ffn
-    width = {"moe": 512, "fine_grained_moe": 128}[ffn]
-    wanted = {layer.experts.down: 128**-0.5, layer.experts.up: width**-0.5 / 2}
-    if ffn == "fine_grained_moe":
-        wanted |= {layer.shared.down.weight: 128**-0.5, layer.shared.up.weight: width**-0.5 / 2}
+    if ffn != "dense":  # every expert starts as a dense layer
+        width = {"moe": 512, "fine_grained_moe": 128}[ffn]
+        wanted |= {layer.experts.down: 128**-0.5, layer.experts.up: width**-0.5 * half}
+    if ffn != "moe":
+        part = layer if ffn == "dense" else layer.shared
+        wanted |= {part.down.weight: 128**-0.5, part.up.weight: (wide if ffn == "dense" else 128**-0.5) * half}
     for weight, std in wanted.items():
         assert weight.std().item() == pytest.approx(std, rel=0.03)
+        assert weight.mean().item() == pytest.approx(0, abs=0.03 * std)
 
 
 @pytest.mark.parametrize("ffn", KINDS)
 def test_an_untrained_model_knows_nothing(ffn: str) -> None:
     torch.manual_seed(0)
-    model = build_model(load([f"ffn={ffn}", "size=d32", "data.vocab_size=300", "context=16"]))
+    model = build_model(load([f"ffn={ffn}", "d_model=32", "data.vocab_size=300", "context=16"]))
     tokens = torch.randint(300, (16, 17))
     loss = torch.nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).item()
     # Logits of a tied head have the variance of about 1 that costs half a nat over the even guess.

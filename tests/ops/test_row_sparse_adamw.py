@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peerscale.layers import Peer, Pkm
+from peerscale.layers import Peer
 from peerscale.ops.backends import BACKENDS, choose_operators
-from peerscale.ops.operators import collect_row_gradients, collected_gradients, total_gradient
+from peerscale.ops.pairs import collect_row_gradients, collected_gradients, total_gradient
 from peerscale.ops.row_sparse_adamw import RowSparseAdamW
 
 RATES = {"lr": 0.03, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -19,87 +19,65 @@ DEVICE = torch.get_default_device().type
 RUNNABLE = [name for name in BACKENDS if BACKENDS[name].obstacle(DEVICE) is None]
 COMPACT = [name for name in RUNNABLE if name != "reference"]
 
+Batch = tuple[Tensor, Tensor, Tensor]
+"""Rows, weights and the output's gradient."""
+
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
 
 
-def operators(name: str):
-    return choose_operators(name, DEVICE)
-
-
 def table(dtype: torch.dtype = torch.float64) -> nn.Parameter:
     return nn.Parameter(torch.randn(N, D, dtype=dtype))
 
 
-def batches(n: int, n_rows: int = N, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Rows, weights and output gradients of some passes; a row may repeat."""
+def batches(n: int, dtype: torch.dtype = torch.float64) -> list[Batch]:
+    """Of some passes; a row may repeat, and the last ten are never retrieved."""
     return [
-        (torch.randint(n_rows, (T, J)), torch.randn(T, J, dtype=dtype), torch.randn(T, D, dtype=dtype))
+        (torch.randint(N - 10, (T, J)), torch.randn(T, J, dtype=dtype), torch.randn(T, D, dtype=dtype))
         for _ in range(n)
     ]
 
 
-def backward(name: str, parameter: nn.Parameter, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+def backward(name: str, parameter: nn.Parameter, batch: Batch) -> None:
     rows, weights, grad = batch
-    operators(name).weighted_rows(parameter, rows, weights.clone().requires_grad_()).backward(grad)
+    operators = choose_operators(name, DEVICE)
+    operators.weighted_rows(parameter, rows, weights.clone().requires_grad_()).backward(grad)
 
 
 def row_sparse(*tables: nn.Parameter, **rates) -> RowSparseAdamW:
     return RowSparseAdamW([{"params": list(tables), "row_sparse": True}], **RATES | rates)
 
 
-@pytest.mark.parametrize("name", RUNNABLE)
-def test_each_row_is_an_adamw_of_its_own(name):
-    parameter = table()
-    rows = [nn.Parameter(row.clone()) for row in parameter.detach()]
-    own = [torch.optim.AdamW([row], **RATES) for row in rows]
-    optimizer = row_sparse(parameter)
-    untouched = set(range(N))
-    for batch in batches(8, n_rows=20):
-        indices, weights, grad = batch
+def train(name: str, parameter: nn.Parameter, optimizer: torch.optim.Optimizer, passes: list[Batch]) -> None:
+    for batch in passes:
         optimizer.zero_grad()
         backward(name, parameter, batch)
         optimizer.step()
-        for i in indices.unique().tolist():
-            mine = indices == i
-            rows[i].grad = ((weights * mine).sum(1)[:, None] * grad).sum(0)
-            own[i].step()
-            untouched.discard(i)
-        torch.testing.assert_close(parameter.detach(), torch.stack([row.detach() for row in rows]))
-    # Ten rows are never retrieved: without decay and moments.
-    state = optimizer.state[parameter]
-    assert len(untouched) >= 10
-    assert not any(state[key][list(untouched)].any() for key in ("step", "exp_avg", "exp_avg_sq"))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("name", RUNNABLE)
-@pytest.mark.parametrize("layer", [Peer, Pkm])
-def test_equals_dense_adamw_when_every_row_is_retrieved(layer, name, dtype, tolerance):
-    # Four rows, of which each of 40 tokens retrieves some. No query norm: under it the gradient of the query's bias is
-    # rounding noise, which Adam turns into steps of full size.
-    model = layer(6, 4, 2, 2, 8, query_norm=False, operators=operators(name)).to(dtype)
-    dense, sparse = copy.deepcopy(model), model
-    tables = sparse.expert_tables()
-    rest = [p for p in sparse.parameters() if all(p is not t for t in tables)]
-    optimizers = [
-        torch.optim.AdamW(dense.parameters(), **RATES),
-        RowSparseAdamW([{"params": rest}, {"params": tables, "row_sparse": True}], **RATES),
-    ]
-    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8) for optimizer in optimizers]
-    for _ in range(5):
-        x, target = torch.randn(40, 6, dtype=dtype), torch.randn(40, 6, dtype=dtype)
-        assert len(sparse.retrieve(x)[1].unique()) == 4
-        for twin, optimizer, schedule in zip((dense, sparse), optimizers, schedules, strict=True):
-            optimizer.zero_grad()
-            (twin(x) - target).square().mean().backward()
-            optimizer.step()
-            schedule.step()
-    assert optimizers[1].param_groups[1]["lr"] == optimizers[0].param_groups[0]["lr"] < RATES["lr"]
-    for one, other in zip(sparse.parameters(), dense.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+def test_each_row_is_an_adamw_of_its_own(name, dtype, tolerance):
+    parameter = table(dtype)
+    rows = [nn.Parameter(row.double()) for row in parameter.detach()]
+    own = [torch.optim.AdamW([row], **RATES) for row in rows]
+    optimizer = row_sparse(parameter)
+    for batch in batches(8, dtype):
+        train(name, parameter, optimizer, [batch])
+        indices, weights, grad = batch
+        for i in indices.unique().tolist():
+            mine = indices == i
+            rows[i].grad = ((weights * mine).sum(1)[:, None] * grad).sum(0).double()
+            own[i].step()
+        for each in (optimizer, *own):  # as a schedule would
+            each.param_groups[0]["lr"] *= 0.9
+        expected = torch.stack([row.detach() for row in rows])
+        torch.testing.assert_close(parameter.detach().double(), expected, rtol=tolerance, atol=tolerance)
+    # Rows that are never retrieved have neither decay nor moments.
+    state = optimizer.state[parameter]
+    assert not any(state[key][-10:].any() for key in ("step", "exp_avg", "exp_avg_sq"))
 
 
 @pytest.mark.parametrize("name", COMPACT)
@@ -121,7 +99,7 @@ def test_backward_passes_add_up_until_zero_grad(name):
 
 @pytest.mark.parametrize("name", COMPACT)
 def test_compact_gradients_are_the_dense_ones(name):
-    model = Peer(6, 16, 2, 4, 8, operators=operators(name)).double()
+    model = Peer(6, 16, 2, 4, 8, operators=choose_operators(name, DEVICE)).double()
     x = torch.randn(9, 6, dtype=torch.float64)
     model(x).square().sum().backward()
     dense = [parameter.grad for parameter in model.expert_tables()]
@@ -133,29 +111,28 @@ def test_compact_gradients_are_the_dense_ones(name):
         assert parameter.grad is None
         total = total_gradient(collected_gradients(parameter))
         torch.testing.assert_close(total.pairs.operators.table_gradient(total), expected)
+    rest = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.stack([p.grad.norm() for p in rest]).norm()
+    torch.testing.assert_close(nn.utils.clip_grad_norm_(model.parameters(), 1e9), norm)
+    twin = copy.deepcopy(model)  # collects nothing
+    twin(x).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in twin.expert_tables())
 
 
 @pytest.mark.parametrize("name", COMPACT)
 def test_goes_on_exactly_from_its_saved_state(name):
-    parameter, passes = table(torch.float32), batches(6, dtype=torch.float32)
+    parameter, passes = table(torch.float32), batches(6, torch.float32)
     optimizer = row_sparse(parameter)
-
-    def train(parameter, optimizer, passes):
-        for batch in passes:
-            optimizer.zero_grad()
-            backward(name, parameter, batch)
-            optimizer.step()
-
-    train(parameter, optimizer, passes[:3])
+    train(name, parameter, optimizer, passes[:3])
     file = io.BytesIO()
     torch.save((parameter.detach(), optimizer.state_dict()), file)
-    train(parameter, optimizer, passes[3:])
+    train(name, parameter, optimizer, passes[3:])
     file.seek(0)
     weights, state = torch.load(file, weights_only=True)
     resumed = nn.Parameter(weights)
     second = row_sparse(resumed, lr=1.0)
     second.load_state_dict(state)
-    train(resumed, second, passes[3:])
+    train(name, resumed, second, passes[3:])
     assert torch.equal(resumed, parameter)
 
 
@@ -178,47 +155,22 @@ def test_other_groups_are_torchs_own_adamw():
     assert torch.equal(one.weight, other.weight) and torch.equal(one.bias, other.bias)
 
 
-def test_a_step_without_gradients_changes_nothing():
-    parameter = table()
-    before = parameter.detach().clone()
-    optimizer = row_sparse(parameter)
-    optimizer.step()
-    assert torch.equal(parameter, before) and not optimizer.state
-
-
-def test_closure_computes_the_gradients():
+def test_a_step_without_gradients_changes_nothing_and_a_closure_computes_them():
     parameter, [batch] = table(), batches(1)
     twin = nn.Parameter(parameter.detach().clone())
-    optimizers = row_sparse(parameter), row_sparse(twin)
+    optimizer, other = row_sparse(parameter), row_sparse(twin)
+    optimizer.step()
+    assert torch.equal(parameter, twin) and not optimizer.state
     backward("cpp", parameter, batch)
-    optimizers[0].step()
+    optimizer.step()
 
     def closure():
         assert torch.is_grad_enabled()
         backward("cpp", twin, batch)
         return 3.5
 
-    assert optimizers[1].step(closure) == 3.5
+    assert other.step(closure) == 3.5
     assert torch.equal(parameter, twin)
-
-
-def test_clipping_and_dense_optimisers_do_not_see_the_collected_gradients():
-    model = Peer(6, 16, 2, 4, 8)
-    for parameter in model.expert_tables():
-        collect_row_gradients(parameter)
-    model(torch.randn(9, 6)).square().sum().backward()
-    rest = [p for p in model.parameters() if p.grad is not None]
-    assert len(rest) == len(list(model.parameters())) - 2
-    expected = torch.stack([p.grad.norm() for p in rest]).norm()
-    torch.testing.assert_close(nn.utils.clip_grad_norm_(model.parameters(), 1e9), expected)
-
-
-def test_copies_of_a_model_collect_nothing():
-    model = Peer(6, 16, 2, 4, 8)
-    row_sparse(*model.expert_tables())
-    twin = copy.deepcopy(model)
-    twin(torch.randn(9, 6)).square().sum().backward()
-    assert all(parameter.grad is not None for parameter in twin.expert_tables())
 
 
 def test_updates_do_not_depend_on_the_number_of_threads():
@@ -229,11 +181,7 @@ def test_updates_do_not_depend_on_the_number_of_threads():
         for n in (1, 3):
             torch.set_num_threads(n)
             parameter = nn.Parameter(start.clone())
-            optimizer = row_sparse(parameter)
-            for batch in passes:
-                optimizer.zero_grad()
-                backward("cpp", parameter, batch)
-                optimizer.step()
+            train("cpp", parameter, row_sparse(parameter), passes)
             results.append(parameter.detach())
     finally:
         torch.set_num_threads(threads)
@@ -263,11 +211,7 @@ def test_a_table_need_not_be_contiguous(name):
     one, other = table(), nn.Parameter(torch.randn(D, N, dtype=torch.float64).T)
     other.data.copy_(one.data)
     assert not other.is_contiguous()
+    passes = batches(2)
     for parameter in (one, other):
-        optimizer = row_sparse(parameter)
-        torch.manual_seed(1)
-        for batch in batches(2):
-            optimizer.zero_grad()
-            backward(name, parameter, batch)
-            optimizer.step()
+        train(name, parameter, row_sparse(parameter), passes)
     torch.testing.assert_close(one, other)

@@ -16,15 +16,9 @@ import torch
 triton = pytest.importorskip("triton", reason="there is no package triton: pip install 'peerscale[gpu]'")
 
 HERE = Path(__file__).parent
-# The two largest shapes, the hundreds of calls of gradcheck and all of both layers would take the interpreter minutes.
-SELECTION = "triton and not gradcheck and not 400 and not Pkm and not 0.0001 and not triton-adamw"
-SHARED = [
-    "test_operators.py",
-    "test_row_sparse_adamw.py",
-    "test_rounded.py",
-    "-k",
-    f"{SELECTION} and not too_small and not follows",
-]
+# The two largest shapes and all of both layers would take the interpreter minutes.
+SELECTION = "triton and not 400 and not Pkm and not 0.0001 and not triton-adamw and not too_small and not follows"
+SHARED = ["test_operators.py", "test_row_sparse_adamw.py", "test_rounded.py", "-k", SELECTION]
 
 
 @pytest.mark.parametrize("cases", [SHARED, ["triton_cases.py"]], ids=["shared", "own"])
@@ -36,7 +30,7 @@ def test_cases(cases):
     assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 5 and "skipped" not in result.stdout
 
 
-KERNELS = ["row_dot_products", "weighted_row_sum", "table_gradient", "adamw_rows", "cross_entropy", "product_key_top_k"]
+KERNELS = ["row_dot_products", "weighted_row_sum", "table_gradient", "cross_entropy", "product_key_top_k"]
 FILES = {"product_key_top_k": "triton_top_k"}  # of kernels that are not in triton_kernels
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 SHARED_MEMORY = {80: 163 * 1024, 90: 232_448}  # bytes that a program may have
@@ -45,7 +39,7 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 232_448}  # bytes that a program may have
 # The search takes as long to compile as all others together, so each kind of it is compiled for one of the two.
 @pytest.mark.parametrize(
     ("real", "architecture", "kernels"),
-    [("fp32", 80, KERNELS[:5]), ("fp32", 90, KERNELS), ("bf16", 80, KERNELS), ("bf16", 90, KERNELS[:5])],
+    [("fp32", 80, KERNELS[:4]), ("fp32", 90, KERNELS), ("bf16", 80, KERNELS), ("bf16", 90, KERNELS[:4])],
 )
 def test_compiles_for_a_gpu(monkeypatch, tmp_path, real, architecture, kernels):
     """To machine code of an A100 and an H100, which needs none; the interpreter lets more pass than the compiler.
@@ -55,28 +49,25 @@ def test_compiles_for_a_gpu(monkeypatch, tmp_path, real, architecture, kernels):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from peerscale.ops.triton_operators import search_constants
+    from peerscale.ops.triton_operators import blocks_of, search_constants
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[real]
     found = {}
     for kernel in kernels:
-        constants = {"BY_ROW": True, "BLOCK_P": 4, "BLOCK_D": 256, "BLOCK_V": 4096, "beta1": 0.9, "beta2": 0.95}
-        constants |= {"eps": 1e-8, "num_warps": 8 if kernel == "cross_entropy" else 4}
+        constants = blocks_of(768) | {"BLOCK_V": 4096}
+        if kernel == "cross_entropy":
+            constants["num_warps"] = 8
         if kernel in FILES:
             # For an A100 a smaller one, since its assembler takes half a minute for the top 16.
             constants = search_constants(dtype, 1024, 192, 1, 16 if architecture == 90 else 4)
         options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
         function = getattr(importlib.import_module(f"peerscale.ops.{FILES.get(kernel, 'triton_kernels')}"), kernel)
-        while not isinstance(function, triton.JITFunction):
-            function = function.fn
         names = function.arg_names
         # Sums and what belongs to pairs are float32 beside half precision.
         known = dict.fromkeys(("rows", "order", "starts", "targets"), "*i64")
-        known |= dict.fromkeys(("x", "table", "vectors", "mean", "square", "query", "sub_keys", "logits"), f"*{real}")
-        known |= dict.fromkeys(("P", "J", "D", "V", "PAIRS_A_ROW", "tokens"), "i32") | {"scale": "fp32"}
-        if kernel == "adamw_rows":
-            known = {name: kind for name, kind in known.items() if name not in ("scale", "table", "mean", "square")}
+        known |= dict.fromkeys(("x", "table", "vectors", "query", "sub_keys", "logits"), f"*{real}")
+        known |= dict.fromkeys(("P", "J", "D", "V", "tokens"), "i32") | {"scale": "fp32"}
         known |= dict.fromkeys(constants, "constexpr")
         signature = {name: known.get(name, "*fp32") for name in names}
         source = ASTSource(

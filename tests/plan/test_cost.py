@@ -24,10 +24,10 @@ from peerscale.plan.cost import cost
 FFNS = sorted(path.stem for path in (ROOT / "conf/ffn").glob("*.yaml"))
 
 SHAPES = {
-    "small": ("size=d8", "data.vocab_size=257", "context=5"),
-    "deep": ("size=d20", "size.n_layers=5", "data.vocab_size=300", "context=9"),
-    "all": ("size=d24", "size.n_layers=3", "data.vocab_size=311", "context=7", "replaced=all"),
-    "two": ("size=d12", "size.n_layers=4", "data.vocab_size=257", "context=4", "replaced=[1,4]", "batch_sequences=32"),
+    "small": ("d_model=8", "data.vocab_size=257", "context=5"),
+    "deep": ("d_model=20", "n_layers=5", "data.vocab_size=300", "context=9"),
+    "all": ("d_model=24", "n_layers=3", "data.vocab_size=311", "context=7", "replaced=all"),
+    "two": ("d_model=12", "n_layers=4", "data.vocab_size=257", "context=4", "replaced=[1,4]", "batch_sequences=32"),
 }
 
 VARIANTS = {
@@ -168,7 +168,7 @@ def test_backward_is_twice_forward(ffn: str) -> None:
 def test_components_of_a_retrieval_layer_are_the_papers() -> None:
     # 2 d h d_k for the queries, 2 h sqrt(N) d_k for the sub-keys, 4 h k d for the experts of PEER and half for PKM's
     # values, at the paper's own sizes but the width.
-    sizes = ["size=d256", "ffn.n_experts=1048576", "ffn.n_heads=8", "++ffn.d_key=128"]
+    sizes = ["d_model=256", "ffn.n_experts=1048576", "ffn.n_heads=8", "++ffn.d_key=128"]
     peer, pkm = cost(load(["ffn=peer", "ffn.top_k=16", *sizes])), cost(load(["ffn=pkm", "ffn.top_k=32", *sizes]))
     for priced in (peer, pkm):
         assert priced.flops["query"] == 3 * 2 * 256 * 8 * 128
@@ -229,13 +229,13 @@ def test_fine_grained_experts_are_the_coarse_mixture_cut_up() -> None:
     assert fine.flops_per_token - 3 * 2 * router == dense.flops_per_token
 
 
-@pytest.mark.parametrize("size", ["d8", "d20", "d64", "d256"])
+@pytest.mark.parametrize("d_model", [8, 20, 64, 256])
 @pytest.mark.parametrize("other", ["moe", "moe_token_choice", "fine_grained_moe", "pkm", "peer"])
-def test_wide_dense_has_the_parameters_of_the_other_layer_all_of_them_active(other: str, size: str) -> None:
-    config = load([f"ffn={other}", f"size={size}"])
+def test_wide_dense_has_the_parameters_of_the_other_layer_all_of_them_active(other: str, d_model: int) -> None:
+    config = load([f"ffn={other}", f"d_model={d_model}"])
     wide = replace(config, ffn=WideDenseConfig(params_of=config.ffn))
     priced = cost(wide)
-    assert abs(priced.params_total - cost(config).params_total) <= config.size.d_model
+    assert abs(priced.params_total - cost(config).params_total) <= config.d_model
     assert priced.params_active == priced.params_total
 
 
@@ -253,5 +253,5 @@ def test_only_the_kernel_and_the_recipe_leave_the_cost_alone() -> None:
     base = load(["ffn=peer"])
     for same in (["trainer.kernel=reference"], ["optim.lr=1"], ["budget=1e9"], ["seed=7"], ["++ffn.activation=relu"]):
         assert cost(load(["ffn=peer", *same])) == cost(base)
-    for other in (["context=128"], ["data.vocab_size=4096"], ["ffn.top_k=8"], ["size=d40"], ["replaced=all"]):
+    for other in (["context=128"], ["data.vocab_size=4096"], ["ffn.top_k=8"], ["d_model=40"], ["replaced=all"]):
         assert cost(load(["ffn=peer", *other])).flops_per_token != cost(base).flops_per_token

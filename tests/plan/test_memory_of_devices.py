@@ -7,7 +7,7 @@ import torch
 
 from peerscale.config.schema import Config, load
 from peerscale.files import ROOT
-from peerscale.launch.overview import time_lines
+from peerscale.launch.plan_table import time_lines
 from peerscale.layers.dense import Dense
 from peerscale.model.build import build_model
 from peerscale.ops.cross_entropy import linear_cross_entropy
@@ -44,15 +44,15 @@ def saved_bytes(config: Config) -> int:
 
 @pytest.mark.parametrize("ffn", FFNS)
 def test_activations_are_about_what_autograd_saves(ffn: str) -> None:
-    settings = [f"ffn={ffn}", "trainer.kernel=torch", "++size.n_heads=4", *NARROWER.get(ffn, [])]
+    settings = [f"ffn={ffn}", "trainer.kernel=torch", *NARROWER.get(ffn, [])]
     for width, replaced in ((64, "middle"), (128, "all")):
-        config = load([*settings, f"++size.d_model={width}", f"replaced={replaced}"])
+        config = load([*settings, f"d_model={width}", f"head_dim={width // 4}", f"replaced={replaced}"])
         assert device_memory(config)["activations"] == pytest.approx(saved_bytes(config), rel=0.15), (width, replaced)
 
 
 @pytest.mark.parametrize("ffn", ["dense", "wide_dense", "moe", "peer"])
 def test_checkpointing_keeps_the_inputs_of_what_is_computed_again(ffn: str) -> None:
-    shape = ["++size.n_heads=4", "++size.d_model=64", "++size.n_layers=8"]
+    shape = ["d_model=64", "n_layers=8"]
     settings = [f"ffn={ffn}", "trainer.kernel=torch", *shape, *NARROWER.get(ffn, [])]
     config = load([*settings, "trainer.activation_checkpointing=true"])
     hidden = max(layer.down.out_features for layer in build_model(config).modules() if isinstance(layer, Dense))
@@ -70,7 +70,7 @@ def test_checkpointing_keeps_the_inputs_of_what_is_computed_again(ffn: str) -> N
 
 
 def test_memory_of_one_device() -> None:
-    config = load(["ffn=dense", "size=d64", "precision=bf16", "trainer.micro_batches=2", "trainer.devices=4"])
+    config = load(["ffn=dense", "d_model=64", "precision=bf16", "trainer.micro_batches=2", "trainer.devices=4"])
     memory = device_memory(config)
     assert memory["state"] == 16 * cost(config).params_total
     assert memory["activations"] == 2 * 64 * 2 * 4 * 19 * 64  # 2 sequences of 64 tokens, 2 bytes, 4 blocks
@@ -78,14 +78,14 @@ def test_memory_of_one_device() -> None:
 
 @pytest.mark.parametrize(("ffn", "tables"), [("peer", 2), ("pkm", 1), ("moe", 0)])
 def test_memory_of_the_bf16_copies_of_tables(ffn: str, tables: int) -> None:
-    words = [f"ffn={ffn}", "size=d64", "replaced=[1,2]"]
+    words = [f"ffn={ffn}", "d_model=64", "replaced=[1,2]"]
     half, full = (load([*words, f"precision={precision}"]) for precision in ("bf16", "fp32"))
     added = device_memory(half)["state"] - device_memory(full)["state"]
     assert added == (tables and 2 * 2 * tables * half.ffn.n_experts * 64)  # bytes, blocks, tables
 
 
 def test_a_cell_that_does_not_fit_is_dropped_with_the_parts_in_which_it_would() -> None:
-    large = [*GPU, "size=d256", "budget=5e14", "batch_sequences=64", "context=512", "trainer.device_memory_gb=2"]
+    large = [*GPU, "d_model=256", "budget=5e14", "batch_sequences=64", "context=512", "trainer.device_memory_gb=2"]
     dense = plan(load([*large, "ffn=dense", "trainer.micro_batches=1"]))
     assert dense.reason == "3.68 GB are more than trainer.device_memory_gb 2; trainer.micro_batches=4 would take 1.77"
     assert plan(load([*large, "ffn=dense", "trainer.micro_batches=4"])).reason == ""
@@ -107,7 +107,7 @@ def test_a_cell_that_does_not_fit_is_dropped_with_the_parts_in_which_it_would() 
     ("ffn", "group", "parts"), [("dense", 64, 4), ("peer", 8, 4), ("peer", 16, 4), ("peer", 64, 1)]
 )
 def test_the_plan_chooses_the_fewest_parts_that_fit(ffn: str, group: int, parts: int) -> None:
-    large = [*GPU, "size=d256", "budget=5e14", "batch_sequences=64", "context=512", "trainer.device_memory_gb=2"]
+    large = [*GPU, "d_model=256", "budget=5e14", "batch_sequences=64", "context=512", "trainer.device_memory_gb=2"]
     config = load([*large, f"ffn={ffn}", f"routing_group_sequences={group}"])
     chosen = in_micro_batches(config)
     assert chosen.trainer.micro_batches == parts
@@ -138,8 +138,7 @@ def test_the_plan_tells_gpu_hours_their_cost_and_the_largest_cell() -> None:
     (line,) = time_lines(timed, 2.5)
     assert line.startswith("20 GPU-hours, 50 at 2.5 an hour; the largest cell takes about 1.0")
     guess, line = time_lines(cells, None)
-    assert "assumes trainer.device_utilisation 0.3 of trainer.device_flops_per_s 9.89e+14" in guess
+    assert guess.startswith("time? is estimated from trainer.device_utilisation")
     assert "GPU-hours; PRICE=2.5 gives their cost" in line
     on_cpus = [replace(cell, estimate_is_guess=False) for cell in planned_cells("smoke")]
-    assert time_lines(on_cpus, None) == []
-    assert time_lines(on_cpus, 2.5) == ["no GPU-hours to price: no cell has trainer.accelerator=gpu"]
+    assert time_lines(on_cpus, 2.5) == time_lines([], 2.5) == []

@@ -1,27 +1,29 @@
-"""The smallest PEER cell of the paper's study goes the study's whole way on a CPU: shards of C4's form, its vocabulary,
-streamed preparation, bf16, row-sparse AdamW, evaluation sets. Ten steps of two sequences, in two micro-batches.
+"""The smallest PEER cell of the paper's study goes the study's whole way on a CPU: text in files as docs/scale.md saves
+it, its vocabulary, bf16, row-sparse AdamW, evaluation sets. Ten steps of two sequences, in two micro-batches.
 
 As it stands here it has 2 of its 10 blocks, 128^2 experts and a context of 64. With its blocks, 256^2 experts and its
 context of 2,048 it takes 330 CPU seconds and 5.1 GiB:
 
-    PAPER_CELL=whole .venv/bin/python -m pytest -s tests/test_paper_cell.py
+    PAPER_CELL=whole .venv/bin/python -m pytest -s tests/plan/test_paper_cell.py
 """
 
-import gzip
-import json
 import math
 import os
 import random
+import re
 import resource
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from peerscale.data.prepare import prepare
+from peerscale.files import ROOT
 from peerscale.plan.cells import Cell, planned_cells
 from peerscale.plan.plan import plan
 from peerscale.records.curves import read_metrics
@@ -42,16 +44,28 @@ def page_stream() -> Iterator[str]:
             yield " ".join(word for word in part for word in (lexicon[int(rng.paretovariate(1)) % 200], word))
 
 
-def write_texts(folder: Path) -> dict[str, str | None]:
-    """Shards of C4's form; returns the files of the other sets."""
+class Rows(list):
+    """What stands for a streamed data set."""
+
+    def take(self, n: int) -> "Rows":
+        assert n == 50_000_000
+        return self
+
+
+def save_texts() -> None:
+    """Run the lines of docs/scale.md in the current folder; `datasets` is a stand-in that has few pages."""
     pages = page_stream()
-    (folder / "en").mkdir()
-    for split, n in (("train", 400), ("validation", 200)):
-        rows = "".join(json.dumps({"text": page, "url": "https://example.org/"}) + "\n" for page in islice(pages, n))
-        (folder / "en" / f"c4-{split}.00000-of-00001.json.gz").write_bytes(gzip.compress(rows.encode()))
-    (folder / "lambada.txt").write_text("\n".join(islice(pages, 8)), encoding="utf-8")
-    (folder / "wikitext.txt").write_text("\n".join(islice(pages, 50)), encoding="utf-8")
-    return {name: str(folder / f"{name}.txt") for name in ("lambada", "wikitext")}
+    n_pages = {"allenai/c4 en train": 400, "allenai/c4 en validation": 200}
+    n_pages |= {"EleutherAI/lambada_openai default test": 50, "Salesforce/wikitext wikitext-103-raw-v1 test": 50}
+
+    def load_dataset(name: str, subset: str, *, split: str, streaming: bool) -> Rows:
+        assert streaming
+        return Rows({"text": page} for page in islice(pages, n_pages[f"{name} {subset} {split}"]))
+
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/scale.md").read_text(encoding="utf-8"), re.DOTALL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+        exec(code, {})
 
 
 def smallest_cell(folder: Path) -> Cell:
@@ -59,23 +73,21 @@ def smallest_cell(folder: Path) -> Cell:
     cells = planned_cells("isoflop_paper", ["sweep.methods=[peer]", "tracking=disabled"])
     cell = min(cells, key=lambda cell: cell.plan.cost.flops_per_token)
     config = cell.config
-    assert (config.size.name, config.context, config.data.vocab_size) == ("d640-l10-h10", 2048, 32_768)
-    assert (config.precision, config.optim.name, config.replaced) == ("bf16", "row_sparse_adamw", "middle")
+    assert (config.size_name, config.context, config.data.vocab_size) == ("d640-l10-h10", 2048, 32_768)
+    assert (config.precision, config.optim.name, config.replaced) == ("bf16", "adamw", "middle")
     if not WHOLE:
-        config = replace(config, context=64, size=replace(config.size, n_layers=2))
+        config = replace(config, context=64, n_layers=2)
     tokens = 2 * config.context
     config = replace(
         config,
         batch_sequences=2,
         routing_group_sequences=1,  # which two micro-batches need
         ffn=replace(config.ffn, n_experts=(256 if WHOLE else 128) ** 2),
-        optim=replace(config.optim, lr_rule="constant", lr=4e-3),  # the law knows no run as short as this
+        optim=replace(config.optim, name="row_sparse_adamw", lr_rule="constant", lr=4e-3),  # the law knows longer runs
         data=replace(
             config.data,
-            path=str(folder),
             directory=str(folder / "data"),
-            held_out=write_texts(folder),
-            evaluation={"validation": 2 * tokens, "lambada": 2 * tokens, "wikitext": tokens},
+            evaluation={"c4": 2 * tokens, "lambada": 2 * tokens, "wikitext": tokens},
         ),
         trainer=replace(
             config.trainer,
@@ -89,12 +101,13 @@ def smallest_cell(folder: Path) -> Cell:
         min_steps=1,
     )
     config = replace(config, budget=STEPS * tokens * plan(config).cost.flops_per_token)
-    sets = prepare(config.data).manifest.set_tokens(config.context)
-    return replace(cell, config=config, plan=plan(config, set_tokens=sets))
+    return replace(cell, config=config, plan=plan(config, set_tokens=prepare(config.data).manifest.splits))
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_smallest_cell_of_the_papers_study_trains_on_a_cpu(tmp_path: Path) -> None:
+def test_the_smallest_cell_of_the_papers_study_trains_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # the study's paths are relative to it
+    save_texts()
     started = time.process_time()
     cell = smallest_cell(tmp_path)
     prepared = time.process_time()
@@ -107,7 +120,7 @@ def test_the_smallest_cell_of_the_papers_study_trains_on_a_cpu(tmp_path: Path) -
         f"evaluation {seconds[1]:.0f}, at most {memory:.1f} GiB; losses {' '.join(f'{loss:.3f}' for loss in losses)}; "
         + ", ".join(f"{name} {values['loss']:.3f}" for name, values in (record.evaluation if record else {}).items())
     )
-    assert record is not None and {*record.evaluation} == {"validation", "lambada", "wikitext"}
+    assert record is not None and {*record.evaluation} == {"c4", "lambada", "wikitext"}
     assert len(losses) == STEPS and all(map(math.isfinite, losses))
     # Untrained logits have variance one, which adds one half to the loss of a guess.
     assert losses[0] == pytest.approx(math.log(32_768) + 0.5, abs=0.5) and losses[-1] < losses[0] - 0.5

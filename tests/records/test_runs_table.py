@@ -1,21 +1,19 @@
 import json
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from peerscale.config.schema import composed
 from peerscale.errors import UserError
 from peerscale.files import ROOT
-from peerscale.plan.cells import Cell, planned_cells, single_cell
+from peerscale.plan.cells import Cell, planned_cells
 from peerscale.plan.cost import CONVENTION, cost
 from peerscale.records.curves import curves_table, read_metrics
-from peerscale.records.record import Record, Status, write_record
-from peerscale.records.study import planned_record
-from peerscale.records.table import read_records, read_runs, runs_table
+from peerscale.records.record import Record, Status, planned_record, write_record
+from peerscale.records.table import read_records, read_runs, runs_table, write_records
 from toy_study import record_of, write_study
 
 COLUMNS = [
@@ -28,7 +26,7 @@ COLUMNS = [
 ]  # fmt: skip
 """Of the design, in its order, but for those that depend on the methods and the evaluation sets."""
 
-SWEEP = "{methods: [dense, moe, moe_token_choice, pkm, peer], grid: [{budget: 1e10, sizes: [d8, d12]}], seeds: [0, 1]}"
+SWEEP = "{methods: [dense, moe, moe_token_choice, pkm, peer], grid: [{budget: 1e10, d_model: [8, 12]}], seeds: [0, 1]}"
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +78,8 @@ def test_a_row_says_what_its_configuration_and_cost_are(cells: list[Cell]) -> No
         assert row["flops"] == pytest.approx(row["flops_per_token"] * row["tokens"])
         assert row["tokens"] == row["steps"] * row["batch_sequences"] * row["context"]
         assert row["params_non_embedding"] == row["params_total"] - row["vocab_size"] * row["d_model"]
-        assert (row["d_model"], row["n_layers"], row["n_heads"]) == (config.size.d_model, 4, config.size.n_heads)
-        assert (row["size"], row["seed"], row["budget"]) == (config.size.name, config.seed, 1e10)
+        assert (row["d_model"], row["n_layers"], row["n_heads"]) == (config.d_model, 4, config.n_heads)
+        assert (row["size"], row["seed"], row["budget"]) == (config.size_name, config.seed, 1e10)
         assert (row["val_loss"], row["val_loss_se"], row["ppl_validation"]) == (5.25, 0.125, 190.5)
         assert (row["unevenness"], row["usage_tokens"], row["convention"]) == (1.25, 64, CONVENTION)
         for component in (c.removeprefix("flops_") for c in table if re.fullmatch("flops_(?!per_).*", c)):
@@ -97,10 +95,12 @@ def test_a_row_says_what_its_configuration_and_cost_are(cells: list[Cell]) -> No
     assert by_method.loc["dense", ""][["n_experts", "ffn_heads", "top_k", "d_key", "active_experts"]].isna().all()
 
 
-def test_active_experts_are_of_the_realised_capacity() -> None:
-    cell = single_cell(composed(["ffn=moe", "ffn.capacity_factor=2"]))
-    (row,) = runs_table([record_of(cell, Status.DONE)]).to_dict("records")
-    assert row["active_experts"] == 2
+def test_a_column_that_only_an_outside_layer_has_is_kept(records: list[Record]) -> None:
+    table = runs_table([replace(records[0], layer={"n_gates": 4, "top_k": 2}), *records[1:]])
+    assert table["n_gates"].iloc[0] == 4 and table["n_gates"].iloc[1:].isna().all()
+    assert table["top_k"].iloc[0] == 2 and [column for column in table.columns if column in COLUMNS] == COLUMNS
+    with pytest.raises(UserError, match=f"layer of {records[0].cell} has a column 'lr', which the table of runs has"):
+        runs_table([replace(records[0], layer={"lr": 0.1})])
 
 
 def write_cells(folder: Path, records: list[Record]) -> Path:
@@ -133,8 +133,13 @@ def test_a_folder_that_was_set_aside_is_no_cell(tmp_path: Path, records: list[Re
 
 
 def test_reads_every_row_of_a_published_study(tmp_path: Path, records: list[Record]) -> None:
-    (tmp_path / "records.jsonl").write_text("".join(json.dumps(asdict(record)) + "\n" for record in records))
-    assert [record.cell for record in read_records(tmp_path)] == [record.cell for record in records]
+    losses = [[5.12344, 4.0], [5.0, float("nan")], [7.12345678, 30.0]]
+    records = [replace(r, sequence_losses=some) for r, some in zip(records, [*losses, *[[]] * 17], strict=True)]
+    write_records(tmp_path, records)
+    found = read_records(tmp_path)
+    assert [record.cell for record in found] == [record.cell for record in records]
+    kept = [[5.1234, 4.0], [], [7.1235, 30.0]]
+    assert [record.sequence_losses for record in found] == [*kept, *[[]] * 17]
     assert_same_table(read_runs(tmp_path), runs_table(records))
 
 
@@ -148,12 +153,6 @@ def test_reads_every_row_and_number_of_a_csv(tmp_path: Path, records: list[Recor
         assert list(got["status"]) == list(table["status"])
         numbers = table.select_dtypes("number")
         np.testing.assert_array_equal(got[numbers.columns].to_numpy(float), numbers.to_numpy(float))
-
-
-def test_reads_the_same_table_from_a_csv_as_from_the_folder(tmp_path: Path, records: list[Record]) -> None:
-    folder = write_cells(tmp_path / "toy", records)
-    read_runs(folder).to_csv(tmp_path / "runs.csv", index=False)
-    assert_same_table(read_runs(tmp_path / "runs.csv"), read_runs(folder))
 
 
 def test_relative_paths_are_of_the_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -223,15 +222,6 @@ def test_a_row_of_few_steps_counts_for_few(tmp_path: Path) -> None:
     assert list(curves_table([tmp_path / "cell"], points=1)["loss"]) == [
         pytest.approx((20 * losses[0] + 20 * losses[1] + 5 * 1.0) / 45)
     ]
-
-
-def test_the_first_row_of_a_branch_counts_like_the_others(tmp_path: Path) -> None:
-    metrics(tmp_path / "cell", 8)
-    path = tmp_path / "cell" / "metrics.jsonl"
-    rows = path.read_text().splitlines()[4:]
-    path.write_text("".join(f"{row}\n" for row in rows))
-    mean = sum(json.loads(row)["loss"] for row in rows) / 4
-    assert list(curves_table([tmp_path / "cell"], points=1)["loss"]) == [pytest.approx(mean)]
 
 
 def test_curves_of_several_cells_stay_apart(tmp_path: Path) -> None:

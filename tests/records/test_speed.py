@@ -13,7 +13,7 @@ from toy_study import record_of, write_study
 
 
 def test_time_is_a_guess_until_a_cell_of_the_method_is_done(tmp_path: Path) -> None:
-    file = write_study(tmp_path, "{methods: [dense, peer], grid: [{budget: 1e10, sizes: [d8]}]}")
+    file = write_study(tmp_path, "{methods: [dense, peer], grid: [{budget: 1e10, d_model: [8]}]}")
     dense, peer = planned_cells(file)
     assert dense.estimate_is_guess and peer.estimate_is_guess
     write_record(dense.folder, record_of(dense, Status.DONE, timing={"flops_per_s": 5e8}))
@@ -27,7 +27,7 @@ def test_time_is_a_guess_until_a_cell_of_the_method_is_done(tmp_path: Path) -> N
 
 def test_a_guess_goes_by_published_cells_of_the_method_or_of_any(tmp_path: Path) -> None:
     dense, peer, pkm = planned_cells(
-        write_study(tmp_path, "{methods: [dense, peer, pkm], grid: [{budget: 1e10, sizes: [d8]}]}")
+        write_study(tmp_path, "{methods: [dense, peer, pkm], grid: [{budget: 1e10, d_model: [8]}]}")
     )
     nothing = tmp_path / "nothing"
     results = tmp_path / "results"

@@ -1,29 +1,12 @@
-"""Where a study's files are found, and which rows make one curve."""
+"""Where a study's files are found, and which fits are read."""
 
 import json
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 from peerscale.errors import UserError
-from peerscale.records.study import (
-    collected,
-    find_study,
-    method_names,
-    published,
-    read_fits,
-    read_json,
-    same_variant,
-    usable,
-)
-from toy_study import axes_text
-
-
-def table(*rows: tuple[str, str | None, str, str]) -> pd.DataFrame:
-    """Method, variant, cell, and settings such as `lr=0.001`."""
-    frame = pd.DataFrame(rows, columns=["method", "variant", "cell", "axes"])
-    return frame.assign(seed=0, axes=frame["axes"].map(axes_text))
+from peerscale.records.study import collected, find_study, published, read_fits, read_json
 
 
 def test_collected_study_comes_before_the_published_one(tmp_path: Path) -> None:
@@ -37,33 +20,6 @@ def test_collected_study_comes_before_the_published_one(tmp_path: Path) -> None:
     assert find_study("abc", runs, results).folder == runs / "abc" / "study"
 
 
-def test_a_curve_is_named_by_method_and_variant() -> None:
-    rows = table(("moe", None, "moe-d8-1e11-s0", ""), ("moe", "token_choice", "moe_token_choice-d8-1e11-s0", ""))
-    assert list(method_names(rows)) == ["moe", "moe_token_choice"]
-
-
-def test_variants_of_an_axis_are_curves_of_their_own() -> None:
-    rows = table(
-        ("dense", None, "dense-d8-1e11-s0", ""),
-        ("peer", None, "peer-d8-1e11-lr=0.001-s0", "lr=0.001"),
-        ("peer", None, "peer-d8-1e11-lr=0.003-top_k=8-s0", "lr=0.003-top_k=8"),
-    )
-    assert list(method_names(rows)) == ["dense", "peer lr=0.001", "peer lr=0.003-top_k=8"]
-    assert list(method_names(rows, without=["optim.lr"])) == ["dense", "peer", "peer top_k=8"]
-
-
-def test_a_setting_common_to_all_cells_is_no_variant() -> None:
-    rows = table(*((method, None, f"{method}-d8-1e11-context=8-s0", "context=8") for method in ("dense", "peer")))
-    assert list(method_names(rows)) == ["dense", "peer"]
-
-
-def test_only_finished_cells_with_a_loss_are_usable() -> None:
-    rows = pd.DataFrame(
-        {"status": ["done", "diverged", "done", "done", "failed"], "val_loss": [4.0, 5.0, float("inf"), None, None]}
-    )
-    assert list(usable(rows)) == [True, False, False, False, False]
-
-
 def test_broken_json_is_one_clear_line(tmp_path: Path) -> None:
     path = tmp_path / "fits.json"
     with pytest.raises(UserError, match="not there"):
@@ -73,44 +29,18 @@ def test_broken_json_is_one_clear_line(tmp_path: Path) -> None:
         read_json(path)
 
 
-def test_optima_without_an_interval_are_of_another_version(tmp_path: Path) -> None:
-    path = tmp_path / "fits.json"
-    keys = ("answer", "claims", "multipliers", "laws", "rates")
-    ends = {"low": 2.9, "high": 3.1}
-    for optimum in ({"loss": 3.0, **ends}, {"loss": None}):
-        path.write_text(json.dumps({**dict.fromkeys(keys, ""), "budgets": [{"methods": [optimum]}]}))
-        assert read_fits(path)["budgets"][0]["methods"] == [optimum]
-    path.write_text(json.dumps({**dict.fromkeys(keys, ""), "budgets": [{"methods": [{"loss": 3.0}]}]}))
-    with pytest.raises(UserError, match="not the fits of a study as this version writes them"):
-        read_fits(path)
-
-
 def test_fits_of_another_version_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "fits.json"
-    whole = {"answer": "none", "budgets": [], "claims": [], "multipliers": [], "laws": {}, "rates": {}, "growth": []}
-    path.write_text(json.dumps(whole))
-    assert read_fits(path) == whole
-    del whole["rates"]
-    for other in (whole, {"dense": {"law": "isoflop"}}, [], 3):
+
+    def fits(*optima: object) -> dict[str, object]:
+        keys = ("answer", "claims", "multipliers", "laws", "rates", "growth")
+        return {**dict.fromkeys(keys, ""), "budgets": [{"methods": [*optima]}]}
+
+    for whole in (fits(), fits({"loss": 3.0, "low": 2.9, "high": 3.1}), fits({"loss": None})):
+        path.write_text(json.dumps(whole))
+        assert read_fits(path) == whole
+    without_rates = {key: value for key, value in fits().items() if key != "rates"}
+    for other in (without_rates, fits({"loss": 3.0}), {"dense": {"law": "isoflop"}}, [], 3):
         path.write_text(json.dumps(other))
         with pytest.raises(UserError, match=r"fits\.json: not the fits of a study .* make figures"):
             read_fits(path)
-
-
-@pytest.mark.parametrize(
-    ("reference", "name", "names", "variant"),
-    [
-        ("dense", "peer", ["dense", "peer"], "dense"),
-        ("dense", "peer batch_sequences=8", ["dense batch_sequences=8", "dense", "peer batch_sequences=8"],
-         "dense batch_sequences=8"),
-        ("dense", "peer top_k=8", ["dense", "peer top_k=8"], "dense"),
-        ("dense", "dense lr=1", ["dense", "dense lr=1"], "dense"),
-        ("dense", "dense", ["dense", "peer"], None),
-        ("dense", "dense lr=1", ["dense lr=1", "peer lr=1"], None),
-        ("peer", "dense lr=1", ["dense lr=1", "peer lr=1", "peer lr=2"], "peer lr=1"),
-        ("peer", "moe", ["moe", "peer lr=2"], None),
-        ("moe", "peer", ["moe_token_choice", "peer"], None),
-    ],
-)  # fmt: skip
-def test_the_curve_to_compare_with(reference: str, name: str, names: list[str], variant: str | None) -> None:
-    assert same_variant(reference, name, names) == variant

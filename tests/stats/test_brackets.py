@@ -11,12 +11,11 @@ from scipy import stats
 
 from made_up_study import LADDER, SIZES, curves, run
 from peerscale.files import ROOT
-from peerscale.records.curves import curves_table
-from peerscale.records.study import are_brackets, without_brackets
 from peerscale.records.table import read_runs
 from peerscale.stats import frontiers
 from peerscale.stats.brackets import fit_rate_brackets
 from peerscale.stats.comparison import compare
+from peerscale.stats.curves_of_runs import are_brackets, without_brackets
 from peerscale.stats.fits import fit_study
 from peerscale.stats.rate_law import fit_brackets, fit_rates
 
@@ -114,10 +113,8 @@ def test_brackets_are_no_points_of_curves() -> None:
     runs = study({"dense": 0.3, "peer": -0.5}, noise=0.003)
     main = without_brackets(runs)
     assert len(main) == 10 and are_brackets(runs).sum() == 8
-    no_curves = curves_table(())
     with_them, without = (
-        fit_study(table, no_curves, compare(table.assign(ppl_x=1.0), []))
-        for table in (with_columns(runs), with_columns(main))
+        fit_study(table, compare(table.assign(ppl_x=1.0), [])) for table in (with_columns(runs), with_columns(main))
     )
     assert with_them["laws"] == without["laws"] and with_them["conventions"] == without["conventions"]
     assert without["rates"] == {"law": None} and with_them["rates"]["law"] is None
@@ -280,7 +277,7 @@ def renamed(runs: pd.DataFrame, settings: str) -> pd.DataFrame:
 
 def test_studies_published_before_brackets_have_none() -> None:
     """So their fits are what they were: nothing of brackets enters a study without any."""
-    later = {"short_runs", "isoflop_cpu"}
+    later = {"isoflop_cpu"}
     for file in sorted((ROOT / "results").glob("*/runs.csv")):
         if file.parent.name in later:
             continue

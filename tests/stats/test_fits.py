@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "figures"))
 
-from synthetic_surface import BUDGETS, GRID, SURFACE, surface_curves, surface_runs
+from synthetic_surface import BUDGETS, GRID, SURFACE, surface_runs
 
 from peerscale.files import write_json
 from peerscale.records.study import read_fits
@@ -26,19 +26,19 @@ WINDOWS = {
 @pytest.fixture(scope="module")
 def fits() -> Fits:
     runs = surface_runs(noise=1e-4)
-    return fit_study(runs, surface_curves(runs), compare(runs, [], windows=WINDOWS))
+    return fit_study(runs, compare(runs, [], windows=WINDOWS))
 
 
 def test_every_method_has_every_law(fits: Fits, tmp_path: Path) -> None:
     for name in ("dense", "peer"):
         laws = {key: fit["law"] for key, fit in fits["laws"].items() if fit["method"] == name}
-        assert laws == {name: "isoflop", f"{name}/parametric": "parametric", f"{name}/envelope": "envelope"}
+        assert laws == {name: "isoflop", f"{name}/parametric": "parametric"}
     written = {**fits, "answer": "none"}
     write_json(tmp_path / "fits.json", written)
     assert read_fits(tmp_path / "fits.json") == json.loads(json.dumps(written)) == written
 
 
-def test_the_surface_and_the_three_exponents_are_recovered_with_intervals(fits: Fits) -> None:
+def test_the_surface_and_both_exponents_are_recovered_with_intervals(fits: Fits) -> None:
     laws = fits["laws"]
     surface = laws["dense/parametric"]
     assert surface["status"] == "converged"
@@ -48,7 +48,6 @@ def test_the_surface_and_the_three_exponents_are_recovered_with_intervals(fits: 
     assert surface["hold_out"]["budget"] == pytest.approx(BUDGETS[-1], rel=1e-6)
     assert surface["hold_out"]["predicted"] == pytest.approx(surface["hold_out"]["observed"], abs=2e-3)
     assert laws["dense"]["exponent"] == pytest.approx(SURFACE.a, abs=0.01)
-    assert laws["dense/envelope"]["exponent"] == pytest.approx(SURFACE.a, abs=0.08)  # its sizes are a grid's
     # PEER's surface is lower all over and has the same optimum.
     assert laws["peer/parametric"]["a"] == pytest.approx(SURFACE.a, abs=0.02)
 
@@ -79,14 +78,12 @@ def test_other_conventions_are_counted(fits: Fits) -> None:
         assert row["multipliers"]["6 x active parameters"] == pytest.approx(row["multipliers"]["as counted"])
 
 
-def test_two_budgets_have_no_surface_and_one_size_no_envelope() -> None:
+def test_two_budgets_have_no_surface() -> None:
     runs = surface_runs()
     two = runs[runs["budget"] < BUDGETS[-1]]
-    assert set(fit_study(two, surface_curves(two), compare(two, []))["laws"]) == {
-        "dense", "peer", "dense/envelope", "peer/envelope",
-    }  # fmt: skip
+    assert set(fit_study(two, compare(two, []))["laws"]) == {"dense", "peer"}
     one = runs[runs["size"] == f"d{len(GRID) // 2}"].groupby("method").head(1)
-    assert fit_study(one, surface_curves(one), compare(one, []))["laws"] == {}
+    assert fit_study(one, compare(one, []))["laws"] == {}
 
 
 def test_json_keeps_strings_and_puts_numbers_on_one_line(tmp_path: Path) -> None:

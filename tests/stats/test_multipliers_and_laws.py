@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 
 from made_up_study import LADDER, SIZES, bowl, curves, ladder, with_sequences
-from peerscale.laws.prediction import predict
 from peerscale.stats.comparison import compare
 
 
@@ -128,14 +127,3 @@ def test_the_law_of_optimal_sizes() -> None:
         [v["loss"] for v in law["vertices"][:2]], abs=0.02
     )
     assert compare(ladder(1.5, LADDER[:1], noise=0.004), [])["laws"] == {}
-
-
-def test_a_stored_law_predicts_the_loss_with_an_interval() -> None:
-    """The losses of the ladder fall as a power of the budget, which holds a little further on too."""
-    law = compare(ladder(1.5, LADDER, noise=0.004), [])["laws"]["dense"]
-    losses = [optimum["loss"] for optimum in law["vertices"]]
-    slope, start = np.polyfit(np.log(LADDER), np.log(losses), 1)
-    target = 3 * max(LADDER)
-    value, interval = predict(law, {"budget": target}, {"x": "flops_per_token"}).values["loss at the optimum"]
-    assert value == pytest.approx(np.exp(start + slope * np.log(target)))
-    assert interval is not None and interval[0] < value < interval[1]

@@ -1,24 +1,44 @@
-"""Which checkpoint a cell goes on from, when one is saved, and that none can run code."""
+"""Which checkpoint a cell goes on from, when and where one is saved, and that none can run code."""
 
 import os
 import pickle
 import signal
-import time
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import lightning
 import pytest
 import torch
 
-from peerscale.train.checkpoint import COST, KEPT, TimedCheckpoint, checkpoints, newest_readable
+from peerscale.config.schema import composed, load
+from peerscale.data.prepare import prepare
+from peerscale.errors import UserError
+from peerscale.model.trained import checkpoints
+from peerscale.plan.cells import single_cell
+from peerscale.plan.plan import plan
+from peerscale.records.record import Status, read_record
+from peerscale.train.cell import fit, train_cell
+from peerscale.train.checkpoint import (
+    KEPT,
+    MADE_BY,
+    MICRO_BATCHES,
+    TRAINED_S,
+    DurableCheckpointIO,
+    Resumed,
+    StepCheckpoint,
+    newest_readable,
+)
+from peerscale.train.module import LanguageModel
+from test_train import budget, corpus_path, settings  # noqa: F401
 
 
-def save(folder: Path, step: int) -> Path:
+def save(folder: Path, step: int, made_by: str = "a") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:09d}.ckpt"
-    torch.save({"global_step": step, "weights": torch.arange(5000.0)}, path)
+    state = {"global_step": step, MADE_BY: made_by, MICRO_BATCHES: 1, TRAINED_S: 2.5}
+    torch.save({**state, "weights": torch.arange(5000.0)}, path)
     return path
 
 
@@ -54,18 +74,19 @@ def flipped(content: bytes) -> bytes:
 
 
 def test_the_newest_is_taken(tmp_path: Path) -> None:
-    assert newest_readable(tmp_path, "", 1) is None
-    assert newest_readable(tmp_path / "nowhere", "", 1) is None
+    assert newest_readable(tmp_path / "nowhere", "a", 1) == Resumed(None, 0, 0.0)
     save(tmp_path, 5)
     newest = save(tmp_path, 12)
-    assert newest_readable(tmp_path, "", 1) == (newest, 12)
+    assert newest_readable(tmp_path, "a", 1) == Resumed(newest, 12, 2.5)
+    with pytest.raises(UserError, match=r"with trainer\.micro_batches=1 and continues only with that, not with 4"):
+        newest_readable(tmp_path, "a", 4)
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_one_gives_way_to_the_one_before(damage: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     before, newest = save(tmp_path, 5), save(tmp_path, 6)
     DAMAGE[damage](newest)
-    assert newest_readable(tmp_path, "", 1) == (before, 5)
+    assert newest_readable(tmp_path, "a", 1).path == before
     notice = capsys.readouterr().err
     assert notice.startswith(f"notice: {newest} cannot be read (") and notice.endswith(
         f"continuing from {before.name}\n"
@@ -75,69 +96,96 @@ def test_a_damaged_one_gives_way_to_the_one_before(damage: str, tmp_path: Path, 
     assert checkpoints(tmp_path) == [before], "set aside, so that it takes no place among those kept"
 
 
-def test_without_a_whole_one_the_cell_begins_anew(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    for step in (5, 6):
-        save(tmp_path, step).write_bytes(b"torn")
-    assert newest_readable(tmp_path, "", 1) is None
-    assert capsys.readouterr().err.splitlines()[1].endswith("starting at the first step")
+def test_without_a_whole_one_of_its_own_the_cell_begins_anew(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    save(tmp_path, 5).write_bytes(b"torn")
+    save(tmp_path, 6, made_by="another seed")
+    assert newest_readable(tmp_path, "a", 1) == Resumed()
+    first, second = capsys.readouterr().err.splitlines()
+    assert "is of another configuration" in first and second.endswith("starting at the first step")
 
 
-def trainer(save_s: float = 0.0) -> Any:
-    def save_checkpoint(path: Path) -> None:
-        time.sleep(save_s)
-        path.write_bytes(b"state")
-
-    connector = SimpleNamespace(received_sigterm=False)
-    return SimpleNamespace(
-        accumulate_grad_batches=1, global_step=0, _signal_connector=connector, save_checkpoint=save_checkpoint
-    )
+@pytest.fixture
+def overrides(settings: list[str]) -> list[str]:  # noqa: F811
+    """A cell of 8 steps."""
+    prepare(load(settings).data)
+    return [*settings, "tracking=disabled", "trainer.kernel=reference", budget(settings, 8)]
 
 
-def steps_saved(callback: TimedCheckpoint, training: Any, n_steps: int, step_s: float = 0.0) -> list[int]:
-    saved = []
-    for step in range(1, n_steps + 1):
-        time.sleep(step_s)
-        training.global_step, before = step, callback.saved_at
-        callback.on_train_batch_end(training, None, None, None, step - 1)  # type: ignore[arg-type]
-        if callback.saved_at > before:
-            saved.append(step)
+def steps_saved(overrides: list[str], folder: Path, *callbacks: lightning.Callback) -> list[int]:
+    """The steps after which a run saves a checkpoint; `KEPT` of them stay."""
+    config, saved = load(overrides), []
+
+    class Noted(StepCheckpoint):
+        def _save_checkpoint(self, trainer: lightning.Trainer, filepath: str) -> None:
+            saved.append(trainer.global_step)
+            super()._save_checkpoint(trainer, filepath)
+
+    fit(LanguageModel(config, plan(config)), [*callbacks, Noted(folder, config.trainer, fingerprint="a")], None, None)
+    names = [f"step-{step:09d}.ckpt" for step in saved]
+    assert sorted(path.name for path in folder.glob("*")) == names[-KEPT:]
     return saved
 
 
-def test_saves_by_steps_and_keeps_the_last_two(tmp_path: Path) -> None:
-    assert steps_saved(TimedCheckpoint(tmp_path, 1e9, 3), trainer(), 10) == [3, 6, 9]
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-000000009.ckpt", "step-000000006.ckpt"]
-    assert len(list(tmp_path.iterdir())) == KEPT
+def test_saves_by_steps_or_by_time_and_keeps_the_last_two(overrides: list[str], tmp_path: Path) -> None:
+    assert steps_saved([*overrides, "trainer.checkpoint_every_steps=2"], tmp_path / "steps") == [2, 4, 6, 8]
+    assert steps_saved([*overrides, "trainer.checkpoint_every_s=1e-9"], tmp_path / "time") == [*range(1, 9)]
+    assert steps_saved([*overrides, "trainer.checkpoint_every_s=1e6"], tmp_path / "never") == []
 
 
-def test_saves_by_time(tmp_path: Path) -> None:
-    saved = steps_saved(TimedCheckpoint(tmp_path, 0.2), trainer(), 30, step_s=0.02)
-    assert 1 <= len(saved) <= 4
-    assert steps_saved(TimedCheckpoint(tmp_path, 1e9), trainer(), 30) == []
+def test_a_step_in_parts_is_saved_whole(overrides: list[str], tmp_path: Path) -> None:
+    """A checkpoint between two micro-batches would lack the gradients of the first."""
+    parts = [*overrides, "trainer.micro_batches=2"]
+    assert steps_saved([*parts, "trainer.checkpoint_every_s=1e-9"], tmp_path / "all") == [*range(1, 9)]
+    for path in checkpoints(tmp_path / "all"):
+        state = torch.load(path, weights_only=True)
+        progress = state["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]
+        assert progress["processed"] == 2 * state["global_step"]
 
 
-def test_a_termination_is_told_to_lightning_only_when_its_step_is_saved(tmp_path: Path) -> None:
-    callback, training = TimedCheckpoint(tmp_path, 1e9), trainer()
+class Terminated(lightning.Callback):
+    def on_before_optimizer_step(self, trainer: lightning.Trainer, *_: Any) -> None:
+        if trainer.global_step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_termination_saves_its_step(overrides: list[str], tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    try:
-        callback.on_train_start(training, None)  # type: ignore[arg-type]
-        assert steps_saved(callback, training, 3) == []
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert not training._signal_connector.received_sigterm
-        assert steps_saved(callback, training, 1) == [1]
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert training._signal_connector.received_sigterm
+    with pytest.raises(KeyboardInterrupt):
+        steps_saved(overrides, tmp_path, Terminated())
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000000005.ckpt"]
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_slow_save_is_followed_by_a_longer_interval(tmp_path: Path) -> None:
-    callback = TimedCheckpoint(tmp_path, 0.01)
-    saved = steps_saved(callback, trainer(save_s=0.05), 20, step_s=0.01)
-    assert len(saved) == 1, f"the next is due {0.05 / COST} s later"
+def test_nothing_is_staged_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "full"))
+    path = tmp_path / "checkpoints" / "step-000000001.ckpt"
+    DurableCheckpointIO().save_checkpoint({"weights": torch.ones(3)}, path)
+    assert torch.equal(torch.load(path, weights_only=True)["weights"], torch.ones(3))
+    assert [path.name for path in path.parent.iterdir()] == [path.name]
 
 
-def test_the_time_trained_goes_on_after_a_resume(tmp_path: Path) -> None:
-    first, second = TimedCheckpoint(tmp_path, 1e9), TimedCheckpoint(tmp_path, 1e9)
-    time.sleep(0.1)
-    second.load_state_dict(first.state_dict())
-    assert second.trained_s >= 0.1
+def test_a_save_that_fails_leaves_nothing_half_written(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    whole = path.read_bytes()
+    with pytest.raises(Exception, match="pickle"):
+        DurableCheckpointIO().save_checkpoint({"weights": torch.ones(3), "code": lambda: None}, path)
+    assert path.read_bytes() == whole and [*tmp_path.iterdir()] == [path]
+
+
+def test_row_sparse_adamw_is_refused_on_several_devices(overrides: list[str]) -> None:
+    cell = single_cell(composed([*overrides, "ffn=peer", "optim=row_sparse_adamw", "trainer.devices=2"]))
+    with pytest.raises(UserError, match=r"^optim=row_sparse_adamw trains on one device"):
+        train_cell(cell)
+    assert not cell.folder.exists()
+
+
+def test_a_checkpoint_of_another_seed_changes_no_result(overrides: list[str]) -> None:
+    cells = [single_cell(composed([*overrides, f"seed={seed}", "trainer.keep_checkpoint=true"])) for seed in (0, 1)]
+    assert train_cell(cells[0]) is Status.DONE
+    (kept,) = checkpoints(cells[0].folder / "checkpoints")
+    other = cells[1].folder / "checkpoints"
+    other.mkdir(parents=True)
+    (other / kept.name).write_bytes(kept.read_bytes())
+    assert train_cell(cells[1]) is Status.DONE
+    records = [read_record(cell.folder) for cell in cells]
+    assert records[0] and records[1] and records[0].sequence_losses != records[1].sequence_losses

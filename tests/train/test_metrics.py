@@ -1,6 +1,9 @@
 """What the rows of a cell say of each step, interrupted or not."""
 
+import json
+import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,3 +60,33 @@ def test_the_first_row_after_a_resume_counts_only_steps_since(interrupted: list[
     }
     fastest = config.tokens_per_step / STEP_S
     assert all(0 < speed <= fastest for speed in speeds.values()), (speeds, fastest)
+
+
+def test_rows_that_are_lost_or_damaged_cost_only_themselves(
+    interrupted: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the run that failed in step 9 with a checkpoint after step 8, only the row of step 5 is there."""
+    config = load(interrupted)
+    (path,) = (ROOT / config.trainer.runs_directory).glob("single/*/metrics.jsonl")
+    (row,) = path.read_text().splitlines()
+    assert json.loads(row)["step"] == 5
+    path.write_text(row[:-9] + "\nno row\n" + row.replace('"step": 5', '"step": 9'))
+    status, _ = train(interrupted)
+    assert status is Status.DONE
+    assert [row["step"] for row in read_metrics(path.parent)] == [10, 12]
+    assert f"notice: {path}: 1 rows between steps 5 and 5 are damaged or missing" in capsys.readouterr().err
+
+
+def test_rows_are_on_disk_before_a_checkpoint_is(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    done: list[str] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        done.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    overrides = [*settings, "tracking=disabled", "trainer.checkpoint_every_steps=4"]
+    train([*overrides, budget(overrides, 8)])
+    written = [name for name in done if name.endswith(("jsonl", "ckpt"))]
+    assert written == ["metrics.jsonl", "step-000000004.ckpt", "metrics.jsonl", "step-000000008.ckpt"]

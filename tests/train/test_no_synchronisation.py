@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_compile import CASES, SIZE
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,6 +17,18 @@ from peerscale.ops import triton_operators
 from peerscale.plan.plan import plan
 from peerscale.train.module import LanguageModel
 from peerscale.train.optimizer import build_optimizer
+
+SIZE = ["d_model=16", "context=8", "n_layers=1", "batch_sequences=16", "budget=1e12", "data.vocab_size=300"]
+GROUPS = ["trainer.micro_batches=2", "routing_group_sequences=4"]
+ROWS = ["ffn.n_experts=64", "ffn.n_heads=2", "ffn.top_k=4", "ffn.query_bias=false"]
+CASES = {
+    "dense": ["ffn=dense", "trainer.activation_checkpointing=true"],
+    "expert choice": ["ffn=moe", "ffn.n_experts=4", *GROUPS],
+    "token choice": ["ffn=moe_token_choice"],
+    "fine-grained": ["ffn=fine_grained_moe", *GROUPS],
+    "pkm": ["ffn=pkm", *ROWS],
+    "peer": ["ffn=peer", *ROWS, *GROUPS, "replaced=all"],
+}
 
 ASKS = {
     "bincount": lambda x: torch.bincount(x),

@@ -5,55 +5,18 @@ module does not import torch.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from peerscale.config.compose import STUDY, Composition, compose, of_cells
-from peerscale.config.errors import ConfigError, first_line, method_in, of_composition, parse
+from peerscale.config.compose import composed, of_cells, read_study
+from peerscale.config.errors import parse
 from peerscale.layers.base import Surroundings
 from peerscale.layers.registry import Layer
 from peerscale.types import STRICT, Fraction, Positive, Rate, Seed
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
-class SizeConfig:
-    """The backbone, the same for every method."""
-
-    d_model: Positive
-    n_layers: Positive = 4
-    n_heads: Positive = 2
-
-    def __post_init__(self) -> None:
-        if self.d_model % (2 * self.n_heads):
-            legal = 2 * self.n_heads * max(1, round(self.d_model / (2 * self.n_heads)))
-            raise ValueError(
-                f"{self.n_heads} heads do not divide d_model {self.d_model} into an even width (rotary embedding needs "
-                f"pairs); nearest d_model: {legal}"
-            )
-
-    @property
-    def d_ff(self) -> int:
-        """Hidden width of the dense feed-forward layer: 4 d_model (paper, section 3.1)."""
-        return 4 * self.d_model
-
-    @property
-    def name(self) -> str:
-        """`d32`; a depth other than 4 and an unusual number of heads are appended: `d32-l6-h8`."""
-        depth = "" if self.n_layers == 4 else f"-l{self.n_layers}"
-        heads = "" if self.n_heads == self._usual_heads else f"-h{self.n_heads}"
-        return f"d{self.d_model}{depth}{heads}"
-
-    @property
-    def _usual_heads(self) -> int:
-        """The number in conf/size: the fewest heads whose width is at most 16; 4 for d48."""
-        if self.d_model == 48:
-            return 4
-        return next(n for n in range(1, self.d_model) if self.d_model % (2 * n) == 0 and self.d_model // n <= 16)
 
 
 def _blocks(value: Any) -> Any:
@@ -64,20 +27,15 @@ def _blocks(value: Any) -> Any:
     return value
 
 
-FROM_FILES = ("pile", "curation_corpus")
-"""Sets of `TABLE_1_SETS` that are not freely available on the Hugging Face hub."""
-TABLE_1_SETS = ("lambada", "wikitext", *FROM_FILES)
-"""Evaluation sets of the paper's Table 1, except C4. When a corpus is prepared, those that `evaluation` names are added
-to it, from the files in `held_out` or else from the hub."""
-HELD_OUT_SETS = ("validation", "tuning", "speeches", "wikipedia", *TABLE_1_SETS)
-"""Sets that are never trained on. Every corpus has the first two; only `gutenberg` has the next two."""
+CORPUS_SETS = ("train", "validation", "tuning", "speeches", "wikipedia")
+"""Sets that a corpus may have of its own; only `gutenberg` has the last two. Other names are free for the user's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class DataConfig:
-    """A corpus, its tokenizer and its held-out sets."""
+    """A corpus, its tokenizer and its held-out sets. Places of text are files, or folders of them (`data.text`)."""
 
-    source: Literal["gutenberg", "text", "c4"]
+    source: Literal["gutenberg", "text"]
     name: str | None = None
     """Name of the corpus in cell names and in the table of runs; null: see `corpus_name`."""
     vocab_size: Annotated[int, Field(ge=257, le=65536)] = 2048
@@ -89,40 +47,40 @@ class DataConfig:
     """The held-out set whose loss is `val_loss`; learning rates are tuned on `tuning`."""
     evaluation: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: {"validation": 131072})
     """Tokens of each held-out set to evaluate on, the same for every cell; 0 leaves a set out. If a set is smaller, all
-    its whole batches are used; a set that the corpus does not have is skipped. In `lambada` only the last word of each
-    passage is scored (`training.evaluation`), and each passage takes a whole row of `context` tokens."""
-    held_out: dict[str, str | None] = Field(default_factory=dict)
-    """The user's files, or folders of files, for sets of `TABLE_1_SETS`."""
+    its whole batches are used; a set that the corpus does not have is skipped."""
+    evaluation_files: dict[str, str] = Field(default_factory=dict)
+    """Further held-out sets: name -> place of its text. They are prepared with the corpus, with its tokenizer."""
     path: str | None = None
-    """`text`: a .txt, .jsonl or .gz file, or a folder of them. `c4`: a folder of C4's shards, to use instead of the
-    hub."""
-    max_documents: Positive | None = None
-    """`c4`: documents to stream."""
+    """`text`: the place of the text, of which spans are set aside as `validation` and `tuning`."""
     directory: str = "data"
     """Where prepared tokens are kept, relative to the checkout."""
 
     def __post_init__(self) -> None:
-        if self.name is not None and not re.fullmatch(r"\w[\w.-]*", self.name, re.ASCII):
-            raise ValueError(
-                f"name {self.name!r} is not a plain word (letters, digits, _ . -, and no . or - at its start)"
-            )
-        if strange := [name for name in self.evaluation if name not in HELD_OUT_SETS]:
-            raise ValueError(f"evaluation names {strange[0]!r}; the held-out sets are {', '.join(HELD_OUT_SETS)}")
-        if strange := [name for name in self.held_out if name not in TABLE_1_SETS]:
-            raise ValueError(f"held_out names {strange[0]!r}; there are {', '.join(TABLE_1_SETS)}")
+        for what, name in [("name", self.name), *(("evaluation_files", name) for name in self.evaluation_files)]:
+            if name is not None and not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
+                raise ValueError(
+                    f"{what} {name!r} is not a plain word (letters, digits, _ . -, and no . or - at its start)"
+                )
+        if taken := [name for name in self.evaluation_files if name in CORPUS_SETS]:
+            raise ValueError(f"evaluation_files names {taken[0]!r}, which is a set of the corpus itself")
+        there = [*CORPUS_SETS[1:], *self.evaluation_files]
+        if strange := [name for name in self.evaluation if name not in there]:
+            raise ValueError(f"evaluation names {strange[0]!r}; the held-out sets are {', '.join(there)}")
+        if unused := [name for name in self.evaluation_files if name not in self.evaluation]:
+            raise ValueError(f"evaluation_files names {unused[0]!r}, which has no number of tokens in evaluation")
         if not self.evaluation.get(self.val_set):
             raise ValueError(
                 f"val_set {self.val_set!r} has no tokens in evaluation, which names {list(self.evaluation)}"
             )
         if self.source == "text" and not self.path:
-            raise ValueError("source text needs data.path=FILE_OR_FOLDER (.txt, .jsonl, .gz)")
+            raise ValueError("source text needs data.path=FILE_OR_FOLDER (.txt, .jsonl, .parquet)")
 
     @property
     def corpus_name(self) -> str:
         """`name`; if that is null, the name of the user's file or folder without its ending, or else the `source`."""
         if self.name or self.source != "text" or not self.path:
             return self.name or self.source
-        stem = re.sub(r"(\.(txt|jsonl|gz))+$", "", Path(self.path).expanduser().absolute().name)
+        stem = re.sub(r"(\.(txt|jsonl|parquet|gz))+$", "", Path(self.path).expanduser().absolute().name)
         return re.sub(r"[^\w.-]+", "_", stem, flags=re.ASCII).strip("_.-") or self.source
 
 
@@ -153,7 +111,7 @@ class RateLawConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class OptimConfig:
-    """AdamW and its schedule."""
+    """AdamW, with a linear warm-up and a cosine decay."""
 
     name: Literal["adamw", "row_sparse_adamw"] = "adamw"
     """`row_sparse_adamw` updates only the table rows that were retrieved, so its cost does not grow with the number of
@@ -167,14 +125,7 @@ class OptimConfig:
     lr_law: RateLawConfig | None = None
     lr_factor: Rate = 1.0
     """Multiplies the peak rate, but not `table_lr`; the axis of a study that brackets its rates."""
-    schedule: Literal["cosine", "wsd"] = "cosine"
-    """`wsd` (warm-up, stable, decay) keeps the peak rate until the last part of the run, so that runs of different
-    lengths share their first part."""
-    warmup_fraction: Fraction = 0.1
-    warmup_steps: Positive | None = None
-    """Replaces the fraction: the same number of steps for a run of any length."""
-    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """`wsd`: the fraction of the steps, at the end, in which the rate falls linearly to `final_lr_fraction`."""
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     final_lr_fraction: Fraction = 0.1
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -195,7 +146,7 @@ class TrainerConfig:
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: Positive = 1
     """GPUs of one cell, or processes on a machine without GPUs. They share each batch, so their number must divide
-    `batch_sequences`."""
+    `batch_sequences`. `row_sparse_adamw` trains on one."""
     micro_batches: Positive | None = None
     """Parts of a device's batch that are computed one after the other to save memory; their gradients are summed. Null:
     the plan chooses the smallest number that fits `device_memory_gb`."""
@@ -212,16 +163,16 @@ class TrainerConfig:
     threads: Positive = 1
     """CPU threads of each process of a cell; parallel sweeps run fastest with one."""
     kernel: Literal["auto", "cpp", "triton", "torch", "reference"] = "auto"
-    """Which implementation of the operators (`kernels.backends`)."""
+    """Which implementation of the operators (`ops.backends`)."""
     compile: bool = False
-    """torch.compile: takes 6 to 20 s at the start and saves 2 to 10 % of each step; worth it from 15 minutes a cell."""
+    """torch.compile for attention, norms and dense layers: takes seconds at the start, so it is for long cells."""
     checkpoint_every_s: Rate = 60.0
-    """Seconds between two checkpoints; longer if saving one would take more than 2 % of the time."""
+    """Seconds between two checkpoints."""
     checkpoint_every_steps: Positive | None = None
-    """Also save a checkpoint every so many steps; null: only time decides."""
+    """Save a checkpoint every so many steps instead; null: time decides."""
     log_every_steps: Positive = 20
     keep_checkpoint: bool = False
-    """Keep the checkpoint after the last step of a finished cell, for `peerscale.model.build.load_model`."""
+    """Keep the checkpoint after the last step of a finished cell, for `peerscale.api.load_model`."""
     runs_directory: str = "runs"
     """Where cells are kept, relative to the checkout."""
 
@@ -246,7 +197,12 @@ class TrackingConfig:
 class Config:
     """One cell: a model, its data and recipe, and the training compute that it may use."""
 
-    size: SizeConfig
+    d_model: Positive
+    """Width."""
+    head_dim: Annotated[Positive, Field(multiple_of=2)] | None = None
+    """Width of an attention head, even since rotary embedding needs pairs; null: see `usual_head_dim`."""
+    n_layers: Positive = 4
+    """Number of blocks."""
     ffn: Layer
     """The layer under study."""
     data: DataConfig
@@ -269,17 +225,38 @@ class Config:
     """A cell with fewer optimiser steps is dropped."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.replaced, list) and max(self.replaced) > self.size.n_layers:
-            raise ValueError(f"replaced {self.replaced} names a block outside 1..{self.size.n_layers}")
+        if self.d_model % 2:
+            raise ValueError(f"d_model {self.d_model} is odd, but attention heads need an even width")
+        if self.head_dim and self.d_model % self.head_dim:
+            raise ValueError(f"head_dim {self.head_dim} does not divide d_model {self.d_model}")
+        if isinstance(self.replaced, list) and max(self.replaced) > self.n_layers:
+            raise ValueError(f"replaced {self.replaced} names a block outside 1..{self.n_layers}")
+
+    @property
+    def n_heads(self) -> int:
+        """Number of attention heads."""
+        return self.d_model // (self.head_dim or usual_head_dim(self.d_model))
+
+    @property
+    def d_ff(self) -> int:
+        """Hidden width of the dense feed-forward layer: 4 d_model (paper, section 3.1)."""
+        return 4 * self.d_model
+
+    @property
+    def size_name(self) -> str:
+        """`d32`; a depth other than 4 and an unusual number of heads are appended: `d32-l6-h8`."""
+        depth = "" if self.n_layers == 4 else f"-l{self.n_layers}"
+        heads = "" if self.head_dim in (None, usual_head_dim(self.d_model)) else f"-h{self.n_heads}"
+        return f"d{self.d_model}{depth}{heads}"
 
     @property
     def replaced_blocks(self) -> tuple[int, ...]:
         """The replaced blocks, counted from 1."""
         match self.replaced:
             case "middle":
-                return (max(1, self.size.n_layers // 2),)
+                return (max(1, self.n_layers // 2),)
             case "all":
-                return tuple(range(1, self.size.n_layers + 1))
+                return tuple(range(1, self.n_layers + 1))
             case blocks:
                 return tuple(sorted(set(blocks)))
 
@@ -287,8 +264,8 @@ class Config:
     def surroundings(self) -> Surroundings:
         """What the layer under study may know about the rest of the model."""
         return Surroundings(
-            d_model=self.size.d_model,
-            d_ff=self.size.d_ff,
+            d_model=self.d_model,
+            d_ff=self.d_ff,
             group_sequences=self.routing_group_sequences or self.batch_sequences,
             n_groups=self.n_routing_groups,
             micro_batches=self.trainer.micro_batches or 1,
@@ -304,12 +281,21 @@ class Config:
         return self.batch_sequences // (self.routing_group_sequences or self.batch_sequences)
 
 
+def usual_head_dim(d_model: int) -> int:
+    """The largest even divisor of `d_model` up to 16; 12 for d_model 48, with which the first studies ran."""
+    return 12 if d_model == 48 else max(width for width in range(2, 17, 2) if d_model % width == 0)
+
+
 _CONFIG: TypeAdapter[Config] = TypeAdapter(Config)
 
 
-def parse_config(tree: Mapping[str, Any]) -> Config:
-    """Make a `Config` from a nested mapping, composed by Hydra or read from `config.yaml`; raises `ConfigError`."""
-    return parse(_CONFIG, Config, tree)
+def parse_config(tree: Mapping[str, Any], where: str = "") -> Config:
+    """Make a `Config` from a nested mapping, composed by Hydra or read from `config.yaml`.
+
+    Raises:
+        ConfigError: for the first mistake; `where` stands before the key.
+    """
+    return parse(_CONFIG, tree, where)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -321,36 +307,12 @@ def load(overrides: Sequence[str] = (), *, sweep: str | Path | None = None) -> C
     """Compose `conf/` with Hydra-style overrides, as the command line does.
 
     Args:
-        overrides: such as `["ffn=peer", "size=d64", "budget=1e12"]`.
+        overrides: such as `["ffn=peer", "d_model=64", "budget=1e12"]`.
         sweep: a study's name or file, whose settings are laid over `conf/` and below the overrides.
 
     Raises:
         ConfigError: an unknown key or value, or a model that cannot be built.
     """
-    return parse_config(composed(overrides if sweep is None else of_cells(overrides), sweep=sweep).tree)
-
-
-def composed(overrides: Sequence[str] = (), *, sweep: str | Path | None = None, name: str = "config") -> Composition:
-    """Like `composition.compose`, but raises `ConfigError` and leaves out the `sweep` section of a study."""
-    with hydra_errors(overrides, sweep):
-        composition = compose(overrides, sweep=sweep, name=name)
-    composition.tree.pop("sweep", None)
-    return composition
-
-
-@contextmanager
-def hydra_errors(overrides: Sequence[str] = (), sweep: str | Path | None = None) -> Iterator[None]:
-    """Turn errors of Hydra, OmegaConf and YAML about `overrides` or a study's file into `ConfigError`."""
-
-    def layer() -> str | None:
-        try:
-            return method_in(composed([o for o in overrides if not o.startswith("ffn.")], sweep=sweep).tree)
-        except ConfigError:
-            return None
-
-    try:
-        yield
-    except Exception as error:
-        if not of_composition(error):
-            raise
-        raise ConfigError(first_line(error, Config, layer).replace(f"{STUDY}'", "'")) from None
+    if sweep is None:
+        return parse_config(composed(overrides).tree)
+    return parse_config(composed(of_cells(overrides), study=read_study(sweep)).tree)

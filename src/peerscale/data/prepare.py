@@ -3,140 +3,185 @@
 python -m peerscale.data.prepare data=gutenberg
 """
 
-import json
-import platform
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from importlib.metadata import version
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from itertools import chain, islice
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from filelock import FileLock
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from peerscale.config.schema import HELD_OUT_SETS, TABLE_1_SETS, DataConfig, load
-from peerscale.data import c4, gutenberg, store, table_1, text
-from peerscale.data.blocks import MIN_BYTES, Block, HeldOut
+from peerscale.config.schema import DataConfig, load
+from peerscale.data import gutenberg, store
 from peerscale.data.store import Corpus, Manifest
-from peerscale.data.streaming import PROGRESS, stream
-from peerscale.data.tokenizer import train
+from peerscale.data.text import Block, Texts, texts
 from peerscale.errors import ArgumentParser, UserError, exit_code
 from peerscale.files import replacing
 
-SOURCES = {"gutenberg": gutenberg, "text": text, "c4": c4}
-SETS = ("train", *HELD_OUT_SETS)
-SAMPLE_BYTES = 10_000_000
-"""The tokenizer is trained on a tenth of the text, but at least on this much, which is as good as all of it."""
+HELD_OUT_SHARE = 0.04
+HELD_OUT_BYTES = 1_250_000
+"""A held-out set has 4 % of the corpus, but at most this many bytes: 450,000 tokens with a vocabulary of 2,048."""
+MAX_SPANS = 40
+BYTES_PER_SPAN = 250_000
+GAP_BYTES = 6_000
+"""Bytes on both sides of a held-out span that no set uses, so that no poem or page is both held out and trained on. No
+block is longer than this."""
+MIN_BYTES = 100_000
+"""Smallest corpus; spans and gaps then leave two thirds of it for training."""
+
+END_OF_TEXT = "<|endoftext|>"
+"""Separates documents."""
+END_OF_TEXT_ID = 0
+SAMPLE_BYTES = (10_000_000, 100_000_000)
+"""The tokenizer is trained on a tenth of the text, within these bounds, which is as good as all of it."""
+ENCODED_AT_ONCE = 512
+"""Blocks that are encoded at once, on all cores. An encoding takes about a hundred times the memory of its text."""
 
 
 def prepare(config: DataConfig) -> Corpus:
-    """Prepare the corpus of `config` unless it is prepared already; if several processes call this, one does the work.
+    """The corpus of `config`: prepared, or checked file by file if it was prepared before from the same text.
+
+    If several processes call this, one does the work.
 
     Raises:
-        UserError: the text cannot be downloaded or read, or is too short for its vocabulary or held-out sets.
+        UserError: the text cannot be downloaded or read, or is too short for its vocabulary or held-out sets; or a file
+            of the prepared corpus was damaged.
     """
     folder = store.folder(config)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f"{folder.name}.lock"):
-        sources, of_table_1 = SOURCES[config.source].sources(config), table_1.sources(config)
-        whole = store.read_whole_manifest(config)
-        manifest = whole and whole.without(TABLE_1_SETS)
-        corpus = Corpus(folder, whole) if whole and manifest and manifest.sources == sources else None
-        damage = corpus and manifest and store.find_damage(Corpus(folder, manifest))
-        if damage:
-            print(f"{damage}: preparing it again", file=sys.stderr)
-        if (corpus is None or damage) and config.source == "c4" and c4.has_held_out_pages(config):
-            corpus = _stream(config, sources, folder)
-        elif corpus is None or damage:
-            for abandoned in folder.parent.glob(f".{folder.name}.*"):  # left by a process that was killed
-                shutil.rmtree(abandoned)
-            with replacing(folder) as temporary:
-                temporary.mkdir()
-                corpus = Corpus(folder, _build(config, sources, temporary))
-        table_1.add(config, of_table_1, corpus)
+        files = texts(config)
+        sources = dict(gutenberg.WHEELS) if config.source == "gutenberg" else {}
+        for each in files:
+            prefix = f"{each.split}: " if each.split else ""
+            sources |= {prefix + name: store.file_sha256(path) for name, path in each.files.items()}
         manifest = store.read_manifest(config)
-    assert manifest is not None
-    return Corpus(folder, manifest)
+        if manifest and manifest.sources == sources:
+            corpus = Corpus(folder, manifest)
+            corpus.check()
+            return corpus
+        for abandoned in folder.parent.glob(f".{folder.name}.*"):  # left by a process that was killed
+            shutil.rmtree(abandoned)
+        with replacing(folder) as temporary:
+            temporary.mkdir()
+            return Corpus(folder, _build(config, files, sources, temporary))
 
 
-def _stream(config: DataConfig, sources: dict[str, str], folder: Path) -> Corpus:
-    """Encode a text that is too large to keep; until it is complete, its tokens are in a folder beside `folder`."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    utf8_bytes = stream(config, sources, partial)
-    manifest = _write_manifest(config, sources, partial, utf8_bytes)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    (folder / PROGRESS).unlink()  # only now: after an interruption during hashing nothing is encoded again
-    return Corpus(folder, manifest)
+def _build(config: DataConfig, files: Sequence[Texts], sources: dict[str, str], folder: Path) -> Manifest:
+    # The text is read three times: its length determines the held-out spans, which must be known before the tokenizer
+    # is trained on the rest. The verse, which takes long to pick out and little memory, is kept.
+    verse = list(gutenberg.blocks(store.root(config) / "wheels")) if config.source == "gutenberg" else []
 
+    def blocks(doing: str) -> Iterator[Block]:
+        return iter(tqdm(chain(verse, *files), desc=doing, unit=" blocks", leave=False, disable=None))  # on a terminal
 
-def _build(config: DataConfig, sources: dict[str, str], folder: Path) -> Manifest:
-    # The text is first written to a file: its length determines the held-out spans, which must be known before the
-    # tokenizer is trained on the rest.
-    progress = partial(tqdm, unit=" blocks", leave=False, disable=None)  # None: shown only on a terminal
-    spool = folder / "blocks.jsonl"
-    n_blocks = n_bytes = 0
-    with spool.open("w", encoding="utf-8") as file:
-        for block in progress(SOURCES[config.source].blocks(config), desc=f"reading {config.source}"):
-            file.write(json.dumps(block, ensure_ascii=False) + "\n")
-            n_blocks += 1
-            n_bytes += len(block.text.encode()) if block.split is None else 0
+    n_bytes = sum(len(block.text.encode()) for block in blocks("reading") if block.split is None)
     if n_bytes < MIN_BYTES:
         raise UserError(
             f"{config.path or config.source}: {n_bytes:,} bytes of text are too few for held-out sets; "
             f"at least {MIN_BYTES:,} are needed"
         )
-    held_out = HeldOut(total_bytes=n_bytes)
-
-    training = (block.text for block in _placed(spool, held_out) if block.split == "train")
-    sample = islice(training, 0, None, max(1, min(10, n_bytes // SAMPLE_BYTES)))
-    tokenizer = train(progress(sample, desc=f"training a tokenizer of {config.vocab_size}"), config.vocab_size)
+    training = (block.text for block in _placed(blocks("training a tokenizer"), n_bytes) if block.split == "train")
+    one_in = max(1, min(10, n_bytes // SAMPLE_BYTES[0]), n_bytes // SAMPLE_BYTES[1])
+    tokenizer = train_tokenizer(islice(training, 0, None, one_in), config.vocab_size)
     store.tokenizer_file(folder).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-
-    utf8_bytes = store.write_tokens(
-        progress(_placed(spool, held_out), desc="encoding", total=n_blocks), tokenizer, folder
-    )
-    spool.unlink()
-    return _write_manifest(config, sources, folder, utf8_bytes)
-
-
-def _write_manifest(
-    config: DataConfig, sources: dict[str, str], folder: Path, utf8_bytes: Mapping[str, int]
-) -> Manifest:
-    files = {name: store.tokens_file(folder, name) for name in SETS if name in utf8_bytes}
+    utf8_bytes = write_tokens(_placed(blocks("encoding"), n_bytes), tokenizer, folder)
+    written = {split: store.tokens_file(folder, split) for split in utf8_bytes}
     manifest = Manifest(
         preparation_version=store.PREPARATION_VERSION,
-        source=config.source,
         vocab_size=config.vocab_size,
-        dtype=store.DTYPE,
-        splits={name: file.stat().st_size // np.dtype(store.DTYPE).itemsize for name, file in files.items()},
-        utf8_bytes={name: utf8_bytes[name] for name in files},
-        tokens_sha256={name: store.file_sha256(file) for name, file in files.items()},
+        splits={split: file.stat().st_size // np.dtype(store.DTYPE).itemsize for split, file in written.items()},
+        utf8_bytes=utf8_bytes,
+        tokens_sha256={split: store.file_sha256(file) for split, file in written.items()},
         tokenizer_sha256=store.file_sha256(store.tokenizer_file(folder)),
         sources=sources,
-        versions={"python": platform.python_version()} | {name: version(name) for name in ("numpy", "tokenizers")},
     )
     store.write_manifest(folder, manifest)
     return manifest
 
 
-def _placed(spool: Path, held_out: HeldOut) -> Iterator[Block]:
+def _placed(blocks: Iterable[Block], total_bytes: int) -> Iterator[Block]:
     """The blocks with their sets, without the blocks in gaps."""
     offset, previous = 0, None
-    with spool.open(encoding="utf-8") as file:
-        for line in file:
-            block = Block(*json.loads(line))
-            if block.split is None:
-                split = held_out.split(offset)
-                offset += len(block.text.encode())
-                # A block after a gap does not continue the previous block of its set.
-                block = Block(block.text, block.starts_document or split != previous, split)
-                previous = split
-            if block.split is not None:
-                yield block
+    for block in blocks:
+        if block.split is None:
+            split = held_out_split(offset, total_bytes)
+            offset += len(block.text.encode())
+            # A block after a gap does not continue the previous block of its set.
+            block = Block(block.text, block.starts_document or split != previous, split)
+            previous = split
+        if block.split is not None:
+            yield block
+
+
+def held_out_split(offset: int, total_bytes: int) -> str | None:
+    """The set of the block that begins `offset` bytes into a corpus of `total_bytes`; None in a gap.
+
+    Held-out sets are contiguous spans, since random lines would leak. The corpus is divided into equal periods. In each
+    period a span at one quarter is `tuning` and a span at three quarters is `validation`, both between two gaps; the
+    rest is `train`.
+    """
+    n_spans = max(1, min(MAX_SPANS, total_bytes // BYTES_PER_SPAN))
+    span_bytes = int(min(HELD_OUT_SHARE * total_bytes, HELD_OUT_BYTES)) // n_spans
+    period = total_bytes / n_spans
+    place = offset % period
+    for name, begin in (("tuning", period / 4), ("validation", period * 3 / 4)):
+        if begin <= place < begin + span_bytes:
+            return name
+        if begin - GAP_BYTES <= place < begin + span_bytes + GAP_BYTES:
+            return None
+    return "train"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE (Sennrich et al. 2016), since a standard vocabulary of 50k tokens would dwarf small models.
+
+    It has exactly `vocab_size` tokens: end of text, the 256 bytes, and merges; it can encode any text.
+
+    Raises:
+        UserError: the texts have too few different words for so many merges.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if (reached := tokenizer.get_vocab_size()) < vocab_size:
+        raise UserError(
+            f"too little text for data.vocab_size {vocab_size}: it yields {reached} tokens; "
+            f"set data.vocab_size={reached} or less, or give more text"
+        )
+    return tokenizer
+
+
+def write_tokens(blocks: Iterator[Block], tokenizer: Tokenizer, folder: Path) -> dict[str, int]:
+    """Write the tokens of blocks to the files of their sets; returns the bytes of text by set."""
+    utf8_bytes: dict[str, int] = {}
+    files: dict[str, BinaryIO] = {}
+    with ExitStack() as stack:
+        while some := list(islice(blocks, ENCODED_AT_ONCE)):
+            encodings = tokenizer.encode_batch_fast([block.text for block in some])
+            for (text, starts_document, split), encoding in zip(some, encodings, strict=True):
+                assert split is not None
+                ids = encoding.ids
+                if split not in files:
+                    files[split] = stack.enter_context(store.tokens_file(folder, split).open("wb"))
+                elif starts_document:
+                    ids = [END_OF_TEXT_ID, *ids]
+                files[split].write(np.array(ids, dtype=store.DTYPE).tobytes())
+                utf8_bytes[split] = utf8_bytes.get(split, 0) + len(text.encode())
+    return utf8_bytes
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -151,15 +196,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = planned_cells(arguments.sweep, arguments.overrides)[0].config.data
     else:
         config = load(arguments.overrides).data
-    was_there = store.read_manifest(config)
     corpus = prepare(config)
     manifest = corpus.manifest
     print(f"{'set':<16}{'tokens':>13}{'MB':>9}{'bytes/token':>13}")
     for name, n_tokens in manifest.splits.items():
         n_bytes = manifest.utf8_bytes[name]
         print(f"{name:<16}{n_tokens:>13,}{n_bytes / 1e6:>9.2f}{n_bytes / n_tokens:>13.2f}")
-    state = "already prepared" if was_there == manifest else "prepared"
-    print(f"{config.source}, vocabulary {manifest.vocab_size:,}, {state} in {corpus.folder}")
+    print(f"{config.source}, vocabulary {manifest.vocab_size:,}, prepared in {corpus.folder}")
 
 
 if __name__ == "__main__":

@@ -2,25 +2,16 @@
 
 import hashlib
 import json
-import os
-from collections import Counter
-from collections.abc import Collection, Iterable
-from contextlib import ExitStack
-from dataclasses import dataclass as plain_dataclass
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
+from pydantic import BaseModel, ValidationError
 from tokenizers import Tokenizer
 
-from peerscale.config.schema import TABLE_1_SETS, DataConfig
-from peerscale.data.blocks import Block
-from peerscale.data.tokenizer import END_OF_TEXT_ID, encode
+from peerscale.config.schema import DataConfig
 from peerscale.errors import UserError
 from peerscale.files import ROOT, write_text
 
@@ -30,18 +21,11 @@ DTYPE = "uint16"
 """Large enough for every vocabulary that `DataConfig` allows."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
-class Manifest:
-    """Description of a prepared corpus. All dictionaries except the last two have sets as keys: train, validation, ...
-
-    Sets of Table 1 (`config.TABLE_1_SETS`) on which a configuration does not evaluate are left out when it reads the
-    manifest, so that its fingerprint does not depend on the sets that other configurations use.
-    """
+class Manifest(BaseModel, frozen=True):
+    """Description of a prepared corpus. The keys of the first three dictionaries are sets: train, validation, ..."""
 
     preparation_version: int
-    source: str
     vocab_size: int
-    dtype: Literal["uint16"]
     splits: dict[str, int]
     """Number of tokens, including end-of-text tokens."""
     utf8_bytes: dict[str, int]
@@ -49,45 +33,21 @@ class Manifest:
     tokens_sha256: dict[str, str]
     tokenizer_sha256: str
     sources: dict[str, str]
-    """Sources of the text: file or stream -> sha256 or the part that was read; set of Table 1 -> its source."""
-    versions: dict[str, str]
-    """Versions of the libraries that prepared the corpus."""
-    passages: int = 0
-    """Number of passages of `lambada`."""
-
-    def set_tokens(self, context: int) -> dict[str, int]:
-        """Tokens of each set that can fill batches; each passage of `lambada` counts as a row of `context` tokens."""
-        return self.splits | ({"lambada": self.passages * context + 1} if self.passages else {})
-
-    def without(self, names: Collection[str]) -> "Manifest":
-        """The manifest without these sets."""
-        left = {
-            key: {name: value for name, value in getattr(self, key).items() if name not in names}
-            for key in ("splits", "utf8_bytes", "tokens_sha256", "sources")
-        }
-        return replace(self, **left, passages=0 if "lambada" in names else self.passages)
+    """File of text -> its sha256."""
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the tokens; it does not depend on the machine or the library versions that made them."""
-        content = [self.vocab_size, self.dtype, self.tokenizer_sha256, self.tokens_sha256]
+        """A hash of the tokens; it does not depend on the machine that made them, or on where their text was."""
+        content = [self.vocab_size, DTYPE, self.tokenizer_sha256, self.tokens_sha256]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-_MANIFEST: TypeAdapter[Manifest] = TypeAdapter(Manifest)
-
-
-@plain_dataclass(frozen=True)
+@dataclass(frozen=True)
 class Corpus:
     """A prepared corpus."""
 
     folder: Path
     manifest: Manifest
-
-    @cached_property
-    def _sets(self) -> dict[str, npt.NDArray[np.uint16]]:
-        dtype = self.manifest.dtype
-        return {name: np.memmap(tokens_file(self.folder, name), dtype=dtype, mode="r") for name in self.manifest.splits}
 
     def tokens(self, split: str) -> npt.NDArray[np.uint16]:
         """All tokens of a set, as a read-only memory map.
@@ -97,13 +57,25 @@ class Corpus:
         return self._sets[split]
 
     @cached_property
+    def _sets(self) -> dict[str, npt.NDArray[np.uint16]]:
+        return {
+            split: np.memmap(tokens_file(self.folder, split), dtype=DTYPE, mode="r", shape=(n_tokens,))
+            for split, n_tokens in self.manifest.splits.items()
+        }
+
+    @cached_property
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_file(str(tokenizer_file(self.folder)))
 
-    def begins_word(self) -> npt.NDArray[np.bool_]:
-        """Which tokens start with a space, shape (vocab_size,); a byte-level tokenizer writes the space as Ġ."""
-        ids = range(self.manifest.vocab_size)
-        return np.array([(self.tokenizer.id_to_token(i) or "").startswith("Ġ") for i in ids])
+    def check(self) -> None:
+        """Read all files, and raise `UserError` if one is not what was prepared."""
+        files = {tokens_file(self.folder, split): sha256 for split, sha256 in self.manifest.tokens_sha256.items()}
+        for path, sha256 in {**files, tokenizer_file(self.folder): self.manifest.tokenizer_sha256}.items():
+            if not path.is_file() or file_sha256(path) != sha256:
+                raise UserError(
+                    f"{path} is missing or damaged: its sha256 is not that of manifest.json; remove {self.folder}, "
+                    "and the same command prepares it again"
+                )
 
 
 def root(config: DataConfig) -> Path:
@@ -112,12 +84,13 @@ def root(config: DataConfig) -> Path:
 
 
 def folder(config: DataConfig) -> Path:
-    """The folder of this corpus once it is prepared; it depends on source, path and vocabulary."""
-    if config.source == "gutenberg":
-        return root(config) / f"gutenberg-{config.vocab_size}"
-    what = [str(Path(config.path).expanduser().resolve()) if config.path else None, config.max_documents]
-    digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:8]
-    return root(config) / f"{config.source}-{config.vocab_size}-{digest}"
+    """The folder of this corpus once it is prepared; it depends on source, vocabulary, and the places of text files."""
+    places = {**config.evaluation_files, **({"": config.path} if config.source == "text" and config.path else {})}
+    name = f"{config.source}-{config.vocab_size}"
+    if places:
+        resolved = {split: str(Path(place).expanduser().resolve()) for split, place in places.items()}
+        name += f"-{hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:8]}"
+    return root(config) / name
 
 
 def tokens_file(folder: Path, split: str) -> Path:
@@ -128,40 +101,14 @@ def tokenizer_file(folder: Path) -> Path:
     return folder / "tokenizer.json"
 
 
-def write_tokens(blocks: Iterable[Block], tokenizer: Tokenizer, folder: Path) -> Counter[str]:
-    """Append the tokens of blocks to the files of their sets; returns the bytes of text by set."""
-    utf8_bytes: Counter[str] = Counter()
-    with ExitStack() as stack:
-        files: dict[str, BinaryIO] = {}
-        for block, ids in encode(blocks, tokenizer):
-            split = block.split
-            assert split is not None
-            if split not in files:
-                files[split] = stack.enter_context(tokens_file(folder, split).open("ab"))
-            if block.starts_document and files[split].tell():
-                ids = [END_OF_TEXT_ID, *ids]
-            files[split].write(np.array(ids, dtype=DTYPE).tobytes())
-            utf8_bytes[split] += len(block.text.encode())
-        for file in files.values():
-            file.flush()
-            os.fsync(file.fileno())
-    return utf8_bytes
-
-
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    write_text(folder / "manifest.json", json.dumps(_MANIFEST.dump_python(manifest), indent=2) + "\n")
+    write_text(folder / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
 
 
 def read_manifest(config: DataConfig) -> Manifest | None:
-    """The manifest of the corpus prepared for `config`; None if there is no usable one. Token files are not read."""
-    manifest = read_whole_manifest(config)
-    return manifest and manifest.without([name for name in TABLE_1_SETS if not config.evaluation.get(name)])
-
-
-def read_whole_manifest(config: DataConfig) -> Manifest | None:
-    """Like `read_manifest`, with all sets of Table 1 that were ever prepared for this corpus."""
+    """The manifest of the corpus prepared for `config`; None if there is no usable one. Other files are not read."""
     try:
-        manifest = _MANIFEST.validate_json((folder(config) / "manifest.json").read_bytes())
+        manifest = Manifest.model_validate_json((folder(config) / "manifest.json").read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValidationError):
         return None
     current = manifest.preparation_version == PREPARATION_VERSION and manifest.vocab_size == config.vocab_size
@@ -169,27 +116,10 @@ def read_whole_manifest(config: DataConfig) -> Manifest | None:
 
 
 def open_corpus(config: DataConfig) -> Corpus:
-    """The corpus that `prepare` made for `config`; raises `UserError` if there is none or it is damaged."""
-    manifest = read_manifest(config)
-    if manifest is None:
+    """The corpus that `prepare` made for `config` and checked; raises `UserError` if there is none."""
+    if (manifest := read_manifest(config)) is None:
         raise UserError(f"corpus {config.corpus_name} is not prepared; make data, with the same OVERRIDES, prepares it")
-    corpus = Corpus(folder(config), manifest)
-    if damage := find_damage(corpus):
-        raise UserError(f"{damage}; make data, with the same OVERRIDES, prepares it again")
-    return corpus
-
-
-def find_damage(corpus: Corpus) -> str | None:
-    """A description of the first file that does not match the manifest, or None."""
-    manifest = corpus.manifest
-    tokenizer = tokenizer_file(corpus.folder)
-    if not tokenizer.is_file() or file_sha256(tokenizer) != manifest.tokenizer_sha256:
-        return f"{tokenizer} is missing or damaged"
-    for split, n_tokens in manifest.splits.items():
-        path = tokens_file(corpus.folder, split)
-        if not path.is_file() or path.stat().st_size != n_tokens * np.dtype(manifest.dtype).itemsize:
-            return f"{path} is missing or damaged (not {n_tokens:,} tokens)"
-    return None
+    return Corpus(folder(config), manifest)
 
 
 def file_sha256(path: Path) -> str:

@@ -17,7 +17,7 @@ from scipy.stats import t as student
 from peerscale.figures import style
 from peerscale.figures.isoflop import X_LABELS
 from peerscale.figures.published import WITHOUT_NORM, paper_values
-from peerscale.records.study import axes_of, method_names, usable
+from peerscale.stats.curves_of_runs import axes_of, method_names, usable
 
 SETTINGS = ("n_experts", "ffn_heads", "top_k", "query_norm", "lr", "table_lr", "batch_sequences")
 """Columns that a study can vary at one size."""

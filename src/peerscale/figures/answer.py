@@ -5,7 +5,7 @@ from typing import Any
 
 from peerscale.figures.markdown import plus_minus
 from peerscale.figures.style import in_words, label, ordered, size_label
-from peerscale.records.cell_names import budget_name
+from peerscale.plan.cell_names import budget_name
 from peerscale.stats.claims import FAMILY_LEVEL
 
 Claim = Mapping[str, Any]

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from peerscale.figures import style
 from peerscale.figures.markdown import number, section
-from peerscale.records.cell_names import budget_name
+from peerscale.plan.cell_names import budget_name
 
 Fits = Mapping[str, Any]
 """A study's `fits.json`; the keys of brackets may be missing if the study has none."""

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from peerscale.figures import style
-from peerscale.records.study import method_names, same_variant, usable
+from peerscale.stats.curves_of_runs import method_names, same_variant, usable
 
 SKIPPED_SHARE = 0.08
 """Share of the budget before which a curve is not drawn: the first steps are uninformative but would set the scale."""

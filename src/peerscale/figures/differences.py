@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 
 from peerscale.figures import style
 from peerscale.figures.markdown import signed_interval
-from peerscale.records.study import is_dense, same_variant
+from peerscale.stats.curves_of_runs import is_dense, same_variant
 
 Differences = dict[tuple[float, str, str], Mapping[str, Any]]
 """By budget, size (empty: at the optimum) and method."""

@@ -17,8 +17,9 @@ from peerscale.figures.published import read_published
 from peerscale.figures.rate_law import rate_law_figure
 from peerscale.figures.study_table import compares_curves
 from peerscale.records.curves import CURVES
-from peerscale.records.study import Study, method_names, read_fits, usable, without_brackets
+from peerscale.records.study import Study, read_fits
 from peerscale.records.table import read_table
+from peerscale.stats.curves_of_runs import method_names, usable, without_brackets
 from peerscale.stats.rates import tries_rates
 
 DEFAULT_X = "params_total"

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from peerscale.figures import style
-from peerscale.records.study import at_size, method_names, usable
+from peerscale.stats.curves_of_runs import at_size, method_names, usable
 from peerscale.stats.optima import OptimumStatus
 
 X_LABELS = {

@@ -16,9 +16,10 @@ import vl_convert
 from peerscale.figures import style
 from peerscale.figures.isoflop import X_LABELS, by_budget, fitted_curve, in_fit
 from peerscale.figures.study_table import compares_curves, main_rows
-from peerscale.records.cell_names import budget_name
-from peerscale.records.study import Study, at_size, method_names, read_fits, usable, without_brackets
+from peerscale.plan.cell_names import budget_name
+from peerscale.records.study import Study, read_fits
 from peerscale.records.table import read_runs
+from peerscale.stats.curves_of_runs import at_size, method_names, usable, without_brackets
 from peerscale.stats.optima import OptimumStatus
 
 PAGE = Template("""<!DOCTYPE html>

@@ -11,8 +11,8 @@ from peerscale.figures.differences import to_dense
 from peerscale.figures.markdown import number
 from peerscale.figures.published import WITHOUT_NORM, paper_values
 from peerscale.figures.style import label, ordered
-from peerscale.records.cell_names import budget_name
-from peerscale.records.study import is_dense, method_names, usable
+from peerscale.plan.cell_names import budget_name
+from peerscale.stats.curves_of_runs import is_dense, method_names, usable
 from peerscale.stats.optima import OptimumStatus
 
 METRICS = {

@@ -21,8 +21,8 @@ from peerscale.figures.paper_tables import norm_rows, paper_perplexities, perple
 from peerscale.figures.published import read_published
 from peerscale.figures.rate_law import finished_cells, rate_law_sections
 from peerscale.figures.style import in_words, label, listed, ordered, size_label
-from peerscale.records.cell_names import budget_name
-from peerscale.records.study import budgets_with_curves, method_names, same_variant, usable, without_brackets
+from peerscale.plan.cell_names import budget_name
+from peerscale.stats.curves_of_runs import budgets_with_curves, method_names, same_variant, usable, without_brackets
 from peerscale.stats.optima import OptimumStatus
 from peerscale.stats.rates import tries_rates
 

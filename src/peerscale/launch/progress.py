@@ -1,32 +1,44 @@
 """The progress of a sweep, read from its cells' folders, so that it does not depend on what launches them."""
 
+import io
 import json
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
+from tqdm import tqdm
+
 from peerscale.errors import UserError
 from peerscale.plan.cells import Cell
-from peerscale.plan.plan import decay_from
 from peerscale.records.curves import METRICS
 from peerscale.records.record import ENDED, RECORD, Status
 
 LIVE_S, LOG_S = 1.0, 30.0
-"""Seconds between two updates: on a terminal, and in a log."""
+"""Seconds between two updates: on a terminal, and in a log, where each update is a line."""
+
+LINE = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 
 
 class Progress:
-    """A context that shows how many cells have ended, which are running, and the time left for all."""
+    """A context that shows how many cells have ended, which are running, and the time left for all.
+
+    The bar counts seconds of the cells' estimates, less those of steps that were done before.
+    """
 
     def __init__(self, sweep: str, cells: Sequence[Cell], *, already_done: int = 0) -> None:
         self.sweep, self.cells, self.already_done = sweep, cells, already_done
-        self.started = time.monotonic()  # monotonic, so that changing the system clock does not disturb the estimate
         self.written_before = {cell.name: _written(cell) for cell in cells}
         self.steps_before = {cell.name: _steps_saved(cell) for cell in cells}
         self.live = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=sum(cell.estimate_s for cell in cells),
+            initial=sum(_work_s(cell, self.steps_before[cell.name]) for cell in cells),
+            bar_format=LINE,
+            dynamic_ncols=self.live,
+            file=sys.stderr if self.live else io.StringIO(),
+        )
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -37,38 +49,39 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.stop.set()
         self.thread.join()
-        if kind is not None and issubclass(kind, UserError):
-            return  # its message is enough
-        self._print(end="\n")
+        self.bar.leave = not isinstance(error, UserError)  # whose message is enough
+        if self.bar.leave:
+            self._show()
+        self.bar.close()
 
     def _watch(self) -> None:
         while not self.stop.wait(LIVE_S if self.live else LOG_S):
-            self._print(end="" if self.live else "\n")
+            self._show()
 
-    def _print(self, end: str) -> None:
-        print(f"\r\033[K{self.line()}" if self.live else self.line(), end=end, file=sys.stderr, flush=True)
+    def _show(self) -> None:
+        self.look()
+        if not self.live:
+            print(self.bar, file=sys.stderr, flush=True)
 
-    def line(self) -> str:
-        """One line: `reproduce 12/50 | peer-d32-3e11-s0 120/367 loss 5.43 21k tok/s | 6 min left`."""
-        ended, work, work_done, running = self.already_done, 0.0, 0.0, []
+    def look(self) -> None:
+        """Update the bar from the cells' folders."""
+        ended, work_s, running = self.already_done, 0.0, []
         for cell in self.cells:
-            own_steps = cell.plan.steps - _first_step(cell)  # which the estimate is for
-            before, step_s = self.steps_before[cell.name], cell.estimate_s / own_steps
-            work += step_s * (cell.plan.steps - before)
             status, row = self._state(cell)
+            step = self.steps_before[cell.name]
             if status in ENDED:
-                ended += 1
-                work_done += step_s * (cell.plan.steps - before)
+                ended, step = ended + 1, cell.plan.steps
             elif row:
-                work_done += step_s * max(0, row["step"] - before)
+                step = max(step, row["step"])
                 speed = f"{row['tokens_per_s'] / 1e3:.1f}k tok/s"
                 running.append(f"{cell.name} {row['step']}/{cell.plan.steps} loss {row['loss']:.3f} {speed}")
             elif status is Status.RUNNING:
                 running.append(f"{cell.name} starting")
-        elapsed = time.monotonic() - self.started
-        left = elapsed * (work - work_done) / work_done if work_done else None
-        parts = [f"{self.sweep} {ended}/{self.already_done + len(self.cells)}", *running]
-        return " | ".join([*parts, f"{duration(left)} left" if left is not None else "time left unknown yet"])
+            work_s += _work_s(cell, step)
+        self.bar.set_description_str(f"{self.sweep} {ended}/{self.already_done + len(self.cells)}", refresh=False)
+        self.bar.set_postfix_str(" | ".join(running), refresh=False)
+        self.bar.n = work_s
+        self.bar.refresh()
 
     def _state(self, cell: Cell) -> tuple[Status | None, dict[str, Any] | None]:
         """Status of a cell whose record was written since the start; if it is running, its newest row of metrics."""
@@ -80,10 +93,14 @@ class Progress:
                 return status, None
             with (cell.folder / METRICS).open("rb") as file:
                 file.seek(max(0, file.seek(0, 2) - 4096))
-                rows = file.read().splitlines()
-            return status, json.loads(rows[-1])
+                return status, json.loads(file.read().splitlines()[-1])
         except (OSError, ValueError, KeyError, IndexError):
             return None, None  # read between two writes; the next update will see it
+
+
+def _work_s(cell: Cell, steps: int) -> float:
+    """Seconds that the first steps of a cell take by its estimate."""
+    return cell.estimate_s * steps / cell.plan.steps
 
 
 def _written(cell: Cell) -> int | None:
@@ -95,16 +112,4 @@ def _written(cell: Cell) -> int | None:
 def _steps_saved(cell: Cell) -> int:
     """The step from which an interrupted cell will continue, from the name of its newest checkpoint."""
     saved = (cell.folder / "checkpoints").glob("step-*.ckpt")
-    return max((int(path.stem.removeprefix("step-")) for path in saved), default=_first_step(cell))
-
-
-def _first_step(cell: Cell) -> int:
-    """The step from which a cell is trained: a branch starts with the last checkpoint of its trunk."""
-    return decay_from(cell.config, cell.plan) if cell.trunk else 0
-
-
-def duration(seconds: float) -> str:
-    """`45 s`, `6 min`, `3.2 h`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return max((int(path.stem.removeprefix("step-")) for path in saved), default=0)

@@ -1,116 +1,146 @@
-"""A study's jobs on a Slurm cluster: the resources of a cell, the job that runs it, and the state of that job."""
+"""A sweep as a job array on a Slurm cluster, by submitit: each job trains a cell, and is requeued at its limit."""
 
+import contextlib
+import io
 import json
 import math
+import shutil
+import signal
 import subprocess
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-from pydantic.dataclasses import dataclass
+from filelock import FileLock
 
-from peerscale.config.compose import of_section
-from peerscale.config.errors import parse
-from peerscale.config.schema import composed
-from peerscale.errors import UserError
-from peerscale.files import write_text
+from peerscale.errors import ConfigError, FailedCells, UserError
+from peerscale.files import OURS, write_json
 from peerscale.plan.cells import Cell
-from peerscale.types import STRICT, Positive, Rate, Whole
+from peerscale.records.record import FAILED
 
 BASE_GB = 2.0
 """Memory of Python, torch and Lightning without a model, in each process."""
 
-SHORTEST_MIN = 10
-"""The shortest time limit. The next ones double it, so that the jobs of a study fall into few classes."""
 
-STARTING_MIN = 2.0
-"""Time for imports from a shared disk and for compiling."""
+def load_settings(overrides: Sequence[str] = (), at_once: int | None = None) -> dict[str, Any]:
+    """Submitit's parameters from conf/slurm.yaml, changed by the overrides that start with `slurm.`.
 
+    Args:
+        overrides: of the sweep.
+        at_once: jobs of the array that run at once; None: as the settings say.
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
-class SlurmConfig:
-    """Settings for Slurm; conf/slurm.yaml has defaults and meanings."""
+    Raises:
+        UserError: a wrong setting, or this machine cannot submit jobs.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
-    partition: str | None
-    account: str | None
-    qos: str | None
-    constraint: str | None
-    array_parallelism: Positive
-    cpus_per_task: Positive | None
-    gpus_per_node: Whole | None
-    mem_gb: Rate | None
-    timeout_min: Positive | None
-    time_factor: Rate
-    max_timeout_min: Positive
-    signal_delay_s: Positive
-    max_num_timeout: Whole
-    setup: list[str]
-    additional_parameters: dict[str, Any] | None
-
-    def __post_init__(self) -> None:
-        limit = self.timeout_min or min(SHORTEST_MIN, self.max_timeout_min)
-        if self.signal_delay_s >= 60 * limit:
-            raise ValueError(f"signal_delay_s {self.signal_delay_s} leaves no time within a limit of {limit} min")
+    if find_spec("submitit") is None:
+        raise UserError("Slurm jobs need submitit: .venv/bin/python -m pip install --editable '.[slurm]'")
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            "no sbatch here: submit on a login node of a Slurm cluster (Debian: apt-get install slurm-wlm munge), "
+            "or run on this machine: LAUNCHER=joblib"
+        )
+    settings = OmegaConf.load(OURS / "conf" / "slurm.yaml")
+    OmegaConf.set_struct(settings, True)
+    try:
+        settings.merge_with_dotlist([word for word in overrides if word.startswith("slurm.")])
+        chosen: Any = OmegaConf.to_container(settings)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"conf/slurm.yaml: {str(error).splitlines()[0]}") from None
+    return chosen["slurm"] | ({"array_parallelism": at_once} if at_once else {})
 
 
-def load_settings(overrides: Sequence[str] = ()) -> SlurmConfig:
-    """conf/slurm.yaml, changed by the overrides that start with `slurm.`; raises `ConfigError`."""
-    chosen = [f"++{override.lstrip('+')}" for override in overrides if of_section(override, "slurm")]
-    return parse(TypeAdapter(SlurmConfig), SlurmConfig, composed(chosen, name="slurm").tree["slurm"], "slurm")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, order=True)
-class Resources:
-    """The resources that a job asks for; cells with the same resources make one job array."""
-
-    time_min: int
-    mem_gb: float
-    cpus: int
-    gpus: int
-
-    def __str__(self) -> str:
-        gpus = f", {self.gpus} GPU" if self.gpus else ""
-        return f"{self.cpus} CPU{gpus}, {self.mem_gb:g} GB, {self.time_min} min"
-
-
-def resources(cells: Sequence[Cell], settings: SlurmConfig) -> Resources:
-    """The resources of a job of one cell, or of several of one model: from `settings`, or else from the plan.
+def needs(cells: Sequence[Cell]) -> dict[str, Any]:
+    """What a job needs that may run any of these cells, from their plans.
 
     Memory: 32 bytes per parameter for each device's process (fp32 weight, gradient and two moments, and the same again
     for a checkpoint and copies) and 16 per logit (logits, their softmax and both gradients), rounded up to a power of
     two in GB.
     """
-    config, plan = cells[0].config, cells[0].plan
-    of_process = BASE_GB + 32 * plan.cost.params_total / 1e9
-    of_logits = 16 * config.tokens_per_step * config.data.vocab_size / 1e9  # the processes share the batch
-    memory = config.trainer.devices * of_process + of_logits
-    minutes = STARTING_MIN + settings.time_factor * sum(cell.estimate_s for cell in cells) / 60
-    on_gpus = config.trainer.accelerator == "gpu"
-    limit = SHORTEST_MIN * 2 ** max(0, math.ceil(math.log2(minutes / SHORTEST_MIN)))
-    return Resources(
-        time_min=settings.timeout_min or min(limit, settings.max_timeout_min),
-        mem_gb=settings.mem_gb or 2 ** math.ceil(math.log2(memory)),
-        cpus=settings.cpus_per_task or config.trainer.threads * config.trainer.devices,
-        gpus=on_gpus * config.trainer.devices if settings.gpus_per_node is None else settings.gpus_per_node,
+    memory_gb, cpus, gpus = 0.0, 0, 0
+    for cell in cells:
+        config, trainer = cell.config, cell.config.trainer
+        of_logits = 16 * config.tokens_per_step * config.data.vocab_size / 1e9  # the processes share the batch
+        of_process = BASE_GB + 32 * cell.plan.cost.params_total / 1e9
+        memory_gb = max(memory_gb, trainer.devices * of_process + of_logits)
+        cpus = max(cpus, trainer.devices * trainer.threads)
+        gpus = max(gpus, trainer.devices if trainer.accelerator == "gpu" else 0)
+    return {"mem_gb": 2 ** math.ceil(math.log2(memory_gb)), "cpus_per_task": cpus, "gpus_per_node": gpus or None}
+
+
+def submit(cells: Sequence[Cell], settings: dict[str, Any]) -> None:
+    """Submit the cells that have no waiting or running job, as one array."""
+    sweep, folder = cells[0].sweep, jobs_folder(cells[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):  # two processes that submit at once would submit everything twice
+        ids = read_job_ids(folder)
+        alive = queued({ids[cell.name] for cell in cells if cell.name in ids})
+        free = [cell for cell in cells if ids.get(cell.name) not in alive]
+        print(f"{sweep}: {len(cells) - len(free)} cells queued or running in Slurm, {len(free)} to submit")
+        if free:
+            ids |= zip([cell.name for cell in free], _submit_array(free, settings), strict=True)
+            write_json(folder / "jobs.json", ids)
+    numbers = sorted({ids[cell.name].partition("_")[0] for cell in cells}, key=int)
+    print(
+        f"follow:   make status SWEEP={sweep}    or: squeue --jobs={','.join(numbers)}\n"
+        f"logs:     {log_path(folder, 'JOB')}\n"
+        f"stop:     scancel {' '.join(numbers)}\n"
+        f"continue: the same command submits what failed or was stopped, and leaves the rest alone\n"
+        f"draw:     make figures SWEEP={sweep}"
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """A job as Slurm reports it."""
+def _submit_array(cells: Sequence[Cell], settings: dict[str, Any]) -> list[str]:
+    import submitit
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    id: str
-    """Such as `17_3`, the fourth of array 17."""
-    state: str = ""
-    """Slurm's state: PENDING, RUNNING, COMPLETING ...; empty once the job has ended."""
-    detail: str = ""
-    """Its nodes, or the reason why it waits, in parentheses."""
+    asked = needs(cells) | {key: value for key, value in settings.items() if value is not None}
+    asked |= {
+        "job_name": cells[0].sweep,
+        "srun_args": [f"--cpus-per-task={asked['cpus_per_task']}"],  # srun no longer takes it from sbatch
+        "additional_parameters": {"requeue": True, **asked.get("additional_parameters", {})},
+    }
+    of_each = f"{asked['mem_gb']} GB, {asked['cpus_per_task']} CPUs, {asked['gpus_per_node'] or 0} GPUs"
+    shown = f"{len(cells)} jobs of {of_each}, {asked['timeout_min']} min"
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit both prints and raises sbatch's error
+            tries = asked.pop("max_num_timeout")
+            executor = submitit.AutoExecutor(jobs_folder(cells[0]), "slurm", slurm_max_num_timeout=tries)
+            executor.update_parameters(**{f"slurm_{key}": value for key, value in asked.items()})
+            ids = [job.job_id for job in executor.submit_array([CellJob(cell) for cell in cells])]
+    except (FailedJobError, FailedSubmissionError, TypeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or ["no reason given"])[-1].removeprefix("sbatch: error: ")
+        raise UserError(f"sbatch: {reason} (asked for {shown}; settings: conf/slurm.yaml)") from None
+    print(f"  array {ids[0].partition('_')[0]}: {shown}")
+    return ids
 
-    @property
-    def word(self) -> str:
-        """Its state in the grid of `make status`."""
-        return "queued" if self.state == "PENDING" else "running"
+
+@dataclass(frozen=True)
+class CellJob:
+    """What a Slurm job runs: one cell, as planned at submission. Later changes of conf/ have no effect."""
+
+    cell: Cell
+
+    def checkpoint(self) -> Any:
+        """What submitit requeues shortly before the time limit: the same job; the cell's folder has its checkpoint."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+    def __call__(self) -> None:
+        from peerscale.train.run import run_cell
+
+        try:
+            status = run_cell(self.cell)
+        except KeyboardInterrupt:  # by SIGTERM; Slurm requeues a preempted job that it kills, but none that has ended
+            while True:
+                signal.pause()
+        if status in FAILED:
+            raise FailedCells(f"{self.cell.name} {status}; reason: make status SWEEP={self.cell.sweep}")
 
 
 def jobs_folder(cell: Cell) -> Path:
@@ -119,16 +149,9 @@ def jobs_folder(cell: Cell) -> Path:
 
 
 def read_job_ids(folder: Path) -> dict[str, str]:
-    """The newest job of each cell that was ever submitted, such as `17_3`."""
+    """The newest job of each cell that was ever submitted, such as `17_3`, the fourth of array 17."""
     path = folder / "jobs.json"
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return {}
-
-
-def write_job_ids(folder: Path, ids: Mapping[str, str]) -> None:
-    write_text(folder / "jobs.json", json.dumps(ids, indent=1) + "\n")
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def log_path(folder: Path, job_id: str) -> Path:
@@ -136,8 +159,8 @@ def log_path(folder: Path, job_id: str) -> Path:
     return folder / f"{job_id}_0_log.err"
 
 
-def queued(job_ids: Collection[str]) -> dict[str, Job]:
-    """The jobs that have not ended, by id.
+def queued(job_ids: Collection[str]) -> dict[str, tuple[str, str]]:
+    """The jobs that have not ended, by id: Slurm's state, such as PENDING, and their node or `(why they wait)`.
 
     Raises:
         UserError: there is no `squeue`, or it does not answer.
@@ -152,8 +175,6 @@ def queued(job_ids: Collection[str]) -> dict[str, Job]:
         raise UserError(f"the state of the study's Slurm jobs is not known: {error}") from None
     # Slurm forgets ended jobs after some minutes; a query for a single forgotten job is then an error.
     if answer.returncode and "Invalid job id" not in answer.stderr:
-        lines = answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"]
-        raise UserError(f"squeue: {lines[-1]}")
-    wanted = set(job_ids)
+        raise UserError(f"squeue: {answer.stderr.strip().splitlines()[-1:] or answer.returncode}")
     rows = [line.split("|", 2) for line in answer.stdout.splitlines()]
-    return {job_id: Job(id=job_id, state=state, detail=detail) for job_id, state, detail in rows if job_id in wanted}
+    return {job_id: (state, detail) for job_id, state, detail in rows if job_id in job_ids}

@@ -1,28 +1,23 @@
-"""Common parts of all laws: checked columns, the best fit with its status, bootstrap intervals, held-out errors, JSON.
-
-Intervals come from the bootstrap (Efron 1979): refits of resampled runs. They cover only the scatter of the runs around
-the law. They do not cover the misfit of the law outside the data, nor the noise of a loss that was evaluated on few
-tokens, unless that noise differs between runs.
-"""
+"""Common parts of all laws: the best fit with its status, intervals, the largest budget held out, JSON."""
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, ClassVar, Self, TypedDict, TypeVar
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student
 
-from peerscale.errors import UserError
-from peerscale.laws.solver import Array, FitStatus, Number, Problem, minimise, solve
+from peerscale.laws.bootstrap import Bootstrap, percentile_interval, resample_counts, resample_residuals
+from peerscale.laws.least_squares import FitStatus, Problem
+from peerscale.laws.table import cluster_labels, name_rows, positive_columns, table_warnings
+from peerscale.stats.linear_fit import Array
 
-LEVEL = 0.95
-"""Confidence level of all intervals."""
-STORED_DRAWS = 500
-"""Number of draws written to JSON, for intervals of later predictions."""
+Number = float | np.ndarray
+"""A coefficient or prediction, or an array of bootstrap draws of it."""
+
 HELD_OUT = 0.1
 """Smallest share of the runs that is held out."""
 TIE = 0.01
@@ -31,14 +26,6 @@ OUTLIER = 6.0
 """Distance from the law, in robust standard deviations, beyond which a warning names a run."""
 SMALLEST_SCATTER = 1e-4
 """Standard deviation of residuals below which distances from the law are considered rounding."""
-SHOWN = 5
-"""Number of rows named in a message."""
-INCOMPARABLE = {
-    "FLOPs of different conventions": ("convention", "flop_convention", "flops_convention"),
-    "losses per token of different tokenizers": ("tokenizer", "tokeniser", "vocab", "vocab_size", "vocabulary"),
-    "losses on different data": ("data", "dataset", "corpus", "val_set"),
-}
-"""What must not be mixed within one fit, and names of columns (in any case) that would show it."""
 
 
 def to_plain(value: Any) -> Any:
@@ -55,181 +42,13 @@ def to_plain(value: Any) -> Any:
         case list() | tuple() | np.ndarray():
             return [to_plain(item) for item in value]
     if hasattr(value, "to_dict"):
-        return value.to_dict()
+        return to_plain(value.to_dict())
     return fields_to_plain(value) if dataclasses.is_dataclass(value) else value
 
 
 def fields_to_plain(result: Any) -> dict[str, Any]:
     """The fields of a dataclass by name, converted with `to_plain`."""
     return {item.name: to_plain(getattr(result, item.name)) for item in fields(result)}
-
-
-def positive_columns(table: pd.DataFrame, *names: str, law: str, at_least: int) -> list[Array]:
-    """The named columns as float64, since integer products such as 6 N D overflow int64.
-
-    Raises:
-        UserError: a column is missing, a value is not a finite number above zero (the message names the rows), or there
-            are fewer than `at_least` rows.
-    """
-    if table.empty:
-        raise UserError(f"the table has no rows for the {law} law")
-    values = []
-    for name in names:
-        require_column(table, name)
-        column = pd.to_numeric(table[name], errors="coerce").to_numpy(np.float64, na_value=np.nan)
-        bad = ~(np.isfinite(column) & (column > 0))
-        if bad.any():
-            found = ", ".join(map(str, table.loc[bad, name].iloc[:SHOWN]))
-            where = name_rows(table.index[bad])
-            raise UserError(f"column {name!r} must hold finite numbers above 0, not so in {where}: {found}")
-        values.append(np.asarray(column))
-    if len(table) < at_least:
-        raise UserError(f"{len(table)} rows are too few for the {law} law: it has {at_least} coefficients")
-    return values
-
-
-def require_column(table: pd.DataFrame, name: str) -> None:
-    """Raise `UserError` if the table has no column `name`."""
-    if name not in table.columns:
-        raise UserError(f"no column {name!r} in the table; there are: {', '.join(map(str, table.columns))}")
-
-
-def row_labels(table: pd.DataFrame, column: str) -> Array:
-    """The values of a column as integers from 0, equal values as equal integers; `UserError` without the column."""
-    require_column(table, column)
-    return np.asarray(pd.factorize(table[column], use_na_sentinel=False)[0])
-
-
-def cluster_labels(table: pd.DataFrame, column: str) -> Array:
-    """The labels of the clusters that are resampled; `UserError` if there is no such column, or only one cluster."""
-    labels = row_labels(table, column)
-    if labels.max(initial=0) == 0:
-        raise UserError(f"column {column!r} holds one value: there must be several clusters to resample")
-    return labels
-
-
-def table_warnings(table: pd.DataFrame, *names: str) -> tuple[str, ...]:
-    """Warnings about these rows: rows equal to an earlier one in all `names`, and mixed measures (`INCOMPARABLE`).
-
-    Duplicates stay in the fit; the reader has to judge whether they are repeats or mistakes.
-    """
-    found = []
-    rows = table.index[table.duplicated(list(names))]
-    if len(rows):
-        found.append(f"{len(rows)} duplicated rows, kept and so counted again: {name_rows(rows)}")
-    for what, columns in INCOMPARABLE.items():
-        for column in table.columns:
-            kinds = table[column].dropna().unique() if str(column).lower().replace(" ", "_") in columns else ()
-            if len(kinds) > 1:
-                shown = ", ".join(map(str, kinds[:SHOWN]))
-                found.append(f"column {column!r} mixes {shown}: {what} are not comparable")
-    return tuple(found)
-
-
-def name_rows(rows: pd.Index) -> str:
-    """The first labels, and how many more there are."""
-    more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
-    return f"{rows.name or 'row'} {', '.join(map(str, rows[:SHOWN]))}{more}"
-
-
-def resample_counts(n: int, resamples: int, seed: int, clusters: Array | None = None) -> Array:
-    """How often each of `n` runs occurs in each resample, (resamples, n), as weights for a fit.
-
-    Runs with the same label in `clusters` (n,) are drawn together; None: every run is its own cluster.
-    """
-    labels = np.arange(n) if clusters is None else np.unique(clusters, return_inverse=True)[1]
-    n_clusters = labels.max() + 1
-    draw = np.random.default_rng(seed).multinomial
-    return draw(n_clusters, np.full(n_clusters, 1 / n_clusters), size=resamples)[:, labels].astype(float)
-
-
-def resample_residuals(residuals: Array, resamples: int, seed: int, clusters: Array | None = None) -> Array:
-    """Residuals drawn with replacement, (resamples, n), for other runs, or designs too small to lose one (five sizes).
-
-    Every run takes the residual of a run in a drawn cluster; runs of the same cluster draw from the same cluster, so
-    that a shift common to a cluster stays common. Without `clusters` this is the usual residual bootstrap. NaN
-    residuals are never drawn; the result is NaN if there are no others.
-    """
-    rng = np.random.default_rng(seed)
-    n = len(residuals)
-    labels = np.arange(n) if clusters is None else np.unique(clusters, return_inverse=True)[1]
-    known = np.flatnonzero(np.isfinite(residuals))
-    if not len(known):
-        return np.full((resamples, n), np.nan)
-    by_cluster = known[np.argsort(labels[known], kind="stable")]
-    sizes = np.bincount(labels[known], minlength=labels.max() + 1)
-    first = np.cumsum(sizes) - sizes
-    source = rng.choice(np.flatnonzero(sizes), size=(resamples, len(sizes)))[:, labels]
-    return residuals[by_cluster[first[source] + np.floor(rng.random((resamples, n)) * sizes[source]).astype(int)]]
-
-
-def percentile_interval(values: Array) -> tuple[float, float]:
-    """95 % percentile interval of the finite `values` (draws,); NaN if there are none."""
-    finite = values[np.isfinite(values)]
-    tail = 50 * (1 - LEVEL)
-    low, high = np.percentile(finite, [tail, 100 - tail]) if len(finite) else (np.nan, np.nan)
-    return float(low), float(high)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StudentValue:
-    """A number whose standard error is an estimate."""
-
-    value: float
-    se: float
-    """Standard error from all known sources."""
-    df: float
-    """Degrees of freedom of `se`."""
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Student's 95 % interval."""
-        half = float(student.ppf((1 + LEVEL) / 2, self.df)) * self.se
-        return self.value - half, self.value + half
-
-    @property
-    def p(self) -> float:
-        """Two-sided p-value: the probability of a value at least this far from zero if the true value is zero."""
-        return float(2 * student.sf(abs(self.value) / self.se, self.df)) if self.se > 0 else math.nan
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Bootstrap:
-    """Coefficients of the resampled fits."""
-
-    draws: Mapping[str, Array]
-    """By coefficient; the first axis runs over the successful resamples."""
-    resamples: int
-    """Number of requested resamples."""
-    failed: int
-    """Number of resamples without a fit, which are left out."""
-    at_bound: int = 0
-    """Number of the other resamples that ended on a bound; they are kept."""
-    seed: int
-
-    def intervals(self) -> dict[str, tuple[float, float]]:
-        """Percentile interval of every coefficient."""
-        return {name: percentile_interval(values) for name, values in self.draws.items() if values.ndim == 1}
-
-    def law(self, form: type) -> Any:
-        """A law of class `form` whose coefficients are arrays of draws, or their defaults if they have no draws."""
-        return form(**{item.name: self.draws[item.name] for item in fields(form) if item.name in self.draws})
-
-    def to_dict(self) -> dict[str, Any]:
-        """Counts, seed, level and the first draws (of coefficients and of losses at optima) to six digits, for JSON."""
-        six_digits = np.vectorize(lambda value: float(f"{value:.6g}"), otypes=[float])
-        draws = {
-            name: to_plain(six_digits(values[:STORED_DRAWS]))
-            for name, values in self.draws.items()
-            if values.ndim == 1 or name == "loss"
-        }
-        return asdict(self) | {"level": LEVEL, "draws": draws}
-
-    @classmethod
-    def from_dict(cls, stored: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`, with only the stored draws."""
-        draws = {name: np.asarray(values, float) for name, values in stored["draws"].items()}
-        return cls(**{key: stored[key] for key in ("resamples", "failed", "at_bound", "seed")}, draws=draws)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -267,13 +86,12 @@ class HoldOut:
             missed=bool(interval and (interval[1] < low or interval[0] > high)), **described,
         )  # fmt: skip
 
-
-def miss(found: HoldOut | None) -> tuple[str, ...]:
-    """A warning if the smaller budgets do not predict the held-out one."""
-    if found is None or not found.missed:
-        return ()
-    off = 100 * (found.predicted / found.observed - 1)
-    return (f"the smaller budgets do not predict {found.quantity} at {found.budget:.4g}: it is {off:+.2g} % off",)
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """A warning if the smaller budgets do not predict the held-out one."""
+        off = 100 * (self.predicted / self.observed - 1)
+        line = f"the smaller budgets do not predict {self.quantity} at {self.budget:.4g}: it is {off:+.2g} % off"
+        return (line,) if self.missed else ()
 
 
 def largest(scale: Array, start: float | None = None) -> Array:
@@ -319,7 +137,7 @@ class Fit:
             ValueError: the fit has no bootstrap.
         """
         if self.bootstrap is None:
-            raise ValueError("the fit has no bootstrap: ask for one, such as bootstrap=4000")
+            raise ValueError("the fit has no bootstrap: ask for one, such as bootstrap=1000")
         return percentile_interval(np.asarray(prediction(self.bootstrap.law(self.form))))
 
     def to_dict(self) -> dict[str, Any]:
@@ -361,61 +179,61 @@ def estimate(
         scale: (runs,); the largest runs by this value are held out if there is no column `budget`.
         bootstrap, seed, cluster, budget, hold_out: see `Resampling`.
     """
-    clusters = cluster_labels(table, cluster) if cluster else None
+    clusters = cluster_labels(table, cluster)
     if budget is not None:
         (scale,) = positive_columns(table, budget, law=kind.law, at_least=0)
-    point, value, status = solve(problem)
+    best = problem.best()
     drawn = None
     if bootstrap:
-        refits = minimise(problem, point, resample_counts(len(table), bootstrap, seed, clusters))
-        good = ~refits.failed
+        refits = problem.refit(best.point, resample_counts(len(table), bootstrap, seed, clusters))
+        good = [one for one in refits if not one.failed]
         drawn = Bootstrap(
-            draws=problem.coordinates.coefficients(refits.points[good]), resamples=bootstrap,
-            failed=int(np.sum(~good)), at_bound=int(np.sum(refits.at_bound[good])), seed=seed,
+            draws=problem.coefficients(np.array([one.point for one in good]).reshape(len(good), len(problem.names))),
+            resamples=bootstrap, failed=bootstrap - len(good), at_bound=sum(one.at_bound for one in good), seed=seed,
         )  # fmt: skip
     held = largest(scale, hold_out)
-    held_out = _predict_held_out(problem, point, held, scale, bootstrap, seed, clusters)
-    said = miss(held_out) if held_out else (f"no held-out error: {held.sum()} of {len(table)} runs held out",)
+    held_out = _predict_held_out(problem, best.point, held, scale, bootstrap, seed, clusters)
+    said = held_out.warnings if held_out else (f"no held-out error: {held.sum()} of {len(table)} runs held out",)
     return kind(
-        **{name: float(coefficient) for name, coefficient in problem.coordinates.coefficients(point).items()},
-        n=len(table),
-        status=status, objective_name=str(problem.objective), objective_value=value,
-        warnings=(*table_warnings(table, *columns), *_outliers(problem, point, table.index), *said),
+        **{name: float(coefficient) for name, coefficient in problem.coefficients(best.point).items()},
+        n=len(table), status=problem.status(best), objective_name=str(problem.objective), objective_value=best.value,
+        warnings=(*table_warnings(table, *columns), *_outliers(problem, best.point, table.index), *said),
         hold_out=held_out, bootstrap=drawn,
     )  # fmt: skip
 
 
 def _predict_held_out(
-    problem: Problem, start: Array, held: Array, scale: Array, bootstrap: int, seed: int, clusters: Array | None
+    problem: Problem, start: Array, held: Array, scale: Array, bootstrap: int, seed: int, clusters: Array
 ) -> HoldOut | None:
     """The runs `held` (runs,) predicted from the others; None if the others are not more than the coefficients."""
     kept = np.flatnonzero(~held)
-    if not held.any() or len(kept) <= len(problem.coordinates.names):
+    freedom = len(kept) - len(problem.names)
+    if not held.any() or freedom <= 0:
         return None
-    best = minimise(problem, start, (~held)[None].astype(float)).points
-    predicted, interval = problem.law.predict(best)[0, held], None
+    predicted, interval = problem.predict(problem.minimise(start, kept).point), None
     if bootstrap:
-        weights = np.zeros((bootstrap, len(held)))
-        weights[:, kept] = resample_counts(len(kept), bootstrap, seed, None if clusters is None else clusters[kept])
-        refits = minimise(problem, start, weights)
-        misses = np.full(len(held), np.nan)
-        freedom = len(kept) - len(problem.coordinates.names)
-        misses[kept] = np.log(problem.loss / problem.law.predict(best)[0])[kept] * math.sqrt(len(kept) / freedom)
+        counts = np.zeros((bootstrap, len(held)), int)
+        counts[:, kept] = resample_counts(len(kept), bootstrap, seed, clusters[kept])
+        misses = np.where(held, np.nan, np.log(problem.loss / predicted)) * math.sqrt(len(kept) / freedom)
         misses -= np.nanmean(misses)  # those of a Huber loss are not centred
         scatter = np.exp(resample_residuals(misses, bootstrap, seed + 1, clusters))  # not with the same random numbers
-        good = ~refits.failed
-        interval = percentile_interval((problem.law.predict(refits.points[good]) * scatter[good])[:, held].mean(axis=1))
+        drawn = [
+            np.mean((problem.predict(one.point) * off)[held])
+            for one, off in zip(problem.refit(start, counts), scatter, strict=True)
+            if not one.failed
+        ]
+        interval = percentile_interval(np.array(drawn))
     about = {"quantity": "loss", "budget": float(scale[held].min()), "n": int(held.sum()), "interval": interval}
-    return HoldOut.of(problem.loss[held], predicted, **about)
+    return HoldOut.of(problem.loss[held], predicted[held], **about)
 
 
-def _outliers(problem: Problem, point: np.ndarray, rows: pd.Index) -> tuple[str, ...]:
+def _outliers(problem: Problem, point: Array, rows: pd.Index) -> tuple[str, ...]:
     """A warning that names runs far from the law and gives the coefficients without them; they stay in the fit."""
-    residuals = problem.residuals(problem.law.predict(point[None]))[0]
+    residuals = problem.residuals(point)
     distance = np.abs(residuals - np.median(residuals))
     far = distance > OUTLIER * max(1.4826 * float(np.median(distance)), SMALLEST_SCATTER)
     if not far.any():
         return ()
-    refitted = minimise(problem, point, (~far)[None].astype(float)).points[0]
-    without = ", ".join(f"{name} {value:.4g}" for name, value in problem.coordinates.coefficients(refitted).items())
+    refitted = problem.minimise(point, np.flatnonzero(~far)).point
+    without = ", ".join(f"{name} {value:.4g}" for name, value in problem.coefficients(refitted).items())
     return (f"{far.sum()} runs far from the law, kept: {name_rows(rows[far])}; without them {without}",)

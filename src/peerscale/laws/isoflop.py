@@ -9,7 +9,6 @@ it only to sizes near the optimum.
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -17,20 +16,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from peerscale.laws.fitting import (
-    Bootstrap,
-    Fit,
-    HoldOut,
-    cluster_labels,
-    miss,
-    percentile_interval,
-    positive_columns,
-    resample_residuals,
-    table_warnings,
-)
+from peerscale.laws.bootstrap import Bootstrap, percentile_interval, resample_residuals
+from peerscale.laws.fitting import Fit, HoldOut, Number
+from peerscale.laws.least_squares import FitStatus
+from peerscale.laws.parabola import OptimumStatus, optimum_status, parabola_optima
 from peerscale.laws.parametric import fit_parametric
-from peerscale.laws.solver import Array, FitStatus, Number
-from peerscale.stats.optima import OptimaFit, OptimumStatus, optimum_status, parabola_optima
+from peerscale.laws.table import cluster_labels, positive_columns, table_warnings
+from peerscale.stats.linear_fit import Array, LinearFit
 
 MIN_BUDGETS = 3
 """Different optima needed for a power law: one more than its coefficients."""
@@ -58,41 +50,31 @@ class PowerLaw:
 
 def fit_power_law(budgets: Array, optima: Array) -> tuple[Array, Array]:
     """Least squares of log10 x* (..., budgets) on log10 C; returns exponent and coefficient, (...)."""
-    log_budgets, log_optima = np.log10(budgets), np.log10(optima)
-    centred = log_budgets - log_budgets.mean()
-    exponent = log_optima @ centred / (centred @ centred)
+    log_budgets = np.log10(budgets)
+    centre = log_budgets.mean()
+    design = np.stack([np.ones_like(log_budgets), log_budgets - centre], axis=1)
+    level, exponent = np.moveaxis(LinearFit(design=design, values=log_budgets).coefficients_of(np.log10(optima)), -1, 0)
     with np.errstate(over="ignore", under="ignore"):
-        return exponent, 10 ** (log_optima.mean(axis=-1) - exponent * log_budgets.mean())
+        return exponent, 10 ** (level - exponent * centre)
 
 
-def predict_largest(
-    budgets: Array, optima: Array, refits: Iterable[tuple[Array, Array]] = (), observed: Array | None = None
-) -> HoldOut | None:
-    """The optimum of the largest budget, predicted by a power law through those of the others (at least two).
+def predict_largest(budgets: Array, optima: Array, drawn: Array | None, observed: Array | None) -> HoldOut | None:
+    """The optimum of the largest budget, predicted by a power law through those of the others.
 
     Args:
-        budgets, optima: (budgets,), ascending. Budgets at the end with the same optimum are held out together.
-        refits: budgets and optima of each bootstrap resample.
-        observed: the bootstrap's optima at the largest budget.
+        budgets, optima: (budgets,), ascending.
+        drawn: optima in each bootstrap resample, (resamples, budgets).
+        observed: the bootstrap's optima at the largest budget, (resamples,), without their scatter about the law.
     """
-    held = budgets > budgets[optima != optima[-1]].max(initial=0)
-    start, at = float(budgets[held][0]), float(np.exp(np.log(budgets[held]).mean()))
-
-    def prediction(budgets: Array, optima: Array) -> float:
-        below = budgets < start
-        if len(np.unique(optima[below])) < 2:
-            return float("nan")
-        exponent, coefficient = fit_power_law(budgets[below], optima[below])
-        with np.errstate(over="ignore", invalid="ignore"):
-            return float(coefficient * at**exponent)
-
-    predicted = prediction(budgets, optima)
-    if not np.isfinite(predicted):
+    smaller = optima[None, :-1] if drawn is None else np.vstack([optima, drawn])[:, :-1]
+    exponent, coefficient = fit_power_law(budgets[:-1], smaller)
+    with np.errstate(over="ignore", invalid="ignore"):
+        predicted = coefficient * budgets[-1] ** exponent
+    if not np.isfinite(predicted[0]):
         return None
-    drawn = np.array([prediction(*refit) for refit in refits])
     return HoldOut.of(
-        optima[-1:], np.array([predicted]), quantity="x", budget=start, n=int(held.sum()),
-        interval=percentile_interval(drawn) if len(drawn) else None,
+        optima[-1:], predicted[:1], quantity="x", budget=float(budgets[-1]), n=1,
+        interval=None if drawn is None else percentile_interval(predicted[1:]),
         observed_interval=None if observed is None else percentile_interval(observed),
     )  # fmt: skip
 
@@ -159,34 +141,40 @@ def fit_isoflop(
         UserError: a column is missing or has values that are not finite numbers above zero; there are no rows.
     """
     budgets, sizes, losses = positive_columns(table, budget, x, loss, law=IsoflopFit.law, at_least=1)
-    near, left_out = np.ones(len(table), bool), ()
+    near = np.ones(len(table), bool)
     if within is not None:
-        counts = []
         for value in np.unique(budgets):
             here = budgets == value
             near[here] = near_lowest(sizes[here], losses[here], within)
-            if n_far := len(np.unique(sizes[here & ~near])):
-                counts.append(f"{value:.3g} ({n_far})")
-        far = f"{100 * within:.3g} % above the lowest loss"
-        left_out = (f"sizes left out, more than {far}: at budget {', '.join(counts)}",) if counts else ()
-        budgets, sizes, losses = budgets[near], sizes[near], losses[near]
+    left_out = _left_out(budgets[~near], sizes[~near], within)
+    budgets, sizes, losses = budgets[near], sizes[near], losses[near]
     values, group = np.unique(budgets, return_inverse=True)
-    fit = OptimaFit(  # one parabola per budget through its runs, including repeats of a size
-        names=tuple(map(str, values)), method=group, x=sizes, losses=losses, n_seeds=np.ones(len(losses), int),
-        seed_squares=np.zeros(len(values)), seed_df=np.zeros(len(values)), shared=False, at_least=MIN_SIZES,
-    )  # fmt: skip
-    found = [_optimum(fit, i, float(value)) for i, value in enumerate(values)]
-    has_parabola = np.array([np.isfinite(one.curvature) for one in found])
+    rows = [np.flatnonzero(group == i) for i in range(len(values))]
+    centre = float(np.log10(sizes).mean())
+    design = np.vander(np.log10(sizes) - centre, 3, increasing=True)
+    parabolas = {  # one per budget through its runs, including repeats of a size
+        i: LinearFit(design=design[each], values=losses[each])
+        for i, each in enumerate(rows)
+        if len(np.unique(sizes[each])) >= 3
+    }
+    residuals = np.full(len(losses), np.nan)
+    for i, parabola in parabolas.items():
+        residuals[rows[i]] = parabola.residuals
+    found = [
+        _optimum(budget, sizes[each], parabolas.get(i), centre)
+        for i, (budget, each) in enumerate(zip(values.tolist(), rows, strict=True))
+    ]
     optima = np.array([one.x for one in found])
     usable = np.array([one.status is OptimumStatus.OK for one in found]) | (include_flagged & np.isfinite(optima))
     draws = drawn = None
     if bootstrap:
         n_runs = np.bincount(group)[group]
-        spare = np.where(has_parabola[group] & (n_runs > 3), n_runs - 3, np.nan)  # degrees of freedom
-        scaled = fit.residuals * np.sqrt(n_runs / spare)
-        clusters = cluster_labels(table[near], cluster) if cluster else None
-        resampled = losses - fit.residuals + resample_residuals(scaled, bootstrap, seed, clusters)
-        refitted = np.where(has_parabola, fit.optima_of(resampled), np.nan)
+        scaled = residuals * np.sqrt(n_runs / np.where(n_runs > 3, n_runs - 3, np.nan))  # for the degrees of freedom
+        clusters = cluster_labels(table[near], cluster)
+        resampled = losses - residuals + resample_residuals(scaled, bootstrap, seed, clusters)
+        refitted = np.full((2, bootstrap, len(values)), np.nan)
+        for i, parabola in parabolas.items():
+            refitted[:, :, i] = parabola_optima(parabola.coefficients_of(resampled[:, rows[i]]).T, centre)
         draws, drawn = _bootstrap(values, refitted, optima, usable, seed)
         found = [
             replace(one, x_interval=percentile_interval(x), loss_interval=percentile_interval(lowest))
@@ -196,8 +184,7 @@ def fit_isoflop(
     if usable.sum() >= MIN_BUDGETS:
         exponent, coefficient = map(float, fit_power_law(values[usable], optima[usable]))
         observed = draws.draws["x"][:, np.flatnonzero(usable)[-1]] if draws else None
-        refits = () if drawn is None else ((values[usable], x) for x in drawn)
-        hold_out = predict_largest(values[usable], optima[usable], refits, observed)
+        hold_out = predict_largest(values[usable], optima[usable], drawn, observed)
     if len(losses) > 5 and len(values) > 1:  # L = E + A / x^alpha + B / (C / x)^beta, for any measure x of size
         runs = pd.DataFrame({"x": sizes, "rest": budgets / sizes, "loss": losses})
         fit_of_all = fit_parametric(runs, params="x", tokens="rest", loss="loss", objective="mse")
@@ -205,10 +192,9 @@ def fit_isoflop(
     warnings = (*left_out, *_warnings(found, usable.sum()), *table_warnings(table, budget, x, loss))
     return IsoflopFit(
         n=len(losses), status=FitStatus.TOO_FEW_POINTS if exponent is None else FitStatus.CONVERGED,
-        objective_name="mse", objective_value=float(np.sum(fit.residuals[has_parabola[group]] ** 2)),
-        vertices=tuple(found),
+        objective_name="mse", objective_value=float(np.nansum(residuals**2)), vertices=tuple(found),
         surface_exponent=surface, exponent=exponent, coefficient=coefficient,
-        warnings=(*warnings, *miss(hold_out)), hold_out=hold_out, bootstrap=draws,
+        warnings=(*warnings, *(hold_out.warnings if hold_out else ())), hold_out=hold_out, bootstrap=draws,
     )  # fmt: skip
 
 
@@ -226,16 +212,16 @@ def near_lowest(sizes: Array, losses: Array, within: float) -> Array:
     return (near[0] <= sizes) & (sizes <= near[-1])
 
 
-def _optimum(fit: OptimaFit, i: int, budget: float) -> BudgetOptimum:
-    """The minimum of the parabola of one budget, which is method `i` of the fit; NaN if it has none."""
-    runs = fit.x[fit.method == i]
+def _optimum(budget: float, runs: Array, parabola: LinearFit | None, centre: float) -> BudgetOptimum:
+    """The minimum of the parabola of one budget, in log10 x - centre, for runs with sizes `runs`; NaN without one."""
+    a, b, c = parabola.coefficients.tolist() if parabola else (math.nan,) * 3
+    coefficients = a - b * centre + c * centre**2, b - 2 * c * centre, c
+    x, loss = map(float, parabola_optima(np.array([a, b, c]), centre))
     sizes = np.unique(runs)
-    coefficients = fit.coefficients(fit.names[i]) if len(sizes) >= 3 else (math.nan,) * 3
-    x, loss = map(float, parabola_optima(np.array(coefficients)))
-    curvature = coefficients[2] if math.isfinite(x) else math.nan
     return BudgetOptimum(
-        budget=budget, x=x, loss=loss, curvature=coefficients[2], n=len(runs), sizes=tuple(sizes.tolist()),
-        status=optimum_status(np.log10(x), np.log10(sizes), curvature, MIN_SIZES), coefficients=coefficients,
+        budget=budget, x=x, loss=loss, curvature=c, n=len(runs), sizes=tuple(sizes.tolist()),
+        status=optimum_status(np.log10(x), np.log10(sizes), c if math.isfinite(x) else math.nan, MIN_SIZES),
+        coefficients=coefficients,
     )  # fmt: skip
 
 
@@ -260,6 +246,14 @@ def _bootstrap(budgets: Array, refitted: Array, optima: Array, usable: Array, se
         draws["exponent"], draws["coefficient"] = fit_power_law(budgets[usable], scattered)
     draws = {name: values[good] for name, values in {**draws, "x": x, "loss": loss}.items()}
     return Bootstrap(draws=draws, resamples=len(x), failed=int(np.sum(~good)), seed=seed), scattered[good]
+
+
+def _left_out(budgets: Array, sizes: Array, within: float | None) -> tuple[str, ...]:
+    """A warning that says how many sizes of each budget are not fitted, from the runs that are not."""
+    counts = [f"{budget:.3g} ({len(np.unique(sizes[budgets == budget]))})" for budget in np.unique(budgets)]
+    if within is None or not counts:
+        return ()
+    return (f"sizes left out, more than {100 * within:.3g} % above the lowest loss: at budget {', '.join(counts)}",)
 
 
 def _warnings(optima: list[BudgetOptimum], n_usable: int) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ are.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Unpack
 
 import numpy as np
@@ -18,14 +19,16 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from peerscale.errors import UserError
-from peerscale.laws.fitting import Fit, Resampling, estimate, positive_columns
-from peerscale.laws.solver import Coordinates, Number, Numerical, Objective, Problem, power_problem
+from peerscale.laws.fitting import Fit, Number, Resampling, estimate
+from peerscale.laws.least_squares import Objective, Problem, power_problem
+from peerscale.laws.table import positive_columns
+from peerscale.stats.linear_fit import Array, LinearFit
 
 E_START_RANGE = np.log([0.1, 1e3])
 RATIO_RANGE = (0.05, 15.0)
 """Range of ln E_start and of ln(E_max / E_start)."""
-ROUTED_STARTS = np.log([(start, ratio) for start in (1.1, 2, 4, 8) for ratio in (10, 50, 200, 1000)])
-GRANULAR_STARTS = (0.05, 0.15, 0.4, 0.8)
+ROUTED_STARTS = np.log([(start, ratio) for start in (1.5, 5) for ratio in (30, 300)])
+GRANULAR_STARTS = (0.15, 0.6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,29 +89,46 @@ def fit_routed(
     sizes, counts, losses = positive_columns(table, *columns, law=RoutedFit.law, at_least=6)
     if counts.min() < 1:
         raise UserError(f"column {experts!r} must be at least 1 (a dense model), found {counts.min():g}")
-    n = np.log10(sizes)
-    centre, log_loss = n.mean(), np.log10(losses)
-    to_raw = np.eye(6)
+    n, centre = np.log10(sizes), np.log10(sizes).mean()
+    to_raw = np.eye(6)  # of coordinates a, b, c, d (with n - centre instead of n), ln E_start, ln (E_max / E_start)
     to_raw[1, 2] = to_raw[3, 0] = -centre
     to_raw[5, 4] = 1.0
-    coordinates = Coordinates(
-        names=("a", "b", "c", "d", "E_start", "E_max"),
-        is_log=np.arange(6) >= 4,
-        to_raw=to_raw,
-        lower=np.array([-np.inf] * 4 + [E_START_RANGE[0], RATIO_RANGE[0]]),
-        upper=np.array([np.inf] * 4 + [E_START_RANGE[1], RATIO_RANGE[1]]),
-    )
-    starts = []  # for given E_start and E_max the law is linear (variable projection)
-    for start, ratio in ROUTED_STARTS:
-        experts_hat = saturated_experts(counts, np.exp(start), np.exp(start + ratio))
-        e, n0 = np.log10(experts_hat), n - centre
-        linear = np.linalg.lstsq(np.stack([n0, e, n0 * e, np.ones_like(e)], axis=1), log_loss, rcond=None)[0]
-        starts.append([*linear, start, ratio])
-    law = Numerical(form=RoutedLaw, coordinates=coordinates, variables=(sizes, counts))
     problem = Problem(
-        law=law, loss=losses, coordinates=coordinates, starts=np.array(starts), objective=Objective.MSE_LOG
-    )
+        names=("a", "b", "c", "d", "E_start", "E_max"), to_raw=to_raw, is_log=np.arange(6) >= 4,
+        bounds=(
+            np.array([-np.inf] * 4 + [E_START_RANGE[0], RATIO_RANGE[0]]),
+            np.array([np.inf] * 4 + [E_START_RANGE[1], RATIO_RANGE[1]]),
+        ),
+        starts=_routed_starts(n - centre, counts, np.log10(losses)), law=partial(_routed_losses, n - centre, counts),
+        loss=losses, objective=Objective.MSE_LOG,
+    )  # fmt: skip
     return estimate(RoutedFit, table, columns, problem, sizes, **resampling)
+
+
+def _routed_starts(n: Array, experts: Array, log_loss: Array) -> Array:
+    """Points (starts, 6): for given E_start and E_max the law is linear (variable projection)."""
+    starts = []
+    for start, ratio in ROUTED_STARTS:
+        e = np.log10(saturated_experts(experts, np.exp(start), np.exp(start + ratio)))
+        linear = LinearFit(design=np.stack([n, e, n * e, np.ones_like(e)], axis=1), values=log_loss)
+        starts.append([*linear.coefficients, start, ratio])
+    return np.array(starts)
+
+
+def _routed_losses(n: Array, experts: Array, point: Array) -> tuple[Array, Array]:
+    """Losses (runs,) of the routed law and their Jacobian (runs, 6), for sizes with log10 `n`, see `fit_routed`."""
+    a, b, c, d, start, ratio = point
+    top = np.exp(-start - ratio)  # 1 / E_max
+    gap = np.exp(-start) - top
+    hidden = experts - 1 + 1 / gap
+    inverse = 1 / hidden + top  # 1 / E_hat
+    e = -np.log10(inverse)
+    loss = 10 ** (a * n + b * e + c * n * e + d)
+    by_start = -1 / (hidden**2 * gap) - top  # derivatives of 1 / E_hat by the last two coordinates
+    by_ratio = top / (hidden * gap) ** 2 - top
+    slopes = -np.stack([by_start, by_ratio], axis=1) / (inverse * np.log(10))[:, None]
+    linear = np.stack([n, e, n * e, np.ones_like(n)], axis=1)
+    return loss, np.log(10) * loss[:, None] * np.hstack([linear, (b + c * n)[:, None] * slopes])
 
 
 def saturated_experts(experts: ArrayLike, start: Number, maximum: Number) -> Number:

@@ -13,10 +13,11 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from peerscale.errors import UserError
-from peerscale.laws.fitting import Fit, Resampling, estimate, positive_columns
-from peerscale.laws.solver import FitStatus, Number, Objective, power_problem
+from peerscale.laws.fitting import Fit, Number, Resampling, estimate
+from peerscale.laws.least_squares import FitStatus, Objective, power_problem
+from peerscale.laws.table import positive_columns
 
-START_EXPONENTS = (0.1, 0.2, 0.35, 0.5, 0.8, 1.2)
+START_EXPONENTS = (0.2, 0.6)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,7 +1,6 @@
-"""Build a model from a configuration, or load a trained one from the folder of a finished cell."""
+"""Build a model from a configuration."""
 
 from dataclasses import replace
-from pathlib import Path
 
 from torch import nn
 
@@ -9,7 +8,6 @@ from peerscale.config.schema import Config
 from peerscale.errors import UserError
 from peerscale.layers.base import FfnConfig, Surroundings
 from peerscale.layers.dense import DenseConfig
-from peerscale.model.trained import read_trained
 from peerscale.model.transformer import Transformer
 from peerscale.ops.backends import choose_operators
 
@@ -25,33 +23,19 @@ def build_model(config: Config, device: str = "cpu") -> Transformer:
         UserError: the layer's parameter count differs from that in its cost, or it has parameters but no method
             `init_weights(output_scale)` that draws them, or it cannot be used in this model.
     """
-    size, operators = config.size, choose_operators(config.trainer.kernel, device)
+    trainer = config.trainer
+    operators = choose_operators(trainer.kernel, device)
     around = replace(config.surroundings, operators=operators)
     if reason := config.ffn.unusable(around):
         raise UserError(reason)
     ffns = [
         build_ffn(config.ffn, around) if block in config.replaced_blocks else DenseConfig().build(around)
-        for block in range(1, size.n_layers + 1)
+        for block in range(1, config.n_layers + 1)
     ]
-    recompute = config.trainer.activation_checkpointing
-    return Transformer(size.d_model, size.n_heads, config.context, config.data.vocab_size, ffns, operators, recompute)
-
-
-def load_model(folder: str | Path) -> Transformer:
-    """The trained model of a finished cell, on the CPU and in evaluation mode.
-
-    Args:
-        folder: of the cell, `runs/<sweep>/<cell>`, trained with `trainer.keep_checkpoint=true`.
-
-    Raises:
-        UserError: the folder holds no finished cell, or one without a checkpoint of its last step, or with a damaged
-            one, or one whose layer's module has changed since.
-    """
-    config, weights = read_trained(Path(folder))
-    # The kernel of its training may not run here, and the weights do not depend on it.
-    model = build_model(replace(config, trainer=replace(config.trainer, kernel="auto")))
-    model.load_state_dict(weights)
-    return model.eval()
+    return Transformer(
+        config.d_model, config.n_heads, config.context, config.data.vocab_size, ffns, operators,
+        trainer.activation_checkpointing,
+    )  # fmt: skip
 
 
 def build_ffn(ffn: FfnConfig, around: Surroundings) -> nn.Module:

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from peerscale.errors import UserError
 from peerscale.layers.dense import Dense
+from peerscale.ops.backends import BACKENDS
 from peerscale.ops.operators import Operators
 
 ROTARY_BASE = 10_000.0
@@ -144,6 +145,19 @@ class Transformer(nn.Module):
         for block in self.blocks:
             x_BTD = block(x_BTD)
         return self.norm(x_BTD)
+
+    def compile_backbone(self) -> None:
+        """Let torch compile attention, norms and dense layers on their first use; they then use torch's own operators.
+
+        Retrieval, routing and layers from outside are left out of the graph, and so is the loss.
+        """
+        torch.compiler.reset()  # a process that trains several cells would soon reach the limit of compilations
+        for module in self.modules():
+            if isinstance(module, RmsNorm | Attention):
+                module.operators = BACKENDS["torch"]
+            elif isinstance(module, Block) and not isinstance(module.ffn, Dense):
+                module.ffn.forward = torch.compiler.disable(module.ffn.forward)
+        self.features = torch.compile(self.features)
 
     def auxiliary_loss(self) -> Tensor | None:
         """Sum of the auxiliary losses of the layers and their parts, from their last forward pass in training.

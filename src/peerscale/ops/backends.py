@@ -8,11 +8,11 @@ import torch
 from peerscale.errors import UserError
 from peerscale.ops.cpp_operators import CppOperators
 from peerscale.ops.operators import Operators
-from peerscale.ops.torch_operators import TorchOperators
+from peerscale.ops.reference import ReferenceOperators
 from peerscale.ops.triton_operators import TritonOperators
 
 BACKENDS: dict[str, Operators] = {
-    operators.name: operators for operators in (CppOperators(), TritonOperators(), TorchOperators(), Operators())
+    operators.name: operators for operators in (CppOperators(), TritonOperators(), Operators(), ReferenceOperators())
 }
 
 

@@ -1,4 +1,4 @@
-"""The operators in C++ (`operators.cpp`) for float32 and float64 on a CPU; other tensors use `TorchOperators`.
+"""The operators in C++ (`operators.cpp`) for float32 and float64 on a CPU; other tensors use torch's.
 
 The results do not depend on the number of threads.
 """
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from peerscale.ops.adamw import Rates, State
 from peerscale.ops.compiler import CompilerError, library
-from peerscale.ops.operators import Pairs, SortedPairs, TableGradient, candidate_pairs
-from peerscale.ops.torch_operators import TorchOperators
+from peerscale.ops.operators import Operators, candidate_pairs
+from peerscale.ops.pairs import Pairs, SortedPairs, TableGradient, check_rows
+from peerscale.ops.row_sparse_adamw import Rates, State
 
 _ACTIVATIONS = {"gelu": 0, "relu": 1}
 _MOST_TOP_K = 64  # largest top_k of `product_key_search.h`
@@ -24,7 +24,7 @@ _QUERIES_A_PART = 1024  # queries whose sub-key gradients are summed together, i
 _CACHE_BYTES = 2**22  # a table of this size stays in a core's cache
 
 
-class CppOperators(TorchOperators):
+class CppOperators(Operators):
     """See `Operators`."""
 
     name = "cpp"
@@ -38,15 +38,8 @@ class CppOperators(TorchOperators):
             return str(error)
         return None
 
-    def pairs(self, rows_TJ: Tensor, n_rows: int) -> Pairs:
-        if not torch.compiler.is_compiling():
-            _check_rows(rows_TJ, n_rows)
-        return super().pairs(rows_TJ, n_rows)
-
-    def product_key_top_k(self, query_THSC: Tensor, sub_keys_GSNC: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        if not _takes(query_THSC, sub_keys_GSNC) or top_k > _MOST_TOP_K:
-            return super().product_key_top_k(query_THSC, sub_keys_GSNC, top_k)
-        return self.top_k_by_search(query_THSC, sub_keys_GSNC, top_k)
+    def can_search(self, query_THSC: Tensor, sub_keys_GSNC: Tensor, top_k: int) -> bool:
+        return _takes(query_THSC, sub_keys_GSNC) and top_k <= _MOST_TOP_K
 
     def search(self, query_THSC: Tensor, sub_keys_GSNC: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
         (T, H, _, C), (G, _, N, _) = query_THSC.shape, sub_keys_GSNC.shape
@@ -77,23 +70,23 @@ class CppOperators(TorchOperators):
     def cross_entropy_(self, logits_TV: Tensor, targets_T: Tensor, scale: float) -> Tensor:
         if not _takes(logits_TV):
             return super().cross_entropy_(logits_TV, targets_T, scale)
-        _check_rows(targets_T, logits_TV.shape[1])
+        check_rows(targets_T, logits_TV.shape[1])
         losses_T = logits_TV.new_empty(len(logits_TV))
         _run("cross_entropy", logits_TV.dtype, logits_TV, targets_T.contiguous(), losses_T, *logits_TV.shape, scale)
         return losses_T
 
     def rms_norm(self, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        if torch.compiler.is_compiling() or not _takes(x, weight_D):
+        if not _takes(x, weight_D):
             return super().rms_norm(x, weight_D, eps)
         return _RmsNorm.apply(x, weight_D, eps)
 
     def rotary(self, qkv_BT3HC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or not _takes(qkv_BT3HC, cos_TC, sin_TC):
+        if not _takes(qkv_BT3HC, cos_TC, sin_TC):
             return super().rotary(qkv_BT3HC, cos_TC, sin_TC)
         return _Rotary.apply(qkv_BT3HC, cos_TC, sin_TC)
 
     def gate(self, scores_TJ: Tensor, gates_TJ: Tensor, activation: str) -> Tensor:
-        if torch.compiler.is_compiling() or not _takes(scores_TJ, gates_TJ):
+        if not _takes(scores_TJ, gates_TJ):
             return super().gate(scores_TJ, gates_TJ, activation)
         return _Gate.apply(scores_TJ, gates_TJ, _ACTIVATIONS[activation])
 
@@ -102,7 +95,7 @@ class CppOperators(TorchOperators):
             return super().row_dot_products(x_TD, table_ND, pairs)
         T, J, D = *pairs.rows_TJ.shape, x_TD.shape[1]
         out_TJ = x_TD.new_empty(T, J)
-        if pairs.quicker_by_row(x_TD, table_ND, _CACHE_BYTES):
+        if _quicker_by_row(pairs, x_TD, table_ND):
             _run("row_dot_products_by_row", x_TD.dtype, _as_struct(pairs), x_TD, table_ND, out_TJ, D)
         else:
             _run("row_dot_products", x_TD.dtype, x_TD, table_ND, pairs.rows_TJ, out_TJ, T, J, D)
@@ -113,7 +106,7 @@ class CppOperators(TorchOperators):
             return super().weighted_row_sum(table_ND, pairs, weights_TJ)
         T, J, D = *pairs.rows_TJ.shape, table_ND.shape[1]
         out_TD = table_ND.new_empty(T, D)
-        if pairs.quicker_by_row(out_TD, table_ND, _CACHE_BYTES):
+        if _quicker_by_row(pairs, out_TD, table_ND):
             _run("weighted_row_sum_by_row", table_ND.dtype, _as_struct(pairs), table_ND, weights_TJ, out_TD, T, D)
         else:
             _run("weighted_row_sum", table_ND.dtype, table_ND, pairs.rows_TJ, weights_TJ, out_TD, T, J, D)
@@ -253,8 +246,7 @@ def _takes(*tensors: Tensor) -> bool:
     return known and all(tensor.device.type == "cpu" and tensor.dtype == dtype for tensor in tensors)
 
 
-def _check_rows(rows: Tensor, n_rows: int) -> None:
-    if rows.device.type == "cpu" and rows.numel():
-        lowest, highest = rows.aminmax()
-        if lowest < 0 or highest >= n_rows:
-            raise IndexError(f"rows {lowest}..{highest} of a table whose rows are 0..{n_rows - 1}")
+def _quicker_by_row(pairs: Pairs, vectors_TD: Tensor, table_ND: Tensor) -> bool:
+    """Whether it is faster to read each row once and the vectors many times than the other way round."""
+    reads_per_row = pairs.rows_TJ.numel() / pairs.n_rows
+    return reads_per_row >= 2 and table_ND.nbytes > _CACHE_BYTES and table_ND.nbytes > 2 * vectors_TD.nbytes

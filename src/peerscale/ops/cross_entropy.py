@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from peerscale.ops.backends import BACKENDS
 from peerscale.ops.operators import Operators
 
 _LOGITS_AT_ONCE = {"cpu": 2**18}  # a megabyte in float32, which stays in a core's cache between passes
@@ -30,72 +29,40 @@ def linear_cross_entropy(
     device = x_TD.device.type
     if torch.is_autocast_enabled(device):
         x_TD = x_TD.to(torch.get_autocast_dtype(device))
-    if torch.compiler.is_compiling():
-        return _compiled(x_TD, head_VD, targets_T, operators.name, torch.is_grad_enabled())[:2]
     return _LinearCrossEntropy.apply(x_TD, head_VD, targets_T, operators, torch.is_grad_enabled())
 
 
-def _with_gradients(
-    x_TD: Tensor, head_VD: Tensor, targets_T: Tensor, operators: Operators, with_gradients: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The mean, the loss of each token, and the gradients of x and of the head; the products are in the type of x."""
-    (T, V), device, dtype = (len(x_TD), len(head_VD)), x_TD.device.type, x_TD.dtype
-    cast_head_VD = head_VD.to(dtype)
-    losses_T = head_VD.new_empty(T)
-    grad_x, grad_head = torch.empty_like(x_TD), torch.zeros_like(head_VD)
-    step = max(1, _LOGITS_AT_ONCE.get(device, _LOGITS_AT_ONCE_ELSEWHERE) // V)
-    with torch.autocast(device, enabled=False):
-        for start in range(0, T, step):
-            part = slice(start, start + step)
-            logits = (x_TD[part] @ cast_head_VD.T).to(head_VD.dtype)
-            losses_T[part] = operators.cross_entropy_(logits, targets_T[part], 1 / T)
-            if not with_gradients:
-                continue
-            grad_logits = logits.to(dtype)
-            torch.mm(grad_logits, cast_head_VD, out=grad_x[part])
-            if dtype == head_VD.dtype:
-                grad_head.addmm_(grad_logits.T, x_TD[part])
-            else:
-                grad_head += grad_logits.T @ x_TD[part]
-    return losses_T.mean(), losses_T, grad_x, grad_head
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
+    """The products are in the type of x."""
+
     @staticmethod
     def forward(
         ctx: Any, x_TD: Tensor, head_VD: Tensor, targets_T: Tensor, operators: Operators, with_gradients: bool
     ) -> tuple[Tensor, Tensor]:
-        mean, losses_T, *gradients = _with_gradients(x_TD, head_VD, targets_T, operators, with_gradients)
-        ctx.save_for_backward(*gradients)
+        (T, V), device, dtype = (len(x_TD), len(head_VD)), x_TD.device.type, x_TD.dtype
+        cast_head_VD = head_VD.to(dtype)
+        losses_T = head_VD.new_empty(T)
+        grad_x, grad_head = torch.empty_like(x_TD), torch.zeros_like(head_VD)
+        step = max(1, _LOGITS_AT_ONCE.get(device, _LOGITS_AT_ONCE_ELSEWHERE) // V)
+        with torch.autocast(device, enabled=False):
+            for start in range(0, T, step):
+                part = slice(start, start + step)
+                logits = (x_TD[part] @ cast_head_VD.T).to(head_VD.dtype)
+                losses_T[part] = operators.cross_entropy_(logits, targets_T[part], 1 / T)
+                if not with_gradients:
+                    continue
+                grad_logits = logits.to(dtype)
+                torch.mm(grad_logits, cast_head_VD, out=grad_x[part])
+                if dtype == head_VD.dtype:
+                    grad_head.addmm_(grad_logits.T, x_TD[part])
+                else:
+                    grad_head += grad_logits.T @ x_TD[part]
+        ctx.save_for_backward(grad_x, grad_head)
         ctx.mark_non_differentiable(losses_T)
-        return mean, losses_T
+        return losses_T.mean(), losses_T
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         grad_x, grad_head = ctx.saved_tensors
         return grad_x * grads[0], grad_head * grads[0], None, None, None
-
-
-@torch.library.custom_op("peerscale::linear_cross_entropy", mutates_args=())
-def _compiled(
-    x_TD: Tensor, head_VD: Tensor, targets_T: Tensor, kernel: str, with_gradients: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _with_gradients(x_TD, head_VD, targets_T, BACKENDS[kernel], with_gradients)
-
-
-@_compiled.register_fake
-def _(
-    x_TD: Tensor, head_VD: Tensor, targets_T: Tensor, kernel: str, with_gradients: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return head_VD.new_empty(()), head_VD.new_empty(len(x_TD)), torch.empty_like(x_TD), torch.empty_like(head_VD)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[2:])
-    ctx.mark_non_differentiable(*output[1:])
-
-
-_compiled.register_autograd(
-    lambda ctx, grad, *_: (*(part * grad for part in ctx.saved_tensors), None, None, None), setup_context=_keep
-)

@@ -1,111 +1,39 @@
-"""The operators that every backend provides to the models, defined in plain torch (this definition stores every
-gathered row).
+"""The operators that every backend provides to the models, and how they and their gradients are made of a few parts.
+
+The parts here are torch's own: embedding bags, which store no gathered rows and need no compiler. `CppOperators` and
+`TritonOperators` replace parts by faster ones; `ReferenceOperators` has the definition instead.
 
 Shapes: T tokens, D vector width, N rows of a table, J retrieved rows per token (heads x top_k); for product keys H
 heads, S the 2 halves of a key, C half a key's width, N sub-keys per side, G key sets (1, shared by the heads, or H), K
-top_k. A pair (t, j) is a token t and its j-th retrieved row, rows[t, j].
+top_k. Pairs of tokens and rows: see `pairs`.
 
 If vectors have lower precision than a table, such as bf16 and fp32, rows are rounded to the vectors' precision when
 they are read. All products and sums, tensors with a number per pair, and the gradient of the table stay in the table's
 precision; the output and the gradient of the vectors are rounded to the precision of the vectors.
 """
 
-import functools
-import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
-from weakref import WeakValueDictionary
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from peerscale.ops.adamw import Rates, State, update_rows
+from peerscale.ops.pairs import Pairs, SortedPairs, TableGradient, collected_gradients
+from peerscale.ops.rounded import rounded_copy
+from peerscale.ops.row_sparse_adamw import Rates, State, update_rows
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
 """Activations of a single-neuron expert."""
 
-
-@dataclass(frozen=True, slots=True)
-class SortedPairs:
-    """The pairs sorted by row; R different rows."""
-
-    order_P: Tensor
-    """Positions t J + j of the pairs, ascending within a row."""
-    tokens_P: Tensor
-    """Tokens t of the pairs."""
-    starts_R: Tensor
-    """Where the pairs of each row begin in `order_P`, and at the end the number of pairs. A backend may append rows
-    without pairs for its own use."""
-
-
-class Pairs:
-    """The pairs of a batch. They are sorted by row on first use, once for all tables that are read with them."""
-
-    def __init__(self, operators: "Operators", rows_TJ: Tensor, n_rows: int) -> None:
-        self.operators, self.rows_TJ, self.n_rows = operators, rows_TJ.long().contiguous(), n_rows
-
-    @functools.cached_property
-    def by_row(self) -> SortedPairs:
-        return self.operators.sort_pairs(self)
-
-    def quicker_by_row(self, vectors_TD: Tensor, table_ND: Tensor, cache_bytes: int) -> bool:
-        """Whether it is faster to read each row once and the vectors many times than the other way round."""
-        reads_per_row = self.rows_TJ.numel() / self.n_rows
-        return reads_per_row >= 2 and table_ND.nbytes > cache_bytes and table_ND.nbytes > 2 * vectors_TD.nbytes
-
-
-@dataclass(frozen=True, slots=True)
-class TableGradient:
-    """The gradient of a table as factors, whose size depends on the batch but not on the table.
-
-    Row n of the gradient is the sum of coefficients[t, j] vectors[t] over the pairs (t, j) of row n.
-    """
-
-    pairs: Pairs
-    coefficients_TJ: Tensor
-    vectors_TD: Tensor
-
-
-class _Collected(list[TableGradient]):
-    """A list that can have weak references, unlike a plain list."""
-
-
-NUMBERED: WeakValueDictionary[int, _Collected] = WeakValueDictionary()
-"""The lists of collected gradients by number; operators of `torch.library` take the number instead of the list."""
-_numbers = itertools.count(1)
-
-
-def collect_row_gradients(table: nn.Parameter) -> None:
-    """Make backward passes keep the gradient of `table` as factors and not set `table.grad`; for a row-sparse optimiser
-    or for the exchange between ranks.
-    """
-    table.collected_number = next(_numbers)  # type: ignore[attr-defined]
-    table.collected_gradients = NUMBERED[table.collected_number] = _Collected()  # type: ignore[attr-defined]
-
-
-def collected_gradients(table: Tensor) -> list[TableGradient] | None:
-    """The list to which every backward pass appends its gradient of `table`; None if it goes to `table.grad`."""
-    return getattr(table, "collected_gradients", None)
-
-
-def total_gradient(parts: list[TableGradient]) -> TableGradient | None:
-    """The sum of collected gradients; None if there was no backward pass."""
-    if len(parts) < 2:
-        return parts[0] if parts else None
-    first = parts[0].pairs
-    return TableGradient(
-        Pairs(first.operators, torch.cat([part.pairs.rows_TJ for part in parts]), first.n_rows),
-        torch.cat([part.coefficients_TJ for part in parts]),
-        torch.cat([part.vectors_TD for part in parts]),
-    )
+_SUM = 0  # embedding_bag's mode
 
 
 class Operators:
-    """A backend; this one is the definition. The first five operators are differentiable in all floating-point
-    arguments."""
+    """A backend. The first five operators are differentiable in all floating-point arguments."""
 
-    name = "reference"
+    name = "torch"
     """The backend's name in `trainer.kernel`."""
 
     def obstacle(self, device: str) -> str | None:
@@ -116,9 +44,10 @@ class Operators:
         self, x_TD: Tensor, w_down_ND: Tensor, w_up_ND: Tensor, rows_TJ: Tensor, gates_TJ: Tensor, activation: str
     ) -> Tensor:
         """y[t] = sum_j gates[t, j] sigma(<x[t], w_down[i]>) w_up[i], i = rows[t, j] (PEER, equations 6 and 7)."""
-        w_down_TJD = _rounded(w_down_ND[rows_TJ], x_TD.dtype)
-        hidden_TJ = ACTIVATIONS[activation](torch.einsum("td,tjd->tj", x_TD.to(w_down_ND.dtype), w_down_TJD))
-        return self.weighted_rows(w_up_ND, rows_TJ, hidden_TJ * gates_TJ, x_TD.dtype)
+        pairs, dtype = Pairs(self, rows_TJ, len(w_down_ND)), x_TD.dtype
+        down_ND, up_ND = self.rounded(w_down_ND, dtype), self.rounded(w_up_ND, dtype)
+        scores_TJ = _RowDotProducts.apply(x_TD.to(down_ND.dtype), w_down_ND, down_ND, pairs)
+        return _WeightedRowSum.apply(self.gate(scores_TJ, gates_TJ, activation), w_up_ND, up_ND, pairs).to(dtype)
 
     def weighted_rows(
         self, table_ND: Tensor, rows_TJ: Tensor, weights_TJ: Tensor, dtype: torch.dtype | None = None
@@ -127,8 +56,8 @@ class Operators:
 
         `dtype` is the type of y and the precision to which rows are rounded; None: the table's.
         """
-        dtype = dtype or table_ND.dtype
-        return torch.einsum("tj,tjd->td", weights_TJ, _rounded(table_ND[rows_TJ], dtype)).to(dtype)
+        pairs, dtype = Pairs(self, rows_TJ, len(table_ND)), dtype or table_ND.dtype
+        return _WeightedRowSum.apply(weights_TJ, table_ND, self.rounded(table_ND, dtype), pairs).to(dtype)
 
     def product_key_top_k(self, query_THSC: Tensor, sub_keys_GSNC: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """For each token and head the K largest sums of a first-side and a second-side score <query half, sub-key>.
@@ -136,6 +65,8 @@ class Operators:
         Returns the scores and the rows i N + j of the sub-key pairs (i, j), both (T, H, K), best first, equal ones in a
         fixed order. The search follows PEER, section 2, equations 4 and 5.
         """
+        if self.can_search(query_THSC, sub_keys_GSNC, top_k):
+            return _ProductKeyTopK.apply(query_THSC, sub_keys_GSNC, top_k, self)
         n_keys = sub_keys_GSNC.shape[2]
         first, second = (torch.tensor(ranks, device=query_THSC.device) for ranks in candidate_pairs(top_k))
         best, sub_key = _sub_key_scores(query_THSC, sub_keys_GSNC).topk(top_k, dim=-1)
@@ -168,15 +99,35 @@ class Operators:
         logits_TV.scatter_add_(1, targets_T1, logits_TV.new_full(targets_T1.shape, -1.0)).mul_(scale)
         return -log_probabilities_TV.gather(1, targets_T1).squeeze(1)
 
-    # The parts from which other backends build the operators and their gradients; contiguous tensors, no autograd.
+    # The parts of the operators; contiguous tensors, and no autograd but in `gate`.
+
+    def rounded(self, table_ND: Tensor, dtype: torch.dtype) -> Tensor:
+        """The table rounded to `dtype`, as the operators read it.
+
+        It is stored in the table's type, since embedding bags and the C++ operators compute in the type of their input.
+        """
+        return rounded_copy(table_ND, dtype, table_ND.dtype)
+
+    def gate(self, scores_TJ: Tensor, gates_TJ: Tensor, activation: str) -> Tensor:
+        """gates sigma(scores), differentiable."""
+        return ACTIVATIONS[activation](scores_TJ) * gates_TJ
 
     def row_dot_products(self, x_TD: Tensor, table_ND: Tensor, pairs: Pairs) -> Tensor:
-        """s[t, j] = <x[t], table[rows[t, j]]>."""
-        return torch.einsum("td,tjd->tj", x_TD, table_ND[pairs.rows_TJ])
+        """s[t, j] = <x[t], table[rows[t, j]]>: the gradient of an embedding bag's weights."""
+        rows_TJ = pairs.rows_TJ
+        T, J = rows_TJ.shape
+        if T * J == 0:
+            return x_TD.new_zeros(T, J)
+        offsets = torch.arange(0, T * J, J, device=x_TD.device)
+        scores = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            x_TD, table_ND, rows_TJ.view(-1), offsets, _tokens(rows_TJ), _SUM
+        )
+        return scores.view(T, J)
 
     def weighted_row_sum(self, table_ND: Tensor, pairs: Pairs, weights_TJ: Tensor) -> Tensor:
         """y[t] = sum_j weights[t, j] table[rows[t, j]]."""
-        return torch.einsum("tj,tjd->td", weights_TJ, table_ND[pairs.rows_TJ])
+        weights_TJ = weights_TJ.to(table_ND.dtype)
+        return F.embedding_bag(pairs.rows_TJ, table_ND, mode="sum", per_sample_weights=weights_TJ)
 
     def sort_pairs(self, pairs: Pairs) -> SortedPairs:
         """The pairs sorted by row."""
@@ -186,15 +137,111 @@ class Operators:
 
     def table_gradient(self, gradient: TableGradient) -> Tensor:
         """The full gradient (N, D)."""
-        pairs, vectors_TD = gradient.pairs, gradient.vectors_TD
-        parts_TJD = torch.einsum("tj,td->tjd", gradient.coefficients_TJ, vectors_TD)
-        table_ND = vectors_TD.new_zeros(pairs.n_rows, vectors_TD.shape[1])
-        return table_ND.index_add(0, pairs.rows_TJ.view(-1), parts_TJD.flatten(0, 1))
+        rows_TJ, n_rows = gradient.pairs.rows_TJ, gradient.pairs.n_rows
+        vectors_TD = gradient.vectors_TD.to(gradient.coefficients_TJ.dtype)
+        T, J = rows_TJ.shape
+        if T * J == 0:
+            return vectors_TD.new_zeros(n_rows, vectors_TD.shape[1])
+        sizes = torch.full((T,), J, device=rows_TJ.device)
+        return torch.ops.aten._embedding_bag_dense_backward(
+            vectors_TD, rows_TJ.view(-1), _tokens(rows_TJ), sizes, sizes.new_empty(0), n_rows, False, _SUM,
+            gradient.coefficients_TJ.view(-1), -1,
+        )  # fmt: skip
 
     def adamw_rows(self, gradient: TableGradient, table_ND: Tensor, state: State, rates: Rates) -> None:
-        """Apply `adamw.update_rows` to the rows that have pairs."""
-        rows_R = gradient.pairs.rows_TJ.unique()
-        update_rows(table_ND, state, rows_R, self.table_gradient(gradient)[rows_R], rates)
+        """Apply `row_sparse_adamw.update_rows` to the rows that have pairs."""
+        by_row = gradient.pairs.by_row
+        # The gradient of a row is also a weighted sum of rows: of the token vectors of its pairs.
+        weights = gradient.coefficients_TJ.view(-1)[by_row.order_P]
+        begin = by_row.starts_R[:-1]
+        begin = begin[begin < len(by_row.order_P)]  # without the empty rows that a backend may append
+        vectors_TD = gradient.vectors_TD.to(weights.dtype)
+        gradient_RD = F.embedding_bag(by_row.tokens_P, vectors_TD, begin, mode="sum", per_sample_weights=weights)
+        rows_R = gradient.pairs.rows_TJ.view(-1)[by_row.order_P[begin]]
+        update_rows(table_ND, state, rows_R, gradient_RD, rates)
+
+    def can_search(self, query_THSC: Tensor, sub_keys_GSNC: Tensor, top_k: int) -> bool:
+        """Whether `search` and its gradients are there for such tensors."""
+        return False
+
+    def search(self, query_THSC: Tensor, sub_keys_GSNC: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores and rows of the top k, and the sub-keys of both sides that make them up, (T, H, 2, K) in int32."""
+        raise NotImplementedError
+
+    def search_gradients(
+        self, grad_THK: Tensor, query_THSC: Tensor, sub_keys_GSNC: Tensor, sub_keys_THSK: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of queries and sub-keys, from the gradients of the scores and the sub-keys found."""
+        raise NotImplementedError
+
+
+class _RowDotProducts(torch.autograd.Function):
+    """`row_dot_products` with the rows of `read_ND`, the rounded table; the gradient is the table's."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, table_ND: Tensor, read_ND: Tensor, pairs: Pairs) -> Tensor:
+        x_TD, read_ND = x_TD.contiguous(), read_ND.contiguous()
+        ctx.save_for_backward(x_TD, read_ND)
+        ctx.pairs, ctx.collected = pairs, collected_gradients(table_ND)
+        return pairs.operators.row_dot_products(x_TD, read_ND, pairs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        (x_TD, read_ND), grad_TJ = ctx.saved_tensors, grads[0].contiguous()
+        grad_x = ctx.pairs.operators.weighted_row_sum(read_ND, ctx.pairs, grad_TJ) if ctx.needs_input_grad[0] else None
+        return grad_x, _table_gradient(ctx, grad_TJ, x_TD), None, None
+
+
+class _WeightedRowSum(torch.autograd.Function):
+    """`weighted_row_sum` of the rows of `read_ND`, the rounded table; the gradient is the table's."""
+
+    @staticmethod
+    def forward(ctx: Any, weights_TJ: Tensor, table_ND: Tensor, read_ND: Tensor, pairs: Pairs) -> Tensor:
+        weights_TJ, read_ND = weights_TJ.contiguous(), read_ND.contiguous()
+        ctx.save_for_backward(weights_TJ, read_ND)
+        ctx.pairs, ctx.collected = pairs, collected_gradients(table_ND)
+        return pairs.operators.weighted_row_sum(read_ND, pairs, weights_TJ)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        (weights_TJ, read_ND), grad_TD = ctx.saved_tensors, grads[0].contiguous()
+        grad_weights = None
+        if ctx.needs_input_grad[0]:
+            grad_weights = ctx.pairs.operators.row_dot_products(grad_TD, read_ND, ctx.pairs)
+        return grad_weights, _table_gradient(ctx, weights_TJ, grad_TD), None, None
+
+
+def _table_gradient(ctx: Any, coefficients_TJ: Tensor, vectors_TD: Tensor) -> Tensor | None:
+    """The table's gradient for autograd; None if it is not asked for, or is collected as factors."""
+    if not ctx.needs_input_grad[1]:
+        return None
+    gradient = TableGradient(ctx.pairs, coefficients_TJ, vectors_TD)
+    if ctx.collected is None:
+        return ctx.pairs.operators.table_gradient(gradient)
+    ctx.collected.append(gradient)
+    return None
+
+
+class _ProductKeyTopK(torch.autograd.Function):
+    """The top k; the time of its gradients grows with the number of retrieved sub-keys, not of all sub-keys."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query_THSC: Tensor, sub_keys_GSNC: Tensor, top_k: int, operators: Operators
+    ) -> tuple[Tensor, Tensor]:
+        query_THSC, sub_keys_GSNC = query_THSC.contiguous(), sub_keys_GSNC.contiguous()
+        scores_THK, rows_THK, sub_keys_THSK = operators.search(query_THSC, sub_keys_GSNC, top_k)
+        ctx.save_for_backward(query_THSC, sub_keys_GSNC, sub_keys_THSK)
+        ctx.operators = operators
+        ctx.mark_non_differentiable(rows_THK)
+        return scores_THK, rows_THK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        return *ctx.operators.search_gradients(grads[0].contiguous(), *ctx.saved_tensors), None, None
 
 
 def candidate_pairs(top_k: int) -> tuple[list[int], list[int]]:
@@ -207,13 +254,6 @@ def candidate_pairs(top_k: int) -> tuple[list[int], list[int]]:
     return [i for i, _ in pairs], [j for _, j in pairs]
 
 
-def _rounded(rows_TJD: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round to the nearest numbers of `dtype`; the gradient passes unrounded."""
-    if rows_TJD.dtype == dtype:
-        return rows_TJD
-    return rows_TJD + (rows_TJD.to(dtype) - rows_TJD).detach()
-
-
 def _sub_key_scores(query_THSC: Tensor, sub_keys_GSNC: Tensor) -> Tensor:
     """Scores of both query halves with the sub-keys of their side: (S, T, H, N)."""
     T, H, _, C = query_THSC.shape
@@ -222,3 +262,9 @@ def _sub_key_scores(query_THSC: Tensor, sub_keys_GSNC: Tensor) -> Tensor:
         scores = query_STHC.reshape(2, T * H, C) @ sub_keys_GSNC[0].transpose(-1, -2)
         return scores.view(2, T, H, sub_keys_GSNC.shape[2])
     return torch.einsum("sthc,hsnc->sthn", query_STHC, sub_keys_GSNC)
+
+
+def _tokens(rows_TJ: Tensor) -> Tensor:
+    """The token of each pair."""
+    T, J = rows_TJ.shape
+    return torch.arange(T, device=rows_TJ.device).repeat_interleave(J)

@@ -1,5 +1,7 @@
 """Copies of tables in half precision, for the operators that read them; kept until the table changes."""
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -8,9 +10,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 # For each table: what its copy was made from, and the copy. It is not part of the model, checkpoints or pickles, and is
 # deleted with the table.
 _copies = WeakTensorKeyDictionary()
-
-# torch's fused optimisers, and kernels that work on addresses, do not increase a tensor's version.
-register_optimizer_step_post_hook(lambda *_: _copies.clear())
 
 
 def rounded_copy(table: Tensor, dtype: torch.dtype, kept_in: torch.dtype) -> Tensor:
@@ -21,11 +20,19 @@ def rounded_copy(table: Tensor, dtype: torch.dtype, kept_in: torch.dtype) -> Ten
     """
     if table.dtype == dtype:
         return table.detach()
-    if torch.compiler.is_compiling() or table.is_inference():  # these have no versions
+    if table.is_inference():  # it has no version
         return table.detach().to(dtype).to(kept_in)
+    _watch_optimisers()
     made_of = (dtype, kept_in, table.device, table.data_ptr(), table._version)
     if _copies.get(table, (None,))[0] != made_of:
         _copies.pop(table, None)  # so that two copies never exist at once
         with torch.inference_mode(False), torch.no_grad():  # a copy made in evaluation may be used in training
             _copies[table] = (made_of, table.to(dtype).to(kept_in))
     return _copies[table][1]
+
+
+@functools.cache
+def _watch_optimisers() -> None:
+    """From the first copy on, forget all copies when any optimiser steps: torch's fused optimisers, and kernels that
+    work on addresses, do not increase a tensor's version."""
+    register_optimizer_step_post_hook(lambda *_: _copies.clear())

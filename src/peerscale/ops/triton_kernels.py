@@ -6,49 +6,17 @@ share a row. All arrays are contiguous. `order` holds the positions t J + j of t
 atomic additions: one program computes each sum, in a fixed order.
 """
 
-import torch
 import triton  # pyrefly: ignore[missing-import]
 import triton.language as tl  # pyrefly: ignore[missing-import]
-from triton import Config  # pyrefly: ignore[missing-import]
 
-_CONFIGS = [
-    Config({"BLOCK_P": block_p, "BLOCK_D": block_d}, num_warps=warps)
-    for block_p, block_d, warps in (
-        (16, 64, 4), (16, 128, 4), (16, 256, 8), (32, 64, 4), (32, 128, 8), (64, 64, 8),
-        (1, 512, 2), (4, 128, 2), (4, 256, 2), (4, 512, 4),
-    )
-]  # fmt: skip
 _BY_TOKEN, _BY_ROW = tl.constexpr(False), tl.constexpr(True)
 
 
-def _candidates(configs: list[Config], *_: object, **__: object) -> list[Config]:
-    """All configurations, or a single one if results must not depend on timing (block sizes set the order of sums)."""
-    return configs[:1] if torch.are_deterministic_algorithms_enabled() else configs
-
-
-def _tuned(*key: str):
-    """Try all configurations for new values of the `key` arguments, and keep the fastest on disk for later processes.
-
-    Triton's interpreter does not tune.
-    """
-    configs = _CONFIGS[:1] if triton.knobs.runtime.interpret else _CONFIGS
-    return triton.autotune(configs, [*key], {"early_config_prune": _candidates}, cache_results=True)
-
-
-@_tuned("D", "BY_ROW")
 @triton.jit
-def row_dot_products(
-    x, table, rows, order, out, P, J, D, BY_ROW: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    """out[t, j] = <x[t], table[rows[t, j]]>, computed in the order of the tokens, or by row.
-
-    By row, programs that run at the same time read the same rows, so that each row is loaded from memory once.
-    """
-    place = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    known = place < P
-    pair = place
-    if BY_ROW:
-        pair = tl.load(order + place, known, 0)
+def row_dot_products(x, table, rows, out, P, J, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+    """out[t, j] = <x[t], table[rows[t, j]]>; one program per block of pairs."""
+    pair = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    known = pair < P
     row = tl.load(rows + pair, known, 0)
     token = (pair // J).to(tl.int64)
     products = tl.zeros((BLOCK_P, BLOCK_D), out.dtype.element_ty)
@@ -60,7 +28,6 @@ def row_dot_products(
     tl.store(out + pair, tl.sum(products, 1), known)
 
 
-@_tuned("D", "J")
 @triton.jit
 def weighted_row_sum(table, rows, weights, out, J, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
     """out[t] = sum_j weights[t, j] table[rows[t, j]]; one program per token and block of columns."""
@@ -71,11 +38,9 @@ def weighted_row_sum(table, rows, weights, out, J, D, BLOCK_P: tl.constexpr, BLO
     tl.store(out + token * D + column, total, column < D)
 
 
-@_tuned("D", "PAIRS_A_ROW")
 @triton.jit
 def table_gradient(
-    coefficients, vectors, rows, order, starts, out, J, D, PAIRS_A_ROW,
-    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    coefficients, vectors, rows, order, starts, out, J, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """out[n] = sum of coefficients[t, j] vectors[t] over the pairs (t, j) of row n; other rows do not change."""
     begin, end = tl.load(starts + tl.program_id(0)), tl.load(starts + tl.program_id(0) + 1)
@@ -83,31 +48,6 @@ def table_gradient(
         column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         total = _weighted_sum(vectors, rows, order, coefficients, begin, end, column, J, D, _BY_ROW, BLOCK_P, BLOCK_D)
         tl.store(out + tl.load(rows + tl.load(order + begin)) * D + column, total, column < D)
-
-
-@triton.jit
-def adamw_rows(
-    coefficients, vectors, rows, order, starts, table, mean, square, size, scale, keep, J, D,
-    beta1: tl.constexpr, beta2: tl.constexpr, eps: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """An AdamW step of the rows that have pairs; a row's gradient stays in registers.
-
-    `size` and `scale` are the bias corrections of each run's row, lr / (1 - beta1^steps) and (1 - beta2^steps)^-1/2;
-    `keep` is 1 minus the decay.
-    """
-    run = tl.program_id(0)
-    begin, end = tl.load(starts + run), tl.load(starts + run + 1)
-    if begin < end:
-        column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        g = _weighted_sum(vectors, rows, order, coefficients, begin, end, column, J, D, _BY_ROW, BLOCK_P, BLOCK_D)
-        at = tl.load(rows + tl.load(order + begin)) * D + column
-        known = column < D
-        m = beta1 * tl.load(mean + at, known, 0).to(g.dtype) + (1 - beta1) * g
-        v = beta2 * tl.load(square + at, known, 0).to(g.dtype) + (1 - beta2) * g * g
-        step = tl.load(size + run) * m / (tl.sqrt(v) * tl.load(scale + run) + eps)
-        tl.store(mean + at, m, known)
-        tl.store(square + at, v, known)
-        tl.store(table + at, tl.load(keep) * tl.load(table + at, known, 0) - step, known)
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """The operators in Triton (`triton_kernels`, `triton_top_k`) for tensors on a GPU.
 
-Other tensors, and empty batches, use `TorchOperators`.
+Other tensors, and empty batches, use torch's operators, and so does row-sparse AdamW: on a GPU a batch reads every row
+so often that updating the others too, with `table_gradient` and torch's fused AdamW, costs little.
 
 Half-precision vectors and rows are multiplied and summed in float32; scores and coefficients of pairs stay in float32.
 Memory beyond the tables is O(T (D + J)). No operator waits for the GPU or checks row numbers.
@@ -9,25 +10,20 @@ Memory beyond the tables is O(T (D + J)). No operator waits for the GPU or check
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from peerscale.ops.adamw import Rates, State
-from peerscale.ops.operators import Pairs, SortedPairs, TableGradient, candidate_pairs
+from peerscale.ops.operators import Operators, candidate_pairs
+from peerscale.ops.pairs import Pairs, SortedPairs, TableGradient
 from peerscale.ops.rounded import rounded_copy
-from peerscale.ops.torch_operators import TorchOperators
 
-_CACHE_BYTES = 2**25  # a table of this size stays in the cache of a large GPU
-_ADAMW_BLOCKS = {"BLOCK_P": 8, "BLOCK_D": 256, "num_warps": 4}  # not tuned, since each trial would update the table
 _MOST_TOP_K = 64  # largest top_k of `triton_top_k`, which keeps the best of both sides in registers
 _FLOAT32_AT_MOST = (torch.float32, torch.bfloat16, torch.float16)  # types that search and cross-entropy support
 
 
-class TritonOperators(TorchOperators):
+class TritonOperators(Operators):
     """See `Operators`."""
 
     name = "triton"
@@ -39,20 +35,17 @@ class TritonOperators(TorchOperators):
             return "there is no package triton: pip install 'peerscale[gpu]'"
         return None
 
-    def product_key_top_k(self, query_THSC: Tensor, sub_keys_GSNC: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    def can_search(self, query_THSC: Tensor, sub_keys_GSNC: Tensor, top_k: int) -> bool:
+        known = query_THSC.dtype == sub_keys_GSNC.dtype and query_THSC.dtype in _FLOAT32_AT_MOST
+        return known and _takes(query_THSC) and top_k <= min(_MOST_TOP_K, sub_keys_GSNC.shape[2])
+
+    def search(self, query_THSC: Tensor, sub_keys_GSNC: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
         """See `Operators`; the scores (T, H, 2, N) are never stored.
 
         Half-precision numbers are multiplied exactly. Float32 numbers are multiplied in three products of tf32, about
         as exact as float32, or in a single one if torch's float32 matmul precision is not "highest". Sums and returned
-        scores are float32. For equal scores the lower sub-key comes first. Float64, top_k above 64 and other devices
-        use `TorchOperators`.
+        scores are float32. For equal scores the lower sub-key comes first.
         """
-        known = query_THSC.dtype == sub_keys_GSNC.dtype and query_THSC.dtype in _FLOAT32_AT_MOST
-        if not (known and _takes(query_THSC) and top_k <= min(_MOST_TOP_K, sub_keys_GSNC.shape[2])):
-            return super().product_key_top_k(query_THSC, sub_keys_GSNC, top_k)
-        return self.top_k_by_search(query_THSC, sub_keys_GSNC, top_k)
-
-    def search(self, query_THSC: Tensor, sub_keys_GSNC: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
         (T, H, _, C), (G, _, N, _), K = query_THSC.shape, sub_keys_GSNC.shape, top_k
         scores_THK = query_THSC.new_empty(T, H, K, dtype=torch.float32)
         rows_THK = query_THSC.new_empty(T, H, K, dtype=torch.long)
@@ -60,13 +53,13 @@ class TritonOperators(TorchOperators):
         tokens = T * H // G
         grid = (-(-tokens // constants["BLOCK_M"]), G)
         arrays = (query_THSC, sub_keys_GSNC, scores_THK, rows_THK)
-        _launch("product_key_top_k", lambda _: grid, *arrays, tokens, module="triton_top_k", **constants)
+        _launch("product_key_top_k", grid, *arrays, tokens, module="triton_top_k", **constants)
         return scores_THK, rows_THK, torch.stack([rows_THK // N, rows_THK % N], dim=2).int()
 
     def search_gradients(
         self, grad_THK: Tensor, query_THSC: Tensor, sub_keys_GSNC: Tensor, sub_keys_THSK: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """See `TorchOperators`; computed with the operators on rows.
+        """See `Operators`; computed with the operators on rows.
 
         All sub-keys form one table of G S N rows, and each half of a query is a token that reads K of these rows.
         """
@@ -85,7 +78,7 @@ class TritonOperators(TorchOperators):
             return super().cross_entropy_(logits_TV, targets_T, scale)
         (T, V), losses_T = logits_TV.shape, logits_TV.new_empty(len(logits_TV))
         blocks = {"BLOCK_V": min(4096, _power_of_two(V)), "num_warps": 8}
-        _launch("cross_entropy", lambda _: (T,), logits_TV, targets_T.contiguous(), losses_T, V, scale, **blocks)
+        _launch("cross_entropy", (T,), logits_TV, targets_T.contiguous(), losses_T, V, scale, **blocks)
         return losses_T
 
     def rounded(self, table_ND: Tensor, dtype: torch.dtype) -> Tensor:
@@ -96,11 +89,9 @@ class TritonOperators(TorchOperators):
         if not _takes(rows_TJ):
             return super().row_dot_products(x_TD, table_ND, pairs)
         (T, J), D = rows_TJ.shape, x_TD.shape[1]
-        by_row = pairs.quicker_by_row(x_TD, table_ND, _CACHE_BYTES)
-        out_TJ = x_TD.new_empty(T, J, dtype=_summed_in(x_TD))
-        order = pairs.by_row.order_P if by_row else rows_TJ
-        tensors = (x_TD, table_ND, rows_TJ, order, out_TJ)
-        _launch("row_dot_products", lambda size: (-(-T * J // size["BLOCK_P"]),), *tensors, T * J, J, D, BY_ROW=by_row)
+        out_TJ, blocks = x_TD.new_empty(T, J, dtype=_summed_in(x_TD)), blocks_of(D)
+        grid = (-(-T * J // blocks["BLOCK_P"]),)
+        _launch("row_dot_products", grid, x_TD, table_ND, rows_TJ, out_TJ, T * J, J, D, **blocks)
         return out_TJ
 
     def weighted_row_sum(self, table_ND: Tensor, pairs: Pairs, weights_TJ: Tensor) -> Tensor:
@@ -109,7 +100,7 @@ class TritonOperators(TorchOperators):
         (T, J), D = pairs.rows_TJ.shape, table_ND.shape[1]
         out_TD = table_ND.new_empty(T, D)
         tensors = (table_ND, pairs.rows_TJ, weights_TJ.to(_summed_in(table_ND)), out_TD)
-        _launch("weighted_row_sum", _columns(T, D), *tensors, J, D)
+        _launch("weighted_row_sum", _by_columns(T, D), *tensors, J, D, **blocks_of(D))
         return out_TD
 
     def sort_pairs(self, pairs: Pairs) -> SortedPairs:
@@ -125,31 +116,29 @@ class TritonOperators(TorchOperators):
     def table_gradient(self, gradient: TableGradient) -> Tensor:
         if not _takes(gradient.pairs.rows_TJ):
             return super().table_gradient(gradient)
-        n_rows = gradient.pairs.n_rows
-        vectors_TD = gradient.vectors_TD
-        out_ND = vectors_TD.new_zeros(n_rows, vectors_TD.shape[1], dtype=_summed_in(vectors_TD))
-        tensors, grid, (J, D) = _by_runs(gradient)
-        pairs_a_row = (gradient.pairs.rows_TJ.numel() // n_rows).bit_length()
-        _launch("table_gradient", grid, *tensors, out_ND, J, D, pairs_a_row)
+        pairs, runs, vectors_TD = gradient.pairs, gradient.pairs.by_row, gradient.vectors_TD
+        J, D, dtype = pairs.rows_TJ.shape[1], vectors_TD.shape[1], _summed_in(vectors_TD)
+        out_ND = vectors_TD.new_zeros(pairs.n_rows, D, dtype=dtype)
+        tensors = (gradient.coefficients_TJ.to(dtype), vectors_TD, pairs.rows_TJ, runs.order_P, runs.starts_R, out_ND)
+        _launch("table_gradient", _by_columns(len(runs.starts_R) - 1, D), *tensors, J, D, **blocks_of(D))
         return out_ND
 
-    def adamw_rows(self, gradient: TableGradient, table_ND: Tensor, state: State, rates: Rates) -> None:
-        changed, lr, (beta1, beta2) = (table_ND, state["exp_avg"], state["exp_avg_sq"]), rates["lr"], rates["betas"]
-        if not (_takes(gradient.pairs.rows_TJ) and all(tensor.is_contiguous() for tensor in changed)):
-            return super().adamw_rows(gradient, table_ND, state, rates)
-        rows_P, runs = gradient.pairs.rows_TJ.view(-1), gradient.pairs.by_row
-        # Empty runs point to the last row again, whose step count is then written twice.
-        rows_R = rows_P[runs.order_P[runs.starts_R[:-1].clamp(max=len(rows_P) - 1)]]
-        steps_R = state["step"][rows_R] + 1
-        state["step"][rows_R] = steps_R
-        # In float64, since 1 - beta^steps is small at first.
-        size_R = lr / (1 - beta1 ** steps_R.double())
-        scale_R = (1 - beta2 ** steps_R.double()).rsqrt()
-        keep = size_R.new_full((1,), 1 - lr * rates["weight_decay"])
-        factors = (tensor.to(_summed_in(table_ND)) for tensor in (size_R, scale_R, keep))
-        tensors, grid, widths = _by_runs(gradient)
-        constants = {"beta1": beta1, "beta2": beta2, "eps": rates["eps"], **_ADAMW_BLOCKS}
-        _launch("adamw_rows", grid, *tensors, *changed, *factors, *widths, **constants)
+
+def blocks_of(D: int) -> dict[str, Any]:
+    """Block sizes and warps of the kernels on rows of D numbers.
+
+    They depend on the width alone, since block sizes set the order of sums. Not measured on a GPU yet.
+    """
+    if D <= 64:
+        return {"BLOCK_P": 16, "BLOCK_D": 64, "num_warps": 4}
+    if D <= 128:
+        return {"BLOCK_P": 16, "BLOCK_D": 128, "num_warps": 4}
+    return {"BLOCK_P": 4, "BLOCK_D": 256, "num_warps": 2}
+
+
+def _by_columns(n: int, D: int) -> tuple[int, int]:
+    """A grid of n programs by blocks of columns."""
+    return n, -(-D // blocks_of(D)["BLOCK_D"])
 
 
 def search_constants(dtype: torch.dtype, N: int, C: int, G: int, K: int) -> dict[str, Any]:
@@ -187,25 +176,9 @@ def _summed_in(vectors: Tensor) -> torch.dtype:
     return torch.promote_types(vectors.dtype, torch.float32)
 
 
-def _by_runs(gradient: TableGradient) -> tuple[tuple[Tensor, ...], Callable[..., tuple[int, ...]], tuple[int, int]]:
-    """First arguments of the kernels with one program per run: their tensors, grid, and (J, D)."""
-    pairs, runs, vectors_TD = gradient.pairs, gradient.pairs.by_row, gradient.vectors_TD
-    J, D = pairs.rows_TJ.shape[1], vectors_TD.shape[1]
-    coefficients_TJ = gradient.coefficients_TJ.to(_summed_in(vectors_TD))
-    tensors = (coefficients_TJ, vectors_TD, pairs.rows_TJ, runs.order_P, runs.starts_R)
-    return tensors, _columns(len(runs.starts_R) - 1, D), (J, D)
-
-
-def _columns(n: int, D: int) -> Callable[[dict[str, int]], tuple[int, int]]:
-    """A grid of n programs by blocks of columns."""
-    return lambda size: (n, -(-D // size["BLOCK_D"]))
-
-
 def _launch(
-    kernel: str, grid: Callable[..., tuple[int, ...]], *arguments: Any, module: str = "triton_kernels", **constants: Any
+    kernel: str, grid: tuple[int, ...], *arguments: Any, module: str = "triton_kernels", **constants: Any
 ) -> None:
-    if isinstance(arguments[0], FakeTensor):
-        return
     # Imported here, since Triton may not be installed.
     kernels = importlib.import_module(f"peerscale.ops.{module}")
 

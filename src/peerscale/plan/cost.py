@@ -46,7 +46,7 @@ class Cost:
 
 def cost(config: Config) -> Cost:
     """Parameters and training FLOPs per token; a test compares them with the built model."""
-    d, n_layers = config.size.d_model, config.size.n_layers
+    d, n_layers = config.d_model, config.n_layers
     layer, n_replaced = config.ffn.cost(config.surroundings), len(config.replaced_blocks)
     dense, n_dense = parse_layer({"method": "dense"}).cost(config.surroundings), n_layers - n_replaced
     params = {

@@ -13,8 +13,10 @@ LOGITS_BYTES = 2**30
 """For the slices of logits and their gradients that a GPU holds at once (`kernels.cross_entropy`)."""
 
 
-def device_memory(config: Config) -> dict[str, int]:
+def device_memory(config: Config, micro_batches: int | None = None) -> dict[str, int]:
     """Bytes that training takes on one device, by purpose; an estimate that ignores the allocator's overhead.
+
+    `micro_batches` is the number of parts in which the batch is computed; None: `trainer.micro_batches`.
 
     `state` is `STATE_BYTES` per parameter and, with precision bf16, 2 bytes more per parameter of an expert table, for
     its bf16 copy. `activations` is what one micro-batch keeps for its backward pass: per token and block 9 d_model
@@ -22,7 +24,7 @@ def device_memory(config: Config) -> dict[str, int]:
     Activation checkpointing keeps the inputs of attention and dense layers, and temporarily all of one block.
     """
     around, bytes_each = config.surroundings, 2 if config.precision == "bf16" else 4
-    d_model, n_layers = config.size.d_model, config.size.n_layers
+    d_model, n_layers = config.d_model, config.n_layers
     layer, dense = config.ffn.saved_numbers(around), parse_layer(DENSE).saved_numbers(around)
     n_replaced = len(config.replaced_blocks)
     numbers = n_layers * 9 * d_model + n_replaced * layer + (n_layers - n_replaced) * dense
@@ -32,7 +34,8 @@ def device_memory(config: Config) -> dict[str, int]:
             kept, dense = 0, max(layer, dense)
         numbers = n_layers * 2 * d_model + kept + 9 * d_model + dense
     n_copied = n_replaced * config.ffn.copied_parameters(around) if config.precision == "bf16" else 0
-    tokens = config.tokens_per_step // config.trainer.devices // around.micro_batches
+    parts = micro_batches or around.micro_batches
+    tokens = config.tokens_per_step // config.trainer.devices // parts
     return {
         "state": STATE_BYTES * cost(config).params_total + 2 * n_copied,
         "activations": tokens * bytes_each * numbers,
@@ -54,37 +57,26 @@ def in_micro_batches(config: Config) -> Config:
     It is the smallest number that divides the batch in a way that the layer allows and fits the memory of the device;
     1 if no number does.
     """
-    if config.trainer.micro_batches is not None:
-        return config
-    here, room = config.batch_sequences // config.trainer.devices, config.trainer.device_memory_gb
-    some = [
-        replace(config, trainer=replace(config.trainer, micro_batches=parts)) for parts in range(1, max(1, here) + 1)
-    ]
-    if config.trainer.accelerator == "gpu" and room is not None:
-        return next((each for each in some if not indivisible(each) and _memory_gb(each) <= room), some[0])
-    return some[0]
+    parts = config.trainer.micro_batches or _fewest_parts(config) or 1
+    return replace(config, trainer=replace(config.trainer, micro_batches=parts))
 
 
-def indivisible(config: Config) -> str:
-    """Why a batch cannot be divided as the configuration asks; empty if it can."""
-    if config.batch_sequences % config.trainer.devices:
-        allowed = [str(n) for n in range(1, config.batch_sequences + 1) if config.batch_sequences % n == 0]
-        return (
-            f"{config.batch_sequences} sequences cannot be shared by trainer.devices {config.trainer.devices}; "
-            f"allowed: {', '.join(allowed)}"
-        )
-    sequences = config.routing_group_sequences or config.batch_sequences
-    here, parts = config.batch_sequences // config.trainer.devices, config.surroundings.micro_batches
+def indivisible(config: Config, micro_batches: int) -> str:
+    """Why a batch cannot be divided among the devices and into `micro_batches`; empty if it can."""
+    batch, devices, parts = config.batch_sequences, config.trainer.devices, micro_batches
+    if batch % devices:
+        return f"{batch} sequences cannot be shared by trainer.devices {devices}"
+    group, here = config.routing_group_sequences or batch, batch // devices
     if here % parts:
         return f"the {here} sequences of a device cannot be divided into trainer.micro_batches {parts}"
-    if config.batch_sequences % sequences:
-        return f"routing_group_sequences {sequences} does not divide batch_sequences {config.batch_sequences}"
-    if sequences < config.batch_sequences and here % sequences:
-        return f"routing_group_sequences {sequences} does not divide the {here} sequences of a device"
-    if parts > 1 and config.ffn.takes_statistics and (here // parts) % sequences:
+    if batch % group:
+        return f"routing_group_sequences {group} does not divide batch_sequences {batch}"
+    if group < batch and here % group:
+        return f"routing_group_sequences {group} does not divide the {here} sequences of a device"
+    if parts > 1 and config.ffn.takes_statistics and (here // parts) % group:
         return (
-            f"{config.ffn.name} takes statistics over {sequences} sequences, which trainer.micro_batches {parts} "
-            f"splits; routing_group_sequences may be {here // parts} or a divisor of that"
+            f"{config.ffn.name} takes statistics over {group} sequences, which trainer.micro_batches {parts} splits; "
+            f"routing_group_sequences may be {here // parts} or a divisor of that"
         )
     return ""
 
@@ -92,20 +84,31 @@ def indivisible(config: Config) -> str:
 def too_large(config: Config) -> str:
     """Why a cell does not fit its GPUs, and what would make it fit; empty if it fits or uses no GPUs."""
     room = config.trainer.device_memory_gb
-    if config.trainer.accelerator != "gpu" or room is None or (needed := _memory_gb(config)) <= room:
+    if _fits(config, config.surroundings.micro_batches):
         return ""
-    problem = f"{needed:.3g} GB are more than trainer.device_memory_gb {room:g}"
-    free = replace(config, trainer=replace(config.trainer, micro_batches=None))
-    smaller = in_micro_batches(free)
-    if (fits := _memory_gb(smaller)) <= room:
-        return f"{problem}; trainer.micro_batches={smaller.trainer.micro_batches} would take {fits:.3g}"
-    recomputed = in_micro_batches(replace(free, trainer=replace(free.trainer, activation_checkpointing=True)))
-    if (fits := _memory_gb(recomputed)) <= room:
+    problem = f"{_memory_gb(config):.3g} GB are more than trainer.device_memory_gb {room:g}"
+    if parts := _fewest_parts(config):
+        return f"{problem}; trainer.micro_batches={parts} would take {_memory_gb(config, parts):.3g}"
+    recomputed = replace(config, trainer=replace(config.trainer, activation_checkpointing=True))
+    if parts := _fewest_parts(recomputed):
+        fits = _memory_gb(recomputed, parts)
         return f"{problem}; trainer.activation_checkpointing=true would take {fits:.3g}, and more time"
     of_state = device_memory(config)["state"] / 1e9
     hint = "; smaller routing_group_sequences allow more of them" if config.ffn.takes_statistics else ""
     return f"{problem}, {of_state:.3g} of them weights and moments; no trainer.micro_batches is enough{hint}"
 
 
-def _memory_gb(config: Config) -> float:
-    return sum(device_memory(config).values()) / 1e9
+def _fewest_parts(config: Config) -> int | None:
+    """The smallest number of micro-batches that fits; None if none does."""
+    here = config.batch_sequences // config.trainer.devices
+    numbers = (n for n in range(1, here + 1) if not indivisible(config, n))
+    return next((n for n in numbers if _fits(config, n)), None)
+
+
+def _fits(config: Config, micro_batches: int) -> bool:
+    room = config.trainer.device_memory_gb
+    return config.trainer.accelerator != "gpu" or room is None or _memory_gb(config, micro_batches) <= room
+
+
+def _memory_gb(config: Config, micro_batches: int | None = None) -> float:
+    return sum(device_memory(config, micro_batches).values()) / 1e9

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from peerscale.config.schema import Config
+from peerscale.plan.cell_names import axes_label, budget_name
 from peerscale.plan.cells import Cell, how_to_rerun, state, without_brackets
 from peerscale.plan.plan import Plan, Verdict
-from peerscale.records.cell_names import axes_label, budget_name
 from peerscale.records.record import Status, read_record
 
 
@@ -27,7 +27,7 @@ def short_methods(cells: Sequence[Cell], min_sizes: int) -> list[str]:
         name = " ".join(filter(None, (cell.config.ffn.name, axes_label(cell.axes))))
         sizes = left.setdefault((name, cell.config.budget), set())
         if cell.plan.verdict is Verdict.OK:
-            sizes.add(cell.config.size)
+            sizes.add(cell.config.size_name)
     return [
         f"{name} has {len(sizes)} sizes left at {budget_name(budget)}, fewer than {min_sizes}"
         for (name, budget), sizes in sorted(left.items(), key=lambda pair: pair[0])
@@ -78,7 +78,7 @@ def beyond_law(config: Config, tokens: int) -> dict[str, tuple[float, tuple[floa
     if config.optim.lr_rule != "law" or law is None:
         return {}
     places = {
-        "d_model": (config.size.d_model, law.fitted_d_model),
+        "d_model": (config.d_model, law.fitted_d_model),
         "tokens": (tokens, law.fitted_tokens),
         "batch_sequences": (config.batch_sequences, law.fitted_batch_sequences),
         "steps": (tokens // config.tokens_per_step, (law.fewest_steps or 0, math.inf)),

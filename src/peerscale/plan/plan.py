@@ -1,12 +1,13 @@
 """From a configuration and its budget to steps, tokens and learning rates, or a reason to drop the cell."""
 
+import decimal
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
 from peerscale.config.schema import Config
-from peerscale.plan.budget_limits import unusable_budget
 from peerscale.plan.cost import Cost, cost
 from peerscale.plan.held_out_sets import evaluated_tokens, skipped_sets, unusable_data
 from peerscale.plan.memory import in_micro_batches, indivisible, too_large
@@ -28,6 +29,8 @@ class Plan:
     reason: str
     """Why the cell is dropped; empty if it is not."""
     cost: Cost
+    micro_batches: int
+    """Parts in which a device computes its share of a batch."""
     steps: int
     tokens: int
     epochs: float | None
@@ -64,27 +67,26 @@ def plan(config: Config, *, set_tokens: Mapping[str, int] | None = None) -> Plan
     """
     config, model = in_micro_batches(config), cost(config)
     train_tokens = config.data.train_tokens if set_tokens is None else set_tokens["train"]
-    # 1) Steps: the budget divided by the cost of a step. The study fixes batch and context.
+    # The budget divided by the cost of a step; the study fixes batch and context.
     steps = round(config.budget / (model.flops_per_token * config.tokens_per_step))
     tokens = steps * config.tokens_per_step
-    # 2) Everything that depends on the length of the run.
-    warmup_steps = config.optim.warmup_steps or max(1, round(config.optim.warmup_fraction * steps))
-    epochs = tokens / train_tokens if train_tokens else None
+    parts = config.surroundings.micro_batches
     reason = (
         unusable_data(config, set_tokens)
-        or indivisible(config)
+        or indivisible(config, parts)
         or config.ffn.unusable(config.surroundings)
         or too_large(config)
-        or unusable_budget(config, model.flops_per_token, train_tokens, steps, warmup_steps)
+        or _unusable_budget(config, model.flops_per_token, train_tokens, steps)
     )
     return Plan(
         verdict=Verdict.DROP if reason else Verdict.OK,
         reason=reason,
         cost=model,
+        micro_batches=parts,
         steps=steps,
         tokens=tokens,
-        epochs=epochs,
-        warmup_steps=warmup_steps,
+        epochs=tokens / train_tokens if train_tokens else None,
+        warmup_steps=min(max(1, round(config.optim.warmup_fraction * steps)), max(0, steps - 1)),
         lr=config.optim.lr * config.optim.lr_factor * lr_scale(config, tokens),
         table_lr=config.optim.table_lr,
         evaluation=evaluated_tokens(config, set_tokens),
@@ -93,22 +95,13 @@ def plan(config: Config, *, set_tokens: Mapping[str, int] | None = None) -> Plan
 
 
 def schedule(config: Config, plan: Plan, step: int) -> float:
-    """Factor on every learning rate at `step`, counted from 0: linear warm-up, then a decay that ends with the run.
-
-    `cosine` decays from the end of warm-up; `wsd` decays linearly from `decay_from` on.
-    """
+    """Factor on every learning rate at `step`, counted from 0: linear warm-up, then a cosine that ends with the run."""
     if step < plan.warmup_steps:
         return (step + 1) / plan.warmup_steps
-    start = plan.warmup_steps if config.optim.schedule == "cosine" else decay_from(config, plan)
-    progress = min(1.0, max(0, step - start) / max(1, plan.steps - start))
-    left = 0.5 * (1 + math.cos(math.pi * progress)) if config.optim.schedule == "cosine" else 1 - progress
+    progress = min(1.0, max(0, step - plan.warmup_steps) / max(1, plan.steps - plan.warmup_steps))
+    left = 0.5 * (1 + math.cos(math.pi * progress))
     floor = config.optim.final_lr_fraction
     return floor + (1 - floor) * left
-
-
-def decay_from(config: Config, plan: Plan) -> int:
-    """Number of steps before the decay of a run with `wsd`."""
-    return max(plan.warmup_steps, plan.steps - max(1, round(config.optim.decay_fraction * plan.steps)))
 
 
 def lr_scale(config: Config, tokens: int) -> float:
@@ -116,10 +109,39 @@ def lr_scale(config: Config, tokens: int) -> float:
     law = config.optim.lr_law
     match config.optim.lr_rule:
         case "inverse_sqrt_width":
-            return math.sqrt(REFERENCE_WIDTH / config.size.d_model)
+            return math.sqrt(REFERENCE_WIDTH / config.d_model)
         case "law" if law is not None:
-            by_width = (config.size.d_model / law.reference_d_model) ** -law.width_exponent
+            by_width = (config.d_model / law.reference_d_model) ** -law.width_exponent
             by_tokens = (max(tokens, 1) / law.reference_tokens) ** -law.tokens_exponent
             by_batch = (config.batch_sequences / law.reference_batch_sequences) ** law.batch_exponent
             return min(by_width * by_tokens * by_batch, (law.largest_lr or math.inf) / config.optim.lr)
     return 1.0
+
+
+def _unusable_budget(config: Config, flops_per_token: int, train_tokens: int | None, steps: int) -> str:
+    """Why the run is too short or too long at its budget, and the nearest budget that is possible; empty if neither."""
+    per_step, max_epochs, fewest = config.tokens_per_step, config.data.max_epochs, config.min_steps
+    most = int(max_epochs * train_tokens) // per_step if train_tokens else None
+    smallest, largest = fewest * per_step * flops_per_token, most and most * per_step * flops_per_token
+    if steps < fewest:
+        problem = f"{steps:,} step{' is' if steps == 1 else 's are'} fewer than min_steps {fewest:,}"
+        budget = f"the smallest budget for this cell is {_in_few_digits(smallest, smallest, largest)}"
+    elif train_tokens and most is not None and steps > most:
+        epochs = math.ceil(round(100 * steps * per_step / train_tokens, 6)) / 100
+        problem = f"{epochs:,.2f} epochs are more than data.max_epochs {max_epochs:g}"
+        budget = f"the largest budget for this cell is {_in_few_digits(largest or 0, smallest, largest)}"
+    else:
+        return ""
+    if most is not None and most < fewest:
+        budget = f"no budget fits, since data.max_epochs allows {most:,} steps"
+    return f"{problem}: {budget}"
+
+
+def _in_few_digits(flops: int, smallest: int, largest: int | None) -> str:
+    """One end of a range of budgets, rounded into the range to two digits, or to more if the range is narrow."""
+    rounding = decimal.ROUND_FLOOR if flops == largest else decimal.ROUND_CEILING
+    for digits in itertools.count(2):
+        rounded = decimal.Context(prec=digits, rounding=rounding).create_decimal(flops)
+        if rounded == flops or (smallest <= rounded and (largest is None or rounded <= largest)):
+            return f"{rounded.normalize():e}".replace("e+", "e")
+    raise AssertionError

@@ -52,8 +52,7 @@ def curves_table(folders: Iterable[Path], *, points: int = 50) -> pd.DataFrame:
         if rows.empty:
             continue
         stride = -(-len(rows) // points)
-        steps, group = rows["step"].diff(), (rows.index - len(rows)) // stride
-        steps[0] = min(rows["step"][0], steps.max())  # the rows of a branch begin late
+        steps, group = rows["step"].diff().fillna(rows["step"]), (rows.index - len(rows)) // stride
         thinned = rows.groupby(group)[["step", "tokens", "flops"]].last()
         thinned["loss"] = (rows["loss"] * steps).groupby(group).sum() / steps.groupby(group).sum()
         thinned.insert(0, "cell", folder.name)

@@ -11,21 +11,22 @@ from peerscale.plan.plan import Plan
 RECIPE_VERSION = 1
 """Increase this when the numerics of training change, so that old cells are not taken for new ones."""
 
+RECIPE_OF_COPIES = 2
+"""The version for cells that read expert tables from bf16 copies, where they came after version 1 of these cells."""
+
 NOT_HASHED = (
     "trainer", "tracking", "min_steps",
-    "data.directory", "data.name", "data.path", "data.held_out", "data.train_tokens", "data.max_epochs",
+    "data.directory", "data.name", "data.path", "data.evaluation_files", "data.train_tokens", "data.max_epochs",
 )  # fmt: skip
 """Keys of the configuration that decide how and where a cell runs and what is kept, but not its result."""
 
 NAMES = (
-    "ffn.variant", "ffn.params_of.variant", "data.source", "data.max_documents",
-    "optim.lr_rule", "optim.lr_law", "optim.lr_factor",
+    "ffn.variant", "ffn.params_of.variant", "data.source", "optim.lr_rule", "optim.lr_law", "optim.lr_factor",
 )  # fmt: skip
 """Keys that are not hashed because the values that they stand for are: layer settings, tokens, learning rates."""
 
 ADDED_LATER: dict[str, Any] = {
-    "routing_group_sequences": None, "ffn.initial_output_scale": 1.0, "optim.warmup_steps": None,
-    "optim.decay_fraction": 0.2,
+    "routing_group_sequences": None, "ffn.initial_output_scale": 1.0,
 }  # fmt: skip
 """Keys that older configurations do not have, with the values that have the same effect as their absence. A key is
 hashed only if it has another value, so that the fingerprints of finished cells do not change."""
@@ -39,22 +40,20 @@ def hashed_config(config: Config, plan: Plan, data_fingerprint: str) -> dict[str
         remove_key(tree, key)
     for key, usual in ADDED_LATER.items():
         remove_key(tree, key, usual)
-    tree["optim"] |= {"lr": plan.lr, "table_lr": plan.table_lr}
+    tree["optim"] |= {"lr": plan.lr, "table_lr": plan.table_lr, "schedule": "cosine"}
+    for key in ("d_model", "head_dim", "n_layers"):
+        del tree[key]
+    tree["size"] = {"d_model": config.d_model, "n_layers": config.n_layers, "n_heads": config.n_heads}
     tree["data"]["evaluation"] = {name: tokens for name, tokens in tree["data"]["evaluation"].items() if tokens}
     tree["replaced"] = list(config.replaced_blocks)
-    # Reading expert tables from bf16 copies changed the recipe, but only for cells that have such copies.
-    copied = config.precision == "bf16" and config.ffn.copied_parameters(config.surroundings) > 0
-    return {**tree, "data_fingerprint": data_fingerprint, "recipe_version": RECIPE_VERSION + copied}
+    has_copies = config.precision == "bf16" and config.ffn.copied_parameters(config.surroundings) > 0
+    version = RECIPE_OF_COPIES if has_copies else RECIPE_VERSION
+    return {**tree, "data_fingerprint": data_fingerprint, "recipe_version": version}
 
 
 def fingerprint(hashed: Mapping[str, Any]) -> str:
     """16 hexadecimal digits of the SHA-256 of the canonical JSON."""
     return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def start_fingerprint(hashed: Mapping[str, Any]) -> str:
-    """The fingerprint without the budget: the same for runs that share their first steps (`sweep.branches`)."""
-    return fingerprint({key: value for key, value in hashed.items() if key != "budget"})
 
 
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -1,22 +1,21 @@
-"""The published copy of a study in results/, to be committed: its tables, fits and figures."""
+"""The committed copy of a study in results/: publishing it, and restoring its cells to runs/."""
 
 import json
 import shutil
-from dataclasses import asdict, replace
+from pathlib import Path
 
 from peerscale.errors import UserError
-from peerscale.files import replacing
-from peerscale.launch.outcomes import some
+from peerscale.files import replacing, write_text
+from peerscale.records.curves import CURVES, METRIC, METRICS
 from peerscale.records.fingerprint import differing_keys
-from peerscale.records.record import Record, Status
+from peerscale.records.matching import some
+from peerscale.records.record import ENDED, RECORD, Record, Status, write_record
 from peerscale.records.study import Study
-from peerscale.records.table import read_records
+from peerscale.records.table import read_records, read_table
 
 
 def publish(source: Study, target: Study, *, replace_cells: bool = False) -> str:
     """Copy a collected study to the published ones; other files in its folder there are kept.
-
-    Sequence losses are rounded to four decimals and tracebacks are left out; everything else is copied unchanged.
 
     Args:
         source, target: the collected study, and the published one.
@@ -31,38 +30,36 @@ def publish(source: Study, target: Study, *, replace_cells: bool = False) -> str
     for path in (source.runs, source.table):
         if not path.exists():
             raise UserError(f"{path} is not there; first: make figures SWEEP={source.sweep}")
-    for path in (source.records, source.curves, source.runs, source.fits):
+    shown = (source.records, source.sequence_losses, source.curves, source.runs, source.fits)
+    for path in shown:
         if path.is_file() and source.table.stat().st_mtime_ns < path.stat().st_mtime_ns:
             raise UserError(f"{source.table} is older than {path.name}; first: make figures SWEEP={source.sweep}")
-    records = [public(record) for record in read_records(source.folder)]
-    old, new = finished(target), {record.cell: record for record in records if record.status is Status.DONE}
+    old, new = (_finished(study) for study in (target, source))
     removed = [cell for cell in old if cell not in new]
     replaced = {cell: _differences(old[cell], new[cell]) for cell in old if cell in new and old[cell] != new[cell]}
     others = [f"{cell}: {found}" for cell, found in replaced.items() if found]
     losses = [f"remove {len(removed)} finished cells ({some(removed)})"] * bool(removed)
     losses += [f"replace {len(others)} by cells of another configuration ({some(others)})"] * bool(others)
     if losses and not replace_cells:
-        again = f"make figures SWEEP={source.sweep} PUBLISHED=1 keeps those that would be removed; " * bool(removed)
+        again = f"make restore SWEEP={source.sweep} brings back those that would be removed; " * bool(removed)
         anyway = f"to do it anyway: make publish SWEEP={source.sweep} REPLACE=1"
         raise UserError(f"this would {' and '.join(losses)} in {target.folder}; {again}{anyway}")
     with replacing(target.folder) as folder:
         if target.folder.is_dir():
             shutil.copytree(target.folder, folder, ignore=shutil.ignore_patterns(target.figures.name))
         folder.mkdir(exist_ok=True)
-        for kept in (source.runs, source.curves, source.fits, source.table):
-            if kept.is_file():
-                shutil.copyfile(kept, folder / kept.name)
+        for path in (*shown, source.table):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
         if source.figures.is_dir():
             shutil.copytree(source.figures, folder / source.figures.name, copy_function=shutil.copyfile)
-        lines = "".join(json.dumps(asdict(record)) + "\n" for record in records)
-        (folder / target.records.name).write_text(lines, encoding="utf-8")
     kept = len(old) - len(removed) - len(replaced)
     counts = f"{len(new) - kept - len(replaced)} added, {len(replaced)} replaced, {kept} kept, {len(removed)} removed"
     return f"finished cells: {counts} -> {target.folder}"
 
 
-def finished(study: Study) -> dict[str, Record]:
-    """The finished cells of a published study by name."""
+def _finished(study: Study) -> dict[str, Record]:
+    """The finished cells of a study by name."""
     return {record.cell: record for record in read_records(study.folder) if record.status is Status.DONE}
 
 
@@ -72,7 +69,25 @@ def _differences(old: Record, new: Record) -> str:
     return "" if same else ", ".join(differing_keys(old.hashed_config, new.hashed_config)) or "fingerprint only"
 
 
-def public(record: Record) -> Record:
-    """The record as published: without traceback, which names a machine's folders, and with losses to four decimals,
-    since the fifth is noise."""
-    return replace(record, sequence_losses=[round(loss, 4) for loss in record.sequence_losses], traceback="")
+def restore(source: Study, runs: Path) -> tuple[int, int]:
+    """Put the records and training curves of a published study's ended cells into their folders in `runs`.
+
+    From then on they are cells like any other. A cell that has a record in `runs` is left as it is.
+
+    Returns:
+        How many cells were restored, and how many were left.
+
+    Raises:
+        UserError: the study is not published.
+    """
+    if not source.records.is_file():
+        raise UserError(f"{source.records} is not there: no records of {source.sweep!r} to restore")
+    ended = [record for record in read_records(source.folder) if record.status in ENDED]
+    curves = read_table(source.curves, CURVES)
+    logged = {str(cell): rows[list(METRIC)].to_dict("records") for cell, rows in curves.groupby("cell")}
+    missing = [record for record in ended if not (runs / source.sweep / record.cell / RECORD).exists()]
+    for record in missing:
+        folder = runs / source.sweep / record.cell
+        write_text(folder / METRICS, "".join(json.dumps(row) + "\n" for row in logged.get(record.cell, [])))
+        write_record(folder, record)  # last, so that a cell is restored wholly or again
+    return len(missing), len(ended) - len(missing)

@@ -4,18 +4,17 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from peerscale.config.schema import Config
 from peerscale.errors import UserError
 from peerscale.files import write_text
+from peerscale.plan.plan import Plan, Verdict
 from peerscale.records.fingerprint import differing_keys, fingerprint, hashed_config
 
-if TYPE_CHECKING:
-    from peerscale.plan.cells import Cell
-
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Increase this when the fields of a record change their meaning."""
 
 RECORD = "record.json"
@@ -81,11 +80,9 @@ class Record:
     evaluation: dict[str, dict[str, float]] = field(default_factory=dict)
     """By held-out set: loss, se (over sequences), tokens, bits_per_byte, ppl."""
     sequence_losses: list[float] = field(default_factory=list)
-    """Mean loss of each sequence of the `val_set`, batch by batch (`runs.comparison.sequence_losses` sorts them)."""
+    """Mean loss of each sequence of the `val_set`, batch by batch (`stats.comparison.sequence_losses` sorts them)."""
     router: dict[str, float] = field(default_factory=dict)
     """expert_usage, unevenness, and usage_tokens, the number of tokens that they were counted over."""
-    signals: list[str] = field(default_factory=list)
-    """Problems during training, each with its step: loss spikes, router collapse, halved throughput."""
     timing: dict[str, float] = field(default_factory=dict)
     """wall_s of training, evaluation_s, tokens_per_s, flops_per_s."""
     environment: dict[str, Any] = field(default_factory=dict)
@@ -98,7 +95,22 @@ class Record:
 _RECORD = TypeAdapter(Record)
 
 
-def new_record(cell: "Cell", status: Status, data_fingerprint: str, **fields: Any) -> Record:
+class PlannedCell(Protocol):
+    """What a record tells of a planned cell (`plan.cells.Cell`)."""
+
+    @property
+    def sweep(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def axes(self) -> dict[str, Any]: ...
+    @property
+    def config(self) -> Config: ...
+    @property
+    def plan(self) -> Plan: ...
+
+
+def new_record(cell: PlannedCell, status: Status, data_fingerprint: str, **fields: Any) -> Record:
     """The record of a cell that has no results yet; `fields` are further fields of the record."""
     config, plan, ffn = cell.config, cell.plan, cell.config.ffn
     hashed = hashed_config(config, plan, data_fingerprint)
@@ -106,18 +118,24 @@ def new_record(cell: "Cell", status: Status, data_fingerprint: str, **fields: An
     of_cost = ("flops_per_token", "layer_share", "params_total", "params_active")
     return Record(
         sweep=cell.sweep, cell=cell.name, status=status, method=ffn.method, variant=ffn.variant,
-        size=config.size.name, budget=config.budget, seed=config.seed, axes=cell.axes,
+        size=config.size_name, budget=config.budget, seed=config.seed, axes=cell.axes,
         batch_sequences=config.batch_sequences, lr=plan.lr, table_lr=plan.table_lr,
         fingerprint=fingerprint(hashed), hashed_config=hashed,
         plan={
             "data": config.data.corpus_name,
             **{name: getattr(plan, name) for name in of_plan}, **{name: getattr(plan.cost, name) for name in of_cost},
         },
-        layer=ffn.columns(config.size.d_model), params=plan.cost.params, flops_per_token=plan.cost.flops, **fields,
+        layer=ffn.columns(config.d_model), params=plan.cost.params, flops_per_token=plan.cost.flops, **fields,
     )  # fmt: skip
 
 
-def differences(cell: "Cell", record: Record, data_fingerprint: str | None) -> list[str]:
+def planned_record(cell: PlannedCell) -> Record:
+    """A record for a cell that has none yet: either dropped by its plan, or pending."""
+    status = Status.DROPPED if cell.plan.verdict is Verdict.DROP else Status.PENDING
+    return replace(new_record(cell, status, ""), reason=cell.plan.reason, fingerprint="")
+
+
+def differences(cell: PlannedCell, record: Record, data_fingerprint: str | None) -> list[str]:
     """The keys in which a record differs from the configuration of this cell, as `differing_keys` writes them.
 
     If the corpus is not prepared (`data_fingerprint` is None), the record is assumed to have the right corpus.

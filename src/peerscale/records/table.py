@@ -1,7 +1,9 @@
-"""The table of runs: one row per cell, including failed and dropped cells."""
+"""The records of a study, and its table of runs: one row per cell, including failed and dropped cells."""
 
 import json
+import zipfile
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from peerscale.errors import UserError
-from peerscale.files import ROOT
+from peerscale.files import ROOT, replacing, write_text
 from peerscale.plan.cost import CONVENTION
 from peerscale.records.record import Record, cell_folders, parse_record, read_cell
 
@@ -25,25 +27,64 @@ TEXTS = ("variant", "axes", "reason")
 LAYER_COLUMNS = (
     "n_experts", "ffn_heads", "top_k", "d_key", "query_norm", "active_experts", "granularity", "capacity_factor",
 )  # fmt: skip
-"""Columns for a layer's own values (`layers.base.FfnConfig.columns`)."""
+"""Columns of every table for a layer's own values (`layers.base.FfnConfig.columns`); a layer may have further ones."""
 
 WHOLE = ("flops_per_token", "flops_per_s")
 """Columns whose names start like components of the FLOPs per token, but which are not components."""
 
 
+RECORDS = "records.jsonl"
+"""One record of a study per line, without the losses of single sequences."""
+
+SEQUENCE_LOSSES = "sequence_losses.npz"
+"""The losses of single sequences of every cell of a study, by its name: whole numbers of 1 / `UNITS_PER_NAT`."""
+
+UNITS_PER_NAT = 10_000
+"""The fifth decimal of a sequence's loss is noise."""
+
+
 def read_records(folder: Path) -> list[Record]:
-    """Every record of a study, from its folder of cells or from a published `records.jsonl`."""
-    published = folder / "records.jsonl"
-    if published.is_file():
-        try:
-            lines = [json.loads(line) for line in published.read_text(encoding="utf-8").splitlines()]
-        except ValueError as error:  # includes UnicodeDecodeError
-            raise UserError(f"{published}: not one JSON object per line ({error})") from None
-        if not lines:
-            raise UserError(f"{published}: no record in it")
-        return [parse_record(tree, f"{published}:{n}") for n, tree in enumerate(lines, 1)]
-    # A renamed folder is a cell that was set aside.
-    return [record for cell in cell_folders(folder) if (record := read_cell(cell)) and record.cell == cell.name]
+    """Every record of a study, from its folder of cells or from the two files that `write_records` writes."""
+    lines = folder / RECORDS
+    if not lines.is_file():
+        # A renamed folder is a cell that was set aside.
+        return [record for cell in cell_folders(folder) if (record := read_cell(cell)) and record.cell == cell.name]
+    try:
+        trees = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:  # includes UnicodeDecodeError
+        raise UserError(f"{lines}: not one JSON object per line ({error})") from None
+    if not trees:
+        raise UserError(f"{lines}: no record in it")
+    records = [parse_record(tree, f"{lines}:{n}") for n, tree in enumerate(trees, 1)]
+    losses = _read_losses(folder / SEQUENCE_LOSSES)
+    return [replace(record, sequence_losses=losses.get(record.cell, [])) for record in records]
+
+
+def to_publish(record: Record) -> Record:
+    """The record as the files of a study keep it: without its traceback, which names a machine's folders, and with
+    losses of sequences to four decimals, or none if one of them is not finite."""
+    losses = [round(loss, 4) for loss in record.sequence_losses]
+    return replace(record, sequence_losses=losses if np.isfinite(losses).all() else [], traceback="")
+
+
+def write_records(folder: Path, records: Iterable[Record]) -> None:
+    """Write the records of a study to a folder, as `to_publish` makes them."""
+    published = [to_publish(record) for record in records]
+    lines = (json.dumps(asdict(replace(record, sequence_losses=[]))) + "\n" for record in published)
+    write_text(folder / RECORDS, "".join(lines))
+    losses = {record.cell: np.array(record.sequence_losses) for record in published if record.sequence_losses}
+    units = {cell: np.rint(each * UNITS_PER_NAT).astype(np.int32) for cell, each in losses.items()}
+    with replacing(folder / SEQUENCE_LOSSES) as temporary:
+        np.savez_compressed(temporary, allow_pickle=False, **units)
+
+
+def _read_losses(path: Path) -> dict[str, list[float]]:
+    try:
+        with np.load(path) as units:
+            return {cell: (units[cell] / UNITS_PER_NAT).tolist() for cell in units.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read the losses of sequences in {path}: {reason}") from None
 
 
 def read_runs(path: str | Path) -> pd.DataFrame:
@@ -92,7 +133,7 @@ def runs_table(records: Iterable[Record]) -> pd.DataFrame:
 def _row(record: Record) -> dict[str, Any]:
     config, plan = record.hashed_config, record.plan
     val = record.evaluation.get(config["data"]["val_set"], {})
-    return {
+    row = {
         **{name: getattr(record, name) for name in ("sweep", "cell", "method", "variant", "size", "seed", "budget")},
         "axes": json.dumps(record.axes) if record.axes else "",
         "flops": plan["flops"],
@@ -108,7 +149,7 @@ def _row(record: Record) -> dict[str, Any]:
         "params_total": sum(record.params.values()),
         "params_active": plan["params_active"],
         "params_non_embedding": sum(record.params.values()) - record.params["embedding"],
-        **{column: record.layer.get(column) for column in LAYER_COLUMNS},
+        **dict.fromkeys(LAYER_COLUMNS),
         "lr": record.lr,
         "table_lr": record.table_lr,
         "optimizer": config["optim"]["name"],
@@ -125,3 +166,6 @@ def _row(record: Record) -> dict[str, Any]:
         "recipe_version": config["recipe_version"],
         "git_commit": record.environment.get("git_commit"),
     }
+    if taken := [column for column in record.layer if column in row and column not in LAYER_COLUMNS]:
+        raise UserError(f"the layer of {record.cell} has a column {taken[0]!r}, which the table of runs has itself")
+    return row | record.layer

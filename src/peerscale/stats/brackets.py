@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from peerscale.records.cell_names import RATE_FACTOR
-from peerscale.records.study import are_brackets, axes_of, method_names, usable, without_brackets
+from peerscale.config.study import RATE_FACTOR
+from peerscale.stats.curves_of_runs import are_brackets, axes_of, method_names, usable, without_brackets
 from peerscale.stats.rate_law import fit_brackets
 
 COST_DF = 2.0

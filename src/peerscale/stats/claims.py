@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from peerscale.config.study import ClaimsConfig
-from peerscale.records.study import same_variant
+from peerscale.stats.curves_of_runs import same_variant
 from peerscale.stats.optima import holm
 
 FAMILY_LEVEL = 0.05

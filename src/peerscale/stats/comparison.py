@@ -15,9 +15,10 @@ import pandas as pd
 
 from peerscale.config.study import ClaimsConfig
 from peerscale.laws.fitting import to_plain
-from peerscale.laws.solver import Array
 from peerscale.records.record import Record, Status
-from peerscale.records.study import (
+from peerscale.stats.brackets import RateError, RateErrors, fit_rate_brackets, rate_errors
+from peerscale.stats.claims import claims_of
+from peerscale.stats.curves_of_runs import (
     CURVE_SIZES,
     budgets_with_curves,
     method_names,
@@ -25,9 +26,8 @@ from peerscale.records.study import (
     usable,
     without_brackets,
 )
-from peerscale.stats.brackets import RateError, RateErrors, fit_rate_brackets, rate_errors
-from peerscale.stats.claims import claims_of
 from peerscale.stats.frontiers import Budget, X, frontiers_of, multipliers_of, power_laws
+from peerscale.stats.linear_fit import Array
 from peerscale.stats.noise import shrunk_variances
 from peerscale.stats.optima import Estimate, OptimaFit, Optimum, f_test, satterthwaite
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from peerscale.records.study import at_size, is_dense, method_names, same_variant, usable
+from peerscale.stats.curves_of_runs import at_size, is_dense, method_names, same_variant, usable
 from peerscale.stats.multiplier import compute_multipliers
 
 ROUTER = ("flops_router", "flops_query", "flops_sub_keys")

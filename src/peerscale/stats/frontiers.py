@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from peerscale.laws.fitting import LEVEL as INTERVAL
-from peerscale.laws.fitting import Bootstrap, percentile_interval, resample_counts
+from peerscale.laws.bootstrap import Bootstrap, percentile_interval, resample_counts
 from peerscale.laws.isoflop import MIN_BUDGETS, fit_power_law
-from peerscale.laws.solver import Array, FitStatus
-from peerscale.records.study import is_dense, same_variant
+from peerscale.laws.least_squares import FitStatus
 from peerscale.stats.brackets import RateErrors
+from peerscale.stats.curves_of_runs import is_dense, same_variant
+from peerscale.stats.linear_fit import LEVEL, Array
 from peerscale.stats.multiplier import compute_multipliers
 from peerscale.stats.optima import OptimaFit, Optimum
 
@@ -105,7 +105,7 @@ def multipliers_of(
 
 def _ends(draws: Array) -> dict[str, float]:
     """Ends of the interval of draws; NaN if more than one in twenty draws would be an extrapolation."""
-    low, high = percentile_interval(draws) if np.isfinite(draws).mean() >= INTERVAL else (math.nan, math.nan)
+    low, high = percentile_interval(draws) if np.isfinite(draws).mean() >= LEVEL else (math.nan, math.nan)
     return {"low": low, "high": high}
 
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from scipy.optimize import brentq
+from scipy.optimize import root_scalar
 from scipy.stats import chi2
 
-from peerscale.laws.solver import Array
+from peerscale.stats.linear_fit import Array
 
 PRIOR_DF = 3.0
 """Degrees of freedom that the common variance counts for in a method's own, however many runs others have."""
@@ -108,7 +108,7 @@ def _common(mean_squares: Array, df: Array, prior: Array, expected: Callable[[fl
     low, high = 1e-9 * float(mean_squares.max()), 1e3 * float(mean_squares.max())
     if not high or excess(low) <= 0:
         return 0.0
-    return float(brentq(excess, low, high, rtol=1e-12))
+    return root_scalar(excess, bracket=(low, high), rtol=1e-12).root
 
 
 def _weighted(ratio: Array, df: Array | float, prior: Array | float) -> Array:

@@ -22,8 +22,10 @@ import pandas as pd
 from scipy.stats import t as student
 
 from peerscale.errors import UserError
-from peerscale.laws.fitting import LEVEL, fields_to_plain, positive_columns, require_column, to_plain
-from peerscale.laws.solver import Array, FitStatus
+from peerscale.laws.fitting import fields_to_plain, to_plain
+from peerscale.laws.least_squares import FitStatus
+from peerscale.laws.table import positive_columns, require_column
+from peerscale.stats.linear_fit import LEVEL, Array
 from peerscale.stats.optima import f_test
 
 MIN_RATES = 3

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from peerscale.errors import UserError
-from peerscale.records.study import axes_of, method_names, usable
+from peerscale.stats.curves_of_runs import axes_of, method_names, usable
 from peerscale.stats.rate_law import fit_rates
 
 
@@ -20,12 +20,12 @@ def names_under_law(runs: pd.DataFrame) -> pd.Series:
     return method_names(runs, without=("optim.lr", "optim.table_lr", "batch_sequences"))
 
 
-def fit_law(runs: pd.DataFrame, held_out: Collection[str] = ()) -> dict[str, Any] | None:
+def fit_law(runs: pd.DataFrame, held_out: Collection[int] = ()) -> dict[str, Any] | None:
     """The law of each method's best rate in those of width, tokens and batch that the study varies.
 
     Args:
         runs: the study's table.
-        held_out: names of the sizes that test the law and that it is not fitted to.
+        held_out: widths (d_model) that test the law and that it is not fitted to.
 
     Returns:
         `laws.rates.RateFit.to_dict()`; None if the study does not vary the rate, or the finished runs do not determine
@@ -36,12 +36,12 @@ def fit_law(runs: pd.DataFrame, held_out: Collection[str] = ()) -> dict[str, Any
     cells = runs.assign(name=names_under_law(runs), table_lr=runs["table_lr"].fillna(0.0))[usable(runs)]
     if cells.empty:
         return None
-    planned = runs[~runs["size"].isin(held_out)]
+    planned = runs[~runs["d_model"].isin(held_out)]
     width, budget, batch = (
         column if planned[column].nunique() > 1 else None for column in ("d_model", "budget", "batch_sequences")
     )
     curve = ("budget", "table_lr", "seed", *(() if width else ("d_model",)))
-    out = cells["size"].isin(held_out) if held_out else None
+    out = cells["d_model"].isin(held_out) if held_out else None
     try:
         return fit_rates(
             cells, loss="val_loss", width=width, tokens=budget and "tokens", batch=batch, by="name", curve=curve,

@@ -1,10 +1,9 @@
 """Training of one cell, from its plan to its record."""
 
-import logging
+import signal
 import sys
 import time
 import traceback
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,36 +13,23 @@ import numpy as np
 import torch
 import yaml
 from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
 from peerscale.config.schema import Config, to_dict
-from peerscale.data.batches import TrainBatches
 from peerscale.data.store import Corpus, open_corpus
 from peerscale.errors import UserError
 from peerscale.files import remove_abandoned, write_text
-from peerscale.model.ranks import as_first_rank
-from peerscale.model.trained import CHECKPOINTS, checkpoint_path, checkpoints
+from peerscale.model.trained import CHECKPOINTS, checkpoints
 from peerscale.ops.backends import choose_operators
 from peerscale.plan.cells import FINISHED, Cell, check_same
-from peerscale.plan.plan import Plan
-from peerscale.records.fingerprint import start_fingerprint
 from peerscale.records.record import Record, Status, new_record, read_record, write_record
-from peerscale.train.checkpoint import TimedCheckpoint, newest_readable
-from peerscale.train.distributed import (
-    RankError,
-    joined_ranks,
-    launch,
-    local_rank,
-    started_ranks,
-    trainer_settings,
-)
+from peerscale.train.checkpoint import DurableCheckpointIO, StepCheckpoint, newest_readable
 from peerscale.train.environment import changed_keys, describe
 from peerscale.train.evaluation import evaluate
-from peerscale.train.loader import StepLoader
-from peerscale.train.memory import keep_freed_memory
-from peerscale.train.metrics import Diverged, MetricsLog
-from peerscale.train.module import LanguageModel
-from peerscale.train.table_exchange import TableExchange
-from peerscale.train.tracking import Tracker, cut_back
+from peerscale.train.metrics import DIVERGED_AT, Diverged, MetricsLog, cut_back
+from peerscale.train.module import LanguageModel, prepare_process
+from peerscale.train.tracking import RunLogger, start_tracking
 
 
 def train_cell(cell: Cell) -> Status:
@@ -60,13 +46,6 @@ def train_cell(cell: Cell) -> Status:
         check_same(cell, old, corpus.manifest.fingerprint)
         if old.status in FINISHED:
             return old.status
-    devices, (rank, n_started) = cell.config.trainer.devices, started_ranks()
-    if n_started not in (1, devices):
-        raise UserError(f"torchrun or srun started {n_started} processes, but trainer.devices is {devices}")
-    if n_started < devices:
-        return _launch_ranks(cell, corpus, old)
-    if rank > 0:
-        return _train_with_first_rank(cell, corpus)
     run = CellRun(cell, corpus, old)
     try:
         return run.train()
@@ -75,54 +54,13 @@ def train_cell(cell: Cell) -> Status:
     except Diverged as error:
         return run.close(replace(run.record, status=Status.DIVERGED, reason=str(error)))
     except Exception as error:
-        failed = _failed(run.record, error)
-        print(f"\n{cell.name} failed: {failed.reason}", file=sys.stderr)
-        return run.close(failed)
-
-
-def _failed(record: Record, error: Exception) -> Record:
-    reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    return replace(record, status=Status.FAILED, reason=reason, traceback="".join(traceback.format_exception(error)))
-
-
-def _launch_ranks(cell: Cell, corpus: Corpus, old: Record | None) -> Status:
-    """Start processes for the ranks of the cell; the first rank records it."""
-    try:
-        launch(cell.config.trainer.devices, cell)
-    except RankError as error:
-        ended = read_record(cell.folder) or CellRun(cell, corpus, old).record
-        failed = _failed(ended, error)
-        if ended.status in FINISHED:  # its result is complete, and its checkpoint may be gone
-            print(f"notice: {cell.name} is {ended.status}, but afterwards {failed.reason}", file=sys.stderr)
-            return ended.status
-        print(f"\n{cell.name} failed: {failed.reason}", file=sys.stderr)
-        write_record(cell.folder, failed)
-    record = read_record(cell.folder)
-    assert record is not None
-    return record.status
-
-
-def _train_with_first_rank(cell: Cell, corpus: Corpus) -> Status:
-    """Train and evaluate as a rank other than the first, which writes files and decides."""
-    config, folder = cell.config, cell.folder / CHECKPOINTS
-    prepare_process(config)
-    device = pick_device(config)
-    with joined_ranks(device):
-        module = build_module(config, cell.plan, device)
-        resumed_step = as_first_rank(0)
-        resumed = checkpoint_path(folder, resumed_step) if resumed_step else None
-        try:
-            saving = TimedCheckpoint(folder, config.trainer.checkpoint_every_s, branches=branches(cell))
-            fit(module, corpus, None, saving, resumed)
-        except Diverged:
-            return Status.DIVERGED
-        evaluate(module, corpus, config, device)
-    return Status.DONE
-
-
-def branches(cell: Cell) -> list[tuple[int, Path]]:
-    """The folders of a cell's branches, each with the step from which it continues."""
-    return [(step, cell.folder.parent / name) for step, name in cell.branches]
+        # Of an exception in one of several processes, the text is that process's traceback.
+        lines = str(error).strip().splitlines()
+        said = lines[-1 if isinstance(error, torch.multiprocessing.ProcessRaisedException) else 0] if lines else ""
+        reason = f"{type(error).__name__}: {said}"
+        print(f"\n{cell.name} failed: {reason}", file=sys.stderr)
+        text = "".join(traceback.format_exception(error))
+        return run.close(replace(run.record, status=Status.FAILED, reason=reason, traceback=text))
 
 
 class CellRun:
@@ -134,45 +72,44 @@ class CellRun:
     def __init__(self, cell: Cell, corpus: Corpus, old: Record | None) -> None:
         self.cell, self.corpus, self.config, self.plan = cell, corpus, cell.config, cell.plan
         self.checkpoint_folder = cell.folder / CHECKPOINTS
-        # Until the present environment is known, the record has that of the steps trained before, perhaps by its trunk.
-        old = old or (read_record(cell.folder.parent / cell.trunk) if cell.trunk else None)
+        # Until the present environment is known, the record has that of the steps trained before.
         before = {"environment": old.environment, "bit_exact": old.bit_exact} if old is not None else {}
         self.record = new_record(cell, Status.RUNNING, corpus.manifest.fingerprint, **before)
-        self.made_by = start_fingerprint(self.record.hashed_config)
-        self.tracker: Tracker | None = None
+        self.tracker: RunLogger | None = None
 
     def train(self) -> Status:
         """Train, evaluate and record the cell."""
-        config, plan, trainer = self.config, self.plan, self.config.trainer
-        remove_abandoned(self.cell.folder)
+        config, plan, trainer, folder = self.config, self.plan, self.config.trainer, self.cell.folder
+        remove_abandoned(folder)
         remove_abandoned(self.checkpoint_folder)
         prepare_process(config)
         device = pick_device(config)
-        resumed, first_step = newest_readable(
-            self.checkpoint_folder, self.made_by, config.surroundings.micro_batches
-        ) or (None, 0)
-        kernel = choose_operators(trainer.kernel, device.type).name
-        self._continue_in(describe(kernel, device, trainer), first_step)
-        with joined_ranks(device):
-            module = build_module(config, plan, device)
-            as_first_rank(first_step)
-            self._write(self.record)
-            cut_back(self.cell.folder, first_step)
-            self.tracker = Tracker(self.cell.folder, to_dict(config), self.record)
-            saving = TimedCheckpoint(
-                self.checkpoint_folder,
-                trainer.checkpoint_every_s,
-                trainer.checkpoint_every_steps,
-                last_step=plan.steps if trainer.keep_checkpoint else None,
-                branches=branches(self.cell),
-                made_by=self.made_by,
-            )
-            fit(module, self.corpus, self.tracker, saving, resumed)
-            wall_s, started = saving.trained_s, time.perf_counter()
-            results = evaluate(module, self.corpus, config, device)
+        if trainer.devices > 1 and config.optim.name == "row_sparse_adamw":
+            raise UserError("optim=row_sparse_adamw trains on one device; with trainer.devices use optim=adamw")
+        resumed = newest_readable(self.checkpoint_folder, self.record.fingerprint, config.surroundings.micro_batches)
+        self._continue_in(describe(choose_operators(trainer.kernel, device.type).name, device, trainer), resumed.step)
+        module = LanguageModel(config, plan, device.type)
+        self._write(self.record)
+        cut_back(folder, resumed.step, config, plan)
+        self.tracker = start_tracking(folder, config, self.record)
+        saving = StepCheckpoint(
+            self.checkpoint_folder,
+            trainer,
+            fingerprint=self.record.fingerprint,
+            trained_s=resumed.trained_s,
+            last_step=plan.steps if trainer.keep_checkpoint else -1,
+        )
+        started = time.monotonic()
+        fit(module, [MetricsLog(config, plan, folder), saving], self.tracker, resumed.path)
+        wall_s, started = resumed.trained_s + time.monotonic() - started, time.monotonic()
+        if trainer.devices > 1:  # its layers expect a device's share of a batch
+            trained = module.state_dict()
+            module = LanguageModel(replace(config, trainer=replace(trainer, devices=1)), plan, device.type)
+            module.load_state_dict(trained)
+        results = evaluate(module, self.corpus, config, device)
         timing = {
             "wall_s": wall_s,
-            "evaluation_s": time.perf_counter() - started,
+            "evaluation_s": time.monotonic() - started,
             "tokens_per_s": plan.tokens / wall_s,
             "flops_per_s": plan.flops / wall_s,
         }
@@ -193,8 +130,6 @@ class CellRun:
 
     def close(self, record: Record) -> Status:
         """Write the record and end the W&B run with it; a finished cell keeps one checkpoint or none."""
-        if self.tracker is not None:
-            record = replace(record, signals=self.tracker.signals)
         self._write(record)
         if record.status in FINISHED:
             kept = checkpoints(self.checkpoint_folder)[:1] if self.config.trainer.keep_checkpoint else []
@@ -209,83 +144,58 @@ class CellRun:
         write_record(self.cell.folder, record)
 
 
-def prepare_process(config: Config) -> None:
-    """Set the threads and the memory allocation of a process that trains."""
-    torch.set_num_threads(config.trainer.threads)
-    keep_freed_memory()
-
-
-def build_module(config: Config, plan: Plan, device: torch.device) -> LanguageModel:
-    """The untrained model of a cell on this rank; raises `UserError` if its layer does not draw its weights."""
-    lightning.seed_everything(config.seed, verbose=False)
-    module = LanguageModel(config, plan, device.type)
-    if config.trainer.compile:
-        torch.compiler.reset()  # a process that trains several cells would soon reach the limit of compilations
-        module.losses = torch.compile(module.losses)
-    return module
-
-
 def fit(
-    module: LanguageModel, corpus: Corpus, tracker: Tracker | None, saving: TimedCheckpoint, resumed: Path | None
+    module: LanguageModel, callbacks: list[lightning.Callback], tracker: RunLogger | None, resumed: Path | None
 ) -> None:
-    """Train on this rank, from the checkpoint `resumed` if there is one. Metrics go to `tracker`."""
-    config, plan = module.config, module.plan
-    batches = TrainBatches(
-        corpus.tokens("train"), seed=config.seed, batch_sequences=config.batch_sequences, context=config.context
-    )
-    trainer = build_trainer(config, plan, module, [MetricsLog(config, plan, tracker), saving])
-    on_gpu = trainer.strategy.root_device.type == "cuda"
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning")
-        try:
-            trainer.fit(
-                module,
-                StepLoader(batches, plan.steps, config.surroundings.micro_batches, pin_memory=on_gpu),
-                ckpt_path=resumed,
-                weights_only=True,
-            )
-        except SystemExit:  # Lightning turns Ctrl-C into this
-            raise KeyboardInterrupt from None
+    """Train with Lightning, from the checkpoint `resumed` if there is one.
 
+    Several devices are processes that Lightning starts; they bring back the weights.
 
-def build_trainer(
-    config: Config, plan: Plan, module: LanguageModel, callbacks: list[lightning.Callback]
-) -> lightning.Trainer:
-    """Lightning's Trainer, without the features that this project implements itself."""
-    # By default, a cluster's environment variables or srun on the PATH would change how Lightning runs.
-    devices: dict[str, Any] = {"devices": 1, "plugins": [LightningEnvironment()]}
-    if config.trainer.devices > 1:
-        devices = trainer_settings()
-        callbacks = [*callbacks, TableExchange(module)]
-    logging.getLogger("lightning").setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    return lightning.Trainer(
-        accelerator="gpu" if pick_device(config).type == "cuda" else "cpu",
-        **devices,
+    Raises:
+        Diverged: the training loss is no longer finite.
+        KeyboardInterrupt: Ctrl-C or SIGTERM.
+    """
+    config = module.config
+    on_gpu, several = pick_device(config).type == "cuda", config.trainer.devices > 1
+    trainer = lightning.Trainer(
+        accelerator="gpu" if on_gpu else "cpu",
+        devices=config.trainer.devices,
+        strategy=DDPStrategy(start_method="spawn") if several else "auto",
+        sync_batchnorm=on_gpu and several,
+        # By default, a cluster's environment variables or srun on the PATH would change how Lightning runs.
+        plugins=[LightningEnvironment(), DurableCheckpointIO()],
         precision="bf16-mixed" if config.precision == "bf16" else "32-true",
-        max_steps=plan.steps,
+        max_steps=module.plan.steps,
         max_epochs=1,
         accumulate_grad_batches=config.surroundings.micro_batches,
         callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
+        logger=tracker or False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
     )
+    try:
+        trainer.fit(module, ckpt_path=resumed, weights_only=True)
+    except SystemExit:  # Lightning turns Ctrl-C and SIGTERM into this
+        if isinstance(launcher := trainer.strategy.launcher, _MultiProcessingLauncher):
+            launcher.kill(signal.SIGKILL)  # checkpoints are atomic, and there is nothing else to save
+        raise KeyboardInterrupt from None
+    if DIVERGED_AT in trainer.callback_metrics:
+        loss, step = float(trainer.callback_metrics["loss"]), int(trainer.callback_metrics[DIVERGED_AT])
+        raise Diverged(f"the training loss is {loss} at step {step}")
 
 
 def pick_device(config: Config) -> torch.device:
-    """The device of this rank; raises `UserError` if the requested GPU is not there."""
-    has_gpu = torch.cuda.is_available()
-    if config.trainer.accelerator == "gpu" and not has_gpu:
+    """The device of a cell, the first of several; raises `UserError` if the requested GPUs are not there."""
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if config.trainer.accelerator == "gpu" and not n_gpus:
         raise UserError("trainer.accelerator=gpu, but torch sees no GPU here; allowed: auto, cpu")
-    if not has_gpu or config.trainer.accelerator == "cpu":
+    if not n_gpus or config.trainer.accelerator == "cpu":
         return torch.device("cpu")
-    if local_rank() >= torch.cuda.device_count():
+    if config.trainer.devices > n_gpus:
         raise UserError(
-            f"trainer.devices={config.trainer.devices}, but torch sees {torch.cuda.device_count()} GPUs here; "
-            "fewer devices, or trainer.accelerator=cpu"
+            f"trainer.devices={config.trainer.devices}, but torch sees {n_gpus} GPUs here; fewer devices, or "
+            "trainer.accelerator=cpu"
         )
-    return torch.device("cuda", local_rank()) if config.trainer.devices > 1 else torch.device("cuda")
+    return torch.device("cuda")

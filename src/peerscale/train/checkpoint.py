@@ -1,65 +1,78 @@
-"""Checkpoints: written atomically; the last two are kept; a run resumes from the newest readable one."""
+"""Checkpoints: Lightning's, written durably beside their target; a run resumes from the newest readable one."""
 
 import itertools
 import os
-import signal
 import sys
-import threading
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
+from peerscale.config.schema import TrainerConfig
 from peerscale.errors import UserError
 from peerscale.files import replacing
-from peerscale.model.ranks import as_first_rank, is_first_rank, n_ranks
-from peerscale.model.trained import CHECKPOINTS, checkpoint_path, checkpoints
-from peerscale.records.record import is_held, read_record
-from peerscale.train.loader import refuse_other_micro_batches
+from peerscale.model.trained import checkpoints
 
 KEPT = 2
 
-MADE_BY = "start_fingerprint"
-"""Key of a checkpoint: the `start_fingerprint` of the run that made it. Older checkpoints do not have it."""
-
-MICRO_BATCHES = "micro_batches"
-"""Key of a checkpoint: the number of micro-batches of a step. Older checkpoints have it in the loader's state only."""
-
-COST = 0.02
-"""Share of the time that saving may take; the interval after a slow save is longer."""
+MADE_BY, MICRO_BATCHES, TRAINED_S = "fingerprint", "micro_batches", "trained_s"
+"""Keys of a checkpoint: the fingerprint of its run, the micro-batches of a step, and the seconds trained so far."""
 
 
-class TimedCheckpoint(lightning.Callback):
-    """Saves the whole training state every `every_s` seconds or `every_steps` steps, and counts the time trained.
+class DurableCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its target, syncs it to disk and renames it.
 
-    It also saves after step `last_step`, and after the step in which a SIGTERM (with several ranks also Ctrl-C)
-    arrived; Lightning then ends the run. It does not save after an exception, since an exception inside a step leaves
-    weights and counters between two steps. `branches` has steps and the folders of the cells that continue from them:
-    each of these cells gets a checkpoint after its step, unless it has started already. `made_by` is written into every
-    checkpoint.
+    Lightning's own writes to the folder for temporary files and moves the file, which is not atomic between file
+    systems and fails if that folder is full (`tests/train/test_checkpoint.py`, nothing_is_staged_elsewhere).
+    """
+
+    def save_checkpoint(
+        self, checkpoint: Mapping[str, Any], path: str | os.PathLike, storage_options: Any = None
+    ) -> None:
+        with replacing(Path(path)) as temporary, temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class StepCheckpoint(ModelCheckpoint):
+    """Lightning's ModelCheckpoint, which saves by time or by steps and keeps the last `KEPT` checkpoints.
+
+    Alone it would also save between two micro-batches of a step, without the gradients so far, and would save nothing
+    at a SIGTERM, after which Lightning ends the run (`tests/train/test_checkpoint.py`: a_step_in_parts, a_termination).
+    It does not save after other exceptions, which may leave weights and counters between two steps.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        every_s: float,
-        every_steps: int | None = None,
-        last_step: int | None = None,
-        branches: Sequence[tuple[int, Path]] = (),
-        made_by: str = "",
+        self, folder: Path, trainer: TrainerConfig, *, fingerprint: str, trained_s: float = 0.0, last_step: int = -1
     ) -> None:
-        self.folder, self.every_s, self.every_steps, self.last_step = folder, every_s, every_steps, last_step
-        self.branches, self.made_by = branches, made_by
-        self.save_s = 0.0
-        self.earlier_s = 0.0
-        self.started_at = time.monotonic()
-        self.saved_at = time.monotonic()
-        self.terminated = False
+        """`trained_s` are the seconds trained before a resumption; after `last_step` a checkpoint is always saved."""
+        steps = trainer.checkpoint_every_steps
+        super().__init__(
+            dirpath=folder,
+            filename="step-{step:09d}",
+            auto_insert_metric_name=False,
+            monitor="step",
+            mode="max",
+            save_top_k=KEPT,
+            enable_version_counter=False,
+            every_n_train_steps=steps,
+            train_time_interval=None if steps else timedelta(seconds=trainer.checkpoint_every_s),
+        )
+        self.fingerprint, self.trained_s, self.last_step = fingerprint, trained_s, last_step
+        self.since = time.monotonic()
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self.since = time.monotonic()
 
     def on_train_batch_end(
         self,
@@ -71,92 +84,56 @@ class TimedCheckpoint(lightning.Callback):
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # a micro-batch within a step
-        step, terminated = trainer.global_step, self.terminated
-        for folder in (folder for at, folder in self.branches if at == step):
-            if as_first_rank(read_record(folder) is None and not is_held(folder)):
-                write_checkpoint(trainer, checkpoint_path(folder / CHECKPOINTS, step))
-        due = step == self.last_step or (self.every_steps and step % self.every_steps == 0)
-        waited_s = time.monotonic() - self.saved_at
-        due = terminated or due or waited_s >= max(self.every_s, self.save_s / COST)
-        if as_first_rank(bool(due)):
-            self.save(trainer)
-            if as_first_rank(terminated):
-                trainer._signal_connector.received_sigterm = True
-
-    @property
-    def trained_s(self) -> float:
-        """Seconds of training so far, including those before an interruption."""
-        return self.earlier_s + time.monotonic() - self.started_at
-
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self.started_at = self.saved_at = time.monotonic()
-        if threading.current_thread() is threading.main_thread():
-            # Replaces Lightning's handler, which may end the run on all ranks before the step is saved.
-            signal.signal(signal.SIGTERM, self._terminate)
-            if n_ranks() > 1:  # all ranks must end together, or some would wait for the others
-                signal.signal(signal.SIGINT, self._terminate)
-
-    def _terminate(self, *_: object) -> None:
-        self.terminated = True
+        ending = trainer.received_sigterm and trainer.world_size == 1  # ranks would have to agree
+        if (ending or trainer.global_step == self.last_step) and not self._should_skip_saving_checkpoint(trainer):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint |= {MADE_BY: self.made_by, MICRO_BATCHES: trainer.accumulate_grad_batches}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"trained_s": self.trained_s}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.earlier_s = state_dict["trained_s"]
-
-    def save(self, trainer: lightning.Trainer) -> None:
-        started = time.monotonic()
-        write_checkpoint(trainer, checkpoint_path(self.folder, trainer.global_step))
-        if not is_first_rank():
-            return
-        for old in checkpoints(self.folder)[KEPT:]:
-            old.unlink()
-        self.saved_at = time.monotonic()
-        self.save_s = self.saved_at - started
+        trained_s = self.trained_s + time.monotonic() - self.since
+        checkpoint |= {
+            MADE_BY: self.fingerprint, MICRO_BATCHES: trainer.accumulate_grad_batches, TRAINED_S: trained_s,
+        }  # fmt: skip
 
 
-def write_checkpoint(trainer: lightning.Trainer, path: Path) -> None:
-    """Save the whole training state; all ranks take part, and the first one writes."""
-    if not is_first_rank():
-        return trainer.save_checkpoint(path)
-    with replacing(path) as temporary:
-        trainer.save_checkpoint(temporary)
-        with temporary.open("rb") as file:  # must be on disk before an older checkpoint is removed
-            os.fsync(file.fileno())
+class Resumed(NamedTuple):
+    """Where a run goes on; without a checkpoint at its start."""
+
+    path: Path | None = None
+    step: int = 0
+    trained_s: float = 0.0
 
 
-def newest_readable(folder: Path, made_by: str, micro_batches: int) -> tuple[Path, int] | None:
-    """The newest complete checkpoint and its step; damaged ones are renamed, with a notice.
+def newest_readable(folder: Path, made_by: str, micro_batches: int) -> Resumed:
+    """The newest complete checkpoint of the run with fingerprint `made_by`; others are renamed, with a notice.
 
-    So are those of another run than `made_by`, such as one that a trunk left for a branch, without a record, before the
-    configuration changed. No code in a file is run: only weights and plain values are loaded, and any other pickle is
-    refused.
+    No code in a file is run: only weights and plain values are loaded, and any other pickle is refused.
 
     Raises:
         UserError: the run was begun with another number of micro-batches.
     """
     found = checkpoints(folder)
     for path, before in itertools.zip_longest(found, found[1:]):
-        problem = "is of another configuration"
         try:
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():  # torch itself does not compare checksums
                     raise zipfile.BadZipFile(f"bad checksum of {damaged}")
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            if state.get(MADE_BY, made_by) == made_by:
-                refuse_other_micro_batches(state.get(MICRO_BATCHES, micro_batches), micro_batches)
-                return path, state["global_step"]
-        except UserError:
-            raise
+            resumed, begun = Resumed(path, state["global_step"], state[TRAINED_S]), state[MICRO_BATCHES]
+            problem = "" if state[MADE_BY] == made_by else "is of another configuration"
         except Exception as error:  # a damaged archive can raise many types of errors
             problem = f"cannot be read ({type(error).__name__})"
+        else:
+            if not problem and begun != micro_batches:
+                raise UserError(
+                    f"the cell was started with trainer.micro_batches={begun} and continues only with that, "
+                    f"not with {micro_batches}"
+                )
+            if not problem:
+                return resumed
         instead = f"continuing from {before.name}" if before else "starting at the first step"
         path.rename(path.with_suffix(".unusable"))
         print(f"notice: {path} {problem}, {instead}", file=sys.stderr, flush=True)
-    return None
+    return Resumed()

@@ -1,23 +1,17 @@
-"""Losses on the held-out sets, on the same tokens for every cell.
-
-In `lambada` (Paperno et al. 2016) only the last word of each passage is scored: `loss` is the mean over the tokens of
-all last words, in nats per token, given the whole passage before them, and `ppl` is its exponential. It is neither the
-perplexity per word that language-model suites report, which sums over the tokens of a word, nor the accuracy, nor the
-loss of whole passages, and it depends on the vocabulary. The paper does not say which of these it reports.
-"""
+"""Losses on the held-out sets, on the same tokens for every cell."""
 
 import math
 from typing import Any
 
+import lightning
 import numpy as np
 import torch
 
 from peerscale.config.schema import Config
-from peerscale.data.batches import EvaluationBatches, LastWordBatches
+from peerscale.data.batches import EvaluationBatches
 from peerscale.data.store import Corpus
 from peerscale.layers.usage import CountsUsage, ExpertUsage
-from peerscale.model.ranks import gather, n_ranks, share, sum_over_ranks
-from peerscale.plan.held_out_sets import batch_shape, evaluated_tokens
+from peerscale.plan.held_out_sets import evaluated_tokens
 from peerscale.train.module import LanguageModel
 
 
@@ -26,33 +20,25 @@ def evaluate(module: LanguageModel, corpus: Corpus, config: Config, device: torc
 
     Router health is counted over the `val_set`.
 
-    Batches have the training shape, whole ones only, since expert choice depends on the batch; ranks share them.
+    Batches have the training shape, whole ones only, since expert choice depends on the batch. One device evaluates,
+    also after a training on several.
     """
     result: dict[str, Any] = {"evaluation": {}, "sequence_losses": [], "router": {}}
     module.eval().to(device)
-    for name, n_tokens in evaluated_tokens(config, corpus.manifest.set_tokens(config.context)).items():
+    shape = {"batch_sequences": config.batch_sequences, "context": config.context}
+    for name, n_tokens in evaluated_tokens(config, corpus.manifest.splits).items():
         if name == config.data.val_set:
             attach_usage(module)
-        tokens, shape = corpus.tokens(name), batch_shape(config, name)
-        if last_words := name == "lambada":
-            batches = LastWordBatches(tokens, n_tokens, corpus.begins_word(), **shape)
-        else:
-            batches = EvaluationBatches(tokens, n_tokens, **shape)
-        counted = [batches.counted(i) for i in range(len(batches))]
-        losses = np.concatenate([_sequence_losses(module, batches[i], each, device) for i, each in enumerate(counted)])
-        n_counted = np.concatenate(counted).sum(axis=1)
-        weights = n_counted / n_counted.mean()
-        loss = float((weights * losses).mean())
-        linear = weights * losses - (weights - 1) * loss  # linearised: its spread is that of a ratio of two sums
+        batches = EvaluationBatches(corpus.tokens(name), n_tokens, **shape)
+        losses = np.concatenate([_sequence_losses(module, batches[i], device) for i in range(len(batches))])
+        loss, tokens_per_byte = float(losses.mean()), corpus.manifest.splits[name] / corpus.manifest.utf8_bytes[name]
         values = {
             "loss": loss,
-            "se": float(linear.std(ddof=1) / math.sqrt(len(losses))) if len(losses) > 1 else math.nan,
-            "tokens": int(n_counted.sum()),
+            "se": float(losses.std(ddof=1) / math.sqrt(len(losses))) if len(losses) > 1 else math.nan,
+            "tokens": losses.size * config.context,
             "ppl": math.exp(min(loss, 700.0)),
+            "bits_per_byte": loss * tokens_per_byte / math.log(2),
         }
-        if not last_words:
-            tokens_per_byte = corpus.manifest.splits[name] / corpus.manifest.utf8_bytes[name]
-            values["bits_per_byte"] = loss * tokens_per_byte / math.log(2)
         result["evaluation"][name] = values
         if name == config.data.val_set:
             result["sequence_losses"] = [round(float(x), 5) for x in losses]
@@ -60,14 +46,13 @@ def evaluate(module: LanguageModel, corpus: Corpus, config: Config, device: torc
     return result
 
 
-def _sequence_losses(module: LanguageModel, batch: np.ndarray, counted: np.ndarray, device: torch.device) -> np.ndarray:
-    """The mean loss of each sequence over its scored targets; counted (B, T)."""
-    tokens, counted_BT = (torch.from_numpy(part[share(len(batch))]).to(device) for part in (batch, counted))
+def _sequence_losses(module: LanguageModel, batch: np.ndarray, device: torch.device) -> np.ndarray:
+    """The mean loss of each sequence of a batch (B, T + 1), shape (B,)."""
+    tokens = torch.from_numpy(batch).to(device)
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, module.config.precision == "bf16"):
         parts = tokens.chunk(module.config.surroundings.micro_batches)
         losses_BT = torch.cat([module.losses(part)[1] for part in parts])
-        losses_B = (losses_BT * counted_BT).sum(dim=1) / counted_BT.sum(dim=1)
-        return gather(losses_B).double().cpu().numpy()
+        return (losses_BT.sum(dim=1) / losses_BT.shape[1]).double().cpu().numpy()
 
 
 def attach_usage(module: LanguageModel) -> None:
@@ -77,10 +62,11 @@ def attach_usage(module: LanguageModel) -> None:
             layer.usage = ExpertUsage(layer.n_experts)
 
 
-def detach_usage(module: LanguageModel) -> dict[str, float]:
+def detach_usage(module: LanguageModel, trainer: lightning.Trainer | None = None) -> dict[str, float]:
     """Stop counting; returns expert_usage and unevenness, averaged over the layers, and the number of counted tokens.
 
-    Nothing if nothing was counted. With several ranks, all of which must call it, the tokens of all ranks are counted.
+    Nothing if nothing was counted. If there is a trainer, the tokens of all its devices are counted, and all its
+    processes must call this.
     """
     usages = []
     for layer in module.model.modules():
@@ -89,8 +75,10 @@ def detach_usage(module: LanguageModel) -> dict[str, float]:
             layer.usage = None
     if not usages:
         return {}
-    for usage in usages:
-        usage.weight_sums, usage.tokens = sum_over_ranks(usage.weight_sums), usage.tokens * n_ranks()
+    if trainer is not None:
+        for usage in usages:
+            usage.weight_sums = trainer.strategy.reduce(usage.weight_sums, reduce_op="sum")
+            usage.tokens = usage.tokens * trainer.world_size
     return {
         "expert_usage": sum(u.usage for u in usages) / len(usages),
         "unevenness": sum(u.unevenness for u in usages) / len(usages),

@@ -1,25 +1,9 @@
-"""Memory settings of a process. Freed memory is kept, since page faults would take a third of a small model's step; and
-garbage collection is off while libraries are imported."""
+"""Freed memory is kept by a process that trains, since page faults would take a third of a small model's step."""
 
-import contextlib
 import ctypes
-import gc
-from collections.abc import Iterator
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 GIBIBYTE = 1 << 30
-
-
-@contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """A context without garbage collection, which would take a fifth of the time of importing torch and Lightning."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def keep_freed_memory() -> None:

@@ -1,35 +1,51 @@
-"""Training metrics: a row every few steps; and a stop of runs that diverge."""
+"""Training metrics: a row every few steps, in `metrics.jsonl` and Lightning's loggers; runs that diverge end."""
 
+import json
+import math
+import os
+import sys
 import time
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 import lightning
-import numpy as np
 import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from peerscale.config.schema import Config
+from peerscale.files import write_text
 from peerscale.plan.plan import Plan
+from peerscale.records.curves import METRIC, METRICS
 from peerscale.train.evaluation import attach_usage, detach_usage
 from peerscale.train.module import LanguageModel
-from peerscale.train.tracking import Tracker
 
 
 class Diverged(Exception):
     """The training loss is no longer a finite number."""
 
 
-class MetricsLog(lightning.Callback):
-    """Logs a row every `log_every_steps` steps, if there is a tracker; stops a run whose loss is not finite."""
+DIVERGED_AT = "diverged_at"
+"""The step at which the loss of a row was not finite, among the metrics that Lightning brings back from processes."""
 
-    def __init__(self, config: Config, plan: Plan, tracker: Tracker | None) -> None:
-        self.config, self.plan, self.tracker = config, plan, tracker
+
+class MetricsLog(lightning.Callback):
+    """Logs a row every `log_every_steps` steps; ends a run whose loss is not finite.
+
+    The rows are on disk before a checkpoint is, so that no row before it can be lost.
+    """
+
+    def __init__(self, config: Config, plan: Plan, folder: Path) -> None:
+        self.config, self.plan, self.path = config, plan, folder / METRICS
+        self.file: TextIO | None = None
+        """Open in training, in the process that writes."""
         self.loss_sum, self.loss_count = torch.zeros(()), 0
         self.since, self.since_step = time.perf_counter(), 0
         self.lr = 0.0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.since, self.since_step = time.perf_counter(), trainer.global_step
+        if trainer.is_global_zero:
+            self.file = self.path.open("a", encoding="utf-8")
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
@@ -39,7 +55,7 @@ class MetricsLog(lightning.Callback):
         self.lr = trainer.optimizers[0].param_groups[0]["lr"]  # after the step it is the next step's rate
         # Router health is sampled: only the tokens of a logged step are counted.
         assert isinstance(pl_module, LanguageModel)
-        if self._logs(trainer.global_step + 1):
+        if is_logged(trainer.global_step + 1, self.config, self.plan):
             attach_usage(pl_module)
 
     def on_train_batch_end(
@@ -51,10 +67,11 @@ class MetricsLog(lightning.Callback):
         batch_idx: int,
     ) -> None:
         assert isinstance(pl_module, LanguageModel) and isinstance(outputs, dict)
-        self.loss_sum = self.loss_sum.to(pl_module.device) + outputs["cross_entropy"]
+        cross_entropy = trainer.strategy.reduce(outputs["cross_entropy"].clone(), reduce_op="mean")
+        self.loss_sum = self.loss_sum.to(pl_module.device) + cross_entropy
         self.loss_count += 1
         step = trainer.global_step
-        if (batch_idx + 1) % trainer.accumulate_grad_batches or not self._logs(step):
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or not is_logged(step, self.config, self.plan):
             return
         loss = float(self.loss_sum) / self.loss_count
         seconds, now = time.perf_counter() - self.since, time.perf_counter()
@@ -66,20 +83,60 @@ class MetricsLog(lightning.Callback):
             "loss": loss,
             "lr": self.lr,
             "tokens_per_s": (step - self.since_step) * self.config.tokens_per_step / seconds,
-            **detach_usage(pl_module),
+            **detach_usage(pl_module, trainer),
         }
-        if not np.isfinite(loss):
-            raise Diverged(f"the training loss is {loss} at step {step}")
-        if self.tracker is not None:
-            self.tracker.log(row)
+        if not math.isfinite(loss):
+            trainer.callback_metrics.update({DIVERGED_AT: torch.tensor(step), "loss": torch.tensor(loss)})
+            trainer.should_stop = True
+        elif self.file is not None:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+            for logger in trainer.loggers:
+                logger.log_metrics(row, step)
         self.loss_sum, self.loss_count = torch.zeros(()), 0
         self.since, self.since_step = now, step
 
-    def _logs(self, step: int) -> bool:
-        return step % self.config.trainer.log_every_steps == 0 or step == self.plan.steps
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self.file is not None:
+            os.fsync(self.file.fileno())
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.file = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"loss_sum": self.loss_sum, "loss_count": self.loss_count}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.loss_sum, self.loss_count = state_dict["loss_sum"], state_dict["loss_count"]
+
+
+def is_logged(step: int, config: Config, plan: Plan) -> bool:
+    """Whether there is a row of metrics after `step`."""
+    return step % config.trainer.log_every_steps == 0 or step == plan.steps
+
+
+def cut_back(folder: Path, step: int, config: Config, plan: Plan) -> None:
+    """Remove the rows after `step`, which a resumed run writes again, and damaged ones; a notice tells what is lost."""
+    path = folder / METRICS
+    rows = filter(None, map(_row, path.read_bytes().splitlines() if path.is_file() else []))
+    kept = {row["step"]: row for row in rows if row["step"] <= step}
+    if path.is_file():
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept.values()))
+    if lost := [s for s in range(1, step + 1) if is_logged(s, config, plan) and s not in kept]:
+        print(
+            f"notice: {path}: {len(lost)} rows between steps {lost[0]} and {lost[-1]} are damaged or missing; "
+            "the run goes on without them",
+            file=sys.stderr,
+        )
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+        return row if all(isinstance(row[key], int | float) for key in METRIC) else None
+    except (ValueError, TypeError, KeyError):
+        return None

@@ -1,5 +1,7 @@
-"""The LightningModule: loss, optimiser, gradient clipping."""
+"""The LightningModule: loss, batches, optimiser, gradient clipping."""
 
+import logging
+import warnings
 from typing import Any
 
 import lightning
@@ -8,22 +10,32 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from peerscale.config.schema import Config
+from peerscale.data.batches import TrainBatches
+from peerscale.data.store import open_corpus
 from peerscale.model.build import build_model
-from peerscale.model.ranks import mean_over_ranks
 from peerscale.ops.cross_entropy import linear_cross_entropy
 from peerscale.plan.plan import Plan, schedule
+from peerscale.train.loader import StepLoader
+from peerscale.train.memory import keep_freed_memory
 from peerscale.train.optimizer import build_optimizer, parameter_groups
 
 
 class LanguageModel(lightning.LightningModule):
-    """Next-token prediction with the model of a configuration."""
+    """Next-token prediction with the model of a configuration, whose weights are drawn from its seed."""
 
     def __init__(self, config: Config, plan: Plan, device: str = "cpu") -> None:
         """`device` is the type of the device for training."""
         super().__init__()
         self.config, self.plan = config, plan
+        lightning.seed_everything(config.seed, verbose=False)
         self.model = build_model(config, device)
         self.groups = parameter_groups(self.model)
+
+    def setup(self, stage: str) -> None:
+        """Called in each process that trains."""
+        prepare_process(self.config)
+        if self.config.trainer.compile:
+            self.model.compile_backbone()
 
     def losses(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the next tokens in nats: tokens (B, T + 1) -> the mean (for training) and each (B, T)."""
@@ -36,7 +48,21 @@ class LanguageModel(lightning.LightningModule):
         cross_entropy, _ = self.losses(tokens)
         auxiliary = self.model.auxiliary_loss()
         loss = cross_entropy if auxiliary is None else cross_entropy + auxiliary
-        return {"loss": loss, "cross_entropy": mean_over_ranks(cross_entropy.detach())}
+        return {"loss": loss, "cross_entropy": cross_entropy.detach()}
+
+    def train_dataloader(self) -> StepLoader:
+        """The batches of all steps; each of several devices has its share of every batch."""
+        config, trainer = self.config, self.trainer
+        tokens = open_corpus(config.data).tokens("train")
+        batches = TrainBatches(tokens, seed=config.seed, batch_sequences=config.batch_sequences, context=config.context)
+        return StepLoader(
+            batches,
+            self.plan.steps,
+            config.surroundings.micro_batches,
+            rank=trainer.global_rank,
+            n_ranks=trainer.world_size,
+            pin_memory=trainer.strategy.root_device.type == "cuda",
+        )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = build_optimizer(self.groups, self.config, self.plan)
@@ -45,3 +71,12 @@ class LanguageModel(lightning.LightningModule):
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         torch.nn.utils.clip_grad_norm_(self.groups.clipped, self.config.optim.grad_clip)
+
+
+def prepare_process(config: Config) -> None:
+    """Set the threads and the memory allocation of a process that trains; Lightning says only what went wrong."""
+    torch.set_num_threads(config.trainer.threads)
+    keep_freed_memory()
+    warnings.filterwarnings("ignore", module="lightning")
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -2,7 +2,7 @@
 
     python -m peerscale.train ffn=peer size=d32 budget=2e11
     python -m peerscale.train -m ffn=peer,dense size=d32,d48
-    torchrun --nproc-per-node 2 -m peerscale.train ffn=peer size=d32 budget=2e11 trainer.devices=2
+    python -m peerscale.train ffn=peer size=d32 budget=2e11 trainer.devices=2
 
 torch and lightning are imported inside the cell, so that planning and skipping take no time. Exit codes:
 `peerscale.errors`.
@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from peerscale.config.compose import Composition
-from peerscale.config.schema import hydra_errors
+from peerscale.config.errors import hydra_errors
 from peerscale.data.prepare import prepare
 from peerscale.data.store import read_manifest
 from peerscale.errors import FailedCells, UserError, exit_code
@@ -30,8 +30,6 @@ from peerscale.plan.cells import FINISHED, Cell, how_to_rerun, single_cell, stat
 from peerscale.plan.notices import evaluation_lines
 from peerscale.plan.plan import Verdict
 from peerscale.records.record import LOCK, Status, read_record
-from peerscale.train.distributed import started_ranks
-from peerscale.train.memory import uncollected
 
 
 @hydra.main(config_path=str(OURS / "conf"), config_name="config", version_base="1.3")
@@ -56,13 +54,9 @@ def refuse_dropped(cell: Cell) -> None:
 
 
 def run_single(composition: Composition) -> None:
-    """Run one cell and print its result; if torchrun or srun started its ranks, only the first rank prints."""
+    """Run one cell and print its result."""
     cell = single_cell(composition)
     refuse_dropped(cell)
-    if started_ranks()[0] > 0:
-        prepare(cell.config.data)
-        run_cell(cell)
-        return
     was_there = read_manifest(cell.config.data)
     corpus = prepare(cell.config.data)
     if corpus.manifest != was_there:  # the sizes of its sets decide whether the cell is dropped
@@ -88,13 +82,9 @@ def run_cell(cell: Cell) -> Status:
 
     Raises:
         UserError: the cell cannot be run as it is; if it was never run before, its folder is removed.
-        FailedCells: another process is running a cell whose ranks torchrun or srun started.
     """
-    with uncollected():
-        from peerscale.train.cell import train_cell
+    from peerscale.train.cell import train_cell
 
-    if started_ranks()[0] > 0:  # the first rank holds the lock
-        return train_cell(cell)
     cell.folder.mkdir(parents=True, exist_ok=True)
     try:
         # Wait a second, since `status` holds the lock briefly when it checks whether a cell is running.
@@ -105,29 +95,18 @@ def run_cell(cell: Cell) -> Status:
             shutil.rmtree(cell.folder)
         raise
     except Timeout:
-        if started_ranks()[1] > 1:  # the other ranks wait for this one, which must therefore fail
-            raise FailedCells(f"{cell.name} is being run by another process") from None
         print(f"{cell.name} is being run by another process and is skipped here", file=sys.stderr)
         return Status.RUNNING
 
 
 def run_in_turn(cells: Sequence[Cell]) -> dict[str, Status]:
-    """Run cells one after the other; returns their statuses.
-
-    The branches of a trunk that another process is running are left to that process: here they would start at their
-    first step.
-    """
-    statuses: dict[str, Status] = {}
-    for cell in cells:
-        left = statuses.get(cell.trunk) is Status.RUNNING
-        statuses[cell.name] = Status.RUNNING if left else run_cell(cell)
-    return statuses
+    """Run cells one after the other; returns their statuses."""
+    return {cell.name: run_cell(cell) for cell in cells}
 
 
 def main() -> int:
     """Let Hydra compose and run the job; its errors become `ConfigError`."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them
-    overrides = [word for word in sys.argv[1:] if not word.startswith("-") and ("=" in word or word.startswith("~"))]
-    with hydra_errors(overrides):
+    with hydra_errors():
         hydra_job()
     return 0
