@@ -119,7 +119,7 @@ def test_the_differences_of_every_block_are_those_of_the_published_fits() -> Non
         f"{abs(one['value']):.3f} ± {(one['high'] - one['low']) / 2:.3f}"
         for rival in ("dense", "moe_token_choice", "pkm") for one in claims if one["rival"] == rival
     )  # fmt: skip
-    page = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert (
         f"PEER leads dense by {dense} and token choice by {token_choice}, and cannot be told apart from PKM (+{pkm})"
     ) in " ".join(page.split())
@@ -130,7 +130,7 @@ def test_the_barely_significant_differences_are_those_of_the_published_fits() ->
     fits = read_fits(ROOT / "results" / "reproduce" / "fits.json")
     barely = {claim["rival"]: f"{claim['p_holm']:.3f}" for claim in fits["claims"] if claim["p_holm"] > 0.01}
     assert barely == {"moe_token_choice": "0.048", "pkm": "0.048"}
-    page = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert "(p = 0.048)" in README and "(p = 0.048)" in page
     own = {d["method"]: -d["own"]["value"] for d in fits["budgets"][1]["differences"] if d["reference"] == "peer"}
     less = {name: f"{value:+.3f}".replace("-", "−") for name, value in own.items()}

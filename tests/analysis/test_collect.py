@@ -205,22 +205,6 @@ def test_a_wrong_file_of_a_study_is_refused_and_none_is_not(tmp_path: Path, monk
     assert len(collection.fits_of("absent", *rest)["claims"]) > 0
 
 
-def test_a_wrong_table_of_step_times_is_refused_before_anything_is_written(
-    collected_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copytree(collected(SWEEP, collected_runs).folder.parent, tmp_path / SWEEP)
-    study, times = collected(SWEEP, tmp_path), tmp_path / "times.csv"
-    times.write_text("size,method,tokens\nd8,dense,1024\n")
-    monkeypatch.setattr(collection, "STEPS", times)
-    study.records.write_text("from before")
-    with pytest.raises(UserError, match="no column 'flops'"):
-        collect.main([SWEEP, "--runs", str(tmp_path)])
-    assert study.records.read_text() == "from before"
-    times.unlink()
-    assert collect.main([SWEEP, "--runs", str(tmp_path)]) == 0
-    assert all("measured time" not in row["multipliers"] for row in json.loads(study.fits.read_text())["conventions"])
-
-
 def test_nothing_to_collect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["absent", "--runs", str(tmp_path)]
     assert exit_code(lambda: collect.main(arguments)) == 2

@@ -117,7 +117,7 @@ def test_no_finished_cell_is_one_clear_line(runs: Path, capsys: pytest.CaptureFi
 
 def test_small_print_names_data_and_convention(collected_runs: Path) -> None:
     table = pd.read_csv(collected(SWEEP, collected_runs).runs)
-    table = table.drop(columns=["data", "val_set"], errors="ignore")
-    assert small_print(table) == "FLOPs: per-operation, full attention, backward 2x"
+    unnamed = table.drop(columns=["data", "val_set"])
+    assert small_print(unnamed) == "FLOPs: per-operation, full attention, backward 2x"
     named = table.assign(data="gutenberg", val_set="validation")
-    assert small_print(named).startswith("data: gutenberg, set: validation; FLOPs:")
+    assert small_print(named).startswith("data: gutenberg; set: validation; FLOPs: ")

@@ -71,8 +71,8 @@ def test_experts_are_the_tables_and_the_papers() -> None:
     dense = math.exp(float(runs.loc[runs["method"] == "dense", "val_loss"].iloc[0]))
     assert [line.get_ydata()[0] for line in ours.lines if line.get_label() == "_dense"] == [pytest.approx(dense)]
     # Table 2, with BatchNorm, and table 1's dense model.
-    (line,) = (line for line in paper.lines if line.get_label() == "PEER")
-    np.testing.assert_array_equal(line.get_xydata(), [(2**14, 23.47), (2**16, 22.55), (2**18, 21.47), (2**20, 20.64)])
+    (drawn,) = (c.lines[0] for c in paper.containers if c.get_label() == "PEER")
+    np.testing.assert_array_equal(drawn.get_xydata(), [(2**14, 23.47), (2**16, 22.55), (2**18, 21.47), (2**20, 20.64)])
     assert [line.get_ydata()[0] for line in paper.lines if line.get_label() == "_dense"] == [23.84]
 
 
@@ -96,7 +96,6 @@ def test_active_experts_are_lines_over_heads_with_a_star_at_the_best() -> None:
             best = rows.loc[rows["val_loss"].idxmin()]
             assert stars[0][0] == pytest.approx(best["ffn_heads"], rel=0.1)
             assert stars[0][1] == pytest.approx(math.exp(best["val_loss"]))
-    assert "prints no numbers" in figure.get_supxlabel()
 
 
 def test_query_norm_shows_means_intervals_and_every_seed() -> None:
@@ -119,16 +118,15 @@ def test_query_norm_shows_means_intervals_and_every_seed() -> None:
         assert points(unevenness)[label] == pytest.approx(rows.groupby("n_experts")["unevenness"].mean().to_dict())
     dots = np.concatenate([line.get_ydata() for line in ours.lines if line.get_label() == "_seeds"])
     assert sorted(dots) == pytest.approx(sorted(np.exp(runs["val_loss"])))
-    assert [list(line.get_ydata()) for line in paper.lines] == [
+    assert [list(c.lines[0].get_ydata()) for c in paper.containers] == [
         [23.47, 22.55, 21.47, 20.64],
         [23.47, 22.61, 21.54, 20.73],
     ]
-    dotted = [list(line.get_ydata()) for line in unevenness.lines if line.get_label() == "_paper"]
+    dotted = [list(c.lines[0].get_ydata()) for c in unevenness.containers if c.get_label() == "_paper"]
     assert dotted == [[0.30, 0.44, 0.66, 1.06], [0.45, 0.63, 0.97, 1.52]]
-    assert "2 seeds" in figure.get_supxlabel() and "32,768 tokens" in figure.get_supxlabel()
 
 
-def test_one_seed_has_the_standard_error_and_says_so() -> None:
+def test_one_seed_has_the_standard_error() -> None:
     runs = with_norm_of_one_seed()
     rows = over_seeds(runs[runs["method"] == "peer"], ["n_experts"])
     errors = runs[runs["method"] == "peer"].set_index("n_experts")["val_loss_se"]
@@ -136,7 +134,6 @@ def test_one_seed_has_the_standard_error_and_says_so() -> None:
     assert (
         over_seeds(runs, ["cell"], "layer_share")["high"] == over_seeds(runs, ["cell"], "layer_share")["mean"]
     ).all()
-    assert "one seed" in experts_figure(runs, read_published()).get_supxlabel()
 
 
 FIGURES = {
@@ -147,17 +144,10 @@ FIGURES = {
 
 
 @pytest.mark.parametrize(("draw", "sweep"), FIGURES.values(), ids=FIGURES)
-def test_what_went_wrong_is_left_out_and_counted(draw: Callable[..., Figure], sweep: str) -> None:
+def test_no_two_labels_of_an_axis_overlap(draw: Callable[..., Figure], sweep: str) -> None:
     runs = ablation_runs(sweep)
     runs.loc[runs.index[-1], ["status", "val_loss"]] = ["diverged", np.nan]
     figure = draw(runs)
-    figure.draw_without_rendering()
-    assert "1 diverged" in figure.get_supxlabel()
-
-
-@pytest.mark.parametrize(("draw", "sweep"), FIGURES.values(), ids=FIGURES)
-def test_no_two_labels_of_an_axis_overlap(draw: Callable[..., Figure], sweep: str) -> None:
-    figure = draw(ablation_runs(sweep))
     figure.draw_without_rendering()
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):

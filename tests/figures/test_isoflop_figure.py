@@ -9,10 +9,10 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
-from synthetic_study import GRID, METHODS, SWEEP, WRONG, minimum, shared_curvature
+from synthetic_study import GRID, METHODS, SWEEP, minimum, shared_curvature
 from synthetic_surface import BUDGETS, surface_runs
 
-from peerscale.figures.isoflop import isoflop_figure, isoflop_panel, missing_note
+from peerscale.figures.isoflop import isoflop_figure, isoflop_panel
 from peerscale.figures.style import colours, panels
 from peerscale.records.study import collected, read_json
 from peerscale.stats.comparison import compare
@@ -90,10 +90,6 @@ def test_a_flagged_minimum_is_hollow(study: tuple[pd.DataFrame, Fits], status: s
     figure = isoflop_figure(runs, window(fits, status=status), x="params_total")
     (star,) = (line for line in figure.axes[0].lines if line.get_label() == "_minimum dense")
     assert ("hollow" if star.get_markerfacecolor() == "white" else "filled") == face
-    assert (
-        "hollow where flagged"
-        in isoflop_figure(runs, window(fits, status="off_centre"), x="params_total").get_supxlabel()
-    )
 
 
 @pytest.mark.parametrize("status", ["too_few", "outside_range", "curvature"])
@@ -135,9 +131,6 @@ def test_sizes_outside_the_window_are_hollow_or_triangles_and_squeeze_nothing() 
         if "above" in str(drawn.get_label())
     }
     assert markers and set(markers.values()) == {("^", "white")}
-    small_print = figure.get_supxlabel()
-    assert "hollow points: sizes left out of the fit" in small_print and "triangles: above the axis" in small_print
-    assert "hollow" not in alone.get_supxlabel() and "triangles" not in alone.get_supxlabel()
 
 
 def test_triangles_of_one_size_stand_below_each_other() -> None:
@@ -179,7 +172,7 @@ def test_points_that_coincide_can_be_told_apart(study: tuple[pd.DataFrame, Fits]
 
 
 def test_labels(study: tuple[pd.DataFrame, Fits]) -> None:
-    figure = isoflop_figure(*study, x="params_active", note="data: gutenberg")
+    figure = isoflop_figure(*study, x="params_active")
     assert [axes.get_title() for axes in figure.axes] == ["$10^{11}$ FLOPs", r"$3 \times 10^{11}$ FLOPs"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         "dense",
@@ -190,13 +183,6 @@ def test_labels(study: tuple[pd.DataFrame, Fits]) -> None:
     ]
     assert "perplexity" in figure.axes[0].get_ylabel()
     assert figure.axes[0].get_xlabel() == "parameters, active per token"
-    assert "gutenberg" in figure.get_supxlabel()
-    assert "1 diverged, 1 dropped, 1 failed" in figure.get_supxlabel()
-
-
-def test_missing_cells_are_counted(study: tuple[pd.DataFrame, Fits]) -> None:
-    runs, _ = study
-    assert missing_note(runs[~runs["cell"].isin(WRONG)]) == ""
 
 
 def drawn(figure: Figure) -> Figure:
@@ -216,10 +202,9 @@ def test_a_study_with_next_to_nothing_in_it_is_still_drawn(study: tuple[pd.DataF
         assert axes.get_ylim()[0] < perplexity < axes.get_ylim()[1]
 
 
-def test_a_budget_without_a_finished_cell_has_no_panel_and_is_told(study: tuple[pd.DataFrame, Fits]) -> None:
+def test_a_budget_without_a_finished_cell_has_no_panel(study: tuple[pd.DataFrame, Fits]) -> None:
     runs, fits = study
     last = runs["budget"] == max(GRID)
     begun = runs.assign(status=runs["status"].mask(last, "pending"), val_loss=runs["val_loss"].mask(last))
     figure = isoflop_figure(begun, fits, x="params_total")
     assert len(figure.axes) == len(GRID) - 1
-    assert f"{last.sum()} pending" in figure.get_supxlabel()

@@ -1,11 +1,12 @@
 """The main figure draws the multipliers of fits.json, and beside them the paper's."""
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
+from matplotlib.container import ErrorbarContainer
 
 from peerscale.figures.multipliers import multipliers_figure, paper_multipliers
 from peerscale.figures.published import read_published
@@ -17,73 +18,62 @@ PEER = [
 ]  # fmt: skip
 
 
-def times(*values: float | None) -> list[dict[str, Any]]:
-    each = zip(PEER, values, strict=True)
-    return [{"budget": one["budget"], "method": "peer", "multipliers": {"measured time": value}} for one, value in each]
+def lines(axes: Axes) -> dict[str, np.ndarray]:
+    """The points of each method with a line or bars, by label."""
+    found = (container for container in axes.containers if isinstance(container, ErrorbarContainer))
+    return {str(container.get_label()): np.asarray(container.lines[0].get_xydata(), float) for container in found}
 
 
 def dots(axes: Axes) -> list[float]:
-    return sorted(float(y) for scatter in axes.collections[1:] for y in np.asarray(scatter.get_offsets())[:, 1])
+    scattered = (drawn for drawn in axes.collections if isinstance(drawn, PathCollection))
+    return sorted(float(y) for scatter in scattered for y in np.asarray(scatter.get_offsets())[:, 1])
 
 
-def test_multipliers_bands_seeds_and_time() -> None:
-    figure = multipliers_figure(
-        {"budgets": [], "multipliers": PEER, "conventions": times(0.9, 0.8)}, read_published(), note="a note"
-    )
+def test_multipliers_bands_and_seeds() -> None:
+    figure = multipliers_figure({"budgets": [], "multipliers": PEER}, read_published())
     assert figure is not None
     ours, paper = figure.axes
     assert [axes.get_title() for axes in figure.axes] == ["PEER", "the paper"]
-    np.testing.assert_allclose(ours.lines[1].get_ydata(), [1.1, 1.3])  # the first is that of dense
+    np.testing.assert_allclose(lines(ours)["peer"], [(1e12, 1.1), (3e12, 1.3)])
     band = ours.collections[0].get_paths()[0].vertices[:, 1]
     assert {*np.round(band, 6)} == {1.0, 1.2, 1.5}
-    assert dots(ours) == [1.05, 1.15]
-    (time,) = (line for line in ours.lines if line.get_linestyle() == "--")
-    np.testing.assert_allclose(time.get_ydata(), [0.9, 0.8])
-    assert paper.lines[1].get_label() == "peer" and "a note" in figure.get_supxlabel()
-    assert "from one seed" in figure.get_supxlabel()
-    alone = multipliers_figure(
-        {"budgets": [], "multipliers": [*PEER[1:], {**PEER[0], "by_seed": None}], "conventions": []}, read_published()
-    )
-    assert alone is not None and "from one seed" not in alone.get_supxlabel()
+    assert dots(ours) == [1.05, 1.15] and [*lines(paper)] == ["peer"]
     figure.draw_without_rendering()
-
-
-def test_without_measured_times_there_is_no_line_of_them() -> None:
-    figure = multipliers_figure(
-        {"budgets": [], "multipliers": PEER, "conventions": times(None, None)}, read_published()
-    )
-    assert figure is not None and "in training time" not in figure.get_supxlabel()
-    assert not any(line.get_linestyle() == "--" and len(line.get_xdata()) for line in figure.axes[0].lines)
 
 
 def test_each_method_has_a_panel_with_its_variants() -> None:
     others = [{**one, "method": name} for one in PEER for name in ("pkm", "peer n_experts=16384")]
-    figure = multipliers_figure({"budgets": [], "multipliers": [*PEER, *others], "conventions": []}, read_published())
+    figure = multipliers_figure({"budgets": [], "multipliers": [*PEER, *others]}, read_published())
     assert figure is not None and [axes.get_title() for axes in figure.axes] == ["PKM", "PEER", "the paper"]
-    assert [len(axes.collections) for axes in figure.axes] == [2, 4, 0]  # bands, and dots of seeds
+    assert [[name for name in lines(axes) if "apart" not in name] for axes in figure.axes] == [
+        ["pkm"], ["peer", "peer n_experts=16384"], ["pkm", "peer"]
+    ]  # fmt: skip
 
 
 def test_budgets_below_the_trend_stand_apart_from_the_line() -> None:
     third = {**PEER[1], "budget": 1e13, "multiplier": 1.4}
-    fits = {"budgets": [], "multipliers": [*PEER, third], "conventions": [], "trend_from": 3e12}
+    fits = {"budgets": [], "multipliers": [*PEER, third], "trend_from": 3e12}
     figure = multipliers_figure(fits, read_published())
-    assert figure is not None and "points without a line" in figure.get_supxlabel()
-    drawn = [np.asarray(line.get_ydata(), float).tolist() for line in figure.axes[0].lines]
-    assert drawn[1] == [1.3, 1.4] and [1.1] in drawn and [1.0, 1.2] in drawn
+    assert figure is not None
+    drawn = lines(figure.axes[0])
+    np.testing.assert_allclose(drawn["peer"][:, 1], [1.3, 1.4])
+    np.testing.assert_allclose(drawn["peer apart"], [(1e12, 1.1)])
+    (apart,) = (one for one in figure.axes[0].containers if one.get_label() == "peer apart")
+    np.testing.assert_allclose(apart.lines[2][0].get_segments()[0][:, 1], [1.0, 1.2])
 
 
 def test_a_multiplier_from_a_flagged_minimum_is_hollow() -> None:
     methods = [{"name": "peer", "status": "off_centre"}, {"name": "dense", "status": "ok"}]
-    fits = {"budgets": [{"budget": 3e12, "methods": methods}], "multipliers": PEER, "conventions": []}
+    fits = {"budgets": [{"budget": 3e12, "methods": methods}], "multipliers": PEER}
     figure = multipliers_figure(fits, read_published())
-    assert figure is not None and "hollow: flagged minimum" in figure.get_supxlabel()
+    assert figure is not None
     hollow = [np.asarray(line.get_ydata(), float).tolist() for line in figure.axes[0].lines
               if line.get_markerfacecolor() == "white" and len(line.get_ydata())]  # fmt: skip
     assert hollow == [[1.3]]
 
 
 def test_one_budget_makes_no_figure() -> None:
-    assert multipliers_figure({"budgets": [], "multipliers": PEER[:1], "conventions": []}, read_published()) is None
+    assert multipliers_figure({"budgets": [], "multipliers": PEER[:1]}, read_published()) is None
 
 
 def test_the_papers_multipliers_by_hand() -> None:

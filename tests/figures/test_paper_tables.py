@@ -21,7 +21,7 @@ from peerscale.plan.cost import cost
 from peerscale.records.study import collected, read_json
 from peerscale.records.table import read_runs
 from peerscale.stats.comparison import compare
-from peerscale.stats.conventions import flops_by_convention, multipliers_by_convention
+from peerscale.stats.conventions import flops_by_convention
 from peerscale.stats.fits import fit_study
 
 Study = tuple[pd.DataFrame, dict[str, Any]]
@@ -126,38 +126,6 @@ def test_conventions_from_columns_are_those_from_the_configuration(method: str) 
     assert found["6 x total parameters"] == 6 * model.params_total
 
 
-def test_multipliers_by_convention(study: Study) -> None:
-    _, fits = study
-    found = {(row["method"], row["budget"]): row["multipliers"] for row in fits["conventions"]}
-    known = {(m["method"], m["budget"]): m["multiplier"] for m in fits["multipliers"]}
-    assert known and all(found[key]["as counted"] == pytest.approx(value, rel=1e-6) for key, value in known.items())
-    # A parameter that is counted and not used makes a sparse layer look worse, a free router a routed one better.
-    for key in known:
-        row = found[key]
-        if None not in row.values() and key[0] in ("moe", "pkm", "peer"):
-            assert row["6 x total parameters"] < row["6 x active parameters"]
-            assert row["without router"] > row["as counted"]
-
-
-def test_a_convention_that_doubles_a_methods_cost_halves_its_multiplier(study: Study) -> None:
-    runs, fits = study
-    doubled = runs.assign(params_active=runs["params_active"] * np.where(runs["method"] == "peer", 2, 1))
-    column = "6 x active parameters"
-    before, after = (
-        {
-            (row["method"], row["budget"]): row["multipliers"][column]
-            for row in multipliers_by_convention(table, fits["budgets"])
-        }
-        for table in (runs, doubled)
-    )
-    pairs = {
-        key: (before[key], after[key]) for key in before if before[key] and after[key] and before[key] == before[key]
-    }
-    assert any(name == "peer" for name, _ in pairs)
-    for (name, _), (first, second) in pairs.items():
-        assert second == pytest.approx(first / (2 if name == "peer" else 1), nan_ok=True)
-
-
 def ranked(*rows: tuple[float, str, float | None]) -> list[str]:
     """The table of one convention."""
     names = {name for _, name, _ in rows} | {
@@ -198,7 +166,7 @@ def test_nothing_fitted_is_no_table(study: Study) -> None:
         == table(study_table.claims({**fits, "claims": []}))
         == []
     )
-    assert table(study_table.parts({**fits, "budgets": []})) == []
+    assert study_table.difference_rows({**fits, "budgets": []}) == []
 
 
 def difference(**changes: Any) -> dict[str, Any]:
@@ -211,19 +179,22 @@ def difference(**changes: Any) -> dict[str, Any]:
     return {**found, **changes}
 
 
-def test_errors_stand_by_source() -> None:
+def test_errors_stand_by_source_and_each_pair_once() -> None:
     unknown = {"method": "pkm", "reference": "dense", "size": "", "note": "pkm: too_few"}
-    entry = {"budget": 3e12, "differences": [difference(), unknown, difference(reference="peer")]}
-    header, _, *rows = table(study_table.parts({"budgets": [entry]}))
+    turned = difference(method="dense", reference="peer", value=0.033)
+    entry = {"budget": 3e12, "differences": [difference(), unknown, turned, difference(size="d64", own=None)]}
+    header, _, *rows = table(study_table.difference_rows({"budgets": [entry]}))
+    numbers = "−0.033 [−0.049, −0.017] | 0.0066 | 0.0027 | 0.0011 | — | 0.0075 | 15"
     assert rows == [
-        "| 3e12 | PEER | −0.033 [−0.049, −0.017] | 0.0066 | 0.0027 | 0.0011 | — | 0.0075 | 15 | −0.031 ± 0.008 |"
-    ]
+        f"| 3e12 | PEER minus dense | {numbers} | −0.031 ± 0.008 |",
+        f"| 3e12 | PEER minus dense, d_model 64 | {numbers} | — |",
+    ]  # fmt: skip
     columns = [cell.strip() for cell in header.strip("|").split("|")]
     assert columns[3:8] == [
         "s.e. from sizes", "s.e. from seeds", "s.e. from sequences", "s.e. from learning rates", "s.e., all"
     ]  # fmt: skip
     bare = difference(seeds_se=None, df=None, own=None)
-    assert table(study_table.parts({"budgets": [{"budget": 3e12, "differences": [bare]}]}))[2].endswith(
+    assert table(study_table.difference_rows({"budgets": [{"budget": 3e12, "differences": [bare]}]}))[2].endswith(
         "| 0.0075 | ∞ | — |"
     )
 
@@ -231,7 +202,7 @@ def test_errors_stand_by_source() -> None:
 def claim(**changes: Any) -> dict[str, Any]:
     found = {
         "budget": 3e12, "size": "", "method": "peer", "rival": "dense", "value": -0.033, "low": -0.049, "high": -0.017,
-        "p": 0.00004, "p_holm": 0.0123,
+        "p": 0.00004, "p_holm": 0.0123, "family": 4,
     }  # fmt: skip
     return {**found, **changes}
 
@@ -242,10 +213,10 @@ def test_claims_name_both_methods_and_their_common_settings_once() -> None:
     rows = table(study_table.claims({"claims": claims}))[2:]
     interval = "−0.033 [−0.049, −0.017]"
     assert rows == [
-        f"| 3e12 | PEER minus dense | {interval} | < 0.0001 | 0.0123 |",
-        f"| 3e12 | PEER minus dense, batch 8 | {interval} | < 0.0001 | 0.0123 |",
-        f"| 3e12 | PEER minus dense, d_model 40 | {interval} | — | — |",
-        f"| 3e12 | PEER, 4,096 experts minus dense | {interval} | < 0.0001 | 0.0123 |",
+        f"| 3e12 | PEER minus dense | {interval} | < 0.0001 | 0.0123 | leads |",
+        f"| 3e12 | PEER minus dense, batch 8 | {interval} | < 0.0001 | 0.0123 | leads |",
+        f"| 3e12 | PEER minus dense, d_model 40 | {interval} | — | — | cannot be told apart from |",
+        f"| 3e12 | PEER, 4,096 experts minus dense | {interval} | < 0.0001 | 0.0123 | leads |",
     ]
 
 
@@ -272,7 +243,7 @@ def test_multipliers_are_listed_by_budget_with_their_intervals() -> None:
     assert rows == ["| 1e12 | PEER | 1.00 [none] |", "| 3e12 | PEER | 1.18 [1.09, 1.26] |"]
 
 
-def test_exponents_of_both_approaches_stand_side_by_side(study: Study) -> None:
+def test_exponents_of_two_approaches_stand_side_by_side(study: Study) -> None:
     runs = surface_runs(noise=1e-4)
     fits = fit_study(runs, compare(runs, []))
     header, _, dense, peer = table(study_table.exponents(fits))

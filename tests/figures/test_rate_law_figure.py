@@ -56,8 +56,10 @@ def test_tables_tell_the_law_the_batches_and_the_rates_of_tables() -> None:
     runs = study()
     law = to_plain(fit_law(runs, [80]))
     text = "\n".join(rate_law_sections(runs, law))
-    assert "lowest + 0.060 (ln rate − ln best rate)²" in text and "The p of equal exponents is " in text
-    assert "On 2 curves that it was not fitted to its rates are off by a factor of 1.00" in text
+    fit = text.partition("## Its fit\n\n")[2].splitlines()
+    row = dict(zip(*(line.strip("| ").split(" | ") for line in (fit[0], fit[2])), strict=True))
+    assert (row["nats per (ln rate)²"], row["curves held out"]) == ("0.060", "2")
+    assert row["their rates off by a factor of"] == "1.00" and 0 <= float(row["p of equal exponents"].strip("< ")) <= 1
     assert "| a (width) | 0.50 [0.50, 0.50] | 0.50 [0.50, 0.50] | 0.50 [0.50, 0.50] |" in text
     assert "| c (batch) | 0.50 [0.50, 0.50] | 0.50 [0.50, 0.50] | 0.50 [0.50, 0.50] |" in text
     assert "| budget | width | method | batch 8 | batch 16 | batch 32 | 8 less 16 | 32 less 16 |" in text
@@ -144,7 +146,6 @@ def test_the_figure_has_a_panel_a_corner_with_the_rates_of_the_law() -> None:
             assert (x, y) == pytest.approx((best, 4.25), rel=1e-6)
             assert (lines[method].get_markerfacecolor() == "white") == (width == 80)
     assert any("_left out" in str(line.get_label()) for axes in figure.axes for line in axes.lines)
-    assert "grey: runs more than a factor of 3.2" in figure.get_supxlabel()
 
 
 def test_the_law_has_the_variables_that_the_study_varies() -> None:
@@ -160,8 +161,8 @@ def test_the_law_has_the_variables_that_the_study_varies() -> None:
     assert law and law["fitted"] == {}
     assert {name: one["m"] for name, one in law["groups"].items()} == pytest.approx(BEST)
     text = "\n".join(rate_law_sections(alone, to_plain(law)))
-    assert "| dense | 0.005 [0.005, 0.005] |" in text and "The loss of a curve is its lowest + 0.060" in text
-    assert "exponents" not in text and "As configuration" not in text, "nothing for other widths or lengths"
+    assert "| dense | 0.005 [0.005, 0.005] |" in text and "| 0.060 |" in text
+    assert "## Its exponents" not in text and "As configuration" not in text, "nothing for other widths or lengths"
     (axes,) = rate_law_figure(alone, to_plain(law)).axes
     marked = {str(line.get_label()): line.get_xdata()[0] for line in axes.lines if "_law" in str(line.get_label())}
     assert marked == pytest.approx({f"_law {name}": at for name, at in BEST.items()})

@@ -1,4 +1,4 @@
-"""The closing table's numbers, and sentences that say what the numbers do."""
+"""The tables of a study hold its numbers."""
 
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,7 @@ from peerscale.errors import exit_code
 from peerscale.figures import study_table, style
 from peerscale.figures.answer import answer
 from peerscale.figures.figures import study_figures
-from peerscale.figures.markdown import signed_interval
-from peerscale.figures.published import read_published
+from peerscale.figures.markdown import signed_interval, table
 from peerscale.files import write_json
 from peerscale.records.curves import curves_table
 from peerscale.records.record import write_record
@@ -53,7 +52,7 @@ def number(text: str) -> float:
 
 def test_numbers(study: Tables) -> None:
     runs, fits = study
-    rows = rows_of(study_table.closing_table(runs, fits))
+    rows = rows_of(table(study_table.optimum_rows(runs, fits)))
     assert len(rows) == 10
     for budget, at in ((1e11, "1e11"), (3e11, "3e11")):
         done = {
@@ -79,7 +78,7 @@ def test_numbers(study: Tables) -> None:
 
 
 def test_flags_are_in_words(study: Tables) -> None:
-    rows = rows_of(study_table.closing_table(*study))
+    rows = rows_of(table(study_table.optimum_rows(*study)))
     assert rows["1e11", "dense"]["flags"] == "—"
     assert rows["1e11", "PKM"]["flags"].startswith("1 dropped")
     assert rows["3e11", "MoE (expert choice)"]["flags"].startswith("1 failed")
@@ -90,10 +89,10 @@ def test_sizes_outside_the_window_are_finished_and_not_fitted(study: Tables) -> 
     runs, _ = study
     sizes = np.sort(runs.loc[(runs["method"] == "dense") & (runs["budget"] == 1e11), "flops_per_token"])
     fits = compare(runs, [], windows={1e11: (sizes[1], 1e9)})
-    row = rows_of(study_table.closing_table(runs, fits))["1e11", "dense"]
+    row = rows_of(table(study_table.optimum_rows(runs, fits)))["1e11", "dense"]
     assert row["sizes"] == "5 finished, 4 fitted"
-    (note,) = (line for line in study_table.closing_table(runs, fits) if line.startswith("- Fit at 1e11"))
-    assert f"sizes of {sizes[1]:.3g}".replace("e+0", "e") in note and "FLOPs per token" in note
+    window = study_table.fit_rows(runs, fits)[0]["FLOPs per token"]
+    assert window == f"{sizes[1]:.3g} to 1e9".replace("e+0", "e")
 
 
 @pytest.mark.parametrize("status", ["too_few", "outside_range", "curvature"])
@@ -107,7 +106,7 @@ def test_a_degenerate_minimum_has_its_flag_and_no_number(study: Tables, status: 
         fits = compare(runs.assign(val_loss=runs["val_loss"] + np.where(runs["method"] == "dense", 3 * slope, 0)), [])
     else:
         fits = compare(runs.assign(val_loss=10 - runs["val_loss"]), [])
-    rows = rows_of(study_table.closing_table(runs, fits))
+    rows = rows_of(table(study_table.optimum_rows(runs, fits)))
     dense = rows["1e11", "dense"]
     assert (dense["optimal FLOPs per token"], dense["loss there"]) == ("—", "—")
     assert dense["flags"] == status.replace("_", " ")
@@ -116,25 +115,25 @@ def test_a_degenerate_minimum_has_its_flag_and_no_number(study: Tables, status: 
     )
 
 
-def test_how_the_fits_came_out_is_said(study: Tables) -> None:
+def test_how_the_fits_came_out_is_told(study: Tables) -> None:
     runs, fits = study
-    lines = [line for line in study_table.closing_table(runs, fits) if line.startswith("- ")]
-    entry = fits["budgets"][0]
+    entry, row = fits["budgets"][0], study_table.fit_rows(runs, fits)[0]
     f, p = entry["equality"]["f"], entry["equality"]["p"]
-    assert lines[0].startswith("- At 1e11 FLOPs PEER leads dense (−0.1") and lines[1].startswith(
-        "- At 3e11 FLOPs PEER "
-    )
-    assert lines[2] == (
-        f"- Fit at 1e11: all sizes; size means scatter by {entry['scatter']:.4f} nats about the curves "
-        f"({entry['df']} degrees of freedom); one curvature for all: F(4, {entry['df'] - 4}) = {f:.2f}, p = {p:.2f}."
-    )
+    assert row == {
+        "budget": "1e11", "batch, sequences": "16", "FLOPs per token": "all",
+        "scatter about the curves": f"{entry['scatter']:.4f} ({entry['df']})", "scatter of seeds": "—",
+        "F of one curvature": f"{f:.2f} (4, {entry['df'] - 4})", "p": f"{p:.2f}",
+    }  # fmt: skip
     assert entry["df"] == 24 - 11, "24 finished cells; five intercepts, five slopes, one curvature"
-    assert lines[4] == (
-        "- Layers: MoE (expert choice) 16 experts, capacity 1; MoE (token choice) 16 experts, top 1; "
-        "PKM 4,096 experts, 4 heads, top 32; PEER 4,096 experts, 4 heads, top 16."
-    )
-    assert len(lines) == 5
-    assert study_table.layers(runs[runs["method"] == "dense"]) == ""
+
+
+def test_layers_are_told_by_their_settings(study: Tables) -> None:
+    runs, _ = study
+    assert table(study_table.layer_rows(runs))[2:] == [
+        "| MoE (expert choice) | 16 | — | — | 1 |", "| MoE (token choice) | 16 | — | 1 | — |",
+        "| PKM | 4,096 | 4 | 32 | — |", "| PEER | 4,096 | 4 | 16 | — |",
+    ]  # fmt: skip
+    assert study_table.layer_rows(runs[runs["method"] == "dense"]) == []
 
 
 def test_a_difference_of_one_size_says_what_its_interval_leaves_out() -> None:
@@ -145,23 +144,17 @@ def test_a_difference_of_one_size_says_what_its_interval_leaves_out() -> None:
     assert signed_interval(None) == signed_interval({"note": "peer: too_few"}) == "—"
 
 
-def test_growth_is_claimed_from_four_budgets_on(study: Tables) -> None:
+def test_growth_is_told_if_it_is_known(study: Tables) -> None:
     runs, fits = study
-    published = read_published()
-    assert "No growth is claimed: it would need four budgets." in study_table.at_the_optimum(runs, fits, published)
+    assert "## Growth of the multiplier" not in study_table.at_the_optimum(runs, fits)
     slope = {"method": "peer", "reference": "dense", "slope": 0.123, "low": 0.05, "high": 0.2}
-    lines = study_table.at_the_optimum(runs, {**fits, "growth": [slope]}, published)
-    assert "Slope of its logarithm per factor of ten in the budget: PEER +0.123 [+0.050, +0.200]." in lines
-    small = runs["budget"] == runs["budget"].min()
-    changing = runs.assign(batch_sequences=runs["batch_sequences"].where(~small, 2 * runs["batch_sequences"]))
-    lines = study_table.at_the_optimum(changing, {**fits, "growth": [slope]}, published)
-    assert any("in the budget (the batch changes too: " in line for line in lines)
+    assert "| PEER | +0.123 [+0.050, +0.200] |" in study_table.at_the_optimum(runs, {**fits, "growth": [slope]})
 
 
 def test_a_study_of_one_method_has_a_table(study: Tables) -> None:
     runs, _ = study
     alone = runs[runs["cell"].str.startswith("moe-")]
-    lines = study_table.closing_table(alone, compare(alone, []))
+    lines = table(study_table.optimum_rows(alone, compare(alone, [])))
     rows = rows_of(lines)
     assert set(rows) == {("1e11", "MoE (expert choice)"), ("3e11", "MoE (expert choice)")}
     assert rows["1e11", "MoE (expert choice)"]["difference to dense [95 %]"] == "—"
@@ -171,7 +164,7 @@ def test_a_study_of_one_method_has_a_table(study: Tables) -> None:
 def test_a_study_with_nothing_finished_has_a_table(study: Tables) -> None:
     runs, _ = study
     nothing = runs[runs["status"] != "done"]
-    row = rows_of(study_table.closing_table(nothing, compare(nothing, [])))["3e11", "PEER"]
+    row = rows_of(table(study_table.optimum_rows(nothing, compare(nothing, []))))["3e11", "PEER"]
     assert row["sizes"] == "0 finished, 0 fitted" and row["flags"] == "1 diverged"
     assert {row[column] for column in ("optimal FLOPs per token", "loss there", "loss with own curvature")} == {"—"}
 
@@ -191,12 +184,11 @@ def test_it_prints_the_answer_and_names_the_further_tables(
     written, said = study.table.read_text(), answer(read_json(study.fits))
     assert written.splitlines()[:3] == [f"# {SWEEP}: losses at equal compute", "", f"**{said}**"]
     headings = [line.removeprefix("## ") for line in written.splitlines() if line.startswith("## ")]
-    assert {"Errors by source", "Claims", "Compute multiplier"} <= set(headings)
+    assert {"Differences", "Claims", "Compute multiplier"} <= set(headings)
     shown, further = printed.partition("# ")[2].rstrip("\n").rsplit("\n", 1)
-    assert written.startswith(f"# {shown}") and "They leave out the choice of learning rates." in shown
+    assert written.startswith(f"# {shown}")
     assert "## " not in shown and further == f"Further tables in {study.table}: {'; '.join(headings)}"
     assert "| 6e18 | PEER | 20.63 | 20.68 | 17.65 | 19.01 | 25.48 | −0.145 |" in written, "the paper's table 1"
-    assert "This study has no c4, curation_corpus, lambada, pile, wikitext." in written
     assert "## Ranking under other FLOP conventions" in written
     assert "table 2" not in written
 
@@ -249,30 +241,14 @@ def test_controls_whose_rates_follow_the_law_are_compared_with_dense_of_the_usua
     assert any(line.startswith(f"| 4,096 | {without:.2f} / {with_norm:.2f} |") for line in lines), "not with one head"
 
 
-def test_other_settings_are_told_once_for_each_pair() -> None:
-    pairs = [("peer", "dense"), ("peer top_k=32", "dense"), ("peer top_k=32", "peer"), ("peer", "peer top_k=32"),
-             ("moe", "peer top_k=32"), ("peer top_k=32", "moe")]  # fmt: skip
-    pairs += [("pkm", "peer top_k=32"), ("moe", "peer"), ("dense", "peer top_k=32")]
-    one = {"size": "d64", "value": -0.02, "low": -0.03, "high": -0.01}
-    differences = [{"method": method, "reference": reference, **one} for method, reference in pairs]
-    fits = {"budgets": [{"budget": 1e14, "differences": differences}], "claims": [{}]}
-    rows = [(row["comparison"], row["difference [95 %]"]) for row in study_table.other_settings(fits)]
-    assert rows == [
-        ("PEER, top 32 minus PEER, d_model 64", "−0.020 [−0.030, −0.010]"),
-        ("PEER, top 32 minus MoE (expert choice), d_model 64", "+0.020 [+0.010, +0.030]"),
-        ("PEER, top 32 minus PKM, d_model 64", "+0.020 [+0.010, +0.030]"),
-    ]
-    assert study_table.other_settings({**fits, "claims": []}) == []
-
-
 def test_claims_at_one_size_are_told() -> None:
     runs = ablation_runs("experts")
     claims = ClaimsConfig(method="peer", rivals=["dense"])
     compared = compare(runs, ablation_records("experts"), claims=claims)
-    fits = fit_study(runs, compared, (), None)
+    fits = fit_study(runs, compared)
     text = study_table.study_table("experts", runs, {**fits, "answer": answer(fits)})
     assert text.splitlines()[2].startswith("**At 1e13 FLOPs, d_model 64, 1,024 experts, BatchNorm, PEER leads dense (")
-    assert "\n## Claims\n" in text and "corrected by Holm's method for the 8 comparisons" in text
+    assert "\n## Claims\n" in text and "p, corrected for 8 claims" in text
 
 
 def test_the_best_rate_is_the_minimum_of_the_parabolas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -305,12 +281,11 @@ def test_an_uncollected_study_is_one_clear_line(tmp_path: Path, capsys: pytest.C
     assert "first: make figures SWEEP=absent" in capsys.readouterr().err
 
 
-def test_a_study_of_two_sizes_is_listed_size_by_size(tmp_path: Path) -> None:
-    for record in ablation_records("batches"):
-        write_record(tmp_path / "batches" / record.cell, record)
-    arguments = ["batches", "--runs", str(tmp_path)]
-    assert script("collect").main(arguments) == 0 and figures.main(arguments) == 0
-    lines = collected("batches", tmp_path).table.read_text("utf-8").splitlines()
-    sizes = [line.split(" | ")[1] for line in lines if line.startswith("| 2.2e12")]
-    assert lines[0] == "# batches: settings at 2 sizes"
-    assert sizes == ["d_model 32 (4 heads)"] * 10 + ["d_model 48 (6 heads)"] * 10
+def test_a_study_of_two_sizes_is_listed_size_by_size() -> None:
+    runs = ablation_runs("active")
+    two = pd.concat([runs, runs.assign(size="d48-h6", cell=runs["cell"] + " larger")], ignore_index=True)
+    fits = {**fit_study(two, compare(two, [])), "answer": "No claim."}
+    lines = study_table.study_table("mine", two, fits).splitlines()
+    sizes = [line.split(" | ")[1] for line in lines if line.startswith("| 1e13 | d_model")]
+    assert lines[0] == "# mine: settings at several sizes"
+    assert sizes == [size for size in ("d_model 64", "d_model 48 (6 heads)") for _ in range(len(sizes) // 2)]

@@ -6,7 +6,7 @@ import pytest
 
 from made_up_study import curves, run
 from peerscale.stats.comparison import compare
-from peerscale.stats.conventions import flops_by_convention, multipliers_by_convention, seconds_per_flop
+from peerscale.stats.conventions import flops_by_convention, multipliers_by_convention
 
 LADDER = [1e12, 3e12, 1e13]
 GAIN = 1.5
@@ -88,28 +88,3 @@ def test_nothing_to_count_without_dense_or_minima() -> None:
     one = runs[runs["budget"] == 1e12]
     (row,) = multipliers_by_convention(one, compare(one, [])["budgets"])
     assert np.isnan(list(row["multipliers"].values())).all()
-
-
-def test_measured_time_counts_the_seconds_of_a_flop() -> None:
-    runs = study({"dense": 0.8, "peer": 0.5})
-    runs = runs.assign(d_model=32 * (runs["flops_per_token"] / 1e5) ** 0.5)
-    steps = pd.DataFrame([
-        {"size": size, "method": method, "tokens": 1000, "flops": flops, "median_s": flops * seconds}
-        for method, seconds in (("dense", 2e-11), ("peer", 3e-11)) for size, flops in (("d32", 1e8), ("d512", 2.56e10))
-    ])  # fmt: skip
-    for row in multipliers_by_convention(runs, compare(runs, [])["budgets"], steps):
-        assert row["multipliers"]["measured time"] == pytest.approx(GAIN / 1.5, rel=1e-3)
-    unmeasured = seconds_per_flop(runs, steps[steps["method"] == "dense"])
-    assert unmeasured[runs["method"] == "peer"].isna().all() and unmeasured[runs["method"] == "dense"].notna().all()
-
-
-def test_a_time_per_flop_is_between_those_of_the_sizes_around_it_and_of_the_same_layer() -> None:
-    steps = pd.DataFrame({"size": ["d32", "d64-h4"], "method": "peer", "tokens": 1000, "flops": [1e8, 4e8],
-                          "median_s": [3e-3, 8e-3]})  # fmt: skip
-    rows = pd.DataFrame({"method": "peer", "variant": "", "d_model": [32.0, 48.0, 64.0, 128.0],
-                         "flops_per_token": [1e5, 2.25e5, 4e5, 1.6e6]})  # fmt: skip
-    part = np.log(48 / 32) / np.log(2)
-    expected = np.array([3.0, 3 - part, 2.0, 2.0]) * 1e-11
-    np.testing.assert_allclose(seconds_per_flop(rows, steps), expected)
-    other = rows.assign(flops_per_token=rows["flops_per_token"] * 1.04)  # such as more experts for each token
-    assert seconds_per_flop(other, steps).isna().all()

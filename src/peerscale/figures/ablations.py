@@ -15,7 +15,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from scipy.stats import t as student
 
 from peerscale.figures import style
-from peerscale.figures.isoflop import X_LABELS, missing_note
+from peerscale.figures.isoflop import X_LABELS
 from peerscale.figures.published import WITHOUT_NORM, paper_values
 from peerscale.stats.curves_of_runs import axes_of, method_names, usable
 
@@ -29,8 +29,6 @@ LABELS = {**X_LABELS, "n_experts": "experts", "ffn_heads": "heads"}
 
 Looks = Mapping[Hashable, Mapping[str, Any]]
 """Arguments of matplotlib's `plot` for each line."""
-
-EDGE: Mapping[str, Any] = {"markeredgewidth": 0.5, "markeredgecolor": "white"}
 
 DENSE: Mapping[str, Any] = {"color": style.COLOURS["dense"], "linewidth": 0.9, "linestyle": "--", "zorder": 1}
 
@@ -108,42 +106,44 @@ def lines_panel(
     for i, (value, look) in enumerate(looks.items()):
         shift = apart ** (i - (len(looks) - 1) / 2)
         rows, cells = points[points[series] == value], runs[runs[series] == value]
-        middle, low, high = (np.asarray(transform(rows[column]), float) for column in ("mean", "low", "high"))
-        errors = [middle - low, high - middle]
-        axes.errorbar(shift * np.asarray(rows[x], float), middle, yerr=errors, elinewidth=0.7, **EDGE, **look)
+        middle, low, high = (transform(rows[column].astype(float)) for column in ("mean", "low", "high"))
+        style.points(axes, shift * rows[x].astype(float), middle, bars=(low, high), line="-", **look)
         if (rows["seeds"] > 1).any():
-            dots = np.asarray(transform(cells[y]), float)
-            axes.plot(
-                shift * cells[x].astype(float), dots, ".", color=look["color"], alpha=0.4, markersize=3, label="_seeds"
-            )
+            dots = {"color": look["color"], "alpha": 0.4, "markersize": 3, "label": "_seeds"}
+            axes.plot(shift * cells[x].astype(float), transform(cells[y].astype(float)), ".", **dots)
     _ticks(axes, x, points[x])
 
 
-def experts_figure(runs: pd.DataFrame, published: pd.DataFrame, *, note: str = "") -> Figure:
-    """Figure 3a: perplexity against the number of experts, beside the paper's figure, with numbers of its table 2."""
+@style.applied()
+def experts_figure(runs: pd.DataFrame, published: pd.DataFrame) -> Figure:
+    """Figure 3a: perplexity against the number of experts, beside the paper's figure, with numbers of its table 2.
+
+    The paper's dense model is that of table 1 at 6e18 FLOPs, as table 2 does not name its budget.
+    """
     cells, dense, where = _at_one_size(runs[with_norm(runs) | (runs["method"] == "dense")])
     names = style.ordered(cells["name"])
-    colours = style.colours(["dense", "peer", *names])
+    colours, markers = style.colours(["dense", "peer", *names]), style.method_markers({*names, "peer"})
     looks: dict[Hashable, dict[str, Any]] = {
-        name: {"color": colours[name], "marker": style.MARKERS[i % len(style.MARKERS)], "label": style.label(name)}
-        for i, name in enumerate(style.ordered({*names, "peer"}))
+        name: {"color": colours[name], "marker": markers[name], "label": style.label(name)}
+        for name in style.ordered({*names, "peer"})
     }
-    with style.applied():
-        figure, (ours, paper) = style.panels(2)
-        lines_panel(ours, cells, x="n_experts", series="name", looks={name: looks[name] for name in names})
-        _perplexity(ours, where, dense)
-        values = paper_values(published, "table 2", "peer", "ppl_c4")
-        paper.plot(list(values), list(values.values()), **EDGE, **looks["peer"])
-        _ticks(paper, "n_experts", values)
-        _perplexity(paper, "the paper, on C4", [paper_values(published, "table 1", "dense", "ppl_c4")[6e18]])
-        style.legend(figure, [Line2D([], [], **DENSE, label="dense"), *map(_handle, looks.values())])
-        source = "paper: table 2; dense: table 1 at 6 × 10$^{18}$ FLOPs (table 2 does not name its budget)"
-        style.caption(figure, note, f"{_said(cells, 'active_experts')}{_bars(cells)}", missing_note(runs), source)
+    figure, (ours, paper) = style.panels(2)
+    lines_panel(ours, cells, x="n_experts", series="name", looks={name: looks[name] for name in names})
+    _perplexity(ours, where, dense)
+    values = paper_values(published, "table 2", "peer", "ppl_c4")
+    style.points(paper, [*values], [*values.values()], line="-", **looks["peer"])
+    _ticks(paper, "n_experts", values)
+    _perplexity(paper, "the paper, on C4", [paper_values(published, "table 1", "dense", "ppl_c4")[6e18]])
+    style.legend(figure, [Line2D([], [], **DENSE, label="dense"), *map(_handle, looks.values())])
     return figure
 
 
-def active_figure(runs: pd.DataFrame, *, note: str = "") -> Figure:
-    """Figure 3b: perplexity against heads, one line per number of active experts; the paper gives no numbers for it."""
+@style.applied()
+def active_figure(runs: pd.DataFrame) -> Figure:
+    """Figure 3b: perplexity against heads, one line per number of active experts; a star at each line's lowest point.
+
+    The paper gives no numbers for it.
+    """
     cells, dense, where = _at_one_size(runs)
     cells = cells[cells["method"] == "peer"]
     levels = sorted(cells["active_experts"].unique())
@@ -152,51 +152,44 @@ def active_figure(runs: pd.DataFrame, *, note: str = "") -> Figure:
         level: {"color": to_hex(shade), "marker": style.MARKERS[i % len(style.MARKERS)], "label": f"{level:g}"}
         for i, (level, shade) in enumerate(zip(levels, shades, strict=True))
     }
-    with style.applied():
-        figure, (axes,) = style.panels(1)
-        lines_panel(axes, cells, x="ffn_heads", series="active_experts", looks=looks, apart=APART)
-        for level, rows in over_seeds(cells, ["active_experts", "ffn_heads"]).groupby("active_experts"):
-            if len(rows) > 1:
-                heads, losses = rows[["ffn_heads", "mean"]].to_numpy(float).T
-                best = losses.argmin()
-                x = heads[best] * APART ** (levels.index(level) - (len(levels) - 1) / 2)
-                style.star(axes, x, math.exp(losses[best]), looks[level]["color"], f"_best {level:g}")
-        _perplexity(axes, where, dense)
-        handles = [*map(_handle, looks.values()), *([Line2D([], [], **DENSE, label="dense")] if dense else [])]
-        figure.legend(handles=handles, loc="outside right center", title="active experts\n(heads × top-k)")
-        stars = "stars: each line's best number of heads; the paper prints no numbers of its figure 3b"
-        style.caption(figure, note, f"{_said(cells, 'n_experts')}{_bars(cells)}", stars, missing_note(runs))
+    figure, (axes,) = style.panels(1)
+    lines_panel(axes, cells, x="ffn_heads", series="active_experts", looks=looks, apart=APART)
+    for level, rows in over_seeds(cells, ["active_experts", "ffn_heads"]).groupby("active_experts"):
+        if len(rows) > 1:
+            heads, losses = rows[["ffn_heads", "mean"]].to_numpy(float).T
+            best = losses.argmin()
+            x = heads[best] * APART ** (levels.index(level) - (len(levels) - 1) / 2)
+            style.star(axes, x, math.exp(losses[best]), looks[level]["color"], f"_best {level:g}")
+    _perplexity(axes, where, dense)
+    handles = [*map(_handle, looks.values()), *([Line2D([], [], **DENSE, label="dense")] if dense else [])]
+    figure.legend(handles=handles, loc="outside right center", title="active experts\n(heads × top-k)")
     return figure
 
 
-def query_norm_figure(runs: pd.DataFrame, published: pd.DataFrame, *, note: str = "") -> Figure:
-    """Figure 4 and table 2: perplexity and unevenness with and without query BatchNorm, beside those of the paper.
+@style.applied()
+def query_norm_figure(runs: pd.DataFrame, published: pd.DataFrame) -> Figure:
+    """Figure 4 and table 2: perplexity and unevenness with and without query BatchNorm, against the number of experts.
 
-    Both against the number of experts.
+    The middle panel and the dotted lines on the right are the paper's table 2.
     """
-    peer = runs[runs["method"] == "peer"]
-    cells, _, where = _at_one_size(peer)
+    cells, _, where = _at_one_size(runs[runs["method"] == "peer"])
     cells, x = cells.assign(norm=with_norm(cells)), "n_experts"
-    with style.applied():
-        figure, (ours, paper, unevenness) = style.panels(3)
-        # Numbers of experts differ by factors of four, so that the lines can be further apart.
-        lines: dict[str, Any] = {"x": x, "series": "norm", "looks": NORM, "apart": APART**4}
-        lines_panel(ours, cells, **lines)
-        lines_panel(unevenness, cells, **lines, y="unevenness", transform=np.asarray)
-        for norm, look in NORM.items():
-            method = "peer" if norm else WITHOUT_NORM
-            for axes, metric, line in ((paper, "ppl_c4", "-"), (unevenness, "unevenness", ":")):
-                values = paper_values(published, "table 2", method, metric)
-                unnamed: dict[str, Any] = {**EDGE, **look, "label": "_paper"}
-                axes.plot(list(values), list(values.values()), line, **unnamed)
-                _ticks(axes, x, [*values, *(cells[x] if axes is unevenness else ())])
-        _perplexity(ours, where)
-        _perplexity(paper, "the paper, on C4")
-        unevenness.set(title="unevenness (nats)", ylim=(0, None))
-        style.legend(figure, [_handle(look) for look in NORM.values()])
-        tokens = style.listed(cells["usage_tokens"])
-        counted = f"our unevenness is counted over {tokens} tokens; dotted lines and middle panel: the paper's table 2"
-        style.caption(figure, note, f"{_said(cells, 'active_experts')}{_bars(cells)}", counted, missing_note(runs))
+    figure, (ours, paper, unevenness) = style.panels(3)
+    # Numbers of experts differ by factors of four, so that the lines can be further apart.
+    lines: dict[str, Any] = {"x": x, "series": "norm", "looks": NORM, "apart": APART**4}
+    lines_panel(ours, cells, **lines)
+    lines_panel(unevenness, cells, **lines, y="unevenness", transform=np.asarray)
+    for norm, look in NORM.items():
+        method = "peer" if norm else WITHOUT_NORM
+        for axes, metric, line in ((paper, "ppl_c4", "-"), (unevenness, "unevenness", ":")):
+            values = paper_values(published, "table 2", method, metric)
+            unnamed: dict[str, Any] = {**look, "label": "_paper"}
+            style.points(axes, [*values], [*values.values()], line=line, **unnamed)
+            _ticks(axes, x, [*values, *(cells[x] if axes is unevenness else ())])
+    _perplexity(ours, where)
+    _perplexity(paper, "the paper, on C4")
+    unevenness.set(title="unevenness (nats)", ylim=(0, None))
+    style.legend(figure, [_handle(look) for look in NORM.values()])
     return figure
 
 
@@ -234,18 +227,4 @@ def _ticks(axes: Axes, x: str, values: Iterable[float]) -> None:
 
 
 def _handle(look: Mapping[str, Any]) -> Line2D:
-    return Line2D([], [], **EDGE, **look)
-
-
-def _said(cells: pd.DataFrame, column: str) -> str:
-    """The value of a fixed setting, by method, as written in the caption."""
-    fixed = [f"{style.label(str(name))} {style.listed(rows[column])}" for name, rows in cells.groupby("name")]
-    return f"{column.replace('_', ' ').replace('n experts', 'experts')}: {', '.join(fixed)}; "
-
-
-def _bars(cells: pd.DataFrame) -> str:
-    seeds = cells["seed"].nunique()
-    if seeds > 1:
-        bars = f"bars: 95 % interval of the mean over {seeds} seeds (dots), Student's t"
-        return f"{bars}, with their scatter pooled"
-    return "bars: ±1 standard error over validation sequences, most of it common to all points; one seed"
+    return Line2D([], [], markeredgewidth=0.5, markeredgecolor="white", **look)

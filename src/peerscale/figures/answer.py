@@ -1,7 +1,6 @@
-"""The answer of a study: its claims in sentences."""
+"""The answer of a study: what its claims came to, in one line."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
 from typing import Any
 
 from peerscale.figures.markdown import plus_minus
@@ -10,10 +9,6 @@ from peerscale.plan.cell_names import budget_name
 from peerscale.stats.claims import FAMILY_LEVEL
 
 Claim = Mapping[str, Any]
-Place = tuple[float, str, str]
-"""Budget, size (only for a comparison at one size) and settings of the method's variant."""
-Outcomes = dict[str, list[Claim]]
-"""The claims by outcome, `leads`, `trails`, `EQUALS` or `UNDECIDED`; outcomes without claims are left out."""
 
 LEADS = "leads"
 TRAILS = "trails"
@@ -22,82 +17,38 @@ UNDECIDED = "cannot be told apart from"
 
 
 def answer(fits: Mapping[str, Any]) -> str:
-    """The study's answer in one line, with the largest budget first; or the reason why there is none."""
-    if fits.get("rates", {}).get("law"):
-        return "No claim: the study tunes learning rates; its table.md has their law."
-    places = _places(fits["claims"])
-    if not places:
-        return _no_answer(fits["budgets"])
-    largest = max(budget for budget, *_ in places)
-    if any(size or settings for _, size, settings in places):
-        return " ".join(_sentence(place, found) for place, found in places.items() if place[0] == largest)
-    method = label(fits["claims"][0]["method"])
-    descending = sorted(places.items(), reverse=True)
-    parts = []
-    for short, group in groupby(descending, key=lambda pair: _short(pair[1])):
-        at = _listed(budget_name(place[0]) for place, _ in group)
-        parts.append(f"At {at} FLOPs {method} {short}" if not parts else f"at {at} it {short}")
-    dense = next((c for c in fits["claims"] if c["budget"] == largest and c["rival"] == "dense"), None)
-    text = f"{'; '.join(parts)}."
-    return text if dense is None else f"{text} Against dense at {budget_name(largest)}: {plus_minus(dense)} nats."
-
-
-def _no_answer(budgets: Sequence[Mapping[str, Any]]) -> str:
-    """Why a study has no claim."""
-    if not any(entry["differences"] for entry in budgets):
-        return "No answer yet: no comparison of sweep.claims (by default PEER or dense with another) can be made."
-    without = [entry["budget"] for entry in budgets if any(m["loss"] is None for m in entry["methods"])]
-    if without and not any(found.get("value") for entry in budgets for found in entry["differences"]):
-        at = _listed(map(budget_name, without))
-        return f"No answer: too few methods have a minimum at {at} FLOPs (see their flags)."
-    if any(found.get("fit_se") is not None for entry in budgets for found in entry["differences"]):
-        return "No claim yet: no comparison of sweep.claims (by default PEER with every other method) has finished."
-    return "No claim: at single sizes only what sweep.claims names is claimed, and only where errors include seeds."
-
-
-def verdicts(claims: Sequence[Claim]) -> list[str]:
-    """One sentence per budget and variant: which rivals the method leads, trails, or cannot be distinguished from.
-
-    A method leads or trails if the p-value of the difference, corrected for the whole family (Holm), is below 5 %.
-    Otherwise it equals a rival if the interval of the difference is within the margin that the study states.
-    """
-    return [_sentence(place, found) for place, found in _places(claims).items()]
-
-
-def _places(claims: Sequence[Claim]) -> dict[Place, Outcomes]:
-    places: dict[Place, dict[str, Claim]] = {}
+    """A sentence for each size and variant that a claim at the largest budget is about; `No claim.` without claims."""
+    claims = fits["claims"]
+    largest = max((claim["budget"] for claim in claims), default=None)
+    places: dict[tuple[str, str], list[Claim]] = {}
     for claim in claims:
-        place = (claim["budget"], claim["size"], claim["method"].partition(" ")[2])
-        places.setdefault(place, {})[claim["rival"]] = claim
-    return {place: _outcomes([by_rival[r] for r in ordered(by_rival)]) for place, by_rival in places.items()}
+        if claim["budget"] == largest:
+            places.setdefault((claim["size"], claim["method"].partition(" ")[2]), []).append(claim)
+    return " ".join(_sentence(found, size, settings) for (size, settings), found in places.items()) or "No claim."
 
 
 def outcome(claim: Claim) -> str:
-    """`LEADS`, `TRAILS`, `EQUALS` or `UNDECIDED`: what the method of a claim does to its rival."""
+    """What the method of a claim does to its rival: `LEADS`, `TRAILS`, `EQUALS` or `UNDECIDED`.
+
+    It leads or trails if the p-value, corrected for the whole family (Holm), is below 5 %. Otherwise it equals a rival
+    if the interval of the difference is within the margin that the study states.
+    """
     if claim["p_holm"] is not None and claim["p_holm"] < FAMILY_LEVEL:
         return LEADS if claim["value"] < 0 else TRAILS
     return EQUALS if claim.get("equal") else UNDECIDED
 
 
-def _outcomes(claims: Sequence[Claim]) -> Outcomes:
-    found: Outcomes = {verb: [] for verb in (LEADS, TRAILS, EQUALS, UNDECIDED)}
-    for claim in claims:
-        found[outcome(claim)].append(claim)
-    return {verb: members for verb, members in found.items() if members}
-
-
-def _sentence(place: Place, found: Outcomes) -> str:
+def _sentence(claims: Sequence[Claim], size: str, settings: str) -> str:
     """`At 3e12 FLOPs PEER leads dense (−0.034 ± 0.015) and cannot be told apart from PKM (...).`"""
-    budget, size, settings = place
-    method = label(next(iter(found.values()))[0]["method"].partition(" ")[0])
-    parts = [f"{verb} {_listed(_rival(c) + f' ({plus_minus(c)})' for c in some)}" for verb, some in found.items()]
-    where = ", ".join(filter(None, (f"At {budget_name(budget)} FLOPs", size_label(size), in_words(settings))))
-    return f"{where}{',' * bool(size or settings)} {method} {', and '.join(parts)}."
-
-
-def _short(found: Outcomes) -> str:
-    """`leads dense and PKM, and cannot be told apart from MoE (token choice)`."""
-    return ", and ".join(f"{verb} {_listed(map(_rival, some))}" for verb, some in found.items())
+    by_rival = {claim["rival"]: claim for claim in claims}
+    ranked = [by_rival[rival] for rival in ordered(by_rival)]
+    parts = []
+    for verb in (LEADS, TRAILS, EQUALS, UNDECIDED):
+        if some := [f"{_rival(claim)} ({plus_minus(claim)})" for claim in ranked if outcome(claim) == verb]:
+            parts.append(f"{verb} {_listed(some)}")
+    where = [f"At {budget_name(claims[0]['budget'])} FLOPs", size_label(size), in_words(settings)]
+    method = label(claims[0]["method"].partition(" ")[0])
+    return f"{', '.join(filter(None, where))}{',' * bool(size or settings)} {method} {', and '.join(parts)}."
 
 
 def _rival(claim: Claim) -> str:

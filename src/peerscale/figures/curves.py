@@ -1,6 +1,5 @@
 """Training loss against the compute spent."""
 
-import textwrap
 from collections.abc import Mapping
 
 import numpy as np
@@ -9,7 +8,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from peerscale.figures import style
-from peerscale.figures.isoflop import missing_note
 from peerscale.stats.curves_of_runs import method_names, same_variant, usable
 
 SKIPPED_SHARE = 0.08
@@ -18,11 +16,9 @@ SKIPPED_SHARE = 0.08
 SMOOTHED = 5
 """Points of a curve over which a distance to dense is averaged, since the training loss of single batches scatters."""
 
-CAPTION_WIDTH = 135
-"""Letters in a line of the caption."""
 
-
-def curves_figure(curves: pd.DataFrame, runs: pd.DataFrame, *, note: str = "") -> Figure:
+@style.applied()
+def curves_figure(curves: pd.DataFrame, runs: pd.DataFrame) -> Figure:
     """One column per budget: above, each method's run with the lowest validation loss; below, its distance to dense's.
 
     `curves` and `runs` are the study's tables; runs without a curve are left out. There is no lower row without dense.
@@ -33,44 +29,26 @@ def curves_figure(curves: pd.DataFrame, runs: pd.DataFrame, *, note: str = "") -
     names = style.ordered(drawn["name"])
     colours = style.colours(names)
     rows = 1 + (len(names) > 1 and any(same_variant("dense", name, names) for name in names))
-    with style.applied():
-        figure = Figure(figsize=(style.TEXT_WIDTH, 2.2 * rows + 0.5), layout="constrained")
-        panels = figure.subplots(rows, len(budgets), sharex="col", sharey="row", squeeze=False)
-        sizes: list[str] = []
-        for column, budget in zip(panels.T, budgets, strict=True):
-            finished = drawn[drawn["budget"] == budget]
-            lowest = finished.loc[finished.groupby("name")["val_loss"].idxmin()].set_index("name")
-            best = {name: curves[curves["cell"] == lowest["cell"][name]] for name in style.ordered(lowest.index)}
-            start = SKIPPED_SHARE * budget
-            sizes += sizes_note(budget, {name: lowest["size"][name] for name in best})
-            for name in best:
-                late = best[name][best[name]["flops"] >= start]
-                column[0].plot(late["flops"], late["loss"], color=colours[name], linewidth=0.9, label=name)
-            if rows > 1:
-                draw_distances(column[1], best, colours, start)
-            limits = (0.9 * start, 1.1 * budget)
-            column[0].set(xscale="log", xlim=limits, title=style.budget_title(budget))
-            column[-1].set_xlabel("FLOPs spent")
-            style.decade_axis(column[-1].xaxis)
-        panels[0, 0].set_ylabel("training loss (nats per token)")
+    figure = Figure(figsize=(style.TEXT_WIDTH, 2.2 * rows + 0.5), layout="constrained")
+    panels = figure.subplots(rows, len(budgets), sharex="col", sharey="row", squeeze=False)
+    for column, budget in zip(panels.T, budgets, strict=True):
+        finished = drawn[drawn["budget"] == budget]
+        lowest = finished.loc[finished.groupby("name")["val_loss"].idxmin()].set_index("name")["cell"]
+        best = {name: curves[curves["cell"] == lowest[name]] for name in style.ordered(lowest.index)}
+        start = SKIPPED_SHARE * budget
+        for name, curve in best.items():
+            late = curve[curve["flops"] >= start]
+            column[0].plot(late["flops"], late["loss"], color=colours[name], linewidth=0.9, label=name)
         if rows > 1:
-            panels[1, 0].set_ylabel("loss minus dense's (nats per token)")
-        style.method_legend(figure, names)
-        figure.set_figheight(figure.get_figheight() + 0.12 * len(sizes))
-        which = "each method's run of lowest validation loss; below, its loss minus dense's at equal FLOPs spent"
-        which = which if rows > 1 else which.partition(";")[0]
-        read = "models of different sizes have read different amounts of text at equal FLOPs"
-        style.caption(figure, note, which, read * (drawn["size"].nunique() > 1), *sizes, missing_note(runs))
+            draw_distances(column[1], best, colours, start)
+        column[0].set(xscale="log", xlim=(0.9 * start, 1.1 * budget), title=style.budget_title(budget))
+        column[-1].set_xlabel("FLOPs spent")
+        style.decade_axis(column[-1].xaxis)
+    panels[0, 0].set_ylabel("training loss (nats per token)")
+    if rows > 1:
+        panels[1, 0].set_ylabel("loss minus dense's (nats per token)")
+    style.method_legend(figure, names)
     return figure
-
-
-def sizes_note(budget: float, sizes: Mapping[str, str]) -> list[str]:
-    """The size of each method's run, as lines of the caption."""
-    of_size: dict[str, list[str]] = {}
-    for name, size in sizes.items():
-        of_size.setdefault(style.size_label(size), []).append(style.label(name))
-    told = "; ".join(f"{size} for {', '.join(names)}" for size, names in of_size.items())
-    return textwrap.wrap(f"{style.budget_title(budget)}: {told}", CAPTION_WIDTH) if told else []
 
 
 def draw_distances(axes: Axes, best: dict[str, pd.DataFrame], colours: Mapping[str, str], start: float) -> None:

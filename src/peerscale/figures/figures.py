@@ -32,62 +32,46 @@ MANY = 2
 """Most settings that a study of one size may vary to get figures over settings; with more, variants are compared with
 dense."""
 
-TITLES = {
-    "isoflop": "Perplexity against model size at equal training compute (the paper's Figure 1)",
-    "experts": "Number of experts (the paper's Figure 3a)",
-    "active": "Active experts and heads (the paper's Figure 3b)",
-    "query_norm": "BatchNorm on the queries (the paper's Figure 4)",
-    "differences": "Difference to dense",
-    "frontier": "Compute-optimal loss, and the compute multiplier over dense",
-    "multipliers": "Compute multipliers over dense, in FLOPs and in measured time, beside the paper's",
-    "curves": "Training curves",
-    "rates": "Learning rates",
-    "brackets": "Rate brackets: the same models at other learning rates",
-}
-"""Titles of the figures by name, in the order of a report."""
-
 
 def study_figures(study: Study, runs: pd.DataFrame, x: str = DEFAULT_X) -> Iterator[tuple[str, Figure]]:
     """The figures that can be drawn from a study's tables, by name; `x` is the size of the isoFLOP figure."""
-    runs, fits = without_brackets(runs), read_fits(study.fits)
-    note, settings, published = small_print(runs), varied(runs), read_published()
+    for name, figure in _figures(study, without_brackets(runs), x):
+        if figure is not None:
+            style.caption(figure, small_print(runs))
+            yield name, figure
+
+
+def _figures(study: Study, runs: pd.DataFrame, x: str) -> Iterator[tuple[str, Figure | None]]:
+    fits, published, settings = read_fits(study.fits), read_published(), varied(runs)
+    yield "brackets", brackets_figure(fits)
     if compares_curves(runs):
-        name = "isoflop" if x == DEFAULT_X else f"isoflop_{x}"
-        yield name, isoflop_figure(runs, fits, x=x, note=note)
+        yield "isoflop" if x == DEFAULT_X else f"isoflop_{x}", isoflop_figure(runs, fits, x=x)
         if study.curves.is_file():
-            yield "curves", curves_figure(read_table(study.curves, CURVES), runs, note=note)
-        if drawn := differences_figure(fits, methods=method_names(runs[usable(runs)]), note=note):
-            yield "differences", drawn
-        if drawn := frontier_figure(fits, note=note):
-            yield "frontier", drawn
-        if drawn := multipliers_figure(fits, published, note=note):
-            yield "multipliers", drawn
-    if drawn := brackets_figure(fits, note=note):
-        yield "brackets", drawn
+            yield "curves", curves_figure(read_table(study.curves, CURVES), runs)
+        yield "differences", differences_figure(fits, method_names(runs[usable(runs)]))
+        yield "frontier", frontier_figure(fits)
+        yield "multipliers", multipliers_figure(fits, published)
     if tries_rates(runs):
-        yield "rates", rate_law_figure(runs, fits["rates"].get("law"), note=note)
+        yield "rates", rate_law_figure(runs, fits["rates"].get("law"))
     elif not compares_curves(runs):
-        of_paper = [*of_the_paper(runs, published, note)] if len(settings) <= MANY and settings <= PICTURED else []
-        yield from of_paper
-        if not of_paper and (drawn := differences_figure(fits, note=note)):
-            yield "differences", drawn
-
-
-def of_the_paper(runs: pd.DataFrame, published: pd.DataFrame, note: str) -> Iterator[tuple[str, Figure]]:
-    """The paper's figures over settings of PEER, for those that a study of one size varies."""
-    peer = runs[runs["method"] == "peer"]
-    if "n_experts" in varied(peer[with_norm(peer)]):
-        yield "experts", experts_figure(runs, published, note=note)
-    if varied(peer) & {"ffn_heads", "top_k"}:
-        yield "active", active_figure(runs, note=note)
-    if "query_norm" in varied(peer):
-        yield "query_norm", query_norm_figure(runs, published, note=note)
+        peer = runs[runs["method"] == "peer"]
+        of_paper = {
+            "experts": "n_experts" in varied(peer[with_norm(peer)]),
+            "active": bool(varied(peer) & {"ffn_heads", "top_k"}),
+            "query_norm": "query_norm" in varied(peer),
+        }
+        if len(settings) > MANY or not settings <= PICTURED or not any(of_paper.values()):
+            yield "differences", differences_figure(fits)
+            return
+        if of_paper["experts"]:
+            yield "experts", experts_figure(runs, published)
+        if of_paper["active"]:
+            yield "active", active_figure(runs)
+        if of_paper["query_norm"]:
+            yield "query_norm", query_norm_figure(runs, published)
 
 
 def small_print(runs: pd.DataFrame) -> str:
-    """Data set and FLOP convention, for the caption of every figure."""
-    named = {"data": "data: ", "val_set": "set: ", "convention": "FLOPs: "}
-    data, val_set, flops = (
-        word + style.listed(runs[column]) if column in runs else "" for column, word in named.items()
-    )
-    return "; ".join(filter(None, (", ".join(filter(None, (data, val_set))), flops)))
+    """Data, evaluation set and FLOP convention, for the caption of every figure."""
+    named = {"data": "data", "val_set": "set", "convention": "FLOPs"}
+    return "; ".join(f"{word}: {style.listed(runs[column])}" for column, word in named.items() if column in runs)

@@ -22,7 +22,29 @@ X_LABELS = {
 FITTED = "flops_per_token"
 """The size that the fits of `fits.json` use; other sizes are interpolated between the trained models."""
 
-POINT: Mapping[str, Any] = {"markersize": 5, "markeredgewidth": 0.5, "elinewidth": 0.7, "zorder": 6}  # above stars
+
+@style.applied()
+def isoflop_figure(runs: pd.DataFrame, fits: Mapping[str, Any], *, x: str) -> Figure:
+    """One panel per budget with finished cells.
+
+    Args:
+        runs: the study's table.
+        fits: the study's `fits.json`.
+        x: one of `X_LABELS`.
+    """
+    runs = runs.assign(name=method_names(runs))
+    drawn = runs[usable(runs)]
+    budgets = sorted((runs if drawn.empty else drawn)["budget"].unique())
+    names = style.ordered(drawn["name"])
+    colours, markers = style.colours(names), style.method_markers(names)
+    figure, panels = style.panels(len(budgets))
+    for axes, budget in zip(panels, budgets, strict=True):
+        fitted = by_budget(fits).get(budget, {})
+        isoflop_panel(axes, runs[runs["budget"] == budget], fitted, x=x, markers=markers, colours=colours)
+        axes.set(title=style.budget_title(budget), xlabel=X_LABELS[x])
+    style.label_left(panels, "validation perplexity")
+    style.method_legend(figure, names, markers)
+    return figure
 
 
 def isoflop_panel(
@@ -52,8 +74,7 @@ def isoflop_panel(
     ]
     axes.set(xscale="log", yscale="log")
     for name, rows, fitted in of_methods:
-        look: dict[str, Any] = {"fmt": markers[name], "color": colours[name], "markeredgecolor": "white", "label": name}
-        _points(axes, rows[in_fit(rows, fitted)], x, **look)
+        _points(axes, rows[in_fit(rows, fitted)], x, color=colours[name], marker=markers[name], label=name)
         if fitted and None not in fitted["coefficients"]:
             sizes, losses = fitted_curve(fitted, 200)
             axes.plot(at_size(rows[x], rows, sizes), np.exp(losses), color=colours[name], label=f"_fit {name}")
@@ -63,13 +84,13 @@ def isoflop_panel(
     for name, rows, fitted in of_methods:
         outside = rows[~in_fit(rows, fitted)]
         above = np.exp(outside["val_loss"]) > top
-        hollow = {"color": colours[name], "markerfacecolor": "white", "markeredgecolor": colours[name]}
         if not above.all():
-            _points(axes, outside[~above], x, fmt=markers[name], **hollow, label=f"_left out {name}")
+            look = {"color": colours[name], "marker": markers[name], "label": f"_left out {name}"}
+            _points(axes, outside[~above], x, hollow=True, **look)
         if above.any():
-            label = f"_left out {name}, above"
+            look = {"color": colours[name], "markerfacecolor": "white", "label": f"_left out {name}, above"}
             for place in np.unique(outside.loc[above, x].astype(float)):
-                axes.plot(place, stacked(axes, triangles, place), "^", **hollow, clip_on=False, label=label)
+                axes.plot(place, stacked(axes, triangles, place), "^", clip_on=False, **look)
                 triangles = np.append(triangles, place)
         if fitted and fitted["loss"] is not None:
             at, flagged = float(at_size(rows[x], rows, fitted["x"])), fitted["status"] != OptimumStatus.OK
@@ -99,59 +120,15 @@ def fitted_curve(fitted: Mapping[str, Any], points: int) -> tuple[np.ndarray, np
     return sizes, np.polynomial.polynomial.polyval(np.log10(sizes), fitted["coefficients"])
 
 
-def _points(axes: Axes, rows: pd.DataFrame, x: str, **look: Any) -> None:
-    loss, error = np.asarray(rows["val_loss"], float), np.nan_to_num(np.asarray(rows["val_loss_se"], float))
-    perplexity = np.exp(loss)
-    bars = [perplexity - np.exp(loss - error), np.exp(loss + error) - perplexity]
-    axes.errorbar(np.asarray(rows[x], float), perplexity, bars, **POINT, **look)
-
-
-def isoflop_figure(runs: pd.DataFrame, fits: Mapping[str, Any], *, x: str, note: str = "") -> Figure:
-    """One panel per budget with finished cells.
-
-    Args:
-        runs: the study's table.
-        fits: the study's `fits.json`.
-        x: one of `X_LABELS`.
-        note: for the caption: data set and FLOP convention.
-    """
-    runs = runs.assign(name=method_names(runs))
-    drawn = runs[usable(runs)]
-    methods = by_budget(fits)
-    budgets = sorted((runs if drawn.empty else drawn)["budget"].unique())
-    names = style.ordered(drawn["name"])
-    colours, markers = style.colours(names), style.method_markers(names)
-    with style.applied():
-        figure, panels = style.panels(len(budgets))
-        for axes, budget in zip(panels, budgets, strict=True):
-            fitted = methods.get(budget, {})
-            isoflop_panel(axes, runs[runs["budget"] == budget], fitted, x=x, markers=markers, colours=colours)
-            axes.set(title=style.budget_title(budget), xlabel=X_LABELS[x])
-        style.label_left(panels, "validation perplexity")
-        style.method_legend(figure, names, markers)
-        of_all = [m for entry in methods.values() for m in entry.values()]
-        flagged = any(m["status"] != OptimumStatus.OK for m in of_all)
-        curves = "curves: parabolas in log FLOPs per token, one curvature for all methods; stars: their minima"
-        labels = [str(part.get_label()) for axes in panels for part in (*axes.containers, *axes.lines)]
-        hollow = "hollow points: sizes left out of the fit" if any("_left out" in text for text in labels) else ""
-        above = "triangles: above the axis" if any(", above" in text for text in labels) else ""
-        bars = "bars: ±1 standard error over validation sequences, most of it common to all points"
-        style.caption(
-            figure, note, curves + ", hollow where flagged" * flagged, bars, "; ".join(filter(None, (hollow, above))),
-            missing_note(runs),
-        )  # fmt: skip
-    return figure
-
-
-def missing_note(runs: pd.DataFrame) -> str:
-    """The number of cells that a figure cannot show, by status; empty if there are none."""
-    named = ", ".join(status_counts(runs[~usable(runs)]))
-    return f"cells without a result: {named}" if named else ""
-
-
 def status_counts(runs: pd.DataFrame) -> list[str]:
     """`2 failed`, `1 pending`, ..."""
     return [f"{n} {status}" for status, n in runs["status"].value_counts().sort_index().items()]
+
+
+def _points(axes: Axes, rows: pd.DataFrame, x: str, **look: Any) -> None:
+    loss, error = np.asarray(rows["val_loss"], float), np.nan_to_num(np.asarray(rows["val_loss_se"], float))
+    bars = np.exp(loss - error), np.exp(loss + error)
+    style.points(axes, rows[x], np.exp(loss), bars=bars, zorder=6, **look)  # above stars
 
 
 def _limits(axes: Axes, sizes: pd.Series) -> None:

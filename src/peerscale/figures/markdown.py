@@ -1,31 +1,26 @@
-"""Tables and numbers as Markdown, and Markdown as HTML; the whole package uses these functions."""
+"""Numbers as text, and tables in Markdown."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
-from markdown_it import MarkdownIt
+
+Rows = list[dict[str, str]]
+"""Rows of a table by its headings."""
 
 
 def table(rows: Iterable[Mapping[str, str]]) -> list[str]:
     """Lines of a table with one row per mapping, whose keys are the headings; empty without rows."""
-    rows = list(rows)
-    head = [*rows[0]] if rows else []
-    lines = [head, ["---"] * len(head), *(row.values() for row in rows)] if rows else []
+    frame = pd.DataFrame([*rows]).fillna("—")
+    lines = [[*map(str, frame)], ["---"] * frame.shape[1], *frame.to_numpy().tolist()] if len(frame) else []
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
 def section(title: str, rows: Iterable[Mapping[str, str]], *notes: str) -> list[str]:
-    """Lines of a section: heading, table, and paragraphs about the table; empty if the table has no rows."""
+    """Lines of a section: heading, table, and notes about the table; empty if the table has no rows."""
     lines = table(rows)
-    return [f"## {title}", "", *lines, "", *(line for note in notes for line in (note, ""))] if lines else []
-
-
-def html(text: str) -> str:
-    """Markdown as HTML; tags in the text are shown as text, and a wide table scrolls in a box."""
-    rendered = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
-    return rendered.replace("<table>", '<div class="box"><table>').replace("</table>", "</table></div>")
+    return [f"## {title}", "", *lines, "", *(line for note in notes if note for line in (note, ""))] if lines else []
 
 
 def number(value: float | None, form: str = "{:.2f}") -> str:
@@ -48,18 +43,14 @@ def plus_minus(found: Mapping[str, Any]) -> str:
     return f"{number(found['value'], '{:+.3f}')} ± {number(half, '{:.3f}')}"
 
 
-def leaves_out_seeds(found: Mapping[str, Any]) -> bool:
-    """Whether the interval of a difference includes neither the misfit of sizes nor seeds."""
-    return found.get("fit_se", 0) is None and found.get("seeds_se", 0) is None
-
-
 def signed_interval(found: Mapping[str, Any] | None) -> str:
     """A difference with its interval, `−0.033 [−0.049, −0.018]`; noted if that includes neither sizes nor seeds."""
     if found is None or found.get("value") is None:
         return "—"
     interval = with_interval(found["value"], (found["low"], found["high"]), "{:+.3f}")
+    leaves_out_seeds = found.get("fit_se", 0) is None and found.get("seeds_se", 0) is None
     part = "sequences only" if found.get("rate_se") is None else "without seeds"
-    return interval + f" ({part})" * leaves_out_seeds(found)
+    return interval + f" ({part})" * leaves_out_seeds
 
 
 def probability(p: float | None) -> str:

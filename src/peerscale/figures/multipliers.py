@@ -1,4 +1,4 @@
-"""Compute multipliers: dense's compute over a method's for the same loss, by budget, in FLOPs and in time."""
+"""Compute multipliers: dense's compute over a method's for the same loss, by budget."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,9 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from peerscale.figures import style
-from peerscale.figures.brackets import bars
 from peerscale.figures.published import paper_values
-from peerscale.stats.conventions import MEASURED_TIME
 from peerscale.stats.multiplier import compute_multipliers
 
 COLUMNS = ("method", "reference", "budget", "multiplier", "low", "high", "by_seed")
@@ -20,7 +18,8 @@ BESIDE = 1.18
 """Factor between the x values of a mean and its seeds."""
 
 
-def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, *, note: str = "") -> Figure | None:
+@style.applied()
+def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame) -> Figure | None:
     """Multipliers from `fits.json`, a panel a method, with intervals and dots of seeds; on the right the paper's.
 
     None if no method has a multiplier at two budgets.
@@ -33,59 +32,43 @@ def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, *, note
     paper = paper_multipliers(published, methods)
     colours = style.colours([*methods, *names])
     found["hollow"] = [style.compares_flagged(flagged, one["budget"], one) for one in fits["multipliers"]]
-    timed, start = in_measured_time(found, fits["conventions"]), fits.get("trend_from", 0.0)
     budgets = sorted(found["budget"].unique())
-    with style.applied():
-        figure = Figure(figsize=(style.TEXT_WIDTH, 2.8), layout="constrained")
-        panels = figure.subplots(1, len(methods) + bool(paper), sharey=True, squeeze=False)[0]
-        for axes in panels:
-            axes.axhline(1, color=style.COLOURS["dense"], linewidth=0.9)
-            axes.set(xscale="log", xlabel="training FLOPs", xmargin=0.12)
-        for axes, method in zip(panels, methods, strict=False):
-            for name in [name for name in names if name.partition(" ")[0] == method]:
-                draw_line(axes, found[found["method"] == name].sort_values("budget"), colours[name], start)
-                in_time = timed[(timed["method"] == name) & (timed["budget"] >= start)].sort_values("budget")
-                axes.plot(in_time["budget"], in_time["multiplier"], "--", color=colours[name], linewidth=0.9)
-            axes.set_title(style.label(method), fontsize=8)
-            style.decade_axis(axes.xaxis, budgets if len(budgets) < 3 else [b for b in budgets if np.log10(b) % 1 == 0])
+    figure = Figure(figsize=(style.TEXT_WIDTH, 2.8), layout="constrained")
+    panels = figure.subplots(1, len(methods) + bool(paper), sharey=True, squeeze=False)[0]
+    for axes in panels:
+        axes.axhline(1, color=style.COLOURS["dense"], linewidth=0.9)
+        axes.set(xscale="log", xlabel="training FLOPs", xmargin=0.12)
+    for axes, method in zip(panels, methods, strict=False):
+        for name in [name for name in names if name.partition(" ")[0] == method]:
+            rows = found[found["method"] == name].sort_values("budget")
+            draw_line(axes, rows, name, colours[name], fits.get("trend_from", 0.0))
+        axes.set_title(style.label(method), fontsize=8)
+        style.decade_axis(axes.xaxis, budgets if len(budgets) < 3 else [b for b in budgets if np.log10(b) % 1 == 0])
+    if paper:
         for name, values in paper.items():
-            panels[-1].plot(
-                [*values], [*values.values()], "D-", color=colours[name], markerfacecolor="white", label=name
-            )
-        if paper:
-            panels[-1].set_title("the paper", fontsize=8)
-            panels[-1].set_xlim(4.6e18, 2.6e19)
-            style.decade_axis(panels[-1].xaxis, [6e18, 2e19])
-        panels[0].set(ylabel="compute multiplier over dense", yscale="log")
-        style.log_axis(panels[0].yaxis, *panels[0].get_ylim())
-        style.method_legend(figure, names)
-        seeds = (
-            "small dots: the multiplier from one seed at this budget, with means over seeds at the other budgets"
-            * bool(found["by_seed"].map(lambda each: isinstance(each, dict)).any())
-        )
-        outside = "points without a line: models or batches of another kind than at larger budgets (table.md)"
-        seconds = "dashed: in training time, from the step times of a separate benchmark (results/bench)"
-        theirs = "the paper: from the perplexities on C4 of its Table 1, by the same rule; it gives no errors"
-        hollow = "hollow: flagged minimum (table.md)" * bool(found["hollow"].any())
-        lines = [bars(fits).replace("bars", "bands", 1), outside * bool(budgets[0] < start), hollow, seeds]
-        style.caption(figure, note, *lines, seconds * (not timed.empty), theirs * bool(paper))
+            look = {"color": colours[name], "label": name, "hollow": True}
+            style.points(panels[-1], [*values], [*values.values()], marker="D", line="-", **look)
+        panels[-1].set_title("the paper", fontsize=8)
+        panels[-1].set_xlim(4.6e18, 2.6e19)
+        style.decade_axis(panels[-1].xaxis, [6e18, 2e19])
+    panels[0].set(ylabel="compute multiplier over dense", yscale="log")
+    style.log_axis(panels[0].yaxis, *panels[0].get_ylim())
+    style.method_legend(figure, names)
     return figure
 
 
-def in_measured_time(found: pd.DataFrame, conventions: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """The multipliers in measured time instead of FLOPs; without those whose time was not measured.
-
-    Intervals and seeds are scaled with the multiplier, as if the time of a FLOP were the same at both of their ends.
-    """
-    times = {(row["method"], row["budget"]): row["multipliers"].get(MEASURED_TIME) for row in conventions}
-    keys = zip(found["method"], found["budget"], strict=True)
-    scale = pd.Series([times.get(key) for key in keys], found.index, float) / found["multiplier"]
-    by_seed = [
-        {seed: value * factor for seed, value in seeds.items()} if isinstance(seeds, dict) else None
-        for seeds, factor in zip(found["by_seed"], scale, strict=True)
-    ]
-    scaled = {column: found[column] * scale for column in ("multiplier", "low", "high")}
-    return found.assign(**scaled, by_seed=pd.Series(by_seed, found.index, object))[scale.notna()]
+def draw_line(axes: Axes, rows: pd.DataFrame, name: str, colour: str, start: float) -> None:
+    """Draw a line with its error band, and a dot per seed; budgets below `start` stand apart, with bars."""
+    apart, line = rows[rows["budget"] < start], rows[rows["budget"] >= start]
+    low, high = (line[key].to_numpy(float) for key in ("low", "high"))
+    axes.fill_between(line["budget"], low, high, color=colour, alpha=0.2, linewidth=0)
+    for part, bars in ((line, None), (apart, (apart["low"], apart["high"]))):
+        look: dict[str, Any] = {"color": colour, "hollow": part["hollow"], "label": f"{name} apart" if bars else name}
+        if len(part):
+            style.points(axes, part["budget"], part["multiplier"], bars=bars, line="none" if bars else "-", **look)
+    for budget, seeds in zip(rows["budget"], rows["by_seed"], strict=True):
+        if isinstance(seeds, dict):
+            axes.scatter([budget * BESIDE] * len(seeds), [*seeds.values()], s=5, color=colour, linewidth=0)
 
 
 def paper_multipliers(published: pd.DataFrame, methods: Sequence[str]) -> dict[str, dict[float, float]]:
@@ -99,19 +82,3 @@ def paper_multipliers(published: pd.DataFrame, methods: Sequence[str]) -> dict[s
             reference, own = ((budgets, np.log([*one.values()])) for one in (dense, values))
             found[name] = dict(zip(budgets.tolist(), compute_multipliers(reference, own).tolist(), strict=True))
     return found
-
-
-def draw_line(axes: Axes, rows: pd.DataFrame, colour: str, start: float) -> None:
-    """Draw a line with its error band, and a dot per seed; budgets below `start` stand apart, with bars."""
-    apart, line = rows[rows["budget"] < start], rows[rows["budget"] >= start]
-    x, low, high = (line[key].to_numpy(float) for key in ("budget", "low", "high"))
-    axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-    axes.plot(x, line["multiplier"].to_numpy(float), "o-", color=colour)
-    for at, middle, *ends in apart[["budget", "multiplier", "low", "high"]].to_numpy(float):
-        axes.plot([at] * 2, ends, color=colour, alpha=0.4, linewidth=1)
-        axes.plot([at], [middle], "o", color=colour)
-    hollow = rows[rows["hollow"]]
-    axes.plot(hollow["budget"], hollow["multiplier"], "o", color=colour, markerfacecolor="white")
-    for budget, seeds in zip(rows["budget"], rows["by_seed"], strict=True):
-        if isinstance(seeds, dict):
-            axes.scatter([budget * BESIDE] * len(seeds), [*seeds.values()], s=5, color=colour, linewidth=0)

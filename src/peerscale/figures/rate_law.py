@@ -11,17 +11,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from peerscale.figures import style
-from peerscale.figures.isoflop import missing_note
 from peerscale.figures.markdown import number, probability, section, with_interval
 from peerscale.plan.cell_names import budget_name
 from peerscale.stats.curves_of_runs import usable
-from peerscale.stats.rate_law import REACH, within_reach
+from peerscale.stats.rate_law import within_reach
 from peerscale.stats.rates import as_configuration, names_under_law
 
 Law = Mapping[str, Any]
 """`rates.law` of a study's `fits.json`."""
 
 EXPONENTS = {"a": "width", "b": "tokens", "c": "batch"}
+
+USED = {"own": "each method's own", "shared": "those of all methods"}
 
 CURVE = ["name", "budget", "d_model", "table_lr", "seed"]
 """Columns that distinguish the curves of one batch size."""
@@ -40,10 +41,12 @@ def optima(law: Law) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def rate_law_figure(runs: pd.DataFrame, law: Law | None, *, note: str = "") -> Figure:
+@style.applied()
+def rate_law_figure(runs: pd.DataFrame, law: Law | None) -> Figure:
     """One panel per budget and width: loss against rate, with the fitted parabolas and, as ticks, the law's rates.
 
-    Only the losses as long as the finished cells do not determine a law.
+    Only the losses as long as the finished cells do not determine a law, joined by dotted lines. Points of curves that
+    are held out are hollow, and points to which the law is not fitted are grey.
     """
     tried = runs.assign(name=names_under_law(runs), table_lr=runs["table_lr"].fillna(0.0))[usable(runs)]
     usual = tried["batch_sequences"].mode().iloc[0]
@@ -51,48 +54,44 @@ def rate_law_figure(runs: pd.DataFrame, law: Law | None, *, note: str = "") -> F
     fitted = optima(law) if law else pd.DataFrame(columns=["batch_sequences", *CURVE])
     fitted = fitted[fitted["batch_sequences"].isna() | (fitted["batch_sequences"] == usual)]
     colours, corners = style.colours(tried["name"]), sorted({*zip(tried["budget"], tried["d_model"], strict=True)})
-    with style.applied():
-        figure, panels = style.panels(len(corners))
-        for axes, (budget, width) in zip(panels, corners, strict=True):
-            here = tried[(tried["budget"] == budget) & (tried["d_model"] == width)]
-            title = f"{style.budget_title(budget)}, d_model {width:g}"
-            for name in style.ordered(here["name"]):
-                curves = here[here["name"] == name].groupby(["table_lr", "seed"])
-                points = max((rows for _, rows in curves), key=lambda rows: rows["lr"].nunique()).sort_values("lr")
-                found = fitted[(fitted[CURVE] == points.iloc[0][CURVE]).all(axis=1)].to_dict("records")
-                held, colour = bool(found and found[0]["held_out"]), colours[name]
-                rates = np.log(points["lr"])
-                within = within_reach(rates, rates[points["val_loss"].idxmin()]) | (not found)
-                look = {"color": colour, "markersize": 3.5, "markerfacecolor": "white" if held else colour}
-                _points(axes, points[within], "o" if found else "o:", label=name, **look)
-                if not within.all():
-                    look["markerfacecolor"] = LEFT_OUT
-                    _points(axes, points[~within], "o", label=f"_left out {name}", **look)
-                if found and law:
-                    curve, k = found[0], law["curvature"]
-                    x = np.geomspace(points["lr"][within].min(), points["lr"][within].max(), 100)
-                    y = curve["lowest"] + k * np.log(x / curve["best"]) ** 2
-                    axes.plot(x, y, color=colour, linewidth=0.9, label=f"_parabola {name}")
-                    chosen = curve["lowest"] + k * math.log(curve["predicted"] / curve["best"]) ** 2
-                    tick = {"color": colour, "markersize": 11, "markeredgewidth": 1.6, "label": f"_law {name}"}
-                    axes.plot([curve["predicted"]], [chosen], "|", **tick)
-                    title += " (held out)" * (held and "held" not in title)
-            axes.set(title=title, xlabel="peak learning rate")
-            axes.set_xscale("log")
-            style.log_axis(axes.xaxis, *axes.get_xlim())
-        style.label_left(panels, "loss (nats per token)")
-        style.method_legend(figure, style.ordered(tried["name"]))
-        labels = [str(line.get_label()) for axes in panels for line in axes.lines]
-        what = "lines: parabolas in ln rate with one curvature; ticks: the rates of the law; hollow: held out"
-        grey = f"grey: runs more than a factor of {REACH:g} from the best rate tried, left out of the fit"
-        dotted = "dotted: runs that differ only in their rate; the finished cells do not determine a law"
-        whats = (what, grey * any("_left out" in label for label in labels)) if law else (dotted,)
-        style.caption(figure, note, f"{usual:g} sequences a batch", *whats, missing_note(runs))
+    figure, panels = style.panels(len(corners))
+    for axes, (budget, width) in zip(panels, corners, strict=True):
+        here = tried[(tried["budget"] == budget) & (tried["d_model"] == width)]
+        title = f"{style.budget_title(budget)}, d_model {width:g}"
+        for name in style.ordered(here["name"]):
+            curves = here[here["name"] == name].groupby(["table_lr", "seed"])
+            points = max((rows for _, rows in curves), key=lambda rows: rows["lr"].nunique()).sort_values("lr")
+            found = fitted[(fitted[CURVE] == points.iloc[0][CURVE]).all(axis=1)].to_dict("records")
+            curve = found[0] if found and law else None
+            if curve and curve["held_out"] and "held" not in title:
+                title += " (held out)"
+            draw_curve(axes, points, curve, law["curvature"] if law else 0.0, name, colours[name])
+        axes.set(title=title, xlabel="peak learning rate", xscale="log")
+        style.log_axis(axes.xaxis, *axes.get_xlim())
+    style.label_left(panels, "loss (nats per token)")
+    style.method_legend(figure, style.ordered(tried["name"]))
     return figure
 
 
-def _points(axes: Axes, runs: pd.DataFrame, line: str, **look: Any) -> None:
-    axes.plot(runs["lr"], runs["val_loss"], line, linewidth=0.7, **look)
+def draw_curve(axes: Axes, points: pd.DataFrame, curve: Mapping[str, Any] | None, k: float, name: str, colour: str):
+    """Draw the losses of one model by rate and, if the law has its curve, the parabola of curvature `k`."""
+    rates = np.log(points["lr"])
+    within = within_reach(rates, rates[points["val_loss"].idxmin()]) | (curve is None)
+    look = {"color": colour, "markersize": 3.5, "linewidth": 0.7}
+    face = "white" if curve and curve["held_out"] else colour
+    kept, left_out = points[within], points[~within]
+    axes.plot(kept["lr"], kept["val_loss"], "o" if curve else "o:", markerfacecolor=face, label=name, **look)
+    if curve is None:
+        return
+    if len(left_out):
+        marked = {"markerfacecolor": LEFT_OUT, "label": f"_left out {name}"}
+        axes.plot(left_out["lr"], left_out["val_loss"], "o", **marked, **look)
+    x = np.geomspace(kept["lr"].min(), kept["lr"].max(), 100)
+    at = [*x, curve["predicted"]]
+    *y, chosen = curve["lowest"] + k * np.log(np.array(at) / curve["best"]) ** 2
+    axes.plot(x, y, color=colour, linewidth=0.9, label=f"_parabola {name}")
+    tick = {"color": colour, "markersize": 11, "markeredgewidth": 1.6, "label": f"_law {name}"}
+    axes.plot([curve["predicted"]], [chosen], "|", **tick)
 
 
 def rate_law_sections(runs: pd.DataFrame, law: Law) -> list[str]:
@@ -110,33 +109,15 @@ def rate_law_sections(runs: pd.DataFrame, law: Law) -> list[str]:
             for name, one in law["groups"].items() if "own" in one}}
         for key, ci in shared["ci"].items() if key != "m"
     ]  # fmt: skip
-    equal = ""
-    if test := law["equal_exponents"]:
-        chosen = "those of all methods" if law["exponents"] == "shared" else "each method's own"
-        p = probability(test["p"])
-        equal = f"On the right each method's own. The p of equal exponents is {p}: the law has {chosen}."
-    fitted = ", ".join(f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in law["fitted"].items())
-    rule = "best rate = m (width / width₀)^−a (tokens / tokens₀)^−b (batch / batch₀)^c, where the" if fitted else "The"
-    judged = f" Fitted over {fitted}." if fitted else ""
-    if law["held_out_cost"] is not None:
-        off = number(math.exp(law["held_out_error"]))
-        judged += f" On {len(law['held_out'])} curves that it was not fitted to its rates are off by a factor of {off} "
-        judged += f"(root mean square), which costs {law['held_out_cost']:.4f} nats on average."
-    lines = section(
-        "The law",
-        ms,
-        f"{rule} loss of a curve is its lowest + {law['curvature']:.3f} (ln rate − ln best rate)². {law['n']} runs on "
-        f"{law['n_curves']} curves scatter by {number(law['scatter'], '{:.4f}')} nats about it.{judged}",
-    )
-    lines += section("Its exponents", exponents, equal)
+    fit = [{
+        "runs": f"{law['n']}", "curves": f"{law['n_curves']}",
+        **{name: f"{low:.3g} to {high:.3g}" for name, (low, high) in law["fitted"].items()},
+        "nats per (ln rate)²": number(law["curvature"], "{:.3f}"), "scatter, nats": number(law["scatter"], "{:.4f}"),
+        "p of equal exponents": probability((law["equal_exponents"] or {}).get("p")),
+        "curves held out": f"{len(law['held_out'])}", "their rates off by a factor of": _factor(law["held_out_error"]),
+        "which costs, nats": number(law["held_out_cost"], "{:.4f}"),
+    }]  # fmt: skip
     found = optima(law)
-    lines += section(
-        "Batches",
-        batches(found),
-        "Loss at the best rate of each batch, the mean of as many seeds as in brackets; and the difference to the "
-        "usual batch ± its standard error by seeds, pooled over methods.",
-    )
-    lines += section("Rates of the tables", table_rates(runs), "Losses at one and the same rate of all other weights.")
     curves = [
         {**place(one["budget"], one["d_model"], one["name"]), "batch": number(one["batch_sequences"], "{:g}"),
          "seed": f"{one['seed']}", "runs": f"{one['n']}",
@@ -144,11 +125,23 @@ def rate_law_sections(runs: pd.DataFrame, law: Law) -> list[str]:
          "the law's": f"{one['predicted']:.3g}", "which costs": f"{one['cost']:.4f}" + " (held out)" * one["held_out"]}
         for one in found.to_dict("records")
     ]  # fmt: skip
-    lines += section("Every curve", curves, *(f"- {warning}" for warning in law["warnings"]))
+    rule = "Best rate = m (width / width₀)^−a (tokens / tokens₀)^−b (batch / batch₀)^c."
+    lines = [
+        *section("The law", ms, rule * bool(at)),
+        *section("Its exponents", exponents, f"The law has {USED[law['exponents']]}."),
+        *section("Its fit", fit),
+        *section("Batches", batches(found), "Loss at the best rate of each (seeds); differences ± s.e. by seeds."),
+        *section("Rates of the tables", table_rates(runs), "Losses at one and the same rate of all other weights."),
+        *section("Every curve", curves, *(f"- {warning}" for warning in law["warnings"])),
+    ]
     if not {"width", "tokens"} <= law["fitted"].keys():
         return lines
     settings = yaml.safe_dump(as_configuration(law, runs), sort_keys=False, default_flow_style=None, width=120)
     return [*lines, "## As configuration", "", "```yaml", *settings.splitlines(), "```", ""]
+
+
+def _factor(error: float | None) -> str:
+    return number(None if error is None else math.exp(error))
 
 
 def place(budget: float, width: float, name: str) -> dict[str, str]:

@@ -2,10 +2,9 @@
 
 They are losses at the compute optimum with their errors, perplexities there (the paper's table 1), compute multipliers
 and rankings under other FLOP conventions; or a layer's settings at one size, with the paper's table 2; or learning
-rates.
+rates. `docs/results.md` explains their columns.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,54 +12,51 @@ import numpy as np
 import pandas as pd
 
 from peerscale.figures.ablations import varied
-from peerscale.figures.answer import verdicts
-from peerscale.figures.brackets import brackets_section, hold_rates, how_rates_count, what_intervals_hold
+from peerscale.figures.answer import outcome
+from peerscale.figures.brackets import brackets_section
 from peerscale.figures.differences import against_dense, to_dense
-from peerscale.figures.isoflop import by_budget, missing_note, status_counts
-from peerscale.figures.markdown import number, probability, section, signed_interval, table, with_interval
+from peerscale.figures.isoflop import by_budget, status_counts
+from peerscale.figures.markdown import Rows, number, probability, section, signed_interval, table, with_interval
 from peerscale.figures.paper_tables import norm_rows, paper_perplexities, perplexities
 from peerscale.figures.published import read_published
 from peerscale.figures.rate_law import finished_cells, rate_law_sections
 from peerscale.figures.style import in_words, label, listed, ordered, size_label
 from peerscale.plan.cell_names import budget_name
-from peerscale.stats.claims import turned
-from peerscale.stats.curves_of_runs import (
-    batches,
-    budgets_with_curves,
-    is_dense,
-    method_names,
-    same_variant,
-    usable,
-    without_brackets,
-)
+from peerscale.stats.curves_of_runs import budgets_with_curves, method_names, same_variant, usable, without_brackets
 from peerscale.stats.optima import OptimumStatus
 from peerscale.stats.rates import tries_rates
 
 Fits = Mapping[str, Any]
 """A study's `fits.json`."""
-Rows = list[dict[str, str]]
-"""Rows of a table by its headings."""
+
+LAYER = {"n_experts": "experts", "ffn_heads": "heads", "top_k": "top k", "capacity_factor": "capacity factor"}
+"""Columns of the settings of a layer."""
+
+PARTS = {"fit_se": "s.e. from sizes", "seeds_se": "s.e. from seeds", "sequences_se": "s.e. from sequences",
+         "rate_se": "s.e. from learning rates", "se": "s.e., all"}  # fmt: skip
+"""Parts of the standard error of a difference."""
 
 
 def study_table(sweep: str, runs: pd.DataFrame, fits: Fits, withdrawn: str = "") -> str:
     """`table.md` of a study from its table of runs, `fits.json` and, if its results are withdrawn, the reason."""
-    every, runs = runs, without_brackets(runs)
-    runs, published = runs.assign(name=method_names(runs)), read_published()
+    runs = without_brackets(runs)
+    runs = runs.assign(name=method_names(runs))
     if compares_curves(runs):
-        title, lines = "losses at equal compute", [f"**{fits['answer']}**", "", *closing_table(runs, fits)]
-        lines += at_the_optimum(runs, fits, published)
+        title, lines = "losses at equal compute", [f"**{fits['answer']}**", "", *table(main_rows(runs, fits)), ""]
+        lines += [f"Nats per token; FLOPs: {listed(runs['convention'])}.", "", *at_the_optimum(runs, fits)]
     elif tries_rates(runs):
         law = fits["rates"].get("law")
         title, lines = "learning rates", rate_law_sections(runs, law) if law else finished_cells(runs)
     else:
-        sizes = runs["size"].nunique()
-        title = f"settings at {'one size' if sizes == 1 else f'{sizes} sizes'}"
-        lines = [f"**{fits['answer']}**", ""] * bool(fits["claims"])
-        lines += [*settings_lines(runs, fits), *claims_section(fits)]
-    changed = varied(runs[runs["method"] == "peer"])
-    if changed & {"n_experts", "query_norm"} and not changed & {"lr", "table_lr"}:
-        lines += experts_and_norm(runs, fits, published)
-    lines += brackets_section(every, fits)
+        title = f"settings at {'one size' if runs['size'].nunique() == 1 else 'several sizes'}"
+        lines = [f"**{fits['answer']}**", "", *table(main_rows(runs, fits)), ""]
+        lines += [f"Nats per token; FLOPs: {listed(runs['convention'])}.", "", *section("Claims", claims(fits))]
+        lines += section("Differences", difference_rows(fits))
+    changed, places = varied(runs[runs["method"] == "peer"]), runs[["size", "budget"]].drop_duplicates()
+    if changed & {"n_experts", "query_norm"} and not changed & {"lr", "table_lr"} and len(places) == 1:
+        title_of_paper = "Experts and BatchNorm on the queries (the paper's table 2)"
+        lines += section(title_of_paper, norm_rows(runs, read_published()), "Pairs: without / with BatchNorm.")
+    lines += brackets_section(fits)
     first = [f"**Withdrawn:** {withdrawn}", ""] if withdrawn else []
     return "\n".join([f"# {sweep}: {title}", "", *first, *lines])
 
@@ -70,8 +66,13 @@ def compares_curves(runs: pd.DataFrame) -> bool:
     return bool(budgets_with_curves(runs[usable(runs)])) or not varied(runs)
 
 
-def closing_table(runs: pd.DataFrame, fits: Fits) -> list[str]:
-    """One row per budget and method; below, notes on the fits and the study's claims."""
+def main_rows(runs: pd.DataFrame, fits: Fits) -> Rows:
+    """The first table of a study: optima, or a row per variant at each size. `runs` has a column `name`."""
+    return optimum_rows(runs, fits) if compares_curves(runs) else settings_rows(runs, fits)
+
+
+def optimum_rows(runs: pd.DataFrame, fits: Fits) -> Rows:
+    """One row per budget and method: the compute optimum, and its difference to dense."""
     rows, optima, differences = [], by_budget(fits), to_dense(fits)
     for budget in sorted(runs["budget"].unique()):
         for name in ordered(runs.loc[runs["budget"] == budget, "name"]):
@@ -86,131 +87,102 @@ def closing_table(runs: pd.DataFrame, fits: Fits) -> list[str]:
                 "optimal FLOPs per token": number(found and found["x"], "{:.3g}"),
                 "loss there": number(found and found["loss"], "{:.4f}"),
                 "loss with own curvature": number(found and found["own"]["loss"], "{:.4f}"),
-                "difference to dense [95 %]":
-                    against_dense(differences, budget, "", name),
+                "difference to dense [95 %]": against_dense(differences, budget, "", name),
                 "flags": "; ".join(flags) or "—",
             })  # fmt: skip
-    notes = [*verdicts(fits["claims"]), *map(fit_note, fits["budgets"]), layers(runs)]
-    return [
-        *table(rows),
-        "",
-        "Validation losses in nats per token at the compute optimum, the minimum of a parabola in the logarithm of "
-        "FLOPs per token. All methods of a budget are fitted together, over one window of sizes, with one curvature; "
-        "the next column gives each method its own. Intervals are Student's and include the misfit of sizes, seeds and "
-        f"the sampling of validation sequences. {what_intervals_hold(fits)} A minimum has no number if "
-        "it lies outside the sampled sizes (outside range), if the fit does not open upwards (curvature) or has fewer "
-        "than four sizes (too few). It is flagged if it lies in the outer fifth of the sizes (off centre). "
-        f"FLOPs: {listed(runs['convention'])}.",
-        "",
-        *(f"- {line}" for line in notes if line),
-        "",
-    ]
+    return rows
 
 
-def layers(runs: pd.DataFrame) -> str:
-    """The settings of each method's layer: `Layers: PEER 4,096 experts, 4 heads, top 16.`; empty if there are none."""
-    words = {"n_experts": "{:,.0f} experts", "ffn_heads": "{:.0f} heads", "top_k": "top {:.0f}",
-             "capacity_factor": "capacity {:g}"}  # fmt: skip
-    finished = runs[usable(runs)].drop_duplicates("name").set_index("name").reindex(columns=[*words])
-    each = {str(name): ", ".join(words[str(key)].format(value) for key, value in row.dropna().items())
-            for name, row in finished.iterrows()}  # fmt: skip
-    texts = [f"{label(name.partition(' ')[0])} {each[name]}" for name in ordered(each) if each[name]]
-    return f"Layers: {'; '.join(dict.fromkeys(texts))}." if texts else ""
-
-
-def fit_note(entry: Mapping[str, Any]) -> str:
-    """A note on the fit of one budget; empty if nothing could be fitted."""
-    if entry.get("scatter") is None:
-        return ""
-    low, high = entry["window"] or (None, None)
-    window = f"sizes of {low:.3g} to {high:.3g} FLOPs per token" if low else "all sizes"
-    text = f"Fit at {budget_name(entry['budget'])}: {window.replace('e+0', 'e')}; size means scatter "
-    text += f"by {entry['scatter']:.4f} nats about the curves ({entry['df']} degrees of freedom)"
-    if entry["seeds_df"]:
-        text += f", seeds by {entry['seeds_sd']:.4f} ({entry['seeds_df']})"
-    if test := entry["equality"]:
-        text += f"; one curvature for all: F({test['df'][0]}, {test['df'][1]}) = {test['f']:.2f}, p = {test['p']:.2f}"
-    return f"{text}."
-
-
-def at_the_optimum(runs: pd.DataFrame, fits: Fits, published: pd.DataFrame) -> list[str]:
-    """The available ones of: errors by source, multipliers, the paper's table 1, exponents, other conventions."""
-    slopes = [f"{label(g['method'])} {with_interval(g['slope'], (g['low'], g['high']), '{:+.3f}')}"
-              for g in fits["growth"]]  # fmt: skip
-    lines = section(
-        "Errors by source",
-        parts(fits),
-        "Standard errors (s.e.) in nats per token. Sizes: misfit of the curves; if no size has a second seed it "
-        "includes the scatter of seeds. Sequences: sampling of the validation set, paired between methods. "
-        f"{how_rates_count(fits)} Last column: the difference if each method has its own curvature.",
-    )
-    lines += claims_section(fits)
-    lines += section("Other settings", other_settings(fits), "Descriptive; errors as in the table of errors by source.")
-    lines += section(
-        "Compute multiplier",
-        multipliers(fits),
-        "Dense's FLOPs over the FLOPs that the method needs for the same loss. Losses are interpolated between "
-        "the budgets; intervals are from a joint bootstrap of all budgets.",
-        f"Slope of its logarithm per factor of ten in the budget{_trend(runs, fits)}: {', '.join(slopes)}."
-        if slopes
-        else "No growth is claimed: it would need four budgets.",
-    )
-    ours, theirs = perplexities(fits), paper_perplexities(published)
-    if not ours:
-        return lines
-    _, _, *sets, _ = theirs[0]
-    absent = [name for name in sets if f"ppl_{name}" not in runs]
-    lines += section(
-        "Perplexity at the compute optimum (the paper's table 1)",
-        ours,
-        "Perplexity on each evaluation set, at the minimum of the validation loss over FLOPs per token. Last column: "
-        "difference to dense on the validation set, nats per token.",
-        f"The paper's table 1, with the difference to dense on c4. This study has no {', '.join(absent)}. The "
-        "paper's tokenizer and data differ from ours, so only the differences can be compared.",
-    )
-    lines += [*table(theirs), ""]
-    lines += section(
-        "The compute optimum by three approaches",
-        exponents(fits),
-        "Exponent b of optimal FLOPs per token = a × FLOPs^b [95 %, bootstrap]. 1: from the lowest curve at "
-        "each compute, in mid-run before the learning rate has decayed; 2: from the fitted minima; 3: from the "
-        "surface loss = E + A / N^alpha + B / D^beta through all runs. Last two columns: the mean loss of the "
-        "largest budget's runs, predicted by a surface through the smaller budgets, and observed. All "
-        "coefficients: fits.json.",
-    ) or ["No exponents: they need three budgets.", ""] * (runs["budget"].nunique() < 3)
-    return lines + section(
-        "Ranking under other FLOP conventions",
-        conventions(fits),
-        "Compute multiplier and, in brackets, the method's rank at the budget. Losses at the optimum are those of "
-        "the first table; each convention counts anew what they cost. A dash: it would be an extrapolation.",
-    )
-
-
-def parts(fits: Fits) -> Rows:
-    """Each difference to dense with its 95 % interval and the parts of its standard error."""
-    keys = {"fit_se": "s.e. from sizes", "seeds_se": "s.e. from seeds", "sequences_se": "s.e. from sequences",
-            "rate_se": "s.e. from learning rates", "se": "s.e., all"}  # fmt: skip
+def settings_rows(runs: pd.DataFrame, fits: Fits) -> Rows:
+    """One row per variant and size, over its seeds."""
+    done = runs[usable(runs)]
+    plan = {column: list(done[column].unique()) for column in ("budget", "size", "name")}  # there settings ascend
+    columns = ["val_loss", "layer_share", "expert_usage", "unevenness"]
+    groups = done.astype(dict.fromkeys(columns, float)).groupby([*plan], as_index=False)
+    variants = groups.agg(seeds=("seed", "size"), **{column: (column, "mean") for column in columns})
+    variants = variants.sort_values([*plan], key=lambda column: column.map(plan[str(column.name)].index))
+    differences = to_dense(fits)
     return [
         {
-            "budget": budget_name(budget), "method": ", ".join(filter(None, (label(method), size_label(size)))),
-            "difference to dense [95 %]": signed_interval(found),
-            **{title: number(found[key], "{:.4f}") for key, title in keys.items()},
-            "degrees of freedom": number(found["df"], "{:.0f}") if found["df"] else "∞",
-            "difference with own curvatures ± s.e.":
-                f"{number(own['value'], '{:+.3f}')} ± {number(own['se'], '{:.3f}')}" if own else "—",
+            "budget": budget_name(row["budget"]), "size": size_label(row["size"]), "method": label(row["name"]),
+            "seeds": str(row["seeds"]), "loss": number(row["val_loss"], "{:.4f}"),
+            "perplexity": number(np.exp(row["val_loss"])),
+            "difference to dense [95 %]": against_dense(differences, row["budget"], row["size"], row["name"]),
+            "layer's share of FLOPs": number(row["layer_share"], "{:.1%}"),
+            "experts used": number(row["expert_usage"], "{:.1%}"), "unevenness": number(row["unevenness"]),
         }
-        for (budget, size, method), found in to_dense(fits).items() if found.get("value") is not None
-        for own in [found.get("own")]
+        for row in variants.to_dict("records")
     ]  # fmt: skip
 
 
-def claims_section(fits: Fits) -> list[str]:
-    """The claims, and how they are tested; empty if there are none."""
-    return section("Claims", claims(fits), _family(fits["claims"]))
+def at_the_optimum(runs: pd.DataFrame, fits: Fits) -> list[str]:
+    """The sections of a study of optima; those without rows are left out."""
+    ours, growth = perplexities(fits), [
+        {"method": label(one["method"]), "slope": with_interval(one["slope"], (one["low"], one["high"]), "{:+.3f}")}
+        for one in fits["growth"]
+    ]  # fmt: skip
+    return [
+        *section("Fits", fit_rows(runs, fits)),
+        *section("Layers", layer_rows(runs)),
+        *section("Claims", claims(fits)),
+        *section("Differences", difference_rows(fits)),
+        *section("Compute multiplier", multipliers(fits)),
+        *section("Growth of the multiplier", growth, "Slope of its logarithm per factor of ten in the budget [95 %]."),
+        *section("Perplexity at the compute optimum (the paper's table 1)", ours),
+        *(section("The paper's table 1", paper_perplexities(read_published())) if ours else []),
+        *section("The compute optimum by two approaches", exponents(fits)),
+        *section("Ranking under other FLOP conventions", conventions(fits), "Multiplier (rank at the budget)."),
+    ]
+
+
+def fit_rows(runs: pd.DataFrame, fits: Fits) -> Rows:
+    """How the curves of each budget were fitted, and how well they fit."""
+    rows = []
+    for entry in (each for each in fits["budgets"] if each.get("scatter") is not None):
+        batches = listed(runs.loc[usable(runs) & (runs["budget"] == entry["budget"]), "batch_sequences"])
+        window = [number(end, "{:.3g}") for end in entry["window"] or ()]
+        test, seeds = entry["equality"], entry["seeds_df"]
+        rows.append({
+            "budget": budget_name(entry["budget"]), "batch, sequences": batches,
+            "FLOPs per token": " to ".join(window) or "all",
+            "scatter about the curves": f"{entry['scatter']:.4f} ({entry['df']})",
+            "scatter of seeds": f"{entry['seeds_sd']:.4f} ({seeds})" if seeds else "—",
+            "F of one curvature": f"{test['f']:.2f} ({test['df'][0]}, {test['df'][1]})" if test else "—",
+            "p": f"{test['p']:.2f}" if test else "—",
+        })  # fmt: skip
+    return rows
+
+
+def layer_rows(runs: pd.DataFrame) -> Rows:
+    """The settings of each method's layer."""
+    layers = runs[usable(runs)].drop_duplicates("name").set_index("name").reindex(columns=[*LAYER]).dropna(how="all")
+    settings = {str(name): found for name, found in layers.to_dict("index").items()}
+    return [
+        {"method": label(name), **{title: number(settings[name][key], "{:,g}") for key, title in LAYER.items()}}
+        for name in ordered(settings)
+    ]
+
+
+def difference_rows(fits: Fits) -> Rows:
+    """Each difference of two methods, once, with its 95 % interval and the parts of its standard error."""
+    rows: dict[tuple[float, str, frozenset[str]], dict[str, str]] = {}
+    for entry in fits["budgets"]:
+        for one in (each for each in entry["differences"] if each.get("value") is not None):
+            pair, own = frozenset((one["method"], one["reference"])), one.get("own")
+            compared = (f"{label(one['method'])} minus {label(one['reference'])}", size_label(one["size"]))
+            rows.setdefault((entry["budget"], one["size"], pair), {
+                "budget": budget_name(entry["budget"]), "comparison": ", ".join(filter(None, compared)),
+                "difference [95 %]": signed_interval(one),
+                **{title: number(one[key], "{:.4f}") for key, title in PARTS.items()},
+                "degrees of freedom": number(one["df"], "{:.0f}") if one["df"] else "∞",
+                "with own curvatures ± s.e.":
+                    f"{number(own['value'], '{:+.3f}')} ± {number(own['se'], '{:.3f}')}" if own else "—",
+            })  # fmt: skip
+    return list(rows.values())
 
 
 def claims(fits: Fits) -> Rows:
-    """Each comparison of the family with its probability."""
+    """Each comparison of the family with its probability, and what it came to."""
     rows = []
     for claim in fits["claims"]:
         (method, _, settings), (rival, _, others) = (claim[key].partition(" ") for key in ("method", "rival"))
@@ -220,48 +192,10 @@ def claims(fits: Fits) -> Rows:
         rows.append({
             "budget": budget_name(claim["budget"]), "comparison": ", ".join(filter(None, named)),
             "difference [95 %]": signed_interval(claim), "p": probability(claim["p"]),
-            "p, corrected for the family": probability(claim["p_holm"]),
+            f"p, corrected for {claim['family']} claims": probability(claim["p_holm"]),
+            "outcome": outcome(claim),
         })  # fmt: skip
-        if "equal" in claim:
-            rows[-1][f"equal within {claim['equal_within']:g}"] = "yes" if claim["equal"] else "no"
     return rows
-
-
-def other_settings(fits: Fits) -> Rows:
-    """Each variant of a method less the usual setting, the rivals and their variants, but for dense (see `to_dense`).
-
-    Empty if the study claims nothing: then its variants are compared with dense alone, or by their learning rates.
-    """
-    rows: dict[tuple[str, str, frozenset[str]], dict[str, str]] = {}
-    for entry in fits["budgets"] if fits["claims"] else ():
-        for found in (each for each in entry["differences"] if each.get("value") is not None):
-            one = found if " " in found["method"] else turned(found)
-            method, reference = one["method"], one["reference"]
-            ours, theirs = (name.partition(" ")[2] for name in (method, reference))
-            if ours and ours != theirs and not is_dense(reference):
-                compared = f"{label(method)} minus {label(reference)}"
-                place = (budget_name(entry["budget"]), size_label(found["size"]))
-                rows.setdefault((*place, frozenset((method, reference))), {
-                    "budget": place[0], "comparison": ", ".join(filter(None, (compared, place[1]))),
-                    "difference [95 %]": signed_interval(one)})  # fmt: skip
-    return list(rows.values())
-
-
-def _family(claims: list[dict[str, Any]]) -> str:
-    """How the claims are tested."""
-    n = claims[0]["family"] if claims else 0
-    missing = f", of which {n - len(claims)} have no result yet and count as p = 1" if n > len(claims) else ""
-    return (
-        f"Two-sided t tests, corrected by Holm's method for the {n} comparisons that the study claims{missing}. A "
-        "lead is claimed where the corrected p is below 0.05."
-    )
-
-
-def _trend(runs: pd.DataFrame, fits: Fits) -> str:
-    """What else differs between the budgets of a trend."""
-    start = fits.get("trend_from", 0.0)
-    changes = batches(runs, [entry["budget"] for entry in fits["budgets"] if entry["budget"] >= start])
-    return f" (the batch changes too: {changes})" if changes else ""
 
 
 def multipliers(fits: Fits) -> Rows:
@@ -313,54 +247,3 @@ def conventions(fits: Fits) -> Rows:
 def _ranked(value: float | None, among: Iterable[float | None]) -> str:
     """A multiplier with its rank."""
     return "—" if value is None else f"{value:.3f} ({1 + sum(other is not None and other > value for other in among)})"
-
-
-def settings_lines(runs: pd.DataFrame, fits: Fits) -> list[str]:
-    """One row per variant and size, over its seeds."""
-    done = runs[usable(runs)]
-    plan = {column: list(done[column].unique()) for column in ("budget", "size", "name")}  # there settings ascend
-    columns = ["val_loss", "layer_share", "expert_usage", "unevenness"]
-    groups = done.astype(dict.fromkeys(columns, float)).groupby([*plan], as_index=False)
-    variants = groups.agg(seeds=("seed", "size"), **{column: (column, "mean") for column in columns})
-    variants = variants.sort_values([*plan], key=lambda column: column.map(plan[str(column.name)].index))
-    differences = to_dense(fits)
-    held = f"{what_intervals_hold(fits)} {how_rates_count(fits)} " if hold_rates(fits) else ""
-    rows = [
-        {
-            "budget": budget_name(row["budget"]), "size": size_label(row["size"]), "method": label(row["name"]),
-            "seeds": str(row["seeds"]), "loss": number(row["val_loss"], "{:.4f}"),
-            "perplexity": number(np.exp(row["val_loss"])),
-            "difference to dense [95 %]": against_dense(differences, row["budget"], row["size"], row["name"]),
-            "layer's share of FLOPs": number(row["layer_share"], "{:.1%}"),
-            "experts used": number(row["expert_usage"], "{:.1%}"), "unevenness": number(row["unevenness"]),
-        }
-        for row in variants.to_dict("records")
-    ]  # fmt: skip
-    return [
-        *table(rows),
-        "",
-        f"Losses in nats per token on the {listed(runs['val_set'])} set, means over seeds. Intervals include the "
-        "sampling of its sequences and, where there are several seeds, their scatter, pooled over the rows. With one "
-        "seed they leave seeds out (sequences only). In other studies seeds scatter by 0.004 to 0.017 nats, so a "
-        f"difference of that size is no evidence. {held}Experts used and unevenness: the paper's definitions "
-        "(section 3.3). "
-        f"FLOPs: {listed(runs['convention'])}.",
-        "",
-        *([f"- {missing_note(runs)}.", ""] if missing_note(runs) else []),
-    ]
-
-
-def experts_and_norm(runs: pd.DataFrame, fits: Fits, published: pd.DataFrame) -> list[str]:
-    """The paper's table 2 beside ours, for runs of one size and budget, and the effect of BatchNorm."""
-    pairs = [
-        {"method": label(re.sub("[ -]query_norm=true", "", found["method"])),
-         "loss with BatchNorm minus loss without [95 %]": signed_interval(found)}
-        for entry in fits["budgets"] for found in entry["differences"]
-        if "query_norm=true" in found["method"] and "query_norm=false" in found["reference"]
-    ]  # fmt: skip
-    return section(
-        "Experts and BatchNorm on the queries (the paper's table 2)",
-        norm_rows(runs, published) if len(runs[["size", "budget"]].drop_duplicates()) == 1 else [],
-        "Pairs: without / with BatchNorm. Experts used and unevenness: by the paper's section 3.3, ours over "
-        f"{listed(runs['usage_tokens'])} tokens.",
-    ) + section("What BatchNorm on the queries changes", pairs)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import pandas as pd
 from matplotlib import ticker
 from matplotlib.axes import Axes
@@ -193,7 +194,7 @@ def power_of_ten(value: float) -> str:
 
 @contextmanager
 def applied() -> Iterator[None]:
-    """A context that applies the style to everything drawn inside."""
+    """A context, or decorator of a function, that applies the style to everything drawn inside."""
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **RC}):
         yield
 
@@ -213,9 +214,10 @@ def label_left(panels: Iterable[Axes], text: str) -> None:
             axes.set_ylabel(text)
 
 
-def caption(figure: Figure, *lines: str) -> None:
-    """Add small print below the panels: data, units, conventions."""
-    figure.supxlabel("\n".join(line for line in lines if line), fontsize=6.5, color="#555555")
+@applied()
+def caption(figure: Figure, text: str) -> None:
+    """Add a line of small print below the panels."""
+    figure.supxlabel(text, fontsize=6.5, color="#555555")
 
 
 def legend(figure: Figure, handles: Sequence[Line2D]) -> None:
@@ -255,6 +257,22 @@ def star(axes: Axes, x: float, y: float, color: str, label: str, *, hollow: bool
         [x], [y], "*", markersize=10, color=color, zorder=5, label=label,
         markerfacecolor=face, markeredgecolor=edge, markeredgewidth=width,
     )  # fmt: skip
+
+
+def points(
+    axes: Axes, x: Any, y: Any, *, color: str, label: str, marker: str = "o", line: str = "none",
+    bars: tuple[Any, Any] | None = None, hollow: Any = False, zorder: float = 3.0,
+) -> None:  # fmt: skip
+    """Marks, white inside where `hollow`, with bars between two heights, and a line through all of them."""
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    errors = None if bars is None else np.abs([np.asarray(end, float) - y for end in bars])
+    axes.errorbar(
+        x, y, errors, fmt=marker, color=color, label=label, zorder=zorder,
+        linestyle=line, linewidth=0.9, elinewidth=0.7, markersize=5, markeredgecolor="white", markeredgewidth=0.5,
+    )  # fmt: skip
+    white = np.broadcast_to(np.asarray(hollow, bool), y.shape)
+    look = {"color": color, "markerfacecolor": "white", "markersize": 5, "zorder": zorder + 0.1}
+    axes.plot(x[white], y[white], marker, label=f"_hollow {label}", **look)
 
 
 def listed(column: pd.Series) -> str:

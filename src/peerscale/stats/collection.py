@@ -18,15 +18,10 @@ from peerscale.plan.cells import Cell, planned_cells
 from peerscale.records.curves import curves_table
 from peerscale.records.matching import further_line, of_the_plan, some
 from peerscale.records.record import Record, Status, planned_record
-from peerscale.records.study import RESULTS, collected
-from peerscale.records.table import read_records, read_table, runs_table, to_publish, write_records
+from peerscale.records.study import collected
+from peerscale.records.table import read_records, runs_table, to_publish, write_records
 from peerscale.stats.comparison import compare
 from peerscale.stats.fits import fit_study
-
-STEPS = RESULTS / "bench" / "training_step.csv"
-"""Times of training steps, which `make bench` publishes."""
-STEP_COLUMNS = ("size", "method", "tokens", "flops", "median_s")
-"""Columns of `STEPS` that are used."""
 
 
 def collect(sweep: str, runs: Path, overrides: Sequence[str] = ()) -> Iterator[str]:
@@ -91,8 +86,7 @@ def fits_of(sweep: str, runs: pd.DataFrame, curves: pd.DataFrame, records: Seque
     if (claims := said.get("claims")) and not claims.budgets:
         said["claims"] = replace(claims, budgets=sorted(windows))
     compared = compare(runs, records, windows=windows, **said)
-    steps = read_table(STEPS, STEP_COLUMNS) if STEPS.is_file() else None
-    fits = fit_study(runs, compared, settings.held_out if settings else (), steps)
+    fits = fit_study(runs, compared, settings.held_out if settings else ())
     fits["answer"] = answer(fits)
     return rounded(fits)
 

@@ -31,47 +31,8 @@ def flops_by_convention(runs: pd.DataFrame) -> dict[str, pd.Series]:
     }
 
 
-MEASURED_TIME = "measured time"
-"""A convention that counts the seconds of a benchmark on an idle machine instead of FLOPs."""
-
-
-SAME_LAYER = 0.03
-"""Relative difference of FLOPs per token up to which a cell has the layer that a benchmark measured; interpolation
-between sizes is off by less."""
-
-
-def seconds_per_flop(runs: pd.DataFrame, steps: pd.DataFrame) -> pd.Series:
-    """Seconds per FLOP of every row's training step; NaN if it was not measured, or only with other settings.
-
-    Args:
-        runs: the study's table.
-        steps: size, method, tokens, flops and median_s of training steps, as `benchmarks/training_step.py` writes them.
-            A method was measured with other settings if its FLOPs per token differ by more than `SAME_LAYER` at a size
-            between those of the benchmark. Beyond its sizes, the time per FLOP of the nearest one is taken.
-    """
-    found = pd.Series(math.nan, index=runs.index)
-    for name, rows in runs.groupby(method_names(runs)):
-        measured = steps[steps["method"] == name].assign(
-            d_model=lambda table: table["size"].str.extract(r"d(\d+)", expand=False).astype(float)
-        )
-        if len(measured) > 1:
-            known, at = measured.sort_values("d_model"), np.log(rows["d_model"])
-            seconds, flops_per_token = (
-                np.interp(at, np.log(known["d_model"]), values)
-                for values in (known["median_s"] / known["flops"], np.log(known["flops"] / known["tokens"]))
-            )
-            between = rows["d_model"].between(known["d_model"].min(), known["d_model"].max())
-            off = np.abs(np.log(rows["flops_per_token"]) - flops_per_token)[between]
-            if (off < SAME_LAYER).all() and len(off):
-                found[rows.index] = seconds
-    return found
-
-
 def multipliers_by_convention(
-    runs: pd.DataFrame,
-    budgets: Sequence[Mapping[str, Any]],
-    steps: pd.DataFrame | None = None,
-    trend_from: float = 0.0,
+    runs: pd.DataFrame, budgets: Sequence[Mapping[str, Any]], trend_from: float = 0.0
 ) -> list[dict[str, Any]]:
     """Dense's compute over each method's for the same loss, with compute counted under each convention.
 
@@ -81,7 +42,6 @@ def multipliers_by_convention(
     Args:
         runs: the study's table.
         budgets: the entries of `fits.json`.
-        steps: times of a benchmark (see `seconds_per_flop`), for one more convention, `measured time`.
         trend_from: the budgets from this one on are compared without the smaller ones.
 
     Returns:
@@ -92,8 +52,6 @@ def multipliers_by_convention(
     at = np.array(sorted({budget for budget, _ in optima}))
     names = list(dict.fromkeys(name for _, name in optima))
     shares = {convention: flops / done["flops_per_token"] for convention, flops in flops_by_convention(done).items()}
-    if steps is not None:
-        shares[MEASURED_TIME] = seconds_per_flop(done, steps)
 
     def frontier(name: str, share: pd.Series) -> tuple[np.ndarray, np.ndarray]:
         found = [optima.get((budget, name)) for budget in at]

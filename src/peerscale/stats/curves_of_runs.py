@@ -1,14 +1,14 @@
 """Which rows of a table of runs form a curve and can be fitted, and the names of curves."""
 
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from peerscale.plan.cell_names import are_brackets as cells_are_brackets
-from peerscale.plan.cell_names import axes_label, budget_name
+from peerscale.plan.cell_names import axes_label
 from peerscale.records.record import Status
 
 CURVE_SIZES = 3
@@ -76,12 +76,3 @@ def budgets_with_curves(table: pd.DataFrame) -> set[float]:
     """Budgets at which a method has enough sizes for a curve, `CURVE_SIZES` of them."""
     sizes = table.assign(name=method_names(table)).groupby(["budget", "name"])["size"].nunique()
     return {float(budget) for budget, _ in sizes[sizes >= CURVE_SIZES].index}
-
-
-def batches(table: pd.DataFrame, budgets: Iterable[float]) -> str:
-    """The batch at each of these budgets if it is not the same: `16 sequences at 3e12, 32 sequences at 1e13`."""
-    rows = without_brackets(table[usable(table) & table["budget"].isin([*budgets])])
-    each = rows.groupby("batch_sequences")["budget"].unique()
-    if len(each) < 2 or rows.groupby("budget")["batch_sequences"].nunique().max() > 1:
-        return ""
-    return ", ".join(f"{batch} sequences at {' and '.join(map(budget_name, sorted(at)))}" for batch, at in each.items())

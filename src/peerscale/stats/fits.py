@@ -21,7 +21,6 @@ def fit_study(
     runs: pd.DataFrame,
     compared: Mapping[str, Any],
     held_out: Collection[int] = (),
-    steps: pd.DataFrame | None = None,
 ) -> dict[str, Any]:
     """Statistics and laws of a study as plain values for JSON.
 
@@ -29,7 +28,6 @@ def fit_study(
         runs: the study's table; laws and conventions do not use its rate brackets.
         compared: the result of `comparison.compare`.
         held_out: widths (d_model) that a law of learning rates is not fitted to.
-        steps: times of training steps in a benchmark, for multipliers in measured time.
 
     Returns:
         `compared`, and also
@@ -44,9 +42,7 @@ def fit_study(
     return {
         **compared,
         "laws": compared["laws"] | _surfaces(runs),
-        "conventions": to_plain(
-            multipliers_by_convention(runs, compared["budgets"], steps, compared.get("trend_from", 0.0))
-        ),
+        "conventions": to_plain(multipliers_by_convention(runs, compared["budgets"], compared.get("trend_from", 0.0))),
         "rates": {"law": to_plain(fit_law(runs, held_out))} | compared.get("rates", {}),
     }
 

@@ -1,0 +1,119 @@
+"""One HTML page of studies: each one's answer, its isoFLOP curves to look into, and its first table.
+
+The page contains the libraries that draw the curves, so that it needs no network.
+"""
+
+import html
+from collections.abc import Iterable, Iterator, Mapping
+from string import Template
+from typing import Any
+
+import altair as alt
+import numpy as np
+import pandas as pd
+import vl_convert
+
+from peerscale.figures import style
+from peerscale.figures.isoflop import X_LABELS, by_budget, fitted_curve, in_fit
+from peerscale.figures.study_table import compares_curves, main_rows
+from peerscale.plan.cell_names import budget_name
+from peerscale.records.study import Study, read_fits
+from peerscale.records.table import read_runs
+from peerscale.stats.curves_of_runs import at_size, method_names, usable, without_brackets
+from peerscale.stats.optima import OptimumStatus
+
+PAGE = Template("""<!DOCTYPE html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none';
+  style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>peerscale</title>
+<style>
+body { margin: 2rem auto; max-width: 76rem; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; }
+table { border-collapse: collapse; font-size: .85rem; } th, td { padding: .2rem .7rem; text-align: left; }
+section { overflow-x: auto; }
+</style>
+<script>$library</script>
+$sections
+</html>
+""")
+
+
+def page(studies: Iterable[Study]) -> str:
+    """The page; all text of the studies' files is escaped."""
+    library = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")
+    return PAGE.substitute(library=library, sections="\n".join(map(_section, studies)))
+
+
+def _section(study: Study) -> str:
+    runs, fits = without_brackets(read_runs(study.runs)), read_fits(study.fits)
+    runs = runs.assign(name=method_names(runs))
+    parts = [f"<h2>{html.escape(study.sweep)}</h2>", f"<p>{html.escape(fits['answer'])}</p>"]
+    if compares_curves(runs):
+        element = html.escape(f"figure-{study.sweep}")
+        spec = isoflop_chart(runs, fits).to_json(indent=None).replace("<", "\\u003c")
+        options = "{renderer: 'svg', actions: false, ast: true}"  # without eval, which the page forbids
+        parts += [f'<div id="{element}"></div>', f'<script>vegaEmbed("#{element}", {spec}, {options});</script>']
+    return "\n".join(["<section>", *parts, pd.DataFrame(main_rows(runs, fits)).to_html(index=False), "</section>"])
+
+
+def isoflop_chart(runs: pd.DataFrame, fits: Mapping[str, Any]) -> alt.FacetChart:
+    """Figure 1, a panel a budget, with a choice of the x axis; a click in the legend picks methods.
+
+    Args:
+        runs: the study's table, with a column `name`; unfinished runs are not drawn.
+        fits: the study's `fits.json`.
+    """
+    names, colours = style.ordered(runs["name"]), style.colours(runs["name"])
+    scale = alt.Scale(domain=[style.label(name) for name in names], range=[colours[name] for name in names])
+    options = alt.binding_select(options=[*X_LABELS], labels=[*X_LABELS.values()], name="x axis ")
+    axis = alt.param("x_axis", "params_total", bind=options)
+    picked = alt.selection_point("picked", fields=["method"], bind="legend")
+    marks = alt.Chart(alt.Data(values=list(chart_rows(runs, fits)))).transform_calculate(x="datum[x_axis]")
+    base = marks.encode(
+        alt.X("x:Q", title=None).scale(type="log", zero=False, nice=False).axis(format="~s", tickCount=5),
+        alt.Y("perplexity:Q").scale(type="log", zero=False, nice=False),
+        alt.Color("method:N", title=None).scale(scale),
+        opacity=alt.condition(picked, alt.value(1), alt.value(0.1)),
+    )
+    shown = ["cell:N", "perplexity:Q", *(f"{column}:Q" for column in X_LABELS)]
+    points = base.mark_point(size=40).transform_filter("datum.kind != 'curve'")
+    points = points.encode(
+        alt.Shape("kind:N", title=None).scale(
+            domain=["fitted", "left out", "optimum", "flagged optimum"], range=["circle", "square", "triangle", "cross"]
+        ),
+        tooltip=shown,
+    )
+    lines = base.mark_line().transform_filter("datum.kind == 'curve'")
+    panels = alt.layer(lines, points).properties(width=280, height=220).add_params(axis, picked)
+    titles = [_title(budget) for budget in sorted(runs["budget"].unique())]
+    figure = panels.facet(alt.Facet("budget:N", title=None, sort=titles), columns=3)
+    return figure.resolve_scale(x="independent", y="independent")
+
+
+def chart_rows(runs: pd.DataFrame, fits: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Points, curves and optima as rows: budget, method, kind, perplexity and every size of `X_LABELS`."""
+    sizes = [*X_LABELS]
+    for (budget, name), rows in runs[usable(runs)].groupby(["budget", "name"]):
+        fitted = by_budget(fits).get(budget, {}).get(name)
+        common = {"budget": _title(budget), "method": style.label(name)}
+        kinds = np.where(in_fit(rows, fitted), "fitted", "left out")
+        points = rows[["cell", *sizes]].assign(kind=kinds, perplexity=np.exp(rows["val_loss"]))
+        drawn = [points]
+        if fitted and None not in fitted["coefficients"]:
+            x, losses = fitted_curve(fitted, 40)
+            drawn.append(_along(rows, x).assign(kind="curve", perplexity=np.exp(losses)))
+        if fitted and fitted["loss"] is not None:
+            kind = "optimum" if fitted["status"] == OptimumStatus.OK else "flagged optimum"
+            optimum = _along(rows, np.array([fitted["x"]]))
+            drawn.append(optimum.assign(kind=kind, perplexity=np.exp(fitted["loss"])))
+        for part in drawn:
+            yield from part.assign(**common).to_dict("records")  # pyrefly: ignore
+
+
+def _title(budget: float) -> str:
+    return f"{budget_name(budget)} FLOPs"
+
+
+def _along(rows: pd.DataFrame, flops_per_token: np.ndarray) -> pd.DataFrame:
+    """Every size at these FLOPs per token, between those of the trained models."""
+    return pd.DataFrame({column: at_size(rows[column], rows, flops_per_token) for column in X_LABELS})
