@@ -200,7 +200,7 @@ def test_a_wrong_file_of_a_study_is_refused_and_none_is_not(tmp_path: Path, monk
     text = "sweep: {methods: [dense], grid: [{budget: 1e11, d_model: [8]}], claims: {method: peeer, rivals: [dense]}}"
     (tmp_path / "sweeps" / "mine.yaml").write_text(text)
     rest = (runs_table(records()), curves_table(()), [])
-    with pytest.raises(UserError, match="claims.method names peeer"):
+    with pytest.raises(UserError, match=r"claims\.method names peeer"):
         collection.fits_of("mine", *rest)
     assert len(collection.fits_of("absent", *rest)["claims"]) > 0
 
