@@ -76,21 +76,20 @@ def test_the_verdicts_of_the_readme_are_those_of_the_published_fits() -> None:
     assert of["dense", 3e13]["family"] == 6
     decided = {rival: claim["p_holm"] < 0.05 for (rival, budget), claim in of.items() if budget == 3e13}
     assert decided == {"dense": True, "pkm": False, "moe_token_choice": False}
-    leads, trails = ("dense", 3e13), ("pkm", 2.2e12)
-    for place in (leads, ("dense", 1e14), ("pkm", 1e14), ("moe_token_choice", 2.2e12), ("moe", 2.2e12)):
+    leads = ("dense", 3e13)
+    for place in (leads, ("dense", 1e14), ("pkm", 1e14), ("moe", 2.2e12)):
         assert of[place]["leads"], place
-    for place in (("moe_token_choice", 1e14), trails):
-        assert of[place]["value"] > 0 and of[place]["p_holm"] < 0.05
+    assert of["moe_token_choice", 1e14]["value"] > 0 and of["moe_token_choice", 1e14]["p_holm"] < 0.05
+    assert all(of[rival, 2.2e12]["p_holm"] > 0.05 for rival in ("moe_token_choice", "pkm"))
     text = " ".join(README.split())
     for line in (
-        f"- **Dense**: PEER leads by {size_of(of[leads])} at 3·10¹³ FLOPs and by {size_of(of['dense', 1e14])} at 10¹⁴.",
-        f"ahead of PEER by {size_of(of['moe_token_choice', 1e14])} at 10¹⁴. They cannot be told apart at 3·10¹³, and "
-        f"PEER leads by {size_of(of['moe_token_choice', 2.2e12])} at 2.2·10¹².",
-        f"(descriptive). PEER leads by {size_of(of['moe', 2.2e12])} at 2.2·10¹².",
-        f"- **PKM**: PEER leads by {size_of(of['pkm', 1e14])} at 10¹⁴. They cannot be told apart at 3·10¹³, and PKM "
-        f"leads by {size_of(of[trails])} at 2.2·10¹².",
+        f"PEER leads by {size_of(of[leads])} at 3·10¹³ FLOPs and by {size_of(of['dense', 1e14])} at 10¹⁴.",
+        f"ahead of PEER by {size_of(of['moe_token_choice', 1e14])} at 10¹⁴. They cannot be told apart at 3·10¹³ or "
+        "2.2·10¹².",
+        f"PEER leads by {size_of(of['moe', 2.2e12])} at 2.2·10¹².",
+        f"PEER leads by {size_of(of['pkm', 1e14])} at 10¹⁴, which is not significant with own curvatures",
     ):
-        assert line in text
+        assert line in text, line
     (growth,) = (one for one in main["growth"] if one["method"] == "peer")
     assert growth["low"] < 0 < growth["high"]
     interval = f"{growth['slope']:.2f} [{growth['low']:.2f}, +{growth['high']:.2f}]".replace("-", "−")
@@ -123,15 +122,15 @@ def test_the_differences_of_every_block_are_those_of_the_published_fits() -> Non
     assert (
         f"PEER leads dense by {dense} and token choice by {token_choice}, and cannot be told apart from PKM (+{pkm})"
     ) in " ".join(page.split())
-    assert [one["p_holm"] < 0.05 and one["value"] < 0 for one in claims] == [True, True, False]
+    assert [one["p_holm"] < 0.05 and one["value"] < 0 for one in claims] == [True, False, False]
 
 
 def test_the_barely_significant_differences_are_those_of_the_published_fits() -> None:
     fits = read_fits(ROOT / "results" / "reproduce" / "fits.json")
-    barely = {claim["rival"]: f"{claim['p_holm']:.3f}" for claim in fits["claims"] if claim["p_holm"] > 0.01}
-    assert barely == {"moe_token_choice": "0.048", "pkm": "0.048"}
+    barely = {claim["rival"]: f"{claim['p_holm']:.3f}" for claim in fits["claims"] if claim["p_holm"] > 0.05}
+    assert barely == {"moe_token_choice": "0.083", "pkm": "0.083"}
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    assert "(p = 0.048)" in README and "(p = 0.048)" in page
+    assert "(p = 0.083)" in README and "(p = 0.083)" in page
     own = {d["method"]: -d["own"]["value"] for d in fits["budgets"][1]["differences"] if d["reference"] == "peer"}
     less = {name: f"{value:+.3f}".replace("-", "−") for name, value in own.items()}
     said = (

@@ -130,14 +130,15 @@ class Problem:
         valley in which a search would take hundreds of steps.
         """
         lower, upper = self.bounds
-        found = least_squares(
-            lambda sizes: self.residuals(self._logs(sizes))[rows],
-            self._sizes(np.clip(start, lower, upper)),
-            lambda sizes: self.jacobian(self._logs(sizes))[rows] / np.where(self.is_log, sizes, 1.0),
-            bounds=(self._sizes(lower), self._sizes(upper)), x_scale="jac",
-            loss="huber" if self.objective.robust else "linear", f_scale=self.delta,
-            ftol=TOLERANCE, xtol=TOLERANCE, gtol=None, max_nfev=MAX_EVALUATIONS,
-        )  # fmt: skip
+        with np.errstate(divide="ignore", invalid="ignore"):  # its trust region divides by zero where a fit is exact
+            found = least_squares(
+                lambda sizes: self.residuals(self._logs(sizes))[rows],
+                self._sizes(np.clip(start, lower, upper)),
+                lambda sizes: self.jacobian(self._logs(sizes))[rows] / np.where(self.is_log, sizes, 1.0),
+                bounds=(self._sizes(lower), self._sizes(upper)), x_scale="jac",
+                loss="huber" if self.objective.robust else "linear", f_scale=self.delta,
+                ftol=TOLERANCE, xtol=TOLERANCE, gtol=None, max_nfev=MAX_EVALUATIONS,
+            )  # fmt: skip
         point = self._logs(found.x)
         return Optimum(
             point=point, value=float(found.cost) * (1 if self.objective.robust else 2),
