@@ -13,7 +13,7 @@ from peerscale.config.study import load_sweep
 from peerscale.files import ROOT
 from peerscale.plan.cells import planned_cells
 from peerscale.records.fingerprint import fingerprint
-from peerscale.records.record import differences
+from peerscale.records.record import Status, differences
 from peerscale.records.table import read_records, read_runs, runs_table
 from peerscale.stats.comparison import compare
 
@@ -55,7 +55,7 @@ def test_isoflop_cpu_against_another_analysis(budget: float, pair: tuple[str, st
 def test_committed_runs_count_as_done(sweep: str) -> None:
     """Every cell is in the plan of the study's file, with the fingerprint of its record."""
     cells = {cell.name: cell for cell in planned_cells(sweep)}
-    for record in read_records(ROOT / "results" / sweep):
+    for record in (one for one in read_records(ROOT / "results" / sweep) if one.status is not Status.PENDING):
         assert record.fingerprint == fingerprint(record.hashed_config)
         assert differences(cells[record.cell], record, None) == []
 
