@@ -1,8 +1,8 @@
 """Run one cell: compose, plan, skip or resume, train, record. Several: Hydra's `-m`, or a study (`peerscale.launch`).
 
-    python -m peerscale.train ffn=peer size=d32 budget=2e11
-    python -m peerscale.train -m ffn=peer,dense size=d32,d48
-    python -m peerscale.train ffn=peer size=d32 budget=2e11 trainer.devices=2
+    python -m peerscale.train ffn=peer d_model=32 budget=2e11
+    python -m peerscale.train -m ffn=peer,dense d_model=32,48
+    python -m peerscale.train ffn=peer d_model=32 budget=2e11 trainer.devices=2
 
 torch and lightning are imported inside the cell, so that planning and skipping take no time. Exit codes:
 `peerscale.errors`.
@@ -11,7 +11,6 @@ torch and lightning are imported inside the cell, so that planning and skipping 
 import os
 import shutil
 import sys
-from collections.abc import Sequence
 
 import hydra
 from filelock import FileLock, Timeout
@@ -97,11 +96,6 @@ def run_cell(cell: Cell) -> Status:
     except Timeout:
         print(f"{cell.name} is being run by another process and is skipped here", file=sys.stderr)
         return Status.RUNNING
-
-
-def run_in_turn(cells: Sequence[Cell]) -> dict[str, Status]:
-    """Run cells one after the other; returns their statuses."""
-    return {cell.name: run_cell(cell) for cell in cells}
 
 
 def main() -> int:
