@@ -99,7 +99,7 @@ def test_every_study_plans_and_its_finished_runs_still_count(file: Path) -> None
         planned = {cell.name: cell for cell in cells}
         records = read_records(ROOT / "results" / file.stem)
         assert len(records) == len(planned)
-        for record in records:
+        for record in (record for record in records if record.status is not Status.PENDING):
             cell, corpus = planned[record.cell], record.hashed_config["data_fingerprint"]
             assert fingerprint(hashed_config(cell.config, cell.plan, corpus)) == record.fingerprint, record.cell
             assert (cell.axes, cell.config.size_name) == (record.axes, record.size), record.cell
