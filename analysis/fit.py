@@ -257,16 +257,13 @@ def fit_learning_rates(table: pd.DataFrame, hold_out: str | None, **options: Any
         f"rates: {fit.n} runs on {fit.n_curves} curves, which scatter by {fit.scatter:.2g} about parabolas in ln lr of "
         f"curvature {fit.curvature:.3g} +- {fit.curvature_se:.1g}"
     ]
-    chosen, intervals, own = fit.laws, fit.ci, False
-    if fit.exponents == "own" and fit.own and fit.own_ci:
-        chosen, intervals, own = fit.own, fit.own_ci, True
-    for i, (method, law) in enumerate(chosen.items()):
+    own = fit.exponents == "own"
+    for i, (method, law) in enumerate(fit.laws.items()):
         at = ", ".join(f"{name} {getattr(law, f'{name}_0'):g}" for name in fit.fitted)
         where = f"at {at}" * bool(at)
-        lines.append(f"  m of {method:<20} {_number(law.m, intervals[method]['m']):<32} {where}".rstrip())
-        if own or i == len(chosen) - 1:
-            exponents = {name: ci for name, ci in intervals[method].items() if name != "m"}
-            lines += [f"  {name:<25} {_number(getattr(law, name), ci)}" for name, ci in exponents.items()]
+        lines.append(f"  m of {method:<20} {_number(law.m, law.ci['m']):<32} {where}".rstrip())
+        if own or i == len(fit.laws) - 1:
+            lines += [f"  {name:<25} {_number(getattr(law, name), ci)}" for name, ci in law.ci.items() if name != "m"]
     if test := fit.equal_exponents:
         kept = "; so each method has its own" * own
         lines.append(f"  one set of exponents for all: F{test['df']} = {test['f']:.2f}, p = {test['p']:.2g}{kept}")

@@ -19,10 +19,10 @@ from numpy.typing import ArrayLike
 from peerscale.laws.bootstrap import Bootstrap, percentile_interval, resample_residuals
 from peerscale.laws.fitting import Fit, HoldOut, Number
 from peerscale.laws.least_squares import FitStatus
-from peerscale.laws.parabola import OptimumStatus, optimum_status, parabola_optima
+from peerscale.laws.linear_fit import Array, LinearFit
+from peerscale.laws.parabola import OptimumStatus, minimum, parabola_optima, recentred
 from peerscale.laws.parametric import fit_parametric
 from peerscale.laws.table import cluster_labels, positive_columns, table_warnings
-from peerscale.stats.linear_fit import Array, LinearFit
 
 MIN_BUDGETS = 3
 """Different optima needed for a power law: one more than its coefficients."""
@@ -214,14 +214,13 @@ def near_lowest(sizes: Array, losses: Array, within: float) -> Array:
 
 def _optimum(budget: float, runs: Array, parabola: LinearFit | None, centre: float) -> BudgetOptimum:
     """The minimum of the parabola of one budget, in log10 x - centre, for runs with sizes `runs`; NaN without one."""
-    a, b, c = parabola.coefficients.tolist() if parabola else (math.nan,) * 3
-    coefficients = a - b * centre + c * centre**2, b - 2 * c * centre, c
-    x, loss = map(float, parabola_optima(np.array([a, b, c]), centre))
+    curve = parabola.coefficients if parabola else np.full(3, math.nan)
     sizes = np.unique(runs)
+    x, loss = map(float, parabola_optima(curve, centre))
+    _, status = minimum(curve if math.isfinite(x) else np.full(3, math.nan), np.log10(sizes) - centre, MIN_SIZES)
     return BudgetOptimum(
-        budget=budget, x=x, loss=loss, curvature=c, n=len(runs), sizes=tuple(sizes.tolist()),
-        status=optimum_status(np.log10(x), np.log10(sizes), c if math.isfinite(x) else math.nan, MIN_SIZES),
-        coefficients=coefficients,
+        budget=budget, x=x, loss=loss, curvature=float(curve[2]), n=len(runs), sizes=tuple(sizes.tolist()),
+        status=status, coefficients=recentred(curve, centre),
     )  # fmt: skip
 
 

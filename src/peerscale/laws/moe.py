@@ -21,8 +21,8 @@ from numpy.typing import ArrayLike
 from peerscale.errors import UserError
 from peerscale.laws.fitting import Fit, Number, Resampling, estimate
 from peerscale.laws.least_squares import Objective, Problem, power_problem
+from peerscale.laws.linear_fit import Array, LinearFit
 from peerscale.laws.table import positive_columns
-from peerscale.stats.linear_fit import Array, LinearFit
 
 E_START_RANGE = np.log([0.1, 1e3])
 RATIO_RANGE = (0.05, 15.0)
