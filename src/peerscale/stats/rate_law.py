@@ -13,7 +13,7 @@ and StepLaw (Li et al. 2025) use the same form, but fit it to minima rather than
 """
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -25,10 +25,9 @@ from peerscale.laws.fitting import fields_to_plain, to_plain
 from peerscale.laws.least_squares import FitStatus
 from peerscale.laws.linear_fit import Array, LinearFit
 from peerscale.laws.table import positive_columns, require_column
+from peerscale.stats.rate_parabolas import REACH, opens_upwards, parabolas, row_groups, within_reach
 
 MIN_RATES = 3
-REACH = 3.2
-"""A curve is fitted by a parabola within this factor of the best rate that was tried."""
 EQUAL_UNLESS = 0.01
 """Methods share exponents unless the F test against separate exponents has a p-value below this."""
 EXPONENTS = {"width": "a", "tokens": "b", "batch": "c"}
@@ -168,38 +167,32 @@ class _Runs:
     apart: Sequence[bool]
     """(variables,): whether each method has an exponent of its own."""
 
-    @property
-    def blocks(self) -> list[Array]:
-        """ln best is the sum of [ln m of each method, the exponents] times these columns, (n, 1 or methods) each."""
-        by_variable = zip(self.z.T[:, :, None], self.apart, strict=True)
-        return [self.is_method, *(self.is_method * z if apart else z for z, apart in by_variable)]
+    def places(self, is_method: Array, z: Array) -> Array:
+        """(n, coefficients): ln best is their product with ln m of each method, then the exponents."""
+        by_variable = zip(z.T[:, :, None], self.apart, strict=True)
+        return np.hstack([is_method, *(is_method * one if apart else one for one, apart in by_variable)])
 
     def fit(self, which: Array) -> LinearFit:
         """The parabolas of the runs `which` (n,)."""
-        return parabolas(self.x[which], self.loss[which], self.curve[which], np.hstack(self.blocks)[which])
+        places = self.places(self.is_method[which], self.z[which])
+        return parabolas(self.x[which], self.loss[which], self.curve[which], places)
 
-    def laws(self, fit: LinearFit, methods: Iterable[str], reference: Mapping[str, float]) -> dict[str, RateLaw]:
+    def laws(self, fit: LinearFit, methods: Sequence[str], reference: Mapping[str, float]) -> dict[str, RateLaw]:
         """The law of each method, by a fit of these runs."""
-        unit, found = np.eye(len(fit.coefficients)), {}
-        widths = [block.shape[1] for block in self.blocks]
-        first = 1 + np.cumsum([0, *widths[:-1]])  # after the curvature
-        at = {f"{variable}_0": value for variable, value in reference.items()}
-        keys = ["m", *(EXPONENTS[variable] for variable in reference)]
-        for i, name in enumerate(methods):
-            places = [start + (i if width > 1 else 0) for start, width in zip(first, widths, strict=True)]
-            ratios = {key: fit.ratio(unit[place], unit[0]) for key, place in zip(keys, places, strict=True)}
-            ratios["m"] = float(np.exp(ratios["m"][0])), tuple(np.exp(ratios["m"][1]).tolist())
-            values, ci = (
-                {key: value for key, (value, _) in ratios.items()},
-                {key: ends for key, (_, ends) in ratios.items()},
-            )
-            found[name] = RateLaw(**values, **at, ci=ci)
+        keys, k, found = ["m", *(EXPONENTS[each] for each in reference)], np.eye(1, len(fit.coefficients))[0], {}
+        z = np.eye(len(keys))[:, 1:]  # at the reference, then off it by one in each variable
+        for name, one in zip(methods, np.eye(len(methods)), strict=True):
+            log_m, *others = np.pad(self.places(np.tile(one, (len(keys), 1)), z), ((0, 0), (1, 0)))
+            ratios = [fit.ratio(log_m, k), *(fit.ratio(other - log_m, k) for other in others)]
+            ratios[0] = float(np.exp(ratios[0][0])), tuple(np.exp(ratios[0][1]).tolist())
+            values, ci = (dict(zip(keys, part, strict=True)) for part in zip(*ratios, strict=True))
+            found[name] = RateLaw(**values, **{f"{each}_0": value for each, value in reference.items()}, ci=ci)
         return found
 
     def optima(self, which: Array, law: LinearFit) -> tuple[CurveOptimum, ...]:
         """The minima of the curves among `which` (n,) with at least two rates, using the curvature of the law."""
         k, *products = law.coefficients
-        predicted, found = np.hstack(self.blocks) @ products / k, []
+        predicted, found = self.places(self.is_method, self.z) @ products / k, []
         for curve in dict.fromkeys(self.curve[which]):
             rows = np.flatnonzero(self.near & (self.curve == curve))
             x = self.x[rows]
@@ -254,11 +247,12 @@ def fit_rates(
     reference = {name: float(f"{np.exp(np.log(each).mean()):.2g}") for name, each in told.items()}
     if batch:
         reference["batch"] = float(pd.Series(told["batch"]).mode().iloc[0])
-    x, curves = np.log(rates), _indices(table, distinct)
+    x, curves = np.log(rates), row_groups(table, distinct)
     by_curve = pd.DataFrame({"x": x, "loss": losses}).groupby(curves)
     lowest = by_curve["loss"].transform("idxmin").to_numpy()
     methods = table[by].map(str) if by else pd.Series("all", table.index)  # missing values as a method of their own
-    of_method, names = pd.factorize(methods.to_numpy())
+    of_method, found = pd.factorize(methods.to_numpy())
+    names = found.tolist()
     logs = [SIGNS[name] * np.log(each / reference[name]) for name, each in told.items()]
     rows = _Runs(
         x=x, loss=losses, curve=curves,
@@ -293,7 +287,7 @@ def fit_rates(
         warnings.append(
             f"the lowest loss is at the edge of the rates tried: {', '.join(_name(rows.at[i]) for i in edges)}"
         )
-    models = _indices(table, list(variables.values()))
+    models = row_groups(table, list(variables.values()))
     split = [held] if held.any() else [models == model for model in np.unique(models)]
     held_out = tuple(one for out in split for one in chosen.predicted(out))
     if not held_out:
@@ -313,82 +307,5 @@ def fit_rates(
     return found
 
 
-def parabolas(x: Array, loss: Array, curves: Array, places: Array) -> LinearFit:
-    """Parabolas with one curvature, loss = level_curve + k x^2 - 2 x (places . k theta); the coefficients: k, k theta.
-
-    The minimum of a curve is at x = places . theta, so theta is `ratio`s of later coefficients and the first.
-
-    Args:
-        x: ln rate (n,).
-        loss: (n,).
-        curves: label of each run's curve (n,).
-        places: (n, coefficients).
-    """
-    return LinearFit(design=np.column_stack([x**2, -2 * x[:, None] * places]), values=loss, groups=curves)
-
-
-def opens_upwards(fit: LinearFit) -> bool:
-    """Whether runs determine `parabolas` that have minima."""
-    return fit.determined and bool(fit.coefficients[0] > 0)
-
-
-def within_reach(x: Array, x_of_lowest: Array | float, reach: float = REACH) -> Array:
-    """Whether rates are fitted, given ln rate (n,) of the runs and of the lowest loss on their curves; see `REACH`."""
-    return np.abs(x - x_of_lowest) <= math.log(reach)
-
-
-def _indices(table: pd.DataFrame, columns: list[str]) -> Array:
-    """Integers (rows,), equal for rows with equal values, missing ones too, in `columns`."""
-    if not columns:
-        return np.zeros(len(table), int)
-    return table.groupby(columns, dropna=False, sort=False).ngroup().to_numpy()
-
-
 def _name(at: Mapping[str, Any]) -> str:
     return " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in at.values())
-
-
-def fit_brackets(factor: Array, loss: Array, bracket: Sequence[Hashable], seed: Sequence[int]) -> dict[str, Any]:
-    """The possible cost of rates that are not the best: fit runs (runs,) of models trained at multiples of their rate.
-
-    A bracket is the losses of one model at its usual rate (factor 1) and at other factors, such as 0.5 and 2. It is a
-    parabola in the logarithm of the factor:
-
-        loss = lowest + k (ln factor - ln best)^2 = level + k (ln factor)^2 - 2 (k ln best) ln factor
-
-    All brackets share the curvature k; each has its own best factor, and each of its seeds its own level, the loss at
-    factor 1. The gain of the best rate over the usual one is k (ln best)^2.
-
-    Args:
-        factor: each run's rate divided by the usual rate.
-        loss: nats per token.
-        bracket: each run's bracket, any hashable value. A bracket needs only two factors if another one has three.
-        seed: seed of each run.
-
-    Returns:
-        `curvature` k, in nats per (ln rate)^2, and `curvature_se`; `scatter` of the losses around the parabolas, in
-        nats; `df`, degrees of freedom of the scatter and of every error; and for `each` bracket its `best` factor, the
-        `lowest` loss (at that factor, averaged over seeds), the `gain` (fitted loss at factor 1 minus the lowest) and
-        its standard error `se`, to second order in ln best, so that it is not zero where the usual rate is the best.
-        NaN if the brackets do not determine a parabola that opens upwards, and for errors without degrees of freedom.
-    """
-    x, names = np.log(factor), list(dict.fromkeys(bracket))
-    of = np.array([names.index(one) for one in bracket])
-    curves = _indices(pd.DataFrame({"of": of, "seed": seed}), ["of", "seed"])
-    fit = parabolas(x, loss, curves, np.eye(len(names))[of])
-    unit, covariance = np.eye(1 + len(names)), fit.covariance
-    k = float(fit.coefficients[0]) if opens_upwards(fit) else math.nan
-    at_usual = loss - k * x**2 + 2 * x * fit.coefficients[1 + of]  # shifted along the parabola to factor 1
-    each = []
-    for i, product in enumerate(fit.coefficients[1:]):
-        log_best = float(product) / k
-        level = float(pd.Series(at_usual[of == i]).groupby(curves[of == i]).mean().mean())
-        of_gain = 2 * log_best * unit[1 + i] - log_best**2 * unit[0]  # gradient of product^2 / k
-        of_best = (unit[1 + i] - log_best * unit[0]) / k
-        gain = k * log_best**2
-        variance = float(of_gain @ covariance @ of_gain + 2 * (k * (of_best @ covariance @ of_best)) ** 2)
-        se = math.sqrt(max(variance, 0.0)) if math.isfinite(variance) else math.nan
-        each.append({"best": float(np.exp(log_best)), "lowest": level - gain, "gain": gain, "se": se})
-    curvature = fit.estimate(unit[0])
-    value, se = (curvature.value, curvature.se) if fit.determined else (math.nan, math.nan)
-    return {"curvature": value, "curvature_se": se, "scatter": fit.scatter, "df": fit.df, "each": each}
