@@ -122,35 +122,19 @@ def test_the_error_of_a_difference_counts_the_curvature_that_both_share() -> Non
 
 def test_own_curvatures_are_polynomials_of_each_method() -> None:
     names, x, losses = runs()
-    fit = OptimaFit.of(names, x, losses, shared=False)
+    fit, rss = OptimaFit.of(names, x, losses, shared=False), 0.0
     for i, name in enumerate(NAMES):
-        c, b, a = np.polyfit(Z, losses[5 * i : 5 * i + 5], 2)
+        (c, b, a), squares, *_ = np.polyfit(Z, losses[5 * i : 5 * i + 5], 2, full=True)
+        rss += float(squares[0])
         assert fit.optimum(name).coefficients == pytest.approx((a, b, c), rel=1e-6)
         assert fit.optimum(name).loss == pytest.approx(a - b**2 / (4 * c), abs=1e-8)
     assert fit.linear.df == 15 - 9
-
-
-def test_equality_of_curvatures_is_the_f_test_of_two_regressions() -> None:
-    names, x, losses = runs(2, rng=3)
-    losses[5:] += 0.3 * (Z - 5.9) ** 2
-    own = sum(float(np.polyfit(Z, part, 2, full=True)[1][0]) for part in (losses[:5], losses[5:]))
-    theta, _, _ = scipys(names, x, losses)
-    one = (np.array(names) == "moe").astype(float)
-    z = np.log10(x) - 6
-    shared = theta[0] * (1 - one) + theta[1] * one + (theta[2] * (1 - one) + theta[3] * one) * z + theta[4] * z**2
-    f = (float(((losses - shared) ** 2).sum()) - own) / (own / 4)
-    restricted, full = (OptimaFit.of(names, x, losses, shared=s).linear for s in (True, False))
-    found = full.f_test(restricted)
-    assert found is not None and found["df"] == (1, 4)
-    assert found["f"] == pytest.approx(f, rel=1e-5) and found["p"] == pytest.approx(stats.f.sf(f, 1, 4), rel=1e-5)
-    assert found["p"] < 0.01
-
-
-def test_one_method_has_no_curvature_to_compare() -> None:
-    fits = [OptimaFit.of(*runs(1), shared=s) for s in (True, False)]
-    assert fits[1].linear.f_test(fits[0].linear) is None
-    assert fits[0].optimum("dense").loss == pytest.approx(fits[1].optimum("dense").loss, abs=1e-9)
-    assert fits[0].linear.df == 2
+    shared = OptimaFit.of(names, x, losses).linear
+    equality = fit.linear.f_test(shared)
+    assert equality is not None and equality["df"] == (2, 6)
+    assert equality["f"] == pytest.approx((shared.rss - rss) / 2 / (rss / 6))
+    one, alone = (OptimaFit.of(*runs(1), shared=s).linear for s in (True, False))
+    assert alone.f_test(one) is None, "one method has no curvature to compare"
 
 
 def test_equal_seeds_split_the_residuals_into_misfit_and_seeds() -> None:
@@ -282,12 +266,16 @@ def test_a_fit_through_all_points_has_no_error(seeds: int) -> None:
     assert np.isnan(fit.variances[0]).all()
 
 
-def test_the_order_of_runs_does_not_matter() -> None:
+def test_neither_the_order_of_runs_nor_what_methods_are_called_matters() -> None:
     names, x, losses = runs(3, seeds=2, seed_sd=0.004)
     order = np.random.default_rng(5).permutation(len(x))
-    fits = OptimaFit.of(names, x, losses), OptimaFit.of([names[i] for i in order], x[order], losses[order])
+    called = {name: (3 - i, name[::-1]) for i, name in enumerate(NAMES)}
+    fit, again = (
+        OptimaFit.of(names, x, losses),
+        OptimaFit.of([called[names[i]] for i in order], x[order], losses[order]),
+    )
     for name in NAMES:
-        one, other = (fit.optimum(name) for fit in fits)
+        one, other = fit.optimum(name), again.optimum(called[name])
         assert one.loss == pytest.approx(other.loss, abs=1e-12) and one.x == pytest.approx(other.x)
 
 
