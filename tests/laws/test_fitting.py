@@ -43,6 +43,8 @@ def test_missing_columns_and_rows_are_named() -> None:
         columns(table, "N", at_least=5)
     with pytest.raises(UserError, match="the table has no rows"):
         columns(table.head(0), "N")
+    with pytest.raises(UserError, match="in row 0, 1, 2, 3, 4 and 43 more: 0, 0"):
+        columns(pd.DataFrame({"N": [0] * 48}), "N")
     with pytest.raises(UserError, match="no column 'run'"):
         cluster_labels(table, "run")
 
