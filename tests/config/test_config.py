@@ -43,7 +43,7 @@ NOT_POSITIVE = "Input should be greater than 0, not"
 
 MESSAGES = [
     ("~budget", "budget: Field required"),
-    ("d_model=33", "d_model 33 is odd, but attention heads need an even width"),
+    ("d_model=33", "d_model: Input should be a multiple of 2, not 33"),
     ("head_dim=12", "head_dim 12 does not divide d_model 32"),
     ("head_dim=5", "head_dim: Input should be a multiple of 2, not 5"),
     ("d_model=0", f"d_model: {NOT_POSITIVE} 0"),
@@ -62,7 +62,9 @@ MESSAGES = [
     ("tracking.tags=a", "tracking.tags: Input should be a valid list, not 'a'"),
     ("seed=true", "seed: input should be a number, not true"),
     ("replaced=[2,5]", "replaced [2, 5] names a block outside 1..4"),
-    ("replaced=[]", "replaced: middle, all or a list of blocks counted from 1, not []"),
+    ("context=true", "context: input should be a number, not true"),
+    ("optim.beta1=false", "optim.beta1: input should be a number, not false"),
+    ("data.evaluation.validation=true", "data.evaluation.validation: input should be a number, not true"),
     ("+foo=3", "foo: Unexpected keyword argument"),
     ("+trainer.treads=1", "trainer.treads: Unexpected keyword argument; did you mean threads?"),
     ("ffn=peer +ffn.routing=token_choice", "ffn.routing: Unexpected keyword argument"),

@@ -4,12 +4,14 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from peerscale.config.study import load_sweep
+from peerscale.config.study import Part, load_sweep
 from peerscale.data.store import PREPARATION_VERSION, Manifest, folder, write_manifest
 from peerscale.files import ROOT
 from peerscale.launch.overview import main
 from peerscale.launch.plan_table import duration
-from peerscale.plan.cells import Cell, count_cells, planned_cells
+from peerscale.launch.speed import estimates
+from peerscale.plan.cell import Cell
+from peerscale.plan.cells import planned_cells
 from peerscale.plan.cost import CONVENTION
 from peerscale.records.record import Status, write_record
 from toy_study import TOY, kept_in, record_of, write_study
@@ -94,12 +96,9 @@ def test_a_plan_short_of_sizes_is_an_error(tmp_path: Path, capsys: pytest.Captur
     enough = TOY.removesuffix("}") + ", min_sizes: 2}"
     assert main(["plan", str(write_study(tmp_path, enough, "min_steps: 1"))]) == 0
     assert capsys.readouterr().err == ""
-    short = str(write_study(tmp_path, enough, "min_steps: 65"))
-    assert main(["plan", short, "sweep.min_sizes=1", "sweep.methods=[dense]"]) == 0
-    assert capsys.readouterr().err == ""
-    assert main(["plan", short]) == 2
+    assert main(["plan", str(write_study(tmp_path, enough, "min_steps: 65"))]) == 2
     assert capsys.readouterr().err.splitlines() == [
-        "error: dense has 1 sizes left at 1e10, fewer than 2",
+        "error: dense has 1 size left at 1e10, fewer than 2",
         "error: peer has 0 sizes left at 1e10, fewer than 2",
     ]
 
@@ -115,7 +114,8 @@ def test_the_plan_says_what_the_corpus_has_of_the_evaluation(
 ) -> None:
     main(["plan", str(study), "min_steps=1"])
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("evaluation: ")]
-    assert line == "evaluation: validation 131,072 tokens; speeches, wikipedia: not in this corpus, skipped"
+    skipped = "speeches: not in this corpus, skipped; wikipedia: not in this corpus, skipped"
+    assert line == f"evaluation: validation 131,072 tokens; {skipped}"
 
 
 def test_a_prepared_corpus_is_counted_where_the_configuration_names_no_tokens(
@@ -199,7 +199,7 @@ def test_the_plan_marks_done_cells_and_leaves_them_out_of_the_time(
     lines = capsys.readouterr().out.splitlines()
     shown = {columns(line)[0]: columns(line)[-1] for line in lines[1:9]}
     assert [shown[cell.name] for cell in (done, *left)] == ["done", "OK", "OK", "OK", "OK"]
-    seconds = {cell.name: cell.estimate_s for cell in planned_cells(study)}
+    seconds = {name: found.s for name, found in estimates(cells).items()}
     workers = [0.0, 0.0]
     for cell_s in sorted((seconds[cell.name] for cell in left), reverse=True):
         workers[workers.index(min(workers))] += cell_s
@@ -254,15 +254,15 @@ def test_cells_are_counted_without_planning_them(tmp_path: Path) -> None:
         "seeds: [0, 5], axes: {optim.weight_decay: [0.0, 0.1]}, method_axes: {peer: {optim.table_lr: [1e-3, 0.5, 1]}}}",
     )
     # (2 sizes x 2 seeds + 1) x 2 rates of decay, for dense once and for PEER with three rates
-    assert count_cells(load_sweep(file)) == 5 * 2 * (1 + 3) == len(planned_cells(file))
+    assert len([*load_sweep(file).points(Part())]) == 5 * 2 * (1 + 3) == len(planned_cells(file))
 
 
 def test_rate_brackets_are_no_sizes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     rows = "{budget: 1e10, d_model: [8]}, {budget: 1e10, d_model: [8], axes: {optim.lr_factor: [0.5, 2.0]}}"
-    file = write_study(tmp_path, f"{{methods: [dense], min_sizes: 1, grid: [{rows}]}}", "min_steps: 1")
+    file = write_study(tmp_path, f"{{methods: [dense], min_sizes: 2, grid: [{rows}]}}", "min_steps: 1")
     assert [cell.plan.lr / planned_cells(file)[0].plan.lr for cell in planned_cells(file)] == [1, 0.5, 2]
-    assert main(["plan", str(file), "sweep.min_sizes=2"]) == 2
-    assert capsys.readouterr().err == "error: dense has 1 sizes left at 1e10, fewer than 2\n"
+    assert main(["plan", str(file)]) == 2
+    assert capsys.readouterr().err == "error: dense has 1 size left at 1e10, fewer than 2\n"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import torch
 from peerscale.errors import Aborted, UserError
 from peerscale.files import ROOT
 from peerscale.launch.processes import TRIES, run_at_once, worker_environments
-from peerscale.plan.cells import Cell, planned_cells
+from peerscale.plan.cell import Cell
+from peerscale.plan.cells import planned_cells
 from peerscale.records.record import Status, read_record
 from slurm_cluster import trainable_study
 from toy_study import write_study

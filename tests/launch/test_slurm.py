@@ -16,7 +16,8 @@ from peerscale.errors import UserError
 from peerscale.files import ROOT
 from peerscale.launch.overview import main as overview
 from peerscale.launch.slurm import load_settings, needs, queued, submit
-from peerscale.plan.cells import Cell, planned_cells
+from peerscale.plan.cell import Cell
+from peerscale.plan.cells import planned_cells
 from peerscale.records.curves import METRICS, read_metrics
 from peerscale.records.record import Record, Status, read_record, write_record
 from slurm_cluster import ask, missing, one_node_slurm, trainable_study

@@ -16,7 +16,9 @@ from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from peerscale.config.schema import DataConfig, load
+from peerscale.config.compose import composed, of_cells
+from peerscale.config.schema import DataConfig, load, parse_config
+from peerscale.config.study_file import read_study
 from peerscale.data import gutenberg, store
 from peerscale.data.store import Corpus, Manifest
 from peerscale.data.text import Block, Texts, texts
@@ -191,9 +193,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sweep", help="prepare what this study needs")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.sweep:
-        from peerscale.plan.cells import planned_cells
-
-        config = planned_cells(arguments.sweep, arguments.overrides)[0].config.data
+        composition = composed(of_cells(arguments.overrides), study=read_study(arguments.sweep))
+        config = parse_config(composition.tree).data
     else:
         config = load(arguments.overrides).data
     corpus = prepare(config)

@@ -13,12 +13,12 @@ from peerscale.data.prepare import prepare
 from peerscale.data.store import read_manifest
 from peerscale.errors import ArgumentParser, FailedCells, UserError, positive_integer
 from peerscale.launch import slurm
-from peerscale.launch.outcome import outcomes
 from peerscale.launch.processes import run_at_once
-from peerscale.launch.progress import Progress
-from peerscale.plan.cells import FINISHED, planned_cells
+from peerscale.plan.cells import planned_cells
 from peerscale.plan.notices import evaluation_lines, rate_lines
-from peerscale.records.record import FAILED, Status, set_aside
+from peerscale.records.outcome import FINISHED, how_to_rerun, outcomes
+from peerscale.records.record import FAILED, Status
+from peerscale.train.progress import Progress
 from peerscale.train.run import run_cell
 
 LAUNCHERS = ("local", "joblib", "slurm")
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(refused)
     # Longest first, so that the last ones to finish are short.
     pending = [outcome.cell for outcome in found if outcome.status not in FINISHED]
-    pending.sort(key=lambda cell: -cell.estimate_s)
+    pending.sort(key=lambda cell: -cell.plan.flops)
     n = Counter(outcome.status for outcome in found)
     counts = f"{n[Status.DONE]} done, {n[Status.DROPPED]} dropped, {len(pending)} to run"
     print(f"{sweep}: {len(cells)} cells, {counts}", file=sys.stderr)
@@ -54,14 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = []
     for outcome in found:
         if outcome.record and outcome.status is Status.DIVERGED:
-            anyway = f"to run it again anyway: {set_aside(outcome.cell.folder)}"
+            anyway = how_to_rerun(outcome.cell, outcome.status)
             print(f"{outcome.cell.name} diverged: {outcome.record.reason}; {anyway}", file=sys.stderr)
             failed.append(outcome.cell.name)
     if pending and settings:
         slurm.submit(pending, settings)
     elif pending:
         with Progress(sweep, pending, already_done=n[Status.DONE]):
-            if options.launcher == "joblib":
+            if options.launcher == "joblib" or options.jobs:
                 statuses = run_at_once(pending, options.jobs or 1, run_cell)
             else:
                 statuses = {cell.name: run_cell(cell) for cell in pending}

@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from peerscale.errors import ConfigError, FailedCells, UserError
 from peerscale.files import OURS, write_json
-from peerscale.plan.cells import Cell
+from peerscale.plan.cell import Cell
 from peerscale.records.record import FAILED
 
 BASE_GB = 2.0

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import pandas as pd
 
 from peerscale.errors import UserError
-from peerscale.launch.outcome import Outcome, outcomes
 from peerscale.launch.slurm import jobs_folder, log_path, queued, read_job_ids
+from peerscale.plan.cell import Cell
 from peerscale.plan.cell_names import budget_name
-from peerscale.plan.cells import Cell, planned_cells
+from peerscale.plan.cells import planned_cells
+from peerscale.records.outcome import Outcome, outcomes
 from peerscale.records.record import FAILED, RECORD, Status, cell_folders
 
 

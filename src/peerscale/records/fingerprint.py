@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from peerscale.config.schema import Config, to_dict
+from peerscale.config.schema import NOT_HASHED, Config, to_dict
 from peerscale.plan.plan import Plan
 
 RECIPE_VERSION = 1
@@ -13,12 +13,6 @@ RECIPE_VERSION = 1
 
 RECIPE_OF_COPIES = 2
 """The version for cells that read expert tables from bf16 copies, where they came after version 1 of these cells."""
-
-NOT_HASHED = (
-    "trainer", "tracking", "min_steps",
-    "data.directory", "data.name", "data.path", "data.evaluation_files", "data.train_tokens", "data.max_epochs",
-)  # fmt: skip
-"""Keys of the configuration that decide how and where a cell runs and what is kept, but not its result."""
 
 NAMES = (
     "ffn.variant", "ffn.params_of.variant", "data.source", "optim.lr_rule", "optim.lr_law", "optim.lr_factor",
