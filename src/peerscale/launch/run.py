@@ -8,11 +8,11 @@ Failed cells do not stop the others. Exit codes: `peerscale.errors`.
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from peerscale.data.prepare import prepare
 from peerscale.data.store import read_manifest
 from peerscale.errors import ArgumentParser, FailedCells, UserError, positive_integer
-from peerscale.launch import slurm
 from peerscale.launch.processes import run_at_once
 from peerscale.plan.cells import planned_cells
 from peerscale.plan.notices import evaluation_lines, rate_lines
@@ -35,7 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=positive_integer, metavar="N", help=at_once)
     options = parser.parse_intermixed_args(arguments)
     # Checked before the corpus is prepared, in case nothing can be submitted.
-    settings = slurm.load_settings(options.overrides, options.jobs) if options.launcher == "slurm" else None
+    settings: dict[str, Any] = {}
+    if options.launcher == "slurm":
+        from peerscale.launch import slurm
+
+        settings = slurm.load_settings(options.overrides, options.jobs)
     cells = planned_cells(options.sweep, options.overrides)
     was_there = read_manifest(cells[0].config.data)
     if prepare(cells[0].config.data).manifest != was_there:  # the sizes of its sets decide which cells are dropped
@@ -57,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             anyway = how_to_rerun(outcome.cell, outcome.status)
             print(f"{outcome.cell.name} diverged: {outcome.record.reason}; {anyway}", file=sys.stderr)
             failed.append(outcome.cell.name)
-    if pending and settings:
+    if pending and options.launcher == "slurm":
+        from peerscale.launch import slurm
+
         slurm.submit(pending, settings)
     elif pending:
         with Progress(sweep, pending, already_done=n[Status.DONE]):
