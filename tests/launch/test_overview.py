@@ -4,7 +4,6 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from peerscale.config.study import Part, load_sweep
 from peerscale.data.store import PREPARATION_VERSION, Manifest, folder, write_manifest
 from peerscale.files import ROOT
 from peerscale.launch.overview import main
@@ -118,15 +117,6 @@ def test_the_plan_says_what_the_corpus_has_of_the_evaluation(
     assert line == f"evaluation: validation 131,072 tokens; {skipped}"
 
 
-def test_a_prepared_corpus_is_counted_where_the_configuration_names_no_tokens(
-    study: Path, corpus: str, capsys: pytest.CaptureFixture
-) -> None:
-    main(["plan", str(study), "min_steps=1", "data.train_tokens=null", "data.max_epochs=0.005"])
-    out = capsys.readouterr().out
-    assert "dropped: 0.01 epochs are more than data.max_epochs 0.005" in out  # 10^7 tokens, as the manifest says
-    assert "not known" not in out
-
-
 def test_status_is_a_grid_of_what_became_of_every_cell(
     study: Path, cells: list[Cell], corpus: str, capsys: pytest.CaptureFixture
 ) -> None:
@@ -168,14 +158,17 @@ def test_a_cell_that_is_held_is_running(
     assert columns(capsys.readouterr().out.splitlines()[1]) == ["dense-d8-s0", "interrupted"]
 
 
-def test_a_cell_of_another_configuration_is_shown_as_refused(
+def test_a_cell_of_another_configuration_or_with_a_damaged_record_is_shown_as_refused(
     study: Path, cells: list[Cell], corpus: str, capsys: pytest.CaptureFixture
 ) -> None:
     write_record(cells[0].folder, record_of(cells[0], Status.DONE, corpus=corpus, config={"context": 32}))
+    (damaged := cells[6].folder).mkdir()
+    (damaged / "record.json").write_text("{")
     assert main(["status", str(study)]) == 0
     out = capsys.readouterr().out
-    assert columns(out.splitlines()[1]) == ["dense-d8-s0", "refused"]
+    assert columns(out.splitlines()[1]) == ["dense-d8-s0", "refused"] and "2 refused" in out
     assert "holds a run of another configuration: context 32 -> 64." in out
+    assert f"mv '{damaged}' '{damaged}.old'" in out
 
 
 @pytest.mark.parametrize(("on", "shown"), [("validation", "5.2500"), ("tuning", "done")])
@@ -218,18 +211,6 @@ def test_cells_that_the_plan_does_not_have_are_counted_apart(
     assert "3 dropped" in out and "5 pending" in out and " done" not in out
 
 
-def test_a_damaged_record_is_shown_with_its_remedy(
-    study: Path, cells: list[Cell], capsys: pytest.CaptureFixture
-) -> None:
-    folder = cells[0].folder
-    folder.mkdir(parents=True)
-    (folder / "record.json").write_text("{")
-    assert main(["status", str(study)]) == 0
-    out = capsys.readouterr().out
-    assert columns(out.splitlines()[1]) == ["dense-d8-s0", "refused"]
-    assert f"mv '{folder}' '{folder}.old'" in out
-
-
 def test_studies_are_listed_with_question_and_state(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "smoke").mkdir()
     cell = planned_cells("smoke")[0]
@@ -242,24 +223,6 @@ def test_studies_are_listed_with_question_and_state(tmp_path: Path, capsys: pyte
     listed = [line.split()[0] for line in lines if line and not line.startswith((" ", "make"))]
     assert listed == sorted(file.stem for file in (ROOT / "sweeps").glob("*.yaml"))
     assert any(line.startswith("reproduce ") and line.endswith("0 finished here, 40 in results/") for line in lines)
-
-
-def test_cells_are_counted_without_planning_them(tmp_path: Path) -> None:
-    file = write_study(
-        tmp_path,
-        "{methods: [dense, peer], grid: [{budget: 1e10, d_model: [8, 12]}, {budget: 3e10, d_model: [16], seeds: [4]}], "
-        "seeds: [0, 5], axes: {optim.weight_decay: [0.0, 0.1]}, method_axes: {peer: {optim.table_lr: [1e-3, 0.5, 1]}}}",
-    )
-    # (2 sizes x 2 seeds + 1) x 2 rates of decay, for dense once and for PEER with three rates
-    assert len([*load_sweep(file).points(Part())]) == 5 * 2 * (1 + 3) == len(planned_cells(file))
-
-
-def test_rate_brackets_are_no_sizes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    rows = "{budget: 1e10, d_model: [8]}, {budget: 1e10, d_model: [8], axes: {optim.lr_factor: [0.5, 2.0]}}"
-    file = write_study(tmp_path, f"{{methods: [dense], min_sizes: 2, grid: [{rows}]}}", "min_steps: 1")
-    assert [cell.plan.lr / planned_cells(file)[0].plan.lr for cell in planned_cells(file)] == [1, 0.5, 2]
-    assert main(["plan", str(file)]) == 2
-    assert capsys.readouterr().err == "error: dense has 1 size left at 1e10, fewer than 2\n"
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_meets_its_budget_or_is_dropped_for_a_reason(
         assert 1 <= planned.warmup_steps < planned.steps
     else:
         assert too_short or too_long or less_than_a_batch
-        assert planned.reason.startswith("the train set of this corpus has ") == less_than_a_batch
+        assert planned.reason.startswith("the train set has ") == less_than_a_batch
         if less_than_a_batch:
             return
         assert ("too few steps" in planned.reason) == too_short
@@ -244,27 +244,19 @@ def test_what_the_plan_keeps_can_be_evaluated_and_nothing_more(held, asked, batc
     else:
         assert planned.verdict is Verdict.DROP
         more = a_batch
+        batch = f"a batch of {batch_sequences} x {context} needs"
+        assert planned.reason == f"data.val_set validation: fewer tokens than the {a_batch + 1:,} that {batch}"
         if asked < a_batch:
-            assert planned.reason == (
-                f"data.evaluation.validation asks for {asked:,} tokens, but one batch of {batch_sequences} x {context} "
-                f"has {a_batch:,}"
-            )
             return
-        assert planned.reason == (
-            f"the validation set of this corpus has {held:,} tokens, fewer than the {a_batch + 1:,} that a batch "
-            f"of {batch_sequences} x {context} needs"
-        )
     with pytest.raises(AssertionError):
         EvaluationBatches(tokens, more, **shape)
 
 
 def test_drops_what_has_no_validation_set_or_training_batch() -> None:
     config = configured("ffn=dense", "data.val_set=speeches")
-    assert plan(config, set_tokens=sets(train=10**9)).reason == (
-        "data.val_set speeches is not in this corpus, whose held-out sets are validation, tuning"
-    )
+    assert plan(config, set_tokens=sets(train=10**9)).reason == "data.val_set speeches: not in this corpus"
     assert plan(configured("ffn=dense"), set_tokens=sets(train=2048)).reason == (
-        "the train set of this corpus has 2,048 tokens, fewer than the 2,049 that a batch of 16 x 64 needs"
+        "the train set has 2,048 tokens, fewer than the 2,049 that a batch of 16 x 64 needs"
     )
 
 

@@ -26,15 +26,12 @@ class Composition(NamedTuple):
         return cls({str(key): value for key, value in tree.items()}, ours)
 
 
-def composed(
-    overrides: Sequence[str] = (), *, study: StudyFile | None = None, name: str = "config", resolve: bool = True
-) -> Composition:
+def composed(overrides: Sequence[str] = (), *, study: StudyFile | None = None, resolve: bool = True) -> Composition:
     """Compose conf/, with a study's settings laid over it and the overrides over both.
 
     Args:
         overrides: in Hydra's grammar, such as `["ffn=peer", "optim.lr=0.01"]`.
         study: its `sweep` section is left out.
-        name: the file of conf/ to start from, if there is no study.
         resolve: replace interpolations by the values that they have here.
 
     Raises:
@@ -46,6 +43,7 @@ def composed(
     from hydra.initialize import get_gh_backup, restore_gh_from_backup
     from omegaconf import OmegaConf, open_dict
 
+    name = "config"
     if study is not None:
         name = f"{study.path.stem}.study"  # not the name of a file, which Hydra would read
         chosen = [entry for entry in study.defaults if entry not in ("config", "_self_")]
