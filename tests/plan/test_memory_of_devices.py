@@ -57,9 +57,9 @@ def test_checkpointing_keeps_the_inputs_of_what_is_computed_again(ffn: str) -> N
     config = load([*settings, "trainer.activation_checkpointing=true"])
     hidden = max(layer.down.out_features for layer in build_model(config).modules() if isinstance(layer, Dense))
     one_block = 4 * config.tokens_per_step * (9 * 64 + 2 * 64 + 2 * hidden)
-    estimate = device_memory(config)["activations"]
-    assert estimate == pytest.approx(saved_bytes(config) + one_block, rel=0.15)
-    assert estimate < 0.6 * device_memory(load(settings))["activations"]
+    activations = device_memory(config)["activations"]
+    assert activations == pytest.approx(saved_bytes(config) + one_block, rel=0.15)
+    assert activations < 0.6 * device_memory(load(settings))["activations"]
     planned, usual = plan(config), plan(load(settings))
     assert (planned.steps, planned.flops) == (usual.steps, usual.flops), "the budget is as it was"
     again = planned.cost.flops_per_token - planned.cost.flops["logits"]
