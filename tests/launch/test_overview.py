@@ -207,7 +207,7 @@ def test_cells_that_the_plan_does_not_have_are_counted_apart(
     (cells[0].folder.parent / "dense-d8-1e10-s0.old").mkdir()
     assert main(["status", str(study)]) == 0
     out = capsys.readouterr().out
-    assert f"1 further cells not in the plan, {other.name} among them\n" in out
+    assert f"1 further cell not in the plan: {other.name}\n" in out
     assert "3 dropped" in out and "5 pending" in out and " done" not in out
 
 
