@@ -16,6 +16,7 @@ from peerscale.errors import ArgumentParser, FailedCells, UserError, positive_in
 from peerscale.launch.processes import run_at_once
 from peerscale.plan.cells import planned_cells
 from peerscale.plan.notices import evaluation_lines, rate_lines
+from peerscale.records.matching import some
 from peerscale.records.outcome import FINISHED, how_to_rerun, outcomes
 from peerscale.records.record import FAILED, Status
 from peerscale.train.progress import Progress
@@ -79,6 +80,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif not failed:
         print(f"nothing to run; next: make figures SWEEP={sweep}", file=sys.stderr)
     if failed:
-        some = ", ".join(failed[:3]) + " ..." * (len(failed) > 3)
-        raise FailedCells(f"{len(failed)} of {len(cells)} cells failed: {some}; reasons: make status SWEEP={sweep}")
+        names = some(failed)
+        raise FailedCells(f"{len(failed)} of {len(cells)} cells failed: {names}; reasons: make status SWEEP={sweep}")
     return 0
