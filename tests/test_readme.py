@@ -37,16 +37,6 @@ def test_files_that_the_readme_links_to_are_there() -> None:
     assert not missing
 
 
-def test_the_walk_through_the_code_is_as_long_as_contributing_says() -> None:
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    section = text.partition("## The walk")[2].partition("\nImport rules")[0]
-    found = re.search(r"some ([\d,]+) lines", section)
-    files = [ROOT / "src" / "peerscale" / name for name in re.findall(r"`([\w/]+\.py)`", section)]
-    assert found and len(files) > 20 and len({*files}) == len(files)
-    lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
-    assert abs(lines - int(found.group(1).replace(",", ""))) < 100
-
-
 def test_the_python_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = [block for block in blocks(README, "python") if "read_runs" in block]
     monkeypatch.chdir(ROOT)

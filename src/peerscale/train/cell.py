@@ -22,7 +22,8 @@ from peerscale.errors import UserError
 from peerscale.files import remove_abandoned, write_text
 from peerscale.model.trained import CHECKPOINTS, checkpoints
 from peerscale.ops.backends import choose_operators
-from peerscale.plan.cells import FINISHED, Cell, check_same
+from peerscale.plan.cell import Cell
+from peerscale.records.outcome import FINISHED, check_same
 from peerscale.records.record import Record, Status, new_record, read_record, write_record
 from peerscale.train.checkpoint import DurableCheckpointIO, StepCheckpoint, newest_readable
 from peerscale.train.environment import changed_keys, describe
