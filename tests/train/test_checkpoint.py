@@ -172,13 +172,6 @@ def test_a_save_that_fails_leaves_nothing_half_written(tmp_path: Path) -> None:
     assert path.read_bytes() == whole and [*tmp_path.iterdir()] == [path]
 
 
-def test_row_sparse_adamw_is_refused_on_several_devices(overrides: list[str]) -> None:
-    cell = single_cell(composed([*overrides, "ffn=peer", "optim=row_sparse_adamw", "trainer.devices=2"]))
-    with pytest.raises(UserError, match=r"^optim=row_sparse_adamw trains on one device"):
-        train_cell(cell)
-    assert not cell.folder.exists()
-
-
 def test_a_checkpoint_of_another_seed_changes_no_result(overrides: list[str]) -> None:
     cells = [single_cell(composed([*overrides, f"seed={seed}", "trainer.keep_checkpoint=true"])) for seed in (0, 1)]
     assert train_cell(cells[0]) is Status.DONE
