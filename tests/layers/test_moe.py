@@ -114,11 +114,8 @@ def test_one_expert_is_the_dense_layer(make) -> None:
     torch.testing.assert_close(layer(x), dense(x))
 
 
-def test_initial_weights_have_the_variance_of_one_over_fan_in() -> None:
-    """The constructor draws those of the experts; `init_weights` draws the router's and scales the experts' outputs."""
+def test_init_weights_draws_the_router_and_scales_what_the_constructor_drew_of_experts() -> None:
     layer = token_choice(8, d_model=64, d_ff=256)
-    assert layer.experts.down.std().item() == pytest.approx(64**-0.5, rel=0.02)
-    assert layer.experts.up.std().item() == pytest.approx(256**-0.5, rel=0.02)
     router, down, up = (weight.clone() for weight in layer.parameters())
     layer.init_weights(0.5)
     assert torch.equal(layer.experts.down, down) and torch.equal(layer.experts.up, 0.5 * up)

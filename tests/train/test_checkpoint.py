@@ -11,6 +11,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from small_cells import budget
 
 from peerscale.config.schema import composed, load
 from peerscale.data.prepare import prepare
@@ -31,7 +32,6 @@ from peerscale.train.checkpoint import (
     newest_readable,
 )
 from peerscale.train.module import LanguageModel
-from test_train import budget, corpus_path, settings  # noqa: F401
 
 
 def save(folder: Path, step: int, made_by: str = "a") -> Path:
@@ -105,7 +105,7 @@ def test_without_a_whole_one_of_its_own_the_cell_begins_anew(tmp_path: Path, cap
 
 
 @pytest.fixture
-def overrides(settings: list[str]) -> list[str]:  # noqa: F811
+def overrides(settings: list[str]) -> list[str]:
     """A cell of 8 steps."""
     prepare(load(settings).data)
     return [*settings, "tracking=disabled", "trainer.kernel=reference", budget(settings, 8)]

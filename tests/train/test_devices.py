@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from small_cells import EXPLODES, assert_tracked, budget, final_weights
 
 from peerscale.config.schema import composed, load
 from peerscale.data.prepare import prepare
@@ -17,10 +18,9 @@ from peerscale.train import cell
 from peerscale.train.checkpoint import StepCheckpoint
 from peerscale.train.metrics import MetricsLog
 from peerscale.train.module import LanguageModel
-from test_train import EXPLODES, budget, corpus_path, final_weights, settings  # noqa: F401
 
 CASES = {
-    "dense": ["ffn=dense", "trainer.micro_batches=2"],
+    "dense": ["ffn=dense", "trainer.micro_batches=2", "tracking=offline"],
     "expert choice": ["ffn=moe", "ffn.n_experts=4", "routing_group_sequences=4"],
     "token choice": ["ffn=moe_token_choice", "ffn.load_balance_weight=1", "routing_group_sequences=8"],
     "peer": ["ffn=peer", "ffn.query_norm=false"],
@@ -30,7 +30,7 @@ CASES = {
 
 
 @pytest.fixture
-def overrides(settings: list[str]) -> list[str]:  # noqa: F811
+def overrides(settings: list[str]) -> list[str]:
     return [*settings, "tracking=disabled", "trainer.checkpoint_every_steps=3", "trainer.keep_checkpoint=true"]
 
 
@@ -65,6 +65,8 @@ def test_two_devices_train_what_one_does(case: str, overrides: list[str], tmp_pa
     for row, other in zip(rows, rows_of_two, strict=True):
         same = {key: value for key, value in row.items() if key != "tokens_per_s"}
         assert {key: other[key] for key in same} == pytest.approx(same, rel=2e-5, abs=2e-6)
+    if case == "dense":
+        assert_tracked(two)
     weights, weights_of_two = final_weights(one), final_weights(two)
     assert weights.keys() == weights_of_two.keys()
     for name, weight in weights.items():

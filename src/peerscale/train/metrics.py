@@ -31,7 +31,7 @@ DIVERGED_AT = "diverged_at"
 class MetricsLog(Callback):
     """Logs a row every `log_every_steps` steps; ends a run whose loss is not finite.
 
-    The rows are on disk before a checkpoint is, so that no row before it can be lost.
+    The rows are on disk before a checkpoint and the record of a finished run are, so that none before it can be lost.
     """
 
     def __init__(self, config: Config, plan: Plan, folder: Path) -> None:
@@ -95,6 +95,7 @@ class MetricsLog(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.file is not None:
+            os.fsync(self.file.fileno())
             self.file.close()
             self.file = None
 
