@@ -1,7 +1,6 @@
 """Row-sparse AdamW against torch's: one optimiser a row, stepped when the row was retrieved."""
 
 import copy
-import io
 
 import pytest
 import torch
@@ -109,23 +108,6 @@ def test_compact_gradients_are_the_dense_ones(name):
     twin = copy.deepcopy(model)  # collects nothing
     twin(x).square().sum().backward()
     assert all(parameter.grad is not None for parameter in twin.expert_tables())
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_goes_on_exactly_from_its_saved_state(name):
-    parameter, passes = table(torch.float32), batches(6, torch.float32)
-    optimizer = row_sparse(parameter)
-    train(name, parameter, optimizer, passes[:3])
-    file = io.BytesIO()
-    torch.save((parameter.detach(), optimizer.state_dict()), file)
-    train(name, parameter, optimizer, passes[3:])
-    file.seek(0)
-    weights, state = torch.load(file, weights_only=True)
-    resumed = nn.Parameter(weights)
-    second = row_sparse(resumed, lr=1.0)
-    second.load_state_dict(state)
-    train(name, resumed, second, passes[3:])
-    assert torch.equal(resumed, parameter)
 
 
 def test_other_groups_are_torchs_own_adamw():

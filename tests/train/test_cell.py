@@ -76,18 +76,13 @@ def test_a_fault_before_training_is_recorded(
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_only_the_configuration_decides_whether_a_cell_is_compiled(
+def test_a_cell_that_is_to_be_compiled_is_and_says_so(
     compile: bool, tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
-    overrides = [*tiny, "trainer.compile=true"] if compile else tiny
-    for estimate_s in (1.0, 1e6):  # which comes from other cells' records
-        planned = replace(cell([*overrides, f"seed={int(estimate_s)}"]), estimate_s=estimate_s)
-        assert train_cell(planned) is Status.DONE
-        record = read_record(planned.folder)
-        assert record is not None and record.environment["compiled"] is compile
-    assert len(compiled) == 2 * compile
+    _, record = trained([*tiny, f"trainer.compile={str(compile).lower()}"])
+    assert record.environment["compiled"] is compile and len(compiled) == compile
 
 
 @pytest.mark.parametrize("layer", ["dense", "peer"])

@@ -88,6 +88,7 @@ def test_a_done_cell_is_not_run_again_and_another_configuration_is_refused(setti
     with pytest.raises(UserError, match=r"another configuration: optim.weight_decay 0.1 -> 0.5"):
         run_cell(cell)
     assert read_record(cell.folder) == first, "what was there before stays"
+    assert not (cell.folder / "wandb").exists(), "tracking=disabled"
 
 
 def test_a_diverged_cell_is_run_again_only_once_its_folder_is_set_aside(settings: list[str], tmp_path: Path) -> None:

@@ -143,11 +143,3 @@ def test_a_killed_service_costs_nothing(settings: list[str], tmp_path: Path) -> 
     record = read_record(folder)
     assert record is not None and record.status is Status.DONE
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 6
-
-
-def test_disabled_tracking_starts_nothing(wandb_server: WandbServer, tmp_path: Path) -> None:
-    cell = TrackedCell(tmp_path, "disabled")
-    cell.log(1, 3)
-    cell.finish()
-    assert not (cell.folder / "wandb").exists()
-    assert not wandb_server.operations
