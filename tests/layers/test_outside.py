@@ -50,7 +50,6 @@ def forget() -> None:
     sys.modules.pop("gated", None)
     registry._source_sha256.cache_clear()
     registry._adapter.cache_clear()
-    registry._FOUND.clear()
 
 
 def small(*overrides: str) -> Config:
