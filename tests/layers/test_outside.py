@@ -26,9 +26,9 @@ from peerscale.records.record import planned_record
 from peerscale.records.table import runs_table
 from programs import call
 
-RECIPE = (ROOT / "README.md").read_text().split("## Add a layer")[1].split("\n## ")[0]
-BLOCKS = dict(re.findall(r"^   ```(python|yaml)\n(.*?)^   ```", RECIPE, flags=re.S | re.M))
-MODULE, YAML = (re.sub(r"^   ", "", BLOCKS[language], flags=re.M) for language in ("python", "yaml"))
+RECIPE = (ROOT / "README.md").read_text().split("## A layer of your own")[1].split("\n## ")[0]
+BLOCKS = dict(re.findall(r"^```(python|yaml)\n(.*?)^```", RECIPE, flags=re.S | re.M))
+MODULE, YAML = BLOCKS["python"], BLOCKS["yaml"]
 
 
 @pytest.fixture

@@ -85,7 +85,7 @@ class Block(nn.Module):
         elif any(True for _ in self.ffn.parameters()):
             raise UserError(
                 f"{type(self.ffn).__name__} has parameters but no method init_weights(self, output_scale), "
-                "which draws the weights that training starts from (README.md, Add a layer)"
+                "which draws the weights that training starts from (docs/layers.md)"
             )
 
     def forward(self, x_BTD: Tensor) -> Tensor:
