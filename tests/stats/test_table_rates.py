@@ -42,7 +42,7 @@ def test_the_law_of_losses_without_noise_is_found() -> None:
     assert largest["peer"]["gain"] == pytest.approx(gain)
     assert largest["peer"]["best"] == pytest.approx(0.01 * 2**-0.9)
     assert (largest["peer"]["tried"], largest["peer"]["edge"]) == (0.02 / 3, False)
-    assert largest["pkm"]["edge"] is False
+    assert (largest["pkm"]["tried"], largest["pkm"]["edge"]) == (0.02, True), "the best rate is .032"
 
 
 def test_each_method_has_its_own_exponent_where_they_differ() -> None:

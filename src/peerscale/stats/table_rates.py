@@ -2,8 +2,8 @@
 
     loss = curve + c (ln table_lr - ln m + e ln(tokens / 1e7))^2
 
-Every model and seed has a curve of its own, every method its m; c and e are shared. `sweeps/table_rates.yaml` states how
-the fit decides.
+Every model and seed has a curve of its own, every method its m; c and e are shared. `sweeps/table_rates.yaml` states
+how the fit decides.
 """
 
 from typing import Any
