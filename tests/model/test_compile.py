@@ -14,7 +14,6 @@ from peerscale.model.transformer import Transformer
 SIZE = ["d_model=16", "context=8", "n_layers=2", "batch_sequences=16", "budget=1e12", "data.vocab_size=300"]
 CASES = {
     "dense": ["ffn=dense", "trainer.activation_checkpointing=true"],
-    "token choice": ["ffn=moe_token_choice"],
     "peer": ["ffn=peer", "ffn.n_experts=64", "ffn.top_k=4", "ffn.query_norm=false", "replaced=all"],
 }
 
@@ -68,7 +67,7 @@ def test_a_process_compiles_every_model_that_it_builds() -> None:
     """However many there are: torch compiles one function only so often."""
     compiled = []
     with torch._dynamo.config.patch(recompile_limit=2):
-        for width in (8, 16, 24, 32):
+        for width in (8, 16, 24):
             model_of(["ffn=dense", f"d_model={width}"])(torch.randint(300, (8, 8)))
             compiled.append(counters["stats"]["unique_graphs"])
-    assert compiled == [1, 2, 3, 4]
+    assert compiled == [1, 2, 3]

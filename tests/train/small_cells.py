@@ -1,9 +1,6 @@
 """Small cells: their budgets, their training, whole or broken off, and what they end with."""
 
 import functools
-import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,7 +10,6 @@ import torch
 from peerscale.config.schema import composed, load
 from peerscale.plan.cells import Cell, single_cell
 from peerscale.plan.cost import cost
-from peerscale.records.curves import read_metrics
 from peerscale.records.record import Record, Status, read_record
 from peerscale.train.module import LanguageModel
 from peerscale.train.run import run_cell
@@ -49,19 +45,6 @@ def train(overrides: list[str]) -> tuple[Status, Record]:
 def final_weights(folder: Path) -> dict[str, torch.Tensor]:
     newest = max((folder / "checkpoints").glob("*.ckpt"))
     return torch.load(newest, weights_only=True)["state_dict"]
-
-
-def wandb_log(folder: Path) -> str:
-    """What the offline W&B run of a cell holds, by W&B's own reader."""
-    (run,) = (folder / "wandb").glob("offline-run-*")
-    command = [Path(sys.executable).parent / "wandb", "leet", "inspect", "--json", run]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-
-
-def assert_tracked(folder: Path) -> None:
-    """W&B has the rows of metrics.jsonl."""
-    text, rows = wandb_log(folder), list(read_metrics(folder))
-    assert rows and all(json.dumps(row["tokens"]) in text and repr(row["loss"])[:8] in text for row in rows)
 
 
 def break_off(monkeypatch: pytest.MonkeyPatch, call: int, error: BaseException, seconds: float = 0) -> list[int]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from small_cells import EXPLODES, assert_tracked, budget, final_weights
+from small_cells import EXPLODES, budget, final_weights
 
 from peerscale.config.schema import composed, load
 from peerscale.data.prepare import prepare
@@ -20,7 +20,7 @@ from peerscale.train.metrics import MetricsLog
 from peerscale.train.module import LanguageModel
 
 CASES = {
-    "dense": ["ffn=dense", "trainer.micro_batches=2", "tracking=offline"],
+    "dense": ["ffn=dense", "trainer.micro_batches=2"],
     "expert choice": ["ffn=moe", "ffn.n_experts=4", "routing_group_sequences=4"],
     "token choice": ["ffn=moe_token_choice", "ffn.load_balance_weight=1", "routing_group_sequences=8"],
     "peer": ["ffn=peer", "ffn.query_norm=false"],
@@ -35,12 +35,9 @@ def overrides(settings: list[str]) -> list[str]:
 
 
 @pytest.fixture
-def forked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes have what this one has imported, which takes each of them seconds, except in one case.
-
-    A GPU forbids that.
-    """
-    if "dense" not in request.node.name and not torch.cuda.is_available():
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes have what this one has imported, which takes each of them seconds; a GPU forbids that."""
+    if not torch.cuda.is_available():
         monkeypatch.setattr(cell, "DDPStrategy", lambda start_method: DDPStrategy(start_method="fork"))
 
 
@@ -65,8 +62,6 @@ def test_two_devices_train_what_one_does(case: str, overrides: list[str], tmp_pa
     for row, other in zip(rows, rows_of_two, strict=True):
         same = {key: value for key, value in row.items() if key != "tokens_per_s"}
         assert {key: other[key] for key in same} == pytest.approx(same, rel=2e-5, abs=2e-6)
-    if case == "dense":
-        assert_tracked(two)
     weights, weights_of_two = final_weights(one), final_weights(two)
     assert weights.keys() == weights_of_two.keys()
     for name, weight in weights.items():

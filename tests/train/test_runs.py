@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
-from small_cells import EXPLODES, assert_tracked, break_off, budget, final_weights, planned, train, wandb_log
+from small_cells import EXPLODES, break_off, budget, final_weights, planned, train
 
 from peerscale.config.schema import composed, load
 from peerscale.data.prepare import prepare
@@ -130,11 +130,16 @@ def test_what_a_killed_process_left_half_written_is_removed(settings: list[str],
     assert not list(cell.rglob(".*"))
 
 
-def test_wandb_receives_what_metrics_jsonl_holds(settings: list[str], tmp_path: Path) -> None:
-    _, record = train([*settings, "ffn=peer", budget(settings, 8)])
+def test_wandb_receives_what_metrics_jsonl_holds_also_from_two_processes(settings: list[str], tmp_path: Path) -> None:
+    status, record = train([*settings, "ffn=dense", "trainer.devices=2", budget(settings, 8)])
+    assert status is Status.DONE, record.traceback
     folder = tmp_path / "runs" / "single" / record.cell
-    assert_tracked(folder)
-    text = wandb_log(folder)
+    (run,) = (folder / "wandb").glob("offline-run-*")
+    command = [Path(sys.executable).parent / "wandb", "leet", "inspect", "--json", run]
+    text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    rows = list(read_metrics(folder))
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
+    assert all(json.dumps(row["tokens"]) in text and repr(row["loss"])[:8] in text for row in rows)
     assert record.cell in text and "train/loss" in text
 
 
