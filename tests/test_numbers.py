@@ -241,7 +241,7 @@ def of_results() -> list[list[str]]:
         # What limits these numbers
         ["10¹⁴"],
         ["3·10¹³", "10¹⁴", *largest_gain(1e14), "10¹⁴"],
-        ["10¹³", "10¹⁴", "112", *gains_of_tables(), "3·10¹³"],
+        ["10¹³", "10¹⁴", "112", *gains_of_tables(), "3·10¹³", "10¹⁴"],
         ["10¹³", "10¹⁴", "2", "32", *(n.strip("−") for n in at_both(TWO_HEADS, PEER))],
         ["10¹³", p_of_one_curvature(MAIN, 1e13), p_of_one_curvature(EVERY, 1e13)],
         ["10¹⁴", *pair(*DENSE, on="speeches"), *pair(*DENSE, on="wikipedia")],
