@@ -1,4 +1,5 @@
 import functools
+import json
 import math
 from dataclasses import replace
 from fractions import Fraction
@@ -301,6 +302,26 @@ def test_a_law_gives_the_rate_of_width_tokens_and_batch() -> None:
     assert beyond_law(load(["d_model=96", "optim.lr_rule=constant"]), 20_000_000) == [], "no law, no range"
     with pytest.raises(ConfigError, match=r"lr_rule law needs optim\.lr_law"):
         load(["optim.lr_rule=law", "optim.lr_law=null"])
+
+
+TABLE_LAW = "optim.table_lr_law={reference_tokens: 1e6, tokens_exponent: 0.8, fitted_tokens: [1e6, 2e6]}"
+
+
+def test_a_law_gives_the_rate_of_tables_by_the_length_of_the_run() -> None:
+    words = ["ffn=peer", "d_model=32", "budget=1e12", "optim.table_lr=0.02"]
+    law = load([*words, TABLE_LAW])
+    planned = plan(law)
+    assert planned.tokens > 1e6
+    assert planned.table_lr == pytest.approx(0.02 * (planned.tokens / 1e6) ** -0.8)
+    assert plan(load([*words, TABLE_LAW, "optim.lr_factor=0.5"])).table_lr == planned.table_lr, "of the main rate alone"
+    bounded = load([*words, TABLE_LAW.replace("}", ", largest_lr: 0.001}")])
+    assert plan(bounded).table_lr == 0.001
+    assert beyond_law(law, 3_000_000)[-1] == "tokens, for tables"
+    constant = load([*words[:-1], f"optim.table_lr={planned.table_lr!r}"])
+    hashed = (hashed_config(config, plan(config), "corpus") for config in (law, constant))
+    assert len({json.dumps(one, sort_keys=True) for one in hashed}) == 1, "a cell is its rate, not the law's"
+    with pytest.raises(ConfigError, match=r"table_lr_law needs optim\.table_lr"):
+        load(["ffn=dense", TABLE_LAW])
 
 
 def test_a_cell_is_the_same_whichever_rule_gave_its_rate() -> None:

@@ -98,6 +98,22 @@ class RateLawConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class TableLawConfig:
+    """How the best learning rate of expert tables depends on the length of the run, as fitted in results/table_rates.
+
+    table_lr x (tokens / reference)^-tokens_exponent
+    """
+
+    reference_tokens: Rate
+    """At which the best rate is `optim.table_lr`."""
+    tokens_exponent: Number
+    fitted_tokens: tuple[Rate, Rate]
+    """Smallest and largest value in the runs that the law was fitted to."""
+    largest_lr: Rate | None = None
+    """Upper bound on the rate: that which was best for shorter runs; null: none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class OptimConfig:
     """AdamW, with a linear warm-up and a cosine decay."""
 
@@ -107,12 +123,14 @@ class OptimConfig:
     lr: Rate
     """Peak rate, which `lr_rule` scales: that at d_model 32, or at the reference point of `lr_law`."""
     table_lr: Rate | None = None
-    """Rate of the expert tables and PKM values, the same for all sizes; null: that of all other parameters."""
+    """Peak rate of expert tables and PKM values, which `table_lr_law` scales; null: that of all other parameters."""
+    table_lr_law: TableLawConfig | None = None
+    """null: `table_lr` is the same for all runs."""
     lr_rule: Literal["constant", "inverse_sqrt_width", "law"] = "inverse_sqrt_width"
     """`inverse_sqrt_width`: lr x sqrt(32 / d_model); `law`: as `lr_law` says."""
     lr_law: RateLawConfig | None = None
     lr_factor: Rate = 1.0
-    """Multiplies the peak rate, but not `table_lr`; the axis of a study that brackets its rates."""
+    """Multiplies the main peak rate, never that of the tables; the axis of a study that brackets its rates."""
     warmup_fraction: Annotated[Number, Field(ge=0, lt=1)] = 0.1
     final_lr_fraction: Fraction = 0.1
     weight_decay: Annotated[Number, Field(ge=0)] = 0.1
@@ -125,6 +143,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.lr_rule == "law" and self.lr_law is None:
             raise ValueError("lr_rule law needs optim.lr_law, the law that analysis/fit.py rates fits")
+        if self.table_lr_law is not None and self.table_lr is None:
+            raise ValueError("table_lr_law needs optim.table_lr, which it scales")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)

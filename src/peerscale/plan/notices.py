@@ -56,14 +56,16 @@ def rate_lines(cells: Sequence[Cell]) -> list[str]:
 
 
 def beyond_law(config: Config, tokens: int) -> list[str]:
-    """The quantities in which a cell lies outside the runs that its `lr_law` was fitted to."""
-    law = config.optim.lr_law
-    if config.optim.lr_rule != "law" or law is None:
-        return []
-    places = {
-        "d_model": (config.d_model, law.fitted_d_model),
-        "tokens": (tokens, law.fitted_tokens),
-        "batch_sequences": (config.batch_sequences, law.fitted_batch_sequences),
-        "steps": (tokens // config.tokens_per_step, (law.fewest_steps or 0, math.inf)),
-    }
+    """The quantities in which a cell lies outside the runs that its laws of learning rates were fitted to."""
+    law, of_tables = config.optim.lr_law, config.optim.table_lr_law
+    places: dict[str, tuple[float, tuple[float, float]]] = {}
+    if config.optim.lr_rule == "law" and law is not None:
+        places = {
+            "d_model": (config.d_model, law.fitted_d_model),
+            "tokens": (tokens, law.fitted_tokens),
+            "batch_sequences": (config.batch_sequences, law.fitted_batch_sequences),
+            "steps": (tokens // config.tokens_per_step, (law.fewest_steps or 0, math.inf)),
+        }
+    if of_tables is not None:
+        places["tokens, for tables"] = (tokens, of_tables.fitted_tokens)
     return [name for name, (value, (low, high)) in places.items() if not low <= value <= high]

@@ -86,7 +86,7 @@ def plan(config: Config, *, set_tokens: Mapping[str, int] | None = None) -> Plan
         epochs=tokens / train_tokens if train_tokens else None,
         warmup_steps=min(max(1, round(config.optim.warmup_fraction * steps)), max(0, steps - 1)),
         lr=config.optim.lr * config.optim.lr_factor * lr_scale(config, tokens),
-        table_lr=config.optim.table_lr,
+        table_lr=table_lr(config, tokens),
         evaluation=evaluated_tokens(config, set_tokens),
         skipped=skipped_sets(config, set_tokens),
     )
@@ -114,6 +114,15 @@ def lr_scale(config: Config, tokens: int) -> float:
             by_batch = (config.batch_sequences / law.reference_batch_sequences) ** law.batch_exponent
             return min(by_width * by_tokens * by_batch, (law.largest_lr or math.inf) / config.optim.lr)
     return 1.0
+
+
+def table_lr(config: Config, tokens: int) -> float | None:
+    """Peak rate of the expert tables of a cell that trains on `tokens`; None: it has none of its own."""
+    usual, law = config.optim.table_lr, config.optim.table_lr_law
+    if usual is None or law is None:
+        return usual
+    by_tokens = (max(tokens, 1) / law.reference_tokens) ** -law.tokens_exponent
+    return min(usual * by_tokens, law.largest_lr or math.inf)
 
 
 def _unusable_budget(config: Config, flops_per_token: int, train_tokens: int | None, steps: int) -> str:

@@ -13,6 +13,7 @@ RECIPE_VERSION = 1
 
 NAMES = (
     "ffn.variant", "ffn.params_of.variant", "data.source", "optim.lr_rule", "optim.lr_law", "optim.lr_factor",
+    "optim.table_lr_law",
 )  # fmt: skip
 """Keys that are not hashed because the values that they stand for are: layer settings, tokens, learning rates."""
 
