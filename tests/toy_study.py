@@ -48,13 +48,16 @@ def record_of(
     return replace(new_record(replace(cell, config=changed), status, corpus), **{**common, **fields})
 
 
-def axes_text(arm: str) -> str:
-    """The column `axes` of a cell with settings such as `batch_sequences=8-lr=0.1`."""
+def settings_text(arm: str) -> str:
+    """The column `settings` of a cell with settings such as `batch_sequences=8-lr=0.1`."""
     pairs = dict(pair.split("=") for pair in re.split(r"-(?=[a-z])", arm)) if arm else {}
-    keys = {"lr": "optim.lr", "table_lr": "optim.table_lr", "lr_factor": "optim.lr_factor"}
+    keys = {"lr": "optim.lr", "table_lr": "optim.table_lr"}
     return (
         json.dumps(
-            {keys.get(key, key): value if value.isalpha() else json.loads(value) for key, value in pairs.items()}
+            {
+                keys.get(key, key): value if value.isalpha() and value not in ("true", "false") else json.loads(value)
+                for key, value in pairs.items()
+            }
         )
         if pairs
         else ""

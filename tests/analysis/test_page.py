@@ -12,13 +12,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import vl_convert
+from peerscale.stats.curves_of_runs import method_names
 from synthetic_study import GRID, METHODS, SWEEP, minimum, script, shared_curvature
 
 from peerscale.errors import exit_code
 from peerscale.figures.page import chart_rows, isoflop_chart
 from peerscale.records.study import collected, read_fits
 from peerscale.records.table import read_runs
-from peerscale.stats.curves_of_runs import method_names
 
 LABELS = ("dense", "MoE (expert choice)", "MoE (token choice)", "PKM", "PEER")
 EVIL = "</script><script>alert(1)</script>$library"

@@ -10,6 +10,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
+from peerscale.stats.curves_of_runs import budgets_with_curves
 from synthetic_ablations import ablation_runs, with_norm_of_one_seed
 
 from peerscale.figures.ablations import (
@@ -20,7 +21,6 @@ from peerscale.figures.ablations import (
     varied,
 )
 from peerscale.figures.published import read_published
-from peerscale.stats.curves_of_runs import budgets_with_curves
 
 T_975_8 = 2.306004135204166
 """Student's t, 16 degrees of freedom, two-sided 5 %: any statistical table."""

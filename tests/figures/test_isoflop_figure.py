@@ -9,6 +9,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
+from peerscale.stats.curves_of_runs import at_size
 from synthetic_study import GRID, METHODS, SWEEP, minimum, shared_curvature
 from synthetic_surface import BUDGETS, surface_runs
 
@@ -16,7 +17,6 @@ from peerscale.figures.isoflop import isoflop_figure, isoflop_panel
 from peerscale.figures.style import colours, panels
 from peerscale.records.study import collected, read_json
 from peerscale.stats.comparison import compare
-from peerscale.stats.curves_of_runs import at_size
 
 Fits = dict[str, Any]
 NOTHING: Fits = {"budgets": []}

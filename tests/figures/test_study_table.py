@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from peerscale.stats.curves_of_runs import method_names
 from synthetic_ablations import ablation_records, ablation_runs
 from synthetic_study import LOSS, OFFSET, SWEEP, minimum, script, shared_curvature
 
@@ -22,7 +23,6 @@ from peerscale.records.study import collected, read_json
 from peerscale.records.table import read_runs
 from peerscale.stats.collection import fits_of
 from peerscale.stats.comparison import compare
-from peerscale.stats.curves_of_runs import method_names
 from peerscale.stats.fits import fit_study
 
 figures = script("figures")

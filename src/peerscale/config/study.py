@@ -16,6 +16,10 @@ from peerscale.types import STRICT, Positive, Rate, Seed
 RATE_FACTOR = "optim.lr_factor"
 """The axis of cells that bracket a learning rate: the same cell at a multiple of its rate."""
 
+MIN_SIZES = 4
+"""Sizes for a method's curve at a budget if a study asks for no other number: one more than a parabola has
+coefficients."""
+
 OF_GRID = ("ffn", "d_model", "budget", "seed")
 """Keys that the methods, the grid and the seeds of every study give its cells."""
 
@@ -111,10 +115,10 @@ class SweepConfig:
     method's file. Names of cells do not tell them."""
     baseline: str = "dense"
     """The method that all others are compared with."""
-    min_sizes: Positive = 4
-    """Fewest sizes for a method's curve at a budget."""
+    min_sizes: Positive = MIN_SIZES
+    """Fewest sizes for a method's curve at a budget; with fewer it is compared at each size that it shares."""
     claims: ClaimsConfig | None = None
-    """What the study claims; null: PEER against every other method where there are curves."""
+    """What the study claims; null: every method against the baseline where there are curves."""
     trend_from: Rate | None = None
     """Smallest budget that the growth of multipliers uses; null: the smallest of the grid."""
     held_out: list[Positive] = Field(default_factory=list)
@@ -172,7 +176,7 @@ class SweepConfig:
                 [row.budget], sizes, row.methods or self.methods, row.seeds or self.seeds, [row.batch_sequences]
             )
             (usual if 1 in row.axes.get(RATE_FACTOR, [1]) else brackets).update(cells)
-        if usual and (alone := brackets - usual):
+        if alone := brackets - usual:
             budget, size, method, seed, _ = min(alone, key=str)
             cell = f"{method}, d_model {dict(size)['d_model']}, seed {seed} at {budget:g}"
             raise ValueError(f"grid has {RATE_FACTOR} for {cell}, but no row trains that cell at its usual rate")

@@ -23,12 +23,12 @@ from peerscale.config.compose import (
 )
 from peerscale.config.errors import ConfigError
 from peerscale.config.schema import Config, parse_config, to_dict
-from peerscale.config.study import SweepConfig, load_sweep
+from peerscale.config.study import RATE_FACTOR, SweepConfig, load_sweep
 from peerscale.data.store import folder as corpus_folder
 from peerscale.data.store import read_manifest
 from peerscale.errors import UserError
 from peerscale.plan.cell import Cell
-from peerscale.plan.cell_names import are_brackets, cell_name, changes
+from peerscale.plan.cell_names import cell_name, changes
 from peerscale.plan.plan import Verdict, plan
 from peerscale.records.record import Record, Status, differences, read_record, set_aside
 from peerscale.records.speed import estimate_s, measured_speeds
@@ -176,8 +176,7 @@ def pending_cells(cells: Sequence[Cell], data_fingerprint: str) -> list[Cell]:
 
 def without_brackets(cells: Sequence[Cell]) -> list[Cell]:
     """The cells that do not bracket another cell's rate."""
-    brackets = are_brackets([cell.config.ffn.name for cell in cells], [cell.axes for cell in cells])
-    return [cell for cell, bracket in zip(cells, brackets, strict=True) if not bracket]
+    return [cell for cell in cells if cell.axes.get(RATE_FACTOR, 1) == 1]
 
 
 def _cell(sweep: str, config: Config, axes: Mapping[str, Any]) -> Cell:
