@@ -13,7 +13,7 @@ from made_up_study import LADDER, SIZES, curves, run, with_columns
 from peerscale.stats import frontiers
 from peerscale.stats.brackets import fit_rate_brackets
 from peerscale.stats.comparison import compare
-from peerscale.stats.curve import without_brackets
+from peerscale.stats.curve import to_names, without_brackets
 from peerscale.stats.fits import fit_study
 from peerscale.stats.rate_law import fit_brackets, fit_rates
 from toy_study import settings_text
@@ -53,7 +53,7 @@ def difference(found: dict[str, Any], budget: float = 1e12) -> dict[str, Any]:
 
 def test_exact_brackets_are_recovered() -> None:
     off = {"dense": 0.3, "peer": -0.5}
-    found = fit_rate_brackets(study(off))
+    found = to_names(fit_rate_brackets(study(off)))
     assert found is not None and found["curvature"] == pytest.approx(K) and found["df"] == 4 - 1
     assert [(one["budget"], one["method"]) for one in found["each"]] == [(1e12, "dense"), (1e12, "peer")] * 2
     for one in found["each"]:

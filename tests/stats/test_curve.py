@@ -6,18 +6,13 @@ import pandas as pd
 import pytest
 
 from peerscale.stats.curve import Curve, by_curve, curves_of, described_curves, finished, from_names, to_names, usable
-from toy_study import settings_text
+from toy_study import curve_of, settings_text
 
 
 def table(*rows: tuple[str, str | None, str]) -> pd.DataFrame:
     """Method, variant, and settings such as `lr=0.001`."""
     frame = pd.DataFrame(rows, columns=["method", "variant", "settings"])
     return frame.assign(settings=frame["settings"].map(settings_text), rate_factor=1.0, status="done", val_loss=4.0)
-
-
-def curve(name: str) -> Curve:
-    method, _, settings = name.partition(" ")
-    return Curve.of(method, json.loads(settings_text(settings) or "{}"))
 
 
 ROWS = table(
@@ -58,7 +53,7 @@ def test_values_that_are_lists_make_curves_too() -> None:
 
 def test_curves_ascend_by_their_numbers_and_find_their_rows() -> None:
     names = ["pkm", "peer n_experts=16384", "peer", "peer n_experts=4096", "peer n_experts=4096-query_norm=true"]
-    assert [*map(str, sorted(map(curve, names)))] == [names[2], names[3], names[4], names[1], names[0]]
+    assert [*map(str, sorted(map(curve_of, names)))] == [names[2], names[3], names[4], names[1], names[0]]
     rows = finished(pd.concat([ROWS, ROWS], ignore_index=True))
     assert {each: len(of) for each, of in by_curve(rows).items()} == dict.fromkeys(curves_of(ROWS), 2)
 
@@ -87,7 +82,7 @@ def test_only_finished_cells_with_a_loss_are_usable() -> None:
     ],
 )  # fmt: skip
 def test_the_curve_to_compare_with(reference: str, name: str, names: list[str], variant: str | None) -> None:
-    found = curve(name).counterpart(curve(reference), [*map(curve, names)])
+    found = curve_of(name).counterpart(curve_of(reference), [*map(curve_of, names)])
     assert (None if found is None else str(found)) == variant
 
 

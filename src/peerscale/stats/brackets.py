@@ -45,12 +45,13 @@ def bracket_runs(runs: pd.DataFrame) -> pd.DataFrame:
     """
     keys = ["budget", "size", "curve", "seed"]
     rows = runs.assign(curve=curves_of(runs))[usable(runs)]
+    rows = rows.assign(order=pd.factorize(rows["curve"])[0])
     is_bracket = rows["rate_factor"] != 1
     others = rows[is_bracket].merge(rows.loc[~is_bracket, [*keys, "lr"]], on=keys, suffixes=("", "_usual"))
     others["factor"] = (others["lr"] / others["lr_usual"]).map(lambda factor: float(f"{factor:.6g}"))
     of_brackets = rows[~is_bracket].merge(others[keys].drop_duplicates(), on=keys).assign(factor=1.0)
     found = pd.concat([of_brackets, others.drop(columns="lr_usual")], ignore_index=True)
-    return found.sort_values([*keys, "factor"], ignore_index=True)
+    return found.sort_values(["budget", "size", "order", "seed", "factor"], ignore_index=True)
 
 
 def fit_rate_brackets(runs: pd.DataFrame) -> dict[str, Any] | None:
@@ -89,7 +90,8 @@ def rate_errors(
         cost: nats per token, used if a curve has no bracket at a budget; None: not known.
     """
     known = RateErrors() if cost is None else RateErrors(dict.fromkeys(places, RateError(cost, COST_DF, "cost")))
-    for place, rows in pd.DataFrame(brackets["each"]).groupby(["budget", "method"]) if brackets else ():
+    each = pd.DataFrame(brackets["each"]).groupby(["budget", "method"], sort=False) if brackets else ()
+    for place, rows in each:
         of_gain, of_scatter = (rows[["gain", "se"]] ** 2).mean(skipna=False)
         if brackets and math.isfinite(total := float(of_gain + of_scatter)):
             df = satterthwaite([(float(of_scatter), brackets["df"]), (float(of_gain), math.inf)])

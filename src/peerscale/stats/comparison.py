@@ -79,7 +79,7 @@ def compare(
         `rates`: `brackets`, `cost` and `errors` of learning rates by budget and method; absent if nothing is known.
     """
     brackets, done, min_sizes = fit_rate_brackets(runs), finished(runs), max(min_sizes, COEFFICIENTS)
-    places = sorted(set(zip(done["budget"].astype(float), done["curve"], strict=True)))
+    places = [(budget, curve) for budget, rows in by_budget(done).items() for curve in by_curve(rows)]
     rates = rate_errors(brackets, places, rates_cost)
     sequences = sequence_losses(records, set(done["cell"]))
     references = references_of(done["curve"], baseline, claims)

@@ -54,7 +54,7 @@ def frontiers_of(fitted: Sequence[Budget], rates: RateErrors) -> dict[Curve, Arr
         errors = rng.normal(size=(DRAWS, len(one.fit.x))) * np.sqrt(variances) * scale[:, one.fit.method]
         drawn = one.fit.losses - one.fit.residuals + errors
         if one.sequences is not None:
-            drawn += _resampled(one.sequences.shape[1]) @ one.sequences.T
+            drawn += _resampled(one.sequences.shape[1], DRAWS) @ one.sequences.T
         minima = np.stack(one.fit.optima_of(drawn))
         for method, (curve, optimum) in enumerate(one.optima.items()):
             if optimum.status.has_number:
@@ -66,9 +66,9 @@ def frontiers_of(fitted: Sequence[Budget], rates: RateErrors) -> dict[Curve, Arr
 
 
 @cache
-def _resampled(n: int) -> Array:
+def _resampled(n: int, draws: int) -> Array:
     """Weights (draws, n) by which the mean over resampled sequences differs from the mean over all."""
-    return resample_counts(n, DRAWS, seed=0) / n - 1 / n
+    return resample_counts(n, draws, seed=0) / n - 1 / n
 
 
 def multipliers_of(
