@@ -169,7 +169,7 @@ def batches(curves: pd.DataFrame) -> list[dict[str, str]]:
     )
     losses = losses.sort_index(axis=1)
     less = losses.drop(columns=usual).sub(losses[usual], axis=0)
-    each = less.stack()
+    each = less.stack().dropna()
     scatter = {corner: pooled_scatter(these, [*model, "batch_sequences"])[0]
                for corner, these in each.groupby(["budget", "d_model"])}  # fmt: skip
     rows = []

@@ -89,7 +89,7 @@ def _curve(method: str, variant: str, settings: str) -> Curve:
 
 def curves_of(runs: pd.DataFrame) -> pd.Series:
     """The curve of each row of a table of runs."""
-    columns = (runs[column].fillna("").astype(str) for column in ("method", "variant", "settings"))
+    columns = (runs[column].astype(object).fillna("").astype(str) for column in ("method", "variant", "settings"))
     return pd.Series([_curve(*row) for row in zip(*columns, strict=True)], index=runs.index, dtype=object)
 
 
