@@ -22,7 +22,7 @@ from peerscale.errors import FailedCells, UserError, exit_code
 from peerscale.files import write_text
 from peerscale.records.study import Study, collected, read_json
 from peerscale.records.table import read_runs
-from peerscale.stats.curves_of_runs import usable
+from peerscale.stats.curve import usable
 
 wr: Any = None
 expr: Any = None

@@ -2,8 +2,8 @@
 
     .venv/bin/python analysis/figures.py SWEEP [--x COLUMN]
 
-Works on runs/SWEEP/study, or else on results/SWEEP; writes figures/*.png, figures/*.pdf and table.md there, and prints
-the main table.
+Reads runs/SWEEP/study, or else results/SWEEP, whose files stay as they are; writes figures/*.png, figures/*.pdf and
+table.md into runs/SWEEP/study, and prints the main table.
 """
 
 import sys
@@ -17,9 +17,10 @@ from peerscale.figures.figures import DEFAULT_X, study_figures
 from peerscale.figures.isoflop import X_LABELS
 from peerscale.figures.study_table import compares_curves, study_table
 from peerscale.files import from_checkout, write_text
-from peerscale.records.study import find_study, read_fits
+from peerscale.records.study import collected, find_study
 from peerscale.records.table import read_runs
-from peerscale.stats.curves_of_runs import usable, without_brackets
+from peerscale.stats.curve import finished
+from peerscale.stats.fits import read_fits
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,25 +29,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--x", choices=list(X_LABELS), default=DEFAULT_X, help=size)
     arguments = parser.parse_args(argv)
     study = find_study(arguments.sweep, arguments.runs, arguments.results)
-    runs = read_runs(study.runs)
-    if not usable(main := without_brackets(runs)).any():
+    shown = collected(arguments.sweep, arguments.runs)
+    runs, fits = read_runs(study.runs), read_fits(study.fits)
+    if finished(runs).empty:
         raise UserError(f"study {arguments.sweep!r} has no finished cell to draw")
     drawn = []
     for name, figure in study_figures(study, runs, arguments.x):
-        for path in style.save(figure, study.figures / name):
+        for path in style.save(figure, shown.figures / name):
             print(path)
             drawn.append(path)
     if arguments.x == DEFAULT_X:
-        for former in {*study.figures.glob("[!.]*.*")} - {*drawn}:  # of other settings or other runs
+        for former in {*shown.figures.glob("[!.]*.*")} - {*drawn}:  # of other settings or other runs
             former.unlink()
     withdrawn = header(sweep_text(study.sweep)).get("Withdrawn", "")
-    text = study_table(study.sweep, runs, read_fits(study.fits), withdrawn)
-    write_text(study.table, text)
-    shown, *further = text.split("\n## ") if compares_curves(main) else [text]
-    print(f"\n{shown}")
+    text = study_table(study.sweep, runs, fits, withdrawn)
+    write_text(shown.table, text)
+    main_table, *further = text.split("\n## ") if compares_curves(fits) else [text]
+    print(f"\n{main_table}")
     if further:
         titles = "; ".join(section.partition("\n")[0] for section in further)
-        print(f"Further tables in {from_checkout(study.table)}: {titles}")
+        print(f"Further tables in {from_checkout(shown.table)}: {titles}")
     return 0
 
 

@@ -32,8 +32,8 @@ from peerscale.laws.least_squares import FitStatus, Objective
 from peerscale.laws.table import positive_columns, require_column
 from peerscale.records.table import read_runs
 from peerscale.records.table import read_table as read_csv
-from peerscale.stats.curves_of_runs import method_names, usable, without_brackets
-from peerscale.stats.rates import names_under_law, tries_rates
+from peerscale.stats.curve import curves_of, usable, without_brackets
+from peerscale.stats.rates import curves_of_law, tries_rates
 
 PROGRAM = ".venv/bin/python analysis/fit.py"
 COMMANDS: dict[str, tuple[Callable[..., Any], str, str, str]] = {
@@ -131,7 +131,8 @@ def read_table(path: Path, where: str | None) -> pd.DataFrame:
     if path.is_dir():
         table = read_runs(path)
         table = table if (of_rates := tries_rates(table)) else without_brackets(table)
-        table = table.assign(method=names_under_law(table) if of_rates else method_names(table))[usable(table)]
+        curves = curves_of_law(table) if of_rates else curves_of(table)
+        table = table.assign(method=curves.map(str))[usable(table)]
         if table.empty:
             raise UserError(f"the study {path} has no finished run")
     else:

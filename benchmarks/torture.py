@@ -31,7 +31,7 @@ from peerscale.data.prepare import prepare
 from peerscale.records.curves import read_metrics
 from peerscale.records.record import SCHEMA_VERSION, Status, read_record
 from peerscale.records.table import read_records, runs_table
-from peerscale.stats.curves_of_runs import usable
+from peerscale.stats.curve import usable
 
 Outcome = tuple[int, str, int]
 """Times tried, what came of it, lost records."""

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from peerscale.records.record import Record, Status
-from toy_study import axes_text
+from toy_study import settings_text
 
 SIZES = np.array([3e5, 4.8e5, 7.5e5, 1.2e6, 1.9e6])
 """FLOPs per token."""
@@ -31,7 +31,7 @@ def run(
     size = size or f"d{x / 1e4:.0f}"
     cell = "-".join(filter(None, (method, size, f"{budget:g}", settings, f"s{seed}")))
     return {
-        "cell": cell, "axes": axes_text(settings),
+        "cell": cell, "settings": settings_text(settings), "rate_factor": 1.0,
         "method": method, "variant": "", "size": size, "seed": seed, "budget": budget, "status": "done",
         "flops_per_token": x, "val_loss": loss, "batch_sequences": 16, **more,
     }  # fmt: skip
@@ -54,6 +54,13 @@ def curves(
             mean = bowl(x, loss, at=7.5e5 * (budget / 1e12) ** 0.5) + noise * draw()
             rows += [run(method, budget, mean + seed_sd * draw(), x=x, seed=s, settings=settings) for s in range(seeds)]
     return pd.DataFrame(rows)
+
+
+def with_columns(runs: pd.DataFrame) -> pd.DataFrame:
+    """The columns of a whole table that the laws ask for."""
+    columns = dict.fromkeys(("flops_attention_scores", "flops_attention_values", "table_lr"), 0.0)
+    named = dict.fromkeys(("params_active", "params_total"), runs["flops_per_token"] / 6)
+    return runs.assign(**columns, **named, tokens=1e7, d_model=64, batch_sequences=16)
 
 
 def record(cell: str, losses: np.ndarray, status: Status = Status.DONE) -> Record:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from peerscale.plan.cell import Cell
 from peerscale.records.machine import cpu_name
 from peerscale.records.record import Record, Status, new_record
+from peerscale.stats.curve import NAMING, Curve, described_curves, from_names
 
 CORPUS = "0123456789abcdef"
 """Stands for the fingerprint of a prepared corpus."""
@@ -48,14 +50,38 @@ def record_of(
     return replace(new_record(replace(cell, config=changed), status, corpus), **{**common, **fields})
 
 
-def axes_text(arm: str) -> str:
-    """The column `axes` of a cell with settings such as `batch_sequences=8-lr=0.1`."""
+def settings_text(arm: str) -> str:
+    """The column `settings` of a cell with settings such as `batch_sequences=8-lr=0.1`."""
     pairs = dict(pair.split("=") for pair in re.split(r"-(?=[a-z])", arm)) if arm else {}
-    keys = {"lr": "optim.lr", "table_lr": "optim.table_lr", "lr_factor": "optim.lr_factor"}
+    keys = {"lr": "optim.lr", "table_lr": "optim.table_lr"}
     return (
         json.dumps(
-            {keys.get(key, key): value if value.isalpha() else json.loads(value) for key, value in pairs.items()}
+            {
+                keys.get(key, key): value if value.isalpha() and value not in ("true", "false") else json.loads(value)
+                for key, value in pairs.items()
+            }
         )
         if pairs
         else ""
     )
+
+
+def curve_of(name: str) -> Curve:
+    """The curve of a name such as `peer batch_sequences=8`."""
+    method, _, settings = name.partition(" ")
+    return Curve.of(method, json.loads(settings_text(settings) or "{}"))
+
+
+def fits_with_curves(fits: Mapping[str, Any], baseline: str = "dense") -> dict[str, Any]:
+    """Fits that a test writes with names of curves, as `read_fits` reads them."""
+    names: set[str] = set()
+
+    def collect(value: Any, key: str = "") -> None:
+        if isinstance(value, dict | list):
+            for k, item in value.items() if isinstance(value, dict) else enumerate(value):
+                collect(item, str(k))
+        elif key in NAMING and isinstance(value, str):
+            names.add(value)
+
+    collect(fits)
+    return from_names({"baseline": baseline, "curves": described_curves(map(curve_of, names)), **fits})

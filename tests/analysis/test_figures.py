@@ -14,7 +14,6 @@ from synthetic_study import SWEEP, script
 from peerscale.errors import exit_code
 from peerscale.figures.figures import small_print
 from peerscale.files import write_json
-from peerscale.records.curves import curves_table
 from peerscale.records.study import Study, collected, published
 from peerscale.stats.collection import fits_of
 
@@ -44,15 +43,19 @@ def test_the_same_bytes_from_a_second_process(runs: Path) -> None:
 
 
 def test_a_published_table_alone_is_enough_with_another_meaning_of_size(runs: Path, tmp_path: Path) -> None:
-    """Without curves there is no figure of them; the figures are in the place of the published study."""
+    """Without curves there is no figure of them. What is committed stays as it is: the figures are of one's own runs."""
     target = published(SWEEP, tmp_path / "results")
     target.folder.parent.mkdir()
     collected(SWEEP, runs).folder.rename(target.folder)
     target.curves.unlink()
+    committed = {path: path.read_bytes() for path in (tmp_path / "results").rglob("*") if path.is_file()}
     options = ["--x", "flops_per_token", "--runs", str(tmp_path / "none"), "--results", str(tmp_path / "results")]
     assert figures.main([SWEEP, *options]) == 0
     names = ("isoflop_flops_per_token", "differences", "frontier", "multipliers")
-    assert set(drawn(target.figures)) == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
+    own = collected(SWEEP, tmp_path / "none")
+    assert set(drawn(own.figures)) == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
+    assert own.table.is_file() and not own.runs.exists()
+    assert {path: path.read_bytes() for path in (tmp_path / "results").rglob("*") if path.is_file()} == committed
 
 
 def fitted(sweep: str, runs: pd.DataFrame, folder: Path) -> Study:
@@ -60,7 +63,7 @@ def fitted(sweep: str, runs: pd.DataFrame, folder: Path) -> Study:
     study = collected(sweep, folder)
     study.folder.mkdir(parents=True)
     runs.to_csv(study.runs, index=False)
-    write_json(study.fits, fits_of(sweep, runs, curves_table(()), []))
+    write_json(study.fits, fits_of(sweep, runs, []))
     return study
 
 

@@ -15,10 +15,12 @@ import vl_convert
 from synthetic_study import GRID, METHODS, SWEEP, minimum, script, shared_curvature
 
 from peerscale.errors import exit_code
+from peerscale.figures.answer import answer
 from peerscale.figures.page import chart_rows, isoflop_chart
-from peerscale.records.study import collected, read_fits
+from peerscale.records.study import collected
 from peerscale.records.table import read_runs
-from peerscale.stats.curves_of_runs import method_names
+from peerscale.stats.curve import Curve, finished
+from peerscale.stats.fits import read_fits
 
 LABELS = ("dense", "MoE (expert choice)", "MoE (token choice)", "PKM", "PEER")
 EVIL = "</script><script>alert(1)</script>$library"
@@ -44,18 +46,18 @@ class Read(HTMLParser):
 @pytest.fixture(scope="module")
 def study(collected_runs: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     files = collected(SWEEP, collected_runs)
-    runs = read_runs(files.runs)
-    return runs.assign(name=method_names(runs)), read_fits(files.fits)
+    return finished(read_runs(files.runs)), read_fits(files.fits)
 
 
 @pytest.fixture(scope="module")
 def source(collected_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The page of two studies, the second with script in its answer and its cells' names and methods."""
+    """The page of two studies, the second with script in its claims and its cells' names and methods."""
     folder = tmp_path_factory.mktemp("page")
     for name in ("one", "two"):
         shutil.copytree(collected(SWEEP, collected_runs).folder, folder / name)
-    fits = read_fits(folder / "two" / "fits.json")
-    (folder / "two" / "fits.json").write_text(json.dumps({**fits, "answer": EVIL}))
+    fits = json.loads((folder / "two" / "fits.json").read_text())
+    fits["curves"]["peer"]["method"] = EVIL
+    (folder / "two" / "fits.json").write_text(json.dumps(fits))
     runs = pd.read_csv(folder / "two" / "runs.csv")
     runs.assign(cell=EVIL, variant=EVIL).to_csv(folder / "two" / "runs.csv", index=False)
     page = script("page")
@@ -67,7 +69,7 @@ def test_every_study_has_its_answer_its_curves_and_its_table(source: str, study:
     read = Read(source)
     assert read.tags.count("section") == read.tags.count("table") == 2 and read.tags.count("script") == 3
     text = " ".join(read.texts)
-    assert study[1]["answer"] in text and source.count('vegaEmbed("#figure-') == 2
+    assert answer(study[1]) in text and source.count('vegaEmbed("#figure-') == 2
     rows = source.partition("<h2>one</h2>")[2].partition("</section>")[0].partition("<tbody>")[2].split("</tr>")[:-1]
     shown = [re.findall("<td>(.*?)</td>", row)[:2] for row in rows]
     assert shown == [[budget, label] for budget in ("1e11", "3e11") for label in LABELS]
@@ -90,7 +92,7 @@ def test_points_curves_and_optima_are_those_of_the_files(study: tuple[pd.DataFra
     np.testing.assert_allclose(points["perplexity"], np.exp(done.loc[points.index, "val_loss"]))
     np.testing.assert_allclose(points["params_total"], done.loc[points.index, "params_total"])
     for budget, title in zip(GRID, ("1e11 FLOPs", "3e11 FLOPs"), strict=True):
-        rows = {name: done[(done["name"] == name) & (done["budget"] == budget)] for name in METHODS}
+        rows = {name: done[(done["curve"] == Curve(name)) & (done["budget"] == budget)] for name in METHODS}
         curves = shared_curvature({name: (of["flops_per_token"], of["val_loss"]) for name, of in rows.items()})
         for name, label in zip(METHODS, LABELS, strict=True):
             mine = marks[(marks["budget"] == title) & (marks["method"] == label)]
@@ -104,10 +106,12 @@ def test_points_curves_and_optima_are_those_of_the_files(study: tuple[pd.DataFra
 def test_sizes_left_out_of_the_fit_say_so(study: tuple[pd.DataFrame, dict[str, Any]]) -> None:
     runs, fits = study
     first, *rest = fits["budgets"]
-    fewer = [{**one, "sizes": one["sizes"][1:]} if one["name"] == "dense" else one for one in first["methods"]]
+    fewer = [{**one, "sizes": one["sizes"][1:]} if one["name"] == Curve("dense") else one for one in first["methods"]]
     marks = pd.DataFrame(chart_rows(runs, {**fits, "budgets": [{**first, "methods": fewer}, *rest]}))
     left_out = marks[marks["kind"] == "left out"]
-    smallest = runs[(runs["name"] == "dense") & (runs["budget"] == first["budget"])].nsmallest(1, "flops_per_token")
+    smallest = runs[(runs["curve"] == Curve("dense")) & (runs["budget"] == first["budget"])].nsmallest(
+        1, "flops_per_token"
+    )
     assert left_out["cell"].tolist() == smallest["cell"].tolist()
 
 

@@ -24,7 +24,8 @@ def surface_runs(noise: float = 0.0, seed: int = 0) -> pd.DataFrame:
                 tokens = budget / (6 * params)
                 loss = SURFACE.E + share * (float(SURFACE.predict(params, tokens)) - SURFACE.E)
                 rows.append({
-                    "sweep": "surface", "cell": f"{name}-d{i}-{budget:g}-s0", "axes": "", "method": name, "variant": "",
+                    "sweep": "surface", "cell": f"{name}-d{i}-{budget:g}-s0", "settings": "", "rate_factor": 1.0,
+                    "method": name, "variant": "",
                     "seed": 0, "size": f"d{i}", "budget": budget, "status": "done", "tokens": tokens,
                     "flops_per_token": 6 * params, "flops_attention_scores": 0.6 * params,
                     "flops_attention_values": 0.6 * params, "params_total": 7 * params, "params_active": params,

@@ -1,6 +1,5 @@
 """Figures 3a, 3b and 4 draw the table's numbers and the paper's; each study feeds its own."""
 
-import json
 import math
 from collections.abc import Callable, Iterator
 
@@ -15,12 +14,13 @@ from synthetic_ablations import ablation_runs, with_norm_of_one_seed
 from peerscale.figures.ablations import (
     active_figure,
     experts_figure,
-    over_seeds,
     query_norm_figure,
     varied,
 )
 from peerscale.figures.published import read_published
-from peerscale.stats.curves_of_runs import budgets_with_curves
+from peerscale.stats.curve import finished
+from peerscale.stats.seeds import over_seeds, pooled_scatter
+from toy_study import curve_of
 
 T_975_8 = 2.306004135204166
 """Student's t, 16 degrees of freedom, two-sided 5 %: any statistical table."""
@@ -41,45 +41,35 @@ def ticks(axes: Axes, x: np.ndarray) -> np.ndarray:
 
 
 def test_each_study_varies_what_its_figure_shows() -> None:
-    assert varied(with_norm_of_one_seed()) == {"n_experts"}
-    assert varied(ablation_runs("active")) == {"ffn_heads", "top_k"}
-    assert varied(ablation_runs("experts")) == {"n_experts", "query_norm"}
-    assert not any(budgets_with_curves(ablation_runs(sweep)) for sweep in ("experts", "active"))
+    assert varied(finished(with_norm_of_one_seed())["curve"]) == {"ffn.n_experts"}
+    assert varied(finished(ablation_runs("active"))["curve"]) == {"ffn.n_heads", "ffn.top_k"}
+    assert varied(finished(ablation_runs("experts"))["curve"]) == {"ffn.n_experts", "ffn.query_norm"}
 
 
-def test_a_setting_of_unfinished_cells_is_not_varied() -> None:
-    runs = ablation_runs("experts")
-    assert "query_norm" not in varied(
-        runs.assign(status=np.where(runs["cell"].str.contains("false"), "failed", "done"))
-    )
-
-
-def test_a_rate_that_follows_from_the_tokens_of_a_cell_is_not_varied() -> None:
-    runs = ablation_runs("active")
-    by_law = runs.assign(lr=np.linspace(1e-3, 2e-3, len(runs)), table_lr=np.linspace(1e-2, 2e-2, len(runs)))
-    assert varied(by_law) == {"ffn_heads", "top_k"}
-    axes = pd.Series([json.dumps({"optim.lr": lr}) for lr in by_law["lr"]], index=runs.index)
-    assert varied(by_law.assign(axes=axes)) == {"ffn_heads", "top_k", "lr"}
+def test_a_setting_that_all_curves_of_a_method_have_is_not_varied() -> None:
+    assert varied(map(curve_of, ["dense", "peer n_heads=1-top_k=8", "peer n_heads=2-top_k=8"])) == {"n_heads"}
+    assert varied(map(curve_of, ["dense", "dense n_heads=1", "peer"])) == {"n_heads"}
+    assert varied(map(curve_of, ["dense", "peer n_heads=1"])) == set()
 
 
 def test_experts_are_the_tables_and_the_papers() -> None:
     runs = with_norm_of_one_seed()
-    ours, paper = experts_figure(runs, read_published()).axes
+    ours, paper = experts_figure(finished(runs), read_published(), "dense").axes
     drawn = points(ours)
     rows = runs[runs["method"] == "peer"]
     assert drawn["PEER"] == pytest.approx(dict(zip(rows["n_experts"], np.exp(rows["val_loss"]), strict=True)))
     dense = math.exp(float(runs.loc[runs["method"] == "dense", "val_loss"].iloc[0]))
-    assert [line.get_ydata()[0] for line in ours.lines if line.get_label() == "_dense"] == [pytest.approx(dense)]
+    assert [line.get_ydata()[0] for line in ours.lines if line.get_label() == "_baseline"] == [pytest.approx(dense)]
     # Table 2, with BatchNorm, and table 1's dense model.
     (drawn,) = (c.lines[0] for c in paper.containers if c.get_label() == "PEER")
     np.testing.assert_array_equal(drawn.get_xydata(), [(2**14, 23.47), (2**16, 22.55), (2**18, 21.47), (2**20, 20.64)])
-    assert [line.get_ydata()[0] for line in paper.lines if line.get_label() == "_dense"] == [23.84]
+    assert [line.get_ydata()[0] for line in paper.lines if line.get_label() == "_baseline"] == [23.84]
 
 
 def test_active_experts_are_lines_over_heads_with_a_star_at_the_best() -> None:
     runs = ablation_runs("active")
     peer = runs[runs["method"] == "peer"]
-    figure = active_figure(runs)
+    figure = active_figure(finished(runs), "dense")
     drawn = points(figure.axes[0])
     assert set(drawn) == {"8", "16", "32", "64", "128", "256"}
     for label, line in drawn.items():
@@ -101,7 +91,7 @@ def test_active_experts_are_lines_over_heads_with_a_star_at_the_best() -> None:
 def test_query_norm_shows_means_intervals_and_every_seed() -> None:
     runs = ablation_runs("experts")
     runs = runs[runs["method"] == "peer"]
-    figure = query_norm_figure(runs, read_published())
+    figure = query_norm_figure(finished(runs), read_published(), "dense")
     ours, paper, unevenness = figure.axes
     by_point = runs.groupby(["query_norm", "n_experts"])["val_loss"]
     assert len(by_point) == 8 and (by_point.size() == 2).all()  # so 8 degrees of freedom
@@ -136,10 +126,20 @@ def test_one_seed_has_the_standard_error() -> None:
     ).all()
 
 
+def test_the_scatter_of_seeds_is_pooled_over_groups() -> None:
+    values = pd.Series([1.0, 3.0, 10.0, 10.0, 13.0, 5.0])
+    sd, df = pooled_scatter(values, [list("aabbbc")])
+    assert (sd, df) == (pytest.approx(math.sqrt((2 + 6) / 3)), 3)
+    assert math.isnan(pooled_scatter(values[:2], [list("ab")])[0])
+
+
 FIGURES = {
-    "experts": (lambda runs: experts_figure(runs, read_published()), "experts"),
-    "active": (active_figure, "active"),
-    "query_norm": (lambda runs: query_norm_figure(runs, read_published()), "experts"),
+    "experts": (lambda done: experts_figure(done, read_published(), "dense"), "experts"),
+    "active": (lambda done: active_figure(done, "dense"), "active"),
+    "query_norm": (
+        lambda done: query_norm_figure(done[done["method"] == "peer"], read_published(), "dense"),
+        "experts",
+    ),
 }
 
 
@@ -147,7 +147,7 @@ FIGURES = {
 def test_no_two_labels_of_an_axis_overlap(draw: Callable[..., Figure], sweep: str) -> None:
     runs = ablation_runs(sweep)
     runs.loc[runs.index[-1], ["status", "val_loss"]] = ["diverged", np.nan]
-    figure = draw(runs)
+    figure = draw(finished(runs))
     figure.draw_without_rendering()
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from peerscale.figures.answer import answer
+from toy_study import fits_with_curves
 
 
 def claim(value: float, rival: str = "dense", budget: float = 3e12, p_holm: float | None = 0.001, **more: Any) -> dict:
@@ -33,12 +34,12 @@ def claim(value: float, rival: str = "dense", budget: float = 3e12, p_holm: floa
     ],
 )
 def test_a_sentence_for_each_place(claims: list[dict], sentence: str) -> None:
-    assert answer({"claims": claims}) == sentence
+    assert answer(fits_with_curves({"claims": claims})) == sentence
 
 
 def test_a_probability_of_five_percent_is_no_lead() -> None:
-    assert "cannot be told apart" in answer({"claims": [claim(-0.034, p_holm=0.05)]})
-    assert "leads" in answer({"claims": [claim(-0.034, p_holm=0.0499)]})
+    assert "cannot be told apart" in answer(fits_with_curves({"claims": [claim(-0.034, p_holm=0.05)]}))
+    assert "leads" in answer(fits_with_curves({"claims": [claim(-0.034, p_holm=0.0499)]}))
 
 
 def test_variants_are_told_one_by_one_at_the_largest_budget() -> None:
@@ -47,7 +48,7 @@ def test_variants_are_told_one_by_one_at_the_largest_budget() -> None:
         for budget in (1e12, 3e12)
         for n, value, p in ((8, -0.02, 0.14), (16, -0.03, 0.004))
     ]
-    assert answer({"claims": arms}) == (
+    assert answer(fits_with_curves({"claims": arms})) == (
         "At 3e12 FLOPs, batch 8, PEER cannot be told apart from dense (−0.020 ± 0.015). "
         "At 3e12 FLOPs, batch 16, PEER leads dense (−0.030 ± 0.015)."
     )
@@ -55,5 +56,7 @@ def test_variants_are_told_one_by_one_at_the_largest_budget() -> None:
 
 def test_only_the_largest_budget_is_told_and_no_claim_is_said() -> None:
     claims = [claim(-0.01, budget=1e12, p_holm=0.5), claim(-0.03, "moe", budget=1e13)]
-    assert answer({"claims": claims}) == "At 1e13 FLOPs PEER leads MoE (expert choice) (−0.030 ± 0.015)."
+    assert (
+        answer(fits_with_curves({"claims": claims})) == "At 1e13 FLOPs PEER leads MoE (expert choice) (−0.030 ± 0.015)."
+    )
     assert answer({"claims": []}) == "No claim."

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from peerscale.figures.brackets import brackets_figure, brackets_section
+from toy_study import fits_with_curves
 
 K = 0.06
 
@@ -20,7 +21,7 @@ def bracket(method: str, best: float, *, budget: float = 1e13, size: str = "d64"
 
 def fits(*each: dict[str, Any]) -> dict[str, Any]:
     brackets = {"curvature": K, "curvature_se": 0.004, "scatter": 0.002, "df": 2, "each": [*each]}
-    return {"rates": {"law": None, "brackets": brackets, "cost": 0.004, "errors": []}}
+    return fits_with_curves({"rates": {"law": None, "brackets": brackets, "cost": 0.004, "errors": []}})
 
 
 FOUND = fits(bracket("dense", 0.8), bracket("peer", 0.3), bracket("peer", 1.3, budget=3e13, size="d80"))

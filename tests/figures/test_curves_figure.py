@@ -10,7 +10,7 @@ from synthetic_study import GRID, METHODS, SWEEP
 
 from peerscale.figures.curves import SKIPPED_SHARE, curves_figure
 from peerscale.records.study import collected
-from toy_study import axes_text
+from toy_study import settings_text
 
 Tables = tuple[pd.DataFrame, pd.DataFrame]
 
@@ -27,7 +27,7 @@ def lines(axes: Axes) -> dict[str, np.ndarray]:
 
 def test_above_is_each_methods_best_run(tables: Tables) -> None:
     curves, runs = tables
-    figure = curves_figure(curves, runs)
+    figure = curves_figure(curves, runs, "dense")
     assert len(figure.axes) == 2 * len(GRID)
     for axes, budget in zip(figure.axes[: len(GRID)], GRID, strict=True):
         drawn = lines(axes)
@@ -49,20 +49,20 @@ def straight(methods: dict[str, float]) -> Tables:
         parts.append(pd.DataFrame({"cell": cell, "flops": flops, "loss": 5 + constant - np.log10(flops / 1e10)}))
     runs = pd.DataFrame({
         "cell": cells, "method": [name.partition(" ")[0] for name in methods], "variant": "", "seed": 0, "size": "d8",
-        "axes": [axes_text(name.partition(" ")[2]) for name in methods],
+        "settings": [settings_text(name.partition(" ")[2]) for name in methods], "rate_factor": 1.0,
         "budget": 1e11, "status": "done", "val_loss": 4.0,
     })  # fmt: skip
     return pd.concat(parts), runs
 
 
 def test_below_is_the_distance_to_dense_at_equal_flops() -> None:
-    _, below = curves_figure(*straight({"dense": 0.0, "pkm": 0.05, "peer": -0.1})).axes
+    _, below = curves_figure(*straight({"dense": 0.0, "pkm": 0.05, "peer": -0.1}), "dense").axes
     drawn = lines(below)
-    assert set(drawn) == {"_dense", "pkm", "peer"}
+    assert set(drawn) == {"_baseline", "pkm", "peer"}
     for name, distance in (("pkm", 0.05), ("peer", -0.1)):
         inside = drawn[name][:, 0] >= 1.1e10
         np.testing.assert_allclose(drawn[name][inside, 1], distance, atol=1e-9)
-    assert set(np.ravel(drawn["_dense"][:, 1])) == {0}
+    assert set(np.ravel(drawn["_baseline"][:, 1])) == {0}
     assert "dense" in below.get_ylabel()
 
 
@@ -75,25 +75,26 @@ def test_the_first_distance_is_to_dense_at_the_same_flops() -> None:
     early = pd.DataFrame(
         {"cell": runs["cell"], "flops": 5e9, "loss": [5.0 - 2 * np.log10(0.5), 4.9 - 2 * np.log10(0.5)]}
     )
-    drawn = lines(curves_figure(pd.concat([early, curves]), runs).axes[1])["peer"]
+    drawn = lines(curves_figure(pd.concat([early, curves]), runs, "dense").axes[1])["peer"]
     assert drawn[0, 0] == pytest.approx(1.01e10)
     np.testing.assert_allclose(drawn[:, 1], -0.1, atol=1e-9)
 
 
 def test_variants_are_compared_with_dense_at_their_own_settings() -> None:
     constants = {"dense batch=8": 0.0, "dense batch=16": 0.3, "peer batch=8": 0.1, "peer batch=16": 0.1}
-    drawn = lines(curves_figure(*straight(constants)).axes[1])
-    assert set(drawn) == {"_dense", "peer batch=8", "peer batch=16"}
+    drawn = lines(curves_figure(*straight(constants), "dense").axes[1])
+    assert set(drawn) == {"_baseline", "peer batch=8", "peer batch=16"}
     assert drawn["peer batch=8"][-1, 1] == pytest.approx(0.1, abs=2e-3)
     assert drawn["peer batch=16"][-1, 1] == pytest.approx(-0.2, abs=2e-3)
 
 
 def test_without_dense_there_is_no_row_of_distances() -> None:
-    figure = curves_figure(*straight({"pkm": 0.0, "peer": 0.1}))
-    assert len(figure.axes) == 1
+    methods = {"pkm": 0.0, "peer": 0.1}
+    assert len(curves_figure(*straight(methods), "dense").axes) == 1
+    _, below = curves_figure(*straight(methods), "pkm").axes
+    assert lines(below)["peer"][-1, 1] == pytest.approx(0.1) and below.get_ylabel().startswith("loss minus PKM's")
 
 
 def test_no_curves_at_all(tables: Tables) -> None:
     curves, runs = tables
-    curves_figure(curves.iloc[:0], runs).draw_without_rendering()
-    curves_figure(curves, runs[runs["status"] != "done"].iloc[:1]).draw_without_rendering()
+    curves_figure(curves.iloc[:0], runs, "dense").draw_without_rendering()

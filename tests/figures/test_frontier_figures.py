@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from peerscale.figures.frontier import frontier_figure
+from toy_study import fits_with_curves
 
 
 def method(name: str, loss: float | None, status: str = "ok") -> dict[str, Any]:
@@ -30,7 +31,7 @@ def points(axes: Axes) -> dict[str, np.ndarray]:
 
 
 def test_losses_and_multipliers_with_their_intervals() -> None:
-    figure = frontier_figure(FITS)
+    figure = frontier_figure(fits_with_curves(FITS))
     assert figure is not None
     losses, multipliers = figure.axes
     drawn = points(losses)
@@ -46,25 +47,25 @@ def test_losses_and_multipliers_with_their_intervals() -> None:
 
 
 def test_only_a_flagged_minimum_is_hollow() -> None:
-    figure = frontier_figure(FITS)
+    figure = frontier_figure(fits_with_curves(FITS))
     assert figure is not None
     hollow = [line for line in figure.axes[0].lines if line.get_markerfacecolor() == "white" and len(line.get_xdata())]
     assert [line.get_xydata().tolist() for line in hollow] == [[[3e11, 4.6]]]
 
 
 def test_without_multipliers_there_is_a_frontier_alone() -> None:
-    figure = frontier_figure({**FITS, "multipliers": []})
+    figure = frontier_figure(fits_with_curves({**FITS, "multipliers": []}))
     assert figure is not None and len(figure.axes) == 1
 
 
 def test_no_minimum_is_no_figure() -> None:
-    assert frontier_figure({"budgets": [], "multipliers": []}) is None
+    assert frontier_figure(fits_with_curves({"budgets": [], "multipliers": []})) is None
     unfitted = {"budgets": [{"budget": 1e11, "methods": [method("pkm", None, "too_few")]}], "multipliers": []}
-    assert frontier_figure(unfitted) is None
+    assert frontier_figure(fits_with_curves(unfitted)) is None
 
 
 def test_nothing_is_drawn_beyond_the_page() -> None:
-    figure = frontier_figure(FITS)
+    figure = frontier_figure(fits_with_curves(FITS))
     assert figure is not None
     figure.draw_without_rendering()
     box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()

@@ -14,18 +14,19 @@ from synthetic_surface import BUDGETS, surface_runs
 
 from peerscale.figures.isoflop import isoflop_figure, isoflop_panel
 from peerscale.figures.style import colours, panels
-from peerscale.records.study import collected, read_json
+from peerscale.records.study import collected
 from peerscale.stats.comparison import compare
-from peerscale.stats.curves_of_runs import at_size
+from peerscale.stats.curve import Curve, at_size, from_names
+from peerscale.stats.fits import read_fits
 
 Fits = dict[str, Any]
-NOTHING: Fits = {"budgets": []}
+NOTHING: Fits = {"budgets": [], "baseline": "dense"}
 
 
 @pytest.fixture(scope="module")
 def study(collected_runs: Path) -> tuple[pd.DataFrame, Fits]:
     files = collected(SWEEP, collected_runs)
-    return pd.read_csv(files.runs), read_json(files.fits)
+    return pd.read_csv(files.runs), read_fits(files.fits)
 
 
 def points(axes: Axes, name: str) -> np.ndarray:
@@ -80,7 +81,7 @@ def test_a_size_on_another_axis_is_log_linear_between_the_models() -> None:
 def window(fits: Fits, **changes: Any) -> Fits:
     """The fits with dense's entry at the first budget changed."""
     first, *rest = fits["budgets"]
-    methods = [{**m, **changes} if m["name"] == "dense" else m for m in first["methods"]]
+    methods = [{**m, **changes} if m["name"] == Curve("dense") else m for m in first["methods"]]
     return {"budgets": [{**first, "methods": methods}, *rest]}
 
 
@@ -107,9 +108,9 @@ def test_sizes_outside_the_window_are_hollow_or_triangles_and_squeeze_nothing() 
         sizes = np.sort(runs.loc[(runs["budget"] == budget) & (runs["method"] == "dense"), "flops_per_token"])
         windows[budget] = (sizes[1] * 0.99, sizes[5] * 1.01)
         kept.append(runs[(runs["budget"] == budget) & runs["flops_per_token"].between(*windows[budget])])
-    fits = compare(runs, [], windows=windows)
+    fits = from_names(compare(runs, [], windows=windows))
     figure = isoflop_figure(runs, fits, x="flops_per_token")
-    alone = isoflop_figure(pd.concat(kept), compare(pd.concat(kept), []), x="flops_per_token")
+    alone = isoflop_figure(pd.concat(kept), from_names(compare(pd.concat(kept), [])), x="flops_per_token")
     for axes, same, budget in zip(figure.axes, alone.axes, BUDGETS, strict=True):
         assert axes.get_ylim() == pytest.approx(same.get_ylim())
         for name in ("dense", "peer"):
@@ -138,14 +139,14 @@ def test_triangles_of_one_size_stand_below_each_other() -> None:
         {
             "flops_per_token": [1e5, 1e5, 2e5, 8e5, 8e5, 8e5],
             "val_loss": [4.0, 4.1, 4.0, 6.0, 5.5, 5.6],
-            "name": ["dense", "peer", "dense", "dense", "peer", "peer"],
+            "curve": [*map(Curve, ("dense", "peer", "dense", "dense", "peer", "peer"))],
             "val_loss_se": 0.01,
             "status": "done",
         }
     )
     fit = {"sizes": [1e5, 2e5], "coefficients": [None], "loss": None}
     _, (axes,) = panels(1)
-    names = {"dense": fit, "peer": fit}
+    names = {Curve("dense"): fit, Curve("peer"): fit}
     isoflop_panel(axes, runs, names, x="flops_per_token", markers=dict.fromkeys(names, "o"), colours=colours(names))
     ((_, dense),), ((_, peer),) = (line(axes, f"_left out {name}, above") for name in names)
     assert dense == axes.get_ylim()[1] > peer

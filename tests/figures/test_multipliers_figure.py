@@ -10,6 +10,7 @@ from matplotlib.container import ErrorbarContainer
 
 from peerscale.figures.multipliers import multipliers_figure, paper_multipliers
 from peerscale.figures.published import read_published
+from toy_study import fits_with_curves
 
 PEER = [
     {"method": "peer", "reference": "dense", "budget": 1e12, "multiplier": 1.1, "low": 1.0, "high": 1.2,
@@ -30,7 +31,7 @@ def dots(axes: Axes) -> list[float]:
 
 
 def test_multipliers_bands_and_seeds() -> None:
-    figure = multipliers_figure({"budgets": [], "multipliers": PEER}, read_published())
+    figure = multipliers_figure(fits_with_curves({"budgets": [], "multipliers": PEER}), read_published())
     assert figure is not None
     ours, paper = figure.axes
     assert [axes.get_title() for axes in figure.axes] == ["PEER", "the paper"]
@@ -43,7 +44,7 @@ def test_multipliers_bands_and_seeds() -> None:
 
 def test_each_method_has_a_panel_with_its_variants() -> None:
     others = [{**one, "method": name} for one in PEER for name in ("pkm", "peer n_experts=16384")]
-    figure = multipliers_figure({"budgets": [], "multipliers": [*PEER, *others]}, read_published())
+    figure = multipliers_figure(fits_with_curves({"budgets": [], "multipliers": [*PEER, *others]}), read_published())
     assert figure is not None and [axes.get_title() for axes in figure.axes] == ["PKM", "PEER", "the paper"]
     assert [[name for name in lines(axes) if "apart" not in name] for axes in figure.axes] == [
         ["pkm"], ["peer", "peer n_experts=16384"], ["pkm", "peer"]
@@ -53,7 +54,7 @@ def test_each_method_has_a_panel_with_its_variants() -> None:
 def test_budgets_below_the_trend_stand_apart_from_the_line() -> None:
     third = {**PEER[1], "budget": 1e13, "multiplier": 1.4}
     fits = {"budgets": [], "multipliers": [*PEER, third], "trend_from": 3e12}
-    figure = multipliers_figure(fits, read_published())
+    figure = multipliers_figure(fits_with_curves(fits), read_published())
     assert figure is not None
     drawn = lines(figure.axes[0])
     np.testing.assert_allclose(drawn["peer"][:, 1], [1.3, 1.4])
@@ -65,7 +66,7 @@ def test_budgets_below_the_trend_stand_apart_from_the_line() -> None:
 def test_a_multiplier_from_a_flagged_minimum_is_hollow() -> None:
     methods = [{"name": "peer", "status": "off_centre"}, {"name": "dense", "status": "ok"}]
     fits = {"budgets": [{"budget": 3e12, "methods": methods}], "multipliers": PEER}
-    figure = multipliers_figure(fits, read_published())
+    figure = multipliers_figure(fits_with_curves(fits), read_published())
     assert figure is not None
     hollow = [np.asarray(line.get_ydata(), float).tolist() for line in figure.axes[0].lines
               if line.get_markerfacecolor() == "white" and len(line.get_ydata())]  # fmt: skip
@@ -73,7 +74,7 @@ def test_a_multiplier_from_a_flagged_minimum_is_hollow() -> None:
 
 
 def test_one_budget_makes_no_figure() -> None:
-    assert multipliers_figure({"budgets": [], "multipliers": PEER[:1]}, read_published()) is None
+    assert multipliers_figure(fits_with_curves({"budgets": [], "multipliers": PEER[:1]}), read_published()) is None
 
 
 def test_the_papers_multipliers_by_hand() -> None:

@@ -18,11 +18,13 @@ from peerscale.figures.published import paper_values, read_published
 from peerscale.figures.style import label
 from peerscale.plan.cell_names import budget_name
 from peerscale.plan.cost import cost
-from peerscale.records.study import collected, read_json
+from peerscale.records.study import collected
 from peerscale.records.table import read_runs
 from peerscale.stats.comparison import compare
 from peerscale.stats.conventions import flops_by_convention
-from peerscale.stats.fits import fit_study
+from peerscale.stats.curve import Curve, finished, from_names
+from peerscale.stats.fits import fit_study, read_fits
+from toy_study import curve_of, fits_with_curves
 
 Study = tuple[pd.DataFrame, dict[str, Any]]
 NAMES = ("dense", "moe", "moe_token_choice", "pkm", "peer")
@@ -31,7 +33,7 @@ NAMES = ("dense", "moe", "moe_token_choice", "pkm", "peer")
 @pytest.fixture(scope="module")
 def study(collected_runs: Path) -> Study:
     files = collected(SWEEP, collected_runs)
-    return read_runs(files.runs), read_json(files.fits)
+    return read_runs(files.runs), read_fits(files.fits)
 
 
 def test_published_numbers_are_the_papers() -> None:
@@ -44,7 +46,7 @@ def test_published_numbers_are_the_papers() -> None:
     gaps = {(6e18, "moe"): -0.108, (6e18, "pkm"): -0.084, (6e18, "peer"): -0.145}
     gaps |= {(2e19, "moe"): -0.067, (2e19, "pkm"): -0.053, (2e19, "peer"): -0.107}
     for (budget, name), gap in gaps.items():
-        assert rows[budget_name(budget), label(name)]["difference to dense (nats)"] == f"−{-gap:.3f}"
+        assert rows[budget_name(budget), label(Curve(name))]["difference to dense (nats)"] == f"−{-gap:.3f}"
     with_norm = list(paper_values(published, "table 2", "peer", "ppl_c4").values())
     assert np.diff(np.log(with_norm)) == pytest.approx([-0.040, -0.049, -0.039], abs=6e-4)
     uneven = paper_values(published, "table 2", "peer query_norm=false", "unevenness")
@@ -58,7 +60,7 @@ def test_published_numbers_are_the_papers() -> None:
 def test_table_1_is_each_sets_fit_at_the_validation_optimum(study: Study) -> None:
     runs, fits = study
     found = paper_tables.perplexities(fits)
-    assert [row["method"].removesuffix(" †") for row in found] == [label(name) for name in (*NAMES, *NAMES)]
+    assert [row["method"].removesuffix(" †") for row in found] == [label(Curve(name)) for name in (*NAMES, *NAMES)]
     for budget, rows in ((1e11, found[:5]), (3e11, found[5:])):
         done = {
             name: runs[
@@ -87,7 +89,7 @@ def test_table_1_is_each_sets_fit_at_the_validation_optimum(study: Study) -> Non
 
 def test_table_2_holds_ours_and_the_papers() -> None:
     runs = ablation_runs("experts")
-    runs = runs[runs["method"] == "peer"]
+    runs = finished(runs[runs["method"] == "peer"])
     rows = {row["experts"]: row for row in paper_tables.norm_rows(runs, read_published())}
     for (n, norm), cells in runs.groupby(["n_experts", runs["query_norm"].astype(str) == "True"]):
         row = rows[f"{n:,.0f}"]
@@ -99,7 +101,8 @@ def test_table_2_holds_ours_and_the_papers() -> None:
 
 
 def test_table_2_of_a_study_with_batchnorm_alone() -> None:
-    lines = table(paper_tables.norm_rows(with_norm_of_one_seed(), read_published()))
+    runs = with_norm_of_one_seed()
+    lines = table(paper_tables.norm_rows(finished(runs[runs["method"] == "peer"]), read_published()))
     first = next(line for line in lines if line.startswith("| 1,024 |"))
     assert first.startswith("| 1,024 | — / ") and first.endswith("| — | — | — |")
     last = lines[-1]
@@ -128,12 +131,10 @@ def test_conventions_from_columns_are_those_from_the_configuration(method: str) 
 
 def ranked(*rows: tuple[float, str, float | None]) -> list[str]:
     """The table of one convention."""
-    names = {name for _, name, _ in rows} | {
-        "dense" + name.partition(" ")[1] + name.partition(" ")[2] for _, name, _ in rows
-    }
+    names = {name for _, name, _ in rows} | {str(curve_of(name).with_method("dense")) for _, name, _ in rows}
     budgets = [{"budget": 1e11, "methods": [{"name": name} for name in names]}]
     found = [{"budget": budget, "method": name, "multipliers": {"as counted": x}} for budget, name, x in rows]
-    return table(study_table.conventions({"budgets": budgets, "conventions": found}))[2:]
+    return table(study_table.conventions(fits_with_curves({"budgets": budgets, "conventions": found})))[2:]
 
 
 def test_ranks_stand_beside_multipliers() -> None:
@@ -183,7 +184,7 @@ def test_errors_stand_by_source_and_each_pair_once() -> None:
     unknown = {"method": "pkm", "reference": "dense", "size": "", "note": "pkm: too_few"}
     turned = difference(method="dense", reference="peer", value=0.033)
     entry = {"budget": 3e12, "differences": [difference(), unknown, turned, difference(size="d64", own=None)]}
-    header, _, *rows = table(study_table.difference_rows({"budgets": [entry]}))
+    header, _, *rows = table(study_table.difference_rows(fits_with_curves({"budgets": [entry]})))
     numbers = "−0.033 [−0.049, −0.017] | 0.0066 | 0.0027 | 0.0011 | — | 0.0075 | 15"
     assert rows == [
         f"| 3e12 | PEER minus dense | {numbers} | −0.031 ± 0.008 |",
@@ -194,9 +195,9 @@ def test_errors_stand_by_source_and_each_pair_once() -> None:
         "s.e. from sizes", "s.e. from seeds", "s.e. from sequences", "s.e. from learning rates", "s.e., all"
     ]  # fmt: skip
     bare = difference(seeds_se=None, df=None, own=None)
-    assert table(study_table.difference_rows({"budgets": [{"budget": 3e12, "differences": [bare]}]}))[2].endswith(
-        "| 0.0075 | ∞ | — |"
-    )
+    assert table(study_table.difference_rows(fits_with_curves({"budgets": [{"budget": 3e12, "differences": [bare]}]})))[
+        2
+    ].endswith("| 0.0075 | ∞ | — |")
 
 
 def claim(**changes: Any) -> dict[str, Any]:
@@ -210,7 +211,7 @@ def claim(**changes: Any) -> dict[str, Any]:
 def test_claims_name_both_methods_and_their_common_settings_once() -> None:
     variant = {"method": "peer batch_sequences=8", "rival": "dense batch_sequences=8"}
     claims = [claim(), claim(**variant), claim(size="d40", p=None, p_holm=None), claim(method="peer n_experts=4096")]
-    rows = table(study_table.claims({"claims": claims}))[2:]
+    rows = table(study_table.claims(fits_with_curves({"claims": claims})))[2:]
     interval = "−0.033 [−0.049, −0.017]"
     assert rows == [
         f"| 3e12 | PEER minus dense | {interval} | < 0.0001 | 0.0123 | leads |",
@@ -228,7 +229,7 @@ def test_a_dense_variant_is_compared_with_dense_and_a_set_that_a_budget_lacks_ke
         pairs = [(quiet, "dense", -0.1), ("peer", "dense", -0.04), ("peer", quiet, 0.06), ("dense", quiet, 0.1)]
         differences = [{"method": one, "reference": other, "size": "", "value": gap} for one, other, gap in pairs]
         budgets.append({"budget": budget, "methods": methods, "differences": differences})
-    rows = table(paper_tables.perplexities({"budgets": budgets}))
+    rows = table(paper_tables.perplexities(fits_with_curves({"budgets": budgets})))
     gaps = [row.split(" | ")[-1].rstrip(" |") for row in rows[2:]]
     assert gaps == ["+0.000", "−0.100", "−0.040"] * 2
     assert rows[-1] == f"| 1e13 | PEER | — | — | {math.exp(4.8):.2f} | −0.040 |"
@@ -239,13 +240,13 @@ def test_multipliers_are_listed_by_budget_with_their_intervals() -> None:
         {"method": "peer", "reference": "dense", "budget": 3e12, "multiplier": 1.183, "low": 1.09, "high": 1.26},
         {"method": "peer", "reference": "dense", "budget": 1e12, "multiplier": 1.0, "low": None, "high": None},
     ]
-    rows = table(study_table.multipliers({"multipliers": found}))[2:]
+    rows = table(study_table.multipliers(fits_with_curves({"multipliers": found})))[2:]
     assert rows == ["| 1e12 | PEER | 1.00 [none] |", "| 3e12 | PEER | 1.18 [1.09, 1.26] |"]
 
 
 def test_exponents_of_two_approaches_stand_side_by_side(study: Study) -> None:
     runs = surface_runs(noise=1e-4)
-    fits = fit_study(runs, compare(runs, []))
+    fits = from_names(fit_study(runs, compare(runs, [])))
     header, _, dense, peer = table(study_table.exponents(fits))
     laws = fits["laws"]
     assert header == "| method | 2: isoFLOP optima | 3: surface | largest budget: predicted | observed |"

@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,12 +14,20 @@ from peerscale.config.schema import load
 from peerscale.figures.rate_law import batches, finished_cells, rate_law_figure, rate_law_sections
 from peerscale.laws.fitting import to_plain
 from peerscale.plan.plan import plan
-from peerscale.stats.rates import as_configuration, fit_law, tries_rates
-from toy_study import axes_text
+from peerscale.stats.curve import Curve, described_curves, finished, from_names
+from peerscale.stats.rates import as_configuration, curves_of_law, fit_law, tries_rates
+from toy_study import settings_text
 
 BEST = {"dense": 0.005, "peer": 0.007}
 """At d_model 64, 1e7 tokens, 16 sequences."""
 LOWEST = {8: 4.30, 16: 4.25, 32: 4.28}
+
+
+def law_of(runs: pd.DataFrame, held_out: Collection[int] = ()) -> dict[str, Any]:
+    """The law as `read_fits` gives it."""
+    return from_names({"law": to_plain(fit_law(runs, held_out)), "curves": described_curves(curves_of_law(runs))})[
+        "law"
+    ]
 
 
 def study() -> pd.DataFrame:
@@ -31,7 +41,7 @@ def study() -> pd.DataFrame:
         rate = lr * (32 / width) ** 0.5
         settings = f"batch_sequences={batch}-lr={lr:g}" + f"-table_lr={table_lr:g}" * (table_lr > 0)
         rows.append({
-            "cell": f"{method}-d{width}-{budget:g}-{settings}-s{seed}", "axes": axes_text(settings), "variant": "",
+            "cell": f"{method}-d{width}-{budget:g}-{settings}-s{seed}", "settings": settings_text(settings), "rate_factor": 1.0, "variant": "",
             "method": method, "size": f"d{width}", "d_model": width, "budget": budget, "seed": seed, "status": "done",
             "tokens": 1e7 * budget / 1e13 * 64 / width, "batch_sequences": batch, "lr": rate,
             "table_lr": table_lr or None, "val_set": "tuning",
@@ -54,8 +64,8 @@ def study() -> pd.DataFrame:
 
 def test_tables_tell_the_law_the_batches_and_the_rates_of_tables() -> None:
     runs = study()
-    law = to_plain(fit_law(runs, [80]))
-    text = "\n".join(rate_law_sections(runs, law))
+    law = law_of(runs, [80])
+    text = "\n".join(rate_law_sections(finished(runs), law))
     fit = text.partition("## Its fit\n\n")[2].splitlines()
     row = dict(zip(*(line.strip("| ").split(" | ") for line in (fit[0], fit[2])), strict=True))
     assert (row["nats per (ln rate)²"], row["curves held out"]) == ("0.060", "2")
@@ -74,7 +84,7 @@ def test_batches_differ_with_an_error_from_the_seeds_of_all_methods() -> None:
         ("peer", 16): (4.20, 4.24), ("peer", 32): (4.21, 4.22),
     }  # fmt: skip
     curves = pd.DataFrame([
-        {"budget": 1e13, "d_model": 64, "name": method, "batch_sequences": batch, "seed": seed, "lowest": loss}
+        {"budget": 1e13, "d_model": 64, "name": Curve(method), "batch_sequences": batch, "seed": seed, "lowest": loss}
         for (method, batch), losses in lowest.items()
         for seed, loss in zip((100, 101), losses, strict=True)
     ])  # fmt: skip
@@ -90,7 +100,7 @@ def test_the_usual_batch_is_the_most_common_of_models_with_several() -> None:
     """One model was tried at batches 8 and 32 only, all others at 16 alone; two table rates of a batch count once."""
     rows = [("dense", 16, 4.3)] * 5 + [("peer", 8, 4.25), ("peer", 32, 4.2), ("peer", 8, 4.45)]
     curves = pd.DataFrame([
-        {"budget": 1e13, "d_model": 64 + 16 * i * (name == "dense"), "name": name, "batch_sequences": batch,
+        {"budget": 1e13, "d_model": 64 + 16 * i * (name == "dense"), "name": Curve(name), "batch_sequences": batch,
          "seed": 100, "lowest": loss} for i, (name, batch, loss) in enumerate(rows)
     ])  # fmt: skip
     (peer,) = batches(curves)
@@ -99,12 +109,12 @@ def test_the_usual_batch_is_the_most_common_of_models_with_several() -> None:
 
 def test_the_law_as_configuration_gives_the_rates_of_the_law() -> None:
     runs = study()
-    law = to_plain(fit_law(runs, [80]))
-    text = "\n".join(rate_law_sections(runs, law))
+    law = law_of(runs, [80])
+    text = "\n".join(rate_law_sections(finished(runs), law))
     printed = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     settings, m = printed["optim"], printed["methods"]["dense"]["lr"]
     assert printed["methods"].keys() == {"dense", "peer"}
-    assert m == pytest.approx(law["groups"]["dense"]["m"], rel=0.005)
+    assert m == pytest.approx(law["groups"][Curve("dense")]["m"], rel=0.005)
     words = [
         f"optim.lr_rule={settings['lr_rule']}",
         f"optim.lr_law={json.dumps(settings['lr_law']).replace(chr(34), '')}",
@@ -118,13 +128,13 @@ def test_the_law_as_configuration_gives_the_rates_of_the_law() -> None:
     assert settings["lr_law"]["fitted_d_model"] == [32, 64] and settings["lr_law"]["fitted_batch_sequences"] == [8, 32]
     assert settings["lr_law"]["fewest_steps"] == runs["steps"].min()
     of_one_batch = runs[runs["batch_sequences"] == 16]
-    assumed = as_configuration(to_plain(fit_law(of_one_batch, [80])), of_one_batch)["optim"]["lr_law"]
+    assumed = as_configuration(law_of(of_one_batch, [80]), of_one_batch)["optim"]["lr_law"]
     assert (assumed["batch_exponent"], assumed["fitted_batch_sequences"]) == (0.5, [16, 16])
 
 
 def test_the_figure_has_a_panel_a_corner_with_the_rates_of_the_law() -> None:
     runs = study()
-    figure = rate_law_figure(runs, to_plain(fit_law(runs, [80])))
+    figure = rate_law_figure(finished(runs), law_of(runs, [80]))
     titles = [axes.get_title() for axes in figure.axes]
     assert [title.split(", ")[1] for title in titles] == [
         "d_model 32", "d_model 64", "d_model 32", "d_model 64", "d_model 80 (held out)"
@@ -160,18 +170,19 @@ def test_the_law_has_the_variables_that_the_study_varies() -> None:
     law = fit_law(alone)
     assert law and law["fitted"] == {}
     assert {name: one["m"] for name, one in law["groups"].items()} == pytest.approx(BEST)
-    text = "\n".join(rate_law_sections(alone, to_plain(law)))
+    text = "\n".join(rate_law_sections(finished(alone), law_of(alone)))
     assert "| dense | 0.005 [0.005, 0.005] |" in text and "| 0.060 |" in text
     assert "## Its exponents" not in text and "As configuration" not in text, "nothing for other widths or lengths"
-    (axes,) = rate_law_figure(alone, to_plain(law)).axes
+    (axes,) = rate_law_figure(finished(alone), law_of(alone)).axes
     marked = {str(line.get_label()): line.get_xdata()[0] for line in axes.lines if "_law" in str(line.get_label())}
     assert marked == pytest.approx({f"_law {name}": at for name, at in BEST.items()})
 
 
 def test_a_study_without_rates_or_with_one_rate_a_curve_has_no_law() -> None:
     runs = study()
-    for axes in ("", axes_text("lr=0.01")):
-        assert fit_law(runs.assign(axes=axes)) is None and not tries_rates(runs.assign(axes=axes))
+    for settings in ("", settings_text("lr=0.01")):
+        changed = runs.assign(settings=settings)
+        assert fit_law(changed) is None and not tries_rates(changed)
     assert fit_law(runs.groupby(["method", "size", "budget"]).head(1)) is None
 
 
@@ -179,9 +190,9 @@ def test_before_the_law_is_determined_losses_are_listed_and_drawn() -> None:
     runs = study()
     runs.loc[(runs["d_model"] != 64) | (runs["budget"] != 1e13), ["status", "val_loss"]] = ["pending", math.nan]
     assert tries_rates(runs) and fit_law(runs, [80]) is None
-    text = "\n".join(finished_cells(runs))
+    text = "\n".join(finished_cells(finished(runs), len(runs)))
     assert text.count("| 1e13 | 64 | ") == (runs["status"] == "done").sum()
     assert f"{(runs['status'] == 'done').sum()} of {len(runs)} cells, which do not determine a law" in text
-    (axes,) = rate_law_figure(runs, None).axes
+    (axes,) = rate_law_figure(finished(runs), None).axes
     lines = {str(line.get_label()): len(line.get_xdata()) for line in axes.lines}
     assert lines == {"dense": 5, "peer": 5}, "of the usual batch and table rate, and no parabola"

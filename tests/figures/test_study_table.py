@@ -16,14 +16,13 @@ from peerscale.figures.answer import answer
 from peerscale.figures.figures import study_figures
 from peerscale.figures.markdown import signed_interval, table
 from peerscale.files import write_json
-from peerscale.records.curves import curves_table
 from peerscale.records.record import write_record
-from peerscale.records.study import collected, read_json
+from peerscale.records.study import collected
 from peerscale.records.table import read_runs
 from peerscale.stats.collection import fits_of
 from peerscale.stats.comparison import compare
-from peerscale.stats.curves_of_runs import method_names
-from peerscale.stats.fits import fit_study
+from peerscale.stats.curve import Curve, curves_of, finished, from_names
+from peerscale.stats.fits import fit_study, read_fits
 
 figures = script("figures")
 
@@ -37,7 +36,7 @@ LABELS = {"dense": "dense", "moe": "MoE (expert choice)", "moe_token_choice": "M
 def study(collected_runs: Path) -> Tables:
     files = collected(SWEEP, collected_runs)
     runs = read_runs(files.runs)
-    return runs.assign(name=method_names(runs)), read_json(files.fits)
+    return runs, read_fits(files.fits)
 
 
 def rows_of(lines: list[str]) -> dict[tuple[str, str], dict[str, str]]:
@@ -88,24 +87,22 @@ def test_flags_are_in_words(study: Tables) -> None:
 def test_sizes_outside_the_window_are_finished_and_not_fitted(study: Tables) -> None:
     runs, _ = study
     sizes = np.sort(runs.loc[(runs["method"] == "dense") & (runs["budget"] == 1e11), "flops_per_token"])
-    fits = compare(runs, [], windows={1e11: (sizes[1], 1e9)})
+    fits = from_names(compare(runs, [], windows={1e11: (sizes[1], 1e9)}))
     row = rows_of(table(study_table.optimum_rows(runs, fits)))["1e11", "dense"]
     assert row["sizes"] == "5 finished, 4 fitted"
-    window = study_table.fit_rows(runs, fits)[0]["FLOPs per token"]
+    window = study_table.fit_rows(finished(runs), fits)[0]["FLOPs per token"]
     assert window == f"{sizes[1]:.3g} to 1e9".replace("e+0", "e")
 
 
-@pytest.mark.parametrize("status", ["too_few", "outside_range", "curvature"])
+@pytest.mark.parametrize("status", ["outside_range", "curvature"])
 def test_a_degenerate_minimum_has_its_flag_and_no_number(study: Tables, status: str) -> None:
-    runs, fits = study
-    if status == "too_few":
-        sizes = np.sort(runs.loc[(runs["method"] == "dense") & (runs["budget"] == 1e11), "flops_per_token"])
-        fits = compare(runs, [], windows={1e11: (sizes[2], 1e9)})
-    elif status == "outside_range":
+    runs, _ = study
+    if status == "outside_range":
         slope = np.log10(runs["flops_per_token"])
-        fits = compare(runs.assign(val_loss=runs["val_loss"] + np.where(runs["method"] == "dense", 3 * slope, 0)), [])
+        changed = runs.assign(val_loss=runs["val_loss"] + np.where(runs["method"] == "dense", 3 * slope, 0))
     else:
-        fits = compare(runs.assign(val_loss=10 - runs["val_loss"]), [])
+        changed = runs.assign(val_loss=10 - runs["val_loss"])
+    fits = from_names(compare(changed, []))
     rows = rows_of(table(study_table.optimum_rows(runs, fits)))
     dense = rows["1e11", "dense"]
     assert (dense["optimal FLOPs per token"], dense["loss there"]) == ("—", "—")
@@ -117,7 +114,7 @@ def test_a_degenerate_minimum_has_its_flag_and_no_number(study: Tables, status: 
 
 def test_how_the_fits_came_out_is_told(study: Tables) -> None:
     runs, fits = study
-    entry, row = fits["budgets"][0], study_table.fit_rows(runs, fits)[0]
+    entry, row = fits["budgets"][0], study_table.fit_rows(finished(runs), fits)[0]
     f, p = entry["equality"]["f"], entry["equality"]["p"]
     assert row == {
         "budget": "1e11", "batch, sequences": "16", "FLOPs per token": "all",
@@ -129,11 +126,11 @@ def test_how_the_fits_came_out_is_told(study: Tables) -> None:
 
 def test_layers_are_told_by_their_settings(study: Tables) -> None:
     runs, _ = study
-    assert table(study_table.layer_rows(runs))[2:] == [
+    assert table(study_table.layer_rows(finished(runs)))[2:] == [
         "| MoE (expert choice) | 16 | — | — | 1 |", "| MoE (token choice) | 16 | — | 1 | — |",
         "| PKM | 4,096 | 4 | 32 | — |", "| PEER | 4,096 | 4 | 16 | — |",
     ]  # fmt: skip
-    assert study_table.layer_rows(runs[runs["method"] == "dense"]) == []
+    assert study_table.layer_rows(finished(runs[runs["method"] == "dense"])) == []
 
 
 def test_a_difference_of_one_size_says_what_its_interval_leaves_out() -> None:
@@ -145,16 +142,16 @@ def test_a_difference_of_one_size_says_what_its_interval_leaves_out() -> None:
 
 
 def test_growth_is_told_if_it_is_known(study: Tables) -> None:
-    runs, fits = study
+    runs, fits = finished(study[0]), study[1]
     assert "## Growth of the multiplier" not in study_table.at_the_optimum(runs, fits)
-    slope = {"method": "peer", "reference": "dense", "slope": 0.123, "low": 0.05, "high": 0.2}
+    slope = {"method": Curve("peer"), "slope": 0.123, "low": 0.05, "high": 0.2}
     assert "| PEER | +0.123 [+0.050, +0.200] |" in study_table.at_the_optimum(runs, {**fits, "growth": [slope]})
 
 
 def test_a_study_of_one_method_has_a_table(study: Tables) -> None:
     runs, _ = study
     alone = runs[runs["cell"].str.startswith("moe-")]
-    lines = table(study_table.optimum_rows(alone, compare(alone, [])))
+    lines = table(study_table.optimum_rows(alone, from_names(compare(alone, []))))
     rows = rows_of(lines)
     assert set(rows) == {("1e11", "MoE (expert choice)"), ("3e11", "MoE (expert choice)")}
     assert rows["1e11", "MoE (expert choice)"]["difference to dense [95 %]"] == "—"
@@ -164,7 +161,7 @@ def test_a_study_of_one_method_has_a_table(study: Tables) -> None:
 def test_a_study_with_nothing_finished_has_a_table(study: Tables) -> None:
     runs, _ = study
     nothing = runs[runs["status"] != "done"]
-    row = rows_of(table(study_table.optimum_rows(nothing, compare(nothing, []))))["3e11", "PEER"]
+    row = rows_of(table(study_table.optimum_rows(nothing, from_names(compare(nothing, [])))))["3e11", "PEER"]
     assert row["sizes"] == "0 finished, 0 fitted" and row["flags"] == "1 diverged"
     assert {row[column] for column in ("optimal FLOPs per token", "loss there", "loss with own curvature")} == {"—"}
 
@@ -181,7 +178,7 @@ def test_it_prints_the_answer_and_names_the_further_tables(
     assert figures.main([SWEEP, "--runs", str(collected_runs)]) == 0
     printed = capsys.readouterr().out
     study = collected(SWEEP, collected_runs)
-    written, said = study.table.read_text(), answer(read_json(study.fits))
+    written, said = study.table.read_text(), answer(read_fits(study.fits))
     assert written.splitlines()[:3] == [f"# {SWEEP}: losses at equal compute", "", f"**{said}**"]
     headings = [line.removeprefix("## ") for line in written.splitlines() if line.startswith("## ")]
     assert {"Differences", "Claims", "Compute multiplier"} <= set(headings)
@@ -232,7 +229,7 @@ def test_controls_whose_rates_follow_the_law_are_compared_with_dense_of_the_usua
     assert [name for name, _ in study_figures(study, runs)] == ["differences"]
     lines = study.table.read_text("utf-8").splitlines()
     rows = {line.split(" | ")[2]: line.split(" | ") for line in lines if line.startswith("| 1e13 | d_model 64")}
-    losses = runs.assign(name=method_names(runs)).groupby("name")["val_loss"].mean()
+    losses = runs.assign(name=curves_of(runs).map(str)).groupby("name")["val_loss"].mean()
     apart = losses["dense initial_output_scale=0.25"] - losses["dense"]
     assert rows["dense"][6] == "reference"
     assert rows["dense, initial output scale 0.25"][6].startswith(f"{apart:+.3f} [".replace("-", "−"))
@@ -245,8 +242,7 @@ def test_claims_at_one_size_are_told() -> None:
     runs = ablation_runs("experts")
     claims = ClaimsConfig(method="peer", rivals=["dense"])
     compared = compare(runs, ablation_records("experts"), claims=claims)
-    fits = fit_study(runs, compared)
-    text = study_table.study_table("experts", runs, {**fits, "answer": answer(fits)})
+    text = study_table.study_table("experts", runs, from_names(fit_study(runs, compared)))
     assert text.splitlines()[2].startswith("**At 1e13 FLOPs, d_model 64, 1,024 experts, BatchNorm, PEER leads dense (")
     assert "\n## Claims\n" in text and "p, corrected for 8 claims" in text
 
@@ -256,7 +252,7 @@ def test_the_best_rate_is_the_minimum_of_the_parabolas(tmp_path: Path, capsys: p
     losses = {"dense": (0.02, 4.0), "peer": (0.03, 3.95)}
     rows = [
         {
-            "sweep": "mine", "cell": f"{name}-d16-5e11-lr={lr:g}-s0", "axes": f'{{"optim.lr": {lr}}}',
+            "sweep": "mine", "cell": f"{name}-d16-5e11-lr={lr:g}-s0", "settings": f'{{"optim.lr": {lr}}}', "rate_factor": 1.0,
             "method": name, "variant": "", "size": "d16", "seed": 0, "budget": 5e11, "status": "done",
             "reason": "", "val_set": "tuning", "table_lr": np.nan, "lr": lr,
             "val_loss": best + 0.3 * np.log(lr / at) ** 2 + 1e-6 * (-1) ** i, "val_loss_se": 0.01,
@@ -268,7 +264,7 @@ def test_the_best_rate_is_the_minimum_of_the_parabolas(tmp_path: Path, capsys: p
     study = collected("mine", tmp_path)
     study.folder.mkdir(parents=True)
     pd.DataFrame(rows).to_csv(study.runs, index=False)
-    write_json(study.fits, fits_of("mine", pd.DataFrame(rows), curves_table(()), []))
+    write_json(study.fits, fits_of("mine", pd.DataFrame(rows), []))
     assert figures.main(["mine", "--runs", str(tmp_path)]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 5e11 | 16 |")]
     best = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
@@ -284,7 +280,7 @@ def test_an_uncollected_study_is_one_clear_line(tmp_path: Path, capsys: pytest.C
 def test_a_study_of_two_sizes_is_listed_size_by_size() -> None:
     runs = ablation_runs("active")
     two = pd.concat([runs, runs.assign(size="d48-h6", cell=runs["cell"] + " larger")], ignore_index=True)
-    fits = {**fit_study(two, compare(two, [])), "answer": "No claim."}
+    fits = from_names(fit_study(two, compare(two, [])))
     lines = study_table.study_table("mine", two, fits).splitlines()
     sizes = [line.split(" | ")[1] for line in lines if line.startswith("| 1e13 | d_model")]
     assert lines[0] == "# mine: settings at several sizes"

@@ -1,12 +1,11 @@
 """Where a study's files are found, and which fits are read."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from peerscale.errors import UserError
-from peerscale.records.study import collected, find_study, published, read_fits, read_json
+from peerscale.records.study import collected, find_study, published, read_json
 
 
 def test_collected_study_comes_before_the_published_one(tmp_path: Path) -> None:
@@ -27,15 +26,3 @@ def test_broken_json_is_one_clear_line(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(UserError, match=r"fits\.json: not JSON"):
         read_json(path)
-
-
-def test_fits_of_another_version_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "fits.json"
-
-    whole = dict.fromkeys(("answer", "budgets", "claims", "multipliers", "laws", "rates", "growth"), "")
-    path.write_text(json.dumps(whole))
-    assert read_fits(path) == whole
-    for other in ({key: whole[key] for key in whole if key != "rates"}, {"dense": {"law": "isoflop"}}, [], 3):
-        path.write_text(json.dumps(other))
-        with pytest.raises(UserError, match=r"fits\.json: not the fits of a study .* make figures"):
-            read_fits(path)

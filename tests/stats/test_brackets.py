@@ -9,16 +9,15 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from made_up_study import LADDER, SIZES, curves, run
-from peerscale.files import ROOT
-from peerscale.records.table import read_runs
+from made_up_study import LADDER, SIZES, curves, run, with_columns
 from peerscale.stats import frontiers
 from peerscale.stats.brackets import fit_rate_brackets
 from peerscale.stats.comparison import compare
-from peerscale.stats.curves_of_runs import are_brackets, without_brackets
+from peerscale.stats.curve import to_names, without_brackets
 from peerscale.stats.fits import fit_study
 from peerscale.stats.rate_law import fit_rates
 from peerscale.stats.rate_parabolas import fit_brackets
+from toy_study import settings_text
 
 K = 0.06
 """Nats per squared factor of e."""
@@ -41,7 +40,7 @@ def study(
                     change = K * ((math.log(factor) - off[str(method)]) ** 2 - off[str(method)] ** 2)
                     loss = cell["val_loss"] + change + math.sqrt(2) * noise * draw()
                     rows.append(run(str(method), float(str(budget)), loss, x=x, size=cell["size"], seed=cell["seed"],
-                                    settings=f"lr_factor={factor:g}", lr=0.01 * factor))  # fmt: skip
+                                    rate_factor=factor, lr=0.01 * factor))  # fmt: skip
     return pd.concat([main, pd.DataFrame(rows)], ignore_index=True)
 
 
@@ -55,7 +54,7 @@ def difference(found: dict[str, Any], budget: float = 1e12) -> dict[str, Any]:
 
 def test_exact_brackets_are_recovered() -> None:
     off = {"dense": 0.3, "peer": -0.5}
-    found = fit_rate_brackets(study(off))
+    found = to_names(fit_rate_brackets(study(off)))
     assert found is not None and found["curvature"] == pytest.approx(K) and found["df"] == 4 - 1
     assert [(one["budget"], one["method"]) for one in found["each"]] == [(1e12, "dense"), (1e12, "peer")] * 2
     for one in found["each"]:
@@ -113,7 +112,7 @@ def test_brackets_are_no_points_of_curves() -> None:
     """Whatever their losses are, only errors change by them."""
     runs = study({"dense": 0.3, "peer": -0.5}, noise=0.003)
     main = without_brackets(runs)
-    assert len(main) == 10 and are_brackets(runs).sum() == 8
+    assert len(main) == 10 and (runs["rate_factor"] != 1).sum() == 8
     with_them, without = (
         fit_study(table, compare(table.assign(ppl_x=1.0), [])) for table in (with_columns(runs), with_columns(main))
     )
@@ -127,13 +126,6 @@ def test_brackets_are_no_points_of_curves() -> None:
         same = one.keys() - {"rate_se", "se", "df", "low", "high", "p", "own", "sets"}
         assert {k: one[k] for k in same} == {k: other[k] for k in same} and other["rate_se"] is None
         assert one["se"] > other["se"]
-
-
-def with_columns(runs: pd.DataFrame) -> pd.DataFrame:
-    """The columns of a whole table that the laws ask for."""
-    columns = dict.fromkeys(("flops_attention_scores", "flops_attention_values", "table_lr"), 0.0)
-    named = dict.fromkeys(("params_active", "params_total"), runs["flops_per_token"] / 6)
-    return runs.assign(**columns, **named, tokens=1e7, d_model=64, batch_sequences=16)
 
 
 def test_the_error_is_the_root_mean_square_of_gains_and_their_errors() -> None:
@@ -167,7 +159,7 @@ def test_the_error_is_the_root_mean_square_of_gains_and_their_errors() -> None:
 def test_what_is_not_bracketed_has_the_stated_cost_or_nothing() -> None:
     true = TRUE | {("dense", 3e12): 4.2, ("peer", 3e12): 4.15}
     runs = study({"dense": 0.3}, true=true, noise=0.002)
-    runs = runs[~(are_brackets(runs) & (runs["budget"] == 3e12))]
+    runs = runs[~((runs["rate_factor"] != 1) & (runs["budget"] == 3e12))]
     known = {e["budget"]: e for e in compare(runs, [])["budgets"]}
     assert [m["rate_se"] is None for m in known[1e12]["methods"]] == [False, True]
     assert [m["rate_se"] for m in known[3e12]["methods"]] == [None, None]
@@ -216,7 +208,7 @@ def test_one_size_is_compared_with_the_error_of_rates() -> None:
     ]  # fmt: skip
     rows += [
         run(m, 3e12, loss + K * math.log(f) ** 2 + 0.001 * (m == "peer") * (f > 1), size="d64", lr=0.01 * f,
-            settings=f"lr_factor={f:g}")
+            rate_factor=f)
         for m, loss in (("dense", 4.5), ("peer", 4.47)) for f in (0.5, 2.0)
     ]  # fmt: skip
     found = compare(pd.DataFrame(rows), [])
@@ -227,7 +219,7 @@ def test_one_size_is_compared_with_the_error_of_rates() -> None:
 
 def test_brackets_that_determine_nothing_give_no_error_and_are_told() -> None:
     flat = study({"dense": 0.0, "peer": 0.0}, noise=0.0)
-    flat.loc[are_brackets(flat), "val_loss"] -= 0.2  # lower on both sides
+    flat.loc[flat["rate_factor"] != 1, "val_loss"] -= 0.2  # lower on both sides
     found = compare(flat, [])
     assert found["rates"]["brackets"]["each"][0]["best"] is None and difference(found)["rate_se"] is None
     single = study({"dense": 0.3}, bracketed=slice(2, 3), noise=0.003)
@@ -242,19 +234,10 @@ def test_brackets_that_determine_nothing_give_no_error_and_are_told() -> None:
 def test_a_bracket_wants_its_finished_cell_at_the_usual_rate() -> None:
     runs = study({"dense": 0.3, "peer": -0.5}, noise=0.001)
     first = runs["flops_per_token"] == SIZES[1]
-    failed = runs.assign(status=runs["status"].mask(first & ~are_brackets(runs), "failed"))
+    failed = runs.assign(status=runs["status"].mask(first & ~(runs["rate_factor"] != 1), "failed"))
     half = runs.assign(val_loss=runs["val_loss"].mask(first & (runs["lr"] < 0.01), math.nan))
     assert [len(found["each"]) for table in (runs, failed, half) if (found := fit_rate_brackets(table))] == [4, 2, 4]
     assert fit_rate_brackets(without_brackets(runs)) is None
-
-
-def test_a_method_whose_cells_all_have_factors_brackets_nothing() -> None:
-    """There the factor is a setting, and each of its values has a curve."""
-    runs = study({"peer": 0.2}, bracketed=slice(None))
-    all_have = runs[(runs["method"] == "dense") | are_brackets(runs)]
-    assert not are_brackets(all_have).any()
-    names = [m["name"] for m in compare(all_have, [])["budgets"][0]["methods"]]
-    assert names == ["dense", "peer lr_factor=0.5", "peer lr_factor=2"]
 
 
 def test_other_axes_keep_brackets_apart() -> None:
@@ -271,15 +254,4 @@ def test_other_axes_keep_brackets_apart() -> None:
 
 
 def renamed(runs: pd.DataFrame, settings: str) -> pd.DataFrame:
-    key, _, value = settings.partition("=")
-    axes = [json.dumps({key: int(value)} | (json.loads(text) if text else {})) for text in runs["axes"]]
-    return runs.assign(axes=axes, cell=runs["cell"] + settings)
-
-
-def test_studies_published_before_brackets_have_none() -> None:
-    """So their fits are what they were: nothing of brackets enters a study without any."""
-    later = {"isoflop_cpu"}
-    for file in sorted((ROOT / "results").glob("*/runs.csv")):
-        if file.parent.name in later:
-            continue
-        assert not are_brackets(read_runs(file)).any() and fit_rate_brackets(read_runs(file)) is None
+    return runs.assign(settings=settings_text(settings), cell=runs["cell"] + settings)

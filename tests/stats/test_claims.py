@@ -45,22 +45,30 @@ def test_two_claims_at_one_budget_do_not_stand_for_one_at_another() -> None:
     assert min(c["p_holm"] for c in found) == pytest.approx(3 * found[0]["p"])
 
 
-def test_without_a_named_family_peer_is_compared_with_all() -> None:
+@pytest.mark.parametrize("baseline", ["dense", "moe"])
+def test_without_a_named_family_every_method_is_compared_with_the_baseline(baseline: str) -> None:
     runs = curves({(m, c): v for (m, _), v in FIVE.items() for c in LADDER[:2]}, noise=0.004)
-    found = compare(runs, [])
-    assert [(c["budget"], c["rival"]) for c in found["claims"]] == [
-        (c, r) for c in LADDER[:2] for r in ("dense", "moe")
-    ]
+    found = compare(runs, [], baseline=baseline)
+    methods = [method for method, _ in FIVE if method != baseline]
+    assert [(c["budget"], c["method"]) for c in found["claims"]] == [(c, m) for c in LADDER[:2] for m in methods]
+    assert {c["rival"] for c in found["claims"]} == {baseline}
     by_hand, largest = {}, 0.0
     for i, p in enumerate(sorted(c["p"] for c in found["claims"])):
         largest = by_hand[p] = max(largest, min(1, (4 - i) * p))
     assert {c["p"]: pytest.approx(c["p_holm"]) for c in found["claims"]} == by_hand
     for claim in found["claims"]:
-        turned = of(found, claim["rival"], "peer", claim["budget"])
-        assert (claim["value"], claim["low"], claim["high"]) == pytest.approx(
-            (-turned["value"], -turned["high"], -turned["low"])
-        )
+        one = of(found, claim["method"], baseline, claim["budget"])
+        assert [claim[k] for k in ("value", "low", "high")] == [one[k] for k in ("value", "low", "high")]
         assert claim["low"] < claim["value"] < claim["high"]
+
+
+def test_a_claim_may_be_the_negative_of_a_difference() -> None:
+    """Dense is the baseline, and what is claimed."""
+    runs = curves(FIVE, noise=0.004)
+    (claim,) = compare(runs, [], claims=ClaimsConfig(method="dense", rivals=["peer"]))["claims"]
+    (turned,) = compare(runs, [], claims=ClaimsConfig(method="peer", rivals=["dense"]))["claims"]
+    assert [claim[k] for k in ("value", "low", "high")] == [-turned[k] for k in ("value", "high", "low")]
+    assert (claim["p"], claim["leads"], turned["leads"]) == (turned["p"], False, True)
 
 
 def test_a_lead_is_lower_and_a_worse_method_never_leads() -> None:

@@ -3,6 +3,9 @@
 import itertools
 import json
 import math
+import random
+import re
+import string
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +15,17 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from made_up_study import LADDER, SIZES, bowl, curves, ladder, record, run, with_sequences
+from made_up_study import LADDER, SIZES, bowl, curves, ladder, record, run, with_columns, with_sequences
 from own_variances import own_variances
 from peerscale.config.study import ClaimsConfig
 from peerscale.data.batches import EvaluationBatches
 from peerscale.files import write_json
 from peerscale.records.record import Status
+from peerscale.stats import frontiers
 from peerscale.stats.comparison import compare, sequence_losses
+from peerscale.stats.fits import fit_study
 
+CLAIMS = ClaimsConfig(method="peer", rivals=["dense", "moe"])
 FIVE = {("dense", 1e12): 4.50, ("moe", 1e12): 4.49, ("peer", 1e12): 4.46}
 
 
@@ -47,7 +53,7 @@ def minima(runs: pd.DataFrame, losses: np.ndarray) -> dict[str, float]:
 
 
 def test_exact_parabolas_are_recovered() -> None:
-    found = compare(curves(FIVE | {("dense", 3e12): 4.2, ("peer", 3e12): 4.15}), [])
+    found = compare(curves(FIVE | {("dense", 3e12): 4.2, ("peer", 3e12): 4.15}), [], claims=CLAIMS)
     for entry in found["budgets"]:
         optimum = 7.5e5 * (entry["budget"] / 1e12) ** 0.5
         for method in entry["methods"]:
@@ -65,7 +71,7 @@ def test_exact_parabolas_are_recovered() -> None:
 
 def test_differences_of_noisy_curves_share_one_curvature() -> None:
     runs = curves(FIVE, noise=0.005)
-    found, expected = compare(runs, []), minima(runs, runs["val_loss"].to_numpy())
+    found, expected = compare(runs, [], claims=CLAIMS), minima(runs, runs["val_loss"].to_numpy())
     for pair in (("peer", "dense"), ("moe", "dense"), ("moe", "peer"), ("dense", "peer")):
         one = of(found, *pair)
         assert one["value"] == pytest.approx(expected[pair[0]] - expected[pair[1]], abs=1e-9)
@@ -92,28 +98,31 @@ def test_one_window_leaves_out_the_same_sizes_of_all_methods() -> None:
 
 
 def test_no_number_no_difference() -> None:
-    """A minimum beyond the sizes, a curve of three sizes: their status is told, and no comparison made."""
+    """Of a minimum beyond the sizes the status is told, and no comparison made."""
     runs = curves(FIVE, noise=0.002)
     beyond = [run("pkm", 1e12, bowl(x, 4.4, at=4e6), x=x) for x in SIZES]
-    few = [run("wide", 1e12, bowl(x, 4.4), x=x) for x in SIZES[:3]]
     edge = [run("null", 1e12, bowl(x, 4.6, at=1.7e6), x=x) for x in SIZES]
-    found = compare(pd.concat([runs, pd.DataFrame(beyond + few + edge)], ignore_index=True), [])
+    found = compare(pd.concat([runs, pd.DataFrame(beyond + edge)], ignore_index=True), [])
     methods = {m["name"]: m for m in found["budgets"][0]["methods"]}
     assert {name: m["status"] for name, m in methods.items()} == {
-        "dense": "ok", "moe": "ok", "peer": "ok", "pkm": "outside_range", "wide": "too_few", "null": "off_centre",
+        "dense": "ok", "moe": "ok", "peer": "ok", "pkm": "outside_range", "null": "off_centre",
     }  # fmt: skip
-    for name in ("pkm", "wide"):
-        assert methods[name]["loss"] is None and methods[name]["x"] is None and "se" not in methods[name]
-        assert "value" not in of(found, name, "dense") and name in of(found, name, "dense")["note"]
-        assert name not in {m["method"] for m in found["multipliers"]} | {c["rival"] for c in found["claims"]}
+    assert methods["pkm"]["loss"] is None and methods["pkm"]["x"] is None and "se" not in methods["pkm"]
+    assert "value" not in of(found, "pkm", "dense") and "pkm" in of(found, "pkm", "dense")["note"]
+    assert "pkm" not in {m["method"] for m in found["multipliers"] + found["claims"]}
     assert methods["null"]["loss"] == pytest.approx(4.6, abs=0.01)
     assert of(found, "null", "dense")["value"] == pytest.approx(0.1, abs=0.01)
     assert compare(curves({("dense", 1e12): 4.5}, noise=0.01), [])["budgets"][0]["differences"] == []
 
 
 def test_a_window_that_leaves_no_curve() -> None:
+    """All methods are then compared at each size."""
     found = compare(curves(FIVE), [], windows={1e12: (4e5, 8e5)})
-    assert found["budgets"] == [{"budget": 1e12, "window": [4e5, 8e5], "methods": [], "differences": []}]
+    (entry,) = found["budgets"]
+    assert entry["window"] == [4e5, 8e5] and entry["methods"] == []
+    assert [one["size"] for one in entry["differences"] if one["method"] == "peer"] == [
+        f"d{x / 1e4:.0f}" for x in SIZES
+    ]
     assert found["claims"] == found["multipliers"] == [] and found["laws"] == {}
 
 
@@ -211,7 +220,7 @@ def test_budgets_of_different_sequences_are_drawn_together() -> None:
 
 def test_what_is_common_to_all_methods_leaves_no_error_of_a_difference() -> None:
     runs, records, _ = with_sequences(curves(FIVE, noise=0.004), own=0.0)
-    found = compare(runs, records)
+    found = compare(runs, records, claims=CLAIMS)
     for pair in (("peer", "dense"), ("moe", "peer")):
         assert of(found, *pair)["sequences_se"] < 1e-12
         assert of(found, *pair)["se"] == pytest.approx(of(found, *pair)["fit_se"])
@@ -320,13 +329,17 @@ def test_seeds_of_one_size_give_welchs_two_sample_test() -> None:
     assert (claim["size"], claim["p"], claim["p_holm"]) == ("d64", one["p"], one["p"])
 
 
-def test_a_method_without_a_curve_is_compared_at_its_sizes_and_claims_nothing() -> None:
+@pytest.mark.parametrize("sizes", [["d48", "d75"], ["d48", "d75", "d120"]])
+def test_a_method_without_a_curve_is_compared_at_its_sizes_and_claims_nothing(sizes: list[str]) -> None:
+    """Three sizes, too few for a curve, tell no less than two."""
     whole = curves(FIVE, noise=0.004, seeds=2, seed_sd=0.004)
-    runs = whole[(whole["method"] != "moe") | whole["flops_per_token"].isin(SIZES[1:3])]
-    found, without = compare(runs, []), compare(runs[runs["method"] != "moe"], [])
+    runs = whole[(whole["method"] != "moe") | whole["size"].isin(sizes)]
+    claims = ClaimsConfig(method="peer", rivals=["dense"])
+    found, without = (compare(table, [], claims=claims) for table in (runs, runs[runs["method"] != "moe"]))
     assert [(d["method"], d["reference"], d["size"]) for d in found["budgets"][0]["differences"] if d["size"]] == [
-        ("moe", "dense", "d48"), ("moe", "peer", "d48"), ("moe", "dense", "d75"), ("moe", "peer", "d75"),
-    ]  # fmt: skip
+        ("moe", reference, size) for size in sizes for reference in ("dense", "peer")
+    ]
+    assert [m["name"] for m in found["budgets"][0]["methods"]] == ["dense", "peer"]
     here = {m: runs.loc[(runs["method"] == m) & (runs["size"] == "d48"), "val_loss"] for m in ("dense", "moe", "peer")}
     one = of(found, "moe", "dense", size="d48")
     assert one["value"] == pytest.approx(here["moe"].mean() - here["dense"].mean())
@@ -398,6 +411,64 @@ def test_batchnorm_on_queries_is_compared_with_the_same_layer_without() -> None:
         "peer n_experts=1024-query_norm=true": -0.01, "peer n_experts=4096-query_norm=true": 0.02,
     }  # fmt: skip
     assert all(d["reference"] == d["method"].replace("true", "false") for d in entry["differences"])
+
+
+def test_fewer_sizes_are_a_curve_if_the_study_says_so() -> None:
+    runs = curves(FIVE, sizes=SIZES[1:4])
+    assert compare(runs, [])["budgets"][0]["methods"] == []
+    three, two = (compare(table, [], min_sizes=2) for table in (runs, runs[runs["flops_per_token"] < SIZES[3]]))
+    assert of(three, "peer", "dense")["value"] == pytest.approx(-0.04)
+    assert three["claims"] and two["budgets"][0]["methods"] == two["claims"] == [], "two sizes determine no parabola"
+
+
+def test_each_setting_is_compared_with_the_usual_ones_of_its_method() -> None:
+    rows = [run(*of.split(" ")[:1], 1e12, 4.5 - 0.01 * i, size="d64", settings=of.partition(" ")[2])
+            for i, of in enumerate(("pkm", "pkm ffn.top_k=8", "pkm ffn.top_k=64", "peer ffn.top_k=8"))]  # fmt: skip
+    (entry,) = compare(pd.DataFrame(rows), [], baseline="dense")["budgets"]
+    assert {(d["method"], d["reference"]): round(d["value"], 6) for d in entry["differences"]} == {
+        ("pkm top_k=8", "pkm"): -0.01, ("pkm top_k=64", "pkm"): -0.02,
+    }  # fmt: skip
+
+
+def renamed(value: Any, names: dict[str, str]) -> Any:
+    """JSON with other names of methods, wherever they stand."""
+    text = json.dumps(value)
+    for old, new in names.items():
+        text = re.sub(rf'"{old}(?=["/ ])', f'"{new}', text)
+    return json.loads(text)
+
+
+def test_methods_with_other_names_have_the_same_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names made of random letters, even for the baseline: nothing is known of a method by its name."""
+    monkeypatch.setattr(frontiers, "DRAWS", 20)
+    monkeypatch.setattr("peerscale.stats.fits.RESAMPLES", 2)
+    methods = ("dense", "moe", "moe_token_choice", "pkm", "peer")
+    letters = random.Random(5)
+    names = {method: "".join(letters.choices(string.ascii_lowercase, k=7)) for method in methods}
+    lowest = {
+        (m, c): 40 * (g * c) ** -0.07 for c in LADDER for m, g in zip(methods, (1, 1.2, 1.1, 1.3, 1.5), strict=True)
+    }
+    lowest |= {("peer ffn.n_experts=16384", c): 3.0 + 40 * (1.6 * c) ** -0.07 - 3.0 for c in LADDER[:3]}
+    main = with_columns(curves(lowest, noise=0.003, seeds=2, seed_sd=0.003)).assign(lr=0.01)
+    at = main[(main["budget"] == 1e12) & main["size"].isin(["d48", "d75"]) & (main["settings"] == "")]
+    brackets = [at.assign(rate_factor=f, lr=0.01 * f, cell=at["cell"] + f"{f}", val_loss=at["val_loss"] + 0.01 * f)
+                for f in (0.5, 2.0)]  # fmt: skip
+    two_sizes = (
+        main[main["method"] == "pkm"].query("size == 'd48' or size == 'd75'").assign(settings='{"ffn.top_k": 8}')
+    )
+    runs = pd.concat([main, *brackets, two_sizes], ignore_index=True)
+    runs, records, _ = with_sequences(runs.assign(cell=[f"c{i}" for i in range(len(runs))]), n=32)
+    for claims in (None, ClaimsConfig(method="peer", rivals=["dense", "pkm"], equal_within=0.02)):
+        fits = []
+        for of in (lambda name: name, names.get):
+            ours = claims and ClaimsConfig(
+                method=of(claims.method), rivals=[of(rival) for rival in claims.rivals], equal_within=0.02
+            )
+            table = runs.assign(method=runs["method"].map(of))
+            fits.append(fit_study(table, compare(table, records, baseline=of("dense"), claims=ours, rates_cost=0.01)))
+        assert fits[0]["claims"] and fits[0]["multipliers"] and fits[0]["growth"] and fits[0]["conventions"]
+        assert fits[0]["rates"]["brackets"] and f"{methods[-1]}/parametric" in fits[0]["laws"]
+        assert renamed(fits[0], names) == fits[1]
 
 
 def test_everything_is_plain_json(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Multipliers with compute counted anew, where each convention counts a known share of a method's FLOPs."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from made_up_study import curves, run
 from peerscale.stats.comparison import compare
 from peerscale.stats.conventions import flops_by_convention, multipliers_by_convention
+from peerscale.stats.curve import finished, from_names, to_names
 
 LADDER = [1e12, 3e12, 1e13]
 GAIN = 1.5
@@ -25,6 +28,11 @@ def study(shares: dict[str, float]) -> pd.DataFrame:
     )  # fmt: skip
 
 
+def by_convention(runs: pd.DataFrame) -> list[dict[str, Any]]:
+    budgets = from_names(compare(runs, []))["budgets"]
+    return to_names(multipliers_by_convention(finished(runs), budgets, "dense"))
+
+
 def test_each_convention_counts_what_it_says() -> None:
     parts = {"flops_attention_scores": 100.0, "flops_attention_values": 60.0, "flops_router": 40.0, "flops_query": 7.0}
     row = run("moe", 1e12, 4.5, x=1000.0, params_active=50, params_total=90, **parts)
@@ -37,7 +45,7 @@ def test_each_convention_counts_what_it_says() -> None:
 
 def test_a_share_of_the_compute_scales_the_multiplier() -> None:
     runs = study({"dense": 0.8, "peer": 0.5})
-    found = multipliers_by_convention(runs, compare(runs, [])["budgets"])
+    found = by_convention(runs)
     assert [(row["method"], row["budget"]) for row in found] == [("peer", c) for c in LADDER]
     for row in found:
         assert row["multipliers"] == pytest.approx({
@@ -49,18 +57,16 @@ def test_a_share_of_the_compute_scales_the_multiplier() -> None:
 def test_settings_of_dense_are_not_compared_with_dense() -> None:
     """As in the multipliers of the study, where dense with other settings is a reference only."""
     runs = study({"dense": 0.8, "peer": 0.5})
-    other = runs[runs["method"] == "dense"].assign(axes='{"optim.schedule": "wsd"}')
+    other = runs[runs["method"] == "dense"].assign(settings='{"optim.schedule": "wsd"}')
     both = pd.concat([runs, other], ignore_index=True)
-    assert {row["method"] for row in multipliers_by_convention(both, compare(both, [])["budgets"])} == {"peer"}
+    assert {row["method"] for row in by_convention(both)} == {"peer"}
 
 
 def test_as_counted_is_the_studys_own_multiplier() -> None:
     runs = study({"dense": 0.8, "peer": 0.5})
     noisy = runs.assign(val_loss=runs["val_loss"] + np.random.default_rng(0).normal(0, 0.004, len(runs)))
     found = compare(noisy, [])
-    counted = {
-        row["budget"]: row["multipliers"]["as counted"] for row in multipliers_by_convention(noisy, found["budgets"])
-    }
+    counted = {row["budget"]: row["multipliers"]["as counted"] for row in by_convention(noisy)}
     assert {m["budget"]: m["multiplier"] for m in found["multipliers"]} == pytest.approx(counted)
 
 
@@ -69,7 +75,7 @@ def test_a_share_between_two_sizes_is_log_linear() -> None:
     runs = study({"dense": 1.0, "peer": 1.0})
     x = runs["flops_per_token"]
     growing = runs.assign(params_active=np.where(runs["method"] == "dense", x, x * (x / 7.5e5) ** 0.5) / 6)
-    found = multipliers_by_convention(growing, compare(growing, [])["budgets"])
+    found = by_convention(growing)
     counted = {row["budget"]: row["multipliers"]["6 x active parameters"] for row in found}
     # PEER's optimum is 7.5e5 (C / 1e12)^(1/2), so its compute counts C (C / 1e12)^(1/4): slower gains per counted FLOP.
     peers = {c: c * (c / 1e12) ** 0.25 for c in LADDER}
@@ -82,9 +88,9 @@ def test_a_share_between_two_sizes_is_log_linear() -> None:
 def test_nothing_to_count_without_dense_or_minima() -> None:
     runs = study({"dense": 1.0, "peer": 1.0})
     peer = runs[runs["method"] == "peer"]
-    assert multipliers_by_convention(peer, compare(peer, [])["budgets"]) == []
+    assert by_convention(peer) == []
     two_sizes = runs[runs["flops_per_token"] < 5e5]
-    assert multipliers_by_convention(two_sizes, compare(two_sizes, [])["budgets"]) == []
+    assert by_convention(two_sizes) == []
     one = runs[runs["budget"] == 1e12]
-    (row,) = multipliers_by_convention(one, compare(one, [])["budgets"])
+    (row,) = by_convention(one)
     assert np.isnan(list(row["multipliers"].values())).all()

@@ -11,10 +11,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "figures"))
 
 from synthetic_surface import BUDGETS, GRID, SURFACE, surface_runs
 
+from peerscale.errors import UserError
 from peerscale.files import write_json
-from peerscale.records.study import read_fits
 from peerscale.stats.comparison import compare
-from peerscale.stats.fits import fit_study
+from peerscale.stats.curve import from_names
+from peerscale.stats.fits import fit_study, read_fits
 
 Fits = dict[str, Any]
 WINDOWS = {
@@ -33,9 +34,16 @@ def test_every_method_has_every_law(fits: Fits, tmp_path: Path) -> None:
     for name in ("dense", "peer"):
         laws = {key: fit["law"] for key, fit in fits["laws"].items() if fit["method"] == name}
         assert laws == {name: "isoflop", f"{name}/parametric": "parametric"}
-    written = {**fits, "answer": "none"}
-    write_json(tmp_path / "fits.json", written)
-    assert read_fits(tmp_path / "fits.json") == json.loads(json.dumps(written)) == written
+    write_json(tmp_path / "fits.json", fits)
+    assert json.loads((tmp_path / "fits.json").read_text()) == fits
+    assert read_fits(tmp_path / "fits.json") == from_names(fits)
+
+
+def test_fits_of_another_version_are_refused(fits: Fits, tmp_path: Path) -> None:
+    for other in ({key: value for key, value in fits.items() if key != "curves"}, {"dense": {"law": "x"}}, [], 3):
+        write_json(tmp_path / "fits.json", other)
+        with pytest.raises(UserError, match=r"fits\.json: not the fits of a study .* make figures"):
+            read_fits(tmp_path / "fits.json")
 
 
 def test_the_surface_and_both_exponents_are_recovered_with_intervals(fits: Fits) -> None:

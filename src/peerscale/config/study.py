@@ -17,6 +17,10 @@ from peerscale.types import STRICT, Positive, Rate, Seed
 RATE_FACTOR = "optim.lr_factor"
 """The axis of cells that bracket a learning rate: the same cell at a multiple of its rate."""
 
+MIN_SIZES = 4
+"""Sizes for a method's curve at a budget if a study asks for no other number: one more than a parabola has
+coefficients."""
+
 
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, int | str) else value
@@ -127,10 +131,10 @@ class SweepConfig:
     method's file. Names of cells do not tell them."""
     baseline: str = "dense"
     """The method that all others are compared with."""
-    min_sizes: Positive = 4
-    """Fewest sizes for a method's curve at a budget."""
+    min_sizes: Positive = MIN_SIZES
+    """Fewest sizes for a method's curve at a budget; with fewer it is compared at each size that it shares."""
     claims: ClaimsConfig | None = None
-    """What the study claims; null: PEER against every other method where there are curves."""
+    """What the study claims; null: every method against the baseline where there are curves."""
     trend_from: Rate | None = None
     """Smallest budget that the growth of multipliers uses; null: the smallest of the grid."""
     held_out: list[Positive] = Field(default_factory=list)

@@ -7,6 +7,7 @@ from peerscale.figures.markdown import plus_minus
 from peerscale.figures.style import in_words, label, ordered, size_label
 from peerscale.plan.cell_names import budget_name
 from peerscale.stats.claims import FAMILY_LEVEL
+from peerscale.stats.curve import Curve
 
 Claim = Mapping[str, Any]
 
@@ -17,14 +18,14 @@ UNDECIDED = "cannot be told apart from"
 
 
 def answer(fits: Mapping[str, Any]) -> str:
-    """A sentence for each size and variant that a claim at the largest budget is about; `No claim.` without claims."""
+    """A sentence for each size and curve that a claim at the largest budget is about; `No claim.` without claims."""
     claims = fits["claims"]
     largest = max((claim["budget"] for claim in claims), default=None)
-    places: dict[tuple[str, str], list[Claim]] = {}
+    places: dict[tuple[str, Curve], list[Claim]] = {}
     for claim in claims:
         if claim["budget"] == largest:
-            places.setdefault((claim["size"], claim["method"].partition(" ")[2]), []).append(claim)
-    return " ".join(_sentence(found, size, settings) for (size, settings), found in places.items()) or "No claim."
+            places.setdefault((claim["size"], claim["method"]), []).append(claim)
+    return " ".join(_sentence(found, size, curve) for (size, curve), found in places.items()) or "No claim."
 
 
 def outcome(claim: Claim) -> str:
@@ -38,7 +39,7 @@ def outcome(claim: Claim) -> str:
     return EQUALS if claim.get("equal") else UNDECIDED
 
 
-def _sentence(claims: Sequence[Claim], size: str, settings: str) -> str:
+def _sentence(claims: Sequence[Claim], size: str, curve: Curve) -> str:
     """`At 3e12 FLOPs PEER leads dense (−0.034 ± 0.015) and cannot be told apart from PKM (...).`"""
     by_rival = {claim["rival"]: claim for claim in claims}
     ranked = [by_rival[rival] for rival in ordered(by_rival)]
@@ -46,15 +47,15 @@ def _sentence(claims: Sequence[Claim], size: str, settings: str) -> str:
     for verb in (LEADS, TRAILS, EQUALS, UNDECIDED):
         if some := [f"{_rival(claim)} ({plus_minus(claim)})" for claim in ranked if outcome(claim) == verb]:
             parts.append(f"{verb} {_listed(some)}")
-    where = [f"At {budget_name(claims[0]['budget'])} FLOPs", size_label(size), in_words(settings)]
-    method = label(claims[0]["method"].partition(" ")[0])
-    return f"{', '.join(filter(None, where))}{',' * bool(size or settings)} {method} {', and '.join(parts)}."
+    where = [f"At {budget_name(claims[0]['budget'])} FLOPs", size_label(size), in_words(curve)]
+    comma = "," if size or curve.settings else ""
+    return f"{', '.join(filter(None, where))}{comma} {label(curve.plain)} {', and '.join(parts)}."
 
 
 def _rival(claim: Claim) -> str:
     """Name of the rival, with its settings if they are not those of the method."""
-    rival, _, settings = claim["rival"].partition(" ")
-    return label(rival if settings == claim["method"].partition(" ")[2] else claim["rival"])
+    rival: Curve = claim["rival"]
+    return label(rival.plain if rival.settings == claim["method"].settings else rival)
 
 
 def _listed(texts: Iterable[str]) -> str:

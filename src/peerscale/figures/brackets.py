@@ -50,15 +50,15 @@ def brackets_figure(fits: Fits) -> Figure | None:
     if found is None:
         return None
     places = list(dict.fromkeys((one["budget"], one["size"]) for one in found["each"]))
-    names = style.ordered(one["method"] for one in found["each"])
-    colours = style.colours(names)
+    curves = style.ordered(one["method"] for one in found["each"])
+    colours = style.colours(curves)
     figure, panels = style.panels(len(places), height=2.1)
     for axes, place in zip(panels, places, strict=True):
         here = [one for one in found["each"] if (one["budget"], one["size"]) == place]
         tried = sorted({float(factor) for one in here for factor in one["losses"]})
         x = np.geomspace(tried[0], tried[-1], 100)
         for one in here:
-            colour, name = colours[one["method"]], one["method"]
+            colour, name = colours[one["method"]], str(one["method"])
             factors, losses = [float(f) for f in one["losses"]], [*one["losses"].values()]
             style.points(axes, factors, losses, color=colour, label=name, zorder=6)
             if one["best"] is None:
@@ -71,5 +71,5 @@ def brackets_figure(fits: Fits) -> Figure | None:
         axes.set_xlabel("factor of the usual rate")
         style.decade_axis(axes.xaxis, tried, "{:g}".format)
     style.label_left(panels, "loss (nats per token)")
-    style.method_legend(figure, names)
+    style.method_legend(figure, curves)
     return figure

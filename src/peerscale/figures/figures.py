@@ -1,6 +1,7 @@
-"""The figures of a study; its axes besides method, size and budget decide which ones it has."""
+"""The figures of a study; its settings decide which ones it has."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -13,62 +14,69 @@ from peerscale.figures.differences import differences_figure
 from peerscale.figures.frontier import frontier_figure
 from peerscale.figures.isoflop import isoflop_figure
 from peerscale.figures.multipliers import multipliers_figure
-from peerscale.figures.published import read_published
+from peerscale.figures.published import LAYER, read_published
 from peerscale.figures.rate_law import rate_law_figure
 from peerscale.figures.study_table import compares_curves
 from peerscale.records.curves import CURVES
-from peerscale.records.study import Study, read_fits
+from peerscale.records.study import Study
 from peerscale.records.table import read_table
-from peerscale.stats.curves_of_runs import method_names, usable, without_brackets
+from peerscale.stats.curve import finished
+from peerscale.stats.fits import read_fits
 from peerscale.stats.rates import tries_rates
 
 DEFAULT_X = "params_total"
 """Model size of the isoFLOP figure, as in the paper."""
 
-PICTURED = {"n_experts", "ffn_heads", "top_k", "query_norm"}
+PICTURED = {"ffn.n_experts", "ffn.n_heads", "ffn.top_k", "ffn.query_norm"}
 """Settings with a figure in the paper."""
 
 MANY = 2
 """Most settings that a study of one size may vary to get figures over settings; with more, variants are compared with
-dense."""
+the baseline."""
 
 
 def study_figures(study: Study, runs: pd.DataFrame, x: str = DEFAULT_X) -> Iterator[tuple[str, Figure]]:
     """The figures that can be drawn from a study's tables, by name; `x` is the size of the isoFLOP figure."""
-    for name, figure in _figures(study, without_brackets(runs), x):
+    for name, figure in _figures(study, runs, x):
         if figure is not None:
             style.caption(figure, small_print(runs))
             yield name, figure
 
 
 def _figures(study: Study, runs: pd.DataFrame, x: str) -> Iterator[tuple[str, Figure | None]]:
-    fits, published, settings = read_fits(study.fits), read_published(), varied(runs)
+    fits, published, done = read_fits(study.fits), read_published(), finished(runs)
     yield "brackets", brackets_figure(fits)
-    if compares_curves(runs):
+    if compares_curves(fits):
         yield "isoflop" if x == DEFAULT_X else f"isoflop_{x}", isoflop_figure(runs, fits, x=x)
         if study.curves.is_file():
-            yield "curves", curves_figure(read_table(study.curves, CURVES), runs)
-        yield "differences", differences_figure(fits, method_names(runs[usable(runs)]))
+            yield "curves", curves_figure(read_table(study.curves, CURVES), runs, fits["baseline"])
+        yield "differences", differences_figure(fits, done["curve"])
         yield "frontier", frontier_figure(fits)
         yield "multipliers", multipliers_figure(fits, published)
     if tries_rates(runs):
-        yield "rates", rate_law_figure(runs, fits["rates"].get("law"))
-    elif not compares_curves(runs):
-        peer = runs[runs["method"] == "peer"]
-        of_paper = {
-            "experts": "n_experts" in varied(peer[with_norm(peer)]),
-            "active": bool(varied(peer) & {"ffn_heads", "top_k"}),
-            "query_norm": "query_norm" in varied(peer),
-        }
-        if len(settings) > MANY or not settings <= PICTURED or not any(of_paper.values()):
-            yield "differences", differences_figure(fits)
-            return
-        if of_paper["experts"]:
-            yield "experts", experts_figure(runs, published)
-        if of_paper["active"]:
-            yield "active", active_figure(runs)
-        if of_paper["query_norm"]:
-            yield "query_norm", query_norm_figure(runs, published)
+        yield "rates", rate_law_figure(done, fits["rates"].get("law"))
+    elif not compares_curves(fits):
+        yield from _settings_figures(done, fits, published)
+
+
+def _settings_figures(
+    done: pd.DataFrame, fits: Mapping[str, Any], published: pd.DataFrame
+) -> Iterator[tuple[str, Figure | None]]:
+    """The paper's figures of the settings of its layer, or else the differences of all variants to the baseline."""
+    layer, settings = done[done["curve"].map(lambda curve: curve.method == LAYER)], varied(done["curve"])
+    experts = "ffn.n_experts" in varied(layer.loc[with_norm(layer), "curve"])
+    active = bool(varied(layer["curve"]) & {"ffn.n_heads", "ffn.top_k"})
+    query_norm = "ffn.query_norm" in varied(layer["curve"])
+    if len(settings) > MANY or not settings <= PICTURED or not (experts or active or query_norm):
+        yield "differences", differences_figure(fits)
+        return
+    if experts:
+        yield "experts", experts_figure(done, published, fits["baseline"])
+    if active:
+        of_layer = done["curve"].map(lambda curve: curve.method in (LAYER, fits["baseline"]))
+        yield "active", active_figure(done[of_layer], fits["baseline"])
+    if query_norm:
+        yield "query_norm", query_norm_figure(layer, published, fits["baseline"])
 
 
 def small_print(runs: pd.DataFrame) -> str:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from peerscale.figures import style
-from peerscale.stats.curves_of_runs import at_size, method_names, usable
+from peerscale.stats.curve import Curve, at_size, by_budget, by_curve, finished
 from peerscale.stats.optima import OptimumStatus
 
 X_LABELS = {
@@ -29,32 +29,29 @@ def isoflop_figure(runs: pd.DataFrame, fits: Mapping[str, Any], *, x: str) -> Fi
 
     Args:
         runs: the study's table.
-        fits: the study's `fits.json`.
+        fits: the study's fits, from `read_fits`.
         x: one of `X_LABELS`.
     """
-    runs = runs.assign(name=method_names(runs))
-    drawn = runs[usable(runs)]
-    budgets = sorted((runs if drawn.empty else drawn)["budget"].unique())
-    names = style.ordered(drawn["name"])
-    colours, markers = style.colours(names), style.method_markers(names)
-    figure, panels = style.panels(len(budgets))
-    for axes, budget in zip(panels, budgets, strict=True):
-        fitted = by_budget(fits).get(budget, {})
-        isoflop_panel(axes, runs[runs["budget"] == budget], fitted, x=x, markers=markers, colours=colours)
+    drawn = finished(runs)
+    curves, of_budget = style.ordered(drawn["curve"]), by_budget(drawn)
+    colours, markers = style.colours(curves), style.method_markers(curves)
+    figure, panels = style.panels(len(of_budget))
+    for axes, (budget, rows) in zip(panels, of_budget.items(), strict=True):
+        isoflop_panel(axes, rows, optima(fits).get(budget, {}), x=x, markers=markers, colours=colours)
         axes.set(title=style.budget_title(budget), xlabel=X_LABELS[x])
     style.label_left(panels, "validation perplexity")
-    style.method_legend(figure, names, markers)
+    style.method_legend(figure, curves, markers)
     return figure
 
 
 def isoflop_panel(
     axes: Axes,
     runs: pd.DataFrame,
-    methods: Mapping[str, Mapping[str, Any]],
+    fits: Mapping[Curve, Mapping[str, Any]],
     *,
     x: str,
-    markers: Mapping[str, str],
-    colours: Mapping[str, str],
+    markers: Mapping[Curve, str],
+    colours: Mapping[Curve, str],
 ) -> None:
     """One budget: a point per run with +-1 standard error, the fitted curves and, below the points, their minima.
 
@@ -62,39 +59,38 @@ def isoflop_panel(
 
     Args:
         axes: where to draw.
-        runs: rows of one budget, with a column `name`; only finished runs are drawn.
-        methods: the budget's `methods` in `fits.json`, by name.
+        runs: the finished runs of one budget, with their `curve`.
+        fits: the budget's `methods` in `fits.json`, by curve.
         x: column of the model size.
-        markers: of the points, by method name.
-        colours: by method name.
+        markers: of the points, by curve.
+        colours: by curve.
     """
-    runs = runs[usable(runs)]
-    of_methods = [
-        (name, runs[runs["name"] == name].sort_values(x), methods.get(name)) for name in style.ordered(runs["name"])
-    ]
+    of_curve = by_curve(runs.sort_values(x))
+    of_curves = [(curve, of_curve[curve]) for curve in style.ordered(of_curve)]
     axes.set(xscale="log", yscale="log")
-    for name, rows, fitted in of_methods:
-        _points(axes, rows[in_fit(rows, fitted)], x, color=colours[name], marker=markers[name], label=name)
+    for curve, rows in of_curves:
+        fitted, colour = fits.get(curve), colours[curve]
+        _points(axes, rows[in_fit(rows, fitted)], x, color=colour, marker=markers[curve], label=str(curve))
         if fitted and None not in fitted["coefficients"]:
             sizes, losses = fitted_curve(fitted, 200)
-            axes.plot(at_size(rows[x], rows, sizes), np.exp(losses), color=colours[name], label=f"_fit {name}")
-    if len(runs):
-        _limits(axes, runs[x])
+            axes.plot(at_size(rows[x], rows, sizes), np.exp(losses), color=colour, label=f"_fit {curve}")
+    _limits(axes, runs[x])
     top, triangles = axes.get_ylim()[1], np.empty(0)
-    for name, rows, fitted in of_methods:
+    for curve, rows in of_curves:
+        fitted, colour = fits.get(curve), colours[curve]
         outside = rows[~in_fit(rows, fitted)]
         above = np.exp(outside["val_loss"]) > top
         if not above.all():
-            look = {"color": colours[name], "marker": markers[name], "label": f"_left out {name}"}
+            look = {"color": colour, "marker": markers[curve], "label": f"_left out {curve}"}
             _points(axes, outside[~above], x, hollow=True, **look)
         if above.any():
-            look = {"color": colours[name], "markerfacecolor": "white", "label": f"_left out {name}, above"}
+            look = {"color": colour, "markerfacecolor": "white", "label": f"_left out {curve}, above"}
             for place in np.unique(outside.loc[above, x].astype(float)):
                 axes.plot(place, stacked(axes, triangles, place), "^", clip_on=False, **look)
                 triangles = np.append(triangles, place)
         if fitted and fitted["loss"] is not None:
             at, flagged = float(at_size(rows[x], rows, fitted["x"])), fitted["status"] != OptimumStatus.OK
-            style.star(axes, at, float(np.exp(fitted["loss"])), colours[name], f"_minimum {name}", hollow=flagged)
+            style.star(axes, at, float(np.exp(fitted["loss"])), colour, f"_minimum {curve}", hollow=flagged)
 
 
 def stacked(axes: Axes, others: np.ndarray, x: float) -> float:
@@ -104,8 +100,8 @@ def stacked(axes: Axes, others: np.ndarray, x: float) -> float:
     return float(high * (low / high) ** (0.035 * near.sum()))
 
 
-def by_budget(fits: Mapping[str, Any]) -> dict[float, dict[str, Any]]:
-    """The entry of each curve in `fits.json`, by budget and name."""
+def optima(fits: Mapping[str, Any]) -> dict[float, dict[Curve, Any]]:
+    """The entry of each curve in `fits.json`, by budget and curve."""
     return {entry["budget"]: {m["name"]: m for m in entry["methods"]} for entry in fits["budgets"]}
 
 
@@ -118,11 +114,6 @@ def fitted_curve(fitted: Mapping[str, Any], points: int) -> tuple[np.ndarray, np
     """FLOPs per token and losses along the parabola of a fit."""
     sizes = np.geomspace(fitted["sizes"][0], fitted["sizes"][-1], points)
     return sizes, np.polynomial.polynomial.polyval(np.log10(sizes), fitted["coefficients"])
-
-
-def status_counts(runs: pd.DataFrame) -> list[str]:
-    """`2 failed`, `1 pending`, ..."""
-    return [f"{n} {status}" for status, n in runs["status"].value_counts().sort_index().items()]
 
 
 def _points(axes: Axes, rows: pd.DataFrame, x: str, **look: Any) -> None:

@@ -1,4 +1,4 @@
-"""Compute multipliers: dense's compute over a method's for the same loss, by budget."""
+"""Compute multipliers: the baseline's compute over a method's for the same loss, by budget."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from peerscale.figures import style
-from peerscale.figures.published import paper_values
+from peerscale.figures.published import DENSE, paper_values
+from peerscale.stats.curve import Curve
 from peerscale.stats.multiplier import compute_multipliers
 
 COLUMNS = ("method", "reference", "budget", "multiplier", "low", "high", "by_seed")
@@ -27,33 +28,33 @@ def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame) -> Figu
     found, flagged = pd.DataFrame(fits["multipliers"], columns=COLUMNS), style.flagged_minima(fits)
     if found.empty or found.groupby("method")["budget"].nunique().max() < 2:
         return None
-    names = style.ordered(found["method"])
-    methods = list(dict.fromkeys(name.partition(" ")[0] for name in names))
-    paper = paper_multipliers(published, methods)
-    colours = style.colours([*methods, *names])
+    curves = style.ordered(found["method"])
+    methods = list(dict.fromkeys(curve.method for curve in curves))
+    paper = paper_multipliers(published, methods) if fits["baseline"] == DENSE else {}
+    colours = style.colours([*map(Curve, methods), *curves])
     found["hollow"] = [style.compares_flagged(flagged, one["budget"], one) for one in fits["multipliers"]]
     budgets = sorted(found["budget"].unique())
     figure = Figure(figsize=(style.TEXT_WIDTH, 2.8), layout="constrained")
     panels = figure.subplots(1, len(methods) + bool(paper), sharey=True, squeeze=False)[0]
     for axes in panels:
-        axes.axhline(1, color=style.COLOURS["dense"], linewidth=0.9)
+        axes.axhline(1, color=style.GREY, linewidth=0.9)
         axes.set(xscale="log", xlabel="training FLOPs", xmargin=0.12)
     for axes, method in zip(panels, methods, strict=False):
-        for name in [name for name in names if name.partition(" ")[0] == method]:
-            rows = found[found["method"] == name].sort_values("budget")
-            draw_line(axes, rows, name, colours[name], fits.get("trend_from", 0.0))
-        axes.set_title(style.label(method), fontsize=8)
+        for curve in (curve for curve in curves if curve.method == method):
+            rows = found[found["method"] == curve].sort_values("budget")
+            draw_line(axes, rows, str(curve), colours[curve], fits.get("trend_from", 0.0))
+        axes.set_title(style.label(Curve(method)), fontsize=8)
         style.decade_axis(axes.xaxis, budgets if len(budgets) < 3 else [b for b in budgets if np.log10(b) % 1 == 0])
     if paper:
-        for name, values in paper.items():
-            look = {"color": colours[name], "label": name, "hollow": True}
+        for method, values in paper.items():
+            look = {"color": colours[Curve(method)], "label": method, "hollow": True}
             style.points(panels[-1], [*values], [*values.values()], marker="D", line="-", **look)
         panels[-1].set_title("the paper", fontsize=8)
         panels[-1].set_xlim(4.6e18, 2.6e19)
         style.decade_axis(panels[-1].xaxis, [6e18, 2e19])
-    panels[0].set(ylabel="compute multiplier over dense", yscale="log")
+    panels[0].set(ylabel=f"compute multiplier over {style.label(Curve(fits['baseline']))}", yscale="log")
     style.log_axis(panels[0].yaxis, *panels[0].get_ylim())
-    style.method_legend(figure, names)
+    style.method_legend(figure, curves)
     return figure
 
 
@@ -73,12 +74,11 @@ def draw_line(axes: Axes, rows: pd.DataFrame, name: str, colour: str, start: flo
 
 def paper_multipliers(published: pd.DataFrame, methods: Sequence[str]) -> dict[str, dict[float, float]]:
     """The paper's multipliers by method and budget, computed from the perplexities of its Table 1 in the same way."""
-    losses = {m: paper_values(published, "table 1", m, "ppl_c4") for m in ("dense", *dict.fromkeys(methods))}
-    dense = losses.pop("dense")
+    dense, found = paper_values(published, "table 1", DENSE, "ppl_c4"), {}
     budgets = np.array([*dense])
-    found = {}
-    for name, values in losses.items():
+    for method in methods:
+        values = paper_values(published, "table 1", method, "ppl_c4")
         if values.keys() == dense.keys():
             reference, own = ((budgets, np.log([*one.values()])) for one in (dense, values))
-            found[name] = dict(zip(budgets.tolist(), compute_multipliers(reference, own).tolist(), strict=True))
+            found[method] = dict(zip(budgets.tolist(), compute_multipliers(reference, own).tolist(), strict=True))
     return found

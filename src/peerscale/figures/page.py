@@ -14,12 +14,14 @@ import pandas as pd
 import vl_convert
 
 from peerscale.figures import style
-from peerscale.figures.isoflop import X_LABELS, by_budget, fitted_curve, in_fit
+from peerscale.figures.answer import answer
+from peerscale.figures.isoflop import X_LABELS, fitted_curve, in_fit, optima
 from peerscale.figures.study_table import compares_curves, main_rows
 from peerscale.plan.cell_names import budget_name
-from peerscale.records.study import Study, read_fits
+from peerscale.records.study import Study
 from peerscale.records.table import read_runs
-from peerscale.stats.curves_of_runs import at_size, method_names, usable, without_brackets
+from peerscale.stats.curve import at_size, by_budget, by_curve, finished
+from peerscale.stats.fits import read_fits
 from peerscale.stats.optima import OptimumStatus
 
 PAGE = Template("""<!DOCTYPE html>
@@ -45,30 +47,29 @@ def page(studies: Iterable[Study]) -> str:
 
 
 def _section(study: Study) -> str:
-    runs, fits = without_brackets(read_runs(study.runs)), read_fits(study.fits)
-    runs = runs.assign(name=method_names(runs))
-    parts = [f"<h2>{html.escape(study.sweep)}</h2>", f"<p>{html.escape(fits['answer'])}</p>"]
-    if compares_curves(runs):
+    runs, fits = read_runs(study.runs), read_fits(study.fits)
+    parts = [f"<h2>{html.escape(study.sweep)}</h2>", f"<p>{html.escape(answer(fits))}</p>"]
+    if compares_curves(fits):
         element = html.escape(f"figure-{study.sweep}")
-        spec = isoflop_chart(runs, fits).to_json(indent=None).replace("<", "\\u003c")
+        spec = isoflop_chart(finished(runs), fits).to_json(indent=None).replace("<", "\\u003c")
         options = "{renderer: 'svg', actions: false, ast: true}"  # without eval, which the page forbids
         parts += [f'<div id="{element}"></div>', f'<script>vegaEmbed("#{element}", {spec}, {options});</script>']
     return "\n".join(["<section>", *parts, pd.DataFrame(main_rows(runs, fits)).to_html(index=False), "</section>"])
 
 
-def isoflop_chart(runs: pd.DataFrame, fits: Mapping[str, Any]) -> alt.FacetChart:
+def isoflop_chart(done: pd.DataFrame, fits: Mapping[str, Any]) -> alt.FacetChart:
     """Figure 1, a panel a budget, with a choice of the x axis; a click in the legend picks methods.
 
     Args:
-        runs: the study's table, with a column `name`; unfinished runs are not drawn.
-        fits: the study's `fits.json`.
+        done: the study's finished runs, with their `curve`.
+        fits: the study's fits, from `read_fits`.
     """
-    names, colours = style.ordered(runs["name"]), style.colours(runs["name"])
-    scale = alt.Scale(domain=[style.label(name) for name in names], range=[colours[name] for name in names])
+    curves, colours = style.ordered(done["curve"]), style.colours(done["curve"])
+    scale = alt.Scale(domain=[style.label(curve) for curve in curves], range=[colours[curve] for curve in curves])
     options = alt.binding_select(options=[*X_LABELS], labels=[*X_LABELS.values()], name="x axis ")
     axis = alt.param("x_axis", "params_total", bind=options)
     picked = alt.selection_point("picked", fields=["method"], bind="legend")
-    marks = alt.Chart(alt.Data(values=list(chart_rows(runs, fits)))).transform_calculate(x="datum[x_axis]")
+    marks = alt.Chart(alt.Data(values=list(chart_rows(done, fits)))).transform_calculate(x="datum[x_axis]")
     base = marks.encode(
         alt.X("x:Q", title=None).scale(type="log", zero=False, nice=False).axis(format="~s", tickCount=5),
         alt.Y("perplexity:Q").scale(type="log", zero=False, nice=False),
@@ -85,17 +86,18 @@ def isoflop_chart(runs: pd.DataFrame, fits: Mapping[str, Any]) -> alt.FacetChart
     )
     lines = base.mark_line().transform_filter("datum.kind == 'curve'")
     panels = alt.layer(lines, points).properties(width=280, height=220).add_params(axis, picked)
-    titles = [_title(budget) for budget in sorted(runs["budget"].unique())]
+    titles = [_title(budget) for budget in sorted(done["budget"].unique())]
     figure = panels.facet(alt.Facet("budget:N", title=None, sort=titles), columns=3)
     return figure.resolve_scale(x="independent", y="independent")
 
 
-def chart_rows(runs: pd.DataFrame, fits: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def chart_rows(done: pd.DataFrame, fits: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Points, curves and optima as rows: budget, method, kind, perplexity and every size of `X_LABELS`."""
     sizes = [*X_LABELS]
-    for (budget, name), rows in runs[usable(runs)].groupby(["budget", "name"]):
-        fitted = by_budget(fits).get(budget, {}).get(name)
-        common = {"budget": _title(budget), "method": style.label(name)}
+    places = [(budget, *each) for budget, rows in by_budget(done).items() for each in by_curve(rows).items()]
+    for budget, curve, rows in places:
+        fitted = optima(fits).get(budget, {}).get(curve)
+        common = {"budget": _title(budget), "method": style.label(curve)}
         kinds = np.where(in_fit(rows, fitted), "fitted", "left out")
         points = rows[["cell", *sizes]].assign(kind=kinds, perplexity=np.exp(rows["val_loss"]))
         drawn = [points]

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pandas as pd
 
-WITHOUT_NORM = "peer query_norm=false"
-"""The table's name for PEER without BatchNorm on its queries; `peer` is PEER with BatchNorm."""
+DENSE, LAYER, WITHOUT_NORM = "dense", "peer", "peer query_norm=false"
+"""The table's names for the dense model, for the paper's layer, and for that layer without BatchNorm on its queries."""
 
 
 def read_published() -> pd.DataFrame:

@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 from peerscale.figures import style
 from peerscale.figures.markdown import number, probability, section, with_interval
 from peerscale.plan.cell_names import budget_name
-from peerscale.stats.curves_of_runs import usable
+from peerscale.stats.curve import Curve
 from peerscale.stats.rate_parabolas import within_reach
-from peerscale.stats.rates import as_configuration, names_under_law
+from peerscale.stats.rates import as_configuration, curves_of_law
+from peerscale.stats.seeds import pooled_scatter
 
 Law = Mapping[str, Any]
 """`rates.law` of a study's `fits.json`."""
@@ -42,13 +43,15 @@ def optima(law: Law) -> pd.DataFrame:
 
 
 @style.applied()
-def rate_law_figure(runs: pd.DataFrame, law: Law | None) -> Figure:
+def rate_law_figure(done: pd.DataFrame, law: Law | None) -> Figure:
     """One panel per budget and width: loss against rate, with the fitted parabolas and, as ticks, the law's rates.
+
+    `done` are the finished runs of the study.
 
     Only the losses as long as the finished cells do not determine a law, joined by dotted lines. Points of curves that
     are held out are hollow, and points to which the law is not fitted are grey.
     """
-    tried = runs.assign(name=names_under_law(runs), table_lr=runs["table_lr"].fillna(0.0))[usable(runs)]
+    tried = done.assign(name=curves_of_law(done), table_lr=done["table_lr"].fillna(0.0))
     usual = tried["batch_sequences"].mode().iloc[0]
     tried = tried[tried["batch_sequences"] == usual]
     fitted = optima(law) if law else pd.DataFrame(columns=["batch_sequences", *CURVE])
@@ -58,14 +61,14 @@ def rate_law_figure(runs: pd.DataFrame, law: Law | None) -> Figure:
     for axes, (budget, width) in zip(panels, corners, strict=True):
         here = tried[(tried["budget"] == budget) & (tried["d_model"] == width)]
         title = f"{style.budget_title(budget)}, d_model {width:g}"
-        for name in style.ordered(here["name"]):
-            curves = here[here["name"] == name].groupby(["table_lr", "seed"])
+        for method in style.ordered(here["name"]):
+            curves = here[here["name"] == method].groupby(["table_lr", "seed"])
             points = max((rows for _, rows in curves), key=lambda rows: rows["lr"].nunique()).sort_values("lr")
             found = fitted[(fitted[CURVE] == points.iloc[0][CURVE]).all(axis=1)].to_dict("records")
             curve = found[0] if found and law else None
             if curve and curve["held_out"] and "held" not in title:
                 title += " (held out)"
-            draw_curve(axes, points, curve, law["curvature"] if law else 0.0, name, colours[name])
+            draw_curve(axes, points, curve, law["curvature"] if law else 0.0, str(method), colours[method])
         axes.set(title=title, xlabel="peak learning rate", xscale="log")
         style.log_axis(axes.xaxis, *axes.get_xlim())
     style.label_left(panels, "loss (nats per token)")
@@ -94,7 +97,7 @@ def draw_curve(axes: Axes, points: pd.DataFrame, curve: Mapping[str, Any] | None
     axes.plot([curve["predicted"]], [chosen], "|", **tick)
 
 
-def rate_law_sections(runs: pd.DataFrame, law: Law) -> list[str]:
+def rate_law_sections(done: pd.DataFrame, law: Law) -> list[str]:
     """Sections on the law's coefficients, the optimum of every curve, batches and table rates."""
     shared = next(iter(law["groups"].values()))["shared"]
     at = ", ".join(f"{name} {shared[f'{name}_0']:g}" for name in law["fitted"])
@@ -131,12 +134,12 @@ def rate_law_sections(runs: pd.DataFrame, law: Law) -> list[str]:
         *section("Its exponents", exponents, f"The law has {USED[law['exponents']]}."),
         *section("Its fit", fit),
         *section("Batches", batches(found), "Loss at the best rate of each (seeds); differences ± s.e. by seeds."),
-        *section("Rates of the tables", table_rates(runs), "Losses at one and the same rate of all other weights."),
+        *section("Rates of the tables", table_rates(done), "Losses at one and the same rate of all other weights."),
         *section("Every curve", curves, *(f"- {warning}" for warning in law["warnings"])),
     ]
     if not {"width", "tokens"} <= law["fitted"].keys():
         return lines
-    settings = yaml.safe_dump(as_configuration(law, runs), sort_keys=False, default_flow_style=None, width=120)
+    settings = yaml.safe_dump(as_configuration(law, done), sort_keys=False, default_flow_style=None, width=120)
     return [*lines, "## As configuration", "", "```yaml", *settings.splitlines(), "```", ""]
 
 
@@ -144,9 +147,9 @@ def _factor(error: float | None) -> str:
     return number(None if error is None else math.exp(error))
 
 
-def place(budget: float, width: float, name: str) -> dict[str, str]:
+def place(budget: float, width: float, curve: Curve) -> dict[str, str]:
     """The first columns of a table of models."""
-    return {"budget": budget_name(budget), "width": f"{width:g}", "method": style.label(name)}
+    return {"budget": budget_name(budget), "width": f"{width:g}", "method": style.label(curve)}
 
 
 def batches(curves: pd.DataFrame) -> list[dict[str, str]]:
@@ -166,26 +169,25 @@ def batches(curves: pd.DataFrame) -> list[dict[str, str]]:
     )
     losses = losses.sort_index(axis=1)
     less = losses.drop(columns=usual).sub(losses[usual], axis=0)
-    apart = less - less.groupby(model).transform("mean")
-    freedom = less.groupby(model).count().sub(1).clip(lower=0)
-    corner = ["budget", "d_model"]
-    variance = (apart**2).groupby(corner).sum().sum(axis=1) / freedom.groupby(corner).sum().sum(axis=1)
+    each = less.stack().dropna()
+    scatter = {corner: pooled_scatter(these, [*model, "batch_sequences"])[0]
+               for corner, these in each.groupby(["budget", "d_model"])}  # fmt: skip
     rows = []
     for key, seeds in losses.groupby(model, sort=False):
         row = place(*key)
         for batch, each in seeds.items():
             row[f"batch {batch:g}"] = f"{each.mean():.4f} ({n})" if (n := each.count()) else "—"
         for batch, each in less.loc[key].items():
-            error = math.sqrt(variance[key[:2]] / n) if (n := each.count()) else math.nan
+            error = scatter[key[:2]] / math.sqrt(n) if (n := each.count()) else math.nan
             difference = f"{number(each.mean(), '{:+.4f}')} ± {number(error, '{:.4f}')}"
             row[f"{batch:g} less {usual:g}"] = difference if n else "—"
         rows.append(row)
     return rows
 
 
-def table_rates(runs: pd.DataFrame) -> list[dict[str, str]]:
+def table_rates(done: pd.DataFrame) -> list[dict[str, str]]:
     """One row per model and rate with which several table rates were tried."""
-    tried = runs.assign(name=names_under_law(runs))[usable(runs) & (runs["table_lr"].fillna(0) > 0)]
+    tried = done.assign(name=curves_of_law(done))[done["table_lr"].fillna(0) > 0]
     same = ["budget", "d_model", "name", "lr", "batch_sequences"]
     tried = tried[tried.groupby(same)["table_lr"].transform("nunique") > 1]
     losses = tried.pivot_table(index=same, columns="table_lr", values="val_loss", sort=False).sort_index(axis=1)
@@ -195,14 +197,14 @@ def table_rates(runs: pd.DataFrame) -> list[dict[str, str]]:
     ]
 
 
-def finished_cells(runs: pd.DataFrame) -> list[str]:
-    """The losses so far, for a study whose law is not determined yet."""
-    done = runs.assign(name=names_under_law(runs))[usable(runs)].sort_values(["budget", "d_model", "name", "lr"])
+def finished_cells(done: pd.DataFrame, n_cells: int) -> list[str]:
+    """The losses so far, of a study of `n_cells` whose law is not determined yet."""
+    done = done.assign(name=curves_of_law(done)).sort_values(["budget", "d_model", "name", "lr"])
     rows = [
         {**place(one["budget"], one["d_model"], one["name"]), "batch": f"{one['batch_sequences']:g}",
          "seed": f"{one['seed']}", "learning rate": f"{one['lr']:.3g}",
          "rate of the tables": number(one["table_lr"], "{:g}"), "loss": f"{one['val_loss']:.4f}"}
         for one in done.to_dict("records")
     ]  # fmt: skip
-    finished = f"{len(done)} of {len(runs)} cells, which do not determine a law of the best rate."
+    finished = f"{len(done)} of {n_cells} cells, which do not determine a law of the best rate."
     return section("Finished cells", rows, finished)

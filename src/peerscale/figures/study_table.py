@@ -12,24 +12,24 @@ import numpy as np
 import pandas as pd
 
 from peerscale.figures.ablations import varied
-from peerscale.figures.answer import outcome
+from peerscale.figures.answer import answer, outcome
 from peerscale.figures.brackets import brackets_section
-from peerscale.figures.differences import against_dense, to_dense
-from peerscale.figures.isoflop import by_budget, status_counts
+from peerscale.figures.differences import difference_column, shown_difference, to_baseline
+from peerscale.figures.isoflop import optima
 from peerscale.figures.markdown import Rows, number, probability, section, signed_interval, table, with_interval
 from peerscale.figures.paper_tables import norm_rows, paper_perplexities, perplexities
-from peerscale.figures.published import read_published
+from peerscale.figures.published import LAYER, read_published
 from peerscale.figures.rate_law import finished_cells, rate_law_sections
 from peerscale.figures.style import in_words, label, listed, ordered, size_label
 from peerscale.plan.cell_names import budget_name
-from peerscale.stats.curves_of_runs import budgets_with_curves, method_names, same_variant, usable, without_brackets
+from peerscale.stats.curve import Curve, by_budget, by_curve, curves_of, finished, usable, without_brackets
 from peerscale.stats.optima import OptimumStatus
 from peerscale.stats.rates import tries_rates
 
 Fits = Mapping[str, Any]
-"""A study's `fits.json`."""
+"""A study's fits, from `read_fits`."""
 
-LAYER = {"n_experts": "experts", "ffn_heads": "heads", "top_k": "top k", "capacity_factor": "capacity factor"}
+SETTINGS = {"n_experts": "experts", "ffn_heads": "heads", "top_k": "top k", "capacity_factor": "capacity factor"}
 """Columns of the settings of a layer."""
 
 PARTS = {"fit_se": "s.e. from sizes", "seeds_se": "s.e. from seeds", "sequences_se": "s.e. from sequences",
@@ -38,92 +38,93 @@ PARTS = {"fit_se": "s.e. from sizes", "seeds_se": "s.e. from seeds", "sequences_
 
 
 def study_table(sweep: str, runs: pd.DataFrame, fits: Fits, withdrawn: str = "") -> str:
-    """`table.md` of a study from its table of runs, `fits.json` and, if its results are withdrawn, the reason."""
-    runs = without_brackets(runs)
-    runs = runs.assign(name=method_names(runs))
-    if compares_curves(runs):
-        title, lines = "losses at equal compute", [f"**{fits['answer']}**", "", *table(main_rows(runs, fits)), ""]
-        lines += [f"Nats per token; FLOPs: {listed(runs['convention'])}.", "", *at_the_optimum(runs, fits)]
-    elif tries_rates(runs):
+    """`table.md` of a study from its table of runs, its fits and, if its results are withdrawn, the reason."""
+    done, of_curves = finished(runs), compares_curves(fits)
+    if tries_rates(runs) and not of_curves:
         law = fits["rates"].get("law")
-        title, lines = "learning rates", rate_law_sections(runs, law) if law else finished_cells(runs)
+        planned = len(without_brackets(runs))
+        title, lines = "learning rates", rate_law_sections(done, law) if law else finished_cells(done, planned)
     else:
-        title = f"settings at {'one size' if runs['size'].nunique() == 1 else 'several sizes'}"
-        lines = [f"**{fits['answer']}**", "", *table(main_rows(runs, fits)), ""]
-        lines += [f"Nats per token; FLOPs: {listed(runs['convention'])}.", "", *section("Claims", claims(fits))]
-        lines += section("Differences", difference_rows(fits))
-    changed, places = varied(runs[runs["method"] == "peer"]), runs[["size", "budget"]].drop_duplicates()
-    if changed & {"n_experts", "query_norm"} and not changed & {"lr", "table_lr"} and len(places) == 1:
+        lines = [f"**{answer(fits)}**", "", *table(main_rows(runs, fits)), ""]
+        lines += [f"Nats per token; FLOPs: {listed(runs['convention'])}.", ""]
+        title = "losses at equal compute"
+        if of_curves:
+            lines += at_the_optimum(done, fits)
+        else:
+            title = f"settings at {'one size' if runs['size'].nunique() == 1 else 'several sizes'}"
+            lines += [*section("Claims", claims(fits)), *section("Differences", difference_rows(fits))]
+    layer = done[done["curve"].map(lambda curve: curve.method == LAYER)]
+    changed, places = varied(layer["curve"]), layer[["size", "budget"]].drop_duplicates()
+    if changed & {"ffn.n_experts", "ffn.query_norm"} and not tries_rates(runs) and len(places) == 1:
         title_of_paper = "Experts and BatchNorm on the queries (the paper's table 2)"
-        lines += section(title_of_paper, norm_rows(runs, read_published()), "Pairs: without / with BatchNorm.")
+        lines += section(title_of_paper, norm_rows(layer, read_published()), "Pairs: without / with BatchNorm.")
     lines += brackets_section(fits)
     first = [f"**Withdrawn:** {withdrawn}", ""] if withdrawn else []
     return "\n".join([f"# {sweep}: {title}", "", *first, *lines])
 
 
-def compares_curves(runs: pd.DataFrame) -> bool:
-    """Whether a study compares methods over sizes rather than settings at one size."""
-    return bool(budgets_with_curves(runs[usable(runs)])) or not varied(runs)
+def compares_curves(fits: Fits) -> bool:
+    """Whether a study compares methods over sizes, as it does if there are curves or nothing else that it varies."""
+    return any(entry["methods"] for entry in fits["budgets"]) or not varied(fits["curves"].values())
 
 
 def main_rows(runs: pd.DataFrame, fits: Fits) -> Rows:
-    """The first table of a study: optima, or a row per variant at each size. `runs` has a column `name`."""
-    return optimum_rows(runs, fits) if compares_curves(runs) else settings_rows(runs, fits)
+    """The first table of a study: optima, or a row per variant at each size."""
+    return optimum_rows(runs, fits) if compares_curves(fits) else settings_rows(finished(runs), fits)
 
 
 def optimum_rows(runs: pd.DataFrame, fits: Fits) -> Rows:
-    """One row per budget and method: the compute optimum, and its difference to dense."""
-    rows, optima, differences = [], by_budget(fits), to_dense(fits)
-    for budget in sorted(runs["budget"].unique()):
-        for name in ordered(runs.loc[runs["budget"] == budget, "name"]):
-            mine = runs[(runs["budget"] == budget) & (runs["name"] == name)]
-            found, finished = optima.get(budget, {}).get(name), mine.loc[usable(mine), "size"].nunique()
-            flags = status_counts(mine[~usable(mine)])
+    """One row per budget and curve: the compute optimum, and its difference to the baseline."""
+    rows, main, differences = [], without_brackets(runs), to_baseline(fits)
+    for budget, cells in by_budget(main.assign(curve=curves_of(main))).items():
+        for curve in ordered(cells["curve"]):
+            mine, found = cells[cells["curve"] == curve], optima(fits).get(budget, {}).get(curve)
+            unfinished = mine.loc[~usable(mine), "status"].value_counts().sort_index()
+            flags = [f"{n} {status}" for status, n in unfinished.items()]
             if found and found["status"] != OptimumStatus.OK:
                 flags.append(found["status"].replace("_", " "))
+            n_finished = mine.loc[usable(mine), "size"].nunique()
             rows.append({
-                "budget": budget_name(budget), "method": label(name),
-                "sizes": f"{finished} finished, {len(found['sizes']) if found else 0} fitted",
+                "budget": budget_name(budget), "method": label(curve),
+                "sizes": f"{n_finished} finished, {len(found['sizes']) if found else 0} fitted",
                 "optimal FLOPs per token": number(found and found["x"], "{:.3g}"),
                 "loss there": number(found and found["loss"], "{:.4f}"),
                 "loss with own curvature": number(found and found["own"]["loss"], "{:.4f}"),
-                "difference to dense [95 %]": against_dense(differences, budget, "", name),
+                f"{difference_column(fits)} [95 %]":
+                    shown_difference(fits, differences.get((budget, "", curve)), curve),
                 "flags": "; ".join(flags) or "—",
             })  # fmt: skip
     return rows
 
 
-def settings_rows(runs: pd.DataFrame, fits: Fits) -> Rows:
+def settings_rows(done: pd.DataFrame, fits: Fits) -> Rows:
     """One row per variant and size, over its seeds."""
-    done = runs[usable(runs)]
-    plan = {column: list(done[column].unique()) for column in ("budget", "size", "name")}  # there settings ascend
-    columns = ["val_loss", "layer_share", "expert_usage", "unevenness"]
-    groups = done.astype(dict.fromkeys(columns, float)).groupby([*plan], as_index=False)
-    variants = groups.agg(seeds=("seed", "size"), **{column: (column, "mean") for column in columns})
-    variants = variants.sort_values([*plan], key=lambda column: column.map(plan[str(column.name)].index))
-    differences = to_dense(fits)
-    return [
-        {
-            "budget": budget_name(row["budget"]), "size": size_label(row["size"]), "method": label(row["name"]),
-            "seeds": str(row["seeds"]), "loss": number(row["val_loss"], "{:.4f}"),
-            "perplexity": number(np.exp(row["val_loss"])),
-            "difference to dense [95 %]": against_dense(differences, row["budget"], row["size"], row["name"]),
-            "layer's share of FLOPs": number(row["layer_share"], "{:.1%}"),
-            "experts used": number(row["expert_usage"], "{:.1%}"), "unevenness": number(row["unevenness"]),
-        }
-        for row in variants.to_dict("records")
-    ]  # fmt: skip
+    columns, differences = ["val_loss", "layer_share", "expert_usage", "unevenness"], to_baseline(fits)
+    rows = []
+    for budget, at_budget in by_budget(done).items():
+        for size, at_size in at_budget.groupby("size", sort=False):
+            for curve, seeds in by_curve(at_size).items():
+                loss, share, usage, unevenness = seeds[columns].astype(float).mean()
+                rows.append({
+                    "budget": budget_name(budget), "size": size_label(str(size)), "method": label(curve),
+                    "seeds": str(len(seeds)), "loss": number(loss, "{:.4f}"), "perplexity": number(np.exp(loss)),
+                    f"{difference_column(fits)} [95 %]":
+                        shown_difference(fits, differences.get((budget, str(size), curve)), curve),
+                    "layer's share of FLOPs": number(share, "{:.1%}"),
+                    "experts used": number(usage, "{:.1%}"), "unevenness": number(unevenness),
+                })  # fmt: skip
+    return rows
 
 
-def at_the_optimum(runs: pd.DataFrame, fits: Fits) -> list[str]:
+def at_the_optimum(done: pd.DataFrame, fits: Fits) -> list[str]:
     """The sections of a study of optima; those without rows are left out."""
     ours, growth = perplexities(fits), [
         {"method": label(one["method"]), "slope": with_interval(one["slope"], (one["low"], one["high"]), "{:+.3f}")}
         for one in fits["growth"]
     ]  # fmt: skip
     return [
-        *section("Fits", fit_rows(runs, fits)),
-        *section("Layers", layer_rows(runs)),
+        *section("Fits", fit_rows(done, fits)),
+        *section("Layers", layer_rows(done)),
         *section("Claims", claims(fits)),
         *section("Differences", difference_rows(fits)),
         *section("Compute multiplier", multipliers(fits)),
@@ -135,11 +136,11 @@ def at_the_optimum(runs: pd.DataFrame, fits: Fits) -> list[str]:
     ]
 
 
-def fit_rows(runs: pd.DataFrame, fits: Fits) -> Rows:
+def fit_rows(done: pd.DataFrame, fits: Fits) -> Rows:
     """How the curves of each budget were fitted, and how well they fit."""
     rows = []
     for entry in (each for each in fits["budgets"] if each.get("scatter") is not None):
-        batches = listed(runs.loc[usable(runs) & (runs["budget"] == entry["budget"]), "batch_sequences"])
+        batches = listed(done.loc[done["budget"] == entry["budget"], "batch_sequences"])
         window = [number(end, "{:.3g}") for end in entry["window"] or ()]
         test, seeds = entry["equality"], entry["seeds_df"]
         rows.append({
@@ -153,19 +154,19 @@ def fit_rows(runs: pd.DataFrame, fits: Fits) -> Rows:
     return rows
 
 
-def layer_rows(runs: pd.DataFrame) -> Rows:
-    """The settings of each method's layer."""
-    layers = runs[usable(runs)].drop_duplicates("name").set_index("name").reindex(columns=[*LAYER]).dropna(how="all")
-    settings = {str(name): found for name, found in layers.to_dict("index").items()}
+def layer_rows(done: pd.DataFrame) -> Rows:
+    """The settings of each curve's layer."""
+    layers = {curve: rows.reindex(columns=[*SETTINGS]).iloc[0] for curve, rows in by_curve(done).items()}
     return [
-        {"method": label(name), **{title: number(settings[name][key], "{:,g}") for key, title in LAYER.items()}}
-        for name in ordered(settings)
+        {"method": label(curve), **{title: number(layers[curve][key], "{:,g}") for key, title in SETTINGS.items()}}
+        for curve in ordered(layers)
+        if layers[curve].notna().any()
     ]
 
 
 def difference_rows(fits: Fits) -> Rows:
     """Each difference of two methods, once, with its 95 % interval and the parts of its standard error."""
-    rows: dict[tuple[float, str, frozenset[str]], dict[str, str]] = {}
+    rows: dict[tuple[float, str, frozenset[Curve]], dict[str, str]] = {}
     for entry in fits["budgets"]:
         for one in (each for each in entry["differences"] if each.get("value") is not None):
             pair, own = frozenset((one["method"], one["reference"])), one.get("own")
@@ -185,10 +186,10 @@ def claims(fits: Fits) -> Rows:
     """Each comparison of the family with its probability, and what it came to."""
     rows = []
     for claim in fits["claims"]:
-        (method, _, settings), (rival, _, others) = (claim[key].partition(" ") for key in ("method", "rival"))
-        if settings != others:
-            method, rival, settings = claim["method"], claim["rival"], ""
-        named = (f"{label(method)} minus {label(rival)}", size_label(claim["size"]), in_words(settings))
+        method, rival = claim["method"], claim["rival"]
+        common = method.settings == rival.settings
+        of_both = [label(one.plain if common else one) for one in (method, rival)]
+        named = (" minus ".join(of_both), size_label(claim["size"]), in_words(method) if common else "")
         rows.append({
             "budget": budget_name(claim["budget"]), "comparison": ", ".join(filter(None, named)),
             "difference [95 %]": signed_interval(claim), "p": probability(claim["p"]),
@@ -213,11 +214,11 @@ def exponents(fits: Fits) -> Rows:
     Empty if no method has the three budgets that a power law needs.
     """
     laws, rows = fits["laws"], []
-    for name in ordered(fit["method"] for fit in laws.values()):
-        isoflop, surface = laws.get(name, {}), laws.get(f"{name}/parametric", {})
+    for curve in ordered(fit["method"] for fit in laws.values()):
+        isoflop, surface = laws.get(str(curve), {}), laws.get(f"{curve}/parametric", {})
         if isoflop.get("exponent") is None and not surface:
             continue
-        row, held = {"method": label(name)}, surface.get("hold_out") or {}
+        row, held = {"method": label(curve)}, surface.get("hold_out") or {}
         approaches = {"2: isoFLOP optima": (isoflop, "exponent"), "3: surface": (surface, "a")}
         for title, (fit, key) in approaches.items():
             row[title] = with_interval(fit.get(key), fit.get("ci", {}).get(key), "{:.3f}")
@@ -229,18 +230,18 @@ def exponents(fits: Fits) -> Rows:
 def conventions(fits: Fits) -> Rows:
     """Multipliers under other FLOP conventions.
 
-    Ranks are among the methods at one budget that are compared with the same dense curve.
+    Ranks are among the curves at one budget that are compared with the same baseline.
     """
-    curves = [m["name"] for entry in fits["budgets"] for m in entry["methods"]]
-    groups: dict[tuple[float, str], dict[str, Mapping[str, float | None]]] = {}
+    groups: dict[tuple[float, Curve], dict[Curve, Mapping[str, float | None]]] = {}
+    fitted = {m["name"] for entry in fits["budgets"] for m in entry["methods"]}
     for found in fits["conventions"]:
-        dense = same_variant("dense", found["method"], curves) or "dense"
-        group = groups.setdefault((found["budget"], dense), {dense: dict.fromkeys(found["multipliers"], 1.0)})
+        reference = found["method"].counterpart(fits["baseline"], fitted) or Curve(fits["baseline"])
+        group = groups.setdefault((found["budget"], reference), {reference: dict.fromkeys(found["multipliers"], 1.0)})
         group[found["method"]] = found["multipliers"]
     return [
-        {"budget": budget_name(budget), "method": label(name),
+        {"budget": budget_name(budget), "method": label(curve),
          **{c: _ranked(value, [other[c] for other in group.values()]) for c, value in found.items()}}
-        for (budget, _), group in sorted(groups.items(), key=lambda pair: pair[0][0]) for name, found in group.items()
+        for (budget, _), group in sorted(groups.items(), key=lambda pair: pair[0][0]) for curve, found in group.items()
     ]  # fmt: skip
 
 

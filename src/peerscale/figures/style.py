@@ -1,9 +1,10 @@
-"""The common style of all figures: colour = method, star = fitted minimum, hollow = flagged.
+"""The common style of all figures and tables: colour = method, star = fitted minimum, hollow = flagged.
 
 Figures are made without pyplot, so that drawing has no global state and needs no display.
 """
 
 import itertools
+import json
 import math
 import re
 import zlib
@@ -23,13 +24,17 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from peerscale.files import replacing
+from peerscale.stats.curve import Curve
 from peerscale.stats.optima import OptimumStatus
 
 TEXT_WIDTH = 5.5
 """Width of the text of a one-column paper in inches, so that figures are printed unscaled."""
 
+GREY = "#4d4d4d"
+"""Lines of zero differences and of the baseline."""
+
 COLOURS = {
-    "dense": "#4d4d4d",
+    "dense": GREY,
     "moe": "#e69f00",
     "moe_token_choice": "#cc79a7",
     "pkm": "#009e73",
@@ -52,23 +57,26 @@ LABELS = {
     "peer": "PEER",
 }
 
-SETTINGS = {
+SETTINGS: dict[tuple[str, Any], str] = {
+    ("n_heads", 1): "1 head",
+    ("query_norm", True): "BatchNorm",
+    ("query_norm", False): "no BatchNorm",
+    ("lr_rule", "constant"): "rate set directly",
+    ("name", "adamw"): "AdamW",
+    ("name", "row_sparse_adamw"): "row-sparse AdamW",
+}
+"""Text for values of settings."""
+
+OTHER_VALUES = {
     "batch_sequences": "batch {}",
     "n_experts": "{} experts",
     "n_heads": "{} heads",
-    "n_heads=1": "1 head",
     "top_k": "top {}",
     "lr": "rate {}",
     "table_lr": "table rate {}",
-    "query_norm=true": "BatchNorm",
-    "query_norm=false": "no BatchNorm",
-    "schedule=wsd": "WSD schedule",
-    "lr_rule=constant": "rate set directly",
     "warmup_steps": "{} warm-up steps",
-    "name=adamw": "AdamW",
-    "name=row_sparse_adamw": "row-sparse AdamW",
 }
-"""Text for the settings in a variant's name; `{}` is the value."""
+"""Text for all other values of a setting."""
 
 MARKERS = ("o", "s", "D", "v", "P", "X")
 """Markers of budgets or, in a panel of one budget, of methods; an upward triangle is for points above the axis."""
@@ -98,40 +106,32 @@ NO_METADATA = {"png": {"Software": None}, "pdf": {"Creator": None, "Producer": N
 """Metadata without dates and versions, so that the same figure gives the same bytes."""
 
 
-NUMBER = re.compile(r"(\d+(?:\.\d+)?(?:e-?\d+)?)")
+def ordered(curves: Iterable[Curve]) -> list[Curve]:
+    """Curves, each once: those of known methods in the order of the palette, then others by name."""
+    known = [*COLOURS]
+    return sorted({*curves}, key=lambda one: (known.index(one.method) if one.method in known else len(known), one))
 
 
-def ordered(names: Iterable[str]) -> list[str]:
-    """Method names, each once: known ones in the order of the palette, then others by name with ascending numbers."""
-    known = list(COLOURS)
+def colours(curves: Iterable[Curve]) -> dict[Curve, str]:
+    """A colour per curve: the colour of its method or, for several variants, shades of it from light to dark.
 
-    def place(name: str) -> tuple[int, list[str | float], str]:
-        method = name.partition(" ")[0]
-        parts = [float(part) if i % 2 else part for i, part in enumerate(NUMBER.split(name))]
-        return known.index(method) if method in known else len(known), parts, name  # 0.5 and 0.50 have equal parts
-
-    return sorted(set(names), key=place)
-
-
-def colours(names: Iterable[str]) -> dict[str, str]:
-    """A colour per name: the colour of its method or, for several variants, shades of it from light to dark.
-
-    The method as its file configures it keeps the colour, and its variants are lighter. An unknown method's colour
+    The method with its usual settings keeps the colour, and its variants are lighter. An unknown method's colour
     depends on its name alone, unless two would share one.
     """
-    variants: dict[str, list[str]] = {}
-    for name in ordered(names):
-        variants.setdefault(name.partition(" ")[0], []).append(name)
+    variants: dict[str, list[Curve]] = {}
+    for curve in ordered(curves):
+        variants.setdefault(curve.method, []).append(curve)
     chosen: dict[str, str] = {}
     for method in variants:
         slot = zlib.crc32(method.encode()) % len(SPARE_COLOURS)
         spare = SPARE_COLOURS[slot:] + SPARE_COLOURS[:slot]
         chosen[method] = COLOURS.get(method) or next((c for c in spare if c not in chosen.values()), spare[0])
-    found: dict[str, str] = {}
+    found: dict[Curve, str] = {}
     for method, members in variants.items():
         found |= dict.fromkeys(members, chosen[method])
         if len(members) > 1:
-            others, darkest = [name for name in members if name != method], 0.6 if method in members else 1.0
+            others = [curve for curve in members if curve.settings]
+            darkest = 0.6 if len(others) < len(members) else 1.0
             found |= {n: shaded(chosen[method], darkest * (i + 0.5) / len(others)) for i, n in enumerate(others)}
     return found
 
@@ -143,19 +143,20 @@ def shaded(colour: str, place: float) -> str:
     return to_hex((red, green, blue))
 
 
-def label(name: str) -> str:
-    """A method's name as figures and tables write it: `peer batch_sequences=8` is `PEER, batch 8`."""
-    method, _, settings = name.partition(" ")
-    return ", ".join(filter(None, (LABELS.get(method, method.replace("_", " ")), in_words(settings))))
+def label(curve: Curve) -> str:
+    """A curve as figures and tables name it: `PEER, batch 8`."""
+    method = LABELS.get(curve.method, curve.method.replace("_", " "))
+    return ", ".join(filter(None, (method, in_words(curve))))
 
 
-def in_words(settings: str) -> str:
-    """The settings of a variant: `n_experts=4096-name=adamw` is `4,096 experts, AdamW`."""
+def in_words(curve: Curve) -> str:
+    """The settings of a curve: `4,096 experts, AdamW`."""
     words = []
-    for text in filter(None, re.split(r"-(?=[a-z]\w*=)", settings)):
-        key, _, value = text.partition("=")
-        value = f"{int(value):,}" if value.isdecimal() else value
-        words.append(SETTINGS.get(text) or SETTINGS.get(key, key.replace("_", " ") + " {}").format(value))
+    for key, value in curve.settings:
+        name = key.rpartition(".")[2]
+        text = value if isinstance(value, str) else f"{value:,}" if type(value) is int else json.dumps(value)
+        other = OTHER_VALUES.get(name, name.replace("_", " ") + " {}")
+        words.append(SETTINGS.get((name, value)) or other.format(text))
     return ", ".join(words)
 
 
@@ -175,9 +176,10 @@ def markers(groups: Iterable[tuple[float, str]]) -> dict[tuple[float, str], str]
     return {group: MARKERS[i % len(MARKERS)] for i, group in enumerate(ascending)}
 
 
-def method_markers(names: Iterable[str]) -> dict[str, str]:
-    """A marker per name; a method of the palette has the same one in all figures."""
-    return dict(zip([*COLOURS, *ordered({*names} - {*COLOURS})], itertools.cycle(MARKERS), strict=False))
+def method_markers(curves: Iterable[Curve]) -> dict[Curve, str]:
+    """A marker per curve; a method of the palette has the same one in all figures."""
+    known = [Curve(method) for method in COLOURS]
+    return dict(zip([*known, *ordered({*curves} - {*known})], itertools.cycle(MARKERS), strict=False))
 
 
 def budget_title(budget: float) -> str:
@@ -233,19 +235,19 @@ def legend(figure: Figure, handles: Sequence[Line2D]) -> None:
     figure.legend(handles=by_column, loc="outside upper center", ncols=max(columns, 1))
 
 
-def method_legend(figure: Figure, names: Sequence[str], markers: Mapping[str, str] | None = None) -> None:
-    """Add a legend of methods, with their markers if they have any."""
-    chosen = colours(names)
-    drawn = {name: {"color": chosen[name], "marker": (markers or {}).get(name)} for name in names}
-    legend(figure, [Line2D([], [], **look, label=label(name)) for name, look in drawn.items()])
+def method_legend(figure: Figure, curves: Sequence[Curve], markers: Mapping[Curve, str] | None = None) -> None:
+    """Add a legend of curves, with their markers if they have any."""
+    chosen = colours(curves)
+    drawn = {curve: {"color": chosen[curve], "marker": (markers or {}).get(curve)} for curve in curves}
+    legend(figure, [Line2D([], [], **look, label=label(curve)) for curve, look in drawn.items()])
 
 
-def flagged_minima(fits: Mapping[str, Any]) -> set[tuple[float, str]]:
-    """Budget and method of each fitted minimum that is flagged; figures draw what is computed from it hollow."""
+def flagged_minima(fits: Mapping[str, Any]) -> set[tuple[float, Curve]]:
+    """Budget and curve of each fitted minimum that is flagged; figures draw what is computed from it hollow."""
     return {(e["budget"], m["name"]) for e in fits["budgets"] for m in e["methods"] if m["status"] != OptimumStatus.OK}
 
 
-def compares_flagged(flagged: set[tuple[float, str]], budget: float, one: Mapping[str, Any]) -> bool:
+def compares_flagged(flagged: set[tuple[float, Curve]], budget: float, one: Mapping[str, Any]) -> bool:
     """Whether a difference or multiplier of `fits.json` at this budget compares one of the `flagged_minima`."""
     return not flagged.isdisjoint({(budget, one["method"]), (budget, one["reference"])})
 

@@ -1,12 +1,11 @@
 """Names of cells: `<method>-<size>-<budget>[-<axis>=<value>...]-s<seed>`. For people; programs read records."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from peerscale.config.compose import Composition, leaves, resolved
 from peerscale.config.schema import NOT_HASHED, Config, parse_config
-from peerscale.config.study import RATE_FACTOR
 
 TOLD_ELSEWHERE = (
     "d_model", "head_dim", "n_layers", "budget", "seed", "ffn.class", "ffn.method", "ffn.variant",
@@ -26,15 +25,6 @@ def cell_name(config: Config, axes: Mapping[str, Any]) -> str:
 def axes_label(axes: Mapping[str, Any]) -> str:
     """`top_k=8-lr=0.001`: each axis is named by the last part of its key."""
     return "-".join(f"{key.rpartition('.')[2]}={_file_name(value)}" for key, value in axes.items())
-
-
-def are_brackets(methods: Sequence[str], axes: Sequence[Mapping[str, Any]]) -> list[bool]:
-    """Which cells bracket the rate of another: those with the axis `RATE_FACTOR`.
-
-    If all cells of a method have that axis, none of them is a bracket: there it is an axis like any other.
-    """
-    usual = {method for method, each in zip(methods, axes, strict=True) if RATE_FACTOR not in each}
-    return [method in usual and RATE_FACTOR in each for method, each in zip(methods, axes, strict=True)]
 
 
 def budget_name(budget: float) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from peerscale.config.compose import Composition, composed, leaves, of_cells, overridden, resolved, set_value, value_at
 from peerscale.config.errors import ConfigError
 from peerscale.config.schema import Config, parse_config, to_dict
-from peerscale.config.study import Part, SweepConfig, load_sweep, part_of
+from peerscale.config.study import RATE_FACTOR, Part, SweepConfig, load_sweep, part_of
 from peerscale.config.study_file import StudyFile, read_study
 from peerscale.data.store import folder as corpus_folder
 from peerscale.data.store import read_manifest
@@ -72,6 +72,11 @@ def single_cell(composition: Composition, sweep: str = SINGLE) -> Cell:
     """The cell of one configuration."""
     (cell,) = _planned(sweep, [(parse_config(composition.tree), changes(composition, composed))])
     return cell
+
+
+def without_brackets(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells that do not bracket another cell's rate."""
+    return [cell for cell in cells if cell.axes.get(RATE_FACTOR, 1) == 1]
 
 
 def _planned(sweep: str, cells: Sequence[tuple[Config, Mapping[str, Any]]]) -> list[Cell]:

@@ -6,15 +6,15 @@ from typing import Any
 
 from peerscale.config.schema import Config
 from peerscale.plan.cell import Cell
-from peerscale.plan.cell_names import are_brackets, axes_label, budget_name
+from peerscale.plan.cell_names import axes_label, budget_name
+from peerscale.plan.cells import without_brackets
 from peerscale.plan.plan import Plan, Verdict
 
 
 def short_methods(cells: Sequence[Cell], min_sizes: int) -> list[str]:
     """Curves with fewer than `min_sizes` sizes left at a budget, one line each; rate brackets are no sizes."""
     left: dict[tuple[str, float], set[Any]] = {}
-    brackets = are_brackets([cell.config.ffn.name for cell in cells], [cell.axes for cell in cells])
-    for cell in (cell for cell, bracket in zip(cells, brackets, strict=True) if not bracket):
+    for cell in without_brackets(cells):
         name = " ".join(filter(None, (cell.config.ffn.name, axes_label(cell.axes))))
         sizes = left.setdefault((name, cell.config.budget), set())
         if cell.plan.verdict is Verdict.OK:

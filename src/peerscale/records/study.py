@@ -70,11 +70,3 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not there; collect the study first") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON ({error.msg} at line {error.lineno})") from None
-
-
-def read_fits(path: Path) -> dict[str, Any]:
-    """The result of `stats.fits.fit_study`, with the `answer` as a sentence; raises `UserError` for any other file."""
-    fits = read_json(path)
-    if isinstance(fits, dict) and fits.keys() >= {"answer", "budgets", "claims", "multipliers", "laws", "rates"}:
-        return fits
-    raise UserError(f"{path}: not the fits of a study as this version writes them: make figures, to fit it again")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from peerscale.config.study import RATE_FACTOR
 from peerscale.errors import UserError
 from peerscale.files import ROOT, replacing, write_text
 from peerscale.plan.cost import CONVENTION
@@ -17,11 +18,11 @@ from peerscale.records.record import Record, cell_folders, parse_record, read_ce
 
 NEEDED = (
     "cell", "method", "variant", "size", "seed", "budget", "flops_per_token", "val_loss", "status", "convention",
-    "axes",
+    "settings", "rate_factor",
 )  # fmt: skip
 """Columns that every table of runs must have."""
 
-TEXTS = ("variant", "axes", "reason")
+TEXTS = ("variant", "settings", "reason")
 """Text columns that may be empty."""
 
 LAYER_COLUMNS = (
@@ -132,10 +133,12 @@ def runs_table(records: Iterable[Record]) -> pd.DataFrame:
 
 def _row(record: Record) -> dict[str, Any]:
     config, plan = record.hashed_config, record.plan
+    settings = {key: value for key, value in record.axes.items() if key != RATE_FACTOR}
     val = record.evaluation.get(config["data"]["val_set"], {})
     row = {
         **{name: getattr(record, name) for name in ("sweep", "cell", "method", "variant", "size", "seed", "budget")},
-        "axes": json.dumps(record.axes) if record.axes else "",
+        "settings": json.dumps(settings) if settings else "",
+        "rate_factor": record.axes.get(RATE_FACTOR, 1.0),
         "flops": plan["flops"],
         "flops_per_token": sum(record.flops_per_token.values()),
         **{f"flops_{component}": n for component, n in record.flops_per_token.items()},

@@ -1,4 +1,4 @@
-"""The rate brackets of a study: cells that it also trained at multiples of their learning rate (`optim.lr_factor`).
+"""The rate brackets of a study: cells that it also trained at multiples of their learning rate (`rate_factor`).
 
 They are not points of its curves. They show how much lower a method's loss could be at a better rate, which gives the
 part of its error that comes from the choice of the rate.
@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from peerscale.config.study import RATE_FACTOR
-from peerscale.stats.curves_of_runs import are_brackets, axes_of, method_names, usable, without_brackets
+from peerscale.stats.curve import Curve, curves_of, usable
+from peerscale.stats.optima import satterthwaite
 from peerscale.stats.rate_parabolas import fit_brackets
 
 COST_DF = 2.0
@@ -29,72 +29,71 @@ class RateError(NamedTuple):
     """`brackets`, or `cost` if the study's file states the error."""
 
 
-class RateErrors(dict[tuple[float, str], RateError]):
-    """The known errors, by budget and name of the method."""
+class RateErrors(dict[tuple[float, Curve], RateError]):
+    """The known errors, by budget and curve."""
 
-    def of(self, budget: float, *names: str) -> list[tuple[float, float]]:
-        """The known errors of several methods: standard errors and degrees of freedom."""
-        return [(self[budget, name].se, self[budget, name].df) for name in names if (budget, name) in self]
+    def of(self, budget: float, *curves: Curve) -> list[tuple[float, float]]:
+        """The known errors of several curves: standard errors and degrees of freedom."""
+        return [(self[budget, curve].se, self[budget, curve].df) for curve in curves if (budget, curve) in self]
 
 
 def bracket_runs(runs: pd.DataFrame) -> pd.DataFrame:
     """The finished runs of all brackets that have a finished cell at the usual rate, including that cell.
 
     Returns:
-        The rows with `name`, the name of the curve, and `factor`, the rate divided by the usual rate.
+        The rows with `curve` and `factor`, the rate divided by the usual rate.
     """
-    axes = axes_of(runs).map(lambda each: {key: each[key] for key in sorted(each) if key != RATE_FACTOR})
-    keys = ["budget", "method", "variant", "size", "seed", "rest"]
-    rows = runs.assign(rest=axes.map(str), variant=runs["variant"].fillna(""), bracket=are_brackets(runs))
-    main = rows[~rows["bracket"] & usable(rows)]
-    main = main.assign(name=method_names(without_brackets(runs))[main.index])
-    others = rows[rows["bracket"] & usable(rows)].merge(main[[*keys, "name", "lr"]], on=keys, suffixes=("", "_usual"))
+    keys = ["budget", "size", "curve", "seed"]
+    rows = runs.assign(curve=curves_of(runs))[usable(runs)]
+    rows = rows.assign(order=pd.factorize(rows["curve"])[0])
+    is_bracket = rows["rate_factor"] != 1
+    others = rows[is_bracket].merge(rows.loc[~is_bracket, [*keys, "lr"]], on=keys, suffixes=("", "_usual"))
     others["factor"] = (others["lr"] / others["lr_usual"]).map(lambda factor: float(f"{factor:.6g}"))
-    of_brackets = main.merge(others[keys].drop_duplicates(), on=keys).assign(factor=1.0)
+    of_brackets = rows[~is_bracket].merge(others[keys].drop_duplicates(), on=keys).assign(factor=1.0)
     found = pd.concat([of_brackets, others.drop(columns="lr_usual")], ignore_index=True)
-    return found.sort_values(["budget", "size", "name", "seed", "factor"], ignore_index=True)
+    return found.sort_values(["budget", "size", "order", "seed", "factor"], ignore_index=True)
 
 
 def fit_rate_brackets(runs: pd.DataFrame) -> dict[str, Any] | None:
     """Fit all brackets of a study together; None if there are none.
 
     Returns:
-        The result of `laws.rates.fit_brackets`; `each` bracket also has its budget, size, method, number of seeds and
-        `losses` by factor (means over seeds).
+        The result of `rate_law.fit_brackets`; `each` bracket also has its budget, size, `method` (its curve), number of
+        seeds and `losses` by factor (means over seeds).
     """
-    if not are_brackets(runs).any() or (rows := bracket_runs(runs)).empty:
+    if (runs["rate_factor"] == 1).all() or (rows := bracket_runs(runs)).empty:
         return None
-    places = list(zip(rows["budget"], rows["size"], rows["name"], strict=True))
-    names = [f"{budget!r} {size} {name}" for budget, size, name in places]
-    fit = fit_brackets(rows["factor"].to_numpy(float), rows["val_loss"].to_numpy(float), names, rows["seed"].tolist())
-    for (budget, size, name), found in zip(dict.fromkeys(places), fit["each"], strict=True):
-        mine = rows[[place == (budget, size, name) for place in places]]
+    places = list(zip(rows["budget"], rows["size"], rows["curve"], strict=True))
+    labels = [f"{budget!r} {size} {curve}" for budget, size, curve in places]
+    fit = fit_brackets(rows["factor"].to_numpy(float), rows["val_loss"].to_numpy(float), labels, rows["seed"].tolist())
+    for (budget, size, curve), found in zip(dict.fromkeys(places), fit["each"], strict=True):
+        mine = rows[[place == (budget, size, curve) for place in places]]
         losses = mine.groupby("factor")["val_loss"].mean()
         found |= {
-            "budget": float(budget), "size": str(size), "method": str(name), "seeds": mine["seed"].nunique(),
+            "budget": float(budget), "size": str(size), "method": curve, "seeds": mine["seed"].nunique(),
             "losses": {f"{factor:g}": float(loss) for factor, loss in losses.items()},
         }  # fmt: skip
     return fit
 
 
 def rate_errors(
-    brackets: Mapping[str, Any] | None, places: Iterable[tuple[float, str]], cost: float | None = None
+    brackets: Mapping[str, Any] | None, places: Iterable[tuple[float, Curve]], cost: float | None = None
 ) -> RateErrors:
-    """The error of every bracketed method and budget: the root of the mean of gain^2 + se^2 over its brackets.
+    """The error of every bracketed curve and budget: the root of the mean of gain^2 + se^2 over its brackets.
 
     The gain is how much the loss would fall at the best rate. The loss is not corrected by the gain; the gain is a part
-    of the error. Degrees of freedom are Satterthwaite's: se^2 has those of the scatter, and gain^2 is taken as exact,
-    since it is not an estimated variance.
+    of the error, and taken as exact, since it is not an estimated variance.
 
     Args:
         brackets: the result of `fit_rate_brackets`. A single bracket has no scatter and so gives no error.
-        places: budgets and names of the study's methods.
-        cost: nats per token, used if a method has no bracket at a budget; None: not known.
+        places: budgets and curves of the study.
+        cost: nats per token, used if a curve has no bracket at a budget; None: not known.
     """
     known = RateErrors() if cost is None else RateErrors(dict.fromkeys(places, RateError(cost, COST_DF, "cost")))
-    for place, rows in pd.DataFrame(brackets["each"]).groupby(["budget", "method"]) if brackets else ():
+    each = pd.DataFrame(brackets["each"]).groupby(["budget", "method"], sort=False) if brackets else ()
+    for place, rows in each:
         of_gain, of_scatter = (rows[["gain", "se"]] ** 2).mean(skipna=False)
         if brackets and math.isfinite(total := float(of_gain + of_scatter)):
-            df = brackets["df"] * (total / float(of_scatter)) ** 2 if of_scatter > 0 else math.inf
+            df = satterthwaite([(float(of_scatter), brackets["df"]), (float(of_gain), math.inf)])
             known[place] = RateError(math.sqrt(total), df, "brackets")
     return known

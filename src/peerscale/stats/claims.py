@@ -1,12 +1,11 @@
 """The claims of a study: a family of comparisons under Holm's correction."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from peerscale.config.study import ClaimsConfig
-from peerscale.stats.curves_of_runs import same_variant
 from peerscale.stats.optima import holm
 
 FAMILY_LEVEL = 0.05
@@ -14,41 +13,29 @@ FAMILY_LEVEL = 0.05
 
 
 def claims_of(
-    budgets: Sequence[Mapping[str, Any]], claims: ClaimsConfig | None, curves: Collection[float]
+    budgets: Sequence[Mapping[str, Any]], claims: ClaimsConfig | None, baseline: str, curves: Collection[float]
 ) -> list[dict[str, Any]]:
     """The comparisons of the family, each as method minus rival, with Holm's correction.
 
-    If a study names no family, it is PEER against every other method where there are curves. If it names one, variants
-    along an axis belong to it only if the method has no other curve. The
-    correction, for `family` comparisons, then also counts those that have no result yet. At the budgets `curves` the
-    methods are compared at their optima, so that no single size decides while the others are still to run.
+    If a study names no family, it is every method against the baseline where there are curves. If it names one, the
+    method's other settings belong to it only if it has no curve with the usual ones. The correction, for `family`
+    comparisons, then also counts those that have no result yet. At the budgets `curves` the methods are compared at
+    their optima, so that no single size decides while the others are still to run.
     """
-    method = claims.method if claims else "peer"
     compared = {found[key] for entry in budgets for found in entry["differences"] for key in ("method", "reference")}
-    as_configured = claims is not None and method in compared
+    usual_only = claims is not None and any(curve.method == claims.method and not curve.settings for curve in compared)
     family: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for entry in budgets:
-        if claims is None and entry["budget"] not in curves:
-            continue
-        if claims and claims.budgets and entry["budget"] not in claims.budgets:
-            continue
-        for found in entry["differences"]:
-            # No claim from an error without misfit and seeds, or from a single size where there are curves.
-            if found.get("fit_se") is None and (found.get("seeds_se") is None or entry["budget"] in curves):
-                continue
-            for one in (found, turned(found)):
-                name, rival = (one[key].partition(" ")[0] for key in ("method", "reference"))
-                if as_configured and one["method"] != method:
-                    continue
-                if same_variant(rival, one["method"], compared) not in (None, one["reference"]):
-                    continue
-                if name == method != rival and (not claims or rival in claims.rivals):
-                    place = {"budget": entry["budget"], "size": one["size"], "method": one["method"],
-                             "rival": one["reference"]}  # fmt: skip
-                    family[tuple(place.values())] = place | {
-                        k: one[k] for k in ("value", "se", "df", "low", "high", "p")
-                    }
-    told = {(claim["budget"], claim["rival"].partition(" ")[0]) for claim in family.values()}
+    for budget, one in _differences(budgets, curves):
+        method, rival = one["method"], one["reference"]
+        if claims is None:
+            belongs = budget in curves and method.method != baseline == rival.method
+        else:
+            belongs = method.method == claims.method and rival.method in claims.rivals
+            belongs = belongs and budget in (claims.budgets or [budget]) and not (usual_only and method.settings)
+        if belongs and method.counterpart(rival.method, compared) in (None, rival):
+            place = {"budget": budget, "size": one["size"], "method": method, "rival": rival}
+            family[tuple(place.values())] = place | {k: one[k] for k in ("value", "se", "df", "low", "high", "p")}
+    told = {(claim["budget"], claim["rival"].method) for claim in family.values()}
     named = len(claims.rivals) * len(claims.budgets or budgets) if claims else 0
     size = len(family) + max(0, named - len(told))
     corrected = holm(np.array([claim["p"] for claim in family.values()], float), size)
@@ -62,7 +49,17 @@ def claims_of(
     return found
 
 
-def turned(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The negative of a difference, for a claim whose method is the reference of that difference."""
-    ends = {"value": -found["value"], "low": -found["high"], "high": -found["low"]}
-    return {**found, "method": found["reference"], "reference": found["method"], **ends}
+def _differences(
+    budgets: Sequence[Mapping[str, Any]], curves: Collection[float]
+) -> Iterator[tuple[float, dict[str, Any]]]:
+    """The budget of each difference that could be claimed, and the difference, once in each direction.
+
+    Nothing is claimed from an error without misfit and seeds, or from a single size where there are curves.
+    """
+    for entry in budgets:
+        for one in entry["differences"]:
+            known = one.get("fit_se") is not None
+            if known or (one.get("seeds_se") is not None and entry["budget"] not in curves):
+                ends = {"value": -one["value"], "low": -one["high"], "high": -one["low"]}
+                yield entry["budget"], dict(one)
+                yield entry["budget"], {**one, "method": one["reference"], "reference": one["method"], **ends}

@@ -13,7 +13,6 @@ from peerscale.config.compose import of_cells, overridden
 from peerscale.config.study import load_sweep
 from peerscale.config.study_file import sweep_text
 from peerscale.errors import UserError
-from peerscale.figures.answer import answer
 from peerscale.files import ROOT, write_json, write_text
 from peerscale.plan.cells import Cell, planned_cells
 from peerscale.records.curves import curves_table
@@ -66,7 +65,7 @@ def collect(sweep: str, runs: Path, overrides: Sequence[str] = ()) -> Iterator[s
     further = [record for record in further if record.cell not in foreign]
     records = [to_publish(record) for record in (*planned, *further)]  # so that results/ alone gives the same fits
     table, curves = runs_table(records), curves_table(here / cell for cell in found)
-    fits = fits_of(sweep, table, curves, records)
+    fits = fits_of(sweep, table, records)
     write_records(study.folder, records)
     write_text(study.curves, curves.to_csv(index=False))
     write_text(study.runs, table.to_csv(index=False))
@@ -79,17 +78,18 @@ def collect(sweep: str, runs: Path, overrides: Sequence[str] = ()) -> Iterator[s
         yield f"{len(foreign)} cells of another corpus are left out: {some(foreign)}"
 
 
-def fits_of(sweep: str, runs: pd.DataFrame, curves: pd.DataFrame, records: Sequence[Record]) -> dict[str, Any]:
-    """Everything that is computed from the table of runs, with the windows and claims of the study's file."""
-    settings = load_sweep(sweep) if sweep_text(sweep) else None  # a renamed study has no file
-    windows = {row.budget: settings.window(row.budget) for row in settings.grid} if settings else {}
-    said = {key: getattr(settings, key) for key in ("claims", "rates_cost", "trend_from")} if settings else {}
-    if (claims := said.get("claims")) and not claims.budgets:
-        said["claims"] = replace(claims, budgets=sorted(windows))
-    compared = compare(runs, records, windows=windows, **said)
-    fits = fit_study(runs, compared, settings.held_out if settings else ())
-    fits["answer"] = answer(fits)
-    return rounded(fits)
+def fits_of(sweep: str, runs: pd.DataFrame, records: Sequence[Record]) -> dict[str, Any]:
+    """Everything that is computed from the table of runs, as the study's file asks."""
+    if not sweep_text(sweep):  # a renamed study has no file
+        return rounded(fit_study(runs, compare(runs, records)))
+    asked = load_sweep(sweep)
+    windows = {row.budget: asked.window(row.budget) for row in asked.grid}
+    claims = asked.claims and replace(asked.claims, budgets=asked.claims.budgets or sorted(windows))
+    compared = compare(
+        runs, records, baseline=asked.baseline, min_sizes=asked.min_sizes, windows=windows, claims=claims,
+        rates_cost=asked.rates_cost, trend_from=asked.trend_from,
+    )  # fmt: skip
+    return rounded(fit_study(runs, compared, asked.held_out))
 
 
 def rounded(fits: Any, digits: int = 7) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from peerscale.stats.curves_of_runs import at_size, is_dense, method_names, same_variant, usable
+from peerscale.stats.curve import Curve, at_size
 from peerscale.stats.multiplier import compute_multipliers
 
 ROUTER = ("flops_router", "flops_query", "flops_sub_keys")
@@ -32,48 +32,46 @@ def flops_by_convention(runs: pd.DataFrame) -> dict[str, pd.Series]:
 
 
 def multipliers_by_convention(
-    runs: pd.DataFrame, budgets: Sequence[Mapping[str, Any]], trend_from: float = 0.0
+    runs: pd.DataFrame, budgets: Sequence[Mapping[str, Any]], baseline: str, trend_from: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Dense's compute over each method's for the same loss, with compute counted under each convention.
+    """The baseline's compute over each method's for the same loss, with compute counted under each convention.
 
     Losses and sizes at the optimum come from the study's budgets. Their cost is the budget times the ratio of the
     convention's FLOPs to the study's, at the optimal FLOPs per token (log-linear between the trained sizes).
 
     Args:
-        runs: the study's table.
-        budgets: the entries of `fits.json`.
+        runs: the finished runs of the study, with their `curve`.
+        budgets: the entries of `comparison.compare`.
+        baseline: the method whose compute is divided.
         trend_from: the budgets from this one on are compared without the smaller ones.
 
     Returns:
         budget, method and `multipliers` by convention, None if a multiplier would be an extrapolation.
     """
-    done = runs.assign(name=method_names(runs))[usable(runs)]
     optima = {(entry["budget"], m["name"]): m for entry in budgets for m in entry["methods"] if m["loss"] is not None}
     at = np.array(sorted({budget for budget, _ in optima}))
-    names = list(dict.fromkeys(name for _, name in optima))
-    shares = {convention: flops / done["flops_per_token"] for convention, flops in flops_by_convention(done).items()}
+    curves = list(dict.fromkeys(curve for _, curve in optima))
+    shares = {convention: flops / runs["flops_per_token"] for convention, flops in flops_by_convention(runs).items()}
 
-    def frontier(name: str, share: pd.Series) -> tuple[np.ndarray, np.ndarray]:
-        found = [optima.get((budget, name)) for budget in at]
-        spent = [
-            budget * float(at_size(share[(done["name"] == name) & (done["budget"] == budget)], done, m["x"]))
-            if m
-            else math.nan
-            for budget, m in zip(at, found, strict=True)
-        ]
-        return np.array(spent), np.array([m["loss"] if m else math.nan for m in found])
+    def frontier(curve: Curve, share: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+        spent, losses = np.full(len(at), math.nan), np.full(len(at), math.nan)
+        for i, budget in enumerate(at):
+            if m := optima.get((budget, curve)):
+                here = (runs["curve"] == curve) & (runs["budget"] == budget)
+                spent[i], losses[i] = budget * float(at_size(share[here], runs, m["x"])), m["loss"]
+        return spent, losses
 
     rows = []
-    for name in names:
-        reference = same_variant("dense", name, names)
-        if reference is None or is_dense(name):
+    for curve in curves:
+        reference = curve.counterpart(baseline, curves)
+        if reference is None or curve.method == baseline:
             continue
         found = {
-            convention: compute_multipliers(frontier(reference, share), frontier(name, share), at >= trend_from)
+            convention: compute_multipliers(frontier(reference, share), frontier(curve, share), at >= trend_from)
             for convention, share in shares.items()
         }
         for i, budget in enumerate(at):
-            if (budget, name) in optima:
+            if (budget, curve) in optima:
                 here = {convention: multipliers[i] for convention, multipliers in found.items()}
-                rows.append({"budget": float(budget), "method": name, "multipliers": here})
+                rows.append({"budget": float(budget), "method": curve, "multipliers": here})
     return rows

@@ -1,27 +1,26 @@
-"""Everything that is computed once from a study's tables, for its `fits.json`."""
+"""A study's `fits.json`: everything that is computed once from its tables."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from peerscale.errors import UserError
 from peerscale.laws.fitting import to_plain
 from peerscale.laws.isoflop import MIN_BUDGETS
 from peerscale.laws.parametric import Surface, fit_parametric
+from peerscale.records.study import read_json
 from peerscale.stats.conventions import multipliers_by_convention
-from peerscale.stats.curves_of_runs import method_names, usable, without_brackets
-from peerscale.stats.rates import fit_law
+from peerscale.stats.curve import described_curves, finished, from_names, to_names, without_brackets
+from peerscale.stats.rates import curves_of_law, fit_law
 
 RESAMPLES = 1000
 """Number of resamples of every bootstrap of a law."""
 
 
-def fit_study(
-    runs: pd.DataFrame,
-    compared: Mapping[str, Any],
-    held_out: Collection[int] = (),
-) -> dict[str, Any]:
+def fit_study(runs: pd.DataFrame, compared: Mapping[str, Any], held_out: Collection[int] = ()) -> dict[str, Any]:
     """Statistics and laws of a study as plain values for JSON.
 
     Args:
@@ -38,23 +37,34 @@ def fit_study(
         `rates`: `law`, of the best rates of a study that varies them (None: too few runs), besides the `rates` of
         `compared`: `brackets` of the usual rates and the errors from them.
     """
-    runs = without_brackets(runs)
+    done, baseline, trend_from = finished(runs), compared["baseline"], compared.get("trend_from", 0.0)
+    conventions = multipliers_by_convention(done, from_names(compared)["budgets"], baseline, trend_from)
+    law = fit_law(without_brackets(runs), held_out)
     return {
         **compared,
-        "laws": compared["laws"] | _surfaces(runs),
-        "conventions": to_plain(multipliers_by_convention(runs, compared["budgets"], compared.get("trend_from", 0.0))),
-        "rates": {"law": to_plain(fit_law(runs, held_out))} | compared.get("rates", {}),
+        "curves": compared["curves"] | described_curves(curves_of_law(runs) if law else ()),
+        "laws": compared["laws"] | surfaces(done),
+        "conventions": to_plain(to_names(conventions)),
+        "rates": {"law": to_plain(law)} | compared.get("rates", {}),
     }
 
 
-def _surfaces(runs: pd.DataFrame) -> dict[str, Any]:
-    """The loss surface of every method with enough budgets and runs."""
+def surfaces(done: pd.DataFrame) -> dict[str, Any]:
+    """The loss surface of every curve with enough budgets and runs."""
     laws: dict[str, Any] = {}
-    for key, rows in runs.assign(name=method_names(runs))[usable(runs)].groupby("name", sort=False):
-        name = str(key)
+    columns = {"params": "flops_per_token / 6", "tokens": "tokens", "loss": "val_loss"}
+    for curve, rows in done.groupby("curve", sort=False):
         if rows["budget"].nunique() >= MIN_BUDGETS and len(rows) > len(fields(Surface)):
-            columns = {"params": "flops_per_token / 6", "tokens": "tokens", "loss": "val_loss"}
             sized = rows.assign(**{columns["params"]: rows["flops_per_token"] / 6})
             surface = fit_parametric(sized, **columns, budget="budget", bootstrap=RESAMPLES)
-            laws[f"{name}/parametric"] = {**surface.to_dict(), "method": name, **columns}
+            laws[f"{curve}/parametric"] = {**surface.to_dict(), "method": str(curve), **columns}
     return laws
+
+
+def read_fits(path: Path) -> dict[str, Any]:
+    """The result of `fit_study` from its file, with curves for their names; raises `UserError` for any other file."""
+    fits = read_json(path)
+    keys = {"baseline", "budgets", "claims", "conventions", "curves", "growth", "laws", "multipliers", "rates"}
+    if isinstance(fits, dict) and keys <= fits.keys():
+        return from_names(fits)
+    raise UserError(f"{path}: not the fits of a study as this version writes them: make figures, to fit it again")

@@ -13,7 +13,7 @@ from peerscale.laws.isoflop import MIN_BUDGETS, fit_power_law
 from peerscale.laws.least_squares import FitStatus
 from peerscale.laws.linear_fit import LEVEL, Array
 from peerscale.stats.brackets import RateErrors
-from peerscale.stats.curves_of_runs import is_dense, same_variant
+from peerscale.stats.curve import Curve
 from peerscale.stats.multiplier import compute_multipliers
 from peerscale.stats.optima import OptimaFit, Optimum
 
@@ -31,22 +31,22 @@ class Budget(NamedTuple):
 
     budget: float
     fit: OptimaFit
-    optima: dict[str, Optimum]
-    by_seed: dict[str, dict[str, float]]
-    """The loss at each optimum if the losses of one seed replace the means, by method and seed."""
+    optima: dict[Curve, Optimum]
+    by_seed: dict[Curve, dict[str, float]]
+    """The loss at each optimum if the losses of one seed replace the means, by curve and seed."""
     sequences: Array | None
     """Losses of the validation sequences at every size mean (points, sequences); None if not known for all."""
 
 
-def frontiers_of(fitted: Sequence[Budget], rates: RateErrors) -> dict[str, Array]:
-    """x and loss of each method's optimum at every budget, (2, 1 + draws, budgets): first the fit, then the draws.
+def frontiers_of(fitted: Sequence[Budget], rates: RateErrors) -> dict[Curve, Array]:
+    """x and loss of each curve's optimum at every budget, (2, 1 + draws, budgets): first the fit, then the draws.
 
     Size means are drawn around the fit with the errors of misfit and seeds. Their variance is drawn too, so that
     intervals are Student's. Budgets with the same validation sequences draw the same ones. A method's losses are also
     drawn with the error of its learning rate if that is known. NaN if a method's optimum has no number.
     """
-    names = dict.fromkeys(name for one in fitted for name in one.optima)
-    frontiers = {name: np.full((2, 1 + DRAWS, len(fitted)), math.nan) for name in names}
+    curves = dict.fromkeys(curve for one in fitted for curve in one.optima)
+    frontiers = {curve: np.full((2, 1 + DRAWS, len(fitted)), math.nan) for curve in curves}
     for i, one in enumerate(fitted):
         variances, df = one.fit.variances, one.fit.noise.df
         rng = np.random.default_rng(round(one.budget))
@@ -54,46 +54,46 @@ def frontiers_of(fitted: Sequence[Budget], rates: RateErrors) -> dict[str, Array
         errors = rng.normal(size=(DRAWS, len(one.fit.x))) * np.sqrt(variances) * scale[:, one.fit.method]
         drawn = one.fit.losses - one.fit.linear.residuals + errors
         if one.sequences is not None:
-            drawn += _resampled(one.sequences.shape[1]) @ one.sequences.T
+            drawn += _resampled(one.sequences.shape[1], DRAWS) @ one.sequences.T
         minima = np.stack(one.fit.optima_of(drawn))
-        for method, (name, optimum) in enumerate(one.optima.items()):
+        for method, (curve, optimum) in enumerate(one.optima.items()):
             if optimum.status.has_number:
-                frontiers[name][:, 0, i] = optimum.x, optimum.loss
-                frontiers[name][:, 1:, i] = minima[:, :, method]
-                for se, _ in rates.of(one.budget, name):
-                    frontiers[name][1, 1:, i] += rng.normal(0, se, DRAWS)
+                frontiers[curve][:, 0, i] = optimum.x, optimum.loss
+                frontiers[curve][:, 1:, i] = minima[:, :, method]
+                for se, _ in rates.of(one.budget, curve):
+                    frontiers[curve][1, 1:, i] += rng.normal(0, se, DRAWS)
     return frontiers
 
 
 @cache
-def _resampled(n: int) -> Array:
+def _resampled(n: int, draws: int) -> Array:
     """Weights (draws, n) by which the mean over resampled sequences differs from the mean over all."""
-    return resample_counts(n, DRAWS, seed=0) / n - 1 / n
+    return resample_counts(n, draws, seed=0) / n - 1 / n
 
 
 def multipliers_of(
-    fitted: Sequence[Budget], frontiers: Mapping[str, Array], trend_from: float
+    fitted: Sequence[Budget], frontiers: Mapping[Curve, Array], baseline: str, trend_from: float
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Dense's compute over each method's, by budget; with four or more budgets, the slope of its log in log10 C.
+    """The baseline's compute over each method's, by budget; with four or more, the slope of its log in log10 C.
 
     The trend is the budgets from `trend_from` on: the slope is theirs, and their multipliers depend on no other budget.
     """
     budgets, found, slopes = np.array([one.budget for one in fitted]), [], []
     trend = budgets >= trend_from
-    for name, (_, losses) in frontiers.items():
-        reference = same_variant("dense", name, list(frontiers))
-        if reference is None or is_dense(name):
+    for curve, (_, losses) in frontiers.items():
+        reference = curve.counterpart(baseline, frontiers)
+        if reference is None or curve.method == baseline:
             continue
         each = compute_multipliers((budgets, frontiers[reference][1]), (budgets, losses), trend)
-        pair, known = {"method": name, "reference": reference}, np.isfinite(each[0])
+        pair, known = {"method": curve, "reference": reference}, np.isfinite(each[0])
         for i in np.flatnonzero(known).tolist():
             seeds, by_seed = {}, fitted[i].by_seed
-            for seed in sorted(by_seed.get(name, {}).keys() & by_seed.get(reference, {}).keys()):
-                dense, own = (
+            for seed in sorted(by_seed.get(curve, {}).keys() & by_seed.get(reference, {}).keys()):
+                theirs, own = (
                     (budgets, np.where(budgets == budgets[i], by_seed[one][seed], frontiers[one][1][0]))
-                    for one in (reference, name)
+                    for one in (reference, curve)
                 )
-                if math.isfinite(multiplier := compute_multipliers(dense, own, trend)[i]):
+                if math.isfinite(multiplier := compute_multipliers(theirs, own, trend)[i]):
                     seeds[seed] = multiplier
             found.append({**pair, "budget": budgets[i], "multiplier": each[0, i], **_ends(each[1:, i]),
                           "df": fitted[i].fit.linear.df, **({"by_seed": seeds} if seeds else {})})  # fmt: skip
@@ -109,10 +109,10 @@ def _ends(draws: Array) -> dict[str, float]:
     return {"low": low, "high": high}
 
 
-def power_laws(fitted: Sequence[Budget], frontiers: Mapping[str, Array]) -> dict[str, Any]:
-    """The optima of each method with two or more budgets and, with three or more, the power law through their sizes."""
+def power_laws(fitted: Sequence[Budget], frontiers: Mapping[Curve, Array]) -> dict[str, Any]:
+    """The optima of each curve with two or more budgets and, with three or more, the power law through their sizes."""
     budgets, laws = np.array([one.budget for one in fitted]), {}
-    for name, (x, losses) in frontiers.items():
+    for curve, (x, losses) in frontiers.items():
         known = np.isfinite(x[0])
         if known.sum() < 2:
             continue
@@ -124,11 +124,11 @@ def power_laws(fitted: Sequence[Budget], frontiers: Mapping[str, Array]) -> dict
             power = {key: float(values[0]) for key, values in powers.items()}
             draws = {key: values[1:][whole] for key, values in powers.items()} | draws
         bootstrap = Bootstrap(draws=draws, resamples=DRAWS, failed=int((~whole).sum()), seed=0)
-        laws[name] = {
-            "law": "isoflop", "method": name, "x": X, "n": int(known.sum()),
+        laws[str(curve)] = {
+            "law": "isoflop", "method": curve, "x": X, "n": int(known.sum()),
             "status": FitStatus.CONVERGED if enough else FitStatus.TOO_FEW_POINTS, **power, "ci": bootstrap.intervals(),
             "vertices": [
-                {"budget": budgets[i], "x": x[0, i], "loss": losses[0, i], "status": fitted[i].optima[name].status}
+                {"budget": budgets[i], "x": x[0, i], "loss": losses[0, i], "status": fitted[i].optima[curve].status}
                 for i in np.flatnonzero(known).tolist()
             ],
             "include_flagged": True, "bootstrap": bootstrap,

@@ -1,4 +1,4 @@
-"""The compute multiplier: dense's compute divided by the compute that a method needs for the same loss.
+"""The compute multiplier: the compute of a reference divided by that which a method needs for the same loss.
 
 A frontier is the losses at the compute optima of all budgets, joined by straight lines in log C and log L. Nothing is
 extrapolated: at each budget the two methods are compared at the higher of their two losses, which both frontiers reach
@@ -10,25 +10,27 @@ import numpy as np
 from peerscale.laws.linear_fit import Array
 
 
-def compute_multipliers(dense: tuple[Array, Array], method: tuple[Array, Array], trend: Array | None = None) -> Array:
+def compute_multipliers(
+    reference: tuple[Array, Array], method: tuple[Array, Array], trend: Array | None = None
+) -> Array:
     """The multiplier at every budget, (..., budgets).
 
     Args:
-        dense, method: compute (budgets,), ascending, and loss (..., budgets), for the same budgets. The two may count
-            the compute of a budget differently.
+        reference, method: compute (budgets,), ascending, and loss (..., budgets), for the same budgets. The two may
+            count the compute of a budget differently.
         trend: which budgets (budgets,) belong to a trend. They are compared as if there were no other budgets, so that
             a trend depends on nothing outside it.
 
     Returns:
-        Above 1 if dense needs more compute; NaN if a loss is unknown or would be extrapolated.
+        Above 1 if the reference needs more compute; NaN if a loss is unknown or would be extrapolated.
     """
-    losses = np.stack([dense[1], method[1]])
+    losses = np.stack([reference[1], method[1]])
     level, known = losses.max(axis=0), np.isfinite(losses).all(axis=0)
     smallest = known & (known.cumsum(axis=-1) == 1)
     level = np.where(smallest, losses.min(axis=0), level)
-    found = compute_to_reach(*dense, level) / compute_to_reach(*method, level)
+    found = compute_to_reach(*reference, level) / compute_to_reach(*method, level)
     if trend is not None and trend.any() and not trend.all():
-        own, other = ((compute[trend], losses[..., trend]) for compute, losses in (dense, method))
+        own, other = ((compute[trend], losses[..., trend]) for compute, losses in (reference, method))
         found[..., trend] = compute_multipliers(own, other)
     return found
 

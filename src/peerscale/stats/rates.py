@@ -6,18 +6,21 @@ from typing import Any
 import pandas as pd
 
 from peerscale.errors import UserError
-from peerscale.stats.curves_of_runs import axes_of, method_names, usable
+from peerscale.stats.curve import curves_of, usable
 from peerscale.stats.rate_law import fit_rates
+
+OF_LAW = ("optim.lr", "optim.table_lr", "batch_sequences")
+"""Settings that are variables of the law, or separate its curves."""
 
 
 def tries_rates(runs: pd.DataFrame) -> bool:
     """Whether a study varies the peak learning rate, so that its models differ in their rates and not only in seeds."""
-    return axes_of(runs).map(lambda axes: axes.get("optim.lr")).nunique() > 1
+    return curves_of(runs).map(lambda curve: dict(curve.settings).get("optim.lr")).nunique() > 1
 
 
-def names_under_law(runs: pd.DataFrame) -> pd.Series:
-    """Names of the methods, without the axes that are variables of the law or that separate its curves."""
-    return method_names(runs, without=("optim.lr", "optim.table_lr", "batch_sequences"))
+def curves_of_law(runs: pd.DataFrame) -> pd.Series:
+    """The curve of each row without the settings `OF_LAW`."""
+    return curves_of(runs).map(lambda curve: curve.without(*OF_LAW))
 
 
 def fit_law(runs: pd.DataFrame, held_out: Collection[int] = ()) -> dict[str, Any] | None:
@@ -28,12 +31,12 @@ def fit_law(runs: pd.DataFrame, held_out: Collection[int] = ()) -> dict[str, Any
         held_out: widths (d_model) that test the law and that it is not fitted to.
 
     Returns:
-        `laws.rates.RateFit.to_dict()`; None if the study does not vary the rate, or the finished runs do not determine
+        `rate_law.RateFit.to_dict()`; None if the study does not vary the rate, or the finished runs do not determine
         a law.
     """
     if not tries_rates(runs):
         return None
-    cells = runs.assign(name=names_under_law(runs), table_lr=runs["table_lr"].fillna(0.0))[usable(runs)]
+    cells = runs.assign(name=curves_of_law(runs).map(str), table_lr=runs["table_lr"].fillna(0.0))[usable(runs)]
     if cells.empty:
         return None
     planned = runs[~runs["d_model"].isin(held_out)]
@@ -63,7 +66,7 @@ def as_configuration(law: Mapping[str, Any], runs: pd.DataFrame) -> dict[str, An
     """A law as settings for conf/: coefficients to three digits, and the range of the runs.
 
     Args:
-        law: `RateFit.to_dict()` of a study's runs, in width and tokens at least.
+        law: `RateFit.to_dict()` of a study's runs, in width and tokens at least; `groups` by curve or name.
         runs: the study's table, which has the batch and the largest rate that were tried.
 
     Returns:
@@ -81,7 +84,8 @@ def as_configuration(law: Mapping[str, Any], runs: pd.DataFrame) -> dict[str, An
     lr_law["fewest_steps"] = int(done["steps"].min())
     lr_law["largest_lr"] = float(done["lr"].max())
     methods: dict[str, dict[str, Any]] = {}
-    for method, found in law["groups"].items():
+    for curve, found in law["groups"].items():
+        method = str(curve)
         methods[method] = {"lr": _rounded(found["m"])}
         if law["exponents"] == "own":
             exponents = {f"{name}_exponent": _rounded(found[VARIABLES[name][1]]) for name in law["fitted"]}
