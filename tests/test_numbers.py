@@ -96,7 +96,9 @@ def largest_gain(budget: float) -> list[str]:
 
 def row_of_budget(study: str, budget: float) -> list[str]:
     """The numbers of a row of the table by budget."""
-    usual = runs(study)[(runs(study)["status"] == "done") & runs(study)["axes"].isna()].fillna({"variant": ""})
+    usual = runs(study)[
+        (runs(study)["status"] == "done") & runs(study)["settings"].isna() & (runs(study)["rate_factor"] == 1)
+    ].fillna({"variant": ""})
     seeds = usual[usual["budget"] == budget].groupby(["method", "variant", "size"])["seed"].nunique()
     (entry,) = (one for one in fits(study)["budgets"] if one["budget"] == budget)
     sizes = {
@@ -125,7 +127,9 @@ def at_both(method: str, rival: str) -> list[str]:
 
 def more_flops() -> list[str]:
     """How many percent more FLOPs per token expert choice has than PEER where they are compared at equal d_model."""
-    done = runs(MAIN)[(runs(MAIN)["status"] == "done") & runs(MAIN)["axes"].isna()].fillna({"variant": ""})
+    done = runs(MAIN)[
+        (runs(MAIN)["status"] == "done") & runs(MAIN)["settings"].isna() & (runs(MAIN)["rate_factor"] == 1)
+    ].fillna({"variant": ""})
     flops = done.pivot_table(index=["budget", "size"], columns=["method", "variant"], values="flops_per_token")
     more = 100 * (flops[EXPERT, ""] / flops[PEER, ""] - 1).dropna()
     return [f"{more.min():.0f}", f"{more.max():.0f}"]

@@ -81,7 +81,7 @@ def test_controls_against_two_sample_statistics_by_hand() -> None:
     (entry,) = published("controls")["budgets"]
     found = {d["method"]: d for d in entry["differences"] if d["reference"] == "dense"}
     runs = read_runs(ROOT / "results" / "controls" / "runs.csv")
-    runs["layer"] = runs["method"] + runs["variant"].fillna("") + runs["axes"].fillna("")
+    runs["layer"] = runs["method"] + runs["variant"].fillna("") + runs["settings"].fillna("")
     groups = runs.groupby("layer")["val_loss"]
     own = dict(zip(groups.groups, own_variances([group.to_numpy() for _, group in groups]), strict=True))
     seeds_se = math.sqrt((own["pkm"][0] + own["dense"][0]) / 2)
@@ -94,7 +94,7 @@ def test_experts_and_batchnorm_by_hand() -> None:
     (entry,) = published("experts")["budgets"]
     found = {(d["method"], d["reference"]): d for d in entry["differences"]}
     runs = read_runs(ROOT / "results" / "experts" / "runs.csv")
-    groups = runs.groupby(runs["axes"].fillna(""))["val_loss"]
+    groups = runs.groupby(runs["settings"].fillna(""))["val_loss"]
     assert len(groups) == 9 and (groups.size() == 2).all()
     own = dict(zip(groups.groups, own_variances([group.to_numpy() for _, group in groups]), strict=True))
     norm, none = (f'{{"ffn.n_experts": 65536, "ffn.query_norm": {flag}}}' for flag in ("true", "false"))

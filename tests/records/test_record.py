@@ -169,7 +169,7 @@ def test_every_key_is_either_hashed_or_known_to_be_operational() -> None:
         *(f"tracking.{key}" for key in to_dict(config)["tracking"]),
         *("min_steps", "data.directory", "data.name", "data.path", "data.train_tokens", "data.max_epochs"),
         # What these name is hashed: the layer's settings, the tokens of the corpus, the rates of this width.
-        *("ffn.variant", "data.source", "optim.lr_rule", "optim.lr_factor"),
+        *("ffn.variant", "data.source", "optim.lr_rule", "optim.lr_factor", "optim.table_lr_law"),
         *(f"data.evaluation.{name}" for name, tokens in config.data.evaluation.items() if not tokens),
         "routing_group_sequences",  # where it is the usual one
         *SIZE,  # hashed as size.d_model, size.n_layers and size.n_heads
