@@ -55,7 +55,9 @@ def difference(fits: dict[str, Any], budget: float, rival: str) -> str:
 def test_every_cell_is_that_of_the_fits(study: str) -> None:
     fits = json.loads((ROOT / "results" / study / "fits.json").read_text(encoding="utf-8"))
     runs = pd.read_csv(ROOT / "results" / study / "runs.csv")
-    usual = runs[(runs["status"] == "done") & runs["axes"].isna()].fillna({"variant": ""})
+    usual = runs[(runs["status"] == "done") & runs["settings"].isna() & (runs["rate_factor"] == 1)].fillna(
+        {"variant": ""}
+    )
     seeds = usual.groupby(["budget", "method", "variant", "size"])["seed"].nunique().groupby("budget")
     assert {budget for name, budget in TABLE if name == study} == {entry["budget"] for entry in fits["budgets"]}
     for budget in seeds.groups:

@@ -93,7 +93,7 @@ def test_controls_against_two_sample_statistics_by_hand() -> None:
     (entry,) = published("controls")["budgets"]
     found = {d["method"]: d for d in entry["differences"] if d["reference"] == "dense"}
     runs = read_runs(ROOT / "results" / "controls" / "runs.csv")
-    runs["layer"] = runs["method"] + runs["variant"].fillna("") + runs["axes"].fillna("")
+    runs["layer"] = runs["method"] + runs["variant"].fillna("") + runs["settings"].fillna("")
     groups = runs.groupby("layer")["val_loss"]
     own = dict(zip(groups.groups, own_variances([group.to_numpy() for _, group in groups]), strict=True))
     seeds_se = math.sqrt((own["pkm"][0] + own["dense"][0]) / 2)
@@ -106,15 +106,15 @@ def test_experts_and_batchnorm_by_hand() -> None:
     (entry,) = published("experts")["budgets"]
     found = {(d["method"], d["reference"]): d for d in entry["differences"]}
     runs = read_runs(ROOT / "results" / "experts" / "runs.csv")
-    groups = runs.groupby(runs["axes"].fillna(""))["val_loss"]
+    groups = runs.groupby(runs["settings"].fillna(""))["val_loss"]
     assert len(groups) == 9 and (groups.size() == 2).all()
     own = dict(zip(groups.groups, own_variances([group.to_numpy() for _, group in groups]), strict=True))
     norm, none = (f'{{"ffn.n_experts": 65536, "ffn.query_norm": {flag}}}' for flag in ("true", "false"))
     with_norm, without = ("peer n_experts=65536-query_norm=true", "peer n_experts=65536-query_norm=false")
-    for pair, axes in (((with_norm, without), (norm, none)), ((with_norm, "dense"), (norm, ""))):
-        one, parts = found[pair], [(own[key][0] / 2, own[key][1]) for key in axes]
+    for pair, settings in (((with_norm, without), (norm, none)), ((with_norm, "dense"), (norm, ""))):
+        one, parts = found[pair], [(own[key][0] / 2, own[key][1]) for key in settings]
         variance = sum(part for part, _ in parts)
         df = variance**2 / sum(part**2 / df for part, df in parts)
         half = float(student.ppf(0.975, df)) * math.sqrt(variance)  # of seeds alone
-        assert one["value"] == pytest.approx(groups.mean()[axes[0]] - groups.mean()[axes[1]])
+        assert one["value"] == pytest.approx(groups.mean()[settings[0]] - groups.mean()[settings[1]])
         assert (one["high"] - one["low"]) / 2 == pytest.approx(half, rel=0.05)
