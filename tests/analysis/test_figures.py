@@ -43,7 +43,7 @@ def test_the_same_bytes_from_a_second_process(runs: Path) -> None:
 
 
 def test_a_published_table_alone_is_enough_with_another_meaning_of_size(runs: Path, tmp_path: Path) -> None:
-    """Without curves there is no figure of them. What is committed stays as it is: the figures are of one's own runs."""
+    """Without curves there is no figure of them. What is committed stays as it is: figures go to one's own runs."""
     target = published(SWEEP, tmp_path / "results")
     target.folder.parent.mkdir()
     collected(SWEEP, runs).folder.rename(target.folder)

@@ -41,7 +41,8 @@ def study() -> pd.DataFrame:
         rate = lr * (32 / width) ** 0.5
         settings = f"batch_sequences={batch}-lr={lr:g}" + f"-table_lr={table_lr:g}" * (table_lr > 0)
         rows.append({
-            "cell": f"{method}-d{width}-{budget:g}-{settings}-s{seed}", "settings": settings_text(settings), "rate_factor": 1.0, "variant": "",
+            "cell": f"{method}-d{width}-{budget:g}-{settings}-s{seed}",
+            "settings": settings_text(settings), "rate_factor": 1.0, "variant": "",
             "method": method, "size": f"d{width}", "d_model": width, "budget": budget, "seed": seed, "status": "done",
             "tokens": 1e7 * budget / 1e13 * 64 / width, "batch_sequences": batch, "lr": rate,
             "table_lr": table_lr or None, "val_set": "tuning",

@@ -252,7 +252,8 @@ def test_the_best_rate_is_the_minimum_of_the_parabolas(tmp_path: Path, capsys: p
     losses = {"dense": (0.02, 4.0), "peer": (0.03, 3.95)}
     rows = [
         {
-            "sweep": "mine", "cell": f"{name}-d16-5e11-lr={lr:g}-s0", "settings": f'{{"optim.lr": {lr}}}', "rate_factor": 1.0,
+            "sweep": "mine", "cell": f"{name}-d16-5e11-lr={lr:g}-s0", "settings": f'{{"optim.lr": {lr}}}',
+            "rate_factor": 1.0,
             "method": name, "variant": "", "size": "d16", "seed": 0, "budget": 5e11, "status": "done",
             "reason": "", "val_set": "tuning", "table_lr": np.nan, "lr": lr,
             "val_loss": best + 0.3 * np.log(lr / at) ** 2 + 1e-6 * (-1) ** i, "val_loss_se": 0.01,

@@ -99,10 +99,10 @@ def test_experts_and_batchnorm_by_hand() -> None:
     own = dict(zip(groups.groups, own_variances([group.to_numpy() for _, group in groups]), strict=True))
     norm, none = (f'{{"ffn.n_experts": 65536, "ffn.query_norm": {flag}}}' for flag in ("true", "false"))
     with_norm, without = ("peer n_experts=65536-query_norm=true", "peer n_experts=65536-query_norm=false")
-    for pair, axes in (((with_norm, without), (norm, none)), ((with_norm, "dense"), (norm, ""))):
-        one, parts = found[pair], [(own[key][0] / 2, own[key][1]) for key in axes]
+    for pair, settings in (((with_norm, without), (norm, none)), ((with_norm, "dense"), (norm, ""))):
+        one, parts = found[pair], [(own[key][0] / 2, own[key][1]) for key in settings]
         variance = sum(part for part, _ in parts)
         df = variance**2 / sum(part**2 / df for part, df in parts)
         half = float(student.ppf(0.975, df)) * math.sqrt(variance)  # of seeds alone
-        assert one["value"] == pytest.approx(groups.mean()[axes[0]] - groups.mean()[axes[1]])
+        assert one["value"] == pytest.approx(groups.mean()[settings[0]] - groups.mean()[settings[1]])
         assert (one["high"] - one["low"]) / 2 == pytest.approx(half, rel=0.05)
