@@ -194,7 +194,7 @@ def test_a_second_collection_changes_no_byte(collected_runs: Path, tmp_path: Pat
 
 def test_a_wrong_file_of_a_study_is_refused_and_none_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its claims and windows would otherwise be ignored."""
-    monkeypatch.setattr("peerscale.config.compose.ROOT", tmp_path)
+    monkeypatch.setattr("peerscale.config.study_file.ROOT", tmp_path)
     (tmp_path / "sweeps").mkdir()
     text = "sweep: {methods: [dense], grid: [{budget: 1e11, d_model: [8]}], claims: {method: peeer, rivals: [dense]}}"
     (tmp_path / "sweeps" / "mine.yaml").write_text(text)

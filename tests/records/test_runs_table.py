@@ -17,9 +17,9 @@ from peerscale.records.table import read_records, read_runs, runs_table, write_r
 from toy_study import record_of, write_study
 
 COLUMNS = [
-    "sweep", "method", "variant", "size", "seed", "budget", "settings", "rate_factor", "flops", "flops_per_token", "layer_share", "tokens",
-    "steps", "batch_sequences", "context", "precision", "d_model", "n_layers", "n_heads", "vocab_size",
-    "params_total", "params_active", "params_non_embedding", "n_experts", "ffn_heads", "top_k", "d_key",
+    "sweep", "method", "variant", "size", "seed", "budget", "settings", "rate_factor", "flops", "flops_per_token",
+    "layer_share", "tokens", "steps", "batch_sequences", "context", "precision", "d_model", "n_layers", "n_heads",
+    "vocab_size", "params_total", "params_active", "params_non_embedding", "n_experts", "ffn_heads", "top_k", "d_key",
     "query_norm", "active_experts", "granularity", "capacity_factor", "lr", "table_lr", "optimizer", "kernel",
     "n_threads", "val_loss", "val_loss_se", "val_bits_per_byte", "expert_usage", "unevenness", "usage_tokens",
     "wall_s", "tokens_per_s", "flops_per_s", "status", "reason", "convention", "recipe_version", "git_commit",
