@@ -129,10 +129,10 @@ def test_conf_is_what_the_paper_says_at_this_scale() -> None:
 
 
 def test_conf_holds_the_settings_that_are_better_by_the_rule_of_settings() -> None:
-    runs = pd.read_csv(ROOT / "results/settings/runs.csv").fillna({"variant": "", "axes": "{}"})
+    runs = pd.read_csv(ROOT / "results/settings/runs.csv").fillna({"variant": "", "settings": "{}"})
     chosen = {}
     for (method, variant), rows in runs.groupby(["method", "variant"]):
-        means = rows.groupby("axes")["val_loss"].agg(["mean", "size"])
+        means = rows.groupby("settings")["val_loss"].agg(["mean", "size"])
         better = means[(means["size"] == 3) & (means["mean"] < means.loc["{}", "mean"] - 0.02)]
         if len(better):
             chosen["_".join(filter(None, (method, variant)))] = json.loads(better["mean"].idxmin())
