@@ -65,8 +65,8 @@ def isoflop_panel(
         markers: of the points, by curve.
         colours: by curve.
     """
-    of_curve = by_curve(runs.sort_values(x))
-    of_curves = [(curve, of_curve[curve]) for curve in style.ordered(of_curve)]
+    of_curve = by_curve(runs)
+    of_curves = [(curve, of_curve[curve].sort_values(x)) for curve in style.ordered(of_curve)]
     axes.set(xscale="log", yscale="log")
     for curve, rows in of_curves:
         fitted, colour = fits.get(curve), colours[curve]

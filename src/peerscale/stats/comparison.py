@@ -122,9 +122,11 @@ def budgets_with_curves(runs: pd.DataFrame, min_sizes: int) -> set[float]:
 
 def references_of(curves: pd.Series, baseline: str, claims: ClaimsConfig | None) -> list[Curve]:
     """What every curve is compared with: the baseline, each curve of the method that is claimed, and its rivals."""
-    claimed = [claims.method, *claims.rivals] if claims else []
-    other = [curve for curve in curves.unique() if claims and curve.method == claims.method]
-    return list(dict.fromkeys([Curve(baseline), *map(Curve, claimed[:1]), *other, *map(Curve, claimed[1:])]))
+    found = [Curve(baseline)]
+    if claims:
+        found += [Curve(claims.method), *(curve for curve in curves.unique() if curve.method == claims.method)]
+        found += map(Curve, claims.rivals)
+    return list(dict.fromkeys(found))
 
 
 def pairs_of(curves: Sequence[Curve], references: Sequence[Curve]) -> Pairs:
@@ -164,11 +166,9 @@ def fit_budget(rows: pd.DataFrame, min_sizes: int, sequences: Sequences) -> Budg
         mean_losses(rows.loc[(rows["curve"].map(str) == fit.names[method]) & (rows[X] == size), "cell"], sequences)
         for method, size in zip(fit.method, fit.x, strict=True)
     ]
-    known = [losses for losses in behind if losses is not None]
+    sampled = None if any(losses is None for losses in behind) else np.array(behind)
     by_seed = {curve: losses_by_seed(of_curve[curve], fit, optimum) for curve, optimum in optima.items()}
-    return Budget(
-        float(rows["budget"].iloc[0]), fit, optima, by_seed, np.array(known) if len(known) == len(behind) else None
-    )
+    return Budget(float(rows["budget"].iloc[0]), fit, optima, by_seed, sampled)
 
 
 def optima_fit(rows: pd.DataFrame, losses: pd.Series, min_sizes: int, *, shared: bool = True) -> OptimaFit:
@@ -206,16 +206,12 @@ def described_fit(
     differences = []
     for curve, reference in pairs_of(list(optima), references):
         entry: dict[str, Any] = {"method": curve, "reference": reference, "size": ""}
-        without = [
-            f"{each}: {optima[each].status}" for each in (curve, reference) if not optima[each].status.has_number
-        ]
-        if without:
-            entry["note"] = "; ".join(without)
+        unknown = [each for each in (curve, reference) if not optima[each].status.has_number]
+        if unknown:
+            entry["note"] = "; ".join(f"{each}: {optima[each].status}" for each in unknown)
         else:
-            weights, of_rates = (
-                optima[curve].weights - optima[reference].weights,
-                rates.of(one.budget, curve, reference),
-            )
+            weights = optima[curve].weights - optima[reference].weights
+            of_rates = rates.of(one.budget, curve, reference)
             apart = own.estimate(alone[curve].weights - alone[reference].weights, drawn).with_rates(of_rates)
             entry |= described(fit.estimate(weights, drawn).with_rates(of_rates))
             entry["own"] = {"value": apart.value, "se": apart.se} if math.isfinite(apart.value) else None
