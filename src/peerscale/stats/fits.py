@@ -14,6 +14,7 @@ from peerscale.laws.parametric import Surface, fit_parametric
 from peerscale.records.study import read_json
 from peerscale.stats.conventions import multipliers_by_convention
 from peerscale.stats.curve import described_curves, finished, from_names, to_names, without_brackets
+from peerscale.stats.guests import without_guests
 from peerscale.stats.rates import curves_of_law, fit_law
 
 RESAMPLES = 1000
@@ -24,7 +25,7 @@ def fit_study(runs: pd.DataFrame, compared: Mapping[str, Any], held_out: Collect
     """Statistics and laws of a study as plain values for JSON.
 
     Args:
-        runs: the study's table; laws and conventions do not use its rate brackets.
+        runs: the study's table; laws and conventions do not use its rate brackets, nor laws of rates its guests.
         compared: the result of `comparison.compare`.
         held_out: widths (d_model) that a law of learning rates is not fitted to.
 
@@ -38,11 +39,12 @@ def fit_study(runs: pd.DataFrame, compared: Mapping[str, Any], held_out: Collect
         `compared`: `brackets` of the usual rates and the errors from them.
     """
     done, baseline, trend_from = finished(runs), compared["baseline"], compared.get("trend_from", 0.0)
+    own = without_guests(runs, compared.get("guests", ()))
     conventions = multipliers_by_convention(done, from_names(compared)["budgets"], baseline, trend_from)
-    law = fit_law(without_brackets(runs), held_out)
+    law = fit_law(without_brackets(own), held_out)
     return {
         **compared,
-        "curves": compared["curves"] | described_curves(curves_of_law(runs) if law else ()),
+        "curves": compared["curves"] | described_curves(curves_of_law(own) if law else ()),
         "laws": compared["laws"] | surfaces(done),
         "conventions": to_plain(to_names(conventions)),
         "rates": {"law": to_plain(law)} | compared.get("rates", {}),
