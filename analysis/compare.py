@@ -28,15 +28,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     study = find_study(given.sweep, given.runs, given.results)
     runs, records, fits = read_runs(study.runs), read_records(study.folder), read_fits(study.fits)
     known = [*methods_of(finished(runs)).unique()]
-    methods, rivals = ([name for name in text.split(",") if name] for text in (given.methods, given.rivals))
+    methods, rivals = ([*filter(None, map(str.strip, text.split(",")))] for text in (given.methods, given.rivals))
     for name in (*methods, *rivals):
         if name not in known:
             raise UserError(f"{name}: no method with finished runs in {given.sweep}, which has {', '.join(known)}")
     rivals = rivals or (known if methods else [fits["baseline"]])
     beyond = {(one["budget"], one["method"]) for one in fits["rates"].get("extrapolated", ())}
-    for rival in rivals:
-        found = from_names(compared(given.sweep, runs, records, beyond, rival))
-        print(*table(verdict_rows(found, methods or known)), "", sep="\n")
+    each = [from_names(compared(given.sweep, runs, records, beyond, rival)) for rival in rivals]
+    if not (rows := [row for found in each for row in verdict_rows(found, methods or known)]):
+        raise UserError(f"{given.sweep} has nothing to compare {', '.join(methods or known)} with")
+    print(*table(rows), sep="\n")
     return 0
 
 

@@ -28,9 +28,9 @@ def verdict_rows(fits: Mapping[str, Any], methods: Collection[str] | None = None
         rows.append({
             "budget": budget_name(budget), "comparison": ", ".join(filter(None, compared)),
             "difference [95 %]": signed_interval(one), "p": probability(one.get("p")),
-            f"{label(Curve(fits['baseline']))}'s FLOPs for this loss [95 %]":
+            "compute multiplier [95 %]":
                 with_interval(times["multiplier"], (times["low"], times["high"]), "{:.2f}") if times else "—",
-            "could be told from": number(TOLD * one["se"] if one.get("se") else None, "{:.3f}"),
+            "smallest effect told": number(TOLD * one["se"] if one.get("se") else None, "{:.3f}"),
             "caveats": one.get("note") or "; ".join(caveats(fits, budget, pair, one)) or "—",
         })  # fmt: skip
     return rows
