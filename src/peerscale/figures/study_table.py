@@ -47,7 +47,7 @@ def study_table(sweep: str, runs: pd.DataFrame, fits: Fits, withdrawn: str = "")
         planned = len(without_brackets(runs))
         title, lines = "learning rates", rate_law_sections(done, law) if law else finished_cells(done, planned)
     else:
-        lines = [f"**{answer(fits)}**", "", *verdicts(fits), *table(main_rows(runs, fits)), ""]
+        lines = [*headline(fits), *table(main_rows(runs, fits)), ""]
         lines += [f"Nats per token; FLOPs: {listed(runs['convention'])}.", ""]
         title = "losses at equal compute"
         if of_curves:
@@ -65,14 +65,14 @@ def study_table(sweep: str, runs: pd.DataFrame, fits: Fits, withdrawn: str = "")
     return "\n".join([f"# {sweep}: {title}", "", *first, *lines])
 
 
-def verdicts(fits: Fits) -> list[str]:
-    """Guests against the baseline, which no claim is about; without claims every method."""
-    guests = fits.get("guests", ())
-    who = f"Less {label(Curve(fits['baseline']))}, uncorrected for the number of comparisons"
-    if fits["claims"] and guests:
-        who += "; methods that the sweep's file does not name, and that change none of its numbers"
-    rows = verdict_rows(fits, guests if fits["claims"] else None)
-    return [f"{who}:", "", *table(rows), ""] if rows else []
+def headline(fits: Fits) -> list[str]:
+    """What the claims came to, and each guest against the baseline; without claims every method against it."""
+    claimed = bool(fits["claims"])
+    rows = verdict_rows(fits, fits.get("guests", ()) if claimed else None)
+    who = "Methods that the sweep's file does not name" if claimed else "Every method"
+    said = f"{who} less {label(Curve(fits['baseline']))}, uncorrected for the number of comparisons:"
+    lines = [f"**{answer(fits)}**", ""] if claimed or not rows else []
+    return [*lines, f"**{said}**", "", *table(rows), ""] if rows else lines
 
 
 def compares_curves(fits: Fits) -> bool:
