@@ -178,7 +178,7 @@ def test_it_prints_the_answer_and_names_the_further_tables(
     printed = capsys.readouterr().out
     study = collected(SWEEP, collected_runs)
     written = study.table.read_text()
-    said = "**Every method less dense, uncorrected for the number of comparisons:**"
+    said = "**Every method minus dense, uncorrected for the number of comparisons:**"
     assert written.splitlines()[:3] == [f"# {SWEEP}: losses at equal compute", "", said]
     headings = [line.removeprefix("## ") for line in written.splitlines() if line.startswith("## ")]
     assert {"Differences", "Compute multiplier"} <= set(headings)

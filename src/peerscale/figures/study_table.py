@@ -70,7 +70,7 @@ def headline(fits: Fits) -> list[str]:
     claimed = bool(fits["claims"])
     rows = verdict_rows(fits, fits.get("guests", ()) if claimed else None)
     who = "Methods that the sweep's file does not name" if claimed else "Every method"
-    said = f"{who} less {label(Curve(fits['baseline']))}, uncorrected for the number of comparisons:"
+    said = f"{who} minus {label(Curve(fits['baseline']))}, uncorrected for the number of comparisons:"
     lines = [f"**{answer(fits)}**", ""] if claimed or not rows else []
     return [*lines, f"**{said}**", "", *table(rows), ""] if rows else lines
 
