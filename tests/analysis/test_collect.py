@@ -201,7 +201,7 @@ def test_a_wrong_file_of_a_study_is_refused_and_none_is_not(tmp_path: Path, monk
     rest = (runs_table(records()), [])
     with pytest.raises(UserError, match=r"claims\.method names peeer"):
         collection.fits_of("mine", *rest)
-    assert len(collection.fits_of("absent", *rest)["claims"]) > 0
+    assert len(collection.fits_of("absent", *rest)["budgets"]) > 0
 
 
 def test_nothing_to_collect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

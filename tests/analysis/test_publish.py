@@ -110,6 +110,17 @@ def test_refuses_an_unfinished_study(
     assert not (tmp_path / "results").exists()
 
 
+def test_guests_are_not_published(folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = collected(SWEEP, tmp_path / "runs")
+    study.fits.write_text('{"guests": ["gated"]}')
+    study.table.touch()
+    capsys.readouterr()
+    assert exit_code(lambda: publish.main(folders)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: gated is no method of {SWEEP}, ") and error.count("\n") == 1
+    assert not (tmp_path / "results").exists()
+
+
 def test_a_study_of_settings_without_a_figure_can_be_published(folders: list[str], tmp_path: Path) -> None:
     shutil.rmtree(collected(SWEEP, tmp_path / "runs").figures)
     assert publish.main(folders) == 0

@@ -12,7 +12,6 @@ from synthetic_study import LOSS, OFFSET, SWEEP, minimum, script, shared_curvatu
 from peerscale.config.study import ClaimsConfig
 from peerscale.errors import exit_code
 from peerscale.figures import study_table, style
-from peerscale.figures.answer import answer
 from peerscale.figures.figures import study_figures
 from peerscale.figures.markdown import signed_interval, table
 from peerscale.files import write_json
@@ -178,10 +177,11 @@ def test_it_prints_the_answer_and_names_the_further_tables(
     assert figures.main([SWEEP, "--runs", str(collected_runs)]) == 0
     printed = capsys.readouterr().out
     study = collected(SWEEP, collected_runs)
-    written, said = study.table.read_text(), answer(read_fits(study.fits))
-    assert written.splitlines()[:3] == [f"# {SWEEP}: losses at equal compute", "", f"**{said}**"]
+    written = study.table.read_text()
+    said = "**Every method minus dense, uncorrected for the number of comparisons:**"
+    assert written.splitlines()[:3] == [f"# {SWEEP}: losses at equal compute", "", said]
     headings = [line.removeprefix("## ") for line in written.splitlines() if line.startswith("## ")]
-    assert {"Differences", "Claims", "Compute multiplier"} <= set(headings)
+    assert {"Differences", "Compute multiplier"} <= set(headings)
     shown, further = printed.partition("# ")[2].rstrip("\n").rsplit("\n", 1)
     assert written.startswith(f"# {shown}")
     assert "## " not in shown and further == f"Further tables in {study.table}: {'; '.join(headings)}"

@@ -153,7 +153,6 @@ def test_the_error_is_the_root_mean_square_of_gains_and_their_errors() -> None:
         alone = np.mean([b["se"] ** 2 for b in brackets["each"] if b["method"] == name])
         assert error["se"] == pytest.approx(ses[name]) and error["source"] == "brackets"
         assert error["df"] == pytest.approx(ses[name] ** 4 / (alone**2 / 3))
-    assert found["claims"][0]["p"] == one["p"]
 
 
 def test_what_is_not_bracketed_has_the_stated_cost_or_nothing() -> None:

@@ -1,5 +1,7 @@
 """The family of claims of a study and its correction, worked by hand."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 from test_comparison import FIVE, of
@@ -45,21 +47,8 @@ def test_two_claims_at_one_budget_do_not_stand_for_one_at_another() -> None:
     assert min(c["p_holm"] for c in found) == pytest.approx(3 * found[0]["p"])
 
 
-@pytest.mark.parametrize("baseline", ["dense", "moe"])
-def test_without_a_named_family_every_method_is_compared_with_the_baseline(baseline: str) -> None:
-    runs = curves({(m, c): v for (m, _), v in FIVE.items() for c in LADDER[:2]}, noise=0.004)
-    found = compare(runs, [], baseline=baseline)
-    methods = [method for method, _ in FIVE if method != baseline]
-    assert [(c["budget"], c["method"]) for c in found["claims"]] == [(c, m) for c in LADDER[:2] for m in methods]
-    assert {c["rival"] for c in found["claims"]} == {baseline}
-    by_hand, largest = {}, 0.0
-    for i, p in enumerate(sorted(c["p"] for c in found["claims"])):
-        largest = by_hand[p] = max(largest, min(1, (4 - i) * p))
-    assert {c["p"]: pytest.approx(c["p_holm"]) for c in found["claims"]} == by_hand
-    for claim in found["claims"]:
-        one = of(found, claim["method"], baseline, claim["budget"])
-        assert [claim[k] for k in ("value", "low", "high")] == [one[k] for k in ("value", "low", "high")]
-        assert claim["low"] < claim["value"] < claim["high"]
+def test_without_a_named_family_nothing_is_claimed() -> None:
+    assert compare(curves(FIVE, noise=0.004), [])["claims"] == []
 
 
 def test_a_claim_may_be_the_negative_of_a_difference() -> None:
@@ -72,9 +61,10 @@ def test_a_claim_may_be_the_negative_of_a_difference() -> None:
 
 
 def test_a_lead_is_lower_and_a_worse_method_never_leads() -> None:
-    better = compare(curves(FIVE, noise=0.002), [])
-    assert all(c["leads"] and c["p_holm"] < 0.05 for c in better["claims"])
-    worse = compare(curves({("dense", 1e12): 4.5, ("peer", 1e12): 4.6}, noise=0.002), [])
+    better = compare(curves(FIVE, noise=0.002), [], claims=ClaimsConfig(method="peer", rivals=["dense", "moe"]))
+    assert better["claims"] and all(c["leads"] and c["p_holm"] < 0.05 for c in better["claims"])
+    claims = ClaimsConfig(method="peer", rivals=["dense"])
+    worse = compare(curves({("dense", 1e12): 4.5, ("peer", 1e12): 4.6}, noise=0.002), [], claims=claims)
     (claim,) = worse["claims"]
     assert claim["p_holm"] < 0.05 and claim["value"] > 0 and not claim["leads"]
 
@@ -104,4 +94,4 @@ def test_equal_is_an_interval_within_the_stated_margin(margin: float, equal: dic
     assert {c["rival"]: c["equal"] for c in found["claims"]} == equal
     for claim in found["claims"]:
         assert claim["equal"] == (max(abs(claim["low"]), abs(claim["high"])) < margin)
-    assert "equal" not in compare(curves(lowest), [])["claims"][0]
+    assert "equal" not in compare(curves(lowest), [], claims=replace(named, equal_within=None))["claims"][0]

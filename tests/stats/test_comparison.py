@@ -239,11 +239,12 @@ def test_variants_are_compared_with_the_same_variant() -> None:
         (f"{method} batch_sequences={n}", 1e12): loss + shift
         for method, loss in (("dense", 4.5), ("peer", 4.46)) for n, shift in ((8, 0.1), (16, 0.0))
     }  # fmt: skip
-    found = compare(curves(lowest, noise=0.002), [])
-    assert {(c["method"], c["rival"]) for c in found["claims"]} == {
+    found = compare(curves(lowest, noise=0.002), [])["budgets"][0]["differences"]
+    same = [d for d in found if d["reference"].startswith("dense ")]
+    assert [(d["method"], d["reference"]) for d in same] == [
         (f"peer batch_sequences={n}", f"dense batch_sequences={n}") for n in (8, 16)
-    }
-    assert all(c["value"] == pytest.approx(-0.04, abs=0.01) for c in found["claims"])
+    ]
+    assert all(d["value"] == pytest.approx(-0.04, abs=0.01) for d in same)
     plain = compare(curves({("dense", 1e12): 4.5, ("peer top_k=4", 1e12): 4.4, ("peer top_k=8", 1e12): 4.45}), [])
     assert [(d["method"], d["reference"]) for d in plain["budgets"][0]["differences"]] == [
         ("peer top_k=4", "dense"), ("peer top_k=8", "dense"),
@@ -336,7 +337,12 @@ def test_methods_with_other_names_have_the_same_fits(monkeypatch: pytest.MonkeyP
             fits.append(
                 fit_study(table, compare(table, records, baseline=named("dense"), claims=ours, rates_cost=0.01))
             )
-        assert fits[0]["claims"] and fits[0]["multipliers"] and fits[0]["growth"] and fits[0]["conventions"]
+        assert (
+            bool(fits[0]["claims"]) == bool(claims)
+            and fits[0]["multipliers"]
+            and fits[0]["growth"]
+            and fits[0]["conventions"]
+        )
         assert fits[0]["rates"]["brackets"] and f"{methods[-1]}/parametric" in fits[0]["laws"]
         assert renamed(fits[0], names) == fits[1]
 

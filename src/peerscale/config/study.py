@@ -134,7 +134,7 @@ class SweepConfig:
     min_sizes: Positive = MIN_SIZES
     """Fewest sizes for a method's curve at a budget; with fewer it is compared at each size that it shares."""
     claims: ClaimsConfig | None = None
-    """What the study claims; null: every method against the baseline where there are curves."""
+    """What the study claims; null: nothing."""
     trend_from: Rate | None = None
     """Smallest budget that the growth of multipliers uses; null: the smallest of the grid."""
     held_out: list[Positive] = Field(default_factory=list)

@@ -21,7 +21,9 @@ from peerscale.figures.paper_tables import norm_rows, paper_perplexities, perple
 from peerscale.figures.published import LAYER, read_published
 from peerscale.figures.rate_law import finished_cells, rate_law_sections, table_law_section
 from peerscale.figures.style import in_words, label, listed, ordered, size_label
+from peerscale.figures.verdicts import not_tuned, verdict_rows
 from peerscale.plan.cell_names import budget_name
+from peerscale.stats.brackets import NOT_TUNED
 from peerscale.stats.curve import Curve, by_budget, by_curve, curves_of, finished, usable, without_brackets
 from peerscale.stats.optima import OptimumStatus
 from peerscale.stats.rates import tries_rates
@@ -45,7 +47,7 @@ def study_table(sweep: str, runs: pd.DataFrame, fits: Fits, withdrawn: str = "")
         planned = len(without_brackets(runs))
         title, lines = "learning rates", rate_law_sections(done, law) if law else finished_cells(done, planned)
     else:
-        lines = [f"**{answer(fits)}**", "", *table(main_rows(runs, fits)), ""]
+        lines = [*headline(fits), *table(main_rows(runs, fits)), ""]
         lines += [f"Nats per token; FLOPs: {listed(runs['convention'])}.", ""]
         title = "losses at equal compute"
         if of_curves:
@@ -61,6 +63,16 @@ def study_table(sweep: str, runs: pd.DataFrame, fits: Fits, withdrawn: str = "")
     lines += [*table_law_section(fits), *brackets_section(fits)]
     first = [f"**Withdrawn:** {withdrawn}", ""] if withdrawn else []
     return "\n".join([f"# {sweep}: {title}", "", *first, *lines])
+
+
+def headline(fits: Fits) -> list[str]:
+    """What the claims came to, and each guest against the baseline; without claims every method against it."""
+    claimed = bool(fits["claims"])
+    rows = verdict_rows(fits, fits.get("guests", ()) if claimed else None)
+    who = "Methods that the sweep's file does not name" if claimed else "Every method"
+    said = f"{who} minus {label(Curve(fits['baseline']))}, uncorrected for the number of comparisons:"
+    lines = [f"**{answer(fits)}**", ""] if claimed or not rows else []
+    return [*lines, f"**{said}**", "", *table(rows), ""] if rows else lines
 
 
 def compares_curves(fits: Fits) -> bool:
@@ -175,6 +187,7 @@ def difference_rows(fits: Fits) -> Rows:
                 "budget": budget_name(entry["budget"]), "comparison": ", ".join(filter(None, compared)),
                 "difference [95 %]": signed_interval(one),
                 **{title: number(one[key], "{:.4f}") for key, title in PARTS.items()},
+                **({PARTS["rate_se"]: NOT_TUNED} if any(not_tuned(fits, entry["budget"], of) for of in pair) else {}),
                 "degrees of freedom": number(one["df"], "{:.0f}") if one["df"] else "∞",
                 "with own curvatures ± s.e.":
                     f"{number(own['value'], '{:+.3f}')} ± {number(own['se'], '{:.3f}')}" if own else "—",

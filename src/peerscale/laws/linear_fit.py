@@ -59,10 +59,15 @@ class LinearFit:
     """(points,), such as 1 / variance; None: all points have the same variance."""
     groups: Array | None = None
     """(points,), labels; the points of a group share a level of their own, beside the coefficients. None: no levels."""
+    instruments: Array | None = None
+    """(points, coefficients), to which the residuals are orthogonal, without weights and groups; None: `design`. A zero
+    in the place of a number of `design` keeps a point from moving a coefficient that it is explained with."""
 
     @cached_property
     def solution(self) -> Array:
         """Matrix (coefficients, points) from values to coefficients."""
+        if self.instruments is not None:
+            return pinv(self.instruments.T @ self.design, rtol=CUTOFF) @ self.instruments.T
         return self._pseudo_inverse[0] * self._root
 
     @cached_property

@@ -5,11 +5,11 @@ import shutil
 from pathlib import Path
 
 from peerscale.errors import UserError
-from peerscale.files import replacing, write_text
+from peerscale.files import from_checkout, replacing, write_text
 from peerscale.records.curves import CURVES, METRIC, METRICS
 from peerscale.records.matching import some
 from peerscale.records.record import ENDED, RECORD, Record, Status, write_record
-from peerscale.records.study import Study
+from peerscale.records.study import Study, read_json
 from peerscale.records.table import read_records, read_table
 
 
@@ -24,15 +24,22 @@ def publish(source: Study, target: Study, *, replace_cells: bool = False) -> str
         A message on how many finished cells there are.
 
     Raises:
-        UserError: the study is not complete, or published finished cells would be lost. Nothing is written then.
+        UserError: the study is not complete, has guests, or published finished cells would be lost. Nothing is written
+            then.
     """
-    for path in (source.runs, source.table):
+    for path in (source.runs, source.fits, source.table):
         if not path.exists():
             raise UserError(f"{path} is not there; first: make figures SWEEP={source.sweep}")
     shown = (source.records, source.sequence_losses, source.curves, source.runs, source.fits)
     for path in shown:
         if path.is_file() and source.table.stat().st_mtime_ns < path.stat().st_mtime_ns:
             raise UserError(f"{source.table} is older than {path.name}; first: make figures SWEEP={source.sweep}")
+    if guests := read_json(source.fits).get("guests"):
+        raise UserError(
+            f"{guests[0]} is no method of {source.sweep}, whose file names those to publish: keep its runs by a sweep "
+            f"file of your own that names it, or move {from_checkout(source.folder.parent)}/{guests[0]}-* away; then: "
+            f"make figures SWEEP={source.sweep}"
+        )
     old, new = (_finished(study) for study in (target, source))
     lost = [cell for cell in old if cell not in new or new[cell].fingerprint != old[cell].fingerprint]
     if lost and not replace_cells:

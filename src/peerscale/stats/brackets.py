@@ -19,6 +19,10 @@ COST_DF = 2.0
 as a standard deviation of three values."""
 
 
+NOT_TUNED = "not tuned"
+"""In the place of the source of an error: the cost that a study's file states does not speak for the method."""
+
+
 class RateError(NamedTuple):
     """The part of the error of a method's loss at a budget that comes from its learning rate."""
 
@@ -26,7 +30,7 @@ class RateError(NamedTuple):
     """Nats per token."""
     df: float
     source: str
-    """`brackets`, or `cost` if the study's file states the error."""
+    """`brackets`; `cost` if the study's file states the error; `NOT_TUNED` or empty if there is none."""
 
 
 class RateErrors(dict[tuple[float, Curve], RateError]):

@@ -13,37 +13,36 @@ FAMILY_LEVEL = 0.05
 
 
 def claims_of(
-    budgets: Sequence[Mapping[str, Any]], claims: ClaimsConfig | None, baseline: str, curves: Collection[float]
+    budgets: Sequence[Mapping[str, Any]], claims: ClaimsConfig | None, curves: Collection[float]
 ) -> list[dict[str, Any]]:
     """The comparisons of the family, each as method minus rival, with Holm's correction.
 
-    If a study names no family, it is every method against the baseline where there are curves. If it names one, the
-    method's other settings belong to it only if it has no curve with the usual ones. The correction, for `family`
-    comparisons, then also counts those that have no result yet. At the budgets `curves` the methods are compared at
-    their optima, so that no single size decides while the others are still to run.
+    A study that names no family claims nothing. The method's other settings belong to the family only if it has no
+    curve with the usual ones. The correction, for `family` comparisons, also counts those that have no result yet. At
+    the budgets `curves` the methods are compared at their optima, so that no single size decides while the others are
+    still to run.
     """
+    if claims is None:
+        return []
     compared = {found[key] for entry in budgets for found in entry["differences"] for key in ("method", "reference")}
-    usual_only = claims is not None and any(curve.method == claims.method and not curve.settings for curve in compared)
+    usual_only = any(curve.method == claims.method and not curve.settings for curve in compared)
     family: dict[tuple[Any, ...], dict[str, Any]] = {}
     for budget, one in _differences(budgets, curves):
         method, rival = one["method"], one["reference"]
-        if claims is None:
-            belongs = budget in curves and method.method != baseline == rival.method
-        else:
-            belongs = method.method == claims.method and rival.method in claims.rivals
-            belongs = belongs and budget in (claims.budgets or [budget]) and not (usual_only and method.settings)
+        belongs = method.method == claims.method and rival.method in claims.rivals
+        belongs = belongs and budget in (claims.budgets or [budget]) and not (usual_only and method.settings)
         if belongs and method.counterpart(rival.method, compared) in (None, rival):
             place = {"budget": budget, "size": one["size"], "method": method, "rival": rival}
             family[tuple(place.values())] = place | {k: one[k] for k in ("value", "se", "df", "low", "high", "p")}
     told = {(claim["budget"], claim["rival"].method) for claim in family.values()}
-    named = len(claims.rivals) * len(claims.budgets or budgets) if claims else 0
+    named = len(claims.rivals) * len(claims.budgets or budgets)
     size = len(family) + max(0, named - len(told))
     corrected = holm(np.array([claim["p"] for claim in family.values()], float), size)
     found = [
         {**claim, "p_holm": p, "leads": bool(p < FAMILY_LEVEL and claim["value"] < 0), "family": size}
         for claim, p in zip(family.values(), corrected, strict=True)
     ]
-    if claims and (margin := claims.equal_within) is not None:
+    if (margin := claims.equal_within) is not None:
         for claim in found:
             claim |= {"equal_within": margin, "equal": bool(-margin < claim["low"] and claim["high"] < margin)}
     return found

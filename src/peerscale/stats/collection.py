@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,21 @@ from peerscale.config.study import load_sweep
 from peerscale.config.study_file import sweep_text
 from peerscale.errors import UserError
 from peerscale.files import ROOT, write_json, write_text
-from peerscale.plan.cells import Cell, planned_cells
+from peerscale.plan.cells import Cell, planned_cells, without_brackets
+from peerscale.plan.notices import beyond_law
+from peerscale.plan.plan import Verdict
 from peerscale.records.curves import curves_table
 from peerscale.records.matching import further_line, of_the_plan, some
 from peerscale.records.record import Record, Status, planned_record
 from peerscale.records.study import collected
 from peerscale.records.table import read_records, runs_table, to_publish, write_records
 from peerscale.stats.comparison import compare
+from peerscale.stats.curve import Curve
 from peerscale.stats.fits import fit_study
+from peerscale.stats.guests import compare_with_guests
+
+Place = tuple[float, Curve]
+"""A budget and a curve."""
 
 
 def collect(sweep: str, runs: Path, overrides: Sequence[str] = ()) -> Iterator[str]:
@@ -65,7 +72,7 @@ def collect(sweep: str, runs: Path, overrides: Sequence[str] = ()) -> Iterator[s
     further = [record for record in further if record.cell not in foreign]
     records = [to_publish(record) for record in (*planned, *further)]  # so that results/ alone gives the same fits
     table, curves = runs_table(records), curves_table(here / cell for cell in found)
-    fits = fits_of(sweep, table, records)
+    fits = fits_of(sweep, table, records, extrapolated(cells or ()))
     write_records(study.folder, records)
     write_text(study.curves, curves.to_csv(index=False))
     write_text(study.runs, table.to_csv(index=False))
@@ -78,18 +85,34 @@ def collect(sweep: str, runs: Path, overrides: Sequence[str] = ()) -> Iterator[s
         yield f"{len(foreign)} cells of another corpus are left out: {some(foreign)}"
 
 
-def fits_of(sweep: str, runs: pd.DataFrame, records: Sequence[Record]) -> dict[str, Any]:
-    """Everything that is computed from the table of runs, as the study's file asks."""
+def fits_of(
+    sweep: str, runs: pd.DataFrame, records: Sequence[Record], beyond: Collection[Place] = ()
+) -> dict[str, Any]:
+    """Everything that is computed from the table of runs, as the study's file asks; `beyond`: see `extrapolated`."""
+    held_out = load_sweep(sweep).held_out if sweep_text(sweep) else ()
+    return rounded(fit_study(runs, compared(sweep, runs, records, beyond), held_out))
+
+
+def compared(
+    sweep: str, runs: pd.DataFrame, records: Sequence[Record], beyond: Collection[Place] = (), baseline: str = ""
+) -> dict[str, Any]:
+    """`comparison.compare` as the study's file asks, or with another baseline than it names."""
     if not sweep_text(sweep):  # a renamed study has no file
-        return rounded(fit_study(runs, compare(runs, records)))
+        return compare(runs, records, baseline=baseline or "dense", extrapolated=beyond)
     asked = load_sweep(sweep)
     windows = {row.budget: asked.window(row.budget) for row in asked.grid}
     claims = asked.claims and replace(asked.claims, budgets=asked.claims.budgets or sorted(windows))
-    compared = compare(
-        runs, records, baseline=asked.baseline, min_sizes=asked.min_sizes, windows=windows, claims=claims,
-        rates_cost=asked.rates_cost, trend_from=asked.trend_from,
+    return compare_with_guests(
+        runs, records, asked.methods, baseline=baseline or asked.baseline, min_sizes=asked.min_sizes, windows=windows,
+        claims=claims, rates_cost=asked.rates_cost, trend_from=asked.trend_from, extrapolated=beyond,
     )  # fmt: skip
-    return rounded(fit_study(runs, compared, asked.held_out))
+
+
+def extrapolated(cells: Sequence[Cell]) -> set[Place]:
+    """Budgets and curves with cells outside the runs that their law of learning rates was fitted to."""
+    beyond = [cell for cell in without_brackets(cells) if beyond_law(cell.config, cell.plan.tokens)]
+    return {(cell.config.budget, Curve.of(cell.config.ffn.name, cell.axes)) for cell in beyond
+            if cell.plan.verdict is Verdict.OK}  # fmt: skip
 
 
 def rounded(fits: Any, digits: int = 7) -> Any:

@@ -6,7 +6,7 @@ the sampling of validation sequences (`optima`). They include the choice of lear
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -17,7 +17,7 @@ from peerscale.config.study import MIN_SIZES, ClaimsConfig
 from peerscale.laws.fitting import to_plain
 from peerscale.laws.linear_fit import Array
 from peerscale.records.record import Record, Status
-from peerscale.stats.brackets import RateError, RateErrors, fit_rate_brackets, rate_errors
+from peerscale.stats.brackets import NOT_TUNED, RateError, RateErrors, fit_rate_brackets, rate_errors
 from peerscale.stats.claims import claims_of
 from peerscale.stats.curve import (
     Curve,
@@ -26,6 +26,7 @@ from peerscale.stats.curve import (
     curves_of,
     described_curves,
     finished,
+    methods_of,
     to_names,
     without_brackets,
 )
@@ -53,6 +54,8 @@ def compare(
     claims: ClaimsConfig | None = None,
     rates_cost: float | None = None,
     trend_from: float | None = None,
+    guests: Collection[str] = (),
+    extrapolated: Collection[tuple[float, Curve]] = (),
 ) -> dict[str, Any]:
     """The statistics of a study as plain values for JSON.
 
@@ -62,9 +65,11 @@ def compare(
         baseline: the method that all others are compared with.
         min_sizes: fewest sizes for a curve; methods with fewer at a budget are compared at each size that they share.
         windows: by budget, (low, high) FLOPs per token of the sizes to fit; None: all sizes.
-        claims: the family of claims; None: every method against the baseline where there are curves.
+        claims: the family of claims; None: nothing is claimed.
         rates_cost: nats per token that a method may lose through rates that are not bracketed; None: not known.
         trend_from: smallest budget of the growth of multipliers; None: the smallest budget.
+        guests: methods that take curvature and common variances from the others. `rates_cost` does not speak for them.
+        extrapolated: budgets and curves with learning rates from beyond the runs that their law was fitted to.
 
     Returns:
         `x`, `loss`: the fitted columns. `baseline`: as given.
@@ -76,11 +81,15 @@ def compare(
         method has `by_seed`, the same value for each seed, if at least two seeds trained every size.
         `laws`: the power law of each method's optimal size.
         `trend_from`: as given; absent if it was None.
-        `rates`: `brackets`, `cost` and `errors` of learning rates by budget and method; absent if nothing is known.
+        `rates`: `brackets`, `cost` and `errors` of learning rates by budget and method, if anything is known, and where
+        they are `extrapolated`, if anywhere.
     """
-    brackets, done, min_sizes = fit_rate_brackets(runs), finished(runs), max(min_sizes, COEFFICIENTS)
+    done, min_sizes, of_guest = finished(runs), max(min_sizes, COEFFICIENTS), methods_of(runs).isin(guests)
+    done = done.assign(guest=done["curve"].map(lambda curve: curve.method in guests))
     places = [(budget, curve) for budget, rows in by_budget(done).items() for curve in by_curve(rows)]
-    rates = rate_errors(brackets, places, rates_cost)
+    brackets = fit_rate_brackets(runs[~of_guest])
+    rates = rate_errors(brackets, [place for place in places if place[1].method not in guests], rates_cost)
+    rates.update(rate_errors(fit_rate_brackets(runs[of_guest]), ()))
     sequences = sequence_losses(records, set(done["cell"]))
     references = references_of(done["curve"], baseline, claims)
     entries: list[dict[str, Any]] = []
@@ -103,13 +112,16 @@ def compare(
     found: dict[str, Any] = {
         "x": X, "loss": "val_loss", "baseline": baseline, "curves": described_curves(curves_of(runs)),
         **({"trend_from": trend_from} if trend_from else {}),
-        "budgets": entries, "claims": claims_of(entries, claims, baseline, budgets_with_curves(runs, min_sizes)),
+        "budgets": entries, "claims": claims_of(entries, claims, budgets_with_curves(runs, min_sizes)),
         "multipliers": multipliers, "growth": slopes, "laws": power_laws(fitted, frontiers),
     }  # fmt: skip
     if brackets or rates_cost is not None:
-        unknown = RateError(math.nan, math.nan, "")
-        errors = [{"budget": at, "method": curve, **rates.get((at, curve), unknown)._asdict()} for at, curve in places]
+        unknown = {curve: RateError(math.nan, math.nan, NOT_TUNED * (curve.method in guests)) for _, curve in places}
+        errors = [{"budget": at, "method": curve, **rates.get((at, curve), unknown[curve])._asdict()}
+                  for at, curve in places]  # fmt: skip
         found["rates"] = {"brackets": brackets, "cost": rates_cost, "errors": errors}
+    if here := [{"budget": at, "method": curve} for at, curve in places if (at, curve) in extrapolated]:
+        found["rates"] = found.get("rates", {}) | {"extrapolated": here}
     return to_plain(to_names(found))
 
 
@@ -174,8 +186,9 @@ def fit_budget(rows: pd.DataFrame, min_sizes: int, sequences: Sequences) -> Budg
 def optima_fit(rows: pd.DataFrame, losses: pd.Series, min_sizes: int, *, shared: bool = True) -> OptimaFit:
     """The fit of some losses of one budget's runs."""
     return OptimaFit.of(
-        rows["curve"].tolist(), rows[X].to_numpy(float), losses.to_numpy(float), shared=shared, at_least=min_sizes
-    )
+        rows["curve"].tolist(), rows[X].to_numpy(float), losses.to_numpy(float), shared=shared, at_least=min_sizes,
+        guests={*rows.loc[rows["guest"], "curve"]},
+    )  # fmt: skip
 
 
 def described_fit(
@@ -197,7 +210,7 @@ def described_fit(
         methods.append({
             "name": curve, "status": optimum.status, "x": optimum.x, "x_interval": optimum.x_interval,
             "loss": optimum.loss, **(described(known, "value", "p") if known else {}), "sizes": optimum.sizes,
-            "seeds_sd": math.sqrt(fit.noise.seeds[fit.names.index(curve)]) if fit.seed_df.any() else None,
+            "seeds_sd": math.sqrt(fit.noise.seeds[fit.names.index(curve)]) if fit.replicated else None,
             "left_out": sorted({*all_rows.loc[all_rows["curve"] == curve, X]} - {*optimum.sizes}),
             "coefficients": optimum.coefficients,
             "own": {"status": apart.status, "x": apart.x, "loss": apart.loss, "curvature": apart.coefficients[2]},
@@ -249,8 +262,9 @@ def differences_at_each_size(
         of_curve = by_curve(cells)
         each = [seeds["val_loss"].to_numpy(float) for seeds in of_curve.values()]
         squares, own_df = np.array([len(y) * y.var() for y in each]), np.array([len(y) - 1.0 for y in each])
-        noise = dict(zip(of_curve, zip(*shrunk_variances(squares, own_df), strict=True), strict=True))
-        replicated = own_df.any()
+        members = np.array([not seeds["guest"].any() for seeds in of_curve.values()])
+        noise = dict(zip(of_curve, zip(*shrunk_variances(squares, own_df, members), strict=True), strict=True))
+        replicated = own_df[members if members.any() else ~members].any()
         for pair in pairs_of(list(of_curve), references):
             parts = [(noise[one][0] / len(of_curve[one]), noise[one][1]) for one in pair]
             seeds = math.sqrt(sum(part for part, _ in parts))

@@ -93,6 +93,11 @@ def curves_of(runs: pd.DataFrame) -> pd.Series:
     return pd.Series([_curve(*row) for row in zip(*columns, strict=True)], index=runs.index, dtype=object)
 
 
+def methods_of(runs: pd.DataFrame) -> pd.Series:
+    """The method of each row, the name of the layer's file."""
+    return curves_of(runs).map(lambda curve: curve.method)
+
+
 def finished(runs: pd.DataFrame) -> pd.DataFrame:
     """The rows of curves that can be fitted, with their `curve`."""
     rows = without_brackets(runs)

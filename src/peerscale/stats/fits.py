@@ -14,6 +14,7 @@ from peerscale.laws.parametric import Surface, fit_parametric
 from peerscale.records.study import read_json
 from peerscale.stats.conventions import multipliers_by_convention
 from peerscale.stats.curve import described_curves, finished, from_names, to_names, without_brackets
+from peerscale.stats.guests import without_guests
 from peerscale.stats.rates import curves_of_law, fit_law
 from peerscale.stats.table_rates import table_law_of
 
@@ -25,7 +26,7 @@ def fit_study(runs: pd.DataFrame, compared: Mapping[str, Any], held_out: Collect
     """Statistics and laws of a study as plain values for JSON.
 
     Args:
-        runs: the study's table; laws and conventions do not use its rate brackets.
+        runs: the study's table; laws and conventions do not use its rate brackets, nor laws of rates its guests.
         compared: the result of `comparison.compare`.
         held_out: widths (d_model) that a law of learning rates is not fitted to.
 
@@ -40,11 +41,12 @@ def fit_study(runs: pd.DataFrame, compared: Mapping[str, Any], held_out: Collect
         a study that varies that rate alone.
     """
     done, baseline, trend_from = finished(runs), compared["baseline"], compared.get("trend_from", 0.0)
+    own = without_guests(runs, compared.get("guests", ()))
     conventions = multipliers_by_convention(done, from_names(compared)["budgets"], baseline, trend_from)
-    law = fit_law(without_brackets(runs), held_out)
+    law = fit_law(without_brackets(own), held_out)
     return {
         **compared,
-        "curves": compared["curves"] | described_curves(curves_of_law(runs) if law else ()),
+        "curves": compared["curves"] | described_curves(curves_of_law(own) if law else ()),
         "laws": compared["laws"] | surfaces(done),
         "conventions": to_plain(to_names(conventions)),
         "rates": {"law": to_plain(law), "tables": None if law else table_law_of(done)} | compared.get("rates", {}),

@@ -5,7 +5,7 @@ of sizes, sigma_m^2 the scatter of seeds, and k_m, near 1, says how well the cur
 runs, so its sigma_m^2 and k_m are means of its own estimate and of the common one, which counts for `PRIOR_DF` degrees
 of freedom (as the variances of genes in Smyth 2004). No test decides between a common and an own variance. The common
 variances are M-estimates of scale: the scatter of a method enters them divided by its own multiple, so that one noisy
-method hardly widens the intervals of the others.
+method hardly widens the intervals of the others. Methods that are no members do not enter them at all.
 """
 
 import math
@@ -46,8 +46,9 @@ class Noise:
 
 
 def estimate_noise(
-    residual_squares: Array, residual_df: Array, seed_shares: Array, seed_squares: Array, seed_df: Array
-) -> Noise:
+    residual_squares: Array, residual_df: Array, seed_shares: Array, seed_squares: Array, seed_df: Array,
+    members: Array | None = None,
+) -> Noise:  # fmt: skip
     """The noise of several methods; all arguments are (methods,).
 
     Args:
@@ -56,9 +57,10 @@ def estimate_noise(
         seed_shares: the multiple of sigma_m^2 that is expected in their mean square, some 1 / seeds.
         seed_squares: sum of the squared deviations of runs from the mean of their size.
         seed_df: their degrees of freedom, runs less sizes.
+        members: whose scatter makes up the common variances; None, or if no one's does: everyone's.
     """
-    seeds, seeds_df = shrunk_variances(seed_squares, seed_df)
-    prior, known = _prior_df(residual_df), residual_df > 0
+    seeds, seeds_df = shrunk_variances(seed_squares, seed_df, members)
+    prior, known = _prior_df(residual_df, members)
     if not known.any():
         return Noise(
             misfit=math.nan, seeds=seeds, multiple=np.ones(len(seeds)), residual_df=residual_df, seeds_df=seeds_df
@@ -67,7 +69,7 @@ def estimate_noise(
     misfit = _common(mean_squares[known], residual_df[known], prior[known], lambda tau: tau + of_seeds[known])
     if not misfit:  # then residuals are a second estimate of the scatter of seeds
         squares = seed_squares + _ratio(residual_squares, seed_shares)
-        seeds, seeds_df = shrunk_variances(squares, seed_df + residual_df)
+        seeds, seeds_df = shrunk_variances(squares, seed_df + residual_df, members)
         none = np.zeros(len(seeds))
         return Noise(misfit=0.0, seeds=seeds, multiple=none + 1, residual_df=none, seeds_df=seeds_df)
     expected = misfit + of_seeds
@@ -75,12 +77,12 @@ def estimate_noise(
     return Noise(misfit=misfit, seeds=seeds, multiple=multiple, residual_df=prior + residual_df, seeds_df=seeds_df)
 
 
-def shrunk_variances(squares: Array, df: Array) -> tuple[Array, Array]:
+def shrunk_variances(squares: Array, df: Array, members: Array | None = None) -> tuple[Array, Array]:
     """Each method's variance and its degrees of freedom (methods,), from sums of squares with `df` degrees of freedom.
 
-    The variance is 0 if no method has a degree of freedom.
+    `members` as in `estimate_noise`. The variance is 0 if no member has a degree of freedom.
     """
-    prior, known = _prior_df(df), df > 0
+    prior, known = _prior_df(df, members)
     if not known.any():
         return np.zeros(len(df)), np.zeros(len(df))
     common = _common(
@@ -89,10 +91,14 @@ def shrunk_variances(squares: Array, df: Array) -> tuple[Array, Array]:
     return _ratio(prior * common + squares, prior + df), prior + df
 
 
-def _prior_df(df: Array) -> Array:
-    """The degrees of freedom of the common variance for each method: at most as many as the other methods have."""
-    others = df.sum() - df
-    return PRIOR_DF * others / (PRIOR_DF + others)
+def _prior_df(df: Array, members: Array | None) -> tuple[Array, Array]:
+    """The degrees of freedom of the common variance for each method: at most as many as the other members have.
+
+    And which methods it is estimated from: the members with degrees of freedom of their own.
+    """
+    counted = df if members is None or not members.any() else np.where(members, df, 0.0)
+    others = counted.sum() - counted
+    return PRIOR_DF * others / (PRIOR_DF + others), counted > 0
 
 
 def _common(mean_squares: Array, df: Array, prior: Array, expected: Callable[[float], Array]) -> float:

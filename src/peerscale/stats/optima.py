@@ -4,7 +4,8 @@ At one budget the loss of method m at size x, averaged over the seeds of that si
 
     y = a_m + b_m z + c z^2 + misfit + seed / sqrt(number of seeds),    z = log10 x.
 
-All methods share the curvature c (primary analysis), or each method has its own (reported beside it). The misfit is an
+All methods share the curvature c (primary analysis), or each method has its own (reported beside it). Guests take c and
+the common variances from the other methods, the members, and move neither. The misfit is an
 effect of the size, which the seeds of a size share: the deviation from a parabola. Seeds scatter around the mean of
 their size. `noise` has their variances; neither is counted twice.
 
@@ -14,7 +15,7 @@ degrees of freedom of Satterthwaite (1946); intervals are Student's.
 """
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Container, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
@@ -98,19 +99,23 @@ class OptimaFit:
     """Sum of the squared deviations of a method's runs from the means of their sizes (methods,)."""
     seed_df: Array
     """Its degrees of freedom (methods,)."""
+    members: Array
+    """Which methods are no guests (methods,); all of them if all are guests."""
     shared: bool
     at_least: int
 
     @classmethod
     def of(
-        cls, names: Sequence[Hashable], x: Array, losses: Array, *, shared: bool = True, at_least: int = MIN_SIZES
-    ) -> Self:
+        cls, names: Sequence[Hashable], x: Array, losses: Array, *, guests: Container[Hashable] = (),
+        shared: bool = True, at_least: int = MIN_SIZES,
+    ) -> Self:  # fmt: skip
         """Fit runs (runs,) of one budget.
 
         Args:
             names: each run's method, any hashable value.
             x: size of each run, such as FLOPs per token; equal sizes of a method are seeds of one model.
             losses: nats per token.
+            guests: names of methods that change nothing of the others.
             shared: whether all methods share one curvature or each has its own.
             at_least: fewest sizes for which a method gets a number.
         """
@@ -121,10 +126,11 @@ class OptimaFit:
         n_seeds = np.bincount(run)
         means = np.bincount(run, losses) / n_seeds
         squares = np.bincount(index, (losses - means[run]) ** 2, len(methods))
-        method = points[:, 0].astype(int)
+        method, members = points[:, 0].astype(int), np.array([name not in guests for name in methods])
         return cls(
             names=methods, method=method, x=points[:, 1], losses=means, n_seeds=n_seeds, seed_squares=squares,
             seed_df=np.bincount(method, n_seeds - 1.0, len(methods)), shared=shared, at_least=at_least,
+            members=members if members.any() else ~members,
         )  # fmt: skip
 
     @cached_property
@@ -140,7 +146,11 @@ class OptimaFit:
     def linear(self) -> LinearFit:
         """The regression of the size means: an intercept and a slope per method, then the curvatures."""
         one, z = (self.method[:, None] == np.arange(len(self.names))).astype(float), self.z[:, None]
-        return LinearFit(design=np.hstack([one, one * z, z**2 if self.shared else one * z**2]), values=self.losses)
+        design, instruments = np.hstack([one, one * z, z**2 if self.shared else one * z**2]), None
+        if self.shared and not self.members.all():
+            instruments = design.copy()
+            instruments[:, -1] *= self.members[self.method]
+        return LinearFit(design=design, values=self.losses, instruments=instruments)
 
     @cached_property
     def _curves(self) -> Array:
@@ -187,9 +197,14 @@ class OptimaFit:
         by_misfit, by_seeds, df = self._error(weights)
         found = Estimate(
             value=float(weights @ self.losses), se=math.sqrt(by_misfit + by_seeds), df=df, fit_se=math.sqrt(by_misfit),
-            seeds_se=math.sqrt(by_seeds) if self.seed_df.any() else None, sequences_se=None,
+            seeds_se=math.sqrt(by_seeds) if self.replicated else None, sequences_se=None,
         )  # fmt: skip
         return found if sequences is None else found.with_sequences(weights @ sequences)
+
+    @property
+    def replicated(self) -> bool:
+        """Whether the scatter of seeds is known: whether a member has several seeds of a size."""
+        return bool(self.seed_df[self.members].any())
 
     @property
     def seeds_sd(self) -> float:
@@ -208,7 +223,7 @@ class OptimaFit:
     def noise(self) -> Noise:
         """The variances of size means, by method."""
         (df, shares), squares = self._free, np.bincount(self.method, self.linear.residuals**2, len(self.names))
-        return estimate_noise(squares, df, shares, self.seed_squares, self.seed_df)
+        return estimate_noise(squares, df, shares, self.seed_squares, self.seed_df, self.members)
 
     @property
     def variances(self) -> Array:

@@ -1,0 +1,45 @@
+"""Compare methods of a study with rivals, one line for each rival and budget.
+
+    .venv/bin/python analysis/compare.py SWEEP [--methods NAME,...] [--rivals NAME,...]
+
+Reads runs.csv, records.jsonl and fits.json in runs/SWEEP/study, or else results/SWEEP; writes nothing.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from peerscale.command_line import study_parser
+from peerscale.errors import UserError, exit_code
+from peerscale.figures.markdown import table
+from peerscale.figures.verdicts import verdict_rows
+from peerscale.records.study import find_study
+from peerscale.records.table import read_records, read_runs
+from peerscale.stats.collection import compared
+from peerscale.stats.curve import finished, from_names, methods_of
+from peerscale.stats.fits import read_fits
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = study_parser("compare", __doc__)
+    parser.add_argument("--methods", default="", metavar="NAMES", help="what is compared (default: every method)")
+    whom = "with what (default: the study's baseline, or with --methods every other method)"
+    parser.add_argument("--rivals", default="", metavar="NAMES", help=whom)
+    given = parser.parse_args(argv)
+    study = find_study(given.sweep, given.runs, given.results)
+    runs, records, fits = read_runs(study.runs), read_records(study.folder), read_fits(study.fits)
+    known = [*methods_of(finished(runs)).unique()]
+    methods, rivals = ([*filter(None, map(str.strip, text.split(",")))] for text in (given.methods, given.rivals))
+    for name in (*methods, *rivals):
+        if name not in known:
+            raise UserError(f"{name}: no method with finished runs in {given.sweep}, which has {', '.join(known)}")
+    rivals = rivals or (known if methods else [fits["baseline"]])
+    beyond = {(one["budget"], one["method"]) for one in fits["rates"].get("extrapolated", ())}
+    each = [from_names(compared(given.sweep, runs, records, beyond, rival)) for rival in rivals]
+    if not (rows := [row for found in each for row in verdict_rows(found, methods or known)]):
+        raise UserError(f"{given.sweep} has nothing to compare {', '.join(methods or known)} with")
+    print(*table(rows), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
