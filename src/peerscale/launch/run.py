@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from peerscale.config.study import load_sweep
 from peerscale.data.prepare import prepare
 from peerscale.data.store import read_manifest
 from peerscale.errors import ArgumentParser, FailedCells, UserError, positive_integer
 from peerscale.launch.processes import run_at_once
 from peerscale.plan.cells import planned_cells
-from peerscale.plan.notices import evaluation_lines, rate_lines
+from peerscale.plan.notices import evaluation_lines, rate_lines, short_methods
 from peerscale.records.matching import some
 from peerscale.records.outcome import FINISHED, how_to_rerun, outcomes
 from peerscale.records.record import FAILED, Status
@@ -46,15 +47,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if prepare(cells[0].config.data).manifest != was_there:  # the sizes of its sets decide which cells are dropped
         cells = planned_cells(options.sweep, options.overrides)
     sweep, found = cells[0].sweep, outcomes(cells)
-    if refused := next((outcome.refused for outcome in found if outcome.refused), None):
-        raise UserError(refused)
+    if refused := [outcome.refused for outcome in found if outcome.refused]:
+        several = f"{len(refused)} cells are refused, which make status SWEEP={sweep} lists; the first: "
+        raise UserError(several * (len(refused) > 1) + refused[0])
+    if all(outcome.status is Status.DROPPED for outcome in found):
+        raise UserError(f"all {len(cells)} cells are dropped, {cells[0].name} since: {cells[0].plan.reason}")
     # Longest first, so that the last ones to finish are short.
     pending = [outcome.cell for outcome in found if outcome.status not in FINISHED]
     pending.sort(key=lambda cell: -cell.plan.flops)
     n = Counter(outcome.status for outcome in found)
     counts = f"{n[Status.DONE]} done, {n[Status.DROPPED]} dropped, {len(pending)} to run"
     print(f"{sweep}: {len(cells)} cells, {counts}", file=sys.stderr)
-    for line in [*evaluation_lines(cells, short_only=True), *rate_lines(cells)]:
+    short = short_methods(cells, load_sweep(options.sweep).min_sizes)
+    for line in [*evaluation_lines(cells, short_only=True), *rate_lines(cells), *short]:
         print(f"notice: {line}", file=sys.stderr)
     failed = []
     for outcome in found:

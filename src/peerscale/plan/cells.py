@@ -10,11 +10,12 @@ from typing import Any
 
 from peerscale.config.compose import Composition, composed, leaves, of_cells, overridden, resolved, set_value, value_at
 from peerscale.config.errors import ConfigError
-from peerscale.config.schema import Config, parse_config, to_dict
+from peerscale.config.schema import Config, DataConfig, parse_config, to_dict
 from peerscale.config.study import RATE_FACTOR, Part, SweepConfig, load_sweep, part_of
 from peerscale.config.study_file import StudyFile, read_study
 from peerscale.data.store import folder as corpus_folder
 from peerscale.data.store import read_manifest
+from peerscale.data.text import texts
 from peerscale.plan.cell import Cell
 from peerscale.plan.cell_names import cell_name, changes
 from peerscale.plan.plan import plan
@@ -55,6 +56,8 @@ def planned_cells(sweep: str | Path | StudyFile, overrides: Sequence[str] = ()) 
             unusual = {key: value for key, value in point.row_axes.items() if value_at(usual, key) != value}
             config = parse_config(resolved(tree), f"{where}: {method}: ")
             cells.append((config, point.axes | unusual | changed))
+    if (data := cells[0][0].data).train_tokens is None and read_manifest(data) is None:
+        texts(data)  # raises for a wrong path now, not only when the corpus is prepared
     return _planned(file.path.stem, cells)
 
 
@@ -82,8 +85,8 @@ def without_brackets(cells: Sequence[Cell]) -> list[Cell]:
 def _planned(sweep: str, cells: Sequence[tuple[Config, Mapping[str, Any]]]) -> list[Cell]:
     """The plans of configurations with the axes of their names; cells that are given twice are planned once."""
     data = cells[0][0].data
-    if any(corpus_folder(config.data) != corpus_folder(data) for config, _ in cells):
-        raise ConfigError(f"{sweep} varies keys of data that make another corpus: a study has one corpus")
+    if any(_measured_on(config.data) != _measured_on(data) for config, _ in cells):
+        raise ConfigError(f"{sweep} varies keys of data: a study has one corpus and one evaluation set")
     manifest = read_manifest(data)
     planned: dict[str, Cell] = {}
     for config, axes in cells:
@@ -95,3 +98,8 @@ def _planned(sweep: str, cells: Sequence[tuple[Config, Mapping[str, Any]]]) -> l
         if planned.setdefault(cell.name, cell) != cell:
             raise ConfigError(f"{sweep} has two cells {cell.name}, which differ in keys that a name does not tell")
     return [*planned.values()]
+
+
+def _measured_on(data: DataConfig) -> tuple[Any, ...]:
+    """What losses must have in common to be compared: corpus, tokenizer and evaluation set."""
+    return corpus_folder(data), data.val_set, data.evaluation[data.val_set]
