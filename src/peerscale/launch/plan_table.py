@@ -35,8 +35,8 @@ def print_plan(sweep: str, overrides: Sequence[str], workers: int, price: float 
     """
     file = read_study(sweep)
     cells = planned_cells(file, overrides)
-    times = estimates(cells)
     found = outcomes(cells)
+    times = estimates(cells, found)
     done = {outcome.cell.name for outcome in found if outcome.status is Status.DONE}
     refused = {outcome.cell.name: outcome.refused for outcome in found if outcome.refused}
     state = {cell.name: str(cell.plan.verdict) for cell in cells}
