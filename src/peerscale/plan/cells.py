@@ -10,7 +10,7 @@ from typing import Any
 
 from peerscale.config.compose import Composition, composed, leaves, of_cells, overridden, resolved, set_value, value_at
 from peerscale.config.errors import ConfigError
-from peerscale.config.schema import Config, DataConfig, parse_config, to_dict
+from peerscale.config.schema import Config, parse_config, to_dict
 from peerscale.config.study import RATE_FACTOR, Part, SweepConfig, load_sweep, part_of
 from peerscale.config.study_file import StudyFile, read_study
 from peerscale.data.store import folder as corpus_folder
@@ -85,7 +85,8 @@ def without_brackets(cells: Sequence[Cell]) -> list[Cell]:
 def _planned(sweep: str, cells: Sequence[tuple[Config, Mapping[str, Any]]]) -> list[Cell]:
     """The plans of configurations with the axes of their names; cells that are given twice are planned once."""
     data = cells[0][0].data
-    if any(_measured_on(config.data) != _measured_on(data) for config, _ in cells):
+    on = [(corpus_folder(c.data), c.data.val_set, c.data.evaluation[c.data.val_set]) for c, _ in cells]
+    if on.count(on[0]) < len(on):
         raise ConfigError(f"{sweep} varies keys of data: a study has one corpus and one evaluation set")
     manifest = read_manifest(data)
     planned: dict[str, Cell] = {}
@@ -98,8 +99,3 @@ def _planned(sweep: str, cells: Sequence[tuple[Config, Mapping[str, Any]]]) -> l
         if planned.setdefault(cell.name, cell) != cell:
             raise ConfigError(f"{sweep} has two cells {cell.name}, which differ in keys that a name does not tell")
     return [*planned.values()]
-
-
-def _measured_on(data: DataConfig) -> tuple[Any, ...]:
-    """What losses must have in common to be compared: corpus, tokenizer and evaluation set."""
-    return corpus_folder(data), data.val_set, data.evaluation[data.val_set]

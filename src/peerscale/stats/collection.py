@@ -98,14 +98,8 @@ def rounded(fits: Any, digits: int = 7) -> Any:
 
 
 def plan_of(sweep: str, overrides: Sequence[str]) -> Sequence[Cell] | None:
-    """The cells of the study's file with the overrides of cells, since cells of other parts count in any case.
-
-    Returns:
-        None, with a notice, if the file cannot be read.
-
-    Raises:
-        UserError: an override is wrong, also one of a part.
-    """
+    """The cells of the study's file with the overrides of cells, as cells outside a part count too; or None, with a
+    notice, if it cannot be read. Raises `UserError` for a wrong override, also one of a part."""
     try:
         if (of_all := of_cells(overrides)) != [*overrides]:
             planned_cells(sweep, overrides)

@@ -57,18 +57,6 @@ def sequence_losses(module: LanguageModel, batches: EvaluationBatches) -> np.nda
     return np.concatenate(losses)
 
 
-def small_part(corpus: Corpus, config: Config, steps: int) -> EvaluationBatches:
-    """The batches of `data.val_set` for losses during training: one for every 300 steps of the run.
-
-    A batch costs a third of a training step, so that ten evaluations take at most 2 % of a run of 200 steps or more.
-    """
-    name = config.data.val_set
-    there = evaluated_tokens(config, corpus.manifest.splits)[name]
-    n_tokens = min(max(1, steps // 300) * config.tokens_per_step, there)
-    shape = {"batch_sequences": config.batch_sequences, "context": config.context}
-    return EvaluationBatches(corpus.tokens(name), n_tokens, **shape)
-
-
 def attach_usage(module: LanguageModel) -> None:
     """Start counting router weights in every layer that has experts."""
     for layer in module.model.modules():

@@ -14,11 +14,12 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from peerscale.config.schema import Config
 from peerscale.data.batches import EvaluationBatches
-from peerscale.data.store import open_corpus
+from peerscale.data.store import Corpus, open_corpus
 from peerscale.files import write_text
+from peerscale.plan.held_out_sets import evaluated_tokens
 from peerscale.plan.plan import Plan
 from peerscale.records.curves import METRIC, METRICS
-from peerscale.train.evaluation import attach_usage, detach_usage, sequence_losses, small_part
+from peerscale.train.evaluation import attach_usage, detach_usage, sequence_losses
 from peerscale.train.module import LanguageModel
 
 
@@ -128,6 +129,18 @@ def is_validated(step: int, config: Config, plan: Plan) -> bool:
     every, n = config.trainer.log_every_steps, config.trainer.validations
     before = (step - 1) // every * every  # the step of the row before, also where the run was resumed since
     return step * n // plan.steps > before * n // plan.steps
+
+
+def small_part(corpus: Corpus, config: Config, steps: int) -> EvaluationBatches:
+    """The batches of `data.val_set` for losses during training: one for every 300 steps of the run.
+
+    A batch costs a third of a training step, so that ten evaluations take at most 2 % of a run of 200 steps or more.
+    """
+    name = config.data.val_set
+    there = evaluated_tokens(config, corpus.manifest.splits)[name]
+    n_tokens = min(max(1, steps // 300) * config.tokens_per_step, there)
+    shape = {"batch_sequences": config.batch_sequences, "context": config.context}
+    return EvaluationBatches(corpus.tokens(name), n_tokens, **shape)
 
 
 def cut_back(folder: Path, step: int, config: Config, plan: Plan) -> None:
