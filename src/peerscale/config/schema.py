@@ -180,8 +180,7 @@ class TrainerConfig:
     """Save a checkpoint every so many steps instead; null: time decides."""
     log_every_steps: Positive = 20
     validations: Whole = 10
-    """Times in a run on one device that its row of metrics has `val_loss`, on a small part of `data.val_set` that stays
-    the same in the run: at most 2 % of its time. It changes no other number."""
+    """How often a run on one device logs `val_loss`, on a small part of `data.val_set`; it changes no other number."""
     keep_checkpoint: bool = False
     """Keep the checkpoint after the last step of a finished cell, for `peerscale.api.load_model`."""
     runs_directory: str = "runs"

@@ -10,13 +10,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from peerscale.config.study import load_sweep
 from peerscale.data.prepare import prepare
 from peerscale.data.store import read_manifest
 from peerscale.errors import ArgumentParser, FailedCells, UserError, positive_integer
 from peerscale.launch.processes import run_at_once
 from peerscale.plan.cells import planned_cells
-from peerscale.plan.notices import evaluation_lines, rate_lines, short_methods
+from peerscale.plan.notices import evaluation_lines, rate_lines
 from peerscale.records.matching import some
 from peerscale.records.outcome import FINISHED, how_to_rerun, outcomes
 from peerscale.records.record import FAILED, Status
@@ -58,8 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     n = Counter(outcome.status for outcome in found)
     counts = f"{n[Status.DONE]} done, {n[Status.DROPPED]} dropped, {len(pending)} to run"
     print(f"{sweep}: {len(cells)} cells, {counts}", file=sys.stderr)
-    short = short_methods(cells, load_sweep(options.sweep).min_sizes)
-    for line in [*evaluation_lines(cells, short_only=True), *rate_lines(cells), *short]:
+    for line in [*evaluation_lines(cells, short_only=True), *rate_lines(cells)]:
         print(f"notice: {line}", file=sys.stderr)
     failed = []
     for outcome in found:

@@ -50,8 +50,8 @@ def collect(sweep: str, runs: Path, overrides: Sequence[str] = ()) -> Iterator[s
     here, study = runs / sweep, collected(sweep, runs, corpus)
     own = {record.cell: record for record in read_records(here) if not cells or corpus_label(record.axes) == corpus}
     if not own:
-        on_it = f" on {corpus}" if corpus else ""
-        raise UserError(f"no cells{on_it} in {here}; those of results/, if it has any: make restore SWEEP={sweep}")
+        where = f"{here}{' on ' * bool(corpus)}{corpus}"
+        raise UserError(f"no cells in {where}; those of results/, if it has any: make restore SWEEP={sweep}")
     own, foreign, fingerprint = on_one_corpus(own, {cell.name for cell in cells or ()})
     found, notices = of_the_plan(cells or (), own, here, fingerprint)
     print(*(f"{notice}\n" for notice in notices), sep="", end="", file=sys.stderr)

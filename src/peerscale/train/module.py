@@ -30,8 +30,7 @@ class LanguageModel(lightning.LightningModule):
         lightning.seed_everything(config.seed, verbose=False)
         self.model = build_model(config, device)
         self.groups = parameter_groups(self.model)
-        self.grad_norm = torch.zeros(())
-        """Of the last step, before it was clipped; without the expert tables."""
+        self.grad_norm = torch.zeros(())  # of the last step, before the clip, without expert tables
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called where one of several processes begins, before Lightning says anything."""
