@@ -193,10 +193,10 @@ def test_the_plan_marks_done_cells_and_leaves_them_out_of_the_time(
     write_record(done.folder, record_of(done, Status.DONE, timing={"flops_per_s": 1e8}))
     opened = []
     for name, read in (("read_bytes", Path.read_bytes), ("read_text", Path.read_text)):
-        noted = lambda path, *a, read=read, **k: opened.append(path.name) or read(path, *a, **k)  # noqa: E731
+        noted = lambda path, *a, read=read, **k: opened.append(path) or read(path, *a, **k)  # noqa: E731
         monkeypatch.setattr(Path, name, noted)
     main(["plan", str(study), "--jobs", "2"])
-    assert opened.count("record.json") == 1
+    assert opened.count(done.folder / "record.json") == 1
     lines = capsys.readouterr().out.splitlines()
     shown = {columns(line)[0]: columns(line)[-1] for line in lines[1:9]}
     assert [shown[cell.name] for cell in (done, *left)] == ["done", "OK", "OK", "OK", "OK"]
