@@ -48,6 +48,7 @@ reproduce: ## the main command: corpus, training runs, fits, figures and table o
 
 smoke: ## from text to a figure in about a minute, on a tiny study
 	@$(MAKE) --no-print-directory data sweep figures SWEEP=smoke
+	@echo "Everything works, from text to figure; the runs are far too short for any result."
 
 setup: $(INSTALLED) ## create .venv and install the package (a second call does nothing)
 
@@ -81,8 +82,8 @@ restore: setup ## copy the records of SWEEP in results/ to runs/, where they cou
 
 figures: setup ## table, fits and figures of SWEEP, from its runs
 	@$(BIN)/python analysis/collect.py $(SWEEP) $(OVERRIDES)
-	@$(BIN)/python analysis/figures.py $(SWEEP)
-	@test ! -d runs/$(SWEEP)/study/figures || { echo; \
+	@$(BIN)/python analysis/figures.py $(SWEEP) $(OVERRIDES)
+	@$(if $(OVERRIDES),true,test ! -d runs/$(SWEEP)/study/figures) || { echo; \
 		echo "Figures:              runs/$(SWEEP)/study/figures/"; \
 		echo "Copied to results/:   make publish SWEEP=$(SWEEP)"; }
 

@@ -36,6 +36,10 @@ VIEWS = "wandb-views.json"
 LINES = (
     ("Training loss against FLOPs", "train/loss", "flops"),
     ("Training loss against tokens", "train/loss", "tokens"),
+    ("Loss on a part of the validation set", "train/val_loss", "tokens"),
+    ("Gradient norm", "train/grad_norm", "tokens"),
+    ("Learning rate", "train/lr", "tokens"),
+    ("Learning rate of expert tables", "train/table_lr", "tokens"),
     ("Expert usage", "train/expert_usage", "tokens"),
     ("Unevenness, nats", "train/unevenness", "tokens"),
     ("Tokens per second", "train/tokens_per_s", "tokens"),

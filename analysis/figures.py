@@ -1,13 +1,16 @@
 """Draw a study's figures and write its tables, only from its runs.csv, curves.csv and fits.json.
 
-    .venv/bin/python analysis/figures.py SWEEP [--x COLUMN]
+    .venv/bin/python analysis/figures.py SWEEP [key=value ...] [--x COLUMN]
 
-Reads runs/SWEEP/study, or else results/SWEEP, whose files stay as they are; writes figures/*.png, figures/*.pdf and
-table.md into runs/SWEEP/study, and prints the main table.
+Reads runs/SWEEP/study, or else results/SWEEP, whose files stay as they are; writes figures/*.png, figures/*.pdf,
+table.md and table.csv, its first part, into runs/SWEEP/study, and prints the main table. Overrides of `data` choose the
+study on another corpus, whose folder has the corpus in its name.
 """
 
 import sys
 from collections.abc import Sequence
+
+import pandas as pd
 
 from peerscale.command_line import study_parser
 from peerscale.config.study_file import header, sweep_text
@@ -15,8 +18,10 @@ from peerscale.errors import UserError, exit_code
 from peerscale.figures import style
 from peerscale.figures.figures import DEFAULT_X, study_figures
 from peerscale.figures.isoflop import X_LABELS
-from peerscale.figures.study_table import compares_curves, study_table
+from peerscale.figures.study_table import compares_curves, main_rows, study_table
 from peerscale.files import from_checkout, write_text
+from peerscale.plan.cell_names import corpus_label
+from peerscale.plan.cells import planned_cells
 from peerscale.records.study import collected, find_study
 from peerscale.records.table import read_runs
 from peerscale.stats.curve import finished
@@ -27,9 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = study_parser("figures", __doc__)
     size = f"model size of the isoFLOP figure (default: {DEFAULT_X})"
     parser.add_argument("--x", choices=list(X_LABELS), default=DEFAULT_X, help=size)
-    arguments = parser.parse_args(argv)
-    study = find_study(arguments.sweep, arguments.runs, arguments.results)
-    shown = collected(arguments.sweep, arguments.runs)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides that the cells were run with")
+    arguments = parser.parse_intermixed_args(argv)
+    overrides = arguments.overrides
+    corpus = corpus_label(planned_cells(arguments.sweep, overrides)[0].axes) if overrides else ""
+    shown = collected(arguments.sweep, arguments.runs, corpus)
+    study = shown if corpus else find_study(arguments.sweep, arguments.runs, arguments.results)
     runs, fits = read_runs(study.runs), read_fits(study.fits)
     if finished(runs).empty:
         raise UserError(f"study {arguments.sweep!r} has no finished cell to draw")
@@ -44,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     withdrawn = header(sweep_text(study.sweep)).get("Withdrawn", "")
     text = study_table(study.sweep, runs, fits, withdrawn)
     write_text(shown.table, text)
+    write_text(shown.csv, pd.DataFrame(main_rows(runs, fits)).to_csv(index=False))
     main_table, *further = text.split("\n## ") if compares_curves(fits) else [text]
     print(f"\n{main_table}")
     if further:

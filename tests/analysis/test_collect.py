@@ -77,6 +77,39 @@ def test_a_recorded_cell_outside_the_plan_keeps_its_row_and_is_counted_apart(
     assert len(table) == 50 and list(table["cell"])[-2:] == list(left_out)
 
 
+def test_cells_of_another_corpus_and_evaluation_set_are_of_other_folders(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Told apart by their names, or by what they hold: a further cell of the same name on another text."""
+
+    def moved(record: Record, name: str, axes: dict[str, Any], **hashed: Any) -> Record:
+        changed = {**record.hashed_config, **hashed}
+        cell = record.cell.replace("-s0", f"{name}-s0")
+        return replace(record, cell=cell, axes=axes, hashed_config=changed, fingerprint=fingerprint(changed))
+
+    write_cells(tmp_path)
+    done = [record for record in records() if record.status is Status.DONE]
+    docs = {"data": "docs"}
+    others = [moved(record, "-data=docs", docs, data_fingerprint="e" * 16) for record in done[:9]]
+    others.append(moved(done[0], "-batch=3", {"batch_sequences": 3}, data_fingerprint="e" * 16))
+    data = {**done[0].hashed_config["data"], "val_set": "speeches"}
+    others.append(moved(done[0], "-batch=4", {"batch_sequences": 4}, data=data))
+    for record in others:
+        write_record(tmp_path / SWEEP / record.cell, record)
+    collection.planned_cells = lambda sweep, overrides: cells()
+    assert collect.main([SWEEP, "--runs", str(tmp_path)]) == 0
+    assert "2 cells of another corpus or evaluation set are left out: " in capsys.readouterr().out
+    assert list(pd.read_csv(collected(SWEEP, tmp_path).runs)["cell"]) == [cell.name for cell in cells()]
+    before = collected(SWEEP, tmp_path).fits.read_bytes()
+
+    renamed = [replace(cell, axes=docs, name=cell.name.replace("-s0", "-data=docs-s0")) for cell in cells()]
+    collection.planned_cells = lambda sweep, overrides: renamed
+    assert collect.main([SWEEP, "--runs", str(tmp_path)]) == 0
+    of_docs = pd.read_csv(collected(SWEEP, tmp_path, "data=docs").runs)
+    assert set(of_docs.loc[of_docs["status"] == "done", "cell"]) == {record.cell for record in others[:9]}
+    assert collected(SWEEP, tmp_path).fits.read_bytes() == before
+
+
 def test_an_unreadable_plan_is_noticed_and_stops_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     def broken(sweep: str, overrides: list[str]) -> None:
         raise UserError("no sweep file synthetic.yaml")

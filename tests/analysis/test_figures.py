@@ -1,5 +1,6 @@
 """Figures come from the tables alone, in any order of events, and repeat."""
 
+import csv
 import os
 import shutil
 import subprocess
@@ -55,6 +56,9 @@ def test_a_published_table_alone_is_enough_with_another_meaning_of_size(runs: Pa
     own = collected(SWEEP, tmp_path / "none")
     assert set(drawn(own.figures)) == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
     assert own.table.is_file() and not own.runs.exists()
+    main_table = own.table.read_text().split("\n## ")[0]
+    for line in csv.reader(own.csv.open()):
+        assert f"| {' | '.join(line)} |" in main_table
     assert {path: path.read_bytes() for path in (tmp_path / "results").rglob("*") if path.is_file()} == committed
 
 

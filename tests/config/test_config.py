@@ -241,7 +241,7 @@ def test_conf_holds_the_law_that_results_rates_prints() -> None:
     (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     printed = yaml.safe_load(block)
     assert printed["methods"].keys() == {"dense", "moe", "moe_token_choice", "pkm", "peer"}
-    for ffn, of_method in printed["methods"].items():
-        optim = load([f"ffn={ffn}"]).optim
+    for ffn, settings in printed["methods"].items():
+        optim, of_method = load([f"ffn={ffn}"]).optim, settings["optim"]
         assert (optim.lr, optim.lr_rule) == (of_method["lr"], printed["optim"]["lr_rule"])
         assert optim.lr_law == RateLawConfig(**printed["optim"]["lr_law"] | of_method.get("lr_law", {}))

@@ -113,7 +113,7 @@ def test_the_law_as_configuration_gives_the_rates_of_the_law() -> None:
     law = law_of(runs, [80])
     text = "\n".join(rate_law_sections(finished(runs), law))
     printed = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
-    settings, m = printed["optim"], printed["methods"]["dense"]["lr"]
+    settings, m = printed["optim"], printed["methods"]["dense"]["optim"]["lr"]
     assert printed["methods"].keys() == {"dense", "peer"}
     assert m == pytest.approx(law["groups"][Curve("dense")]["m"], rel=0.005)
     words = [

@@ -9,9 +9,11 @@ from peerscale.files import ROOT
 from peerscale.launch.overview import main
 from peerscale.launch.plan_table import duration
 from peerscale.launch.speed import estimates
+from peerscale.launch.status_table import word_and_note
 from peerscale.plan.cell import Cell
 from peerscale.plan.cells import planned_cells
 from peerscale.plan.cost import CONVENTION
+from peerscale.records.outcome import Outcome
 from peerscale.records.record import Status, write_record
 from toy_study import TOY, kept_in, record_of, write_study
 
@@ -169,6 +171,10 @@ def test_a_cell_of_another_configuration_or_with_a_damaged_record_is_shown_as_re
     assert columns(out.splitlines()[1]) == ["dense-d8-s0", "refused"] and "2 refused" in out
     assert "holds a run of another configuration: context 32 -> 64." in out
     assert f"mv '{damaged}' '{damaged}.old'" in out
+    assert main(["plan", str(study)]) == 2
+    out, errors = capsys.readouterr()
+    assert columns(out.splitlines()[1])[-1] == columns(out.splitlines()[7])[-1] == "refused"
+    assert "context 32 -> 64." in errors and f"mv '{damaged}'" in errors
 
 
 @pytest.mark.parametrize(("on", "shown"), [("validation", "5.2500"), ("tuning", "done")])
@@ -181,11 +187,16 @@ def test_status_without_the_corpus(
 
 
 def test_the_plan_marks_done_cells_and_leaves_them_out_of_the_time(
-    study: Path, cells: list[Cell], capsys: pytest.CaptureFixture
+    study: Path, cells: list[Cell], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done, *left = [cell for cell in cells if cell.plan.verdict == "OK"]
     write_record(done.folder, record_of(done, Status.DONE, timing={"flops_per_s": 1e8}))
+    opened = []
+    for name, read in (("read_bytes", Path.read_bytes), ("read_text", Path.read_text)):
+        noted = lambda path, *a, read=read, **k: opened.append(path) or read(path, *a, **k)  # noqa: E731
+        monkeypatch.setattr(Path, name, noted)
     main(["plan", str(study), "--jobs", "2"])
+    assert opened.count(done.folder / "record.json") == 1
     lines = capsys.readouterr().out.splitlines()
     shown = {columns(line)[0]: columns(line)[-1] for line in lines[1:9]}
     assert [shown[cell.name] for cell in (done, *left)] == ["done", "OK", "OK", "OK", "OK"]
@@ -195,6 +206,16 @@ def test_the_plan_marks_done_cells_and_leaves_them_out_of_the_time(
         workers[workers.index(min(workers))] += cell_s
     (command,) = [line for line in lines if line.startswith("make sweep")]
     assert command == f"make sweep SWEEP=toy: 4 cells to run, about {duration(max(workers))} on 2 workers"
+
+
+def test_the_log_of_a_job_is_named_if_there_is_one(cells: list[Cell]) -> None:
+    log = cells[0].folder.parent / "study" / "slurm" / "7_1_0_log.err"
+    pending = Outcome(cell=cells[0], status=Status.PENDING)
+    cancelled = f"{cells[0].name} interrupted: Slurm job 7_1 ended before it began"
+    assert word_and_note(pending, "7_1", "") == ("interrupted", cancelled)
+    log.parent.mkdir(parents=True)
+    log.touch()
+    assert word_and_note(pending, "7_1", "")[1].endswith(f"Slurm job 7_1 has ended, see {log}")
 
 
 def test_cells_that_the_plan_does_not_have_are_counted_apart(
@@ -218,11 +239,11 @@ def test_studies_are_listed_with_question_and_state(tmp_path: Path, capsys: pyte
     assert main(["studies", "--runs", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("smoke "))
-    assert columns(lines[at]) == ["smoke", "10", "cells:", "1", "finished", "here,", "0", "in", "results/"]
+    assert lines[at].split(maxsplit=1)[1] == "10 cells; finished with any settings: 1 in runs/, 0 in results/"
     assert lines[at + 1].startswith("    does everything work, from text to figure?")
     listed = [line.split()[0] for line in lines if line and not line.startswith((" ", "make"))]
     assert listed == sorted(file.stem for file in (ROOT / "sweeps").glob("*.yaml"))
-    assert any(line.startswith("reproduce ") and line.endswith("0 finished here, 40 in results/") for line in lines)
+    assert any(line.startswith("reproduce ") and line.endswith(": 0 in runs/, 40 in results/") for line in lines)
 
 
 @pytest.mark.parametrize(

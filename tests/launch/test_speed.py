@@ -81,7 +81,7 @@ def test_time_goes_by_the_done_cell_of_the_nearest_cost_and_the_same_threads_and
         "other_method": replace(wrong, variant="gated"),
     }.items():
         write_record(runs / "another_study" / name, record)
-    speeds = measured_speeds(runs)
+    speeds = measured_speeds(runs, {})
     per_token = {cell.name: cell.plan.cost.flops_per_token for cell in (small, middle, large)}
     assert per_token[middle.name] ** 2 > per_token[small.name] * per_token[large.name], "the large one is the nearer"
     for cell, rate in ((small, 1e9), (middle, 4e9), (large, 4e9)):

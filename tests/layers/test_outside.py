@@ -56,6 +56,12 @@ def small(*overrides: str) -> Config:
     return load(["ffn=gated", "d_model=8", "data.vocab_size=257", "context=6", "batch_sequences=4", *overrides])
 
 
+def test_a_file_without_its_first_line_is_told_so(mylab: Path) -> None:
+    (mylab / "conf" / "ffn" / "gated.yaml").write_text(YAML.removeprefix("# @package _global_\n"))
+    with pytest.raises(ConfigError, match=r"full_key: optim.lr .*a layer's file .* begins with .*_global_"):
+        small()
+
+
 def test_is_built_priced_and_initialised_as_the_readme_says(mylab: Path) -> None:
     config = load(["ffn=gated", "d_model=32", "ffn.d_hidden_over_d_model=2.5", "replaced=[2,3]"])
     model = build_model(config)

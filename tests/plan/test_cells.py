@@ -240,7 +240,9 @@ REFUSED = [
     ("{methods: [dense], grid: [{budget: 1e10, d_model: 8}, {budget: 1e10, d_model: 8, batch_sequences: 8}]}", "",
      [], "toy has two cells dense-d8-1e10-s0, which differ in keys that a name does not tell"),
     (f"{{methods: [dense], {ONE}, axes: {{data.vocab_size: [2048, 512]}}}}", "", [],
-     "varies keys of data that make another corpus: a study has one corpus"),
+     "varies keys of data: a study has one corpus and one evaluation set"),
+    (f"{{methods: [dense], {ONE}, axes: {{data.val_set: [validation, speeches]}}}}", "", [],
+     "varies keys of data: a study has one corpus and one evaluation set"),
 ]  # fmt: skip
 
 
@@ -256,6 +258,9 @@ def test_a_wrong_study_is_refused_in_one_line(
 def test_two_corpora_of_one_name_are_not_mixed(tmp_path: Path) -> None:
     file = write_study(tmp_path)
     own = ["min_steps=1", "data=text"]
+    for at in ("x", "y"):
+        (tmp_path / at).mkdir()
+        (tmp_path / at / "a.txt").touch()
     here, there = (planned_cells(file, [*own, f"data.path={tmp_path}/{at}/a.txt"])[0] for at in ("x", "y"))
     assert here.folder == there.folder
     write_record(here.folder, record_of(here, Status.DONE, corpus="e" * 16))

@@ -7,7 +7,7 @@ import torch
 
 from peerscale.config.schema import Config, load
 from peerscale.files import ROOT
-from peerscale.launch.plan_table import time_lines
+from peerscale.launch.plan_table import plan_row, time_lines
 from peerscale.launch.speed import Estimate, Measured, estimate
 from peerscale.layers.dense import Dense
 from peerscale.model.build import build_model
@@ -129,6 +129,7 @@ def test_the_plan_tells_gpu_hours_their_cost_and_the_largest_cell() -> None:
     known, guessed = ({cell.name: Estimate(3600.0, guess) for cell in cells} for guess in (False, True))
     (line,) = time_lines(cells, known, 2.5)
     assert line.startswith("20 GPU-hours, 50 at 2.5 an hour; the largest cell takes about 1.0")
+    assert plan_row(cells[0], known[cells[0].name])["time"] == "60 min on 2 GPUs"
     guess, line = time_lines(cells, guessed, None)
     assert guess.startswith("time? is estimated from trainer.device_utilisation")
     assert "GPU-hours; PRICE=2.5 gives their cost" in line

@@ -41,6 +41,10 @@ def test_shows_what_runs_and_how_far_it_is(cells: list[Cell]) -> None:
     log(cells[1], *range(500))
     assert line(progress).startswith("toy 0/4 ")
     assert line(progress).endswith(f", {cells[1].name} 499/{cells[1].plan.steps} loss 5.432 21.0k tok/s")
+    rows = (cells[1].folder / "metrics.jsonl").read_text().splitlines()
+    rows[-3] = rows[-3].replace("}", ', "val_loss": 5.5678}')
+    (cells[1].folder / "metrics.jsonl").write_text("\n".join(rows))
+    assert line(progress).endswith(f", {cells[1].name} 499/{cells[1].plan.steps} loss 5.432, val 5.568 21.0k tok/s")
 
 
 def test_the_bar_goes_by_the_work_done_now(cells: list[Cell]) -> None:

@@ -27,7 +27,8 @@ def parse(adapter: TypeAdapter[T], tree: Mapping[str, Any], where: str = "", nam
     try:
         return adapter.validate_python(tree)
     except ValidationError as error:
-        problem = error.errors()[0]
+        unknown = [each for each in error.errors() if each["type"] == "unexpected_keyword_argument"]
+        problem = (unknown or error.errors())[0]  # a misspelt key tells more than the one that is missing instead
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "unexpected_keyword_argument":
         message += nearest(str(problem["loc"][-1]), [*names, *_beside(tree, problem["loc"])])
@@ -47,7 +48,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 def hydra_errors(file: str = "") -> Iterator[None]:
     """Turn errors of Hydra, OmegaConf and YAML about `file`, or about overrides, into `ConfigError`."""
     from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
     from yaml import YAMLError
 
     try:
@@ -60,6 +61,8 @@ def hydra_errors(file: str = "") -> Iterator[None]:
         text, cause = str(error).partition("\nConfig search path")[0], error.__cause__
         if (override := getattr(error, "override", None)) and override not in text:
             text = f"override {override}: {text}"
+        if isinstance(error, MissingMandatoryValue):
+            text += "; a layer's file in conf/ffn sets it, and begins with the line `# @package _global_`"
         if isinstance(cause, OmegaConfBaseException) and cause.parent_node is not None:
             text += nearest(str(cause.key), map(str, cause.parent_node))
         raise ConfigError(" ".join(f"{file}{': ' * bool(file)}{text}".split())) from None

@@ -179,6 +179,8 @@ class TrainerConfig:
     checkpoint_every_steps: Positive | None = None
     """Save a checkpoint every so many steps instead; null: time decides."""
     log_every_steps: Positive = 20
+    validations: Whole = 10
+    """How often a run on one device logs `val_loss`, on a small part of `data.val_set`; it changes no other number."""
     keep_checkpoint: bool = False
     """Keep the checkpoint after the last step of a finished cell, for `peerscale.api.load_model`."""
     runs_directory: str = "runs"

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from peerscale.config.compose import overridden
-from peerscale.config.errors import parse
+from peerscale.config.errors import ConfigError, parse
 from peerscale.config.study_file import StudyFile, read_study
 from peerscale.types import STRICT, Positive, Rate, Seed
 
@@ -197,4 +197,7 @@ def load_sweep(sweep: str | Path | StudyFile) -> SweepConfig:
 def part_of(overrides: Sequence[str]) -> Part:
     """The part of a study that overrides such as `sweep.budgets=[1e12]` choose; other overrides are ignored."""
     given = overridden([override for override in overrides if override.lstrip("+~").startswith("sweep.")])
-    return parse(_PART, {key.removeprefix("sweep."): value for key, value in given.items()}, "sweep.", _KEYS)
+    choices = [f"sweep.{field.name}" for field in fields(Part)]
+    if wrong := [key for key in given if key not in choices]:
+        raise ConfigError(f"{wrong[0]} cannot be overridden, only {', '.join(choices)}; edit the study's file")
+    return parse(_PART, {key.removeprefix("sweep."): value for key, value in given.items()}, "sweep.")

@@ -140,7 +140,8 @@ def rate_law_sections(done: pd.DataFrame, law: Law) -> list[str]:
     if not {"width", "tokens"} <= law["fitted"].keys():
         return lines
     settings = yaml.safe_dump(as_configuration(law, done), sort_keys=False, default_flow_style=None, width=120)
-    return [*lines, "## As configuration", "", "```yaml", *settings.splitlines(), "```", ""]
+    where = "`optim` is for all layers; that of a method belongs in its file in conf/ffn, below `# @package _global_`."
+    return [*lines, "## As configuration", "", where, "", "```yaml", *settings.splitlines(), "```", ""]
 
 
 def _factor(error: float | None) -> str:

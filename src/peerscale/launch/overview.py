@@ -50,7 +50,7 @@ def print_studies(runs: Path) -> int:
         except UserError as error:
             print(f"{file.stem:<16} cannot be read: {error}")
             continue
-        print(f"{file.stem:<16} {planned} cells: {here} finished here, {there} in results/")
+        print(f"{file.stem:<16} {planned} cells; finished with any settings: {here} in runs/, {there} in results/")
         question = header(file.read_text(encoding="utf-8")).get("Question", "its file states no question")
         print(textwrap.fill(question, 100, initial_indent="    ", subsequent_indent="    "))
     print("\nmake status SWEEP=NAME shows the cells of a study; make plan SWEEP=NAME shows what they cost")

@@ -7,7 +7,6 @@ import pandas as pd
 
 from peerscale.config.study import load_sweep
 from peerscale.config.study_file import read_study
-from peerscale.data.text import texts
 from peerscale.errors import USER_ERROR
 from peerscale.launch.speed import Estimate, estimates, makespan_s
 from peerscale.plan.cell import Cell
@@ -26,7 +25,7 @@ lr, table lr: peak learning rates of the backbone and of expert tables; FLOPs/bu
 
 
 def print_plan(sweep: str, overrides: Sequence[str], workers: int, price: float | None = None) -> int:
-    """Print the plan; returns exit code 2 if a method keeps too few sizes at a budget.
+    """Print the plan; returns exit code 2 if a cell is refused, or a method keeps too few sizes at a budget.
 
     Args:
         sweep: name of a study, or its file.
@@ -36,11 +35,12 @@ def print_plan(sweep: str, overrides: Sequence[str], workers: int, price: float 
     """
     file = read_study(sweep)
     cells = planned_cells(file, overrides)
-    times = estimates(cells)
-    texts(cells[0].config.data)  # raises for a wrong path now, not only when the corpus is prepared
     found = outcomes(cells)
+    times = estimates(cells, found)
     done = {outcome.cell.name for outcome in found if outcome.status is Status.DONE}
-    state = {cell.name: "done" if cell.name in done else str(cell.plan.verdict) for cell in cells}
+    refused = {outcome.cell.name: outcome.refused for outcome in found if outcome.refused}
+    state = {cell.name: str(cell.plan.verdict) for cell in cells}
+    state |= dict.fromkeys(done, "done") | dict.fromkeys(refused, "refused")
     rows = [plan_row(cell, times[cell.name]) | {"": state[cell.name]} for cell in cells]
     print(pd.DataFrame(rows).set_index("cell").rename_axis(None).to_string())
     print(f"\n{LEGEND}")
@@ -55,15 +55,16 @@ def print_plan(sweep: str, overrides: Sequence[str], workers: int, price: float 
         print(line)
     if any(cell.plan.epochs is None for cell in cells):
         print("the corpus is not prepared and its size is not known: cells may still be dropped, and sets skipped")
-    short = short_methods(cells, load_sweep(file).min_sizes)
-    for line in short:
+    wrong = [*refused.values(), *short_methods(cells, load_sweep(file).min_sizes)]
+    for line in wrong:
         print(f"error: {line}", file=sys.stderr)
-    return USER_ERROR if short else 0
+    return USER_ERROR if wrong else 0
 
 
 def plan_row(cell: Cell, time: Estimate) -> dict[str, str]:
     """The row of a cell in the plan's table: its cost and its training."""
-    plan = cell.plan
+    plan, trainer = cell.plan, cell.config.trainer
+    together = f" on {trainer.devices} GPUs" if trainer.accelerator == "gpu" and trainer.devices > 1 else ""
     return {
         "cell": cell.name,
         "params": f"{plan.cost.params_total:,}",
@@ -76,7 +77,7 @@ def plan_row(cell: Cell, time: Estimate) -> dict[str, str]:
         "lr": f"{plan.lr:.3g}",
         "table lr": "-" if plan.table_lr is None else f"{plan.table_lr:.3g}",
         "FLOPs/budget": f"{plan.flops / cell.config.budget:.4f}",
-        "time": duration(time.s) + "?" * time.is_guess,
+        "time": duration(time.s) + "?" * time.is_guess + together,
     }
 
 

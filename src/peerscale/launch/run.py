@@ -46,8 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if prepare(cells[0].config.data).manifest != was_there:  # the sizes of its sets decide which cells are dropped
         cells = planned_cells(options.sweep, options.overrides)
     sweep, found = cells[0].sweep, outcomes(cells)
-    if refused := next((outcome.refused for outcome in found if outcome.refused), None):
-        raise UserError(refused)
+    if refused := [outcome.refused for outcome in found if outcome.refused]:
+        several = f"{len(refused)} cells are refused, which make status SWEEP={sweep} lists; the first: "
+        raise UserError(several * (len(refused) > 1) + refused[0])
+    if all(outcome.status is Status.DROPPED for outcome in found):
+        raise UserError(f"all {len(cells)} cells are dropped, {cells[0].name} since: {cells[0].plan.reason}")
     # Longest first, so that the last ones to finish are short.
     pending = [outcome.cell for outcome in found if outcome.status not in FINISHED]
     pending.sort(key=lambda cell: -cell.plan.flops)

@@ -3,18 +3,18 @@
 import contextlib
 import csv
 import heapq
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from peerscale.config.schema import Config
 from peerscale.plan.cell import Cell
 from peerscale.plan.memory import recomputed_share
 from peerscale.plan.plan import Plan
 from peerscale.records.machine import cpu_name
-from peerscale.records.record import RECORD, Status
+from peerscale.records.outcome import Outcome
+from peerscale.records.record import RECORD, Record, Status, read_record
 from peerscale.records.study import RESULTS
 
 GUESS_FLOPS_PER_S = 1.5e10
@@ -44,9 +44,13 @@ class Estimate(NamedTuple):
     """Whether no cell of its method has run on this machine as it will."""
 
 
-def estimates(cells: Sequence[Cell], results: Path = RESULTS) -> dict[str, Estimate]:
-    """By cell: the time that it takes on this machine, estimated from all runs beside the study's and in `results`."""
-    speeds = [*measured_speeds(cells[0].folder.parents[1]), *published_speeds(results)]
+def estimates(cells: Sequence[Cell], found: Iterable[Outcome] = (), results: Path = RESULTS) -> dict[str, Estimate]:
+    """By cell: the time that it takes on this machine, estimated from all runs beside the study's and in `results`.
+
+    Records that were `found` are not read again.
+    """
+    known = {outcome.cell.folder: outcome.record for outcome in found if outcome.record}
+    speeds = [*measured_speeds(cells[0].folder.parents[1], known), *published_speeds(results)]
     return {cell.name: estimate(cell.config, cell.plan, speeds) for cell in cells}
 
 
@@ -75,19 +79,23 @@ def estimate(config: Config, plan: Plan, speeds: Iterable[Measured]) -> Estimate
     return Estimate(OVERHEAD_S + (training_flops + evaluation_flops) / rate, guess)
 
 
-def measured_speeds(runs: Path) -> list[Measured]:
-    """Speeds of the finished cells of all studies under `runs`, run on this machine or on its cluster's GPUs."""
+def measured_speeds(runs: Path, known: Mapping[Path, Record]) -> list[Measured]:
+    """Speeds of the finished cells of all studies under `runs`, run on this machine or on its cluster's GPUs.
+
+    `known` are records that were read already, by folder.
+    """
     speeds, hardware = [], cpu_name()
     for path in runs.glob(f"*/*/{RECORD}"):
         # Skip records whose speed cannot be read, such as those of another version: planning must not fail.
-        with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, OSError):
-            record = json.loads(path.read_text(encoding="utf-8"))
-            environment = record["environment"]
+        with contextlib.suppress(KeyError, ValueError, OSError):
+            record = known.get(path.parent) or read_record(path.parent)
+            environment = record.environment if record else {}
             on_gpu = environment.get("device") == "cuda"
-            if record["status"] == Status.DONE and (on_gpu or environment["hardware"] == hardware):
-                per_token, n_devices = sum(record["flops_per_token"].values()), environment.get("n_devices", 1)
+            if record and record.status is Status.DONE and (on_gpu or environment["hardware"] == hardware):
+                per_token, n_devices = sum(record.flops_per_token.values()), environment.get("n_devices", 1)
                 on = ("cuda", n_devices, 0) if on_gpu else ("cpu", n_devices, environment["n_threads"])
-                speeds.append(Measured(_name(record), per_token, record["timing"]["flops_per_s"], on))
+                name = _name(record.method, record.variant)
+                speeds.append(Measured(name, per_token, record.timing["flops_per_s"], on))
     return speeds
 
 
@@ -97,15 +105,15 @@ def published_speeds(results: Path) -> list[Measured]:
     for path in results.glob("*/runs.csv"):
         with path.open(encoding="utf-8", newline="") as file, contextlib.suppress(KeyError, ValueError, csv.Error):
             speeds += [
-                Measured(_name(row), float(row["flops_per_token"]), float(row["flops_per_s"]))
+                Measured(_name(row["method"], row["variant"]), float(row["flops_per_token"]), float(row["flops_per_s"]))
                 for row in csv.DictReader(file)
                 if row["status"] == Status.DONE
             ]
     return speeds
 
 
-def _name(row: Mapping[str, Any]) -> str:
-    return f"{row['method']}_{row['variant']}" if row["variant"] else row["method"]
+def _name(method: str, variant: str) -> str:
+    return f"{method}_{variant}" if variant else method
 
 
 def makespan_s(seconds: Iterable[float], workers: int) -> float:

@@ -60,7 +60,8 @@ def word_and_note(outcome: Outcome, job_id: str, job: str) -> tuple[str, str]:
         return word, f"{cell.name} {word}: Slurm job {job_id} {job.partition(' ')[2]}"
     notes = [record.reason] if record and record.status in FAILED else []
     if job_id:
-        notes.append(f"Slurm job {job_id} has ended, see {log_path(jobs_folder(cell), job_id)}")
+        log = log_path(jobs_folder(cell), job_id)
+        notes.append(f"Slurm job {job_id} {f'has ended, see {log}' if log.is_file() else 'ended before it began'}")
     word = "interrupted" if job_id and record is None else str(outcome.status)
     return word, f"{cell.name} {word}: {'; '.join(notes)}" if notes and word != Status.RUNNING else ""
 

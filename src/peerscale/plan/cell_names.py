@@ -27,6 +27,11 @@ def axes_label(axes: Mapping[str, Any]) -> str:
     return "-".join(f"{key.rpartition('.')[2]}={_file_name(value)}" for key, value in axes.items())
 
 
+def corpus_label(axes: Mapping[str, Any]) -> str:
+    """Which of a cell's axes tell its corpus or evaluation set, such as `data=docs`; empty if these are its study's."""
+    return axes_label({key: value for key, value in axes.items() if key.partition(".")[0] == "data"})
+
+
 def budget_name(budget: float) -> str:
     """`3e11`."""
     mantissa, exponent = f"{budget:.6e}".split("e")

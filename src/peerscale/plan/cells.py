@@ -15,6 +15,7 @@ from peerscale.config.study import RATE_FACTOR, Part, SweepConfig, load_sweep, p
 from peerscale.config.study_file import StudyFile, read_study
 from peerscale.data.store import folder as corpus_folder
 from peerscale.data.store import read_manifest
+from peerscale.data.text import texts
 from peerscale.plan.cell import Cell
 from peerscale.plan.cell_names import cell_name, changes
 from peerscale.plan.plan import plan
@@ -55,6 +56,8 @@ def planned_cells(sweep: str | Path | StudyFile, overrides: Sequence[str] = ()) 
             unusual = {key: value for key, value in point.row_axes.items() if value_at(usual, key) != value}
             config = parse_config(resolved(tree), f"{where}: {method}: ")
             cells.append((config, point.axes | unusual | changed))
+    if (data := cells[0][0].data).train_tokens is None and read_manifest(data) is None:
+        texts(data)  # raises for a wrong path now, not only when the corpus is prepared
     return _planned(file.path.stem, cells)
 
 
@@ -82,8 +85,9 @@ def without_brackets(cells: Sequence[Cell]) -> list[Cell]:
 def _planned(sweep: str, cells: Sequence[tuple[Config, Mapping[str, Any]]]) -> list[Cell]:
     """The plans of configurations with the axes of their names; cells that are given twice are planned once."""
     data = cells[0][0].data
-    if any(corpus_folder(config.data) != corpus_folder(data) for config, _ in cells):
-        raise ConfigError(f"{sweep} varies keys of data that make another corpus: a study has one corpus")
+    on = [(corpus_folder(c.data), c.data.val_set, c.data.evaluation[c.data.val_set]) for c, _ in cells]
+    if on.count(on[0]) < len(on):
+        raise ConfigError(f"{sweep} varies keys of data: a study has one corpus and one evaluation set")
     manifest = read_manifest(data)
     planned: dict[str, Cell] = {}
     for config, axes in cells:

@@ -39,12 +39,17 @@ class Study:
     """All statistics and laws of the study."""
     table = _File("table.md")
     """The closing table, in Markdown."""
+    csv = _File("table.csv")
+    """Its first part."""
     figures = _File("figures")
 
 
-def collected(sweep: str, runs: Path = RUNS) -> Study:
-    """The study as collected from its cells; its files may not exist."""
-    return Study(sweep=sweep, folder=runs / sweep / "study")
+def collected(sweep: str, runs: Path = RUNS, corpus: str = "") -> Study:
+    """The study as collected from its cells; its files may not exist.
+
+    On another corpus than its own, such as `data=docs` (`plan.cell_names.corpus_label`), it has another folder.
+    """
+    return Study(sweep=sweep, folder=runs / sweep / "-".join(filter(None, ("study", corpus))))
 
 
 def published(sweep: str, results: Path = RESULTS) -> Study:

@@ -14,12 +14,13 @@ from peerscale.config.study import load_sweep
 from peerscale.config.study_file import sweep_text
 from peerscale.errors import UserError
 from peerscale.files import ROOT, write_json, write_text
+from peerscale.plan.cell_names import corpus_label
 from peerscale.plan.cells import Cell, planned_cells, without_brackets
 from peerscale.plan.notices import beyond_law
 from peerscale.plan.plan import Verdict
 from peerscale.records.curves import curves_table
-from peerscale.records.matching import further_line, of_the_plan, some
-from peerscale.records.record import Record, Status, planned_record
+from peerscale.records.matching import further_line, of_the_plan, on_one_corpus, some
+from peerscale.records.record import Record, planned_record
 from peerscale.records.study import collected
 from peerscale.records.table import read_records, runs_table, to_publish, write_records
 from peerscale.stats.comparison import compare
@@ -46,30 +47,22 @@ def collect(sweep: str, runs: Path, overrides: Sequence[str] = ()) -> Iterator[s
         Messages on what was collected.
 
     Raises:
-        UserError: there are no records, or the overrides name another folder of runs.
+        UserError: there are no records, or the overrides are wrong or name another folder of runs.
     """
     elsewhere = overridden(overrides).get("trainer.runs_directory", runs)
     if (ROOT / Path(elsewhere).expanduser()).resolve() != runs.resolve():
         raise UserError(f"cells are read from {runs}; give --runs {elsewhere} to the programs in analysis/")
-    overrides = of_cells(overrides)  # cells outside the plan count in any case
-    here, study = runs / sweep, collected(sweep, runs)
-    own = {record.cell: record for record in read_records(here)}
-    if not own:
-        raise UserError(f"no cells in {here}; those of results/, if it has any: make restore SWEEP={sweep}")
     cells = plan_of(sweep, overrides)
-    names = {cell.name for cell in cells or ()}
-    used = Counter(
-        r.hashed_config.get("data_fingerprint")
-        for r in own.values()
-        if r.status is Status.DONE and (not names or r.cell in names)
-    )
-    corpus = max(used, key=lambda each: used[each], default=None)
-    found, notices = of_the_plan(cells or (), own, here, corpus)
+    corpus = corpus_label(cells[0].axes) if cells else ""
+    here, study = runs / sweep, collected(sweep, runs, corpus)
+    own = {record.cell: record for record in read_records(here) if not cells or corpus_label(record.axes) == corpus}
+    if not own:
+        where = f"{here}{' on ' * bool(corpus)}{corpus}"
+        raise UserError(f"no cells in {where}; those of results/, if it has any: make restore SWEEP={sweep}")
+    own, foreign, fingerprint = on_one_corpus(own, {cell.name for cell in cells or ()})
+    found, notices = of_the_plan(cells or (), own, here, fingerprint)
     print(*(f"{notice}\n" for notice in notices), sep="", end="", file=sys.stderr)
     planned, further = with_planned(cells, found)
-    corpora = {record.hashed_config.get("data_fingerprint") for record in planned if record.status is Status.DONE}
-    foreign = [r.cell for r in further if corpora and r.hashed_config.get("data_fingerprint") not in corpora]
-    further = [record for record in further if record.cell not in foreign]
     records = [to_publish(record) for record in (*planned, *further)]  # so that results/ alone gives the same fits
     table, curves = runs_table(records), curves_table(here / cell for cell in found)
     fits = fits_of(sweep, table, records, extrapolated(cells or ()))
@@ -82,7 +75,7 @@ def collect(sweep: str, runs: Path, overrides: Sequence[str] = ()) -> Iterator[s
     if further:
         yield f"{further_line([record.cell for record in further])}; they are in the table and the fits too"
     if foreign:
-        yield f"{len(foreign)} cells of another corpus are left out: {some(foreign)}"
+        yield f"{len(foreign)} cells of another corpus or evaluation set are left out: {some(foreign)}"
 
 
 def fits_of(
@@ -128,10 +121,15 @@ def rounded(fits: Any, digits: int = 7) -> Any:
 
 
 def plan_of(sweep: str, overrides: Sequence[str]) -> Sequence[Cell] | None:
-    """The cells of the study's file with `overrides`; None, with a notice, if it cannot be read."""
+    """The cells of the study's file with the overrides of cells, as cells outside a part count too; or None, with a
+    notice, if it cannot be read. Raises `UserError` for a wrong override, also one of a part."""
     try:
-        return planned_cells(sweep, overrides)
+        if (of_all := of_cells(overrides)) != [*overrides]:
+            planned_cells(sweep, overrides)
+        return planned_cells(sweep, of_all)
     except UserError as error:
+        if overrides:
+            raise
         notice = "notice: only cells with a record are in the table, as the plan cannot be read"
         print(f"{notice}: {error}", file=sys.stderr)
         return None

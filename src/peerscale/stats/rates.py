@@ -70,8 +70,8 @@ def as_configuration(law: Mapping[str, Any], runs: pd.DataFrame) -> dict[str, An
         runs: the study's table, which has the batch and the largest rate that were tried.
 
     Returns:
-        `optim`: lr_rule and lr_law for all layers, with the shared exponents; `methods`: the lr of each method, and its
-        exponents if they are not shared.
+        `optim`: lr_rule and lr_law for all layers, with the shared exponents; `methods`: for the file of each method in
+        conf/ffn its `optim`: the lr, and the exponents if they are not shared.
     """
     shared, done = next(iter(law["groups"].values()))["shared"], runs[usable(runs)]
     usual = float(done["batch_sequences"].mode().iloc[0])
@@ -86,10 +86,10 @@ def as_configuration(law: Mapping[str, Any], runs: pd.DataFrame) -> dict[str, An
     methods: dict[str, dict[str, Any]] = {}
     for curve, found in law["groups"].items():
         method = str(curve)
-        methods[method] = {"lr": _rounded(found["m"])}
+        methods[method] = {"optim": {"lr": _rounded(found["m"])}}
         if law["exponents"] == "own":
             exponents = {f"{name}_exponent": _rounded(found[VARIABLES[name][1]]) for name in law["fitted"]}
-            methods[method]["lr_law"] = exponents
+            methods[method]["optim"]["lr_law"] = exponents
     exact = ("fitted", "fewest")
     rounded = {key: value if key.startswith(exact) else _rounded(value) for key, value in lr_law.items()}
     return {"optim": {"lr_rule": "law", "lr_law": rounded}, "methods": methods}

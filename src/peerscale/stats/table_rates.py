@@ -24,9 +24,9 @@ EQUAL_UNLESS = 0.05
 
 def table_law_of(done: pd.DataFrame) -> dict[str, Any] | None:
     """`fit_table_law` of the finished runs of a study, among methods that differ in nothing but the table rate."""
-    rows = done[done["curve"].map(lambda curve: curve.without(TABLE_RATE) == curve.plain)]
+    rows = done[done["curve"].map(lambda curve: curve.without(TABLE_RATE) == curve.plain).astype(bool)]
     rows = rows.assign(method=rows["curve"].map(lambda curve: curve.method))
-    usual = rows[rows["curve"].map(lambda curve: not curve.settings)].groupby("method")["table_lr"].first()
+    usual = rows[rows["curve"].map(lambda curve: not curve.settings).astype(bool)].groupby("method")["table_lr"].first()
     law = fit_table_law(rows.assign(usual=rows["method"].map(usual)).dropna(subset="usual"))
     return law and to_plain(law)
 

@@ -30,7 +30,7 @@ def evaluate(module: LanguageModel, corpus: Corpus, config: Config, device: torc
         if name == config.data.val_set:
             attach_usage(module)
         batches = EvaluationBatches(corpus.tokens(name), n_tokens, **shape)
-        losses = np.concatenate([_sequence_losses(module, batches[i], device) for i in range(len(batches))])
+        losses = sequence_losses(module, batches)
         loss, tokens_per_byte = float(losses.mean()), corpus.manifest.splits[name] / corpus.manifest.utf8_bytes[name]
         values = {
             "loss": loss,
@@ -46,13 +46,15 @@ def evaluate(module: LanguageModel, corpus: Corpus, config: Config, device: torc
     return result
 
 
-def _sequence_losses(module: LanguageModel, batch: np.ndarray, device: torch.device) -> np.ndarray:
-    """The mean loss of each sequence of a batch (B, T + 1), shape (B,)."""
-    tokens = torch.from_numpy(batch).to(device)
+def sequence_losses(module: LanguageModel, batches: EvaluationBatches) -> np.ndarray:
+    """The mean loss of each sequence of all batches, on the module's device."""
+    losses, device = [], module.device
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, module.config.precision == "bf16"):
-        parts = tokens.chunk(module.config.surroundings.micro_batches)
-        losses_BT = torch.cat([module.losses(part)[1] for part in parts])
-        return (losses_BT.sum(dim=1) / losses_BT.shape[1]).double().cpu().numpy()
+        for i in range(len(batches)):
+            parts = torch.from_numpy(batches[i]).to(device).chunk(module.config.surroundings.micro_batches)
+            losses_BT = torch.cat([module.losses(part)[1] for part in parts])
+            losses.append((losses_BT.sum(dim=1) / losses_BT.shape[1]).double().cpu().numpy())
+    return np.concatenate(losses)
 
 
 def attach_usage(module: LanguageModel) -> None:

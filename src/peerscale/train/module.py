@@ -30,6 +30,7 @@ class LanguageModel(lightning.LightningModule):
         lightning.seed_everything(config.seed, verbose=False)
         self.model = build_model(config, device)
         self.groups = parameter_groups(self.model)
+        self.grad_norm = torch.zeros(())  # of the last step, before the clip, without expert tables
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called where one of several processes begins, before Lightning says anything."""
@@ -74,7 +75,7 @@ class LanguageModel(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        torch.nn.utils.clip_grad_norm_(self.groups.clipped, self.config.optim.grad_clip)
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.groups.clipped, self.config.optim.grad_clip)
 
 
 def prepare_process(config: Config) -> None:

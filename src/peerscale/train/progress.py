@@ -74,7 +74,8 @@ class Progress:
             elif row:
                 step = max(step, row["step"])
                 speed = f"{row['tokens_per_s'] / 1e3:.1f}k tok/s"
-                running.append(f"{cell.name} {row['step']}/{cell.plan.steps} loss {row['loss']:.3f} {speed}")
+                loss = f"loss {row['loss']:.3f}" + (f", val {row['val_loss']:.3f}" if "val_loss" in row else "")
+                running.append(f"{cell.name} {row['step']}/{cell.plan.steps} {loss} {speed}")
             elif status is Status.RUNNING:
                 running.append(f"{cell.name} starting")
             work += _work(cell, step)
@@ -84,7 +85,8 @@ class Progress:
         self.bar.refresh()
 
     def _state(self, cell: Cell) -> tuple[Status | None, dict[str, Any] | None]:
-        """Status of a cell whose record was written since the start; if it is running, its newest row of metrics."""
+        """Status of a cell whose record was written since the start; if it is running, its newest row of metrics, also
+        with the newest `val_loss`."""
         if _written(cell) == self.written_before[cell.name]:
             return None, None
         try:
@@ -92,8 +94,10 @@ class Progress:
             if status is not Status.RUNNING or not (cell.folder / METRICS).is_file():
                 return status, None
             with (cell.folder / METRICS).open("rb") as file:
-                file.seek(max(0, file.seek(0, 2) - 4096))
-                return status, json.loads(file.read().splitlines()[-1])
+                file.seek(max(0, file.seek(0, 2) - 2**16))
+                lines = file.read().splitlines()
+            validated = [line for line in lines[1:] if b'"val_loss"' in line][-1:]
+            return status, {key: value for line in (*validated, lines[-1]) for key, value in json.loads(line).items()}
         except (OSError, ValueError, KeyError, IndexError):
             return None, None  # read between two writes; the next update will see it
 
