@@ -13,9 +13,10 @@ from synthetic_ablations import ablation_runs
 from synthetic_study import SWEEP, script
 
 from peerscale.errors import exit_code
-from peerscale.figures.figures import small_print
+from peerscale.figures.figures import study_figures
 from peerscale.files import write_json
 from peerscale.records.study import Study, collected, published
+from peerscale.records.table import read_runs
 from peerscale.stats.collection import fits_of
 
 figures = script("figures")
@@ -36,7 +37,7 @@ def drawn(folder: Path) -> dict[str, bytes]:
 def test_the_same_bytes_from_a_second_process(runs: Path) -> None:
     assert figures.main([SWEEP, "--runs", str(runs)]) == 0
     first = drawn(collected(SWEEP, runs).figures)
-    names = ("isoflop", "curves", "differences", "frontier", "multipliers")
+    names = ("isoflop", "curves", "differences", "multipliers")
     assert set(first) == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
     environment = {**os.environ, "PYTHONHASHSEED": "5"}
     subprocess.run([sys.executable, SCRIPT, SWEEP, "--runs", runs], check=True, env=environment, capture_output=True)
@@ -52,7 +53,7 @@ def test_a_published_table_alone_is_enough_with_another_meaning_of_size(runs: Pa
     committed = {path: path.read_bytes() for path in (tmp_path / "results").rglob("*") if path.is_file()}
     options = ["--x", "flops_per_token", "--runs", str(tmp_path / "none"), "--results", str(tmp_path / "results")]
     assert figures.main([SWEEP, *options]) == 0
-    names = ("isoflop_flops_per_token", "differences", "frontier", "multipliers")
+    names = ("isoflop_flops_per_token", "differences", "multipliers")
     own = collected(SWEEP, tmp_path / "none")
     assert set(drawn(own.figures)) == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
     assert own.table.is_file() and not own.runs.exists()
@@ -122,9 +123,12 @@ def test_no_finished_cell_is_one_clear_line(runs: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().err == "error: study 'synthetic' has no finished cell to draw\n"
 
 
-def test_small_print_names_data_and_convention(collected_runs: Path) -> None:
-    table = pd.read_csv(collected(SWEEP, collected_runs).runs)
-    unnamed = table.drop(columns=["data", "val_set"])
-    assert small_print(unnamed) == "FLOPs: per-operation, full attention, backward 2x"
-    named = table.assign(data="gutenberg", val_set="validation")
-    assert small_print(named).startswith("data: gutenberg; set: validation; FLOPs: ")
+def test_a_figure_has_one_line_of_small_print_and_all_of_it_is_on_the_page() -> None:
+    study = published("every_block")
+    for _, figure in study_figures(study, read_runs(study.runs)):
+        figure.draw_without_rendering()
+        box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+        assert box.x0 >= -0.01 and box.x1 <= width + 0.01 and box.y0 >= -0.01 and box.y1 <= height + 0.01
+        note = figure.get_supxlabel()
+        assert note.endswith("gutenberg, validation set, per-operation, full attention, backward 2x FLOPs")
+        assert "\n" not in note

@@ -4,6 +4,7 @@ import html
 import json
 import re
 import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from peerscale.stats.fits import read_fits
 
 LABELS = ("dense", "MoE (expert choice)", "MoE (token choice)", "PKM", "PEER")
 EVIL = "</script><script>alert(1)</script>$library"
+QUESTION = 'Is ![this](/etc/passwd) or <img src="file:///etc/passwd"> shown?'
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
 class Read(HTMLParser):
@@ -51,7 +55,7 @@ def study(collected_runs: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def source(collected_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The page of two studies, the second with script in its claims and its cells' names and methods."""
+    """The page of two studies, the second with a file in its question and script in its claims, cells and methods."""
     folder = tmp_path_factory.mktemp("page")
     for name in ("one", "two"):
         shutil.copytree(collected(SWEEP, collected_runs).folder, folder / name)
@@ -60,8 +64,10 @@ def source(collected_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> st
     (folder / "two" / "fits.json").write_text(json.dumps(fits))
     runs = pd.read_csv(folder / "two" / "runs.csv")
     runs.assign(cell=EVIL, variant=EVIL).to_csv(folder / "two" / "runs.csv", index=False)
-    page = script("page")
-    assert page.main(["--results", str(folder), "--out", str(folder / "page.html")]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        questions = {"two": f"# Question: {QUESTION}\nsweep: {{}}\n"}
+        patch.setattr("peerscale.figures.page.sweep_text", lambda sweep: questions.get(sweep, ""))
+        assert script("page").main(["--results", str(folder), "--out", str(folder / "page.html")]) == 0
     return (folder / "page.html").read_text(encoding="utf-8")
 
 
@@ -81,6 +87,7 @@ def test_what_files_say_is_text_and_nothing_is_loaded(source: str) -> None:
     assert "alert(1)" in "".join(read.texts) and html.escape(EVIL) in source and source.count("<script>alert") == 0
     spec = json.loads(source.rpartition('vegaEmbed("#figure-two", ')[2].partition(", {renderer")[0])
     assert EVIL in json.dumps(spec)
+    assert f"Question: {QUESTION}" in "".join(read.texts) and "img" not in read.tags
 
 
 def test_points_curves_and_optima_are_those_of_the_files(study: tuple[pd.DataFrame, dict[str, Any]]) -> None:
@@ -121,6 +128,34 @@ def test_it_is_drawn(study: tuple[pd.DataFrame, dict[str, Any]]) -> None:
     assert svg.index("1e11 FLOPs") < svg.index("3e11 FLOPs")
     for cell in study[0].loc[study[0]["status"] == "done", "cell"]:
         assert cell in svg
+
+
+def opened(page: str, folder: Path) -> tuple[str, list[str]]:
+    """The page as a headless browser shows it, and what the browser wrote to its console."""
+    (folder / "page.html").write_text(page, encoding="utf-8")
+    options = [
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+        "--disable-background-networking", f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr",
+        "--virtual-time-budget=30000", "--dump-dom",
+    ]  # fmt: skip
+    command = [BROWSER or "", *options, (folder / "page.html").as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    return shown.stdout, [line for line in shown.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.skipif(BROWSER is None, reason=f"no browser: none of {', '.join(BROWSERS)} is installed")
+def test_a_browser_draws_it_without_a_complaint_or_a_request(
+    source: str, study: tuple[pd.DataFrame, dict[str, Any]], tmp_path: Path
+) -> None:
+    """The page forbids itself all requests, and the browser says so in the console if there is one."""
+    shown, console = opened(source, tmp_path)
+    assert [line for line in console if "WARN Infinite extent" not in line] == []  # the second study has no curves
+    charts = re.findall(r'<svg [^>]*class="marks".*?</svg>', shown, flags=re.DOTALL)
+    assert len(charts) == 2
+    for cell in study[0]["cell"]:
+        assert cell in charts[0]
+    _, console = opened(source.replace("</html>", '<img src="https://example.org/x.png"></html>'), tmp_path)
+    assert any("https://example.org/x.png" in line for line in console)
 
 
 def test_without_studies_it_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

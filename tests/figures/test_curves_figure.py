@@ -1,6 +1,7 @@
 """The training curves draw the rows of curves.csv, and distances to dense that are known."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,7 @@ from synthetic_study import GRID, METHODS, SWEEP
 
 from peerscale.figures.curves import SKIPPED_SHARE, curves_figure
 from peerscale.records.study import collected
-from toy_study import settings_text
+from toy_study import fits_with_curves, settings_text
 
 Tables = tuple[pd.DataFrame, pd.DataFrame]
 
@@ -25,11 +26,17 @@ def lines(axes: Axes) -> dict[str, np.ndarray]:
     return {str(line.get_label()): np.column_stack(line.get_data()) for line in axes.lines}
 
 
-def test_above_is_each_methods_best_run(tables: Tables) -> None:
+def fits_of(*differences: dict[str, Any], baseline: str = "dense", status: str = "ok") -> dict[str, Any]:
+    methods = [{"name": name, "status": status} for name in ("dense", "peer")]
+    entry = {"budget": 1e11, "methods": methods, "differences": [*differences]}
+    return fits_with_curves({"budgets": [entry]}, baseline)
+
+
+def test_without_the_baseline_each_methods_best_run_is_drawn(tables: Tables) -> None:
     curves, runs = tables
-    figure = curves_figure(curves, runs, "dense")
-    assert len(figure.axes) == 2 * len(GRID)
-    for axes, budget in zip(figure.axes[: len(GRID)], GRID, strict=True):
+    figure = curves_figure(curves, runs, fits_with_curves({"budgets": []}, "gated"))
+    assert len(figure.axes) == len(GRID) and figure.axes[0].get_ylabel() == "training loss (nats per token)"
+    for axes, budget in zip(figure.axes, GRID, strict=True):
         drawn = lines(axes)
         assert set(drawn) == set(METHODS)
         for name, line in drawn.items():
@@ -37,7 +44,7 @@ def test_above_is_each_methods_best_run(tables: Tables) -> None:
             rows = curves[curves["cell"] == mine["val_loss"].idxmin()]
             rows = rows[rows["flops"] >= SKIPPED_SHARE * budget]
             assert len(rows) > 5
-            np.testing.assert_array_equal(line, rows[["flops", "loss"]])
+            np.testing.assert_allclose(line, np.column_stack([rows["flops"] / budget, rows["loss"]]))
 
 
 def straight(methods: dict[str, float]) -> Tables:
@@ -55,46 +62,46 @@ def straight(methods: dict[str, float]) -> Tables:
     return pd.concat(parts), runs
 
 
-def test_below_is_the_distance_to_dense_at_equal_flops() -> None:
-    _, below = curves_figure(*straight({"dense": 0.0, "pkm": 0.05, "peer": -0.1}), "dense").axes
-    drawn = lines(below)
+def test_the_distance_to_dense_at_equal_flops_is_drawn() -> None:
+    (axes,) = curves_figure(*straight({"dense": 0.0, "pkm": 0.05, "peer": -0.1}), fits_of()).axes
+    drawn = lines(axes)
     assert set(drawn) == {"_baseline", "pkm", "peer"}
     for name, distance in (("pkm", 0.05), ("peer", -0.1)):
-        inside = drawn[name][:, 0] >= 1.1e10
-        np.testing.assert_allclose(drawn[name][inside, 1], distance, atol=1e-9)
+        assert len(drawn[name]) > 5 and SKIPPED_SHARE <= drawn[name][0, 0] < drawn[name][-1, 0] <= 1
+        np.testing.assert_allclose(drawn[name][:, 1], distance, atol=1e-9)
     assert set(np.ravel(drawn["_baseline"][:, 1])) == {0}
-    assert "dense" in below.get_ylabel()
+    assert axes.get_ylabel() == "training loss minus dense's (nats per token)"
 
 
-def test_the_first_distance_is_to_dense_at_the_same_flops() -> None:
-    """Also if dense's first drawn point comes after that of the other curve; the loss falls by 2 per decade here."""
-    curves, runs = straight({"dense": 0.0, "peer": -0.1})
-    curves = curves.assign(loss=curves["loss"] - np.log10(curves["flops"] / 1e10))
-    dense = curves["cell"] == "dense-d8-1e11-s0"
-    curves = curves[~dense | (curves["flops"] < 1.05e10) | (curves["flops"] > 2e10)]
-    early = pd.DataFrame(
-        {"cell": runs["cell"], "flops": 5e9, "loss": [5.0 - 2 * np.log10(0.5), 4.9 - 2 * np.log10(0.5)]}
-    )
-    drawn = lines(curves_figure(pd.concat([early, curves]), runs, "dense").axes[1])["peer"]
-    assert drawn[0, 0] == pytest.approx(1.01e10)
-    np.testing.assert_allclose(drawn[:, 1], -0.1, atol=1e-9)
+def test_distances_are_means_over_a_fifth_of_the_run_and_no_others() -> None:
+    curves, runs = straight({"dense": 0.0, "peer": 0.0})
+    peer = curves["cell"] == "peer-d8-1e11-s0"  # of 21 points, so that a mean is over four
+    noise = np.where(np.arange(peer.sum()) % 2, 0.3, -0.1)
+    curves.loc[peer, "loss"] += noise
+    drawn = lines(curves_figure(curves, runs, fits_of()).axes[0])["peer"]
+    np.testing.assert_allclose(drawn[:, 1], 0.1, atol=1e-9)
+    assert drawn[-1, 0] == pytest.approx(curves.loc[peer, "flops"].iloc[-2] / 1e11)  # the mean of the last four
+
+
+@pytest.mark.parametrize(
+    ("size", "status", "hollow"), [("", "ok", False), ("", "off_centre", True), ("d8", "ok", True)]
+)
+def test_the_last_point_is_the_tables_difference(size: str, status: str, hollow: bool) -> None:
+    found = {"method": "peer", "reference": "dense", "size": size, "value": -0.123, "low": -0.2, "high": 0.0}
+    (axes,) = curves_figure(*straight({"dense": 0.0, "peer": -0.1}), fits_of(found, status=status)).axes
+    (line,) = (line for line in axes.lines if line.get_label() == "peer")
+    assert np.column_stack(line.get_data())[-1].tolist() == [1.0, -0.123] and line.get_markevery() == [-1]
+    assert (line.get_markerfacecolor() == "white") == hollow
 
 
 def test_variants_are_compared_with_dense_at_their_own_settings() -> None:
     constants = {"dense batch=8": 0.0, "dense batch=16": 0.3, "peer batch=8": 0.1, "peer batch=16": 0.1}
-    drawn = lines(curves_figure(*straight(constants), "dense").axes[1])
+    drawn = lines(curves_figure(*straight(constants), fits_of()).axes[0])
     assert set(drawn) == {"_baseline", "peer batch=8", "peer batch=16"}
     assert drawn["peer batch=8"][-1, 1] == pytest.approx(0.1, abs=2e-3)
     assert drawn["peer batch=16"][-1, 1] == pytest.approx(-0.2, abs=2e-3)
 
 
-def test_without_dense_there_is_no_row_of_distances() -> None:
-    methods = {"pkm": 0.0, "peer": 0.1}
-    assert len(curves_figure(*straight(methods), "dense").axes) == 1
-    _, below = curves_figure(*straight(methods), "pkm").axes
-    assert lines(below)["peer"][-1, 1] == pytest.approx(0.1) and below.get_ylabel().startswith("loss minus PKM's")
-
-
 def test_no_curves_at_all(tables: Tables) -> None:
     curves, runs = tables
-    curves_figure(curves.iloc[:0], runs, "dense").draw_without_rendering()
+    curves_figure(curves.iloc[:0], runs, fits_of()).draw_without_rendering()

@@ -3,20 +3,29 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.axes import Axes
-from matplotlib.collections import PathCollection
 from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
 
-from peerscale.figures.multipliers import multipliers_figure, paper_multipliers
+from peerscale.figures.multipliers import APART, multipliers_figure, paper_multipliers
 from peerscale.figures.published import read_published
 from toy_study import fits_with_curves
 
 PEER = [
-    {"method": "peer", "reference": "dense", "budget": 1e12, "multiplier": 1.1, "low": 1.0, "high": 1.2,
-     "by_seed": {"0": 1.05, "1": 1.15}},
+    {"method": "peer", "reference": "dense", "budget": 1e12, "multiplier": 1.1, "low": 1.0, "high": 1.2},
     {"method": "peer", "reference": "dense", "budget": 3e12, "multiplier": 1.3, "low": 1.2, "high": 1.5},
-]  # fmt: skip
+]
+NO_RUNS = pd.DataFrame(columns=["curve", "size", "budget", "flops_per_token"])
+
+
+def drawn(**fits: object) -> Figure:
+    found = fits_with_curves({"budgets": [], "multipliers": PEER, **fits})
+    figure = multipliers_figure(found, read_published(), NO_RUNS)
+    assert figure is not None
+    figure.draw_without_rendering()
+    return figure
 
 
 def lines(axes: Axes) -> dict[str, np.ndarray]:
@@ -25,56 +34,44 @@ def lines(axes: Axes) -> dict[str, np.ndarray]:
     return {str(container.get_label()): np.asarray(container.lines[0].get_xydata(), float) for container in found}
 
 
-def dots(axes: Axes) -> list[float]:
-    scattered = (drawn for drawn in axes.collections if isinstance(drawn, PathCollection))
-    return sorted(float(y) for scatter in scattered for y in np.asarray(scatter.get_offsets())[:, 1])
+def intervals(axes: Axes, label: str) -> list[list[float]]:
+    (found,) = (one for one in axes.containers if one.get_label() == label)
+    return [segment[:, 1].tolist() for segment in found.lines[2][0].get_segments()]
 
 
-def test_multipliers_bands_and_seeds() -> None:
-    figure = multipliers_figure(fits_with_curves({"budgets": [], "multipliers": PEER}), read_published())
-    assert figure is not None
-    ours, paper = figure.axes
-    assert [axes.get_title() for axes in figure.axes] == ["PEER", "the paper"]
+def test_multipliers_and_their_intervals() -> None:
+    ours, paper = drawn().axes
+    assert paper.get_title() == "the paper" and [*lines(paper)] == ["peer"]
     np.testing.assert_allclose(lines(ours)["peer"], [(1e12, 1.1), (3e12, 1.3)])
-    band = ours.collections[0].get_paths()[0].vertices[:, 1]
-    assert {*np.round(band, 6)} == {1.0, 1.2, 1.5}
-    assert dots(ours) == [1.05, 1.15] and [*lines(paper)] == ["peer"]
-    figure.draw_without_rendering()
+    np.testing.assert_allclose(intervals(ours, "peer"), [(1.0, 1.2), (1.2, 1.5)])
 
 
-def test_each_method_has_a_panel_with_its_variants() -> None:
+def test_all_methods_are_on_one_axis_side_by_side() -> None:
     others = [{**one, "method": name} for one in PEER for name in ("pkm", "peer n_experts=16384")]
-    figure = multipliers_figure(fits_with_curves({"budgets": [], "multipliers": [*PEER, *others]}), read_published())
-    assert figure is not None and [axes.get_title() for axes in figure.axes] == ["PKM", "PEER", "the paper"]
-    assert [[name for name in lines(axes) if "apart" not in name] for axes in figure.axes] == [
-        ["pkm"], ["peer", "peer n_experts=16384"], ["pkm", "peer"]
-    ]  # fmt: skip
+    ours, paper = drawn(multipliers=[*PEER, *others]).axes
+    assert [*lines(ours)] == ["pkm", "peer", "peer n_experts=16384"] and [*lines(paper)] == ["pkm", "peer"]
+    places = [points[:, 0] for points in lines(ours).values()]
+    np.testing.assert_allclose(places, np.outer([1 / APART, 1, APART], [1e12, 3e12]))
 
 
 def test_budgets_below_the_trend_stand_apart_from_the_line() -> None:
-    third = {**PEER[1], "budget": 1e13, "multiplier": 1.4}
-    fits = {"budgets": [], "multipliers": [*PEER, third], "trend_from": 3e12}
-    figure = multipliers_figure(fits_with_curves(fits), read_published())
-    assert figure is not None
-    drawn = lines(figure.axes[0])
-    np.testing.assert_allclose(drawn["peer"][:, 1], [1.3, 1.4])
-    np.testing.assert_allclose(drawn["peer apart"], [(1e12, 1.1)])
-    (apart,) = (one for one in figure.axes[0].containers if one.get_label() == "peer apart")
-    np.testing.assert_allclose(apart.lines[2][0].get_segments()[0][:, 1], [1.0, 1.2])
+    ours = drawn(multipliers=[*PEER, {**PEER[1], "budget": 1e13, "multiplier": 1.4}], trend_from=3e12).axes[0]
+    np.testing.assert_allclose(lines(ours)["peer"][:, 1], [1.3, 1.4])
+    np.testing.assert_allclose(lines(ours)["peer apart"], [(1e12, 1.1)])
+    assert intervals(ours, "peer apart") == [[1.0, 1.2]]
 
 
 def test_a_multiplier_from_a_flagged_minimum_is_hollow() -> None:
-    methods = [{"name": "peer", "status": "off_centre"}, {"name": "dense", "status": "ok"}]
-    fits = {"budgets": [{"budget": 3e12, "methods": methods}], "multipliers": PEER}
-    figure = multipliers_figure(fits_with_curves(fits), read_published())
-    assert figure is not None
-    hollow = [np.asarray(line.get_ydata(), float).tolist() for line in figure.axes[0].lines
+    methods = [{"name": "peer", "status": "off_centre"}, {"name": "dense", "status": "ok", "loss": None}]
+    ours = drawn(budgets=[{"budget": 3e12, "methods": methods, "differences": []}]).axes[0]
+    hollow = [np.asarray(line.get_ydata(), float).tolist() for line in ours.lines
               if line.get_markerfacecolor() == "white" and len(line.get_ydata())]  # fmt: skip
     assert hollow == [[1.3]]
 
 
 def test_one_budget_makes_no_figure() -> None:
-    assert multipliers_figure(fits_with_curves({"budgets": [], "multipliers": PEER[:1]}), read_published()) is None
+    fits = fits_with_curves({"budgets": [], "multipliers": PEER[:1]})
+    assert multipliers_figure(fits, read_published(), NO_RUNS) is None
 
 
 def test_the_papers_multipliers_by_hand() -> None:

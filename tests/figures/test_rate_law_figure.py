@@ -137,7 +137,7 @@ def test_the_figure_has_a_panel_a_corner_with_the_rates_of_the_law() -> None:
     runs = study()
     figure = rate_law_figure(finished(runs), law_of(runs, [80]))
     titles = [axes.get_title() for axes in figure.axes]
-    assert [title.split(", ")[1] for title in titles] == [
+    assert [title.split("\n")[1] for title in titles] == [
         "d_model 32", "d_model 64", "d_model 32", "d_model 64", "d_model 80 (held out)"
     ]  # fmt: skip
     corners = [(3e12, 32), (3e12, 64), (1e13, 32), (1e13, 64), (1e13, 80)]

@@ -47,6 +47,15 @@ def test_colours_differ_in_lightness_or_hue_for_the_colour_blind() -> None:
             assert abs(a[0] - b[0]) + abs(a[1] - b[1]) > 0.15
 
 
+def test_methods_look_alike_everywhere_and_differ_without_colour() -> None:
+    together = style.looks(map(curve_of, ["mine", "peer n_experts=16384", *style.COLOURS]))
+    shapes = [(look["marker"], look["linestyle"]) for look in together.values()]
+    assert len({marker for marker, _ in shapes}) == len({line for _, line in shapes}) == len(shapes)
+    for method in style.COLOURS:
+        alone = style.looks([Curve(method)])[Curve(method)]
+        assert {**alone, "color": ""} == {**together[Curve(method)], "color": ""}
+
+
 def test_order_and_labels() -> None:
     names = ordered(["peer", "gated", "pkm", "dense", "pkm", "a_layer"])
     assert names == ["dense", "pkm", "peer", "a_layer", "gated"]
@@ -109,7 +118,7 @@ def test_variants_are_shades_of_their_method_from_light_to_dark() -> None:
 def test_a_legend_is_read_row_by_row() -> None:
     names = [f"{method} batch_sequences={n}" for method in ("dense", "peer") for n in (8, 16, 32)]
     figure, _ = style.panels(1)
-    style.method_legend(figure, [*map(curve_of, names)])
+    style.curve_legend(figure, style.looks(map(curve_of, names)))
     figure.draw_without_rendering()
     boxes = [(text.get_window_extent(), text.get_text()) for text in figure.legends[0].get_texts()]
     read = sorted(boxes, key=lambda item: (round(-item[0].y0), item[0].x0))

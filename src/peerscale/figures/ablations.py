@@ -1,7 +1,8 @@
 """The effect of a layer's settings at one size and budget (paper, figures 3a, 3b and 4)."""
 
+import itertools
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import matplotlib
@@ -10,7 +11,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from peerscale.figures import style
@@ -24,21 +24,14 @@ APART = 1.03
 
 LABELS = {**X_LABELS, "n_experts": "experts", "ffn_heads": "heads"}
 
-Looks = Mapping[Hashable, Mapping[str, Any]]
-"""Arguments of matplotlib's `plot` for each line."""
-
-LEVEL: Mapping[str, Any] = {"color": style.GREY, "linewidth": 0.9, "linestyle": "--", "zorder": 1}
+LEVEL: style.Look = {"color": style.GREY, "linewidth": 0.9, "linestyle": "--", "zorder": 1}
 """The line of the baseline."""
 
 PAPER = Curve(LAYER)
 
-NORM: Looks = {
-    True: {
-        "color": style.COLOURS[LAYER],
-        "marker": "o",
-        "label": f"{style.label(PAPER)} with BatchNorm on the queries",
-    },
-    False: {"color": "#d55e00", "marker": "s", "label": "without"},
+NORM: Mapping[bool, style.Look] = {
+    True: {"color": style.COLOURS[LAYER], "marker": "o", "linestyle": "-", "label": "PEER with query BatchNorm"},
+    False: {"color": "#d55e00", "marker": "s", "linestyle": "--", "label": "without"},
 }
 
 
@@ -60,37 +53,26 @@ def with_norm(runs: pd.DataFrame) -> pd.Series:
     return runs["query_norm"].astype(str) == "True"
 
 
-def lines_panel(
-    axes: Axes,
-    runs: pd.DataFrame,
-    *,
-    x: str,
-    series: str,
-    looks: Looks,
-    y: str = "val_loss",
-    transform: Callable[[Any], Any] = np.exp,
-    apart: float = 1.0,
-) -> None:
-    """A line per value of `series` through the means over seeds, with intervals; single seeds are pale dots.
+def means(
+    runs: pd.DataFrame, series: str, x: str, y: str = "val_loss", transform: Callable[[Any], Any] = np.exp
+) -> pd.DataFrame:
+    """Means over seeds with their intervals, for `points_panel`.
 
     Args:
-        axes: where to draw.
         runs: finished rows.
-        x, y, series: columns of the x axis (logarithmic, with a tick at each value), of the y axis, and of the line.
-        looks: colour, marker and label of each line, by value of `series`.
+        series, x, y: columns of the lines, of the x axis and of the y axis.
         transform: from `y` to the drawn value; by default from loss to perplexity.
-        apart: factor between the x values of neighbouring lines, so that their intervals do not cover each other.
     """
-    points = over_seeds(runs, [series, x], y)
-    for i, (value, look) in enumerate(looks.items()):
-        shift = apart ** (i - (len(looks) - 1) / 2)
-        rows, cells = points[points[series] == value], runs[runs[series] == value]
-        middle, low, high = (transform(rows[column]) for column in ("mean", "low", "high"))
-        style.points(axes, shift * rows[x].astype(float), middle, bars=(low, high), line="-", **look)
-        if (rows["seeds"] > 1).any():
-            dots = {"color": look["color"], "alpha": 0.4, "markersize": 3, "label": "_seeds"}
-            axes.plot(shift * cells[x].astype(float), transform(cells[y].astype(float)), ".", **dots)
-    _ticks(axes, x, points[x])
+    found = over_seeds(runs, [series, x], y)
+    ends = {"y": "mean", "low": "low", "high": "high"}
+    heights = {name: transform(found[column]) for name, column in ends.items()}
+    return pd.DataFrame({"series": found[series], "x": found[x].astype(float), **heights})
+
+
+def printed(published: pd.DataFrame, metric: str, methods: Mapping[Any, str]) -> pd.DataFrame:
+    """The paper's table 2 for `points_panel`; `methods` are its names of the series."""
+    values = {series: paper_values(published, "table 2", name, metric) for series, name in methods.items()}
+    return pd.DataFrame([{"series": s, "x": x, "y": y} for s, each in values.items() for x, y in each.items()])
 
 
 @style.applied()
@@ -102,46 +84,31 @@ def experts_figure(done: pd.DataFrame, published: pd.DataFrame, baseline: str) -
     """
     is_baseline = done["curve"].map(lambda curve: curve.method == baseline)
     cells, level, where = _at_one_size(done[with_norm(done) | is_baseline], baseline)
-    layers = style.ordered({PAPER, *cells["layer"]})
-    colours, markers = style.colours([Curve(baseline), *layers]), style.method_markers(layers)
     looks = {
-        layer: {"color": colours[layer], "marker": markers[layer], "label": style.label(layer)} for layer in layers
+        curve: style.changed(look, label=style.label(curve))
+        for curve, look in style.looks({PAPER, *cells["layer"]}).items()
     }
     figure, (ours, paper) = style.panels(2)
-    lines_panel(ours, cells, x="n_experts", series="layer", looks={k: looks[k] for k in style.ordered(cells["layer"])})
-    _perplexity(ours, where, level)
-    values = paper_values(published, "table 2", LAYER, "ppl_c4")
-    style.points(paper, [*values], [*values.values()], line="-", **looks[PAPER])
-    _ticks(paper, "n_experts", values)
-    _perplexity(paper, "the paper, on C4", [paper_values(published, "table 1", DENSE, "ppl_c4")[6e18]])
-    style.legend(figure, [_level_handle(baseline), *map(_handle, looks.values())])
+    _draw(ours, means(cells, "layer", "n_experts"), looks, "n_experts", where, level)
+    dense = [paper_values(published, "table 1", DENSE, "ppl_c4")[6e18]]
+    _draw(paper, printed(published, "ppl_c4", {PAPER: LAYER}), looks, "n_experts", "the paper, on C4", dense)
+    style.legend(figure, [_level(baseline), *looks.values()])
     return figure
 
 
 @style.applied()
 def active_figure(done: pd.DataFrame, baseline: str) -> Figure:
-    """Figure 3b: perplexity against heads, one line per number of active experts; a star at each line's lowest point.
-
-    The paper gives no numbers for it.
-    """
+    """Figure 3b: perplexity against heads, one line per number of active experts. The paper gives no numbers for it."""
     cells, level, where = _at_one_size(done, baseline)
-    levels = sorted(cells["active_experts"].unique())
-    shades = matplotlib.colormaps["viridis"](np.linspace(0.92, 0, len(levels)))
+    numbers = sorted(cells["active_experts"].unique())
+    shades = matplotlib.colormaps["viridis"](np.linspace(0.92, 0, len(numbers)))
     looks = {
-        level: {"color": to_hex(shade), "marker": style.MARKERS[i % len(style.MARKERS)], "label": f"{level:g}"}
-        for i, (level, shade) in enumerate(zip(levels, shades, strict=True))
+        n: {"color": to_hex(shade), "marker": marker, "linestyle": "-", "label": f"{n:g} active"}
+        for n, shade, marker in zip(numbers, shades, itertools.cycle(style.MARKERS), strict=False)
     }
     figure, (axes,) = style.panels(1)
-    lines_panel(axes, cells, x="ffn_heads", series="active_experts", looks=looks, apart=APART)
-    for active, rows in over_seeds(cells, ["active_experts", "ffn_heads"]).groupby("active_experts"):
-        if len(rows) > 1:
-            heads, losses = rows[["ffn_heads", "mean"]].to_numpy(float).T
-            best = losses.argmin()
-            x = heads[best] * APART ** (levels.index(active) - (len(levels) - 1) / 2)
-            style.star(axes, x, math.exp(losses[best]), looks[active]["color"], f"_best {active:g}")
-    _perplexity(axes, where, level)
-    handles = [*map(_handle, looks.values()), *([_level_handle(baseline)] if level else [])]
-    figure.legend(handles=handles, loc="outside right center", title="active experts\n(heads × top-k)")
+    _draw(axes, means(cells, "active_experts", "ffn_heads"), looks, "ffn_heads", where, level, apart=APART)
+    style.legend(figure, [*looks.values(), *[_level(baseline)] * len(level)])
     return figure
 
 
@@ -152,23 +119,19 @@ def query_norm_figure(done: pd.DataFrame, published: pd.DataFrame, baseline: str
     The middle panel and the dotted lines on the right are the paper's table 2.
     """
     cells, _, where = _at_one_size(done, baseline)
-    cells, x = cells.assign(norm=with_norm(cells)), "n_experts"
-    figure, (ours, paper, unevenness) = style.panels(3)
+    cells, x, theirs = cells.assign(norm=with_norm(cells)), "n_experts", {True: LAYER, False: WITHOUT_NORM}
+    dotted = {norm: style.changed(look, linestyle=":", label="_paper") for norm, look in NORM.items()}
+    figure, (left, middle, right) = style.panels(3)
     # Numbers of experts differ by factors of four, so that the lines can be further apart.
-    lines: dict[str, Any] = {"x": x, "series": "norm", "looks": NORM, "apart": APART**4}
-    lines_panel(ours, cells, **lines)
-    lines_panel(unevenness, cells, **lines, y="unevenness", transform=np.asarray)
-    for norm, look in NORM.items():
-        method = LAYER if norm else WITHOUT_NORM
-        for axes, metric, line in ((paper, "ppl_c4", "-"), (unevenness, "unevenness", ":")):
-            values = paper_values(published, "table 2", method, metric)
-            unnamed: dict[str, Any] = {**look, "label": "_paper"}
-            style.points(axes, [*values], [*values.values()], line=line, **unnamed)
-            _ticks(axes, x, [*values, *(cells[x] if axes is unevenness else ())])
-    _perplexity(ours, where)
-    _perplexity(paper, "the paper, on C4")
-    unevenness.set(title="unevenness (nats)", ylim=(0, None))
-    style.legend(figure, [_handle(look) for look in NORM.values()])
+    _draw(left, means(cells, "norm", x), NORM, x, where, apart=APART**4)
+    _draw(middle, printed(published, "ppl_c4", theirs), NORM, x, "the paper, on C4")
+    uneven, of_paper = means(cells, "norm", x, "unevenness", np.asarray), printed(published, "unevenness", theirs)
+    style.points_panel(right, uneven, NORM, apart=APART**4)
+    style.points_panel(right, of_paper, dotted)
+    _ticks(right, x, [*uneven["x"], *of_paper["x"]])
+    right.set(title=where, ylabel="unevenness (nats)", ylim=(0, None))
+    style.legend(figure, [*NORM.values()])
+    style.caption(figure, "dotted: the paper")
     return figure
 
 
@@ -184,19 +147,24 @@ def _at_one_size(done: pd.DataFrame, baseline: str) -> tuple[pd.DataFrame, list[
     return cells[~is_baseline], [float(np.exp(losses.mean()))] if len(losses) else [], title
 
 
-def _perplexity(axes: Axes, title: str, levels: Iterable[float] = ()) -> None:
+def _draw(
+    axes: Axes, table: pd.DataFrame, looks: Mapping[Any, style.Look], x: str, title: str,
+    levels: Iterable[float] = (), *, apart: float = 1.0,
+) -> None:  # fmt: skip
+    """A panel of perplexities, with lines at the levels of the baseline."""
+    style.points_panel(axes, table, looks, apart=apart)
     for level in levels:
         axes.axhline(level, **LEVEL, label="_baseline")
-    axes.set_yscale("log")
+    axes.set(title=title, ylabel="perplexity", yscale="log")
     axes.margins(y=0.08)
     axes.autoscale_view()
     style.log_axis(axes.yaxis, *axes.get_ylim())
-    axes.set(title=title, ylabel="perplexity")
+    _ticks(axes, x, table["x"])
 
 
 def _ticks(axes: Axes, x: str, values: Iterable[float]) -> None:
     """A logarithmic x axis with a tick at each value; numbers of experts are written as squares, as in the paper."""
-    axes.set(xscale="log", xlabel=LABELS[x])
+    axes.set_xlabel(LABELS[x])
     ticks = sorted(set(values))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_locator(FixedLocator(ticks))
@@ -206,9 +174,5 @@ def _ticks(axes: Axes, x: str, values: Iterable[float]) -> None:
     axes.set_xticklabels(labels, rotation=90 if crowded else 0)
 
 
-def _handle(look: Mapping[str, Any]) -> Line2D:
-    return Line2D([], [], markeredgewidth=0.5, markeredgecolor="white", **look)
-
-
-def _level_handle(baseline: str) -> Line2D:
-    return Line2D([], [], **LEVEL, label=style.label(Curve(baseline)))
+def _level(baseline: str) -> style.Look:
+    return style.changed(LEVEL, label=style.label(Curve(baseline)))

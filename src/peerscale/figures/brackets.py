@@ -50,26 +50,26 @@ def brackets_figure(fits: Fits) -> Figure | None:
     if found is None:
         return None
     places = list(dict.fromkeys((one["budget"], one["size"]) for one in found["each"]))
-    curves = style.ordered(one["method"] for one in found["each"])
-    colours = style.colours(curves)
+    looks = style.looks(one["method"] for one in found["each"])
     figure, panels = style.panels(len(places), height=2.1)
     for axes, place in zip(panels, places, strict=True):
         here = [one for one in found["each"] if (one["budget"], one["size"]) == place]
         tried = sorted({float(factor) for one in here for factor in one["losses"]})
         x = np.geomspace(tried[0], tried[-1], 100)
         for one in here:
-            colour, name = colours[one["method"]], str(one["method"])
+            look, name = looks[one["method"]], str(one["method"])
             factors, losses = [float(f) for f in one["losses"]], [*one["losses"].values()]
-            style.points(axes, factors, losses, color=colour, label=name, zorder=6)
+            style.points(axes, factors, losses, **style.changed(look, linestyle="none", label=name, zorder=6))
             if one["best"] is None:
                 continue
             y = one["lowest"] + found["curvature"] * np.log(x / one["best"]) ** 2
-            axes.plot(x, y, color=colour, linewidth=0.9, label=f"_parabola {name}")
+            axes.plot(x, y, **style.changed(look, marker="", linewidth=0.9, label=f"_parabola {name}"))
             if not is_beyond(one):
-                style.star(axes, one["best"], one["lowest"], colour, f"_best {name}")
+                style.star(axes, one["best"], one["lowest"], look["color"], f"_best {name}")
         axes.set(title=f"{style.budget_title(place[0])}\n{style.size_label(place[1])}", xscale="log")
         axes.set_xlabel("factor of the usual rate")
         style.decade_axis(axes.xaxis, tried, "{:g}".format)
     style.label_left(panels, "loss (nats per token)")
-    style.method_legend(figure, curves)
+    style.curve_legend(figure, looks)
+    style.caption(figure, "star: best factor of the fitted curve")
     return figure

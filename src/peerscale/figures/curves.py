@@ -1,66 +1,72 @@
-"""Training loss against the compute spent."""
+"""The course of training, against the compute spent."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from peerscale.figures import style
+from peerscale.figures.differences import to_baseline
 from peerscale.stats.curve import Curve, by_budget, by_curve, finished
 
-SKIPPED_SHARE = 0.08
+SKIPPED_SHARE = 0.15
 """Share of the budget before which a curve is not drawn: the first steps are uninformative but would set the scale."""
 
-SMOOTHED = 5
-"""Points of a curve over which a distance is averaged, since the training loss of single batches scatters."""
+WINDOWS = 5
+"""A distance is the mean over this part of a curve's points, as the training loss of single batches scatters."""
+
+NOTE = "mean over a fifth of the run; last point: the table's difference"
 
 
 @style.applied()
-def curves_figure(training: pd.DataFrame, runs: pd.DataFrame, baseline: str) -> Figure:
-    """One column per budget: above, each curve's run with the lowest validation loss; below, its distance to the
-    baseline's.
+def curves_figure(training: pd.DataFrame, runs: pd.DataFrame, fits: Mapping[str, Any]) -> Figure:
+    """One panel per budget: the training loss of each curve's best run, less that of the baseline's.
 
-    `training` and `runs` are the study's tables; runs without training curves are left out. There is no lower row
-    without the baseline.
+    Args:
+        training, runs, fits: the study's; runs without training curves are left out.
+
+    The last point of a line is the table's difference of validation losses. Without the baseline losses are drawn.
     """
-    drawn = finished(runs)
-    of_budget, every = by_budget(drawn), style.ordered(drawn["curve"])
-    colours = style.colours(every)
-    n_rows = 1 + any(curve.counterpart(baseline, every) is not None for curve in every)
-    figure = Figure(figsize=(style.TEXT_WIDTH, 2.2 * n_rows + 0.5), layout="constrained")
-    panels = figure.subplots(n_rows, len(of_budget), sharex="col", sharey="row", squeeze=False)
-    for column, (budget, cells) in zip(panels.T, of_budget.items(), strict=True):
-        lowest = {curve: rows.loc[rows["val_loss"].idxmin(), "cell"] for curve, rows in by_curve(cells).items()}
-        best = {curve: training[training["cell"] == lowest[curve]] for curve in style.ordered(lowest)}
-        start = SKIPPED_SHARE * budget
-        for curve, logged in best.items():
-            late = logged[logged["flops"] >= start]
-            column[0].plot(late["flops"], late["loss"], color=colours[curve], linewidth=0.9, label=str(curve))
-        if n_rows > 1:
-            draw_distances(column[1], best, colours, start, baseline)
-        column[0].set(xscale="log", xlim=(0.9 * start, 1.1 * budget), title=style.budget_title(budget))
-        column[-1].set_xlabel("FLOPs spent")
-        style.decade_axis(column[-1].xaxis)
-    panels[0, 0].set_ylabel("training loss (nats per token)")
-    if n_rows > 1:
-        panels[1, 0].set_ylabel(f"loss minus {style.label(Curve(baseline))}'s (nats per token)")
-    style.method_legend(figure, every)
+    drawn, baseline, flagged = finished(runs), fits["baseline"], style.flagged_minima(fits)
+    looks, differences = style.looks(drawn["curve"]), to_baseline(fits)
+    compared = any(curve.counterpart(baseline, looks) for curve in looks)
+    figure, panels = style.panels(drawn["budget"].nunique())
+    for axes, (budget, cells) in zip(panels, by_budget(drawn).items(), strict=True):
+        best = {curve: rows.loc[rows["val_loss"].idxmin()] for curve, rows in by_curve(cells).items()}
+        logged = {curve: training[training["cell"] == run["cell"]] for curve, run in best.items()}
+        for curve in style.ordered(best):
+            line, reference = logged[curve], curve.counterpart(baseline, best)
+            if compared and reference:
+                line = distances(line, logged[reference])
+            elif compared:
+                continue
+            late = line[line["flops"] >= SKIPPED_SHARE * budget]
+            spent, losses, look = [*late["flops"] / budget], [*late["loss"]], style.changed(looks[curve], linewidth=0.9)
+            end = differences.get((budget, "", curve)) or differences.get((budget, str(best[curve]["size"]), curve))
+            if compared and end and end.get("value") is not None:
+                spent, losses = [*spent, 1.0], [*losses, end["value"]]
+                hollow = end["size"] or style.compares_flagged(flagged, budget, end)
+                look |= {"markevery": [-1], "markerfacecolor": "white" if hollow else look["color"], "clip_on": False}
+            else:
+                look |= {"marker": ""}
+            axes.plot(spent, losses, **look, label=str(curve))
+        axes.set(title=style.budget_title(budget), xlabel="share of the FLOPs spent", xlim=(0, 1))
+        if compared:
+            axes.axhline(0, color=style.GREY, linewidth=0.9, label="_baseline")
+    named = f"loss minus {style.label(Curve(baseline))}'s" if compared else "loss"
+    style.label_left(panels, f"training {named} (nats per token)")
+    shown = {curve: look for curve, look in looks.items() if not compared or curve.method != baseline}
+    style.curve_legend(figure, shown)
+    style.caption(figure, NOTE if compared else "")
     return figure
 
 
-def draw_distances(
-    axes: Axes, best: Mapping[Curve, pd.DataFrame], colours: Mapping[Curve, str], start: float, baseline: str
-) -> None:
-    """Draw each loss minus the baseline's at the same FLOPs (log-linear between points), from `start` FLOPs on."""
-    axes.axhline(0, color=style.GREY, linewidth=0.9, label="_baseline")
-    for curve, logged in best.items():
-        reference = curve.counterpart(baseline, best)
-        if reference is None or logged.empty or best[reference].empty:
-            continue
-        other = best[reference]
-        distance = logged["loss"] - np.interp(np.log(logged["flops"]), np.log(other["flops"]), other["loss"])
-        distance = distance.rolling(SMOOTHED, center=True, min_periods=1).mean()
-        late = logged["flops"] >= start
-        axes.plot(logged["flops"][late], distance[late], color=colours[curve], linewidth=0.9, label=str(curve))
+def distances(logged: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
+    """The FLOPs of a curve and its loss less another's at the same FLOPs (log-linear between points), smoothed."""
+    if logged.empty or other.empty:
+        return logged.iloc[:0]
+    distance = logged["loss"] - np.interp(np.log(logged["flops"]), np.log(other["flops"]), other["loss"])
+    window = max(len(logged) // WINDOWS, 1)
+    return logged.assign(loss=distance.rolling(window, center=True).mean()).dropna(subset="loss")

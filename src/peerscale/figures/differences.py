@@ -5,7 +5,6 @@ from operator import itemgetter
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from peerscale.figures import style
 from peerscale.figures.markdown import signed_interval
@@ -56,24 +55,28 @@ def differences_figure(fits: Mapping[str, Any], curves: Iterable[Curve] = ()) ->
     markers = style.markers(groups.values())
     colours, flagged = style.colours([*curves, *rows]), style.flagged_minima(fits)
     of_row = {row: sorted((place for place in shown if place[2] == row), key=itemgetter(0)) for row in rows}
-    apart = 0.8 / max(map(len, of_row.values()))  # of two points, in rows
-    figure, (axes,) = style.panels(1, height=0.75 + 0.36 * len(rows))
+    most = max(map(len, of_row.values()))
+    figure, (axes,) = style.panels(1, height=0.6 + (0.16 + 0.045 * most) * len(rows))
     axes.axvline(0, color=style.GREY, linewidth=0.9)
     for place, found in shown.items():
         budget, size, curve = place
-        height = rows.index(curve) + (of_row[curve].index(place) - (len(of_row[curve]) - 1) / 2) * apart
+        height = rows.index(curve) + (of_row[curve].index(place) - (len(of_row[curve]) - 1) / 2) * 0.8 / most
         hollow = not fixed if size else style.compares_flagged(flagged, budget, found)
         look = {"color": colours[curve], "markerfacecolor": "white" if hollow else colours[curve], "markersize": 5}
         axes.plot([found["low"], found["high"]], [height, height], color=colours[curve], label=f"_interval {curve}")
         axes.plot([found["value"]], [height], markers[groups[place]], **look, label=str(curve))
     axes.set_yticks(range(len(rows)), [style.label(curve) for curve in rows])
     axes.grid(visible=False, axis="y")
-    sizes = list(dict.fromkeys(style.size_label(size) for _, size, _ in shown))
-    axes.set_title(" and ".join(sizes) if fixed else "at the compute optimum")
     axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel=f"loss minus {reference} (nats per token)")
-    handles = []
+    budgets, sizes = ({*each} for each in zip(*markers, strict=True))
+    common = [style.budget_title(budget) for budget in budgets if len(budgets) == 1]
+    common += [style.size_label(size) for size in sizes if fixed and len(sizes) == 1]
+    axes.set_title(", ".join([*common, *["at the compute optimum"] * (not fixed)]))
+    handles: list[style.Look] = []
     for (budget, size), marker in markers.items():
-        named = style.budget_title(budget) + f", {style.size_label(size)}" * (fixed and len(sizes) > 1)
-        handles.append(Line2D([], [], marker=marker, label=named, linestyle="none", color=style.GREY))
-    style.legend(figure, handles)
+        apart = [style.budget_title(budget)] * (len(budgets) > 1) + [style.size_label(size)] * (len(sizes) > 1)
+        handles.append({"marker": marker, "label": ", ".join(apart), "linestyle": "none", "color": style.GREY})
+    if len(handles) > 1:
+        style.legend(figure, handles)
+    style.caption(figure, "hollow: at one size, or from a flagged minimum" if not fixed else "")
     return figure

@@ -11,7 +11,6 @@ from peerscale.figures.ablations import active_figure, experts_figure, query_nor
 from peerscale.figures.brackets import brackets_figure
 from peerscale.figures.curves import curves_figure
 from peerscale.figures.differences import differences_figure
-from peerscale.figures.frontier import frontier_figure
 from peerscale.figures.isoflop import isoflop_figure
 from peerscale.figures.multipliers import multipliers_figure
 from peerscale.figures.published import LAYER, read_published
@@ -49,10 +48,9 @@ def _figures(study: Study, runs: pd.DataFrame, x: str) -> Iterator[tuple[str, Fi
     if compares_curves(fits):
         yield "isoflop" if x == DEFAULT_X else f"isoflop_{x}", isoflop_figure(runs, fits, x=x)
         if study.curves.is_file():
-            yield "curves", curves_figure(read_table(study.curves, CURVES), runs, fits["baseline"])
+            yield "curves", curves_figure(read_table(study.curves, CURVES), runs, fits)
         yield "differences", differences_figure(fits, done["curve"])
-        yield "frontier", frontier_figure(fits)
-        yield "multipliers", multipliers_figure(fits, published)
+        yield "multipliers", multipliers_figure(fits, published, done)
     if tries_rates(runs):
         yield "rates", rate_law_figure(done, fits["rates"].get("law"))
     elif not compares_curves(fits):
@@ -81,5 +79,5 @@ def _settings_figures(
 
 def small_print(runs: pd.DataFrame) -> str:
     """Data, evaluation set and FLOP convention, for the caption of every figure."""
-    named = {"data": "data", "val_set": "set", "convention": "FLOPs"}
-    return "; ".join(f"{word}: {style.listed(runs[column])}" for column, word in named.items() if column in runs)
+    named = {"data": "", "val_set": " set", "convention": " FLOPs"}
+    return ", ".join(f"{style.listed(runs[column])}{word}" for column, word in named.items() if column in runs)

@@ -33,14 +33,14 @@ def isoflop_figure(runs: pd.DataFrame, fits: Mapping[str, Any], *, x: str) -> Fi
         x: one of `X_LABELS`.
     """
     drawn = finished(runs)
-    curves, of_budget = style.ordered(drawn["curve"]), by_budget(drawn)
-    colours, markers = style.colours(curves), style.method_markers(curves)
+    looks, of_budget = style.looks(drawn["curve"]), by_budget(drawn)
     figure, panels = style.panels(len(of_budget))
     for axes, (budget, rows) in zip(panels, of_budget.items(), strict=True):
-        isoflop_panel(axes, rows, optima(fits).get(budget, {}), x=x, markers=markers, colours=colours)
+        isoflop_panel(axes, rows, optima(fits).get(budget, {}), x=x, looks=looks)
         axes.set(title=style.budget_title(budget), xlabel=X_LABELS[x])
     style.label_left(panels, "validation perplexity")
-    style.method_legend(figure, curves, markers)
+    style.curve_legend(figure, looks)
+    style.caption(figure, "star: fitted minimum, hollow if flagged; hollow points are not fitted")
     return figure
 
 
@@ -50,54 +50,41 @@ def isoflop_panel(
     fits: Mapping[Curve, Mapping[str, Any]],
     *,
     x: str,
-    markers: Mapping[Curve, str],
-    colours: Mapping[Curve, str],
+    looks: Mapping[Curve, style.Look],
 ) -> None:
-    """One budget: a point per run with +-1 standard error, the fitted curves and, below the points, their minima.
+    """One budget: a point per run, the fitted curves and, below the points, their minima.
 
-    Sizes outside the fitted window are hollow; those far above the fitted ones are triangles at the upper edge.
+    Sizes outside the fitted window are hollow; those far above the fitted ones are arrows at the upper edge.
 
     Args:
         axes: where to draw.
         runs: the finished runs of one budget, with their `curve`.
         fits: the budget's `methods` in `fits.json`, by curve.
         x: column of the model size.
-        markers: of the points, by curve.
-        colours: by curve.
+        looks: by curve.
     """
     of_curve = by_curve(runs)
-    of_curves = [(curve, of_curve[curve].sort_values(x)) for curve in style.ordered(of_curve)]
+    drawn = [(curve, of_curve[curve].sort_values(x), fits.get(curve)) for curve in style.ordered(of_curve)]
     axes.set(xscale="log", yscale="log")
-    for curve, rows in of_curves:
-        fitted, colour = fits.get(curve), colours[curve]
-        _points(axes, rows[in_fit(rows, fitted)], x, color=colour, marker=markers[curve], label=str(curve))
+    for curve, rows, fitted in drawn:
+        _points(axes, rows[in_fit(rows, fitted)], x, looks[curve], str(curve))
         if fitted and None not in fitted["coefficients"]:
             sizes, losses = fitted_curve(fitted, 200)
-            axes.plot(at_size(rows[x], rows, sizes), np.exp(losses), color=colour, label=f"_fit {curve}")
+            line = style.changed(looks[curve], marker="", label=f"_fit {curve}")
+            axes.plot(at_size(rows[x], rows, sizes), np.exp(losses), **line)
     _limits(axes, runs[x])
-    top, triangles = axes.get_ylim()[1], np.empty(0)
-    for curve, rows in of_curves:
-        fitted, colour = fits.get(curve), colours[curve]
-        outside = rows[~in_fit(rows, fitted)]
+    top = axes.get_ylim()[1]
+    for curve, rows, fitted in drawn:
+        colour, outside = looks[curve]["color"], rows[~in_fit(rows, fitted)]
         above = np.exp(outside["val_loss"]) > top
         if not above.all():
-            look = {"color": colour, "marker": markers[curve], "label": f"_left out {curve}"}
-            _points(axes, outside[~above], x, hollow=True, **look)
+            _points(axes, outside[~above], x, looks[curve], f"_left out {curve}", hollow=True)
         if above.any():
-            look = {"color": colour, "markerfacecolor": "white", "label": f"_left out {curve}, above"}
-            for place in np.unique(outside.loc[above, x].astype(float)):
-                axes.plot(place, stacked(axes, triangles, place), "^", clip_on=False, **look)
-                triangles = np.append(triangles, place)
+            arrow = {"marker": r"$\uparrow$", "linestyle": "none", "markersize": 7, "clip_on": False}
+            axes.plot(outside.loc[above, x], [top] * above.sum(), **arrow, color=colour, label=f"_above {curve}")
         if fitted and fitted["loss"] is not None:
             at, flagged = float(at_size(rows[x], rows, fitted["x"])), fitted["status"] != OptimumStatus.OK
             style.star(axes, at, float(np.exp(fitted["loss"])), colour, f"_minimum {curve}", hollow=flagged)
-
-
-def stacked(axes: Axes, others: np.ndarray, x: float) -> float:
-    """The height of a triangle at `x`: the upper edge of the panel, or lower if it would cover one at `others`."""
-    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-    near = np.abs(np.log(others / x)) < 0.04 * np.log(right / left)
-    return float(high * (low / high) ** (0.035 * near.sum()))
 
 
 def optima(fits: Mapping[str, Any]) -> dict[float, dict[Curve, Any]]:
@@ -116,10 +103,9 @@ def fitted_curve(fitted: Mapping[str, Any], points: int) -> tuple[np.ndarray, np
     return sizes, np.polynomial.polynomial.polyval(np.log10(sizes), fitted["coefficients"])
 
 
-def _points(axes: Axes, rows: pd.DataFrame, x: str, **look: Any) -> None:
-    loss, error = np.asarray(rows["val_loss"], float), np.nan_to_num(np.asarray(rows["val_loss_se"], float))
-    bars = np.exp(loss - error), np.exp(loss + error)
-    style.points(axes, rows[x], np.exp(loss), bars=bars, zorder=6, **look)  # above stars
+def _points(axes: Axes, rows: pd.DataFrame, x: str, look: style.Look, label: str, *, hollow: bool = False) -> None:
+    marks = style.changed(look, linestyle="none", label=label, hollow=hollow, zorder=6)  # above stars
+    style.points(axes, rows[x], np.exp(rows["val_loss"].astype(float)), **marks)
 
 
 def _limits(axes: Axes, sizes: pd.Series) -> None:

@@ -1,78 +1,71 @@
 """Compute multipliers: the baseline's compute over a method's for the same loss, by budget."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from peerscale.figures import style
 from peerscale.figures.published import DENSE, paper_values
 from peerscale.stats.curve import Curve
 from peerscale.stats.multiplier import compute_multipliers
+from peerscale.stats.multipliers_at_sizes import multipliers_at_single_sizes
 
-COLUMNS = ("method", "reference", "budget", "multiplier", "low", "high", "by_seed")
+COLUMNS = ("method", "reference", "budget", "multiplier", "low", "high")
 """What `fits.json` tells of each multiplier."""
-BESIDE = 1.18
-"""Factor between the x values of a mean and its seeds."""
+
+APART = 1.06
+"""Factor between the x values of neighbouring methods."""
 
 
 @style.applied()
-def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame) -> Figure | None:
-    """Multipliers from `fits.json`, a panel a method, with intervals and dots of seeds; on the right the paper's.
+def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, done: pd.DataFrame) -> Figure | None:
+    """The multipliers of all methods with their intervals, and on the right the paper's; None without two budgets.
 
-    None if no method has a multiplier at two budgets.
+    A point is hollow if it comes from a flagged minimum or, for a method without minima, from single sizes.
+
+    Args:
+        fits: the study's fits, from `read_fits`.
+        published: the paper's numbers.
+        done: the study's finished runs, with their `curve`.
     """
-    found, flagged = pd.DataFrame(fits["multipliers"], columns=COLUMNS), style.flagged_minima(fits)
-    if found.empty or found.groupby("method")["budget"].nunique().max() < 2:
+    flagged = style.flagged_minima(fits)
+    found = pd.DataFrame([*fits["multipliers"], *multipliers_at_single_sizes(done, fits)], columns=COLUMNS)
+    if found["budget"].nunique() < 2:
         return None
-    curves = style.ordered(found["method"])
-    methods = list(dict.fromkeys(curve.method for curve in curves))
-    paper = paper_multipliers(published, methods) if fits["baseline"] == DENSE else {}
-    colours = style.colours([*map(Curve, methods), *curves])
-    found["hollow"] = [style.compares_flagged(flagged, one["budget"], one) for one in fits["multipliers"]]
-    budgets = sorted(found["budget"].unique())
-    figure = Figure(figsize=(style.TEXT_WIDTH, 2.8), layout="constrained")
-    panels = figure.subplots(1, len(methods) + bool(paper), sharey=True, squeeze=False)[0]
-    for axes in panels:
-        axes.axhline(1, color=style.GREY, linewidth=0.9)
-        axes.set(xscale="log", xlabel="training FLOPs", xmargin=0.12)
-    for axes, method in zip(panels, methods, strict=False):
-        for curve in (curve for curve in curves if curve.method == method):
-            rows = found[found["method"] == curve].sort_values("budget")
-            draw_line(axes, rows, str(curve), colours[curve], fits.get("trend_from", 0.0))
-        axes.set_title(style.label(Curve(method)), fontsize=8)
-        style.decade_axis(axes.xaxis, budgets if len(budgets) < 3 else [b for b in budgets if np.log10(b) % 1 == 0])
+    hollow = [style.compares_flagged(flagged, one["budget"], one) for one in fits["multipliers"]]
+    found["hollow"] = [*hollow, *[True] * (len(found) - len(hollow))]
+    found = found.rename(columns={"method": "series", "budget": "x", "multiplier": "y"})
+    looks = style.looks(found["series"])
+    paper = paper_multipliers(published, {curve.method for curve in looks}) if fits["baseline"] == DENSE else {}
+    figure = Figure((style.TEXT_WIDTH, 3.0), layout="constrained")
+    panels = figure.subplots(1, 1 + bool(paper), sharey=True, squeeze=False, width_ratios=[4, 1][: 1 + bool(paper)])[0]
+    start = fits.get("trend_from", 0.0)
+    unjoined = {c: style.changed(look, linestyle="none", label=f"{c} apart") for c, look in looks.items()}
+    style.points_panel(panels[0], found[found["x"] < start], unjoined, apart=APART)
+    style.points_panel(panels[0], found[found["x"] >= start], looks, apart=APART)
+    style.decade_axis(panels[0].xaxis, found["x"] if found["x"].nunique() < 6 else ())
     if paper:
-        for method, values in paper.items():
-            look = {"color": colours[Curve(method)], "label": method, "hollow": True}
-            style.points(panels[-1], [*values], [*values.values()], marker="D", line="-", **look)
-        panels[-1].set_title("the paper", fontsize=8)
-        panels[-1].set_xlim(4.6e18, 2.6e19)
-        style.decade_axis(panels[-1].xaxis, [6e18, 2e19])
-    panels[0].set(ylabel=f"compute multiplier over {style.label(Curve(fits['baseline']))}", yscale="log")
+        theirs = pd.DataFrame([
+            {"series": Curve(method), "x": budget, "y": value}
+            for method, values in paper.items() for budget, value in values.items()
+        ])  # fmt: skip
+        style.points_panel(panels[1], theirs, {curve: look for curve, look in looks.items() if not curve.settings})
+        panels[1].set(title="the paper", xlim=(4e18, 3e19))
+        style.decade_axis(panels[1].xaxis, theirs["x"])
+    for axes in panels:
+        axes.axhline(1, color=style.GREY, linewidth=0.9, label="_baseline")
+        axes.set(xlabel="training FLOPs", yscale="log")
+    panels[0].set_ylabel(f"compute multiplier over {style.label(Curve(fits['baseline']))}")
     style.log_axis(panels[0].yaxis, *panels[0].get_ylim())
-    style.method_legend(figure, curves)
+    style.curve_legend(figure, looks)
+    style.caption(figure, "hollow: flagged minimum, or single sizes at equal FLOPs per token")
     return figure
 
 
-def draw_line(axes: Axes, rows: pd.DataFrame, name: str, colour: str, start: float) -> None:
-    """Draw a line with its error band, and a dot per seed; budgets below `start` stand apart, with bars."""
-    apart, line = rows[rows["budget"] < start], rows[rows["budget"] >= start]
-    low, high = (line[key].to_numpy(float) for key in ("low", "high"))
-    axes.fill_between(line["budget"], low, high, color=colour, alpha=0.2, linewidth=0)
-    for part, bars in ((line, None), (apart, (apart["low"], apart["high"]))):
-        look: dict[str, Any] = {"color": colour, "hollow": part["hollow"], "label": f"{name} apart" if bars else name}
-        if len(part):
-            style.points(axes, part["budget"], part["multiplier"], bars=bars, line="none" if bars else "-", **look)
-    for budget, seeds in zip(rows["budget"], rows["by_seed"], strict=True):
-        if isinstance(seeds, dict):
-            axes.scatter([budget * BESIDE] * len(seeds), [*seeds.values()], s=5, color=colour, linewidth=0)
-
-
-def paper_multipliers(published: pd.DataFrame, methods: Sequence[str]) -> dict[str, dict[float, float]]:
+def paper_multipliers(published: pd.DataFrame, methods: Iterable[str]) -> dict[str, dict[float, float]]:
     """The paper's multipliers by method and budget, computed from the perplexities of its Table 1 in the same way."""
     dense, found = paper_values(published, "table 1", DENSE, "ppl_c4"), {}
     budgets = np.array([*dense])

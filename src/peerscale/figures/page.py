@@ -1,4 +1,4 @@
-"""One HTML page of studies: each one's answer, its isoFLOP curves to look into, and its first table.
+"""One HTML page of studies: each one's question and answer, its isoFLOP curves to look into, and its first table.
 
 The page contains the libraries that draw the curves, so that it needs no network.
 """
@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import vl_convert
 
+from peerscale.config.study_file import header, sweep_text
 from peerscale.figures import style
 from peerscale.figures.answer import answer
 from peerscale.figures.isoflop import X_LABELS, fitted_curve, in_fit, optima
@@ -32,6 +33,7 @@ PAGE = Template("""<!DOCTYPE html>
 <style>
 body { margin: 2rem auto; max-width: 76rem; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; }
 table { border-collapse: collapse; font-size: .85rem; } th, td { padding: .2rem .7rem; text-align: left; }
+td { white-space: nowrap; }
 section { overflow-x: auto; }
 </style>
 <script>$library</script>
@@ -41,20 +43,25 @@ $sections
 
 
 def page(studies: Iterable[Study]) -> str:
-    """The page; all text of the studies' files is escaped."""
+    """The page; all text of the studies' files is shown as it is, so that it names nothing to load or to run."""
     library = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")
     return PAGE.substitute(library=library, sections="\n".join(map(_section, studies)))
 
 
 def _section(study: Study) -> str:
     runs, fits = read_runs(study.runs), read_fits(study.fits)
-    parts = [f"<h2>{html.escape(study.sweep)}</h2>", f"<p>{html.escape(answer(fits))}</p>"]
-    if compares_curves(fits):
+    said = header(sweep_text(study.sweep))
+    lines = [*(f"{word}: {said[word]}" for word in ("Question", "Withdrawn") if word in said), answer(fits)]
+    parts = [f"<h2>{html.escape(study.sweep)}</h2>", *(f"<p>{html.escape(line)}</p>" for line in lines)]
+    charted = compares_curves(fits)
+    if charted:
         element = html.escape(f"figure-{study.sweep}")
         spec = isoflop_chart(finished(runs), fits).to_json(indent=None).replace("<", "\\u003c")
         options = "{renderer: 'svg', actions: false, ast: true}"  # without eval, which the page forbids
         parts += [f'<div id="{element}"></div>', f'<script>vegaEmbed("#{element}", {spec}, {options});</script>']
-    return "\n".join(["<section>", *parts, pd.DataFrame(main_rows(runs, fits)).to_html(index=False), "</section>"])
+    table = pd.DataFrame(main_rows(runs, fits)).to_html(index=False, border=0)
+    parts.append(f"<details{' open' * charted}><summary>Table</summary>{table}</details>")
+    return "\n".join(["<section>", *parts, "</section>"])
 
 
 def isoflop_chart(done: pd.DataFrame, fits: Mapping[str, Any]) -> alt.FacetChart:
@@ -70,9 +77,10 @@ def isoflop_chart(done: pd.DataFrame, fits: Mapping[str, Any]) -> alt.FacetChart
     axis = alt.param("x_axis", "params_total", bind=options)
     picked = alt.selection_point("picked", fields=["method"], bind="legend")
     marks = alt.Chart(alt.Data(values=list(chart_rows(done, fits)))).transform_calculate(x="datum[x_axis]")
+    logarithmic: dict[str, Any] = {"type": "log", "nice": False, "padding": 8}
     base = marks.encode(
-        alt.X("x:Q", title=None).scale(type="log", zero=False, nice=False).axis(format="~s", tickCount=5),
-        alt.Y("perplexity:Q").scale(type="log", zero=False, nice=False),
+        alt.X("x:Q", title=None).scale(**logarithmic).axis(format="~s", tickCount=5, labelSeparation=8),
+        alt.Y("perplexity:Q").scale(**logarithmic).axis(tickCount=6),
         alt.Color("method:N", title=None).scale(scale),
         opacity=alt.condition(picked, alt.value(1), alt.value(0.1)),
     )

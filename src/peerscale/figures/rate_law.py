@@ -56,11 +56,11 @@ def rate_law_figure(done: pd.DataFrame, law: Law | None) -> Figure:
     tried = tried[tried["batch_sequences"] == usual]
     fitted = optima(law) if law else pd.DataFrame(columns=["batch_sequences", *CURVE])
     fitted = fitted[fitted["batch_sequences"].isna() | (fitted["batch_sequences"] == usual)]
-    colours, corners = style.colours(tried["name"]), sorted({*zip(tried["budget"], tried["d_model"], strict=True)})
+    looks, corners = style.looks(tried["name"]), sorted({*zip(tried["budget"], tried["d_model"], strict=True)})
     figure, panels = style.panels(len(corners))
     for axes, (budget, width) in zip(panels, corners, strict=True):
         here = tried[(tried["budget"] == budget) & (tried["d_model"] == width)]
-        title = f"{style.budget_title(budget)}, d_model {width:g}"
+        title = f"{style.budget_title(budget)}\nd_model {width:g}"
         for method in style.ordered(here["name"]):
             curves = here[here["name"] == method].groupby(["table_lr", "seed"])
             points = max((rows for _, rows in curves), key=lambda rows: rows["lr"].nunique()).sort_values("lr")
@@ -68,33 +68,36 @@ def rate_law_figure(done: pd.DataFrame, law: Law | None) -> Figure:
             curve = found[0] if found and law else None
             if curve and curve["held_out"] and "held" not in title:
                 title += " (held out)"
-            draw_curve(axes, points, curve, law["curvature"] if law else 0.0, str(method), colours[method])
+            draw_curve(axes, points, curve, law["curvature"] if law else 0.0, str(method), looks[method])
         axes.set(title=title, xlabel="peak learning rate", xscale="log")
         style.log_axis(axes.xaxis, *axes.get_xlim())
     style.label_left(panels, "loss (nats per token)")
-    style.method_legend(figure, style.ordered(tried["name"]))
+    style.curve_legend(figure, looks)
+    style.caption(figure, "upright bar: rate of the law; grey or hollow points are not fitted")
     return figure
 
 
-def draw_curve(axes: Axes, points: pd.DataFrame, curve: Mapping[str, Any] | None, k: float, name: str, colour: str):
+def draw_curve(
+    axes: Axes, points: pd.DataFrame, curve: Mapping[str, Any] | None, k: float, name: str, look: style.Look
+) -> None:
     """Draw the losses of one model by rate and, if the law has its curve, the parabola of curvature `k`."""
     rates = np.log(points["lr"])
     within = within_reach(rates, rates[points["val_loss"].idxmin()]) | (curve is None)
-    look = {"color": colour, "markersize": 3.5, "linewidth": 0.7}
-    face = "white" if curve and curve["held_out"] else colour
+    marks = style.changed(look, markersize=3.5, linewidth=0.7, **({"linestyle": "none"} if curve else {}))
+    face = "white" if curve and curve["held_out"] else look["color"]
     kept, left_out = points[within], points[~within]
-    axes.plot(kept["lr"], kept["val_loss"], "o" if curve else "o:", markerfacecolor=face, label=name, **look)
+    axes.plot(kept["lr"], kept["val_loss"], **style.changed(marks, markerfacecolor=face, label=name))
     if curve is None:
         return
     if len(left_out):
-        marked = {"markerfacecolor": LEFT_OUT, "label": f"_left out {name}"}
-        axes.plot(left_out["lr"], left_out["val_loss"], "o", **marked, **look)
+        grey = style.changed(marks, markerfacecolor=LEFT_OUT, label=f"_left out {name}")
+        axes.plot(left_out["lr"], left_out["val_loss"], **grey)
     x = np.geomspace(kept["lr"].min(), kept["lr"].max(), 100)
     at = [*x, curve["predicted"]]
     *y, chosen = curve["lowest"] + k * np.log(np.array(at) / curve["best"]) ** 2
-    axes.plot(x, y, color=colour, linewidth=0.9, label=f"_parabola {name}")
-    tick = {"color": colour, "markersize": 11, "markeredgewidth": 1.6, "label": f"_law {name}"}
-    axes.plot([curve["predicted"]], [chosen], "|", **tick)
+    axes.plot(x, y, **style.changed(look, marker="", linewidth=0.9, label=f"_parabola {name}"))
+    tick = style.changed(marks, marker="|", markersize=11, markeredgewidth=1.6, label=f"_law {name}")
+    axes.plot([curve["predicted"]], [chosen], **tick)
 
 
 def rate_law_sections(done: pd.DataFrame, law: Law) -> list[str]:

@@ -1,9 +1,8 @@
-"""The common style of all figures and tables: colour = method, star = fitted minimum, hollow = flagged.
+"""The common style of all figures and tables: a colour, marker and line per method, stars at minima, hollow if flagged.
 
 Figures are made without pyplot, so that drawing has no global state and needs no display.
 """
 
-import itertools
 import json
 import math
 import re
@@ -28,7 +27,10 @@ from peerscale.stats.curve import Curve
 from peerscale.stats.optima import OptimumStatus
 
 TEXT_WIDTH = 5.5
-"""Width of the text of a one-column paper in inches, so that figures are printed unscaled."""
+"""Width of the text of a one-column paper in inches, so that most figures are printed unscaled."""
+
+PANEL_WIDTH = 1.7
+"""Least width of a panel in inches; a row of four or five makes the figure wider than the text."""
 
 GREY = "#4d4d4d"
 """Lines of zero differences and of the baseline."""
@@ -78,8 +80,14 @@ OTHER_VALUES = {
 }
 """Text for all other values of a setting."""
 
-MARKERS = ("o", "s", "D", "v", "P", "X")
-"""Markers of budgets or, in a panel of one budget, of methods; an upward triangle is for points above the axis."""
+MARKERS = ("o", "s", "D", "v", "^", "<", "p", "P", ">", "X", "d", "h")
+"""Markers of methods or budgets."""
+
+LINES = ("-", ":", "--", "-.", (0, (7, 1.5)), (0, (4, 1, 1, 1, 1, 1)), (0, (1, 2.5)))
+"""Lines of methods, told apart without colour."""
+
+Look = Mapping[str, Any]
+"""Arguments of matplotlib's `plot`."""
 
 RC = {
     "font.family": "STIXGeneral",
@@ -96,7 +104,7 @@ RC = {
     "lines.linewidth": 1.2,
     "lines.markersize": 4,
     "legend.frameon": False,
-    "legend.handlelength": 1.6,
+    "legend.handlelength": 2.6,
     "legend.columnspacing": 1.2,
     "pdf.fonttype": 42,
     "savefig.dpi": 220,
@@ -176,10 +184,23 @@ def markers(groups: Iterable[tuple[float, str]]) -> dict[tuple[float, str], str]
     return {group: MARKERS[i % len(MARKERS)] for i, group in enumerate(ascending)}
 
 
-def method_markers(curves: Iterable[Curve]) -> dict[Curve, str]:
-    """A marker per curve; a method of the palette has the same one in all figures."""
-    known = [Curve(method) for method in COLOURS]
-    return dict(zip([*known, *ordered({*curves} - {*known})], itertools.cycle(MARKERS), strict=False))
+def looks(curves: Iterable[Curve]) -> dict[Curve, Look]:
+    """Colour, marker and line of each curve, in the order of the palette; a method there looks alike in all figures."""
+    chosen, known = colours(curves), [Curve(method) for method in COLOURS]
+    places = {curve: i for i, curve in enumerate([*known, *ordered({*chosen} - {*known})])}
+    return {
+        curve: {
+            "color": chosen[curve],
+            "marker": MARKERS[places[curve] % len(MARKERS)],
+            "linestyle": LINES[places[curve] % len(LINES)],
+        }
+        for curve in ordered(chosen)
+    }
+
+
+def changed(look: Look, **changes: Any) -> dict[str, Any]:
+    """A look with some of its arguments changed."""
+    return {**look, **changes}
 
 
 def budget_title(budget: float) -> str:
@@ -201,11 +222,11 @@ def applied() -> Iterator[None]:
         yield
 
 
-def panels(n: int, *, height: float = 2.6) -> tuple[Figure, list[Axes]]:
-    """A figure as wide as the text, with `n` panels in rows of up to three, each row `height` inches high."""
-    columns = 2 if n == 4 else min(n, 3)
-    rows = math.ceil(n / columns)
-    figure = Figure(figsize=(TEXT_WIDTH, rows * height + 0.5), layout="constrained")
+def panels(n: int, *, height: float = 2.4) -> tuple[Figure, list[Axes]]:
+    """A figure with `n` panels in rows of up to five, each row `height` inches high."""
+    rows = math.ceil(n / 5)
+    columns = math.ceil(n / rows)
+    figure = Figure((max(TEXT_WIDTH, columns * PANEL_WIDTH), rows * height + 0.5), layout="constrained")
     return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(n)]
 
 
@@ -218,28 +239,28 @@ def label_left(panels: Iterable[Axes], text: str) -> None:
 
 @applied()
 def caption(figure: Figure, text: str) -> None:
-    """Add a line of small print below the panels."""
-    figure.supxlabel(text, fontsize=6.5, color="#555555")
+    """Add to the line of small print below the panels."""
+    figure.supxlabel("; ".join(filter(None, (figure.get_supxlabel(), text))), fontsize=6.5, color="#555555")
 
 
-def legend(figure: Figure, handles: Sequence[Line2D]) -> None:
-    """Add one legend for all panels, above them, in row order; rows beyond the first make the figure higher."""
-    widths = sorted((0.4 + 0.05 * len(str(handle.get_label())) for handle in handles), reverse=True)
-    fitting = next((n for n in range(len(widths), 1, -1) if sum(widths[:n]) <= TEXT_WIDTH), 1)
+def legend(figure: Figure, looks: Sequence[Look]) -> None:
+    """Add one legend for all panels, above them, in row order; rows beyond the first make the figure higher.
+
+    Each look has a `label`.
+    """
+    handles = [Line2D([], [], **look) for look in looks]
+    widths = sorted((0.55 + 0.05 * len(str(handle.get_label())) for handle in handles), reverse=True)
+    fitting = next((n for n in range(len(widths), 1, -1) if sum(widths[:n]) <= figure.get_figwidth()), 1)
     rows = max(math.ceil(len(widths) / fitting), 1)
-    columns = math.ceil(len(widths) / rows)
+    columns = max(math.ceil(len(widths) / rows), 1)
     figure.set_figheight(figure.get_figheight() + 0.17 * (rows - 1))
-    by_column = [
-        handle for i in range(columns) for handle in handles[i::columns]
-    ]  # matplotlib fills a legend by columns
-    figure.legend(handles=by_column, loc="outside upper center", ncols=max(columns, 1))
+    by_column = [handle for i in range(columns) for handle in handles[i::columns]]  # as matplotlib fills a legend
+    figure.legend(handles=by_column, loc="outside upper center", ncols=columns)
 
 
-def method_legend(figure: Figure, curves: Sequence[Curve], markers: Mapping[Curve, str] | None = None) -> None:
-    """Add a legend of curves, with their markers if they have any."""
-    chosen = colours(curves)
-    drawn = {curve: {"color": chosen[curve], "marker": (markers or {}).get(curve)} for curve in curves}
-    legend(figure, [Line2D([], [], **look, label=label(curve)) for curve, look in drawn.items()])
+def curve_legend(figure: Figure, looks: Mapping[Curve, Look]) -> None:
+    """Add a legend of curves."""
+    legend(figure, [changed(look, label=label(curve)) for curve, look in looks.items()])
 
 
 def flagged_minima(fits: Mapping[str, Any]) -> set[tuple[float, Curve]]:
@@ -262,7 +283,7 @@ def star(axes: Axes, x: float, y: float, color: str, label: str, *, hollow: bool
 
 
 def points(
-    axes: Axes, x: Any, y: Any, *, color: str, label: str, marker: str = "o", line: str = "none",
+    axes: Axes, x: Any, y: Any, *, color: str, label: str, marker: str = "o", linestyle: Any = "none",
     bars: tuple[Any, Any] | None = None, hollow: Any = False, zorder: float = 3.0,
 ) -> None:  # fmt: skip
     """Marks, white inside where `hollow`, with bars between two heights, and a line through all of them."""
@@ -270,11 +291,29 @@ def points(
     errors = None if bars is None else np.abs([np.asarray(end, float) - y for end in bars])
     axes.errorbar(
         x, y, errors, fmt=marker, color=color, label=label, zorder=zorder,
-        linestyle=line, linewidth=0.9, elinewidth=0.7, markersize=5, markeredgecolor="white", markeredgewidth=0.5,
+        linestyle=linestyle, linewidth=0.9, elinewidth=0.7, markersize=5, markeredgecolor="white", markeredgewidth=0.5,
     )  # fmt: skip
     white = np.broadcast_to(np.asarray(hollow, bool), y.shape)
-    look = {"color": color, "markerfacecolor": "white", "markersize": 5, "zorder": zorder + 0.1}
+    look = {"color": color, "markerfacecolor": "white", "markersize": 4.5, "zorder": zorder + 0.1}
     axes.plot(x[white], y[white], marker, label=f"_hollow {label}", **look)
+
+
+def points_panel(axes: Axes, table: pd.DataFrame, looks: Mapping[Any, Look], *, apart: float = 1.0) -> None:
+    """A line of points per series over a logarithmic x axis.
+
+    Args:
+        axes: where to draw.
+        table: series, x, y; and, if they are known, the ends `low` and `high` of intervals, and what is `hollow`.
+        looks: of each series that may be there.
+        apart: factor between the x values of neighbouring series, so that their intervals do not cover each other.
+    """
+    axes.set_xscale("log")
+    shown = [series for series in looks if series in {*table["series"]}]
+    for i, series in enumerate(shown):
+        rows = table[table["series"] == series].sort_values("x")
+        bars = (rows["low"], rows["high"]) if "low" in rows else None
+        x, hollow = rows["x"] * apart ** (i - (len(shown) - 1) / 2), rows.get("hollow", False)
+        points(axes, x, rows["y"], bars=bars, hollow=hollow, **changed({"label": str(series)}, **looks[series]))
 
 
 def listed(column: pd.Series) -> str:
