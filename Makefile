@@ -89,7 +89,7 @@ figures: setup ## table, fits and figures of SWEEP, from its runs
 
 compare: setup ## METHOD of SWEEP against RIVALS, a line for each budget: difference, multiplier, what could have been told
 	@$(BIN)/python analysis/collect.py $(SWEEP) $(OVERRIDES)
-	@$(BIN)/python analysis/compare.py $(SWEEP) --methods '$(METHOD)' --rivals '$(RIVALS)'
+	@$(BIN)/python analysis/compare.py $(SWEEP) $(OVERRIDES) --methods '$(METHOD)' --rivals '$(RIVALS)'
 
 page: setup ## one HTML page of the studies in results/: answers, isoFLOP curves to look into, tables; in runs/page.html
 	@$(BIN)/python analysis/page.py

@@ -1,6 +1,6 @@
 """Compare methods of a study with rivals, one line for each rival and budget.
 
-    .venv/bin/python analysis/compare.py SWEEP [--methods NAME,...] [--rivals NAME,...]
+    .venv/bin/python analysis/compare.py SWEEP [key=value ...] [--methods NAME,...] [--rivals NAME,...]
 
 Reads runs.csv, records.jsonl and fits.json in runs/SWEEP/study, or else results/SWEEP; writes nothing.
 """
@@ -8,11 +8,10 @@ Reads runs.csv, records.jsonl and fits.json in runs/SWEEP/study, or else results
 import sys
 from collections.abc import Sequence
 
-from peerscale.command_line import study_parser
+from peerscale.command_line import study_of, study_parser
 from peerscale.errors import UserError, exit_code
 from peerscale.figures.markdown import table
 from peerscale.figures.verdicts import verdict_rows
-from peerscale.records.study import find_study
 from peerscale.records.table import read_records, read_runs
 from peerscale.stats.collection import compared
 from peerscale.stats.curve import finished, from_names, methods_of
@@ -24,8 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", default="", metavar="NAMES", help="what is compared (default: every method)")
     whom = "with what (default: the study's baseline, or with --methods every other method)"
     parser.add_argument("--rivals", default="", metavar="NAMES", help=whom)
-    given = parser.parse_args(argv)
-    study = find_study(given.sweep, given.runs, given.results)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides that the cells were run with")
+    given = parser.parse_intermixed_args(argv)
+    study = study_of(given)
     runs, records, fits = read_runs(study.runs), read_records(study.folder), read_fits(study.fits)
     known = [*methods_of(finished(runs)).unique()]
     methods, rivals = ([*filter(None, map(str.strip, text.split(",")))] for text in (given.methods, given.rivals))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from peerscale.command_line import study_parser
+from peerscale.command_line import study_of, study_parser
 from peerscale.config.study_file import header, sweep_text
 from peerscale.errors import UserError, exit_code
 from peerscale.figures import style
@@ -20,9 +20,7 @@ from peerscale.figures.figures import DEFAULT_X, study_figures
 from peerscale.figures.isoflop import X_LABELS
 from peerscale.figures.study_table import compares_curves, main_rows, study_table
 from peerscale.files import from_checkout, write_text
-from peerscale.plan.cell_names import corpus_label
-from peerscale.plan.cells import planned_cells
-from peerscale.records.study import collected, find_study
+from peerscale.records.study import collected
 from peerscale.records.table import read_runs
 from peerscale.stats.curve import finished
 from peerscale.stats.fits import read_fits
@@ -34,10 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--x", choices=list(X_LABELS), default=DEFAULT_X, help=size)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides that the cells were run with")
     arguments = parser.parse_intermixed_args(argv)
-    overrides = arguments.overrides
-    corpus = corpus_label(planned_cells(arguments.sweep, overrides)[0].axes) if overrides else ""
-    shown = collected(arguments.sweep, arguments.runs, corpus)
-    study = shown if corpus else find_study(arguments.sweep, arguments.runs, arguments.results)
+    study = study_of(arguments)
+    shown = study if study.folder.is_relative_to(arguments.runs) else collected(arguments.sweep, arguments.runs)
     runs, fits = read_runs(study.runs), read_fits(study.fits)
     if finished(runs).empty:
         raise UserError(f"study {arguments.sweep!r} has no finished cell to draw")

@@ -1,10 +1,12 @@
 """The command line of the programs in analysis/ that work on one study."""
 
-from argparse import RawDescriptionHelpFormatter
+from argparse import Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from peerscale.errors import ArgumentParser
-from peerscale.records.study import RESULTS, RUNS
+from peerscale.plan.cell_names import corpus_label
+from peerscale.plan.cells import planned_cells
+from peerscale.records.study import RESULTS, RUNS, Study, collected, find_study
 
 
 def study_parser(script: str, description: str | None) -> ArgumentParser:
@@ -17,3 +19,13 @@ def study_parser(script: str, description: str | None) -> ArgumentParser:
         "--results", type=Path, default=RESULTS, metavar="DIR", help="where studies are published (default: results)"
     )
     return parser
+
+
+def study_of(given: Namespace) -> Study:
+    """The collected study, or else the published one; overrides of `data` choose the study on another corpus.
+
+    Raises:
+        UserError: wrong overrides, or there is no such study.
+    """
+    corpus = corpus_label(planned_cells(given.sweep, given.overrides)[0].axes) if given.overrides else ""
+    return collected(given.sweep, given.runs, corpus) if corpus else find_study(given.sweep, given.runs, given.results)
