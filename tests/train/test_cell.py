@@ -48,7 +48,7 @@ def trained(overrides: list[str]) -> tuple[Path, Record]:
 def test_a_layer_that_draws_no_weights_is_refused_before_anything_is_written(
     tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peerscale.model.build, "build_ffn", lambda *_: nn.Linear(8, 8))
+    monkeypatch.setattr(peerscale.model.build, "replacing_layers", lambda *_: iter([nn.Linear(8, 8)]))
     with pytest.raises(UserError, match=r"^Linear has parameters but no method init_weights"):
         train_cell(cell(tiny))
     assert not cell(tiny).folder.exists()
@@ -65,7 +65,7 @@ def test_a_model_that_fails_to_be_built_is_recorded(tiny: list[str], monkeypatch
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(peerscale.model.build, "build_ffn", fail)
+    monkeypatch.setattr(peerscale.model.build, "replacing_layers", fail)
     planned = cell(tiny)
     assert train_cell(planned) is Status.FAILED
     record = read_record(planned.folder)
