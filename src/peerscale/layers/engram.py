@@ -24,8 +24,8 @@ class EngramConfig(FfnConfig):
     n_hashes: Positive = 8
     """Hash functions, each with a table, for every order."""
     n_rows: Positive = 1024
-    """Rows of a table, at least: their number is the next prime. 1: the control without memory, as every n-gram then has
-    the same row."""
+    """Rows of a table, at least: their number is the next prime. 1: the control without memory, in which every n-gram
+    has the same row."""
     d_row: Positive = 4
     """Width of a row."""
     kernel: Positive = 4
@@ -43,7 +43,7 @@ class EngramConfig(FfnConfig):
 
     @property
     def table_rows(self) -> list[int]:
-        """The number of rows of each table: primes, all different, as equal ones would repeat each other's collisions."""
+        """The number of rows of each table: different primes, as equal ones would repeat each other's collisions."""
         if self.n_rows == 1:
             return [1] * (len(self.orders) * self.n_hashes)
         return primes(self.n_rows, len(self.orders) * self.n_hashes)

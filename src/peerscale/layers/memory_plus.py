@@ -60,8 +60,9 @@ class MemoryPlusConfig(RetrievalConfig):
 class MemoryPlus(Pkm):
     """f(x) = W2 (m(x) * silu(W1 x)), where m(x) is a product-key memory (Berges et al. 2024, section 3).
 
-    Initial weights as in the paper's code: keys uniform within d_key^-1/2, values and gate of variance 1 / d_model, unscaled.
-    Values are trained with `optim.table_lr`, outside the clip of the gradient's norm; there they are clipped by themselves.
+    Initial weights as in the paper's code: keys uniform within d_key^-1/2, values and gate of variance 1 / d_model,
+    unscaled. Values are trained with `optim.table_lr`, outside the clip of the gradient's norm; the code clips them by
+    themselves.
     """
 
     CONFIG = MemoryPlusConfig
