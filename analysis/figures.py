@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from peerscale.command_line import study_parser
-from peerscale.config.compose import header, sweep_text
+from peerscale.config.study_file import header, sweep_text
 from peerscale.errors import UserError, exit_code
 from peerscale.figures import style
 from peerscale.figures.figures import DEFAULT_X, study_figures

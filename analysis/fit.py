@@ -27,7 +27,6 @@ import pandas as pd
 from peerscale import api as laws
 from peerscale.errors import ArgumentParser, UserError, exit_code, natural_number, positive_number
 from peerscale.files import write_json
-from peerscale.laws.fitting import HoldOut
 from peerscale.laws.isoflop import IsoflopFit
 from peerscale.laws.least_squares import FitStatus, Objective
 from peerscale.laws.table import positive_columns, require_column
@@ -80,15 +79,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 RESAMPLES = 1000
 NOT_IN_SOURCE = ("bootstrap", "seed", "cluster", "hold_out")
-MEANINGS = {
-    "parametric": {"a": "the optimal N grows as C^a", "b": "the optimal D grows as C^b"},
-    "isoflop": {
-        "exponent": "the optimum grows as the budget to this power",
-        "coefficient": "the optimum of a budget of 1 FLOP",
-    },
-}
-"""Meanings of a law's coefficients that are not in a formula."""
-NONE = "none"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -223,28 +213,17 @@ def summary(fit: Any, x: str) -> str:
     for optimum in fit.vertices if isinstance(fit, IsoflopFit) else ():
         size, loss = _number(optimum.x, optimum.x_interval), _number(optimum.loss, optimum.loss_interval)
         lines.append(f"  budget {optimum.budget:<8.4g} {x} {size}  loss {loss}  n {optimum.n}  {optimum.status}")
-    meanings = MEANINGS.get(fit.law, {})
     for name in (*(item.name for item in fields(fit.form)), *fit.derived):
-        value, meaning = _number(getattr(fit, name), fit.ci.get(name)), meanings.get(name, "")
-        lines.append(f"  {name:<12} {value:<32} {meaning * (value != NONE)}".rstrip())
+        lines.append(f"  {name:<12} {_number(getattr(fit, name), fit.ci.get(name))}")
     if isinstance(fit, IsoflopFit):
         lines.append(f"  exponent of approach 3 on the same runs {_number(fit.surface_exponent)}")
     if drawn := fit.bootstrap:
         lines.append(f"  {drawn.resamples} resamples, {drawn.failed} failed, {drawn.at_bound} at a bound")
-    if fit.hold_out is not None:
-        lines.append(held_out(fit.hold_out, x))
+    if held := fit.hold_out:
+        observed, predicted = _number(held.observed, held.observed_interval), _number(held.predicted, held.interval)
+        what = f"  held out from {held.budget:.4g}: {x if held.quantity == 'x' else held.quantity} of {held.n}"
+        lines.append(f"{what}: {observed}, predicted {predicted}, mean error {held.mape:.3g} %")
     return "\n".join([*lines, *(f"  warning: {warning}" for warning in fit.warnings)])
-
-
-def held_out(found: HoldOut, x: str) -> str:
-    """A line on the largest budget, observed and predicted from the others."""
-    predicted, observed = _number(found.predicted, found.interval), _number(found.observed, found.observed_interval)
-    what, rmse = ("run", f", RMSE {found.rmse:.4g}") if found.quantity == "loss" else ("budget", "")
-    quantity = x if found.quantity == "x" else found.quantity
-    return (
-        f"  held out: {found.n} {what}{'s' * (found.n > 1)} from {found.budget:.4g}: {quantity} {observed}, "
-        f"predicted {predicted}{rmse}, mean error {found.mape:.3g} %"
-    )
 
 
 def fit_learning_rates(table: pd.DataFrame, hold_out: str | None, **options: Any) -> tuple[dict[str, Any], str]:
@@ -255,21 +234,14 @@ def fit_learning_rates(table: pd.DataFrame, hold_out: str | None, **options: Any
     fit = laws.fit_rates(table, hold_out=held, **options)
     lines = [
         f"rates: {fit.n} runs on {fit.n_curves} curves, which scatter by {fit.scatter:.2g} about parabolas in ln lr of "
-        f"curvature {fit.curvature:.3g} +- {fit.curvature_se:.1g}"
+        f"curvature {fit.curvature:.3g} +- {fit.curvature_se:.1g}; {fit.exponents} exponents"
     ]
-    chosen, intervals, own = fit.laws, fit.ci, False
-    if fit.exponents == "own" and fit.own and fit.own_ci:
-        chosen, intervals, own = fit.own, fit.own_ci, True
-    for i, (method, law) in enumerate(chosen.items()):
+    for method, law in fit.laws.items():
         at = ", ".join(f"{name} {getattr(law, f'{name}_0'):g}" for name in fit.fitted)
-        where = f"at {at}" * bool(at)
-        lines.append(f"  m of {method:<20} {_number(law.m, intervals[method]['m']):<32} {where}".rstrip())
-        if own or i == len(chosen) - 1:
-            exponents = {name: ci for name, ci in intervals[method].items() if name != "m"}
-            lines += [f"  {name:<25} {_number(getattr(law, name), ci)}" for name, ci in exponents.items()]
+        lines.append(f"  {method}{f' (m at {at})' * bool(at)}")
+        lines += [f"    {name:<10} {_number(getattr(law, name), ci)}" for name, ci in law.ci.items()]
     if test := fit.equal_exponents:
-        kept = "; so each method has its own" * own
-        lines.append(f"  one set of exponents for all: F{test['df']} = {test['f']:.2f}, p = {test['p']:.2g}{kept}")
+        lines.append(f"  one set of exponents for all: F{test['df']} = {test['f']:.2f}, p = {test['p']:.2g}")
     for one in fit.held_out if held is not None else ():
         lines.append(f"  held out {one.name}: best {one.best:.3g}, predicted {one.predicted:.3g}, costs {one.cost:.2g}")
     if fit.held_out:
@@ -280,7 +252,7 @@ def fit_learning_rates(table: pd.DataFrame, hold_out: str | None, **options: Any
 
 def _number(value: Any, interval: tuple[float, float] | None = None) -> str:
     if value is None or not np.isfinite(value):
-        return NONE
+        return "none"
     shown = f" [{interval[0]:.4g}, {interval[1]:.4g}]" if interval and not np.isnan(interval).any() else ""
     return f"{float(value):.6g}{shown}"
 

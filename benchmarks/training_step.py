@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from timing import in_turns, matrix_product, spread, write_table
 
-from peerscale.config.schema import load
+from peerscale.config.schema import Config, load
 from peerscale.errors import exit_code
 from peerscale.plan.cost import cost
 from peerscale.plan.plan import plan
@@ -44,8 +44,9 @@ def main() -> None:
     for width in options.widths:
         steps, flops, tokens = {}, {}, {}
         for method in options.methods:
-            overrides = [f"ffn={method}", f"d_model={width}", *options.overrides]
-            steps[method], flops[method], tokens[method] = training_step(overrides)
+            config = load(["budget=1e13", f"ffn={method}", f"d_model={width}", *options.overrides])
+            steps[method], tokens[method] = training_step(config), config.tokens_per_step
+            flops[method] = cost(config).flops_per_token * config.tokens_per_step
         steps["gemm"], flops["gemm"] = matrix_product()
         seconds = in_turns(steps, options.repeats)
         rate = {name: flops[name] / statistics.median(values) for name, values in seconds.items()}
@@ -64,22 +65,22 @@ def main() -> None:
     write_table(options.out, rows)
 
 
-def training_step(overrides: list[str]) -> tuple[Callable[[], object], float, int]:
-    """A step on random tokens, its counted FLOPs and its tokens."""
-    config = load(["budget=1e13", *overrides])
-    module = LanguageModel(config, plan(config))
+def training_step(config: Config, device: str = "cpu") -> Callable[[], object]:
+    """Loss, gradients, clip and optimiser, on random tokens."""
+    module = LanguageModel(config, plan(config), device).to(device)
     optimizer = module.configure_optimizers()["optimizer"]  # pyrefly: ignore
-    tokens = torch.randint(config.data.vocab_size, (config.batch_sequences, config.context + 1))
+    shape = (config.batch_sequences, config.context + 1)
+    tokens = torch.randint(config.data.vocab_size, shape, device=device)
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, config.precision == "bf16"):
+        with torch.autocast(device, torch.bfloat16, config.precision == "bf16"):
             loss = module.training_step(tokens, 0)["loss"]
         loss.backward()
         module.configure_gradient_clipping(optimizer)
         optimizer.step()
         optimizer.zero_grad()
 
-    return step, cost(config).flops_per_token * config.tokens_per_step, config.tokens_per_step
+    return step
 
 
 if __name__ == "__main__":

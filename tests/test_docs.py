@@ -8,7 +8,7 @@ import pytest
 from peerscale.files import ROOT
 
 TEXTS = [
-    *(ROOT / "docs" / f"{name}.md" for name in ("cluster", "scale", "fitting", "runs", "speed", "wandb")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("cluster", "fitting", "layers", "method", "runs", "speed")),
     *(ROOT / "analysis" / f"{name}.py" for name in ("dashboard", "fit")),
     *sorted((ROOT / "benchmarks").glob("*.py")),
 ]
@@ -22,7 +22,7 @@ def test_commands_name_the_environment(path: Path) -> None:
         assert (ROOT / program).is_file()
 
 
-@pytest.mark.parametrize("name", ["cluster", "scale", "fitting", "runs", "speed", "wandb"])
+@pytest.mark.parametrize("name", ["cluster", "fitting", "layers", "method", "results", "runs", "speed"])
 def test_make_targets_and_links_are_there(name: str) -> None:
     text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M))

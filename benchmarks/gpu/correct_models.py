@@ -49,7 +49,7 @@ def checks(machine: Machine, method: str) -> list[tuple[str, float]]:
 
 
 def _waits(machine: Machine, module: LanguageModel, tokens: Tensor) -> bool:
-    """Whether the host waits for the GPU in a step; in fp32 grouped products would (docs/scale.md)."""
+    """Whether the host waits for the GPU in a step; in fp32 grouped products would (docs/cluster.md)."""
     optimizer = build_optimizer(module.groups, module.config, module.plan)
     try:
         for mode in ("default", "error"):  # kernels are compiled in the first step

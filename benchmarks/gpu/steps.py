@@ -4,7 +4,7 @@ share of the rate of a bf16 product, and the most memory that tensors took besid
 Tokens are random. Experts are as in `sweeps/isoflop_gpu.yaml`: 256 x 256, 64 of them active.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -13,12 +13,11 @@ from gpu.ceilings import product_rate, share
 from gpu.machine import Machine
 from gpu.results import Case, Row
 from timing import spread
+from training_step import training_step
 
-from peerscale.config.schema import Config, load
+from peerscale.config.schema import load
 from peerscale.plan.cost import cost
 from peerscale.plan.memory import device_memory
-from peerscale.plan.plan import plan
-from peerscale.train.module import LanguageModel
 
 METHODS = ("dense", "peer", "pkm", "moe", "moe_token_choice")
 SIZES = {"d256-l8-h4": (256, 8), "d512-l8-h8": (512, 8), "d768-l12-h12": (768, 12)}
@@ -62,7 +61,7 @@ def measure(machine: Machine, folder: Path, words: list[str]) -> Row:
     """Seconds of a step, and what follows from them."""
     config = load(words)
     torch.manual_seed(0)
-    times = spread(machine.seconds(training_step(machine, config)))
+    times = spread(machine.seconds(training_step(config, machine.type)))
     planned = device_memory(config)
     flops_per_s = cost(config).flops_per_token * config.tokens_per_step / times["median_s"]
     return {
@@ -74,21 +73,3 @@ def measure(machine: Machine, folder: Path, words: list[str]) -> Row:
         "planned_bytes": sum(planned.values()),
         "planned_state_bytes": planned["state"],
     }
-
-
-def training_step(machine: Machine, config: Config) -> Callable[[], None]:
-    """Loss, gradients, clip and optimiser."""
-    module = LanguageModel(config, plan(config), machine.type).to(machine.type)
-    optimizer = module.configure_optimizers()["optimizer"]  # pyrefly: ignore
-    shape = (config.batch_sequences, config.context + 1)
-    tokens = torch.randint(config.data.vocab_size, shape, device=machine.type)
-
-    def step() -> None:
-        with machine.autocast(config.precision):
-            loss = module.training_step(tokens, 0)["loss"]
-        loss.backward()
-        module.configure_gradient_clipping(optimizer)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step

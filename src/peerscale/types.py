@@ -13,9 +13,11 @@ def _no_bool(value: Any) -> Any:
 
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
-Whole = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
-Seed = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, lt=2**32)]
+Integer = Annotated[int, BeforeValidator(_no_bool)]
+Number = Annotated[float, BeforeValidator(_no_bool)]
+Whole = Annotated[Integer, Field(ge=0)]
+Seed = Annotated[Integer, Field(ge=0, lt=2**32)]
 """The seeds that numpy accepts."""
-Positive = Annotated[int, BeforeValidator(_no_bool), Field(gt=0)]
-Rate = Annotated[float, BeforeValidator(_no_bool), Field(gt=0)]
-Fraction = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1)]
+Positive = Annotated[Integer, Field(gt=0)]
+Rate = Annotated[Number, Field(gt=0)]
+Fraction = Annotated[Number, Field(ge=0, le=1)]

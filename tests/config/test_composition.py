@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from peerscale.config.schema import load
+from peerscale.config.compose import composed
+from peerscale.config.schema import load, parse_config
+from peerscale.config.study_file import read_study
 from peerscale.errors import ConfigError
 from peerscale.files import ROOT
 from peerscale.layers.peer import PeerConfig
@@ -15,7 +17,7 @@ from peerscale.layers.peer import PeerConfig
 def test_a_studys_settings_lie_between_conf_and_overrides(tmp_path: Path) -> None:
     study = tmp_path / "study.yaml"
     study.write_text("defaults: [config, _self_]\nsweep: {methods: [peer]}\nmin_steps: 7\ncontext: 32\n")
-    config = load(["ffn=peer", "context=16"], sweep=study)
+    config = parse_config(composed(["ffn=peer", "context=16"], study=read_study(study)).tree)
     assert (config.min_steps, config.context, config.batch_sequences) == (7, 16, 16)
     assert isinstance(config.ffn, PeerConfig)
 
@@ -40,8 +42,8 @@ def test_planning_and_analysis_import_no_training_library() -> None:
 import sys
 for statement in (
     "import peerscale.config.schema, peerscale.plan.cost, peerscale.plan.plan, peerscale.laws",
-    "import peerscale.figures.isoflop, peerscale.launch.progress",
-    "import peerscale.records.table, peerscale.records.study, peerscale.records.record, peerscale.records.speed",
+    "import peerscale.figures.isoflop, peerscale.train.progress",
+    "import peerscale.records.table, peerscale.records.study, peerscale.records.record, peerscale.launch.speed",
     "import peerscale.data.prepare, peerscale.train.run, peerscale.launch.run",
     "from peerscale.launch.overview import main; main(['plan', 'smoke']); main(['status', 'smoke'])",
 ):

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from peerscale.config.compose import read_study, sweep_file
-from peerscale.config.study import ClaimsConfig, GridRow, SweepConfig, load_sweep
+from peerscale.config.study import ClaimsConfig, GridRow, Part, SweepConfig, load_sweep, part_of
+from peerscale.config.study_file import read_study, sweep_file
 from peerscale.errors import ConfigError
 from peerscale.files import ROOT
-from peerscale.plan.cells import count_cells, planned_cells
+from peerscale.plan.cells import planned_cells
 from toy_study import write_study
 
 STUDY: dict[str, Any] = {"methods": ["dense"], "grid": [{"budget": 1e12, "d_model": [8]}]}
@@ -30,13 +30,12 @@ CLAIMING = {
 }
 
 
-def sweep_of(folder: Path, study: dict[str, Any], *overrides: str) -> SweepConfig:
-    return load_sweep(write_study(folder, str(study)), overrides)
+def sweep_of(folder: Path, study: dict[str, Any]) -> SweepConfig:
+    return load_sweep(write_study(folder, str(study)))
 
 
 METHODS = "but there are dense, moe, peer, pkm"
 AT_LEAST_1 = "List should have at least 1 item after validation, not 0, not []"
-ALONE = "but no row trains that cell at its usual rate"
 MESSAGES = [
     ({"methods": []}, f".methods: {AT_LEAST_1}"),
     ({"grid": [{"budget": 0, "d_model": 8}]}, ".grid.0.budget: Input should be greater than 0, not 0"),
@@ -48,26 +47,15 @@ MESSAGES = [
      ".grid.0: window [3000000.0, 1000000.0] must be [low, high] with low < high, in FLOPs per token"),
     ({"grid": [row(1e12, 8, window=[1, high]) for high in (2, 3)]},
      ": grid has several windows at 1e+12: a budget has one"),
-    ({"grid": [row(1e10, 8, batch_sequences=8, axes={"batch_sequences": [16]})]},
-     ": batch_sequences is varied by axes and has another value in a row of the grid"),
-    ({"grid": [row(1e10, 8, axes={"optim.lr": [1]})], "axes": {"optim.lr": [2]}},
-     ": optim.lr is varied by axes and has another value in a row of the grid"),
-    ({"grid": [row(1e10, 8), row(1e10, 12, axes={"optim.lr_factor": [0.5, 2]})]},
-     f": grid has optim.lr_factor for dense, d_model 12, seed 0 at 1e+10, {ALONE}"),
-    ({"grid": [row(1e10, 8, batch_sequences=32), row(1e10, 8, axes={"optim.lr_factor": [0.5]})]},
-     f": grid has optim.lr_factor for dense, d_model 8, seed 0 at 1e+10, {ALONE}"),
     ({"axis": {}}, ".axis: Unexpected keyword argument; did you mean axes?"),
     ({"axes": {"optim.lr": 1}}, ".axes.optim.lr: Input should be a valid list, not 1"),
-    ({"axes": {"seed": [1]}}, ": axes has seed, which methods, grid and seeds vary"),
     ({"seeds": [-1]}, ".seeds.0: Input should be greater than or equal to 0, not -1"),
-    ({"budgets": [1e10]}, ": budgets names 10000000000.0, but there are 1000000000000.0"),
     ({"held_out": [12]}, ": held_out names 12, but there are 8"),
     ({"baseline": "moe"}, ": baseline names moe, but there are dense"),
     ({"method_settings": {"per": {"optim.lr": 1}}}, ": method_settings names per, but there are dense"),
     ({**CLAIMING, "claims": {**CLAIMS, "method": "per"}}, f": claims.method names per, {METHODS}"),
     ({**CLAIMING, "claims": {**CLAIMS, "rivals": ["peer"]}},
      ": claims.rivals names peer, but there are dense, moe, pkm"),
-    ({**CLAIMING, "claims": {**CLAIMS, "rivals": ["moe", "moe"]}}, ": claims.rivals has a value twice: moe, moe"),
 ]  # fmt: skip
 
 
@@ -89,7 +77,6 @@ def test_a_row_has_one_value_for_all_its_sizes_or_one_for_each() -> None:
 def test_a_window_given_in_one_row_holds_for_its_budget(tmp_path: Path) -> None:
     study = sweep_of(tmp_path, {**STUDY, "grid": [row(1e12, 8), row(1e12, 12, window=[1e5, 3e6]), row(3e12, 16)]})
     assert (study.window(1e12), study.window(3e12)) == ((1e5, 3e6), None)
-    assert study.rows == study.grid, "sizes outside of it are trained too"
 
 
 def test_what_a_study_says_of_its_results(tmp_path: Path) -> None:
@@ -100,37 +87,31 @@ def test_what_a_study_says_of_its_results(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["sweep.methods=[peer]", "sweep.methods=[dense,moe]", "sweep.budgets=[1e10]", "sweep.seeds=[1]"]
-)
-def test_a_part_of_a_study_has_cells_but_says_nothing_of_results(override: str, tmp_path: Path) -> None:
-    """A method may be left out with all rows of a budget that the claims, or the trend, name."""
-    grid = [row(1e10, 8, methods=["dense"]), row(3e10, 8, methods=["dense", "peer", "moe"])]
-    study = {**CLAIMING, "grid": grid, "claims": {**CLAIMS, "budgets": [1e10]}, "trend_from": 1e10, "held_out": [8]}
-    part = sweep_of(tmp_path, study, override)
-    assert part.rows and part.claims is None and part.trend_from is None and part.held_out == []
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("overrides", "expected"),
     [
-        (["sweep.rates_cost=0.1"],
-         "toy.yaml: sweep.rates_cost is about results and cannot be overridden: change the file"),
-        (["sweep.method=[peer]"], "toy.yaml: sweep.method: Unexpected keyword argument; did you mean methods?"),
-        (["sweep.methods=[gated]"], f"toy.yaml: sweep.grid: {AT_LEAST_1}"),
-        (["sweep.seeds=[1]", "sweep.seeds=[2]"],
-         "sweep.seeds is given twice; a value in braces needs quotes: \"'sweep.seeds=...'\""),
-        (["~sweep.claims"], "~sweep.claims: the keys of sweep are changed one by one: sweep.KEY=VALUE"),
-        (["+sweep={seeds:[1]}"], "+sweep={seeds:[1]}: the keys of sweep are changed one by one: sweep.KEY=VALUE"),
+        ([], "dense-1 peer-1 dense-2 peer-2 peer-7"),
+        (["sweep.methods=[peer]"], "peer-1 peer-2 peer-7"),
+        (["sweep.methods=[gated,dense]"], "gated-1 dense-1 gated-2 dense-2"),
+        (["sweep.budgets=[1e10]"], "dense-1 peer-1 dense-2 peer-2"),
+        (["sweep.seeds=[2]", "optim.lr=1"], "dense-2 peer-2"),
+        (["sweep.seeds=[7]", "sweep.methods=[peer]"], "peer-7 peer-7"),
+        (["sweep.seeds=[3,7]", "sweep.budgets=[3e10]"], "peer-7"),
+        (["sweep.methods=[dense]", "sweep.budgets=[3e10]"], ""),
     ],
-)  # fmt: skip
-def test_wrong_overrides_of_a_study_are_refused(overrides: list[str], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
-        sweep_of(tmp_path, {**STUDY, "grid": [row(1e10, 8, methods=["dense"])]}, *overrides)
+)
+def test_a_part_of_a_study_also_chooses_among_what_rows_have_of_their_own(
+    overrides: list[str], expected: str, tmp_path: Path
+) -> None:
+    grid = [row(1e10, 8), row(3e10, 8, methods=["peer"], seeds=[7])]
+    study = sweep_of(tmp_path, {"methods": ["dense", "peer"], "grid": grid, "seeds": [1, 2]})
+    points = [f"{point.method}-{point.keys['seed']}" for point in study.points(part_of(overrides))]
+    assert sorted(points) == sorted(expected.split())
 
 
-def test_what_a_file_claims_is_checked_though_a_part_is_chosen(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"claims\.method names per, {METHODS}$"):
-        sweep_of(tmp_path, {**CLAIMING, "claims": {**CLAIMS, "method": "per"}}, "sweep.methods=[dense]")
+@pytest.mark.parametrize("override", ["sweep.rates_cost=0.1", "~sweep.claims", "sweep.method=[peer]"])
+def test_a_part_is_chosen_by_methods_budgets_and_seeds_alone(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"^sweep\.\w+: Unexpected keyword argument"):
+        part_of([override])
 
 
 # The file
@@ -146,15 +127,12 @@ def test_a_study_is_found_by_name_or_path() -> None:
 FILES = [
     ("seed: 1\n", "toy.yaml: input should be a mapping with a `sweep:` section"),
     ("- 1\n", "toy.yaml: input should be a mapping with a `sweep:` section"),
-    ("3\n", "toy.yaml: input should be a mapping with a `sweep:` section"),
+    ("3\n", "toy.yaml: Invalid loaded object type: int"),
     ("sweep: 3\n", "toy.yaml: input should be a mapping with a `sweep:` section"),
     ("sweep: {}\nseed: 1\nseed: 2\n", "toy.yaml: while constructing a mapping"),
     ("sweep: !!python/object/apply:os.system ['true']\n", "toy.yaml: could not determine a constructor for the tag"),
     ("sweep: {seeds: '${nosuch}'}\n", "toy.yaml: Interpolation key 'nosuch' not found"),
-    ("sweep: {}\nhydra: {mode: RUN}\n", "toy.yaml: a study may not set hydra, since it could run code"),
-    ("sweep: {}\ndefaults: config\n", "toy.yaml: defaults: input should be a list, not 'config'"),
-    ("sweep: {}\nbatch_sequences: '???'\n", "toy.yaml: batch_sequences: ??? is no value"),
-    ("sweep: {}\n# gr\udcfcn\n", "toy.yaml is not UTF-8 text"),
+    ("sweep: {}\n# gr\udcfcn\n", "toy.yaml: 'utf-8' codec can't decode byte"),
 ]
 
 
@@ -181,9 +159,8 @@ def test_the_template_names_every_key_of_a_study() -> None:
 def test_every_line_of_the_template_that_is_commented_out_works(tmp_path: Path) -> None:
     text = (ROOT / "sweeps/template.yaml").read_text()
     file = tmp_path / "mine.yaml"
-    keys = "axes|method_axes|method_settings|budgets|held_out|  peer"
+    keys = "axes|method_axes|method_settings|held_out|  peer"
     file.write_text(re.sub(rf"^  # (?=({keys}): )|^  # (?=method_axes:$)", "  ", text, flags=re.M))
     cells = planned_cells(file)
-    assert {cell.config.budget for cell in cells} == {2e11}
-    assert len(cells) == count_cells(load_sweep(file)) == (5 + 1) * (4 + 4 * 2)
+    assert len(cells) == len([*load_sweep(file).points(Part())]) == (5 + 5 + 1) * (4 + 4 * 2)
     assert {cell.config.ffn.n_heads for cell in cells if cell.config.ffn.method == "peer"} == {8}

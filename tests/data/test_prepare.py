@@ -109,11 +109,6 @@ def test_the_tokenizer_has_the_size_asked_and_loses_nothing():
     assert tokenizer.decode(tokenizer.encode(strange).ids) == strange
 
 
-def test_training_the_tokenizer_twice_gives_the_same():
-    texts = prose(60_000, seed=1).splitlines()
-    assert train_tokenizer(texts, 600).to_str() == train_tokenizer(texts, 600).to_str()
-
-
 def test_a_prepared_corpus_is_reused_and_read_back(config, monkeypatch):
     assert read_manifest(config) is None
     first = prepare(config)

@@ -7,14 +7,17 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import peerscale.launch.run as launch
 from peerscale.errors import Aborted, UserError
 from peerscale.files import ROOT
 from peerscale.launch.processes import TRIES, run_at_once, worker_environments
-from peerscale.plan.cells import Cell, planned_cells
+from peerscale.plan.cell import Cell
+from peerscale.plan.cells import planned_cells
 from peerscale.records.record import Status, read_record
 from slurm_cluster import trainable_study
 from toy_study import write_study
@@ -89,6 +92,14 @@ def test_each_worker_sees_gpus_of_its_own(cells: list[Cell], monkeypatch: pytest
     assert seen(2, accelerator="cpu") == [None, None]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     assert seen(3, accelerator="gpu") == ["5", "7", "5"]
+
+
+def test_jobs_without_a_launcher_are_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(launch, "prepare", lambda config: SimpleNamespace(manifest=None))
+    monkeypatch.setattr(launch, "run_at_once", lambda cells, n, run: asked.append(n) or {})
+    assert launch.main([str(write_study(tmp_path, settings="min_steps: 1")), "--jobs", "3"]) == 0
+    assert asked == [3]
 
 
 def workers(parent: int) -> list[int]:

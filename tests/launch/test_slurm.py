@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from peerscale.errors import UserError
 from peerscale.files import ROOT
 from peerscale.launch.overview import main as overview
 from peerscale.launch.slurm import load_settings, needs, queued, submit
-from peerscale.plan.cells import Cell, planned_cells
+from peerscale.plan.cell import Cell
+from peerscale.plan.cells import planned_cells
 from peerscale.records.curves import METRICS, read_metrics
 from peerscale.records.record import Record, Status, read_record, write_record
 from slurm_cluster import ask, missing, one_node_slurm, trainable_study
@@ -135,15 +135,15 @@ def test_a_sweep_is_submitted_once_and_survives_preemption(
 
 
 def test_what_a_job_needs_comes_from_the_plans(tmp_path: Path) -> None:
-    cell = planned_cells(write_study(tmp_path))[0]
-    small = {"mem_gb": 4, "cpus_per_task": 1, "gpus_per_node": None}  # 2 GB and a little, up to a power of two
+    study = write_study(tmp_path, "{methods: [peer], grid: [{budget: 1e10, d_model: 8}]}")
+    (cell,) = planned_cells(study)
+    small = {"mem_gb": 4, "cpus_per_task": 1, "gpus_per_node": None}  # 2 GB, 1 for logits and a little
     assert needs([cell]) == small
-    trainer = replace(cell.config.trainer, threads=3, accelerator="gpu")
-    big = replace(cell.plan, cost=replace(cell.plan.cost, params={"table": 10**9}))
-    other = replace(cell, config=replace(cell.config, trainer=trainer), plan=big)
-    large = {"mem_gb": 64, "cpus_per_task": 3, "gpus_per_node": 1}  # 32 GB of state and 2 GB
+    big = [f"ffn.n_experts={8192**2}", "trainer.threads=3", "trainer.accelerator=gpu"]
+    (other,) = planned_cells(study, big)
+    large = {"mem_gb": 64, "cpus_per_task": 3, "gpus_per_node": 1}  # 10^9 parameters: twice 17 GB of state, and 3
     assert needs([other]) == needs([cell, other, cell]) == large
-    both = replace(other, config=replace(cell.config, trainer=replace(trainer, devices=2)))
+    (both,) = planned_cells(study, [*big, "trainer.devices=2"])
     assert needs([both]) == {"mem_gb": 128, "cpus_per_task": 6, "gpus_per_node": 2}  # a process for each GPU
 
 
@@ -174,7 +174,7 @@ def test_without_submitit_one_line_says_what_to_install(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("wrong", "line"),
     [
-        ("slurm.partitions=main", r"^conf/slurm.yaml: Key 'partitions' is not in struct$"),
+        ("slurm.partitions=main", r"^conf/slurm.yaml: Key 'partitions' is not in struct"),
         (
             "slurm.mem_gb=much",
             r"^sbatch: invalid literal for int\(\) with base 10: 'much' \(asked for 1 jobs of much GB",

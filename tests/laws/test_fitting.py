@@ -1,5 +1,6 @@
 """What a table must not hold, what resampling draws, and the largest budget predicted from the others."""
 
+import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,6 +43,8 @@ def test_missing_columns_and_rows_are_named() -> None:
         columns(table, "N", at_least=5)
     with pytest.raises(UserError, match="the table has no rows"):
         columns(table.head(0), "N")
+    with pytest.raises(UserError, match="in row 0, 1, 2, 3, 4 and 43 more: 0, 0"):
+        columns(pd.DataFrame({"N": [0] * 48}), "N")
     with pytest.raises(UserError, match="no column 'run'"):
         cluster_labels(table, "run")
 
@@ -218,11 +221,33 @@ def test_isoflop_predicts_the_largest_optimum() -> None:
     assert fit_isoflop(table[table["C"] < 5e18], budget="C", x="N", loss="loss").hold_out is None
 
 
-def test_every_law_of_the_loss_has_one() -> None:
+def test_every_law_of_the_loss_holds_out_its_largest_runs_and_names_its_results_in_json() -> None:
     n, d, g = (grid.ravel() for grid in np.meshgrid([1e8, 5e8, 3e9], [1e10, 6e10, 2e11], [1, 4, 16]))
     table = pd.DataFrame({"N": n, "D": d, "G": g, "loss": 0.47 + (2.1 / g**0.58 + 18.1) / n**0.115 + 30.8 / d**0.147})
-    found = fit_granular(table, params="N", tokens="D", granularity="G", loss="loss").hold_out
-    assert found.n == 3 and found.rmse < 1e-6
-    table = table.assign(loss=10 ** (1.1 - 0.08 * np.log10(n) - 0.04 * np.log10(2 * g / (1 + g / 300))))
-    found = fit_routed(table, dense_params="N", experts="G", loss="loss").hold_out
-    assert found.budget == 3e9 and found.n == 9 and found.rmse < 1e-4
+    of_experts = table.assign(loss=10 ** (1.1 - 0.08 * np.log10(n) - 0.04 * np.log10(2 * g / (1 + g / 300))))
+    granular = fit_granular(table, params="N", tokens="D", granularity="G", loss="loss", bootstrap=20)
+    assert granular.hold_out.n == 3 and granular.hold_out.rmse < 1e-6
+    routed = fit_routed(of_experts, dense_params="N", experts="G", loss="loss", bootstrap=20)
+    assert routed.hold_out.budget == 3e9 and routed.hold_out.n == 9 and routed.hold_out.rmse < 1e-4
+    surface = fit(runs(), bootstrap=20)
+    assert surface.to_dict()["objective_name"] == "huber-log"
+    for found, named, derived in (
+        (granular, ("a", "alpha", "b", "beta", "g", "gamma", "c"), ()),
+        (routed, ("a", "b", "c", "d", "E_start", "E_max"), ("rms_log10",)),
+        (surface, ("E", "A", "B", "alpha", "beta", "a", "b"), ()),
+    ):
+        stored = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+        common = {"law", "n", "status", "objective_name", "objective_value", "ci", "hold_out", "warnings"}
+        assert {*common, *named, *derived} <= stored.keys() and stored["ci"].keys() == {*named}
+        assert stored["law"] == found.law and len(stored["bootstrap"]["draws"][named[0]]) == 20
+
+
+def test_isoflop_names_its_results_in_json_without_nan() -> None:
+    table = pd.concat([runs(), pd.DataFrame({"C": 1e23, "N": [1e9, 2e9], "loss": [2.0, 2.1]})])
+    result = fit_isoflop(table, budget="C", x="N", loss="loss", bootstrap=50)
+    stored = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    common = {"law", "n", "status", "objective_name", "objective_value", "ci", "hold_out", "surface_exponent"}
+    assert {*common, "vertices", "exponent", "coefficient"} <= stored.keys()
+    assert {"budget", "x", "loss", "curvature", "n", "status", "coefficients"} <= stored["vertices"][0].keys()
+    assert stored["law"] == "isoflop" and stored["ci"].keys() == {"exponent", "coefficient"}
+    assert stored["vertices"][-1]["x"] is None and stored["vertices"][-1]["status"] == "too_few"

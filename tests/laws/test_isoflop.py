@@ -1,7 +1,5 @@
 """Approach 2 against parabolas and surfaces whose minima are known, and its flags against tables made to raise them."""
 
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -154,15 +152,6 @@ def test_two_budgets_give_no_exponent() -> None:
     assert np.isnan(result.optimum(1e20))
 
 
-def test_json_has_the_named_keys_and_no_nan() -> None:
-    result = fit(pd.concat([runs(), runs(budgets=np.array([1e18]), grid=(1, 2))]), bootstrap=50)
-    stored = json.loads(json.dumps(result.to_dict(), allow_nan=False))
-    assert {"law", "n", "status", "objective_name", "objective_value", "ci", "vertices", "exponent"} <= stored.keys()
-    assert {"budget", "x", "loss", "curvature", "n", "status", "coefficients"} <= stored["vertices"][0].keys()
-    assert stored["law"] == "isoflop" and stored["ci"].keys() == {"exponent", "coefficient"}
-    assert stored["vertices"][-1]["x"] is None and stored["vertices"][-1]["status"] == "too_few"
-
-
 def test_duplicated_rows_are_kept_and_named() -> None:
     table = runs()
     table = pd.concat([table, table.iloc[[3]]], ignore_index=True)
@@ -213,27 +202,6 @@ def test_bootstrap_is_seeded_and_needs_a_spare_run() -> None:
     assert fit(table, bootstrap=100, seed=1).ci != fit(table, bootstrap=100, seed=2).ci
     three = fit(runs(grid=(0.5, 1, 2)), bootstrap=10, include_flagged=True)
     assert three.bootstrap.failed == 10 and np.isnan(three.ci["exponent"]).all()
-
-
-def test_which_parameters_are_counted_moves_the_exponent() -> None:
-    """An embedding counted or not: as many budgets, other optima. The caller names the column, and gets its own."""
-    rows = [(c, n) for c in np.geomspace(1e15, 1e18, 5) for n in TRUTH.optimum(c).params * np.geomspace(0.3, 3, 7)]
-    table = pd.DataFrame(rows, columns=["C", "body"])
-    table["loss"] = TRUTH.predict(table["body"], table["C"] / (6 * table["body"]))
-    table["total"] = table["body"] + 30 * table["body"] ** (2 / 3) * 50  # width ~ body^(1/3), times a vocabulary
-    exponents = {x: fit_isoflop(table, budget="C", x=x, loss="loss").exponent for x in ("body", "total")}
-    assert exponents["total"] < exponents["body"] - 0.03
-
-
-def test_parabolas_are_grouped_by_the_designed_budget() -> None:
-    """6 N D differs from the FLOPs counted per operation by a factor that depends on the size."""
-    rows = [(c, n) for c in np.geomspace(1e18, 1e20, 4) for n in TRUTH.optimum(c).params * np.geomspace(0.3, 3, 7)]
-    table = pd.DataFrame(rows, columns=["C", "N"])
-    per_token = 6 * table["N"] * (1 + 0.5 * (table["N"] / 1e7) ** -0.5)
-    table = table.assign(D=table["C"] / per_token, loss=lambda runs: TRUTH.predict(runs["N"], runs["D"]))
-    result = fit_isoflop(table, budget="C", x="N", loss="loss")
-    assert len(result.vertices) == 4 and all(optimum.n == 7 for optimum in result.vertices)
-    assert len(fit_isoflop(table.assign(C=6 * table["N"] * table["D"]), budget="C", x="N", loss="loss").vertices) == 28
 
 
 def test_approach_3_stands_beside_approach_2() -> None:

@@ -1,7 +1,5 @@
 """Approach 3 on surfaces that are known, against scipy's optimisers, and on tables that cannot determine it."""
 
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -113,12 +111,6 @@ def test_optimum_is_the_lowest_loss_of_the_budget(k: float) -> None:
     assert k * best.params * best.tokens == pytest.approx(budget)
 
 
-def test_no_irreducible_loss_is_at_bound() -> None:
-    result = fit(runs(Surface(E=0.0, A=480.0, B=2100.0, alpha=0.347, beta=0.367)))
-    assert result.status is FitStatus.AT_BOUND and result.E < 1e-4
-    assert (result.alpha, result.beta) == pytest.approx((0.347, 0.367), abs=1e-3)
-
-
 def test_what_the_data_cannot_tell_is_said() -> None:
     table = runs(noise=0.001)
     assert fit(table.assign(N=1e9)).status is not FitStatus.CONVERGED
@@ -137,16 +129,8 @@ def test_bad_input_is_named() -> None:
         fit_parametric(table, params="N", loss="loss")
     with pytest.raises(UserError, match="exactly one of tokens and flops"):
         fit_parametric(table, params="N", tokens="D", flops="C", loss="loss")
-    with pytest.raises(UserError, match=r"4 rows are too few .* 5 coefficients"):
-        fit(table.head(4))
     with pytest.raises(UserError, match=r"one budget, 1e\+18"):
         fit_parametric(table.assign(C=1e18), params="N", flops="C", loss="loss")
-    with pytest.raises(
-        UserError, match="'N' must hold finite numbers above 0, not so in row 0, 1, 2, 3, 4 and 43 more"
-    ):
-        fit(table.assign(N=0))
-    with pytest.raises(UserError, match="no column 'run'"):
-        fit(table, bootstrap=10, cluster="run")
 
 
 def test_draws_are_the_fits_of_the_resampled_tables() -> None:
@@ -158,12 +142,6 @@ def test_draws_are_the_fits_of_the_resampled_tables() -> None:
         for name in ("alpha", "beta", "E"):
             assert result.bootstrap.draws[name][i] == pytest.approx(getattr(again, name), rel=2e-3)
     assert (result.bootstrap.resamples, result.bootstrap.failed) == (6, 0)
-
-
-def test_standard_errors_match_the_scatter_of_repeated_experiments() -> None:
-    result = fit(runs(noise=0.01), objective="mse-log", bootstrap=400)
-    repeated = [fit(runs(noise=0.01, seed=seed), objective="mse-log").alpha for seed in range(60)]
-    assert np.std(result.bootstrap.draws["alpha"]) == pytest.approx(np.std(repeated), rel=0.4)
 
 
 def test_predictions_and_optima_have_intervals() -> None:
@@ -189,13 +167,6 @@ def test_clusters_are_drawn_whole() -> None:
     assert width["rows"] < 0.75 * width["runs"]
 
 
-def test_json_has_the_named_keys() -> None:
-    stored = json.loads(json.dumps(fit(runs(noise=0.01), bootstrap=20).to_dict(), allow_nan=False))
-    assert {"law", "n", "status", "objective_name", "objective_value", "ci", *NAMES, "a", "b"} <= stored.keys()
-    assert (stored["law"], stored["objective_name"], stored["n"]) == ("parametric", "huber-log", 48)
-    assert len(stored["bootstrap"]["draws"]["alpha"]) == 20
-
-
 def scattered_runs(n: int = 240, noise: float = 0.008, seed: int = 0) -> pd.DataFrame:
     """Runs scattered about the compute-optimal ones, as published sets are."""
     rng = np.random.default_rng(seed)
@@ -211,27 +182,6 @@ def problem_of(table: pd.DataFrame, objective: Objective = Objective.HUBER_LOG) 
         {"A": {"alpha": log_n}, "B": {"beta": log_d}, "E": {}}, table["loss"].to_numpy(),
         objective=objective, delta=1e-3, start_exponents=START_EXPONENTS,
     )  # fmt: skip
-
-
-def test_a_mean_objective_stops_early_and_says_success() -> None:
-    """At default tolerances; the sum, scaled, does not. Flags tell neither, so that ours go by the objective."""
-    table = scattered_runs()
-    log_n, log_d, log_loss = (np.log(table[name].to_numpy()) for name in ("N", "D", "loss"))
-
-    def objective(point: np.ndarray) -> float:
-        log_a, log_b, log_e, alpha, beta = point
-        terms = [log_a - alpha * log_n, log_b - beta * log_d, np.full(len(table), log_e)]
-        return float(np.sum(huber(1e-3, np.logaddexp.reduce(terms, axis=0) - log_loss)))
-
-    found = []
-    for alpha in (0.2, 0.5):
-        for beta in (0.2, 0.5):
-            found.append(minimize(lambda p: objective(p) / len(table), [5, 7, 0.5, alpha, beta], method="L-BFGS-B"))
-    assert all(one.success for one in found)
-    best = fit(table)
-    assert min(one.fun for one in found) * len(table) > 1.02 * best.objective_value
-    point = [*np.log([best.A, best.B, best.E]), best.alpha, best.beta]
-    assert best.objective_value == pytest.approx(objective(np.array(point)), rel=1e-9)
 
 
 def test_every_start_reaches_the_optimum() -> None:
@@ -267,7 +217,10 @@ def test_rounding_makes_no_outlier() -> None:
     assert not fit(scattered_runs(noise=0.0)).warnings
 
 
-def test_the_bootstrap_records_what_ended_on_a_bound() -> None:
+def test_no_irreducible_loss_is_at_bound_and_the_bootstrap_counts_what_ended_there() -> None:
+    result = fit(runs(Surface(E=0.0, A=480.0, B=2100.0, alpha=0.347, beta=0.367)))
+    assert result.status is FitStatus.AT_BOUND and result.E < 1e-4
+    assert (result.alpha, result.beta) == pytest.approx((0.347, 0.367), abs=1e-3)
     free = Surface(E=0.0, A=480.0, B=2100.0, alpha=0.1, beta=0.12)
     table = scattered_runs(60)
     result = fit(table.assign(loss=free.predict(table["N"], table["D"])), bootstrap=30)

@@ -26,9 +26,9 @@ from peerscale.records.record import planned_record
 from peerscale.records.table import runs_table
 from programs import call
 
-RECIPE = (ROOT / "README.md").read_text().split("## Add a layer")[1].split("\n## ")[0]
-BLOCKS = dict(re.findall(r"^   ```(python|yaml)\n(.*?)^   ```", RECIPE, flags=re.S | re.M))
-MODULE, YAML = (re.sub(r"^   ", "", BLOCKS[language], flags=re.M) for language in ("python", "yaml"))
+RECIPE = (ROOT / "README.md").read_text().split("## A layer of your own")[1].split("\n## ")[0]
+BLOCKS = dict(re.findall(r"^```(python|yaml)\n(.*?)^```", RECIPE, flags=re.S | re.M))
+MODULE, YAML = BLOCKS["python"], BLOCKS["yaml"]
 
 
 @pytest.fixture
@@ -50,7 +50,6 @@ def forget() -> None:
     sys.modules.pop("gated", None)
     registry._source_sha256.cache_clear()
     registry._adapter.cache_clear()
-    registry._FOUND.clear()
 
 
 def small(*overrides: str) -> Config:

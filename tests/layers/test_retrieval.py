@@ -71,23 +71,6 @@ def test_parameters_have_the_documented_shapes_and_the_tables_are_those_with_a_r
     assert [table.shape for table in make(Pkm).expert_tables()] == [(16, 6)]
 
 
-@pytest.mark.parametrize("name", ["reference", "cpp", "torch"])
-@pytest.mark.parametrize("shared", [True, False])
-def test_layout_of_queries_and_keys(name: str, shared: bool) -> None:
-    """The query projection's outputs are (head, half, width); the row of sub-keys (i, j) is i sqrt(n_experts) + j."""
-    torch.manual_seed(0)
-    layer = Pkm(6, 25, 3, 4, 8, shared_keys=shared, query_norm=False, operators=choose_operators(name)).double()
-    x = torch.randn(7, 6, dtype=torch.float64)
-    scores, rows = layer.retrieve(x)
-    q = (x @ layer.query.weight.T + layer.query.bias).view(7, 3, 2, 4)
-    for t, h in itertools.product(range(7), range(3)):
-        first, second = layer.sub_keys[0 if shared else h]
-        every = (first @ q[t, h, 0])[:, None] + (second @ q[t, h, 1])[None, :]
-        best, row = every.flatten().topk(4)
-        torch.testing.assert_close(scores[t, h], best)
-        assert rows[t, h].tolist() == row.tolist()
-
-
 @pytest.mark.parametrize(("kind", "form"), [(Peer, {"score": "softmax"}), (Peer, {"score": "sigmoid"}), (Pkm, {})])
 def test_usage_is_the_gates_summed_by_expert(kind: type, form: dict) -> None:
     # Looked up by its position among the k^2 candidates, no expert beyond the first 9 would ever be used.
@@ -112,18 +95,6 @@ def test_one_expert_a_head_is_a_feed_forward_layer() -> None:
     for t, chosen in experts.items():
         W, V = layer.w_down[chosen], layer.w_up[chosen]
         torch.testing.assert_close(layer(x)[t], V.T @ per_token.gelu(W @ x[t]))
-
-
-def test_values_depend_on_x_through_the_router_alone() -> None:
-    # Twice as large queries without bias and norm retrieve the same values; only their weights change.
-    layer, x = make(Pkm, query_norm=False, query_bias=False).eval(), torch.randn(3, 6)
-    both = zip(per_token.retrieved(layer, x), per_token.retrieved(layer, 2 * x), strict=True)
-    for (_, scores, rows), (_, larger, same) in both:
-        assert rows == same
-        torch.testing.assert_close(larger, 2 * scores)
-    with torch.no_grad():
-        layer.values.fill_(1.0)
-    torch.testing.assert_close(layer(x), torch.full_like(x, 3.0))  # 3 heads whose weights sum to 1 each
 
 
 @pytest.mark.parametrize("kernel", ["torch", "reference"])

@@ -38,18 +38,18 @@ def tokens() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("ffn", FFNS)
-@pytest.mark.parametrize("changed", [1, 4, TOKENS - 1])
-def test_no_logit_depends_on_a_later_token(ffn: str, changed: int) -> None:
+def test_no_logit_depends_on_a_later_token(ffn: str) -> None:
     model, before = evaluated(ffn), tokens()
-    after, one = before.clone(), before.clone()
-    after[:, changed:] = (after[:, changed:] + 1 + torch.randint(255, after[:, changed:].shape)) % 257
-    one[3, changed] = (one[3, changed] + 1) % 257
-    with torch.no_grad():
-        old, new, of_one = model(before), model(after), model(one)
-    torch.testing.assert_close(new[:, :changed], old[:, :changed], rtol=0, atol=1e-12)
-    assert (new[:, changed:] - old[:, changed:]).abs().amax(dim=(0, 2)).min() > 1e-3
-    torch.testing.assert_close(of_one[3, :changed], old[3, :changed], rtol=0, atol=1e-12)
-    assert not torch.allclose(of_one[3, changed:], old[3, changed:])
+    for changed in (1, 4, TOKENS - 1):
+        after, one = before.clone(), before.clone()
+        after[:, changed:] = (after[:, changed:] + 1 + torch.randint(255, after[:, changed:].shape)) % 257
+        one[3, changed] = (one[3, changed] + 1) % 257
+        with torch.no_grad():
+            old, new, of_one = model(before), model(after), model(one)
+        torch.testing.assert_close(new[:, :changed], old[:, :changed], rtol=0, atol=1e-12)
+        assert (new[:, changed:] - old[:, changed:]).abs().amax(dim=(0, 2)).min() > 1e-3
+        torch.testing.assert_close(of_one[3, :changed], old[3, :changed], rtol=0, atol=1e-12)
+        assert not torch.allclose(of_one[3, changed:], old[3, changed:])
 
 
 @pytest.mark.parametrize("ffn", sorted({*FFNS} - {*EXPERT_CHOICE}))

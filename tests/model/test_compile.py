@@ -12,13 +12,10 @@ from peerscale.model.build import build_model
 from peerscale.model.transformer import Transformer
 
 SIZE = ["d_model=16", "context=8", "n_layers=2", "batch_sequences=16", "budget=1e12", "data.vocab_size=300"]
-ROWS = ["ffn.n_experts=64", "ffn.n_heads=2", "ffn.top_k=4", "ffn.query_norm=false"]
 CASES = {
     "dense": ["ffn=dense", "trainer.activation_checkpointing=true"],
-    "expert choice": ["ffn=moe", "ffn.n_experts=4", "routing_group_sequences=4"],
     "token choice": ["ffn=moe_token_choice"],
-    "pkm": ["ffn=pkm", *ROWS],
-    "peer": ["ffn=peer", *ROWS, "replaced=all"],
+    "peer": ["ffn=peer", "ffn.n_experts=64", "ffn.top_k=4", "ffn.query_norm=false", "replaced=all"],
 }
 
 

@@ -97,7 +97,7 @@ def test_a_layer_that_leaves_its_weights_to_torch_is_refused(small: Config, monk
         build_with(Gate(), small, monkeypatch)
     assert str(error.value) == (
         "Gate has parameters but no method init_weights(self, output_scale), which draws the weights that training "
-        "starts from (README.md, Add a layer)"
+        "starts from (docs/layers.md)"
     )
 
 

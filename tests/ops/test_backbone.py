@@ -30,7 +30,6 @@ def assert_same(found, expected, dtype):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 5, 32), (600, 20), (0, 4)])
 def test_rms_norm(shape, kernel, dtype):
-    torch.manual_seed(0)
     x, weight = torch.randn(shape, dtype=dtype), torch.rand(shape[-1], dtype=dtype)
     found = gradients(lambda x, w: BACKENDS[kernel].rms_norm(x, w, 1e-3), x, weight)
     expected = gradients(lambda x, w: x / (x.square().mean(-1, True) + 1e-3).sqrt() * w, x.double(), weight.double())
@@ -40,7 +39,6 @@ def test_rms_norm(shape, kernel, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_rotary_turns_pairs_of_queries_and_keys_as_complex_numbers(kernel, dtype):
-    torch.manual_seed(0)
     B, T, H, C = 2, 5, 3, 4
     qkv = torch.randn(B, T, 3, H, 2 * C, dtype=dtype)
     angles = torch.rand(9, C, dtype=torch.float64)  # of more positions than are asked for
@@ -61,7 +59,6 @@ def test_rotary_turns_pairs_of_queries_and_keys_as_complex_numbers(kernel, dtype
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(("tokens", "vocabulary"), [(1, 1), (5, 3), (300, 2048), (7, 2**18 + 1)])
 def test_cross_entropy_of_a_linear_head(tokens, vocabulary, kernel, dtype):
-    torch.manual_seed(0)
     x, head = 3 * torch.randn(tokens, 6, dtype=dtype), torch.randn(vocabulary, 6, dtype=dtype)
     targets = torch.randint(vocabulary, (tokens,))
     found = gradients(lambda x, head: linear_cross_entropy(x, head, targets, BACKENDS[kernel])[0], x, head)
@@ -79,7 +76,6 @@ def test_cross_entropy_far_from_the_target_and_of_a_diverged_model(kernel):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_products_of_the_head_follow_autocast(kernel):
-    torch.manual_seed(0)
     x, head, targets = torch.randn(50, 16), torch.randn(64, 16), torch.randint(64, (50,))
     with torch.autocast("cpu", torch.bfloat16):
         found = gradients(lambda x, head: linear_cross_entropy(x, head, targets, BACKENDS[kernel])[0], x, head)
@@ -91,7 +87,6 @@ def test_products_of_the_head_follow_autocast(kernel):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_losses_of_single_tokens_are_the_same_with_and_without_gradients(kernel):
-    torch.manual_seed(0)
     x, head, targets = torch.randn(300, 6), torch.randn(2048, 6, requires_grad=True), torch.randint(2048, (300,))
     mean, losses = linear_cross_entropy(x, head, targets, BACKENDS[kernel])
     torch.testing.assert_close(losses, F.cross_entropy(x @ head.T, targets, reduction="none"))

@@ -33,11 +33,6 @@ SHAPES = [
 LARGE = (90, 300, 4000, 128)
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def backend(name: str):
     return choose_operators(name, DEVICE)
 
@@ -131,15 +126,12 @@ def test_not_a_number_is_not_hidden(name, activation):
 
 
 @pytest.mark.parametrize("shape", [(64, 48, 100, 12), LARGE], ids=str)
-def test_cpp_results_do_not_depend_on_the_number_of_threads(shape):
+def test_cpp_results_do_not_depend_on_the_number_of_threads(shape, threads):
     tensors, rows = inputs(shape, torch.float32)
-    threads, found = torch.get_num_threads(), []
-    try:
-        for n in (1, 3):
-            torch.set_num_threads(n)
-            found.append(experts(backend("cpp"), tensors, rows))
-    finally:
-        torch.set_num_threads(threads)
+    found = []
+    for n in (1, 3):
+        threads(n)
+        found.append(experts(backend("cpp"), tensors, rows))
     assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))
 
 

@@ -5,24 +5,17 @@ import pickle
 
 import pytest
 import torch
+from test_operators import DEVICE, OTHERS, RUNNABLE
 from torch import Tensor, nn
 
 from peerscale.layers import Peer, Pkm
-from peerscale.ops.backends import BACKENDS, choose_operators
+from peerscale.ops.backends import choose_operators
 from peerscale.ops.row_sparse_adamw import RowSparseAdamW
 
 D, N, HEADS, TOP_K = 12, 25, 2, 3
-DEVICE = torch.get_default_device().type
-# Triton's turn is in test_triton.
-RUNNABLE = [name for name in BACKENDS if BACKENDS[name].obstacle(DEVICE) is None]
 # A large eps, so that a step tells the size of a gradient and not its sign alone.
 RATES = {"lr": 0.03, "betas": (0.9, 0.95), "eps": 0.1, "weight_decay": 0.1}
 OPTIMIZERS = ["adamw", "row_sparse_adamw"]
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
 
 
 @pytest.fixture(params=[Peer, Pkm])
@@ -160,7 +153,7 @@ def test_the_copy_follows_its_table(name, kind):
         assert torch.equal(in_bf16(layer, x), in_bf16(fresh, x)), what
 
 
-@pytest.mark.parametrize("name", [name for name in RUNNABLE if name != "reference"])
+@pytest.mark.parametrize("name", OTHERS)
 def test_one_copy_serves_all_passes_of_a_step(name, kind):
     layer, x = make(kind, name), torch.randn(5, D)
     optimizer, table = optimizer_of(layer, "row_sparse_adamw"), layer.expert_tables()[0]

@@ -1,31 +1,22 @@
 """Row-sparse AdamW against torch's: one optimiser a row, stepped when the row was retrieved."""
 
 import copy
-import io
 
 import pytest
 import torch
+from test_operators import DEVICE, OTHERS, RUNNABLE
 from torch import Tensor, nn
 
 from peerscale.layers import Peer
-from peerscale.ops.backends import BACKENDS, choose_operators
+from peerscale.ops.backends import choose_operators
 from peerscale.ops.pairs import collect_row_gradients, collected_gradients, total_gradient
 from peerscale.ops.row_sparse_adamw import RowSparseAdamW
 
 RATES = {"lr": 0.03, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 N, D, T, J = 30, 5, 4, 3
-DEVICE = torch.get_default_device().type
-# Triton's turn is in test_triton.
-RUNNABLE = [name for name in BACKENDS if BACKENDS[name].obstacle(DEVICE) is None]
-COMPACT = [name for name in RUNNABLE if name != "reference"]
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """Rows, weights and the output's gradient."""
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
 
 
 def table(dtype: torch.dtype = torch.float64) -> nn.Parameter:
@@ -80,7 +71,7 @@ def test_each_row_is_an_adamw_of_its_own(name, dtype, tolerance):
     assert not any(state[key][-10:].any() for key in ("step", "exp_avg", "exp_avg_sq"))
 
 
-@pytest.mark.parametrize("name", COMPACT)
+@pytest.mark.parametrize("name", OTHERS)
 def test_backward_passes_add_up_until_zero_grad(name):
     one, other = table(), table()
     other.data.copy_(one.data)
@@ -97,7 +88,7 @@ def test_backward_passes_add_up_until_zero_grad(name):
     assert one.grad is None
 
 
-@pytest.mark.parametrize("name", COMPACT)
+@pytest.mark.parametrize("name", OTHERS)
 def test_compact_gradients_are_the_dense_ones(name):
     model = Peer(6, 16, 2, 4, 8, operators=choose_operators(name, DEVICE)).double()
     x = torch.randn(9, 6, dtype=torch.float64)
@@ -117,23 +108,6 @@ def test_compact_gradients_are_the_dense_ones(name):
     twin = copy.deepcopy(model)  # collects nothing
     twin(x).square().sum().backward()
     assert all(parameter.grad is not None for parameter in twin.expert_tables())
-
-
-@pytest.mark.parametrize("name", COMPACT)
-def test_goes_on_exactly_from_its_saved_state(name):
-    parameter, passes = table(torch.float32), batches(6, torch.float32)
-    optimizer = row_sparse(parameter)
-    train(name, parameter, optimizer, passes[:3])
-    file = io.BytesIO()
-    torch.save((parameter.detach(), optimizer.state_dict()), file)
-    train(name, parameter, optimizer, passes[3:])
-    file.seek(0)
-    weights, state = torch.load(file, weights_only=True)
-    resumed = nn.Parameter(weights)
-    second = row_sparse(resumed, lr=1.0)
-    second.load_state_dict(state)
-    train(name, resumed, second, passes[3:])
-    assert torch.equal(resumed, parameter)
 
 
 def test_other_groups_are_torchs_own_adamw():
@@ -173,18 +147,14 @@ def test_a_step_without_gradients_changes_nothing_and_a_closure_computes_them():
     assert torch.equal(parameter, twin)
 
 
-def test_updates_do_not_depend_on_the_number_of_threads():
-    threads = torch.get_num_threads()
+def test_updates_do_not_depend_on_the_number_of_threads(threads):
     passes = [(torch.randint(200, (64, 12)), torch.randn(64, 12), torch.randn(64, 33)) for _ in range(3)]
     start, results = torch.randn(200, 33), []
-    try:
-        for n in (1, 3):
-            torch.set_num_threads(n)
-            parameter = nn.Parameter(start.clone())
-            train("cpp", parameter, row_sparse(parameter), passes)
-            results.append(parameter.detach())
-    finally:
-        torch.set_num_threads(threads)
+    for n in (1, 3):
+        threads(n)
+        parameter = nn.Parameter(start.clone())
+        train("cpp", parameter, row_sparse(parameter), passes)
+        results.append(parameter.detach())
     assert torch.equal(*results)
 
 

@@ -13,11 +13,6 @@ from peerscale.ops.pairs import Pairs
 TRITON, REFERENCE = choose_operators("triton", DEVICE), BACKENDS["reference"]
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("D", [1, 64, 65, 300])
 def test_every_block_size_gives_the_same(D):
     tensors, rows = inputs((3, D, 5, 20), torch.float64)

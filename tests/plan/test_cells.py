@@ -3,25 +3,26 @@ import json
 import pickle
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from peerscale.config.compose import composed, read_study
+from peerscale.config.compose import composed
 from peerscale.config.schema import load, parse_config
-from peerscale.config.study import load_sweep
+from peerscale.config.study import Part, load_sweep
+from peerscale.config.study_file import read_study
 from peerscale.errors import ConfigError, UserError
 from peerscale.files import ROOT
 from peerscale.plan.cell import Cell
 from peerscale.plan.cell_names import budget_name
-from peerscale.plan.cells import count_cells, pending_cells, planned_cells, single_cell, state
+from peerscale.plan.cells import planned_cells, single_cell
 from peerscale.plan.memory import in_micro_batches
-from peerscale.plan.notices import diverged_lines, short_methods
+from peerscale.plan.notices import short_methods
 from peerscale.plan.plan import Verdict
 from peerscale.records.fingerprint import fingerprint, hashed_config
+from peerscale.records.outcome import outcome
 from peerscale.records.record import Status, write_record
 from peerscale.records.table import read_records
 from toy_study import CORPUS, TOY, kept_in, record_of, write_study
@@ -54,14 +55,13 @@ def assert_planned_as_composed(cells: Sequence[Cell], file: Path, overrides: Seq
     study = load_sweep(file)
     for cell in cells:
         config = cell.config
-        row, size = next(
-            (row, size)
+        size = next(
+            size
             for row in study.grid
             for size in row.sizes
             if row.budget == config.budget and all(getattr(config, key) == value for key, value in size.items())
         )
         keys = {**size, "budget": config.budget, "seed": config.seed}
-        keys |= {"batch_sequences": row.batch_sequences} if row.batch_sequences else {}
         keys |= study.method_settings.get(config.ffn.name, {})
         keys |= {key: value for key, value in cell.axes.items() if key != "data"}
         words = [f"++{key}={_quoted(value)}" for key, value in keys.items()]
@@ -84,7 +84,7 @@ def _quoted(value: Any) -> str:
 def test_every_study_plans_and_its_finished_runs_still_count(file: Path) -> None:
     """In one test, as planning takes a second: names, folders, sizes enough, Hydra's opinion, and published records."""
     cells = planned_cells(file.stem)
-    assert cells and len(cells) == count_cells(load_sweep(file))
+    assert cells and len(cells) == len([*load_sweep(file).points(Part())])
     for cell in cells:
         assert cell.plan.verdict is Verdict.OK or cell.plan.reason
         assert (cell.sweep, cell.folder) == (file.stem, ROOT / "runs" / file.stem / cell.name)
@@ -102,6 +102,7 @@ def test_every_study_plans_and_its_finished_runs_still_count(file: Path) -> None
         for record in (record for record in records if record.status is not Status.PENDING):
             cell, corpus = planned[record.cell], record.hashed_config["data_fingerprint"]
             assert fingerprint(hashed_config(cell.config, cell.plan, corpus)) == record.fingerprint, record.cell
+            assert fingerprint(record.hashed_config) == record.fingerprint, record.cell
             assert (cell.axes, cell.config.size_name) == (record.axes, record.size), record.cell
 
 
@@ -192,6 +193,12 @@ def test_an_interpolation_follows_the_cell(study: Write) -> None:
     assert [cell.config.batch_sequences for cell in of_seed] == [8, 4]
 
 
+def test_a_cell_that_two_rows_give_is_planned_once(study: Write) -> None:
+    grid = "{budget: 1e10, d_model: [8, 12, 8]}, {budget: 1e10, d_model: 8, axes: {optim.beta2: [0.9, 0.95]}}"
+    names = [cell.name for cell in planned_cells(study(f"{{methods: [dense], grid: [{grid}]}}"))]
+    assert names == ["dense-d8-1e10-s0", "dense-d12-1e10-s0", "dense-d8-1e10-beta2=0.9-s0"]
+
+
 def test_a_part_of_a_study_has_the_names_and_configurations_that_it_has_in_the_whole(study: Write) -> None:
     file = study(
         "{methods: [dense, pkm, peer], grid: [{budget: 1e10, d_model: [8, 12]}, {budget: 3e10, d_model: 16, "
@@ -205,30 +212,18 @@ def test_a_part_of_a_study_has_the_names_and_configurations_that_it_has_in_the_w
         assert {cell.name for cell in part} == names and all(cell == whole[cell.name] for cell in part)
 
 
-NO_EFFECT = "has no effect: every cell has its own"
+NO_EFFECT = "has no effect: every cell has its own from `sweep:`"
 REFUSED = [
     # Nothing in a study's file is ignored
-    (f"{{methods: [dense], {ONE}}}", "seed: 3", [], f"seed {NO_EFFECT} from `sweep:`"),
-    (f"{{methods: [dense], {ONE}}}", "seed:", [], f"seed {NO_EFFECT} from `sweep:`"),
-    (f"{{methods: [dense], {ONE}}}", "budget: 1e10", [], f"budget {NO_EFFECT} from `sweep:`"),
-    (f"{{methods: [dense], {ONE}}}", "d_model: 16", [], f"d_model {NO_EFFECT} from `sweep:`"),
-    (f"{{methods: [dense], {ONE}}}", "ffn: peer", [], f"ffn {NO_EFFECT} from `sweep:`"),
-    (f"{{methods: [dense], {ONE}}}", "defaults: [override ffn: peer]", [],
-     "ffn has no effect in defaults: sweep.methods names the layers"),
-    ("{methods: [dense], grid: [{budget: 1e10, d_model: 8, head_dim: 4}]}", "head_dim: 8", [],
-     f"head_dim {NO_EFFECT} from `sweep:`"),
-    (f"{{methods: [dense], {ONE}, axes: {{optim.lr: [1, 2]}}}}", "optim: {lr: 3}", [],
-     f"optim.lr {NO_EFFECT} from `sweep:`"),
-    (f"{{methods: [dense], {ONE}, method_settings: {{dense: {{context: 8}}}}}}", "context: 9", [],
-     f"context {NO_EFFECT} from `sweep:`"),
-    (f"{{methods: [dense], {ONE}, axes: {{context: [8]}}, method_settings: {{dense: {{context: 4}}}}}}", "", [],
-     f"sweep.method_settings.dense.context {NO_EFFECT}"),
+    (f"{{methods: [dense], {ONE}}}", "seed: 3", [], f"toy.yaml: seed {NO_EFFECT}"),
+    ("{methods: [dense], grid: [{budget: 1e10, d_model: 8, head_dim: 4}]}", "head_dim: 8", [], f"head_dim {NO_EFFECT}"),
+    (f"{{methods: [dense], {ONE}, axes: {{optim.lr: [1, 2]}}}}", "optim: {lr: 3}", [], f"optim.lr {NO_EFFECT}"),
     # What a study varies is not overridden
     (f"{{methods: [dense], {ONE}}}", "", ["seed=3"], "varies seed: change it there, or choose a part"),
     (f"{{methods: [dense], {ONE}}}", "", ["ffn=peer"], "varies ffn: change it there, or choose a part"),
     (f"{{methods: [dense], {ONE}, axes: {{optim.lr: [1]}}}}", "", ["optim.lr=3"], "varies optim.lr: change it there"),
     ("{methods: [dense], grid: [{budget: 1e10, d_model: 8, n_layers: 3}]}", "", ["n_layers=4"], "varies n_layers: "),
-    (f"{{methods: [dense], {ONE}}}", "", ["hydra.mode=RUN"], "hydra.mode: a study may not change Hydra's own"),
+    (f"{{methods: [dense], {ONE}}}", "", ["sweep.budgets=[2e10]"], "no cells in the part that sweep.budgets=[2e10] "),
     # Wrong keys and values
     (f"{{methods: [dens], {ONE}}}", "", [], "Could not find 'ffn/dens' Available options in 'ffn': dense "),
     (f"{{methods: [dense], {ONE}}}", "batch_sequence: 3", [],
@@ -242,8 +237,8 @@ REFUSED = [
     (f"{{methods: [dense], {ONE}, axes: {{optim.lr: [-1]}}}}", "", [], "optim.lr: Input should be greater than 0"),
     (f"{{methods: [dense], {ONE}, axes: {{hydra.mode: [1]}}}}", "", [], "dense: hydra: Unexpected keyword argument"),
     # The cells together
-    ("{methods: [dense], grid: [{budget: 1e10, d_model: [8, 8]}]}", "", [],
-     "toy.yaml describes 1 cells twice, dense-d8-1e10-s0 among them"),
+    ("{methods: [dense], grid: [{budget: 1e10, d_model: 8}, {budget: 1e10, d_model: 8, batch_sequences: 8}]}", "",
+     [], "toy has two cells dense-d8-1e10-s0, which differ in keys that a name does not tell"),
     (f"{{methods: [dense], {ONE}, axes: {{data.vocab_size: [2048, 512]}}}}", "", [],
      "varies keys of data that make another corpus: a study has one corpus"),
 ]  # fmt: skip
@@ -265,7 +260,7 @@ def test_two_corpora_of_one_name_are_not_mixed(tmp_path: Path) -> None:
     assert here.folder == there.folder
     write_record(here.folder, record_of(here, Status.DONE, corpus="e" * 16))
     with pytest.raises(UserError, match=r"holds a run of another configuration: data_fingerprint"):
-        state(there, "f" * 16)
+        outcome(there, "f" * 16)
 
 
 def test_a_single_cell_belongs_to_no_study() -> None:
@@ -274,54 +269,7 @@ def test_a_single_cell_belongs_to_no_study() -> None:
     assert (cell.config, cell.axes) == (in_micro_batches(load(["ffn=peer"])), {})
 
 
-# What is still to be run
-
-
-def test_longest_first_without_what_is_done_or_dropped(cells: list[Cell]) -> None:
-    assert sum(cell.plan.verdict is Verdict.DROP for cell in cells) > 0
-    kept = [cell for cell in cells if cell.plan.verdict is Verdict.OK]
-    assert pending_cells(cells, CORPUS) == sorted(kept, key=lambda cell: cell.estimate_s, reverse=True)
-    for cell, status in zip(kept, (Status.DONE, Status.RUNNING, Status.FAILED), strict=False):
-        write_record(cell.folder, record_of(cell, status))
-    pending = pending_cells(cells, CORPUS)
-    assert {cell.name for cell in pending} == {cell.name for cell in kept[1:]}
-    estimates = [cell.estimate_s for cell in pending]
-    assert estimates == sorted(estimates, reverse=True)
-
-
-def test_the_state_is_the_plans_or_the_records(cells: list[Cell]) -> None:
-    dropped = next(cell for cell in cells if cell.plan.verdict is Verdict.DROP)
-    kept = next(cell for cell in cells if cell.plan.verdict is Verdict.OK)
-    assert state(dropped, CORPUS) is Status.DROPPED
-    assert state(kept, CORPUS) is Status.PENDING
-    for status in (Status.RUNNING, Status.FAILED, Status.DIVERGED, Status.DONE):
-        write_record(kept.folder, record_of(kept, status))
-        assert state(kept, CORPUS) is status
-
-
-def test_a_cell_of_another_configuration_is_refused_naming_what_differs(cells: list[Cell]) -> None:
-    cell = cells[0]
-    write_record(cell.folder, record_of(cell, Status.DONE, config={"context": 32, "precision": "bf16"}))
-    with pytest.raises(UserError) as refused:
-        pending_cells([cell], CORPUS)
-    assert str(refused.value) == (
-        f"{cell.folder} holds a run of another configuration: context 32 -> 64; precision 'bf16' -> 'fp32'. "
-        f"To keep it and go on: mv '{cell.folder}' '{cell.folder}.old'"
-    )
-
-
-def test_a_cell_of_another_corpus_is_refused(cells: list[Cell]) -> None:
-    cell = cells[0]
-    write_record(cell.folder, record_of(cell, Status.DONE, corpus="f" * 16))
-    with pytest.raises(UserError, match=f"data_fingerprint '{'f' * 16}' -> '{CORPUS}'"):
-        state(cell, CORPUS)
-
-
-def test_a_cell_run_with_another_kernel_is_the_same_cell(cells: list[Cell]) -> None:
-    cell, trainer = cells[0], cells[0].config.trainer
-    write_record(cell.folder, record_of(cell, Status.DONE, config={"min_steps": 1}))
-    elsewhere = replace(cell.config, trainer=replace(trainer, kernel="reference", threads=2))
-    assert state(replace(cell, config=elsewhere), CORPUS) is Status.DONE
+# Notices
 
 
 def test_methods_short_of_sizes_are_named(cells: list[Cell]) -> None:
@@ -332,7 +280,7 @@ def test_methods_short_of_sizes_are_named(cells: list[Cell]) -> None:
     ]
     assert short_methods(cells, 1) == ["peer has 0 sizes left at 1e10, fewer than 1"]
     assert short_methods(cells, 2) == [
-        "dense has 1 sizes left at 1e10, fewer than 2",
+        "dense has 1 size left at 1e10, fewer than 2",
         "peer has 0 sizes left at 1e10, fewer than 2",
     ]
     assert len(short_methods(cells, 3)) == 4
@@ -346,10 +294,10 @@ def test_each_curve_of_a_method_needs_its_own_sizes(study: Write) -> None:
     )
     cells = planned_cells(study(f"{{methods: [dense, peer], grid: {grid}}}", "min_steps: 1"))
     assert {cell.plan.verdict for cell in cells} == {Verdict.OK}
-    assert short_methods(cells, 2) == ["peer n_experts=1024 has 1 sizes left at 1e10, fewer than 2"]
+    assert short_methods(cells, 2) == ["peer n_experts=1024 has 1 size left at 1e10, fewer than 2"]
     assert short_methods(cells, 4) == [
         "peer has 3 sizes left at 1e10, fewer than 4",
-        "peer n_experts=1024 has 1 sizes left at 1e10, fewer than 4",
+        "peer n_experts=1024 has 1 size left at 1e10, fewer than 4",
     ]
 
 
@@ -387,14 +335,3 @@ def test_a_text_of_an_axis_stays_one_text(study: Write, values: list[str]) -> No
     cells = planned_cells(file)
     assert [cell.config.tracking.project for cell in cells] == values
     assert_planned_as_composed(cells, file)
-
-
-def test_a_diverged_cell_is_left_alone_and_named(cells: list[Cell]) -> None:
-    first, second, *_ = kept = [cell for cell in cells if cell.plan.verdict is Verdict.OK]
-    write_record(first.folder, record_of(first, Status.DIVERGED, reason="the training loss is nan at step 40"))
-    write_record(second.folder, record_of(second, Status.FAILED, reason="RuntimeError"))
-    assert {cell.name for cell in pending_cells(cells, CORPUS)} == {cell.name for cell in kept[1:]}
-    assert diverged_lines(cells, CORPUS) == [
-        f"{first.name} diverged: the training loss is nan at step 40; "
-        f"to run it again anyway: mv '{first.folder}' '{first.folder}.old'"
-    ]

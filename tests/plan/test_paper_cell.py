@@ -1,4 +1,4 @@
-"""The smallest PEER cell of the paper's study goes the study's whole way on a CPU: text in files as docs/scale.md saves
+"""The smallest PEER cell of the paper's study goes its whole way on a CPU: text in files as docs/cluster.md saves
 it, its vocabulary, bf16, row-sparse AdamW, evaluation sets. Ten steps of two sequences, in two micro-batches.
 
 As it stands here it has 2 of its 10 blocks, 128^2 experts and a context of 64. With its blocks, 256^2 experts and its
@@ -53,7 +53,7 @@ class Rows(list):
 
 
 def save_texts() -> None:
-    """Run the lines of docs/scale.md in the current folder; `datasets` is a stand-in that has few pages."""
+    """Run the lines of docs/cluster.md in the current folder; `datasets` is a stand-in that has few pages."""
     pages = page_stream()
     n_pages = {"allenai/c4 en train": 400, "allenai/c4 en validation": 200}
     n_pages |= {"EleutherAI/lambada_openai default test": 50, "Salesforce/wikitext wikitext-103-raw-v1 test": 50}
@@ -62,7 +62,7 @@ def save_texts() -> None:
         assert streaming
         return Rows({"text": page} for page in islice(pages, n_pages[f"{name} {subset} {split}"]))
 
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/scale.md").read_text(encoding="utf-8"), re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/cluster.md").read_text(encoding="utf-8"), re.DOTALL)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
         exec(code, {})

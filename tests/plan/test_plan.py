@@ -1,6 +1,5 @@
 import functools
 import math
-import re
 from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
@@ -75,62 +74,23 @@ def test_meets_its_budget_or_is_dropped_for_a_reason(
         assert 1 <= planned.warmup_steps < planned.steps
     else:
         assert too_short or too_long or less_than_a_batch
-        assert planned.reason.startswith("the train set of this corpus has ") == less_than_a_batch
+        assert planned.reason.startswith("the train set has ") == less_than_a_batch
         if less_than_a_batch:
             return
-        assert ("fewer than min_steps" in planned.reason) == too_short
+        assert ("too few steps" in planned.reason) == too_short
         assert ("epochs are more than" in planned.reason) == (too_long and not too_short)
-        named = re.search(r"the (smallest|largest) budget for this cell is (\S+)$", planned.reason)
-        if named is None:  # min_steps are too many for the corpus, whatever the budget
-            assert "no budget fits" in planned.reason
-            assert train_tokens < min_steps * batch_sequences * context
-            return
-        assert named[1] == ("smallest" if too_short else "largest")
-        near = plan(
-            replace(config, budget=float(named[2])), set_tokens=sets(train=train_tokens) if train_tokens else None
-        )
-        assert near.verdict is Verdict.OK, near.reason
-        limit = min_steps if too_short else train_tokens // (batch_sequences * context)
-        assert limit / 1.1 <= near.steps <= limit * 1.1 + 1  # two digits are within a tenth
+        named = float(planned.reason.split()[-1])
+        limit = min_steps * per_step if too_short else train_tokens * cost(config).flops_per_token
+        assert named == pytest.approx(limit, rel=0.005)
 
 
-@pytest.mark.parametrize("steps", [0, 1, 199])
-def test_drops_a_run_of_too_few_steps_and_names_the_smallest_budget(steps: int) -> None:
+def test_drops_a_run_of_too_few_steps_and_names_the_smallest_budget() -> None:
     config = configured("ffn=peer", "d_model=32", "budget=1e12")
-    planned = plan(steps_for(config, max(steps, 0.01)))
-    exact = 200 * cost(config).flops_per_token * 1024
-    (named,) = re.findall(r"\S+$", planned.reason)
+    planned = plan(steps_for(config, 199))
     assert planned.verdict is Verdict.DROP
-    assert planned.reason == (
-        f"{steps} step{' is' if steps == 1 else 's are'} fewer than min_steps 200: "
-        f"the smallest budget for this cell is {named}"
-    )
-    assert re.fullmatch(r"\d(\.\d)?e11", named)
-    assert exact <= float(named) < exact + 1e10
-
-
-def test_a_budget_is_named_in_as_many_digits_as_it_takes() -> None:
-    # Only runs of 200 or 201 steps are possible.
-    config = configured("ffn=dense", "data.train_tokens=null")
-    per_step = cost(config).flops_per_token * 1024
-    for steps, named in ((1, "smallest"), (1000, "largest")):
-        corpus = sets(train=201 * 1024 + 1000)
-        reason = plan(steps_for(config, steps), set_tokens=corpus).reason
-        assert f"the {named} budget for this cell is " in reason
-        budget = float(reason.split()[-1])
-        assert 200 * per_step <= budget <= 201 * per_step
-        assert plan(replace(config, budget=budget), set_tokens=corpus).verdict is Verdict.OK
-
-
-def test_says_where_no_budget_fits() -> None:
-    config = configured("ffn=dense", "data.train_tokens=null")
-    for steps, problem in (
-        (1, "1 step is fewer than min_steps 200"),
-        (300, "3.00 epochs are more than data.max_epochs 1"),
-    ):
-        assert plan(steps_for(config, steps), set_tokens=sets(train=102_400)).reason == (
-            f"{problem}: no budget fits, since data.max_epochs allows 100 steps"
-        )
+    smallest = 200 * cost(config).flops_per_token * 1024
+    named = f"the smallest budget for this cell is about {smallest:.2e}"
+    assert planned.reason == f"too few steps, 199 of min_steps 200: {named}"
 
 
 def test_warm_up_leaves_a_step_to_train() -> None:
@@ -139,22 +99,16 @@ def test_warm_up_leaves_a_step_to_train() -> None:
         assert (planned.verdict, planned.warmup_steps) == (Verdict.OK, steps - 1)
 
 
-def test_keeps_a_run_of_just_enough_steps() -> None:
-    assert plan(steps_for(configured("ffn=peer"), 200)).verdict is Verdict.OK
-
-
 def test_drops_a_run_of_too_many_epochs() -> None:
     config = configured("ffn=dense", "data.train_tokens=null")
     config = steps_for(config, 500)  # of 1,024 tokens
     dropped = plan(config, set_tokens=sets(train=400 * 1024))
-    problem, _, named = dropped.reason.rpartition(" ")
-    assert problem == "1.25 epochs are more than data.max_epochs 1: the largest budget for this cell is"
-    exact = 400 * 1024 * cost(config).flops_per_token
-    assert 0.9 * exact < float(named) <= exact
+    largest = 400 * 1024 * cost(config).flops_per_token
+    problem = "1.25 epochs are more than data.max_epochs 1"
+    assert dropped.reason == f"{problem}: the largest budget for this cell is about {largest:.2e}"
     assert (dropped.verdict, dropped.epochs) == (Verdict.DROP, 1.25)
     assert plan(config, set_tokens=sets(train=500 * 1024)).verdict is Verdict.OK
-    barely = plan(config, set_tokens=sets(train=499 * 1024))
-    assert barely.reason.startswith("1.01 epochs are more than data.max_epochs 1: ")
+    assert plan(config, set_tokens=sets(train=499 * 1024)).verdict is Verdict.DROP
     twice = replace(config, data=replace(config.data, max_epochs=2))
     assert plan(twice, set_tokens=sets(train=400 * 1024)).verdict is Verdict.OK
 
@@ -173,7 +127,7 @@ def test_the_tokens_that_are_prepared_count_before_those_written_down() -> None:
 
 @pytest.mark.parametrize(
     ("sequences", "n_experts", "capacity_factor", "capacity"),
-    [(16, 32, 1, "0.5"), (16, 3, 1, "5.33333"), (24, 16, 1, "1.5"), (16, 16, 0.5, "0.5"), (16, 16, 1.5, "1.5")],
+    [(16, 32, 1, "0.5"), (16, 3, 1, "5.33333"), (24, 16, 1, "1.5"), (16, 16, 1.5, "1.5"), (4, 2, 8, "16")],
 )
 def test_drops_expert_choice_without_a_whole_capacity(sequences, n_experts, capacity_factor, capacity) -> None:
     config = configured(
@@ -195,27 +149,15 @@ def test_drops_experts_that_are_no_whole_part_of_a_dense_layer() -> None:
     assert (planned.verdict, planned.reason) == (Verdict.DROP, "ffn.granularity 3 does not divide d_ff 128")
 
 
-@pytest.mark.parametrize(("sequences", "n_experts", "factor"), [(16, 16, 1), (32, 16, 1), (16, 16, 2), (32, 8, 0.25)])
+@pytest.mark.parametrize(
+    ("sequences", "n_experts", "factor"),
+    [(16, 16, 1), (32, 16, 1), (16, 16, 2), (32, 8, 0.25), (100, 11, 1.1)],  # 100 * 1.1 is 110.00000000000001
+)
 def test_keeps_expert_choice_with_a_whole_capacity(sequences, n_experts, factor) -> None:
     config = configured(
         "ffn=moe", f"batch_sequences={sequences}", f"ffn.n_experts={n_experts}", f"ffn.capacity_factor={factor}"
     )
     assert plan(steps_for(config, 300)).verdict is Verdict.OK
-
-
-def test_a_capacity_is_whole_whatever_its_factor_rounds_to() -> None:
-    # 100 x 1.1 / 11 = 10, but 100 * 1.1 is 110.00000000000001 in floating point.
-    config = configured("ffn=moe", "batch_sequences=100", "ffn.n_experts=11", "ffn.capacity_factor=1.1")
-    assert plan(steps_for(config, 300)).verdict is Verdict.OK
-
-
-def test_refuses_expert_choice_that_wants_more_tokens_than_there_are() -> None:
-    # 4 sequences x 8 / 2 experts: each expert would take 16 of the 4 tokens at a position.
-    try:
-        config = configured("ffn=moe", "batch_sequences=4", "ffn.n_experts=2", "ffn.capacity_factor=8")
-    except ConfigError:
-        return
-    assert plan(steps_for(config, 300)).verdict is Verdict.DROP
 
 
 def test_token_choice_needs_no_capacity() -> None:
@@ -286,27 +228,19 @@ def test_what_the_plan_keeps_can_be_evaluated_and_nothing_more(held, asked, batc
     else:
         assert planned.verdict is Verdict.DROP
         more = a_batch
+        batch = f"a batch of {batch_sequences} x {context} needs"
+        assert planned.reason == f"data.val_set validation: fewer tokens than the {a_batch + 1:,} that {batch}"
         if asked < a_batch:
-            assert planned.reason == (
-                f"data.evaluation.validation asks for {asked:,} tokens, but one batch of {batch_sequences} x {context} "
-                f"has {a_batch:,}"
-            )
             return
-        assert planned.reason == (
-            f"the validation set of this corpus has {held:,} tokens, fewer than the {a_batch + 1:,} that a batch "
-            f"of {batch_sequences} x {context} needs"
-        )
     with pytest.raises(AssertionError):
         EvaluationBatches(tokens, more, **shape)
 
 
 def test_drops_what_has_no_validation_set_or_training_batch() -> None:
     config = configured("ffn=dense", "data.val_set=speeches")
-    assert plan(config, set_tokens=sets(train=10**9)).reason == (
-        "data.val_set speeches is not in this corpus, whose held-out sets are validation, tuning"
-    )
+    assert plan(config, set_tokens=sets(train=10**9)).reason == "data.val_set speeches: not in this corpus"
     assert plan(configured("ffn=dense"), set_tokens=sets(train=2048)).reason == (
-        "the train set of this corpus has 2,048 tokens, fewer than the 2,049 that a batch of 16 x 64 needs"
+        "the train set has 2,048 tokens, fewer than the 2,049 that a batch of 16 x 64 needs"
     )
 
 
@@ -357,18 +291,14 @@ def test_a_law_gives_the_rate_of_width_tokens_and_batch() -> None:
     here = plan(load([*law, "d_model=32"]))
     assert here.lr == pytest.approx(0.005 * (32 / 64) ** -0.4 * (here.tokens / 1e7) ** -0.3 * (32 / 16) ** 0.5)
     assert plan(load([*law, "d_model=32", "optim.lr_factor=0.5"])).lr == pytest.approx(here.lr / 2)
-    assert beyond_law(load([*law, "d_model=32"]), here.tokens) == {}
-    assert beyond_law(load([*law, "d_model=96"]), 20_000_000) == {
-        "d_model": (96, (32, 64)), "tokens": (20_000_000, (1e5, 1e7))
-    }  # fmt: skip
+    assert beyond_law(load([*law, "d_model=32"]), here.tokens) == []
+    assert beyond_law(load([*law, "d_model=96"]), 20_000_000) == ["d_model", "tokens"]
     short = load([*law, "d_model=32", "optim.lr_law.fewest_steps=300"])
-    assert beyond_law(short, 299 * 32 * 64) == {"steps": (299, (300, math.inf))} and not beyond_law(
-        short, 300 * 32 * 64
-    )
+    assert [beyond_law(short, steps * 32 * 64) for steps in (299, 300)] == [["steps"], []]
     bounded = ["d_model=32", *(override.replace("}", ", largest_lr: 0.011}") for override in law)]
     assert 0.029 > here.lr > 0.011 and plan(load(bounded)).lr == pytest.approx(0.011)
     assert plan(load([*bounded, "optim.lr_factor=2"])).lr == pytest.approx(0.022)
-    assert beyond_law(load(["d_model=96", "optim.lr_rule=constant"]), 20_000_000) == {}, "no law, no range"
+    assert beyond_law(load(["d_model=96", "optim.lr_rule=constant"]), 20_000_000) == [], "no law, no range"
     with pytest.raises(ConfigError, match=r"lr_rule law needs optim\.lr_law"):
         load(["optim.lr_rule=law", "optim.lr_law=null"])
 

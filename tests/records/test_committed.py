@@ -1,4 +1,4 @@
-"""What is committed: its runs still count as done, and its statistics are those of an independent analysis."""
+"""What is committed: its table is that of its records, its statistics those of an independent analysis."""
 
 import math
 from functools import cache
@@ -11,9 +11,6 @@ from scipy.stats import t as student
 from own_variances import own_variances
 from peerscale.config.study import load_sweep
 from peerscale.files import ROOT
-from peerscale.plan.cells import planned_cells
-from peerscale.records.fingerprint import fingerprint
-from peerscale.records.record import Status, differences
 from peerscale.records.table import read_records, read_runs, runs_table
 from peerscale.stats.comparison import compare
 
@@ -49,15 +46,6 @@ def test_isoflop_cpu_against_another_analysis(budget: float, pair: tuple[str, st
     assert sign * found["value"] == pytest.approx(value, abs=5e-4)
     assert (found["high"] - found["low"]) / 2 == pytest.approx(half, rel=0.2)
     assert found["sequences_se"] < 0.003 < found["se"], "texts are the least of what is uncertain"
-
-
-@pytest.mark.parametrize("sweep", STUDIES)
-def test_committed_runs_count_as_done(sweep: str) -> None:
-    """Every cell is in the plan of the study's file, with the fingerprint of its record."""
-    cells = {cell.name: cell for cell in planned_cells(sweep)}
-    for record in (one for one in read_records(ROOT / "results" / sweep) if one.status is not Status.PENDING):
-        assert record.fingerprint == fingerprint(record.hashed_config)
-        assert differences(cells[record.cell], record, None) == []
 
 
 @pytest.mark.parametrize("sweep", STUDIES)

@@ -20,7 +20,6 @@ from peerscale.records.record import (
     SCHEMA_VERSION,
     Record,
     Status,
-    differences,
     parse_record,
     read_cell,
     read_record,
@@ -34,10 +33,10 @@ def record(status: Status = Status.DONE, **fields: Any) -> Record:
     return record_of(single_cell(composed(["ffn=peer"])), status, **fields)
 
 
-@pytest.mark.parametrize("status", Status)
-def test_round_trips_through_its_file(tmp_path: Path, status: Status) -> None:
+def test_round_trips_through_its_file(tmp_path: Path) -> None:
+    assert read_record(tmp_path / "cell") is None
     full = record(
-        status,
+        Status.FAILED,
         reason="line one — é",
         sequence_losses=[5.1, 4.25],
         router={"expert_usage": 0.75, "unevenness": 1.5, "usage_tokens": 131072},
@@ -48,7 +47,7 @@ def test_round_trips_through_its_file(tmp_path: Path, status: Status) -> None:
     write_record(tmp_path / "cell", full)
     back = read_record(tmp_path / "cell")
     assert back is not None
-    assert back.status is status
+    assert back.status is Status.FAILED
     assert json.loads(json.dumps(asdict(back))) == json.loads(json.dumps(asdict(full)))
     assert fingerprint(back.hashed_config) == full.fingerprint
     assert [path.name for path in (tmp_path / "cell").iterdir()] == ["record.json"]
@@ -60,11 +59,6 @@ def test_a_loss_that_is_no_number_round_trips(tmp_path: Path) -> None:
     assert back is not None
     assert back.evaluation["validation"]["loss"] != back.evaluation["validation"]["loss"]
     assert back.evaluation["validation"]["ppl"] == float("inf")
-
-
-def test_a_cell_that_was_never_run_has_none(tmp_path: Path) -> None:
-    assert read_record(tmp_path) is None
-    assert read_record(tmp_path / "nosuch") is None
 
 
 def broken(tmp_path: Path, **change: Any) -> str:
@@ -203,18 +197,6 @@ def test_changes_with_the_corpus_and_the_recipe(monkeypatch: pytest.MonkeyPatch)
     assert fingerprint(hashed_of(config)) != before
 
 
-def test_tables_read_in_bf16_are_a_recipe_of_their_own() -> None:
-    recipes = {
-        (ffn, precision): hashed_of(load([f"ffn={ffn}", f"precision={precision}"]))["recipe_version"]
-        for ffn in ("peer", "pkm", "moe", "dense")
-        for precision in ("fp32", "bf16")
-    }
-    assert {cell for cell, version in recipes.items() if version != RECIPE_VERSION} == {
-        ("peer", "bf16"),
-        ("pkm", "bf16"),
-    }
-
-
 def test_differing_keys_are_dotted_and_in_order() -> None:
     old = {"a": 1, "ffn": {"top_k": 8, "method": "peer"}, "size": {"d_model": 8}, "gone": None, "gone_too": 1}
     new = {"a": 1, "ffn": {"top_k": 16, "method": "peer"}, "size": 3, "new": "x"}
@@ -225,15 +207,6 @@ def test_differing_keys_are_dotted_and_in_order() -> None:
         "size {'d_model': 8} -> 3",
     ]
     assert differing_keys(old, old) == []
-
-
-def test_two_configurations_differ_in_what_was_changed() -> None:
-    old = load(BASE)
-    new = replace(old, seed=3, optim=replace(old.optim, lr=0.5))
-    assert differing_keys(hashed_of(old), hashed_of(new)) == [
-        f"optim.lr {old.optim.lr * 2**0.5} -> {0.5 * 2**0.5}",  # at d_model 16, for rates meant at 32
-        "seed 0 -> 3",
-    ]
 
 
 def test_a_folder_set_aside_as_the_error_says_stops_nothing(tmp_path: Path) -> None:
@@ -261,16 +234,6 @@ def test_a_running_record_is_interrupted_where_no_process_holds_its_lock(tmp_pat
         assert status(read_cell) is Status.RUNNING
     assert status(read_cell) is Status.INTERRUPTED
     assert status(read_record) is Status.RUNNING
-
-
-def test_without_a_corpus_all_but_the_corpus_is_compared() -> None:
-    peer = ["ffn=peer", "optim.lr_rule=constant"]
-    cell = single_cell(composed(peer))
-    kept = record_of(cell, Status.DONE, corpus="a" * 16)
-    kept = replace(kept, hashed_config=json.loads(json.dumps(kept.hashed_config)))
-    assert differences(cell, kept, None) == differences(cell, kept, "a" * 16) == []
-    assert differences(cell, kept, "b" * 16) == [f"data_fingerprint '{'a' * 16}' -> '{'b' * 16}'"]
-    assert differences(single_cell(composed([*peer, "context=32"])), kept, None) == ["context 64 -> 32"]
 
 
 def test_the_names_of_rules_and_layers_are_not_hashed_but_what_they_stand_for() -> None:

@@ -32,15 +32,10 @@ def test_broken_json_is_one_clear_line(tmp_path: Path) -> None:
 def test_fits_of_another_version_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "fits.json"
 
-    def fits(*optima: object) -> dict[str, object]:
-        keys = ("answer", "claims", "multipliers", "laws", "rates", "growth")
-        return {**dict.fromkeys(keys, ""), "budgets": [{"methods": [*optima]}]}
-
-    for whole in (fits(), fits({"loss": 3.0, "low": 2.9, "high": 3.1}), fits({"loss": None})):
-        path.write_text(json.dumps(whole))
-        assert read_fits(path) == whole
-    without_rates = {key: value for key, value in fits().items() if key != "rates"}
-    for other in (without_rates, fits({"loss": 3.0}), {"dense": {"law": "isoflop"}}, [], 3):
+    whole = dict.fromkeys(("answer", "budgets", "claims", "multipliers", "laws", "rates", "growth"), "")
+    path.write_text(json.dumps(whole))
+    assert read_fits(path) == whole
+    for other in ({key: whole[key] for key in whole if key != "rates"}, {"dense": {"law": "isoflop"}}, [], 3):
         path.write_text(json.dumps(other))
         with pytest.raises(UserError, match=r"fits\.json: not the fits of a study .* make figures"):
             read_fits(path)

@@ -17,7 +17,8 @@ from peerscale.stats.brackets import fit_rate_brackets
 from peerscale.stats.comparison import compare
 from peerscale.stats.curves_of_runs import are_brackets, without_brackets
 from peerscale.stats.fits import fit_study
-from peerscale.stats.rate_law import fit_brackets, fit_rates
+from peerscale.stats.rate_law import fit_rates
+from peerscale.stats.rate_parabolas import fit_brackets
 
 K = 0.06
 """Nats per squared factor of e."""

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 from scipy.optimize import curve_fit
 
-from peerscale.stats.optima import OptimaFit, OptimumStatus, f_test, holm
+from peerscale.stats.optima import OptimaFit, OptimumStatus, holm
 
 Z = np.array([5.5, 5.7, 5.9, 6.15, 6.4])
 """log10 of the sizes."""
@@ -79,7 +79,7 @@ def test_coefficients_optima_and_errors_are_those_of_curve_fit(n: int) -> None:
     """The errors too for one method; with several each has its own (`test_noise`)."""
     names, x, losses = runs(n)
     fit, (theta, covariance, minimum) = OptimaFit.of(names, x, losses), scipys(names, x, losses)
-    assert fit.df == 5 * n - 2 * n - 1
+    assert fit.linear.df == 5 * n - 2 * n - 1
     for i, name in enumerate(NAMES[:n]):
         found = fit.optimum(name)
         a, b = theta[i], theta[n + i]
@@ -122,35 +122,19 @@ def test_the_error_of_a_difference_counts_the_curvature_that_both_share() -> Non
 
 def test_own_curvatures_are_polynomials_of_each_method() -> None:
     names, x, losses = runs()
-    fit = OptimaFit.of(names, x, losses, shared=False)
+    fit, rss = OptimaFit.of(names, x, losses, shared=False), 0.0
     for i, name in enumerate(NAMES):
-        c, b, a = np.polyfit(Z, losses[5 * i : 5 * i + 5], 2)
+        (c, b, a), squares, *_ = np.polyfit(Z, losses[5 * i : 5 * i + 5], 2, full=True)
+        rss += float(squares[0])
         assert fit.optimum(name).coefficients == pytest.approx((a, b, c), rel=1e-6)
         assert fit.optimum(name).loss == pytest.approx(a - b**2 / (4 * c), abs=1e-8)
-    assert fit.df == 15 - 9
-
-
-def test_equality_of_curvatures_is_the_f_test_of_two_regressions() -> None:
-    names, x, losses = runs(2, rng=3)
-    losses[5:] += 0.3 * (Z - 5.9) ** 2
-    own = sum(float(np.polyfit(Z, part, 2, full=True)[1][0]) for part in (losses[:5], losses[5:]))
-    theta, _, _ = scipys(names, x, losses)
-    one = (np.array(names) == "moe").astype(float)
-    z = np.log10(x) - 6
-    shared = theta[0] * (1 - one) + theta[1] * one + (theta[2] * (1 - one) + theta[3] * one) * z + theta[4] * z**2
-    f = (float(((losses - shared) ** 2).sum()) - own) / (own / 4)
-    fits = (OptimaFit.of(names, x, losses, shared=s) for s in (True, False))
-    found = f_test(*fits)
-    assert found is not None and found["df"] == (1, 4)
-    assert found["f"] == pytest.approx(f, rel=1e-5) and found["p"] == pytest.approx(stats.f.sf(f, 1, 4), rel=1e-5)
-    assert found["p"] < 0.01
-
-
-def test_one_method_has_no_curvature_to_compare() -> None:
-    fits = [OptimaFit.of(*runs(1), shared=s) for s in (True, False)]
-    assert f_test(*fits) is None
-    assert fits[0].optimum("dense").loss == pytest.approx(fits[1].optimum("dense").loss, abs=1e-9)
-    assert fits[0].df == 2
+    assert fit.linear.df == 15 - 9
+    shared = OptimaFit.of(names, x, losses).linear
+    equality = fit.linear.f_test(shared)
+    assert equality is not None and equality["df"] == (2, 6)
+    assert equality["f"] == pytest.approx((shared.rss - rss) / 2 / (rss / 6))
+    one, alone = (OptimaFit.of(*runs(1), shared=s).linear for s in (True, False))
+    assert alone.f_test(one) is None, "one method has no curvature to compare"
 
 
 def test_equal_seeds_split_the_residuals_into_misfit_and_seeds() -> None:
@@ -167,7 +151,7 @@ def test_equal_seeds_split_the_residuals_into_misfit_and_seeds() -> None:
     weights = fit.optimum("dense").weights
     found = fit.estimate(weights)
     assert found.se == pytest.approx(delta(lambda t: minimum("dense", t), theta, covariance), rel=1e-4)
-    assert found.df == pytest.approx(2) and fit.df == 2
+    assert found.df == pytest.approx(2) and fit.linear.df == 2
     assert found.fit_se == pytest.approx(math.sqrt(weights @ weights * (rss / 2 - within / 3)))
     assert found.seeds_se == pytest.approx(math.sqrt(weights @ weights * within / 3))
     assert found.se == pytest.approx(math.hypot(found.fit_se, found.seeds_se))
@@ -262,7 +246,7 @@ def test_a_lone_size_of_a_method_changes_nothing_for_the_others() -> None:
     names, x, losses = runs(2)
     alone = OptimaFit.of(names, x, losses)
     fit = OptimaFit.of([*names, "peer"], np.append(x, 10**5.9), np.append(losses, 4.4))
-    assert fit.df == alone.df and fit.optimum("peer").status is OptimumStatus.TOO_FEW
+    assert fit.linear.df == alone.linear.df and fit.optimum("peer").status is OptimumStatus.TOO_FEW
     for name in ("dense", "moe"):
         assert fit.optimum(name).loss == pytest.approx(alone.optimum(name).loss, abs=1e-10)
         found = fit.estimate(fit.optimum(name).weights)
@@ -276,18 +260,22 @@ def test_a_fit_through_all_points_has_no_error(seeds: int) -> None:
     found = fit.optimum("dense")
     c, b, a = np.polyfit(Z[1:4], losses.reshape(3, seeds).mean(axis=1), 2)
     assert found.loss == pytest.approx(a - b**2 / (4 * c), abs=1e-8)
-    assert fit.df == 0 and math.isnan(fit.scatter)
+    assert fit.linear.df == 0 and math.isnan(fit.linear.scatter)
     estimate = fit.estimate(found.weights)
     assert math.isnan(estimate.se) and np.isnan([*estimate.interval, estimate.p, *found.x_interval]).all()
     assert np.isnan(fit.variances[0]).all()
 
 
-def test_the_order_of_runs_does_not_matter() -> None:
+def test_neither_the_order_of_runs_nor_what_methods_are_called_matters() -> None:
     names, x, losses = runs(3, seeds=2, seed_sd=0.004)
     order = np.random.default_rng(5).permutation(len(x))
-    fits = OptimaFit.of(names, x, losses), OptimaFit.of([names[i] for i in order], x[order], losses[order])
+    called = {name: (3 - i, name[::-1]) for i, name in enumerate(NAMES)}
+    fit, again = (
+        OptimaFit.of(names, x, losses),
+        OptimaFit.of([called[names[i]] for i in order], x[order], losses[order]),
+    )
     for name in NAMES:
-        one, other = (fit.optimum(name) for fit in fits)
+        one, other = fit.optimum(name), again.optimum(called[name])
         assert one.loss == pytest.approx(other.loss, abs=1e-12) and one.x == pytest.approx(other.x)
 
 

@@ -78,7 +78,7 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
     for seed in range(80):
         fit = fit_rates(runs(0.01, seed), **COLUMNS, reach=100)
         for method in TRUTH:
-            ci, truth = fit.ci[method], {"m": at_reference(fit, method), "a": 0.4, "b": 0.3, "c": 0.5}
+            ci, truth = fit.laws[method].ci, {"m": at_reference(fit, method), "a": 0.4, "b": 0.3, "c": 0.5}
             covered.append([ci[name][0] <= value <= ci[name][1] for name, value in truth.items()])
     assert np.mean(covered, axis=0) == pytest.approx(np.full(4, 0.95), abs=0.045)
 
@@ -94,7 +94,7 @@ def test_unequal_exponents_are_told_and_equal_ones_are_not() -> None:
     for one in fit.held_out:
         assert one.predicted == pytest.approx(best(other[one.at["method"]], 80, 1e7, 16), rel=0.15)
     plain = fit.to_dict()["groups"]["peer"]
-    assert plain["b"] == plain["own"]["b"] == fit.own["peer"].b and plain["shared"]["b"] == fit.laws["peer"].b
+    assert plain["b"] == plain["own"]["b"] == fit.own["peer"].b and plain["shared"]["b"] == fit.shared["peer"].b
     low, high = plain["ci"]["b"]
     assert low < 0.6 < high
     assert fit.own["peer"].b == pytest.approx(0.6, abs=0.1) and fit.own["dense"].b == pytest.approx(0.3, abs=0.1)
@@ -170,6 +170,6 @@ def test_what_the_runs_do_not_bound_is_said() -> None:
     table = pd.DataFrame(rows, columns=["d", "lr", "loss"])
     table["loss"] += 0.01 * np.log(table["lr"] / 2e-3) ** 2
     fit = fit_rates(table, width="d")
-    assert fit.ci["all"]["m"] == (0, math.inf) and fit.ci["all"]["a"] == (-math.inf, math.inf)
+    assert fit.laws["all"].ci["m"] == (0, math.inf) and fit.laws["all"].ci["a"] == (-math.inf, math.inf)
     assert "the runs do not bound m of all, a of all: their intervals are infinite" in fit.warnings
     assert fit.to_dict()["groups"]["all"]["status"] == "not_identifiable"

@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import pytest
 import torch
 from filelock import FileLock
+from small_cells import budget
+from test_checkpoint import Code
 from torch import nn
 
 import peerscale.model.build
@@ -21,11 +23,10 @@ from peerscale.records.record import LOCK, Record, Status, read_record, write_re
 from peerscale.train import cell as cells
 from peerscale.train.cell import train_cell
 from peerscale.train.run import run_single
-from test_train import budget, corpus_path, settings  # noqa: F401
 
 
 @pytest.fixture
-def tiny(settings: list[str]) -> list[str]:  # noqa: F811
+def tiny(settings: list[str]) -> list[str]:
     """A cell of 8 steps."""
     overrides = [*settings, "tracking=disabled"]
     prepare(load(overrides).data)
@@ -54,54 +55,34 @@ def test_a_layer_that_draws_no_weights_is_refused_before_anything_is_written(
     assert not cell(tiny).folder.exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_refused_before_anything_is_written(tiny: list[str]) -> None:
-    with pytest.raises(UserError, match=r"^trainer.accelerator=gpu, but torch sees no GPU here"):
-        train_cell(cell([*tiny, "trainer.accelerator=gpu"]))
-    assert not cell(tiny).folder.exists()
+@pytest.mark.parametrize(("module", "part"), [(cells, "describe"), (peerscale.model.build, "replacing_layers")])
+def test_a_fault_before_training_is_recorded(
+    module: ModuleType, part: str, tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The environment, in which a GPU may fail, is described first, and then the model is built."""
 
-
-def test_a_model_that_fails_to_be_built_is_recorded(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(peerscale.model.build, "replacing_layers", fail)
     planned = cell(tiny)
-    assert train_cell(planned) is Status.FAILED
+    with monkeypatch.context() as patch:
+        patch.setattr(module, part, fail)
+        assert train_cell(planned) is Status.FAILED
     record = read_record(planned.folder)
     assert record is not None and record.reason == "RuntimeError: out of memory"
     assert (planned.folder / "config.yaml").is_file()
-
-
-def test_a_device_that_fails_before_the_model_is_built_is_recorded(
-    tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    def fail(*_: object) -> None:
-        raise RuntimeError("CUDA error: out of memory")
-
-    planned = cell(tiny)
-    with monkeypatch.context() as patch:
-        patch.setattr(cells, "describe", fail)
-        assert train_cell(planned) is Status.FAILED
-    record = read_record(planned.folder)
-    assert record is not None and record.reason == "RuntimeError: CUDA error: out of memory"
     assert train_cell(planned) is Status.DONE
     assert "not bit-exact" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_only_the_configuration_decides_whether_a_cell_is_compiled(
+def test_a_cell_that_is_to_be_compiled_is_and_says_so(
     compile: bool, tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
-    overrides = [*tiny, "trainer.compile=true"] if compile else tiny
-    for estimate_s in (1.0, 1e6):  # which comes from other cells' records
-        planned = replace(cell([*overrides, f"seed={int(estimate_s)}"]), estimate_s=estimate_s)
-        assert train_cell(planned) is Status.DONE
-        record = read_record(planned.folder)
-        assert record is not None and record.environment["compiled"] is compile
-    assert len(compiled) == 2 * compile
+    _, record = trained([*tiny, "trainer.compile=true"] if compile else tiny)
+    assert record.environment["compiled"] is compile and len(compiled) == compile
 
 
 @pytest.mark.parametrize("layer", ["dense", "peer"])
@@ -152,16 +133,6 @@ def test_a_cell_killed_in_its_evaluation_keeps_the_same_model(tiny: list[str], m
     loaded = load_model(str(folder)).state_dict()
     assert {f"model.{name}" for name in loaded} == set(weights)
     assert all(torch.equal(weights[f"model.{name}"], weight) for name, weight in loaded.items())
-
-
-class Code:
-    """Pickles as a call that leaves a sign."""
-
-    def __init__(self, sign: Path) -> None:
-        self.sign = sign
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.mkdir, (self.sign,)
 
 
 def test_what_cannot_be_loaded_is_one_line(tiny: list[str], tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from small_cells import budget
 
 from peerscale.config.schema import composed, load
 from peerscale.data.prepare import prepare
@@ -31,7 +32,6 @@ from peerscale.train.checkpoint import (
     newest_readable,
 )
 from peerscale.train.module import LanguageModel
-from test_train import budget, corpus_path, settings  # noqa: F401
 
 
 def save(folder: Path, step: int, made_by: str = "a") -> Path:
@@ -105,7 +105,7 @@ def test_without_a_whole_one_of_its_own_the_cell_begins_anew(tmp_path: Path, cap
 
 
 @pytest.fixture
-def overrides(settings: list[str]) -> list[str]:  # noqa: F811
+def overrides(settings: list[str]) -> list[str]:
     """A cell of 8 steps."""
     prepare(load(settings).data)
     return [*settings, "tracking=disabled", "trainer.kernel=reference", budget(settings, 8)]
@@ -170,13 +170,6 @@ def test_a_save_that_fails_leaves_nothing_half_written(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="pickle"):
         DurableCheckpointIO().save_checkpoint({"weights": torch.ones(3), "code": lambda: None}, path)
     assert path.read_bytes() == whole and [*tmp_path.iterdir()] == [path]
-
-
-def test_row_sparse_adamw_is_refused_on_several_devices(overrides: list[str]) -> None:
-    cell = single_cell(composed([*overrides, "ffn=peer", "optim=row_sparse_adamw", "trainer.devices=2"]))
-    with pytest.raises(UserError, match=r"^optim=row_sparse_adamw trains on one device"):
-        train_cell(cell)
-    assert not cell.folder.exists()
 
 
 def test_a_checkpoint_of_another_seed_changes_no_result(overrides: list[str]) -> None:

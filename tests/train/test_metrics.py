@@ -2,37 +2,24 @@
 
 import json
 import os
-import time
 from pathlib import Path
 
 import pytest
-import torch
-from lightning.pytorch.utilities.types import STEP_OUTPUT
+from small_cells import break_off, budget, train
 
 from peerscale.config.schema import load
 from peerscale.files import ROOT
 from peerscale.plan.plan import plan, schedule
 from peerscale.records.curves import read_metrics
 from peerscale.records.record import Status
-from peerscale.train.module import LanguageModel
-from test_train import budget, corpus_path, settings, train  # noqa: F401
 
 STEP_S = 0.05
 
 
 @pytest.fixture
-def interrupted(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:  # noqa: F811
+def interrupted(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A cell of 12 steps, each of at least `STEP_S`, with a row every fifth, that fails in its ninth step."""
-    step, calls = LanguageModel.training_step, []
-
-    def slow_and_once_broken(self: LanguageModel, tokens: torch.Tensor, batch_idx: int) -> STEP_OUTPUT:
-        calls.append(batch_idx)
-        if len(calls) == 9:
-            raise RuntimeError("broken off")
-        time.sleep(STEP_S)
-        return step(self, tokens, batch_idx)
-
-    monkeypatch.setattr(LanguageModel, "training_step", slow_and_once_broken)
+    break_off(monkeypatch, 9, RuntimeError("broken off"), STEP_S)
     overrides = [*settings, "tracking=disabled", "trainer.checkpoint_every_steps=1", "trainer.log_every_steps=5"]
     overrides.append(budget(overrides, 12))
     status, record = train(overrides)
@@ -77,7 +64,9 @@ def test_rows_that_are_lost_or_damaged_cost_only_themselves(
     assert f"notice: {path}: 1 rows between steps 5 and 5 are damaged or missing" in capsys.readouterr().err
 
 
-def test_rows_are_on_disk_before_a_checkpoint_is(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_rows_are_on_disk_before_a_checkpoint_and_the_final_record_are(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     done: list[str] = []
     fsync = os.fsync
 
@@ -88,5 +77,6 @@ def test_rows_are_on_disk_before_a_checkpoint_is(settings: list[str], monkeypatc
     monkeypatch.setattr(os, "fsync", noted)
     overrides = [*settings, "tracking=disabled", "trainer.checkpoint_every_steps=4"]
     train([*overrides, budget(overrides, 8)])
-    written = [name for name in done if name.endswith(("jsonl", "ckpt"))]
-    assert written == ["metrics.jsonl", "step-000000004.ckpt", "metrics.jsonl", "step-000000008.ckpt"]
+    written = [name for name in done if name.endswith(("jsonl", "ckpt", "record.json"))]
+    rows, record = "metrics.jsonl", "record.json"
+    assert written == [record, rows, "step-000000004.ckpt", rows, "step-000000008.ckpt", rows, record]

@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
+from small_cells import budget
 
 from peerscale.files import ROOT
 from peerscale.records.record import Status, read_record
 from peerscale.train import tracking
-from test_train import budget, corpus_path, settings  # noqa: F401
 from tracked_cell import TrackedCell
 from wandb_server import Run, WandbServer
 
@@ -129,7 +129,7 @@ sys.exit(main())
 """
 
 
-def test_a_killed_service_costs_nothing(settings: list[str], tmp_path: Path) -> None:  # noqa: F811
+def test_a_killed_service_costs_nothing(settings: list[str], tmp_path: Path) -> None:
     """Neither the cell nor a row of it, and the program ends as always."""
     overrides = [*settings, budget(settings, 12)]
     environment = {**os.environ, "WANDB_ERROR_REPORTING": "false"}
@@ -143,11 +143,3 @@ def test_a_killed_service_costs_nothing(settings: list[str], tmp_path: Path) -> 
     record = read_record(folder)
     assert record is not None and record.status is Status.DONE
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 6
-
-
-def test_disabled_tracking_starts_nothing(wandb_server: WandbServer, tmp_path: Path) -> None:
-    cell = TrackedCell(tmp_path, "disabled")
-    cell.log(1, 3)
-    cell.finish()
-    assert not (cell.folder / "wandb").exists()
-    assert not wandb_server.operations

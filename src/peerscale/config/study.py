@@ -4,31 +4,30 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BeforeValidator, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from peerscale.config.compose import StudyFile, overridden, read_study
-from peerscale.config.errors import ConfigError, parse
+from peerscale.config.compose import overridden
+from peerscale.config.errors import parse
+from peerscale.config.study_file import StudyFile, read_study
 from peerscale.types import STRICT, Positive, Rate, Seed
 
 RATE_FACTOR = "optim.lr_factor"
 """The axis of cells that bracket a learning rate: the same cell at a multiple of its rate."""
-
-OF_GRID = ("ffn", "d_model", "budget", "seed")
-"""Keys that the methods, the grid and the seeds of every study give its cells."""
-
-OF_ROWS = ("head_dim", "n_layers", "batch_sequences")
-"""Further keys that a row of the grid may give its cells; with none, they are those of the configuration."""
 
 
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, int | str) else value
 
 
-Values = Annotated[list[Any], Field(min_length=1)]
+Methods = Annotated[list[str], Field(min_length=1)]
+Budgets = Annotated[list[Rate], Field(min_length=1)]
+Seeds = Annotated[list[Seed], Field(min_length=1)]
 Sizes = Annotated[list[Positive], BeforeValidator(_as_list), Field(min_length=1)]
+Axes = dict[str, Annotated[list[Any], Field(min_length=1)]]
+"""Dotted keys of the configuration and the values that each takes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -42,12 +41,12 @@ class GridRow:
     """Width of an attention head: one for all sizes of the row, or one for each; null: that of the configuration."""
     n_layers: Sizes | None = None
     """Number of blocks, in the same form."""
-    seeds: Annotated[list[Seed], Field(min_length=1)] | None = None
+    seeds: Seeds | None = None
     """Replace the study's seeds in this row, such as further seeds of one size."""
-    methods: Annotated[list[str], Field(min_length=1)] | None = None
+    methods: Methods | None = None
     """Only these of the study's methods."""
-    axes: dict[str, Values] = Field(default_factory=dict)
-    """Further keys that vary in this row only, such as rates around the usual one."""
+    axes: Axes = Field(default_factory=dict)
+    """Keys that vary in this row only, such as rates around the usual one; they replace the study's values."""
     batch_sequences: Positive | None = None
     """Sequences of a batch in this row, where the best batch depends on the budget; null: those of the configuration.
     Names of cells and methods do not tell it."""
@@ -66,15 +65,11 @@ class GridRow:
 
     @property
     def sizes(self) -> list[dict[str, int]]:
-        """For each size its `d_model` and, where the row has them, `head_dim` and `n_layers`."""
+        """For each size the keys that this row gives: `d_model` and, where it has them, the others."""
         columns = {"d_model": self.d_model, "head_dim": self.head_dim, "n_layers": self.n_layers}
+        columns["batch_sequences"] = [self.batch_sequences] if self.batch_sequences else None
         given = {key: values * (len(self.d_model) // len(values)) for key, values in columns.items() if values}
         return [dict(zip(given, size, strict=True)) for size in zip(*given.values(), strict=True)]
-
-    @property
-    def settings(self) -> set[str]:
-        """Those of the `OF_ROWS` that this row gives its cells."""
-        return {key for key in OF_ROWS if getattr(self, key) is not None}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -83,9 +78,9 @@ class ClaimsConfig:
 
     method: str
     """The method that is compared."""
-    rivals: list[str] = Field(min_length=1)
+    rivals: Methods
     """The methods that it is compared with."""
-    budgets: Annotated[list[Rate], Field(min_length=1)] | None = None
+    budgets: Budgets | None = None
     """The budgets of the comparisons; null: all budgets of the grid."""
     equal_within: Rate | None = None
     """Nats per token: two methods are called equal if the interval of their difference lies within ± this value; null:
@@ -93,18 +88,39 @@ class ClaimsConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class Part:
+    """What overrides such as `sweep.budgets=[1e12]` choose of a study; null: all of it."""
+
+    methods: Methods | None = None
+    """In place of the study's methods; a row with methods of its own keeps those of them that are named here."""
+    budgets: Budgets | None = None
+    seeds: Seeds | None = None
+    """In place of the study's seeds, with rows as for methods."""
+
+
+class Point(NamedTuple):
+    """A cell of a study before it is planned."""
+
+    method: str
+    keys: dict[str, Any]
+    """Dotted keys of the configuration that this cell has from the study: its size, budget, seed and axes."""
+    axes: dict[str, Any]
+    """Those that are axes of all rows."""
+    row_axes: dict[str, Any]
+    """Those that are axes of its row."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class SweepConfig:
     """A study: the product of methods, (budget, size) pairs, axes and seeds."""
 
-    methods: list[str] = Field(min_length=1)
+    methods: Methods
     """Names of files in conf/ffn."""
     grid: list[GridRow] = Field(min_length=1)
-    budgets: Annotated[list[Rate], Field(min_length=1)] | None = None
-    """Only these budgets of the grid: for running a study in parts."""
-    seeds: list[Seed] = Field(default_factory=lambda: [0], min_length=1)
-    axes: dict[str, Values] = Field(default_factory=dict)
+    seeds: Seeds = Field(default_factory=lambda: [0])
+    axes: Axes = Field(default_factory=dict)
     """Any further config keys and the values that each takes."""
-    method_axes: dict[str, dict[str, Values]] = Field(default_factory=dict)
+    method_axes: dict[str, Axes] = Field(default_factory=dict)
     """Axes of one method only, by method."""
     method_settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """By method: keys of the configuration with the values that they have in this study, in place of those of the
@@ -125,123 +141,56 @@ class SweepConfig:
     where the grid has no bracket (`axes: {optim.lr_factor: [0.5, 2.0]}`); null: it is left out."""
 
     def __post_init__(self) -> None:
-        claims, budgets = self.claims, {row.budget for row in self.grid}
-        widths = {width for row in self.grid for width in row.d_model}
+        claims, methods, budgets = self.claims, {*self.methods}, {row.budget for row in self.grid}
         named: list[tuple[str, Sequence[Any] | Mapping[str, Any], set[Any]]] = [
-            ("method_axes", self.method_axes, {*self.methods}),
-            ("method_settings", self.method_settings, {*self.methods}),
-            ("baseline", [self.baseline], {"dense", *self.methods}),
-            ("claims.method", [claims.method] if claims else [], {*self.methods}),
-            ("claims.rivals", claims.rivals if claims else [], {*self.methods} - {claims.method if claims else ""}),
+            ("method_axes", self.method_axes, methods),
+            ("method_settings", self.method_settings, methods),
+            ("baseline", [self.baseline], {"dense", *methods}),
+            ("claims.method", [claims.method] if claims else [], methods),
+            ("claims.rivals", claims.rivals if claims else [], methods - {claims.method if claims else ""}),
             ("claims.budgets", (claims and claims.budgets) or [], budgets),
-            ("budgets", self.budgets or [], budgets),
             ("trend_from", [self.trend_from] if self.trend_from else [], budgets),
-            ("held_out", self.held_out, widths),
-            *((f"grid.{n}.methods", row.methods or [], {*self.methods}) for n, row in enumerate(self.grid)),
+            ("held_out", self.held_out, {width for row in self.grid for width in row.d_model}),
+            *((f"grid.{n}.methods", row.methods or [], methods) for n, row in enumerate(self.grid)),
         ]
         for where, names, allowed in named:
             if wrong := [name for name in names if name not in allowed]:
                 raise ValueError(f"{where} names {wrong[0]}, but there are {', '.join(map(str, sorted(allowed)))}")
-            if len({*names}) < len(names):
-                raise ValueError(f"{where} has a value twice: {', '.join(map(str, names))}")
-        for where, keys in self._keys():
-            if both := [key for key in keys if key in OF_GRID]:
-                raise ValueError(f"{where} has {both[0]}, which methods, grid and seeds vary")
-        for row in self.grid:
-            of_study = {key for method in row.methods or self.methods for key in self.axes_of(method)}
-            if both := {*row.axes, *row.settings} & of_study or row.axes.keys() & row.settings:
-                raise ValueError(f"{min(both)} is varied by axes and has another value in a row of the grid")
         for budget in sorted(budgets):
             if len({row.window for row in self.grid if row.budget == budget and row.window}) > 1:
                 raise ValueError(f"grid has several windows at {budget:g}: a budget has one")
-        self._check_brackets()
 
-    def _keys(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Every section of axes or settings, with its name."""
-        yield "axes", self.axes
-        yield from ((f"method_axes.{method}", axes) for method, axes in self.method_axes.items())
-        yield from ((f"method_settings.{method}", keys) for method, keys in self.method_settings.items())
-        yield from ((f"grid.{n}.axes", row.axes) for n, row in enumerate(self.grid))
-
-    def _check_brackets(self) -> None:
-        """Refuse rows that bracket the rate of a cell if no row trains that cell at its usual rate."""
-        usual, brackets = set(), set()
-        for row in self.grid:
-            sizes = (tuple(size.items()) for size in row.sizes)
-            cells = itertools.product(
-                [row.budget], sizes, row.methods or self.methods, row.seeds or self.seeds, [row.batch_sequences]
-            )
-            (usual if 1 in row.axes.get(RATE_FACTOR, [1]) else brackets).update(cells)
-        if usual and (alone := brackets - usual):
-            budget, size, method, seed, _ = min(alone, key=str)
-            cell = f"{method}, d_model {dict(size)['d_model']}, seed {seed} at {budget:g}"
-            raise ValueError(f"grid has {RATE_FACTOR} for {cell}, but no row trains that cell at its usual rate")
-
-    @property
-    def rows(self) -> list[GridRow]:
-        """The rows of the grid that are to be planned."""
-        return [row for row in self.grid if self.budgets is None or row.budget in self.budgets]
-
-    @property
-    def varied(self) -> set[str]:
-        """The keys of the configuration that some cells have from this section."""
-        return {
-            *OF_GRID,
-            *(key for row in self.grid for key in row.settings),
-            *(k for _, keys in self._keys() for k in keys),
-        }
-
-    def axes_of(self, method: str, row: GridRow | None = None) -> dict[str, list[Any]]:
-        """The axes of a method's cells, in a row or in all."""
-        return {**self.axes, **self.method_axes.get(method, {}), **(row.axes if row else {})}
-
-    def given_to_all(self, method: str) -> set[str]:
-        """The keys of the configuration that every cell of a method has from the axes and the grid."""
-        rows = [row for row in self.grid if method in (row.methods or self.methods)]
-        return (
-            {*OF_GRID, *set.intersection(*({*self.axes_of(method, row), *row.settings} for row in rows))}
-            if rows
-            else set()
-        )
+    def points(self, part: Part) -> Iterator[Point]:
+        """The cells of a part of the study, by method and row. Two rows may give the same cell."""
+        for method, row in itertools.product(part.methods or self.methods, self.grid):
+            if method not in (row.methods or [method]) or row.budget not in (part.budgets or [row.budget]):
+                continue
+            seeds = part.seeds or self.seeds
+            if row.seeds:
+                seeds = [seed for seed in row.seeds if seed in (part.seeds or row.seeds)]
+            axes = {**self.axes, **self.method_axes.get(method, {}), **row.axes}
+            for size, values, seed in itertools.product(row.sizes, itertools.product(*axes.values()), seeds):
+                own = dict(zip(axes, values, strict=True))
+                keys = {**size, "budget": row.budget, "seed": seed, **own}
+                row_axes = {key: own[key] for key in row.axes}
+                yield Point(method, keys, {key: own[key] for key in own if key not in row_axes}, row_axes)
 
     def window(self, budget: float) -> tuple[float, float] | None:
         """Lowest and highest FLOPs per token of the sizes that the fit of `budget` uses; None: all sizes."""
         return next((row.window for row in self.grid if row.budget == budget and row.window is not None), None)
 
 
-_SWEEP: TypeAdapter[SweepConfig] = TypeAdapter(SweepConfig)
-
-OF_RESULTS = ("baseline", "claims", "trend_from", "held_out", "rates_cost")
-"""Keys that say what is computed from the results of a study's cells; they hold as the study's file has them."""
+_SWEEP, _PART = TypeAdapter(SweepConfig), TypeAdapter(Part)
+_KEYS = [field.name for kind in (SweepConfig, GridRow, ClaimsConfig) for field in fields(kind)]
 
 
-def load_sweep(sweep: str | Path | StudyFile, overrides: Sequence[str] = ()) -> SweepConfig:
-    """The `sweep` section of a study; with overrides such as `sweep.budgets=[1e12]` the cells of this part of it.
-
-    Other overrides are ignored. A part has no `OF_RESULTS`.
-
-    Raises:
-        ConfigError: the file or the overrides describe no study.
-    """
+def load_sweep(sweep: str | Path | StudyFile) -> SweepConfig:
+    """The `sweep` section of a study; raises `ConfigError` if the file describes none."""
     file = sweep if isinstance(sweep, StudyFile) else read_study(sweep)
-    where = f"{file.path.name}: sweep."
-    names = [field.name for kind in (SweepConfig, GridRow, ClaimsConfig) for field in fields(kind)]
-    study = parse(_SWEEP, file.sweep, where, names)
-    chosen = overridden(overrides, "sweep")
-    if of_results := [key for key in chosen if key in OF_RESULTS]:
-        raise ConfigError(f"{where}{of_results[0]} is about results and cannot be overridden: change the file")
-    if not chosen:
-        return study
-    tree = {key: value for key, value in file.sweep.items() if key not in OF_RESULTS} | chosen
-    if isinstance(methods := chosen.get("methods"), list):
-        others = {*study.methods} - {*methods}
-        for key in {"method_axes", "method_settings"} & tree.keys():
-            tree[key] = {method: keys for method, keys in tree[key].items() if method not in others}
-        rows = [
-            {**row, "methods": [method for method in row["methods"] if method not in others]}
-            if "methods" in row
-            else row
-            for row in tree["grid"]
-        ]
-        tree["grid"] = [row for row in rows if row.get("methods", True)]
-    return parse(_SWEEP, tree, where, names)
+    return parse(_SWEEP, file.sweep, f"{file.path.name}: sweep.", _KEYS)
+
+
+def part_of(overrides: Sequence[str]) -> Part:
+    """The part of a study that overrides such as `sweep.budgets=[1e12]` choose; other overrides are ignored."""
+    given = overridden([override for override in overrides if override.lstrip("+~").startswith("sweep.")])
+    return parse(_PART, {key.removeprefix("sweep."): value for key, value in given.items()}, "sweep.", _KEYS)

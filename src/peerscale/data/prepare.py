@@ -16,7 +16,10 @@ from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from peerscale.config.schema import DataConfig, load
+from peerscale.config.compose import composed, of_cells
+from peerscale.config.schema import DataConfig, load, parse_config
+from peerscale.config.study import load_sweep, part_of
+from peerscale.config.study_file import read_study
 from peerscale.data import gutenberg, store
 from peerscale.data.store import Corpus, Manifest
 from peerscale.data.text import Block, Texts, texts
@@ -191,9 +194,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sweep", help="prepare what this study needs")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.sweep:
-        from peerscale.plan.cells import planned_cells
-
-        config = planned_cells(arguments.sweep, arguments.overrides)[0].config.data
+        file = read_study(arguments.sweep)
+        layer, *_ = part_of(arguments.overrides).methods or load_sweep(file).methods  # all have the same corpus
+        config = parse_config(composed([f"ffn={layer}", *of_cells(arguments.overrides)], study=file).tree).data
     else:
         config = load(arguments.overrides).data
     corpus = prepare(config)

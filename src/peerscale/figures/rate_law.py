@@ -14,7 +14,7 @@ from peerscale.figures import style
 from peerscale.figures.markdown import number, probability, section, with_interval
 from peerscale.plan.cell_names import budget_name
 from peerscale.stats.curves_of_runs import usable
-from peerscale.stats.rate_law import within_reach
+from peerscale.stats.rate_parabolas import within_reach
 from peerscale.stats.rates import as_configuration, names_under_law
 
 Law = Mapping[str, Any]

@@ -2,7 +2,7 @@
 
 They are losses at the compute optimum with their errors, perplexities there (the paper's table 1), compute multipliers
 and rankings under other FLOP conventions; or a layer's settings at one size, with the paper's table 2; or learning
-rates. `docs/results.md` explains their columns.
+rates. `docs/method.md` explains their columns.
 """
 
 from collections.abc import Iterable, Mapping

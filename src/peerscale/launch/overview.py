@@ -11,12 +11,11 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from peerscale.config.compose import header, study_files
-from peerscale.config.study import load_sweep
+from peerscale.config.study import Part, load_sweep
+from peerscale.config.study_file import header, study_files
 from peerscale.errors import ArgumentParser, UserError, exit_code, positive_integer, positive_number
 from peerscale.launch.plan_table import print_plan
 from peerscale.launch.status_table import print_status
-from peerscale.plan.cells import count_cells
 from peerscale.records.record import Status
 from peerscale.records.study import RESULTS, RUNS
 from peerscale.records.table import read_records, read_runs
@@ -45,7 +44,7 @@ def print_studies(runs: Path) -> int:
     for file in study_files():
         committed = RESULTS / file.stem / "runs.csv"
         try:
-            planned = count_cells(load_sweep(file))
+            planned = len([*load_sweep(file).points(Part())])
             here = Counter(record.status for record in read_records(runs / file.stem))[Status.DONE]
             there = Counter(read_runs(committed)["status"])[Status.DONE] if committed.is_file() else 0
         except UserError as error:

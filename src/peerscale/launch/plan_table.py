@@ -1,21 +1,23 @@
 """The plan of a study before it runs: what each cell costs, and how long all of them take."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
 from peerscale.config.study import load_sweep
+from peerscale.config.study_file import read_study
 from peerscale.data.text import texts
 from peerscale.errors import USER_ERROR
-from peerscale.launch.outcome import outcomes
-from peerscale.plan.cells import Cell, planned_cells
+from peerscale.launch.speed import Estimate, estimates, makespan_s
+from peerscale.plan.cell import Cell
+from peerscale.plan.cells import planned_cells
 from peerscale.plan.cost import CONVENTION
 from peerscale.plan.memory import device_memory
 from peerscale.plan.notices import evaluation_lines, rate_lines, short_methods
 from peerscale.plan.plan import Verdict
+from peerscale.records.outcome import outcomes
 from peerscale.records.record import Status
-from peerscale.records.speed import makespan_s
 
 LEGEND = """\
 active: parameters that one token uses; layer: share of the training FLOPs in the replaced layer;
@@ -32,31 +34,34 @@ def print_plan(sweep: str, overrides: Sequence[str], workers: int, price: float 
         workers: cells that run at once, for the time.
         price: of a GPU-hour.
     """
-    cells = planned_cells(sweep, overrides)
+    file = read_study(sweep)
+    cells = planned_cells(file, overrides)
+    times = estimates(cells)
     texts(cells[0].config.data)  # raises for a wrong path now, not only when the corpus is prepared
     found = outcomes(cells)
     done = {outcome.cell.name for outcome in found if outcome.status is Status.DONE}
-    rows = [plan_row(cell) | {"": "done" if cell.name in done else str(cell.plan.verdict)} for cell in cells]
+    state = {cell.name: "done" if cell.name in done else str(cell.plan.verdict) for cell in cells}
+    rows = [plan_row(cell, times[cell.name]) | {"": state[cell.name]} for cell in cells]
     print(pd.DataFrame(rows).set_index("cell").rename_axis(None).to_string())
     print(f"\n{LEGEND}")
     kept = [cell for cell in cells if cell.plan.verdict is Verdict.OK]
     print(*(f"{cell.name} dropped: {cell.plan.reason}\n" for cell in cells if cell not in kept), sep="", end="")
     print(f"{len(kept)} cells of {len(cells)}, {sum(cell.plan.flops for cell in kept):.3g} FLOPs ({CONVENTION})")
     left = [cell for cell in kept if cell.name not in done]
-    takes = f"{len(left)} cells to run, about {duration(makespan_s((cell.estimate_s for cell in left), workers))}"
+    takes = f"{len(left)} cells to run, about {duration(makespan_s((times[cell.name].s for cell in left), workers))}"
     on = "one worker" if workers == 1 else f"{workers} workers"
     print(f"make sweep SWEEP={cells[0].sweep}: {f'{takes} on {on}' if left else 'nothing to run'}")
-    for line in [*time_lines(left, price), *evaluation_lines(cells), *rate_lines(cells)]:
+    for line in [*time_lines(left, times, price), *evaluation_lines(cells), *rate_lines(cells)]:
         print(line)
     if any(cell.plan.epochs is None for cell in cells):
         print("the corpus is not prepared and its size is not known: cells may still be dropped, and sets skipped")
-    short = short_methods(cells, load_sweep(sweep, overrides).min_sizes)
+    short = short_methods(cells, load_sweep(file).min_sizes)
     for line in short:
         print(f"error: {line}", file=sys.stderr)
     return USER_ERROR if short else 0
 
 
-def plan_row(cell: Cell) -> dict[str, str]:
+def plan_row(cell: Cell, time: Estimate) -> dict[str, str]:
     """The row of a cell in the plan's table: its cost and its training."""
     plan = cell.plan
     return {
@@ -71,19 +76,19 @@ def plan_row(cell: Cell) -> dict[str, str]:
         "lr": f"{plan.lr:.3g}",
         "table lr": "-" if plan.table_lr is None else f"{plan.table_lr:.3g}",
         "FLOPs/budget": f"{plan.flops / cell.config.budget:.4f}",
-        "time": duration(cell.estimate_s) + ("?" if cell.estimate_is_guess else ""),
+        "time": duration(time.s) + "?" * time.is_guess,
     }
 
 
-def time_lines(cells: Sequence[Cell], price: float | None) -> list[str]:
+def time_lines(cells: Sequence[Cell], times: Mapping[str, Estimate], price: float | None) -> list[str]:
     """How times are estimated, and the GPU-hours of the cells that train on GPUs, with their cost at `price` each."""
     lines = []
     on_gpus = [cell for cell in cells if cell.config.trainer.accelerator == "gpu"]
-    if any(cell.estimate_is_guess for cell in cells):
+    if any(times[cell.name].is_guess for cell in cells):
         by = "trainer.device_utilisation" if on_gpus else "committed runs"
         lines.append(f"time? is estimated from {by}: no finished cell of that method on this machine yet")
     if on_gpus:
-        hours = sum(cell.estimate_s * cell.config.trainer.devices for cell in on_gpus) / 3600
+        hours = sum(times[cell.name].s * cell.config.trainer.devices for cell in on_gpus) / 3600
         cost = f", {hours * price:,.0f} at {price:g} an hour" if price is not None else "; PRICE=2.5 gives their cost"
         largest = max(sum(device_memory(cell.config).values()) for cell in on_gpus) / 1e9
         lines.append(f"{hours:,.3g} GPU-hours{cost}; the largest cell takes about {largest:.3g} GB of a GPU's memory")

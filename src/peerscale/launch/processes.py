@@ -13,7 +13,7 @@ from joblib.externals.loky import ProcessPoolExecutor
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from peerscale.errors import Aborted
-from peerscale.plan.cells import Cell
+from peerscale.plan.cell import Cell
 from peerscale.records.record import Status
 
 TRIES = 3

@@ -11,11 +11,12 @@ from pathlib import Path
 from peerscale.data.prepare import prepare
 from peerscale.errors import ArgumentParser, FailedCells, UserError, exit_code
 from peerscale.files import from_checkout
-from peerscale.launch.progress import Progress
-from peerscale.plan.cells import FINISHED, planned_cells, state
+from peerscale.plan.cells import planned_cells
+from peerscale.records.outcome import FINISHED, outcome
 from peerscale.records.record import Record, Status, differences, read_record
 from peerscale.records.study import RESULTS
 from peerscale.records.table import read_records
+from peerscale.train.progress import Progress
 from peerscale.train.run import run_cell
 
 RUNS = "runs/repeated"
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{from_checkout(folder)}: {cell.name} has another configuration than the plan, so it cannot be repeated: "
             f"{'; '.join(differ)}"
         )
-    if state(cell, corpus) not in FINISHED:
+    if outcome(cell, corpus).status not in FINISHED:
         with Progress(sweep, [cell]):
             run_cell(cell)
     record = read_record(cell.folder)

@@ -8,17 +8,18 @@ Failed cells do not stop the others. Exit codes: `peerscale.errors`.
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from peerscale.data.prepare import prepare
 from peerscale.data.store import read_manifest
 from peerscale.errors import ArgumentParser, FailedCells, UserError, positive_integer
-from peerscale.launch import slurm
-from peerscale.launch.outcome import outcomes
 from peerscale.launch.processes import run_at_once
-from peerscale.launch.progress import Progress
-from peerscale.plan.cells import FINISHED, planned_cells
+from peerscale.plan.cells import planned_cells
 from peerscale.plan.notices import evaluation_lines, rate_lines
-from peerscale.records.record import FAILED, Status, set_aside
+from peerscale.records.matching import some
+from peerscale.records.outcome import FINISHED, how_to_rerun, outcomes
+from peerscale.records.record import FAILED, Status
+from peerscale.train.progress import Progress
 from peerscale.train.run import run_cell
 
 LAUNCHERS = ("local", "joblib", "slurm")
@@ -35,7 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=positive_integer, metavar="N", help=at_once)
     options = parser.parse_intermixed_args(arguments)
     # Checked before the corpus is prepared, in case nothing can be submitted.
-    settings = slurm.load_settings(options.overrides, options.jobs) if options.launcher == "slurm" else None
+    settings: dict[str, Any] = {}
+    if options.launcher == "slurm":
+        from peerscale.launch import slurm
+
+        settings = slurm.load_settings(options.overrides, options.jobs)
     cells = planned_cells(options.sweep, options.overrides)
     was_there = read_manifest(cells[0].config.data)
     if prepare(cells[0].config.data).manifest != was_there:  # the sizes of its sets decide which cells are dropped
@@ -45,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(refused)
     # Longest first, so that the last ones to finish are short.
     pending = [outcome.cell for outcome in found if outcome.status not in FINISHED]
-    pending.sort(key=lambda cell: -cell.estimate_s)
+    pending.sort(key=lambda cell: -cell.plan.flops)
     n = Counter(outcome.status for outcome in found)
     counts = f"{n[Status.DONE]} done, {n[Status.DROPPED]} dropped, {len(pending)} to run"
     print(f"{sweep}: {len(cells)} cells, {counts}", file=sys.stderr)
@@ -54,14 +59,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = []
     for outcome in found:
         if outcome.record and outcome.status is Status.DIVERGED:
-            anyway = f"to run it again anyway: {set_aside(outcome.cell.folder)}"
+            anyway = how_to_rerun(outcome.cell, outcome.status)
             print(f"{outcome.cell.name} diverged: {outcome.record.reason}; {anyway}", file=sys.stderr)
             failed.append(outcome.cell.name)
-    if pending and settings:
+    if pending and options.launcher == "slurm":
+        from peerscale.launch import slurm
+
         slurm.submit(pending, settings)
     elif pending:
         with Progress(sweep, pending, already_done=n[Status.DONE]):
-            if options.launcher == "joblib":
+            if options.launcher == "joblib" or options.jobs:
                 statuses = run_at_once(pending, options.jobs or 1, run_cell)
             else:
                 statuses = {cell.name: run_cell(cell) for cell in pending}
@@ -73,6 +80,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif not failed:
         print(f"nothing to run; next: make figures SWEEP={sweep}", file=sys.stderr)
     if failed:
-        some = ", ".join(failed[:3]) + " ..." * (len(failed) > 3)
-        raise FailedCells(f"{len(failed)} of {len(cells)} cells failed: {some}; reasons: make status SWEEP={sweep}")
+        names = some(failed)
+        raise FailedCells(f"{len(failed)} of {len(cells)} cells failed: {names}; reasons: make status SWEEP={sweep}")
     return 0

@@ -15,9 +15,11 @@ from typing import Any
 
 from filelock import FileLock
 
-from peerscale.errors import ConfigError, FailedCells, UserError
+from peerscale.config.errors import hydra_errors
+from peerscale.errors import FailedCells, UserError
 from peerscale.files import OURS, write_json
-from peerscale.plan.cells import Cell
+from peerscale.plan.cell import Cell
+from peerscale.plan.memory import device_memory
 from peerscale.records.record import FAILED
 
 BASE_GB = 2.0
@@ -35,7 +37,6 @@ def load_settings(overrides: Sequence[str] = (), at_once: int | None = None) -> 
         UserError: a wrong setting, or this machine cannot submit jobs.
     """
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     if find_spec("submitit") is None:
         raise UserError("Slurm jobs need submitit: .venv/bin/python -m pip install --editable '.[slurm]'")
@@ -46,27 +47,23 @@ def load_settings(overrides: Sequence[str] = (), at_once: int | None = None) -> 
         )
     settings = OmegaConf.load(OURS / "conf" / "slurm.yaml")
     OmegaConf.set_struct(settings, True)
-    try:
+    with hydra_errors("conf/slurm.yaml"):
         settings.merge_with_dotlist([word for word in overrides if word.startswith("slurm.")])
         chosen: Any = OmegaConf.to_container(settings)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"conf/slurm.yaml: {str(error).splitlines()[0]}") from None
     return chosen["slurm"] | ({"array_parallelism": at_once} if at_once else {})
 
 
 def needs(cells: Sequence[Cell]) -> dict[str, Any]:
-    """What a job needs that may run any of these cells, from their plans.
+    """What a job needs that may run any of these cells.
 
-    Memory: 32 bytes per parameter for each device's process (fp32 weight, gradient and two moments, and the same again
-    for a checkpoint and copies) and 16 per logit (logits, their softmax and both gradients), rounded up to a power of
-    two in GB.
+    Memory: for the process of each device that of `device_memory`, its state twice because of checkpoints, rounded up
+    to a power of two in GB.
     """
     memory_gb, cpus, gpus = 0.0, 0, 0
-    for cell in cells:
-        config, trainer = cell.config, cell.config.trainer
-        of_logits = 16 * config.tokens_per_step * config.data.vocab_size / 1e9  # the processes share the batch
-        of_process = BASE_GB + 32 * cell.plan.cost.params_total / 1e9
-        memory_gb = max(memory_gb, trainer.devices * of_process + of_logits)
+    for config in (cell.config for cell in cells):
+        trainer, memory = config.trainer, device_memory(config)
+        of_process = BASE_GB + (sum(memory.values()) + memory["state"]) / 1e9
+        memory_gb = max(memory_gb, trainer.devices * of_process)
         cpus = max(cpus, trainer.devices * trainer.threads)
         gpus = max(gpus, trainer.devices if trainer.accelerator == "gpu" else 0)
     return {"mem_gb": 2 ** math.ceil(math.log2(memory_gb)), "cpus_per_task": cpus, "gpus_per_node": gpus or None}

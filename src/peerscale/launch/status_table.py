@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import pandas as pd
 
 from peerscale.errors import UserError
-from peerscale.launch.outcome import Outcome, outcomes
 from peerscale.launch.slurm import jobs_folder, log_path, queued, read_job_ids
+from peerscale.plan.cell import Cell
 from peerscale.plan.cell_names import budget_name
-from peerscale.plan.cells import Cell, planned_cells
+from peerscale.plan.cells import planned_cells
+from peerscale.records.matching import further_line
+from peerscale.records.outcome import Outcome, outcomes
 from peerscale.records.record import FAILED, RECORD, Status, cell_folders
 
 
@@ -33,7 +35,7 @@ def print_status(sweep: str, overrides: Sequence[str]) -> int:
     there = {folder.name for folder in cell_folders(cells[0].folder.parent) if (folder / RECORD).is_file()}
     further = sorted(there - {cell.name for cell in cells})
     if further and not overrides:  # a plan of a part of the study would list too many
-        print(f"{len(further)} further cells not in the plan, {further[0]} among them")
+        print(further_line(further))
     print(*(f"{note}\n" for note in notes), sep="", end="")
     return 0
 

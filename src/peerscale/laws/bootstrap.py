@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from peerscale.stats.linear_fit import LEVEL, Array
+from peerscale.laws.linear_fit import LEVEL, Array
 
 STORED_DRAWS = 500
 """Number of draws written to JSON, from which a reader can compute the interval of any prediction."""

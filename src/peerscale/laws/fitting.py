@@ -12,8 +12,8 @@ import pandas as pd
 
 from peerscale.laws.bootstrap import Bootstrap, percentile_interval, resample_counts, resample_residuals
 from peerscale.laws.least_squares import FitStatus, Problem
+from peerscale.laws.linear_fit import Array
 from peerscale.laws.table import cluster_labels, name_rows, positive_columns, table_warnings
-from peerscale.stats.linear_fit import Array
 
 Number = float | np.ndarray
 """A coefficient or prediction, or an array of bootstrap draws of it."""

@@ -19,10 +19,10 @@ from numpy.typing import ArrayLike
 from peerscale.laws.bootstrap import Bootstrap, percentile_interval, resample_residuals
 from peerscale.laws.fitting import Fit, HoldOut, Number
 from peerscale.laws.least_squares import FitStatus
-from peerscale.laws.parabola import OptimumStatus, optimum_status, parabola_optima
+from peerscale.laws.linear_fit import Array, LinearFit
+from peerscale.laws.parabola import OptimumStatus, minimum, parabola_optima, recentred
 from peerscale.laws.parametric import fit_parametric
 from peerscale.laws.table import cluster_labels, positive_columns, table_warnings
-from peerscale.stats.linear_fit import Array, LinearFit
 
 MIN_BUDGETS = 3
 """Different optima needed for a power law: one more than its coefficients."""
@@ -141,41 +141,39 @@ def fit_isoflop(
         UserError: a column is missing or has values that are not finite numbers above zero; there are no rows.
     """
     budgets, sizes, losses = positive_columns(table, budget, x, loss, law=IsoflopFit.law, at_least=1)
+    values, group = np.unique(budgets, return_inverse=True)
     near = np.ones(len(table), bool)
     if within is not None:
-        for value in np.unique(budgets):
-            here = budgets == value
-            near[here] = near_lowest(sizes[here], losses[here], within)
+        for i in range(len(values)):
+            near[group == i] = near_lowest(sizes[group == i], losses[group == i], within)
     left_out = _left_out(budgets[~near], sizes[~near], within)
-    budgets, sizes, losses = budgets[near], sizes[near], losses[near]
-    values, group = np.unique(budgets, return_inverse=True)
-    rows = [np.flatnonzero(group == i) for i in range(len(values))]
-    centre = float(np.log10(sizes).mean())
-    design = np.vander(np.log10(sizes) - centre, 3, increasing=True)
-    parabolas = {  # one per budget through its runs, including repeats of a size
-        i: LinearFit(design=design[each], values=losses[each])
-        for i, each in enumerate(rows)
-        if len(np.unique(sizes[each])) >= 3
-    }
-    residuals = np.full(len(losses), np.nan)
-    for i, parabola in parabolas.items():
-        residuals[rows[i]] = parabola.residuals
+    budgets, sizes, losses, group = budgets[near], sizes[near], losses[near], group[near]
+    z, one = np.log10(sizes), (group[:, None] == np.arange(len(values))).astype(float)
+    centre = float(z.mean())
+    z = (z - centre)[:, None]
+    linear = LinearFit(design=np.hstack([one, one * z, one * z**2]), values=losses)  # one parabola per budget
+    fitted_sizes = [np.unique(sizes[group == i]) for i in range(len(values))]
+    fits = np.array([len(each) >= 3 for each in fitted_sizes])  # a parabola through all runs, with repeats of a size
+
+    def parabolas(coefficients: Array) -> Array:
+        """From coefficients (..., 3 budgets) to (3, ..., budgets), NaN for budgets without a parabola."""
+        each = np.moveaxis(coefficients.reshape(*coefficients.shape[:-1], 3, -1), -2, 0)
+        return np.where(fits, each, np.nan)
+
+    curves, residuals = parabolas(linear.coefficients), np.where(fits[group], linear.residuals, np.nan)
+    counts = np.bincount(group)
     found = [
-        _optimum(budget, sizes[each], parabolas.get(i), centre)
-        for i, (budget, each) in enumerate(zip(values.tolist(), rows, strict=True))
+        _optimum(budget, n, each, curve, centre)
+        for budget, n, each, curve in zip(values.tolist(), counts.tolist(), fitted_sizes, curves.T, strict=True)
     ]
     optima = np.array([one.x for one in found])
     usable = np.array([one.status is OptimumStatus.OK for one in found]) | (include_flagged & np.isfinite(optima))
     draws = drawn = None
     if bootstrap:
-        n_runs = np.bincount(group)[group]
-        scaled = residuals * np.sqrt(n_runs / np.where(n_runs > 3, n_runs - 3, np.nan))  # for the degrees of freedom
-        clusters = cluster_labels(table[near], cluster)
-        resampled = losses - residuals + resample_residuals(scaled, bootstrap, seed, clusters)
-        refitted = np.full((2, bootstrap, len(values)), np.nan)
-        for i, parabola in parabolas.items():
-            refitted[:, :, i] = parabola_optima(parabola.coefficients_of(resampled[:, rows[i]]).T, centre)
-        draws, drawn = _bootstrap(values, refitted, optima, usable, seed)
+        scale = np.sqrt(counts / np.where(counts > 3, counts - 3, np.nan))  # for the degrees of freedom
+        resampled = resample_residuals(residuals * scale[group], bootstrap, seed, cluster_labels(table[near], cluster))
+        refitted = parabolas(linear.coefficients_of(losses - np.nan_to_num(residuals) + resampled))
+        draws, drawn = _bootstrap(values, np.stack(parabola_optima(refitted, centre)), optima, usable, seed)
         found = [
             replace(one, x_interval=percentile_interval(x), loss_interval=percentile_interval(lowest))
             for one, x, lowest in zip(found, draws.draws["x"].T, draws.draws["loss"].T, strict=True)
@@ -212,16 +210,13 @@ def near_lowest(sizes: Array, losses: Array, within: float) -> Array:
     return (near[0] <= sizes) & (sizes <= near[-1])
 
 
-def _optimum(budget: float, runs: Array, parabola: LinearFit | None, centre: float) -> BudgetOptimum:
-    """The minimum of the parabola of one budget, in log10 x - centre, for runs with sizes `runs`; NaN without one."""
-    a, b, c = parabola.coefficients.tolist() if parabola else (math.nan,) * 3
-    coefficients = a - b * centre + c * centre**2, b - 2 * c * centre, c
-    x, loss = map(float, parabola_optima(np.array([a, b, c]), centre))
-    sizes = np.unique(runs)
+def _optimum(budget: float, n: int, sizes: Array, curve: Array, centre: float) -> BudgetOptimum:
+    """The minimum of the parabola `curve` (3,) in log10 x - centre through `n` runs of a budget; NaN without one."""
+    x, loss = map(float, parabola_optima(curve, centre))
+    _, status = minimum(curve if math.isfinite(x) else np.full(3, math.nan), np.log10(sizes) - centre, MIN_SIZES)
     return BudgetOptimum(
-        budget=budget, x=x, loss=loss, curvature=c, n=len(runs), sizes=tuple(sizes.tolist()),
-        status=optimum_status(np.log10(x), np.log10(sizes), c if math.isfinite(x) else math.nan, MIN_SIZES),
-        coefficients=coefficients,
+        budget=budget, x=x, loss=loss, curvature=float(curve[2]), n=n, sizes=tuple(sizes.tolist()), status=status,
+        coefficients=recentred(curve, centre),
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from joblib import Parallel, delayed
 from scipy.optimize import least_squares, nnls
 
-from peerscale.stats.linear_fit import Array, LinearFit
+from peerscale.laws.linear_fit import Array, LinearFit
 
 Powers = Mapping[str, Mapping[str, Array]]
 """Name of the size -> name of the exponent -> logarithm of the variable (runs,): {"A": {"alpha": log_n}, "E": {}} is

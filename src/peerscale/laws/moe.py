@@ -21,8 +21,8 @@ from numpy.typing import ArrayLike
 from peerscale.errors import UserError
 from peerscale.laws.fitting import Fit, Number, Resampling, estimate
 from peerscale.laws.least_squares import Objective, Problem, power_problem
+from peerscale.laws.linear_fit import Array, LinearFit
 from peerscale.laws.table import positive_columns
-from peerscale.stats.linear_fit import Array, LinearFit
 
 E_START_RANGE = np.log([0.1, 1e3])
 RATIO_RANGE = (0.05, 15.0)
@@ -116,19 +116,14 @@ def _routed_starts(n: Array, experts: Array, log_loss: Array) -> Array:
 
 
 def _routed_losses(n: Array, experts: Array, point: Array) -> tuple[Array, Array]:
-    """Losses (runs,) of the routed law and their Jacobian (runs, 6), for sizes with log10 `n`, see `fit_routed`."""
-    a, b, c, d, start, ratio = point
-    top = np.exp(-start - ratio)  # 1 / E_max
-    gap = np.exp(-start) - top
-    hidden = experts - 1 + 1 / gap
-    inverse = 1 / hidden + top  # 1 / E_hat
-    e = -np.log10(inverse)
-    loss = 10 ** (a * n + b * e + c * n * e + d)
-    by_start = -1 / (hidden**2 * gap) - top  # derivatives of 1 / E_hat by the last two coordinates
-    by_ratio = top / (hidden * gap) ** 2 - top
-    slopes = -np.stack([by_start, by_ratio], axis=1) / (inverse * np.log(10))[:, None]
-    linear = np.stack([n, e, n * e, np.ones_like(n)], axis=1)
-    return loss, np.log(10) * loss[:, None] * np.hstack([linear, (b + c * n)[:, None] * slopes])
+    """Losses (runs,) of the routed law and their Jacobian (runs, 6), for sizes with log10 `n`, see `fit_routed`.
+
+    The Jacobian is the imaginary part after an imaginary step (Squire and Trapp 1998), which is exact to rounding.
+    """
+    a, b, c, d, start, ratio = np.vstack([point, point + 1e-20j * np.eye(6)]).T[:, :, None]
+    e = np.log10(saturated_experts(experts, np.exp(start), np.exp(start + ratio)))
+    losses = 10 ** (a * n + b * e + c * n * e + d)
+    return losses[0].real, losses[1:].imag.T / 1e-20
 
 
 def saturated_experts(experts: ArrayLike, start: Number, maximum: Number) -> Number:

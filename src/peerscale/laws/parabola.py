@@ -1,10 +1,11 @@
 """The minimum of a parabola through the losses of several sizes, and whether it can be trusted."""
 
+import math
 from enum import StrEnum
 
 import numpy as np
 
-from peerscale.stats.linear_fit import Array
+from peerscale.laws.linear_fit import Array
 
 OUTER = 0.2
 """An optimum in the outermost fifth of the sampled log range is flagged."""
@@ -43,13 +44,27 @@ def parabola_optima(coefficients: Array, centre: float = 0.0) -> tuple[Array, Ar
     return np.where(there, x, np.nan), np.where(there, loss, np.nan)
 
 
-def optimum_status(at: float, z: Array, curvature: float, at_least: int) -> OptimumStatus:
-    """Status of the minimum at log size `at` of a curve fitted to the log sizes z, of which it needs `at_least`."""
+def minimum(curve: Array, z: Array, at_least: int) -> tuple[float, OptimumStatus]:
+    """Where the parabola `curve` (3,) in z is lowest, and its status; NaN if it is flat or opens downwards.
+
+    Args:
+        curve: coefficients, constant first.
+        z: log sizes to which it was fitted.
+        at_least: how many different sizes it needs.
+    """
+    _, b, c = curve.tolist()
+    at = -b / (2 * c) if c > FLAT else math.nan
     if len(np.unique(z)) < at_least:
-        return OptimumStatus.TOO_FEW
-    if not curvature > FLAT:
-        return OptimumStatus.CURVATURE
+        return at, OptimumStatus.TOO_FEW
+    if math.isnan(at):
+        return at, OptimumStatus.CURVATURE
     place = (at - z.min()) / np.ptp(z)
     if not 0 <= place <= 1:
-        return OptimumStatus.OUTSIDE_RANGE
-    return OptimumStatus.OK if OUTER <= place <= 1 - OUTER else OptimumStatus.OFF_CENTRE
+        return at, OptimumStatus.OUTSIDE_RANGE
+    return at, OptimumStatus.OK if OUTER <= place <= 1 - OUTER else OptimumStatus.OFF_CENTRE
+
+
+def recentred(curve: Array, centre: float) -> tuple[float, float, float]:
+    """The coefficients in log10 x of the parabola `curve` (3,) in log10 x - centre."""
+    a, b, c = curve.tolist()
+    return a - b * centre + c * centre**2, b - 2 * c * centre, c

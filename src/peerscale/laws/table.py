@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from peerscale.errors import UserError
-from peerscale.stats.linear_fit import Array
+from peerscale.laws.linear_fit import Array
 
 SHOWN = 5
 """Number of rows named in a message."""

@@ -124,10 +124,6 @@ class FfnConfig:
         """Whether the output or loss depends on which sequences are in a group (`Surroundings.group_sequences`)."""
         return False
 
-    def routed(self) -> tuple[int, int]:
-        """Number of experts that a router chooses among, and of choices per token; (0, 0) without a router."""
-        return 0, 0
-
     def columns(self, d_model: int) -> dict[str, Any]:
         """The layer's values for the table of runs, by column; the columns are `LAYER_COLUMNS` of `records.table`."""
         return {}

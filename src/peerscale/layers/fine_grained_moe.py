@@ -54,9 +54,6 @@ class FineGrainedMoeConfig(RoutedConfig):
         divides = around.d_ff % self.granularity == 0
         return "" if divides else f"ffn.granularity {self.granularity} does not divide d_ff {around.d_ff}"
 
-    def routed(self) -> tuple[int, int]:
-        return self.n_experts, self.top_k
-
     def columns(self, d_model: int) -> dict[str, Any]:
         return {"n_experts": self.n_experts, "active_experts": self.top_k + self.n_shared}
 

@@ -98,9 +98,6 @@ class MoeConfig(RoutedConfig):
         capacity = self.capacity(sequences)
         return self.capacity_factor if capacity is None else capacity * self.n_experts / sequences
 
-    def routed(self) -> tuple[int, int]:
-        return self.n_experts, 1 if self.chooses_tokens else self.top_k
-
     def columns(self, d_model: int) -> dict[str, Any]:
         if self.chooses_tokens:
             own = {"capacity_factor": self.capacity_factor, "active_experts": self.capacity_factor}

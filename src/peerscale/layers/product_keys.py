@@ -115,9 +115,6 @@ class RetrievalConfig(FfnConfig):
     def takes_statistics(self) -> bool:
         return self.query_norm
 
-    def routed(self) -> tuple[int, int]:
-        return self.n_experts, self.active_experts
-
     def columns(self, d_model: int) -> dict[str, Any]:
         return {
             "n_experts": self.n_experts,

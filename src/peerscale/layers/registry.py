@@ -31,9 +31,6 @@ BUILT_IN = {
 }
 """The built-in layers, which need no `class`, by `method`."""
 
-_FOUND: dict[str, type[FfnConfig]] = {}
-"""The other layers that this process has imported so far, by `method`."""
-
 
 def parse_layer(value: Any) -> FfnConfig:
     """The layer that a mapping describes; pydantic calls this for every field that holds a layer.
@@ -49,7 +46,7 @@ def parse_layer(value: Any) -> FfnConfig:
     settings = {key: setting for key, setting in value.items() if key not in ("class", "source_sha256")}
     kind = layer_class(value)
     layer = _adapter(kind).validate_python(settings)
-    if layer.method != (method := method_of(kind)):
+    if layer.method != (method := _method_of(kind)):
         raise ConfigError(f"method {layer.method!r} is not that of {kind.__name__}, which is {method!r}")
     return layer
 
@@ -66,7 +63,7 @@ def layer_class(value: Mapping[str, Any]) -> type[FfnConfig]:
     return pkgutil.resolve_name(BUILT_IN[method])
 
 
-def method_of(kind: type[FfnConfig]) -> Any:
+def _method_of(kind: type[FfnConfig]) -> Any:
     """The `method` of all layers of a class."""
     return next(field.default for field in fields(kind) if field.name == "method")
 
@@ -86,11 +83,6 @@ def dump_layer(layer: FfnConfig) -> dict[str, Any]:
 
 Layer = Annotated[FfnConfig, BeforeValidator(parse_layer), PlainSerializer(dump_layer, return_type=dict[str, Any])]
 """The type of a field that holds any layer."""
-
-
-def known_layers() -> dict[str, type[FfnConfig]]:
-    """The built-in layers and those imported so far, by `method`."""
-    return {method: pkgutil.resolve_name(path) for method, path in BUILT_IN.items()} | _FOUND
 
 
 @functools.cache
@@ -113,9 +105,8 @@ def _outside(path: str) -> type[FfnConfig]:
         )
     if kind.cost is FfnConfig.cost or kind.build is FfnConfig.build:
         raise ConfigError(f"class {path} needs the methods cost(self, around) and build(self, around)")
-    if not isinstance(method := method_of(kind), str) or method in BUILT_IN:
+    if not isinstance(method := _method_of(kind), str) or method in BUILT_IN:
         raise ConfigError(f"class {path} needs a default for method, and none of {', '.join(BUILT_IN)}")
-    _FOUND[method] = kind
     return kind
 
 

@@ -96,7 +96,7 @@ class Block(nn.Module):
             elif any(True for _ in layer.parameters()):
                 raise UserError(
                     f"{type(layer).__name__} has parameters but no method init_weights(self, output_scale), "
-                    "which draws the weights that training starts from (README.md, Add a layer)"
+                    "which draws the weights that training starts from (docs/layers.md)"
                 )
 
     def forward(self, x_BTD: Tensor, tokens_BT: Tensor) -> Tensor:

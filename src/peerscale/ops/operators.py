@@ -46,8 +46,9 @@ class Operators:
         """y[t] = sum_j gates[t, j] sigma(<x[t], w_down[i]>) w_up[i], i = rows[t, j] (PEER, equations 6 and 7)."""
         pairs, dtype = Pairs(self, rows_TJ, len(w_down_ND)), x_TD.dtype
         down_ND, up_ND = self.rounded(w_down_ND, dtype), self.rounded(w_up_ND, dtype)
-        scores_TJ = _RowDotProducts.apply(x_TD.to(down_ND.dtype), w_down_ND, down_ND, pairs)
-        return _WeightedRowSum.apply(self.gate(scores_TJ, gates_TJ, activation), w_up_ND, up_ND, pairs).to(dtype)
+        scores_TJ = _RowProduct.apply(x_TD.to(down_ND.dtype), w_down_ND, down_ND, pairs, False)
+        hidden_TJ = self.gate(scores_TJ, gates_TJ, activation)
+        return _RowProduct.apply(hidden_TJ, w_up_ND, up_ND, pairs, True).to(dtype)
 
     def weighted_rows(
         self, table_ND: Tensor, rows_TJ: Tensor, weights_TJ: Tensor, dtype: torch.dtype | None = None
@@ -57,7 +58,7 @@ class Operators:
         `dtype` is the type of y and the precision to which rows are rounded; None: the table's.
         """
         pairs, dtype = Pairs(self, rows_TJ, len(table_ND)), dtype or table_ND.dtype
-        return _WeightedRowSum.apply(weights_TJ, table_ND, self.rounded(table_ND, dtype), pairs).to(dtype)
+        return _RowProduct.apply(weights_TJ, table_ND, self.rounded(table_ND, dtype), pairs, True).to(dtype)
 
     def product_key_top_k(self, query_THSC: Tensor, sub_keys_GSNC: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """For each token and head the K largest sums of a first-side and a second-side score <query half, sub-key>.
@@ -175,53 +176,39 @@ class Operators:
         raise NotImplementedError
 
 
-class _RowDotProducts(torch.autograd.Function):
-    """`row_dot_products` with the rows of `read_ND`, the rounded table; the gradient is the table's."""
+class _RowProduct(torch.autograd.Function):
+    """`weighted_row_sum` of weights, or `row_dot_products` of vectors, with the rows of `read_ND`, the rounded table.
+
+    Each is the gradient of the other, and both have the gradient of the table, as factors if it is collected.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, table_ND: Tensor, read_ND: Tensor, pairs: Pairs) -> Tensor:
-        x_TD, read_ND = x_TD.contiguous(), read_ND.contiguous()
-        ctx.save_for_backward(x_TD, read_ND)
-        ctx.pairs, ctx.collected = pairs, collected_gradients(table_ND)
-        return pairs.operators.row_dot_products(x_TD, read_ND, pairs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
-        (x_TD, read_ND), grad_TJ = ctx.saved_tensors, grads[0].contiguous()
-        grad_x = ctx.pairs.operators.weighted_row_sum(read_ND, ctx.pairs, grad_TJ) if ctx.needs_input_grad[0] else None
-        return grad_x, _table_gradient(ctx, grad_TJ, x_TD), None, None
-
-
-class _WeightedRowSum(torch.autograd.Function):
-    """`weighted_row_sum` of the rows of `read_ND`, the rounded table; the gradient is the table's."""
-
-    @staticmethod
-    def forward(ctx: Any, weights_TJ: Tensor, table_ND: Tensor, read_ND: Tensor, pairs: Pairs) -> Tensor:
-        weights_TJ, read_ND = weights_TJ.contiguous(), read_ND.contiguous()
-        ctx.save_for_backward(weights_TJ, read_ND)
-        ctx.pairs, ctx.collected = pairs, collected_gradients(table_ND)
-        return pairs.operators.weighted_row_sum(read_ND, pairs, weights_TJ)
+    def forward(ctx: Any, values: Tensor, table_ND: Tensor, read_ND: Tensor, pairs: Pairs, sums: bool) -> Tensor:
+        values, read_ND = values.contiguous(), read_ND.contiguous()
+        ctx.save_for_backward(values, read_ND)
+        ctx.pairs, ctx.sums, ctx.collected = pairs, sums, collected_gradients(table_ND)
+        return _product(values, read_ND, pairs, sums)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
-        (weights_TJ, read_ND), grad_TD = ctx.saved_tensors, grads[0].contiguous()
-        grad_weights = None
+        (values, read_ND), grad, grad_values, grad_table = ctx.saved_tensors, grads[0].contiguous(), None, None
         if ctx.needs_input_grad[0]:
-            grad_weights = ctx.pairs.operators.row_dot_products(grad_TD, read_ND, ctx.pairs)
-        return grad_weights, _table_gradient(ctx, weights_TJ, grad_TD), None, None
+            grad_values = _product(grad, read_ND, ctx.pairs, not ctx.sums)
+        if ctx.needs_input_grad[1]:
+            coefficients_TJ, vectors_TD = (values, grad) if ctx.sums else (grad, values)
+            gradient = TableGradient(ctx.pairs, coefficients_TJ, vectors_TD)
+            if ctx.collected is None:
+                grad_table = ctx.pairs.operators.table_gradient(gradient)
+            else:
+                ctx.collected.append(gradient)
+        return grad_values, grad_table, None, None, None
 
 
-def _table_gradient(ctx: Any, coefficients_TJ: Tensor, vectors_TD: Tensor) -> Tensor | None:
-    """The table's gradient for autograd; None if it is not asked for, or is collected as factors."""
-    if not ctx.needs_input_grad[1]:
-        return None
-    gradient = TableGradient(ctx.pairs, coefficients_TJ, vectors_TD)
-    if ctx.collected is None:
-        return ctx.pairs.operators.table_gradient(gradient)
-    ctx.collected.append(gradient)
-    return None
+def _product(values: Tensor, read_ND: Tensor, pairs: Pairs, sums: bool) -> Tensor:
+    if sums:
+        return pairs.operators.weighted_row_sum(read_ND, pairs, values)
+    return pairs.operators.row_dot_products(values, read_ND, pairs)
 
 
 class _ProductKeyTopK(torch.autograd.Function):

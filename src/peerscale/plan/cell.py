@@ -19,8 +19,6 @@ class Cell:
     """Dotted keys and values that, besides method, size, budget and seed, distinguish this cell from others."""
     config: Config
     plan: Plan
-    estimate_s: float
-    estimate_is_guess: bool
 
     @property
     def folder(self) -> Path:

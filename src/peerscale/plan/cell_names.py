@@ -5,9 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from peerscale.config.compose import Composition, leaves, resolved
-from peerscale.config.schema import Config, parse_config
+from peerscale.config.schema import NOT_HASHED, Config, parse_config
 from peerscale.config.study import RATE_FACTOR
-from peerscale.records.fingerprint import NOT_HASHED
 
 TOLD_ELSEWHERE = (
     "d_model", "head_dim", "n_layers", "budget", "seed", "ffn.class", "ffn.method", "ffn.variant",

@@ -9,7 +9,7 @@ from peerscale.data.batches import whole_batches
 def evaluated_tokens(config: Config, set_tokens: Mapping[str, int] | None) -> dict[str, int]:
     """Tokens of each held-out set to evaluate on: what `data.evaluation` asks for, or what the set has if that is less.
 
-    Only whole batches count; sets smaller than one batch are left out.
+    Only whole batches count. Without `set_tokens`, the sets are assumed to be large enough.
     """
     tokens = {}
     for name, asked in config.data.evaluation.items():
@@ -22,34 +22,22 @@ def evaluated_tokens(config: Config, set_tokens: Mapping[str, int] | None) -> di
 
 
 def skipped_sets(config: Config, set_tokens: Mapping[str, int] | None) -> dict[str, str]:
-    """The held-out sets that `data.evaluation` names and the corpus cannot serve, and why."""
-    if set_tokens is None:
-        return {}
-    return {
-        name: f"fewer tokens than {_needed(config)}" if name in set_tokens else "not in this corpus"
-        for name, asked in config.data.evaluation.items()
-        if asked and not _batches(config, set_tokens.get(name, 0))
-    }
+    """The held-out sets that `data.evaluation` names and that are not evaluated, and why."""
+    evaluated, skipped = evaluated_tokens(config, set_tokens), {}
+    for name, asked in config.data.evaluation.items():
+        if asked and name not in evaluated:
+            too_few = set_tokens is None or name in set_tokens
+            skipped[name] = f"fewer tokens than {_needed(config)}" if too_few else "not in this corpus"
+    return skipped
 
 
 def unusable_data(config: Config, set_tokens: Mapping[str, int] | None) -> str:
     """Why there is no batch to train or to evaluate on; empty if there is."""
-    for name, asked in config.data.evaluation.items():
-        if 0 < asked < config.tokens_per_step:
-            return (
-                f"data.evaluation.{name} asks for {asked:,} tokens, but one batch of {config.batch_sequences} x "
-                f"{config.context} has {config.tokens_per_step:,}"
-            )
-    if set_tokens is None:
-        return ""
-    if config.data.val_set not in set_tokens:
-        there = ", ".join(name for name in set_tokens if name != "train")
-        return f"data.val_set {config.data.val_set} is not in this corpus, whose held-out sets are {there}"
+    if why := skipped_sets(config, set_tokens).get(config.data.val_set):
+        return f"data.val_set {config.data.val_set}: {why}"
     # No two sequences of a training batch are neighbours in the text, so that it takes the text of two batches.
-    for name, fewest in (("train", 2), (config.data.val_set, 1)):
-        if _batches(config, set_tokens[name]) < fewest:
-            needed = _needed(config, fewest)
-            return f"the {name} set of this corpus has {set_tokens[name]:,} tokens, fewer than {needed}"
+    if set_tokens is not None and _batches(config, set_tokens["train"]) < 2:
+        return f"the train set has {set_tokens['train']:,} tokens, fewer than {_needed(config, 2)}"
     return ""
 
 

@@ -82,20 +82,12 @@ def indivisible(config: Config, micro_batches: int) -> str:
 
 
 def too_large(config: Config) -> str:
-    """Why a cell does not fit its GPUs, and what would make it fit; empty if it fits or uses no GPUs."""
-    room = config.trainer.device_memory_gb
+    """Why a cell does not fit its GPUs; empty if it fits or uses no GPUs."""
     if _fits(config, config.surroundings.micro_batches):
         return ""
-    problem = f"{_memory_gb(config):.3g} GB are more than trainer.device_memory_gb {room:g}"
-    if parts := _fewest_parts(config):
-        return f"{problem}; trainer.micro_batches={parts} would take {_memory_gb(config, parts):.3g}"
-    recomputed = replace(config, trainer=replace(config.trainer, activation_checkpointing=True))
-    if parts := _fewest_parts(recomputed):
-        fits = _memory_gb(recomputed, parts)
-        return f"{problem}; trainer.activation_checkpointing=true would take {fits:.3g}, and more time"
-    of_state = device_memory(config)["state"] / 1e9
-    hint = "; smaller routing_group_sequences allow more of them" if config.ffn.takes_statistics else ""
-    return f"{problem}, {of_state:.3g} of them weights and moments; no trainer.micro_batches is enough{hint}"
+    of_state, room = device_memory(config)["state"] / 1e9, config.trainer.device_memory_gb
+    needed = f"{_memory_gb(config):.3g} GB, {of_state:.3g} of them weights and moments"
+    return f"{needed}, are more than trainer.device_memory_gb {room:g}"
 
 
 def _fewest_parts(config: Config) -> int | None:

@@ -1,7 +1,5 @@
 """From a configuration and its budget to steps, tokens and learning rates, or a reason to drop the cell."""
 
-import decimal
-import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -119,29 +117,14 @@ def lr_scale(config: Config, tokens: int) -> float:
 
 
 def _unusable_budget(config: Config, flops_per_token: int, train_tokens: int | None, steps: int) -> str:
-    """Why the run is too short or too long at its budget, and the nearest budget that is possible; empty if neither."""
-    per_step, max_epochs, fewest = config.tokens_per_step, config.data.max_epochs, config.min_steps
-    most = int(max_epochs * train_tokens) // per_step if train_tokens else None
-    smallest, largest = fewest * per_step * flops_per_token, most and most * per_step * flops_per_token
-    if steps < fewest:
-        problem = f"{steps:,} step{' is' if steps == 1 else 's are'} fewer than min_steps {fewest:,}"
-        budget = f"the smallest budget for this cell is {_in_few_digits(smallest, smallest, largest)}"
-    elif train_tokens and most is not None and steps > most:
-        epochs = math.ceil(round(100 * steps * per_step / train_tokens, 6)) / 100
-        problem = f"{epochs:,.2f} epochs are more than data.max_epochs {max_epochs:g}"
-        budget = f"the largest budget for this cell is {_in_few_digits(largest or 0, smallest, largest)}"
-    else:
-        return ""
-    if most is not None and most < fewest:
-        budget = f"no budget fits, since data.max_epochs allows {most:,} steps"
-    return f"{problem}: {budget}"
-
-
-def _in_few_digits(flops: int, smallest: int, largest: int | None) -> str:
-    """One end of a range of budgets, rounded into the range to two digits, or to more if the range is narrow."""
-    rounding = decimal.ROUND_FLOOR if flops == largest else decimal.ROUND_CEILING
-    for digits in itertools.count(2):
-        rounded = decimal.Context(prec=digits, rounding=rounding).create_decimal(flops)
-        if rounded == flops or (smallest <= rounded and (largest is None or rounded <= largest)):
-            return f"{rounded.normalize():e}".replace("e+", "e")
-    raise AssertionError
+    """Why the run is too short or too long at its budget, and about which budget is possible; empty if neither."""
+    tokens, max_epochs = steps * config.tokens_per_step, config.data.max_epochs
+    if steps < config.min_steps:
+        smallest = config.min_steps * config.tokens_per_step * flops_per_token
+        few = f"too few steps, {steps:,} of min_steps {config.min_steps:,}"
+        return f"{few}: the smallest budget for this cell is about {smallest:.2e}"
+    if train_tokens and tokens > max_epochs * train_tokens:
+        largest = max_epochs * train_tokens * flops_per_token
+        many = f"{tokens / train_tokens:,.4g} epochs are more than data.max_epochs {max_epochs:g}"
+        return f"{many}: the largest budget for this cell is about {largest:.2e}"
+    return ""

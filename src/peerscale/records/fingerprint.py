@@ -5,20 +5,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from peerscale.config.schema import Config, to_dict
+from peerscale.config.schema import NOT_HASHED, Config, to_dict
 from peerscale.plan.plan import Plan
 
 RECIPE_VERSION = 1
 """Increase this when the numerics of training change, so that old cells are not taken for new ones."""
-
-RECIPE_OF_COPIES = 2
-"""The version for cells that read expert tables from bf16 copies, where they came after version 1 of these cells."""
-
-NOT_HASHED = (
-    "trainer", "tracking", "min_steps",
-    "data.directory", "data.name", "data.path", "data.evaluation_files", "data.train_tokens", "data.max_epochs",
-)  # fmt: skip
-"""Keys of the configuration that decide how and where a cell runs and what is kept, but not its result."""
 
 NAMES = (
     "ffn.variant", "ffn.params_of.variant", "data.source", "optim.lr_rule", "optim.lr_law", "optim.lr_factor",
@@ -46,9 +37,7 @@ def hashed_config(config: Config, plan: Plan, data_fingerprint: str) -> dict[str
     tree["size"] = {"d_model": config.d_model, "n_layers": config.n_layers, "n_heads": config.n_heads}
     tree["data"]["evaluation"] = {name: tokens for name, tokens in tree["data"]["evaluation"].items() if tokens}
     tree["replaced"] = list(config.replaced_blocks)
-    has_copies = config.precision == "bf16" and config.ffn.copied_parameters(config.surroundings) > 0
-    version = RECIPE_OF_COPIES if has_copies else RECIPE_VERSION
-    return {**tree, "data_fingerprint": data_fingerprint, "recipe_version": version}
+    return {**tree, "data_fingerprint": data_fingerprint, "recipe_version": RECIPE_VERSION}
 
 
 def fingerprint(hashed: Mapping[str, Any]) -> str:

@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from peerscale.records.record import PlannedCell, Record, differences
+from peerscale.plan.cell import Cell
+from peerscale.records.record import Record, differences
 
 
 def of_the_plan(
-    cells: Iterable[PlannedCell], records: Mapping[str, Record], where: Path, data_fingerprint: str | None
+    cells: Iterable[Cell], records: Mapping[str, Record], where: Path, data_fingerprint: str | None
 ) -> tuple[dict[str, Record], list[str]]:
     """The records that match the plan's configuration or are of no cell of the plan; and a notice about the others."""
     differ = {

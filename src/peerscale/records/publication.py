@@ -7,7 +7,6 @@ from pathlib import Path
 from peerscale.errors import UserError
 from peerscale.files import replacing, write_text
 from peerscale.records.curves import CURVES, METRIC, METRICS
-from peerscale.records.fingerprint import differing_keys
 from peerscale.records.matching import some
 from peerscale.records.record import ENDED, RECORD, Record, Status, write_record
 from peerscale.records.study import Study
@@ -22,7 +21,7 @@ def publish(source: Study, target: Study, *, replace_cells: bool = False) -> str
         replace_cells: whether published finished cells may be removed, or replaced by cells of another configuration.
 
     Returns:
-        A message on how many finished cells were added, replaced, kept and removed.
+        A message on how many finished cells there are.
 
     Raises:
         UserError: the study is not complete, or published finished cells would be lost. Nothing is written then.
@@ -35,15 +34,13 @@ def publish(source: Study, target: Study, *, replace_cells: bool = False) -> str
         if path.is_file() and source.table.stat().st_mtime_ns < path.stat().st_mtime_ns:
             raise UserError(f"{source.table} is older than {path.name}; first: make figures SWEEP={source.sweep}")
     old, new = (_finished(study) for study in (target, source))
-    removed = [cell for cell in old if cell not in new]
-    replaced = {cell: _differences(old[cell], new[cell]) for cell in old if cell in new and old[cell] != new[cell]}
-    others = [f"{cell}: {found}" for cell, found in replaced.items() if found]
-    losses = [f"remove {len(removed)} finished cells ({some(removed)})"] * bool(removed)
-    losses += [f"replace {len(others)} by cells of another configuration ({some(others)})"] * bool(others)
-    if losses and not replace_cells:
-        again = f"make restore SWEEP={source.sweep} brings back those that would be removed; " * bool(removed)
-        anyway = f"to do it anyway: make publish SWEEP={source.sweep} REPLACE=1"
-        raise UserError(f"this would {' and '.join(losses)} in {target.folder}; {again}{anyway}")
+    lost = [cell for cell in old if cell not in new or new[cell].fingerprint != old[cell].fingerprint]
+    if lost and not replace_cells:
+        raise UserError(
+            f"this would remove finished cells of {target.folder}, or put others in their place: {some(lost)}; "
+            f"make restore SWEEP={source.sweep} brings back those that are not in runs/; to do it anyway: "
+            f"make publish SWEEP={source.sweep} REPLACE=1"
+        )
     with replacing(target.folder) as folder:
         if target.folder.is_dir():
             shutil.copytree(target.folder, folder, ignore=shutil.ignore_patterns(target.figures.name))
@@ -53,20 +50,12 @@ def publish(source: Study, target: Study, *, replace_cells: bool = False) -> str
                 shutil.copyfile(path, folder / path.name)
         if source.figures.is_dir():
             shutil.copytree(source.figures, folder / source.figures.name, copy_function=shutil.copyfile)
-    kept = len(old) - len(removed) - len(replaced)
-    counts = f"{len(new) - kept - len(replaced)} added, {len(replaced)} replaced, {kept} kept, {len(removed)} removed"
-    return f"finished cells: {counts} -> {target.folder}"
+    return f"{len(new)} finished cells, {len(new.keys() - old.keys())} of them new -> {target.folder}"
 
 
 def _finished(study: Study) -> dict[str, Record]:
     """The finished cells of a study by name."""
     return {record.cell: record for record in read_records(study.folder) if record.status is Status.DONE}
-
-
-def _differences(old: Record, new: Record) -> str:
-    """How the configuration of a cell differs from the published one; empty if it is the same cell trained again."""
-    same = old.fingerprint == new.fingerprint
-    return "" if same else ", ".join(differing_keys(old.hashed_config, new.hashed_config)) or "fingerprint only"
 
 
 def restore(source: Study, runs: Path) -> tuple[int, int]:

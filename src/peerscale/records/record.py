@@ -4,14 +4,14 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from peerscale.config.schema import Config
 from peerscale.errors import UserError
 from peerscale.files import write_text
-from peerscale.plan.plan import Plan, Verdict
+from peerscale.plan.cell import Cell
+from peerscale.plan.plan import Verdict
 from peerscale.records.fingerprint import differing_keys, fingerprint, hashed_config
 
 SCHEMA_VERSION = 3
@@ -95,22 +95,7 @@ class Record:
 _RECORD = TypeAdapter(Record)
 
 
-class PlannedCell(Protocol):
-    """What a record tells of a planned cell (`plan.cells.Cell`)."""
-
-    @property
-    def sweep(self) -> str: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def axes(self) -> dict[str, Any]: ...
-    @property
-    def config(self) -> Config: ...
-    @property
-    def plan(self) -> Plan: ...
-
-
-def new_record(cell: PlannedCell, status: Status, data_fingerprint: str, **fields: Any) -> Record:
+def new_record(cell: Cell, status: Status, data_fingerprint: str, **fields: Any) -> Record:
     """The record of a cell that has no results yet; `fields` are further fields of the record."""
     config, plan, ffn = cell.config, cell.plan, cell.config.ffn
     hashed = hashed_config(config, plan, data_fingerprint)
@@ -129,13 +114,13 @@ def new_record(cell: PlannedCell, status: Status, data_fingerprint: str, **field
     )  # fmt: skip
 
 
-def planned_record(cell: PlannedCell) -> Record:
+def planned_record(cell: Cell) -> Record:
     """A record for a cell that has none yet: either dropped by its plan, or pending."""
     status = Status.DROPPED if cell.plan.verdict is Verdict.DROP else Status.PENDING
     return replace(new_record(cell, status, ""), reason=cell.plan.reason, fingerprint="")
 
 
-def differences(cell: PlannedCell, record: Record, data_fingerprint: str | None) -> list[str]:
+def differences(cell: Cell, record: Record, data_fingerprint: str | None) -> list[str]:
     """The keys in which a record differs from the configuration of this cell, as `differing_keys` writes them.
 
     If the corpus is not prepared (`data_fingerprint` is None), the record is assumed to have the right corpus.

@@ -73,12 +73,8 @@ def read_json(path: Path) -> Any:
 
 
 def read_fits(path: Path) -> dict[str, Any]:
-    """The result of `runs.fits.fit_study`, with the `answer` as a sentence; raises `UserError` for any other file."""
+    """The result of `stats.fits.fit_study`, with the `answer` as a sentence; raises `UserError` for any other file."""
     fits = read_json(path)
-    keys = {"answer", "budgets", "claims", "multipliers", "laws", "rates"}
-    if isinstance(fits, dict) and keys <= fits.keys():
-        methods = [method for budget in fits["budgets"] for method in budget["methods"]]
-        known = all("low" in method for method in methods if method["loss"] is not None)
-        if known and all("family" in claim for claim in fits["claims"]):
-            return fits
+    if isinstance(fits, dict) and fits.keys() >= {"answer", "budgets", "claims", "multipliers", "laws", "rates"}:
+        return fits
     raise UserError(f"{path}: not the fits of a study as this version writes them: make figures, to fit it again")

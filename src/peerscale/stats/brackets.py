@@ -12,7 +12,7 @@ import pandas as pd
 
 from peerscale.config.study import RATE_FACTOR
 from peerscale.stats.curves_of_runs import are_brackets, axes_of, method_names, usable, without_brackets
-from peerscale.stats.rate_law import fit_brackets
+from peerscale.stats.rate_parabolas import fit_brackets
 
 COST_DF = 2.0
 """Degrees of freedom of an error that a study's file states: the largest of a few brackets, it is known about as well

@@ -9,8 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from peerscale.config.compose import of_cells, overridden, sweep_text
+from peerscale.config.compose import of_cells, overridden
 from peerscale.config.study import load_sweep
+from peerscale.config.study_file import sweep_text
 from peerscale.errors import UserError
 from peerscale.figures.answer import answer
 from peerscale.files import ROOT, write_json, write_text

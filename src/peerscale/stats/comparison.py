@@ -15,6 +15,7 @@ import pandas as pd
 
 from peerscale.config.study import ClaimsConfig
 from peerscale.laws.fitting import to_plain
+from peerscale.laws.linear_fit import Array
 from peerscale.records.record import Record, Status
 from peerscale.stats.brackets import RateError, RateErrors, fit_rate_brackets, rate_errors
 from peerscale.stats.claims import claims_of
@@ -27,9 +28,8 @@ from peerscale.stats.curves_of_runs import (
     without_brackets,
 )
 from peerscale.stats.frontiers import Budget, X, frontiers_of, multipliers_of, power_laws
-from peerscale.stats.linear_fit import Array
 from peerscale.stats.noise import shrunk_variances
-from peerscale.stats.optima import Estimate, OptimaFit, Optimum, f_test, satterthwaite
+from peerscale.stats.optima import Estimate, OptimaFit, Optimum, satterthwaite
 
 Sequences = Mapping[str, Array]
 """Losses of all validation sequences (sequences,), by cell."""
@@ -176,9 +176,9 @@ def _by_curves(
             entry["sets"] = {s: _described(fit.estimate(weights).with_rates(of_rates)) for s, fit in others.items()}
         differences.append(entry)
     return Budget(budget, shared, optima, by_seed, drawn), {
-        "window": window, "scatter": shared.scatter, "df": shared.df, "seeds_sd": shared.seeds_sd,
+        "window": window, "scatter": shared.linear.scatter, "df": shared.linear.df, "seeds_sd": shared.seeds_sd,
         "seeds_df": int(shared.seed_df.sum()), "curvature": float(shared.curve(shared.names[0])[2]),
-        "equality": f_test(shared, own), "methods": methods, "differences": differences,
+        "equality": own.linear.f_test(shared.linear), "methods": methods, "differences": differences,
     }  # fmt: skip
 
 

@@ -11,9 +11,9 @@ import numpy as np
 from peerscale.laws.bootstrap import Bootstrap, percentile_interval, resample_counts
 from peerscale.laws.isoflop import MIN_BUDGETS, fit_power_law
 from peerscale.laws.least_squares import FitStatus
+from peerscale.laws.linear_fit import LEVEL, Array
 from peerscale.stats.brackets import RateErrors
 from peerscale.stats.curves_of_runs import is_dense, same_variant
-from peerscale.stats.linear_fit import LEVEL, Array
 from peerscale.stats.multiplier import compute_multipliers
 from peerscale.stats.optima import OptimaFit, Optimum
 
@@ -52,7 +52,7 @@ def frontiers_of(fitted: Sequence[Budget], rates: RateErrors) -> dict[str, Array
         rng = np.random.default_rng(round(one.budget))
         scale = np.sqrt(df / rng.chisquare(df, (DRAWS, len(df))))
         errors = rng.normal(size=(DRAWS, len(one.fit.x))) * np.sqrt(variances) * scale[:, one.fit.method]
-        drawn = one.fit.losses - one.fit.residuals + errors
+        drawn = one.fit.losses - one.fit.linear.residuals + errors
         if one.sequences is not None:
             drawn += _resampled(one.sequences.shape[1]) @ one.sequences.T
         minima = np.stack(one.fit.optima_of(drawn))
@@ -96,7 +96,7 @@ def multipliers_of(
                 if math.isfinite(multiplier := compute_multipliers(dense, own, trend)[i]):
                     seeds[seed] = multiplier
             found.append({**pair, "budget": budgets[i], "multiplier": each[0, i], **_ends(each[1:, i]),
-                          "df": fitted[i].fit.df, **({"by_seed": seeds} if seeds else {})})  # fmt: skip
+                          "df": fitted[i].fit.linear.df, **({"by_seed": seeds} if seeds else {})})  # fmt: skip
         if (used := known & trend).sum() >= GROWTH_BUDGETS:
             slope = math.log(10) * fit_power_law(budgets[used], each[:, used])[0]
             slopes.append({**pair, "slope": slope[0], **_ends(slope[1:])})

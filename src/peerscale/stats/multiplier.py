@@ -7,7 +7,7 @@ at or below that budget. At the smallest common budget it is the lower loss, whi
 
 import numpy as np
 
-from peerscale.stats.linear_fit import Array
+from peerscale.laws.linear_fit import Array
 
 
 def compute_multipliers(dense: tuple[Array, Array], method: tuple[Array, Array], trend: Array | None = None) -> Array:

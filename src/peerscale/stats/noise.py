@@ -17,7 +17,7 @@ import numpy as np
 from scipy.optimize import root_scalar
 from scipy.stats import chi2
 
-from peerscale.stats.linear_fit import Array
+from peerscale.laws.linear_fit import Array
 
 PRIOR_DF = 3.0
 """Degrees of freedom that the common variance counts for in a method's own, however many runs others have."""

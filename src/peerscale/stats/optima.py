@@ -14,16 +14,15 @@ degrees of freedom of Satterthwaite (1946); intervals are Student's.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
-from scipy.stats import f as fisher
 
-from peerscale.laws.parabola import FLAT, OptimumStatus, optimum_status, parabola_optima
-from peerscale.stats.linear_fit import Array, StudentValue
+from peerscale.laws.linear_fit import Array, LinearFit, StudentValue
+from peerscale.laws.parabola import OptimumStatus, minimum, parabola_optima, recentred
 from peerscale.stats.noise import Noise, estimate_noise
 
 MIN_SIZES = 4
@@ -46,9 +45,8 @@ class Estimate(StudentValue):
 
     def with_sequences(self, losses: Array) -> Self:
         """The estimate with the error from sampling sequences added; `losses` has its value for each sequence."""
-        sampled, n = float(losses.std(ddof=1)) / math.sqrt(len(losses)), len(losses)
-        df = satterthwaite([(self.se**2, self.df), (sampled**2, n - 1)])
-        return replace(self, se=math.hypot(self.se, sampled), df=df, sequences_se=sampled)
+        sampled = float(losses.std(ddof=1)) / math.sqrt(len(losses))
+        return self._with(sampled, len(losses) - 1, sequences_se=sampled)
 
     def with_rates(self, errors: Sequence[tuple[float, float]]) -> Self:
         """The estimate with the errors of learning rates (standard error, degrees of freedom) added, if there are any.
@@ -58,16 +56,20 @@ class Estimate(StudentValue):
         if not errors:
             return self
         rates, together = math.hypot(*(se for se, _ in errors)), sum(se**2 / math.sqrt(df) for se, df in errors)
-        of_rates = rates**4 / together**2 if together else math.inf
-        df = satterthwaite([(self.se**2, self.df), (rates**2, of_rates)])
-        return replace(self, se=math.hypot(self.se, rates), df=df, rate_se=rates)
+        return self._with(rates, rates**4 / together**2 if together else math.inf, rate_se=rates)
+
+    def _with(self, se: float, df: float, **source: float) -> Self:
+        """The estimate with an independent error added, which is also stored as that of its source."""
+        both = satterthwaite([(self.se**2, self.df), (se**2, df)])
+        return replace(self, se=math.hypot(self.se, se), df=both, **source)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Optimum:
     """The optimum of a method: the minimum of its curve."""
 
-    name: str
+    name: Any
+    """As given to the fit."""
     status: OptimumStatus
     x: float
     """Size at the minimum; NaN if `status` has no number."""
@@ -85,7 +87,8 @@ class Optimum:
 class OptimaFit:
     """The fit of one budget."""
 
-    names: tuple[str, ...]
+    names: tuple[Any, ...]
+    """The methods: any hashable values, never looked into."""
     method: Array
     """Index into `names` of each size mean (points,)."""
     x: Array
@@ -102,12 +105,12 @@ class OptimaFit:
 
     @classmethod
     def of(
-        cls, names: Sequence[str], x: Array, losses: Array, *, shared: bool = True, at_least: int = MIN_SIZES
+        cls, names: Sequence[Hashable], x: Array, losses: Array, *, shared: bool = True, at_least: int = MIN_SIZES
     ) -> Self:
         """Fit runs (runs,) of one budget.
 
         Args:
-            names: name of each run's method.
+            names: each run's method, any hashable value.
             x: size of each run, such as FLOPs per token; equal sizes of a method are seeds of one model.
             losses: nats per token.
             shared: whether all methods share one curvature or each has its own.
@@ -136,67 +139,36 @@ class OptimaFit:
         return np.log10(self.x) - self.centre
 
     @cached_property
-    def design(self) -> Array:
-        """The design matrix (points, coefficients): an intercept and a slope per method, then the curvatures."""
+    def linear(self) -> LinearFit:
+        """The regression of the size means: an intercept and a slope per method, then the curvatures."""
         one, z = (self.method[:, None] == np.arange(len(self.names))).astype(float), self.z[:, None]
-        return np.hstack([one, one * z, z**2 if self.shared else one * z**2])
+        return LinearFit(design=np.hstack([one, one * z, z**2 if self.shared else one * z**2]), values=self.losses)
 
     @cached_property
-    def solution(self) -> Array:
-        """Matrix (coefficients, points) from size means to coefficients, by ordinary least squares."""
-        return np.linalg.pinv(self.design, rcond=1e-10)
+    def _curves(self) -> Array:
+        """Which coefficients of `linear` are a, b and c of each method, (3, methods)."""
+        first = np.arange(len(self.names))
+        return np.stack([first, first + len(first), 2 * len(first) + (0 if self.shared else 1) * first])
 
-    @cached_property
-    def df(self) -> int:
-        """Degrees of freedom of the residuals."""
-        return len(self.losses) - int(np.linalg.matrix_rank(self.design))
-
-    @cached_property
-    def residuals(self) -> Array:
-        return self.losses - self.design @ (self.solution @ self.losses)
-
-    @property
-    def rss(self) -> float:
-        """Sum of the squared residuals."""
-        return float(self.residuals @ self.residuals)
-
-    @property
-    def scatter(self) -> float:
-        """Standard deviation of the size means around the fit in nats; NaN without degrees of freedom."""
-        return math.sqrt(self.rss / self.df) if self.df else math.nan
-
-    def curve(self, name: str) -> Array:
+    def curve(self, name: Hashable) -> Array:
         """(a, b, c) of a method in z."""
-        return self._to_curve(name) @ self.losses
+        return self.linear.coefficients[self._curves[:, self.names.index(name)]]
 
-    def _to_curve(self, name: str) -> Array:
-        """Matrix (3, points) from size means to a method's (a, b, c)."""
-        i, n = self.names.index(name), len(self.names)
-        return self.solution[[i, n + i, 2 * n + (0 if self.shared else i)]]
-
-    def coefficients(self, name: str) -> tuple[float, float, float]:
-        """(a, b, c) of a method in log10 x."""
-        a, b, c = map(float, self.curve(name))
-        return a - b * self.centre + c * self.centre**2, b - 2 * c * self.centre, c
-
-    def optimum(self, name: str) -> Optimum:
+    def optimum(self, name: Hashable) -> Optimum:
         """The minimum of one method."""
-        _, b, c = self.curve(name)
-        here = self.method == self.names.index(name)
-        at = -b / (2 * c) if c > FLAT else math.nan
-        status = optimum_status(at, self.z[here], c, self.at_least)
+        method, curve = self.names.index(name), self.curve(name)
+        here, to_curve = self.method == method, self.linear.solution[self._curves[:, method]]
+        at, status = minimum(curve, self.z[here], self.at_least)
         if not status.has_number:
             at = math.nan  # makes all results below NaN
-        weights = np.array([1, at, at**2]) @ self._to_curve(name)
-        slope = self.estimate(
-            np.array([0, 1, 2 * at]) @ self._to_curve(name)
-        )  # slope of the curve at `at`: zero, but with an error
-        reach = (slope.interval[1] - slope.value) / (2 * c)
+        weights = np.array([1, at, at**2]) @ to_curve
+        slope = self.estimate(np.array([0, 1, 2 * at]) @ to_curve)  # of the curve at `at`: zero, but with an error
+        reach = (slope.interval[1] - slope.value) / (2 * curve[2])
         x = float(10 ** (at + self.centre))
         return Optimum(
             name=name, status=status, x=x, loss=float(weights @ self.losses), weights=weights,
             x_interval=(float(x * 10**-reach), float(x * 10**reach)), sizes=tuple(np.sort(self.x[here]).tolist()),
-            coefficients=self.coefficients(name),
+            coefficients=recentred(curve, self.centre),
         )  # fmt: skip
 
     def optima_of(self, losses: Array) -> tuple[Array, Array]:
@@ -204,8 +176,8 @@ class OptimaFit:
 
         NaN as in `parabola_optima`.
         """
-        curves = np.stack([self._to_curve(name) @ losses.T for name in self.names], axis=-1)
-        return parabola_optima(curves, self.centre)
+        curves = self.linear.coefficients_of(losses)[:, self._curves]
+        return parabola_optima(np.moveaxis(curves, 1, 0), self.centre)
 
     def estimate(self, weights: Array, sequences: Array | None = None) -> Estimate:
         """A weighted sum of the size means, with its error.
@@ -229,7 +201,7 @@ class OptimaFit:
     @cached_property
     def _free(self) -> tuple[Array, Array]:
         """Degrees of freedom of each method's residuals, and the share of one seed's variance in their mean square."""
-        free, n = 1 - np.einsum("pc,cp->p", self.design, self.solution), len(self.names)
+        free, n = 1 - self.linear.leverage, len(self.names)
         free = np.where(free > 1e-9, free, 0.0)  # a size that its method's curve passes through tells nothing
         df, shares = (np.bincount(self.method, each, n) for each in (free, free / self.n_seeds))
         return df, np.divide(shares, df, out=np.zeros(n), where=df > 0)
@@ -237,7 +209,7 @@ class OptimaFit:
     @cached_property
     def noise(self) -> Noise:
         """The variances of size means, by method."""
-        (df, shares), squares = self._free, np.bincount(self.method, self.residuals**2, len(self.names))
+        (df, shares), squares = self._free, np.bincount(self.method, self.linear.residuals**2, len(self.names))
         return estimate_noise(squares, df, shares, self.seed_squares, self.seed_df)
 
     @property
@@ -252,29 +224,16 @@ class OptimaFit:
         by_point = noise.multiple[m] * weights**2
         by_misfit = np.bincount(m, by_point, n) * noise.misfit
         by_seeds = np.bincount(m, by_point / self.n_seeds, n) * noise.seeds
-        if not self.df:
+        if not self.linear.df:
             df = math.nan
         elif not noise.misfit:
             df = satterthwaite(zip(by_seeds, noise.seeds_df, strict=True))
         else:  # a sum of independent mean squares: of residuals, which have the misfit in common, and of seeds
             residual = np.bincount(m, by_point, n) * (noise.misfit + noise.seeds * self._free[1])
-            residual_df = min(satterthwaite(zip(residual, noise.residual_df, strict=True)), self.df)
+            residual_df = min(satterthwaite(zip(residual, noise.residual_df, strict=True)), self.linear.df)
             rest = by_misfit + by_seeds - residual
             df = satterthwaite([(residual.sum(), residual_df), *zip(rest, noise.seeds_df, strict=True)])
         return float(by_misfit.sum()), float(by_seeds.sum()), df
-
-
-def f_test(restricted: Any, full: Any) -> dict[str, Any] | None:
-    """F test of a restricted linear model against the full one: `f`, its degrees of freedom `df`, and `p`.
-
-    Both have `rss`, the sum of their squared residuals, and its degrees of freedom, `df`. None if the models are the
-    same or the full model leaves no degrees of freedom.
-    """
-    constraints = restricted.df - full.df
-    if not (constraints and full.df):
-        return None
-    f = (restricted.rss - full.rss) / constraints / (full.rss / full.df)
-    return {"f": f, "df": (constraints, full.df), "p": float(fisher.sf(f, constraints, full.df))}
 
 
 def holm(p: Array, n_tests: int = 0) -> Array:

@@ -15,6 +15,7 @@ import yaml
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from torch import nn
 
 from peerscale.config.schema import Config, to_dict
 from peerscale.data.store import Corpus, open_corpus
@@ -22,7 +23,8 @@ from peerscale.errors import UserError
 from peerscale.files import remove_abandoned, write_text
 from peerscale.model.trained import CHECKPOINTS, checkpoints
 from peerscale.ops.backends import choose_operators
-from peerscale.plan.cells import FINISHED, Cell, check_same
+from peerscale.plan.cell import Cell
+from peerscale.records.outcome import FINISHED, check_same
 from peerscale.records.record import Record, Status, new_record, read_record, write_record
 from peerscale.train.checkpoint import DurableCheckpointIO, StepCheckpoint, newest_readable
 from peerscale.train.environment import changed_keys, describe
@@ -84,11 +86,11 @@ class CellRun:
         remove_abandoned(self.checkpoint_folder)
         prepare_process(config)
         device = pick_device(config)
-        if trainer.devices > 1 and config.optim.name == "row_sparse_adamw":
-            raise UserError("optim=row_sparse_adamw trains on one device; with trainer.devices use optim=adamw")
         resumed = newest_readable(self.checkpoint_folder, self.record.fingerprint, config.surroundings.micro_batches)
         self._continue_in(describe(choose_operators(trainer.kernel, device.type).name, device, trainer), resumed.step)
         module = LanguageModel(config, plan, device.type)
+        if trainer.devices > 1:
+            refuse_one_device_only(module, device)
         self._write(self.record)
         cut_back(folder, resumed.step, config, plan)
         self.tracker = start_tracking(folder, config, self.record)
@@ -102,10 +104,6 @@ class CellRun:
         started = time.monotonic()
         fit(module, [MetricsLog(config, plan, folder), saving], self.tracker, resumed.path)
         wall_s, started = resumed.trained_s + time.monotonic() - started, time.monotonic()
-        if trainer.devices > 1:  # its layers expect a device's share of a batch
-            trained = module.state_dict()
-            module = LanguageModel(replace(config, trainer=replace(trainer, devices=1)), plan, device.type)
-            module.load_state_dict(trained)
         results = evaluate(module, self.corpus, config, device)
         timing = {
             "wall_s": wall_s,
@@ -184,6 +182,18 @@ def fit(
     if DIVERGED_AT in trainer.callback_metrics:
         loss, step = float(trainer.callback_metrics["loss"]), int(trainer.callback_metrics[DIVERGED_AT])
         raise Diverged(f"the training loss is {loss} at step {step}")
+
+
+def refuse_one_device_only(module: LanguageModel, device: torch.device) -> None:
+    """Raise `UserError` if several devices would not end with what one device ends with."""
+    if module.config.optim.name == "row_sparse_adamw":
+        raise UserError("optim=row_sparse_adamw trains on one device; with trainer.devices use optim=adamw")
+    # Lightning synchronises BatchNorm on GPUs; torch cannot on CPUs.
+    if device.type == "cpu" and any(isinstance(part, nn.BatchNorm1d) for part in module.modules()):
+        raise UserError(
+            "BatchNorm takes statistics over the batch, which CPU processes of trainer.devices would each take over "
+            "their own part; ffn.query_norm=false, or groups within a device (routing_group_sequences)"
+        )
 
 
 def pick_device(config: Config) -> torch.device:

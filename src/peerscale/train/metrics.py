@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-import lightning
 import torch
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from peerscale.config.schema import Config
@@ -28,10 +28,10 @@ DIVERGED_AT = "diverged_at"
 """The step at which the loss of a row was not finite, among the metrics that Lightning brings back from processes."""
 
 
-class MetricsLog(lightning.Callback):
+class MetricsLog(Callback):
     """Logs a row every `log_every_steps` steps; ends a run whose loss is not finite.
 
-    The rows are on disk before a checkpoint is, so that no row before it can be lost.
+    The rows are on disk before a checkpoint and the record of a finished run are, so that none before it can be lost.
     """
 
     def __init__(self, config: Config, plan: Plan, folder: Path) -> None:
@@ -42,14 +42,12 @@ class MetricsLog(lightning.Callback):
         self.since, self.since_step = time.perf_counter(), 0
         self.lr = 0.0
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.since, self.since_step = time.perf_counter(), trainer.global_step
         if trainer.is_global_zero:
             self.file = self.path.open("a", encoding="utf-8")
 
-    def on_train_batch_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx % trainer.accumulate_grad_batches:
             return  # a micro-batch within a step
         self.lr = trainer.optimizers[0].param_groups[0]["lr"]  # after the step it is the next step's rate
@@ -59,12 +57,7 @@ class MetricsLog(lightning.Callback):
             attach_usage(pl_module)
 
     def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: STEP_OUTPUT,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, LanguageModel) and isinstance(outputs, dict)
         cross_entropy = trainer.strategy.reduce(outputs["cross_entropy"].clone(), reduce_op="mean")
@@ -96,14 +89,13 @@ class MetricsLog(lightning.Callback):
         self.loss_sum, self.loss_count = torch.zeros(()), 0
         self.since, self.since_step = now, step
 
-    def on_save_checkpoint(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.file is not None:
             os.fsync(self.file.fileno())
 
-    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.file is not None:
+            os.fsync(self.file.fileno())
             self.file.close()
             self.file = None
 

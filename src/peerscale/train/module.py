@@ -31,9 +31,13 @@ class LanguageModel(lightning.LightningModule):
         self.model = build_model(config, device)
         self.groups = parameter_groups(self.model)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Called where one of several processes begins, before Lightning says anything."""
+        prepare_process(state["config"])
+        super().__setstate__(state)
+
     def setup(self, stage: str) -> None:
         """Called in each process that trains."""
-        prepare_process(self.config)
         if self.config.trainer.compile:
             self.model.compile_backbone()
 

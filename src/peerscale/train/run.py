@@ -24,11 +24,13 @@ from peerscale.data.prepare import prepare
 from peerscale.data.store import read_manifest
 from peerscale.errors import FailedCells, UserError, exit_code
 from peerscale.files import OURS
-from peerscale.launch.progress import Progress
-from peerscale.plan.cells import FINISHED, Cell, how_to_rerun, single_cell, state
+from peerscale.plan.cell import Cell
+from peerscale.plan.cells import single_cell
 from peerscale.plan.notices import evaluation_lines
 from peerscale.plan.plan import Verdict
+from peerscale.records.outcome import FINISHED, how_to_rerun, outcome
 from peerscale.records.record import LOCK, Status, read_record
+from peerscale.train.progress import Progress
 
 
 @hydra.main(config_path=str(OURS / "conf"), config_name="config", version_base="1.3")
@@ -63,14 +65,15 @@ def run_single(composition: Composition) -> None:
         refuse_dropped(cell)
     for line in evaluation_lines([cell], short_only=True):
         print(f"notice: {line}", file=sys.stderr)
-    if (status := state(cell, corpus.manifest.fingerprint)) not in FINISHED:
+    if (status := outcome(cell, corpus.manifest.fingerprint).status) not in FINISHED:
         with Progress(cell.sweep, [cell]):
             status = run_cell(cell)
     if status is Status.RUNNING:  # by another process, as `run_cell` has said
         return
     record = read_record(cell.folder)
     if record is None or status is not Status.DONE:
-        raise FailedCells(f"{cell.name} {status}" + (f": {record.reason}; {how_to_rerun(cell)}" if record else ""))
+        why = f": {record.reason}; {how_to_rerun(cell, status)}" if record else ""
+        raise FailedCells(f"{cell.name} {status}{why}")
     losses = ", ".join(f"{name} {values['loss']:.4f}" for name, values in record.evaluation.items())
     kept = [f"; trained model: {path}" for path in (cell.folder / "checkpoints").glob("step-*.ckpt")]
     print(f"{cell.name} is done: {losses} nats per token; {cell.folder}{''.join(kept)}")

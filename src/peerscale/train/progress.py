@@ -11,7 +11,7 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from peerscale.errors import UserError
-from peerscale.plan.cells import Cell
+from peerscale.plan.cell import Cell
 from peerscale.records.curves import METRICS
 from peerscale.records.record import ENDED, RECORD, Status
 
@@ -24,7 +24,7 @@ LINE = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 class Progress:
     """A context that shows how many cells have ended, which are running, and the time left for all.
 
-    The bar counts seconds of the cells' estimates, less those of steps that were done before.
+    The bar counts training FLOPs, less those of steps that were done before.
     """
 
     def __init__(self, sweep: str, cells: Sequence[Cell], *, already_done: int = 0) -> None:
@@ -33,8 +33,8 @@ class Progress:
         self.steps_before = {cell.name: _steps_saved(cell) for cell in cells}
         self.live = sys.stderr.isatty()
         self.bar = tqdm(
-            total=sum(cell.estimate_s for cell in cells),
-            initial=sum(_work_s(cell, self.steps_before[cell.name]) for cell in cells),
+            total=sum(cell.plan.flops for cell in cells),
+            initial=sum(_work(cell, self.steps_before[cell.name]) for cell in cells),
             bar_format=LINE,
             dynamic_ncols=self.live,
             file=sys.stderr if self.live else io.StringIO(),
@@ -65,7 +65,7 @@ class Progress:
 
     def look(self) -> None:
         """Update the bar from the cells' folders."""
-        ended, work_s, running = self.already_done, 0.0, []
+        ended, work, running = self.already_done, 0.0, []
         for cell in self.cells:
             status, row = self._state(cell)
             step = self.steps_before[cell.name]
@@ -77,10 +77,10 @@ class Progress:
                 running.append(f"{cell.name} {row['step']}/{cell.plan.steps} loss {row['loss']:.3f} {speed}")
             elif status is Status.RUNNING:
                 running.append(f"{cell.name} starting")
-            work_s += _work_s(cell, step)
+            work += _work(cell, step)
         self.bar.set_description_str(f"{self.sweep} {ended}/{self.already_done + len(self.cells)}", refresh=False)
         self.bar.set_postfix_str(" | ".join(running), refresh=False)
-        self.bar.n = work_s
+        self.bar.n = work
         self.bar.refresh()
 
     def _state(self, cell: Cell) -> tuple[Status | None, dict[str, Any] | None]:
@@ -98,9 +98,9 @@ class Progress:
             return None, None  # read between two writes; the next update will see it
 
 
-def _work_s(cell: Cell, steps: int) -> float:
-    """Seconds that the first steps of a cell take by its estimate."""
-    return cell.estimate_s * steps / cell.plan.steps
+def _work(cell: Cell, steps: int) -> float:
+    """FLOPs of the first steps of a cell."""
+    return cell.plan.flops * steps / cell.plan.steps
 
 
 def _written(cell: Cell) -> int | None:

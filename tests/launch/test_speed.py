@@ -5,31 +5,38 @@ from pathlib import Path
 
 import pytest
 
+from peerscale.launch.speed import (
+    GUESS_FLOPS_PER_S,
+    estimate,
+    estimates,
+    makespan_s,
+    measured_speeds,
+    published_speeds,
+)
 from peerscale.plan.cells import planned_cells
 from peerscale.records.machine import cpu_name
 from peerscale.records.record import Status, write_record
-from peerscale.records.speed import GUESS_FLOPS_PER_S, estimate_s, makespan_s, measured_speeds
+from peerscale.records.study import RESULTS
 from toy_study import record_of, write_study
 
 
 def test_time_is_a_guess_until_a_cell_of_the_method_is_done(tmp_path: Path) -> None:
     file = write_study(tmp_path, "{methods: [dense, peer], grid: [{budget: 1e10, d_model: [8]}]}")
     dense, peer = planned_cells(file)
-    assert dense.estimate_is_guess and peer.estimate_is_guess
+    assert all(found.is_guess for found in estimates([dense, peer]).values())
     write_record(dense.folder, record_of(dense, Status.DONE, timing={"flops_per_s": 5e8}))
     write_record(dense.folder.parent / "torn", record_of(dense, Status.DONE))
     (dense.folder.parent / "torn/record.json").write_text("{")
-    dense, peer = planned_cells(file)
-    assert (dense.estimate_is_guess, peer.estimate_is_guess) == (False, True)
+    found = estimates([dense, peer])
+    assert (found[dense.name].is_guess, found[peer.name].is_guess) == (False, True)
     evaluated = dense.plan.evaluation_tokens * dense.plan.cost.flops_per_token / 3
-    assert dense.estimate_s == pytest.approx((dense.plan.flops + evaluated) / 5e8, abs=2)
+    assert found[dense.name].s == pytest.approx((dense.plan.flops + evaluated) / 5e8, abs=2)
 
 
 def test_a_guess_goes_by_published_cells_of_the_method_or_of_any(tmp_path: Path) -> None:
     dense, peer, pkm = planned_cells(
         write_study(tmp_path, "{methods: [dense, peer, pkm], grid: [{budget: 1e10, d_model: [8]}]}")
     )
-    nothing = tmp_path / "nothing"
     results = tmp_path / "results"
     (results / "toy").mkdir(parents=True)
     (results / "toy" / "runs.csv").write_text(
@@ -41,13 +48,14 @@ def test_a_guess_goes_by_published_cells_of_the_method_or_of_any(tmp_path: Path)
     )
     for cell, rate in ((dense, 2e9), (peer, 5e9), (pkm, 2e9)):
         work = cell.plan.flops + cell.plan.evaluation_tokens * cell.plan.cost.flops_per_token / 3
-        assert estimate_s(cell.config, cell.plan, [], results) == (pytest.approx(1 + work / rate), True)
-        assert estimate_s(cell.config, cell.plan, [], nothing) == (pytest.approx(1 + work / GUESS_FLOPS_PER_S), True)
+        guess = estimate(cell.config, cell.plan, published_speeds(results))
+        assert guess == (pytest.approx(1 + work / rate), True)
+        assert estimate(cell.config, cell.plan, []) == (pytest.approx(1 + work / GUESS_FLOPS_PER_S), True)
 
 
 def test_the_published_study_is_guessed_as_long_as_it_took() -> None:
     cells = planned_cells("reproduce")
-    seconds = [estimate_s(cell.config, cell.plan, [])[0] for cell in cells]
+    seconds = [estimate(cell.config, cell.plan, published_speeds(RESULTS)).s for cell in cells]
     assert 15 / 1.5 < makespan_s(seconds, 2) / 60 < 26 * 1.5, "15 minutes at usual speed, 26 on a slow day"
 
 
@@ -77,7 +85,7 @@ def test_time_goes_by_the_done_cell_of_the_nearest_cost_and_the_same_threads_and
     per_token = {cell.name: cell.plan.cost.flops_per_token for cell in (small, middle, large)}
     assert per_token[middle.name] ** 2 > per_token[small.name] * per_token[large.name], "the large one is the nearer"
     for cell, rate in ((small, 1e9), (middle, 4e9), (large, 4e9)):
-        seconds, guess = estimate_s(cell.config, cell.plan, speeds)
+        seconds, guess = estimate(cell.config, cell.plan, speeds)
         assert not guess
         assert seconds == pytest.approx(
             (cell.plan.flops + cell.plan.evaluation_tokens * cell.plan.cost.flops_per_token / 3) / rate, abs=2

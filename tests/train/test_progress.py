@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from peerscale.launch.progress import Progress
-from peerscale.plan.cells import Cell, planned_cells
+from peerscale.plan.cell import Cell
+from peerscale.plan.cells import planned_cells
 from peerscale.records.record import Status, write_record
+from peerscale.train.progress import Progress
 from toy_study import record_of, write_study
 
 
@@ -52,16 +53,16 @@ def test_the_bar_goes_by_the_work_done_now(cells: list[Cell]) -> None:
         (resumed.folder / "checkpoints" / f"step-{step:09d}.ckpt").touch()
     os.utime(resumed.folder / "record.json", (1, 1))
     progress = Progress("toy", cells)
-    step_s = resumed.estimate_s / resumed.plan.steps
-    assert progress.bar.total == pytest.approx(sum(cell.estimate_s for cell in cells))
-    assert progress.bar.initial == pytest.approx(half * step_s)
+    a_step = resumed.plan.flops / resumed.plan.steps
+    assert progress.bar.total == pytest.approx(sum(cell.plan.flops for cell in cells))
+    assert progress.bar.initial == pytest.approx(half * a_step)
     progress.look()
     assert progress.bar.n == progress.bar.initial, "what it did before is not this sweep's"
     write_record(resumed.folder, record_of(resumed, Status.RUNNING))
     log(resumed, half + 10)
     write_record(done.folder, record_of(done, Status.DONE))
     progress.look()
-    assert progress.bar.n - progress.bar.initial == pytest.approx(done.estimate_s + 10 * step_s)
+    assert progress.bar.n - progress.bar.initial == pytest.approx(done.plan.flops + 10 * a_step)
 
 
 def test_records_from_before_are_not_of_this_sweep(cells: list[Cell]) -> None:

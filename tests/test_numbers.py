@@ -1,0 +1,301 @@
+"""Every number in README.md and docs/results.md is that of the committed sweeps, to the last digit.
+
+`of_readme` and `of_results` have the numbers of every paragraph, list item and row of a table, in order: those of
+results computed from `fits.json` and `runs.csv`, others (budgets, settings, the paper's) as they are.
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from peerscale.files import ROOT
+
+NUMBER = re.compile(r"[−+]?\d(?:[\d,.]*\d)?(?:e\d+)?[⁰¹²³⁴⁵⁶⁷⁸⁹]*(?:·10[⁰¹²³⁴⁵⁶⁷⁸⁹]+)?")
+NOT_TEXT = re.compile(r"```.*?```|`[^`\n]*`|\]\([^)]*\)|^#.*?$", flags=re.S | re.M)
+"""Code, targets of links, and headings."""
+
+MAIN, SMALL, EVERY = "isoflop_cpu", "reproduce", "every_block"
+PEER, MORE, TWO_HEADS = "peer", "peer n_experts=16384", "peer n_heads=2-top_k=32"
+TOKEN, EXPERT = "moe_token_choice", "moe"
+RIVALS = ("dense", TOKEN, EXPERT, "pkm")
+BUDGETS = ("1e12", "3e12", "1e13", "3e13", "1e14")
+
+
+@cache
+def fits(study: str) -> Any:
+    return json.loads((ROOT / "results" / study / "fits.json").read_text(encoding="utf-8"))
+
+
+@cache
+def runs(study: str) -> pd.DataFrame:
+    return pd.read_csv(ROOT / "results" / study / "runs.csv")
+
+
+def written(value: float, digits: int = 3, sign: bool = True) -> str:
+    """A number as the texts have it: with a sign, or its size alone."""
+    return f"{value:+.{digits}f}".replace("-", "−") if sign else f"{abs(value):.{digits}f}"
+
+
+def difference(study: str, budget: float, method: str, rival: str, size: str = "") -> tuple[int, dict[str, Any]]:
+    """The difference of two methods, and 1 if it is the method's loss less its rival's, or -1."""
+    (entry,) = (one for one in fits(study)["budgets"] if one["budget"] == budget)
+    found = {(one["method"], one["reference"], one["size"]): one for one in entry["differences"]}
+    there = (method, rival, size) in found
+    return (1, found[method, rival, size]) if there else (-1, found[rival, method, size])
+
+
+def pair(*place: Any, sign: bool = True, on: str = "") -> list[str]:
+    """A difference and half of its interval, on the validation set or on another one."""
+    direction, found = difference(*place)
+    found = found["sets"][on] if on else found
+    half = (found["high"] - found["low"]) / 2
+    return [written(direction * found["value"], sign=sign), written(half, sign=False)]
+
+
+def own(*place: Any, sign: bool = True) -> list[str]:
+    """A difference with own curvatures, and its standard error."""
+    direction, found = difference(*place)
+    return [written(direction * found["own"]["value"], sign=sign), written(found["own"]["se"], sign=False)]
+
+
+def multiplier(study: str, method: str, budget: float) -> list[str]:
+    """A multiplier with its interval; nothing if it has none."""
+    found = [one for one in fits(study)["multipliers"] if (one["method"], one["budget"]) == (method, budget)]
+    return [f"{one[key]:.2f}" for one in found for key in ("multiplier", "low", "high")]
+
+
+def growth(method: str) -> list[str]:
+    (one,) = (each for each in fits(MAIN)["growth"] if each["method"] == method)
+    return [f"{one[key]:.2f}".replace("-", "−") for key in ("slope", "low", "high")]
+
+
+def p_of_one_curvature(study: str, budget: float) -> str:
+    (entry,) = (one for one in fits(study)["budgets"] if one["budget"] == budget)
+    return f"{entry['equality']['p']:.2f}"
+
+
+def usage(n_experts: int, digits: int) -> list[str]:
+    """Lowest and highest share of PEER's experts that are used at 1e14, in percent."""
+    rows = runs(MAIN)
+    shares = rows.loc[(rows["method"] == PEER) & (rows["n_experts"] == n_experts) & (rows["budget"] == 1e14)]
+    return [f"{100 * end:.{digits}f}" for end in (shares["expert_usage"].min(), shares["expert_usage"].max())]
+
+
+def largest_gain(budget: float) -> list[str]:
+    """The largest estimated gain of a better learning rate at a budget, and its standard error."""
+    each = [one for one in fits(MAIN)["rates"]["brackets"]["each"] if one["budget"] == budget]
+    one = max(each, key=lambda found: found["gain"])
+    return [f"{one['gain']:.4f}", f"{one['se']:.4f}"]
+
+
+def row_of_budget(study: str, budget: float) -> list[str]:
+    """The numbers of a row of the table by budget."""
+    usual = runs(study)[(runs(study)["status"] == "done") & runs(study)["axes"].isna()].fillna({"variant": ""})
+    seeds = usual[usual["budget"] == budget].groupby(["method", "variant", "size"])["seed"].nunique()
+    (entry,) = (one for one in fits(study)["budgets"] if one["budget"] == budget)
+    sizes = {
+        rival: [d["size"] for d in entry["differences"] if d["method"] == rival and d["reference"] == PEER]
+        for rival in RIVALS
+    }
+    found = [f"{budget:g}".replace("e+", "e")]
+    for rival in RIVALS:
+        for size in sizes[rival]:
+            found += [*pair(study, budget, PEER, rival, size), *([size[1:]] if size else [])]
+    return [*found, *multiplier(study, PEER, budget), *map(str, dict.fromkeys((seeds.min(), seeds.max())))]
+
+
+def claimed(study: str, budget: float, rival: str) -> bool:
+    """Whether the difference of PEER to a rival is significant after Holm's correction."""
+    return any(
+        claim["p_holm"] < 0.05
+        for claim in fits(study)["claims"] if (claim["budget"], claim["rival"]) == (budget, rival)
+    )  # fmt: skip
+
+
+def at_both(method: str, rival: str) -> list[str]:
+    """The differences at the two largest sizes of 1e14."""
+    return [*pair(MAIN, 1e14, method, rival, "d112"), *pair(MAIN, 1e14, method, rival, "d128")]
+
+
+def more_flops() -> list[str]:
+    """How many percent more FLOPs per token expert choice has than PEER where they are compared at equal d_model."""
+    done = runs(MAIN)[(runs(MAIN)["status"] == "done") & runs(MAIN)["axes"].isna()].fillna({"variant": ""})
+    flops = done.pivot_table(index=["budget", "size"], columns=["method", "variant"], values="flops_per_token")
+    more = 100 * (flops[EXPERT, ""] / flops[PEER, ""] - 1).dropna()
+    return [f"{more.min():.0f}", f"{more.max():.0f}"]
+
+
+def gains_of_pkm() -> list[str]:
+    """How much lower PKM's loss is at a tenth and at a third of its table rate, one seed at 1e14."""
+    done = runs("table_rates")[runs("table_rates")["status"] == "done"]
+    pkm = done[(done["method"] == "pkm") & (done["budget"] == 1e14) & (done["seed"] == 0)].set_index("table_lr")
+    return [written(pkm["val_loss"][rate] - pkm["val_loss"][0.2], sign=False) for rate in (0.02, 0.06)]
+
+
+def step_times() -> list[str]:
+    """How many percent longer a step of PEER takes than dense's at equal FLOPs."""
+    table = pd.read_csv(ROOT / "results" / "bench" / "training_step.csv").set_index("method")
+    times = table.loc[PEER, "time_over_dense"]
+    return [f"{100 * end - 100:.0f}" for end in (times.min(), times.max())]
+
+
+def extent() -> list[str]:
+    """Parameters (thousands, millions) and tokens (millions) of the smallest and largest runs."""
+    both = pd.concat([runs(MAIN), runs(SMALL)])
+    both = both[both["status"] == "done"]
+    params, tokens = both["params_total"], both["tokens"]
+    return [
+        f"{params.min() / 1e3:.0f}",
+        f"{params.max() / 1e6:.1f}",
+        f"{tokens.min() / 1e6:.1f}",
+        f"{tokens.max() / 1e6:.0f}",
+    ]
+
+
+def speed_ratios() -> list[str]:
+    """The time of a step of PEER-pytorch over ours, smallest and largest: as it comes, and with its best settings."""
+    table = pd.read_json(ROOT / "results" / "bench" / "peer_step.json")
+    best = table[["ratio_fused_adamw", "ratio_tuned"]].min(axis=1)  # with fused AdamW, and with an allocator as well
+    return [f"{end:.1f}" for ratio in (table["ratio"], best) for end in (ratio.min(), ratio.max())]
+
+
+CONTROLS = {
+    "no layer": ("no_layer",), "dense, initial output scale 0.25": ("dense initial_output_scale=0.25",),
+    "wide dense": ("wide_dense",), "PEER": (PEER,), "PEER, no BatchNorm": ("peer query_norm=false",),
+    "PEER, 1 head": ("peer n_heads=1",), "PKM": ("pkm",), "PKM, PEER's top k": ("pkm_equal_top_k",),
+    "MoE (token choice)": (TOKEN,),
+    "MoE (token choice), 32 experts": ("moe_token_choice n_experts=32",),
+    "MoE (token choice), 64 experts": ("moe_token_choice n_experts=64", "16,384"),
+    "fine-grained MoE": ("fine_grained_moe",),
+    "MoE (expert choice)": (EXPERT,), "MoE (expert choice), batch 64": ("moe batch_sequences=64",),
+    "MoE (expert choice), 16 experts, capacity factor 1.0": ("moe n_experts=16-capacity_factor=1.0",),
+}  # fmt: skip
+
+DENSE, PKM = (MAIN, 1e14, PEER, "dense"), (MAIN, 1e14, PEER, "pkm")
+PLACES = (
+    (SMALL, 7e11), (MAIN, 1e12), (SMALL, 2.2e12), (MAIN, 3e12), (MAIN, 1e13), (EVERY, 1e13), (MAIN, 3e13), (MAIN, 1e14),
+)  # fmt: skip
+COMPARED = (PEER, MORE, TOKEN, "pkm")
+NORMALISED, NOT_NORMALISED = (f"peer n_experts=65536-query_norm={each}" for each in ("true", "false"))
+
+
+def of_readme() -> list[list[str]]:
+    return [
+        ["2024"],
+        ["3.11"],
+        ["95"],
+        [*pair(MAIN, 3e13, PEER, "dense", sign=False), "3·10¹³", *pair(*DENSE, sign=False), "10¹⁴"],
+        [*pair(MAIN, 1e14, PEER, TOKEN, sign=False), "10¹⁴"],
+        [*pair(*PKM, sign=False), "10¹⁴"],
+        ["3.2", "3.7", "10¹⁴"],
+        [*pair("controls", 1e13, "no_layer", "dense", "d64", sign=False), "10¹³"],
+        ["6·10⁴"],
+        ["60"],
+        speed_ratios(),
+        ["4.0", "2019", "2022"],
+    ]
+
+
+def of_results() -> list[list[str]]:
+    expert = [n for size in ("112", "128") for n in (*pair(MAIN, 1e14, PEER, EXPERT, f"d{size}", sign=False), size)]
+    like = (pair(MAIN, 1e14, method, MORE, "d112") for method in ("moe_token_choice n_experts=32", EXPERT))
+    return [
+        ["95"],
+        # By budget
+        ["95"],
+        *(row_of_budget(*place) for place in PLACES),
+        # By rival
+        [*own(MAIN, 3e13, PEER, "dense"), "3·10¹³", *own(*DENSE), "10¹⁴"],
+        ["10¹⁴", "4,096", "2", "32", "10¹³", *(n.strip("+") for n in at_both(TWO_HEADS, TOKEN))],
+        ["2.2·10¹²", "10¹⁴", *expert, *more_flops()],
+        ["10¹⁴", *own(*PKM, sign=False), "1", *at_both("pkm n_heads=1", PEER)],
+        [*pair("controls", 1e13, "no_layer", "dense", "d64", sign=False), "10¹³"],
+        # Multipliers
+        ["16,384"],
+        *([budget, *(n for method in COMPARED for n in multiplier(MAIN, method, float(budget)))] for budget in BUDGETS),
+        [*growth(PEER), *growth(TOKEN)],
+        # The paper's claims
+        ["−0.145", "6·10¹⁸", "−0.107", "2·10¹⁹", "10¹⁴", "3·10¹³", "2.2·10¹²", "10¹³"],
+        ["−0.061", "−0.054", "10¹⁴"],
+        ["−0.037", "−0.040", "2.2·10¹²", "10¹⁴"],
+        ["23.47", "16,384", "20.64", "16,384", "4,096", *pair(MAIN, 1e14, MORE, PEER), "10¹⁴", "3·10¹³", "10¹³"],
+        ["3", "64", "2", "32", *pair("active", 1e13, TWO_HEADS, "dense", "d64")],
+        ["−0.004", "0.000", *pair("experts", 1e13, NORMALISED, NOT_NORMALISED, "d64"), "65,536"],
+        ["100", usage(4096, 1)[0], "4,096", "10¹⁴", *usage(16384, 0), "16,384"],
+        ["10¹⁴", "3.2", "3.7", "16,384", "32", "112", *(number for each in like for number in each)],
+        ["10¹⁴", "10¹³"],
+        # What explains a difference to dense?
+        ["10¹³", "64"],
+        *(
+            [*NUMBER.findall(name), *pair("controls", 1e13, method, "dense", "d64"), *notes]
+            for name, (method, *notes) in CONTROLS.items()
+        ),
+        # What limits these numbers
+        ["10¹⁴"],
+        ["3·10¹³", "10¹⁴", *largest_gain(1e14), "10¹⁴"],
+        ["10¹³", *gains_of_pkm(), "10¹⁴", "112"],
+        ["10¹³", "10¹⁴", "2", "32", *(n.strip("−") for n in at_both(TWO_HEADS, PEER))],
+        ["10¹³", p_of_one_curvature(MAIN, 1e13), p_of_one_curvature(EVERY, 1e13)],
+        ["10¹⁴", *pair(*DENSE, on="speeches"), *pair(*DENSE, on="wikipedia")],
+        step_times(),
+        ["10¹²", "3·10¹²"],
+        [*extent(), "6·10⁴", "3·10⁷"],
+        # Withdrawn
+        ["2026", "11", "27", "2026", "12", "01"],
+    ]
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def pieces(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Every paragraph, list item and row of a table that has a number: its text, and its numbers."""
+    for piece in re.split(r"\n\s*\n|\n(?=[-|] ?)", NOT_TEXT.sub("](", text)):
+        if numbers := NUMBER.findall(piece):
+            yield piece.strip(), numbers
+
+
+def wrong(text: str, expected: list[list[str]]) -> list[str]:
+    """What differs between the numbers of a text and those that are expected."""
+    found = [*pieces(text)]
+    return [
+        f"{piece[0][:60]!r}: {piece[1]}, expected {wanted}"
+        for piece, wanted in itertools.zip_longest(found, expected, fillvalue=("the end", []))
+        if piece[1] != wanted
+    ]
+
+
+PAGES = {"README.md": of_readme, "docs/results.md": of_results}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_number_is_that_of_the_committed_sweeps(name: str) -> None:
+    assert wrong(text_of(name), PAGES[name]()) == []
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_change_of_any_digit_is_found(name: str) -> None:
+    text, expected = text_of(name), PAGES[name]()
+    skipped = [range(*match.span()) for match in NOT_TEXT.finditer(text)]
+    places = [match.start() for match in re.finditer(r"\d", text) if not any(match.start() in each for each in skipped)]
+    assert len(places) > 50
+    for at in places:
+        changed = f"{text[:at]}{(int(text[at]) + 1) % 10}{text[at + 1 :]}"
+        assert wrong(changed, expected), text[at - 20 : at + 20]
+
+
+@pytest.mark.parametrize(("study", "budget"), PLACES)
+@pytest.mark.parametrize("rival", RIVALS)
+def test_what_is_bold_is_claimed(study: str, budget: float, rival: str) -> None:
+    label = f"| {budget:g} |".replace("e+", "e")
+    (row,) = [
+        line for line in text_of("docs/results.md").splitlines() if line.startswith(label) and f"[{study}]" in line
+    ]
+    assert row.split("|")[2 + [*RIVALS].index(rival)].strip().startswith("**") == claimed(study, budget, rival)
