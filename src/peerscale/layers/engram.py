@@ -4,10 +4,11 @@ Shapes: B sequences, T tokens per sequence, D model width, N orders of n-grams, 
 a row, E = N H R width of all rows of a token.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from peerscale.layers.base import FfnConfig, LayerCost, Surroundings, layer_config
@@ -19,7 +20,7 @@ class EngramConfig(FfnConfig):
     """The settings; dense layers stay in all blocks."""
 
     method: Literal["engram"] = "engram"
-    orders: tuple[Positive, ...] = (2, 3)
+    orders: Annotated[tuple[Positive, ...], Field(min_length=1)] = (2, 3)
     """Lengths of the n-grams, each of which ends with the current token."""
     n_hashes: Positive = 8
     """Hash functions, each with a table, for every order."""
