@@ -88,7 +88,7 @@ def small() -> Config:
 
 
 def build_with(layer: nn.Module, config: Config, monkeypatch: pytest.MonkeyPatch) -> Transformer:
-    monkeypatch.setattr(peerscale.model.build, "build_ffn", lambda *_: layer)
+    monkeypatch.setattr(peerscale.model.build, "replacing_layers", lambda *_: iter([layer]))
     return build_model(config)
 
 

@@ -1,7 +1,8 @@
 """What every layer defines: its settings, its cost, its limits, and how it is built."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass as plain_dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, dataclass_transform
 
 from pydantic.dataclasses import dataclass
 
@@ -73,16 +74,35 @@ class FfnConfig:
         raise NotImplementedError
 
     def build(self, around: Surroundings) -> "nn.Module":
-        """One layer, x (B, T, D) -> y (B, T, D).
+        """One layer, x (B, T, D) -> y (B, T, D), or (x, tokens (B, T)) -> y if it has `takes_tokens = True`.
 
         If it has parameters, it has a method `init_weights(output_scale)`, which is called once, after all layers are
         built, and leaves the weights that training starts from: it draws them, or keeps those that the constructor
         drew. `output_scale`, (2 n_layers)^-1/2, is meant for its last matrix product.
 
-        A layer may also have `expert_tables()`, a list of the parameters trained with `optim.table_lr`, and
-        `auxiliary_loss`, which is added to the loss (None: nothing to add); so is that of each module inside it.
+        A layer may also have `expert_tables()`, a list of the parameters trained with `optim.table_lr`,
+        `auxiliary_loss`, which is added to the loss (None: nothing to add), and `after_step()`, which is called after
+        each optimiser step to change what has no gradient; so may each module inside it.
         """
         raise NotImplementedError
+
+    def build_blocks(self, around: Surroundings, n_blocks: int) -> "Iterator[nn.Module]":
+        """The layers of all replaced blocks, in order; layers may share parameters (`shared_params`)."""
+        for _ in range(n_blocks):
+            yield self.build(around)
+
+    def shared_params(self, around: Surroundings) -> dict[str, int]:
+        """Those of the parameters in `cost` that all replaced blocks share, by group."""
+        return {}
+
+    @property
+    def place(self) -> Literal["feed_forward", "before_attention"]:
+        """Where the layer sits in a replaced block.
+
+        `feed_forward`: in place of the dense layer, y is added to the residual stream and x is its norm.
+        `before_attention`: the dense layer stays; y is added before attention, and x is the residual stream itself.
+        """
+        return "feed_forward"
 
     def unusable(self, around: Surroundings) -> str:
         """Why a cell with this layer in this model is dropped; empty if it can be trained."""

@@ -48,7 +48,9 @@ def cost(config: Config) -> Cost:
     """Parameters and training FLOPs per token; a test compares them with the built model."""
     d, n_layers = config.d_model, config.n_layers
     layer, n_replaced = config.ffn.cost(config.surroundings), len(config.replaced_blocks)
-    dense, n_dense = parse_layer({"method": "dense"}).cost(config.surroundings), n_layers - n_replaced
+    shared = config.ffn.shared_params(config.surroundings)
+    dense = parse_layer({"method": "dense"}).cost(config.surroundings)
+    n_dense = n_layers - n_replaced * (config.ffn.place == "feed_forward")
     params = {
         "embedding": config.data.vocab_size * d,
         "attention": n_layers * 4 * d * d,
@@ -64,12 +66,12 @@ def cost(config: Config) -> Cost:
         "logits": 2 * config.data.vocab_size * d,
     }
     for group, n in layer.params.items():
-        params[group] = params.get(group, 0) + n_replaced * n
+        params[group] = params.get(group, 0) + n_replaced * n - (n_replaced - 1) * shared.get(group, 0)
     for component, n in layer.forward_flops.items():
         forward[component] = forward.get(component, 0) + n_replaced * n
     return Cost(
         params=params,
-        params_active=sum(params.values()) - n_replaced * layer.inactive,
+        params_active=sum(params.values()) - n_replaced * layer.inactive + (n_replaced - 1) * sum(shared.values()),
         flops={component: TRAINING * n for component, n in forward.items()},
         layer_flops=TRAINING * n_replaced * sum(layer.forward_flops.values()),
     )

@@ -73,6 +73,13 @@ class LanguageModel(lightning.LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(self.config, self.plan, step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The optimiser's step, and then those of the layers that change what has no gradient."""
+        super().optimizer_step(*args, **kwargs)
+        for module in self.model.modules():
+            if callable(after_step := getattr(module, "after_step", None)):
+                after_step()
+
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         torch.nn.utils.clip_grad_norm_(self.groups.clipped, self.config.optim.grad_clip)
 

@@ -1,0 +1,50 @@
+"""The gated dense layer of today's language models: SwiGLU (Shazeer 2020)."""
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peerscale.layers.base import FfnConfig, LayerCost, Surroundings, layer_config
+
+
+def d_hidden(d_ff: int) -> int:
+    """The hidden width whose three products cost as much as the two of a dense layer: 2 d_ff / 3, a multiple of 8."""
+    return max(8, round(2 * d_ff / 3 / 8) * 8)
+
+
+@layer_config
+class SwigluConfig(FfnConfig):
+    """d_model -> 8 d_model / 3 -> d_model: as many FLOPs and parameters as the dense layer, up to rounding."""
+
+    method: Literal["swiglu"] = "swiglu"
+
+    def cost(self, around: Surroundings) -> LayerCost:
+        weights = 3 * around.d_model * d_hidden(around.d_ff)
+        return LayerCost(params={"ffn": weights}, forward_flops={"ffn": 2 * weights})
+
+    def saved_numbers(self, around: Surroundings) -> int:
+        return 2 * around.d_model + 4 * d_hidden(around.d_ff)
+
+    def build(self, around: Surroundings) -> nn.Module:
+        return Swiglu(around.d_model, d_hidden(around.d_ff))
+
+
+class Swiglu(nn.Module):
+    """W3 (silu(W1 x) * W2 x), no biases (Shazeer 2020, equation 6)."""
+
+    def __init__(self, d_model: int, d_hidden: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(d_model, d_hidden, bias=False)
+        self.down = nn.Linear(d_model, d_hidden, bias=False)
+        self.up = nn.Linear(d_hidden, d_model, bias=False)
+
+    def init_weights(self, output_scale: float) -> None:
+        """Variance 1 / fan-in; the last product times `output_scale`."""
+        for linear in (self.gate, self.down, self.up):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        self.up.weight.data *= output_scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> y (..., D)."""
+        return self.up(F.silu(self.gate(x)) * self.down(x))
