@@ -88,3 +88,12 @@ def with_sequences(
     losses = runs["val_loss"].to_numpy()[:, None] + difficulty + rng.normal(0, own, (len(runs), n))
     records = [record(cell, values) for cell, values in zip(runs["cell"], losses, strict=True)]
     return runs.assign(val_loss=losses.mean(axis=1)), records, losses
+
+
+def of(found: dict[str, Any], method: str, reference: str, budget: float = 1e12, size: str = "") -> dict[str, Any]:
+    """The difference of two methods at a budget."""
+    (entry,) = (entry for entry in found["budgets"] if entry["budget"] == budget)
+    (one,) = (
+        d for d in entry["differences"] if (d["method"], d["reference"], d["size"]) == (method, reference, size)
+    )  # fmt: skip
+    return one

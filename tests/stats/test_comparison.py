@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from made_up_study import LADDER, SIZES, bowl, curves, ladder, record, run, with_columns, with_sequences
+from made_up_study import LADDER, SIZES, bowl, curves, ladder, of, record, run, with_columns, with_sequences
 from peerscale.config.study import ClaimsConfig
 from peerscale.data.batches import EvaluationBatches
 from peerscale.files import write_json
@@ -26,15 +26,6 @@ from peerscale.stats.fits import fit_study
 
 CLAIMS = ClaimsConfig(method="peer", rivals=["dense", "moe"])
 FIVE = {("dense", 1e12): 4.50, ("moe", 1e12): 4.49, ("peer", 1e12): 4.46}
-
-
-def of(found: dict[str, Any], method: str, reference: str, budget: float = 1e12, size: str = "") -> dict[str, Any]:
-    """The difference of two methods at a budget."""
-    (entry,) = (entry for entry in found["budgets"] if entry["budget"] == budget)
-    (one,) = (
-        d for d in entry["differences"] if (d["method"], d["reference"], d["size"]) == (method, reference, size)
-    )  # fmt: skip
-    return one
 
 
 def minima(runs: pd.DataFrame, losses: np.ndarray) -> dict[str, float]:
@@ -337,12 +328,14 @@ def test_methods_with_other_names_have_the_same_fits(monkeypatch: pytest.MonkeyP
     runs, records, _ = with_sequences(runs.assign(cell=[f"c{i}" for i in range(len(runs))]), n=32)
     for claims in (None, ClaimsConfig(method="peer", rivals=["dense", "pkm"], equal_within=0.02)):
         fits = []
-        for of in (lambda name: name, names.get):
+        for named in (lambda name: name, names.get):
             ours = claims and ClaimsConfig(
-                method=of(claims.method), rivals=[of(rival) for rival in claims.rivals], equal_within=0.02
+                method=named(claims.method), rivals=[named(rival) for rival in claims.rivals], equal_within=0.02
             )
-            table = runs.assign(method=runs["method"].map(of))
-            fits.append(fit_study(table, compare(table, records, baseline=of("dense"), claims=ours, rates_cost=0.01)))
+            table = runs.assign(method=runs["method"].map(named))
+            fits.append(
+                fit_study(table, compare(table, records, baseline=named("dense"), claims=ours, rates_cost=0.01))
+            )
         assert fits[0]["claims"] and fits[0]["multipliers"] and fits[0]["growth"] and fits[0]["conventions"]
         assert fits[0]["rates"]["brackets"] and f"{methods[-1]}/parametric" in fits[0]["laws"]
         assert renamed(fits[0], names) == fits[1]

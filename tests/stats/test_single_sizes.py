@@ -1,29 +1,19 @@
 """The statistics of methods that have one size, or too few for a curve, against t tests worked by hand."""
 
 import math
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
-from made_up_study import SIZES, curves, run, with_sequences
+from made_up_study import SIZES, curves, of, run, with_sequences
 from own_variances import own_variances
 from peerscale.config.study import ClaimsConfig
 from peerscale.stats.comparison import compare
 
 CLAIMS = ClaimsConfig(method="peer", rivals=["dense", "moe"])
 FIVE = {("dense", 1e12): 4.50, ("moe", 1e12): 4.49, ("peer", 1e12): 4.46}
-
-
-def of(found: dict[str, Any], method: str, reference: str, budget: float = 1e12, size: str = "") -> dict[str, Any]:
-    """The difference of two methods at a budget."""
-    (entry,) = (entry for entry in found["budgets"] if entry["budget"] == budget)
-    (one,) = (
-        d for d in entry["differences"] if (d["method"], d["reference"], d["size"]) == (method, reference, size)
-    )  # fmt: skip
-    return one
 
 
 def at_one_size(seeds: int) -> pd.DataFrame:

@@ -29,14 +29,20 @@ def runs(exponents: dict[str, float], noise: float = 0.0) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def at_1e7(law: dict[str, float]) -> float:
+    """The best rate of a law at ten million tokens."""
+    return law["m"] * (1e7 / law["tokens_0"]) ** -law["b"]
+
+
 def test_the_law_of_losses_without_noise_is_found() -> None:
     found = fit_table_law(runs({"peer": 0.9, "pkm": 0.9}))
     assert found is not None
-    assert (found["exponents"], found["df"]) == ("shared", 36 - 12 - 4)
-    assert found["exponent"]["value"] == pytest.approx(0.9)
-    assert found["curvature"] == pytest.approx(CURVATURE)
+    law = found["law"]
+    assert (law["exponents"], law["df"]) == ("shared", 36 - 12 - 4)
+    assert law["groups"]["pkm"]["b"] == pytest.approx(0.9)
+    assert law["curvature"] == pytest.approx(CURVATURE)
     for method, best in BEST.items():
-        assert found["best"][method]["value"] == pytest.approx(best)
+        assert at_1e7(law["groups"][method]) == pytest.approx(best)
     largest = {one["method"]: one for one in found["budgets"] if one["budget"] == 1e14}
     gain = CURVATURE * math.log(0.02 / (0.01 * 2**-0.9)) ** 2
     assert largest["peer"]["gain"] == pytest.approx(gain)
@@ -47,15 +53,17 @@ def test_the_law_of_losses_without_noise_is_found() -> None:
 
 def test_each_method_has_its_own_exponent_where_they_differ() -> None:
     found = fit_table_law(runs({"peer": 1.5, "pkm": 0.0}, noise=1e-4))
-    assert found is not None and found["exponents"] == "own" and found["equal_exponents"]["p"] < 1e-6
-    assert found["exponent"]["peer"]["value"] == pytest.approx(1.5, abs=0.05)
-    assert found["exponent"]["pkm"]["low"] < 0 < found["exponent"]["pkm"]["high"]
+    assert found is not None and found["law"]["exponents"] == "own" and found["law"]["equal_exponents"]["p"] < 1e-6
+    peer, pkm = (found["law"]["groups"][method] for method in ("peer", "pkm"))
+    assert peer["b"] == pytest.approx(1.5, abs=0.05)
+    assert pkm["ci"]["b"][0] < 0 < pkm["ci"]["b"][1]
 
 
 def test_the_fit_is_that_of_a_nonlinear_solver() -> None:
     table = runs({"peer": 0.8, "pkm": 0.8}, noise=0.004)
     found = fit_table_law(table)
     assert found is not None
+    law = found["law"]
     curves = table.groupby(["method", "size", "seed"]).ngroup().to_numpy()
     of = (table["method"] == "pkm").to_numpy(int)
     x, t = np.log(table["table_lr"]).to_numpy(), np.log(table["tokens"] / 1e7).to_numpy()
@@ -67,10 +75,10 @@ def test_the_fit_is_that_of_a_nonlinear_solver() -> None:
 
     start = np.r_[0.01, 0.5, -4.0, -3.0, np.full(curves.max() + 1, 4.0)]
     solved = least_squares(residuals, start, xtol=1e-14, ftol=1e-14, gtol=1e-14)
-    assert found["curvature"] == pytest.approx(solved.x[0], rel=1e-4)
-    assert found["exponent"]["value"] == pytest.approx(solved.x[1], rel=1e-4)
-    assert found["best"]["peer"]["value"] == pytest.approx(math.exp(solved.x[2]), rel=1e-4)
-    assert found["scatter"] == pytest.approx(math.sqrt(2 * solved.cost / found["df"]), rel=1e-6)
+    assert law["curvature"] == pytest.approx(solved.x[0], rel=1e-4)
+    assert law["groups"]["peer"]["b"] == pytest.approx(solved.x[1], rel=1e-4)
+    assert at_1e7(law["groups"]["peer"]) == pytest.approx(math.exp(solved.x[2]), rel=1e-4)
+    assert law["scatter"] == pytest.approx(math.sqrt(2 * solved.cost / law["df"]), rel=1e-6)
 
 
 def test_nothing_is_said_without_a_minimum_or_without_several_rates() -> None:

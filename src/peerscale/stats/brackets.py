@@ -58,14 +58,13 @@ def fit_rate_brackets(runs: pd.DataFrame) -> dict[str, Any] | None:
     """Fit all brackets of a study together; None if there are none.
 
     Returns:
-        The result of `rate_law.fit_brackets`; `each` bracket also has its budget, size, `method` (its curve), number of
-        seeds and `losses` by factor (means over seeds).
+        The result of `rate_parabolas.fit_brackets`; `each` bracket also has its budget, size, `method` (its curve),
+        number of seeds and `losses` by factor (means over seeds).
     """
     if (runs["rate_factor"] == 1).all() or (rows := bracket_runs(runs)).empty:
         return None
     places = list(zip(rows["budget"], rows["size"], rows["curve"], strict=True))
-    labels = [f"{budget!r} {size} {curve}" for budget, size, curve in places]
-    fit = fit_brackets(rows["factor"].to_numpy(float), rows["val_loss"].to_numpy(float), labels, rows["seed"].tolist())
+    fit = fit_brackets(rows["factor"].to_numpy(float), rows["val_loss"].to_numpy(float), places, rows["seed"].tolist())
     for (budget, size, curve), found in zip(dict.fromkeys(places), fit["each"], strict=True):
         mine = rows[[place == (budget, size, curve) for place in places]]
         losses = mine.groupby("factor")["val_loss"].mean()

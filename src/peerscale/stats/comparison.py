@@ -161,9 +161,9 @@ def fit_budget(rows: pd.DataFrame, min_sizes: int, sequences: Sequences) -> Budg
     """Fit all curves of one budget together, with one curvature."""
     fit = optima_fit(rows, rows["val_loss"], min_sizes)
     of_curve = by_curve(rows)
-    optima = {curve: fit.optimum(str(curve)) for curve in of_curve}
+    optima = {curve: fit.optimum(curve) for curve in of_curve}
     behind = [
-        mean_losses(rows.loc[(rows["curve"].map(str) == fit.names[method]) & (rows[X] == size), "cell"], sequences)
+        mean_losses(rows.loc[(rows["curve"] == fit.names[method]) & (rows[X] == size), "cell"], sequences)
         for method, size in zip(fit.method, fit.x, strict=True)
     ]
     sampled = None if any(losses is None for losses in behind) else np.array(behind)
@@ -173,8 +173,9 @@ def fit_budget(rows: pd.DataFrame, min_sizes: int, sequences: Sequences) -> Budg
 
 def optima_fit(rows: pd.DataFrame, losses: pd.Series, min_sizes: int, *, shared: bool = True) -> OptimaFit:
     """The fit of some losses of one budget's runs."""
-    names, x = rows["curve"].map(str).tolist(), rows[X].to_numpy(float)
-    return OptimaFit.of(names, x, losses.to_numpy(float), shared=shared, at_least=min_sizes)
+    return OptimaFit.of(
+        rows["curve"].tolist(), rows[X].to_numpy(float), losses.to_numpy(float), shared=shared, at_least=min_sizes
+    )
 
 
 def described_fit(
@@ -183,7 +184,7 @@ def described_fit(
     """What `fits.json` tells of the fit of one budget: `rows` were fitted, of `all_rows`."""
     fit, optima, drawn = one.fit, one.optima, one.sequences
     own = optima_fit(rows, rows["val_loss"], fit.at_least, shared=False)
-    alone = {curve: own.optimum(str(curve)) for curve in optima}
+    alone = {curve: own.optimum(curve) for curve in optima}
     sets = {
         column.removeprefix("ppl_"): optima_fit(rows, rows[column].astype(float).map(math.log), fit.at_least)
         for column in rows.columns
@@ -196,7 +197,7 @@ def described_fit(
         methods.append({
             "name": curve, "status": optimum.status, "x": optimum.x, "x_interval": optimum.x_interval,
             "loss": optimum.loss, **(described(known, "value", "p") if known else {}), "sizes": optimum.sizes,
-            "seeds_sd": math.sqrt(fit.noise.seeds[fit.names.index(str(curve))]) if fit.seed_df.any() else None,
+            "seeds_sd": math.sqrt(fit.noise.seeds[fit.names.index(curve)]) if fit.seed_df.any() else None,
             "left_out": sorted({*all_rows.loc[all_rows["curve"] == curve, X]} - {*optimum.sizes}),
             "coefficients": optimum.coefficients,
             "own": {"status": apart.status, "x": apart.x, "loss": apart.loss, "curvature": apart.coefficients[2]},

@@ -21,12 +21,10 @@ from typing import Any, Self
 
 import numpy as np
 
+from peerscale.config.study import MIN_SIZES
 from peerscale.laws.linear_fit import Array, LinearFit, StudentValue
 from peerscale.laws.parabola import OptimumStatus, minimum, parabola_optima, recentred
 from peerscale.stats.noise import Noise, estimate_noise
-
-MIN_SIZES = 4
-"""Sizes that a method needs at a budget: one more than the coefficients of a parabola."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

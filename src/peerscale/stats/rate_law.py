@@ -219,7 +219,7 @@ class _Runs:
 def fit_rates(
     table: pd.DataFrame, *, lr: str = "lr", loss: str = "loss", width: str | None = None, tokens: str | None = None,
     batch: str | None = None, by: str | None = None, curve: Sequence[str] = (), hold_out: pd.Series | None = None,
-    reach: float = REACH,
+    reach: float = REACH, equal_unless: float = EQUAL_UNLESS,
 ) -> RateFit:  # fmt: skip
     """Fit the law of the best rate to runs.
 
@@ -231,7 +231,7 @@ def fit_rates(
         curve: further columns in which the runs of one curve are equal, such as a seed or another rate.
         hold_out: boolean, with the table's index: rows that test the law and that it is not fitted to. None: every
             model (width, tokens, batch) is left out in turn.
-        reach: see `REACH`.
+        reach, equal_unless: see `REACH` and `EQUAL_UNLESS`.
 
     Raises:
         UserError: a column is missing or has values that are not positive numbers; no curve has three rates; the losses
@@ -276,7 +276,7 @@ def fit_rates(
     own = apart.fit(fitted) if len(names) > 1 and any(apart.apart) else None
     own = own if own and opens_upwards(own) else None
     equal = own.f_test(shared) if own else None
-    differ = bool(own and equal and equal["p"] < EQUAL_UNLESS)
+    differ = bool(own and equal and equal["p"] < equal_unless)
     law, chosen = (own, apart) if own and differ else (shared, rows)
     warnings = [f"{(~rows.near).sum()} runs beyond {reach:g} times a curve's best rate left out"]
     warnings = warnings * (not rows.near.all())
