@@ -40,14 +40,15 @@ def scores_and_chosen(layer: nn.Module, x_D: Tensor, top_k: int) -> tuple[Tensor
 
 def balanced_moe(layer: nn.Module, x_TD: Tensor, config, *_) -> Tensor:
     """The mixture of DeepSeek-V3 without the residual: shared experts one by one, then the chosen ones."""
-    width, shared, y = layer.down.shape[-1], layer.shared, []
+    routed, shared, y = layer.experts, layer.shared, []
+    width = routed.down.shape[-1]
     for x in x_TD:
         score_E, chosen = scores_and_chosen(layer, x, config.top_k)
         units = [slice(i * width, (i + 1) * width) for i in range(config.n_shared)]
         parts = [gated_unit(x, shared.gate.weight[u], shared.down.weight[u], shared.up.weight[:, u]) for u in units]
         for e in chosen:
             weight = score_E[e] / sum(score_E[other] for other in chosen)
-            parts.append(weight * gated_unit(x, layer.gate[e].T, layer.down[e].T, layer.up[e].T))
+            parts.append(weight * gated_unit(x, routed.gate[e].T, routed.down[e].T, routed.up[e].T))
         y.append(sum(parts))
     return torch.stack(y)
 
@@ -63,13 +64,21 @@ def memory_plus(layer: nn.Module, x_TD: Tensor, config, *_) -> Tensor:
 
 def engram_memory(layer: nn.Module, t: int, config, tokens: list[int]) -> Tensor:
     """One row of every table, side by side, for the tokens up to t; in whole numbers of any size."""
-    rows = []
-    for i, table in enumerate(layer.tables):
+    rows, first = [], 0
+    sizes = primes(config.n_rows, len(config.orders) * config.n_hashes)
+    for i, size in enumerate(sizes):
         row = 0
         for lag in range(config.orders[i // config.n_hashes]):
-            row ^= ((tokens[t - lag] if t >= lag else -1) + 1) * int(layer.multipliers[i, lag])
-        rows.append(table[row % len(table)])
+            row ^= ((tokens[t - lag] if t >= lag else -1) + 1) * int(layer.factors_LJ[lag, i])
+        rows.append(layer.table[first + row % size])
+        first += size
     return torch.cat(rows)
+
+
+def primes(at_least: int, n: int) -> list[int]:
+    """The first primes from `at_least` on; as many ones if that is 1."""
+    candidates = range(at_least, 2 * at_least + 100 * n)
+    return [p for p in candidates if all(p % d for d in range(2, p))][:n] if at_least > 1 else [1] * n
 
 
 def engram(layer: nn.Module, x_TD: Tensor, config, tokens: list[int]) -> Tensor:

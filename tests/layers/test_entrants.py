@@ -1,5 +1,6 @@
 """The entrants of the comparison: their definitions token by token, what they cost, and what each part of them does."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -20,6 +21,7 @@ from peerscale.layers.swiglu import SwigluConfig
 from peerscale.model.transformer import Transformer
 from peerscale.ops.backends import choose_operators
 from peerscale.train.optimizer import parameter_groups
+from per_token_entrants import primes
 
 MODEL = ("d_model=16", "n_layers=4", "replaced=[2,4]", "data.vocab_size=257", "context=8", "head_dim=8")
 SETTINGS = {
@@ -72,17 +74,14 @@ def test_is_its_definition_token_by_token(config: FfnConfig, kernel: str) -> Non
     per_token.assert_equal_with_gradients(layer, loop, x)
 
 
-def primes(first: int, n: int) -> list[int]:
-    return [p for p in range(first, 100 * first) if all(p % d for d in range(2, p))][:n] if first > 1 else [1] * n
-
-
 def test_engrams_hashes_are_odd_different_in_every_table_and_kept_with_the_weights() -> None:
-    first, second = Engram().build_blocks(around(), 2)
-    assert [len(table) for table in first.tables] == primes(11, 4)
-    numbers = [*first.multipliers.flatten().tolist(), *second.multipliers.flatten().tolist()]
-    assert all(n % 2 == 1 and n * (VOCABULARY + 1) < 2**63 for n in numbers) and len({*numbers}) == 24
+    first, second = Engram().build(around()), Engram().build(around())
+    assert len(first.table) == sum(primes(11, 4))
+    numbers = [n for layer in (first, second) for n in layer.factors_LJ.flatten().tolist() if n]
+    assert all(n % 2 == 1 and n * (VOCABULARY + 1) < 2**63 for n in numbers)
+    assert len({*numbers}) == 2 * (2 * 2 + 2 * 3), "two tables each for pairs and triples"
     second.load_state_dict(first.state_dict())
-    assert torch.equal(second.multipliers, first.multipliers)
+    assert torch.equal(second.factors_LJ, first.factors_LJ)
 
 
 def configured(ffn: str, *overrides: str):
@@ -112,16 +111,58 @@ def test_no_logit_depends_on_a_later_token(ffn: str) -> None:
             assert difference[:changed].max() < 1e-12 and difference[changed:].min() > 1e-6
 
 
+def ungate(layer: nn.Module) -> None:
+    nn.init.zeros_(layer.gate_in.weight)
+    nn.init.constant_(layer.gate_in.bias, 1.2784645427610738)  # whose silu is 1
+
+
+def forget_order(layer: nn.Module, second: bool) -> None:
+    for projection in (layer.key, layer.value):
+        nn.init.zeros_(projection.weight.chunk(2, dim=1)[second])
+
+
+PARTS = {
+    "swiglu": {"gate": lambda layer: nn.init.zeros_(layer.gate.weight)},
+    "balanced_moe": {
+        "router": lambda layer: nn.init.zeros_(layer.router.weight),
+        "balance bias": lambda layer: nn.init.zeros_(layer.bias_E),
+        "routed experts": lambda layer: nn.init.zeros_(layer.experts.up),
+        "gates of experts": lambda layer: nn.init.ones_(layer.experts.gate),
+        "shared experts": lambda layer: nn.init.zeros_(layer.shared.up.weight),
+    },
+    "memory_plus": {
+        "gate": ungate,
+        "values": lambda layer: nn.init.zeros_(layer.values),
+        "sharing of values": lambda layer: setattr(layer, "values", layer.new_table(16)),
+    },
+    "engram": {
+        "pairs": partial(forget_order, second=False),
+        "triples": partial(forget_order, second=True),
+        "gate": lambda layer: nn.init.zeros_(layer.norm_x.weight),
+        "convolution": lambda layer: nn.init.zeros_(layer.convolution.weight),
+        "tables": lambda layer: nn.init.zeros_(layer.table),
+    },
+}
+
+
+@pytest.mark.parametrize(("ffn", "part"), [(ffn, part) for ffn, parts in PARTS.items() for part in parts])
+def test_every_part_moves_the_loss(ffn: str, part: str) -> None:
+    model, tokens = built(ffn, "trainer.kernel=torch"), torch.randint(257, (4, 9))
+
+    def loss() -> Tensor:
+        return nn.functional.cross_entropy(model(tokens[:, :-1]).transpose(1, 2), tokens[:, 1:])
+
+    with torch.no_grad():
+        whole = loss()
+        PARTS[ffn][part](layers_of(model)[1])
+        assert (model.double() and loss() - whole).abs() > 1e-4
+
+
 @pytest.mark.parametrize("ffn", ["memory_plus", "engram"])
-def test_the_tables_matter_and_are_trained_as_tables_once(ffn: str) -> None:
-    model, tokens = built(ffn, "trainer.kernel=torch"), torch.randint(257, (4, 8))
-    tables = parameter_groups(model).tables
-    wanted = [(64, 16)] if ffn == "memory_plus" else [(n, 3) for n in primes(11, 4)] * 2
+def test_tables_are_trained_as_tables_once(ffn: str) -> None:
+    tables = parameter_groups(built(ffn)).tables
+    wanted = [(64, 16)] if ffn == "memory_plus" else [(sum(primes(11, 4)), 3)] * 2
     assert [tuple(table.shape) for table in tables] == wanted
-    old = model(tokens)
-    for table in tables:
-        nn.init.zeros_(table)
-    assert (model(tokens) - old).abs().max() > 1e-2
 
 
 def by_hand(c: FfnConfig, D: int) -> tuple[int, int, int]:
@@ -157,6 +198,26 @@ def test_parameters_and_flops_are_those_of_the_built_model_and_of_the_papers(ffn
             model(torch.randint(257, (4, 8)))
         assert 3 * counter.get_total_flops() == 4 * 8 * priced.flops_per_token
     assert priced.flops_per_token == 3 * 2 * (257 * 16 + 4 * 4 * 16**2 + 4 * 2 * 8 * 16 + dense + flops)
+
+
+def test_costs_are_those_that_the_authors_state() -> None:
+    # DeepSeek-V3: 671B parameters, 37B of them active. 58 of 61 layers are mixtures; the rest of its model by hand:
+    D, attention = 7168, 7168 * 1536 + 1536 * 128 * 192 + 7168 * 576 + 512 * 128 * 256 + 128 * 128 * 7168
+    rest = 61 * attention + 3 * 3 * D * 18432 + 2 * 129280 * D
+    mixture = BalancedMoeConfig(n_experts=256, n_shared=1, top_k=8, granularity=6)  # experts of 18432 / 9 = 2048
+    priced = mixture.cost(replace(around(D), d_ff=18432))
+    total = 58 * sum(priced.params.values()) + rest
+    assert total == pytest.approx(671e9, rel=1e-3)
+    assert total - 58 * priced.inactive == pytest.approx(37e9, rel=0.02)
+    # Memory layers at scale: 128B parameters in one table of 2^26 values for the 1.3B model, d_model 2048.
+    memory = MemoryPlusConfig(n_experts=2**26, n_heads=4, top_k=32).cost(around(2048))
+    assert memory.shared["experts"] == 128 * 2**30
+    # Engram-27B and -40B: 5.7B and 18.5B parameters in tables before two layers, 1280 numbers a token of 16 tables.
+    for n_rows, billions in ((2_262_400, 5.7), (7_239_680, 18.5)):
+        tables = EngramConfig(n_hashes=8, n_rows=n_rows, d_row=80).cost(around(2560)).params["tables"]
+        assert 2 * tables / 1e9 == pytest.approx(billions, rel=0.02)
+    # Shazeer 2020: 3072 hidden units of T5 become 2048 with a gate, at equal parameters and computation.
+    assert SwigluConfig().d_hidden(around(768)) == 2048
 
 
 def test_costs_at_the_sizes_of_the_papers() -> None:
@@ -261,5 +322,5 @@ def test_engram_depends_on_x_by_its_gate_alone_and_with_one_row_not_on_the_token
     nn.init.zeros_(layer.norm_x.weight)
     assert not torch.allclose(layer(x, tokens), u, atol=1e-3)
     places = [(t, row) for row in tokens.tolist() for t in range(7)]
-    memory = torch.stack([entrants.engram_memory(layer, t, Engram(), row) for t, row in places])
+    memory = torch.stack([entrants.engram_memory(layer, t, Engram(n_rows=n_rows), row) for t, row in places])
     torch.testing.assert_close(layer(-2 * x, tokens).flatten(0, 1), memory @ layer.value.weight.T / 2)

@@ -11,18 +11,17 @@ from torch import Tensor, nn
 
 from peerscale.layers.base import FfnConfig, LayerCost, Surroundings, layer_config
 from peerscale.layers.groups import mean_over_devices
-from peerscale.layers.moe import grouped_product
-from peerscale.layers.swiglu import Swiglu
-from peerscale.layers.usage import CountsUsage
+from peerscale.layers.moe import Experts, RoutedExperts, grouped_product
+from peerscale.layers.swiglu import Swiglu, gated_width
 from peerscale.types import Positive, Rate
 
 
 @layer_config
 class BalancedMoeConfig(FfnConfig):
-    """The defaults have the active parameters of a dense layer, and eight times as many in total."""
+    """The defaults have the active parameters of a dense layer and the total of a coarse mixture of 16 experts."""
 
     method: Literal["balanced_moe"] = "balanced_moe"
-    n_experts: Positive = 31
+    n_experts: Positive = 63
     """Routed experts."""
     n_shared: Positive = 1
     """Experts that every token uses."""
@@ -39,7 +38,7 @@ class BalancedMoeConfig(FfnConfig):
 
     def d_expert(self, d_ff: int) -> int:
         """Hidden width of one expert."""
-        return max(4, round(2 * d_ff / 3 / self.granularity / 4) * 4)
+        return gated_width(d_ff / self.granularity, multiple_of=4)
 
     def cost(self, around: Surroundings) -> LayerCost:
         router, expert = around.d_model * self.n_experts, 3 * around.d_model * self.d_expert(around.d_ff)
@@ -57,29 +56,36 @@ class BalancedMoeConfig(FfnConfig):
         hidden = self.d_expert(around.d_ff)
         return 2 * around.d_model + self.top_k * (4 * hidden + 3 * around.d_model) + self.n_shared * 4 * hidden
 
-    def routed(self) -> tuple[int, int]:
-        return self.n_experts, self.top_k
-
     def columns(self, d_model: int) -> dict[str, Any]:
         return {"n_experts": self.n_experts, "top_k": self.top_k, "active_experts": self.top_k + self.n_shared}
 
 
-class BalancedMoe(nn.Module, CountsUsage):
+class GatedExperts(Experts):
+    """E SwiGLU layers side by side."""
+
+    def __init__(self, n_experts: int, d_model: int, d_expert: int) -> None:
+        super().__init__(n_experts, d_model, d_expert)
+        self.gate = nn.Parameter(torch.randn(n_experts, d_model, d_expert) * d_model**-0.5)
+
+    def grouped(self, x_PD: Tensor, rows_E: Tensor) -> Tensor:
+        gate_PF, down_PF = (grouped_product(x_PD, weight, rows_E) for weight in (self.gate, self.down))
+        return grouped_product(F.silu(gate_PF) * down_PF, self.up, rows_E)
+
+
+class BalancedMoe(RoutedExperts):
     """f(x) = shared(x) + sum over the top k experts of g_i(x) SwiGLU_i(x) (DeepSeek-V3, equations 12 to 16).
 
     s(x) = sigmoid(W x). Experts are chosen by s + b and weighted by s, divided by its sum over those chosen; b has no
     gradient. After every step b rises by `balance_rate` for experts that had fewer tokens than the mean and falls for
-    the others; its mean is taken out (Wang et al. 2024). The paper's factor 2.5 and its groups of experts are left out,
-    which belong to many more experts.
+    those that had more; its mean is taken out, as torchtitan does, which changes no choice (Wang et al. 2024).
+
+    Left out, since they belong to many more experts on many devices: the factor 2.5 on the gates, groups of experts,
+    and the small loss that balances each sequence. Not stated: initial weights, here of variance 1 / fan-in.
     """
 
     def __init__(self, d_model: int, d_expert: int, config: BalancedMoeConfig) -> None:
-        super().__init__()
-        self.n_experts, self.top_k, self.balance_rate = config.n_experts, config.top_k, config.balance_rate
-        self.router = nn.Linear(d_model, self.n_experts, bias=False)
-        self.gate = nn.Parameter(torch.randn(self.n_experts, d_model, d_expert) * d_model**-0.5)
-        self.down = nn.Parameter(torch.randn(self.n_experts, d_model, d_expert) * d_model**-0.5)
-        self.up = nn.Parameter(torch.randn(self.n_experts, d_expert, d_model) * d_expert**-0.5)
+        super().__init__(d_model, d_expert, config.n_experts, GatedExperts)
+        self.top_k, self.balance_rate = config.top_k, config.balance_rate
         self.shared = Swiglu(d_model, config.n_shared * d_expert)  # experts without gates are one wider layer
         self.register_buffer("bias_E", torch.zeros(self.n_experts))
         self.register_buffer("load_E", torch.zeros(self.n_experts))
@@ -87,32 +93,22 @@ class BalancedMoe(nn.Module, CountsUsage):
         self.load_E: Tensor
 
     def init_weights(self, output_scale: float) -> None:
-        """Draw the router and the shared expert; keep the experts, with their last product times `output_scale`."""
-        nn.init.normal_(self.router.weight, std=self.router.in_features**-0.5)
-        self.up.data *= output_scale
+        super().init_weights(output_scale)
         self.shared.init_weights(output_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> y (..., D)."""
         x_MD = x.reshape(-1, x.shape[-1])
-        with torch.autocast(x.device.type, enabled=False):
-            score_ME = self.router(x_MD.to(self.router.weight.dtype)).sigmoid()
-            expert_MK = (score_ME.detach() + self.bias_E).topk(self.top_k, dim=-1).indices
-            score_MK = score_ME.gather(-1, expert_MK)
-            gate_MK = score_MK / score_MK.sum(-1, keepdim=True)
-        load_E = torch.zeros_like(self.load_E).index_add(0, expert_MK.flatten(), torch.ones_like(score_MK).flatten())
+        scores_ME = self.route(x_MD)[1].sigmoid()
+        expert_MK = (scores_ME.detach() + self.bias_E).topk(self.top_k, dim=-1).indices
+        scores_MK = scores_ME.gather(-1, expert_MK)
+        gates_MK = scores_MK / scores_MK.sum(-1, keepdim=True)
+        load_E = torch.zeros_like(self.load_E).index_add(0, expert_MK.flatten(), torch.ones_like(gates_MK).flatten())
         if self.training:
             self.load_E += load_E
         if self.usage is not None:
-            self.usage.add(expert_MK, gate_MK, len(x_MD))
-        # Sorted by expert, so that the pairs of one expert are consecutive rows.
-        order_P = expert_MK.flatten().argsort(stable=True)
-        x_PD = x_MD.unsqueeze(1).expand(-1, self.top_k, -1).reshape(-1, x.shape[-1]).index_select(0, order_P)
-        rows_E = load_E.long()
-        hidden_PF = F.silu(grouped_product(x_PD, self.gate, rows_E)) * grouped_product(x_PD, self.down, rows_E)
-        y_PD = grouped_product(hidden_PF, self.up, rows_E)
-        y_MKD = torch.zeros_like(y_PD).index_copy(0, order_P, y_PD).view(*expert_MK.shape, x.shape[-1])
-        return self.shared(x) + (y_MKD * gate_MK.unsqueeze(-1).to(x.dtype)).sum(1).view(x.shape)
+            self.usage.add(expert_MK, gates_MK, len(x_MD))
+        return self.shared(x) + self.weighted(x_MD, expert_MK, gates_MK, load_E.long()).view(x.shape)
 
     def after_step(self) -> None:
         """Move the biases towards equal loads, by the loads since the last step on all devices."""

@@ -1,7 +1,7 @@
 """What every layer defines: its settings, its cost, its limits, and how it is built."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass as plain_dataclass
+from dataclasses import field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, dataclass_transform
 
 from pydantic.dataclasses import dataclass
@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from peerscale.ops.operators import Operators
 
 T = TypeVar("T")
+
+Place = Literal["feed_forward", "beside", "before_attention"]
+"""Where a layer sits in its blocks, x being the residual stream.
+
+`feed_forward`: in place of the dense layer, x + layer(norm(x)). `beside`: dense stays, x + dense(norm(x)) +
+layer(norm(x)). `before_attention`: dense stays, and x + layer(x) comes before attention; in the first block that is the
+input of the model.
+"""
 
 
 @plain_dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +40,8 @@ class Surroundings:
     """Number of parts in which a batch passes through the layer; each consists of whole groups."""
     operators: "Operators | None" = None
     """The backend of the operators (`ops.backends`); known once a model is built."""
+    first: "nn.Module | None" = None
+    """The layer of the first of its blocks, while those of the others are built, which may share its parameters."""
 
 
 @plain_dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +54,20 @@ class LayerCost:
     """Forward FLOPs per token by component: 2 per multiply-add of a matrix product; nothing else is counted."""
     inactive: int = 0
     """Parameters that a token does not use (on average, with expert choice)."""
+    shared: dict[str, int] = field(default_factory=dict)
+    """Those of `params` that are the same in all blocks with the layer, by group."""
+
+
+@plain_dataclass(frozen=True, kw_only=True, slots=True)
+class OwnTraining:
+    """How some parameters of a layer are trained, where that differs from the others."""
+
+    lr_factor: float = 1.0
+    """On the learning rate that they would have: that of the model, or `optim.table_lr`."""
+    final_lr_factor: float = 1.0
+    """On top of the schedule, a factor that goes linearly from 1 at the first step to this at the last."""
+    weight_decay: float | None = None
+    """None: `optim.weight_decay` for matrices, none for vectors and tables."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=())
@@ -80,28 +104,18 @@ class FfnConfig:
         built, and leaves the weights that training starts from: it draws them, or keeps those that the constructor
         drew. `output_scale`, (2 n_layers)^-1/2, is meant for its last matrix product.
 
-        A layer may also have `expert_tables()`, a list of the parameters trained with `optim.table_lr`,
-        `auxiliary_loss`, which is added to the loss (None: nothing to add), and `after_step()`, which is called after
-        each optimiser step to change what has no gradient; so may each module inside it.
+        The layer, and each module inside it, may also have
+
+        - `expert_tables()`: a list of the parameters trained with `optim.table_lr`, outside the gradient's clip;
+        - `own_training()`: an `OwnTraining` for each parameter that differs in rate, weight decay or schedule;
+        - `auxiliary_loss`: added to the loss (None: nothing to add);
+        - `after_step()`: called after each optimiser step, to change what has no gradient, such as buffers.
         """
         raise NotImplementedError
 
-    def build_blocks(self, around: Surroundings, n_blocks: int) -> "Iterator[nn.Module]":
-        """The layers of all replaced blocks, in order; layers may share parameters (`shared_params`)."""
-        for _ in range(n_blocks):
-            yield self.build(around)
-
-    def shared_params(self, around: Surroundings) -> dict[str, int]:
-        """Those of the parameters in `cost` that all replaced blocks share, by group."""
-        return {}
-
     @property
-    def place(self) -> Literal["feed_forward", "before_attention"]:
-        """Where the layer sits in a replaced block.
-
-        `feed_forward`: in place of the dense layer, y is added to the residual stream and x is its norm.
-        `before_attention`: the dense layer stays; y is added before attention, and x is the residual stream itself.
-        """
+    def place(self) -> Place:
+        """Where the layer sits in its blocks."""
         return "feed_forward"
 
     def unusable(self, around: Surroundings) -> str:

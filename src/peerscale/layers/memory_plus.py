@@ -3,7 +3,6 @@
 Shapes: T tokens, D model width, J retrieved values per token (heads x top_k).
 """
 
-from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
@@ -29,32 +28,22 @@ class MemoryPlusConfig(RetrievalConfig):
     ROWS_PER_EXPERT: ClassVar[int] = 1
 
     def cost(self, around: Surroundings) -> LayerCost:
-        plain, d_model = RetrievalConfig.cost(self, around), around.d_model
-        if not self.gate:
-            return plain
+        memory, d_model = RetrievalConfig.cost(self, around), around.d_model
         return LayerCost(
-            params={**plain.params, "gate": 2 * d_model * (d_model + 1)},
-            forward_flops={**plain.forward_flops, "gate": 4 * d_model * d_model},
-            inactive=plain.inactive,
+            params=memory.params | ({"gate": 2 * d_model * (d_model + 1)} if self.gate else {}),
+            forward_flops=memory.forward_flops | ({"gate": 4 * d_model * d_model} if self.gate else {}),
+            inactive=memory.inactive,
+            shared={"experts": self.n_experts * d_model} if self.shared_values else {},
         )
-
-    def shared_params(self, around: Surroundings) -> dict[str, int]:
-        return {"experts": self.n_experts * around.d_model} if self.shared_values else {}
 
     def saved_numbers(self, around: Surroundings) -> int:
         return RetrievalConfig.saved_numbers(self, around) + 4 * around.d_model * self.gate
 
     def build(self, around: Surroundings) -> nn.Module:
-        return MemoryPlus(**self.arguments(around))
-
-    def build_blocks(self, around: Surroundings, n_blocks: int) -> Iterator[nn.Module]:
-        first = self.build(around)
-        yield first
-        for _ in range(n_blocks - 1):
-            layer = self.build(around)
-            if self.shared_values:
-                layer.values = first.values
-            yield layer
+        layer = MemoryPlus(**self.arguments(around))
+        if self.shared_values and isinstance(around.first, MemoryPlus):
+            layer.values = around.first.values
+        return layer
 
 
 class MemoryPlus(Pkm):
@@ -68,7 +57,6 @@ class MemoryPlus(Pkm):
     CONFIG = MemoryPlusConfig
 
     def __init__(self, d_model: int, *arguments: Any, **settings: Any) -> None:
-        settings.pop("shared_values", None)
         super().__init__(d_model, *arguments, **settings)
         assert isinstance(self.config, MemoryPlusConfig)
         bound = (2 * self.sub_keys.shape[-1]) ** -0.5

@@ -19,6 +19,7 @@ BUILT_IN = {
     "dense": "peerscale.layers.dense.DenseConfig",
     "wide_dense": "peerscale.layers.dense.WideDenseConfig",
     "no_layer": "peerscale.layers.dense.NoLayerConfig",
+    "wasted": "peerscale.layers.dense.WastedConfig",
     "relu_squared": "peerscale.layers.relu_squared.ReluSquaredConfig",
     "swiglu": "peerscale.layers.swiglu.SwigluConfig",
     "moe": "peerscale.layers.moe.MoeConfig",

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from peerscale.layers.base import FfnConfig, LayerCost, Surroundings, layer_config
 
 
-def d_hidden(d_ff: int) -> int:
-    """The hidden width whose three products cost as much as the two of a dense layer: 2 d_ff / 3, a multiple of 8."""
-    return max(8, round(2 * d_ff / 3 / 8) * 8)
+def gated_width(d_ff: float, multiple_of: int) -> int:
+    """The hidden width whose three products cost as much as two of width `d_ff`: 2 d_ff / 3, rounded."""
+    return max(1, round(2 * d_ff / 3 / multiple_of)) * multiple_of
 
 
 @layer_config
@@ -19,19 +19,23 @@ class SwigluConfig(FfnConfig):
 
     method: Literal["swiglu"] = "swiglu"
 
+    def d_hidden(self, around: Surroundings) -> int:
+        """Two thirds of the dense layer's hidden width, as the paper takes it, in multiples of 8."""
+        return gated_width(around.d_ff, multiple_of=8)
+
     def cost(self, around: Surroundings) -> LayerCost:
-        weights = 3 * around.d_model * d_hidden(around.d_ff)
+        weights = 3 * around.d_model * self.d_hidden(around)
         return LayerCost(params={"ffn": weights}, forward_flops={"ffn": 2 * weights})
 
     def saved_numbers(self, around: Surroundings) -> int:
-        return 2 * around.d_model + 4 * d_hidden(around.d_ff)
+        return 2 * around.d_model + 4 * self.d_hidden(around)
 
     def build(self, around: Surroundings) -> nn.Module:
-        return Swiglu(around.d_model, d_hidden(around.d_ff))
+        return Swiglu(around.d_model, self.d_hidden(around))
 
 
 class Swiglu(nn.Module):
-    """W3 (silu(W1 x) * W2 x), no biases (Shazeer 2020, equation 6)."""
+    """W3 (silu(W1 x) * W2 x), no biases (Shazeer 2020, equation 6). Initial weights: variance 1 / fan-in."""
 
     def __init__(self, d_model: int, d_hidden: int) -> None:
         super().__init__()
@@ -40,7 +44,7 @@ class Swiglu(nn.Module):
         self.up = nn.Linear(d_hidden, d_model, bias=False)
 
     def init_weights(self, output_scale: float) -> None:
-        """Variance 1 / fan-in; the last product times `output_scale`."""
+        """Draw the weights; those of the last product times `output_scale`."""
         for linear in (self.gate, self.down, self.up):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
         self.up.weight.data *= output_scale

@@ -7,7 +7,7 @@ from torch import nn
 
 from peerscale.config.schema import Config
 from peerscale.errors import UserError
-from peerscale.layers.base import FfnConfig, Surroundings
+from peerscale.layers.base import FfnConfig, Place, Surroundings
 from peerscale.layers.dense import DenseConfig
 from peerscale.model.transformer import Transformer
 from peerscale.ops.backends import choose_operators
@@ -29,30 +29,32 @@ def build_model(config: Config, device: str = "cpu") -> Transformer:
     around = replace(config.surroundings, operators=operators)
     if reason := config.ffn.unusable(around):
         raise UserError(reason)
-    layers = replacing_layers(config.ffn, around, len(config.replaced_blocks))
-    blocks: list[tuple[nn.Module | None, nn.Module]] = []
+    layers = layers_under_study(config.ffn, around, len(config.replaced_blocks))
+    blocks: list[dict[Place, nn.Module]] = []
     for block in range(1, config.n_layers + 1):
-        layer = next(layers) if block in config.replaced_blocks else None
-        if layer is not None and config.ffn.place == "feed_forward":
-            blocks.append((None, layer))
-        else:
-            blocks.append((layer, DenseConfig().build(around)))
+        placed = {config.ffn.place: next(layers)} if block in config.replaced_blocks else {}
+        if "feed_forward" not in placed:
+            placed["feed_forward"] = DenseConfig().build(around)
+        blocks.append(placed)
     return Transformer(
         config.d_model, config.n_heads, config.context, config.data.vocab_size, blocks, operators,
         trainer.activation_checkpointing,
     )  # fmt: skip
 
 
-def replacing_layers(ffn: FfnConfig, around: Surroundings, n_blocks: int) -> Iterator[nn.Module]:
-    """The layers under study, in order; raises `UserError` if their parameters are not as many as in the cost."""
-    priced, shared = ffn.cost(around).params, ffn.shared_params(around)
-    parameters: set[nn.Parameter] = set()
-    for block, layer in enumerate(ffn.build_blocks(around, n_blocks)):
-        parameters |= {*layer.parameters()}
-        built, expected = sum(p.numel() for p in parameters), (block + 1) * sum(priced.values())
-        if built != expected - block * sum(shared.values()):
+def layers_under_study(ffn: FfnConfig, around: Surroundings, n_blocks: int) -> Iterator[nn.Module]:
+    """The layers of the replaced blocks; raises `UserError` if their parameters are not as many as in the cost."""
+    cost, known = ffn.cost(around), set[nn.Parameter]()
+    expected = sum(cost.params.values())
+    for _ in range(n_blocks):
+        layer = ffn.build(around)
+        built = sum(p.numel() for p in {*layer.parameters()} - known)
+        if built != expected:
             raise UserError(
                 f"{type(layer).__name__} has {built:,} parameters at d_model {around.d_model}, but cost of "
-                f"{type(ffn).__name__} says {expected:,}: {priced}"
+                f"{type(ffn).__name__} says {expected:,}: {cost.params}, shared: {cost.shared}"
             )
         yield layer
+        if around.first is None:
+            around, known = replace(around, first=layer), {*layer.parameters()}
+            expected -= sum(cost.shared.values())

@@ -3,12 +3,15 @@
 Shapes: B batch, T tokens, D model width, V vocabulary, H heads, C half the width of a head.
 """
 
+from collections.abc import Mapping, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from peerscale.errors import UserError
+from peerscale.layers.base import Place
 from peerscale.layers.dense import Dense
 from peerscale.ops.backends import BACKENDS
 from peerscale.ops.operators import Operators
@@ -60,7 +63,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x)); with a layer `before` attention, x + before(x) first.
+    """x + attention(norm(x)), then x + ffn(norm(x)), and further layers where their `Place` says.
 
     A layer with `takes_tokens` is also given the tokens.
 
@@ -73,23 +76,27 @@ class Block(nn.Module):
         d_model: int,
         n_heads: int,
         context: int,
-        ffn: nn.Module,
+        layers: Mapping[Place, nn.Module],
         operators: Operators,
         recompute: bool = False,
-        before: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.recompute = recompute
-        self.before = before
         self.attention_norm = RmsNorm(d_model, operators)
         self.attention = Attention(d_model, n_heads, context, operators)
         self.ffn_norm = RmsNorm(d_model, operators)
-        self.ffn = ffn
+        self.ffn = layers["feed_forward"]
+        self.beside, self.before = layers.get("beside"), layers.get("before_attention")
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """All layers but attention."""
+        return [layer for layer in (self.ffn, self.beside, self.before) if layer is not None]
 
     def init_weights(self, output_scale: float) -> None:
         """Draw the weights of all layers; raises `UserError` if one of them cannot."""
         self.attention.init_weights(output_scale)
-        for layer in filter(None, (self.ffn, self.before)):
+        for layer in self.layers:
             init_layer = getattr(layer, "init_weights", None)
             if callable(init_layer):
                 init_layer(output_scale)
@@ -105,8 +112,7 @@ class Block(nn.Module):
             x_BTD = x_BTD + _call(self.before, x_BTD, tokens_BT)
         recompute = self.recompute and torch.is_grad_enabled()
         x_BTD = checkpoint(self._attend, x_BTD, use_reentrant=False) if recompute else self._attend(x_BTD)
-        recompute = recompute and isinstance(self.ffn, Dense)
-        if recompute:
+        if recompute and self.beside is None and isinstance(self.ffn, Dense):
             return checkpoint(self._feed_forward, x_BTD, tokens_BT, use_reentrant=False)
         return self._feed_forward(x_BTD, tokens_BT)
 
@@ -114,7 +120,9 @@ class Block(nn.Module):
         return x_BTD + self.attention(self.attention_norm(x_BTD))
 
     def _feed_forward(self, x_BTD: Tensor, tokens_BT: Tensor) -> Tensor:
-        return x_BTD + _call(self.ffn, self.ffn_norm(x_BTD), tokens_BT)
+        normed_BTD = self.ffn_norm(x_BTD)
+        y_BTD = x_BTD + _call(self.ffn, normed_BTD, tokens_BT)
+        return y_BTD if self.beside is None else y_BTD + _call(self.beside, normed_BTD, tokens_BT)
 
 
 def _call(layer: nn.Module, x_BTD: Tensor, tokens_BT: Tensor) -> Tensor:
@@ -122,10 +130,10 @@ def _call(layer: nn.Module, x_BTD: Tensor, tokens_BT: Tensor) -> Tensor:
 
 
 class Transformer(nn.Module):
-    """Tokens to logits; `layers` are, for each block, that before attention (or None) and the feed-forward layer.
+    """Tokens to logits; `layers` are those of each block, by their place.
 
     Raises:
-        UserError: a feed-forward layer has parameters and no method `init_weights(output_scale)`.
+        UserError: a layer has parameters and no method `init_weights(output_scale)`.
     """
 
     def __init__(
@@ -134,16 +142,14 @@ class Transformer(nn.Module):
         n_heads: int,
         context: int,
         vocab_size: int,
-        layers: list[tuple[nn.Module | None, nn.Module]],
+        layers: Sequence[Mapping[Place, nn.Module]],
         operators: Operators,
         recompute: bool = False,
     ) -> None:
         super().__init__()
         self.context, self.operators = context, operators
         self.embedding = nn.Embedding(vocab_size, d_model)
-        self.blocks = nn.ModuleList(
-            Block(d_model, n_heads, context, ffn, operators, recompute, before) for before, ffn in layers
-        )
+        self.blocks = nn.ModuleList(Block(d_model, n_heads, context, of, operators, recompute) for of in layers)
         self.norm = RmsNorm(d_model, operators)
         self.init_weights()
 
@@ -178,7 +184,7 @@ class Transformer(nn.Module):
             if isinstance(module, RmsNorm | Attention):
                 module.operators = BACKENDS["torch"]
             elif isinstance(module, Block):
-                for layer in filter(None, (module.before, module.ffn)):
+                for layer in module.layers:
                     if not isinstance(layer, Dense):
                         layer.forward = torch.compiler.disable(layer.forward)
         self.features = torch.compile(self.features)
