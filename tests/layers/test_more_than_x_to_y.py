@@ -95,9 +95,7 @@ def test_rates_and_decays_are_those_that_it_states_at_every_step(here: Path) -> 
 
 def test_a_wrong_count_of_what_is_shared_is_refused(here: Path) -> None:
     (here / "recall.py").write_text(MODULE.replace("layer.table = around.first.table", "pass"))
-    with pytest.raises(
-        UserError, match=r"^Recall has 1,856 parameters at d_model 16, but cost of RecallConfig says 256"
-    ):
+    with pytest.raises(UserError, match=r"^Recall has 1,856 parameters at d_model 16, but cost of RecallConfig .* 256"):
         build_model(small())
 
 
@@ -105,17 +103,13 @@ def test_trains_by_the_ordinary_command_and_its_state_moves(here: Path) -> None:
     text = here / "text.txt"
     text.write_text("\n".join(f"line {n} of {n * 7919 % 1000} words" for n in range(6000)))
     done = call(
-        f"train ffn=recall d_model=8 n_layers=2 replaced=all context=8 budget=2e7 min_steps=1 data=text data.path={text} "
-        f"data.vocab_size=300 data.directory={here / 'data'} tracking=disabled data.evaluation.validation=512 "
+        f"train ffn=recall d_model=8 n_layers=2 replaced=all context=8 budget=2e7 min_steps=1 data=text "
+        f"data.path={text} data.vocab_size=300 data.directory={here / 'data'} tracking=disabled data.evaluation.validation=512 "
         f"data.max_epochs=100 trainer.keep_checkpoint=true trainer.runs_directory={here / 'runs'}"
     )
     assert done.code == 0, done.err
     (checkpoint,) = (here / "runs" / "single").glob("recall-*/checkpoints/*.ckpt")
     state = torch.load(checkpoint, weights_only=True)
-    weights, steps = state["state_dict"], state["global_step"]
-    first, second = (
-        {name: weights[f"model.blocks.{n}.beside.{name}"] for name in ("strength", "table")} for n in (0, 1)
-    )
-    assert first["strength"].item() == pytest.approx(min(1, steps / 100)) and torch.equal(
-        first["table"], second["table"]
-    )
+    weights, beside = state["state_dict"], "model.blocks.{}.beside.{}".format
+    assert weights[beside(0, "strength")].item() == pytest.approx(min(1, state["global_step"] / 100))
+    assert torch.equal(weights[beside(0, "table")], weights[beside(1, "table")])
