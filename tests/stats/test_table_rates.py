@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 from scipy.optimize import least_squares
 
-from peerscale.stats.table_rates import fit_table_law
+from peerscale.stats.curve import Curve
+from peerscale.stats.table_rates import fit_table_law, table_law_of
 
 USUAL = {"peer": 0.02, "pkm": 0.2}
 BEST = {"peer": 0.01, "pkm": 0.06}
@@ -85,3 +86,16 @@ def test_nothing_is_said_without_a_minimum_or_without_several_rates() -> None:
     table = runs({"peer": 0.5, "pkm": 0.5})
     assert fit_table_law(table[table["table_lr"] == table["usual"]]) is None
     assert fit_table_law(table.assign(val_loss=-table["val_loss"])) is None
+
+
+def test_the_methods_of_a_study_are_told_by_their_curves() -> None:
+    plain = runs({"peer": 0.9, "pkm": 0.9})
+    settings = [{} if rate == USUAL[method] else {"optim.table_lr": rate}
+                for method, rate in zip(plain["method"], plain["table_lr"], strict=True)]  # fmt: skip
+    done = plain.assign(curve=[*map(Curve.of, plain["method"], settings)]).drop(columns="usual")
+    more = done[done["method"] == "peer"].assign(curve=Curve.of("peer", {"ffn.n_experts": 16384}), val_loss=9.0)
+    found, expected = table_law_of(pd.concat([done, more])), fit_table_law(plain)
+    assert found is not None and expected is not None
+    assert found["law"]["curvature"] == pytest.approx(expected["law"]["curvature"])
+    assert [row["gain"] for row in found["budgets"]] == pytest.approx([row["gain"] for row in expected["budgets"]])
+    assert table_law_of(done[done["table_lr"] == 0.02]) is None

@@ -197,6 +197,28 @@ def table_rates(done: pd.DataFrame) -> list[dict[str, str]]:
     ]
 
 
+def table_law_section(fits: Mapping[str, Any]) -> list[str]:
+    """The best table rates by their law in tokens; empty for a study that determines none."""
+    found = fits["rates"].get("tables")
+    if not found:
+        return []
+    law = found["law"]
+    rows = [
+        {"budget": budget_name(one["budget"]), "method": style.label(one["method"]),
+         "lowest mean loss at": f"{one['tried']:g}" + " (edge)" * one["edge"],
+         "best by the law": f"{one['best']:.2g}", "gain over the usual rate": number(one["gain"], "{:.4f}")}
+        for one in found["budgets"]
+    ]  # fmt: skip
+    one = next(iter(law["groups"].values()))["shared"]
+    return section(
+        "The best table rate", rows,
+        f"It falls as tokens^−e, e = {with_interval(one['b'], one['ci']['b'], '{:.2f}')} of all methods; p of equal "
+        f"exponents {probability((law['equal_exponents'] or {}).get('p'))}; {number(law['curvature'], '{:.4f}')} ± "
+        f"{number(law['curvature_se'], '{:.4f}')} nats per (ln rate)²; scatter {number(law['scatter'], '{:.4f}')} nats "
+        f"({law['df']} degrees of freedom).",
+    )  # fmt: skip
+
+
 def finished_cells(done: pd.DataFrame, n_cells: int) -> list[str]:
     """The losses so far, of a study of `n_cells` whose law is not determined yet."""
     done = done.assign(name=curves_of_law(done)).sort_values(["budget", "d_model", "name", "lr"])

@@ -19,7 +19,7 @@ from peerscale.figures.isoflop import optima
 from peerscale.figures.markdown import Rows, number, probability, section, signed_interval, table, with_interval
 from peerscale.figures.paper_tables import norm_rows, paper_perplexities, perplexities
 from peerscale.figures.published import LAYER, read_published
-from peerscale.figures.rate_law import finished_cells, rate_law_sections
+from peerscale.figures.rate_law import finished_cells, rate_law_sections, table_law_section
 from peerscale.figures.style import in_words, label, listed, ordered, size_label
 from peerscale.plan.cell_names import budget_name
 from peerscale.stats.curve import Curve, by_budget, by_curve, curves_of, finished, usable, without_brackets
@@ -58,7 +58,7 @@ def study_table(sweep: str, runs: pd.DataFrame, fits: Fits, withdrawn: str = "")
     if changed & {"ffn.n_experts", "ffn.query_norm"} and not tries_rates(runs) and len(places) == 1:
         title_of_paper = "Experts and BatchNorm on the queries (the paper's table 2)"
         lines += section(title_of_paper, norm_rows(layer, read_published()), "Pairs: without / with BatchNorm.")
-    lines += brackets_section(fits)
+    lines += [*table_law_section(fits), *brackets_section(fits)]
     first = [f"**Withdrawn:** {withdrawn}", ""] if withdrawn else []
     return "\n".join([f"# {sweep}: {title}", "", *first, *lines])
 

@@ -15,6 +15,7 @@ from peerscale.records.study import read_json
 from peerscale.stats.conventions import multipliers_by_convention
 from peerscale.stats.curve import described_curves, finished, from_names, to_names, without_brackets
 from peerscale.stats.rates import curves_of_law, fit_law
+from peerscale.stats.table_rates import table_law_of
 
 RESAMPLES = 1000
 """Number of resamples of every bootstrap of a law."""
@@ -35,7 +36,8 @@ def fit_study(runs: pd.DataFrame, compared: Mapping[str, Any], held_out: Collect
         refer to the same measure of size.
         `conventions`: multipliers under other FLOP conventions.
         `rates`: `law`, of the best rates of a study that varies them (None: too few runs), besides the `rates` of
-        `compared`: `brackets` of the usual rates and the errors from them.
+        `compared`: `brackets` of the usual rates and the errors from them. `tables`: the law of the best table rate of
+        a study that varies that rate alone.
     """
     done, baseline, trend_from = finished(runs), compared["baseline"], compared.get("trend_from", 0.0)
     conventions = multipliers_by_convention(done, from_names(compared)["budgets"], baseline, trend_from)
@@ -45,7 +47,7 @@ def fit_study(runs: pd.DataFrame, compared: Mapping[str, Any], held_out: Collect
         "curves": compared["curves"] | described_curves(curves_of_law(runs) if law else ()),
         "laws": compared["laws"] | surfaces(done),
         "conventions": to_plain(to_names(conventions)),
-        "rates": {"law": to_plain(law)} | compared.get("rates", {}),
+        "rates": {"law": to_plain(law), "tables": None if law else table_law_of(done)} | compared.get("rates", {}),
     }
 
 

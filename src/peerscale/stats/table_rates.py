@@ -13,10 +13,22 @@ import numpy as np
 import pandas as pd
 
 from peerscale.errors import UserError
+from peerscale.laws.fitting import to_plain
 from peerscale.stats.rate_law import fit_rates
+
+TABLE_RATE = "optim.table_lr"
 
 EQUAL_UNLESS = 0.05
 """Methods share the exponent unless the F test against separate ones has a p-value below this."""
+
+
+def table_law_of(done: pd.DataFrame) -> dict[str, Any] | None:
+    """`fit_table_law` of the finished runs of a study, among methods that differ in nothing but the table rate."""
+    rows = done[done["curve"].map(lambda curve: curve.without(TABLE_RATE) == curve.plain)]
+    rows = rows.assign(method=rows["curve"].map(lambda curve: curve.method))
+    usual = rows[rows["curve"].map(lambda curve: not curve.settings)].groupby("method")["table_lr"].first()
+    law = fit_table_law(rows.assign(usual=rows["method"].map(usual)).dropna(subset="usual"))
+    return law and to_plain(law)
 
 
 def fit_table_law(runs: pd.DataFrame) -> dict[str, Any] | None:
