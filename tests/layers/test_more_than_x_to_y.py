@@ -105,7 +105,8 @@ def test_trains_by_the_ordinary_command_and_its_state_moves(here: Path) -> None:
     done = call(
         f"train ffn=recall d_model=8 n_layers=2 replaced=all context=8 budget=2e7 min_steps=1 data=text "
         f"data.path={text} data.vocab_size=300 data.directory={here / 'data'} tracking=disabled "
-        f"data.evaluation.validation=512 data.max_epochs=100 trainer.keep_checkpoint=true trainer.runs_directory={here / 'runs'}"
+        f"data.evaluation.validation=512 data.max_epochs=100 trainer.keep_checkpoint=true "
+        f"trainer.runs_directory={here / 'runs'}"
     )
     assert done.code == 0, done.err
     (checkpoint,) = (here / "runs" / "single").glob("recall-*/checkpoints/*.ckpt")
