@@ -171,7 +171,7 @@ def by_hand(c: FfnConfig, D: int) -> tuple[int, int, int]:
         matrices, F = (3, 8 * round(D / 3)) if c.method == "swiglu" else (2, 4 * D)
         return matrices * D * F, 2 * matrices * D * F, 0
     if c.method == "balanced_moe":
-        E, F, used = c.n_experts, 4 * round(8 * D / 3 / 4 / c.granularity), c.top_k + c.n_shared
+        E, F, used = c.n_experts, 8 * round(D / 3 / c.granularity), c.top_k + c.n_shared
         return D * E + 3 * D * F * (E + c.n_shared), 2 * D * E + 6 * D * F * used, 3 * D * F * (E - c.top_k)
     if c.method == "memory_plus":
         N, h, k, n, d_k = c.n_experts, c.n_heads, c.top_k, round(c.n_experts**0.5), D // 2

@@ -28,7 +28,7 @@ class BalancedMoeConfig(FfnConfig):
     top_k: Positive = 3
     """Routed experts per token."""
     granularity: Positive = 4
-    """An expert has a `granularity`-th of the hidden units of a SwiGLU layer, in multiples of 4."""
+    """An expert has a `granularity`-th of the hidden units of a SwiGLU layer, in multiples of 8."""
     balance_rate: Rate = 1e-3
     """How far the bias of an expert moves in a step (Wang et al. 2024, algorithm 1)."""
 
@@ -38,7 +38,7 @@ class BalancedMoeConfig(FfnConfig):
 
     def d_expert(self, d_ff: int) -> int:
         """Hidden width of one expert."""
-        return gated_width(d_ff / self.granularity, multiple_of=4)
+        return gated_width(d_ff / self.granularity)
 
     def cost(self, around: Surroundings) -> LayerCost:
         router, expert = around.d_model * self.n_experts, 3 * around.d_model * self.d_expert(around.d_ff)

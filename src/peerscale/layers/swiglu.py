@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from peerscale.layers.base import FfnConfig, LayerCost, Surroundings, layer_config
 
 
-def gated_width(d_ff: float, multiple_of: int) -> int:
-    """The hidden width whose three products cost as much as two of width `d_ff`: 2 d_ff / 3, rounded."""
-    return max(1, round(2 * d_ff / 3 / multiple_of)) * multiple_of
+def gated_width(d_ff: float) -> int:
+    """The hidden width whose three products cost as much as two of width `d_ff`: 2 d_ff / 3, a multiple of 8."""
+    return max(1, round(2 * d_ff / 3 / 8)) * 8
 
 
 @layer_config
@@ -21,7 +21,7 @@ class SwigluConfig(FfnConfig):
 
     def d_hidden(self, around: Surroundings) -> int:
         """Two thirds of the dense layer's hidden width, as the paper takes it, in multiples of 8."""
-        return gated_width(around.d_ff, multiple_of=8)
+        return gated_width(around.d_ff)
 
     def cost(self, around: Surroundings) -> LayerCost:
         weights = 3 * around.d_model * self.d_hidden(around)
