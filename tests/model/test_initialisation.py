@@ -19,22 +19,46 @@ DRAWS = "1866a7ec96260b60"
 """Of torch's generator on the machine that trained the published runs: others may round a normal number otherwise."""
 
 STARTS = {
+    ("balanced_moe", "d16"): ("5b2df93f0fac710d", "b61ca676438fdbbe"),
+    ("balanced_moe", "d32"): ("809379af55659a9f", "ba90fd5f42c0036c"),
     ("dense", "d16"): ("5eae5fd78785cee2", "fe400fef965fd053"),
     ("dense", "d32"): ("1f1cbed2577d89eb", "c2893d8b1e9ff508"),
+    ("dense_renamed", "d16"): ("5eae5fd78785cee2", "fe400fef965fd053"),
+    ("dense_renamed", "d32"): ("1f1cbed2577d89eb", "c2893d8b1e9ff508"),
+    ("engram", "d16"): ("791543bf0cb0fe74", "3ba382708784670f"),
+    ("engram", "d32"): ("17f31973b55db0fe", "91d5180a4b09c5e5"),
+    ("engram_one_row", "d16"): ("a2e35800df4198a2", "1c500f030d3c57e0"),
+    ("engram_one_row", "d32"): ("3617bb558f1e67c7", "cc96bfa07356e777"),
     ("fine_grained_moe", "d16"): ("1f8ea2fa6abbc92a", "b720425c5d9fe268"),
     ("fine_grained_moe", "d32"): ("846d100b2c0a853a", "1d7e056c91672a8b"),
+    ("memory_plus", "d16"): ("9c12a4b180072748", "290da003cde0757c"),
+    ("memory_plus", "d32"): ("5ba599e504a099a2", "5e5822a66ad2af1f"),
     ("moe", "d16"): ("1296ddd6ffa3a2d3", "9fcfffd029deaa49"),
     ("moe", "d32"): ("acfe71ee4070f287", "ee0a10395198ddea"),
     ("moe_token_choice", "d16"): ("1296ddd6ffa3a2d3", "9fcfffd029deaa49"),
     ("moe_token_choice", "d32"): ("acfe71ee4070f287", "ee0a10395198ddea"),
+    ("moe_token_choice_32", "d16"): ("b36d769e579e39f3", "c99309e7ab4b6555"),
+    ("moe_token_choice_32", "d32"): ("e76a9502171351fc", "5bb31896450694c0"),
     ("no_layer", "d16"): ("45ec51bcf066e6ab", "4cdf021aeac39909"),
     ("no_layer", "d32"): ("73da2f5ffbd82759", "3954967adb7f36eb"),
     ("peer", "d16"): ("c610eee6e4f2bb4d", "ef576d0793b32c5d"),
     ("peer", "d32"): ("97a9e5cf1fb4660a", "8ed89603ccd1cc76"),
+    ("peer_2_heads", "d16"): ("022f73d0696e0f48", "b580b559fdadae2e"),
+    ("peer_2_heads", "d32"): ("e33d62756bdd4d2c", "48e06e7f9222ba76"),
+    ("peer_9216", "d16"): ("e02523a2495a1ece", "c651be8a9cee656b"),
+    ("peer_9216", "d32"): ("c9cf7362f6c48116", "0187c159c31bb1ee"),
     ("pkm", "d16"): ("6b46fd22b5ce81bb", "9cd91bd48edeece7"),
     ("pkm", "d32"): ("8203587ad348cb43", "9b1b38664eaffff0"),
+    ("pkm_1_head", "d16"): ("2b1f36f416371271", "ef94a7f8338c2780"),
+    ("pkm_1_head", "d32"): ("c2a29c4b017f4a11", "c4c50f346b0b1bbf"),
     ("pkm_equal_top_k", "d16"): ("6b46fd22b5ce81bb", "9cd91bd48edeece7"),
     ("pkm_equal_top_k", "d32"): ("8203587ad348cb43", "9b1b38664eaffff0"),
+    ("relu_squared", "d16"): ("5eae5fd78785cee2", "fe400fef965fd053"),
+    ("relu_squared", "d32"): ("1f1cbed2577d89eb", "c2893d8b1e9ff508"),
+    ("swiglu", "d16"): ("c4ae47638c8d4c74", "aaff1f1322ed0480"),
+    ("swiglu", "d32"): ("765828e126c84888", "7b44c26737c3a138"),
+    ("wasted", "d16"): ("5eae5fd78785cee2", "fe400fef965fd053"),
+    ("wasted", "d32"): ("1f1cbed2577d89eb", "c2893d8b1e9ff508"),
     ("wide_dense", "d16"): ("a7b50dbd405010cd", "ae3ae61cd846df7a"),
     ("wide_dense", "d32"): ("7bb241cb77fcfe03", "fdd6a6783acbf4e7"),
 }
@@ -88,7 +112,7 @@ def small() -> Config:
 
 
 def build_with(layer: nn.Module, config: Config, monkeypatch: pytest.MonkeyPatch) -> Transformer:
-    monkeypatch.setattr(peerscale.model.build, "build_ffn", lambda *_: layer)
+    monkeypatch.setattr(peerscale.model.build, "layers_under_study", lambda *_: iter([layer]))
     return build_model(config)
 
 

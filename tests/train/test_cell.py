@@ -49,13 +49,13 @@ def trained(overrides: list[str]) -> tuple[Path, Record]:
 def test_a_layer_that_draws_no_weights_is_refused_before_anything_is_written(
     tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peerscale.model.build, "build_ffn", lambda *_: nn.Linear(8, 8))
+    monkeypatch.setattr(peerscale.model.build, "layers_under_study", lambda *_: iter([nn.Linear(8, 8)]))
     with pytest.raises(UserError, match=r"^Linear has parameters but no method init_weights"):
         train_cell(cell(tiny))
     assert not cell(tiny).folder.exists()
 
 
-@pytest.mark.parametrize(("module", "part"), [(cells, "describe"), (peerscale.model.build, "build_ffn")])
+@pytest.mark.parametrize(("module", "part"), [(cells, "describe"), (peerscale.model.build, "layers_under_study")])
 def test_a_fault_before_training_is_recorded(
     module: ModuleType, part: str, tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -26,6 +26,8 @@ CASES = {
     "expert choice": ["ffn=moe", "ffn.n_experts=4", GROUPS],
     "token choice": ["ffn=moe_token_choice", "ffn.load_balance_weight=1", GROUPS],
     "fine-grained": ["ffn=fine_grained_moe", "ffn.load_balance_weight=1", GROUPS],
+    "balanced": ["ffn=balanced_moe", "ffn.balance_rate=0.1"],
+    "shared values, row-sparse": ["ffn=memory_plus", "replaced=all", "optim=row_sparse_adamw"],
     "pkm": ["ffn=pkm", "ffn.query_bias=false", GROUPS],
     "peer": ["ffn=peer", "ffn.query_bias=false", GROUPS, "replaced=all"],
     "peer without norm": ["ffn=peer", "ffn.query_norm=false"],

@@ -26,7 +26,10 @@ CASES = {
     "expert choice": ["ffn=moe", "ffn.n_experts=4", *GROUPS],
     "token choice": ["ffn=moe_token_choice"],
     "fine-grained": ["ffn=fine_grained_moe", *GROUPS],
+    "balanced": ["ffn=balanced_moe"],
     "pkm": ["ffn=pkm", *ROWS],
+    "memory_plus": ["ffn=memory_plus", *ROWS[:3]],
+    "engram": ["ffn=engram"],
     "peer": ["ffn=peer", *ROWS, *GROUPS, "replaced=all"],
 }
 
@@ -74,12 +77,14 @@ def train(overrides: list[str], dtype: torch.dtype) -> None:
             torch.nn.utils.clip_grad_norm_(module.groups.clipped, 1.0)
             optimizer.step()
             optimizer.zero_grad()
+            for part in module.model.modules():
+                getattr(part, "after_step", lambda: None)()
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_asks_for_no_value(case: str) -> None:
     # Grouped products in bfloat16 only: see below.
-    train(CASES[case], torch.bfloat16 if case in ("token choice", "fine-grained") else torch.float32)
+    train(CASES[case], torch.bfloat16 if case in ("token choice", "fine-grained", "balanced") else torch.float32)
 
 
 @pytest.mark.parametrize("asks", ASKS)

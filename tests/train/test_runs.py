@@ -35,7 +35,7 @@ def test_every_layer_trains_and_learns(layer: str, settings: list[str]) -> None:
     status, record = train([*overrides, budget(overrides, 60)])
     assert status is Status.DONE
     assert record.evaluation["validation"]["loss"] < math.log(300) - 1, "that of one guess in 300 tokens is ln 300"
-    assert ("unevenness" in record.router) == (layer not in ("dense", "wide_dense", "no_layer"))
+    assert ("unevenness" in record.router) == layer.startswith(("peer", "pkm", "memory", "moe", "fine", "balanced"))
 
 
 @pytest.mark.parametrize(
@@ -47,12 +47,15 @@ def test_every_layer_trains_and_learns(layer: str, settings: list[str]) -> None:
         ),
         *(("precision=bf16", layer) for layer in ("moe", "peer")),
         *(("optim=row_sparse_adamw", layer) for layer in ("pkm", "peer")),
+        ("replaced=all", "balanced_moe"),  # whose biases have no gradient
+        *((f"replaced=all {optim}", "memory_plus") for optim in ("optim=adamw", "optim=row_sparse_adamw")),
+        ("replaced=all", "engram"),
     ],
 )
 def test_an_interrupted_cell_ends_as_an_unbroken_one(
     recipe: str, layer: str, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    overrides = [*settings, f"ffn={layer}", recipe, "tracking=disabled"]
+    overrides = [*settings, f"ffn={layer}", *recipe.split(), "tracking=disabled"]
     overrides += [budget(overrides, 7), "trainer.checkpoint_every_steps=1", "trainer.keep_checkpoint=true"]
     _, unbroken = train([*overrides, f"trainer.runs_directory={tmp_path / 'unbroken'}"])
     calls = break_off(monkeypatch, 4, KeyboardInterrupt())

@@ -269,6 +269,11 @@ class Config:
                 return tuple(sorted(set(blocks)))
 
     @property
+    def n_dense(self) -> int:
+        """Number of blocks that have the dense layer: all but those in which `ffn` is in its place."""
+        return self.n_layers - len(self.replaced_blocks) * (self.ffn.place == "feed_forward")
+
+    @property
     def surroundings(self) -> Surroundings:
         """What the layer under study may know about the rest of the model."""
         return Surroundings(

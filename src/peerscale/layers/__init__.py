@@ -6,9 +6,9 @@ Add a layer). Nothing here imports configurations, plans or training, so that th
 
 from typing import Any
 
-from peerscale.layers.base import FfnConfig, LayerCost, Surroundings, layer_config
+from peerscale.layers.base import FfnConfig, LayerCost, OwnTraining, Place, Surroundings, layer_config
 
-__all__ = ["FfnConfig", "LayerCost", "Peer", "Pkm", "Surroundings", "layer_config"]
+__all__ = ["FfnConfig", "LayerCost", "OwnTraining", "Peer", "Pkm", "Place", "Surroundings", "layer_config"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,8 @@
 """What every layer defines: its settings, its cost, its limits, and how it is built."""
 
 from dataclasses import dataclass as plain_dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
+from dataclasses import field
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, dataclass_transform
 
 from pydantic.dataclasses import dataclass
 
@@ -13,6 +14,14 @@ if TYPE_CHECKING:
     from peerscale.ops.operators import Operators
 
 T = TypeVar("T")
+
+Place = Literal["feed_forward", "beside", "before_attention"]
+"""Where a layer sits in its blocks, x being the residual stream.
+
+`feed_forward`: in place of the dense layer, x + layer(norm(x)). `beside`: dense stays, x + dense(norm(x)) +
+layer(norm(x)). `before_attention`: dense stays, and x + layer(x) comes before attention; in the first block that is the
+input of the model.
+"""
 
 
 @plain_dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +40,8 @@ class Surroundings:
     """Number of parts in which a batch passes through the layer; each consists of whole groups."""
     operators: "Operators | None" = None
     """The backend of the operators (`ops.backends`); known once a model is built."""
+    first: "nn.Module | None" = None
+    """The layer of the first of its blocks, while those of the others are built, which may share its parameters."""
 
 
 @plain_dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +54,20 @@ class LayerCost:
     """Forward FLOPs per token by component: 2 per multiply-add of a matrix product; nothing else is counted."""
     inactive: int = 0
     """Parameters that a token does not use (on average, with expert choice)."""
+    shared: dict[str, int] = field(default_factory=dict)
+    """Those of `params` that are the same in all blocks with the layer, by group."""
+
+
+@plain_dataclass(frozen=True, kw_only=True, slots=True)
+class OwnTraining:
+    """How some parameters of a layer are trained, where that differs from the others."""
+
+    lr_factor: float = 1.0
+    """On the learning rate that they would have: that of the model, or `optim.table_lr`."""
+    final_lr_factor: float = 1.0
+    """On top of the schedule, a factor that goes linearly from 1 at the first step to this at the last."""
+    weight_decay: float | None = None
+    """None: `optim.weight_decay` for matrices, none for vectors and tables."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=())
@@ -73,16 +98,25 @@ class FfnConfig:
         raise NotImplementedError
 
     def build(self, around: Surroundings) -> "nn.Module":
-        """One layer, x (B, T, D) -> y (B, T, D).
+        """One layer, x (B, T, D) -> y (B, T, D), or (x, tokens (B, T)) -> y if it has `takes_tokens = True`.
 
         If it has parameters, it has a method `init_weights(output_scale)`, which is called once, after all layers are
         built, and leaves the weights that training starts from: it draws them, or keeps those that the constructor
         drew. `output_scale`, (2 n_layers)^-1/2, is meant for its last matrix product.
 
-        A layer may also have `expert_tables()`, a list of the parameters trained with `optim.table_lr`, and
-        `auxiliary_loss`, which is added to the loss (None: nothing to add); so is that of each module inside it.
+        The layer, and each module inside it, may also have
+
+        - `expert_tables()`: a list of the parameters trained with `optim.table_lr`, outside the gradient's clip;
+        - `own_training()`: an `OwnTraining` for each parameter that differs in rate, weight decay or schedule;
+        - `auxiliary_loss`: added to the loss (None: nothing to add);
+        - `after_step()`: called after each optimiser step, to change what has no gradient, such as buffers.
         """
         raise NotImplementedError
+
+    @property
+    def place(self) -> Place:
+        """Where the layer sits in its blocks."""
+        return "feed_forward"
 
     def unusable(self, around: Surroundings) -> str:
         """Why a cell with this layer in this model is dropped; empty if it can be trained."""

@@ -1,4 +1,4 @@
-"""The dense feed-forward layer, a wider one, and a block without any."""
+"""The dense feed-forward layer, a wider one, and controls: a block without any, a layer whose work is thrown away."""
 
 from typing import Literal
 
@@ -81,6 +81,24 @@ class NoLayerConfig(FfnConfig):
 
     def build(self, around: Surroundings) -> nn.Module:
         return NoLayer()
+
+
+@layer_config
+class WastedConfig(DenseConfig):
+    """A dense layer whose output is thrown away: the control that a comparison at equal compute must tell as worse."""
+
+    method: Literal["wasted"] = "wasted"  # pyrefly: ignore[bad-override]
+
+    def build(self, around: Surroundings) -> nn.Module:
+        return Wasted(around.d_model, self.d_hidden(around), self.initial_output_scale)
+
+
+class Wasted(Dense):
+    """Computes the dense layer and adds nothing to the residual stream."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> zeros (..., D); its weights and x get gradients of zeros."""
+        return super().forward(x) * 0
 
 
 class NoLayer(nn.Module):

@@ -142,11 +142,11 @@ def grouped_product(x_PD: Tensor, weight_EDF: Tensor, rows_E: Tensor) -> Tensor:
 class RoutedExperts(nn.Module, CountsUsage):
     """Experts, and a router whose scores choose among them."""
 
-    def __init__(self, d_model: int, d_expert: int, n_experts: int) -> None:
+    def __init__(self, d_model: int, d_expert: int, n_experts: int, kind: type[Experts] = Experts) -> None:
         super().__init__()
         self.n_experts = n_experts
         self.router = nn.Linear(d_model, n_experts, bias=False)
-        self.experts = Experts(n_experts, d_model, d_expert)
+        self.experts = kind(n_experts, d_model, d_expert)
 
     def init_weights(self, output_scale: float) -> None:
         """Draw the router's weights, of variance 1 / fan-in, and scale each expert's second product."""
@@ -158,6 +158,15 @@ class RoutedExperts(nn.Module, CountsUsage):
         with torch.autocast(x.device.type, enabled=False):
             scores = self.router(x.to(self.router.weight.dtype))
             return scores.softmax(dim=-1), scores
+
+    def weighted(self, x_MD: Tensor, expert_MK: Tensor, gates_MK: Tensor, rows_E: Tensor) -> Tensor:
+        """The sum over each token's experts of gate times output (M, D); `rows_E` has the number of rows per expert."""
+        # Sorted by expert, so that the pairs of one expert are consecutive rows.
+        order_P = expert_MK.flatten().argsort(stable=True)
+        x_PD = x_MD.unsqueeze(1).expand(-1, expert_MK.shape[1], -1).reshape(-1, x_MD.shape[-1])
+        y_PD = self.experts.grouped(x_PD.index_select(0, order_P), rows_E)
+        y_MKD = torch.zeros_like(y_PD).index_copy(0, order_P, y_PD).view(*expert_MK.shape, x_MD.shape[-1])
+        return (y_MKD * gates_MK.unsqueeze(-1).to(x_MD.dtype)).sum(1)
 
 
 class ExpertChoiceMoe(RoutedExperts):
@@ -268,9 +277,4 @@ class TokenChoiceMoe(RoutedExperts):
             self.auxiliary_loss = self.config.load_balance_weight * balance + self.z_loss_weight * z_loss
         if self.usage is not None:
             self.usage.add(expert_MK, gates_MK, len(x_MD))
-        # Sorted by expert, so that the pairs of one expert are consecutive rows.
-        order_P = expert_MK.flatten().argsort(stable=True)
-        x_PD = x_MD.unsqueeze(1).expand(-1, self.top_k, -1).reshape(-1, x.shape[-1])
-        y_PD = self.experts.grouped(x_PD.index_select(0, order_P), load_GE.sum(0))
-        y_MKD = torch.zeros_like(y_PD).index_copy(0, order_P, y_PD).view(*expert_MK.shape, x.shape[-1])
-        return (y_MKD * gates_MK.unsqueeze(-1).to(x.dtype)).sum(1).view(x.shape)
+        return self.weighted(x_MD, expert_MK, gates_MK, load_GE.sum(0)).view(x.shape)

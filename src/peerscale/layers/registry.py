@@ -19,10 +19,16 @@ BUILT_IN = {
     "dense": "peerscale.layers.dense.DenseConfig",
     "wide_dense": "peerscale.layers.dense.WideDenseConfig",
     "no_layer": "peerscale.layers.dense.NoLayerConfig",
+    "wasted": "peerscale.layers.dense.WastedConfig",
+    "relu_squared": "peerscale.layers.relu_squared.ReluSquaredConfig",
+    "swiglu": "peerscale.layers.swiglu.SwigluConfig",
     "moe": "peerscale.layers.moe.MoeConfig",
     "fine_grained_moe": "peerscale.layers.fine_grained_moe.FineGrainedMoeConfig",
+    "balanced_moe": "peerscale.layers.balanced_moe.BalancedMoeConfig",
     "pkm": "peerscale.layers.pkm.PkmConfig",
+    "memory_plus": "peerscale.layers.memory_plus.MemoryPlusConfig",
     "peer": "peerscale.layers.peer.PeerConfig",
+    "engram": "peerscale.layers.engram.EngramConfig",
 }
 """The built-in layers, which need no `class`, by `method`."""
 

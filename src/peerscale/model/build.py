@@ -1,12 +1,13 @@
 """Build a model from a configuration."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from torch import nn
 
 from peerscale.config.schema import Config
 from peerscale.errors import UserError
-from peerscale.layers.base import FfnConfig, Surroundings
+from peerscale.layers.base import FfnConfig, Place, Surroundings
 from peerscale.layers.dense import DenseConfig
 from peerscale.model.transformer import Transformer
 from peerscale.ops.backends import choose_operators
@@ -28,22 +29,32 @@ def build_model(config: Config, device: str = "cpu") -> Transformer:
     around = replace(config.surroundings, operators=operators)
     if reason := config.ffn.unusable(around):
         raise UserError(reason)
-    ffns = [
-        build_ffn(config.ffn, around) if block in config.replaced_blocks else DenseConfig().build(around)
-        for block in range(1, config.n_layers + 1)
-    ]
+    layers = layers_under_study(config.ffn, around, len(config.replaced_blocks))
+    blocks: list[dict[Place, nn.Module]] = []
+    for block in range(1, config.n_layers + 1):
+        placed = {config.ffn.place: next(layers)} if block in config.replaced_blocks else {}
+        if "feed_forward" not in placed:
+            placed["feed_forward"] = DenseConfig().build(around)
+        blocks.append(placed)
     return Transformer(
-        config.d_model, config.n_heads, config.context, config.data.vocab_size, ffns, operators,
+        config.d_model, config.n_heads, config.context, config.data.vocab_size, blocks, operators,
         trainer.activation_checkpointing,
     )  # fmt: skip
 
 
-def build_ffn(ffn: FfnConfig, around: Surroundings) -> nn.Module:
-    """One layer under study; raises `UserError` if its parameter count differs from that in its cost."""
-    layer, priced = ffn.build(around), ffn.cost(around).params
-    if (built := sum(p.numel() for p in layer.parameters())) != sum(priced.values()):
-        raise UserError(
-            f"{type(layer).__name__} has {built:,} parameters at d_model {around.d_model}, but cost of "
-            f"{type(ffn).__name__} says {sum(priced.values()):,}: {priced}"
-        )
-    return layer
+def layers_under_study(ffn: FfnConfig, around: Surroundings, n_blocks: int) -> Iterator[nn.Module]:
+    """The layers of the replaced blocks; raises `UserError` if their parameters are not as many as in the cost."""
+    cost, known = ffn.cost(around), set[nn.Parameter]()
+    expected = sum(cost.params.values())
+    for _ in range(n_blocks):
+        layer = ffn.build(around)
+        built = sum(p.numel() for p in {*layer.parameters()} - known)
+        if built != expected:
+            raise UserError(
+                f"{type(layer).__name__} has {built:,} parameters at d_model {around.d_model}, but cost of "
+                f"{type(ffn).__name__} says {expected:,}: {cost.params}, shared: {cost.shared}"
+            )
+        yield layer
+        if around.first is None:
+            around, known = replace(around, first=layer), {*layer.parameters()}
+            expected -= sum(cost.shared.values())

@@ -3,12 +3,15 @@
 Shapes: B batch, T tokens, D model width, V vocabulary, H heads, C half the width of a head.
 """
 
+from collections.abc import Mapping, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from peerscale.errors import UserError
+from peerscale.layers.base import Place
 from peerscale.layers.dense import Dense
 from peerscale.ops.backends import BACKENDS
 from peerscale.ops.operators import Operators
@@ -60,52 +63,77 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x)).
+    """x + attention(norm(x)), then x + ffn(norm(x)), and further layers where their `Place` says.
+
+    A layer with `takes_tokens` is also given the tokens.
 
     With `recompute` the backward pass recomputes attention and dense layers. Other layers are not recomputed, since
     they may store statistics and losses in their forward pass, which must run only once.
     """
 
     def __init__(
-        self, d_model: int, n_heads: int, context: int, ffn: nn.Module, operators: Operators, recompute: bool = False
+        self,
+        d_model: int,
+        n_heads: int,
+        context: int,
+        layers: Mapping[Place, nn.Module],
+        operators: Operators,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.recompute = recompute
         self.attention_norm = RmsNorm(d_model, operators)
         self.attention = Attention(d_model, n_heads, context, operators)
         self.ffn_norm = RmsNorm(d_model, operators)
-        self.ffn = ffn
+        self.ffn = layers["feed_forward"]
+        self.beside, self.before = layers.get("beside"), layers.get("before_attention")
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """All layers but attention."""
+        return [layer for layer in (self.ffn, self.beside, self.before) if layer is not None]
 
     def init_weights(self, output_scale: float) -> None:
-        """Draw the weights of both layers; raises `UserError` if the feed-forward layer cannot."""
+        """Draw the weights of all layers; raises `UserError` if one of them cannot."""
         self.attention.init_weights(output_scale)
-        init_ffn = getattr(self.ffn, "init_weights", None)
-        if callable(init_ffn):
-            init_ffn(output_scale)
-        elif any(True for _ in self.ffn.parameters()):
-            raise UserError(
-                f"{type(self.ffn).__name__} has parameters but no method init_weights(self, output_scale), "
-                "which draws the weights that training starts from (docs/layers.md)"
-            )
+        for layer in self.layers:
+            init_layer = getattr(layer, "init_weights", None)
+            if callable(init_layer):
+                init_layer(output_scale)
+            elif any(True for _ in layer.parameters()):
+                raise UserError(
+                    f"{type(layer).__name__} has parameters but no method init_weights(self, output_scale), "
+                    "which draws the weights that training starts from (docs/layers.md)"
+                )
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, tokens_BT: Tensor) -> Tensor:
+        """x (B, T, D), tokens (B, T) -> y (B, T, D)."""
+        if self.before is not None:
+            x_BTD = x_BTD + _call(self.before, x_BTD, tokens_BT)
         recompute = self.recompute and torch.is_grad_enabled()
         x_BTD = checkpoint(self._attend, x_BTD, use_reentrant=False) if recompute else self._attend(x_BTD)
-        recompute = recompute and isinstance(self.ffn, Dense)
-        return checkpoint(self._feed_forward, x_BTD, use_reentrant=False) if recompute else self._feed_forward(x_BTD)
+        if recompute and self.beside is None and isinstance(self.ffn, Dense):
+            return checkpoint(self._feed_forward, x_BTD, tokens_BT, use_reentrant=False)
+        return self._feed_forward(x_BTD, tokens_BT)
 
     def _attend(self, x_BTD: Tensor) -> Tensor:
         return x_BTD + self.attention(self.attention_norm(x_BTD))
 
-    def _feed_forward(self, x_BTD: Tensor) -> Tensor:
-        return x_BTD + self.ffn(self.ffn_norm(x_BTD))
+    def _feed_forward(self, x_BTD: Tensor, tokens_BT: Tensor) -> Tensor:
+        normed_BTD = self.ffn_norm(x_BTD)
+        y_BTD = x_BTD + _call(self.ffn, normed_BTD, tokens_BT)
+        return y_BTD if self.beside is None else y_BTD + _call(self.beside, normed_BTD, tokens_BT)
+
+
+def _call(layer: nn.Module, x_BTD: Tensor, tokens_BT: Tensor) -> Tensor:
+    return layer(x_BTD, tokens_BT) if getattr(layer, "takes_tokens", False) else layer(x_BTD)
 
 
 class Transformer(nn.Module):
-    """Tokens to logits; `ffns` are the feed-forward layers of the blocks in order.
+    """Tokens to logits; `layers` are those of each block, by their place.
 
     Raises:
-        UserError: a feed-forward layer has parameters and no method `init_weights(output_scale)`.
+        UserError: a layer has parameters and no method `init_weights(output_scale)`.
     """
 
     def __init__(
@@ -114,14 +142,14 @@ class Transformer(nn.Module):
         n_heads: int,
         context: int,
         vocab_size: int,
-        ffns: list[nn.Module],
+        layers: Sequence[Mapping[Place, nn.Module]],
         operators: Operators,
         recompute: bool = False,
     ) -> None:
         super().__init__()
         self.context, self.operators = context, operators
         self.embedding = nn.Embedding(vocab_size, d_model)
-        self.blocks = nn.ModuleList(Block(d_model, n_heads, context, ffn, operators, recompute) for ffn in ffns)
+        self.blocks = nn.ModuleList(Block(d_model, n_heads, context, of, operators, recompute) for of in layers)
         self.norm = RmsNorm(d_model, operators)
         self.init_weights()
 
@@ -143,7 +171,7 @@ class Transformer(nn.Module):
             raise ValueError(f"{tokens_BT.shape[1]} tokens are more than the context of {self.context}")
         x_BTD = self.embedding(tokens_BT)
         for block in self.blocks:
-            x_BTD = block(x_BTD)
+            x_BTD = block(x_BTD, tokens_BT)
         return self.norm(x_BTD)
 
     def compile_backbone(self) -> None:
@@ -155,8 +183,10 @@ class Transformer(nn.Module):
         for module in self.modules():
             if isinstance(module, RmsNorm | Attention):
                 module.operators = BACKENDS["torch"]
-            elif isinstance(module, Block) and not isinstance(module.ffn, Dense):
-                module.ffn.forward = torch.compiler.disable(module.ffn.forward)
+            elif isinstance(module, Block):
+                for layer in module.layers:
+                    if not isinstance(layer, Dense):
+                        layer.forward = torch.compiler.disable(layer.forward)
         self.features = torch.compile(self.features)
 
     def auxiliary_loss(self) -> Tensor | None:

@@ -24,7 +24,7 @@ class Cost:
     params: dict[str, int]
     """Parameters by group; the output head is tied to the embedding and not counted again."""
     params_active: int
-    """Parameters that one token uses."""
+    """Parameters that one token uses; shared ones count in each block that uses them."""
     flops: dict[str, int]
     """Training FLOPs per token by component."""
     layer_flops: int
@@ -48,28 +48,29 @@ def cost(config: Config) -> Cost:
     """Parameters and training FLOPs per token; a test compares them with the built model."""
     d, n_layers = config.d_model, config.n_layers
     layer, n_replaced = config.ffn.cost(config.surroundings), len(config.replaced_blocks)
-    dense, n_dense = parse_layer({"method": "dense"}).cost(config.surroundings), n_layers - n_replaced
+    dense = parse_layer({"method": "dense"}).cost(config.surroundings)
     params = {
         "embedding": config.data.vocab_size * d,
         "attention": n_layers * 4 * d * d,
         "norms": (2 * n_layers + 1) * d,
-        "ffn": n_dense * dense.params["ffn"],
+        "ffn": config.n_dense * dense.params["ffn"],
     }
     forward = {
         "qkv": n_layers * 2 * 3 * d * d,
         "attention_scores": n_layers * 2 * config.context * d,
         "attention_values": n_layers * 2 * config.context * d,
         "attention_out": n_layers * 2 * d * d,
-        "ffn": n_dense * dense.forward_flops["ffn"],
+        "ffn": config.n_dense * dense.forward_flops["ffn"],
         "logits": 2 * config.data.vocab_size * d,
     }
     for group, n in layer.params.items():
-        params[group] = params.get(group, 0) + n_replaced * n
+        params[group] = params.get(group, 0) + n_replaced * n - (n_replaced - 1) * layer.shared.get(group, 0)
     for component, n in layer.forward_flops.items():
         forward[component] = forward.get(component, 0) + n_replaced * n
+    used_again = (n_replaced - 1) * sum(layer.shared.values())
     return Cost(
         params=params,
-        params_active=sum(params.values()) - n_replaced * layer.inactive,
+        params_active=sum(params.values()) + used_again - n_replaced * layer.inactive,
         flops={component: TRAINING * n for component, n in forward.items()},
         layer_flops=TRAINING * n_replaced * sum(layer.forward_flops.values()),
     )

@@ -20,14 +20,14 @@ def device_memory(config: Config, micro_batches: int | None = None) -> dict[str,
 
     `state` is `STATE_BYTES` per parameter and, with precision bf16, 2 bytes more per parameter of an expert table, for
     its bf16 copy. `activations` is what one micro-batch keeps for its backward pass: per token and block 9 d_model
-    numbers, and the `saved_numbers` of its feed-forward layer. The `reference` kernel keeps more for PKM and PEER.
+    numbers, and the `saved_numbers` of its layers. The `reference` kernel keeps more for PKM and PEER.
     Activation checkpointing keeps the inputs of attention and dense layers, and temporarily all of one block.
     """
     around, bytes_each = config.surroundings, 2 if config.precision == "bf16" else 4
     d_model, n_layers = config.d_model, config.n_layers
     layer, dense = config.ffn.saved_numbers(around), parse_layer(DENSE).saved_numbers(around)
     n_replaced = len(config.replaced_blocks)
-    numbers = n_layers * 9 * d_model + n_replaced * layer + (n_layers - n_replaced) * dense
+    numbers = n_layers * 9 * d_model + n_replaced * layer + config.n_dense * dense
     if config.trainer.activation_checkpointing:
         kept = n_replaced * (layer + d_model)
         if isinstance(config.ffn, layer_class(DENSE)):  # recomputed like the others

@@ -14,10 +14,10 @@ from peerscale.data.batches import TrainBatches
 from peerscale.data.store import open_corpus
 from peerscale.model.build import build_model
 from peerscale.ops.cross_entropy import linear_cross_entropy
-from peerscale.plan.plan import Plan, schedule
+from peerscale.plan.plan import Plan
 from peerscale.train.loader import StepLoader
 from peerscale.train.memory import keep_freed_memory
-from peerscale.train.optimizer import build_optimizer, parameter_groups
+from peerscale.train.optimizer import build_optimizer, build_scheduler, parameter_groups
 
 
 class LanguageModel(lightning.LightningModule):
@@ -71,8 +71,15 @@ class LanguageModel(lightning.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = build_optimizer(self.groups, self.config, self.plan)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(self.config, self.plan, step))
+        scheduler = build_scheduler(optimizer, self.config, self.plan)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The optimiser's step, and then those of the layers that change what has no gradient."""
+        super().optimizer_step(*args, **kwargs)
+        for module in self.model.modules():
+            if callable(after_step := getattr(module, "after_step", None)):
+                after_step()
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.groups.clipped, self.config.optim.grad_clip)
