@@ -5,7 +5,7 @@ next stage. Whoever drives it runs the cells, or looks up their records: both wa
 """
 
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -185,9 +185,14 @@ class Placing(NamedTuple):
             chosen = yield from self._best(trials)
         return chosen
 
+    @property
+    def sizes(self) -> dict[float, list[int]]:
+        """Widths (d_model) by budget."""
+        return REFERENCE_SIZES if self.entrant.reference else SIZES
+
     def row(self, budget: float, chosen: Settings) -> Stages:
         """Above the budget of tuning, the rates around the chosen ones, of which the best is taken; then all runs."""
-        sizes = (REFERENCE_SIZES if self.entrant.reference else SIZES)[budget]
+        sizes = self.sizes[budget]
         if budget > TUNING_BUDGET:
             around = [
                 chosen | {key: _rounded(chosen[key] * factor)}
@@ -219,3 +224,13 @@ class Placing(NamedTuple):
             (point, math.fsum(each[n * len(seeds) : (n + 1) * len(seeds)]) / len(seeds))
             for n, point in enumerate(points)
         ]
+
+
+def drive(stages: Stages, run: Callable[[Sequence[Cell]], Losses]) -> Settings:
+    """Go through the stages of a protocol with the losses that `run` finds for their cells; returns what it chose."""
+    try:
+        cells = next(stages)
+        while True:
+            cells = stages.send(run(cells))
+    except StopIteration as end:
+        return end.value
