@@ -39,7 +39,7 @@ TRIAL_SEED, FINAL_SEEDS = 200, [201, 202]
 SEEDS = [0, 1, 2]
 LR_RANGE, TABLE_LR_RANGE = 16.0, 30.0
 """Largest rate tried over the smallest; the usual rate of the layer's file is in the middle of both."""
-EDGE = 0.1
+EDGE = 1 / 6
 """Share of a range, in its logarithm, that counts as its end."""
 EXTENSION = 4.0
 """By how much a range is extended beyond an end at which the choice lies."""

@@ -30,24 +30,25 @@ class Entry:
     records: Sequence[Record]
 
 
-def write_entry(placing: Placing, records: Mapping[str, Record], chosen: Mapping[float, Settings]) -> Path:
+def write_entry(
+    placing: Placing, records: Mapping[str, Record], chosen: Mapping[float, Settings], standing: Path = STANDING
+) -> Path:
     """Write the folder of an entrant; returns its path."""
-    folder = STANDING / placing.name
-    with replacing(folder) as temporary:
+    with replacing(standing / placing.name) as temporary:
         temporary.mkdir()
         write_json(temporary / ENTRY, {
             "entrant": asdict(placing.entrant), "protocol": protocol_hash(),
             "chosen": {f"{budget:g}": settings for budget, settings in chosen.items()},
         })  # fmt: skip
         write_records(temporary, [records[name] for name in sorted(records)])
-    return folder
+    return standing / placing.name
 
 
-def read_entries(folder: Path = STANDING) -> list[Entry]:
+def read_entries(standing: Path = STANDING) -> list[Entry]:
     """All entrants, by name."""
     return [
         Entry(name=path.parent.name, about=read_json(path), records=read_records(path.parent))
-        for path in sorted(folder.glob(f"*/{ENTRY}"))
+        for path in sorted(standing.glob(f"*/{ENTRY}"))
     ]
 
 
@@ -62,13 +63,13 @@ def losses_of(records: Mapping[str, Record]) -> Losses:
     return {name: one.evaluation[one.hashed_config["data"]["val_set"]]["loss"] for name, one in done.items()}
 
 
-def check_entry(placing: Placing, folder: Path = STANDING) -> int:
+def check_entry(placing: Placing, standing: Path = STANDING) -> int:
     """Check that the records of an entrant are exactly those of the protocol; returns their number.
 
     Raises:
         UserError: runs are missing, of another configuration, or not asked for; or the choice is another one.
     """
-    path = folder / placing.name
+    path = standing / placing.name
     about = read_json(path / ENTRY)
     records = {record.cell: record for record in read_records(path)}
     seen: set[str] = set()

@@ -2,15 +2,22 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 
 import numpy as np
 import pandas as pd
 
+from peerscale.errors import UserError
 from peerscale.laws.linear_fit import Array, StudentValue
-from peerscale.stats.curve import by_budget
+from peerscale.plan.entrant import FINAL_SEEDS, SEEDS
+from peerscale.records.entry import Entry
+from peerscale.records.table import runs_table
+from peerscale.stats.comparison import sequence_losses
+from peerscale.stats.curve import by_budget, usable
 from peerscale.stats.multiplier import compute_to_reach
-from peerscale.stats.optima import Estimate, OptimaFit, holm
+from peerscale.stats.optima import Estimate, OptimaFit, holm, satterthwaite
 
 X = "flops_per_token"
 DETECTABLE = 2.8
@@ -76,9 +83,12 @@ def reference_frontier(reference: pd.DataFrame) -> tuple[Array, Array]:
 def multiplier(found: StudentValue, budget: float, frontier: tuple[Array, Array]) -> tuple[float, float, float]:
     """The compute that the reference needs for the entrant's loss, over the budget, with its interval.
 
-    NaN where the loss is above that of the reference's smallest budget; infinite where it is below that of its largest.
+    NaN where the loss is above that of the reference's smallest budget, or the reference has no optimum at this one;
+    infinite where it is below that of its largest.
     """
     compute, losses = frontier
+    if budget not in compute:
+        return math.nan, math.nan, math.nan
     here = float(losses[compute == budget][0])
     low, high = found.interval
     levels = here + np.array([found.value, high, low])
@@ -106,3 +116,75 @@ def ranks(rows: Sequence[StudentValue]) -> list[int]:
         if p < ALPHA:
             better[i if pair.value > 0 else j] += 1
     return [1 + n for n in better]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The finished runs of one entrant."""
+
+    entry: Entry
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """One row per run."""
+        table = runs_table(self.entry.records)
+        return table[usable(table)]
+
+    @cached_property
+    def of_rows(self) -> pd.DataFrame:
+        """Those that the loss of a row is made of."""
+        return self.table[self.table["seed"].isin(SEEDS)]
+
+    @property
+    def tuning(self) -> tuple[float, float]:
+        """`tuning_error` of its finalists."""
+        finals = self.table[self.table["seed"].isin(FINAL_SEEDS)]
+        return tuning_error(finals.assign(point=finals["settings"].astype(str) + finals["rate_factor"].astype(str)))
+
+
+def standing_rows(entries: Sequence[Entry]) -> pd.DataFrame:
+    """The standing table: one row per entrant and budget, the best first at each.
+
+    Columns: budget, rank, entrant, difference, low, high, p, se, df, smallest (the smallest effect that could have been
+    told), multiplier, multiplier_low, multiplier_high, loss (mean over sizes), params_active, params_total (at the
+    middle size), sizes, seeds, trials (all runs but those of the row), protocol.
+
+    Raises:
+        UserError: there is not exactly one reference.
+    """
+    references = [entry for entry in entries if entry.about["entrant"]["reference"]]
+    if len(references) != 1:
+        raise UserError(f"results/standing has {len(references)} references; a table has one")
+    reference = Runs(references[0])
+    frontier = reference_frontier(reference.of_rows)
+    rows = []
+    for entry in entries:
+        if entry is references[0]:
+            continue
+        one = Runs(entry)
+        for budget, runs in by_budget(one.of_rows).items():
+            against = reference.of_rows[reference.of_rows["budget"] == budget]
+            if against.empty:
+                continue
+            records = [record for record in (*entry.records, *references[0].records) if record.budget == budget]
+            both = (one.tuning[0] ** 2, reference.tuning[0] ** 2)
+            tuning = math.sqrt(sum(both)), satterthwaite(zip(both, (one.tuning[1], reference.tuning[1]), strict=True))
+            losses = sequence_losses(records, {*runs["cell"], *against["cell"]})
+            complete = losses if losses.keys() >= {*runs["cell"], *against["cell"]} else None
+            found = difference(runs, against, complete, tuning)
+            middle = runs.sort_values(X).iloc[len(runs) // 2]
+            value, least, most = multiplier(found, budget, frontier)
+            rows.append({
+                "budget": budget, "entrant": entry.name, "difference": found.value, "low": found.interval[0],
+                "high": found.interval[1], "p": found.p, "se": found.se, "df": found.df,
+                "smallest": DETECTABLE * found.se, "multiplier": value, "multiplier_low": least,
+                "multiplier_high": most, "loss": runs["val_loss"].mean(), "params_active": int(middle["params_active"]),
+                "params_total": int(middle["params_total"]), "sizes": runs["size"].nunique(),
+                "seeds": runs["seed"].nunique(), "trials": len(one.table) - len(one.of_rows),
+                "protocol": entry.about["protocol"],
+            })  # fmt: skip
+    table = pd.DataFrame(rows)
+    for _, at in table.groupby("budget"):
+        each = [StudentValue(value=row["difference"], se=row["se"], df=row["df"]) for _, row in at.iterrows()]
+        table.loc[at.index, "rank"] = ranks(each)
+    return table.sort_values(["budget", "difference"], ascending=[False, True], ignore_index=True)
