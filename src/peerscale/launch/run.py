@@ -14,6 +14,7 @@ from peerscale.data.prepare import prepare
 from peerscale.data.store import read_manifest
 from peerscale.errors import ArgumentParser, FailedCells, UserError, positive_integer
 from peerscale.launch.processes import run_at_once
+from peerscale.plan.cell import Cell
 from peerscale.plan.cells import planned_cells
 from peerscale.plan.notices import evaluation_lines, rate_lines
 from peerscale.records.matching import some
@@ -35,12 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     at_once = "cells that run at once (default: one, or Slurm's limit)"
     parser.add_argument("--jobs", type=positive_integer, metavar="N", help=at_once)
     options = parser.parse_intermixed_args(arguments)
-    # Checked before the corpus is prepared, in case nothing can be submitted.
-    settings: dict[str, Any] = {}
-    if options.launcher == "slurm":
-        from peerscale.launch import slurm
-
-        settings = slurm.load_settings(options.overrides, options.jobs)
+    slurm = slurm_settings(options.launcher, options.overrides, options.jobs)
     cells = planned_cells(options.sweep, options.overrides)
     was_there = read_manifest(cells[0].config.data)
     if prepare(cells[0].config.data).manifest != was_there:  # the sizes of its sets decide which cells are dropped
@@ -65,16 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             anyway = how_to_rerun(outcome.cell, outcome.status)
             print(f"{outcome.cell.name} diverged: {outcome.record.reason}; {anyway}", file=sys.stderr)
             failed.append(outcome.cell.name)
-    if pending and options.launcher == "slurm":
-        from peerscale.launch import slurm
-
-        slurm.submit(pending, settings)
+    if pending and slurm:
+        run_missing(pending, options.launcher, options.jobs, slurm)
     elif pending:
-        with Progress(sweep, pending, already_done=n[Status.DONE]):
-            if options.launcher == "joblib" or options.jobs:
-                statuses = run_at_once(pending, options.jobs or 1, run_cell)
-            else:
-                statuses = {cell.name: run_cell(cell) for cell in pending}
+        statuses = run_missing(pending, options.launcher, options.jobs, already_done=n[Status.DONE])
         failed = [name for name, status in statuses.items() if status in FAILED] + failed
         if Status.RUNNING in statuses.values():
             print(f"some cells are being run by another process: make status SWEEP={sweep}", file=sys.stderr)
@@ -86,3 +76,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names = some(failed)
         raise FailedCells(f"{len(failed)} of {len(cells)} cells failed: {names}; reasons: make status SWEEP={sweep}")
     return 0
+
+
+def slurm_settings(launcher: str, overrides: Sequence[str], jobs: int | None) -> dict[str, Any]:
+    """Slurm's settings, read before a corpus is prepared in case nothing can be submitted; empty without Slurm."""
+    if launcher != "slurm":
+        return {}
+    from peerscale.launch import slurm
+
+    return slurm.load_settings(overrides, jobs)
+
+
+def run_missing(
+    cells: Sequence[Cell],
+    launcher: str,
+    jobs: int | None,
+    slurm: dict[str, Any] | None = None,
+    already_done: int = 0,
+) -> dict[str, Status]:
+    """Run cells of one study here, or submit them to Slurm; returns the statuses of those that ran here, by name."""
+    if launcher == "slurm":
+        from peerscale.launch import slurm as cluster
+
+        cluster.submit(cells, slurm or {})
+        return {}
+    with Progress(cells[0].sweep, cells, already_done=already_done):
+        if launcher == "joblib" or jobs:
+            return run_at_once(cells, jobs or 1, run_cell)
+        return {cell.name: run_cell(cell) for cell in cells}

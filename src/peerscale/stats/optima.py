@@ -162,10 +162,14 @@ class OptimaFit:
         """(a, b, c) of a method in z."""
         return self.linear.coefficients[self._curves[:, self.names.index(name)]]
 
+    def to_curve(self, name: Hashable) -> Array:
+        """Weights of the size means (3, points) whose sums are (a, b, c) of a method."""
+        return self.linear.solution[self._curves[:, self.names.index(name)]]
+
     def optimum(self, name: Hashable) -> Optimum:
         """The minimum of one method."""
         method, curve = self.names.index(name), self.curve(name)
-        here, to_curve = self.method == method, self.linear.solution[self._curves[:, method]]
+        here, to_curve = self.method == method, self.to_curve(name)
         at, status = minimum(curve, self.z[here], self.at_least)
         if not status.has_number:
             at = math.nan  # makes all results below NaN

@@ -1,0 +1,64 @@
+"""The standing table as Markdown, and its figure: a dot with its interval for every row."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from peerscale.figures import style
+from peerscale.figures.markdown import number, table, with_interval
+from peerscale.plan.cell_names import budget_name
+
+COLOUR = "#333333"
+
+
+def standing_table(rows: pd.DataFrame, reference: str) -> str:
+    """Markdown of the standing table."""
+    head = f"Losses less those of `{reference}` at equal FLOPs per token, in nats per token"
+    lines = ["# The standing table", "", f"{head}; how: [protocol](../../docs/standing-table.md).", ""]
+    for budget, at in rows.groupby("budget", sort=False):
+        lines += [
+            f"## {budget_name(float(str(budget)))} FLOPs",
+            "",
+            *table([_row(row) for row in at.to_dict("records")]),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _row(row: Mapping[Any, Any]) -> dict[str, str]:
+    ends = (row["multiplier_low"], row["multiplier_high"])
+    return {
+        "rank": f"{row['rank']:g}", "entrant": f"[{row['entrant']}]({row['entrant']}/entrant.json)",
+        "multiplier in FLOPs [95 %]": _multiplier(row["multiplier"], ends),
+        "difference [95 %]": with_interval(row["difference"], (row["low"], row["high"]), "{:+.3f}"),
+        "smallest effect that could be told": number(row["smallest"], "{:.3f}"),
+        "loss": number(row["loss"], "{:.4f}"), "active parameters": f"{row['params_active']:,}",
+        "total": f"{row['params_total']:,}", "sizes x seeds": f"{row['sizes']} x {row['seeds']}",
+        "runs to tune": str(row["trials"]), "protocol": row["protocol"],
+    }  # fmt: skip
+
+
+def _multiplier(value: float, ends: tuple[float, float]) -> str:
+    """A multiplier with its interval; a bound where the reference was not trained far enough."""
+    if math.isnan(value):
+        return "below the reference's smallest budget"
+    shown = [("> largest" if math.isinf(each) else number(each)) for each in (value, *ends)]
+    return f"{shown[0]} [{shown[1]}, {shown[2]}]"
+
+
+@style.applied()
+def standing_figure(rows: pd.DataFrame) -> Figure:
+    """One panel per budget: the difference of every entrant to the reference with its 95 % interval."""
+    budgets = [*rows["budget"].unique()]
+    figure, panels = style.panels(len(budgets), height=0.6 + 0.22 * rows.groupby("budget").size().max())
+    for axes, budget in zip(panels, budgets, strict=True):
+        at = rows[rows["budget"] == budget].iloc[::-1]
+        errors = [at["difference"] - at["low"], at["high"] - at["difference"]]
+        axes.errorbar(at["difference"], range(len(at)), xerr=errors, fmt="o", color=COLOUR, markersize=4, linewidth=1)
+        axes.axvline(0, color=COLOUR, linewidth=0.7)
+        axes.set(title=style.budget_title(budget), xlabel="loss less the reference's (nats per token)")
+        axes.set_yticks(range(len(at)), [*at["entrant"]])
+    return figure

@@ -1,0 +1,149 @@
+"""Place a layer in the standing table: tune it, train it, and print its row (docs/standing-table.md).
+
+python -m peerscale.launch.place LAYER [key=value ...] [--budget 3e13] [--launcher joblib --jobs 2]
+
+Every stage is looked up in the folders of its cells first, so the same command goes on wherever it was stopped.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import yaml
+
+from peerscale.config.compose import set_value
+from peerscale.data.prepare import prepare
+from peerscale.errors import ArgumentParser, FailedCells, UserError, exit_code, positive_integer, positive_number
+from peerscale.files import from_checkout
+from peerscale.launch.plan_table import duration
+from peerscale.launch.run import LAUNCHERS, run_missing, slurm_settings
+from peerscale.launch.speed import estimates, makespan_s
+from peerscale.plan.cell import Cell
+from peerscale.plan.cell_names import budget_name
+from peerscale.plan.entrant import (
+    FINAL_SEEDS,
+    FINALISTS,
+    N_TRIALS,
+    TABLE_RATE,
+    TRIAL_SEED,
+    TUNING_BUDGET,
+    TUNING_SIZE,
+    Losses,
+    Placing,
+    Settings,
+    Space,
+    drive,
+    read_entrant,
+)  # fmt: skip
+from peerscale.records.entry import check_entry, losses_of, write_entry
+from peerscale.records.outcome import FINISHED, outcomes
+from peerscale.records.record import Record, Status
+
+
+class Waiting(Exception):
+    """The runs of a stage have not ended: Slurm or another process has them."""
+
+
+def run_stage(cells: Sequence[Cell], run: Callable[[Sequence[Cell]], Any]) -> dict[str, Record]:
+    """Run the cells of a stage that have not ended; returns the records of those that have, by name.
+
+    Raises:
+        UserError: a cell's folder holds a run of another configuration.
+        FailedCells: a cell failed, other than by a loss that diverged.
+        Waiting: cells are still running, in Slurm or in another process.
+    """
+    found = outcomes(cells)
+    if refused := next((outcome.refused for outcome in found if outcome.refused), None):
+        raise UserError(refused)
+    if pending := [outcome.cell for outcome in found if outcome.status not in FINISHED]:
+        run(pending)
+        found = outcomes(cells)
+    if failed := [outcome.cell.name for outcome in found if outcome.status is Status.FAILED]:
+        raise FailedCells(f"{len(failed)} of {len(cells)} runs failed, {failed[0]} among them")
+    if any(outcome.status not in FINISHED for outcome in found):
+        raise Waiting
+    return {one.cell.name: one.record for one in found if one.record}
+
+
+def print_plan(placing: Placing, budgets: Sequence[float], jobs: int) -> None:
+    """What the command would train, without what depends on losses: trials of a wider space."""
+    space = Space.of(placing.entrant)
+    points = space.points(0, N_TRIALS)
+    stages = {"trials": placing.cells(points, TUNING_BUDGET, [TUNING_SIZE], [TRIAL_SEED])}
+    stages["new seeds of the best"] = placing.cells(points[:FINALISTS], TUNING_BUDGET, [TUNING_SIZE], FINAL_SEEDS)
+    for budget in budgets:
+        of_row: list[Cell] = []
+        drive(placing.row(budget, points[0]), lambda cells, into=of_row: into.extend(cells) or {})
+        stages[f"row at {budget_name(budget)}"] = of_row
+    seconds: list[float] = []
+    for stage, cells in stages.items():
+        each = [time.s for time in estimates(cells).values()]
+        seconds += each
+        flops = sum(cell.plan.flops for cell in cells)
+        print(f"{stage}: {len(cells)} runs, {flops:.3g} FLOPs, {duration(sum(each))} on one worker")
+    print(f"in all {len(seconds)} runs, about {duration(makespan_s(seconds, jobs))} on {jobs} worker{'s' * (jobs > 1)}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = ArgumentParser(prog="python -m peerscale.launch.place", description=__doc__.splitlines()[0])
+    parser.add_argument("layer", help="an entrant of sweeps/standing, or a layer of conf/ffn")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="overrides of every run")
+    parser.add_argument("--budget", type=positive_number, default=TUNING_BUDGET, help="largest budget of the row")
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="local", help="as in python -m peerscale.launch")
+    parser.add_argument("--jobs", type=positive_integer, metavar="N", help="runs at once")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--plan", action="store_true", help="show runs, FLOPs and time, and stop")
+    mode.add_argument("--tune", action="store_true", help="stop after tuning, and print lines for the layer's file")
+    mode.add_argument("--check", action="store_true", help="check that results/standing has exactly the runs wanted")
+    options = parser.parse_intermixed_args(arguments)
+    placing = Placing(options.layer, read_entrant(options.layer), options.overrides)
+    budgets = [budget for budget in placing.sizes if budget <= options.budget]
+    if options.budget not in budgets:
+        allowed = ", ".join(f"{budget:g}" for budget in placing.sizes)
+        raise UserError(f"--budget {options.budget:g}: a row has the budgets {allowed}")
+    if options.plan:
+        print_plan(placing, budgets, options.jobs or 1)
+        return 0
+    if options.check:
+        print(f"{placing.name}: {check_entry(placing)} runs, as the protocol asks")
+        return 0
+    slurm = slurm_settings(options.launcher, options.overrides, options.jobs)
+    ran: dict[str, Record] = {}
+
+    def run(cells: Sequence[Cell]) -> Losses:
+        found = run_stage(cells, partial(run_missing, launcher=options.launcher, jobs=options.jobs, slurm=slurm))
+        ran.update(found)
+        return losses_of(found)
+
+    prepare(next(placing.tuning())[0].config.data)
+    try:
+        chosen = drive(placing.tuning(), run)
+        print(f"{placing.name}: chosen by {len(ran)} runs: {chosen}")
+        if options.tune:
+            print_settings(placing, chosen)
+            return 0
+        of_budget = {budget: drive(placing.row(budget, chosen), run) for budget in budgets}
+    except Waiting:
+        print(f"runs of {placing.name} have not ended; the same command goes on when they have", file=sys.stderr)
+        return 0
+    folder = write_entry(placing, ran, of_budget)
+    print(f"{len(ran)} runs -> {from_checkout(folder)}; next: make standing")
+    return 0
+
+
+def print_settings(placing: Placing, chosen: Settings) -> None:
+    """The lines that give the layer's file the rates and settings that were chosen."""
+    (cell,) = placing.cells([chosen], TUNING_BUDGET, [TUNING_SIZE], FINAL_SEEDS[:1])
+    tree: dict[str, Any] = {}
+    for key, value in chosen.items():
+        set_value(tree, key, value)
+    optim = cell.config.optim
+    tree["optim"] = {"lr": float(f"{optim.lr * optim.lr_factor:.3g}")} | (
+        {"table_lr": optim.table_lr} if TABLE_RATE in chosen else {}
+    )
+    print(yaml.safe_dump(tree, sort_keys=False, default_flow_style=None), end="")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -1,0 +1,190 @@
+"""The rows of the standing table: entrants against the reference, by the rules of docs/standing-table.md."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+
+from peerscale.errors import UserError
+from peerscale.laws.linear_fit import Array, StudentValue
+from peerscale.plan.entrant import FINAL_SEEDS, SEEDS
+from peerscale.records.entry import Entry
+from peerscale.records.table import runs_table
+from peerscale.stats.comparison import sequence_losses
+from peerscale.stats.curve import by_budget, usable
+from peerscale.stats.multiplier import compute_to_reach
+from peerscale.stats.optima import Estimate, OptimaFit, holm, satterthwaite
+
+X = "flops_per_token"
+DETECTABLE = 2.8
+"""The smallest effect that could have been told, in standard errors: found with 80 % probability at 5 %."""
+ALPHA = 0.05
+
+
+def difference(
+    entrant: pd.DataFrame,
+    reference: pd.DataFrame,
+    sequences: Mapping[str, Array] | None = None,
+    tuning: tuple[float, float] | None = None,
+) -> Estimate:
+    """The entrant's loss less the reference's at equal FLOPs per token, as a mean over the entrant's sizes.
+
+    Args:
+        entrant, reference: their finished runs at one budget, with `cell`, `flops_per_token`, `val_loss`; the reference
+            has at least three sizes. Its parabola and the entrant's share their curvature.
+        sequences: losses of the same validation sequences by cell.
+        tuning: standard error of the difference from the choice of the entrant's rates, and its degrees of freedom.
+    """
+    runs = pd.concat([entrant, reference])
+    of = [True] * len(entrant) + [False] * len(reference)
+    fit = OptimaFit.of(of, runs[X].to_numpy(float), runs["val_loss"].to_numpy(float), at_least=1)
+    at = fit.z[fit.method == fit.names.index(True)]
+    powers = np.stack([np.ones(len(at)), at, at**2]).mean(axis=1)
+    weights = powers @ (fit.to_curve(True) - fit.to_curve(False))
+    behind = None
+    if sequences:
+        cells = [runs["cell"][(np.array(of) == fit.names[m]) & (runs[X] == x).to_numpy()]
+                 for m, x in zip(fit.method, fit.x, strict=True)]  # fmt: skip
+        behind = np.array([np.mean([sequences[cell] for cell in each], axis=0) for each in cells])
+    return fit.estimate(weights, behind).with_rates([tuning] if tuning else [])
+
+
+def tuning_error(finals: pd.DataFrame) -> tuple[float, float]:
+    """How much the loss depends on which trial was chosen: the scatter of the finalists beyond that of their seeds.
+
+    Args:
+        finals: one row per run of a finalist, with `point`, a label, and `val_loss`.
+
+    Returns:
+        Its standard deviation in nats, and the degrees of freedom of that.
+    """
+    losses = [rows["val_loss"].to_numpy(float) for _, rows in finals.groupby("point")]
+    between = np.var([each.mean() for each in losses], ddof=1)
+    within = np.mean([each.var(ddof=1) / len(each) for each in losses])
+    return math.sqrt(max(0.0, float(between - within))), len(losses) - 1.0
+
+
+def reference_frontier(reference: pd.DataFrame) -> tuple[Array, Array]:
+    """Budgets (budgets,) and the reference's losses at its compute optima there."""
+    budgets, losses = [], []
+    for budget, runs in by_budget(reference).items():
+        fit = OptimaFit.of(["reference"] * len(runs), runs[X].to_numpy(float), runs["val_loss"].to_numpy(float))
+        found = fit.optimum("reference")
+        if found.status.has_number:
+            budgets.append(budget)
+            losses.append(found.loss)
+    return np.array(budgets), np.array(losses)
+
+
+def multiplier(found: StudentValue, budget: float, frontier: tuple[Array, Array]) -> tuple[float, float, float]:
+    """The compute that the reference needs for the entrant's loss, over the budget, with its interval.
+
+    NaN where the loss is above that of the reference's smallest budget, or the reference has no optimum at this one;
+    infinite where it is below that of its largest.
+    """
+    compute, losses = frontier
+    if budget not in compute:
+        return math.nan, math.nan, math.nan
+    here = float(losses[compute == budget][0])
+    low, high = found.interval
+    levels = here + np.array([found.value, high, low])
+    reached = compute_to_reach(compute, losses, levels) / budget
+    reached[levels < losses.min()] = math.inf
+    reached[levels > losses.max()] = math.nan
+    value, least, most = reached.tolist()
+    return value, least, most
+
+
+def ranks(rows: Sequence[StudentValue]) -> list[int]:
+    """The rank of each row: one more than the number of rows that are better by Holm's test of all pairs.
+
+    The error of a pair is that of both rows, as if nothing were common to them; the reference's is, so ranks are shared
+    rather too often.
+    """
+    pairs = list(combinations(range(len(rows)), 2))
+    less = [
+        StudentValue(value=rows[i].value - rows[j].value, se=math.hypot(rows[i].se, rows[j].se),
+                     df=min(rows[i].df, rows[j].df))
+        for i, j in pairs
+    ]  # fmt: skip
+    better = [0] * len(rows)
+    for (i, j), pair, p in zip(pairs, less, holm(np.array([pair.p for pair in less])), strict=True):
+        if p < ALPHA:
+            better[i if pair.value > 0 else j] += 1
+    return [1 + n for n in better]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The finished runs of one entrant."""
+
+    entry: Entry
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """One row per run."""
+        table = runs_table(self.entry.records)
+        return table[usable(table)]
+
+    @cached_property
+    def of_rows(self) -> pd.DataFrame:
+        """Those that the loss of a row is made of."""
+        return self.table[self.table["seed"].isin(SEEDS)]
+
+    @property
+    def tuning(self) -> tuple[float, float]:
+        """`tuning_error` of its finalists."""
+        finals = self.table[self.table["seed"].isin(FINAL_SEEDS)]
+        return tuning_error(finals.assign(point=finals["settings"].astype(str) + finals["rate_factor"].astype(str)))
+
+
+def standing_rows(entries: Sequence[Entry]) -> pd.DataFrame:
+    """The standing table: one row per entrant and budget, the best first at each.
+
+    Columns: budget, rank, entrant, difference, low, high, p, se, df, smallest (the smallest effect that could have been
+    told), multiplier, multiplier_low, multiplier_high, loss (mean over sizes), params_active, params_total (at the
+    middle size), sizes, seeds, trials (all runs but those of the row), protocol.
+
+    Raises:
+        UserError: there is not exactly one reference.
+    """
+    references = [entry for entry in entries if entry.about["entrant"]["reference"]]
+    if len(references) != 1:
+        raise UserError(f"results/standing has {len(references)} references; a table has one")
+    reference = Runs(references[0])
+    frontier = reference_frontier(reference.of_rows)
+    rows = []
+    for entry in entries:
+        if entry is references[0]:
+            continue
+        one = Runs(entry)
+        for budget, runs in by_budget(one.of_rows).items():
+            against = reference.of_rows[reference.of_rows["budget"] == budget]
+            if against.empty:
+                continue
+            records = [record for record in (*entry.records, *references[0].records) if record.budget == budget]
+            both = (one.tuning[0] ** 2, reference.tuning[0] ** 2)
+            tuning = math.sqrt(sum(both)), satterthwaite(zip(both, (one.tuning[1], reference.tuning[1]), strict=True))
+            losses = sequence_losses(records, {*runs["cell"], *against["cell"]})
+            complete = losses if losses.keys() >= {*runs["cell"], *against["cell"]} else None
+            found = difference(runs, against, complete, tuning)
+            middle = runs.sort_values(X).iloc[len(runs) // 2]
+            value, least, most = multiplier(found, budget, frontier)
+            rows.append({
+                "budget": budget, "entrant": entry.name, "difference": found.value, "low": found.interval[0],
+                "high": found.interval[1], "p": found.p, "se": found.se, "df": found.df,
+                "smallest": DETECTABLE * found.se, "multiplier": value, "multiplier_low": least,
+                "multiplier_high": most, "loss": runs["val_loss"].mean(), "params_active": int(middle["params_active"]),
+                "params_total": int(middle["params_total"]), "sizes": runs["size"].nunique(),
+                "seeds": runs["seed"].nunique(), "trials": len(one.table) - len(one.of_rows),
+                "protocol": entry.about["protocol"],
+            })  # fmt: skip
+    table = pd.DataFrame(rows)
+    for _, at in table.groupby("budget"):
+        each = [StudentValue(value=row["difference"], se=row["se"], df=row["df"]) for _, row in at.iterrows()]
+        table.loc[at.index, "rank"] = ranks(each)
+    return table.sort_values(["budget", "difference"], ascending=[False, True], ignore_index=True)

@@ -1,0 +1,135 @@
+"""The protocol of the standing table, driven with losses of a formula in place of training."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from peerscale.errors import UserError
+from peerscale.plan import entrant as protocol
+from peerscale.plan.cell import Cell
+from peerscale.plan.entrant import Entrant, Placing, drive, read_entrant
+from peerscale.records import entry as entries
+from peerscale.records.entry import check_entry, losses_of, read_entries, write_entry
+from peerscale.records.record import Record, Status, new_record
+from peerscale.stats.standing import standing_rows
+
+CHOICE = [{"ffn.n_heads": 1, "ffn.top_k": 64}, {"ffn.n_heads": 4, "ffn.top_k": 16}]
+
+
+def loss_of(cell: Cell, best_lr: float = 1.3, best_table_lr: float = 0.01) -> float:
+    """Lowest at some rates and with one head; falls with the budget; seeds scatter."""
+    optim, ffn = cell.config.optim, cell.config.ffn
+    size = math.log(cell.plan.cost.flops_per_token / 1.8e6 / (cell.config.budget / 1e13) ** 0.5) ** 2 / 20
+    rates = math.log(optim.lr_factor / best_lr) ** 2 / 100
+    rates += math.log((optim.table_lr or best_table_lr) / best_table_lr) ** 2 / 100
+    few = 0.02 * (getattr(ffn, "n_heads", 1) > 1)
+    seed = np.random.default_rng([cell.config.seed, cell.config.d_model]).normal(0, 0.004)
+    return 4.2 - 0.1 * math.log(cell.config.budget / 1e13) + size + rates + few + seed - 0.03 * (ffn.method == "peer")
+
+
+def record_of(cell: Cell, loss: Callable[[Cell], float] = loss_of) -> Record:
+    result = {"loss": loss(cell), "se": 0.01, "tokens": 1.0, "bits_per_byte": 1.0, "ppl": 1.0}
+    return new_record(cell, Status.DONE, "corpus", evaluation={cell.config.data.val_set: result})
+
+
+def placed(
+    standing: Path, name: str, entrant: Entrant, loss: Callable[[Cell], float] = loss_of
+) -> tuple[list[list[Cell]], Path]:
+    """Drive the whole protocol at the budget of tuning; returns its stages and the folder that it writes."""
+    placing, stages, ran = Placing(name, entrant), [], {}
+
+    def run(cells: Sequence[Cell]) -> protocol.Losses:
+        stages.append([*cells])
+        found = {cell.name: record_of(cell, loss) for cell in cells}
+        ran.update(found)
+        return losses_of(found)
+
+    chosen = drive(placing.tuning(), run)
+    budgets = [budget for budget in placing.sizes if budget <= 3e13]
+    chosen_at = {budget: drive(placing.row(budget, chosen), run) for budget in budgets}
+    return stages, write_entry(placing, ran, chosen_at, standing)
+
+
+def test_stages_follow_the_protocol(tmp_path: Path) -> None:
+    entrant = Entrant(layer="peer", choice=CHOICE)
+    stages, folder = placed(tmp_path, "peer", entrant)
+    trials, finals, row, around, row_3e13 = stages
+    assert len(trials) == 12 and {cell.config.seed for cell in trials} == {200}
+    rates = np.array([[cell.config.optim.lr_factor, cell.config.optim.table_lr] for cell in trials], float)
+    assert (np.abs(np.log(rates / [1, 0.02])) <= np.log([4, 30**0.5]) + 0.01).all()
+    assert len(np.unique(rates, axis=0)) == 12
+    assert {cell.config.ffn.columns(64)["ffn_heads"] for cell in trials} == {
+        1,
+        4,
+    }
+    assert {cell.config.data.val_set for cell in (*trials, *finals, *around)} == {"tuning"}
+    best = sorted(trials, key=loss_of)[:3]
+    assert sorted({json.dumps(cell.axes) for cell in finals}) == sorted(json.dumps(cell.axes) for cell in best)
+    assert sorted({cell.config.seed for cell in finals}) == [201, 202] and len(finals) == 6
+    mean = {axes: np.mean([loss_of(cell) for cell in finals if cell.axes == json.loads(axes)])
+            for axes in {json.dumps(cell.axes) for cell in finals}}  # fmt: skip
+    chosen = json.loads(min(mean, key=lambda axes: mean[axes]))
+    assert all(cell.axes == chosen and cell.config.data.val_set == "validation" for cell in row)
+    assert sorted((cell.config.d_model, cell.config.seed) for cell in row) == [
+        (d, s) for d in (48, 64, 80) for s in (0, 1, 2)
+    ]
+    assert {cell.config.d_model for cell in around} == {96} and len(around) == 5
+    assert {cell.config.budget for cell in row_3e13} == {3e13} and row_3e13[0].axes == min(around, key=loss_of).axes
+    assert all(
+        cell.config.replaced == [2, 4] and cell.config.batch_sequences == 32 for stage in stages for cell in stage
+    )
+    assert check_entry(Placing("peer", entrant), tmp_path) == sum(map(len, stages))
+    assert read_entries(tmp_path)[0].about["protocol"] == entries.protocol_hash() and folder == tmp_path / "peer"
+
+
+def test_a_choice_at_an_end_widens_the_space_once(tmp_path: Path) -> None:
+    stages, _ = placed(tmp_path, "dense", Entrant(layer="dense"), lambda cell: loss_of(cell, best_lr=9.0))
+    trials, finals, more, finals_again, *_ = stages
+    assert max(cell.config.optim.lr_factor for cell in trials) <= 4
+    assert len(more) == 4 and all(4 <= cell.config.optim.lr_factor <= 16 for cell in more)
+    assert len(finals_again) == 6 and {cell.name for cell in finals_again} != {cell.name for cell in finals}
+
+
+def test_the_check_finds_missing_further_and_other_runs(tmp_path: Path) -> None:
+    entrant = Entrant(layer="dense")
+    _, folder = placed(tmp_path, "dense", entrant)
+    records = entries.read_records(folder)
+    placing = Placing("dense", entrant)
+    other = {"fingerprint": "0" * 16, "hashed_config": records[0].hashed_config | {"context": 32}}
+    for changed, message in (
+        (records[1:], f"{records[0].cell} is missing"),
+        ([*records, replace(records[0], cell="dense-d64-1e13-s9")], "dense-d64-1e13-s9 is there"),
+        ([replace(records[0], **other), *records[1:]], "context"),
+    ):  # fmt: skip
+        entries.write_records(folder, changed)
+        with pytest.raises(UserError, match=message):
+            check_entry(placing, tmp_path)
+    entries.write_records(folder, records)
+    about = json.loads((folder / entries.ENTRY).read_text())
+    about["chosen"]["1e+13"]["optim.lr_factor"] = 7.0
+    (folder / entries.ENTRY).write_text(json.dumps(about))
+    with pytest.raises(UserError, match="its runs choose"):
+        check_entry(placing, tmp_path)
+
+
+def test_rows_follow_from_the_records_and_move_nobody(tmp_path: Path) -> None:
+    placed(tmp_path, "dense", Entrant(layer="dense", replaced="all", reference=True))
+    placed(tmp_path, "peer", Entrant(layer="peer"))
+    alone = standing_rows(read_entries(tmp_path))
+    assert [*alone["budget"]] == [3e13, 1e13]
+    for _, row in alone.iterrows():
+        assert row["low"] < -0.01 < row["high"] and row["multiplier"] > 1 and row["smallest"] < 0.03
+    placed(tmp_path, "pkm", Entrant(layer="pkm"), lambda cell: loss_of(cell) + 0.1)
+    both = standing_rows(read_entries(tmp_path))
+    same = both[both["entrant"] == "peer"].drop(columns="rank").reset_index(drop=True)
+    assert same.equals(alone.drop(columns="rank"))
+    assert [*both[both["budget"] == 1e13]["entrant"]] == ["peer", "pkm"]
+
+
+def test_a_name_without_a_file_is_a_layer() -> None:
+    assert asdict(read_entrant("dense")) == asdict(Entrant(layer="dense"))
