@@ -5,6 +5,7 @@ LAUNCHER  ?= joblib
 JOBS      ?= $(shell getconf _NPROCESSORS_ONLN)
 OVERRIDES ?=
 CELL      ?=
+BUDGET    ?= 1e13
 PYTHON    ?= python3
 EXTRAS    ?= dev
 BIN       := .venv/bin
@@ -12,7 +13,7 @@ BIN       := .venv/bin
 AT_ONCE_joblib = --jobs $(JOBS)
 AT_ONCE_slurm  = $(if $(filter command environment,$(firstword $(origin JOBS))),--jobs $(JOBS))
 # 0 means no.
-$(foreach flag,REPLACE LOCKED,$(if $(filter 0,$($(flag))),$(eval override $(flag) :=)))
+$(foreach flag,REPLACE LOCKED PLAN CHECK,$(if $(filter 0,$($(flag))),$(eval override $(flag) :=)))
 
 # A setup with EXTRAS or LOCKED installs once for each choice; all other targets are content with any.
 INSTALLED     = .venv/installed$(if $(filter command,$(firstword $(origin EXTRAS))),-$(EXTRAS))$(if $(LOCKED),-locked)
@@ -23,7 +24,7 @@ export OMP_NUM_THREADS      ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
 # A word that make takes for a variable, such as sweep=smoke or a second override without quotes, must not be ignored.
-KNOWN   = SWEEP CELL METHOD RIVALS LAUNCHER JOBS OVERRIDES REPLACE PRICE LOCKED PYTHON EXTRAS BIN SHELL OMP_NUM_THREADS OPENBLAS_NUM_THREADS
+KNOWN   = SWEEP CELL METHOD RIVALS LAYER BUDGET PLAN CHECK LAUNCHER JOBS OVERRIDES REPLACE PRICE LOCKED PYTHON EXTRAS BIN SHELL OMP_NUM_THREADS OPENBLAS_NUM_THREADS
 UNKNOWN = $(foreach name,$(filter-out $(KNOWN) -%,$(.VARIABLES)),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 ifneq (,$(strip $(UNKNOWN)))
 $(error $(firstword $(UNKNOWN)) is no variable of this Makefile; there are: $(KNOWN); keys of the configuration go together into one pair of quotes: OVERRIDES='key=value key=value')
@@ -32,13 +33,14 @@ endif
 .DEFAULT_GOAL := help
 # `data sweep figures` need each other in this order, also with make -j.
 .NOTPARALLEL:
-.PHONY: help setup reproduce smoke test check data studies plan sweep repeat status restore figures compare page publish sync dashboard notebooks bench torture clean
+.PHONY: help setup reproduce smoke test check data studies plan sweep repeat status restore figures compare place tune standing page publish sync dashboard notebooks bench torture clean
 
 help: ## print this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 	@echo; echo "Variables: SWEEP=$(SWEEP) LAUNCHER=joblib|local|slurm JOBS=$(JOBS) OVERRIDES='key=value ...' PYTHON=$(PYTHON)"
 	@echo "METHOD=NAME RIVALS=NAME,NAME: what to compare (every method with the study's baseline; METHOD alone: with all others)"
 	@echo "CELL=NAME: the cell to repeat; PRICE=NUMBER: price of a GPU-hour, for plan; REPLACE=1: publish may remove finished cells of results/, or replace them by cells of another configuration"
+	@echo "LAYER=NAME: the layer to place or tune; BUDGET=$(BUDGET): the largest budget of its row; PLAN=1, CHECK=1: of make place"
 	@echo "LOCKED=1: setup installs the versions that the published studies ran on (requirements.lock)"
 	@echo "Exit codes of the programs: 0 done, 1 a crash, 2 wrong input, 3 some cells failed (make sweep counts this as success), 4 some cells were killed again and again, 130 Ctrl-C"
 
@@ -90,6 +92,15 @@ figures: setup ## table, fits and figures of SWEEP, from its runs
 compare: setup ## METHOD of SWEEP against RIVALS, a line for each budget: difference, multiplier, what could have been told
 	@$(BIN)/python analysis/collect.py $(SWEEP) $(OVERRIDES)
 	@$(BIN)/python analysis/compare.py $(SWEEP) $(OVERRIDES) --methods '$(METHOD)' --rivals '$(RIVALS)'
+
+place: setup ## tune LAYER, train it and write its folder in results/standing; PLAN=1: what that takes; CHECK=1: check the folder
+	@$(BIN)/python -m peerscale.launch.place $(LAYER) --budget $(BUDGET) --launcher $(LAUNCHER) $(AT_ONCE_$(LAUNCHER)) $(if $(PLAN),--plan)$(if $(CHECK),--check) $(OVERRIDES)
+
+tune: setup ## tune LAYER as the standing table does, and print lines for its file in conf/ffn
+	@$(BIN)/python -m peerscale.launch.place $(LAYER) --tune --launcher $(LAUNCHER) $(AT_ONCE_$(LAUNCHER)) $(OVERRIDES)
+
+standing: setup ## the standing table and its figure, from the records in results/standing
+	@$(BIN)/python analysis/standing.py
 
 page: setup ## one HTML page of the studies in results/: answers, isoFLOP curves to look into, tables; in runs/page.html
 	@$(BIN)/python analysis/page.py
