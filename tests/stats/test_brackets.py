@@ -65,7 +65,7 @@ def test_exact_brackets_are_recovered() -> None:
 
 
 def test_the_fit_is_that_of_the_law_of_rates_and_its_error_that_of_simulated_noise() -> None:
-    """The best rates of `laws.rates`, which has its own algebra, and the scatter of the gain over many draws."""
+    """The best rates of `stats.rate_law`, which has its own algebra, and the scatter of the gain over many draws."""
     log_best, factors = np.array([0.3, -0.5, 0.0, 0.6]), np.array([0.5, 1.0, 2.0])
     which = np.repeat(np.arange(4), 3)
     x, mean = np.tile(np.log(factors), 4), K * (np.tile(np.log(factors), 4) - log_best[which]) ** 2 + 4.0

@@ -220,7 +220,7 @@ class Config:
     trainer: TrainerConfig
     tracking: TrackingConfig
     budget: Rate
-    """Training FLOPs, by the convention of `accounting`."""
+    """Training FLOPs, by the convention of `plan.cost`."""
     seed: Seed = 0
     replaced: Literal["middle", "all"] | Annotated[list[Positive], Field(min_length=1)] = "middle"
     """Blocks whose feed-forward layer is `ffn`, counted from 1; `middle` is block n_layers // 2 (paper: 6 of 12)."""

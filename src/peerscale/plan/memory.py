@@ -10,7 +10,7 @@ DENSE = {"method": "dense"}
 STATE_BYTES = 16
 """Per parameter: weight, gradient and two moments, in fp32."""
 LOGITS_BYTES = 2**30
-"""For the slices of logits and their gradients that a GPU holds at once (`kernels.cross_entropy`)."""
+"""For the slices of logits and their gradients that a GPU holds at once (`ops.cross_entropy`)."""
 
 
 def device_memory(config: Config, micro_batches: int | None = None) -> dict[str, int]:

@@ -45,7 +45,7 @@ ENDED = (Status.DONE, *FAILED)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """The record of one cell. Losses in nats per token, times in seconds, FLOPs by `accounting.CONVENTION`."""
+    """The record of one cell. Losses in nats per token, times in seconds, FLOPs by `plan.cost.CONVENTION`."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
