@@ -3,8 +3,8 @@
     .venv/bin/python analysis/figures.py SWEEP [key=value ...] [--x COLUMN]
 
 Reads runs/SWEEP/study, or else results/SWEEP, whose files stay as they are; writes figures/*.png, figures/*.pdf,
-table.md and table.csv, its first part, into runs/SWEEP/study, and prints the main table. Overrides of `data` choose the
-study on another corpus, whose folder has the corpus in its name.
+table.md and, except for studies of learning rates, its first part as table.csv into runs/SWEEP/study, and prints the
+main table. Overrides of `data` choose the study on another corpus, whose folder has the corpus in its name.
 """
 
 import sys
@@ -24,6 +24,7 @@ from peerscale.records.study import collected
 from peerscale.records.table import read_runs
 from peerscale.stats.curve import finished
 from peerscale.stats.fits import read_fits
+from peerscale.stats.rates import tries_rates
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     withdrawn = header(sweep_text(study.sweep)).get("Withdrawn", "")
     text = study_table(study.sweep, runs, fits, withdrawn)
     write_text(shown.table, text)
-    write_text(shown.csv, pd.DataFrame(main_rows(runs, fits)).to_csv(index=False))
+    if not tries_rates(runs):
+        write_text(shown.csv, pd.DataFrame(main_rows(runs, fits)).to_csv(index=False))
     main_table, *further = text.split("\n## ") if compares_curves(fits) else [text]
     print(f"\n{main_table}")
     if further:

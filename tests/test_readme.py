@@ -32,7 +32,7 @@ PAGES = [ROOT / "README.md", *(path for path in (ROOT / "docs").glob("*.md") if 
 def test_no_paragraph_is_long_or_full_of_numbers(path: Path) -> None:
     not_prose = r"```.*?```|\]\([^)]*\)|`[^`\n]*`|^\|.*?$"
     text = re.sub(not_prose, "", path.read_text(encoding="utf-8"), flags=re.S | re.M)
-    for paragraph in re.split(r"\n\s*\n|\n(?=- )", text):
+    for paragraph in re.split(r"\n\s*\n|\n(?=- |\d+\. )", text):
         assert len(paragraph.split()) <= 90, paragraph
         budgets_and_settings = (
             r"(?:[\d.]+·)?10[⁰¹²³⁴⁵⁶⁷⁸⁹]+|d_model \d+|top \d+|[\d,]+ (?:heads?|experts)|[A-Z] = [\d,]+"

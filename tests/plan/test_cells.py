@@ -22,7 +22,7 @@ from peerscale.plan.memory import in_micro_batches
 from peerscale.plan.notices import short_methods
 from peerscale.plan.plan import Verdict
 from peerscale.records.fingerprint import fingerprint, hashed_config
-from peerscale.records.outcome import outcome
+from peerscale.records.outcome import Outcome, outcome
 from peerscale.records.record import Status, write_record
 from peerscale.records.table import read_records
 from toy_study import CORPUS, TOY, kept_in, record_of, write_study
@@ -225,7 +225,7 @@ REFUSED = [
     ("{methods: [dense], grid: [{budget: 1e10, d_model: 8, n_layers: 3}]}", "", ["n_layers=4"], "varies n_layers: "),
     (f"{{methods: [dense], {ONE}}}", "", ["sweep.budgets=[2e10]"], "no cells in the part that sweep.budgets=[2e10] "),
     # Wrong keys and values
-    (f"{{methods: [dens], {ONE}}}", "", [], "Could not find 'ffn/dens' Available options in 'ffn': dense "),
+    (f"{{methods: [dens], {ONE}}}", "", [], "Could not find 'ffn/dens' Available options in 'ffn': balanced_moe "),
     (f"{{methods: [dense], {ONE}}}", "batch_sequence: 3", [],
      "toy.yaml: dense: batch_sequence: Unexpected keyword argument; did you mean batch_sequences?"),
     (f"{{methods: [dense], {ONE}}}", "defaults: [nosuch]", [], "Could not load 'nosuch'."),
@@ -314,7 +314,10 @@ def test_each_curve_of_a_method_needs_its_own_sizes(study: Write) -> None:
 )
 def test_a_study_needs_no_lines_for_hydra_and_may_have_them(start: str, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text(f"{start}sweep: {TOY}\ncontext: 32\ndata: {{path: x, evaluation: {{validation: 512}}}}\n")
+    (tmp_path / "x.txt").write_text("Once upon a time")
+    file.write_text(
+        f"{start}sweep: {TOY}\ncontext: 32\ndata: {{path: {tmp_path}/x.txt, evaluation: {{validation: 512}}}}\n"
+    )
     cells = planned_cells(file, ["batch_sequences=8"])
     assert len(cells) == 8
     assert {(cell.config.context, cell.config.batch_sequences) for cell in cells} == {(32, 8)}
@@ -325,9 +328,14 @@ def test_a_sweep_runs_the_cells_that_the_plan_lists(tmp_path: Path, monkeypatch:
     import peerscale.launch.run as launch
 
     ran: list[Cell] = []
+
+    def planned(cells: list[Cell]) -> list[Outcome]:
+        ran.extend(cells)
+        return [Outcome(cell=cell, status=Status.DONE) for cell in cells]
+
     corpus = SimpleNamespace(manifest=SimpleNamespace(fingerprint=CORPUS))
     monkeypatch.setattr(launch, "prepare", lambda config: corpus)
-    monkeypatch.setattr(launch, "outcomes", lambda cells: ran.extend(cells) or [])
+    monkeypatch.setattr(launch, "outcomes", planned)
     overrides = ["sweep.methods=[peer]", "ffn.n_experts=1024", "sweep.seeds=[1]", "data.evaluation={validation:512}"]
     file = write_study(tmp_path)
     assert launch.main([str(file), *overrides]) == 0

@@ -52,7 +52,8 @@ def test_a_row_for_every_cell_whatever_became_of_it(cells: list[Cell], records: 
 
 
 def test_a_users_text_stands_in_the_table_by_its_name(tmp_path: Path) -> None:
-    own = ["min_steps=1", "data=text", "data.path=/home/me/stories.txt"]
+    (tmp_path / "stories.txt").write_text("Once upon a time")
+    own = ["min_steps=1", "data=text", f"data.path={tmp_path}/stories.txt"]
     cell = planned_cells(write_study(tmp_path, SWEEP), own)[0]
     for record in (record_of(cell, Status.DONE), planned_record(cell)):
         row = runs_table([record]).iloc[0]
