@@ -81,7 +81,7 @@ def assert_refused(case: dict[str, Any], code: int, errors: str, here: Path) -> 
         return
     expected = case["says"]
     for folder, between in (("conf/ffn", " "), ("sweeps", ", ")):
-        names = sorted(file.stem for file in (ROOT / folder).glob("*"))
+        names = sorted(file.stem for file in (ROOT / folder).glob("*.yaml"))
         expected = expected.replace(f"{{{folder}}}", between.join(names))
     # In a cell's name a path has other separators.
     last = last.replace(str(here), "{here}").replace(str(here).strip("/").replace("/", "_"), "{here}")

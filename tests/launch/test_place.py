@@ -132,4 +132,5 @@ def test_rows_follow_from_the_records_and_move_nobody(tmp_path: Path) -> None:
 
 
 def test_a_name_without_a_file_is_a_layer() -> None:
-    assert asdict(read_entrant("dense")) == asdict(Entrant(layer="dense"))
+    assert asdict(read_entrant("peer")) == asdict(Entrant(layer="peer"))
+    assert read_entrant("swiglu") == Entrant(layer="swiglu", replaced="all")
