@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"{name}: no method with finished runs in {given.sweep}, which has {', '.join(known)}")
     rivals = rivals or (known if methods else [fits["baseline"]])
     beyond = {(one["budget"], one["method"]) for one in fits["rates"].get("extrapolated", ())}
-    each = [from_names(compared(given.sweep, runs, records, beyond, rival)) for rival in rivals]
+    each = [fits if rival == fits["baseline"] else from_names(compared(given.sweep, runs, records, beyond, rival))
+            for rival in rivals]  # fmt: skip
     if not (rows := [row for found in each for row in verdict_rows(found, methods or known)]):
         raise UserError(f"{given.sweep} has nothing to compare {', '.join(methods or known)} with")
     print(*table(rows), sep="\n")

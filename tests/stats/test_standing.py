@@ -40,7 +40,7 @@ def test_its_interval_covers_the_truth() -> None:
 def test_the_error_of_tuning_is_added_in_quadrature() -> None:
     rng = np.random.default_rng(1)
     entrant, reference = runs(ENTRANT, noise=0.01, rng=rng), runs(REFERENCE, noise=0.01, rng=rng)
-    alone, both = difference(entrant, reference), difference(entrant, reference, tuning=(0.02, 2.0))
+    alone, both = difference(entrant, reference), difference(entrant, reference, tuning=[(0.02, 2.0)])
     assert both.se == pytest.approx(math.hypot(alone.se, 0.02)) and both.value == alone.value
 
 

@@ -6,12 +6,10 @@ from typing import Any
 from peerscale.figures.differences import to_baseline
 from peerscale.figures.markdown import Rows, number, probability, signed_interval, with_interval
 from peerscale.figures.style import label, size_label
+from peerscale.laws.linear_fit import DETECTABLE
 from peerscale.plan.cell_names import budget_name
 from peerscale.stats.brackets import NOT_TUNED
 from peerscale.stats.curve import Curve
-
-TOLD = 2.8
-"""A true difference of so many standard errors is significant at 5 % in four of five studies."""
 
 
 def verdict_rows(fits: Mapping[str, Any], methods: Collection[str] | None = None) -> Rows:
@@ -30,7 +28,7 @@ def verdict_rows(fits: Mapping[str, Any], methods: Collection[str] | None = None
             "difference [95 %]": signed_interval(one), "p": probability(one.get("p")),
             "compute multiplier [95 %]":
                 with_interval(times["multiplier"], (times["low"], times["high"]), "{:.2f}") if times else "—",
-            "smallest effect told": number(TOLD * one["se"] if one.get("se") else None, "{:.3f}"),
+            "smallest effect told": number(DETECTABLE * one["se"] if one.get("se") else None, "{:.3f}"),
             "caveats": one.get("note") or "; ".join(caveats(fits, budget, pair, one)) or "—",
         })  # fmt: skip
     return rows

@@ -18,6 +18,8 @@ Array = np.ndarray
 
 LEVEL = 0.95
 """Confidence level of all intervals."""
+DETECTABLE = 2.8
+"""A true difference of so many standard errors is significant at 5 % in four of five studies."""
 CUTOFF = 1e-10
 """Share of a design's largest singular value below which a direction counts as not determined."""
 

@@ -10,18 +10,15 @@ import numpy as np
 import pandas as pd
 
 from peerscale.errors import UserError
-from peerscale.laws.linear_fit import Array, StudentValue
+from peerscale.laws.linear_fit import DETECTABLE, Array, StudentValue
 from peerscale.plan.entrant import FINAL_SEEDS, SEEDS
 from peerscale.records.entry import Entry
 from peerscale.records.table import runs_table
-from peerscale.stats.comparison import sequence_losses
+from peerscale.stats.comparison import X, mean_losses, sequence_losses
 from peerscale.stats.curve import by_budget, usable
 from peerscale.stats.multiplier import compute_to_reach
-from peerscale.stats.optima import Estimate, OptimaFit, holm, satterthwaite
+from peerscale.stats.optima import Estimate, OptimaFit, holm
 
-X = "flops_per_token"
-DETECTABLE = 2.8
-"""The smallest effect that could have been told, in standard errors: found with 80 % probability at 5 %."""
 ALPHA = 0.05
 
 
@@ -29,7 +26,7 @@ def difference(
     entrant: pd.DataFrame,
     reference: pd.DataFrame,
     sequences: Mapping[str, Array] | None = None,
-    tuning: tuple[float, float] | None = None,
+    tuning: Sequence[tuple[float, float]] = (),
 ) -> Estimate:
     """The entrant's loss less the reference's at equal FLOPs per token, as a mean over the entrant's sizes.
 
@@ -37,7 +34,7 @@ def difference(
         entrant, reference: their finished runs at one budget, with `cell`, `flops_per_token`, `val_loss`; the reference
             has at least three sizes. Its parabola and the entrant's share their curvature.
         sequences: losses of the same validation sequences by cell.
-        tuning: standard error of the difference from the choice of the entrant's rates, and its degrees of freedom.
+        tuning: standard errors from the choice of both sides' rates, each with its degrees of freedom.
     """
     runs = pd.concat([entrant, reference])
     of = [True] * len(entrant) + [False] * len(reference)
@@ -45,12 +42,12 @@ def difference(
     at = fit.z[fit.method == fit.names.index(True)]
     powers = np.stack([np.ones(len(at)), at, at**2]).mean(axis=1)
     weights = powers @ (fit.to_curve(True) - fit.to_curve(False))
-    behind = None
-    if sequences:
-        cells = [runs["cell"][(np.array(of) == fit.names[m]) & (runs[X] == x).to_numpy()]
-                 for m, x in zip(fit.method, fit.x, strict=True)]  # fmt: skip
-        behind = np.array([np.mean([sequences[cell] for cell in each], axis=0) for each in cells])
-    return fit.estimate(weights, behind).with_rates([tuning] if tuning else [])
+    behind = [
+        mean_losses(runs["cell"][(np.array(of) == fit.names[m]) & (runs[X] == x).to_numpy()], sequences or {})
+        for m, x in zip(fit.method, fit.x, strict=True)
+    ]
+    sampled = None if any(losses is None for losses in behind) else np.array(behind)
+    return fit.estimate(weights, sampled).with_rates(tuning)
 
 
 def tuning_error(finals: pd.DataFrame) -> tuple[float, float]:
@@ -135,7 +132,7 @@ class Runs:
         """Those that the loss of a row is made of."""
         return self.table[self.table["seed"].isin(SEEDS)]
 
-    @property
+    @cached_property
     def tuning(self) -> tuple[float, float]:
         """`tuning_error` of its finalists."""
         finals = self.table[self.table["seed"].isin(FINAL_SEEDS)]
@@ -167,11 +164,8 @@ def standing_rows(entries: Sequence[Entry]) -> pd.DataFrame:
             if against.empty:
                 continue
             records = [record for record in (*entry.records, *references[0].records) if record.budget == budget]
-            both = (one.tuning[0] ** 2, reference.tuning[0] ** 2)
-            tuning = math.sqrt(sum(both)), satterthwaite(zip(both, (one.tuning[1], reference.tuning[1]), strict=True))
-            losses = sequence_losses(records, {*runs["cell"], *against["cell"]})
-            complete = losses if losses.keys() >= {*runs["cell"], *against["cell"]} else None
-            found = difference(runs, against, complete, tuning)
+            sequences = sequence_losses(records, {*runs["cell"], *against["cell"]})
+            found = difference(runs, against, sequences, [one.tuning, reference.tuning])
             middle = runs.sort_values(X).iloc[len(runs) // 2]
             value, least, most = multiplier(found, budget, frontier)
             rows.append({
