@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peerscale.layers.base import FfnConfig, LayerCost, Surroundings, layer_config
 from peerscale.layers.groups import mean_over_devices
-from peerscale.layers.moe import Experts, RoutedExperts, grouped_product
+from peerscale.layers.moe import Experts, RoutedExperts, cost_with_shared, grouped_product
 from peerscale.layers.swiglu import Swiglu, gated_width
 from peerscale.types import Positive, Rate
 
@@ -41,13 +41,8 @@ class BalancedMoeConfig(FfnConfig):
         return gated_width(d_ff / self.granularity)
 
     def cost(self, around: Surroundings) -> LayerCost:
-        router, expert = around.d_model * self.n_experts, 3 * around.d_model * self.d_expert(around.d_ff)
-        shared = self.n_shared * expert
-        return LayerCost(
-            params={"router": router, "experts": self.n_experts * expert, "shared_experts": shared},
-            inactive=(self.n_experts - self.top_k) * expert,
-            forward_flops={"router": 2 * router, "experts": 2 * self.top_k * expert, "shared_experts": 2 * shared},
-        )
+        expert = 3 * around.d_model * self.d_expert(around.d_ff)
+        return cost_with_shared(around.d_model, expert, self.n_experts, self.top_k, self.n_shared)
 
     def build(self, around: Surroundings) -> nn.Module:
         return BalancedMoe(around.d_model, self.d_expert(around.d_ff), self)

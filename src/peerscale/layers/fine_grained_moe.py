@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from peerscale.layers.base import LayerCost, Surroundings, layer_config
 from peerscale.layers.dense import Dense
-from peerscale.layers.moe import RoutedConfig, TokenChoiceMoe
+from peerscale.layers.moe import RoutedConfig, TokenChoiceMoe, cost_with_shared
 from peerscale.types import Positive
 
 
@@ -30,13 +30,8 @@ class FineGrainedMoeConfig(RoutedConfig):
         return d_ff // self.granularity
 
     def cost(self, around: Surroundings) -> LayerCost:
-        router, expert = around.d_model * self.n_experts, 2 * around.d_model * self.d_expert(around.d_ff)
-        shared = self.n_shared * expert
-        return LayerCost(
-            params={"router": router, "experts": self.n_experts * expert, "shared_experts": shared},
-            inactive=(self.n_experts - self.top_k) * expert,
-            forward_flops={"router": 2 * router, "experts": 2 * self.top_k * expert, "shared_experts": 2 * shared},
-        )
+        expert = 2 * around.d_model * self.d_expert(around.d_ff)
+        return cost_with_shared(around.d_model, expert, self.n_experts, self.top_k, self.n_shared)
 
     def build(self, around: Surroundings) -> nn.Module:
         return FineGrainedMoe(around.d_model, around.d_ff, self, around.group_sequences)

@@ -278,3 +278,13 @@ class TokenChoiceMoe(RoutedExperts):
         if self.usage is not None:
             self.usage.add(expert_MK, gates_MK, len(x_MD))
         return self.weighted(x_MD, expert_MK, gates_MK, load_GE.sum(0)).view(x.shape)
+
+
+def cost_with_shared(d_model: int, expert: int, n_experts: int, top_k: int, n_shared: int) -> LayerCost:
+    """The cost of `top_k` of `n_experts` routed experts and of shared ones, each of `expert` parameters."""
+    router, shared = d_model * n_experts, n_shared * expert
+    return LayerCost(
+        params={"router": router, "experts": n_experts * expert, "shared_experts": shared},
+        inactive=(n_experts - top_k) * expert,
+        forward_flops={"router": 2 * router, "experts": 2 * top_k * expert, "shared_experts": 2 * shared},
+    )
