@@ -36,6 +36,8 @@ VARIANTS = {
     "half capacity": ["moe", "ffn.n_experts=4", "ffn.capacity_factor=0.5"],
     "token choice": ["moe_token_choice", "ffn.n_experts=5", "ffn.top_k=3"],
     "fine-grained": ["fine_grained_moe", "ffn.n_experts=7", "ffn.top_k=2", "ffn.n_shared=3", "ffn.granularity=6"],
+    "swiglu elsewhere": ["peer", "dense=swiglu"],
+    "relu squared elsewhere": ["engram", "dense=relu_squared"],
     "wide as moe": ["wide_dense", "~ffn.params_of", "+ffn.params_of={method:moe,n_experts:5}"],
     "wide as pkm": ["wide_dense", "ffn.params_of.method=pkm", "++ffn.params_of.d_key=30"],
 }

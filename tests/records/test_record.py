@@ -139,7 +139,7 @@ def test_is_16_hexadecimal_digits_and_stable() -> None:
         *("++ffn.activation=relu", "++ffn.score=sigmoid", "++ffn.query_bias=false", "++ffn.shared_keys=false"),
         *("optim.lr=0.1", "optim.table_lr=0.1", "optim.lr_rule=constant", "optim.warmup_fraction=0.2"),
         *("optim.final_lr_fraction=0", "optim.weight_decay=0", "optim.beta1=0.8", "optim.beta2=0.9", "optim.eps=1e-7"),
-        "routing_group_sequences=4",
+        *("routing_group_sequences=4", "dense=swiglu"),
         *("optim.grad_clip=2", "data.vocab_size=1024", "data.evaluation.validation=1024", "data.val_set=speeches"),
     ],
 )
@@ -162,6 +162,11 @@ def test_stays_with_everything_that_does_not(override: str) -> None:
     assert hashed(*override.split()) == hashed()
 
 
+def test_the_layer_of_other_blocks_does_not_count_where_there_are_none() -> None:
+    assert hashed("replaced=all", "dense=swiglu") == hashed("replaced=all")
+    assert hashed("ffn=engram", "replaced=all", "dense=swiglu") != hashed("ffn=engram", "replaced=all")
+
+
 def test_every_key_is_either_hashed_or_known_to_be_operational() -> None:
     config = load(BASE)
     left_out = {
@@ -171,7 +176,7 @@ def test_every_key_is_either_hashed_or_known_to_be_operational() -> None:
         # What these name is hashed: the layer's settings, the tokens of the corpus, the rates of this width.
         *("ffn.variant", "data.source", "optim.lr_rule", "optim.lr_factor", "optim.table_lr_law"),
         *(f"data.evaluation.{name}" for name, tokens in config.data.evaluation.items() if not tokens),
-        "routing_group_sequences",  # where it is the usual one
+        *("routing_group_sequences", "dense"),  # where they are the usual ones
         *SIZE,  # hashed as size.d_model, size.n_layers and size.n_heads
     }
     left_out |= {f"optim.lr_law.{key}" for key in to_dict(config)["optim"]["lr_law"]}

@@ -14,8 +14,8 @@ from pydantic.dataclasses import dataclass
 
 from peerscale.config.compose import composed
 from peerscale.config.errors import parse
-from peerscale.layers.base import Surroundings
-from peerscale.layers.registry import Layer
+from peerscale.layers.base import FfnConfig, Surroundings
+from peerscale.layers.registry import Layer, parse_layer
 from peerscale.types import STRICT, Fraction, Integer, Number, Positive, Rate, Seed, Whole
 
 NOT_HASHED = (
@@ -224,6 +224,8 @@ class Config:
     seed: Seed = 0
     replaced: Literal["middle", "all"] | Annotated[list[Positive], Field(min_length=1)] = "middle"
     """Blocks whose feed-forward layer is `ffn`, counted from 1; `middle` is block n_layers // 2 (paper: 6 of 12)."""
+    dense: Literal["dense", "relu_squared", "swiglu"] = "dense"
+    """The feed-forward layer of the other blocks, by its `method`."""
     batch_sequences: Positive = 16
     context: Annotated[Integer, Field(ge=2)] = 64
     """Tokens per sequence."""
@@ -269,8 +271,13 @@ class Config:
                 return tuple(sorted(set(blocks)))
 
     @property
+    def dense_layer(self) -> FfnConfig:
+        """The feed-forward layer of the blocks that are not replaced."""
+        return parse_layer({"method": self.dense})
+
+    @property
     def n_dense(self) -> int:
-        """Number of blocks that have the dense layer: all but those in which `ffn` is in its place."""
+        """Number of blocks that have the `dense_layer`: all but those in which `ffn` is in its place."""
         return self.n_layers - len(self.replaced_blocks) * (self.ffn.place == "feed_forward")
 
     @property

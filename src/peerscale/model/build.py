@@ -8,7 +8,6 @@ from torch import nn
 from peerscale.config.schema import Config
 from peerscale.errors import UserError
 from peerscale.layers.base import FfnConfig, Place, Surroundings
-from peerscale.layers.dense import DenseConfig
 from peerscale.model.transformer import Transformer
 from peerscale.ops.backends import choose_operators
 
@@ -34,7 +33,7 @@ def build_model(config: Config, device: str = "cpu") -> Transformer:
     for block in range(1, config.n_layers + 1):
         placed = {config.ffn.place: next(layers)} if block in config.replaced_blocks else {}
         if "feed_forward" not in placed:
-            placed["feed_forward"] = DenseConfig().build(around)
+            placed["feed_forward"] = config.dense_layer.build(around)
         blocks.append(placed)
     return Transformer(
         config.d_model, config.n_heads, config.context, config.data.vocab_size, blocks, operators,

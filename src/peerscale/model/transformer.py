@@ -13,10 +13,14 @@ from torch.utils.checkpoint import checkpoint
 from peerscale.errors import UserError
 from peerscale.layers.base import Place
 from peerscale.layers.dense import Dense
+from peerscale.layers.swiglu import Swiglu
 from peerscale.ops.backends import BACKENDS
 from peerscale.ops.operators import Operators
 
 ROTARY_BASE = 10_000.0
+
+DENSE = (Dense, Swiglu)
+"""Layers that torch may compile and recompute with the backbone: they are matrix products and nothing else."""
 
 
 class RmsNorm(nn.RMSNorm):
@@ -112,7 +116,7 @@ class Block(nn.Module):
             x_BTD = x_BTD + _call(self.before, x_BTD, tokens_BT)
         recompute = self.recompute and torch.is_grad_enabled()
         x_BTD = checkpoint(self._attend, x_BTD, use_reentrant=False) if recompute else self._attend(x_BTD)
-        if recompute and self.beside is None and isinstance(self.ffn, Dense):
+        if recompute and self.beside is None and isinstance(self.ffn, DENSE):
             return checkpoint(self._feed_forward, x_BTD, tokens_BT, use_reentrant=False)
         return self._feed_forward(x_BTD, tokens_BT)
 
@@ -185,7 +189,7 @@ class Transformer(nn.Module):
                 module.operators = BACKENDS["torch"]
             elif isinstance(module, Block):
                 for layer in module.layers:
-                    if not isinstance(layer, Dense):
+                    if not isinstance(layer, DENSE):
                         layer.forward = torch.compiler.disable(layer.forward)
         self.features = torch.compile(self.features)
 

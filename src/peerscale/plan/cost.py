@@ -9,7 +9,6 @@ appendix F, counts the same products; 6N leaves out attention scores).
 from dataclasses import dataclass
 
 from peerscale.config.schema import Config
-from peerscale.layers.registry import parse_layer
 
 CONVENTION = "per-operation, full attention, backward 2x"
 
@@ -48,7 +47,7 @@ def cost(config: Config) -> Cost:
     """Parameters and training FLOPs per token; a test compares them with the built model."""
     d, n_layers = config.d_model, config.n_layers
     layer, n_replaced = config.ffn.cost(config.surroundings), len(config.replaced_blocks)
-    dense = parse_layer({"method": "dense"}).cost(config.surroundings)
+    dense = config.dense_layer.cost(config.surroundings)
     params = {
         "embedding": config.data.vocab_size * d,
         "attention": n_layers * 4 * d * d,

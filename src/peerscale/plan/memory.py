@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from peerscale.config.schema import Config
-from peerscale.layers.registry import layer_class, parse_layer
+from peerscale.layers.registry import layer_class
 from peerscale.plan.cost import TRAINING, Cost, cost
 
 DENSE = {"method": "dense"}
@@ -25,7 +25,7 @@ def device_memory(config: Config, micro_batches: int | None = None) -> dict[str,
     """
     around, bytes_each = config.surroundings, 2 if config.precision == "bf16" else 4
     d_model, n_layers = config.d_model, config.n_layers
-    layer, dense = config.ffn.saved_numbers(around), parse_layer(DENSE).saved_numbers(around)
+    layer, dense = config.ffn.saved_numbers(around), config.dense_layer.saved_numbers(around)
     n_replaced = len(config.replaced_blocks)
     numbers = n_layers * 9 * d_model + n_replaced * layer + config.n_dense * dense
     if config.trainer.activation_checkpointing:

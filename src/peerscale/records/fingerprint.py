@@ -18,7 +18,7 @@ NAMES = (
 """Keys that are not hashed because the values that they stand for are: layer settings, tokens, learning rates."""
 
 ADDED_LATER: dict[str, Any] = {
-    "routing_group_sequences": None, "ffn.initial_output_scale": 1.0,
+    "routing_group_sequences": None, "ffn.initial_output_scale": 1.0, "dense": "dense",
 }  # fmt: skip
 """Keys that older configurations do not have, with the values that have the same effect as their absence. A key is
 hashed only if it has another value, so that the fingerprints of finished cells do not change."""
@@ -30,6 +30,8 @@ def hashed_config(config: Config, plan: Plan, data_fingerprint: str) -> dict[str
     tree["routing_group_sequences"] = config.routing_group_sequences if config.n_routing_groups > 1 else None
     for key in (*NOT_HASHED, *NAMES):
         remove_key(tree, key)
+    if not config.n_dense:
+        del tree["dense"]
     for key, usual in ADDED_LATER.items():
         remove_key(tree, key, usual)
     tree["optim"] |= {"lr": plan.lr, "table_lr": plan.table_lr, "schedule": "cosine"}
