@@ -33,14 +33,14 @@ endif
 .DEFAULT_GOAL := help
 # `data sweep figures` need each other in this order, also with make -j.
 .NOTPARALLEL:
-.PHONY: help setup reproduce smoke test check data studies plan sweep repeat status restore figures compare place tune standing page publish sync dashboard notebooks bench torture clean
+.PHONY: help setup reproduce smoke test check data studies plan sweep repeat status restore figures compare place tune time standing page publish sync dashboard notebooks bench torture clean
 
 help: ## print this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 	@echo; echo "Variables: SWEEP=$(SWEEP) LAUNCHER=joblib|local|slurm JOBS=$(JOBS) OVERRIDES='key=value ...' PYTHON=$(PYTHON)"
 	@echo "METHOD=NAME RIVALS=NAME,NAME: what to compare (every method with the study's baseline; METHOD alone: with all others)"
 	@echo "CELL=NAME: the cell to repeat; PRICE=NUMBER: price of a GPU-hour, for plan; REPLACE=1: publish may remove finished cells of results/, or replace them by cells of another configuration"
-	@echo "LAYER=NAME: the layer to place or tune; BUDGET=$(BUDGET): the largest budget of its row; PLAN=1, CHECK=1: of make place"
+	@echo "LAYER=NAME: the layer to place, tune or time; BUDGET=$(BUDGET): the largest budget of its row; PLAN=1, CHECK=1: of make place"
 	@echo "LOCKED=1: setup installs the versions that the published studies ran on (requirements.lock)"
 	@echo "Exit codes of the programs: 0 done, 1 a crash, 2 wrong input, 3 some cells failed (make sweep counts this as success), 4 some cells were killed again and again, 130 Ctrl-C"
 
@@ -98,6 +98,9 @@ place: setup ## tune LAYER, train it and write its folder in results/standing; P
 
 tune: setup ## tune LAYER as the standing table does, and print lines for its file in conf/ffn
 	@$(BIN)/python -m peerscale.launch.place $(LAYER) --tune --launcher $(LAUNCHER) $(AT_ONCE_$(LAUNCHER)) $(OVERRIDES)
+
+time: setup ## time steps of LAYER in turn with the reference of the standing table, on a machine that does nothing else
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/layer_time.py $(LAYER)
 
 standing: setup ## the standing table and its figure, from the records in results/standing
 	@$(BIN)/python analysis/standing.py

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peerscale.errors import UserError
+from peerscale.errors import ConfigError, UserError
 from peerscale.plan import entrant as protocol
 from peerscale.plan.cell import Cell
 from peerscale.plan.entrant import Entrant, Placing, drive, read_entrant
@@ -19,6 +20,20 @@ from peerscale.records.record import Record, Status, new_record
 from peerscale.stats.standing import standing_rows
 
 CHOICE = [{"ffn.n_heads": 1, "ffn.top_k": 64}, {"ffn.n_heads": 4, "ffn.top_k": 16}]
+
+
+OUTSIDE = """
+from peerscale.layers import layer_config
+from peerscale.layers.dense import Dense, DenseConfig
+
+
+@layer_config
+class HalvedConfig(DenseConfig):
+    method: str = "halved"
+
+    def d_hidden(self, around):
+        return around.d_ff // 2
+"""
 
 
 def loss_of(cell: Cell, best_lr: float = 1.3, best_table_lr: float = 0.01) -> float:
@@ -57,7 +72,7 @@ def placed(
 
 def test_stages_follow_the_protocol(tmp_path: Path) -> None:
     entrant = Entrant(layer="peer", choice=CHOICE)
-    stages, folder = placed(tmp_path, "peer", entrant)
+    stages, folder = placed(tmp_path, "two_of_peer", entrant)
     trials, finals, row, around, row_3e13 = stages
     assert len(trials) == 12 and {cell.config.seed for cell in trials} == {200}
     rates = np.array([[cell.config.optim.lr_factor, cell.config.optim.table_lr] for cell in trials], float)
@@ -83,8 +98,8 @@ def test_stages_follow_the_protocol(tmp_path: Path) -> None:
     assert all(
         cell.config.replaced == [2, 4] and cell.config.batch_sequences == 32 for stage in stages for cell in stage
     )
-    assert check_entry(Placing("peer", entrant), tmp_path) == sum(map(len, stages))
-    assert read_entries(tmp_path)[0].about["protocol"] == entries.protocol_hash() and folder == tmp_path / "peer"
+    assert check_entry("two_of_peer", standing=tmp_path) == sum(map(len, stages))
+    assert read_entries(tmp_path)[0].about["protocol"] == entries.protocol_hash() and folder == tmp_path / "two_of_peer"
 
 
 def test_a_choice_at_an_end_widens_the_space_once(tmp_path: Path) -> None:
@@ -97,9 +112,8 @@ def test_a_choice_at_an_end_widens_the_space_once(tmp_path: Path) -> None:
 
 def test_the_check_finds_missing_further_and_other_runs(tmp_path: Path) -> None:
     entrant = Entrant(layer="dense")
-    _, folder = placed(tmp_path, "dense", entrant)
+    _, folder = placed(tmp_path, "dense_in_two", entrant)
     records = entries.read_records(folder)
-    placing = Placing("dense", entrant)
     other = {"fingerprint": "0" * 16, "hashed_config": records[0].hashed_config | {"context": 32}}
     for changed, message in (
         (records[1:], f"{records[0].cell} is missing"),
@@ -108,13 +122,13 @@ def test_the_check_finds_missing_further_and_other_runs(tmp_path: Path) -> None:
     ):  # fmt: skip
         entries.write_records(folder, changed)
         with pytest.raises(UserError, match=message):
-            check_entry(placing, tmp_path)
+            check_entry("dense_in_two", standing=tmp_path)
     entries.write_records(folder, records)
     about = json.loads((folder / entries.ENTRY).read_text())
     about["chosen"]["1e+13"]["optim.lr_factor"] = 7.0
     (folder / entries.ENTRY).write_text(json.dumps(about))
     with pytest.raises(UserError, match="its runs choose"):
-        check_entry(placing, tmp_path)
+        check_entry("dense_in_two", standing=tmp_path)
 
 
 def test_rows_follow_from_the_records_and_move_nobody(tmp_path: Path) -> None:
@@ -132,5 +146,41 @@ def test_rows_follow_from_the_records_and_move_nobody(tmp_path: Path) -> None:
 
 
 def test_a_name_without_a_file_is_a_layer() -> None:
-    assert asdict(read_entrant("peer")) == asdict(Entrant(layer="peer"))
+    assert asdict(read_entrant("fine_grained_moe")) == asdict(Entrant(layer="fine_grained_moe"))
     assert read_entrant("swiglu") == Entrant(layer="swiglu", replaced="all")
+
+
+def test_models_of_more_than_ten_times_the_parameters_of_dense_are_refused() -> None:
+    space = [{"ffn.n_experts": 48}]
+    with pytest.raises(ConfigError, match=r"moe-d64.* parameters, more than 10 times those of dense, 328,256"):
+        next(Placing("many", Entrant(layer="moe", choice=space)).tuning())
+
+
+def test_the_reference_is_the_dense_layer_of_the_other_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "entrant_files", lambda: {"gated": tmp_path / "gated.yaml"})
+    (tmp_path / "gated.yaml").write_text("{layer: swiglu, replaced: all, reference: true}")
+    assert {cell.config.dense for cell in next(Placing("peer", Entrant(layer="peer")).tuning())} == {"swiglu"}
+
+
+def test_the_folder_of_an_outside_layer_has_its_module_and_is_checked_without_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, elsewhere, standing = tmp_path / "home", tmp_path / "elsewhere", tmp_path / "standing"
+    (home / "conf/ffn").mkdir(parents=True)
+    elsewhere.mkdir()
+    (home / "conf/ffn/halved.yaml").write_text(
+        "# @package _global_\nffn: {class: halved_layer.HalvedConfig}\noptim: {lr: 0.005}\n"
+    )
+    (home / "halved_layer.py").write_text(OUTSIDE)
+    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(home)
+    stages, folder = placed(standing, "halved", Entrant(layer="halved"))
+    assert sorted(path.name for path in folder.rglob("*.*")) == [
+        *("entrant.json", "halved.yaml", "halved_layer.py", "records.jsonl", "sequence_losses.npz")
+    ]
+    monkeypatch.chdir(elsewhere)
+    del sys.modules["halved_layer"]
+    sys.path.remove(str(home))
+    assert check_entry("halved", standing=standing) == sum(map(len, stages))
+    assert sys.modules["halved_layer"].__file__ == str(folder / "halved_layer.py")

@@ -35,9 +35,10 @@ def _row(row: Mapping[Any, Any]) -> dict[str, str]:
         "multiplier in FLOPs [95 %]": _multiplier(row["multiplier"], ends),
         "difference [95 %]": with_interval(row["difference"], (row["low"], row["high"]), "{:+.3f}"),
         "smallest effect that could be told": number(row["smallest"], "{:.3f}"),
-        "loss": number(row["loss"], "{:.4f}"), "active parameters": f"{row['params_active']:,}",
+        "time at equal FLOPs": number(row["time"], "{:.2f}"), "loss": number(row["loss"], "{:.4f}"),
+        "active parameters": f"{row['params_active']:,}",
         "total": f"{row['params_total']:,}", "sizes x seeds": f"{row['sizes']} x {row['seeds']}",
-        "runs to tune": str(row["trials"]), "protocol": row["protocol"],
+        "runs to tune": str(row["trials"]), "mark": row["mark"], "protocol": row["protocol"],
     }  # fmt: skip
 
 

@@ -97,6 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     mode.add_argument("--tune", action="store_true", help="stop after tuning, and print lines for the layer's file")
     mode.add_argument("--check", action="store_true", help="check that results/standing has exactly the runs wanted")
     options = parser.parse_intermixed_args(arguments)
+    if options.check:
+        print(f"{options.layer}: {check_entry(options.layer, options.overrides)} runs, as the protocol asks")
+        return 0
     placing = Placing(options.layer, read_entrant(options.layer), options.overrides)
     budgets = [budget for budget in placing.sizes if budget <= options.budget]
     if options.budget not in budgets:
@@ -104,9 +107,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(f"--budget {options.budget:g}: a row has the budgets {allowed}")
     if options.plan:
         print_plan(placing, budgets, options.jobs or 1)
-        return 0
-    if options.check:
-        print(f"{placing.name}: {check_entry(placing)} runs, as the protocol asks")
         return 0
     slurm = slurm_settings(options.launcher, options.overrides, options.jobs)
     ran: dict[str, Record] = {}

@@ -6,7 +6,7 @@ next stage. Whoever drives it runs the cells, or looks up their records: both wa
 
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -18,8 +18,10 @@ from peerscale.config.compose import composed, value_at
 from peerscale.config.errors import ConfigError, hydra_errors, parse
 from peerscale.config.study_file import StudyFile
 from peerscale.files import OURS, ROOT
+from peerscale.layers.registry import parse_layer
 from peerscale.plan.cell import Cell
 from peerscale.plan.cells import planned_cells
+from peerscale.plan.cost import cost
 from peerscale.types import STRICT
 
 Losses = Mapping[str, float]
@@ -55,6 +57,9 @@ REFERENCE_SIZES = {
 }  # fmt: skip
 """Those of the reference."""
 
+MOST_PARAMETERS = 10
+"""How many times the parameters of dense a model may have."""
+
 RATE, TABLE_RATE = "optim.lr_factor", "optim.table_lr"
 SETTINGS: dict[str, Any] = {
     "batch_sequences": 32, "context": 64, "n_layers": 4, "head_dim": 16, "data": {"vocab_size": 2048},
@@ -77,6 +82,8 @@ class Entrant:
     """The further choice: settings by key, such as `{ffn.n_heads: 1, ffn.top_k: 64}`. Empty: the usual ones."""
     reference: bool = False
     """Whether all rows are compared with this one."""
+    mark: str = ""
+    """What a reader of its row must know, such as `control`."""
 
 
 def read_entrant(name: str) -> Entrant:
@@ -87,20 +94,31 @@ def read_entrant(name: str) -> Entrant:
     """
     from omegaconf import OmegaConf
 
-    file = next((path for path in entrant_files() if path.stem == name), None)
+    file = entrant_files().get(name)
     if file is None:
         return Entrant(layer=name)
     with hydra_errors(file.name):
         tree: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+    return parse_entrant(tree, f"{file.name}: ")
+
+
+def parse_entrant(tree: Any, where: str) -> Entrant:
+    """An entrant from its declaration; raises `ConfigError` with `where` before the key."""
     if not isinstance(tree, dict):
-        raise ConfigError(f"{file.name}: input should be a mapping")
-    return parse(TypeAdapter(Entrant), tree, f"{file.name}: ")
+        raise ConfigError(f"{where}input should be a mapping")
+    return parse(TypeAdapter(Entrant), tree, where)
 
 
-def entrant_files() -> list[Path]:
-    """The files of entrants, by name."""
-    files = {path.stem: path for folder in (OURS, ROOT) for path in (folder / "sweeps" / "standing").glob("*.yaml")}
-    return [files[name] for name in sorted(files)]
+def entrant_files() -> dict[str, Path]:
+    """The files of entrants by name: ours, those of the checkout, and those of the current folder."""
+    folders = (OURS, ROOT, Path.cwd())
+    return {path.stem: path for folder in folders for path in sorted((folder / "sweeps" / "standing").glob("*.yaml"))}
+
+
+def dense_layer() -> str:
+    """The dense layer in the blocks that an entrant leaves: that of the reference, or `dense` while there is none."""
+    entrants = [read_entrant(name) for name in entrant_files()]
+    return next((entrant.layer for entrant in entrants if entrant.reference), "dense")
 
 
 @dataclass(frozen=True)
@@ -138,6 +156,11 @@ class Space:
         return None if ranges == self.ranges else Space(ranges, self.choice)
 
 
+def _dense_params(cell: Cell) -> int:
+    """Parameters of the model with the same d_model that has GELU in all blocks."""
+    return cost(replace(cell.config, ffn=parse_layer({"method": "dense"}), replaced="all")).params_total
+
+
 def _around(usual: float, width: float) -> tuple[float, float]:
     return usual / math.sqrt(width), usual * math.sqrt(width)
 
@@ -166,10 +189,14 @@ class Placing(NamedTuple):
         study = StudyFile(
             path=Path(f"{PREFIX}{self.name}.yaml"),
             defaults=[],
-            settings=SETTINGS | {"replaced": self.entrant.replaced, "data": data},
+            settings=SETTINGS | {"dense": dense_layer(), "replaced": self.entrant.replaced, "data": data},
             sweep={"methods": [self.entrant.layer], "seeds": [*seeds], "min_sizes": 1, "grid": grid},
         )
-        return planned_cells(study, self.overrides)
+        cells = planned_cells(study, self.overrides)
+        if large := [cell for cell in cells if cell.plan.cost.params_total > MOST_PARAMETERS * _dense_params(cell)]:
+            has = f"{large[0].name} has {large[0].plan.cost.params_total:,} parameters"
+            raise ConfigError(f"{has}, more than {MOST_PARAMETERS} times those of dense, {_dense_params(large[0]):,}")
+        return cells
 
     def tuning(self) -> Stages:
         """Trials, then new seeds of the best, which choose; once more in a wider space if the choice lies at an end.

@@ -1,16 +1,22 @@
-"""The folder of an entrant in results/standing: what it is, what was chosen, and the records of all its runs."""
+"""The folder of an entrant in results/standing: what it is, what was chosen, and the records of all its runs.
+
+For a layer outside peerscale it also has its module and its YAML file, where `find_layers_of` makes them found.
+"""
 
 import hashlib
 import json
+import os
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from peerscale.errors import UserError
-from peerscale.files import OURS, replacing, write_json
+from peerscale.files import OURS, PACKAGE, replacing, write_json
 from peerscale.plan.cell import Cell
-from peerscale.plan.entrant import Losses, Placing, Settings, drive
+from peerscale.plan.entrant import Losses, Placing, Settings, drive, entrant_files, parse_entrant, read_entrant
 from peerscale.plan.plan import Verdict
 from peerscale.records.record import Record, Status, differences
 from peerscale.records.study import RESULTS, read_json
@@ -18,6 +24,8 @@ from peerscale.records.table import read_records, write_records
 
 STANDING = RESULTS / "standing"
 ENTRY = "entrant.json"
+TIME = "time.json"
+"""What `make time` measured: `time_over_reference`, at equal training FLOPs, and how."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +36,8 @@ class Entry:
     about: Mapping[str, Any]
     """`entrant`, its declaration; `protocol`, the hash of the rules that it followed; `chosen`, settings by budget."""
     records: Sequence[Record]
+    time_over_reference: float | None = None
+    """Of a step, divided by its FLOPs; None: not measured."""
 
 
 def write_entry(
@@ -41,15 +51,44 @@ def write_entry(
             "chosen": {f"{budget:g}": settings for budget, settings in chosen.items()},
         })  # fmt: skip
         write_records(temporary, [records[name] for name in sorted(records)])
+        for name, path in {**_outside_files(placing), TIME: standing / placing.name / TIME}.items():
+            if path.is_file():
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, temporary / name)
     return standing / placing.name
+
+
+def _outside_files(placing: Placing) -> dict[str, Path]:
+    """The module and the YAML file of a layer outside peerscale, by their names in its entry."""
+    (cell, *_) = next(placing.tuning())
+    module = type(cell.config.ffn).__module__
+    yaml = f"conf/ffn/{placing.entrant.layer}.yaml"
+    files = {}
+    if not (path := Path(str(sys.modules[module].__file__)).resolve()).is_relative_to(PACKAGE):
+        files[f"{module.replace('.', '/')}.py"] = path
+    if not (OURS / yaml).is_file():
+        folders = [Path(folder) for folder in (".", *os.environ.get("PYTHONPATH", "").split(os.pathsep)) if folder]
+        files[yaml] = next(folder / yaml for folder in folders if (folder / yaml).is_file())
+    return files
+
+
+def find_layers_of(folder: Path) -> None:
+    """Let the layer's module and YAML file be found in its entry, after those of the current folder."""
+    sys.path.append(str(folder))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(folder)]))
 
 
 def read_entries(standing: Path = STANDING) -> list[Entry]:
     """All entrants, by name."""
     return [
-        Entry(name=path.parent.name, about=read_json(path), records=read_records(path.parent))
+        Entry(name=path.parent.name, about=read_json(path), records=read_records(path.parent),
+              time_over_reference=_time(path.parent / TIME))
         for path in sorted(standing.glob(f"*/{ENTRY}"))
-    ]
+    ]  # fmt: skip
+
+
+def _time(path: Path) -> float | None:
+    return read_json(path)["time_over_reference"] if path.is_file() else None
 
 
 def protocol_hash() -> str:
@@ -63,14 +102,23 @@ def losses_of(records: Mapping[str, Record]) -> Losses:
     return {name: one.evaluation[one.hashed_config["data"]["val_set"]]["loss"] for name, one in done.items()}
 
 
-def check_entry(placing: Placing, standing: Path = STANDING) -> int:
+def check_entry(name: str, overrides: Sequence[str] = (), standing: Path = STANDING) -> int:
     """Check that the records of an entrant are exactly those of the protocol; returns their number.
 
+    Args:
+        name: of the entrant. Its declaration is the entry's, which a file in sweeps/standing must not contradict.
+        overrides: of every cell.
+
     Raises:
-        UserError: runs are missing, of another configuration, or not asked for; or the choice is another one.
+        UserError: its file in sweeps/standing says otherwise; runs are missing, of another configuration, or not asked
+            for; or the choice is another one.
     """
-    path = standing / placing.name
+    path = standing / name
+    find_layers_of(path)
     about = read_json(path / ENTRY)
+    placing = Placing(name, parse_entrant(about["entrant"], f"{path / ENTRY}: "), overrides)
+    if name in entrant_files() and (declared := read_entrant(name)) != placing.entrant:
+        raise UserError(f"{path}: {ENTRY} is of {placing.entrant}, but its file in sweeps/standing says {declared}")
     records = {record.cell: record for record in read_records(path)}
     seen: set[str] = set()
 

@@ -144,7 +144,8 @@ def standing_rows(entries: Sequence[Entry]) -> pd.DataFrame:
 
     Columns: budget, rank, entrant, difference, low, high, p, se, df, smallest (the smallest effect that could have been
     told), multiplier, multiplier_low, multiplier_high, loss (mean over sizes), params_active, params_total (at the
-    middle size), sizes, seeds, trials (all runs but those of the row), protocol.
+    middle size), time (of training at equal FLOPs over the reference's; NaN: not measured), sizes, seeds, trials (all
+    runs but those of the row), mark, protocol.
 
     Raises:
         UserError: there is not exactly one reference.
@@ -173,9 +174,10 @@ def standing_rows(entries: Sequence[Entry]) -> pd.DataFrame:
                 "high": found.interval[1], "p": found.p, "se": found.se, "df": found.df,
                 "smallest": DETECTABLE * found.se, "multiplier": value, "multiplier_low": least,
                 "multiplier_high": most, "loss": runs["val_loss"].mean(), "params_active": int(middle["params_active"]),
-                "params_total": int(middle["params_total"]), "sizes": runs["size"].nunique(),
+                "params_total": int(middle["params_total"]), "time": entry.time_over_reference or math.nan,
+                "sizes": runs["size"].nunique(),
                 "seeds": runs["seed"].nunique(), "trials": len(one.table) - len(one.of_rows),
-                "protocol": entry.about["protocol"],
+                "mark": entry.about["entrant"]["mark"], "protocol": entry.about["protocol"],
             })  # fmt: skip
     table = pd.DataFrame(rows)
     for _, at in table.groupby("budget"):
