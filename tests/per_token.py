@@ -98,11 +98,11 @@ def pkm(layer: nn.Module, x_TD: Tensor) -> Tensor:
 
 def dense(layer: nn.Module, x_TD: Tensor) -> Tensor:
     """W2 gelu(W1 x)."""
-    return torch.stack([layer.up.weight @ gelu(layer.down.weight @ x) for x in x_TD])
+    return torch.stack([layer.down.weight @ gelu(layer.up.weight @ x) for x in x_TD])
 
 
 def coarse_expert(layer: nn.Module, e: int, x_D: Tensor) -> Tensor:
-    return gelu(x_D @ layer.experts.down[e]) @ layer.experts.up[e]
+    return gelu(x_D @ layer.experts.up[e]) @ layer.experts.down[e]
 
 
 def expert_choice(layer: nn.Module, x_BTD: Tensor) -> Tensor:
@@ -130,12 +130,12 @@ def token_choice(layer: nn.Module, x_TD: Tensor) -> Tensor:
 
 def fine_grained(layer: nn.Module, x_TD: Tensor, n_shared: int) -> Tensor:
     """Dai et al. 2024, equations 9 to 11 without the residual: shared experts one by one, then the best routed ones."""
-    width = layer.experts.down.shape[-1]
+    width = layer.experts.up.shape[-1]
     y = []
     for x, routed in zip(x_TD, token_choice(layer, x_TD), strict=True):
         for i in range(n_shared):
             units = slice(i * width, (i + 1) * width)
-            routed = routed + layer.shared.up.weight[:, units] @ gelu(layer.shared.down.weight[units] @ x)
+            routed = routed + layer.shared.down.weight[:, units] @ gelu(layer.shared.up.weight[units] @ x)
         y.append(routed)
     return torch.stack(y)
 

@@ -19,17 +19,17 @@ def unlike_new(layer: nn.Module) -> nn.Module:
 
 
 def gated_unit(x_D: Tensor, gate_FD: Tensor, down_FD: Tensor, up_DF: Tensor) -> Tensor:
-    """Shazeer 2020, equation 6, with silu; its W, V and W2 are `gate`, `down` and `up`."""
+    """Shazeer 2020, equation 6, with silu; its W, V and W2 are `gate`, `up` and `down`."""
     return up_DF @ (F.silu(gate_FD @ x_D) * (down_FD @ x_D))
 
 
 def swiglu(layer: nn.Module, x_TD: Tensor, *_) -> Tensor:
-    return torch.stack([gated_unit(x, layer.gate.weight, layer.down.weight, layer.up.weight) for x in x_TD])
+    return torch.stack([gated_unit(x, layer.gate.weight, layer.up.weight, layer.down.weight) for x in x_TD])
 
 
 def relu_squared(layer: nn.Module, x_TD: Tensor, *_) -> Tensor:
     """So et al. 2021."""
-    return torch.stack([layer.up.weight @ per_token.relu(layer.down.weight @ x) ** 2 for x in x_TD])
+    return torch.stack([layer.down.weight @ per_token.relu(layer.up.weight @ x) ** 2 for x in x_TD])
 
 
 def scores_and_chosen(layer: nn.Module, x_D: Tensor, top_k: int) -> tuple[Tensor, list[int]]:
@@ -41,14 +41,14 @@ def scores_and_chosen(layer: nn.Module, x_D: Tensor, top_k: int) -> tuple[Tensor
 def balanced_moe(layer: nn.Module, x_TD: Tensor, config, *_) -> Tensor:
     """The mixture of DeepSeek-V3 without the residual: shared experts one by one, then the chosen ones."""
     routed, shared, y = layer.experts, layer.shared, []
-    width = routed.down.shape[-1]
+    width = routed.up.shape[-1]
     for x in x_TD:
         score_E, chosen = scores_and_chosen(layer, x, config.top_k)
         units = [slice(i * width, (i + 1) * width) for i in range(config.n_shared)]
-        parts = [gated_unit(x, shared.gate.weight[u], shared.down.weight[u], shared.up.weight[:, u]) for u in units]
+        parts = [gated_unit(x, shared.gate.weight[u], shared.up.weight[u], shared.down.weight[:, u]) for u in units]
         for e in chosen:
             weight = score_E[e] / sum(score_E[other] for other in chosen)
-            parts.append(weight * gated_unit(x, routed.gate[e].T, routed.down[e].T, routed.up[e].T))
+            parts.append(weight * gated_unit(x, routed.gate[e].T, routed.up[e].T, routed.down[e].T))
         y.append(sum(parts))
     return torch.stack(y)
 

@@ -126,9 +126,9 @@ PARTS = {
     "balanced_moe": {
         "router": lambda layer: nn.init.zeros_(layer.router.weight),
         "balance bias": lambda layer: nn.init.zeros_(layer.bias_E),
-        "routed experts": lambda layer: nn.init.zeros_(layer.experts.up),
+        "routed experts": lambda layer: nn.init.zeros_(layer.experts.down),
         "gates of experts": lambda layer: nn.init.ones_(layer.experts.gate),
-        "shared experts": lambda layer: nn.init.zeros_(layer.shared.up.weight),
+        "shared experts": lambda layer: nn.init.zeros_(layer.shared.down.weight),
     },
     "memory_plus": {
         "gate": ungate,
@@ -287,7 +287,7 @@ def test_the_bias_chooses_but_does_not_weigh_and_the_shared_experts_are_added() 
     torch.testing.assert_close(y[0], y[1])
     assert not torch.allclose(y[0], y[2], atol=1e-3)
     shared = layer.shared(x)
-    nn.init.zeros_(layer.shared.up.weight)
+    nn.init.zeros_(layer.shared.down.weight)
     torch.testing.assert_close(layer(x), y[2] - shared)
     assert shared.abs().max() > 1e-2
     assert "bias_E" in layer.state_dict() and "bias_E" not in dict(layer.named_parameters())

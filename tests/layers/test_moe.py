@@ -74,7 +74,7 @@ def test_grouped_experts_are_each_expert_on_its_own_rows(d_model: int, d_ff: int
     wanted = torch.cat([per_token.coarse_expert(layer, e, rows) for e, rows in enumerate(x.split(loads))])
     got = layer.experts.grouped(x, torch.tensor(loads))
     torch.testing.assert_close(got, wanted)
-    upstream, inputs = torch.randn_like(wanted), [x, layer.experts.down, layer.experts.up]
+    upstream, inputs = torch.randn_like(wanted), [x, layer.experts.up, layer.experts.down]
     for a, b in zip(
         torch.autograd.grad(got, inputs, upstream), torch.autograd.grad(wanted, inputs, upstream), strict=True
     ):
@@ -109,16 +109,16 @@ def test_token_choice_keeps_the_leading_shape_and_takes_no_tokens() -> None:
 def test_one_expert_is_the_dense_layer(make) -> None:
     layer, dense, x = make(1), Dense(5, 20), torch.randn(4, 3, 5)
     with torch.no_grad():
-        dense.down.weight.copy_(layer.experts.down[0].T)
         dense.up.weight.copy_(layer.experts.up[0].T)
+        dense.down.weight.copy_(layer.experts.down[0].T)
     torch.testing.assert_close(layer(x), dense(x))
 
 
 def test_init_weights_draws_the_router_and_scales_what_the_constructor_drew_of_experts() -> None:
     layer = token_choice(8, d_model=64, d_ff=256)
-    router, down, up = (weight.clone() for weight in layer.parameters())
+    router, up, down = (weight.clone() for weight in layer.parameters())
     layer.init_weights(0.5)
-    assert torch.equal(layer.experts.down, down) and torch.equal(layer.experts.up, 0.5 * up)
+    assert torch.equal(layer.experts.up, up) and torch.equal(layer.experts.down, 0.5 * down)
     assert not torch.equal(layer.router.weight, router)
     assert layer.router.weight.std().item() == pytest.approx(64**-0.5, rel=0.2)
 
@@ -180,7 +180,7 @@ def test_auxiliary_loss_trains_the_router_alone_and_only_in_training() -> None:
     layer(x)
     layer.auxiliary_loss.backward()
     assert layer.router.weight.grad.abs().max() > 0
-    assert layer.experts.down.grad is None
+    assert layer.experts.up.grad is None
     fresh = token_choice(4, balance=1.0).eval()
     fresh(x)
     assert fresh.auxiliary_loss is None
@@ -238,6 +238,6 @@ def test_fine_grained_gates_of_the_chosen_do_not_sum_to_one() -> None:
     layer, x = fine_grained(8, 2), torch.randn(3, 5)
     with torch.no_grad():
         layer.router.weight.zero_()
-        layer.experts.down[:], layer.experts.up[:] = layer.experts.down[0].clone(), layer.experts.up[0].clone()
+        layer.experts.up[:], layer.experts.down[:] = layer.experts.up[0].clone(), layer.experts.down[0].clone()
     routed = 2 / 8 * torch.stack([per_token.coarse_expert(layer, 0, row) for row in x])
     torch.testing.assert_close(layer(x) - layer.shared(x), routed)

@@ -63,7 +63,7 @@ def test_each_place_is_what_its_name_says(place: str, here: Path) -> None:
     y = y + block.attention(block.attention_norm(y))
     normed = block.ffn_norm(y)
     if place != "feed_forward":
-        y = y + torch.nn.functional.gelu(normed @ block.ffn.down.weight.T) @ block.ffn.up.weight.T
+        y = y + torch.nn.functional.gelu(normed @ block.ffn.up.weight.T) @ block.ffn.down.weight.T
     if place != "before_attention":
         y = y + recall(normed)
     torch.testing.assert_close(block(x, tokens), y)

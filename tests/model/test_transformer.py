@@ -152,7 +152,7 @@ def test_the_layer_gets_every_setting_of_its_configuration() -> None:
     assert (token.n_experts, token.top_k, token.config.load_balance_weight, token.z_loss_weight) == (6, 2, 0.5, 0.25)
     layer = built("fine_grained_moe", *sizes, "ffn.n_shared=3", "ffn.granularity=8")
     assert (layer.n_experts, layer.top_k, layer.config.load_balance_weight, layer.z_loss_weight) == (6, 2, 0.5, 0)
-    assert layer.experts.down.shape == (6, 8, 4) and layer.shared.down.weight.shape == (12, 8)
+    assert layer.experts.up.shape == (6, 8, 4) and layer.shared.up.weight.shape == (12, 8)
     choice = built("moe", "ffn.n_experts=8", "ffn.capacity_factor=2")
     assert (choice.n_experts, choice.config.capacity_factor) == (8, 2)
 
@@ -199,10 +199,10 @@ def test_starts_with_the_documented_variances(ffn: str) -> None:
     }
     if ffn != "dense":  # every expert starts as a dense layer
         width = {"moe": 512, "fine_grained_moe": 128}[ffn]
-        wanted |= {layer.experts.down: 128**-0.5, layer.experts.up: width**-0.5 * half}
+        wanted |= {layer.experts.up: 128**-0.5, layer.experts.down: width**-0.5 * half}
     if ffn != "moe":
         part = layer if ffn == "dense" else layer.shared
-        wanted |= {part.down.weight: 128**-0.5, part.up.weight: (wide if ffn == "dense" else 128**-0.5) * half}
+        wanted |= {part.up.weight: 128**-0.5, part.down.weight: (wide if ffn == "dense" else 128**-0.5) * half}
     for weight, std in wanted.items():
         assert weight.std().item() == pytest.approx(std, rel=0.03)
         assert weight.mean().item() == pytest.approx(0, abs=0.03 * std)

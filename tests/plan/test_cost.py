@@ -179,7 +179,7 @@ def test_active_parameters_of_token_choice(ffn: str, top_k: int) -> None:
     model(torch.zeros(1, 1, dtype=torch.long)).square().sum().backward()
     untouched = 0
     for block in model.blocks:
-        for table in (block.ffn.experts.down, block.ffn.experts.up):
+        for table in (block.ffn.experts.up, block.ffn.experts.down):
             assert gradient_rows(table) == top_k
             untouched += (6 - top_k) * table[0].numel()
     assert cost(config).params_active == sum(p.numel() for p in model.parameters()) - untouched

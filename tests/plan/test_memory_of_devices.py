@@ -55,7 +55,7 @@ def test_checkpointing_keeps_the_inputs_of_what_is_computed_again(ffn: str) -> N
     shape = ["d_model=64", "n_layers=8"]
     settings = [f"ffn={ffn}", "trainer.kernel=torch", *shape, *NARROWER.get(ffn, [])]
     config = load([*settings, "trainer.activation_checkpointing=true"])
-    hidden = max(layer.down.out_features for layer in build_model(config).modules() if isinstance(layer, Dense))
+    hidden = max(layer.up.out_features for layer in build_model(config).modules() if isinstance(layer, Dense))
     one_block = 4 * config.tokens_per_step * (9 * 64 + 2 * 64 + 2 * hidden)
     activations = device_memory(config)["activations"]
     assert activations == pytest.approx(saved_bytes(config) + one_block, rel=0.15)

@@ -63,8 +63,8 @@ class GatedExperts(Experts):
         self.gate = nn.Parameter(torch.randn(n_experts, d_model, d_expert) * d_model**-0.5)
 
     def grouped(self, x_PD: Tensor, rows_E: Tensor) -> Tensor:
-        gate_PF, down_PF = (grouped_product(x_PD, weight, rows_E) for weight in (self.gate, self.down))
-        return grouped_product(F.silu(gate_PF) * down_PF, self.up, rows_E)
+        gate_PF, up_PF = (grouped_product(x_PD, weight, rows_E) for weight in (self.gate, self.up))
+        return grouped_product(F.silu(gate_PF) * up_PF, self.down, rows_E)
 
 
 class BalancedMoe(RoutedExperts):

@@ -111,20 +111,20 @@ class Experts(nn.Module):
 
     def __init__(self, n_experts: int, d_model: int, d_expert: int) -> None:
         super().__init__()
-        self.down = nn.Parameter(torch.randn(n_experts, d_model, d_expert) * d_model**-0.5)
-        self.up = nn.Parameter(torch.randn(n_experts, d_expert, d_model) * d_expert**-0.5)
+        self.up = nn.Parameter(torch.randn(n_experts, d_model, d_expert) * d_model**-0.5)
+        self.down = nn.Parameter(torch.randn(n_experts, d_expert, d_model) * d_expert**-0.5)
 
     def init_weights(self, output_scale: float) -> None:
         """Keep the constructor's weights; multiply those of the second matrix product by `output_scale`."""
-        self.up.data *= output_scale
+        self.down.data *= output_scale
 
     def forward(self, x_EMD: Tensor) -> Tensor:
         """Apply each expert to its own rows; all experts have the same number of rows."""
-        return F.gelu(x_EMD @ self.down) @ self.up
+        return F.gelu(x_EMD @ self.up) @ self.down
 
     def grouped(self, x_PD: Tensor, rows_E: Tensor) -> Tensor:
         """Apply each expert to its own rows, which are sorted by expert; `rows_E` has the number of rows per expert."""
-        return grouped_product(F.gelu(grouped_product(x_PD, self.down, rows_E)), self.up, rows_E)
+        return grouped_product(F.gelu(grouped_product(x_PD, self.up, rows_E)), self.down, rows_E)
 
 
 def grouped_product(x_PD: Tensor, weight_EDF: Tensor, rows_E: Tensor) -> Tensor:

@@ -24,4 +24,4 @@ class ReluSquared(Dense):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> y (..., D)."""
-        return self.up(F.relu(self.down(x)).square())
+        return self.down(F.relu(self.up(x)).square())

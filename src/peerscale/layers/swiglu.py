@@ -40,15 +40,15 @@ class Swiglu(nn.Module):
     def __init__(self, d_model: int, d_hidden: int) -> None:
         super().__init__()
         self.gate = nn.Linear(d_model, d_hidden, bias=False)
-        self.down = nn.Linear(d_model, d_hidden, bias=False)
-        self.up = nn.Linear(d_hidden, d_model, bias=False)
+        self.up = nn.Linear(d_model, d_hidden, bias=False)
+        self.down = nn.Linear(d_hidden, d_model, bias=False)
 
     def init_weights(self, output_scale: float) -> None:
         """Draw the weights; those of the last product times `output_scale`."""
-        for linear in (self.gate, self.down, self.up):
+        for linear in (self.gate, self.up, self.down):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-        self.up.weight.data *= output_scale
+        self.down.weight.data *= output_scale
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> y (..., D)."""
-        return self.up(F.silu(self.gate(x)) * self.down(x))
+        return self.down(F.silu(self.gate(x)) * self.up(x))
