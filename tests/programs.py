@@ -23,7 +23,7 @@ MODULES = {
     "prepare": "peerscale.data.prepare",
     "repeat": "peerscale.launch.repeat",
 }
-SCRIPTS = ("collect", "compare", "figures", "fit", "publish", "restore")
+SCRIPTS = ("collect", "compare", "figures", "fit", "publish", "restore", "standing")
 
 
 @dataclass(frozen=True)

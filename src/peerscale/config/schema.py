@@ -35,7 +35,7 @@ Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
 class DataConfig:
     """A corpus, its tokenizer and its held-out sets. Places of text are files, or folders of them (`data.text`)."""
 
-    source: Literal["gutenberg", "text"]
+    source: Literal["gutenberg", "code", "text"]
     name: Word | None = None
     """Name of the corpus in cell names and in the table of runs; null: see `corpus_name`."""
     vocab_size: Annotated[Integer, Field(ge=257, le=65536)] = 2048

