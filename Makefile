@@ -103,7 +103,7 @@ time: setup ## time steps of LAYER in turn with the reference of the standing ta
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/layer_time.py $(LAYER)
 
 standing: setup ## the standing table and its figure, from the records in results/standing
-	@$(BIN)/python analysis/standing.py
+	@for table in results/standing*; do $(BIN)/python analysis/standing.py --results $$table || exit 1; done
 
 page: setup ## one HTML page of the studies in results/: answers, isoFLOP curves to look into, tables; in runs/page.html
 	@$(BIN)/python analysis/page.py

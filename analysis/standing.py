@@ -1,6 +1,6 @@
 """Write the standing table, results/standing/{table.md,table.csv,standing.png}, from the records of all entrants there.
 
-.venv/bin/python analysis/standing.py
+.venv/bin/python analysis/standing.py [--results results/standing_code]
 """
 
 import sys

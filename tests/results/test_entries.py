@@ -24,7 +24,9 @@ from peerscale.records.table import read_records, write_records
 from programs import call
 
 TEMPLATE = ROOT / "docs" / "template"
-ENTRIES = sorted(path.parent.name for path in STANDING.glob(f"*/{ENTRY}"))
+TABLES = {STANDING: [], STANDING.with_name("standing_code"): ["data=code"]}
+"""The folders of tables, with the overrides of their cells."""
+ENTRIES = sorted(path.parent for standing in TABLES for path in standing.glob(f"*/{ENTRY}"))
 
 
 @pytest.fixture(autouse=True)
@@ -33,9 +35,9 @@ def no_layers_are_left_findable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
 
 
-def check_folder(name: str, standing: Path) -> None:
+def check_folder(name: str, standing: Path, overrides: Sequence[str] = ()) -> None:
     """Its runs are those of the protocol, its layer can be imported, and its models have the parameters of its cost."""
-    assert check_entry(name, standing=standing) > 0
+    assert check_entry(name, overrides, standing) > 0
     (entry,) = (entry for entry in read_entries(standing) if entry.name == name)
     entrant = entry.about["entrant"]
     for chosen in entry.about["chosen"].values():
@@ -54,14 +56,14 @@ def check_table(standing: Path, copy: Path) -> None:
         assert (copy / name).read_text() == (standing / name).read_text()
 
 
-@pytest.mark.parametrize("name", ENTRIES)
-def test_the_folder_of_an_entrant(name: str) -> None:
-    check_folder(name, STANDING)
+@pytest.mark.parametrize("folder", ENTRIES, ids=lambda folder: f"{folder.parent.name}/{folder.name}")
+def test_the_folder_of_an_entrant(folder: Path) -> None:
+    check_folder(folder.name, folder.parent, TABLES[folder.parent])
 
 
-@pytest.mark.skipif(not ENTRIES, reason="no entrant is committed")
-def test_the_committed_table(tmp_path: Path) -> None:
-    check_table(STANDING, tmp_path / "standing")
+@pytest.mark.parametrize("standing", sorted({path.parent for path in STANDING.parent.glob("standing*/table.csv")}))
+def test_the_committed_table(standing: Path, tmp_path: Path) -> None:
+    check_table(standing, tmp_path / "standing")
 
 
 def place(name: str, entrant: Entrant, standing: Path) -> None:

@@ -36,7 +36,7 @@ from peerscale.plan.entrant import (
     drive,
     read_entrant,
 )  # fmt: skip
-from peerscale.records.entry import check_entry, losses_of, write_entry
+from peerscale.records.entry import check_entry, losses_of, table_folder, write_entry
 from peerscale.records.outcome import FINISHED, outcomes
 from peerscale.records.record import Record, Status
 
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Waiting:
         print(f"runs of {placing.name} have not ended; the same command goes on when they have", file=sys.stderr)
         return 0
-    folder = write_entry(placing, ran, of_budget)
+    folder = write_entry(placing, ran, of_budget, table_folder(placing))
     print(f"{len(ran)} runs -> {from_checkout(folder)}; next: make standing")
     return 0
 

@@ -16,13 +16,14 @@ from typing import Any
 from peerscale.errors import UserError
 from peerscale.files import OURS, PACKAGE, replacing, write_json
 from peerscale.plan.cell import Cell
-from peerscale.plan.entrant import Losses, Placing, Settings, drive, entrant_files, parse_entrant, read_entrant
+from peerscale.plan.entrant import Entrant, Losses, Placing, Settings, drive, entrant_files, parse_entrant, read_entrant
 from peerscale.plan.plan import Verdict
 from peerscale.records.record import Record, Status, differences
 from peerscale.records.study import RESULTS, read_json
 from peerscale.records.table import read_records, write_records
 
 STANDING = RESULTS / "standing"
+"""The table on verse; that of another corpus is beside it, in `standing_<name of the corpus>`."""
 ENTRY = "entrant.json"
 TIME = "time.json"
 """What `make time` measured: `time_over_reference`, at equal training FLOPs, and how."""
@@ -40,10 +41,16 @@ class Entry:
     """Of a step, divided by its FLOPs; None: not measured."""
 
 
+def table_folder(placing: Placing) -> Path:
+    """The folder of the table to which an entrant's row belongs."""
+    corpus = next(placing.tuning())[0].config.data.corpus_name
+    return STANDING if corpus == "gutenberg" else STANDING.with_name(f"{STANDING.name}_{corpus}")
+
+
 def write_entry(
-    placing: Placing, records: Mapping[str, Record], chosen: Mapping[float, Settings], standing: Path = STANDING
+    placing: Placing, records: Mapping[str, Record], chosen: Mapping[float, Settings], standing: Path
 ) -> Path:
-    """Write the folder of an entrant; returns its path."""
+    """Write the folder of an entrant in that of a table; returns its path."""
     with replacing(standing / placing.name) as temporary:
         temporary.mkdir()
         write_json(temporary / ENTRY, {
@@ -78,8 +85,8 @@ def find_layers_of(folder: Path) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(folder)]))
 
 
-def read_entries(standing: Path = STANDING) -> list[Entry]:
-    """All entrants, by name."""
+def read_entries(standing: Path) -> list[Entry]:
+    """All entrants of a table, by name."""
     return [
         Entry(name=path.parent.name, about=read_json(path), records=read_records(path.parent),
               time_over_reference=_time(path.parent / TIME))
@@ -102,18 +109,19 @@ def losses_of(records: Mapping[str, Record]) -> Losses:
     return {name: one.evaluation[one.hashed_config["data"]["val_set"]]["loss"] for name, one in done.items()}
 
 
-def check_entry(name: str, overrides: Sequence[str] = (), standing: Path = STANDING) -> int:
+def check_entry(name: str, overrides: Sequence[str] = (), standing: Path | None = None) -> int:
     """Check that the records of an entrant are exactly those of the protocol; returns their number.
 
     Args:
         name: of the entrant. Its declaration is the entry's, which a file in sweeps/standing must not contradict.
-        overrides: of every cell.
+        overrides: of every cell, such as `data=code`.
+        standing: the folder of the table; None: the one that the overrides choose.
 
     Raises:
         UserError: its file in sweeps/standing says otherwise; runs are missing, of another configuration, or not asked
             for; or the choice is another one.
     """
-    path = standing / name
+    path = (standing or table_folder(Placing(name, Entrant(layer="dense"), overrides))) / name
     find_layers_of(path)
     about = read_json(path / ENTRY)
     placing = Placing(name, parse_entrant(about["entrant"], f"{path / ENTRY}: "), overrides)
