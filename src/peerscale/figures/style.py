@@ -57,6 +57,11 @@ LABELS = {
     "pkm": "PKM",
     "pkm_equal_top_k": "PKM, PEER's top k",
     "peer": "PEER",
+    "swiglu": "SwiGLU",
+    "relu_squared": "ReLU²",
+    "balanced_moe": "MoE (fine-grained, balanced)",
+    "memory_plus": "Memory+",
+    "engram": "Engram",
 }
 
 SETTINGS: dict[tuple[str, Any], str] = {
