@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Never, TextIO
 
 USER_ERROR = 2
-"""The input was wrong, or no space was left; one line says what to fix."""
+"""The input was wrong, or the disk full or broken; one line says what to fix."""
 
 FAILED_CELLS = 3
 """The input was correct and the program ran to its end, but some cells failed."""
@@ -67,8 +67,8 @@ PLACE = frozenset(
 )
 """Errors about a path that the user chose, rather than about the program."""
 
-FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-"""Errors because no more can be written."""
+DISK = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO))
+"""Errors of the disk: no space is left, or it cannot be read or written."""
 
 
 class FailedCells(Exception):
@@ -102,8 +102,8 @@ def exit_code(main: Callable[[], int | None]) -> int:
     except OSError as error:
         place = error.filename2 or error.filename  # for a renaming: its target
         where = f" for {place}" if place else ""
-        if error.errno in FULL:
-            message = f"no space left on disk{where}; no half-written file is left"
+        if error.errno in DISK:
+            message = f"{os.strerror(error.errno).lower()}{where}; no half-written file is left"
         elif error.errno in PLACE and where:
             message = f"{place}: {os.strerror(error.errno).lower()}"
         else:

@@ -238,7 +238,7 @@ def test_a_full_disk_leaves_nothing_half_written(config, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(module, "write_tokens", full)
         assert exit_code(lambda: prepare(config) and None) == 2
-    assert capsys.readouterr().err == "error: no space left on disk; no half-written file is left\n"
+    assert capsys.readouterr().err == "error: no space left on device; no half-written file is left\n"
     folder = store.folder(config)
     assert [path.name for path in folder.parent.iterdir()] == [f"{folder.name}.lock"]
     (folder.parent / f".{folder.name}.killed").mkdir()
