@@ -9,9 +9,10 @@ import errno
 import math
 import os
 import select
+import shlex
 import sys
-from collections.abc import Callable
-from typing import Never, TextIO
+from collections.abc import Callable, Sequence
+from typing import Any, Never, TextIO
 
 USER_ERROR = 2
 """The input was wrong, or the disk full or broken; one line says what to fix."""
@@ -24,6 +25,9 @@ ABORTED = 4
 
 INTERRUPTED = 130
 """Ctrl-C; the same command continues the work."""
+
+
+GIVEN = "OVERRIDES="
 
 
 class UserError(ValueError):
@@ -39,6 +43,16 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Never:
         raise UserError(f"{message}; help: {self.prog} --help")
+
+    def parse_intermixed_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """As argparse does; `OVERRIDES=TEXT`, which make hands on, stands for the words that a shell makes of TEXT."""
+        words: list[str] = []
+        for word in sys.argv[1:] if args is None else args:
+            try:
+                words += shlex.split(word.removeprefix(GIVEN)) if word.startswith(GIVEN) else [word]
+            except ValueError as error:
+                raise UserError(f"{word}: {str(error).lower()}") from None
+        return super().parse_intermixed_args(words, namespace)
 
 
 def positive_number(text: str) -> float:

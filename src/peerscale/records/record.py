@@ -1,7 +1,6 @@
 """The record of a cell: one JSON file that says what ran, in which environment, and with which result."""
 
 import fcntl
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
@@ -11,7 +10,7 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from peerscale.errors import UserError
-from peerscale.files import write_text
+from peerscale.files import checksum, write_text
 from peerscale.plan.cell import Cell
 from peerscale.plan.plan import Verdict
 from peerscale.records.fingerprint import differing_keys, fingerprint, hashed_config
@@ -194,11 +193,7 @@ def set_aside(folder: Path) -> str:
 def record_tree(record: Record) -> dict[str, Any]:
     """The JSON of a record, with the checksum of its values."""
     tree = json.loads(json.dumps(asdict(record)))
-    return {**tree, CHECKSUM: _checksum(tree)}
-
-
-def _checksum(tree: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    return {**tree, CHECKSUM: checksum(tree)}
 
 
 def parse_record(tree: Any, where: str) -> Record:
@@ -207,7 +202,7 @@ def parse_record(tree: Any, where: str) -> Record:
     if version != SCHEMA_VERSION:
         raise UserError(f"{where}: schema version {version}, but this peerscale reads version {SCHEMA_VERSION}")
     values = {key: value for key, value in tree.items() if key != CHECKSUM}
-    if CHECKSUM in tree and tree[CHECKSUM] != _checksum(values):
+    if CHECKSUM in tree and tree[CHECKSUM] != checksum(values):
         raise UserError(f"{where}: damaged, or changed by hand: its values are not those of its checksum")
     try:
         return _RECORD.validate_python(values)
