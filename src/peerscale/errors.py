@@ -44,7 +44,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> Never:
         raise UserError(f"{message}; help: {self.prog} --help")
 
-    def parse_intermixed_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_intermixed_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore
         """As argparse does; `OVERRIDES=TEXT`, which make hands on, stands for the words that a shell makes of TEXT."""
         words: list[str] = []
         for word in sys.argv[1:] if args is None else args:

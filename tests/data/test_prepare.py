@@ -199,7 +199,9 @@ def test_a_worker_does_not_train_on_tokens_that_were_cut_off(config):
         open_corpus(config).tokens("train")
 
 
-@pytest.mark.parametrize("change", ["not json", "", "{}", {"vocab_size": 600}, {"splits": None}], ids=str)
+@pytest.mark.parametrize(
+    "change", ["not json", "", "{}", {"vocab_size": 600}, {"splits": None}, {"utf8_bytes": {}}], ids=str
+)
 def test_a_manifest_that_does_not_describe_its_corpus_counts_as_nothing(config, change):
     first = prepare(config)
     path = first.folder / "manifest.json"

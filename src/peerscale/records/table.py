@@ -1,7 +1,6 @@
 """The records of a study, and its table of runs: one row per cell, including failed and dropped cells."""
 
 import json
-import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -83,7 +82,7 @@ def _read_losses(path: Path) -> dict[str, list[float]]:
     try:
         with np.load(path) as units:
             return {cell: (units[cell] / UNITS_PER_NAT).tolist() for cell in units.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged archive can raise many types of errors
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot read the losses of sequences in {path}: {reason}") from None
 
