@@ -30,14 +30,31 @@ ifneq (,$(strip $(UNKNOWN)))
 $(error $(firstword $(UNKNOWN)) is no variable of this Makefile; there are: $(KNOWN); keys of the configuration go together into one pair of quotes: OVERRIDES='key=value key=value')
 endif
 
+# A forgotten variable of the environment must not remove finished cells.
+ifneq (command line,$(origin REPLACE))
+override REPLACE :=
+endif
+
+# These reach the programs through the environment, so that neither make nor the shell reads what is in them.
+$(foreach name,SWEEP OVERRIDES CELL METHOD RIVALS LAYER,$(eval override $(name) := $$(value $(name)))$(eval export $(name)))
+
 .DEFAULT_GOAL := help
 # `data sweep figures` need each other in this order, also with make -j.
 .NOTPARALLEL:
-.PHONY: help setup reproduce smoke test check data studies plan sweep repeat status restore figures compare place tune time standing page publish sync dashboard notebooks bench torture clean
+OF_A_SWEEP := data plan sweep repeat status restore figures compare publish sync dashboard
+TARGETS    := help setup reproduce smoke test check studies place tune time standing page notebooks bench torture clean $(OF_A_SWEEP)
+.PHONY: $(TARGETS)
+
+# `make sweep smoke` would train SWEEP=reproduce, and then run the target smoke.
+STUDIES = $(if $(filter $(OF_A_SWEEP),$(MAKECMDGOALS)),$(basename $(notdir $(wildcard sweeps/*.yaml))))
+STRAY   = $(firstword $(filter $(STUDIES),$(MAKECMDGOALS)) $(filter-out $(TARGETS) .venv/%,$(MAKECMDGOALS)))
+ifneq (,$(STRAY))
+$(error $(STRAY) is no target here; the study is named by SWEEP=$(STRAY))
+endif
 
 help: ## print this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
-	@echo; echo "Variables: SWEEP=$(SWEEP) LAUNCHER=joblib|local|slurm JOBS=$(JOBS) OVERRIDES='key=value ...' PYTHON=$(PYTHON)"
+	@echo; echo "Variables: SWEEP=$$SWEEP LAUNCHER=joblib|local|slurm JOBS=$(JOBS) OVERRIDES='key=value ...' PYTHON=$(PYTHON)"
 	@echo "METHOD=NAME RIVALS=NAME,NAME: what to compare (every method with the study's baseline; METHOD alone: with all others)"
 	@echo "CELL=NAME: the cell to repeat; PRICE=NUMBER: price of a GPU-hour, for plan; REPLACE=1: publish may remove finished cells of results/, or replace them by cells of another configuration"
 	@echo "LAYER=NAME: the layer to place, tune or time; BUDGET=$(BUDGET): the largest budget of its row; PLAN=1, CHECK=1: of make place"
@@ -62,45 +79,45 @@ $(INSTALLED): pyproject.toml
 	@touch .venv/installed $@
 
 data: setup ## download and tokenize the corpus of SWEEP, once
-	@$(BIN)/python -m peerscale.data.prepare --sweep $(SWEEP) $(OVERRIDES)
+	@$(BIN)/python -m peerscale.data.prepare --sweep "$$SWEEP" "OVERRIDES=$$OVERRIDES"
 
 plan: setup ## what SWEEP would run: parameters, FLOPs, steps, time, dropped cells
-	@$(BIN)/python -m peerscale.launch.overview plan --jobs $(WORKERS)$(if $(PRICE), --price $(PRICE)) $(SWEEP) $(OVERRIDES)
+	@$(BIN)/python -m peerscale.launch.overview plan --jobs $(WORKERS)$(if $(PRICE), --price $(PRICE)) "$$SWEEP" "OVERRIDES=$$OVERRIDES"
 
 studies: setup ## every study: its question, and how many of its cells are done
 	@$(BIN)/python -m peerscale.launch.overview studies
 
 sweep: setup ## train the missing cells of SWEEP; failed cells do not stop the others
-	@$(BIN)/python -m peerscale.launch $(SWEEP) --launcher $(LAUNCHER) $(AT_ONCE_$(LAUNCHER)) $(OVERRIDES) || { code=$$?; test $$code -eq 3 || exit $$code; }
+	@$(BIN)/python -m peerscale.launch "$$SWEEP" --keep-going --launcher $(LAUNCHER) $(AT_ONCE_$(LAUNCHER)) "OVERRIDES=$$OVERRIDES"
 
 repeat: setup ## train the cell CELL of SWEEP in results/ again, in runs/repeated, and compare its losses
-	@$(BIN)/python -m peerscale.launch.repeat $(SWEEP) '$(CELL)'
+	@$(BIN)/python -m peerscale.launch.repeat "$$SWEEP" "$$CELL"
 
 status: setup ## the loss or the state of every cell of SWEEP
-	@$(BIN)/python -m peerscale.launch.overview status $(SWEEP) $(OVERRIDES)
+	@$(BIN)/python -m peerscale.launch.overview status "$$SWEEP" "OVERRIDES=$$OVERRIDES"
 
 restore: setup ## copy the records of SWEEP in results/ to runs/, where they count as if trained here; keeps records that are there
-	@$(BIN)/python analysis/restore.py $(SWEEP)
+	@$(BIN)/python analysis/restore.py "$$SWEEP"
 
 figures: setup ## table, fits and figures of SWEEP, from its runs
-	@$(BIN)/python analysis/collect.py $(SWEEP) $(OVERRIDES)
-	@$(BIN)/python analysis/figures.py $(SWEEP) $(OVERRIDES)
-	@$(if $(OVERRIDES),true,test ! -d runs/$(SWEEP)/study/figures) || { echo; \
-		echo "Figures:              runs/$(SWEEP)/study/figures/"; \
-		echo "Copied to results/:   make publish SWEEP=$(SWEEP)"; }
+	@$(BIN)/python analysis/collect.py "$$SWEEP" "OVERRIDES=$$OVERRIDES"
+	@$(BIN)/python analysis/figures.py "$$SWEEP" "OVERRIDES=$$OVERRIDES"
+	@$(if $(OVERRIDES),true,test ! -d "runs/$$SWEEP/study/figures") || { echo; \
+		echo "Figures:              runs/$$SWEEP/study/figures/"; \
+		echo "Copied to results/:   make publish SWEEP=$$SWEEP"; }
 
 compare: setup ## METHOD of SWEEP against RIVALS, a line for each budget: difference, multiplier, what could have been told
-	@$(BIN)/python analysis/collect.py $(SWEEP) $(OVERRIDES)
-	@$(BIN)/python analysis/compare.py $(SWEEP) $(OVERRIDES) --methods '$(METHOD)' --rivals '$(RIVALS)'
+	@$(BIN)/python analysis/collect.py "$$SWEEP" "OVERRIDES=$$OVERRIDES"
+	@$(BIN)/python analysis/compare.py "$$SWEEP" "OVERRIDES=$$OVERRIDES" --methods "$$METHOD" --rivals "$$RIVALS"
 
 place: setup ## tune LAYER, train it and write its folder in results/standing; PLAN=1: what that takes; CHECK=1: check the folder
-	@$(BIN)/python -m peerscale.launch.place $(LAYER) --budget $(BUDGET) --launcher $(LAUNCHER) $(AT_ONCE_$(LAUNCHER)) $(if $(PLAN),--plan)$(if $(CHECK),--check) $(OVERRIDES)
+	@$(BIN)/python -m peerscale.launch.place "$$LAYER" --budget $(BUDGET) --launcher $(LAUNCHER) $(AT_ONCE_$(LAUNCHER)) $(if $(PLAN),--plan)$(if $(CHECK),--check) "OVERRIDES=$$OVERRIDES"
 
 tune: setup ## tune LAYER as the standing table does, and print lines for its file in conf/ffn
-	@$(BIN)/python -m peerscale.launch.place $(LAYER) --tune --launcher $(LAUNCHER) $(AT_ONCE_$(LAUNCHER)) $(OVERRIDES)
+	@$(BIN)/python -m peerscale.launch.place "$$LAYER" --tune --launcher $(LAUNCHER) $(AT_ONCE_$(LAUNCHER)) "OVERRIDES=$$OVERRIDES"
 
 time: setup ## time steps of LAYER in turn with the reference of the standing table, on a machine that does nothing else
-	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/layer_time.py $(LAYER)
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/layer_time.py "$$LAYER"
 
 standing: setup ## the standing table and its figure, from the records in results/standing
 	@for table in results/standing*; do $(BIN)/python analysis/standing.py --results $$table || exit 1; done
@@ -109,13 +126,13 @@ page: setup ## one HTML page of the studies in results/: answers, isoFLOP curves
 	@$(BIN)/python analysis/page.py
 
 publish: setup ## copy table, fits and figures of SWEEP to results/, to be committed; keeps finished cells there, unless REPLACE=1
-	@$(BIN)/python analysis/publish.py $(SWEEP) $(if $(REPLACE),--replace)
+	@$(BIN)/python analysis/publish.py "$$SWEEP" $(if $(REPLACE),--replace)
 
 sync: setup ## upload the offline W&B runs of SWEEP that are not uploaded yet
-	@$(BIN)/wandb sync -n 4 runs/$(SWEEP)/*/wandb/offline-run-*
+	@$(BIN)/wandb sync -n 4 runs/"$$SWEEP"/*/wandb/offline-run-*
 
 dashboard: setup ## save a report of SWEEP on the W&B server: its figures, its table, the curves of its runs
-	@$(BIN)/python analysis/dashboard.py $(SWEEP)
+	@$(BIN)/python analysis/dashboard.py "$$SWEEP"
 
 notebooks: setup ## run notebooks/explore.ipynb and save its outputs, to be committed
 	@$(BIN)/python notebooks/execute.py

@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,22 @@ Change = Callable[[], None]
 Kept = set[tuple[Any, ...]]
 
 
+HANGS_S, HUNG = 120, -1000
+"""Seconds after which a short run hangs, and the exit code that it is given then."""
+
+OUTCOMES = ("survived", "silently wrong", "tracebacks", "hangs")
+
+
+def outcome_of(code: int, printed: str, promised: tuple[int, ...], good: str = "survived") -> str:
+    """The outcome of a broken run, which may have one of the promised exit codes."""
+    if code == HUNG:
+        return "hangs"
+    if "Traceback" in printed or code not in promised:
+        print(f"exit code {code}: {printed[-500:]}", file=sys.stderr)
+        return "tracebacks"
+    return good
+
+
 class Wrong(Exception):
     """An outcome that is not the one promised."""
 
@@ -46,6 +63,8 @@ class Bench:
 
     folder: Path
     kills: int
+    every: int
+    """Only every so many of the errors, flipped bits and inputs, for a quick look."""
     rng: random.Random
     unbroken: Kept = field(default_factory=set)
     seconds: float = 0.0
@@ -60,10 +79,10 @@ class Bench:
             "trainer.log_every_steps": 1, "trainer.checkpoint_every_steps": 3, "trainer.keep_checkpoint": "true",
         }  # fmt: skip
 
-    def cell(self, runs: str) -> list[str]:
+    def cell(self, runs: str, steps: int = STEPS) -> list[str]:
         groups = ["data=text", "d_model=8", "ffn=peer", "optim=row_sparse_adamw", "tracking=disabled"]
         words = [*groups, *(f"{key}={value}" for key, value in self.settings(runs).items())]
-        return [*words, f"budget={flops(words, STEPS):.10g}"]
+        return [*words, f"budget={flops(words, steps):.10g}"]
 
     def study(self, runs: str, sweep: str = "", **changed: Any) -> list[str]:
         """A study of six cells, written down; the words that run it."""
@@ -90,8 +109,18 @@ class Bench:
         """Exit code, and what was printed."""
         (self.folder / "log").unlink(missing_ok=True)
         process = self.start(words, change)
-        process.join()
+        process.join(HANGS_S)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            return HUNG, ""
         return process.exitcode, (self.folder / "log").read_text()
+
+    def told(self, tried: int, outcomes: Counter[str], lost: int) -> tuple[int, str, int]:
+        """The row of a fault that was tried many times; raises `Wrong` if one outcome was bad."""
+        text = ", ".join(f"{outcomes[name]} {name}" for name in OUTCOMES)
+        check(not any(outcomes[name] for name in OUTCOMES[1:]), f"{text}; {lost} lost of {tried}")
+        return tried, text, lost
 
     def finish(self, words: list[str]) -> str:
         """The same command again, which must end well."""

@@ -1,12 +1,14 @@
 """Exit codes: what each of them means, and that a crash is told from all others."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
-from peerscale.errors import Aborted, FailedCells, UserError, exit_code
+from peerscale.errors import Aborted, ArgumentParser, FailedCells, UserError, exit_code
 from peerscale.files import ROOT
 
 
@@ -57,15 +59,21 @@ def make(*words: str, python: str = "true") -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
-@pytest.mark.parametrize(("code", "ends"), [(0, 0), (1, 2), (2, 2), (3, 0), (4, 2), (130, 2)])
-def test_make_sweep_goes_on_after_failed_cells_only(code: int, ends: int, tmp_path) -> None:
-    program = tmp_path / "python"
-    program.write_text(f"#!/bin/sh\nexit {code}\n")
+def test_a_termination_of_make_ends_what_it_started(tmp_path) -> None:
+    program, pid = tmp_path / "python", tmp_path / "pid"
+    program.write_text(f"#!/bin/sh\necho $$ > {pid}\nexec sleep 60\n")
     program.chmod(0o755)
-    assert make("sweep", "SWEEP=smoke", python=str(tmp_path)).returncode == ends
+    command = ["make", "-o", ".venv/installed", "-o", "setup", "sweep", "SWEEP=smoke", f"BIN={tmp_path}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (pid.is_file() and pid.read_text()):
+        time.sleep(0.05)
+    process.terminate()
+    process.wait(30)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), signal.SIGKILL)
 
 
-@pytest.mark.parametrize(("code", "drawn"), [(3, True), (4, False)])
+@pytest.mark.parametrize(("code", "drawn"), [(0, True), (4, False)])
 def test_no_figures_are_drawn_of_an_aborted_sweep(code: int, drawn: bool, tmp_path) -> None:
     program, log = tmp_path / "python", tmp_path / "log"
     program.write_text(f'#!/bin/sh\necho "$@" >> {log}\ncase "$*" in *peerscale.launch*) exit {code};; esac\n')
@@ -83,13 +91,44 @@ def test_make_refuses_a_variable_that_it_does_not_know(word: str) -> None:
     assert "OVERRIDES='key=value key=value'" in result.stderr and result.stderr.count("\n") == 1
 
 
-def test_make_hands_on_what_it_knows() -> None:
-    sweep = make("-n", "sweep", "SWEEP=smoke", "OVERRIDES=a=1 c=3", "JOBS=7", python="B").stdout
-    assert "-m peerscale.launch smoke --launcher joblib --jobs 7 a=1 c=3" in sweep
-    assert "--jobs 7 smoke" in make("-n", "plan", "SWEEP=smoke", "JOBS=7", python="B").stdout
-    assert "--jobs 1 smoke" in make("-n", "plan", "SWEEP=smoke", "JOBS=7", "LAUNCHER=local", python="B").stdout
-    assert "publish.py smoke --replace" in make("-n", "publish", "SWEEP=smoke", "REPLACE=1", python="B").stdout
-    assert "--replace" not in make("-n", "publish", "SWEEP=smoke", python="B").stdout
+@pytest.mark.parametrize("words", [["sweep", "smoke"], ["publish", "rates"], ["data", "figures", "nosuch"], ["rates"]])
+def test_make_refuses_a_study_that_is_no_target(words: list[str]) -> None:
+    result = make("-n", *words)
+    assert result.returncode == 2 and result.stdout == ""
+    assert f"SWEEP={words[-1]}" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_make_hands_on_what_it_knows(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, log = tmp_path / "python", tmp_path / "log"
+    program.write_text(f'#!/bin/sh\nprintf "[%s]" "$@" >> {log}\n')
+    program.chmod(0o755)
+
+    def handed(*words: str) -> str:
+        log.unlink(missing_ok=True)
+        assert make(*words, python=str(tmp_path)).returncode == 0
+        return log.read_text()
+
+    evil = f"a=1 'b=$(touch {tmp_path}/run)' [c]*; ${{oc.env:HOME}}"
+    sweep = handed("sweep", "SWEEP=smoke; touch x", f"OVERRIDES={evil}", "JOBS=7")
+    assert sweep == (
+        f"[-m][peerscale.launch][smoke; touch x][--keep-going][--launcher][joblib][--jobs][7][OVERRIDES={evil}]"
+    )
+    assert handed("repeat", "CELL=a'b\"$(c)").endswith("[a'b\"$(c)]")
+    assert "[--jobs][7][smoke]" in handed("plan", "SWEEP=smoke", "JOBS=7")
+    assert "[--jobs][1][smoke]" in handed("plan", "SWEEP=smoke", "JOBS=7", "LAUNCHER=local")
+    assert "publish.py][smoke][--replace]" in handed("publish", "SWEEP=smoke", "REPLACE=1")
+    monkeypatch.setenv("REPLACE", "1")
+    assert "--replace" not in handed("publish", "SWEEP=smoke")
+    assert not (tmp_path / "run").exists()
+
+
+def test_words_from_make_are_those_that_a_shell_would_make() -> None:
+    parser = ArgumentParser()
+    parser.add_argument("words", nargs="*")
+    given = parser.parse_intermixed_args(["one", "OVERRIDES=a=[1] 'b=$(c) d' e\\ f"])
+    assert given.words == ["one", "a=[1]", "b=$(c) d", "e f"]
+    with pytest.raises(UserError, match="OVERRIDES='a: no closing quotation"):
+        parser.parse_intermixed_args(["OVERRIDES='a"])
 
 
 def test_make_runs_its_targets_in_turn_also_with_j(tmp_path) -> None:

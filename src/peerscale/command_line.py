@@ -3,6 +3,7 @@
 from argparse import Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
+from peerscale.config.study_file import sweep_name
 from peerscale.errors import ArgumentParser
 from peerscale.plan.cell_names import corpus_label
 from peerscale.plan.cells import planned_cells
@@ -13,7 +14,7 @@ def study_parser(script: str, description: str | None) -> ArgumentParser:
     """The command line of `analysis/<script>.py`, which works on one study."""
     program = f".venv/bin/python analysis/{script}.py"
     parser = ArgumentParser(prog=program, description=description, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("sweep", metavar="SWEEP", help="name of a study")
+    parser.add_argument("sweep", metavar="SWEEP", type=sweep_name, help="name of a study")
     parser.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help="where cells are kept (default: runs)")
     parser.add_argument(
         "--results", type=Path, default=RESULTS, metavar="DIR", help="where studies are published (default: results)"

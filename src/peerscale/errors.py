@@ -9,12 +9,13 @@ import errno
 import math
 import os
 import select
+import shlex
 import sys
-from collections.abc import Callable
-from typing import Never, TextIO
+from collections.abc import Callable, Sequence
+from typing import Any, Never, TextIO
 
 USER_ERROR = 2
-"""The input was wrong, or no space was left; one line says what to fix."""
+"""The input was wrong, or the disk full or broken; one line says what to fix."""
 
 FAILED_CELLS = 3
 """The input was correct and the program ran to its end, but some cells failed."""
@@ -24,6 +25,9 @@ ABORTED = 4
 
 INTERRUPTED = 130
 """Ctrl-C; the same command continues the work."""
+
+
+GIVEN = "OVERRIDES="
 
 
 class UserError(ValueError):
@@ -39,6 +43,16 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Never:
         raise UserError(f"{message}; help: {self.prog} --help")
+
+    def parse_intermixed_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore
+        """As argparse does; `OVERRIDES=TEXT`, which make hands on, stands for the words that a shell makes of TEXT."""
+        words: list[str] = []
+        for word in sys.argv[1:] if args is None else args:
+            try:
+                words += shlex.split(word.removeprefix(GIVEN)) if word.startswith(GIVEN) else [word]
+            except ValueError as error:
+                raise UserError(f"{word}: {str(error).lower()}") from None
+        return super().parse_intermixed_args(words, namespace)
 
 
 def positive_number(text: str) -> float:
@@ -67,8 +81,8 @@ PLACE = frozenset(
 )
 """Errors about a path that the user chose, rather than about the program."""
 
-FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-"""Errors because no more can be written."""
+DISK = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO))
+"""Errors of the disk: no space is left, or it cannot be read or written."""
 
 
 class FailedCells(Exception):
@@ -102,8 +116,8 @@ def exit_code(main: Callable[[], int | None]) -> int:
     except OSError as error:
         place = error.filename2 or error.filename  # for a renaming: its target
         where = f" for {place}" if place else ""
-        if error.errno in FULL:
-            message = f"no space left on disk{where}; no half-written file is left"
+        if error.errno in DISK:
+            message = f"{os.strerror(error.errno).lower()}{where}; no half-written file is left"
         elif error.errno in PLACE and where:
             message = f"{place}: {os.strerror(error.errno).lower()}"
         else:

@@ -1,6 +1,7 @@
 """Where files lie, and atomic writing: a file or folder is complete or absent."""
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -47,11 +48,24 @@ def replacing(path: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def finish_replacing(folder: Path) -> None:
+    """Put in place the folder that a process had written with `replacing` when it was killed between two renames."""
+    for before in folder.parent.glob(f".{folder.name}.*/.before"):
+        if not folder.exists():
+            (before.parent / folder.name).rename(folder)
+            shutil.rmtree(before.parent)
+
+
 def remove_abandoned(folder: Path) -> None:
     """Remove what killed processes left of `replacing` in `folder`; only safe if no other process writes there."""
     for scratch in folder.glob(".*.????????"):
         if scratch.is_dir():
             shutil.rmtree(scratch)
+
+
+def checksum(tree: Any) -> str:
+    """The SHA-256 of JSON values, whatever the layout of their file."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -151,6 +151,24 @@ def test_a_publication_that_cannot_be_put_in_its_place_leaves_the_former_one(
     assert published(SWEEP, tmp_path / "results").table.read_text() == "# another"
 
 
+def test_a_publication_that_was_killed_between_its_renames_is_finished_by_the_next(
+    folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish.main(folders)
+    target = published(SWEEP, tmp_path / "results").folder
+    scratch = tmp_path / "results" / f".{SWEEP}.abcd1234"
+    shutil.copytree(target, scratch / SWEEP)
+    target.rename(scratch / ".before")
+    unfinished = [record for record in read_records(scratch / SWEEP) if record.status is not Status.DONE]
+    assert len(unfinished) < len(records())
+    write_records((study := collected(SWEEP, tmp_path / "runs")).folder, unfinished)
+    study.table.touch()
+    capsys.readouterr()
+    assert exit_code(lambda: publish.main(folders)) == 2, "finished cells would vanish"
+    assert "would remove finished cells" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "results").iterdir()] == [SWEEP]
+
+
 @pytest.mark.parametrize("newer", ["records.jsonl", "sequence_losses.npz", "curves.csv", "runs.csv", "fits.json"])
 def test_a_table_from_before_what_it_shows_is_not_published(
     newer: str, folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

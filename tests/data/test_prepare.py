@@ -199,7 +199,9 @@ def test_a_worker_does_not_train_on_tokens_that_were_cut_off(config):
         open_corpus(config).tokens("train")
 
 
-@pytest.mark.parametrize("change", ["not json", "", "{}", {"vocab_size": 600}, {"splits": None}], ids=str)
+@pytest.mark.parametrize(
+    "change", ["not json", "", "{}", {"vocab_size": 600}, {"splits": None}, {"utf8_bytes": {}}], ids=str
+)
 def test_a_manifest_that_does_not_describe_its_corpus_counts_as_nothing(config, change):
     first = prepare(config)
     path = first.folder / "manifest.json"
@@ -238,7 +240,7 @@ def test_a_full_disk_leaves_nothing_half_written(config, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(module, "write_tokens", full)
         assert exit_code(lambda: prepare(config) and None) == 2
-    assert capsys.readouterr().err == "error: no space left on disk; no half-written file is left\n"
+    assert capsys.readouterr().err == "error: no space left on device; no half-written file is left\n"
     folder = store.folder(config)
     assert [path.name for path in folder.parent.iterdir()] == [f"{folder.name}.lock"]
     (folder.parent / f".{folder.name}.killed").mkdir()

@@ -115,6 +115,31 @@ def workers(parent: int) -> list[int]:
     return found
 
 
+def test_the_workers_of_a_killed_sweep_end_soon(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "peerscale.launch", str(trainable_study(tmp_path, steps=5000))]
+    sweep = subprocess.Popen([*command, "--launcher", "joblib", "--jobs", "2"], cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not any(path.stat().st_size for path in tmp_path.rglob("metrics.jsonl")):
+        assert sweep.poll() is None
+        time.sleep(0.05)
+    left = workers(sweep.pid)
+    assert left
+    sweep.kill()
+    sweep.wait()
+    until = time.monotonic() + 8  # before a process without work would end by itself
+    while (left := [pid for pid in left if is_alive(pid)]) and time.monotonic() < until:
+        time.sleep(0.1)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 @pytest.mark.parametrize(("kills", "code"), [(1, 0), (1000, 4)])
 def test_a_sweep_outlives_the_death_of_a_worker(kills: int, code: int, tmp_path: Path) -> None:
     study = trainable_study(tmp_path, steps=600)

@@ -123,6 +123,18 @@ def test_processes_that_compile_at_once_share_one_library(tmp_path, short_source
     assert library.suffix == ".so"
 
 
+@pytest.mark.parametrize("damage", [lambda whole: whole[:4000] + b"\0" * 64 + whole[4064:], lambda whole: b""])
+def test_a_damaged_library_is_compiled_anew(damage, tmp_path, short_source):
+    assert compiler.library().answer() == 42
+    [library] = (tmp_path / "peerscale").iterdir()
+    whole = library.read_bytes()
+    library.unlink()  # or the library that is loaded would change
+    library.write_bytes(damage(whole))
+    compiler.library.cache_clear()
+    assert compiler.library().answer() == 42
+    assert library.read_bytes() == whole
+
+
 def test_another_processor_or_source_has_a_library_of_its_own(monkeypatch, tmp_path, short_source):
     """Where a home folder is shared: no library is run on a processor that it was not compiled for."""
     for processor in ("flags: avx2", "flags: avx2 avx512f"):

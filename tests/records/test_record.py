@@ -1,5 +1,6 @@
 import functools
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -25,7 +26,7 @@ from peerscale.records.record import (
     read_record,
     write_record,
 )
-from peerscale.records.table import read_records
+from peerscale.records.table import read_records, write_records
 from toy_study import CORPUS, record_of
 
 
@@ -59,6 +60,43 @@ def test_a_loss_that_is_no_number_round_trips(tmp_path: Path) -> None:
     assert back is not None
     assert back.evaluation["validation"]["loss"] != back.evaluation["validation"]["loss"]
     assert back.evaluation["validation"]["ppl"] == float("inf")
+
+
+@pytest.mark.parametrize("read", [read_record, lambda folder: read_records(folder.parent)])
+def test_a_value_that_changed_on_disk_is_noticed(read: Callable[[Path], object], tmp_path: Path) -> None:
+    whole = replace(record(), cell="cell")
+    write_record(tmp_path / "cell", whole)
+    text = (tmp_path / "cell" / RECORD).read_text()
+    assert "5.25" in text
+    (tmp_path / "cell" / RECORD).write_text(text.replace("5.25", "5.05"))
+    with pytest.raises(UserError, match="damaged, or changed by hand"):
+        read(tmp_path / "cell")
+    write_records(tmp_path, [whole])
+    lines = (tmp_path / "records.jsonl").read_text()
+    (tmp_path / "records.jsonl").write_text(lines.replace("5.25", "5.05"))
+    with pytest.raises(UserError, match=r"records.jsonl:1: damaged"):
+        read_records(tmp_path)
+
+
+def test_a_record_from_before_checksums_counts(tmp_path: Path) -> None:
+    (tmp_path / RECORD).write_text(json.dumps(asdict(record())))
+    assert read_record(tmp_path) == record()
+
+
+def test_a_reader_needs_no_right_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a colleague's folder; the tests may run as root, who may write anywhere."""
+    write_record(tmp_path, replace(record(), status=Status.RUNNING))
+    (tmp_path / LOCK).touch()
+    opened = os.open
+
+    def read_only(path: Any, flags: int, *rest: Any, **more: Any) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", read_only)
+    found = read_cell(tmp_path)
+    assert found is not None and found.status is Status.INTERRUPTED
 
 
 def broken(tmp_path: Path, **change: Any) -> str:

@@ -11,7 +11,7 @@ from peerscale.errors import UserError
 from peerscale.files import ROOT
 from peerscale.plan.cells import Cell, planned_cells
 from peerscale.plan.cost import CONVENTION, cost
-from peerscale.records.curves import curves_table, read_metrics
+from peerscale.records.curves import curves_table, read_metrics, row_line
 from peerscale.records.record import Record, Status, planned_record, write_record
 from peerscale.records.table import read_records, read_runs, runs_table, write_records
 from toy_study import record_of, write_study
@@ -144,6 +144,22 @@ def test_reads_every_row_of_a_published_study(tmp_path: Path, records: list[Reco
     assert_same_table(read_runs(tmp_path), runs_table(records))
 
 
+def test_a_flipped_bit_in_the_losses_is_an_error_or_changes_nothing(tmp_path: Path, records: list[Record]) -> None:
+    records = [replace(records[0], sequence_losses=[n / 16 for n in range(200)])]
+    write_records(tmp_path, records)
+    path, expected = tmp_path / "sequence_losses.npz", read_records(tmp_path)
+    whole, refused = path.read_bytes(), 0
+    for bit in range(0, 8 * len(whole), 31):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            assert read_records(tmp_path) == expected
+        except UserError:
+            refused += 1
+    assert refused > 30
+
+
 def test_reads_every_row_and_number_of_a_csv(tmp_path: Path, records: list[Record]) -> None:
     table = runs_table(records)
     table.to_csv(tmp_path / "runs.csv", index=False)
@@ -195,6 +211,15 @@ def test_a_cell_without_metrics_has_no_rows(tmp_path: Path) -> None:
     assert list(read_metrics(tmp_path)) == []
     table = curves_table([tmp_path])
     assert list(table.columns) == ["cell", "step", "tokens", "flops", "loss"] and table.empty
+
+
+def test_a_number_that_changed_on_disk_is_noticed(tmp_path: Path) -> None:
+    row = {"step": 1, "tokens": 2, "flops": 3, "loss": 5.25}
+    (tmp_path / "metrics.jsonl").write_text(row_line(row))
+    assert list(read_metrics(tmp_path)) == [row]
+    (tmp_path / "metrics.jsonl").write_text(row_line(row).replace("5.25", "5.05"))
+    with pytest.raises(UserError, match=r"metrics.jsonl:1: not a row of metrics"):
+        list(read_metrics(tmp_path))
 
 
 @pytest.mark.parametrize(("n", "points"), [(1, 50), (50, 50), (51, 50), (99, 50), (100, 50), (101, 50), (7, 3), (9, 2)])

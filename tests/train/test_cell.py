@@ -141,8 +141,10 @@ def test_what_cannot_be_loaded_is_one_line(tiny: list[str], tmp_path: Path) -> N
             load_model(folder)
         assert str(error.value) == f"{folder} is not the folder of a cell: it has no record.json"
     folder, record = trained([*tiny, "trainer.keep_checkpoint=true"])
+    config = (folder / "config.yaml").read_text()
     for name, content, said in (
         ("config.yaml", "", "[Ii]nput should be"),
+        ("config.yaml", config.replace("beta2: 0.95", "beta2: 0.85"), r"optim\.beta2 0\.95 -> 0\.85"),
         ("config.yaml", "a: [1", rf"^{folder}/config.yaml cannot be read \(ParserError\)$"),
         ("record.json", '{"status": "do', rf"^{folder}/record.json: not JSON"),
     ):
@@ -156,6 +158,10 @@ def test_what_cannot_be_loaded_is_one_line(tiny: list[str], tmp_path: Path) -> N
     with pytest.raises(UserError, match="kept no checkpoint"):
         load_model(folder)
     earlier.rename(path)
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "fingerprint": "another run's"}, path)
+    with pytest.raises(UserError, match=f"{path} is of another configuration"):
+        load_model(folder)
     torch.save({"state_dict": Code(tmp_path / "sign")}, path)
     with pytest.raises(UserError) as error:
         load_model(folder)

@@ -16,14 +16,13 @@ from small_cells import budget
 from peerscale.config.schema import composed, load
 from peerscale.data.prepare import prepare
 from peerscale.errors import UserError
-from peerscale.model.trained import checkpoints
+from peerscale.model.trained import MADE_BY, checkpoints
 from peerscale.plan.cells import single_cell
 from peerscale.plan.plan import plan
 from peerscale.records.record import Status, read_record
 from peerscale.train.cell import fit, train_cell
 from peerscale.train.checkpoint import (
     KEPT,
-    MADE_BY,
     MICRO_BATCHES,
     TRAINED_S,
     DurableCheckpointIO,
@@ -102,6 +101,13 @@ def test_without_a_whole_one_of_its_own_the_cell_begins_anew(tmp_path: Path, cap
     assert newest_readable(tmp_path, "a", 1) == Resumed()
     first, second = capsys.readouterr().err.splitlines()
     assert "is of another configuration" in first and second.endswith("starting at the first step")
+
+
+def test_one_whose_name_is_of_another_step_is_not_taken(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    before, newest = save(tmp_path, 5), save(tmp_path, 6)
+    later = newest.rename(tmp_path / "step-000000120.ckpt")
+    assert newest_readable(tmp_path, "a", 1).path == before
+    assert f"{later} is of step 6, continuing from {before.name}" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Training for real, on a tiny corpus: from text to a figure, interrupted and resumed, failed and diverged."""
 
+import errno
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from peerscale.errors import UserError
 from peerscale.files import ROOT
 from peerscale.plan.cells import single_cell
 from peerscale.records.curves import read_metrics
-from peerscale.records.record import Status, parse_record, read_record
+from peerscale.records.record import Record, Status, parse_record, read_record, write_record
 from peerscale.records.table import read_runs, write_records
 from peerscale.train.run import run_cell
 from programs import Result, call
@@ -203,6 +204,27 @@ def test_a_sweep_goes_on_after_failures_and_skips_what_is_done(study: Path, tmp_
     assert status.code == 0, status.err
     assert "2 dropped" in status.out and "1 diverged" in status.out and "1 done" in status.out
     assert "the training loss is" in status.out
+
+
+@pytest.mark.parametrize("last_whole", [0, 1], ids=["at its start", "at its end"])
+def test_an_error_of_the_disk_costs_its_run_alone(
+    last_whole: int, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders: list[Path] = []
+
+    def broken(folder: Path, record: Record) -> None:
+        folders.append(folder)
+        if folder == folders[0] and len(folders) > last_whole:
+            raise OSError(errno.EIO, "Input/output error")
+        write_record(folder, record)
+
+    line = f"launch {study} sweep.methods=[dense] sweep.seeds=[0,1]"
+    with monkeypatch.context() as patch:
+        patch.setattr("peerscale.train.cell.write_record", broken)
+        done = call(line)
+    assert done.code == 3 and "failed: [Errno 5] Input/output error" in done.err and "Traceback" not in done.err
+    assert "error: 1 of 4 cells failed" in done.err, "two are dropped"
+    assert call(line).code == 0
 
 
 def test_a_committed_cell_is_trained_again_and_compared(study: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from peerscale.config.compose import composed
 from peerscale.config.errors import parse
 from peerscale.layers.base import FfnConfig, Surroundings
 from peerscale.layers.registry import Layer, parse_layer
-from peerscale.types import STRICT, Fraction, Integer, Number, Positive, Rate, Seed, Whole
+from peerscale.types import STRICT, FileName, Fraction, Integer, Number, Positive, Rate, Seed, Size, Whole
 
 NOT_HASHED = (
     "trainer", "tracking", "min_steps",
@@ -27,16 +27,13 @@ NOT_HASHED = (
 CORPUS_SETS = ("train", "validation", "tuning", "speeches", "wikipedia")
 """Sets that a corpus may have of its own; only `gutenberg` has the last two. Other names are free for the user's."""
 
-Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
-"""A name of which a part of a file's name can be made."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class DataConfig:
     """A corpus, its tokenizer and its held-out sets. Places of text are files, or folders of them (`data.text`)."""
 
     source: Literal["gutenberg", "code", "text"]
-    name: Word | None = None
+    name: FileName | None = None
     """Name of the corpus in cell names and in the table of runs; null: see `corpus_name`."""
     vocab_size: Annotated[Integer, Field(ge=257, le=65536)] = 2048
     train_tokens: Positive | None = None
@@ -48,11 +45,11 @@ class DataConfig:
     evaluation: dict[str, Whole] = Field(default_factory=lambda: {"validation": 131072})
     """Tokens of each held-out set to evaluate on, the same for every cell; 0 leaves a set out. If a set is smaller, all
     its whole batches are used; a set that the corpus does not have is skipped."""
-    evaluation_files: dict[Word, str] = Field(default_factory=dict)
+    evaluation_files: dict[FileName, str] = Field(default_factory=dict)
     """Further held-out sets: name -> place of its text. They are prepared with the corpus, with its tokenizer."""
     path: str | None = None
     """`text`: the place of the text, of which spans are set aside as `validation` and `tuning`."""
-    directory: str = "data"
+    directory: Annotated[str, Field(min_length=1)] = "data"
     """Where prepared tokens are kept, relative to the checkout."""
 
     def __post_init__(self) -> None:
@@ -168,7 +165,7 @@ class TrainerConfig:
     `device_utilisation`."""
     device_utilisation: Annotated[Number, Field(gt=0, le=1)] = 0.3
     """Share of the peak that training is assumed to reach."""
-    threads: Positive = 1
+    threads: Size = 1
     """CPU threads of each process of a cell; parallel sweeps run fastest with one."""
     kernel: Literal["auto", "cpp", "triton", "torch", "reference"] = "auto"
     """Which implementation of the operators (`ops.backends`)."""
@@ -183,7 +180,7 @@ class TrainerConfig:
     """How often a run on one device logs `val_loss`, on a small part of `data.val_set`; it changes no other number."""
     keep_checkpoint: bool = False
     """Keep the checkpoint after the last step of a finished cell, for `peerscale.api.load_model`."""
-    runs_directory: str = "runs"
+    runs_directory: Annotated[str, Field(min_length=1)] = "runs"
     """Where cells are kept, relative to the checkout."""
 
     def __post_init__(self) -> None:
@@ -211,7 +208,7 @@ class Config:
     """Width, even since attention heads need pairs."""
     head_dim: Annotated[Positive, Field(multiple_of=2)] | None = None
     """Width of an attention head, even since rotary embedding needs pairs; null: see `usual_head_dim`."""
-    n_layers: Positive = 4
+    n_layers: Size = 4
     """Number of blocks."""
     ffn: Layer
     """The layer under study."""
@@ -226,8 +223,8 @@ class Config:
     """Blocks whose feed-forward layer is `ffn`, counted from 1; `middle` is block n_layers // 2 (paper: 6 of 12)."""
     dense: Literal["dense", "relu_squared", "swiglu"] = "dense"
     """The feed-forward layer of the other blocks, by its `method`."""
-    batch_sequences: Positive = 16
-    context: Annotated[Integer, Field(ge=2)] = 64
+    batch_sequences: Size = 16
+    context: Annotated[Size, Field(ge=2)] = 64
     """Tokens per sequence."""
     routing_group_sequences: Positive | None = None
     """Sequences in a routing group: expert choice selects tokens within a group, and the BatchNorm of queries takes its

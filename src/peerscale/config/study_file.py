@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from peerscale.config.errors import ConfigError, hydra_errors
 from peerscale.files import OURS, ROOT
+from peerscale.types import FILE_NAME
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +31,7 @@ def read_study(sweep: str | Path) -> StudyFile:
     from omegaconf import DictConfig, OmegaConf
 
     path = sweep_file(sweep)
+    sweep_name(path.stem)
     try:
         with hydra_errors(path.name):
             loaded = OmegaConf.load(path)
@@ -40,6 +44,14 @@ def read_study(sweep: str | Path) -> StudyFile:
     del settings["sweep"]
     settings.pop("hydra", None)  # Hydra's own settings could run code
     return StudyFile(path=path, defaults=settings.pop("defaults", []), settings=settings, sweep=section)
+
+
+def sweep_name(name: str) -> str:
+    """The name of a study, checked; raises `ConfigError` if it can be no folder's name."""
+    try:
+        return FILE_NAME.validate_python(name)
+    except ValidationError as error:
+        raise ConfigError(f"the name of a study, {name!r}: {error.errors()[0]['msg']}") from None
 
 
 def sweep_file(sweep: str | Path) -> Path:

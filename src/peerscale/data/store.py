@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from tokenizers import Tokenizer
 
 from peerscale.config.schema import DataConfig
 from peerscale.errors import UserError
-from peerscale.files import ROOT, write_text
+from peerscale.files import ROOT, checksum, write_text
 
 PREPARATION_VERSION = 1
 """Increase this when the same source would give other tokens; corpora of older versions are then prepared again."""
@@ -102,14 +102,18 @@ def tokenizer_file(folder: Path) -> Path:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    write_text(folder / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
+    tree = manifest.model_dump()
+    write_text(folder / "manifest.json", json.dumps({**tree, "checksum": checksum(tree)}, indent=2) + "\n")
 
 
 def read_manifest(config: DataConfig) -> Manifest | None:
     """The manifest of the corpus prepared for `config`; None if there is no usable one. Other files are not read."""
     try:
-        manifest = Manifest.model_validate_json((folder(config) / "manifest.json").read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValidationError):
+        tree = json.loads((folder(config) / "manifest.json").read_bytes())
+        manifest = Manifest.model_validate(tree)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # a ValidationError is one
+        return None
+    if tree.pop("checksum", "") not in ("", checksum(tree)):  # corpora from before it was written have none
         return None
     current = manifest.preparation_version == PREPARATION_VERSION and manifest.vocab_size == config.vocab_size
     return manifest if current else None

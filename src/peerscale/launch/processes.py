@@ -4,6 +4,8 @@ import itertools
 import os
 import signal
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
@@ -20,7 +22,10 @@ TRIES = 3
 """How often a cell is begun whose process is killed each time."""
 
 IDLE_S = 10.0
-"""Seconds after which a process without work ends, such as one whose parent was killed."""
+"""Seconds after which a process without work ends."""
+
+WATCH_S = 1.0
+"""Seconds between two looks whether the parent is still there."""
 
 
 def run_at_once(cells: Sequence[Cell], n: int, run: Callable[[Cell], Status]) -> dict[str, Status]:
@@ -82,4 +87,18 @@ def worker_environments(cells: Sequence[Cell], n: int) -> list[dict[str, str]]:
 
 
 def _executor(environment: dict[str, str]) -> Any:
-    return ProcessPoolExecutor(max_workers=1, timeout=IDLE_S, env=environment)
+    parent = os.getpid()
+    return ProcessPoolExecutor(
+        max_workers=1, timeout=IDLE_S, env=environment, initializer=_end_with, initargs=(parent,)
+    )
+
+
+def _end_with(parent: int) -> None:
+    """End this process soon after its parent, which may be killed; its cell then goes on from its checkpoint."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(WATCH_S)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, dataclass_transform
 
 from pydantic.dataclasses import dataclass
 
-from peerscale.types import STRICT
+from peerscale.types import STRICT, FileNameOrEmpty
 
 if TYPE_CHECKING:
     from torch import nn
@@ -86,7 +86,7 @@ class FfnConfig:
     """
 
     method: str
-    variant: str = ""
+    variant: FileNameOrEmpty = ""
 
     @property
     def name(self) -> str:

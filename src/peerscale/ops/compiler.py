@@ -25,6 +25,9 @@ HEADERS = sorted(SOURCE.parent.glob("*.h"))
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
 
 
+HASH_BYTES = hashlib.sha256().digest_size
+
+
 class CompilerError(Exception):
     """The reason, in one line, why the library cannot be compiled or loaded."""
 
@@ -46,16 +49,24 @@ def library() -> ctypes.CDLL:
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     path = cache_folder() / f"operators-{key[:16]}.so"
     try:
-        if not path.exists():
+        if not is_whole(path):
             # Several processes may compile at once; each puts a complete file in place, and the last one stays.
             with replacing(path) as temporary:
                 subprocess.run([*command, "-o", str(temporary)], check=True, capture_output=True, text=True)
+                with temporary.open("r+b") as file:
+                    file.write(hashlib.sha256(file.read()).digest())  # the loader ignores what follows the library
         return ctypes.CDLL(str(path))
     except subprocess.CalledProcessError as error:
         lines = [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines() or ["?"]
         raise CompilerError(f"{compiler} failed: {lines[0].strip()}") from None
     except OSError as error:
         raise CompilerError(str(error)) from None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a compiled library is there and ends with its own hash; to load a damaged one would end the process."""
+    content = path.read_bytes() if path.is_file() else b""
+    return hashlib.sha256(content[:-HASH_BYTES]).digest() == content[-HASH_BYTES:]
 
 
 def cache_folder() -> Path:

@@ -1,7 +1,8 @@
 """Training curves: the metrics that a cell logs, and the shortened curves of a study."""
 
 import json
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,28 @@ METRICS = "metrics.jsonl"
 CURVES = ("cell", "step", "tokens", "flops", "loss")
 """Columns of a study's training curves."""
 
+CRC = "crc32"
+"""Key of a row of metrics: the checksum of the others."""
+
 METRIC = CURVES[1:]
 """Numbers that every row of metrics has."""
+
+
+def row_line(row: Mapping[Any, Any]) -> str:
+    """A row of metrics as a line of `metrics.jsonl`, with a checksum of its values."""
+    return json.dumps({**row, CRC: zlib.crc32(json.dumps(row).encode())}) + "\n"
+
+
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """The row of metrics in a line; None if it is damaged or cut off. Rows from before checksums have none."""
+    try:
+        row = json.loads(line)
+        written = row.pop(CRC, None)
+        if written in (None, zlib.crc32(json.dumps(row).encode())):
+            return row if all(isinstance(row[key], int | float) for key in METRIC) else None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass
+    return None
 
 
 def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
@@ -30,13 +51,9 @@ def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
     content = path.read_bytes()
     lines = content.splitlines()
     for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            if all(isinstance(row[key], int | float) for key in METRIC):
-                yield row
-                continue
-        except (ValueError, TypeError, KeyError):
-            pass
+        if row := parse_row(line):
+            yield row
+            continue
         if number < len(lines) or content.endswith(b"\n"):
             raise UserError(f"{path}:{number}: not a row of metrics (a JSON object with {', '.join(METRIC)})")
 

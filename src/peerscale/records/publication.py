@@ -1,12 +1,11 @@
 """The committed copy of a study in results/: publishing it, and restoring its cells to runs/."""
 
-import json
 import shutil
 from pathlib import Path
 
 from peerscale.errors import UserError
-from peerscale.files import from_checkout, replacing, write_text
-from peerscale.records.curves import CURVES, METRIC, METRICS
+from peerscale.files import finish_replacing, from_checkout, replacing, write_text
+from peerscale.records.curves import CURVES, METRIC, METRICS, row_line
 from peerscale.records.matching import some
 from peerscale.records.record import ENDED, RECORD, Record, Status, write_record
 from peerscale.records.study import Study, read_json
@@ -27,6 +26,7 @@ def publish(source: Study, target: Study, *, replace_cells: bool = False) -> str
         UserError: the study is not complete, has guests, or published finished cells would be lost. Nothing is written
             then.
     """
+    finish_replacing(target.folder)
     for path in (source.runs, source.fits, source.table):
         if not path.exists():
             raise UserError(f"{path} is not there; first: make figures SWEEP={source.sweep}")
@@ -84,6 +84,6 @@ def restore(source: Study, runs: Path) -> tuple[int, int]:
     missing = [record for record in ended if not (runs / source.sweep / record.cell / RECORD).exists()]
     for record in missing:
         folder = runs / source.sweep / record.cell
-        write_text(folder / METRICS, "".join(json.dumps(row) + "\n" for row in logged.get(record.cell, [])))
+        write_text(folder / METRICS, "".join(map(row_line, logged.get(record.cell, []))))
         write_record(folder, record)  # last, so that a cell is restored wholly or again
     return len(missing), len(ended) - len(missing)

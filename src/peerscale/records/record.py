@@ -1,5 +1,6 @@
 """The record of a cell: one JSON file that says what ran, in which environment, and with which result."""
 
+import fcntl
 import json
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
@@ -9,7 +10,7 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from peerscale.errors import UserError
-from peerscale.files import write_text
+from peerscale.files import checksum, write_text
 from peerscale.plan.cell import Cell
 from peerscale.plan.plan import Verdict
 from peerscale.records.fingerprint import differing_keys, fingerprint, hashed_config
@@ -18,6 +19,9 @@ SCHEMA_VERSION = 3
 """Increase this when the fields of a record change their meaning."""
 
 RECORD = "record.json"
+
+CHECKSUM = "checksum"
+"""Key of a written record: the SHA-256 of all others. Records from before it was written have none."""
 
 LOCK = "lock"
 """Lock file in a cell's folder, held by the process that runs the cell."""
@@ -134,7 +138,7 @@ def differences(cell: Cell, record: Record, data_fingerprint: str | None) -> lis
 
 def write_record(folder: Path, record: Record) -> None:
     """Write `record.json` atomically."""
-    write_text(folder / RECORD, json.dumps(asdict(record), indent=1) + "\n")
+    write_text(folder / RECORD, json.dumps(record_tree(record), indent=1) + "\n")
 
 
 def read_record(folder: Path) -> Record | None:
@@ -165,15 +169,14 @@ def read_cell(folder: Path) -> Record | None:
 
 def is_held(folder: Path) -> bool:
     """Whether a process is running the cell of this folder."""
-    from filelock import FileLock, Timeout
-
-    if not (folder / LOCK).is_file():
-        return False
     try:
-        with FileLock(folder / LOCK, timeout=0):
-            return False
-    except Timeout:
+        with (folder / LOCK).open("rb") as file:  # a reader needs no right to write here, unlike the holder's FileLock
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
+    except OSError:  # there is no lock file
+        return False
+    return False
 
 
 def cell_folders(study: Path) -> list[Path]:
@@ -187,13 +190,22 @@ def set_aside(folder: Path) -> str:
     return f"mv '{folder}' '{folder}{SET_ASIDE}'"
 
 
+def record_tree(record: Record) -> dict[str, Any]:
+    """The JSON of a record, with the checksum of its values."""
+    tree = json.loads(json.dumps(asdict(record)))
+    return {**tree, CHECKSUM: checksum(tree)}
+
+
 def parse_record(tree: Any, where: str) -> Record:
     """A record from its JSON; raises `UserError`, which names `where`."""
     version = tree.get("schema_version") if isinstance(tree, dict) else None
     if version != SCHEMA_VERSION:
         raise UserError(f"{where}: schema version {version}, but this peerscale reads version {SCHEMA_VERSION}")
+    values = {key: value for key, value in tree.items() if key != CHECKSUM}
+    if CHECKSUM in tree and tree[CHECKSUM] != checksum(values):
+        raise UserError(f"{where}: damaged, or changed by hand: its values are not those of its checksum")
     try:
-        return _RECORD.validate_python(tree)
+        return _RECORD.validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None

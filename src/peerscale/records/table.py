@@ -1,9 +1,8 @@
 """The records of a study, and its table of runs: one row per cell, including failed and dropped cells."""
 
 import json
-import zipfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from peerscale.config.study import RATE_FACTOR
 from peerscale.errors import UserError
 from peerscale.files import ROOT, replacing, write_text
 from peerscale.plan.cost import CONVENTION
-from peerscale.records.record import Record, cell_folders, parse_record, read_cell
+from peerscale.records.record import Record, cell_folders, parse_record, read_cell, record_tree
 
 NEEDED = (
     "cell", "method", "variant", "size", "seed", "budget", "flops_per_token", "val_loss", "status", "convention",
@@ -71,7 +70,7 @@ def to_publish(record: Record) -> Record:
 def write_records(folder: Path, records: Iterable[Record]) -> None:
     """Write the records of a study to a folder, as `to_publish` makes them."""
     published = [to_publish(record) for record in records]
-    lines = (json.dumps(asdict(replace(record, sequence_losses=[]))) + "\n" for record in published)
+    lines = (json.dumps(record_tree(replace(record, sequence_losses=[]))) + "\n" for record in published)
     write_text(folder / RECORDS, "".join(lines))
     losses = {record.cell: np.array(record.sequence_losses) for record in published if record.sequence_losses}
     units = {cell: np.rint(each * UNITS_PER_NAT).astype(np.int32) for cell, each in losses.items()}
@@ -83,7 +82,7 @@ def _read_losses(path: Path) -> dict[str, list[float]]:
     try:
         with np.load(path) as units:
             return {cell: (units[cell] / UNITS_PER_NAT).tolist() for cell in units.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged archive can raise many types of errors
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot read the losses of sequences in {path}: {reason}") from None
 

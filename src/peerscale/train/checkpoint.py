@@ -4,7 +4,6 @@ import itertools
 import os
 import sys
 import time
-import zipfile
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -19,12 +18,12 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from peerscale.config.schema import TrainerConfig
 from peerscale.errors import UserError
 from peerscale.files import replacing
-from peerscale.model.trained import checkpoints
+from peerscale.model.trained import MADE_BY, checkpoints, read_checkpoint
 
 KEPT = 2
 
-MADE_BY, MICRO_BATCHES, TRAINED_S = "fingerprint", "micro_batches", "trained_s"
-"""Keys of a checkpoint: the fingerprint of its run, the micro-batches of a step, and the seconds trained so far."""
+MICRO_BATCHES, TRAINED_S = "micro_batches", "trained_s"
+"""Further keys of a checkpoint: the micro-batches of a step, and the seconds trained so far."""
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -102,31 +101,22 @@ class Resumed(NamedTuple):
 def newest_readable(folder: Path, made_by: str, micro_batches: int) -> Resumed:
     """The newest complete checkpoint of the run with fingerprint `made_by`; others are renamed, with a notice.
 
-    No code in a file is run: only weights and plain values are loaded, and any other pickle is refused.
-
     Raises:
         UserError: the run was begun with another number of micro-batches.
     """
     found = checkpoints(folder)
     for path, before in itertools.zip_longest(found, found[1:]):
         try:
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():  # torch itself does not compare checksums
-                    raise zipfile.BadZipFile(f"bad checksum of {damaged}")
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            resumed, begun = Resumed(path, state["global_step"], state[TRAINED_S]), state[MICRO_BATCHES]
-            problem = "" if state[MADE_BY] == made_by else "is of another configuration"
-        except Exception as error:  # a damaged archive can raise many types of errors
-            problem = f"cannot be read ({type(error).__name__})"
-        else:
-            if not problem and begun != micro_batches:
-                raise UserError(
-                    f"the cell was started with trainer.micro_batches={begun} and continues only with that, "
-                    f"not with {micro_batches}"
-                )
-            if not problem:
-                return resumed
-        instead = f"continuing from {before.name}" if before else "starting at the first step"
-        path.rename(path.with_suffix(".unusable"))
-        print(f"notice: {path} {problem}, {instead}", file=sys.stderr, flush=True)
+            state = read_checkpoint(path, made_by)
+        except UserError as error:
+            instead = f"continuing from {before.name}" if before else "starting at the first step"
+            path.rename(path.with_suffix(".unusable"))
+            print(f"notice: {error}, {instead}", file=sys.stderr, flush=True)
+            continue
+        if (begun := state[MICRO_BATCHES]) != micro_batches:
+            raise UserError(
+                f"the cell was started with trainer.micro_batches={begun} and continues only with that, "
+                f"not with {micro_batches}"
+            )
+        return Resumed(path, state["global_step"], state[TRAINED_S])
     return Resumed()

@@ -1,6 +1,5 @@
 """Training metrics: a row every few steps, in `metrics.jsonl` and Lightning's loggers; runs that diverge end."""
 
-import json
 import math
 import os
 import sys
@@ -18,7 +17,7 @@ from peerscale.data.store import Corpus, open_corpus
 from peerscale.files import write_text
 from peerscale.plan.held_out_sets import evaluated_tokens
 from peerscale.plan.plan import Plan
-from peerscale.records.curves import METRIC, METRICS
+from peerscale.records.curves import METRICS, parse_row, row_line
 from peerscale.train.evaluation import attach_usage, detach_usage, sequence_losses
 from peerscale.train.module import LanguageModel
 
@@ -95,7 +94,7 @@ class MetricsLog(Callback):
             trainer.callback_metrics.update({DIVERGED_AT: torch.tensor(step), "loss": torch.tensor(loss)})
             trainer.should_stop = True
         elif self.file is not None:
-            self.file.write(json.dumps(row) + "\n")
+            self.file.write(row_line(row))
             self.file.flush()
             for logger in trainer.loggers:
                 logger.log_metrics(row, step)
@@ -146,21 +145,13 @@ def small_part(corpus: Corpus, config: Config, steps: int) -> EvaluationBatches:
 def cut_back(folder: Path, step: int, config: Config, plan: Plan) -> None:
     """Remove the rows after `step`, which a resumed run writes again, and damaged ones; a notice tells what is lost."""
     path = folder / METRICS
-    rows = filter(None, map(_row, path.read_bytes().splitlines() if path.is_file() else []))
+    rows = filter(None, map(parse_row, path.read_bytes().splitlines() if path.is_file() else []))
     kept = {row["step"]: row for row in rows if row["step"] <= step}
     if path.is_file():
-        write_text(path, "".join(json.dumps(row) + "\n" for row in kept.values()))
+        write_text(path, "".join(map(row_line, kept.values())))
     if lost := [s for s in range(1, step + 1) if is_logged(s, config, plan) and s not in kept]:
         print(
             f"notice: {path}: {len(lost)} rows between steps {lost[0]} and {lost[-1]} are damaged or missing; "
             "the run goes on without them",
             file=sys.stderr,
         )
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-        return row if all(isinstance(row[key], int | float) for key in METRIC) else None
-    except (ValueError, TypeError, KeyError):
-        return None

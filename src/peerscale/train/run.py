@@ -72,8 +72,8 @@ def run_single(composition: Composition) -> None:
         return
     record = read_record(cell.folder)
     if record is None or status is not Status.DONE:
-        why = f": {record.reason}; {how_to_rerun(cell, status)}" if record else ""
-        raise FailedCells(f"{cell.name} {status}{why}")
+        why = f": {record.reason}" if record and record.status is status else ""
+        raise FailedCells(f"{cell.name} {status}{why}; {how_to_rerun(cell, status)}")
     losses = ", ".join(f"{name} {values['loss']:.4f}" for name, values in record.evaluation.items())
     kept = [f"; trained model: {path}" for path in (cell.folder / "checkpoints").glob("step-*.ckpt")]
     print(f"{cell.name} is done: {losses} nats per token; {cell.folder}{''.join(kept)}")
@@ -82,13 +82,15 @@ def run_single(composition: Composition) -> None:
 def run_cell(cell: Cell) -> Status:
     """Run or resume a cell, unless it is done or another worker is running it; its record has the outcome.
 
+    An error of the disk costs this cell alone: it has failed, even if its record cannot say so.
+
     Raises:
         UserError: the cell cannot be run as it is; if it was never run before, its folder is removed.
     """
     from peerscale.train.cell import train_cell
 
-    cell.folder.mkdir(parents=True, exist_ok=True)
     try:
+        cell.folder.mkdir(parents=True, exist_ok=True)
         # Wait a second, since `status` holds the lock briefly when it checks whether a cell is running.
         with FileLock(cell.folder / LOCK, timeout=1):
             return train_cell(cell)
@@ -99,6 +101,9 @@ def run_cell(cell: Cell) -> Status:
     except Timeout:
         print(f"{cell.name} is being run by another process and is skipped here", file=sys.stderr)
         return Status.RUNNING
+    except OSError as error:
+        print(f"\n{cell.name} failed: {error}", file=sys.stderr)
+        return Status.FAILED
 
 
 def main() -> int:
