@@ -37,8 +37,6 @@ def read_study(sweep: str | Path) -> StudyFile:
             loaded = OmegaConf.load(path)
             if not isinstance(loaded, DictConfig) or not isinstance(loaded.get("sweep"), DictConfig):
                 raise ConfigError(f"{path.name}: input should be a mapping with a `sweep:` section")
-            if missing := OmegaConf.missing_keys(loaded):  # which Hydra would ignore
-                raise ConfigError(f"{path.name}: {min(missing)} has no value, only ???")
             section: Any = OmegaConf.to_container(loaded.sweep, resolve=True)
             settings: Any = OmegaConf.to_container(loaded)
     except (UnicodeDecodeError, OSError) as error:
