@@ -63,6 +63,8 @@ def planned_cells(sweep: str | Path | StudyFile, overrides: Sequence[str] = ()) 
 
 def _refuse_without_effect(file: StudyFile, study: SweepConfig, overrides: Sequence[str]) -> None:
     """Raise `ConfigError` for a key of the study's file, or of an override, whose value no cell would have."""
+    if missing := [key for key, value in leaves(file.settings) if value == "???"]:  # which Hydra leaves out
+        raise ConfigError(f"{file.path.name}: {missing[0]} has no value, only ???")
     given = [{*point.keys} for point in study.points(Part())]
     if both := {key for key, _ in leaves(file.settings)}.intersection(*given):
         raise ConfigError(f"{file.path.name}: {min(both)} has no effect: every cell has its own from `sweep:`")
