@@ -162,6 +162,15 @@ def test_stays_with_everything_that_does_not(override: str) -> None:
     assert hashed(*override.split()) == hashed()
 
 
+def test_eps_of_tables_and_tf32_count_where_they_change_numbers() -> None:
+    gpu, tf32 = "trainer.accelerator=gpu", "trainer.tf32=true"
+    assert hashed(gpu) == hashed("optim.table_eps=1e-15") != hashed()
+    assert hashed(gpu, "optim.table_eps=1e-8") == hashed("trainer.accelerator=cpu", tf32) == hashed()
+    assert hashed(gpu, "ffn=dense") == hashed("ffn=dense") != hashed(gpu, "ffn=dense", tf32)
+    with pytest.raises(UserError, match="tf32 needs accelerator=gpu"):
+        load([*BASE, tf32])
+
+
 def test_every_key_is_either_hashed_or_known_to_be_operational() -> None:
     config = load(BASE)
     left_out = {
@@ -169,7 +178,7 @@ def test_every_key_is_either_hashed_or_known_to_be_operational() -> None:
         *(f"tracking.{key}" for key in to_dict(config)["tracking"]),
         *("min_steps", "data.directory", "data.name", "data.path", "data.train_tokens", "data.max_epochs"),
         # What these name is hashed: the layer's settings, the tokens of the corpus, the rates of this width.
-        *("ffn.variant", "data.source", "optim.lr_rule", "optim.lr_factor", "optim.table_lr_law"),
+        *("ffn.variant", "data.source", "optim.lr_rule", "optim.lr_factor", "optim.table_lr_law", "optim.table_eps"),
         *(f"data.evaluation.{name}" for name, tokens in config.data.evaluation.items() if not tokens),
         "routing_group_sequences",  # where it is the usual one
         *SIZE,  # hashed as size.d_model, size.n_layers and size.n_heads
