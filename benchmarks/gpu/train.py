@@ -66,8 +66,9 @@ def compare(machine: Machine, folder: Path, method: str) -> Row:
     """The largest distance of training and validation losses from those of a straight run."""
     n_steps = cell(machine, folder, method, "resumed").plan.steps
     if read_record(cell(machine, folder, method, "resumed").folder) is None:
-        code = f"import sys; sys.path[:0] = {sys.path!r}; from gpu.train import *; at_step({n_steps * 2 // 3}, lambda: "
-        code += f"os._exit({KILLED})); run_cell(cell({machine!r}, Path({str(folder)!r}), {method!r}, 'resumed'))"
+        code = f"import os, sys; sys.path[:0] = {sys.path!r}; from broken_runs import at_step; "
+        code += f"from gpu.train import *; at_step({n_steps * 2 // 3}, lambda: os._exit({KILLED})); "
+        code += f"run_cell(cell({machine!r}, Path({str(folder)!r}), {method!r}, 'resumed'))"
         ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
         if ended.returncode != KILLED:
             return {"reason": f"the process to be broken off failed: {ended.stderr.strip()[-200:]}"}
