@@ -68,6 +68,8 @@ def main() -> None:
 def training_step(config: Config, device: str = "cpu") -> Callable[[], object]:
     """Loss, gradients, clip and optimiser, on random tokens."""
     module = LanguageModel(config, plan(config), device).to(device)
+    if config.trainer.compiles_on(device):
+        module.model.compile_backbone()
     optimizer = module.configure_optimizers()["optimizer"]  # pyrefly: ignore
     shape = (config.batch_sequences, config.context + 1)
     tokens = torch.randint(config.data.vocab_size, shape, device=device)

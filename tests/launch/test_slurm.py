@@ -140,10 +140,12 @@ def test_what_a_job_needs_comes_from_the_plans(tmp_path: Path) -> None:
     assert needs([cell]) == small
     big = [f"ffn.n_experts={8192**2}", "trainer.threads=3", "trainer.accelerator=gpu"]
     (other,) = planned_cells(study, big)
-    large = {"mem_gb": 64, "cpus_per_task": 3, "gpus_per_node": 1}  # 10^9 parameters: twice 17 GB of state, and 3
+    large = {"mem_gb": 32, "cpus_per_task": 4, "gpus_per_node": 1}  # 10^9 parameters: checkpoint 13, weights 4, base 6
     assert needs([other]) == needs([cell, other, cell]) == large
-    (both,) = planned_cells(study, [*big, "trainer.devices=2"])
-    assert needs([both]) == {"mem_gb": 128, "cpus_per_task": 6, "gpus_per_node": 2}  # a process for each GPU
+    (both,) = planned_cells(study, [*big, "trainer.devices=2", "trainer.threads=8"])
+    assert needs([both]) == {"mem_gb": 64, "cpus_per_task": 16, "gpus_per_node": 2}  # a process for each GPU
+    on_eight = needs(planned_cells("isoflop_paper"))
+    assert on_eight == {"mem_gb": 512, "cpus_per_task": 32, "gpus_per_node": 8}  # 8 checkpoints of 42 GB
 
 
 def fake_program(folder: Path, name: str, script: str) -> Path:

@@ -4,6 +4,7 @@ Where there is a GPU it runs on that instead.
 """
 
 import importlib
+import itertools
 import os
 import re
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from peerscale.ops.triton_operators import blocks_of, cross_entropy_blocks, search_constants
 
 triton = pytest.importorskip("triton", reason="there is no package triton: pip install 'peerscale[gpu]'")
 
@@ -31,60 +34,70 @@ def test_cases(cases):
     assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 5 and "skipped" not in result.stdout
 
 
-KERNELS = ["row_dot_products", "weighted_row_sum", "table_gradient", "cross_entropy", "product_key_top_k"]
-FILES = {"product_key_top_k": "triton_top_k"}  # of kernels that are not in triton_kernels
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 SHARED_MEMORY = {80: 163 * 1024, 90: 232_448}  # bytes that a program may have
+SPILLED = 16
+"""Bytes of registers that a thread may spill to memory."""
+
+ROWS = [
+    (kernel, blocks_of(width), real)
+    for kernel in ("row_dot_products", "weighted_row_sum", "table_gradient")
+    for width in (64, 128, 768)
+    for real in ("fp32", "bf16")
+]
+HEADS = [("cross_entropy", cross_entropy_blocks(V), real) for V in (100, 2048, 32_768) for real in ("fp32", "bf16")]
+SEARCHES = list(itertools.product((4, 16, 32, 64), ("tf32x3", "tf32", "bf16"), SHARED_MEMORY))
+# An assembler takes up to half a minute for a search: all of them with EVERY_KERNEL=1.
+SHORTER = [(16, "tf32x3", 90), (4, "tf32", 80), (4, "bf16", 80)]
 
 
-# The search takes as long to compile as all others together, so each kind of it is compiled for one of the two.
-@pytest.mark.parametrize(
-    ("real", "architecture", "kernels"),
-    [("fp32", 80, KERNELS[:4]), ("fp32", 90, KERNELS), ("bf16", 80, KERNELS), ("bf16", 90, KERNELS[:4])],
-)
-def test_compiles_for_a_gpu(monkeypatch, tmp_path, real, architecture, kernels):
-    """To machine code of an A100 and an H100, which needs none; the interpreter lets more pass than the compiler.
-
-    No register may be spilled to memory.
-    """
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from peerscale.ops.triton_operators import blocks_of, search_constants
-
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+def test_every_configuration_on_rows_and_logits_compiles_for_a_gpu(architecture, monkeypatch, tmp_path):
+    """To machine code of an A100 and an H100, which needs none; the interpreter lets more pass than the compiler."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[real]
-    found = {}
-    for kernel in kernels:
-        constants = blocks_of(768) | {"BLOCK_V": 4096}
-        if kernel == "cross_entropy":
-            constants["num_warps"] = 8
-        if kernel in FILES:
-            # For an A100 a smaller one, since its assembler takes half a minute for the top 16.
-            constants = search_constants(dtype, 1024, 192, 1, 16 if architecture == 90 else 4)
-        options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
-        function = getattr(importlib.import_module(f"peerscale.ops.{FILES.get(kernel, 'triton_kernels')}"), kernel)
-        names = function.arg_names
-        # Sums and what belongs to pairs are float32 beside half precision.
-        known = dict.fromkeys(("rows", "order", "starts", "targets"), "*i64")
-        known |= dict.fromkeys(("x", "table", "vectors", "query", "sub_keys", "logits"), f"*{real}")
-        known |= dict.fromkeys(("P", "J", "D", "V", "tokens"), "i32") | {"scale": "fp32"}
-        known |= dict.fromkeys(constants, "constexpr")
-        signature = {name: known.get(name, "*fp32") for name in names}
-        source = ASTSource(
-            fn=function,
-            signature=signature,
-            constexprs={(names.index(name),): value for name, value in constants.items() if name in names},
-            # As the arguments of models are: pointers, and widths.
-            attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
-                   if signature[name][0] == "*" or name in ("J", "D", "V")},
-        )  # fmt: skip
-        target = GPUTarget("cuda", architecture, 32)
-        compiled = triton.compile(source, target=target, options={"enable_fp_fusion": True, **options})
-        (tmp_path / "cubin").write_bytes(compiled.asm["cubin"])
-        command = [CUOBJDUMP, "--dump-resource-usage", tmp_path / "cubin"]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        stack = [int(size) for size in re.findall(r"STACK:(\d+)", usage)]
-        found[kernel] = (sum(stack), compiled.metadata.shared <= SHARED_MEMORY[architecture])
-        assert stack, usage
-    assert found == dict.fromkeys(found, (0, True))
+    for kernel, constants, real in [*ROWS, *HEADS]:
+        assert spilled(kernel, constants, real, architecture, tmp_path) <= SPILLED, (kernel, constants, real)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "kind", "architecture"), SEARCHES if os.environ.get("EVERY_KERNEL") else SHORTER, ids=str
+)
+def test_searches_compile_for_a_gpu(top_k, kind, architecture, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    real = "bf16" if kind == "bf16" else "fp32"
+    constants = search_constants(torch.bfloat16 if kind == "bf16" else torch.float32, 1024, 64, 1, top_k)
+    if kind != "bf16":
+        constants["PRECISION"] = kind
+    assert spilled("product_key_top_k", constants, real, architecture, tmp_path) <= SPILLED
+
+
+def spilled(kernel, constants, real, architecture, folder):
+    """Bytes of memory that a thread of the compiled kernel needs, for registers above all."""
+    options = {name: value for name, value in constants.items() if name in ("num_warps", "num_stages")}
+    constants = {name: value for name, value in constants.items() if name not in options}
+    module = "triton_top_k" if kernel == "product_key_top_k" else "triton_kernels"
+    function = getattr(importlib.import_module(f"peerscale.ops.{module}"), kernel)
+    names = function.arg_names
+    # Sums, losses and what belongs to pairs are float32 beside half precision.
+    known = dict.fromkeys(("rows", "order", "starts", "targets"), "*i64")
+    known |= dict.fromkeys(("x", "table", "vectors", "query", "sub_keys", "logits"), f"*{real}")
+    known |= dict.fromkeys(("P", "J", "D", "V", "tokens"), "i32") | {"scale": "fp32"}
+    known |= dict.fromkeys(constants, "constexpr")
+    signature = {name: known.get(name, "*fp32") for name in names}
+    source = triton.compiler.ASTSource(
+        fn=function,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items() if name in names},
+        # As the arguments of models are: pointers, and widths.
+        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
+               if signature[name][0] == "*" or name in ("J", "D", "V")},
+    )  # fmt: skip
+    target = triton.backends.compiler.GPUTarget("cuda", architecture, 32)
+    compiled = triton.compile(source, target=target, options={"enable_fp_fusion": True, **options})
+    assert compiled.metadata.shared <= SHARED_MEMORY[architecture]
+    (folder / "cubin").write_bytes(compiled.asm["cubin"])
+    command = [CUOBJDUMP, "--dump-resource-usage", folder / "cubin"]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    stack = [int(size) for size in re.findall(r"STACK:(\d+)", usage)]
+    assert stack, usage
+    return sum(stack)

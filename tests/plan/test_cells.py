@@ -18,7 +18,7 @@ from peerscale.files import ROOT
 from peerscale.plan.cell import Cell
 from peerscale.plan.cell_names import budget_name
 from peerscale.plan.cells import planned_cells, single_cell
-from peerscale.plan.memory import in_micro_batches
+from peerscale.plan.memory import in_memory
 from peerscale.plan.notices import short_methods
 from peerscale.plan.plan import Verdict
 from peerscale.records.fingerprint import fingerprint, hashed_config
@@ -66,7 +66,7 @@ def assert_planned_as_composed(cells: Sequence[Cell], file: Path, overrides: Seq
         keys |= {key: value for key, value in cell.axes.items() if key != "data"}
         words = [f"++{key}={_quoted(value)}" for key, value in keys.items()]
         tree = composed([f"ffn={config.ffn.name}", *words, *overrides], study=read_study(file)).tree
-        assert in_micro_batches(parse_config(tree)) == config
+        assert in_memory(parse_config(tree)) == config
         assert pickle.loads(pickle.dumps(cell)) == cell, "a worker receives it as data"
 
 
@@ -271,7 +271,7 @@ def test_two_corpora_of_one_name_are_not_mixed(tmp_path: Path) -> None:
 def test_a_single_cell_belongs_to_no_study() -> None:
     cell = single_cell(composed(["ffn=peer"]))
     assert cell.folder == ROOT / "runs/single/peer-d32-2e11-s0"
-    assert (cell.config, cell.axes) == (in_micro_batches(load(["ffn=peer"])), {})
+    assert (cell.config, cell.axes) == (in_memory(load(["ffn=peer"])), {})
 
 
 # Notices

@@ -205,6 +205,15 @@ def test_the_layer_of_other_blocks_does_not_count_where_there_are_none() -> None
     assert hashed("ffn=engram", "replaced=all", "dense=swiglu") != hashed("ffn=engram", "replaced=all")
 
 
+def test_eps_of_tables_and_tf32_count_where_they_change_numbers() -> None:
+    gpu, tf32 = "trainer.accelerator=gpu", "trainer.tf32=true"
+    assert hashed(gpu) == hashed("optim.table_eps=1e-15") != hashed()
+    assert hashed(gpu, "optim.table_eps=1e-8") == hashed("trainer.accelerator=cpu", tf32) == hashed()
+    assert hashed(gpu, "ffn=dense") == hashed("ffn=dense") != hashed(gpu, "ffn=dense", tf32)
+    with pytest.raises(UserError, match="tf32 needs accelerator=gpu"):
+        load([*BASE, tf32])
+
+
 def test_every_key_is_either_hashed_or_known_to_be_operational() -> None:
     config = load(BASE)
     left_out = {
@@ -212,7 +221,7 @@ def test_every_key_is_either_hashed_or_known_to_be_operational() -> None:
         *(f"tracking.{key}" for key in to_dict(config)["tracking"]),
         *("min_steps", "data.directory", "data.name", "data.path", "data.train_tokens", "data.max_epochs"),
         # What these name is hashed: the layer's settings, the tokens of the corpus, the rates of this width.
-        *("ffn.variant", "data.source", "optim.lr_rule", "optim.lr_factor", "optim.table_lr_law"),
+        *("ffn.variant", "data.source", "optim.lr_rule", "optim.lr_factor", "optim.table_lr_law", "optim.table_eps"),
         *(f"data.evaluation.{name}" for name, tokens in config.data.evaluation.items() if not tokens),
         *("routing_group_sequences", "dense"),  # where they are the usual ones
         *SIZE,  # hashed as size.d_model, size.n_layers and size.n_heads

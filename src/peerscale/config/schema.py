@@ -134,6 +134,8 @@ class OptimConfig:
     beta1: Annotated[Number, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[Number, Field(ge=0, lt=1)] = 0.95
     eps: Rate = 1e-8
+    table_eps: Rate | None = None
+    """For expert tables with a `table_lr`; null: `Config.table_eps` decides."""
     grad_clip: Rate = 1.0
     """Bound on the global gradient norm of all parameters except the expert tables."""
 
@@ -155,22 +157,27 @@ class TrainerConfig:
     micro_batches: Positive | None = None
     """Parts of a device's batch that are computed one after the other to save memory; their gradients are summed. Null:
     the plan chooses the smallest number that fits `device_memory_gb`."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | None = None
     """Keep only the inputs of attention and dense layers and recompute the rest in the backward pass: less memory for a
-    third more time. The layer under study is not recomputed; the FLOPs of the budget do not change."""
+    third more time. The layer under study is not recomputed; the FLOPs of the budget do not change. Null: where a cell
+    does not fit `device_memory_gb` otherwise."""
     device_memory_gb: Rate | None = None
     """Memory of one GPU; a cell that trains on GPUs must fit into it (`device_memory`). Null: no limit."""
     device_flops_per_s: Rate = 9.89e14
     """Peak of one GPU (default: an H100 in bf16). Times that no record gives are estimated from it and
     `device_utilisation`."""
-    device_utilisation: Annotated[Number, Field(gt=0, le=1)] = 0.3
-    """Share of the peak that training is assumed to reach."""
+    device_utilisation: Annotated[Number, Field(gt=0, le=1)] | None = None
+    """Share of the peak that training is assumed to reach; null: that of the layer (`FfnConfig.SHARES_OF_PEAK`)."""
     threads: Size = 1
     """CPU threads of each process of a cell; parallel sweeps run fastest with one."""
     kernel: Literal["auto", "cpp", "triton", "torch", "reference"] = "auto"
     """Which implementation of the operators (`ops.backends`)."""
-    compile: bool = False
-    """torch.compile for attention, norms and dense layers: takes seconds at the start, so it is for long cells."""
+    compile: bool | None = None
+    """torch.compile for attention, norms and dense layers: takes up to a minute at the start, so that a CPU needs long
+    cells. Null: on GPUs only."""
+    tf32: bool = False
+    """On GPUs, products of fp32 numbers round them to 10 bits, which is several times as fast: scores of product keys,
+    queries and routers, and with precision fp32 everything. Hashed where it is so."""
     checkpoint_every_s: Rate = 60.0
     """Seconds between two checkpoints."""
     checkpoint_every_steps: Positive | None = None
@@ -186,6 +193,12 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         if self.device_memory_gb is not None and self.accelerator == "auto":
             raise ValueError("device_memory_gb needs accelerator=gpu, since the plan cannot know what auto will find")
+        if self.tf32 and self.accelerator == "auto":
+            raise ValueError("tf32 needs accelerator=gpu, since the plan cannot know what auto will find")
+
+    def compiles_on(self, device: str) -> bool:
+        """Whether the backbone is compiled on this type of device, as torch calls it."""
+        return device == "cuda" if self.compile is None else self.compile
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -276,6 +289,15 @@ class Config:
     def n_dense(self) -> int:
         """Number of blocks that have the `dense_layer`: all but those in which `ffn` is in its place."""
         return self.n_layers - len(self.replaced_blocks) * (self.ffn.place == "feed_forward")
+
+    @property
+    def table_eps(self) -> float:
+        """AdamW's eps for expert tables: with a million experts the gradients of a row are so small that 1e-8 would
+        shorten its steps. Runs on CPUs keep that of all other parameters, as the committed ones had."""
+        optim = self.optim
+        if optim.table_lr is None:
+            return optim.eps
+        return optim.table_eps or (1e-15 if self.trainer.accelerator == "gpu" else optim.eps)
 
     @property
     def surroundings(self) -> Surroundings:

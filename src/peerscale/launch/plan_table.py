@@ -12,7 +12,7 @@ from peerscale.launch.speed import Estimate, estimates, makespan_s
 from peerscale.plan.cell import Cell
 from peerscale.plan.cells import planned_cells
 from peerscale.plan.cost import CONVENTION
-from peerscale.plan.memory import device_memory
+from peerscale.plan.memory import checkpoint_bytes, device_memory
 from peerscale.plan.notices import evaluation_lines, rate_lines, short_methods
 from peerscale.plan.plan import Verdict
 from peerscale.records.outcome import outcomes
@@ -82,17 +82,20 @@ def plan_row(cell: Cell, time: Estimate) -> dict[str, str]:
 
 
 def time_lines(cells: Sequence[Cell], times: Mapping[str, Estimate], price: float | None) -> list[str]:
-    """How times are estimated, and the GPU-hours of the cells that train on GPUs, with their cost at `price` each."""
+    """How times are estimated, the GPU-hours of cells that train on GPUs, with their cost at `price` each, and what
+    checkpoints take."""
     lines = []
     on_gpus = [cell for cell in cells if cell.config.trainer.accelerator == "gpu"]
     if any(times[cell.name].is_guess for cell in cells):
-        by = "trainer.device_utilisation" if on_gpus else "committed runs"
+        by = "a share of the GPU's peak (trainer.device_utilisation)" if on_gpus else "committed runs"
         lines.append(f"time? is estimated from {by}: no finished cell of that method on this machine yet")
     if on_gpus:
         hours = sum(times[cell.name].s * cell.config.trainer.devices for cell in on_gpus) / 3600
         cost = f", {hours * price:,.0f} at {price:g} an hour" if price is not None else "; PRICE=2.5 gives their cost"
         largest = max(sum(device_memory(cell.config).values()) for cell in on_gpus) / 1e9
         lines.append(f"{hours:,.3g} GPU-hours{cost}; the largest cell takes about {largest:.3g} GB of a GPU's memory")
+    if kept := [checkpoint_bytes(cell.config) for cell in cells if cell.config.trainer.keep_checkpoint]:
+        lines.append(f"kept checkpoints (trainer.keep_checkpoint): {sum(kept) / 1e9:,.3g} GB on disk")
     return lines
 
 

@@ -19,11 +19,15 @@ from peerscale.config.errors import hydra_errors
 from peerscale.errors import FailedCells, UserError
 from peerscale.files import OURS, write_json
 from peerscale.plan.cell import Cell
-from peerscale.plan.memory import device_memory
+from peerscale.plan.memory import checkpoint_bytes, device_memory
 from peerscale.records.record import FAILED
 
 BASE_GB = 2.0
 """Memory of Python, torch and Lightning without a model, in each process."""
+GPU_BASE_GB = 6.0
+"""The same with CUDA, the compiler and pinned batches."""
+CPUS_PER_GPU = 4
+"""At least: the process, Lightning's loader, and the threads that compile."""
 
 
 def load_settings(overrides: Sequence[str] = (), at_once: int | None = None) -> dict[str, Any]:
@@ -56,16 +60,21 @@ def load_settings(overrides: Sequence[str] = (), at_once: int | None = None) -> 
 def needs(cells: Sequence[Cell]) -> dict[str, Any]:
     """What a job needs that may run any of these cells.
 
-    Memory: for the process of each device that of `device_memory`, its state twice because of checkpoints, rounded up
-    to a power of two in GB.
+    Memory of the machine, rounded up to a power of two in GB: on CPUs, for each process that of `device_memory`, its
+    state twice because of checkpoints; on GPUs, a checkpoint, which each process reads as a run goes on, and once the
+    model that they start from.
     """
     memory_gb, cpus, gpus = 0.0, 0, 0
     for config in (cell.config for cell in cells):
         trainer, memory = config.trainer, device_memory(config)
-        of_process = BASE_GB + (sum(memory.values()) + memory["state"]) / 1e9
-        memory_gb = max(memory_gb, trainer.devices * of_process)
-        cpus = max(cpus, trainer.devices * trainer.threads)
-        gpus = max(gpus, trainer.devices if trainer.accelerator == "gpu" else 0)
+        if trainer.accelerator == "gpu":
+            of_process = GPU_BASE_GB + checkpoint_bytes(config) / 1e9
+            memory_gb = max(memory_gb, trainer.devices * of_process + checkpoint_bytes(config) / 1e9 / 3)
+            cpus = max(cpus, trainer.devices * max(trainer.threads, CPUS_PER_GPU))
+            gpus = max(gpus, trainer.devices)
+        else:
+            memory_gb = max(memory_gb, trainer.devices * (BASE_GB + (sum(memory.values()) + memory["state"]) / 1e9))
+            cpus = max(cpus, trainer.devices * trainer.threads)
     return {"mem_gb": 2 ** math.ceil(math.log2(memory_gb)), "cpus_per_task": cpus, "gpus_per_node": gpus or None}
 
 

@@ -58,8 +58,8 @@ def estimate(config: Config, plan: Plan, speeds: Iterable[Measured]) -> Estimate
     """The time that a cell takes by the speeds of cells of its method on the same devices and threads: of those nearest
     in cost, the fastest, since the others shared their cores with other programs.
 
-    Without such cells it is a guess: on GPUs from `trainer.device_utilisation`, on a CPU from cells that ran elsewhere,
-    of the same method if possible.
+    Without such cells it is a guess: on GPUs from `share_of_peak`, on a CPU from cells that ran elsewhere, of the same
+    method if possible.
     """
     per_token, trainer = plan.cost.flops_per_token, config.trainer
     on_gpu = trainer.accelerator == "gpu"
@@ -70,13 +70,18 @@ def estimate(config: Config, plan: Plan, speeds: Iterable[Measured]) -> Estimate
     if guess and not on_gpu:
         elsewhere = [speed for speed in speeds if speed.on is None]
         known = [speed for speed in elsewhere if speed.name == config.ffn.name] or elsewhere
-    rate = trainer.device_flops_per_s * trainer.device_utilisation * trainer.devices if on_gpu else GUESS_FLOPS_PER_S
+    rate = trainer.device_flops_per_s * share_of_peak(config) * trainer.devices if on_gpu else GUESS_FLOPS_PER_S
     if known:
         away = {speed: round(abs(math.log(speed.flops_per_token / per_token)), 1) for speed in known}
         rate = max(speed.flops_per_s for speed in known if away[speed] == min(away.values()))
     evaluation_flops = plan.evaluation_tokens * per_token / 3  # a forward pass is a third of a training step
     training_flops = plan.flops * (1 + recomputed_share(config, plan.cost))
     return Estimate(OVERHEAD_S + (training_flops + evaluation_flops) / rate, guess)
+
+
+def share_of_peak(config: Config) -> float:
+    """`trainer.device_utilisation`, or the guess for the layer."""
+    return config.trainer.device_utilisation or config.ffn.SHARES_OF_PEAK[config.trainer.devices > 1]
 
 
 def measured_speeds(runs: Path, known: Mapping[Path, Record]) -> list[Measured]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, dataclass_transform
 
 from pydantic.dataclasses import dataclass
 
@@ -88,6 +88,10 @@ class FfnConfig:
     method: str
     variant: FileNameOrEmpty = ""
 
+    SHARES_OF_PEAK: ClassVar[tuple[float, float]] = (0.3, 0.3)
+    """Share of a GPU's peak that training reaches, on one GPU and on each of several, which exchange the gradients of
+    whole tables: estimates by bytes and FLOPs for an H100 and d_model 768. None was measured."""
+
     @property
     def name(self) -> str:
         """The name of the layer's YAML file, and of its curve in a figure."""
@@ -129,9 +133,13 @@ class FfnConfig:
         """
         return 2 * around.d_model + 2 * around.d_ff
 
-    def copied_parameters(self, around: Surroundings) -> int:
-        """Number of parameters of which training in bf16 also keeps a bf16 copy (`ops.rounded`)."""
+    def saved_in_fp32(self, around: Surroundings) -> int:
+        """How many of `saved_numbers` stay fp32 in bf16 training, apart from the norm's; for the same estimate."""
         return 0
+
+    def table_sizes(self, around: Surroundings) -> list[int]:
+        """Parameters of each table whose rows are read by `peerscale.ops`; for the same estimate."""
+        return []
 
     @property
     def takes_statistics(self) -> bool:

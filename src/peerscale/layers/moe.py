@@ -22,6 +22,8 @@ from peerscale.types import Positive, Rate
 class RoutedConfig(FfnConfig):
     """The settings of every mixture of experts."""
 
+    SHARES_OF_PEAK = (0.23, 0.23)
+
     n_experts: Positive = 16
     top_k: Positive = 1
     """Token choice: experts per token."""

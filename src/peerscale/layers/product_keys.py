@@ -38,6 +38,7 @@ class RetrievalConfig(FfnConfig):
     shared_keys: bool = True
     """One set of product keys for all heads (paper, section 2), or one per head (the code that the paper refers to)."""
 
+    SHARES_OF_PEAK = (0.21, 0.145)
     ROWS_PER_EXPERT: ClassVar[int]
     """Number of table rows, of d_model numbers each, per expert."""
 
@@ -108,8 +109,11 @@ class RetrievalConfig(FfnConfig):
         queries = self.n_heads * self.resolved_d_key(around.d_model)  # counted twice below: before and after their norm
         return 2 * around.d_model + 2 * queries + 8 * self.active_experts
 
-    def copied_parameters(self, around: Surroundings) -> int:
-        return self.n_experts * self.ROWS_PER_EXPERT * around.d_model
+    def saved_in_fp32(self, around: Surroundings) -> int:
+        return self.saved_numbers(around) - around.d_model  # retrieval is fp32
+
+    def table_sizes(self, around: Surroundings) -> list[int]:
+        return [self.n_experts * around.d_model] * self.ROWS_PER_EXPERT
 
     @property
     def takes_statistics(self) -> bool:

@@ -37,7 +37,7 @@ def build_model(config: Config, device: str = "cpu") -> Transformer:
         blocks.append(placed)
     return Transformer(
         config.d_model, config.n_heads, config.context, config.data.vocab_size, blocks, operators,
-        trainer.activation_checkpointing,
+        bool(trainer.activation_checkpointing),
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ def linear_cross_entropy(
     """-log softmax(head x[t])[targets[t]] in nats: the differentiable mean over the tokens, and the loss of each (T,).
 
     The gradients are computed together with the loss, one slice of the tokens at a time (as in Hsu et al. 2024, "Liger
-    Kernel"). The matrix products follow autocast; loss and softmax are in the precision of the head's weights.
+    Kernel"). The matrix products follow autocast, and logits stay in its type; losses and softmax are in float32.
 
     Args:
         operators: the backend that computes losses and softmax.
@@ -47,16 +47,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             for start in range(0, T, step):
                 part = slice(start, start + step)
-                logits = (x_TD[part] @ cast_head_VD.T).to(head_VD.dtype)
-                losses_T[part] = operators.cross_entropy_(logits, targets_T[part], 1 / T)
+                logits = x_TD[part] @ cast_head_VD.T
+                losses_T[part] = operators.cross_entropy_(logits, targets_T[part], 1 / T)  # and now its gradient
                 if not with_gradients:
                     continue
-                grad_logits = logits.to(dtype)
-                torch.mm(grad_logits, cast_head_VD, out=grad_x[part])
+                torch.mm(logits, cast_head_VD, out=grad_x[part])
                 if dtype == head_VD.dtype:
-                    grad_head.addmm_(grad_logits.T, x_TD[part])
+                    grad_head.addmm_(logits.T, x_TD[part])
                 else:
-                    grad_head += grad_logits.T @ x_TD[part]
+                    grad_head += logits.T @ x_TD[part]
         ctx.save_for_backward(grad_x, grad_head)
         ctx.mark_non_differentiable(losses_T)
         return losses_T.mean(), losses_T

@@ -93,7 +93,12 @@ class Operators:
 
     def cross_entropy_(self, logits_TV: Tensor, targets_T: Tensor, scale: float) -> Tensor:
         """-log softmax(logits[t])[targets[t]]; overwrites the logits with `scale` times its gradient. Not
-        differentiable."""
+        differentiable. Half-precision logits are computed with, and have losses, in float32."""
+        if logits_TV.dtype in (torch.bfloat16, torch.float16):
+            wide_TV = logits_TV.float()
+            losses_T = self.cross_entropy_(wide_TV, targets_T, scale)
+            logits_TV.copy_(wide_TV)
+            return losses_T
         targets_T1 = targets_T.unsqueeze(1)
         log_probabilities_TV = logits_TV.log_softmax(dim=-1)
         torch.exp(log_probabilities_TV, out=logits_TV)

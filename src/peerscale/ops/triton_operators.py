@@ -76,9 +76,9 @@ class TritonOperators(Operators):
         # Kernels take Python numbers as float32, which is too imprecise a `scale` for float64.
         if not (_takes(logits_TV) and logits_TV.is_contiguous() and logits_TV.dtype in _FLOAT32_AT_MOST):
             return super().cross_entropy_(logits_TV, targets_T, scale)
-        (T, V), losses_T = logits_TV.shape, logits_TV.new_empty(len(logits_TV))
-        blocks = {"BLOCK_V": min(4096, _power_of_two(V)), "num_warps": 8}
-        _launch("cross_entropy", (T,), logits_TV, targets_T.contiguous(), losses_T, V, scale, **blocks)
+        (T, V), losses_T = logits_TV.shape, logits_TV.new_empty(len(logits_TV), dtype=torch.float32)
+        arrays = (logits_TV, targets_T.contiguous(), losses_T)
+        _launch("cross_entropy", (T,), *arrays, V, scale, **cross_entropy_blocks(V))
         return losses_T
 
     def rounded(self, table_ND: Tensor, dtype: torch.dtype) -> Tensor:
@@ -134,6 +134,11 @@ def blocks_of(D: int) -> dict[str, Any]:
     if D <= 128:
         return {"BLOCK_P": 16, "BLOCK_D": 128, "num_warps": 4}
     return {"BLOCK_P": 4, "BLOCK_D": 256, "num_warps": 2}
+
+
+def cross_entropy_blocks(V: int) -> dict[str, Any]:
+    """Those of the cross-entropy of V logits a token."""
+    return {"BLOCK_V": min(4096, _power_of_two(V)), "num_warps": 8}
 
 
 def _by_columns(n: int, D: int) -> tuple[int, int]:

@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from peerscale.data.store import read_manifest
 from peerscale.data.text import texts
 from peerscale.plan.cell import Cell
 from peerscale.plan.cell_names import cell_name, changes
+from peerscale.plan.memory import in_memory
 from peerscale.plan.plan import plan
 
 SINGLE = "single"
@@ -96,8 +96,8 @@ def _planned(sweep: str, cells: Sequence[tuple[Config, Mapping[str, Any]]]) -> l
         parsed = to_dict(config) if axes else {}
         values = {key: value_at(parsed, key, value) for key, value in axes.items()}  # `0.02` for `.02`
         run = plan(config, set_tokens=manifest.splits if manifest else None)
-        config = replace(config, trainer=replace(config.trainer, micro_batches=run.micro_batches))
-        cell = Cell(sweep=sweep, name=cell_name(config, values), axes=values, config=config, plan=run)
+        fitted = in_memory(config)
+        cell = Cell(sweep=sweep, name=cell_name(fitted, values), axes=values, config=fitted, plan=run)
         if planned.setdefault(cell.name, cell) != cell:
             raise ConfigError(f"{sweep} has two cells {cell.name}, which differ in keys that a name does not tell")
     return [*planned.values()]

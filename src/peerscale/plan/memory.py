@@ -7,8 +7,11 @@ from peerscale.layers.registry import layer_class
 from peerscale.plan.cost import TRAINING, Cost, cost
 
 DENSE = {"method": "dense"}
-STATE_BYTES = 16
-"""Per parameter: weight, gradient and two moments, in fp32."""
+CHECKPOINT_BYTES = 12
+"""Per parameter: weight and two moments, in fp32."""
+GRADIENT_BYTES = 4
+UPDATE_BYTES = 40
+"""Per parameter of the table that row-sparse AdamW updates: copies of the rows read, which are all of them on a GPU."""
 LOGITS_BYTES = 2**30
 """For the slices of logits and their gradients that a GPU holds at once (`ops.cross_entropy`)."""
 
@@ -18,13 +21,14 @@ def device_memory(config: Config, micro_batches: int | None = None) -> dict[str,
 
     `micro_batches` is the number of parts in which the batch is computed; None: `trainer.micro_batches`.
 
-    `state` is `STATE_BYTES` per parameter and, with precision bf16, 2 bytes more per parameter of an expert table, for
-    its bf16 copy. `activations` is what one micro-batch keeps for its backward pass: per token and block 9 d_model
-    numbers, and the `saved_numbers` of its layers. The `reference` kernel keeps more for PKM and PEER.
+    `state` is weight, moments and gradient; with precision bf16 also the copies that autocast keeps of matrices, and
+    the operators of tables. `activations` is what one micro-batch keeps for its backward pass: per token and block 9
+    d_model numbers, and the `saved_numbers` of its layers. The `reference` kernel keeps more for PKM and PEER.
     Activation checkpointing keeps the inputs of attention and dense layers, and temporarily all of one block.
+    Row-sparse AdamW has no gradient of a whole table, but needs memory for an `update`, when activations are freed.
     """
     around, bytes_each = config.surroundings, 2 if config.precision == "bf16" else 4
-    d_model, n_layers = config.d_model, config.n_layers
+    d_model, n_layers, n_params = config.d_model, config.n_layers, cost(config).params_total
     layer, dense = config.ffn.saved_numbers(around), config.dense_layer.saved_numbers(around)
     n_replaced = len(config.replaced_blocks)
     numbers = n_layers * 9 * d_model + n_replaced * layer + config.n_dense * dense
@@ -33,14 +37,25 @@ def device_memory(config: Config, micro_batches: int | None = None) -> dict[str,
         if isinstance(config.ffn, layer_class(DENSE)):  # recomputed like the others
             kept, dense = 0, max(layer, dense)
         numbers = n_layers * 2 * d_model + kept + 9 * d_model + dense
-    n_copied = n_replaced * config.ffn.copied_parameters(around) if config.precision == "bf16" else 0
-    parts = micro_batches or around.micro_batches
-    tokens = config.tokens_per_step // config.trainer.devices // parts
+    parts, of_token = micro_batches or around.micro_batches, bytes_each * numbers
+    if config.precision == "bf16":
+        of_token += 2 * n_replaced * config.ffn.saved_in_fp32(around)
+        if not config.trainer.compiles_on("cuda" if config.trainer.accelerator == "gpu" else "cpu"):
+            of_token += n_layers * 8 * d_model  # input and normalised input of both norms are fp32; compiled, one is
+    tables = config.ffn.table_sizes(around) if config.optim.name == "row_sparse_adamw" else []
+    state = checkpoint_bytes(config) + GRADIENT_BYTES * (n_params - n_replaced * sum(tables))
+    activations = config.tokens_per_step // config.trainer.devices // parts * of_token
     return {
-        "state": STATE_BYTES * cost(config).params_total + 2 * n_copied,
-        "activations": tokens * bytes_each * numbers,
+        "state": state + 2 * n_params * (config.precision == "bf16"),
+        "activations": activations,
         "logits": LOGITS_BYTES,
+        "update": max(0, UPDATE_BYTES * max(tables, default=0) - activations - LOGITS_BYTES),
     }
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """The size of one checkpoint."""
+    return CHECKPOINT_BYTES * cost(config).params_total
 
 
 def recomputed_share(config: Config, cost: Cost) -> float:
@@ -51,13 +66,18 @@ def recomputed_share(config: Config, cost: Cost) -> float:
     return (cost.flops_per_token - kept) / TRAINING / cost.flops_per_token
 
 
-def in_micro_batches(config: Config) -> Config:
-    """The configuration with a number of micro-batches, if `trainer.micro_batches` leaves that to the plan.
+def in_memory(config: Config) -> Config:
+    """The configuration with what `trainer` leaves to the plan: micro-batches, and whether to checkpoint activations.
 
-    It is the smallest number that divides the batch in a way that the layer allows and fits the memory of the device;
-    1 if no number does.
+    The micro-batches are the fewest that divide the batch in a way that the layer allows and fit the memory of the
+    device; 1 if no number does. Activations are checkpointed where it would not fit otherwise.
     """
-    parts = config.trainer.micro_batches or _fewest_parts(config) or 1
+    parts, given = None, config.trainer.activation_checkpointing
+    for checkpointing in (False, True) if given is None else (given,):
+        config = replace(config, trainer=replace(config.trainer, activation_checkpointing=checkpointing))
+        if parts := _fewest_parts(config):
+            break
+    parts = parts or config.trainer.micro_batches or 1
     return replace(config, trainer=replace(config.trainer, micro_batches=parts))
 
 
@@ -91,9 +111,9 @@ def too_large(config: Config) -> str:
 
 
 def _fewest_parts(config: Config) -> int | None:
-    """The smallest number of micro-batches that fits; None if none does."""
-    here = config.batch_sequences // config.trainer.devices
-    numbers = (n for n in range(1, here + 1) if not indivisible(config, n))
+    """The number of micro-batches that was asked for, or else the smallest that fits; None if none does."""
+    here, asked = config.batch_sequences // config.trainer.devices, config.trainer.micro_batches
+    numbers = (n for n in ([asked] if asked else range(1, here + 1)) if not indivisible(config, n))
     return next((n for n in numbers if _fits(config, n)), None)
 
 

@@ -8,7 +8,7 @@ from enum import StrEnum
 from peerscale.config.schema import Config
 from peerscale.plan.cost import Cost, cost
 from peerscale.plan.held_out_sets import evaluated_tokens, skipped_sets, unusable_data
-from peerscale.plan.memory import in_micro_batches, indivisible, too_large
+from peerscale.plan.memory import in_memory, indivisible, too_large
 
 REFERENCE_WIDTH = 32
 """d_model at which `lr_rule: inverse_sqrt_width` takes `optim.lr` as it is."""
@@ -63,7 +63,7 @@ def plan(config: Config, *, set_tokens: Mapping[str, int] | None = None) -> Plan
         set_tokens: tokens of each set of the prepared corpus, from its manifest. None: `data.train_tokens` is used, and
             the held-out sets are assumed to be as large as `data.evaluation` asks.
     """
-    config, model = in_micro_batches(config), cost(config)
+    config, model = in_memory(config), cost(config)
     train_tokens = config.data.train_tokens if set_tokens is None else set_tokens["train"]
     # The budget divided by the cost of a step; the study fixes batch and context.
     steps = round(config.budget / (model.flops_per_token * config.tokens_per_step))

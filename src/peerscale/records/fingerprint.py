@@ -13,7 +13,7 @@ RECIPE_VERSION = 1
 
 NAMES = (
     "ffn.variant", "ffn.params_of.variant", "data.source", "optim.lr_rule", "optim.lr_law", "optim.lr_factor",
-    "optim.table_lr_law",
+    "optim.table_lr_law", "optim.table_eps",
 )  # fmt: skip
 """Keys that are not hashed because the values that they stand for are: layer settings, tokens, learning rates."""
 
@@ -35,6 +35,10 @@ def hashed_config(config: Config, plan: Plan, data_fingerprint: str) -> dict[str
     for key, usual in ADDED_LATER.items():
         remove_key(tree, key, usual)
     tree["optim"] |= {"lr": plan.lr, "table_lr": plan.table_lr, "schedule": "cosine"}
+    if config.table_eps != config.optim.eps:
+        tree["optim"]["table_eps"] = config.table_eps
+    if config.trainer.tf32 and config.trainer.accelerator == "gpu":
+        tree["tf32"] = True
     for key in ("d_model", "head_dim", "n_layers"):
         del tree[key]
     tree["size"] = {"d_model": config.d_model, "n_layers": config.n_layers, "n_heads": config.n_heads}

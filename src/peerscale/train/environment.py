@@ -27,7 +27,7 @@ def describe(kernel: str, device: torch.device, trainer: TrainerConfig) -> dict[
         "cores": os.cpu_count(),
         "device": device.type,
         "kernel": kernel,
-        "compiled": trainer.compile,
+        "compiled": trainer.compiles_on(device.type),
         "n_devices": trainer.devices,
         "n_threads": torch.get_num_threads(),
         "python": platform.python_version(),

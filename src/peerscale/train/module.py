@@ -39,7 +39,7 @@ class LanguageModel(lightning.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Called in each process that trains."""
-        if self.config.trainer.compile:
+        if self.config.trainer.compiles_on(self.trainer.strategy.root_device.type):
             self.model.compile_backbone()
 
     def losses(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,6 +88,8 @@ class LanguageModel(lightning.LightningModule):
 def prepare_process(config: Config) -> None:
     """Set the threads and the memory allocation of a process that trains; Lightning says only what went wrong."""
     torch.set_num_threads(config.trainer.threads)
+    tf32 = config.trainer.tf32 and config.trainer.accelerator == "gpu"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
     keep_freed_memory()
     warnings.filterwarnings("ignore", module="lightning")
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
