@@ -16,7 +16,7 @@ from peerscale.errors import ConfigError
 from peerscale.files import ROOT
 from peerscale.plan.cost import cost
 from peerscale.plan.notices import as_asked, beyond_law, evaluation_line
-from peerscale.plan.plan import Verdict, plan, schedule
+from peerscale.plan.plan import Verdict, plan, schedule, table_lr
 from peerscale.records.fingerprint import hashed_config
 
 FFNS = sorted(path.stem for path in (ROOT / "conf/ffn").glob("*.yaml"))
@@ -304,7 +304,7 @@ def test_a_law_gives_the_rate_of_width_tokens_and_batch() -> None:
         load(["optim.lr_rule=law", "optim.lr_law=null"])
 
 
-TABLE_LAW = "optim.table_lr_law={reference_tokens: 1e6, tokens_exponent: 0.8, fitted_tokens: [1e6, 2e6]}"
+TABLE_LAW = "optim.table_lr_law={reference_tokens: 1e6, tokens_exponent: 0.8, fitted_tokens: [1e6, 4e6]}"
 
 
 def test_a_law_gives_the_rate_of_tables_by_the_length_of_the_run() -> None:
@@ -314,14 +314,13 @@ def test_a_law_gives_the_rate_of_tables_by_the_length_of_the_run() -> None:
     assert planned.tokens > 1e6
     assert planned.table_lr == pytest.approx(0.02 * (planned.tokens / 1e6) ** -0.8)
     assert plan(load([*words, TABLE_LAW, "optim.lr_factor=0.5"])).table_lr == planned.table_lr, "of the main rate alone"
-    bounded = load([*words, TABLE_LAW.replace("}", ", largest_lr: 0.001}")])
-    assert plan(bounded).table_lr == 0.001
-    assert beyond_law(law, 3_000_000)[-1] == "tokens, for tables"
+    assert table_lr(law, 900_000) == 0.02, "the law makes no rate larger"
+    assert table_lr(law, 5_000_000) == table_lr(law, 4_000_000) == pytest.approx(0.02 * 4**-0.8)
+    assert beyond_law(law, 5_000_000)[-1] == "tokens, for tables"
     constant = load([*words[:-1], f"optim.table_lr={planned.table_lr!r}"])
     hashed = (hashed_config(config, plan(config), "corpus") for config in (law, constant))
     assert len({json.dumps(one, sort_keys=True) for one in hashed}) == 1, "a cell is its rate, not the law's"
-    with pytest.raises(ConfigError, match=r"table_lr_law needs optim\.table_lr"):
-        load(["ffn=dense", TABLE_LAW])
+    assert plan(load(["ffn=dense", TABLE_LAW])).table_lr is None
 
 
 def test_a_cell_is_the_same_whichever_rule_gave_its_rate() -> None:

@@ -96,18 +96,17 @@ class RateLawConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class TableLawConfig:
-    """How the best learning rate of expert tables depends on the length of the run, as fitted in results/table_rates.
+    """How the best learning rate of expert tables falls with the length of the run, as fitted in results/table_rates.
 
-    table_lr x (tokens / reference)^-tokens_exponent
+    table_lr x (tokens / reference)^-tokens_exponent for runs that are longer than the reference. Beyond the runs that
+    it was fitted to it stays as it is for the longest of them.
     """
 
     reference_tokens: Rate
-    """At which the best rate is `optim.table_lr`."""
+    """Up to which the best rate is `optim.table_lr`."""
     tokens_exponent: Number
     fitted_tokens: tuple[Rate, Rate]
     """Smallest and largest value in the runs that the law was fitted to."""
-    largest_lr: Rate | None = None
-    """Upper bound on the rate: that which was best for shorter runs; null: none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -142,8 +141,6 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.lr_rule == "law" and self.lr_law is None:
             raise ValueError("lr_rule law needs optim.lr_law, the law that analysis/fit.py rates fits")
-        if self.table_lr_law is not None and self.table_lr is None:
-            raise ValueError("table_lr_law needs optim.table_lr, which it scales")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)

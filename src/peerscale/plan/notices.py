@@ -66,6 +66,6 @@ def beyond_law(config: Config, tokens: int) -> list[str]:
             "batch_sequences": (config.batch_sequences, law.fitted_batch_sequences),
             "steps": (tokens // config.tokens_per_step, (law.fewest_steps or 0, math.inf)),
         }
-    if of_tables is not None:
+    if of_tables is not None and config.optim.table_lr is not None:
         places["tokens, for tables"] = (tokens, of_tables.fitted_tokens)
     return [name for name, (value, (low, high)) in places.items() if not low <= value <= high]

@@ -121,8 +121,8 @@ def table_lr(config: Config, tokens: int) -> float | None:
     usual, law = config.optim.table_lr, config.optim.table_lr_law
     if usual is None or law is None:
         return usual
-    by_tokens = (max(tokens, 1) / law.reference_tokens) ** -law.tokens_exponent
-    return min(usual * by_tokens, law.largest_lr or math.inf)
+    longer = max(1.0, min(tokens, law.fitted_tokens[1]) / law.reference_tokens)
+    return usual * longer**-law.tokens_exponent
 
 
 def _unusable_budget(config: Config, flops_per_token: int, train_tokens: int | None, steps: int) -> str:
