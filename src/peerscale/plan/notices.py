@@ -67,5 +67,5 @@ def beyond_law(config: Config, tokens: int) -> list[str]:
             "steps": (tokens // config.tokens_per_step, (law.fewest_steps or 0, math.inf)),
         }
     if of_tables is not None and config.optim.table_lr is not None:
-        places["tokens, for tables"] = (tokens, of_tables.fitted_tokens)
+        places["tokens, for tables"] = (tokens, (0, of_tables.fitted_tokens[1]))
     return [name for name, (value, (low, high)) in places.items() if not low <= value <= high]
