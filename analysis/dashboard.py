@@ -20,7 +20,7 @@ import yaml
 from peerscale.command_line import study_parser
 from peerscale.errors import FailedCells, UserError, exit_code
 from peerscale.files import write_text
-from peerscale.records.study import Study, collected, read_json
+from peerscale.records.study import StudyFolder, collected, read_json
 from peerscale.records.table import read_runs
 from peerscale.stats.curve import usable
 
@@ -80,7 +80,7 @@ def tracking_of(folder: Path) -> dict[str, Any]:
     )
 
 
-def save(study: Study, tracking: dict[str, Any]) -> str:
+def save(study: StudyFolder, tracking: dict[str, Any]) -> str:
     """Save the report on the server, replacing that of an earlier call; returns its address."""
     import wandb
 
@@ -94,7 +94,7 @@ def save(study: Study, tracking: dict[str, Any]) -> str:
     return text.url
 
 
-def log_figures(study: Study, tracking: dict[str, Any]) -> None:
+def log_figures(study: StudyFolder, tracking: dict[str, Any]) -> None:
     """Log a study's figures to its run `<sweep>-study`, from which the report shows them."""
     import wandb
 
@@ -118,7 +118,7 @@ def final(title: str, x: str, **options: Any) -> Any:
     return wr.ScatterPlot(title=title, x=wr.Config(x), y=wr.SummaryMetric("validation/loss"), log_x=True, **options)
 
 
-def report(study: Study, entity: str, project: str) -> Any:
+def report(study: StudyFolder, entity: str, project: str) -> Any:
     """The report: how to read it, figures, tables, final losses per budget, and the metrics of the cells."""
     runs = read_runs(study.runs)
 

@@ -7,7 +7,7 @@ from peerscale.config.study_file import sweep_name
 from peerscale.errors import ArgumentParser
 from peerscale.plan.cell_names import corpus_label
 from peerscale.plan.cells import planned_cells
-from peerscale.records.study import RESULTS, RUNS, Study, collected, find_study
+from peerscale.records.study import RESULTS, RUNS, StudyFolder, collected, find_study
 
 
 def study_parser(script: str, description: str | None) -> ArgumentParser:
@@ -22,7 +22,7 @@ def study_parser(script: str, description: str | None) -> ArgumentParser:
     return parser
 
 
-def study_of(given: Namespace) -> Study:
+def study_of(given: Namespace) -> StudyFolder:
     """The collected study, or else the published one; overrides of `data` choose the study on another corpus.
 
     Raises:

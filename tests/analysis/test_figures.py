@@ -15,7 +15,7 @@ from synthetic_study import SWEEP, script
 from peerscale.errors import exit_code
 from peerscale.figures.figures import study_figures
 from peerscale.files import write_json
-from peerscale.records.study import Study, collected, published
+from peerscale.records.study import StudyFolder, collected, published
 from peerscale.records.table import read_runs
 from peerscale.stats.collection import fits_of
 
@@ -63,7 +63,7 @@ def test_a_published_table_alone_is_enough_with_another_meaning_of_size(runs: Pa
     assert {path: path.read_bytes() for path in (tmp_path / "results").rglob("*") if path.is_file()} == committed
 
 
-def fitted(sweep: str, runs: pd.DataFrame, folder: Path) -> Study:
+def fitted(sweep: str, runs: pd.DataFrame, folder: Path) -> StudyFolder:
     """The study in a folder, with its table of runs and its fits."""
     study = collected(sweep, folder)
     study.folder.mkdir(parents=True)

@@ -17,7 +17,7 @@ from peerscale.figures.published import LAYER, read_published
 from peerscale.figures.rate_law import rate_law_figure
 from peerscale.figures.study_table import compares_curves
 from peerscale.records.curves import CURVES
-from peerscale.records.study import Study
+from peerscale.records.study import StudyFolder
 from peerscale.records.table import read_table
 from peerscale.stats.curve import finished
 from peerscale.stats.fits import read_fits
@@ -34,7 +34,7 @@ MANY = 2
 the baseline."""
 
 
-def study_figures(study: Study, runs: pd.DataFrame, x: str = DEFAULT_X) -> Iterator[tuple[str, Figure]]:
+def study_figures(study: StudyFolder, runs: pd.DataFrame, x: str = DEFAULT_X) -> Iterator[tuple[str, Figure]]:
     """The figures that can be drawn from a study's tables, by name; `x` is the size of the isoFLOP figure."""
     for name, figure in _figures(study, runs, x):
         if figure is not None:
@@ -42,7 +42,7 @@ def study_figures(study: Study, runs: pd.DataFrame, x: str = DEFAULT_X) -> Itera
             yield name, figure
 
 
-def _figures(study: Study, runs: pd.DataFrame, x: str) -> Iterator[tuple[str, Figure | None]]:
+def _figures(study: StudyFolder, runs: pd.DataFrame, x: str) -> Iterator[tuple[str, Figure | None]]:
     fits, published, done = read_fits(study.fits), read_published(), finished(runs)
     yield "brackets", brackets_figure(fits)
     if compares_curves(fits):

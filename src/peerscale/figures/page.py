@@ -19,7 +19,7 @@ from peerscale.figures.answer import answer
 from peerscale.figures.isoflop import X_LABELS, fitted_curve, in_fit, optima
 from peerscale.figures.study_table import compares_curves, main_rows
 from peerscale.plan.cell_names import budget_name
-from peerscale.records.study import Study
+from peerscale.records.study import StudyFolder
 from peerscale.records.table import read_runs
 from peerscale.stats.curve import at_size, by_budget, by_curve, finished
 from peerscale.stats.fits import read_fits
@@ -42,13 +42,13 @@ $sections
 """)
 
 
-def page(studies: Iterable[Study]) -> str:
+def page(studies: Iterable[StudyFolder]) -> str:
     """The page; all text of the studies' files is shown as it is, so that it names nothing to load or to run."""
     library = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")
     return PAGE.substitute(library=library, sections="\n".join(map(_section, studies)))
 
 
-def _section(study: Study) -> str:
+def _section(study: StudyFolder) -> str:
     runs, fits = read_runs(study.runs), read_fits(study.fits)
     said = header(sweep_text(study.sweep))
     lines = [*(f"{word}: {said[word]}" for word in ("Question", "Withdrawn") if word in said), answer(fits)]

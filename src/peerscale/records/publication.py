@@ -8,11 +8,11 @@ from peerscale.files import finish_replacing, from_checkout, replacing, write_te
 from peerscale.records.curves import CURVES, METRIC, METRICS, row_line
 from peerscale.records.matching import some
 from peerscale.records.record import ENDED, RECORD, Record, Status, write_record
-from peerscale.records.study import Study, read_json
+from peerscale.records.study import StudyFolder, read_json
 from peerscale.records.table import read_records, read_table
 
 
-def publish(source: Study, target: Study, *, replace_cells: bool = False) -> str:
+def publish(source: StudyFolder, target: StudyFolder, *, replace_cells: bool = False) -> str:
     """Copy a collected study to the published ones; other files in its folder there are kept.
 
     Args:
@@ -60,12 +60,12 @@ def publish(source: Study, target: Study, *, replace_cells: bool = False) -> str
     return f"{len(new)} finished cells, {len(new.keys() - old.keys())} of them new -> {target.folder}"
 
 
-def _finished(study: Study) -> dict[str, Record]:
+def _finished(study: StudyFolder) -> dict[str, Record]:
     """The finished cells of a study by name."""
     return {record.cell: record for record in read_records(study.folder) if record.status is Status.DONE}
 
 
-def restore(source: Study, runs: Path) -> tuple[int, int]:
+def restore(source: StudyFolder, runs: Path) -> tuple[int, int]:
     """Put the records and training curves of a published study's ended cells into their folders in `runs`.
 
     From then on they are cells like any other. A cell that has a record in `runs` is left as it is.

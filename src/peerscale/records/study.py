@@ -17,12 +17,12 @@ class _File:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def __get__(self, study: "Study", _: type) -> Path:
+    def __get__(self, study: "StudyFolder", _: type) -> Path:
         return study.folder / self.name
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study:
+class StudyFolder:
     """The files of one study: `runs/<sweep>/study/`, or `results/<sweep>/` once published."""
 
     sweep: str
@@ -44,20 +44,20 @@ class Study:
     figures = _File("figures")
 
 
-def collected(sweep: str, runs: Path = RUNS, corpus: str = "") -> Study:
+def collected(sweep: str, runs: Path = RUNS, corpus: str = "") -> StudyFolder:
     """The study as collected from its cells; its files may not exist.
 
     On another corpus than its own, such as `data=docs` (`plan.cell_names.corpus_label`), it has another folder.
     """
-    return Study(sweep=sweep, folder=runs / sweep / "-".join(filter(None, ("study", corpus))))
+    return StudyFolder(sweep=sweep, folder=runs / sweep / "-".join(filter(None, ("study", corpus))))
 
 
-def published(sweep: str, results: Path = RESULTS) -> Study:
+def published(sweep: str, results: Path = RESULTS) -> StudyFolder:
     """The study as published; its files may not exist."""
-    return Study(sweep=sweep, folder=results / sweep)
+    return StudyFolder(sweep=sweep, folder=results / sweep)
 
 
-def find_study(sweep: str, runs: Path = RUNS, results: Path = RESULTS) -> Study:
+def find_study(sweep: str, runs: Path = RUNS, results: Path = RESULTS) -> StudyFolder:
     """The collected study, or else the published one; raises `UserError` if neither exists."""
     places = (collected(sweep, runs), published(sweep, results))
     for study in places:
