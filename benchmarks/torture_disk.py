@@ -30,9 +30,11 @@ FLIPS = 300
 
 def with_failing_calls(folder: Path) -> None:
     """Start this program again with `fail_calls.c` loaded first, if there is a compiler."""
-    compiler_there, library = shutil.which("cc"), folder / "fail_calls.so"
-    if compiler_there and "LD_PRELOAD" not in os.environ:
-        subprocess.run([compiler_there, "-shared", "-fPIC", "-o", library, SOURCE, "-ldl"], check=True)
+    if hasattr(ctypes.CDLL(None), "arm"):  # started again: the processes that we start need not load it
+        shutil.rmtree(Path(os.environ.pop("LD_PRELOAD")).parent)
+    elif found := shutil.which("cc"):
+        library = folder / "fail_calls.so"
+        subprocess.run([found, "-shared", "-fPIC", "-o", library, SOURCE, "-ldl"], check=True)
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "LD_PRELOAD": str(library)})
 
 
