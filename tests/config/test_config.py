@@ -12,6 +12,7 @@ from peerscale.config.schema import (
     Config,
     OptimConfig,
     RateLawConfig,
+    TableLawConfig,
     TrackingConfig,
     TrainerConfig,
     composed,
@@ -158,7 +159,7 @@ def all_keys(node: Any, prefix: str = "") -> list[str]:
     keys = []
     for field in fields(node):
         value = getattr(node, field.name)
-        parts = is_dataclass(value) and not isinstance(value, RateLawConfig)
+        parts = is_dataclass(value) and not isinstance(value, RateLawConfig | TableLawConfig)
         keys += all_keys(value, f"{prefix}{field.name}.") if parts else [f"{prefix}{field.name}"]
     return keys
 

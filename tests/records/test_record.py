@@ -221,12 +221,13 @@ def test_every_key_is_either_hashed_or_known_to_be_operational() -> None:
         *(f"tracking.{key}" for key in to_dict(config)["tracking"]),
         *("min_steps", "data.directory", "data.name", "data.path", "data.train_tokens", "data.max_epochs"),
         # What these name is hashed: the layer's settings, the tokens of the corpus, the rates of this width.
-        *("ffn.variant", "data.source", "optim.lr_rule", "optim.lr_factor", "optim.table_lr_law", "optim.table_eps"),
+        *("ffn.variant", "data.source", "optim.lr_rule", "optim.lr_factor", "optim.table_eps"),
         *(f"data.evaluation.{name}" for name, tokens in config.data.evaluation.items() if not tokens),
         *("routing_group_sequences", "dense"),  # where they are the usual ones
         *SIZE,  # hashed as size.d_model, size.n_layers and size.n_heads
     }
-    left_out |= {f"optim.lr_law.{key}" for key in to_dict(config)["optim"]["lr_law"]}
+    for law in ("lr_law", "table_lr_law"):
+        left_out |= {f"optim.{law}.{key}" for key in to_dict(config)["optim"][law]}
     assert {*flat(to_dict(config))} - {*flat(hashed_of(config))} == left_out
     assert {*flat(hashed_of(config))} - {*flat(to_dict(config))} == {
         *("data_fingerprint", "recipe_version", "optim.schedule", "size.d_model", "size.n_layers", "size.n_heads")
