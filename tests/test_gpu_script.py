@@ -23,6 +23,7 @@ from gpu.results import MOST_TRIES, Case, Clock, OutOfTime, Results, restore, wo
 CPU = Machine("cpu", "torch", True)
 
 
+@pytest.mark.skipif("REHEARSE" not in os.environ, reason="takes two minutes; REHEARSE=1 runs it, as .ci/run does")
 def test_four_calls_each_from_the_archive_of_the_one_before(tmp_path: Path) -> None:
     script, before = [sys.executable, str(ROOT / "benchmarks" / "gpu" / "run.py")], []
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
