@@ -44,7 +44,7 @@ def study_figures(study: StudyFolder, runs: pd.DataFrame, x: str = DEFAULT_X) ->
 
 def _figures(study: StudyFolder, runs: pd.DataFrame, x: str) -> Iterator[tuple[str, Figure | None]]:
     fits, published, done = read_fits(study.fits), read_published(), finished(runs)
-    yield "brackets", brackets_figure(fits)
+    yield "brackets", brackets_figure(fits, done["curve"])
     if compares_curves(fits):
         yield "isoflop" if x == DEFAULT_X else f"isoflop_{x}", isoflop_figure(runs, fits, x=x)
         if study.curves.is_file():

@@ -38,7 +38,8 @@ def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, done: p
     hollow = [style.compares_flagged(flagged, one["budget"], one) for one in fits["multipliers"]]
     found["hollow"] = [*hollow, *[True] * (len(found) - len(hollow))]
     found = found.rename(columns={"method": "series", "budget": "x", "multiplier": "y"})
-    looks = style.looks(found["series"])
+    of_study = style.looks([*found["series"], *done["curve"]])
+    looks = {curve: look for curve, look in of_study.items() if curve in {*found["series"]}}
     paper = paper_multipliers(published, {curve.method for curve in looks}) if fits["baseline"] == DENSE else {}
     figure = Figure((style.TEXT_WIDTH, 3.0), layout="constrained")
     panels = figure.subplots(1, 1 + bool(paper), sharey=True, squeeze=False, width_ratios=[4, 1][: 1 + bool(paper)])[0]
