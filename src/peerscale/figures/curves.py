@@ -57,7 +57,7 @@ def curves_figure(training: pd.DataFrame, runs: pd.DataFrame, fits: Mapping[str,
                 point = style.changed(looks[curve], linestyle="none", markerfacecolor=face, clip_on=False)
                 axes.plot([1.0], [end["value"]], **point, label=f"_difference {curve}")
                 pointed = True
-        title = f"{style.budget_title(budget)}\n{widths(run['size'] for run in best.values())}"
+        title = f"{style.budget_title(budget)}\n{widths(str(run['size']) for run in best.values())}"
         axes.set(title=title, xlabel="share of the FLOPs spent", xlim=(0, 1))
         if compared:
             axes.axhline(0, color=style.GREY, linewidth=0.9, label="_baseline")

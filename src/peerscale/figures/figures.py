@@ -78,6 +78,6 @@ def _settings_figures(
 
 
 def small_print(runs: pd.DataFrame) -> str:
-    """Data, evaluation set and FLOP convention, for the caption of every figure."""
-    named = {"data": "", "val_set": " set", "convention": " FLOPs"}
+    """Data and evaluation set, for the caption of every figure."""
+    named = {"data": "", "val_set": " set"}
     return ", ".join(f"{style.listed(runs[column])}{word}" for column, word in named.items() if column in runs)

@@ -62,7 +62,10 @@ def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, done: p
     panels[0].set_ylabel(f"compute multiplier over {style.label(Curve(fits['baseline']))}")
     style.log_axis(panels[0].yaxis, *panels[0].get_ylim())
     style.curve_legend(figure, looks)
-    style.caption(figure, "hollow: flagged minimum, or single sizes at equal FLOPs per token")
+    style.caption(figure, style.INTERVALS)
+    style.caption(figure, "hollow: from a flagged minimum" if any(hollow) else "")
+    few = f"hollow: too few sizes for a minimum, so compared with {style.label(Curve(fits['baseline']))} of equal cost"
+    style.caption(figure, few if len(found) > len(hollow) else "")
     return figure
 
 

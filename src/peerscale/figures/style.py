@@ -36,6 +36,9 @@ PANEL_WIDTH = 1.7
 CHARACTERS_PER_INCH = 25
 """Of small print."""
 
+INTERVALS = "bars: 95 % intervals"
+"""Small print."""
+
 GREY = "#4d4d4d"
 """Lines of zero differences and of the baseline."""
 
@@ -305,17 +308,19 @@ def star(axes: Axes, x: float, y: float, color: str, label: str, *, hollow: bool
 
 def points(
     axes: Axes, x: Any, y: Any, *, color: str, label: str, marker: str = "o", linestyle: Any = "none",
-    bars: tuple[Any, Any] | None = None, hollow: Any = False, zorder: float = 3.0,
+    bars: tuple[Any, Any] | None = None, hollow: Any = False, zorder: float = 3.0, markersize: float = 5.0,
+    linewidth: float = 0.9,
 ) -> None:  # fmt: skip
     """Marks, white inside where `hollow`, with bars between two heights, and a line through all of them."""
     x, y = np.asarray(x, float), np.asarray(y, float)
     errors = None if bars is None else np.abs([np.asarray(end, float) - y for end in bars])
     axes.errorbar(
         x, y, errors, fmt=marker, color=color, label=label, zorder=zorder,
-        linestyle=linestyle, linewidth=0.9, elinewidth=0.7, markersize=5, markeredgecolor="white", markeredgewidth=0.5,
+        linestyle=linestyle, linewidth=linewidth, elinewidth=0.7, markersize=markersize, markeredgecolor="white",
+        markeredgewidth=0.5,
     )  # fmt: skip
     white = np.broadcast_to(np.asarray(hollow, bool), y.shape)
-    look = {"color": color, "markerfacecolor": "white", "markersize": 4.5, "zorder": zorder + 0.1}
+    look = {"color": color, "markerfacecolor": "white", "markersize": 0.9 * markersize, "zorder": zorder + 0.1}
     axes.plot(x[white], y[white], marker, label=f"_hollow {label}", **look)
 
 
