@@ -77,5 +77,5 @@ def brackets_figure(fits: Fits, curves: Iterable[Curve] = ()) -> Figure | None:
     style.label_left(panels, "loss (nats per token)")
     style.curve_legend(figure, looks)
     style.caption(figure, "star: best factor of the fitted curve; factor 1: the rate of the runs in the other figures")
-    style.caption(figure, "methods that are missing were trained at that rate alone")
+    style.caption(figure, "a method missing from a panel was trained at that rate alone")
     return figure

@@ -63,9 +63,9 @@ def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, done: p
     style.log_axis(panels[0].yaxis, *panels[0].get_ylim())
     style.curve_legend(figure, looks)
     style.caption(figure, style.INTERVALS)
-    style.caption(figure, "hollow: from a flagged minimum" if any(hollow) else "")
-    few = f"hollow: too few sizes for a minimum, so compared with {style.label(Curve(fits['baseline']))} of equal cost"
-    style.caption(figure, few if len(found) > len(hollow) else "")
+    few = f"without a minimum, compared with {style.label(Curve(fits['baseline']))} models of equal cost"
+    causes = ["from a flagged minimum"] * any(hollow) + [few] * (len(found) > len(hollow))
+    style.caption(figure, "hollow: " + ", or ".join(causes) if causes else "")
     return figure
 
 

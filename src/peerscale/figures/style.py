@@ -33,7 +33,7 @@ TEXT_WIDTH = 5.5
 PANEL_WIDTH = 1.7
 """Least width of a panel in inches; a row of four or five makes the figure wider than the text."""
 
-CHARACTERS_PER_INCH = 25
+CHARACTERS_PER_INCH = 26
 """Of small print."""
 
 INTERVALS = "bars: 95 % intervals"
