@@ -46,7 +46,7 @@ a click on the head of a column sorts its table.</p>
 $sections
 <script>
 document.querySelectorAll("th").forEach(head => head.onclick = () => {
-  const body = head.closest("table").tBodies[0], text = row => row.cells[head.cellIndex].textContent;
+  const body = head.closest("table").tBodies[0], text = row => row.cells[head.cellIndex].textContent.replace("−", "-");
   const compare = (a, b) => parseFloat(text(a)) - parseFloat(text(b)) || text(a).localeCompare(text(b));
   const rows = [...body.rows], sorted = [...rows].sort(compare);
   body.append(...(rows.every((row, i) => row === sorted[i]) ? sorted.reverse() : sorted));
