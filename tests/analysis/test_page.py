@@ -64,6 +64,8 @@ def source(collected_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> st
     (folder / "two" / "fits.json").write_text(json.dumps(fits))
     runs = pd.read_csv(folder / "two" / "runs.csv")
     runs.assign(cell=EVIL, variant=EVIL).to_csv(folder / "two" / "runs.csv", index=False)
+    (folder / "standing").mkdir()
+    (folder / "standing" / "table.csv").write_text("entrant,difference\nan entrant,-0.0123456\n")
     with pytest.MonkeyPatch.context() as patch:
         questions = {"two": f"# Question: {QUESTION}\nsweep: {{}}\n"}
         patch.setattr("peerscale.figures.page.sweep_text", lambda sweep: questions.get(sweep, ""))
@@ -71,10 +73,15 @@ def source(collected_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> st
     return (folder / "page.html").read_text(encoding="utf-8")
 
 
+def text_of(read: Read) -> str:
+    return " ".join(read.texts)
+
+
 def test_every_study_has_its_answer_its_curves_and_its_table(source: str, study: tuple[pd.DataFrame, Any]) -> None:
     read = Read(source)
-    assert read.tags.count("section") == read.tags.count("table") == 2 and read.tags.count("script") == 3
-    text = " ".join(read.texts)
+    assert read.tags.count("section") == read.tags.count("table") == 3 and read.tags.count("script") == 4
+    assert source.index("The standing table") < source.index("<h2>one</h2>") and "an entrant" in text_of(read)
+    text = text_of(read)
     assert answer(study[1]) in text and source.count('vegaEmbed("#figure-') == 2
     rows = source.partition("<h2>one</h2>")[2].partition("</section>")[0].partition("<tbody>")[2].split("</tr>")[:-1]
     shown = [re.findall("<td>(.*?)</td>", row)[:2] for row in rows]
@@ -83,7 +90,8 @@ def test_every_study_has_its_answer_its_curves_and_its_table(source: str, study:
 
 def test_what_files_say_is_text_and_nothing_is_loaded(source: str) -> None:
     read = Read(source)
-    assert read.addresses == [] and "default-src 'none'" in source
+    (readme,) = read.addresses
+    assert readme.endswith("README.md") and "default-src 'none'" in source
     assert "alert(1)" in "".join(read.texts) and html.escape(EVIL) in source and source.count("<script>alert") == 0
     spec = json.loads(source.rpartition('vegaEmbed("#figure-two", ')[2].partition(", {renderer")[0])
     assert EVIL in json.dumps(spec)
@@ -115,7 +123,7 @@ def test_sizes_left_out_of_the_fit_say_so(study: tuple[pd.DataFrame, dict[str, A
     first, *rest = fits["budgets"]
     fewer = [{**one, "sizes": one["sizes"][1:]} if one["name"] == Curve("dense") else one for one in first["methods"]]
     marks = pd.DataFrame(chart_rows(runs, {**fits, "budgets": [{**first, "methods": fewer}, *rest]}))
-    left_out = marks[marks["kind"] == "left out"]
+    left_out = marks[marks["kind"] == "not fitted"]
     smallest = runs[(runs["curve"] == Curve("dense")) & (runs["budget"] == first["budget"])].nsmallest(
         1, "flops_per_token"
     )
@@ -126,6 +134,7 @@ def test_it_is_drawn(study: tuple[pd.DataFrame, dict[str, Any]]) -> None:
     """Panels in the order of the budgets, a mark for every finished cell."""
     svg = vl_convert.vegalite_to_svg(isoflop_chart(*study).to_json())
     assert svg.index("1e11 FLOPs") < svg.index("3e11 FLOPs")
+    assert all(f">{label}</text>" in svg for label in LABELS)
     for cell in study[0].loc[study[0]["status"] == "done", "cell"]:
         assert cell in svg
 

@@ -63,7 +63,8 @@ def straight(methods: dict[str, float]) -> Tables:
 
 
 def test_the_distance_to_dense_at_equal_flops_is_drawn() -> None:
-    (axes,) = curves_figure(*straight({"dense": 0.0, "pkm": 0.05, "peer": -0.1}), fits_of()).axes
+    figure = curves_figure(*straight({"dense": 0.0, "pkm": 0.05, "peer": -0.1}), fits_of())
+    (axes,) = figure.axes
     drawn = lines(axes)
     assert set(drawn) == {"_baseline", "pkm", "peer"}
     for name, distance in (("pkm", 0.05), ("peer", -0.1)):
@@ -71,6 +72,7 @@ def test_the_distance_to_dense_at_equal_flops_is_drawn() -> None:
         np.testing.assert_allclose(drawn[name][:, 1], distance, atol=1e-9)
     assert set(np.ravel(drawn["_baseline"][:, 1])) == {0}
     assert axes.get_ylabel() == "training loss minus dense's (nats per token)"
+    assert "points on the right" not in figure.get_supxlabel()
 
 
 def test_distances_are_means_over_a_fifth_of_the_run_and_no_others() -> None:
@@ -86,12 +88,15 @@ def test_distances_are_means_over_a_fifth_of_the_run_and_no_others() -> None:
 @pytest.mark.parametrize(
     ("size", "status", "hollow"), [("", "ok", False), ("", "off_centre", True), ("d8", "ok", True)]
 )
-def test_the_last_point_is_the_tables_difference(size: str, status: str, hollow: bool) -> None:
+def test_the_point_apart_from_the_line_is_the_tables_difference(size: str, status: str, hollow: bool) -> None:
     found = {"method": "peer", "reference": "dense", "size": size, "value": -0.123, "low": -0.2, "high": 0.0}
-    (axes,) = curves_figure(*straight({"dense": 0.0, "peer": -0.1}), fits_of(found, status=status)).axes
-    (line,) = (line for line in axes.lines if line.get_label() == "peer")
-    assert np.column_stack(line.get_data())[-1].tolist() == [1.0, -0.123] and line.get_markevery() == [-1]
-    assert (line.get_markerfacecolor() == "white") == hollow
+    figure = curves_figure(*straight({"dense": 0.0, "peer": -0.1}), fits_of(found, status=status))
+    (axes,) = figure.axes
+    (point,) = (line for line in axes.lines if line.get_label() == "_difference peer")
+    assert np.column_stack(point.get_data()).tolist() == [[1.0, -0.123]]
+    assert (point.get_markerfacecolor() == "white") == hollow
+    np.testing.assert_allclose(lines(axes)["peer"][:, 1], -0.1, atol=1e-9)
+    assert "points on the right" in figure.get_supxlabel() and axes.get_title().endswith("\nd_model 8")
 
 
 def test_variants_are_compared_with_dense_at_their_own_settings() -> None:

@@ -161,6 +161,7 @@ def test_a_study_with_next_to_nothing_in_it_is_still_drawn(study: tuple[pd.DataF
     one_cell = runs[(runs["cell"] == "dense-d8-1e11-s0") | (runs["status"] != "done")]
     figure = drawn(isoflop_figure(one_cell, NOTHING, x="params_total"))
     assert [len(points(axes, "dense")) for axes in figure.axes] == [1]
+    assert len(line(figure.axes[0], "_hollow dense")) == 1 and figure.get_supxlabel() == "hollow points: in no fit"
     for x in ("params_total", "flops_per_token"):
         axes = drawn(isoflop_figure(one_cell.assign(val_loss_se=np.nan), NOTHING, x=x)).axes[0]
         ((size, perplexity),) = points(axes, "dense")

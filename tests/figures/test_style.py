@@ -54,6 +54,8 @@ def test_methods_look_alike_everywhere_and_differ_without_colour() -> None:
     for method in style.COLOURS:
         alone = style.looks([Curve(method)])[Curve(method)]
         assert {**alone, "color": ""} == {**together[Curve(method)], "color": ""}
+    (alone,) = style.looks([curve_of("peer n_experts=16384")]).values()
+    assert alone["marker"] == together[curve_of("peer n_experts=16384")]["marker"]
 
 
 def test_order_and_labels() -> None:

@@ -66,7 +66,12 @@ def means(
     found = over_seeds(runs, [series, x], y)
     ends = {"y": "mean", "low": "low", "high": "high"}
     heights = {name: transform(found[column]) for name, column in ends.items()}
-    return pd.DataFrame({"series": found[series], "x": found[x].astype(float), **heights})
+    return pd.DataFrame({"series": found[series], "x": found[x].astype(float), "seeds": found["seeds"], **heights})
+
+
+def _small_print(drawn: pd.DataFrame) -> str:
+    """What the bars of `means` are."""
+    return style.INTERVALS + " over seeds" + "; of one seed, a standard error" * bool(drawn["seeds"].min() == 1)
 
 
 def printed(published: pd.DataFrame, metric: str, methods: Mapping[Any, str]) -> pd.DataFrame:
@@ -89,10 +94,12 @@ def experts_figure(done: pd.DataFrame, published: pd.DataFrame, baseline: str) -
         for curve, look in style.looks({PAPER, *cells["layer"]}).items()
     }
     figure, (ours, paper) = style.panels(2)
-    _draw(ours, means(cells, "layer", "n_experts"), looks, "n_experts", where, level)
+    drawn = means(cells, "layer", "n_experts")
+    _draw(ours, drawn, looks, "n_experts", where, level)
     dense = [paper_values(published, "table 1", DENSE, "ppl_c4")[6e18]]
     _draw(paper, printed(published, "ppl_c4", {PAPER: LAYER}), looks, "n_experts", "the paper, on C4", dense)
     style.legend(figure, [_level(baseline), *looks.values()])
+    style.caption(figure, _small_print(drawn))
     return figure
 
 
@@ -107,8 +114,10 @@ def active_figure(done: pd.DataFrame, baseline: str) -> Figure:
         for n, shade, marker in zip(numbers, shades, itertools.cycle(style.MARKERS), strict=False)
     }
     figure, (axes,) = style.panels(1)
-    _draw(axes, means(cells, "active_experts", "ffn_heads"), looks, "ffn_heads", where, level, apart=APART)
+    drawn = means(cells, "active_experts", "ffn_heads")
+    _draw(axes, drawn, looks, "ffn_heads", where, level, apart=APART)
     style.legend(figure, [*looks.values(), *[_level(baseline)] * len(level)])
+    style.caption(figure, _small_print(drawn))
     return figure
 
 
@@ -123,14 +132,16 @@ def query_norm_figure(done: pd.DataFrame, published: pd.DataFrame, baseline: str
     dotted = {norm: style.changed(look, linestyle=":", label="_paper") for norm, look in NORM.items()}
     figure, (left, middle, right) = style.panels(3)
     # Numbers of experts differ by factors of four, so that the lines can be further apart.
-    _draw(left, means(cells, "norm", x), NORM, x, where, apart=APART**4)
+    drawn = means(cells, "norm", x)
+    _draw(left, drawn, NORM, x, where, apart=APART**4)
     _draw(middle, printed(published, "ppl_c4", theirs), NORM, x, "the paper, on C4")
     uneven, of_paper = means(cells, "norm", x, "unevenness", np.asarray), printed(published, "unevenness", theirs)
     style.points_panel(right, uneven, NORM, apart=APART**4)
     style.points_panel(right, of_paper, dotted)
     _ticks(right, x, [*uneven["x"], *of_paper["x"]])
-    right.set(title=where, ylabel="unevenness (nats)", ylim=(0, None))
+    right.set(title=where, ylabel="unevenness: distance of the\nuse of experts from equal (nats)", ylim=(0, None))
     style.legend(figure, [*NORM.values()])
+    style.caption(figure, _small_print(drawn))
     style.caption(figure, "dotted: the paper")
     return figure
 

@@ -1,6 +1,6 @@
 """Rate brackets: loss against the factor of the learning rate."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from peerscale.figures import style
 from peerscale.figures.markdown import number, section
 from peerscale.plan.cell_names import budget_name
+from peerscale.stats.curve import Curve
 
 Fits = Mapping[str, Any]
 """A study's `fits.json`; the keys of brackets may be missing if the study has none."""
@@ -44,13 +45,17 @@ def is_beyond(one: Mapping[str, Any]) -> bool:
 
 
 @style.applied()
-def brackets_figure(fits: Fits) -> Figure | None:
-    """One panel per budget and size: loss against the factor of the rate, with fitted parabolas; None without any."""
+def brackets_figure(fits: Fits, curves: Iterable[Curve] = ()) -> Figure | None:
+    """One panel per budget and size: loss against the factor of the rate, with fitted parabolas; None without any.
+
+    `curves` are all those of the study, so that they look alike in all its figures.
+    """
     found = fits.get("rates", {}).get("brackets")
     if found is None:
         return None
     places = list(dict.fromkeys((one["budget"], one["size"]) for one in found["each"]))
-    looks = style.looks(one["method"] for one in found["each"])
+    methods = {one["method"] for one in found["each"]}
+    looks = {curve: look for curve, look in style.looks([*methods, *curves]).items() if curve in methods}
     figure, panels = style.panels(len(places), height=2.1)
     for axes, place in zip(panels, places, strict=True):
         here = [one for one in found["each"] if (one["budget"], one["size"]) == place]
@@ -71,5 +76,6 @@ def brackets_figure(fits: Fits) -> Figure | None:
         style.decade_axis(axes.xaxis, tried, "{:g}".format)
     style.label_left(panels, "loss (nats per token)")
     style.curve_legend(figure, looks)
-    style.caption(figure, "star: best factor of the fitted curve")
+    style.caption(figure, "star: best factor of the fitted curve; factor 1: the rate of the runs in the other figures")
+    style.caption(figure, "a method missing from a panel was trained at that rate alone")
     return figure

@@ -56,7 +56,7 @@ def differences_figure(fits: Mapping[str, Any], curves: Iterable[Curve] = ()) ->
     colours, flagged = style.colours([*curves, *rows]), style.flagged_minima(fits)
     of_row = {row: sorted((place for place in shown if place[2] == row), key=itemgetter(0)) for row in rows}
     most = max(map(len, of_row.values()))
-    figure, (axes,) = style.panels(1, height=0.6 + (0.16 + 0.045 * most) * len(rows))
+    figure, (axes,) = style.panels(1, height=0.6 + (0.16 + 0.06 * most) * len(rows))
     axes.axvline(0, color=style.GREY, linewidth=0.9)
     for place, found in shown.items():
         budget, size, curve = place
@@ -65,6 +65,9 @@ def differences_figure(fits: Mapping[str, Any], curves: Iterable[Curve] = ()) ->
         look = {"color": colours[curve], "markerfacecolor": "white" if hollow else colours[curve], "markersize": 5}
         axes.plot([found["low"], found["high"]], [height, height], color=colours[curve], label=f"_interval {curve}")
         axes.plot([found["value"]], [height], markers[groups[place]], **look, label=str(curve))
+        if size and not fixed:
+            text = f" {style.size_label(size).partition(' (')[0]}"
+            axes.text(found["high"], height, text, fontsize=5.5, verticalalignment="center")
     axes.set_yticks(range(len(rows)), [style.label(curve) for curve in rows])
     axes.grid(visible=False, axis="y")
     axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel=f"loss minus {reference} (nats per token)")
@@ -78,5 +81,7 @@ def differences_figure(fits: Mapping[str, Any], curves: Iterable[Curve] = ()) ->
         handles.append({"marker": marker, "label": ", ".join(apart), "linestyle": "none", "color": style.GREY})
     if len(handles) > 1:
         style.legend(figure, handles)
-    style.caption(figure, "hollow: at one size, or from a flagged minimum" if not fixed else "")
+    style.caption(figure, style.INTERVALS)
+    hollow = any(place[1] or style.compares_flagged(flagged, place[0], found) for place, found in shown.items())
+    style.caption(figure, "hollow: at one size, or from a flagged minimum" if hollow and not fixed else "")
     return figure

@@ -44,7 +44,7 @@ def study_figures(study: StudyFolder, runs: pd.DataFrame, x: str = DEFAULT_X) ->
 
 def _figures(study: StudyFolder, runs: pd.DataFrame, x: str) -> Iterator[tuple[str, Figure | None]]:
     fits, published, done = read_fits(study.fits), read_published(), finished(runs)
-    yield "brackets", brackets_figure(fits)
+    yield "brackets", brackets_figure(fits, done["curve"])
     if compares_curves(fits):
         yield "isoflop" if x == DEFAULT_X else f"isoflop_{x}", isoflop_figure(runs, fits, x=x)
         if study.curves.is_file():
@@ -78,6 +78,6 @@ def _settings_figures(
 
 
 def small_print(runs: pd.DataFrame) -> str:
-    """Data, evaluation set and FLOP convention, for the caption of every figure."""
-    named = {"data": "", "val_set": " set", "convention": " FLOPs"}
+    """Data and evaluation set, for the caption of every figure."""
+    named = {"data": "", "val_set": " set"}
     return ", ".join(f"{style.listed(runs[column])}{word}" for column, word in named.items() if column in runs)

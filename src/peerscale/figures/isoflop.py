@@ -23,6 +23,17 @@ FITTED = "flops_per_token"
 """The size that the fits of `fits.json` use; other sizes are interpolated between the trained models."""
 
 
+SMALL_PRINT = {
+    "_minimum": "star: fitted minimum, hollow if flagged",
+    "_hollow": "hollow points: in no fit",
+    "_above": "arrow: in no fit, above the axis",
+}
+"""Explanations of the lines whose labels begin so."""
+
+CROWDED = 5
+"""Curves in a panel above which all marks are finer."""
+
+
 @style.applied()
 def isoflop_figure(runs: pd.DataFrame, fits: Mapping[str, Any], *, x: str) -> Figure:
     """One panel per budget with finished cells.
@@ -40,7 +51,9 @@ def isoflop_figure(runs: pd.DataFrame, fits: Mapping[str, Any], *, x: str) -> Fi
         axes.set(title=style.budget_title(budget), xlabel=X_LABELS[x])
     style.label_left(panels, "validation perplexity")
     style.curve_legend(figure, looks)
-    style.caption(figure, "star: fitted minimum, hollow if flagged; hollow points are not fitted")
+    lines = [line for axes in panels for line in axes.lines if np.size(line.get_xdata())]
+    kinds = {str(line.get_label()).partition(" ")[0] for line in lines}
+    style.caption(figure, "; ".join(text for kind, text in SMALL_PRINT.items() if kind in kinds))
     return figure
 
 
@@ -54,7 +67,7 @@ def isoflop_panel(
 ) -> None:
     """One budget: a point per run, the fitted curves and, below the points, their minima.
 
-    Sizes outside the fitted window are hollow; those far above the fitted ones are arrows at the upper edge.
+    Points that no fit uses are hollow; sizes left out far above the fitted ones are arrows at the upper edge.
 
     Args:
         axes: where to draw.
@@ -66,8 +79,11 @@ def isoflop_panel(
     of_curve = by_curve(runs)
     drawn = [(curve, of_curve[curve].sort_values(x), fits.get(curve)) for curve in style.ordered(of_curve)]
     axes.set(xscale="log", yscale="log")
+    fine = {"linewidth": 0.7, "markersize": 4} if len(drawn) > CROWDED else {}
+    looks = {curve: style.changed(looks[curve], **fine) for curve in of_curve}
     for curve, rows, fitted in drawn:
-        _points(axes, rows[in_fit(rows, fitted)], x, looks[curve], str(curve))
+        kept = rows[in_fit(rows, fitted)] if fitted else rows
+        _points(axes, kept, x, looks[curve], str(curve), hollow=not fitted)
         if fitted and None not in fitted["coefficients"]:
             sizes, losses = fitted_curve(fitted, 200)
             line = style.changed(looks[curve], marker="", label=f"_fit {curve}")
@@ -75,7 +91,7 @@ def isoflop_panel(
     _limits(axes, runs[x])
     top = axes.get_ylim()[1]
     for curve, rows, fitted in drawn:
-        colour, outside = looks[curve]["color"], rows[~in_fit(rows, fitted)]
+        colour, outside = looks[curve]["color"], rows[~in_fit(rows, fitted)] if fitted else rows.iloc[:0]
         above = np.exp(outside["val_loss"]) > top
         if not above.all():
             _points(axes, outside[~above], x, looks[curve], f"_left out {curve}", hollow=True)
@@ -93,8 +109,8 @@ def optima(fits: Mapping[str, Any]) -> dict[float, dict[Curve, Any]]:
 
 
 def in_fit(rows: pd.DataFrame, fitted: Mapping[str, Any] | None) -> pd.Series:
-    """Which of a method's rows have a size that its fit used; all of them if there is no fit."""
-    return rows[FITTED].isin(fitted["sizes"] if fitted else rows[FITTED])
+    """Which of a method's rows have a size that its fit used; none if there is no fit."""
+    return rows[FITTED].isin(fitted["sizes"] if fitted else [])
 
 
 def fitted_curve(fitted: Mapping[str, Any], points: int) -> tuple[np.ndarray, np.ndarray]:

@@ -38,7 +38,8 @@ def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, done: p
     hollow = [style.compares_flagged(flagged, one["budget"], one) for one in fits["multipliers"]]
     found["hollow"] = [*hollow, *[True] * (len(found) - len(hollow))]
     found = found.rename(columns={"method": "series", "budget": "x", "multiplier": "y"})
-    looks = style.looks(found["series"])
+    of_study = style.looks([*found["series"], *done["curve"]])
+    looks = {curve: look for curve, look in of_study.items() if curve in {*found["series"]}}
     paper = paper_multipliers(published, {curve.method for curve in looks}) if fits["baseline"] == DENSE else {}
     figure = Figure((style.TEXT_WIDTH, 3.0), layout="constrained")
     panels = figure.subplots(1, 1 + bool(paper), sharey=True, squeeze=False, width_ratios=[4, 1][: 1 + bool(paper)])[0]
@@ -61,7 +62,10 @@ def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, done: p
     panels[0].set_ylabel(f"compute multiplier over {style.label(Curve(fits['baseline']))}")
     style.log_axis(panels[0].yaxis, *panels[0].get_ylim())
     style.curve_legend(figure, looks)
-    style.caption(figure, "hollow: flagged minimum, or single sizes at equal FLOPs per token")
+    style.caption(figure, style.INTERVALS)
+    few = f"without a minimum, compared with {style.label(Curve(fits['baseline']))} models of equal cost"
+    causes = ["from a flagged minimum"] * any(hollow) + [few] * (len(found) > len(hollow))
+    style.caption(figure, "hollow: " + ", or ".join(causes) if causes else "")
     return figure
 
 

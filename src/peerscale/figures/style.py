@@ -6,6 +6,7 @@ Figures are made without pyplot, so that drawing has no global state and needs n
 import json
 import math
 import re
+import textwrap
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,12 @@ TEXT_WIDTH = 5.5
 
 PANEL_WIDTH = 1.7
 """Least width of a panel in inches; a row of four or five makes the figure wider than the text."""
+
+CHARACTERS_PER_INCH = 26
+"""Of small print."""
+
+INTERVALS = "bars: 95 % intervals"
+"""Small print."""
 
 GREY = "#4d4d4d"
 """Lines of zero differences and of the baseline."""
@@ -88,8 +95,11 @@ OTHER_VALUES = {
 MARKERS = ("o", "s", "D", "v", "^", "<", "p", "P", ">", "X", "d", "h")
 """Markers of methods or budgets."""
 
-LINES = ("-", ":", "--", "-.", (0, (7, 1.5)), (0, (4, 1, 1, 1, 1, 1)), (0, (1, 2.5)))
-"""Lines of methods, told apart without colour."""
+LINES = (
+    "-", ":", "--", "-.", (0, (7, 1.5)), (0, (4, 1, 1, 1, 1, 1)), (0, (1, 2.5)),
+    (0, (10, 2)), (0, (8, 2, 2, 2)), (0, (3, 2.5)), (0, (6, 1, 1, 1)), (0, (2, 1, 1, 1)),
+)  # fmt: skip
+"""Lines of methods, told apart without colour; a line per marker."""
 
 Look = Mapping[str, Any]
 """Arguments of matplotlib's `plot`."""
@@ -190,14 +200,21 @@ def markers(groups: Iterable[tuple[float, str]]) -> dict[tuple[float, str], str]
 
 
 def looks(curves: Iterable[Curve]) -> dict[Curve, Look]:
-    """Colour, marker and line of each curve, in the order of the palette; a method there looks alike in all figures."""
-    chosen, known = colours(curves), [Curve(method) for method in COLOURS]
-    places = {curve: i for i, curve in enumerate([*known, *ordered({*chosen} - {*known})])}
+    """Colour, marker and line of each curve, in the order of the palette.
+
+    Methods of the palette have the first markers. The marker of another curve depends on its name alone, unless two
+    would share one; figures that draw some of a study's curves therefore choose the looks of all.
+    """
+    chosen, places = colours(curves), {Curve(method): i for i, method in enumerate(COLOURS)}
+    for curve in ordered({*chosen} - {*places}):
+        slot, spare = zlib.crc32(str(curve).encode()), len(MARKERS) - len(COLOURS)
+        free = [len(COLOURS) + (slot + i) % spare for i in range(spare)]
+        places[curve] = next((place for place in free if place not in places.values()), free[0])
     return {
         curve: {
             "color": chosen[curve],
-            "marker": MARKERS[places[curve] % len(MARKERS)],
-            "linestyle": LINES[places[curve] % len(LINES)],
+            "marker": MARKERS[places[curve]],
+            "linestyle": LINES[places[curve]],
         }
         for curve in ordered(chosen)
     }
@@ -244,8 +261,10 @@ def label_left(panels: Iterable[Axes], text: str) -> None:
 
 @applied()
 def caption(figure: Figure, text: str) -> None:
-    """Add to the line of small print below the panels."""
-    figure.supxlabel("; ".join(filter(None, (figure.get_supxlabel(), text))), fontsize=6.5, color="#555555")
+    """Add to the small print below the panels."""
+    said = "; ".join(filter(None, (figure.get_supxlabel().replace("\n", " "), text)))
+    fitting = int(figure.get_figwidth() * CHARACTERS_PER_INCH)
+    figure.supxlabel(textwrap.fill(said, fitting), fontsize=6.5, color="#555555")
 
 
 def legend(figure: Figure, looks: Sequence[Look]) -> None:
@@ -289,17 +308,19 @@ def star(axes: Axes, x: float, y: float, color: str, label: str, *, hollow: bool
 
 def points(
     axes: Axes, x: Any, y: Any, *, color: str, label: str, marker: str = "o", linestyle: Any = "none",
-    bars: tuple[Any, Any] | None = None, hollow: Any = False, zorder: float = 3.0,
+    bars: tuple[Any, Any] | None = None, hollow: Any = False, zorder: float = 3.0, markersize: float = 5.0,
+    linewidth: float = 0.9,
 ) -> None:  # fmt: skip
     """Marks, white inside where `hollow`, with bars between two heights, and a line through all of them."""
     x, y = np.asarray(x, float), np.asarray(y, float)
     errors = None if bars is None else np.abs([np.asarray(end, float) - y for end in bars])
     axes.errorbar(
         x, y, errors, fmt=marker, color=color, label=label, zorder=zorder,
-        linestyle=linestyle, linewidth=0.9, elinewidth=0.7, markersize=5, markeredgecolor="white", markeredgewidth=0.5,
+        linestyle=linestyle, linewidth=linewidth, elinewidth=0.7, markersize=markersize, markeredgecolor="white",
+        markeredgewidth=0.5,
     )  # fmt: skip
     white = np.broadcast_to(np.asarray(hollow, bool), y.shape)
-    look = {"color": color, "markerfacecolor": "white", "markersize": 4.5, "zorder": zorder + 0.1}
+    look = {"color": color, "markerfacecolor": "white", "markersize": 0.9 * markersize, "zorder": zorder + 0.1}
     axes.plot(x[white], y[white], marker, label=f"_hollow {label}", **look)
 
 
