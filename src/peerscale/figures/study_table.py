@@ -88,6 +88,7 @@ def main_rows(runs: pd.DataFrame, fits: Fits) -> Rows:
 def optimum_rows(runs: pd.DataFrame, fits: Fits) -> Rows:
     """One row per budget and curve: the compute optimum, and its difference to the baseline."""
     rows, main, differences = [], without_brackets(runs), to_baseline(fits)
+    entries = {entry["budget"]: entry for entry in fits["budgets"]}
     for budget, cells in by_budget(main.assign(curve=curves_of(main))).items():
         for curve in ordered(cells["curve"]):
             mine, found = cells[cells["curve"] == curve], optima(fits).get(budget, {}).get(curve)
@@ -95,6 +96,8 @@ def optimum_rows(runs: pd.DataFrame, fits: Fits) -> Rows:
             flags = [f"{n} {status}" for status, n in unfinished.items()]
             if found and found["status"] != OptimumStatus.OK:
                 flags.append(found["status"].replace("_", " "))
+            if found and entries[budget]["df"] == 0:
+                flags.append("no error: no more sizes than coefficients")
             n_finished = mine.loc[usable(mine), "size"].nunique()
             rows.append({
                 "budget": budget_name(budget), "method": label(curve),
