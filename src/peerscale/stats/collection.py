@@ -14,6 +14,7 @@ from peerscale.config.study import load_sweep
 from peerscale.config.study_file import sweep_text
 from peerscale.errors import UserError
 from peerscale.files import ROOT, write_json, write_text
+from peerscale.layers.registry import code_changed
 from peerscale.plan.cell_names import corpus_label
 from peerscale.plan.cells import Cell, planned_cells, without_brackets
 from peerscale.plan.notices import beyond_law
@@ -24,7 +25,7 @@ from peerscale.records.record import Record, planned_record
 from peerscale.records.study import collected
 from peerscale.records.table import read_records, runs_table, to_publish, write_records
 from peerscale.stats.comparison import compare
-from peerscale.stats.curve import Curve
+from peerscale.stats.curve import Curve, methods_of
 from peerscale.stats.fits import fit_study
 from peerscale.stats.guests import compare_with_guests
 
@@ -63,6 +64,8 @@ def collect(sweep: str, runs: Path, overrides: Sequence[str] = ()) -> Iterator[s
     found, notices = of_the_plan(cells or (), own, here, fingerprint)
     print(*(f"{notice}\n" for notice in notices), sep="", end="", file=sys.stderr)
     planned, further = with_planned(cells, found)
+    if older := [record.cell for record in further if code_changed(record.hashed_config.get("ffn", {}))]:
+        print(f"notice: runs of older code, since the layer's module was changed: {some(older)}", file=sys.stderr)
     records = [to_publish(record) for record in (*planned, *further)]  # so that results/ alone gives the same fits
     table, curves = runs_table(records), curves_table(here / cell for cell in found)
     fits = fits_of(sweep, table, records, extrapolated(cells or ()))
@@ -73,9 +76,19 @@ def collect(sweep: str, runs: Path, overrides: Sequence[str] = ()) -> Iterator[s
     states = ", ".join(f"{n} {status}" for status, n in Counter(record.status for record in planned).items())
     yield f"{sweep}: {len(planned)} cells ({states}), from {len(found)} cells of {here} -> {study.folder}"
     if further:
-        yield f"{further_line([record.cell for record in further])}; they are in the table and the fits too"
+        names = [record.cell for record in further]
+        said = in_the_fits(methods_of(table[table["cell"].isin(names)]), fits.get("guests", ()))
+        yield f"{further_line(names)}; {said}"
     if foreign:
         yield f"{len(foreign)} cells of another corpus or evaluation set are left out: {some(foreign)}"
+
+
+def in_the_fits(methods: Collection[str], guests: Collection[str]) -> str:
+    """What cells outside the plan move, by their methods: those of guests move the results of no other method."""
+    if not (some := sorted({*methods} & {*guests})):
+        return "they are in the table and the fits too"
+    rest = "; the others are in the table and the fits too" * bool({*methods} - {*guests})
+    return f"those of {', '.join(some)} are in the table, and in the fits of no other method{rest}"
 
 
 def fits_of(
