@@ -38,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             for rival in rivals]  # fmt: skip
     if not (rows := [row for found in each for row in verdict_rows(found, methods or known)]):
         raise UserError(f"{given.sweep} has nothing to compare {', '.join(methods or known)} with")
+    family = {claim["family"] for claim in fits["claims"]}
+    verdicts = "".join(f"; the verdicts of make figures are, for {n} claims (Holm)" for n in family)
+    print(f"p and intervals are not corrected for the number of comparisons{verdicts}\n")
     print(*table(rows), sep="\n")
     return 0
 

@@ -17,7 +17,8 @@ compare = script("compare")
 def lines_of(folder: Path, capsys: pytest.CaptureFixture[str], *words: str) -> dict[tuple[str, str], list[str]]:
     """The cells of each line by budget and comparison."""
     assert compare.main([SWEEP, "--runs", str(folder), *words]) == 0
-    _, _, *rows = capsys.readouterr().out.splitlines()
+    said, _, _, _, *rows = capsys.readouterr().out.splitlines()
+    assert said == "p and intervals are not corrected for the number of comparisons"
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     return {(one[0], one[1]): one[2:] for one in cells}
 

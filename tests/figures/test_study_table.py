@@ -254,6 +254,7 @@ def test_claims_at_one_size_are_told() -> None:
     compared = compare(runs, ablation_records("experts"), claims=claims)
     text = study_table.study_table("experts", runs, from_names(fit_study(runs, compared)))
     assert text.splitlines()[2].startswith("**At 1e13 FLOPs, d_model 64, 1,024 experts, BatchNorm, PEER leads dense (")
+    assert text.splitlines()[4].startswith("Verdicts are corrected for 8 claims (Holm); the intervals, ")
     assert "\n## Claims\n" in text and "p, corrected for 8 claims" in text
 
 

@@ -72,6 +72,9 @@ def headline(fits: Fits) -> list[str]:
     who = "Methods that the sweep's file does not name" if claimed else "Every method"
     said = f"{who} minus {label(Curve(fits['baseline']))}, uncorrected for the number of comparisons:"
     lines = [f"**{answer(fits)}**", ""] if claimed or not rows else []
+    if claimed:
+        n = fits["claims"][0]["family"]
+        lines += [f"Verdicts are corrected for {n} claims (Holm); the intervals, and p of `make compare`, are not.", ""]
     return [*lines, f"**{said}**", "", *table(rows), ""] if rows else lines
 
 
