@@ -107,7 +107,7 @@ figures: setup ## table, fits and figures of SWEEP, from its runs
 		echo "Copied to results/:   make publish SWEEP=$$SWEEP"; }
 
 compare: setup ## METHOD of SWEEP against RIVALS, a line for each budget: difference, multiplier, what could have been told
-	@$(BIN)/python analysis/collect.py "$$SWEEP" "OVERRIDES=$$OVERRIDES"
+	@$(BIN)/python analysis/collect.py "$$SWEEP" "OVERRIDES=$$OVERRIDES" --methods "$$METHOD,$$RIVALS"
 	@$(BIN)/python analysis/compare.py "$$SWEEP" "OVERRIDES=$$OVERRIDES" --methods "$$METHOD" --rivals "$$RIVALS"
 
 place: setup ## tune LAYER, train it and write its folder in results/standing; PLAN=1: what that takes; CHECK=1: check the folder

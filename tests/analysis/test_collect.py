@@ -128,6 +128,16 @@ def test_cells_of_another_corpus_and_evaluation_set_are_of_other_folders(
     assert collected(SWEEP, tmp_path).fits.read_bytes() == before
 
 
+def test_a_method_without_runs_is_refused_before_the_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_cells(tmp_path)
+    collection.planned_cells = lambda sweep, overrides: cells()
+    monkeypatch.delattr(collection, "fits_of")
+    assert exit_code(lambda: collect.main([SWEEP, "--runs", str(tmp_path), "--methods", "dense,peerr"])) == 2
+    assert capsys.readouterr().err.endswith("; did you mean peer?\n")
+
+
 def test_an_unreadable_plan_is_noticed_and_stops_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     def broken(sweep: str, overrides: list[str]) -> None:
         raise UserError("no sweep file synthetic.yaml")
@@ -256,9 +266,10 @@ def test_a_wrong_file_of_a_study_is_refused_and_none_is_not(tmp_path: Path, monk
 
 
 def test_nothing_to_collect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["absent", "--runs", str(tmp_path)]
-    assert exit_code(lambda: collect.main(arguments)) == 2
-    assert capsys.readouterr().err.endswith("if it has any: make restore SWEEP=absent\n")
+    for sweep, said in (("smoke", "make restore SWEEP=smoke\n"), ("reprduce", "did you mean reproduce?\n")):
+        assert exit_code(lambda sweep=sweep: collect.main([sweep, "--runs", str(tmp_path)])) == 2
+        error = capsys.readouterr().err
+        assert error.endswith(said) and error.count("\n") == 1
 
 
 def test_records_survive_the_collection(collected_runs: Path) -> None:

@@ -59,6 +59,7 @@ def test_without_names_every_method_and_without_rivals_all_others(
     [
         (["--rivals", "dense,gated"], "gated: no method with finished runs in synthetic"),
         (["--methods", "peer", "--rivals", "peer"], "synthetic has nothing to compare peer with"),
+        (["--methods", "peerr"], "peerr: no method with finished runs in synthetic, which has dense, moe, "),
     ],
 )
 def test_a_wrong_name_is_one_line(

@@ -61,10 +61,10 @@ def test_a_table_whose_methods_pool_several_layers_is_warned_of(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     study, out = published("isoflop_cpu").folder, tmp_path / "fit.json"
-    columns = ["--budget", "budget", "--x", "flops_per_token", "--loss", "val_loss", "--by", "method", "--bootstrap", "0", "--out"]
+    columns = ["--budget", "budget", "--x", "flops_per_token", "--loss", "val_loss", "--by", "method"]
+    columns += ["--bootstrap", "0", "--out", str(out), "--where", "status == 'done'"]
     for table, methods in ((study / "runs.csv", {"moe", "pkm", "peer"}), (study, set())):
-        done = ["--where", "status == 'done'"]
-        assert fit.main(["isoflop", str(table), *columns, str(out), *done]) == 0
+        assert fit.main(["isoflop", str(table), *columns]) == 0
         said = [line for line in capsys.readouterr().out.splitlines() if " pools " in line]
         assert {line.split()[2] for line in said} == methods
         assert len(said) == len(json.loads(out.read_text()).get("warnings", ()))
