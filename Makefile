@@ -57,7 +57,7 @@ help: ## print this help
 	@echo; echo "Variables: SWEEP=$$SWEEP LAUNCHER=joblib|local|slurm JOBS=$(JOBS) OVERRIDES='key=value ...' PYTHON=$(PYTHON)"
 	@echo "METHOD=NAME RIVALS=NAME,NAME: what to compare (every method with the study's baseline; METHOD alone: with all others)"
 	@echo "CELL=NAME: the cell to repeat; PRICE=NUMBER: price of a GPU-hour, for plan; REPLACE=1: publish may remove finished cells of results/, or replace them by cells of another configuration"
-	@echo "LAYER=NAME: the layer to place, tune or time; BUDGET=$(BUDGET): the largest budget of its row; PLAN=1, CHECK=1: of make place"
+	@echo "LAYER=NAME: the layer to place, tune or time; BUDGET=$(BUDGET): the largest budget of its row; PLAN=1: of make place and make tune; CHECK=1: of make place"
 	@echo "LOCKED=1: setup installs the versions that the published studies ran on (requirements.lock)"
 	@echo "Exit codes of the programs: 0 done, 1 a crash, 2 wrong input, 3 some cells failed (make sweep counts this as success), 4 some cells were killed again and again, 130 Ctrl-C"
 
@@ -107,14 +107,14 @@ figures: setup ## table, fits and figures of SWEEP, from its runs
 		echo "Copied to results/:   make publish SWEEP=$$SWEEP"; }
 
 compare: setup ## METHOD of SWEEP against RIVALS, a line for each budget: difference, multiplier, what could have been told
-	@$(BIN)/python analysis/collect.py "$$SWEEP" "OVERRIDES=$$OVERRIDES"
+	@$(BIN)/python analysis/collect.py "$$SWEEP" "OVERRIDES=$$OVERRIDES" --methods "$$METHOD,$$RIVALS"
 	@$(BIN)/python analysis/compare.py "$$SWEEP" "OVERRIDES=$$OVERRIDES" --methods "$$METHOD" --rivals "$$RIVALS"
 
 place: setup ## tune LAYER, train it and write its folder in results/standing; PLAN=1: what that takes; CHECK=1: check the folder
 	@$(BIN)/python -m peerscale.launch.place "$$LAYER" --budget $(BUDGET) --launcher $(LAUNCHER) $(AT_ONCE_$(LAUNCHER)) $(if $(PLAN),--plan)$(if $(CHECK),--check) "OVERRIDES=$$OVERRIDES"
 
-tune: setup ## tune LAYER as the standing table does, and print lines for its file in conf/ffn
-	@$(BIN)/python -m peerscale.launch.place "$$LAYER" --tune --launcher $(LAUNCHER) $(AT_ONCE_$(LAUNCHER)) "OVERRIDES=$$OVERRIDES"
+tune: setup ## tune LAYER as the standing table does, and print lines for its file in conf/ffn; PLAN=1: what that takes
+	@$(BIN)/python -m peerscale.launch.place "$$LAYER" --tune --launcher $(LAUNCHER) $(AT_ONCE_$(LAUNCHER)) $(if $(PLAN),--plan) "OVERRIDES=$$OVERRIDES"
 
 time: setup ## time steps of LAYER in turn with the reference of the standing table, on a machine that does nothing else
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/layer_time.py "$$LAYER"

@@ -9,7 +9,7 @@ runs/SWEEP/study. Every planned cell has a row, even if it was dropped, failed o
 import sys
 from collections.abc import Sequence
 
-from peerscale.command_line import study_parser
+from peerscale.command_line import names_in, study_parser
 from peerscale.errors import exit_code
 from peerscale.stats.collection import collect
 
@@ -17,8 +17,10 @@ from peerscale.stats.collection import collect
 def main(argv: Sequence[str] | None = None) -> int:
     parser = study_parser("collect", __doc__)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides that the cells were run with")
+    named = "stop before the fits if one of these has no finished run"
+    parser.add_argument("--methods", default="", metavar="NAMES", help=named)
     given = parser.parse_intermixed_args(argv)
-    for line in collect(given.sweep, given.runs, given.overrides):
+    for line in collect(given.sweep, given.runs, given.overrides, names_in(given.methods)):
         print(line)
     return 0
 

@@ -30,6 +30,7 @@ from peerscale.files import write_json
 from peerscale.laws.isoflop import IsoflopFit
 from peerscale.laws.least_squares import FitStatus, Objective
 from peerscale.laws.table import positive_columns, require_column
+from peerscale.records.matching import some
 from peerscale.records.table import read_runs
 from peerscale.records.table import read_table as read_csv
 from peerscale.stats.curve import curves_of, usable, without_brackets
@@ -87,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     law, (path, where, out) = COMMANDS[command][0], (given.pop(name) for name in ("table", "where", "out"))
     table = read_table(path, where)
     described = dict(given)
+    layers = ("variant",) if law is laws.fit_rates else ("variant", "settings")
+    mixed = [] if path.is_dir() else pooled(table, given.get("by") or "method", layers)
     if law is laws.fit_rates:
         stored, text = fit_learning_rates(table, **given)
     else:
@@ -97,6 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         stored, text = fit_groups(table, lambda rows: law(rows, **given), by, given.get("x", ""))
         unnamed = {*NOT_IN_SOURCE, *({"budget"} if law is not laws.fit_isoflop else ())}
         described = {name: value for name, value in given.items() if name not in unnamed}
+    if mixed:
+        stored["warnings"] = [*stored.get("warnings", ()), *mixed]
+        text += "".join(f"\n  warning: {warning}" for warning in mixed)
     write_json(out, stored | {"source": {"table": path.name, "where": where, **described}})
     print(f"{text}\n-> {out}")
     return 0
@@ -157,6 +163,20 @@ def rows_that(option: str, query: str, table: pd.DataFrame) -> pd.Series:
     if not (isinstance(rows, pd.Series) and pd.api.types.is_bool_dtype(rows)):
         raise UserError(f"{option} {query!r} is not a condition on rows, such as \"method == 'dense'\"")
     return rows.fillna(False)
+
+
+def pooled(table: pd.DataFrame, by: str, layers: Sequence[str]) -> list[str]:
+    """A warning for each value of `by` whose rows differ in one of the columns `layers`: it pools several layers."""
+    there = [column for column in layers if column in table.columns and column != by]
+    known = table.assign(**{column: table[column].astype(object).fillna("usual") for column in there})
+    groups = known.groupby(by, sort=False) if by in table.columns else ()
+    differ = [(name, column, rows[column].unique()) for name, rows in groups for column in there]
+    return [
+        f"{by} {name} pools {len(kinds)} layers that differ in {column!r}: {some([*map(str, kinds)])}; "
+        "--where chooses one, and a study's folder in place of its table keeps them apart"
+        for name, column, kinds in differ
+        if len(kinds) > 1
+    ]
 
 
 def one_budget_each(table: pd.DataFrame, budget: str, tolerance: float | None) -> pd.DataFrame:

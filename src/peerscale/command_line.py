@@ -30,3 +30,8 @@ def study_of(given: Namespace) -> StudyFolder:
     """
     corpus = corpus_label(planned_cells(given.sweep, given.overrides)[0].axes) if given.overrides else ""
     return collected(given.sweep, given.runs, corpus) if corpus else find_study(given.sweep, given.runs, given.results)
+
+
+def names_in(text: str) -> list[str]:
+    """The names of a list such as `dense, peer`."""
+    return [*filter(None, map(str.strip, text.split(",")))]

@@ -77,6 +77,24 @@ def test_a_recorded_cell_outside_the_plan_keeps_its_row_and_is_counted_apart(
     assert len(table) == 50 and list(table["cell"])[-2:] == list(left_out)
 
 
+def test_runs_of_older_code_and_what_guests_move_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_cells(tmp_path)
+    record = next(record for record in records() if record.cell == "dense-d8-1e11-s0")
+    layer = {"class": "peerscale.layers.dense.DenseConfig", "source_sha256": "0" * 64}
+    old = replace(record, cell="gated-d8-1e11-s0", method="gated", hashed_config=record.hashed_config | {"ffn": layer})
+    monkeypatch.setattr(collection, "code_changed", lambda ffn: ffn.get("source_sha256") == "0" * 64)
+    write_record(tmp_path / SWEEP / old.cell, replace(old, fingerprint=fingerprint(old.hashed_config)))
+    collection.planned_cells = lambda sweep, overrides: cells()
+    fits_of = collection.fits_of
+    monkeypatch.setattr(collection, "fits_of", lambda *given: {**fits_of(*given), "guests": ["gated"]})
+    assert collect.main([SWEEP, "--runs", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert "runs of older code, since the layer's module was changed: gated-d8-1e11-s0" in said.err
+    assert "those of gated are in the table, and in the fits of no other method\n" in said.out
+
+
 def test_cells_of_another_corpus_and_evaluation_set_are_of_other_folders(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,6 +126,16 @@ def test_cells_of_another_corpus_and_evaluation_set_are_of_other_folders(
     of_docs = pd.read_csv(collected(SWEEP, tmp_path, "data=docs").runs)
     assert set(of_docs.loc[of_docs["status"] == "done", "cell"]) == {record.cell for record in others[:9]}
     assert collected(SWEEP, tmp_path).fits.read_bytes() == before
+
+
+def test_a_method_without_runs_is_refused_before_the_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_cells(tmp_path)
+    collection.planned_cells = lambda sweep, overrides: cells()
+    monkeypatch.delattr(collection, "fits_of")
+    assert exit_code(lambda: collect.main([SWEEP, "--runs", str(tmp_path), "--methods", "dense,peerr"])) == 2
+    assert capsys.readouterr().err.endswith("; did you mean peer?\n")
 
 
 def test_an_unreadable_plan_is_noticed_and_stops_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,9 +266,10 @@ def test_a_wrong_file_of_a_study_is_refused_and_none_is_not(tmp_path: Path, monk
 
 
 def test_nothing_to_collect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["absent", "--runs", str(tmp_path)]
-    assert exit_code(lambda: collect.main(arguments)) == 2
-    assert capsys.readouterr().err.endswith("if it has any: make restore SWEEP=absent\n")
+    for sweep, said in (("smoke", "make restore SWEEP=smoke\n"), ("reprduce", "did you mean reproduce?\n")):
+        assert exit_code(lambda sweep=sweep: collect.main([sweep, "--runs", str(tmp_path)])) == 2
+        error = capsys.readouterr().err
+        assert error.endswith(said) and error.count("\n") == 1
 
 
 def test_records_survive_the_collection(collected_runs: Path) -> None:

@@ -17,7 +17,8 @@ compare = script("compare")
 def lines_of(folder: Path, capsys: pytest.CaptureFixture[str], *words: str) -> dict[tuple[str, str], list[str]]:
     """The cells of each line by budget and comparison."""
     assert compare.main([SWEEP, "--runs", str(folder), *words]) == 0
-    _, _, *rows = capsys.readouterr().out.splitlines()
+    said, _, _, _, *rows = capsys.readouterr().out.splitlines()
+    assert said == "p and intervals are not corrected for the number of comparisons"
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     return {(one[0], one[1]): one[2:] for one in cells}
 
@@ -58,6 +59,7 @@ def test_without_names_every_method_and_without_rivals_all_others(
     [
         (["--rivals", "dense,gated"], "gated: no method with finished runs in synthetic"),
         (["--methods", "peer", "--rivals", "peer"], "synthetic has nothing to compare peer with"),
+        (["--methods", "peerr"], "peerr: no method with finished runs in synthetic, which has dense, moe, "),
     ],
 )
 def test_a_wrong_name_is_one_line(

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pandas as pd
+import pytest
 from synthetic_study import script
 
 from peerscale.records.study import published
@@ -54,3 +55,16 @@ def test_of_a_published_study_the_table_has_its_curves_and_of_one_of_rates_every
     rates = fit.read_table(published("rates").folder, None)
     assert {*rates["method"]} == {"dense", "moe", "moe_token_choice", "pkm", "peer"}
     assert rates.groupby("method")["lr"].nunique().min() > 3
+
+
+def test_a_table_whose_methods_pool_several_layers_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study, out = published("isoflop_cpu").folder, tmp_path / "fit.json"
+    columns = ["--budget", "budget", "--x", "flops_per_token", "--loss", "val_loss", "--by", "method"]
+    columns += ["--bootstrap", "0", "--out", str(out), "--where", "status == 'done'"]
+    for table, methods in ((study / "runs.csv", {"moe", "pkm", "peer"}), (study, set())):
+        assert fit.main(["isoflop", str(table), *columns]) == 0
+        said = [line for line in capsys.readouterr().out.splitlines() if " pools " in line]
+        assert {line.split()[2] for line in said} == methods
+        assert len(said) == len(json.loads(out.read_text()).get("warnings", ()))

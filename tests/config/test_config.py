@@ -60,10 +60,12 @@ MESSAGES = [
     ("+foo=3", "foo: Unexpected keyword argument"),
     ("+trainer.treads=1", "trainer.treads: Unexpected keyword argument; did you mean threads?"),
     ("ffn=peer +ffn.routing=token_choice", "ffn.routing: Unexpected keyword argument"),
-    ("ffn=pkm ffn.topk=3", "Could not override 'ffn.topk'. To append to your config use +ffn.topk=3; "
-     "did you mean top_k?"),
-    ("batchsequences=3", "Could not override 'batchsequences'. To append to your config use +batchsequences=3; "
-     "did you mean batch_sequences?"),
+    ("ffn=pkm ffn.topk=3", "Could not override 'ffn.topk'; did you mean top_k?"),
+    ("batchsequences=3", "Could not override 'batchsequences'; did you mean batch_sequences?"),
+    ("lr=3", "Could not override 'lr'; did you mean optim.lr?"),
+    ("size=32", "Could not override 'size'; did you mean d_model?"),
+    ("2e11}]", "override 2e11}]: not a key=value; one with blanks needs quotes of its own, as in "
+     "OVERRIDES=\"'key=[1, 2]'\""),
     ("budget=${nosuch}", "Interpolation key 'nosuch' not found full_key: budget object_type=dict"),
 ]  # fmt: skip
 

@@ -83,6 +83,16 @@ def test_flags_are_in_words(study: Tables) -> None:
     assert rows["3e11", "PEER"]["flags"].startswith("1 diverged")
 
 
+def test_three_sizes_of_a_single_method_have_an_optimum_without_an_error(study: Tables) -> None:
+    runs, _ = study
+    dense = runs[(runs["method"] == "dense") & (runs["status"] == "done")].sort_values("flops_per_token")
+    three = dense.groupby("budget").head(3)
+    fits = from_names(compare(three, [], min_sizes=3))
+    for row in rows_of(table(study_table.optimum_rows(three, fits))).values():
+        assert row["sizes"] == "3 finished, 3 fitted" and "no error" in row["flags"]
+    assert all(method["se"] is None for entry in fits["budgets"] for method in entry["methods"] if method["loss"])
+
+
 def test_sizes_outside_the_window_are_finished_and_not_fitted(study: Tables) -> None:
     runs, _ = study
     sizes = np.sort(runs.loc[(runs["method"] == "dense") & (runs["budget"] == 1e11), "flops_per_token"])
@@ -244,6 +254,7 @@ def test_claims_at_one_size_are_told() -> None:
     compared = compare(runs, ablation_records("experts"), claims=claims)
     text = study_table.study_table("experts", runs, from_names(fit_study(runs, compared)))
     assert text.splitlines()[2].startswith("**At 1e13 FLOPs, d_model 64, 1,024 experts, BatchNorm, PEER leads dense (")
+    assert text.splitlines()[4].startswith("Verdicts are corrected for 8 claims (Holm); the intervals, ")
     assert "\n## Claims\n" in text and "p, corrected for 8 claims" in text
 
 

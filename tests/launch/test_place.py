@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from peerscale.errors import ConfigError, UserError
+from peerscale.launch import place
 from peerscale.plan import entrant as protocol
 from peerscale.plan.cell import Cell
 from peerscale.plan.entrant import Entrant, Placing, drive, read_entrant
@@ -184,3 +185,10 @@ def test_the_folder_of_an_outside_layer_has_its_module_and_is_checked_without_th
     sys.path.remove(str(home))
     assert check_entry("halved", standing=standing) == sum(map(len, stages))
     assert sys.modules["halved_layer"].__file__ == str(folder / "halved_layer.py")
+
+
+def test_the_plan_of_tuning_alone_has_no_row(capsys: pytest.CaptureFixture[str]) -> None:
+    assert place.main(["dense", "--tune", "--plan"]) == 0
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()[:2]] == [
+        *("trials", "new seeds of the best")
+    ]

@@ -87,7 +87,8 @@ def test_is_hashed_with_its_code_but_not_with_what_explains_it(mylab: Path) -> N
         (mylab / "gated.py").write_text(module)
         forget()
         changes = differing_keys(before, hashed_config(small(), plan(small()), "corpus"))
-        assert [change.partition(" ")[0] for change in changes] == ["ffn.source_sha256"] * counts
+        assert changes == ["ffn.source_sha256 (the code of the layer's module changed)"] * counts
+        assert registry.code_changed(before["ffn"]) is counts
     assert "source_sha256" not in hashed_config(load(["ffn=peer"]), plan(load(["ffn=peer"])), "corpus")["ffn"]
 
 

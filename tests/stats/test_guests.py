@@ -81,7 +81,7 @@ def test_dense_under_another_name_equals_dense(reproduce: tuple[Any, Any, Any]) 
     assert worth["one"] == {**worth["three"], "method": "one"}, "guests do not move each other"
     assert {e["source"] for e in found["rates"]["errors"] if e["method"] in NAMES} == {"not tuned"}
     lines = study_table("reproduce", runs, from_names(found)).splitlines()
-    assert lines[2].startswith("**At 2.2e12 FLOPs PEER leads dense") and "file does not name" in lines[4]
+    assert lines[2].startswith("**At 2.2e12 FLOPs PEER leads dense") and "file does not name" in lines[6]
     (verdict,) = (line for line in lines if line.startswith("| 2.2e12 | one minus dense | ") and line.count("|") == 8)
     assert verdict.endswith(" | one seed; one not tuned; rates of dense extrapolated |")
     (parts,) = (line for line in lines if line.startswith("| 2.2e12 | one minus dense | ") and line.count("|") == 11)

@@ -1,6 +1,7 @@
 """Errors of Hydra, OmegaConf, YAML and pydantic: their own message in one line, and the nearest name to a wrong one."""
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -10,6 +11,9 @@ from pydantic import TypeAdapter, ValidationError
 from peerscale.errors import ConfigError as ConfigError
 
 T = TypeVar("T")
+
+OTHER_NAMES = {"size": "d_model", "width": "d_model"}
+"""Other words for keys."""
 
 
 def parse(adapter: TypeAdapter[T], tree: Mapping[str, Any], where: str = "", names: Iterable[str] = ()) -> T:
@@ -59,13 +63,29 @@ def hydra_errors(file: str = "") -> Iterator[None]:
         if not group and not isinstance(error, HydraException | OmegaConfBaseException | YAMLError):
             raise
         text, cause = str(error).partition("\nConfig search path")[0], error.__cause__
-        if (override := getattr(error, "override", None)) and override not in text:
-            text = f"override {override}: {text}"
+        if override := getattr(error, "override", None):
+            if text.startswith("LexerNoViableAlt"):
+                text = "not a key=value; one with blanks needs quotes of its own, as in OVERRIDES=\"'key=[1, 2]'\""
+            text = text if override in text else f"override {override}: {text}"
         if isinstance(error, MissingMandatoryValue):
             text += "; a layer's file in conf/ffn sets it, and begins with the line `# @package _global_`"
         if isinstance(cause, OmegaConfBaseException) and cause.parent_node is not None:
-            text += nearest(str(cause.key), map(str, cause.parent_node))
+            text = re.split(r"\.\s+To append to your config", text)[0]  # which would add a key that nothing reads
+            text += _same_name(text, cause.parent_node) or nearest(str(cause.key), map(str, cause.parent_node))
         raise ConfigError(" ".join(f"{file}{': ' * bool(file)}{text}".split())) from None
+
+
+def _same_name(text: str, node: Any) -> str:
+    """`; did you mean optim.lr?` for a text that names `'lr'`: the shortest key of Hydra's whole tree that ends so."""
+    from omegaconf import OmegaConf
+
+    from peerscale.config.compose import leaves
+
+    _, given, *_ = [*text.split("'"), ""]
+    tree: Any = OmegaConf.to_container(node._get_root(), resolve=False)
+    last = OTHER_NAMES.get(given) or given.rpartition(".")[2]
+    same = [key for key, _ in leaves(tree, without=("hydra",)) if key.rpartition(".")[2] == last]
+    return f"; did you mean {min(same, key=len)}?" if same else ""
 
 
 def _beside(tree: Any, place: tuple[int | str, ...]) -> list[str]:

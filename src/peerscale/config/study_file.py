@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from peerscale.config.errors import ConfigError, hydra_errors
+from peerscale.config.errors import ConfigError, hydra_errors, nearest
 from peerscale.files import OURS, ROOT
 from peerscale.types import FILE_NAME
 
@@ -60,8 +60,9 @@ def sweep_file(sweep: str | Path) -> Path:
     if path.suffix not in (".yaml", ".yml"):
         path = next((file for file in study_files() if file.stem == str(sweep)), Path(f"{sweep}.yaml"))
     if not path.is_file():
-        known = ", ".join(file.stem for file in study_files())
-        raise ConfigError(f"no sweep file {path.name}; in sweeps/ there are: {known or 'none'}")
+        known = [file.stem for file in study_files()]
+        there = ", ".join(known) or "none"
+        raise ConfigError(f"no sweep file {path.name}; in sweeps/ there are: {there}{nearest(path.stem, known)}")
     return path.resolve()
 
 

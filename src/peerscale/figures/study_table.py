@@ -72,6 +72,9 @@ def headline(fits: Fits) -> list[str]:
     who = "Methods that the sweep's file does not name" if claimed else "Every method"
     said = f"{who} minus {label(Curve(fits['baseline']))}, uncorrected for the number of comparisons:"
     lines = [f"**{answer(fits)}**", ""] if claimed or not rows else []
+    if claimed:
+        n = fits["claims"][0]["family"]
+        lines += [f"Verdicts are corrected for {n} claims (Holm); the intervals, and p of `make compare`, are not.", ""]
     return [*lines, f"**{said}**", "", *table(rows), ""] if rows else lines
 
 
@@ -88,6 +91,7 @@ def main_rows(runs: pd.DataFrame, fits: Fits) -> Rows:
 def optimum_rows(runs: pd.DataFrame, fits: Fits) -> Rows:
     """One row per budget and curve: the compute optimum, and its difference to the baseline."""
     rows, main, differences = [], without_brackets(runs), to_baseline(fits)
+    entries = {entry["budget"]: entry for entry in fits["budgets"]}
     for budget, cells in by_budget(main.assign(curve=curves_of(main))).items():
         for curve in ordered(cells["curve"]):
             mine, found = cells[cells["curve"] == curve], optima(fits).get(budget, {}).get(curve)
@@ -95,6 +99,8 @@ def optimum_rows(runs: pd.DataFrame, fits: Fits) -> Rows:
             flags = [f"{n} {status}" for status, n in unfinished.items()]
             if found and found["status"] != OptimumStatus.OK:
                 flags.append(found["status"].replace("_", " "))
+            if found and entries[budget]["df"] == 0:
+                flags.append("no error: no more sizes than coefficients")
             n_finished = mine.loc[usable(mine), "size"].nunique()
             rows.append({
                 "budget": budget_name(budget), "method": label(curve),

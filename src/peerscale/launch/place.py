@@ -92,11 +92,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=positive_number, default=TUNING_BUDGET, help="largest budget of the row")
     parser.add_argument("--launcher", choices=LAUNCHERS, default="local", help="as in python -m peerscale.launch")
     parser.add_argument("--jobs", type=positive_integer, metavar="N", help="runs at once")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--plan", action="store_true", help="show runs, FLOPs and time, and stop")
-    mode.add_argument("--tune", action="store_true", help="stop after tuning, and print lines for the layer's file")
-    mode.add_argument("--check", action="store_true", help="check that results/standing has exactly the runs wanted")
+    parser.add_argument("--plan", action="store_true", help="show runs, FLOPs and time, and stop")
+    parser.add_argument("--tune", action="store_true", help="stop after tuning, and print lines for the layer's file")
+    parser.add_argument("--check", action="store_true", help="check that results/standing has exactly the runs wanted")
     options = parser.parse_intermixed_args(arguments)
+    if options.check and (options.plan or options.tune):
+        parser.error("--check goes with neither --plan nor --tune")
     if options.check:
         print(f"{options.layer}: {check_entry(options.layer, options.overrides)} runs, as the protocol asks")
         return 0
@@ -106,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         allowed = ", ".join(f"{budget:g}" for budget in placing.sizes)
         raise UserError(f"--budget {options.budget:g}: a row has the budgets {allowed}")
     if options.plan:
-        print_plan(placing, budgets, options.jobs or 1)
+        print_plan(placing, [] if options.tune else budgets, options.jobs or 1)
         return 0
     slurm = slurm_settings(options.launcher, options.overrides, options.jobs)
     ran: dict[str, Record] = {}

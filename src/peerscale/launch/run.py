@@ -5,6 +5,7 @@ python -m peerscale.launch SWEEP [key=value ...] [--launcher joblib --jobs 4]
 Failed cells do not stop the others. Exit codes: `peerscale.errors`.
 """
 
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -43,8 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if prepare(cells[0].config.data).manifest != was_there:  # the sizes of its sets decide which cells are dropped
         cells = planned_cells(options.sweep, options.overrides)
     sweep, found = cells[0].sweep, outcomes(cells)
+    study = f"SWEEP={sweep}" + f" OVERRIDES={shlex.quote(shlex.join(options.overrides))}" * bool(options.overrides)
     if refused := [outcome.refused for outcome in found if outcome.refused]:
-        several = f"{len(refused)} cells are refused, which make status SWEEP={sweep} lists; the first: "
+        several = f"{len(refused)} cells are refused, which make status {study} lists; the first: "
         raise UserError(several * (len(refused) > 1) + refused[0])
     if all(outcome.status is Status.DROPPED for outcome in found):
         raise UserError(f"all {len(cells)} cells are dropped, {cells[0].name} since: {cells[0].plan.reason}")
@@ -68,14 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         statuses = run_missing(pending, options.launcher, options.jobs, already_done=n[Status.DONE])
         failed = [name for name, status in statuses.items() if status in FAILED] + failed
         if Status.RUNNING in statuses.values():
-            print(f"some cells are being run by another process: make status SWEEP={sweep}", file=sys.stderr)
+            print(f"some cells are being run by another process: make status {study}", file=sys.stderr)
         elif not failed:
-            print(f"all cells are done; next: make figures SWEEP={sweep}", file=sys.stderr)
+            print(f"all cells are done; next: make figures {study}", file=sys.stderr)
     elif not failed:
-        print(f"nothing to run; next: make figures SWEEP={sweep}", file=sys.stderr)
+        print(f"nothing to run; next: make figures {study}", file=sys.stderr)
     if failed:
         names = some(failed)
-        message = f"{len(failed)} of {len(cells)} cells failed: {names}; reasons: make status SWEEP={sweep}"
+        message = f"{len(failed)} of {len(cells)} cells failed: {names}; reasons: make status {study}"
         if not options.keep_going:
             raise FailedCells(message)
         print(f"error: {message}", file=sys.stderr)

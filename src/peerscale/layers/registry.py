@@ -1,6 +1,7 @@
 """From a mapping of settings to a layer: a built-in one by its `method`, any other by the import path in `class`."""
 
 import ast
+import contextlib
 import functools
 import hashlib
 import pkgutil
@@ -80,6 +81,15 @@ def dump_layer(layer: FfnConfig) -> dict[str, Any]:
     if BUILT_IN.get(layer.method) == path:
         return settings
     return {"class": path, "source_sha256": _source_sha256(type(layer).__module__), **settings}
+
+
+def code_changed(dumped: Mapping[str, Any]) -> bool:
+    """Whether the module of a layer that `dump_layer` described has other code now; False if it is not found."""
+    if "source_sha256" not in dumped:
+        return False
+    with contextlib.suppress(ConfigError):
+        return dumped["source_sha256"] != _source_sha256(layer_class(dumped).__module__)
+    return False
 
 
 Layer = Annotated[FfnConfig, BeforeValidator(parse_layer), PlainSerializer(dump_layer, return_type=dict[str, Any])]

@@ -53,12 +53,14 @@ def fingerprint(hashed: Mapping[str, Any]) -> str:
 
 
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ, each as `key old -> new`."""
+    """Dotted keys whose values differ, each as `key old -> new`; hashes of code in words."""
     differences = []
     for key in sorted({*old, *new}):
         before, after = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             differences += differing_keys(before, after, f"{prefix}{key}.")
+        elif key == "source_sha256" and before and after and before != after:
+            differences.append(f"{prefix}{key} (the code of the layer's module changed)")
         elif before != after:
             differences.append(f"{prefix}{key} {before!r} -> {after!r}")
     return differences

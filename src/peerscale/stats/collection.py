@@ -14,6 +14,7 @@ from peerscale.config.study import load_sweep
 from peerscale.config.study_file import sweep_text
 from peerscale.errors import UserError
 from peerscale.files import ROOT, write_json, write_text
+from peerscale.layers.registry import code_changed
 from peerscale.plan.cell_names import corpus_label
 from peerscale.plan.cells import Cell, planned_cells, without_brackets
 from peerscale.plan.notices import beyond_law
@@ -24,7 +25,7 @@ from peerscale.records.record import Record, planned_record
 from peerscale.records.study import collected
 from peerscale.records.table import read_records, runs_table, to_publish, write_records
 from peerscale.stats.comparison import compare
-from peerscale.stats.curve import Curve
+from peerscale.stats.curve import Curve, methods_of, require_methods
 from peerscale.stats.fits import fit_study
 from peerscale.stats.guests import compare_with_guests
 
@@ -32,7 +33,7 @@ Place = tuple[float, Curve]
 """A budget and a curve."""
 
 
-def collect(sweep: str, runs: Path, overrides: Sequence[str] = ()) -> Iterator[str]:
+def collect(sweep: str, runs: Path, overrides: Sequence[str] = (), methods: Sequence[str] = ()) -> Iterator[str]:
     """Write the study's folder in `runs` from its cells there.
 
     Every planned cell has a row, even if it was dropped, failed or never run. Cells whose configuration differs from
@@ -42,20 +43,24 @@ def collect(sweep: str, runs: Path, overrides: Sequence[str] = ()) -> Iterator[s
         sweep: name of the study.
         runs: folder of cells.
         overrides: the overrides that the cells were run with.
+        methods: methods that must have finished runs.
 
     Yields:
         Messages on what was collected.
 
     Raises:
-        UserError: there are no records, or the overrides are wrong or name another folder of runs.
+        UserError: there are no records, or none of one of the `methods`; or the overrides are wrong or name another
+            folder of runs.
     """
     elsewhere = overridden(overrides).get("trainer.runs_directory", runs)
     if (ROOT / Path(elsewhere).expanduser()).resolve() != runs.resolve():
         raise UserError(f"cells are read from {runs}; give --runs {elsewhere} to the programs in analysis/")
-    cells = plan_of(sweep, overrides)
+    here = runs / sweep
+    there = read_records(here)
+    cells = plan_of(sweep, overrides, needed=not there)
     corpus = corpus_label(cells[0].axes) if cells else ""
-    here, study = runs / sweep, collected(sweep, runs, corpus)
-    own = {record.cell: record for record in read_records(here) if not cells or corpus_label(record.axes) == corpus}
+    study = collected(sweep, runs, corpus)
+    own = {record.cell: record for record in there if not cells or corpus_label(record.axes) == corpus}
     if not own:
         where = f"{here}{' on ' * bool(corpus)}{corpus}"
         raise UserError(f"no cells in {where}; those of results/, if it has any: make restore SWEEP={sweep}")
@@ -63,8 +68,11 @@ def collect(sweep: str, runs: Path, overrides: Sequence[str] = ()) -> Iterator[s
     found, notices = of_the_plan(cells or (), own, here, fingerprint)
     print(*(f"{notice}\n" for notice in notices), sep="", end="", file=sys.stderr)
     planned, further = with_planned(cells, found)
+    if older := [record.cell for record in further if code_changed(record.hashed_config.get("ffn", {}))]:
+        print(f"notice: runs of older code, since the layer's module was changed: {some(older)}", file=sys.stderr)
     records = [to_publish(record) for record in (*planned, *further)]  # so that results/ alone gives the same fits
     table, curves = runs_table(records), curves_table(here / cell for cell in found)
+    require_methods(methods, table, sweep)
     fits = fits_of(sweep, table, records, extrapolated(cells or ()))
     write_records(study.folder, records)
     write_text(study.curves, curves.to_csv(index=False))
@@ -73,9 +81,19 @@ def collect(sweep: str, runs: Path, overrides: Sequence[str] = ()) -> Iterator[s
     states = ", ".join(f"{n} {status}" for status, n in Counter(record.status for record in planned).items())
     yield f"{sweep}: {len(planned)} cells ({states}), from {len(found)} cells of {here} -> {study.folder}"
     if further:
-        yield f"{further_line([record.cell for record in further])}; they are in the table and the fits too"
+        names = [record.cell for record in further]
+        said = in_the_fits(methods_of(table[table["cell"].isin(names)]), fits.get("guests", ()))
+        yield f"{further_line(names)}; {said}"
     if foreign:
         yield f"{len(foreign)} cells of another corpus or evaluation set are left out: {some(foreign)}"
+
+
+def in_the_fits(methods: Collection[str], guests: Collection[str]) -> str:
+    """What cells outside the plan move, by their methods: those of guests move the results of no other method."""
+    if not (some := sorted({*methods} & {*guests})):
+        return "they are in the table and the fits too"
+    rest = "; the others are in the table and the fits too" * bool({*methods} - {*guests})
+    return f"those of {', '.join(some)} are in the table, and in the fits of no other method{rest}"
 
 
 def fits_of(
@@ -120,15 +138,16 @@ def rounded(fits: Any, digits: int = 7) -> Any:
     return float(f"{fits:.{digits}g}") if isinstance(fits, float) and not fits.is_integer() else fits
 
 
-def plan_of(sweep: str, overrides: Sequence[str]) -> Sequence[Cell] | None:
+def plan_of(sweep: str, overrides: Sequence[str], *, needed: bool = False) -> Sequence[Cell] | None:
     """The cells of the study's file with the overrides of cells, as cells outside a part count too; or None, with a
-    notice, if it cannot be read. Raises `UserError` for a wrong override, also one of a part."""
+    notice, if it cannot be read. Raises `UserError` for that if it is `needed`, and for a wrong override, also one of
+    a part."""
     try:
         if (of_all := of_cells(overrides)) != [*overrides]:
             planned_cells(sweep, overrides)
         return planned_cells(sweep, of_all)
     except UserError as error:
-        if overrides:
+        if overrides or needed:
             raise
         notice = "notice: only cells with a record are in the table, as the plan cannot be read"
         print(f"{notice}: {error}", file=sys.stderr)

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from peerscale.config.errors import nearest
+from peerscale.errors import UserError
 from peerscale.plan.cell_names import axes_label
 from peerscale.records.record import Status
 
@@ -96,6 +98,16 @@ def curves_of(runs: pd.DataFrame) -> pd.Series:
 def methods_of(runs: pd.DataFrame) -> pd.Series:
     """The method of each row, the name of the layer's file."""
     return curves_of(runs).map(lambda curve: curve.method)
+
+
+def require_methods(names: Iterable[str], runs: pd.DataFrame, sweep: str) -> list[str]:
+    """The methods with finished runs; raises `UserError` if one of `names` is none of them."""
+    known = [*methods_of(finished(runs)).unique()]
+    for name in names:
+        if name not in known:
+            there = f"{sweep}, which has {', '.join(known)}{nearest(name, known)}"
+            raise UserError(f"{name}: no method with finished runs in {there}")
+    return known
 
 
 def finished(runs: pd.DataFrame) -> pd.DataFrame:

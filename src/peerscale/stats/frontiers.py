@@ -43,12 +43,13 @@ def frontiers_of(fitted: Sequence[Budget], rates: RateErrors) -> dict[Curve, Arr
 
     Size means are drawn around the fit with the errors of misfit and seeds. Their variance is drawn too, so that
     intervals are Student's. Budgets with the same validation sequences draw the same ones. A method's losses are also
-    drawn with the error of its learning rate if that is known. NaN if a method's optimum has no number.
+    drawn with the error of its learning rate if that is known. NaN if a method's optimum has no number; draws are also
+    NaN if the sizes leave no degrees of freedom, as three of a single method.
     """
     curves = dict.fromkeys(curve for one in fitted for curve in one.optima)
     frontiers = {curve: np.full((2, 1 + DRAWS, len(fitted)), math.nan) for curve in curves}
     for i, one in enumerate(fitted):
-        variances, df = one.fit.variances, one.fit.noise.df
+        variances, df = one.fit.variances, np.where(one.fit.noise.df > 0, one.fit.noise.df, math.nan)
         rng = np.random.default_rng(round(one.budget))
         scale = np.sqrt(df / rng.chisquare(df, (DRAWS, len(df))))
         errors = rng.normal(size=(DRAWS, len(one.fit.x))) * np.sqrt(variances) * scale[:, one.fit.method]
