@@ -34,7 +34,10 @@ def main() -> None:
     options = parser.parse_args()
     reference = next((name for name in entrant_files() if read_entrant(name).reference), None)
     if reference is None:
-        raise UserError("no file in sweeps/standing says `reference: true`")
+        raise UserError(
+            "no file in sweeps/standing says `reference: true`; add that line to one of them, such as "
+            "sweeps/standing/dense.yaml, to time the layer with it"
+        )
     keep_freed_memory()
     torch.set_num_threads(1)
     steps, flops = {}, {}

@@ -14,6 +14,7 @@ from peerscale.errors import exit_code
 from peerscale.figures import study_table, style
 from peerscale.figures.figures import study_figures
 from peerscale.figures.markdown import signed_interval, table
+from peerscale.figures.verdicts import no_minimum
 from peerscale.files import write_json
 from peerscale.records.record import write_record
 from peerscale.records.study import collected
@@ -86,11 +87,17 @@ def test_flags_are_in_words(study: Tables) -> None:
 def test_three_sizes_of_a_single_method_have_an_optimum_without_an_error(study: Tables) -> None:
     runs, _ = study
     dense = runs[(runs["method"] == "dense") & (runs["status"] == "done")].sort_values("flops_per_token")
-    three = dense.groupby("budget").head(3)
+    three = dense.groupby("budget").nth([0, 2, 4])
     fits = from_names(compare(three, [], min_sizes=3))
     for row in rows_of(table(study_table.optimum_rows(three, fits))).values():
         assert row["sizes"] == "3 finished, 3 fitted" and "no error" in row["flags"]
     assert all(method["se"] is None for entry in fits["budgets"] for method in entry["methods"] if method["loss"])
+
+
+def test_a_difference_without_a_minimum_says_whose_and_why() -> None:
+    note = "peer n_experts=16384: outside_range; dense: curvature"
+    said = "peer n_experts=16384 (no minimum: outside range); dense (no minimum: curvature)"
+    assert no_minimum(note) == said and not no_minimum("")
 
 
 def test_sizes_outside_the_window_are_finished_and_not_fitted(study: Tables) -> None:

@@ -132,6 +132,11 @@ def test_the_check_finds_missing_further_and_other_runs(tmp_path: Path) -> None:
         check_entry("dense_in_two", standing=tmp_path)
 
 
+def test_without_an_entry_the_check_says_what_to_type(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"mine is not there to be checked; first: make place LAYER=mine$"):
+        check_entry("mine", standing=tmp_path)
+
+
 def test_rows_follow_from_the_records_and_move_nobody(tmp_path: Path) -> None:
     placed(tmp_path, "dense", Entrant(layer="dense", replaced="all", reference=True))
     placed(tmp_path, "peer", Entrant(layer="peer"))

@@ -99,7 +99,7 @@ def optimum_rows(runs: pd.DataFrame, fits: Fits) -> Rows:
             flags = [f"{n} {status}" for status, n in unfinished.items()]
             if found and found["status"] != OptimumStatus.OK:
                 flags.append(found["status"].replace("_", " "))
-            if found and entries[budget]["df"] == 0:
+            if found and found["loss"] is not None and entries[budget]["df"] == 0:
                 flags.append("no error: no more sizes than coefficients")
             n_finished = mine.loc[usable(mine), "size"].nunique()
             rows.append({

@@ -1,5 +1,6 @@
 """Verdicts: what a method gains or loses against another one, budget by budget, and how far that can be trusted."""
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -29,9 +30,14 @@ def verdict_rows(fits: Mapping[str, Any], methods: Collection[str] | None = None
             "compute multiplier [95 %]":
                 with_interval(times["multiplier"], (times["low"], times["high"]), "{:.2f}") if times else "—",
             "smallest effect told": number(DETECTABLE * one["se"] if one.get("se") else None, "{:.3f}"),
-            "caveats": one.get("note") or "; ".join(caveats(fits, budget, pair, one)) or "—",
+            "caveats": no_minimum(one.get("note", "")) or "; ".join(caveats(fits, budget, pair, one)) or "—",
         })  # fmt: skip
     return rows
+
+
+def no_minimum(note: str) -> str:
+    """`peer (no minimum: curvature)` for the note `peer: curvature` of a difference that has no number."""
+    return re.sub(r": (\w+)", lambda status: f" (no minimum: {status[1].replace('_', ' ')})", note)
 
 
 def caveats(fits: Mapping[str, Any], budget: float, pair: Collection[Curve], one: Mapping[str, Any]) -> list[str]:

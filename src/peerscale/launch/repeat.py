@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     records = {r.cell: r for r in read_records(folder) if r.status is Status.DONE and r.cell in cells}
     if options.cell not in records:
         near = ", ".join(get_close_matches(options.cell, records, cutoff=0)) or "none"
+        if not options.cell:
+            raise UserError(f"CELL=NAME says which finished cell of {from_checkout(folder)} to repeat, such as {near}")
         raise UserError(f"{from_checkout(folder)} has no finished cell {options.cell!r}; similar ones: {near}")
     cell, committed = cells[options.cell], records[options.cell]
     corpus = prepare(cell.config.data).manifest.fingerprint

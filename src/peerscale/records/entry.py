@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from peerscale.errors import UserError
-from peerscale.files import OURS, PACKAGE, replacing, write_json
+from peerscale.files import OURS, PACKAGE, from_checkout, replacing, write_json
 from peerscale.plan.cell import Cell
 from peerscale.plan.entrant import Entrant, Losses, Placing, Settings, drive, entrant_files, parse_entrant, read_entrant
 from peerscale.plan.plan import Verdict
@@ -122,6 +122,8 @@ def check_entry(name: str, overrides: Sequence[str] = (), standing: Path | None 
             for; or the choice is another one.
     """
     path = (standing or table_folder(Placing(name, Entrant(layer="dense"), overrides))) / name
+    if not (path / ENTRY).is_file():
+        raise UserError(f"{from_checkout(path)} is not there to be checked; first: make place LAYER={name}")
     find_layers_of(path)
     about = read_json(path / ENTRY)
     placing = Placing(name, parse_entrant(about["entrant"], f"{path / ENTRY}: "), overrides)
