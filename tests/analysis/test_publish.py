@@ -28,6 +28,7 @@ def folders(collected_runs: Path, tmp_path: Path) -> list[str]:
     study.table.write_text(f"# {SWEEP}: losses")
     study.figures.mkdir()
     (study.figures / "isoflop.png").write_bytes(b"a figure")
+    study.csv.write_text("budget,method\n")
     return [SWEEP, *arguments]
 
 
@@ -36,7 +37,16 @@ def test_what_is_published(folders: list[str], tmp_path: Path) -> None:
     source, target = collected(SWEEP, tmp_path / "runs"), published(SWEEP, tmp_path / "results")
     (source.folder / "report.html").write_text("of this machine alone")
     files = contents(target.folder)
-    names = {"runs.csv", "records.jsonl", "sequence_losses.npz", "curves.csv", "fits.json", "table.md", "figures"}
+    names = {
+        "runs.csv",
+        "records.jsonl",
+        "sequence_losses.npz",
+        "curves.csv",
+        "fits.json",
+        "table.md",
+        "table.csv",
+        "figures",
+    }
     assert {path.parts[0] for path in files} == names
     assert all((source.folder / path).read_bytes() == content for path, content in files.items())
 

@@ -52,7 +52,7 @@ def publish(source: StudyFolder, target: StudyFolder, *, replace_cells: bool = F
         if target.folder.is_dir():
             shutil.copytree(target.folder, folder, ignore=shutil.ignore_patterns(target.figures.name))
         folder.mkdir(exist_ok=True)
-        for path in (*shown, source.table):
+        for path in (*shown, source.table, source.csv):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
         if source.figures.is_dir():
