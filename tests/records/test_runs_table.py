@@ -220,6 +220,9 @@ def test_a_number_that_changed_on_disk_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(row_line(row).replace("5.25", "5.05"))
     with pytest.raises(UserError, match=r"metrics.jsonl:1: not a row of metrics"):
         list(read_metrics(tmp_path))
+    (tmp_path / "metrics.jsonl").write_text(row_line(row) + row_line(row).replace("crc", "crb"))
+    with pytest.raises(UserError, match=r"metrics.jsonl:2: not a row of metrics"):
+        list(read_metrics(tmp_path))
 
 
 @pytest.mark.parametrize(("n", "points"), [(1, 50), (50, 50), (51, 50), (99, 50), (100, 50), (101, 50), (7, 3), (9, 2)])

@@ -50,8 +50,10 @@ def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
         return
     content = path.read_bytes()
     lines = content.splitlines()
+    with_checksum = [f'"{CRC}"'.encode() in line for line in lines]
     for number, line in enumerate(lines, 1):
-        if row := parse_row(line):
+        # All rows have a checksum, or, in a file from before, none: the key itself may be what is damaged.
+        if with_checksum[number - 1] == any(with_checksum) and (row := parse_row(line)):
             yield row
             continue
         if number < len(lines) or content.endswith(b"\n"):
