@@ -17,7 +17,7 @@ from training_step import training_step
 
 from peerscale.errors import UserError, exit_code
 from peerscale.files import write_json
-from peerscale.plan.entrant import TUNING_BUDGET, Placing, entrant_files, read_entrant
+from peerscale.plan.entrant import TUNING_BUDGET, Placing, read_entrant, reference_name
 from peerscale.records.entry import ENTRY, STANDING, TIME
 from peerscale.records.machine import cpu_name, git_commit
 from peerscale.records.study import read_json
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("layer", help="an entrant of sweeps/standing, or a layer of conf/ffn")
     parser.add_argument("--repeats", type=int, default=REPEATS)
     options = parser.parse_args()
-    reference = next((name for name in entrant_files() if read_entrant(name).reference), None)
+    reference = reference_name()
     if reference is None:
         raise UserError(
             "no file in sweeps/standing says `reference: true`; add that line to one of them, such as "

@@ -22,6 +22,11 @@ OURS = ROOT if IN_CHECKOUT else PACKAGE
 """The folder of `conf/` and the published `sweeps/`: the checkout, or else the package, since the wheel has copies."""
 
 
+def outside_folders() -> list[Path]:
+    """Where the modules and the `conf/` of layers outside peerscale may be: the current folder, those of PYTHONPATH."""
+    return [Path(folder) for folder in (".", *os.environ.get("PYTHONPATH", "").split(os.pathsep)) if folder]
+
+
 def from_checkout(path: Path) -> Path:
     """The path relative to `ROOT`; unchanged if it lies elsewhere."""
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path

@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Waiting:
         print(f"runs of {placing.name} have not ended; the same command goes on when they have", file=sys.stderr)
         return 0
-    folder = write_entry(placing, ran, of_budget, table_folder(placing))
+    folder = write_entry(placing, ran, of_budget, table_folder(options.overrides))
     print(f"{len(ran)} runs -> {from_checkout(folder)}; next: make standing")
     return 0
 

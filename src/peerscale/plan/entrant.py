@@ -115,10 +115,15 @@ def entrant_files() -> dict[str, Path]:
     return {path.stem: path for folder in folders for path in sorted((folder / "sweeps" / "standing").glob("*.yaml"))}
 
 
+def reference_name() -> str | None:
+    """The entrant that all rows are compared with; None while there is none."""
+    return next((name for name in entrant_files() if read_entrant(name).reference), None)
+
+
 def dense_layer() -> str:
     """The dense layer in the blocks that an entrant leaves: that of the reference, or `dense` while there is none."""
-    entrants = [read_entrant(name) for name in entrant_files()]
-    return next((entrant.layer for entrant in entrants if entrant.reference), "dense")
+    name = reference_name()
+    return read_entrant(name).layer if name else "dense"
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from peerscale.config.schema import load
 from peerscale.errors import UserError
-from peerscale.files import OURS, PACKAGE, from_checkout, replacing, write_json
+from peerscale.files import OURS, PACKAGE, from_checkout, outside_folders, replacing, write_json
 from peerscale.plan.cell import Cell
-from peerscale.plan.entrant import Entrant, Losses, Placing, Settings, drive, entrant_files, parse_entrant, read_entrant
+from peerscale.plan.entrant import Losses, Placing, Settings, drive, entrant_files, parse_entrant, read_entrant
 from peerscale.plan.plan import Verdict
 from peerscale.records.record import Record, Status, differences
 from peerscale.records.study import RESULTS, read_json
@@ -41,9 +42,9 @@ class Entry:
     """Of a step, divided by its FLOPs; None: not measured."""
 
 
-def table_folder(placing: Placing) -> Path:
-    """The folder of the table to which an entrant's row belongs."""
-    corpus = next(placing.tuning())[0].config.data.corpus_name
+def table_folder(overrides: Sequence[str]) -> Path:
+    """The folder of the table to which rows with these overrides of every cell belong."""
+    corpus = load(overrides).data.corpus_name
     return STANDING if corpus == "gutenberg" else STANDING.with_name(f"{STANDING.name}_{corpus}")
 
 
@@ -67,15 +68,13 @@ def write_entry(
 
 def _outside_files(placing: Placing) -> dict[str, Path]:
     """The module and the YAML file of a layer outside peerscale, by their names in its entry."""
-    (cell, *_) = next(placing.tuning())
-    module = type(cell.config.ffn).__module__
+    module = type(load([f"ffn={placing.entrant.layer}"]).ffn).__module__
     yaml = f"conf/ffn/{placing.entrant.layer}.yaml"
     files = {}
     if not (path := Path(str(sys.modules[module].__file__)).resolve()).is_relative_to(PACKAGE):
         files[f"{module.replace('.', '/')}.py"] = path
     if not (OURS / yaml).is_file():
-        folders = [Path(folder) for folder in (".", *os.environ.get("PYTHONPATH", "").split(os.pathsep)) if folder]
-        files[yaml] = next(folder / yaml for folder in folders if (folder / yaml).is_file())
+        files[yaml] = next(folder / yaml for folder in outside_folders() if (folder / yaml).is_file())
     return files
 
 
@@ -121,7 +120,7 @@ def check_entry(name: str, overrides: Sequence[str] = (), standing: Path | None 
         UserError: its file in sweeps/standing says otherwise; runs are missing, of another configuration, or not asked
             for; or the choice is another one.
     """
-    path = (standing or table_folder(Placing(name, Entrant(layer="dense"), overrides))) / name
+    path = (standing or table_folder(overrides)) / name
     if not (path / ENTRY).is_file():
         raise UserError(f"{from_checkout(path)} is not there to be checked; first: make place LAYER={name}")
     find_layers_of(path)
