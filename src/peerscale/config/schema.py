@@ -188,10 +188,9 @@ class TrainerConfig:
     """Where cells are kept, relative to the checkout."""
 
     def __post_init__(self) -> None:
-        if self.device_memory_gb is not None and self.accelerator == "auto":
-            raise ValueError("device_memory_gb needs accelerator=gpu, since the plan cannot know what auto will find")
-        if self.tf32 and self.accelerator == "auto":
-            raise ValueError("tf32 needs accelerator=gpu, since the plan cannot know what auto will find")
+        for key in ("device_memory_gb", "tf32"):
+            if getattr(self, key) and self.accelerator == "auto":
+                raise ValueError(f"{key} needs accelerator=gpu, since the plan cannot know what auto will find")
 
     def compiles_on(self, device: str) -> bool:
         """Whether the backbone is compiled on this type of device, as torch calls it."""
