@@ -11,6 +11,7 @@ from peerscale.files import ROOT
 from peerscale.launch.plan_table import plan_row, time_lines
 from peerscale.launch.speed import Estimate, Measured, estimate, share_of_peak
 from peerscale.layers.dense import Dense
+from peerscale.layers.swiglu import gated_width
 from peerscale.model.build import build_model
 from peerscale.ops.cross_entropy import linear_cross_entropy
 from peerscale.plan.cells import planned_cells
@@ -20,6 +21,7 @@ from peerscale.plan.plan import plan
 from peerscale.train.module import LanguageModel
 from peerscale.train.optimizer import build_optimizer
 
+DENSE = ["dense", "relu_squared", "swiglu"]
 FFNS = sorted(path.stem for path in (ROOT / "conf" / "ffn").glob("*.yaml"))
 NARROWER = {"wide_dense": ["ffn.params_of.n_experts=1024"]}
 """Settings of a layer that would take long here."""
@@ -54,20 +56,21 @@ def test_activations_are_about_what_autograd_saves(ffn: str) -> None:
         assert device_memory(config)["activations"] == pytest.approx(saved_bytes(config), rel=0.15), (width, replaced)
 
 
-@pytest.mark.parametrize("ffn", ["dense", "wide_dense", "moe", "peer"])
+@pytest.mark.parametrize("ffn", [*DENSE, "wide_dense", "moe", "peer"])
 def test_checkpointing_keeps_the_inputs_of_what_is_computed_again(ffn: str) -> None:
     shape = ["d_model=64", "n_layers=8"]
     settings = [f"ffn={ffn}", "trainer.kernel=torch", *shape, *NARROWER.get(ffn, [])]
     config = load([*settings, "trainer.activation_checkpointing=true"])
     hidden = max(layer.up.out_features for layer in build_model(config).modules() if isinstance(layer, Dense))
-    one_block = 4 * config.tokens_per_step * (9 * 64 + 2 * 64 + 2 * hidden)
+    of_layer = max(2 * hidden, 4 * gated_width(256) * (ffn == "swiglu"))
+    one_block = 4 * config.tokens_per_step * (9 * 64 + 2 * 64 + of_layer)
     activations = device_memory(config)["activations"]
     assert activations == pytest.approx(saved_bytes(config) + one_block, rel=0.15)
     assert activations < 0.6 * device_memory(load(settings))["activations"]
     planned, usual = plan(config), plan(load(settings))
     assert (planned.steps, planned.flops) == (usual.steps, usual.flops), "the budget is as it was"
     again = planned.cost.flops_per_token - planned.cost.flops["logits"]
-    again -= planned.cost.layer_flops * (ffn not in ("dense", "wide_dense"))
+    again -= planned.cost.layer_flops * (ffn not in (*DENSE, "wide_dense"))
     speeds = [Measured(ffn, planned.cost.flops_per_token, 1e10)]
     slower = estimate(config, planned, speeds).s - estimate(load(settings), usual, speeds).s
     assert slower == pytest.approx(planned.tokens * again / 3 / 1e10)

@@ -6,7 +6,7 @@ from peerscale.config.schema import Config
 from peerscale.layers.registry import layer_class
 from peerscale.plan.cost import TRAINING, Cost, cost
 
-DENSE = {"method": "dense"}
+DENSE = [{"method": name} for name in ("dense", "relu_squared", "swiglu")]
 CHECKPOINT_BYTES = 12
 """Per parameter: weight and two moments, in fp32."""
 GRADIENT_BYTES = 4
@@ -34,7 +34,7 @@ def device_memory(config: Config, micro_batches: int | None = None) -> dict[str,
     numbers = n_layers * 9 * d_model + n_replaced * layer + config.n_dense * dense
     if config.trainer.activation_checkpointing:
         kept = n_replaced * (layer + d_model)
-        if isinstance(config.ffn, layer_class(DENSE)):  # recomputed like the others
+        if isinstance(config.ffn, tuple(map(layer_class, DENSE))):  # recomputed like the others
             kept, dense = 0, max(layer, dense)
         numbers = n_layers * 2 * d_model + kept + 9 * d_model + dense
     parts, of_token = micro_batches or around.micro_batches, bytes_each * numbers
@@ -62,7 +62,7 @@ def recomputed_share(config: Config, cost: Cost) -> float:
     """FLOPs that activation checkpointing adds, as a share of the training FLOPs: the recomputed forward passes."""
     if not config.trainer.activation_checkpointing:
         return 0.0
-    kept = cost.flops["logits"] + (0 if isinstance(config.ffn, layer_class(DENSE)) else cost.layer_flops)
+    kept = cost.flops["logits"] + (0 if isinstance(config.ffn, tuple(map(layer_class, DENSE))) else cost.layer_flops)
     return (cost.flops_per_token - kept) / TRAINING / cost.flops_per_token
 
 
