@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 
 from peerscale.errors import ConfigError, UserError
+from peerscale.figures.standing import standing_figure, standing_table
 from peerscale.launch import place
 from peerscale.plan import entrant as protocol
 from peerscale.plan.cell import Cell
-from peerscale.plan.entrant import Entrant, Placing, drive, read_entrant
+from peerscale.plan.entrant import SEEDS, Entrant, Placing, drive, read_entrant
 from peerscale.records import entry as entries
 from peerscale.records.entry import check_entry, losses_of, read_entries, write_entry
 from peerscale.records.record import Record, Status, new_record
+from peerscale.records.table import read_records, write_records
 from peerscale.stats.standing import standing_rows
 
 CHOICE = [{"ffn.n_heads": 1, "ffn.top_k": 64}, {"ffn.n_heads": 4, "ffn.top_k": 16}]
@@ -141,14 +143,40 @@ def test_rows_follow_from_the_records_and_move_nobody(tmp_path: Path) -> None:
     placed(tmp_path, "dense", Entrant(layer="dense", replaced="all", reference=True))
     placed(tmp_path, "peer", Entrant(layer="peer"))
     alone = standing_rows(read_entries(tmp_path))
-    assert [*alone["budget"]] == [3e13, 1e13]
-    for _, row in alone.iterrows():
+    assert [*zip(alone["budget"], alone["entrant"], strict=True)] == [
+        *((3e13, "peer"), (3e13, "dense"), (1e13, "peer"), (1e13, "dense"))
+    ]
+    peer = alone[alone["entrant"] == "peer"]
+    for _, row in peer.iterrows():
         assert row["low"] < -0.01 < row["high"] and row["multiplier"] > 1 and row["smallest"] < 0.03
+    reference = alone[alone["entrant"] == "dense"]
+    assert [*reference["difference"]] == [0, 0] and [*reference["multiplier"]] == pytest.approx([1, 1])
+    assert [*reference["sizes"]] == [3, 3], "those of the other rows, so that mean losses are of the same sizes"
     placed(tmp_path, "pkm", Entrant(layer="pkm"), lambda cell: loss_of(cell) + 0.1)
     both = standing_rows(read_entries(tmp_path))
     same = both[both["entrant"] == "peer"].drop(columns="rank").reset_index(drop=True)
-    assert same.equals(alone.drop(columns="rank"))
-    assert [*both[both["budget"] == 1e13]["entrant"]] == ["peer", "pkm"]
+    assert same.equals(peer.drop(columns="rank").reset_index(drop=True))
+    assert [*both[both["budget"] == 1e13]["entrant"]] == ["peer", "dense", "pkm"]
+
+
+def test_runs_without_a_loss_are_shown(tmp_path: Path) -> None:
+    placed(tmp_path, "dense", Entrant(layer="dense", replaced="all", reference=True))
+    with pytest.raises(UserError, match=r"only the reference, dense, is there; next: make place LAYER=NAME"):
+        standing_rows(read_entries(tmp_path))
+    _, folder = placed(tmp_path, "peer", Entrant(layer="peer"))
+    records = read_records(folder)
+    wide = {one.cell for one in records if one.seed in SEEDS and (one.budget, one.size[:3]) == (1e13, "d80")}
+    for lost, numbers in ((wide, True), ({one.cell for one in records if one.seed in SEEDS}, False)):
+        write_records(folder, [
+            replace(one, status=Status.DIVERGED, evaluation={}) if one.cell in lost else one for one in records
+        ])  # fmt: skip
+        rows = standing_rows(read_entries(tmp_path))
+        (row,) = rows[(rows["entrant"] == "peer") & (rows["budget"] == 1e13)].to_dict("records")
+        assert (row["failed"], row["sizes"]) == (len(lost & {one.cell for one in records if one.budget == 1e13}), 3)
+        assert math.isfinite(row["difference"]) == math.isfinite(row["rank"]) == numbers
+        (line,) = (x for x in standing_table(rows, "dense").partition("## 1e13")[2].splitlines() if "[peer]" in x)
+        assert f"3 x 3, {row['failed']} failed" in line and ("| — | [peer]" in line) != numbers
+        standing_figure(rows)
 
 
 def test_a_name_without_a_file_is_a_layer() -> None:

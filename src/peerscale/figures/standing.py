@@ -29,25 +29,29 @@ def standing_table(rows: pd.DataFrame, reference: str) -> str:
 
 
 def _row(row: Mapping[Any, Any]) -> dict[str, str]:
-    ends = (row["multiplier_low"], row["multiplier_high"])
+    runs = f"{row['sizes']} x {row['seeds']}" + f", {row['failed']} failed" * bool(row["failed"])
+    difference = with_interval(row["difference"], (row["low"], row["high"]), "{:+.3f}")
     return {
-        "rank": f"{row['rank']:g}", "entrant": f"[{row['entrant']}]({row['entrant']}/entrant.json)",
-        "multiplier in FLOPs [95 %]": _multiplier(row["multiplier"], ends),
-        "difference [95 %]": with_interval(row["difference"], (row["low"], row["high"]), "{:+.3f}"),
+        "rank": number(row["rank"], "{:g}"), "entrant": f"[{row['entrant']}]({row['entrant']}/entrant.json)",
+        "multiplier in FLOPs [95 %]": _multiplier(row),
+        "difference [95 %]": "0" if row["se"] == 0 else difference,
         "smallest effect that could be told": number(row["smallest"], "{:.3f}"),
         "time at equal FLOPs": number(row["time"], "{:.2f}"), "loss": number(row["loss"], "{:.4f}"),
         "active parameters": f"{row['params_active']:,}",
-        "total": f"{row['params_total']:,}", "sizes x seeds": f"{row['sizes']} x {row['seeds']}",
+        "total": f"{row['params_total']:,}", "sizes x seeds": runs,
         "runs to tune": str(row["trials"]), "mark": row["mark"], "protocol": row["protocol"],
     }  # fmt: skip
 
 
-def _multiplier(value: float, ends: tuple[float, float]) -> str:
+def _multiplier(row: Mapping[Any, Any]) -> str:
     """A multiplier with its interval; a bound where the reference was not trained far enough."""
-    if math.isnan(value):
+    if row["se"] == 0 or math.isnan(row["difference"]):
+        return number(row["multiplier"], "{:g}")
+    if math.isnan(row["multiplier"]):
         return "below the reference's smallest budget"
-    shown = [("> largest" if math.isinf(each) else number(each)) for each in (value, *ends)]
-    return f"{shown[0]} [{shown[1]}, {shown[2]}]"
+    each = [row[key] for key in ("multiplier", "multiplier_low", "multiplier_high")]
+    value, low, high = ("> largest" if math.isinf(one) else number(one) for one in each)
+    return f"{value} [{low}, {high}]"
 
 
 @style.applied()

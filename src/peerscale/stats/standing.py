@@ -5,14 +5,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from peerscale.errors import UserError
 from peerscale.laws.linear_fit import DETECTABLE, Array, StudentValue
-from peerscale.plan.entrant import FINAL_SEEDS, SEEDS
+from peerscale.plan.entrant import FINAL_SEEDS, SEEDS, SIZES
 from peerscale.records.entry import Entry
+from peerscale.records.record import Status
 from peerscale.records.table import runs_table
 from peerscale.stats.comparison import X, mean_losses, sequence_losses
 from peerscale.stats.curve import by_budget, usable
@@ -117,70 +119,91 @@ def ranks(rows: Sequence[StudentValue]) -> list[int]:
 
 @dataclass(frozen=True)
 class Runs:
-    """The finished runs of one entrant."""
+    """The runs of one entrant."""
 
     entry: Entry
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """One row per run."""
+        """One row per run that was not dropped."""
         table = runs_table(self.entry.records)
-        return table[usable(table)]
+        return table[table["status"] != str(Status.DROPPED)]
 
     @cached_property
     def of_rows(self) -> pd.DataFrame:
-        """Those that the loss of a row is made of."""
+        """Those that a row is made of."""
         return self.table[self.table["seed"].isin(SEEDS)]
+
+    @cached_property
+    def finished(self) -> pd.DataFrame:
+        """Those of them that have a loss."""
+        return self.of_rows[usable(self.of_rows)]
 
     @cached_property
     def tuning(self) -> tuple[float, float]:
         """`tuning_error` of its finalists."""
-        finals = self.table[self.table["seed"].isin(FINAL_SEEDS)]
+        finals = self.table[self.table["seed"].isin(FINAL_SEEDS) & usable(self.table)]
         return tuning_error(finals.assign(point=finals["settings"].astype(str) + finals["rate_factor"].astype(str)))
 
 
 def standing_rows(entries: Sequence[Entry]) -> pd.DataFrame:
-    """The standing table: one row per entrant and budget, the best first at each.
+    """The standing table: one row per entrant and budget, the best first at each, and one of the reference.
 
     Columns: budget, rank, entrant, difference, low, high, p, se, df, smallest (the smallest effect that could have been
     told), multiplier, multiplier_low, multiplier_high, loss (mean over sizes), params_active, params_total (at the
-    middle size), time (of training at equal FLOPs over the reference's; NaN: not measured), sizes, seeds, trials (all
-    runs but those of the row), mark, protocol.
+    middle size), time (of training at equal FLOPs over the reference's; NaN: not measured), sizes, seeds, failed (how
+    many of these runs have no loss; without any the row has no numbers), trials (all runs but those of the row), mark,
+    protocol.
 
     Raises:
-        UserError: there is not exactly one reference.
+        UserError: there is not exactly one reference, or nothing else.
     """
     references = [entry for entry in entries if entry.about["entrant"]["reference"]]
     if len(references) != 1:
         raise UserError(f"results/standing has {len(references)} references; a table has one")
     reference = Runs(references[0])
-    frontier = reference_frontier(reference.of_rows)
+    frontier = reference_frontier(reference.finished)
     rows = []
     for entry in entries:
-        if entry is references[0]:
-            continue
-        one = Runs(entry)
-        for budget, runs in by_budget(one.of_rows).items():
-            against = reference.of_rows[reference.of_rows["budget"] == budget]
-            if against.empty:
-                continue
-            records = [record for record in (*entry.records, *references[0].records) if record.budget == budget]
-            sequences = sequence_losses(records, {*runs["cell"], *against["cell"]})
-            found = difference(runs, against, sequences, [one.tuning, reference.tuning])
-            middle = runs.sort_values(X).iloc[len(runs) // 2]
-            value, least, most = multiplier(found, budget, frontier)
-            rows.append({
-                "budget": budget, "entrant": entry.name, "difference": found.value, "low": found.interval[0],
-                "high": found.interval[1], "p": found.p, "se": found.se, "df": found.df,
-                "smallest": DETECTABLE * found.se, "multiplier": value, "multiplier_low": least,
-                "multiplier_high": most, "loss": runs["val_loss"].mean(), "params_active": int(middle["params_active"]),
-                "params_total": int(middle["params_total"]), "time": entry.time_over_reference or math.nan,
-                "sizes": runs["size"].nunique(),
-                "seeds": runs["seed"].nunique(), "trials": len(one.table) - len(one.of_rows),
-                "mark": entry.about["entrant"]["mark"], "protocol": entry.about["protocol"],
-            })  # fmt: skip
+        if entry is not reference.entry:
+            one = Runs(entry)
+            budgets = {*one.of_rows["budget"]} & {*reference.finished["budget"]}
+            rows += [_row(one, reference, budget, frontier) for budget in budgets]
+    if not rows:
+        raise UserError(f"only the reference, {reference.entry.name}, is there; next: make place LAYER=NAME")
+    rows += [_row(reference, reference, budget, frontier) for budget in {row["budget"] for row in rows}]
     table = pd.DataFrame(rows)
-    for _, at in table.groupby("budget"):
+    for _, at in table[table["difference"].notna()].groupby("budget"):
         each = [StudentValue(value=row["difference"], se=row["se"], df=row["df"]) for _, row in at.iterrows()]
         table.loc[at.index, "rank"] = ranks(each)
     return table.sort_values(["budget", "difference"], ascending=[False, True], ignore_index=True)
+
+
+def _row(one: Runs, reference: Runs, budget: float, frontier: tuple[Array, Array]) -> dict[str, Any]:
+    """The row of an entrant at one budget. The reference's is that of its runs at the sizes of entrants."""
+    itself, entrant = one is reference, one.entry.about["entrant"]
+    runs, done, against = (of[of["budget"] == budget] for of in (one.of_rows, one.finished, reference.finished))
+    if itself:
+        runs, done = (of[of["d_model"].isin(SIZES[budget])] for of in (runs, done))
+    middle = runs.sort_values(X).iloc[len(runs) // 2]
+    row = {
+        "budget": budget, "entrant": one.entry.name, "params_active": int(middle["params_active"]),
+        "params_total": int(middle["params_total"]), "time": one.entry.time_over_reference or math.nan,
+        "sizes": runs["size"].nunique(), "seeds": runs["seed"].nunique(), "failed": len(runs) - len(done),
+        "trials": len(one.table) - len(one.of_rows), "mark": "reference" if itself else entrant["mark"],
+        "protocol": one.entry.about["protocol"],
+    }  # fmt: skip
+    if done.empty:
+        return row
+    found = StudentValue(value=0.0, se=0.0, df=math.inf)
+    if not itself:
+        both = (*one.entry.records, *reference.entry.records)
+        records = [record for record in both if record.budget == budget]
+        sequences = sequence_losses(records, {*done["cell"], *against["cell"]})
+        found = difference(done, against, sequences, [one.tuning, reference.tuning])
+    value, least, most = multiplier(found, budget, frontier)
+    return row | {
+        "difference": found.value, "low": found.interval[0], "high": found.interval[1], "p": found.p, "se": found.se,
+        "df": found.df, "smallest": DETECTABLE * found.se if found.se else math.nan, "multiplier": value,
+        "multiplier_low": least, "multiplier_high": most, "loss": done["val_loss"].mean(),
+    }  # fmt: skip
