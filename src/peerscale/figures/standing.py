@@ -57,13 +57,20 @@ def _multiplier(row: Mapping[Any, Any]) -> str:
 @style.applied()
 def standing_figure(rows: pd.DataFrame) -> Figure:
     """One panel per budget: the difference of every entrant to the reference with its 95 % interval."""
-    budgets = [*rows["budget"].unique()]
-    figure, panels = style.panels(len(budgets), height=0.6 + 0.22 * rows.groupby("budget").size().max())
-    for axes, budget in zip(panels, budgets, strict=True):
-        at = rows[rows["budget"] == budget].iloc[::-1]
-        errors = [at["difference"] - at["low"], at["high"] - at["difference"]]
-        axes.errorbar(at["difference"], range(len(at)), xerr=errors, fmt="o", color=COLOUR, markersize=4, linewidth=1)
+    budgets = rows.groupby("budget", sort=False)
+    each = [*budgets.size()]
+    figure = Figure((style.TEXT_WIDTH, 0.8 * len(each) + 0.2 * sum(each)), layout="constrained")
+    panels = figure.subplots(len(each), sharex=True, squeeze=False, height_ratios=each)[:, 0]
+    for axes, (budget, at) in zip(panels, budgets, strict=True):
+        for y, row in enumerate(at.to_dict("records")):
+            errors = [[row["difference"] - row["low"]], [row["high"] - row["difference"]]]
+            hollow = row["mark"] not in ("", "reference")
+            axes.errorbar(row["difference"], y, xerr=errors, fmt="o", color=COLOUR, markersize=4, linewidth=1,
+                          markerfacecolor="white" if hollow else COLOUR)  # fmt: skip
         axes.axvline(0, color=COLOUR, linewidth=0.7)
-        axes.set(title=style.budget_title(budget), xlabel="loss less the reference's (nats per token)")
+        axes.set_title(style.budget_title(float(str(budget))))
         axes.set_yticks(range(len(at)), [*at["entrant"]])
+        axes.set_ylim(len(at) - 0.5, -0.5)
+    panels[-1].set_xlabel("loss less the reference's (nats per token)")
+    style.caption(figure, "bars: 95 %; hollow: rows that have a mark in the table, such as controls")
     return figure
