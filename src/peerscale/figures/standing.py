@@ -39,7 +39,8 @@ def _row(row: Mapping[Any, Any]) -> dict[str, str]:
         "time at equal FLOPs": number(row["time"], "{:.2f}"), "loss": number(row["loss"], "{:.4f}"),
         "active parameters": f"{row['params_active']:,}",
         "total": f"{row['params_total']:,}", "sizes x seeds": runs,
-        "runs to tune": str(row["trials"]), "mark": row["mark"], "protocol": row["protocol"],
+        "runs to tune": str(row["trials"]), "mark": row["mark"],
+        **{key: row[key] for key in ("date", "version", "protocol")},
     }  # fmt: skip
 
 

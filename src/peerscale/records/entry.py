@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ class Entry:
 
     name: str
     about: Mapping[str, Any]
-    """`entrant`, its declaration; `protocol`, the hash of the rules that it followed; `chosen`, settings by budget."""
+    """`entrant`, its declaration; `protocol`, the hash of the rules that it followed; `date`, when this was
+    written; `chosen`, settings by budget."""
     records: Sequence[Record]
     time_over_reference: float | None = None
     """Of a step, divided by its FLOPs; None: not measured."""
@@ -56,6 +58,7 @@ def write_entry(
         temporary.mkdir()
         write_json(temporary / ENTRY, {
             "entrant": asdict(placing.entrant), "protocol": protocol_hash(),
+            "date": date.today().isoformat(),
             "chosen": {f"{budget:g}": settings for budget, settings in chosen.items()},
         })  # fmt: skip
         write_records(temporary, [records[name] for name in sorted(records)])

@@ -153,7 +153,7 @@ def standing_rows(entries: Sequence[Entry]) -> pd.DataFrame:
     told), multiplier, multiplier_low, multiplier_high, loss (mean over sizes), params_active, params_total (at the
     middle size), time (of training at equal FLOPs over the reference's; NaN: not measured), sizes, seeds, failed (how
     many of these runs have no loss; without any the row has no numbers), trials (all runs but those of the row), mark,
-    protocol.
+    date, protocol (its hash), version (the commits that trained it).
 
     Raises:
         UserError: there is not exactly one reference, or nothing else.
@@ -191,7 +191,8 @@ def _row(one: Runs, reference: Runs, budget: float, frontier: tuple[Array, Array
         "params_total": int(middle["params_total"]), "time": one.entry.time_over_reference or math.nan,
         "sizes": runs["size"].nunique(), "seeds": runs["seed"].nunique(), "failed": len(runs) - len(done),
         "trials": len(one.table) - len(one.of_rows), "mark": "reference" if itself else entrant["mark"],
-        "protocol": one.entry.about["protocol"],
+        **{key: one.entry.about[key] for key in ("date", "protocol")},
+        "version": ", ".join(sorted({commit[:7] for commit in runs["git_commit"].dropna()})),
     }  # fmt: skip
     if done.empty:
         return row
