@@ -159,6 +159,17 @@ def test_rows_follow_from_the_records_and_move_nobody(tmp_path: Path) -> None:
     assert [*both[both["budget"] == 1e13]["entrant"]] == ["peer", "dense", "pkm"]
 
 
+def test_a_row_is_repeated_with_other_seeds(tmp_path: Path) -> None:
+    first, _ = placed(tmp_path, "dense", Entrant(layer="dense", replaced="all", reference=True))
+    again = Entrant(layer="dense", replaced="all", first_seed=1000, mark="control")
+    stages, _ = placed(tmp_path, "again", again)
+    assert not {cell.name for cells in first for cell in cells} & {cell.name for cells in stages for cell in cells}
+    assert check_entry("again", standing=tmp_path) == sum(map(len, stages))
+    row = standing_rows(read_entries(tmp_path)).set_index("entrant").loc["again"]
+    assert {*row["seeds"]} == {3} and {*row["sizes"]} == {3}
+    assert (row["difference"] != 0).all() and (row["low"] < 0).all() and (row["high"] > 0).all()
+
+
 def test_runs_without_a_loss_are_shown(tmp_path: Path) -> None:
     placed(tmp_path, "dense", Entrant(layer="dense", replaced="all", reference=True))
     with pytest.raises(UserError, match=r"only the reference, dense, is there; next: make place LAYER=NAME"):

@@ -84,6 +84,8 @@ class Entrant:
     """Whether all rows are compared with this one."""
     mark: str = ""
     """What a reader of its row must know, such as `control`."""
+    first_seed: int = 0
+    """Added to all seeds, of a control that trains the whole row of another entrant again."""
 
 
 def read_entrant(name: str) -> Entrant:
@@ -195,7 +197,12 @@ class Placing(NamedTuple):
             path=Path(f"{PREFIX}{self.name}.yaml"),
             defaults=[],
             settings=SETTINGS | {"dense": dense_layer(), "replaced": self.entrant.replaced, "data": data},
-            sweep={"methods": [self.entrant.layer], "seeds": [*seeds], "min_sizes": 1, "grid": grid},
+            sweep={
+                "methods": [self.entrant.layer],
+                "min_sizes": 1,
+                "grid": grid,
+                "seeds": [self.entrant.first_seed + seed for seed in seeds],
+            },
         )
         cells = planned_cells(study, self.overrides)
         if large := [cell for cell in cells if cell.plan.cost.params_total > MOST_PARAMETERS * _dense_params(cell)]:

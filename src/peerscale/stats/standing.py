@@ -125,8 +125,9 @@ class Runs:
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """One row per run that was not dropped."""
+        """One row per run that was not dropped; seeds are counted from the entrant's first."""
         table = runs_table(self.entry.records)
+        table["seed"] -= self.entry.about["entrant"]["first_seed"]
         return table[table["status"] != str(Status.DROPPED)]
 
     @cached_property
