@@ -192,7 +192,7 @@ def test_runs_without_a_loss_are_shown(tmp_path: Path) -> None:
 
 def test_a_name_without_a_file_is_a_layer() -> None:
     assert asdict(read_entrant("fine_grained_moe")) == asdict(Entrant(layer="fine_grained_moe"))
-    assert read_entrant("swiglu") == Entrant(layer="swiglu", replaced="all")
+    assert read_entrant("relu_squared") == Entrant(layer="relu_squared", replaced="all")
 
 
 def test_models_of_more_than_ten_times_the_parameters_of_dense_are_refused() -> None:
