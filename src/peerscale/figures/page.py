@@ -79,7 +79,7 @@ def page(studies: Iterable[StudyFolder], standing: pd.DataFrame | None = None, *
         readme: address of the README.
     """
     library = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")
-    table = "" if standing is None else standing.to_html(index=False, border=0, float_format="{:.4g}".format)
+    table = "" if standing is None else standing.to_html(index=False, border=0, float_format="{:.4g}".format, na_rep="")
     first = [f"<section><h2>The standing table</h2>{table}</section>"] * bool(table)
     sections = "\n".join([*first, *map(_section, studies)])
     return PAGE.substitute(library=library, readme=html.escape(readme), sections=sections)

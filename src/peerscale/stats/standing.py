@@ -22,6 +22,12 @@ from peerscale.stats.multiplier import compute_to_reach
 from peerscale.stats.optima import Estimate, OptimaFit, holm
 
 ALPHA = 0.05
+COLUMNS = [
+    "budget", "rank", "entrant", "difference", "low", "high", "p", "se", "df", "smallest", "multiplier",
+    "multiplier_low", "multiplier_high", "loss", "params_active", "params_total", "time", "sizes", "seeds", "failed",
+    "trials", "mark", "date", "protocol", "version",
+]  # fmt: skip
+"""Of the table; `standing_rows` says what they are."""
 
 
 def difference(
@@ -173,7 +179,7 @@ def standing_rows(entries: Sequence[Entry]) -> pd.DataFrame:
     if not rows:
         raise UserError(f"only the reference, {reference.entry.name}, is there; next: make place LAYER=NAME")
     rows += [_row(reference, reference, budget, frontier) for budget in {row["budget"] for row in rows}]
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows, columns=COLUMNS)
     for _, at in table[table["difference"].notna()].groupby("budget"):
         each = [StudentValue(value=row["difference"], se=row["se"], df=row["df"]) for _, row in at.iterrows()]
         table.loc[at.index, "rank"] = ranks(each)
@@ -199,9 +205,8 @@ def _row(one: Runs, reference: Runs, budget: float, frontier: tuple[Array, Array
         return row
     found = StudentValue(value=0.0, se=0.0, df=math.inf)
     if not itself:
-        both = (*one.entry.records, *reference.entry.records)
-        records = [record for record in both if record.budget == budget]
-        sequences = sequence_losses(records, {*done["cell"], *against["cell"]})
+        both = [*one.entry.records, *reference.entry.records]
+        sequences = sequence_losses(both, {*done["cell"], *against["cell"]})
         found = difference(done, against, sequences, [one.tuning, reference.tuning])
     value, least, most = multiplier(found, budget, frontier)
     return row | {
