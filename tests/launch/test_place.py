@@ -149,6 +149,9 @@ def test_rows_follow_from_the_records_and_move_nobody(tmp_path: Path) -> None:
     peer = alone[alone["entrant"] == "peer"]
     for _, row in peer.iterrows():
         assert row["low"] < -0.01 < row["high"] and row["multiplier"] > 1 and row["smallest"] < 0.03
+    assert [*alone["multiplier_limit"]] == [1, 1, 3, 3], "dense was trained at 5e12, 1e13 and 3e13"
+    beyond = standing_table(alone.assign(multiplier_high=math.inf), "dense").splitlines()
+    assert [line.partition(", > ")[2][:2] for line in beyond if "[peer]" in line] == ["1]", "3]"]
     reference = alone[alone["entrant"] == "dense"]
     assert [*reference["difference"]] == [0, 0] and [*reference["multiplier"]] == pytest.approx([1, 1])
     assert [*reference["sizes"]] == [3, 3], "those of the other rows, so that mean losses are of the same sizes"

@@ -51,7 +51,7 @@ def _multiplier(row: Mapping[Any, Any]) -> str:
     if math.isnan(row["multiplier"]):
         return "below the reference's smallest budget"
     each = [row[key] for key in ("multiplier", "multiplier_low", "multiplier_high")]
-    value, low, high = ("> largest" if math.isinf(one) else number(one) for one in each)
+    value, low, high = (f"> {row['multiplier_limit']:.3g}" if math.isinf(one) else number(one) for one in each)
     return f"{value} [{low}, {high}]"
 
 

@@ -24,8 +24,8 @@ from peerscale.stats.optima import Estimate, OptimaFit, holm
 ALPHA = 0.05
 COLUMNS = [
     "budget", "rank", "entrant", "difference", "low", "high", "p", "se", "df", "smallest", "multiplier",
-    "multiplier_low", "multiplier_high", "loss", "params_active", "params_total", "time", "sizes", "seeds", "failed",
-    "trials", "mark", "date", "protocol", "version",
+    "multiplier_low", "multiplier_high", "multiplier_limit", "loss", "params_active", "params_total", "time", "sizes",
+    "seeds", "failed", "trials", "mark", "date", "protocol", "version",
 ]  # fmt: skip
 """Of the table; `standing_rows` says what they are."""
 
@@ -157,10 +157,11 @@ def standing_rows(entries: Sequence[Entry]) -> pd.DataFrame:
     """The standing table: one row per entrant and budget, the best first at each, and one of the reference.
 
     Columns: budget, rank, entrant, difference, low, high, p, se, df, smallest (the smallest effect that could have been
-    told), multiplier, multiplier_low, multiplier_high, loss (mean over sizes), params_active, params_total (at the
-    middle size), time (of training at equal FLOPs over the reference's; NaN: not measured), sizes, seeds, failed (how
-    many of these runs have no loss; without any the row has no numbers), trials (all runs but those of the row), mark,
-    date, protocol (its hash), version (the commits that trained it).
+    told), multiplier, multiplier_low, multiplier_high, multiplier_limit (the largest that the reference's budgets can
+    tell), loss (mean over sizes), params_active, params_total (at the middle size), time (of training at equal FLOPs
+    over the reference's; NaN: not measured), sizes, seeds, failed (how many of these runs have no loss; without any the
+    row has no numbers), trials (all runs but those of the row), mark, date, protocol (its hash), version (the commits
+    that trained it).
 
     Raises:
         UserError: there is not exactly one reference, or nothing else.
@@ -212,5 +213,6 @@ def _row(one: Runs, reference: Runs, budget: float, frontier: tuple[Array, Array
     return row | {
         "difference": found.value, "low": found.interval[0], "high": found.interval[1], "p": found.p, "se": found.se,
         "df": found.df, "smallest": DETECTABLE * found.se if found.se else math.nan, "multiplier": value,
-        "multiplier_low": least, "multiplier_high": most, "loss": done["val_loss"].mean(),
+        "multiplier_low": least, "multiplier_high": most,
+        "multiplier_limit": max(frontier[0], default=math.nan) / budget, "loss": done["val_loss"].mean(),
     }  # fmt: skip
