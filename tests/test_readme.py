@@ -56,9 +56,10 @@ def test_files_that_the_readme_links_to_are_there() -> None:
     assert not missing
 
 
-def test_the_python_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_of_the_readme_and_of_fitting_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    others = [block for block in blocks(README, "python") if "layer_config" not in block]
+    pages = README + (ROOT / "docs/fitting.md").read_text(encoding="utf-8")
+    others = [block for block in blocks(pages, "python") if "layer_config" not in block]
     assert len(others) == 2
     for code in others:
         exec(code, {})
