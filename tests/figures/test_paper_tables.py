@@ -244,7 +244,8 @@ def test_multipliers_are_listed_by_budget_with_their_intervals() -> None:
     assert rows == ["| 1e12 | PEER | 1.00 [none] |", "| 3e12 | PEER | 1.18 [1.09, 1.26] |"]
 
 
-def test_exponents_of_two_approaches_stand_side_by_side(study: Study) -> None:
+def test_exponents_of_two_approaches_stand_side_by_side(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peerscale.stats.fits.RESAMPLES", 100)
     runs = surface_runs(noise=1e-4)
     fits = from_names(fit_study(runs, compare(runs, [])))
     header, _, dense, peer = table(study_table.exponents(fits))

@@ -27,7 +27,9 @@ WINDOWS = {
 @pytest.fixture(scope="module")
 def fits() -> Fits:
     runs = surface_runs(noise=1e-4)
-    return fit_study(runs, compare(runs, [], windows=WINDOWS))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("peerscale.stats.fits.RESAMPLES", 100)  # which take most of the time
+        return fit_study(runs, compare(runs, [], windows=WINDOWS))
 
 
 def test_every_method_has_every_law(fits: Fits, tmp_path: Path) -> None:
