@@ -174,13 +174,13 @@ def test_intervals_cover_the_true_loss_about_as_often_as_they_say() -> None:
 def test_one_run_that_scatters_about_the_law_as_the_others_is_not_said_to_miss() -> None:
     """The interval of a prediction holds the scatter of what is predicted."""
     missed = 0
-    for seed in range(20):
+    for seed in range(40):
         table, rng = runs(seed=seed), np.random.default_rng(100 + seed)
         last = table[table["C"] == table["C"].max()].iloc[[3]]
         table = pd.concat([table[table["C"] < table["C"].max()], last])
         table["loss"] = TRUTH.predict(table["N"], table["D"]) * np.exp(rng.normal(0, 0.005, len(table)))
         missed += fit(table, objective="mse-log", bootstrap=80, seed=seed, hold_out=9e20).hold_out.missed
-    assert missed <= 4
+    assert missed <= 6
 
 
 def test_clusters_must_be_several() -> None:
