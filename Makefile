@@ -13,10 +13,13 @@ BIN       := .venv/bin
 AT_ONCE_joblib = --jobs $(JOBS)
 AT_ONCE_slurm  = $(if $(filter command environment,$(firstword $(origin JOBS))),--jobs $(JOBS))
 # 0 means no.
-$(foreach flag,REPLACE LOCKED PLAN CHECK,$(if $(filter 0,$($(flag))),$(eval override $(flag) :=)))
+$(foreach flag,REPLACE LOCKED PLAN CHECK AVX512,$(if $(filter 0,$($(flag))),$(eval override $(flag) :=)))
 
 # A setup with EXTRAS or LOCKED installs once for each choice; all other targets are content with any.
 INSTALLED     = .venv/installed$(if $(filter command,$(firstword $(origin EXTRAS))),-$(EXTRAS))$(if $(LOCKED),-locked)
+# AVX512=1: MKL, which decides when it is loaded, uses AVX-512 on processors of AMD too.
+MKL           = .venv/mkl_avx512.so
+TOLD          = $(if $(AVX512),LD_PRELOAD=$(CURDIR)/$(MKL))
 # Number of workers for which the plan estimates the time.
 WORKERS       = $(if $(filter joblib,$(LAUNCHER)),$(JOBS),1)
 # One thread a cell, one cell a core; more threads only spin.
@@ -24,7 +27,7 @@ export OMP_NUM_THREADS      ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
 # A word that make takes for a variable, such as sweep=smoke or a second override without quotes, must not be ignored.
-KNOWN   = SWEEP CELL METHOD RIVALS LAYER BUDGET PLAN CHECK LAUNCHER JOBS OVERRIDES REPLACE PRICE LOCKED PYTHON EXTRAS BIN SHELL OMP_NUM_THREADS OPENBLAS_NUM_THREADS
+KNOWN   = SWEEP CELL METHOD RIVALS LAYER BUDGET PLAN CHECK LAUNCHER JOBS OVERRIDES REPLACE PRICE LOCKED AVX512 PYTHON EXTRAS BIN SHELL OMP_NUM_THREADS OPENBLAS_NUM_THREADS
 UNKNOWN = $(foreach name,$(filter-out $(KNOWN) -%,$(.VARIABLES)),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 ifneq (,$(strip $(UNKNOWN)))
 $(error $(firstword $(UNKNOWN)) is no variable of this Makefile; there are: $(KNOWN); keys of the configuration go together into one pair of quotes: OVERRIDES='key=value key=value')
@@ -58,6 +61,7 @@ help: ## print this help
 	@echo "METHOD=NAME RIVALS=NAME,NAME: what to compare (every method with the study's baseline; METHOD alone: with all others)"
 	@echo "CELL=NAME: the cell to repeat; PRICE=NUMBER: price of a GPU-hour, for plan; REPLACE=1: publish may remove finished cells of results/, or replace them by cells of another configuration"
 	@echo "LAYER=NAME: the layer to place, tune or time; BUDGET=$(BUDGET): the largest budget of its row; PLAN=1: of make place and make tune; CHECK=1: of make place"
+	@echo "AVX512=1: of sweep, place, tune, time and repeat: faster matrix products on AMD's processors that have AVX-512 (docs/speed.md)"
 	@echo "LOCKED=1: setup installs the versions that the published studies ran on (requirements.lock)"
 	@echo "Exit codes of the programs: 0 done, 1 a crash, 2 wrong input, 3 some cells failed (make sweep counts this as success), 4 some cells were killed again and again, 130 Ctrl-C"
 
@@ -69,7 +73,7 @@ smoke: ## from text to a figure in about a minute, on a tiny study
 	@$(MAKE) --no-print-directory data sweep figures SWEEP=smoke
 	@echo "Everything works, from text to figure; the runs are far too short for any result."
 
-setup: $(INSTALLED) ## create .venv and install the package (a second call does nothing)
+setup: $(INSTALLED) $(if $(AVX512),$(MKL)) ## create .venv and install the package (a second call does nothing)
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: peerscale needs Python 3.11 or newer: name one with PYTHON=..."; exit 2; }
@@ -77,6 +81,9 @@ $(INSTALLED): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(LOCKED),--constraint requirements.lock) --editable '.[$(EXTRAS)]'
 	@touch .venv/installed $@
+
+$(MKL): src/peerscale/ops/mkl_avx512.c | $(INSTALLED)
+	@$(CC) -shared -fPIC -o $@ $<
 
 data: setup ## download and tokenize the corpus of SWEEP, once
 	@$(BIN)/python -m peerscale.data.prepare --sweep "$$SWEEP" "OVERRIDES=$$OVERRIDES"
@@ -88,10 +95,10 @@ studies: setup ## every study: its question, and how many of its cells are done
 	@$(BIN)/python -m peerscale.launch.overview studies
 
 sweep: setup ## train the missing cells of SWEEP; failed cells do not stop the others
-	@$(BIN)/python -m peerscale.launch "$$SWEEP" --keep-going --launcher $(LAUNCHER) $(AT_ONCE_$(LAUNCHER)) "OVERRIDES=$$OVERRIDES"
+	@$(TOLD) $(BIN)/python -m peerscale.launch "$$SWEEP" --keep-going --launcher $(LAUNCHER) $(AT_ONCE_$(LAUNCHER)) "OVERRIDES=$$OVERRIDES"
 
 repeat: setup ## train the cell CELL of SWEEP in results/ again, in runs/repeated, and compare its losses
-	@$(BIN)/python -m peerscale.launch.repeat "$$SWEEP" "$$CELL"
+	@$(TOLD) $(BIN)/python -m peerscale.launch.repeat "$$SWEEP" "$$CELL"
 
 status: setup ## the loss or the state of every cell of SWEEP
 	@$(BIN)/python -m peerscale.launch.overview status "$$SWEEP" "OVERRIDES=$$OVERRIDES"
@@ -111,13 +118,13 @@ compare: setup ## METHOD of SWEEP against RIVALS, a line for each budget: differ
 	@$(BIN)/python analysis/compare.py "$$SWEEP" "OVERRIDES=$$OVERRIDES" --methods "$$METHOD" --rivals "$$RIVALS"
 
 place: setup ## tune LAYER, train it and write its folder in results/standing; PLAN=1: what that takes; CHECK=1: check the folder
-	@$(BIN)/python -m peerscale.launch.place "$$LAYER" --budget $(BUDGET) --launcher $(LAUNCHER) $(AT_ONCE_$(LAUNCHER)) $(if $(PLAN),--plan)$(if $(CHECK),--check) "OVERRIDES=$$OVERRIDES"
+	@$(TOLD) $(BIN)/python -m peerscale.launch.place "$$LAYER" --budget $(BUDGET) --launcher $(LAUNCHER) $(AT_ONCE_$(LAUNCHER)) $(if $(PLAN),--plan)$(if $(CHECK),--check) "OVERRIDES=$$OVERRIDES"
 
 tune: setup ## tune LAYER as the standing table does, and print lines for its file in conf/ffn; PLAN=1: what that takes
-	@$(BIN)/python -m peerscale.launch.place "$$LAYER" --tune --launcher $(LAUNCHER) $(AT_ONCE_$(LAUNCHER)) $(if $(PLAN),--plan) "OVERRIDES=$$OVERRIDES"
+	@$(TOLD) $(BIN)/python -m peerscale.launch.place "$$LAYER" --tune --launcher $(LAUNCHER) $(AT_ONCE_$(LAUNCHER)) $(if $(PLAN),--plan) "OVERRIDES=$$OVERRIDES"
 
 time: setup ## time steps of LAYER in turn with the reference of the standing table, on a machine that does nothing else
-	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/layer_time.py "$$LAYER"
+	@$(TOLD) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/layer_time.py "$$LAYER"
 
 standing: setup ## the standing table and its figure, from the records in results/standing
 	@for table in results/standing*; do $(BIN)/python analysis/standing.py --results $$table || exit 1; done

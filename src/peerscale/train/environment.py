@@ -1,5 +1,6 @@
 """The environment that a cell ran in: to compare timings, and to know whether a resumed run is bit-exact."""
 
+import ctypes
 import os
 import platform
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ import torch
 from peerscale.config.schema import TrainerConfig
 from peerscale.records.machine import cpu_name, git_commit
 
-EXACT_KEYS = ("hardware", "device", "kernel", "compiled", "n_devices", "n_threads", "torch")
+EXACT_KEYS = ("hardware", "device", "kernel", "compiled", "n_devices", "n_threads", "torch", "mkl")
 """A resumed run is bit-exact if these have not changed."""
 
 
@@ -21,7 +22,7 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def describe(kernel: str, device: torch.device, trainer: TrainerConfig) -> dict[str, Any]:
-    """Hardware, versions, commit, kernel, devices, and threads per device."""
+    """Hardware, versions, commit, kernel, devices, threads per device, and MKL's own kernels if they were chosen."""
     return {
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "cores": os.cpu_count(),
@@ -35,7 +36,13 @@ def describe(kernel: str, device: torch.device, trainer: TrainerConfig) -> dict[
         "lightning": version("lightning"),
         "peerscale": _own_version(),
         "git_commit": git_commit(),
+        "mkl": "avx512" if mkl_is_told() else None,
     }
+
+
+def mkl_is_told() -> bool:
+    """Whether MKL was told before it was loaded to take any processor for Intel's, as `ops/mkl_avx512.c` does."""
+    return hasattr(ctypes.CDLL(None), "mkl_serv_intel_cpu_true")
 
 
 def _own_version() -> str | None:
