@@ -144,11 +144,12 @@ dashboard: setup ## save a report of SWEEP on the W&B server: its figures, its t
 notebooks: setup ## run notebooks/explore.ipynb and save its outputs, to be committed
 	@$(BIN)/python notebooks/execute.py
 
-bench: setup ## measure training speed: PEER-pytorch and our PEER, all methods, growth with size; in results/bench (some 10 minutes)
+bench: setup $(MKL) ## measure training speed: PEER-pytorch and our PEER, all methods, growth with size; in results/bench (some 10 minutes)
 	@$(BIN)/python -c 'import PEER_pytorch' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	@OMP_NUM_THREADS=$(JOBS) $(BIN)/python benchmarks/peer_step.py --out results/bench/peer_step.json
 	@OMP_NUM_THREADS=$(JOBS) $(BIN)/python benchmarks/growth.py --out results/bench/growth.csv
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training_step.py --out results/bench/training_step.csv
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mkl_avx512.py --library $(MKL) --out results/bench/mkl_avx512.csv
 	@$(BIN)/python benchmarks/plot.py results/bench
 
 torture: setup ## interrupt a small study in every way and check that nothing is lost

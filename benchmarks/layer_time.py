@@ -21,6 +21,7 @@ from peerscale.plan.entrant import TUNING_BUDGET, Placing, read_entrant, referen
 from peerscale.records.entry import ENTRY, STANDING, TIME
 from peerscale.records.machine import cpu_name, git_commit
 from peerscale.records.study import read_json
+from peerscale.train.environment import mkl_kernels
 from peerscale.train.memory import keep_freed_memory
 
 WIDTH, REPEATS = 96, 200
@@ -55,7 +56,8 @@ def main() -> None:
         write_json(STANDING / options.layer / TIME, {
             "time_over_reference": round(ratio, 3), "reference": reference, "d_model": WIDTH, "steps": options.repeats,
             "ms_per_step": {name: round(1e3 * seconds, 2) for name, seconds in times.items()},
-            "torch": torch.__version__, "cpu": cpu_name(), "threads": 1, "git_commit": git_commit(),
+            "torch": torch.__version__, "cpu": cpu_name(), "mkl": mkl_kernels(), "threads": 1,
+            "git_commit": git_commit(),
         })  # fmt: skip
 
 

@@ -22,7 +22,7 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def describe(kernel: str, device: torch.device, trainer: TrainerConfig) -> dict[str, Any]:
-    """Hardware, versions, commit, kernel, devices, threads per device, and MKL's own kernels if they were chosen."""
+    """Hardware, versions, commit, kernel, devices, threads per device and MKL's kernels."""
     return {
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "cores": os.cpu_count(),
@@ -36,13 +36,13 @@ def describe(kernel: str, device: torch.device, trainer: TrainerConfig) -> dict[
         "lightning": version("lightning"),
         "peerscale": _own_version(),
         "git_commit": git_commit(),
-        "mkl": "avx512" if mkl_is_told() else None,
+        "mkl": mkl_kernels(),
     }
 
 
-def mkl_is_told() -> bool:
-    """Whether MKL was told before it was loaded to take any processor for Intel's, as `ops/mkl_avx512.c` does."""
-    return hasattr(ctypes.CDLL(None), "mkl_serv_intel_cpu_true")
+def mkl_kernels() -> str | None:
+    """`avx512` if MKL was told to use it on any processor that has it (`ops/mkl_avx512.c`); None: as MKL decides."""
+    return "avx512" if hasattr(ctypes.CDLL(None), "mkl_serv_intel_cpu_true") else None
 
 
 def _own_version() -> str | None:
