@@ -17,7 +17,8 @@ COLOUR = "#333333"
 def standing_table(rows: pd.DataFrame, reference: str) -> str:
     """Markdown of the standing table."""
     head = f"Losses less those of `{reference}` at equal FLOPs per token, in nats per token"
-    lines = ["# The standing table", "", f"{head}; how: [protocol](../../docs/standing-table.md).", ""]
+    ranks = "Rows that have no rank in common are told apart by Holm's test of all pairs at 5 %"
+    lines = ["# The standing table", "", f"{head}; how: [protocol](../../docs/standing-table.md). {ranks}.", ""]
     for budget, at in rows.groupby("budget", sort=False):
         lines += [
             f"## {budget_name(float(str(budget)))} FLOPs",
@@ -32,7 +33,7 @@ def _row(row: Mapping[Any, Any]) -> dict[str, str]:
     runs = f"{row['sizes']} x {row['seeds']}" + f", {row['failed']} failed" * bool(row["failed"])
     difference = with_interval(row["difference"], (row["low"], row["high"]), "{:+.3f}")
     return {
-        "rank": number(row["rank"], "{:g}"), "entrant": f"[{row['entrant']}]({row['entrant']}/entrant.json)",
+        "rank": row["rank"] or "—", "entrant": f"[{row['entrant']}]({row['entrant']}/entrant.json)",
         "multiplier in FLOPs [95 %]": _multiplier(row),
         "difference [95 %]": "0" if row["se"] == 0 else difference,
         "smallest effect that could be told": number(row["smallest"], "{:.3f}"),
@@ -48,7 +49,7 @@ def _multiplier(row: Mapping[Any, Any]) -> str:
     """A multiplier with its interval; a bound where the reference was not trained far enough."""
     if row["se"] == 0 or math.isnan(row["difference"]):
         return number(row["multiplier"], "{:g}")
-    if math.isnan(row["multiplier"]):
+    if row["multiplier"] == 0:
         return "below the reference's smallest budget"
     each = [row[key] for key in ("multiplier", "multiplier_low", "multiplier_high")]
     value, low, high = (f"> {row['multiplier_limit']:.3g}" if math.isinf(one) else number(one) for one in each)

@@ -1,25 +1,26 @@
 """The rows of the standing table: entrants against the reference, by the rules of docs/standing-table.md."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
 from typing import Any
 
+import networkx
 import numpy as np
 import pandas as pd
 
 from peerscale.errors import UserError
 from peerscale.laws.linear_fit import DETECTABLE, Array, StudentValue
-from peerscale.plan.entrant import FINAL_SEEDS, SEEDS, SIZES
+from peerscale.plan.entrant import FINAL_SEEDS, FINALISTS, SEEDS, SIZES, TRIAL_SEED, TUNING_BUDGET
 from peerscale.records.entry import Entry
 from peerscale.records.record import Status
 from peerscale.records.table import runs_table
 from peerscale.stats.comparison import X, mean_losses, sequence_losses
 from peerscale.stats.curve import by_budget, usable
 from peerscale.stats.multiplier import compute_to_reach
-from peerscale.stats.optima import Estimate, OptimaFit, holm
+from peerscale.stats.optima import Estimate, OptimaFit, holm, satterthwaite
 
 ALPHA = 0.05
 COLUMNS = [
@@ -35,6 +36,7 @@ def difference(
     reference: pd.DataFrame,
     sequences: Mapping[str, Array] | None = None,
     tuning: Sequence[tuple[float, float]] = (),
+    other: pd.DataFrame | None = None,
 ) -> Estimate:
     """The entrant's loss less the reference's at equal FLOPs per token, as a mean over the entrant's sizes.
 
@@ -43,19 +45,36 @@ def difference(
             has at least three sizes. Its parabola and the entrant's share their curvature.
         sequences: losses of the same validation sequences by cell.
         tuning: standard errors from the choice of both sides' rates, each with its degrees of freedom.
+        other: runs of another entrant, whose difference to the reference is then subtracted. Of the reference's error
+            only that stays which the two do not have in common.
     """
-    runs = pd.concat([entrant, reference])
-    of = [True] * len(entrant) + [False] * len(reference)
-    fit = OptimaFit.of(of, runs[X].to_numpy(float), runs["val_loss"].to_numpy(float), at_least=1)
-    at = fit.z[fit.method == fit.names.index(True)]
-    powers = np.stack([np.ones(len(at)), at, at**2]).mean(axis=1)
-    weights = powers @ (fit.to_curve(True) - fit.to_curve(False))
+    sides = [entrant, reference] if other is None else [entrant, other, reference]
+    pairs = [_fit(side, reference) for side in sides[:-1]]
+    each = [sign * _weights(fit) for sign, fit in zip((1, -1), pairs, strict=False)]
+    own = [weights[fit.method == 0] for weights, fit in zip(each, pairs, strict=True)]
+    of_reference = sum(weights[fit.method == 1] for weights, fit in zip(each, pairs, strict=True))
+    fit = _fit(*sides)
     behind = [
-        mean_losses(runs["cell"][(np.array(of) == fit.names[m]) & (runs[X] == x).to_numpy()], sequences or {})
+        mean_losses(sides[m]["cell"][(sides[m][X] == x).to_numpy()], sequences or {})
         for m, x in zip(fit.method, fit.x, strict=True)
     ]
     sampled = None if any(losses is None for losses in behind) else np.array(behind)
-    return fit.estimate(weights, sampled).with_rates(tuning)
+    found = fit.estimate(np.concatenate([*own, of_reference]), sampled)
+    df = satterthwaite((se**2, df) for se, df in tuning)  # the runs of both sides are independent
+    return found.with_rates([(math.hypot(*(se for se, _ in tuning)), df)]) if tuning else found
+
+
+def _fit(*sides: pd.DataFrame) -> OptimaFit:
+    """The runs of some entrants, which are numbered."""
+    runs = pd.concat(sides)
+    of = np.repeat(np.arange(len(sides)), [len(side) for side in sides])
+    return OptimaFit.of(of.tolist(), runs[X].to_numpy(float), runs["val_loss"].to_numpy(float), at_least=1)
+
+
+def _weights(fit: OptimaFit) -> Array:
+    """Weights of the size means (points,): the first side's curve less the second's, at the mean of its sizes."""
+    at = fit.z[fit.method == 0]
+    return np.stack([np.ones(len(at)), at, at**2]).mean(axis=1) @ (fit.to_curve(0) - fit.to_curve(1))
 
 
 def tuning_error(finals: pd.DataFrame) -> tuple[float, float]:
@@ -88,8 +107,8 @@ def reference_frontier(reference: pd.DataFrame) -> tuple[Array, Array]:
 def multiplier(found: StudentValue, budget: float, frontier: tuple[Array, Array]) -> tuple[float, float, float]:
     """The compute that the reference needs for the entrant's loss, over the budget, with its interval.
 
-    NaN where the loss is above that of the reference's smallest budget, or the reference has no optimum at this one;
-    infinite where it is below that of its largest.
+    NaN if the reference has no optimum at this budget; 0 where the loss is above that of the reference's smallest
+    budget, infinite where it is below that of its largest. The reference's losses are taken as exact.
     """
     compute, losses = frontier
     if budget not in compute:
@@ -99,28 +118,22 @@ def multiplier(found: StudentValue, budget: float, frontier: tuple[Array, Array]
     levels = here + np.array([found.value, high, low])
     reached = compute_to_reach(compute, losses, levels) / budget
     reached[levels < losses.min()] = math.inf
-    reached[levels > losses.max()] = math.nan
+    reached[levels > losses.max()] = 0.0
     value, least, most = reached.tolist()
     return value, least, most
 
 
-def ranks(rows: Sequence[StudentValue]) -> list[int]:
-    """The rank of each row: one more than the number of rows that are better by Holm's test of all pairs.
+def ranks(n: int, told_apart: Iterable[tuple[int, int]]) -> list[str]:
+    """The ranks of each of `n` rows in the order of their losses, such as `1`, or `1, 2` of a row that has two.
 
-    The error of a pair is that of both rows, as if nothing were common to them; the reference's is, so ranks are shared
-    rather too often.
+    A rank is a largest set of rows of which no two are told apart, so two rows have a rank in common if, and only if,
+    they are not (compact letter display: Piepho 2004). Ranks are in the order of their best rows.
     """
-    pairs = list(combinations(range(len(rows)), 2))
-    less = [
-        StudentValue(value=rows[i].value - rows[j].value, se=math.hypot(rows[i].se, rows[j].se),
-                     df=min(rows[i].df, rows[j].df))
-        for i, j in pairs
-    ]  # fmt: skip
-    better = [0] * len(rows)
-    for (i, j), pair, p in zip(pairs, less, holm(np.array([pair.p for pair in less])), strict=True):
-        if p < ALPHA:
-            better[i if pair.value > 0 else j] += 1
-    return [1 + n for n in better]
+    alike = networkx.Graph()
+    alike.add_nodes_from(range(n))
+    alike.add_edges_from({*combinations(range(n), 2)} - {*told_apart})
+    found = sorted(sorted(rows) for rows in networkx.find_cliques(alike))
+    return [", ".join(str(rank) for rank, rows in enumerate(found, 1) if row in rows) for row in range(n)]
 
 
 @dataclass(frozen=True)
@@ -133,6 +146,7 @@ class Runs:
     def table(self) -> pd.DataFrame:
         """One row per run that was not dropped; seeds are counted from the entrant's first."""
         table = runs_table(self.entry.records)
+        table["cell"] = f"{self.entry.name}/" + table["cell"]  # two entrants may have cells of one name
         table["seed"] -= self.entry.about["entrant"]["first_seed"]
         return table[table["status"] != str(Status.DROPPED)]
 
@@ -148,9 +162,23 @@ class Runs:
 
     @cached_property
     def tuning(self) -> tuple[float, float]:
-        """`tuning_error` of its finalists."""
-        finals = self.table[self.table["seed"].isin(FINAL_SEEDS) & usable(self.table)]
-        return tuning_error(finals.assign(point=finals["settings"].astype(str) + finals["rate_factor"].astype(str)))
+        """`tuning_error` of its finalists, the best three of all trials."""
+        runs = self.table[usable(self.table) & (self.table["budget"] == TUNING_BUDGET)]
+        runs = runs.assign(point=runs["settings"].astype(str) + runs["rate_factor"].astype(str))
+        finals = runs[runs["seed"].isin(FINAL_SEEDS)]
+        trials = runs[(runs["seed"] == TRIAL_SEED) & runs["point"].isin(finals["point"])]
+        return tuning_error(finals[finals["point"].isin(trials.nsmallest(FINALISTS, "val_loss")["point"])])
+
+    @cached_property
+    def sequences(self) -> dict[str, Array]:
+        """Losses of the validation sequences by cell."""
+        finished = {*self.finished["cell"].str.removeprefix(f"{self.entry.name}/")}
+        return {f"{self.entry.name}/{cell}": losses
+                for cell, losses in sequence_losses(self.entry.records, finished).items()}  # fmt: skip
+
+    def at(self, budget: float) -> pd.DataFrame:
+        """The finished runs of its row at a budget."""
+        return self.finished[self.finished["budget"] == budget]
 
 
 def standing_rows(entries: Sequence[Entry]) -> pd.DataFrame:
@@ -161,7 +189,7 @@ def standing_rows(entries: Sequence[Entry]) -> pd.DataFrame:
     tell), loss (mean over sizes), params_active, params_total (at the middle size), time (of training at equal FLOPs
     over the reference's; NaN: not measured), sizes, seeds, failed (how many of these runs have no loss; without any the
     row has no numbers), trials (all runs but those of the row), mark, date, protocol (its hash), version (the commits
-    that trained it).
+    that trained it, `+` if the checkout had changes).
 
     Raises:
         UserError: there is not exactly one reference, or nothing else.
@@ -169,46 +197,56 @@ def standing_rows(entries: Sequence[Entry]) -> pd.DataFrame:
     references = [entry for entry in entries if entry.about["entrant"]["reference"]]
     if len(references) != 1:
         raise UserError(f"results/standing has {len(references)} references; a table has one")
-    reference = Runs(references[0])
+    runs = {entry.name: Runs(entry) for entry in entries}
+    reference = runs[references[0].name]
     frontier = reference_frontier(reference.finished)
-    rows = []
-    for entry in entries:
-        if entry is not reference.entry:
-            one = Runs(entry)
-            budgets = {*one.of_rows["budget"]} & {*reference.finished["budget"]}
-            rows += [_row(one, reference, budget, frontier) for budget in budgets]
+    rows = [
+        _row(one, reference, budget, frontier)
+        for one in runs.values() if one is not reference
+        for budget in {*one.of_rows["budget"]} & {*reference.finished["budget"]}
+    ]  # fmt: skip
     if not rows:
         raise UserError(f"only the reference, {reference.entry.name}, is there; next: make place LAYER=NAME")
     rows += [_row(reference, reference, budget, frontier) for budget in {row["budget"] for row in rows}]
-    table = pd.DataFrame(rows, columns=COLUMNS)
-    for _, at in table[table["difference"].notna()].groupby("budget"):
-        each = [StudentValue(value=row["difference"], se=row["se"], df=row["df"]) for _, row in at.iterrows()]
-        table.loc[at.index, "rank"] = ranks(each)
-    return table.sort_values(["budget", "difference"], ascending=[False, True], ignore_index=True)
+    table = pd.DataFrame(rows, columns=COLUMNS).sort_values(["budget", "difference"], ascending=[False, True])
+    for budget, at in table[table["difference"].notna()].groupby("budget"):
+        pairs = [*combinations(range(len(at)), 2)]
+        entrants = [runs[name] for name in at["entrant"]]
+        p = [_less(entrants[i], entrants[j], reference, float(str(budget))).p for i, j in pairs]
+        told_apart = [pair for pair, corrected in zip(pairs, holm(np.array(p)), strict=True) if corrected < ALPHA]
+        table.loc[at.index, "rank"] = ranks(len(at), told_apart)
+    return table.reset_index(drop=True)
+
+
+def _less(one: Runs, other: Runs, reference: Runs, budget: float) -> Estimate:
+    """The `difference` of one entrant less that of another; one of them may be the reference."""
+    if one is reference:
+        one, other = other, one
+    sequences = one.sequences | other.sequences | reference.sequences
+    third = None if other is reference else other.at(budget)
+    return difference(one.at(budget), reference.at(budget), sequences, [one.tuning, other.tuning], third)
 
 
 def _row(one: Runs, reference: Runs, budget: float, frontier: tuple[Array, Array]) -> dict[str, Any]:
     """The row of an entrant at one budget. The reference's is that of its runs at the sizes of entrants."""
     itself, entrant = one is reference, one.entry.about["entrant"]
-    runs, done, against = (of[of["budget"] == budget] for of in (one.of_rows, one.finished, reference.finished))
+    runs, done = one.of_rows[one.of_rows["budget"] == budget], one.at(budget)
+    commits = sorted({*runs["git_commit"].dropna().map(_short)})
     if itself:
         runs, done = (of[of["d_model"].isin(SIZES[budget])] for of in (runs, done))
     middle = runs.sort_values(X).iloc[len(runs) // 2]
     row = {
-        "budget": budget, "entrant": one.entry.name, "params_active": int(middle["params_active"]),
+        "budget": budget, "rank": None, "entrant": one.entry.name, "params_active": int(middle["params_active"]),
         "params_total": int(middle["params_total"]), "time": one.entry.time_over_reference or math.nan,
         "sizes": runs["size"].nunique(), "seeds": runs["seed"].nunique(), "failed": len(runs) - len(done),
         "trials": len(one.table) - len(one.of_rows), "mark": "reference" if itself else entrant["mark"],
         **{key: one.entry.about[key] for key in ("date", "protocol")},
-        "version": ", ".join(sorted({commit[:7] for commit in runs["git_commit"].dropna()})),
+        "version": ", ".join(commits),
     }  # fmt: skip
     if done.empty:
         return row
-    found = StudentValue(value=0.0, se=0.0, df=math.inf)
-    if not itself:
-        both = [*one.entry.records, *reference.entry.records]
-        sequences = sequence_losses(both, {*done["cell"], *against["cell"]})
-        found = difference(done, against, sequences, [one.tuning, reference.tuning])
+    none = StudentValue(value=0.0, se=0.0, df=math.inf)
+    found = none if itself else _less(one, reference, reference, budget)
     value, least, most = multiplier(found, budget, frontier)
     return row | {
         "difference": found.value, "low": found.interval[0], "high": found.interval[1], "p": found.p, "se": found.se,
@@ -216,3 +254,7 @@ def _row(one: Runs, reference: Runs, budget: float, frontier: tuple[Array, Array
         "multiplier_low": least, "multiplier_high": most,
         "multiplier_limit": max(frontier[0], default=math.nan) / budget, "loss": done["val_loss"].mean(),
     }  # fmt: skip
+
+
+def _short(commit: str) -> str:
+    return commit[:7] + "+" * commit.endswith("+dirty")
