@@ -18,7 +18,13 @@ def standing_table(rows: pd.DataFrame, reference: str) -> str:
     """Markdown of the standing table."""
     head = f"Losses less those of `{reference}` at equal FLOPs per token, in nats per token"
     ranks = "Rows that have no rank in common are told apart by Holm's test of all pairs at 5 %"
-    lines = ["# The standing table", "", f"{head}; how: [protocol](../../docs/standing-table.md). {ranks}.", ""]
+    multipliers = "Multipliers take the reference's losses as exact"
+    lines = [
+        "# The standing table",
+        "",
+        f"{head}; how: [protocol](../../docs/standing-table.md). {ranks}. {multipliers}.",
+        "",
+    ]
     for budget, at in rows.groupby("budget", sort=False):
         lines += [
             f"## {budget_name(float(str(budget)))} FLOPs",
