@@ -214,7 +214,7 @@ def of_readme() -> list[list[str]]:
         ["6·10⁴"],
         ["10¹³"],
         [*standing("peer"), *standing("pkm"), "32", *standing("token_choice_32")],
-        [*map(times, ("peer", "pkm"))],
+        ["512", *map(times, ("peer", "pkm"))],
         ["60"],
         speed_ratios(),
         ["4.0"],
