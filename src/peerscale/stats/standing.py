@@ -188,8 +188,8 @@ def standing_rows(entries: Sequence[Entry]) -> pd.DataFrame:
     told), multiplier, multiplier_low, multiplier_high, multiplier_limit (the largest that the reference's budgets can
     tell), loss (mean over sizes), params_active, params_total (at the middle size), time (of training at equal FLOPs
     over the reference's; NaN: not measured), sizes, seeds, failed (how many of these runs have no loss; without any the
-    row has no numbers), trials (all runs but those of the row), mark, date, protocol (its hash), version (the commits
-    that trained it, `+` if the checkout had changes).
+    row has no numbers), trials (the runs up to this budget that chose), mark, date, protocol (its hash), version (the
+    commits that trained it, `+` if the checkout had changes).
 
     Raises:
         UserError: there is not exactly one reference, or nothing else.
@@ -239,7 +239,8 @@ def _row(one: Runs, reference: Runs, budget: float, frontier: tuple[Array, Array
         "budget": budget, "rank": None, "entrant": one.entry.name, "params_active": int(middle["params_active"]),
         "params_total": int(middle["params_total"]), "time": one.entry.time_over_reference or math.nan,
         "sizes": runs["size"].nunique(), "seeds": runs["seed"].nunique(), "failed": len(runs) - len(done),
-        "trials": len(one.table) - len(one.of_rows), "mark": "reference" if itself else entrant["mark"],
+        "trials": int((~one.table["seed"].isin(SEEDS) & (one.table["budget"] <= budget)).sum()),
+        "mark": "reference" if itself else entrant["mark"],
         **{key: one.entry.about[key] for key in ("date", "protocol")},
         "version": ", ".join(commits),
     }  # fmt: skip
