@@ -248,6 +248,8 @@ def test_a_committed_cell_is_trained_again_and_compared(study: Path, tmp_path: P
     differs = repeated(evaluation=higher, environment={**record["environment"], "torch": "0.1"})
     assert differs.code == 0 and "differs by -5.0e-01" in differs.out
     assert f"torch {torch.__version__} (0.1)" in differs.out
+    told = repeated(environment={**record["environment"], "mkl": "avx512"})
+    assert "environment here (committed): mkl None (avx512); remove that folder and repeat with AVX512=1" in told.out
     assert again.stat().st_mtime_ns == written, "it is trained only once"
     hashed = {**record["hashed_config"], "optim": {**record["hashed_config"]["optim"], "weight_decay": 0.5}}
     refused = repeated(fingerprint="another", hashed_config=hashed)

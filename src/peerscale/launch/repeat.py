@@ -68,7 +68,8 @@ def comparison(here: Record, committed: Record) -> list[str]:
         lines.append(f"  {name:<12} loss {loss:.4f}, committed {values['loss']:.4f}: {said}")
     pairs = {key: (here.environment.get(key), committed.environment.get(key)) for key in EXACT_KEYS}
     changed = [f"{key} {own} ({theirs})" for key, (own, theirs) in pairs.items() if own != theirs]
-    return [*lines, f"  environment here (committed): {', '.join(changed)}"] if changed else lines
+    hint = "; remove that folder and repeat with AVX512=1" * ("mkl None (avx512)" in changed)
+    return [*lines, f"  environment here (committed): {', '.join(changed)}{hint}"] if changed else lines
 
 
 if __name__ == "__main__":
