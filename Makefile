@@ -61,7 +61,7 @@ help: ## print this help
 	@echo "METHOD=NAME RIVALS=NAME,NAME: what to compare (every method with the study's baseline; METHOD alone: with all others)"
 	@echo "CELL=NAME: the cell to repeat; PRICE=NUMBER: price of a GPU-hour, for plan; REPLACE=1: publish may remove finished cells of results/, or replace them by cells of another configuration"
 	@echo "LAYER=NAME: the layer to place, tune or time; BUDGET=$(BUDGET): the largest budget of its row; PLAN=1: of make place and make tune; CHECK=1: of make place"
-	@echo "AVX512=1: of sweep, place, tune, time and repeat: faster matrix products on AMD's processors that have AVX-512 (docs/speed.md)"
+	@echo "AVX512=1: of reproduce, sweep, place, tune, time and repeat: faster matrix products on AMD's processors that have AVX-512 (docs/speed.md)"
 	@echo "LOCKED=1: setup installs the versions that the published studies ran on (requirements.lock)"
 	@echo "Exit codes of the programs: 0 done, 1 a crash, 2 wrong input, 3 some cells failed (make sweep counts this as success), 4 some cells were killed again and again, 130 Ctrl-C"
 
