@@ -12,17 +12,24 @@ from peerscale.figures.markdown import number, table, with_interval
 from peerscale.plan.cell_names import budget_name
 
 COLOUR = "#333333"
+LEGEND = """\
+- **rank**: rows that have none in common differ significantly, by Holm's test of all pairs at 5 %
+- **multiplier**: takes the reference's losses as exact
+- **time**: of training, over the reference's
+- **loss**: mean over the sizes, of three seeds each; the reference was trained at two more sizes
+- **parameters**: of the whole model at the middle size
+- **version**: commits that trained it; +: with uncommitted changes""".splitlines()
 
 
 def standing_table(rows: pd.DataFrame, reference: str) -> str:
     """Markdown of the standing table."""
-    head = f"Losses less those of `{reference}` at equal FLOPs per token, in nats per token"
-    ranks = "Rows that have no rank in common are told apart by Holm's test of all pairs at 5 %"
-    multipliers = "Multipliers take the reference's losses as exact"
+    head = f"Losses minus those of `{reference}` at equal FLOPs per token, in nats per token"
     lines = [
         "# The standing table",
         "",
-        f"{head}; how: [protocol](../../docs/standing-table.md). {ranks}. {multipliers}.",
+        f"{head}; how: [protocol](../../docs/standing-table.md).",
+        "",
+        *LEGEND,
         "",
     ]
     for budget, at in rows.groupby("budget", sort=False):
@@ -79,6 +86,8 @@ def standing_figure(rows: pd.DataFrame) -> Figure:
         axes.set_title(style.budget_title(float(str(budget))))
         axes.set_yticks(range(len(at)), [*at["entrant"]])
         axes.set_ylim(len(at) - 0.5, -0.5)
-    panels[-1].set_xlabel("loss less the reference's (nats per token)")
-    style.caption(figure, "bars: 95 %; hollow: rows that have a mark in the table, such as controls")
+    (reference,) = {*rows.loc[rows["mark"] == "reference", "entrant"]}
+    panels[-1].set_xlabel(f"loss minus that of {reference} (nats per token)")
+    hollow = "; hollow: rows that have a mark in the table, such as controls"
+    style.caption(figure, "bars: 95 %" + hollow * bool({*rows["mark"]} - {"", "reference"}))
     return figure
