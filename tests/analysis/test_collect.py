@@ -189,7 +189,7 @@ def test_fits_hold_each_methods_optimum_and_the_differences(collected_runs: Path
         assert [m["name"] for m in entry["methods"]] == list(METHODS)
         for method in entry["methods"]:
             assert (method["x"], method["loss"]) == pytest.approx(optima[method["name"]], rel=1e-6)
-            assert len(method["sizes"]) == len(cells[method["name"]]) and method["left_out"] == []
+            assert len(method["sizes"]) == len(cells[method["name"]])
     for (budget, reference, method), row in found.items():
         losses = {m["name"]: m["loss"] for e in fits["budgets"] if e["budget"] == budget for m in e["methods"]}
         assert row["value"] == pytest.approx(losses[method] - losses[reference], abs=2e-6)  # seven digits

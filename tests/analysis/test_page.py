@@ -118,18 +118,6 @@ def test_points_curves_and_optima_are_those_of_the_files(study: tuple[pd.DataFra
             assert (optimum["flops_per_token"], np.log(optimum["perplexity"])) == pytest.approx((x, loss), rel=1e-5)
 
 
-def test_sizes_left_out_of_the_fit_say_so(study: tuple[pd.DataFrame, dict[str, Any]]) -> None:
-    runs, fits = study
-    first, *rest = fits["budgets"]
-    fewer = [{**one, "sizes": one["sizes"][1:]} if one["name"] == Curve("dense") else one for one in first["methods"]]
-    marks = pd.DataFrame(chart_rows(runs, {**fits, "budgets": [{**first, "methods": fewer}, *rest]}))
-    left_out = marks[marks["kind"] == "not fitted"]
-    smallest = runs[(runs["curve"] == Curve("dense")) & (runs["budget"] == first["budget"])].nsmallest(
-        1, "flops_per_token"
-    )
-    assert left_out["cell"].tolist() == smallest["cell"].tolist()
-
-
 def test_it_is_drawn(study: tuple[pd.DataFrame, dict[str, Any]]) -> None:
     """Panels in the order of the budgets, a mark for every finished cell."""
     svg = vl_convert.vegalite_to_svg(isoflop_chart(*study).to_json())

@@ -24,7 +24,7 @@ def row(budget: float, *widths: int, **more: Any) -> dict[str, Any]:
 CLAIMS = {"method": "peer", "rivals": ["dense", "moe"]}
 CLAIMING = {
     "methods": ["dense", "moe", "pkm", "peer"],
-    "grid": [row(1e10, 8, window=[1e4, 1e9]), row(3e10, 12)],
+    "grid": [row(1e10, 8), row(3e10, 12)],
     "method_axes": {"peer": {"optim.table_lr": [0.01]}},
     "claims": CLAIMS,
 }
@@ -43,10 +43,6 @@ MESSAGES = [
     ({"grid": [row(1e12, 8, head_dim=[8, 4])]},
      ".grid.0: head_dim has 2 values for 1 of d_model; give one, or as many"),
     ({"grid": [row(1e12, 8, seed=[1])]}, ".grid.0.seed: Unexpected keyword argument; did you mean seeds?"),
-    ({"grid": [row(1, 8, window=[3e6, 1e6])]},
-     ".grid.0: window [3000000.0, 1000000.0] must be [low, high] with low < high, in FLOPs per token"),
-    ({"grid": [row(1e12, 8, window=[1, high]) for high in (2, 3)]},
-     ": grid has several windows at 1e+12: a budget has one"),
     ({"axis": {}}, ".axis: Unexpected keyword argument; did you mean axes?"),
     ({"axes": {"optim.lr": 1}}, ".axes.optim.lr: Input should be a valid list, not 1"),
     ({"seeds": [-1]}, ".seeds.0: Input should be greater than or equal to 0, not -1"),
@@ -72,11 +68,6 @@ def test_a_row_has_one_value_for_all_its_sizes_or_one_for_each() -> None:
     assert several.sizes == [
         {"d_model": width, "head_dim": 64, "n_layers": n} for width, n in ((256, 4), (384, 6), (384, 8))
     ]
-
-
-def test_a_window_given_in_one_row_holds_for_its_budget(tmp_path: Path) -> None:
-    study = sweep_of(tmp_path, {**STUDY, "grid": [row(1e12, 8), row(1e12, 12, window=[1e5, 3e6]), row(3e12, 16)]})
-    assert (study.window(1e12), study.window(3e12)) == ((1e5, 3e6), None)
 
 
 def test_what_a_study_says_of_its_results(tmp_path: Path) -> None:

@@ -10,12 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from synthetic_study import GRID, METHODS, SWEEP, minimum, shared_curvature
-from synthetic_surface import BUDGETS, surface_runs
 
 from peerscale.figures.isoflop import isoflop_figure
 from peerscale.records.study import collected
-from peerscale.stats.comparison import compare
-from peerscale.stats.curve import Curve, at_size, from_names
+from peerscale.stats.curve import Curve, at_size
 from peerscale.stats.fits import read_fits
 
 Fits = dict[str, Any]
@@ -77,7 +75,7 @@ def test_a_size_on_another_axis_is_log_linear_between_the_models() -> None:
     assert found == pytest.approx([10, 100, 1000, 1000 * 2**0.5])
 
 
-def window(fits: Fits, **changes: Any) -> Fits:
+def with_dense(fits: Fits, **changes: Any) -> Fits:
     """The fits with dense's entry at the first budget changed."""
     first, *rest = fits["budgets"]
     methods = [{**m, **changes} if m["name"] == Curve("dense") else m for m in first["methods"]]
@@ -87,7 +85,7 @@ def window(fits: Fits, **changes: Any) -> Fits:
 @pytest.mark.parametrize(("status", "face"), [("ok", "filled"), ("off_centre", "hollow")])
 def test_a_flagged_minimum_is_hollow(study: tuple[pd.DataFrame, Fits], status: str, face: str) -> None:
     runs, fits = study
-    figure = isoflop_figure(runs, window(fits, status=status), x="params_total")
+    figure = isoflop_figure(runs, with_dense(fits, status=status), x="params_total")
     (star,) = (line for line in figure.axes[0].lines if line.get_label() == "_minimum dense")
     assert ("hollow" if star.get_markerfacecolor() == "white" else "filled") == face
 
@@ -95,36 +93,9 @@ def test_a_flagged_minimum_is_hollow(study: tuple[pd.DataFrame, Fits], status: s
 @pytest.mark.parametrize("status", ["too_few", "outside_range", "curvature"])
 def test_no_star_without_a_number(study: tuple[pd.DataFrame, Fits], status: str) -> None:
     runs, fits = study
-    axes = isoflop_figure(runs, window(fits, status=status, x=None, loss=None), x="params_total").axes[0]
+    axes = isoflop_figure(runs, with_dense(fits, status=status, x=None, loss=None), x="params_total").axes[0]
     assert len(line(axes, "_minimum dense")) == 0
     assert len(line(axes, "_minimum peer")) == 1
-
-
-def test_sizes_outside_the_window_are_hollow_or_arrows_and_squeeze_nothing() -> None:
-    runs = surface_runs()
-    windows, kept = {}, []
-    for budget in BUDGETS:
-        sizes = np.sort(runs.loc[(runs["budget"] == budget) & (runs["method"] == "dense"), "flops_per_token"])
-        windows[budget] = (sizes[1] * 0.99, sizes[5] * 1.01)
-        kept.append(runs[(runs["budget"] == budget) & runs["flops_per_token"].between(*windows[budget])])
-    fits = from_names(compare(runs, [], windows=windows))
-    figure = isoflop_figure(runs, fits, x="flops_per_token")
-    alone = isoflop_figure(pd.concat(kept), from_names(compare(pd.concat(kept), [])), x="flops_per_token")
-    for axes, same, budget in zip(figure.axes, alone.axes, BUDGETS, strict=True):
-        assert axes.get_ylim() == pytest.approx(same.get_ylim())
-        for name in ("dense", "peer"):
-            rows = runs[(runs["budget"] == budget) & (runs["method"] == name)]
-            inside = rows["flops_per_token"].between(*windows[budget])
-            assert sorted(points(axes, name)[:, 0]) == pytest.approx(sorted(rows.loc[inside, "flops_per_token"]))
-            hollow, arrows = points(axes, f"_left out {name}"), line(axes, f"_above {name}")
-            outside = rows[~inside].set_index("flops_per_token")["val_loss"]
-            assert len(hollow) + len(arrows) == len(outside) == 2
-            for x, y in hollow:
-                assert y == pytest.approx(np.exp(outside[x])) and y <= axes.get_ylim()[1]
-            for x, y in arrows:
-                assert np.mean(axes.get_ylim()) < y <= axes.get_ylim()[1] < np.exp(outside[x])
-            assert line(axes, f"_fit {name}")[[0, -1], 0] == pytest.approx(sorted(points(axes, name)[[0, -1], 0]))
-    assert any("_above" in str(drawn.get_label()) for axes in figure.axes for drawn in axes.lines)
 
 
 def test_points_that_coincide_can_be_told_apart(study: tuple[pd.DataFrame, Fits]) -> None:

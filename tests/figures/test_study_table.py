@@ -100,16 +100,6 @@ def test_a_difference_without_a_minimum_says_whose_and_why() -> None:
     assert no_minimum(note) == said and not no_minimum("")
 
 
-def test_sizes_outside_the_window_are_finished_and_not_fitted(study: Tables) -> None:
-    runs, _ = study
-    sizes = np.sort(runs.loc[(runs["method"] == "dense") & (runs["budget"] == 1e11), "flops_per_token"])
-    fits = from_names(compare(runs, [], windows={1e11: (sizes[1], 1e9)}))
-    row = rows_of(table(study_table.optimum_rows(runs, fits)))["1e11", "dense"]
-    assert row["sizes"] == "5 finished, 4 fitted"
-    window = study_table.fit_rows(finished(runs), fits)[0]["FLOPs per token"]
-    assert window == f"{sizes[1]:.3g} to 1e9".replace("e+0", "e")
-
-
 @pytest.mark.parametrize("status", ["outside_range", "curvature"])
 def test_a_degenerate_minimum_has_its_flag_and_no_number(study: Tables, status: str) -> None:
     runs, _ = study
@@ -133,7 +123,7 @@ def test_how_the_fits_came_out_is_told(study: Tables) -> None:
     entry, row = fits["budgets"][0], study_table.fit_rows(finished(runs), fits)[0]
     f, p = entry["equality"]["f"], entry["equality"]["p"]
     assert row == {
-        "budget": "1e11", "batch, sequences": "16", "FLOPs per token": "all",
+        "budget": "1e11", "batch, sequences": "16",
         "scatter about the curves": f"{entry['scatter']:.4f} ({entry['df']})", "scatter of seeds": "—",
         "F of one curvature": f"{f:.2f} (4, {entry['df'] - 4})", "p": f"{p:.2f}",
     }  # fmt: skip

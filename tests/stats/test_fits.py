@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "figures"))
@@ -18,10 +19,12 @@ from peerscale.stats.curve import from_names
 from peerscale.stats.fits import fit_study, read_fits
 
 Fits = dict[str, Any]
-WINDOWS = {
-    budget: (best * 0.25, best * 4) for budget in BUDGETS for best in [6 * float(SURFACE.optimum(budget).params)]
-}
-"""Five of the seven sizes."""
+
+
+def near_the_optimum(runs: pd.DataFrame) -> pd.DataFrame:
+    """Five of the seven sizes of each budget, which parabolas fit."""
+    best = 6 * runs["budget"].map({budget: float(SURFACE.optimum(budget).params) for budget in BUDGETS})
+    return runs[runs["flops_per_token"].between(best / 4, best * 4)]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,7 @@ def fits() -> Fits:
     runs = surface_runs(noise=1e-4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("peerscale.stats.fits.RESAMPLES", 100)  # which take most of the time
-        return fit_study(runs, compare(runs, [], windows=WINDOWS))
+        return fit_study(runs, compare(near_the_optimum(runs), []))
 
 
 def test_every_method_has_every_law(fits: Fits, tmp_path: Path) -> None:
@@ -72,11 +75,11 @@ def test_the_optima_are_the_surfaces(fits: Fits) -> None:
         assert peer["own"]["loss"] - dense["own"]["loss"] == pytest.approx(gain, abs=3e-4)
         # PEER's curvature is 2 % lower as well, which one curvature for both takes for a part of its gain.
         assert peer["loss"] - dense["loss"] == pytest.approx(gain, abs=2e-3)
-        assert len(dense["sizes"]) == len(dense["left_out"]) + 3 == 5
+        assert len(dense["sizes"]) == 5
 
 
 def test_the_comparison_is_part_of_it(fits: Fits) -> None:
-    found = compare(surface_runs(noise=1e-4), [], windows=WINDOWS)
+    found = compare(near_the_optimum(surface_runs(noise=1e-4)), [])
     assert {key: fits[key] for key in found if key != "laws"} == {k: v for k, v in found.items() if k != "laws"}
     assert found["laws"].items() <= fits["laws"].items()
     assert fits["rates"] == {"law": None, "tables": None}
@@ -91,7 +94,7 @@ def test_other_conventions_are_counted(fits: Fits) -> None:
 def test_two_budgets_have_no_surface() -> None:
     runs = surface_runs()
     two = runs[runs["budget"] < BUDGETS[-1]]
-    assert set(fit_study(two, compare(two, []))["laws"]) == {"dense", "peer"}
+    assert fit_study(two, compare(two, []))["laws"] == {}
     one = runs[runs["size"] == f"d{len(GRID) // 2}"].groupby("method").head(1)
     assert fit_study(one, compare(one, []))["laws"] == {}
 

@@ -46,31 +46,6 @@ def test_growth_leaves_out_budgets_below_the_start_of_the_trend() -> None:
     assert compare(runs, [])["growth"][0]["slope"] != pytest.approx(slope["slope"])
 
 
-def test_each_seed_has_its_own_loss_and_multiplier() -> None:
-    """A seed that shifts all losses of a method at a budget shifts its optimum by as much."""
-    runs = curves(
-        {(m, c): 40 * (g * c) ** -0.07 for m, g in (("dense", 1.0), ("peer", 1.5)) for c in LADDER[:3]},
-        noise=1e-5,
-        seeds=2,
-    )
-    luck = {("dense", 0): 0.01, ("dense", 1): -0.01, ("peer", 0): -0.02, ("peer", 1): 0.02}
-    at = runs["budget"] == 3e12
-    runs.loc[at, "val_loss"] += [luck[key] for key in zip(runs.loc[at, "method"], runs.loc[at, "seed"], strict=True)]
-    found = compare(runs[at | (runs["seed"] == 0)], [])
-    losses = {e["budget"]: {m["name"]: m for m in e["methods"]} for e in found["budgets"]}
-    for (method, seed), shift in luck.items():
-        one = losses[3e12][method]
-        assert one["by_seed"][str(seed)] - one["loss"] == pytest.approx(shift)
-    assert "by_seed" not in losses[1e12]["dense"]
-    (here,) = (m for m in found["multipliers"] if m["budget"] == 3e12)
-    assert here["by_seed"].keys() == {"0", "1"} and "by_seed" not in found["multipliers"][0]
-    for seed, value in here["by_seed"].items():
-        dense, peer = losses[3e12]["dense"]["by_seed"][seed], losses[3e12]["peer"]["by_seed"][seed]
-        log_c = np.log([1e12, 3e12])  # PEER reaches dense's loss between these two
-        part = np.interp(-np.log(dense), -np.log([losses[1e12]["peer"]["loss"], peer]), log_c)
-        assert value == pytest.approx(3e12 / np.exp(part))
-
-
 def test_one_budget_has_no_multiplier() -> None:
     assert compare(ladder(1.5, [1e12], noise=1e-4), [])["multipliers"] == []
 
@@ -116,14 +91,7 @@ def test_the_law_of_optimal_sizes() -> None:
     found = compare(ladder(1.5, LADDER, noise=0.004), [])
     law = found["laws"]["dense"]
     x = [m["x"] for entry in found["budgets"] for m in entry["methods"] if m["name"] == "dense"]
-    exponent, coefficient = np.polyfit(np.log10(LADDER), np.log10(x), 1)
-    assert law["exponent"] == pytest.approx(exponent) and law["coefficient"] == pytest.approx(10**coefficient)
+    assert law["exponent"] == pytest.approx(np.polyfit(np.log10(LADDER), np.log10(x), 1)[0])
     low, high = law["ci"]["exponent"]
     assert low < law["exponent"] < high and low < 0.5 < high
-    assert law["x"] == "flops_per_token" and law["n"] == 4
-    two = compare(ladder(1.5, LADDER[:2], noise=0.004), [])["laws"]["dense"]
-    assert two["exponent"] is None and two["status"] == "too_few_points"
-    assert [optimum["loss"] for optimum in two["vertices"]] == pytest.approx(
-        [v["loss"] for v in law["vertices"][:2]], abs=0.02
-    )
-    assert compare(ladder(1.5, LADDER[:1], noise=0.004), [])["laws"] == {}
+    assert compare(ladder(1.5, LADDER[:2], noise=0.004), [])["laws"] == {}

@@ -54,13 +54,8 @@ class GridRow:
     batch_sequences: Positive | None = None
     """Sequences of a batch in this row, where the best batch depends on the budget; null: those of the configuration.
     Names of cells and methods do not tell it."""
-    window: tuple[Rate, Rate] | None = None
-    """[low, high]: FLOPs per token of the sizes that the fit of this budget takes, the same for all methods; null: all
-    sizes. All sizes are trained either way."""
 
     def __post_init__(self) -> None:
-        if self.window is not None and self.window[0] >= self.window[1]:
-            raise ValueError(f"window {[*self.window]} must be [low, high] with low < high, in FLOPs per token")
         for key, values in (("head_dim", self.head_dim), ("n_layers", self.n_layers)):
             if values is not None and len(values) not in (1, len(self.d_model)):
                 raise ValueError(
@@ -160,9 +155,6 @@ class SweepConfig:
         for where, names, allowed in named:
             if wrong := [name for name in names if name not in allowed]:
                 raise ValueError(f"{where} names {wrong[0]}, but there are {', '.join(map(str, sorted(allowed)))}")
-        for budget in sorted(budgets):
-            if len({row.window for row in self.grid if row.budget == budget and row.window}) > 1:
-                raise ValueError(f"grid has several windows at {budget:g}: a budget has one")
 
     def points(self, part: Part) -> Iterator[Point]:
         """The cells of a part of the study, by method and row. Two rows may give the same cell."""
@@ -178,10 +170,6 @@ class SweepConfig:
                 keys = {**size, "budget": row.budget, "seed": seed, **own}
                 row_axes = {key: own[key] for key in row.axes}
                 yield Point(method, keys, {key: own[key] for key in own if key not in row_axes}, row_axes)
-
-    def window(self, budget: float) -> tuple[float, float] | None:
-        """Lowest and highest FLOPs per token of the sizes that the fit of `budget` uses; None: all sizes."""
-        return next((row.window for row in self.grid if row.budget == budget and row.window is not None), None)
 
 
 _SWEEP, _PART = TypeAdapter(SweepConfig), TypeAdapter(Part)

@@ -19,14 +19,9 @@ X_LABELS = {
     "flops_per_token": "training FLOPs per token",
 }
 
-FITTED = "flops_per_token"
-"""The size that the fits of `fits.json` use; other sizes are interpolated between the trained models."""
-
-
 SMALL_PRINT = {
     "_minimum": "star: fitted minimum, hollow if flagged",
     "_hollow": "hollow points: in no fit",
-    "_above": "arrow: in no fit, above the axis",
 }
 """Explanations of the lines whose labels begin so."""
 
@@ -67,7 +62,7 @@ def isoflop_panel(
 ) -> None:
     """One budget: a point per run, the fitted curves and, below the points, their minima.
 
-    Points that no fit uses are hollow; sizes left out far above the fitted ones are arrows at the upper edge.
+    Points of a method with too few sizes for a fit are hollow.
 
     Args:
         axes: where to draw.
@@ -82,35 +77,22 @@ def isoflop_panel(
     fine = {"linewidth": 0.7, "markersize": 4} if len(drawn) > CROWDED else {}
     looks = {curve: style.changed(looks[curve], **fine) for curve in of_curve}
     for curve, rows, fitted in drawn:
-        kept = rows[in_fit(rows, fitted)] if fitted else rows
-        _points(axes, kept, x, looks[curve], str(curve), hollow=not fitted)
+        _points(axes, rows, x, looks[curve], str(curve), hollow=not fitted)
         if fitted and None not in fitted["coefficients"]:
             sizes, losses = fitted_curve(fitted, 200)
             line = style.changed(looks[curve], marker="", label=f"_fit {curve}")
             axes.plot(at_size(rows[x], rows, sizes), np.exp(losses), **line)
     _limits(axes, runs[x])
-    top = axes.get_ylim()[1]
     for curve, rows, fitted in drawn:
-        colour, outside = looks[curve]["color"], rows[~in_fit(rows, fitted)] if fitted else rows.iloc[:0]
-        above = np.exp(outside["val_loss"]) > top
-        if not above.all():
-            _points(axes, outside[~above], x, looks[curve], f"_left out {curve}", hollow=True)
-        if above.any():
-            arrow = {"marker": r"$\uparrow$", "linestyle": "none", "markersize": 7, "clip_on": False}
-            axes.plot(outside.loc[above, x], [top] * above.sum(), **arrow, color=colour, label=f"_above {curve}")
         if fitted and fitted["loss"] is not None:
-            at, flagged = float(at_size(rows[x], rows, fitted["x"])), fitted["status"] != OptimumStatus.OK
+            at, colour = float(at_size(rows[x], rows, fitted["x"])), looks[curve]["color"]
+            flagged = fitted["status"] != OptimumStatus.OK
             style.star(axes, at, float(np.exp(fitted["loss"])), colour, f"_minimum {curve}", hollow=flagged)
 
 
 def optima(fits: Mapping[str, Any]) -> dict[float, dict[Curve, Any]]:
     """The entry of each curve in `fits.json`, by budget and curve."""
     return {entry["budget"]: {m["name"]: m for m in entry["methods"]} for entry in fits["budgets"]}
-
-
-def in_fit(rows: pd.DataFrame, fitted: Mapping[str, Any] | None) -> pd.Series:
-    """Which of a method's rows have a size that its fit used; none if there is no fit."""
-    return rows[FITTED].isin(fitted["sizes"] if fitted else [])
 
 
 def fitted_curve(fitted: Mapping[str, Any], points: int) -> tuple[np.ndarray, np.ndarray]:

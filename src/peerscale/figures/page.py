@@ -16,7 +16,7 @@ import vl_convert
 from peerscale.config.study_file import header, sweep_text
 from peerscale.figures import style
 from peerscale.figures.answer import answer
-from peerscale.figures.isoflop import X_LABELS, fitted_curve, in_fit, optima
+from peerscale.figures.isoflop import X_LABELS, fitted_curve, optima
 from peerscale.figures.study_table import compares_curves, main_rows
 from peerscale.plan.cell_names import budget_name
 from peerscale.records.study import StudyFolder
@@ -146,8 +146,8 @@ def chart_rows(done: pd.DataFrame, fits: Mapping[str, Any]) -> Iterator[dict[str
     for budget, curve, rows in places:
         fitted = optima(fits).get(budget, {}).get(curve)
         common = {"budget": _title(budget), "method": style.label(curve)}
-        kinds = np.where(in_fit(rows, fitted), "fitted", "not fitted")
-        points = rows[["cell", *sizes]].assign(kind=kinds, perplexity=np.exp(rows["val_loss"]))
+        kind = "fitted" if fitted else "not fitted"
+        points = rows[["cell", *sizes]].assign(kind=kind, perplexity=np.exp(rows["val_loss"]))
         drawn = [points]
         if fitted and None not in fitted["coefficients"]:
             x, losses = fitted_curve(fitted, 40)

@@ -159,11 +159,9 @@ def fit_rows(done: pd.DataFrame, fits: Fits) -> Rows:
     rows = []
     for entry in (each for each in fits["budgets"] if each.get("scatter") is not None):
         batches = listed(done.loc[done["budget"] == entry["budget"], "batch_sequences"])
-        window = [number(end, "{:.3g}") for end in entry["window"] or ()]
         test, seeds = entry["equality"], entry["seeds_df"]
         rows.append({
             "budget": budget_name(entry["budget"]), "batch, sequences": batches,
-            "FLOPs per token": " to ".join(window) or "all",
             "scatter about the curves": f"{entry['scatter']:.4f} ({entry['df']})",
             "scatter of seeds": f"{entry['seeds_sd']:.4f} ({seeds})" if seeds else "—",
             "F of one curvature": f"{test['f']:.2f} ({test['df'][0]}, {test['df'][1]})" if test else "—",
@@ -235,8 +233,6 @@ def exponents(fits: Fits) -> Rows:
     laws, rows = fits["laws"], []
     for curve in ordered(fit["method"] for fit in laws.values()):
         isoflop, surface = laws.get(str(curve), {}), laws.get(f"{curve}/parametric", {})
-        if isoflop.get("exponent") is None and not surface:
-            continue
         row, held = {"method": label(curve)}, surface.get("hold_out") or {}
         approaches = {"2: isoFLOP optima": (isoflop, "exponent"), "3: surface": (surface, "a")}
         for title, (fit, key) in approaches.items():

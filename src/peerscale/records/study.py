@@ -1,7 +1,6 @@
 """The files of a study: where they lie, and its fits."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,37 +10,26 @@ from peerscale.files import ROOT
 RUNS, RESULTS = ROOT / "runs", ROOT / "results"
 
 
-class _File:
-    """A property that gives the path of a file in a study's folder."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __get__(self, study: "StudyFolder", _: type) -> Path:
-        return study.folder / self.name
-
-
-@dataclass(frozen=True, kw_only=True)
 class StudyFolder:
     """The files of one study: `runs/<sweep>/study/`, or `results/<sweep>/` once published."""
 
-    sweep: str
-    folder: Path
-    runs = _File("runs.csv")
-    """One row per cell, including cells without a result."""
-    records = _File("records.jsonl")
-    """One record per line, without the losses of single sequences."""
-    sequence_losses = _File("sequence_losses.npz")
-    """These losses."""
-    curves = _File("curves.csv")
-    """Shortened training curves."""
-    fits = _File("fits.json")
-    """All statistics and laws of the study."""
-    table = _File("table.md")
-    """The closing table, in Markdown."""
-    csv = _File("table.csv")
-    """Its first part."""
-    figures = _File("figures")
+    def __init__(self, sweep: str, folder: Path) -> None:
+        self.sweep, self.folder = sweep, folder
+        self.runs = folder / "runs.csv"
+        """One row per cell, including cells without a result."""
+        self.records = folder / "records.jsonl"
+        """One record per line, without the losses of single sequences."""
+        self.sequence_losses = folder / "sequence_losses.npz"
+        """These losses."""
+        self.curves = folder / "curves.csv"
+        """Shortened training curves."""
+        self.fits = folder / "fits.json"
+        """All statistics and laws of the study."""
+        self.table = folder / "table.md"
+        """The closing table, in Markdown."""
+        self.csv = folder / "table.csv"
+        """Its first part."""
+        self.figures = folder / "figures"
 
 
 def collected(sweep: str, runs: Path = RUNS, corpus: str = "") -> StudyFolder:
@@ -49,12 +37,12 @@ def collected(sweep: str, runs: Path = RUNS, corpus: str = "") -> StudyFolder:
 
     On another corpus than its own, such as `data=docs` (`plan.cell_names.corpus_label`), it has another folder.
     """
-    return StudyFolder(sweep=sweep, folder=runs / sweep / "-".join(filter(None, ("study", corpus))))
+    return StudyFolder(sweep, runs / sweep / "-".join(filter(None, ("study", corpus))))
 
 
 def published(sweep: str, results: Path = RESULTS) -> StudyFolder:
     """The study as published; its files may not exist."""
-    return StudyFolder(sweep=sweep, folder=results / sweep)
+    return StudyFolder(sweep, results / sweep)
 
 
 def find_study(sweep: str, runs: Path = RUNS, results: Path = RESULTS) -> StudyFolder:

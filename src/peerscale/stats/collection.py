@@ -111,11 +111,11 @@ def compared(
     if not sweep_text(sweep):  # a renamed study has no file
         return compare(runs, records, baseline=baseline or "dense", extrapolated=beyond)
     asked = load_sweep(sweep)
-    windows = {row.budget: asked.window(row.budget) for row in asked.grid}
-    claims = asked.claims and replace(asked.claims, budgets=asked.claims.budgets or sorted(windows))
+    budgets = sorted({row.budget for row in asked.grid})
+    claims = asked.claims and replace(asked.claims, budgets=asked.claims.budgets or budgets)
     return compare_with_guests(
-        runs, records, asked.methods, baseline=baseline or asked.baseline, min_sizes=asked.min_sizes, windows=windows,
-        claims=claims, rates_cost=asked.rates_cost, trend_from=asked.trend_from, extrapolated=beyond,
+        runs, records, asked.methods, baseline=baseline or asked.baseline, min_sizes=asked.min_sizes, claims=claims,
+        rates_cost=asked.rates_cost, trend_from=asked.trend_from, extrapolated=beyond,
     )  # fmt: skip
 
 

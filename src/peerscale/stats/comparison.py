@@ -32,7 +32,7 @@ from peerscale.stats.curve import (
 )
 from peerscale.stats.frontiers import Budget, X, frontiers_of, multipliers_of, power_laws
 from peerscale.stats.noise import shrunk_variances
-from peerscale.stats.optima import Estimate, OptimaFit, Optimum, satterthwaite
+from peerscale.stats.optima import Estimate, OptimaFit, satterthwaite
 
 Sequences = Mapping[str, Array]
 """Losses of all validation sequences (sequences,), by cell."""
@@ -50,7 +50,6 @@ def compare(
     *,
     baseline: str = "dense",
     min_sizes: int = MIN_SIZES,
-    windows: Mapping[float, tuple[float, float] | None] | None = None,
     claims: ClaimsConfig | None = None,
     rates_cost: float | None = None,
     trend_from: float | None = None,
@@ -64,7 +63,6 @@ def compare(
         records: the records of its cells, which have the losses of validation sequences.
         baseline: the method that all others are compared with.
         min_sizes: fewest sizes for a curve; methods with fewer at a budget are compared at each size that they share.
-        windows: by budget, (low, high) FLOPs per token of the sizes to fit; None: all sizes.
         claims: the family of claims; None: nothing is claimed.
         rates_cost: nats per token that a method may lose through rates that are not bracketed; None: not known.
         trend_from: smallest budget of the growth of multipliers; None: the smallest budget.
@@ -74,11 +72,10 @@ def compare(
     Returns:
         `x`, `loss`: the fitted columns. `baseline`: as given.
         `curves`: for the name of each curve its `method` and `settings`.
-        `budgets`: for each budget `window`, `scatter`, `curvature`, `equality` (F test of a shared curvature),
+        `budgets`: for each budget `scatter`, `curvature`, `equality` (F test of a shared curvature),
         `methods` (optima) and `differences` between methods; all losses in nats per token with `se` and its parts.
         `claims`: each comparison of the family with its probability, uncorrected and with Holm's correction.
-        `multipliers`, `growth`: the baseline's compute over a method's, and the slope of its logarithm. A multiplier or
-        method has `by_seed`, the same value for each seed, if at least two seeds trained every size.
+        `multipliers`, `growth`: the baseline's compute over a method's, and the slope of its logarithm.
         `laws`: the power law of each method's optimal size.
         `trend_from`: as given; absent if it was None.
         `rates`: `brackets`, `cost` and `errors` of learning rates by budget and method, if anything is known, and where
@@ -95,15 +92,13 @@ def compare(
     entries: list[dict[str, Any]] = []
     fitted: list[Budget] = []
     for budget, rows in by_budget(done).items():
-        window = (windows or {}).get(budget)
-        inside = rows[rows[X].between(*(window or (0.0, math.inf)))]
-        inside = inside[inside.groupby("curve", sort=False)[X].transform("nunique") >= min_sizes]
-        entry: dict[str, Any] = {"budget": budget, "window": window, "methods": [], "differences": []}
-        if len(inside):
-            one = fit_budget(inside, min_sizes, sequences)
+        enough = rows[rows.groupby("curve", sort=False)[X].transform("nunique") >= min_sizes]
+        entry: dict[str, Any] = {"budget": budget, "methods": [], "differences": []}
+        if len(enough):
+            one = fit_budget(enough, min_sizes, sequences)
             fitted.append(one)
-            entry |= described_fit(one, inside, rows, references, rates)
-        without = {*rows["curve"]} - {*inside["curve"]}
+            entry |= described_fit(one, enough, references, rates)
+        without = {*rows["curve"]} - {*enough["curve"]}
         alike = differences_at_each_size(rows, references, sequences, rates) if without else []
         entry["differences"] += [one for one in alike if without & {one["method"], one["reference"]}]
         entries.append(entry)
@@ -179,8 +174,7 @@ def fit_budget(rows: pd.DataFrame, min_sizes: int, sequences: Sequences) -> Budg
         for method, size in zip(fit.method, fit.x, strict=True)
     ]
     sampled = None if any(losses is None for losses in behind) else np.array(behind)
-    by_seed = {curve: losses_by_seed(of_curve[curve], fit, optimum) for curve, optimum in optima.items()}
-    return Budget(float(rows["budget"].iloc[0]), fit, optima, by_seed, sampled)
+    return Budget(float(rows["budget"].iloc[0]), fit, optima, sampled)
 
 
 def optima_fit(rows: pd.DataFrame, losses: pd.Series, min_sizes: int, *, shared: bool = True) -> OptimaFit:
@@ -191,10 +185,8 @@ def optima_fit(rows: pd.DataFrame, losses: pd.Series, min_sizes: int, *, shared:
     )  # fmt: skip
 
 
-def described_fit(
-    one: Budget, rows: pd.DataFrame, all_rows: pd.DataFrame, references: Sequence[Curve], rates: RateErrors
-) -> dict[str, Any]:
-    """What `fits.json` tells of the fit of one budget: `rows` were fitted, of `all_rows`."""
+def described_fit(one: Budget, rows: pd.DataFrame, references: Sequence[Curve], rates: RateErrors) -> dict[str, Any]:
+    """What `fits.json` tells of the fit of one budget, whose runs are `rows`."""
     fit, optima, drawn = one.fit, one.optima, one.sequences
     own = optima_fit(rows, rows["val_loss"], fit.at_least, shared=False)
     alone = {curve: own.optimum(curve) for curve in optima}
@@ -211,11 +203,9 @@ def described_fit(
             "name": curve, "status": optimum.status, "x": optimum.x, "x_interval": optimum.x_interval,
             "loss": optimum.loss, **(described(known, "value", "p") if known else {}), "sizes": optimum.sizes,
             "seeds_sd": math.sqrt(fit.noise.seeds[fit.names.index(curve)]) if fit.replicated else None,
-            "left_out": sorted({*all_rows.loc[all_rows["curve"] == curve, X]} - {*optimum.sizes}),
             "coefficients": optimum.coefficients,
             "own": {"status": apart.status, "x": apart.x, "loss": apart.loss, "curvature": apart.coefficients[2]},
             "sets": {s: float(optimum.weights @ each.losses) for s, each in sets.items()} if has_number else {},
-            **({"by_seed": one.by_seed[curve]} if one.by_seed[curve] else {}),
         })  # fmt: skip
     differences = []
     for curve, reference in pairs_of(list(optima), references):
@@ -236,21 +226,6 @@ def described_fit(
         "seeds_df": int(fit.seed_df.sum()), "curvature": float(fit.curve(fit.names[0])[2]),
         "equality": own.linear.f_test(fit.linear), "methods": methods, "differences": differences,
     }  # fmt: skip
-
-
-def losses_by_seed(rows: pd.DataFrame, fit: OptimaFit, optimum: Optimum) -> dict[str, float]:
-    """The loss at an optimum, by seed, if the losses of that seed replace the means of a method, whose rows these are.
-
-    Empty unless at least two seeds trained every size. The curvature and the position of the optimum are kept.
-    """
-    mine = fit.method == fit.names.index(optimum.name)
-    each = rows.pivot_table(index=X, columns="seed", values="val_loss").reindex(fit.x[mine]).dropna(axis="columns")
-    if not optimum.status.has_number or len(each.columns) < 2:
-        return {}
-    losses = {str(seed): np.array(fit.losses, float) for seed in each}
-    for seed in each:
-        losses[str(seed)][mine] = each[seed]
-    return {seed: float(optimum.weights @ values) for seed, values in losses.items()}
 
 
 def differences_at_each_size(

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from peerscale.laws.bootstrap import Bootstrap, percentile_interval, resample_counts
+from peerscale.laws.bootstrap import percentile_interval, resample_counts
 from peerscale.laws.isoflop import MIN_BUDGETS, fit_power_law
-from peerscale.laws.least_squares import FitStatus
 from peerscale.laws.linear_fit import LEVEL, Array
 from peerscale.stats.brackets import RateErrors
 from peerscale.stats.curve import Curve
@@ -32,8 +31,6 @@ class Budget(NamedTuple):
     budget: float
     fit: OptimaFit
     optima: dict[Curve, Optimum]
-    by_seed: dict[Curve, dict[str, float]]
-    """The loss at each optimum if the losses of one seed replace the means, by curve and seed."""
     sequences: Array | None
     """Losses of the validation sequences at every size mean (points, sequences); None if not known for all."""
 
@@ -88,16 +85,8 @@ def multipliers_of(
         each = compute_multipliers((budgets, frontiers[reference][1]), (budgets, losses), trend)
         pair, known = {"method": curve, "reference": reference}, np.isfinite(each[0])
         for i in np.flatnonzero(known).tolist():
-            seeds, by_seed = {}, fitted[i].by_seed
-            for seed in sorted(by_seed.get(curve, {}).keys() & by_seed.get(reference, {}).keys()):
-                theirs, own = (
-                    (budgets, np.where(budgets == budgets[i], by_seed[one][seed], frontiers[one][1][0]))
-                    for one in (reference, curve)
-                )
-                if math.isfinite(multiplier := compute_multipliers(theirs, own, trend)[i]):
-                    seeds[seed] = multiplier
             found.append({**pair, "budget": budgets[i], "multiplier": each[0, i], **_ends(each[1:, i]),
-                          "df": fitted[i].fit.linear.df, **({"by_seed": seeds} if seeds else {})})  # fmt: skip
+                          "df": fitted[i].fit.linear.df})  # fmt: skip
         if (used := known & trend).sum() >= GROWTH_BUDGETS:
             slope = math.log(10) * fit_power_law(budgets[used], each[:, used])[0]
             slopes.append({**pair, "slope": slope[0], **_ends(slope[1:])})
@@ -111,27 +100,12 @@ def _ends(draws: Array) -> dict[str, float]:
 
 
 def power_laws(fitted: Sequence[Budget], frontiers: Mapping[Curve, Array]) -> dict[str, Any]:
-    """The optima of each curve with two or more budgets and, with three or more, the power law through their sizes."""
+    """The exponent of the optimal size in the budget of each curve with three or more budgets, with its interval."""
     budgets, laws = np.array([one.budget for one in fitted]), {}
-    for curve, (x, losses) in frontiers.items():
+    for curve, (x, _) in frontiers.items():
         known = np.isfinite(x[0])
-        if known.sum() < 2:
-            continue
-        whole = np.isfinite(x[1:, known]).all(axis=1)
-        power = dict.fromkeys(("exponent", "coefficient"))
-        draws = {"loss": losses[1:, known][whole]}
-        if enough := known.sum() >= MIN_BUDGETS:
-            powers = dict(zip(power, fit_power_law(budgets[known], x[:, known]), strict=True))
-            power = {key: float(values[0]) for key, values in powers.items()}
-            draws = {key: values[1:][whole] for key, values in powers.items()} | draws
-        bootstrap = Bootstrap(draws=draws, resamples=DRAWS, failed=int((~whole).sum()), seed=0)
-        laws[str(curve)] = {
-            "law": "isoflop", "method": curve, "x": X, "n": int(known.sum()),
-            "status": FitStatus.CONVERGED if enough else FitStatus.TOO_FEW_POINTS, **power, "ci": bootstrap.intervals(),
-            "vertices": [
-                {"budget": budgets[i], "x": x[0, i], "loss": losses[0, i], "status": fitted[i].optima[curve].status}
-                for i in np.flatnonzero(known).tolist()
-            ],
-            "include_flagged": True, "bootstrap": bootstrap,
-        }  # fmt: skip
+        if known.sum() >= MIN_BUDGETS:
+            exponents, _ = fit_power_law(budgets[known], x[:, known])
+            interval = {"exponent": percentile_interval(exponents[1:])}
+            laws[str(curve)] = {"law": "isoflop", "method": curve, "exponent": exponents[0], "ci": interval}
     return laws
