@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from filelock import FileLock
-from synthetic_study import METHODS, SWEEP, WRONG, cells, minimum, records, script, shared_curvature, write_cells
+from synthetic_study import METHODS, SWEEP, WRONG, cells, minimum, records, shared_curvature, write_cells
 
 from peerscale.errors import UserError, exit_code
 from peerscale.records.fingerprint import fingerprint
@@ -20,6 +20,7 @@ from peerscale.records.table import read_records, runs_table
 from peerscale.stats import collection
 from peerscale.stats.comparison import compare
 from peerscale.stats.fits import fit_study
+from programs import program as script
 
 collect = script("collect")
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic_study import METHODS, SWEEP, script
+from synthetic_study import METHODS, SWEEP
 
 from peerscale.errors import exit_code
 from peerscale.records.study import collected
+from programs import program as script
 
 compare = script("compare")
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from synthetic_study import script
 
 from peerscale.errors import exit_code
 from peerscale.files import ROOT
 from peerscale.records.table import read_runs
+from programs import program as script
 from wandb_server import WandbServer
 
 dashboard = script("dashboard")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from synthetic_ablations import ablation_runs
-from synthetic_study import SWEEP, script
+from synthetic_study import SWEEP
 
 from peerscale.errors import exit_code
 from peerscale.figures.figures import study_figures
@@ -18,6 +18,7 @@ from peerscale.files import write_json
 from peerscale.records.study import StudyFolder, collected, published
 from peerscale.records.table import read_runs
 from peerscale.stats.collection import fits_of
+from programs import program as script
 
 figures = script("figures")
 SCRIPT = Path(__file__).parents[2] / "analysis" / "figures.py"

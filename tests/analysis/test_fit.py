@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic_study import script
 
 from peerscale.errors import exit_code
+from programs import program as script
 
 fit = script("fit")
 SURFACE = ["--params", "N", "--tokens", "D", "--loss", "loss"]

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from synthetic_study import script
 
 from peerscale.records.study import published
 from peerscale.records.table import read_runs
+from programs import program as script
 
 fit = script("fit")
 

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import vl_convert
-from synthetic_study import GRID, METHODS, SWEEP, minimum, script, shared_curvature
+from synthetic_study import GRID, METHODS, SWEEP, minimum, shared_curvature
 
 from peerscale.errors import exit_code
 from peerscale.figures.answer import answer
@@ -22,6 +22,7 @@ from peerscale.records.study import collected
 from peerscale.records.table import read_runs
 from peerscale.stats.curve import Curve, finished
 from peerscale.stats.fits import read_fits
+from programs import program as script
 
 LABELS = ("dense", "MoE (expert choice)", "MoE (token choice)", "PKM", "PEER")
 EVIL = "</script><script>alert(1)</script>$library"

@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from synthetic_study import SWEEP, cells, records, script
+from synthetic_study import SWEEP, cells, records
 
 from peerscale.errors import exit_code
 from peerscale.records.record import Record, Status, read_record, write_record
 from peerscale.records.study import collected, published
 from peerscale.records.table import read_records, write_records
 from peerscale.stats import collection
+from programs import program as script
 
 publish, restore, collect = script("publish"), script("restore"), script("collect")
 

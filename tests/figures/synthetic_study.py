@@ -1,11 +1,9 @@
 """A study as it might be found on disk: five methods, two budgets, five sizes, known minima, and cells gone wrong."""
 
 import functools
-import importlib.util
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ from peerscale.layers.pkm import PkmConfig
 from peerscale.plan.plan import Plan, plan
 from peerscale.records.record import Record, Status, new_record, write_record
 from peerscale.stats import collection
+from programs import program
 
 SWEEP = "synthetic"
 SEQUENCES, CONTEXT = 512, 64
@@ -174,16 +173,6 @@ def write_cells(runs: Path) -> list[Record]:
     return found
 
 
-def script(name: str) -> ModuleType:
-    """The module of `analysis/<name>.py`."""
-    path = Path(__file__).parents[2] / "analysis" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"analysis_{name}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
 def collected_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `runs` folder with the synthetic study, collected; tests leave it as it is."""
@@ -191,5 +180,5 @@ def collected_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_cells(runs)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collection, "planned_cells", lambda sweep, overrides: cells())
-        assert script("collect").main([SWEEP, "--runs", str(runs)]) == 0
+        assert program("collect").main([SWEEP, "--runs", str(runs)]) == 0
     return runs

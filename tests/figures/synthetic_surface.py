@@ -4,7 +4,6 @@ import numpy as np
 import pandas as pd
 
 from peerscale.laws.parametric import Surface
-from peerscale.records.curves import CURVES
 
 SURFACE = Surface(E=3.0, A=60.0, B=900.0, alpha=0.45, beta=0.5)
 """In N = FLOPs per token / 6 and D = tokens."""
@@ -33,14 +32,3 @@ def surface_runs(noise: float = 0.0, seed: int = 0) -> pd.DataFrame:
                     "lr": 0.01, "table_lr": np.nan,
                 })  # fmt: skip
     return pd.DataFrame(rows)
-
-
-def surface_curves(runs: pd.DataFrame, points: int = 60) -> pd.DataFrame:
-    """Each run's loss on the way, as of a schedule that had ended there."""
-    parts = []
-    for run in runs.to_dict("records"):
-        tokens = np.geomspace(run["tokens"] / 30, run["tokens"], points)
-        loss = SURFACE.predict(run["flops_per_token"] / 6, tokens)
-        columns = {"step": np.arange(1, points + 1), "tokens": tokens, "flops": tokens * run["flops_per_token"]}
-        parts.append(pd.DataFrame({"cell": run["cell"], **columns, "loss": loss, "lr": 0.01}))
-    return pd.concat(parts, ignore_index=True)[[*CURVES]]

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from synthetic_ablations import ablation_records, ablation_runs
-from synthetic_study import LOSS, OFFSET, SWEEP, minimum, script, shared_curvature
+from synthetic_study import LOSS, OFFSET, SWEEP, minimum, shared_curvature
 
 from peerscale.config.study import ClaimsConfig
 from peerscale.errors import exit_code
@@ -23,6 +23,7 @@ from peerscale.stats.collection import fits_of
 from peerscale.stats.comparison import compare
 from peerscale.stats.curve import Curve, curves_of, finished, from_names
 from peerscale.stats.fits import fit_study, read_fits
+from programs import program as script
 
 figures = script("figures")
 
