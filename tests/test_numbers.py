@@ -222,6 +222,7 @@ def of_readme() -> list[list[str]]:
 
 def of_results() -> list[list[str]]:
     expert = [n for size in ("112", "128") for n in (*pair(MAIN, 1e14, PEER, EXPERT, f"d{size}", sign=False), size)]
+    best, worst = (pair("active", 1e13, one, "dense", "d64") for one in (TWO_HEADS, "peer n_heads=4-top_k=16"))
     like = (pair(MAIN, 1e14, method, MORE, "d112") for method in ("moe_token_choice n_experts=32", EXPERT))
     return [
         ["95"],
@@ -243,19 +244,7 @@ def of_results() -> list[list[str]]:
         ["−0.061", "−0.054", "10¹⁴"],
         ["−0.037", "−0.040", "2.2·10¹²", "10¹⁴"],
         ["23.47", "16,384", "20.64", "16,384", "4,096", *pair(MAIN, 1e14, MORE, PEER), "10¹⁴", "3·10¹³", "10¹³"],
-        [
-            "3",
-            "1",
-            "2",
-            "4",
-            "64",
-            "2",
-            "32",
-            *pair("active", 1e13, TWO_HEADS, "dense", "d64"),
-            "4",
-            "16",
-            *pair("active", 1e13, "peer n_heads=4-top_k=16", "dense", "d64"),
-        ],
+        ["3", "1", "2", "4", "64", *("2", "32", *best), *("4", "16", *worst)],
         ["−0.004", "0.000", *pair("experts", 1e13, NORMALISED, NOT_NORMALISED, "d64"), "65,536", "10¹³"],
         ["100", usage(4096, 1)[0], "4,096", "10¹⁴", *usage(16384, 0), "16,384"],
         ["10¹⁴", "16,384", "3.2", "3.7", "16,384", "32", "112", *(number for each in like for number in each)],

@@ -32,7 +32,7 @@ def fit_study(runs: pd.DataFrame, compared: Mapping[str, Any], held_out: Collect
 
     Returns:
         `compared`, and also
-        `laws`: `<method>`, the power law of optimal sizes; and, with at least three budgets, `<method>/parametric`, the
+        `laws`, with at least three budgets: `<method>`, the power law of optimal sizes, and `<method>/parametric`, the
         loss surface over tokens D and N = FLOPs per token / 6, so that C = 6 N D is exact. Both exponents of a method
         refer to the same measure of size.
         `conventions`: multipliers under other FLOP conventions.
