@@ -41,7 +41,7 @@ def test_a_panel_a_budget_and_size_with_points_parabolas_and_minima() -> None:
         assert points[name].get_color() == lines[f"_parabola {name}"].get_color()
     np.testing.assert_allclose(lines["_best dense"].get_xydata(), [(0.8, 4.3)])
     assert "_best peer" not in lines  # it lies beyond the rates tried
-    assert first.get_xlabel() == "factor of the usual rate"
+    assert first.get_xlabel() == "factor of the learning rate"
     figure.draw_without_rendering()
 
 

@@ -55,7 +55,10 @@ def test_all_methods_are_on_one_axis_side_by_side() -> None:
 
 
 def test_budgets_below_the_trend_stand_apart_from_the_line() -> None:
-    ours = drawn(multipliers=[*PEER, {**PEER[1], "budget": 1e13, "multiplier": 1.4}], trend_from=3e12).axes[0]
+    figure = drawn(multipliers=[*PEER, {**PEER[1], "budget": 1e13, "multiplier": 1.4}], trend_from=3e12)
+    assert figure.get_supxlabel().startswith(r"lines start at $3 \times 10^{12}$ FLOPs")
+    assert not drawn().get_supxlabel().startswith("lines")
+    ours = figure.axes[0]
     np.testing.assert_allclose(lines(ours)["peer"][:, 1], [1.3, 1.4])
     np.testing.assert_allclose(lines(ours)["peer apart"], [(1e12, 1.1)])
     assert intervals(ours, "peer apart") == [[1.0, 1.2]]

@@ -72,10 +72,10 @@ def brackets_figure(fits: Fits, curves: Iterable[Curve] = ()) -> Figure | None:
             if not is_beyond(one):
                 style.star(axes, one["best"], one["lowest"], look["color"], f"_best {name}")
         axes.set(title=f"{style.budget_title(place[0])}\n{style.size_label(place[1])}", xscale="log")
-        axes.set_xlabel("factor of the usual rate")
+        axes.set_xlabel("factor of the learning rate")
         style.decade_axis(axes.xaxis, tried, "{:g}".format)
     style.label_left(panels, "loss (nats per token)")
     style.curve_legend(figure, looks)
-    style.caption(figure, "star: best factor of the fitted curve; factor 1: the rate of the runs in the other figures")
-    style.caption(figure, "a method missing from a panel was trained at that rate alone")
+    style.caption(figure, "star: lowest point of the fitted curve; factor 1: the rate in the other figures")
+    style.caption(figure, "a method without points was trained at that rate alone")
     return figure

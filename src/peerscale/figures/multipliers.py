@@ -62,6 +62,8 @@ def multipliers_figure(fits: Mapping[str, Any], published: pd.DataFrame, done: p
     panels[0].set_ylabel(f"compute multiplier over {style.label(Curve(fits['baseline']))}")
     style.log_axis(panels[0].yaxis, *panels[0].get_ylim())
     style.curve_legend(figure, looks)
+    apart = f"lines start at {style.budget_title(start)}, as the trend does"
+    style.caption(figure, apart if (found["x"] < start).any() else "")
     style.caption(figure, style.INTERVALS)
     few = f"without a minimum, compared with {style.label(Curve(fits['baseline']))} models of equal cost"
     causes = ["from a flagged minimum"] * any(hollow) + [few] * (len(found) > len(hollow))
