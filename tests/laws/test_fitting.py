@@ -225,6 +225,7 @@ def test_every_law_of_the_loss_holds_out_its_largest_runs_and_names_its_results_
     n, d, g = (grid.ravel() for grid in np.meshgrid([1e8, 5e8, 3e9], [1e10, 6e10, 2e11], [1, 4, 16]))
     table = pd.DataFrame({"N": n, "D": d, "G": g, "loss": 0.47 + (2.1 / g**0.58 + 18.1) / n**0.115 + 30.8 / d**0.147})
     of_experts = table.assign(loss=10 ** (1.1 - 0.08 * np.log10(n) - 0.04 * np.log10(2 * g / (1 + g / 300))))
+    of_experts["loss"] *= np.exp(np.random.default_rng(0).normal(0, 1e-5, len(n)))  # an exact fit's search may not end
     granular = fit_granular(table, params="N", tokens="D", granularity="G", loss="loss", bootstrap=20)
     assert granular.hold_out.n == 3 and granular.hold_out.rmse < 1e-6
     routed = fit_routed(of_experts, dense_params="N", experts="G", loss="loss", bootstrap=20)
