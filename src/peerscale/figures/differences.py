@@ -57,7 +57,7 @@ def differences_figure(fits: Mapping[str, Any], curves: Iterable[Curve] = ()) ->
     of_row = {row: sorted((place for place in shown if place[2] == row), key=itemgetter(0)) for row in rows}
     most = max(map(len, of_row.values()))
     figure, (axes,) = style.panels(1, height=0.6 + (0.16 + 0.06 * most) * len(rows))
-    axes.axvline(0, color=style.GREY, linewidth=0.9)
+    axes.axvline(0, color=style.GREY, linewidth=0.9, zorder=1)  # below the labels, and these below the points
     for place, found in shown.items():
         budget, size, curve = place
         height = rows.index(curve) + (of_row[curve].index(place) - (len(of_row[curve]) - 1) / 2) * 0.8 / most
@@ -67,7 +67,8 @@ def differences_figure(fits: Mapping[str, Any], curves: Iterable[Curve] = ()) ->
         axes.plot([found["value"]], [height], markers[groups[place]], **look, label=str(curve))
         if size and not fixed:
             text = f" {style.size_label(size).partition(' (')[0]}"
-            axes.text(found["high"], height, text, fontsize=5.5, verticalalignment="center")
+            behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.2}
+            axes.text(found["high"], height, text, fontsize=5.5, verticalalignment="center", bbox=behind, zorder=1.5)
     axes.set_yticks(range(len(rows)), [style.label(curve) for curve in rows])
     axes.grid(visible=False, axis="y")
     axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel=f"loss minus {reference} (nats per token)")
