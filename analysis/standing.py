@@ -22,7 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     entries = read_entries(folder)
     if not entries:
         raise UserError(f"no entrants in {folder}; first: make place LAYER=NAME")
-    rows = standing_rows(entries)
+    try:
+        rows = standing_rows(entries)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
     reference = next(entry.name for entry in entries if entry.about["entrant"]["reference"])
     text = standing_table(rows, reference)
     write_text(folder / "table.csv", rows.to_csv(index=False))

@@ -6,6 +6,7 @@ results computed from `fits.json` and `runs.csv`, others (budgets, settings, the
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -13,8 +14,11 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import yaml
 
 from peerscale.files import ROOT
+from peerscale.plan.entrant import SIZES, Placing, read_entrant
+from peerscale.records.entry import ENTRY, STANDING
 
 NUMBER = re.compile(r"[−+]?\d(?:[\d,.]*\d)?(?:e\d+)?[⁰¹²³⁴⁵⁶⁷⁸⁹]*(?:·10[⁰¹²³⁴⁵⁶⁷⁸⁹]+)?")
 NOT_TEXT = re.compile(r"```.*?```|`[^`\n]*`|\]\([^)]*\)|^#.*?$", flags=re.S | re.M)
@@ -255,6 +259,8 @@ def of_results() -> list[list[str]]:
             [*NUMBER.findall(name), *pair("controls", 1e13, method, "dense", "d64"), *notes]
             for name, (method, *notes) in CONTROLS.items()
         ),
+        # The standing table
+        departure_from_one_law(),
         # What limits these numbers
         ["10¹⁴", "2", "32"],
         ["3·10¹³", "10¹⁴", *largest_gain(1e14), "10¹⁴"],
@@ -268,6 +274,28 @@ def of_results() -> list[list[str]]:
         # Withdrawn
         ["2026", "11", "27", "2026", "12", "01"],
     ]
+
+
+def departure_from_one_law() -> list[str]:
+    """How far rates of the standing table are from the common law's, in percent, and what that moves at most.
+
+    The common exponents are those of conf/optim; a distance x in the logarithm of the rate costs curvature x^2.
+    """
+    curvature, apart, moved = fits("rates")["rates"]["law"]["curvature"], [], {}
+    common = yaml.safe_load(text_of("conf/optim/adamw.yaml"))["lr_law"]
+    for name in sorted(path.parent.name for path in STANDING.glob(f"*/{ENTRY}")):
+        cells = Placing(name, read_entrant(name)).cells([{}], 1e13, SIZES[1e13], [0])
+        (tuned,) = (cell for cell in cells if cell.config.d_model == 64)
+        own = tuned.config.optim.lr_law
+        logs = [
+            (common["width_exponent"] - own.width_exponent) * math.log(cell.config.d_model / 64)
+            + (common["tokens_exponent"] - own.tokens_exponent) * math.log(cell.plan.tokens / tuned.plan.tokens)
+            for cell in cells
+        ]
+        apart += [abs(math.expm1(x)) for x in logs]
+        moved[name] = curvature * math.fsum(x**2 for x in logs) / len(logs)
+    assert max(moved, key=lambda name: moved[name]).startswith("peer")
+    return [f"{100 * max(apart):.0f}", "10¹³", f"{max(moved.values()):.4f}"]
 
 
 def text_of(name: str) -> str:

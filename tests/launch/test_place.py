@@ -2,10 +2,12 @@
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,8 +19,9 @@ from peerscale.plan import entrant as protocol
 from peerscale.plan.cell import Cell
 from peerscale.plan.entrant import SEEDS, Entrant, Placing, drive, read_entrant
 from peerscale.records import entry as entries
+from peerscale.records import outcome
 from peerscale.records.entry import check_entry, losses_of, read_entries, write_entry
-from peerscale.records.record import Record, Status, new_record
+from peerscale.records.record import Record, Status, new_record, write_record
 from peerscale.records.table import read_records, write_records
 from peerscale.stats.standing import standing_rows
 
@@ -134,6 +137,51 @@ def test_the_check_finds_missing_further_and_other_runs(tmp_path: Path) -> None:
         check_entry("dense_in_two", standing=tmp_path)
 
 
+def test_a_row_goes_on_from_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that has none of its runs, only what is missing is trained, and its larger budget is kept."""
+    trained: list[str] = []
+
+    def train(cells: Sequence[Cell], **_: object) -> None:
+        for cell in cells:
+            trained.append(cell.name)
+            write_record(cell.folder, record_of(cell))
+
+    for module in (place, outcome):
+        monkeypatch.setattr(module, "read_manifest", lambda data: SimpleNamespace(fingerprint="corpus"))
+    monkeypatch.setattr(place, "prepare", lambda data: None)
+    monkeypatch.setattr(place, "run_missing", train)
+    monkeypatch.setattr(place, "table_folder", lambda overrides: tmp_path)
+    stages, folder = placed(tmp_path, "dense", read_entrant("dense"))
+    records = read_records(folder)
+    write_records(folder, records[1:])
+    assert place.main(["dense", f"trainer.runs_directory={tmp_path / 'runs'}"]) == 0
+    assert trained == [records[0].cell]
+    assert check_entry("dense", standing=tmp_path) == sum(map(len, stages)) and stages[-1][0].config.budget == 3e13
+
+    other = {"fingerprint": "0" * 16, "hashed_config": records[0].hashed_config | {"context": 32}}
+    write_records(folder, [replace(records[0], **other), *records[1:]])
+    trained.clear()
+    assert place.main(["dense", f"trainer.runs_directory={tmp_path / 'again'}"]) == 0
+    assert trained == [records[0].cell], "a run of another configuration counts for nothing"
+    (folder / entries.ENTRY).write_text((folder / entries.ENTRY).read_text().replace(entries.protocol_hash(), "0" * 12))
+    trained.clear()
+    assert place.main(["dense", f"trainer.runs_directory={tmp_path / 'anew'}"]) == 0
+    assert len(trained) == len(records), "runs of another protocol neither"
+
+
+def test_rows_of_different_protocols_are_not_compared(tmp_path: Path) -> None:
+    placed(tmp_path, "dense", Entrant(layer="dense", replaced="all", reference=True))
+    _, folder = placed(tmp_path, "peer", Entrant(layer="peer"))
+    path = folder / entries.ENTRY
+    path.write_text(path.read_text().replace(entries.protocol_hash(), "0" * 12))
+    with pytest.raises(UserError, match=r"rows of different protocols, .*: dense [0-9a-f]{12}, peer 0{12}$"):
+        standing_rows(read_entries(tmp_path))
+    with pytest.raises(
+        UserError, match=f"peer: followed the protocol 0{{12}}, which is now {entries.protocol_hash()}$"
+    ):
+        check_entry("peer", standing=tmp_path)
+
+
 def test_without_an_entry_the_check_says_what_to_type(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"mine is not there to be checked; first: make place LAYER=mine$"):
         check_entry("mine", standing=tmp_path)
@@ -149,9 +197,12 @@ def test_rows_follow_from_the_records_and_move_nobody(tmp_path: Path) -> None:
     peer = alone[alone["entrant"] == "peer"]
     for _, row in peer.iterrows():
         assert row["low"] < -0.01 < row["high"] and row["multiplier"] > 1 and row["smallest"] < 0.03
-    assert [*alone["multiplier_limit"]] == [1, 1, 3, 3], "dense was trained at 5e12, 1e13 and 3e13"
-    beyond = standing_table(alone.assign(multiplier_high=math.inf), "dense").splitlines()
-    assert [line.partition(", > ")[2][:2] for line in beyond if "[peer]" in line] == ["1]", "3]"]
+    assert [*alone["multiplier_most"]] == [1, 1, 3, 3], "dense was trained at 5e12, 1e13 and 3e13"
+    bounds = {"multiplier_low": 0.0, "multiplier_high": math.inf}
+    beyond = standing_table(alone.assign(**bounds), "dense").splitlines()
+    assert [re.findall(r"\[< (\S+), > (\S+)\]", line) for line in beyond if "[peer]" in line] == [
+        *([("0.167", "1")], [("0.5", "3")])
+    ]
     reference = alone[alone["entrant"] == "dense"]
     assert [*reference["difference"]] == [0, 0] and [*reference["multiplier"]] == pytest.approx([1, 1])
     assert [*reference["sizes"]] == [3, 3], "those of the other rows, so that mean losses are of the same sizes"
@@ -176,7 +227,7 @@ def test_a_row_is_repeated_with_other_seeds(tmp_path: Path) -> None:
 
 def test_runs_without_a_loss_are_shown(tmp_path: Path) -> None:
     placed(tmp_path, "dense", Entrant(layer="dense", replaced="all", reference=True))
-    with pytest.raises(UserError, match=r"only the reference, dense, is there; next: make place LAYER=NAME"):
+    with pytest.raises(UserError, match=r"only the reference, dense, is there; other rows come from make place"):
         standing_rows(read_entries(tmp_path))
     _, folder = placed(tmp_path, "peer", Entrant(layer="peer"))
     records = read_records(folder)

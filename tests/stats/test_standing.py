@@ -52,6 +52,18 @@ def test_finalists_that_differ_by_seeds_alone_have_no_error_of_tuning() -> None:
     assert tuning_error(apart) == (pytest.approx(0.1), 2.0)
 
 
+def test_a_finalist_that_diverged_does_not_make_a_row_more_certain() -> None:
+    finals = pd.DataFrame({"point": [1, 1, 2, 2, 3, 3], "val_loss": [4.0, 4.02, 4.1, 4.12, 4.2, 4.22]})
+    whole, missing = tuning_error(finals), tuning_error(finals[:-1])
+    assert whole[0] == pytest.approx(math.sqrt(0.1**2 - 0.0002 / 2)) and whole[1] == missing[1] == 2
+    means, of_seeds = [4.01, 4.11, 4.2], 0.0002 * (1 / 2 + 1 / 2 + 1) / 3
+    assert missing[0] == pytest.approx(math.sqrt(np.var(means, ddof=1) - of_seeds))
+    for unknown in (finals[:2], finals[::2]):
+        assert all(map(math.isnan, tuning_error(unknown)))
+    row = difference(runs(ENTRANT), runs(REFERENCE), tuning=[tuning_error(finals[:2]), whole])
+    assert math.isfinite(row.value) and all(map(math.isnan, (row.se, row.p, *row.interval)))
+
+
 def test_multipliers_are_interpolated_and_bounded() -> None:
     reference = pd.concat([runs(REFERENCE, budget=budget) for budget in (1e12, 1e13, 1e14)])
     frontier = reference_frontier(reference)

@@ -62,10 +62,9 @@ def _multiplier(row: Mapping[Any, Any]) -> str:
     """A multiplier with its interval; a bound where the reference was not trained far enough."""
     if row["se"] == 0 or math.isnan(row["difference"]):
         return number(row["multiplier"], "{:g}")
-    if row["multiplier"] == 0:
-        return "below the reference's smallest budget"
+    bounds = {0.0: f"< {row['multiplier_least']:.3g}", math.inf: f"> {row['multiplier_most']:.3g}"}
     each = [row[key] for key in ("multiplier", "multiplier_low", "multiplier_high")]
-    value, low, high = (f"> {row['multiplier_limit']:.3g}" if math.isinf(one) else number(one) for one in each)
+    value, low, high = (bounds.get(one) or number(one) for one in each)
     return f"{value} [{low}, {high}]"
 
 

@@ -2,7 +2,8 @@
 
 python -m peerscale.launch.place LAYER [key=value ...] [--budget 3e13] [--launcher joblib --jobs 2]
 
-Every stage is looked up in the folders of its cells first, so the same command goes on wherever it was stopped.
+Every stage is looked up in the folders of its cells and in the entrant's folder in results/standing first, so the same
+command goes on wherever it was stopped, and a larger --budget adds to a row that is there.
 """
 
 import sys
@@ -14,6 +15,7 @@ import yaml
 
 from peerscale.config.compose import set_value
 from peerscale.data.prepare import prepare
+from peerscale.data.store import read_manifest
 from peerscale.errors import ArgumentParser, FailedCells, UserError, exit_code, positive_integer, positive_number
 from peerscale.files import from_checkout
 from peerscale.launch.plan_table import duration
@@ -36,13 +38,28 @@ from peerscale.plan.entrant import (
     drive,
     read_entrant,
 )  # fmt: skip
-from peerscale.records.entry import check_entry, losses_of, table_folder, write_entry
+from peerscale.records.entry import Entry, check_entry, losses_of, protocol_hash, read_entry, table_folder, write_entry
 from peerscale.records.outcome import FINISHED, outcomes
-from peerscale.records.record import Record, Status
+from peerscale.records.record import RECORD, Record, Status, differences, write_record
 
 
 class Waiting(Exception):
     """The runs of a stage have not ended: Slurm or another process has them."""
+
+
+def restore(cells: Sequence[Cell], entry: Entry) -> None:
+    """Put an entry's records into the folders of the cells that have none, if their configurations are the same.
+
+    From then on they are runs like any other. Records of an earlier protocol are left out.
+    """
+    if entry.about["protocol"] != protocol_hash():
+        return
+    manifest = read_manifest(cells[0].config.data)
+    records = {record.cell: record for record in entry.records}
+    for cell in cells:
+        record = None if (cell.folder / RECORD).exists() else records.get(cell.name)
+        if record and not differences(cell, record, manifest.fingerprint if manifest else None):
+            write_record(cell.folder, record)
 
 
 def run_stage(cells: Sequence[Cell], run: Callable[[Sequence[Cell]], Any]) -> dict[str, Record]:
@@ -102,10 +119,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{options.layer}: {check_entry(options.layer, options.overrides)} runs, as the protocol asks")
         return 0
     placing = Placing(options.layer, read_entrant(options.layer), options.overrides)
-    budgets = [budget for budget in placing.sizes if budget <= options.budget]
-    if options.budget not in budgets:
+    if options.budget not in placing.sizes:
         allowed = ", ".join(f"{budget:g}" for budget in placing.sizes)
         raise UserError(f"--budget {options.budget:g}: a row has the budgets {allowed}")
+    entry = read_entry(table_folder(options.overrides) / placing.name)
+    largest = max([options.budget, *map(float, entry.about["chosen"] if entry else ())])  # a row keeps its budgets
+    budgets = [budget for budget in placing.sizes if budget <= largest]
     if options.plan:
         print_plan(placing, [] if options.tune else budgets, options.jobs or 1)
         return 0
@@ -113,6 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ran: dict[str, Record] = {}
 
     def run(cells: Sequence[Cell]) -> Losses:
+        if entry:
+            restore(cells, entry)
         found = run_stage(cells, partial(run_missing, launcher=options.launcher, jobs=options.jobs, slurm=slurm))
         ran.update(found)
         return losses_of(found)

@@ -53,7 +53,7 @@ SIZES = {1e13: [48, 64, 80], 3e13: [80, 96, 112], 1e14: [112, 128]}
 """Widths (d_model) of an entrant by budget."""
 REFERENCE_SIZES = {
     5e12: [32, 48, 64, 80], 1e13: [32, 48, 64, 80, 96], 3e13: [64, 80, 96, 112, 128], 1e14: [96, 112, 128, 144],
-    2e14: [112, 128, 144],
+    2e14: [128, 160, 192, 224],
 }  # fmt: skip
 """Those of the reference."""
 
@@ -78,8 +78,8 @@ class Entrant:
     """Name of the layer's file in conf/ffn."""
     replaced: str | list[int] = field(default_factory=lambda: [2, 4])
     """Blocks that the layer takes; as the configuration's `replaced`."""
-    choice: Annotated[list[dict[str, Any]], Field(max_length=4)] = field(default_factory=lambda: [{}])
-    """The further choice: settings by key, such as `{ffn.n_heads: 1, ffn.top_k: 64}`. Empty: the usual ones."""
+    choice: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=4)] = field(default_factory=lambda: [{}])
+    """The further choice: settings by key, such as `{ffn.n_heads: 1, ffn.top_k: 64}`; `{}`: the usual ones."""
     reference: bool = False
     """Whether all rows are compared with this one."""
     mark: str = ""

@@ -89,11 +89,16 @@ def find_layers_of(folder: Path) -> None:
 
 def read_entries(standing: Path) -> list[Entry]:
     """All entrants of a table, by name."""
-    return [
-        Entry(name=path.parent.name, about=read_json(path), records=read_records(path.parent),
-              time_over_reference=_time(path.parent / TIME))
-        for path in sorted(standing.glob(f"*/{ENTRY}"))
-    ]  # fmt: skip
+    return [entry for path in sorted(standing.glob(f"*/{ENTRY}")) if (entry := read_entry(path.parent))]
+
+
+def read_entry(folder: Path) -> Entry | None:
+    """The entrant in a folder; None if there is none."""
+    if not (path := folder / ENTRY).is_file():
+        return None
+    return Entry(
+        name=folder.name, about=read_json(path), records=read_records(folder), time_over_reference=_time(folder / TIME)
+    )
 
 
 def _time(path: Path) -> float | None:
@@ -120,18 +125,20 @@ def check_entry(name: str, overrides: Sequence[str] = (), standing: Path | None 
         standing: the folder of the table; None: the one that the overrides choose.
 
     Raises:
-        UserError: its file in sweeps/standing says otherwise; runs are missing, of another configuration, or not asked
-            for; or the choice is another one.
+        UserError: it followed another protocol; its file in sweeps/standing says otherwise; runs are missing, of
+            another configuration, or not asked for; or the choice is another one.
     """
     path = (standing or table_folder(overrides)) / name
-    if not (path / ENTRY).is_file():
+    if (entry := read_entry(path)) is None:
         raise UserError(f"{from_checkout(path)} is not there to be checked; first: make place LAYER={name}")
     find_layers_of(path)
-    about = read_json(path / ENTRY)
+    about = entry.about
+    if about["protocol"] != protocol_hash():
+        raise UserError(f"{path}: followed the protocol {about['protocol']}, which is now {protocol_hash()}")
     placing = Placing(name, parse_entrant(about["entrant"], f"{path / ENTRY}: "), overrides)
     if name in entrant_files() and (declared := read_entrant(name)) != placing.entrant:
         raise UserError(f"{path}: {ENTRY} is of {placing.entrant}, but its file in sweeps/standing says {declared}")
-    records = {record.cell: record for record in read_records(path)}
+    records = {record.cell: record for record in entry.records}
     seen: set[str] = set()
 
     def look_up(cells: Sequence[Cell]) -> Losses:

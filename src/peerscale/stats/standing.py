@@ -25,8 +25,8 @@ from peerscale.stats.optima import Estimate, OptimaFit, holm, satterthwaite
 ALPHA = 0.05
 COLUMNS = [
     "budget", "rank", "entrant", "difference", "low", "high", "p", "se", "df", "smallest", "multiplier",
-    "multiplier_low", "multiplier_high", "multiplier_limit", "loss", "params_active", "params_total", "time", "sizes",
-    "seeds", "failed", "trials", "mark", "date", "protocol", "version",
+    "multiplier_low", "multiplier_high", "multiplier_least", "multiplier_most", "loss", "params_active",
+    "params_total", "time", "sizes", "seeds", "failed", "trials", "mark", "date", "protocol", "version",
 ]  # fmt: skip
 """Of the table; `standing_rows` says what they are."""
 
@@ -84,11 +84,15 @@ def tuning_error(finals: pd.DataFrame) -> tuple[float, float]:
         finals: one row per run of a finalist, with `point`, a label, and `val_loss`.
 
     Returns:
-        Its standard deviation in nats, and the degrees of freedom of that.
+        Its standard deviation in nats, and the degrees of freedom of that. NaN if too many diverged to know it: all
+        finalists but one, or a seed of each.
     """
     losses = [rows["val_loss"].to_numpy(float) for _, rows in finals.groupby("point")]
+    of_seeds = [each.var(ddof=1) for each in losses if len(each) > 1]
+    if len(losses) < 2 or not of_seeds:
+        return math.nan, math.nan
     between = np.var([each.mean() for each in losses], ddof=1)
-    within = np.mean([each.var(ddof=1) / len(each) for each in losses])
+    within = np.mean(of_seeds) * np.mean([1 / len(each) for each in losses])
     return math.sqrt(max(0.0, float(between - within))), len(losses) - 1.0
 
 
@@ -185,18 +189,21 @@ def standing_rows(entries: Sequence[Entry]) -> pd.DataFrame:
     """The standing table: one row per entrant and budget, the best first at each, and one of the reference.
 
     Columns: budget, rank, entrant, difference, low, high, p, se, df, smallest (the smallest effect that could have been
-    told), multiplier, multiplier_low, multiplier_high, multiplier_limit (the largest that the reference's budgets can
-    tell), loss (mean over sizes), params_active, params_total (at the middle size), time (of training at equal FLOPs
-    over the reference's; NaN: not measured), sizes, seeds, failed (how many of these runs have no loss; without any the
-    row has no numbers), trials (the runs up to this budget that chose), mark, date, protocol (its hash), version (the
-    commits that trained it, `+` if the checkout had changes).
+    told), multiplier, multiplier_low, multiplier_high, multiplier_least and multiplier_most (the smallest and the
+    largest that the reference's budgets can tell), loss (mean over sizes), params_active, params_total (at the middle
+    size), time (of training at equal FLOPs over the reference's; NaN: not measured), sizes, seeds, failed (how many of
+    these runs have no loss; without any the row has no numbers), trials (the runs up to this budget that chose), mark,
+    date, protocol (its hash), version (the commits that trained it, `+` if the checkout had changes).
 
     Raises:
-        UserError: there is not exactly one reference, or nothing else.
+        UserError: there is not exactly one reference, or nothing else; or rows followed different protocols.
     """
     references = [entry for entry in entries if entry.about["entrant"]["reference"]]
     if len(references) != 1:
-        raise UserError(f"results/standing has {len(references)} references; a table has one")
+        raise UserError(f"{len(references)} references; a table has one")
+    if len(protocols := {entry.about["protocol"]: entry.name for entry in entries}) > 1:
+        different = ", ".join(f"{name} {protocol}" for protocol, name in protocols.items())
+        raise UserError(f"rows of different protocols, which cannot be compared: {different}")
     runs = {entry.name: Runs(entry) for entry in entries}
     reference = runs[references[0].name]
     frontier = reference_frontier(reference.finished)
@@ -206,7 +213,7 @@ def standing_rows(entries: Sequence[Entry]) -> pd.DataFrame:
         for budget in {*one.of_rows["budget"]} & {*reference.finished["budget"]}
     ]  # fmt: skip
     if not rows:
-        raise UserError(f"only the reference, {reference.entry.name}, is there; next: make place LAYER=NAME")
+        raise UserError(f"only the reference, {reference.entry.name}, is there; other rows come from make place")
     rows += [_row(reference, reference, budget, frontier) for budget in {row["budget"] for row in rows}]
     table = pd.DataFrame(rows, columns=COLUMNS).sort_values(["budget", "difference"], ascending=[False, True])
     for budget, at in table[table["difference"].notna()].groupby("budget"):
@@ -253,7 +260,8 @@ def _row(one: Runs, reference: Runs, budget: float, frontier: tuple[Array, Array
         "difference": found.value, "low": found.interval[0], "high": found.interval[1], "p": found.p, "se": found.se,
         "df": found.df, "smallest": DETECTABLE * found.se if found.se else math.nan, "multiplier": value,
         "multiplier_low": least, "multiplier_high": most,
-        "multiplier_limit": max(frontier[0], default=math.nan) / budget, "loss": done["val_loss"].mean(),
+        "multiplier_least": min(frontier[0], default=math.nan) / budget,
+        "multiplier_most": max(frontier[0], default=math.nan) / budget, "loss": done["val_loss"].mean(),
     }  # fmt: skip
 
 
