@@ -136,7 +136,7 @@ publish: setup ## copy table, fits and figures of SWEEP to results/, to be commi
 	@$(BIN)/python analysis/publish.py "$$SWEEP" $(if $(REPLACE),--replace)
 
 sync: setup ## upload the offline W&B runs of SWEEP that are not uploaded yet
-	@$(BIN)/wandb sync -n 4 runs/"$$SWEEP"/*/wandb/offline-run-*
+	@GLOBIGNORE='runs/*/*.old/wandb/*'; $(BIN)/wandb sync -n 4 runs/"$$SWEEP"/*/wandb/offline-run-*
 
 dashboard: setup ## save a report of SWEEP on the W&B server: its figures, its table, the curves of its runs
 	@$(BIN)/python analysis/dashboard.py "$$SWEEP"

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import yaml
 
 from peerscale.errors import ConfigError, UserError
 from peerscale.figures.standing import standing_figure, standing_table
@@ -275,15 +276,29 @@ def test_the_folder_of_an_outside_layer_has_its_module_and_is_checked_without_th
     monkeypatch.setenv("PYTHONPATH", "")
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.chdir(home)
-    stages, folder = placed(standing, "halved", Entrant(layer="halved"))
+    (home / "conf/ffn/hot.yaml").write_text("# @package _global_\ndefaults: [halved, _self_]\noptim: {lr: 0.05}\n")
+    stages, folder = placed(standing, "halved", Entrant(layer="hot"))
     assert sorted(path.name for path in folder.rglob("*.*")) == [
-        *("entrant.json", "halved.yaml", "halved_layer.py", "records.jsonl", "sequence_losses.npz")
+        *("entrant.json", "halved.yaml", "halved_layer.py", "hot.yaml", "records.jsonl", "sequence_losses.npz")
     ]
     monkeypatch.chdir(elsewhere)
     del sys.modules["halved_layer"]
     sys.path.remove(str(home))
     assert check_entry("halved", standing=standing) == sum(map(len, stages))
     assert sys.modules["halved_layer"].__file__ == str(folder / "halved_layer.py")
+
+
+def test_what_was_chosen_is_printed_as_the_layers_file_has_it(capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = {"optim.lr_factor": 0.5, "optim.table_lr": 0.03, "optim.weight_decay": 0.3, "ffn.top_k": 8}
+    place.print_settings(Placing("peer", read_entrant("peer")), chosen)
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed == {"optim": {"lr": 0.00277, "table_lr": 0.03, "weight_decay": 0.3}, "ffn": {"top_k": 8}}
+
+
+def test_overrides_that_choose_no_corpus_choose_no_table(tmp_path: Path) -> None:
+    others = ["slurm.partition=short", "ffn.n_experts=9216", "sweep.min_sizes=1"]
+    assert entries.table_folder(others) == entries.STANDING
+    assert entries.table_folder([*others, "data=code"]) == entries.STANDING.with_name("standing_code")
 
 
 def test_the_plan_of_tuning_alone_has_no_row(capsys: pytest.CaptureFixture[str]) -> None:

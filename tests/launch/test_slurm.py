@@ -176,6 +176,8 @@ def test_without_submitit_one_line_says_what_to_install(monkeypatch: pytest.Monk
     ("wrong", "line"),
     [
         ("slurm.partitions=main", r"^conf/slurm.yaml: Key 'partitions' is not in struct"),
+        ("+slurm.partitions=main", r"^conf/slurm.yaml: Key 'partitions' is not in struct"),
+        ("~slurm.partition", r"^conf/slurm.yaml: Key '~slurm' is not in struct"),
         (
             "slurm.mem_gb=much",
             r"^sbatch: invalid literal for int\(\) with base 10: 'much' \(asked for 1 jobs of much GB",

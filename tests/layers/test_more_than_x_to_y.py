@@ -89,6 +89,8 @@ def test_rates_and_decays_are_those_that_it_states_at_every_step(here: Path) -> 
                 assert group["lr"] == pytest.approx(rate, rel=1e-12) and group["weight_decay"] == decay
         optimizer.step()
         scheduler.step()
+    (tables,) = (group["params"] for group in optimizer.param_groups if group.get("tables"))
+    assert [names[parameter].rpartition(".")[2] for parameter in tables] == ["table"], "whose rate is table_lr"
     everything = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     assert len(everything) == len({*everything}) == len(names)
 

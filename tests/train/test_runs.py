@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from omegaconf import OmegaConf
 from small_cells import EXPLODES, break_off, budget, final_weights, planned, train
 
@@ -20,10 +21,12 @@ from peerscale.config.schema import composed, load
 from peerscale.data.prepare import prepare
 from peerscale.errors import UserError
 from peerscale.files import ROOT
+from peerscale.layers.dense import Dense
 from peerscale.plan.cells import single_cell
 from peerscale.records.curves import read_metrics
 from peerscale.records.record import CHECKSUM, Record, Status, parse_record, read_record, write_record
 from peerscale.records.table import read_runs, write_records
+from peerscale.train.module import LanguageModel
 from peerscale.train.run import run_cell
 from programs import Result, call
 
@@ -76,6 +79,45 @@ def test_an_interrupted_cell_ends_as_an_unbroken_one(
         for where in ("runs", "unbroken")
     )
     assert rows == expected and [row["step"] for row in rows] == [2, 4, 6, 7]
+
+
+def test_a_layer_that_draws_random_numbers_goes_on_with_the_next(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = [*settings, "ffn=dense", "tracking=disabled", "trainer.checkpoint_every_steps=1", budget(settings, 7)]
+    _, plain = train([*overrides, f"trainer.runs_directory={tmp_path / 'plain'}"])
+    forward = Dense.forward
+    monkeypatch.setattr(Dense, "forward", lambda self, x: F.dropout(forward(self, x), 0.5, self.training))
+    _, unbroken = train([*overrides, f"trainer.runs_directory={tmp_path / 'unbroken'}"])
+    break_off(monkeypatch, 4, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        train(overrides)
+    _, resumed = train(overrides)
+    assert resumed.bit_exact and resumed.sequence_losses == unbroken.sequence_losses != plain.sequence_losses
+
+
+def test_a_corpus_that_is_replaced_in_training_changes_no_evaluation(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    words = Path(load(settings).data.path).read_text()
+    overrides = [*settings, f"data.path={text}", f"data.directory={tmp_path / 'data'}", "tracking=disabled"]
+    text.write_text(words)
+    prepare(load(overrides).data)
+    overrides.append(budget(overrides, 6))
+    _, undisturbed = train([*overrides, f"trainer.runs_directory={tmp_path / 'undisturbed'}"])
+    step, replaced = LanguageModel.training_step, []
+
+    def replacing(self: LanguageModel, *args: object) -> object:
+        if not replaced:
+            text.write_text(words[::-1])
+            replaced.append(prepare(load(overrides).data).manifest.fingerprint)
+        return step(self, *args)
+
+    monkeypatch.setattr(LanguageModel, "training_step", replacing)
+    _, record = train(overrides)
+    assert record.hashed_config["data_fingerprint"] != replaced[0]
+    assert record.sequence_losses == undisturbed.sequence_losses
 
 
 def test_a_done_cell_is_not_run_again_and_another_configuration_is_refused(settings: list[str]) -> None:

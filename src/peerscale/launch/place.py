@@ -27,7 +27,6 @@ from peerscale.plan.entrant import (
     FINAL_SEEDS,
     FINALISTS,
     N_TRIALS,
-    TABLE_RATE,
     TRIAL_SEED,
     TUNING_BUDGET,
     TUNING_SIZE,
@@ -161,9 +160,8 @@ def print_settings(placing: Placing, chosen: Settings) -> None:
     for key, value in chosen.items():
         set_value(tree, key, value)
     optim = cell.config.optim
-    tree["optim"] = {"lr": float(f"{optim.lr * optim.lr_factor:.3g}")} | (
-        {"table_lr": optim.table_lr} if TABLE_RATE in chosen else {}
-    )
+    del tree["optim"]["lr_factor"]
+    tree["optim"] = {"lr": float(f"{optim.lr * optim.lr_factor:.3g}"), **tree["optim"]}
     print(yaml.safe_dump(tree, sort_keys=False, default_flow_style=None), end="")
 
 

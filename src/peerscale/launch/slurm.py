@@ -52,7 +52,8 @@ def load_settings(overrides: Sequence[str] = (), at_once: int | None = None) -> 
     settings = OmegaConf.load(OURS / "conf" / "slurm.yaml")
     OmegaConf.set_struct(settings, True)
     with hydra_errors("conf/slurm.yaml"):
-        settings.merge_with_dotlist([word for word in overrides if word.startswith("slurm.")])
+        words = [word.lstrip("+") for word in overrides]
+        settings.merge_with_dotlist([word for word in words if word.lstrip("~").startswith("slurm.")])
         chosen: Any = OmegaConf.to_container(settings)
     return chosen["slurm"] | ({"array_parallelism": at_once} if at_once else {})
 

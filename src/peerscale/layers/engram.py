@@ -129,7 +129,7 @@ class Engram(nn.Module):
     def forward(self, x_BTD: Tensor, tokens_BT: Tensor) -> Tensor:
         """x (B, T, D), tokens (B, T) -> y (B, T, D)."""
         memory_BTE = F.embedding(self.rows(tokens_BT), self.table).flatten(-2).to(x_BTD.dtype)
-        match_BT1 = (self.norm_x(x_BTD) * self.norm_key(self.key(memory_BTE))).sum(-1, keepdim=True)
+        match_BT1 = (self.norm_x(x_BTD) * self.norm_key(self.key(memory_BTE).to(x_BTD.dtype))).sum(-1, keepdim=True)
         match_BT1 = match_BT1 * x_BTD.shape[-1] ** -0.5
         root_BT1 = match_BT1.sign() * match_BT1.abs().clamp_min(1e-6).sqrt()  # whose slope at 0 is finite
         u_BTD = root_BT1.sigmoid() * self.value(memory_BTE)

@@ -50,7 +50,7 @@ class FineGrainedMoeConfig(RoutedConfig):
         return "" if divides else f"ffn.granularity {self.granularity} does not divide d_ff {around.d_ff}"
 
     def columns(self, d_model: int) -> dict[str, Any]:
-        return {"n_experts": self.n_experts, "active_experts": self.top_k + self.n_shared}
+        return {"n_experts": self.n_experts, "top_k": self.top_k, "active_experts": self.top_k + self.n_shared}
 
 
 class FineGrainedMoe(TokenChoiceMoe):

@@ -46,7 +46,8 @@ class Entry:
 
 def table_folder(overrides: Sequence[str]) -> Path:
     """The folder of the table to which rows with these overrides of every cell belong."""
-    corpus = load(overrides).data.corpus_name
+    of_data = [override for override in overrides if override.lstrip("+").startswith(("data=", "data."))]
+    corpus = load(of_data).data.corpus_name
     return STANDING if corpus == "gutenberg" else STANDING.with_name(f"{STANDING.name}_{corpus}")
 
 
@@ -70,14 +71,26 @@ def write_entry(
 
 
 def _outside_files(placing: Placing) -> dict[str, Path]:
-    """The module and the YAML file of a layer outside peerscale, by their names in its entry."""
+    """The module and the YAML files of a layer outside peerscale, by their names in its entry."""
     module = type(load([f"ffn={placing.entrant.layer}"]).ffn).__module__
-    yaml = f"conf/ffn/{placing.entrant.layer}.yaml"
-    files = {}
+    files = _outside_yaml(placing.entrant.layer)
     if not (path := Path(str(sys.modules[module].__file__)).resolve()).is_relative_to(PACKAGE):
         files[f"{module.replace('.', '/')}.py"] = path
-    if not (OURS / yaml).is_file():
-        files[yaml] = next(folder / yaml for folder in outside_folders() if (folder / yaml).is_file())
+    return files
+
+
+def _outside_yaml(layer: str) -> dict[str, Path]:
+    """The layer's file in conf/ffn and those that it builds on, without those of peerscale."""
+    from omegaconf import OmegaConf
+
+    name = f"conf/ffn/{layer}.yaml"
+    if (OURS / name).is_file():
+        return {}
+    files = {name: next(folder / name for folder in outside_folders() if (folder / name).is_file())}
+    tree: Any = OmegaConf.to_container(OmegaConf.load(files[name]))
+    for other in tree.get("defaults", ()):
+        if isinstance(other, str) and other != "_self_":
+            files |= _outside_yaml(other)
     return files
 
 

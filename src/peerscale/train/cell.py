@@ -43,6 +43,7 @@ def train_cell(cell: Cell) -> Status:
         UserError: the cell cannot be run as it is.
     """
     corpus = open_corpus(cell.config.data)
+    corpus.tokens("train")  # opens the evaluation sets too, since another corpus may take their place in training
     old = read_record(cell.folder)
     if old is not None:
         check_same(cell, old, corpus.manifest.fingerprint)

@@ -22,8 +22,9 @@ from peerscale.model.trained import MADE_BY, checkpoints, read_checkpoint
 
 KEPT = 2
 
-MICRO_BATCHES, TRAINED_S = "micro_batches", "trained_s"
-"""Further keys of a checkpoint: the micro-batches of a step, and the seconds trained so far."""
+MICRO_BATCHES, TRAINED_S, RANDOM = "micro_batches", "trained_s", "random"
+"""Further keys of a checkpoint: the micro-batches of a step, the seconds trained so far, and torch's random states by
+type of device, if there is one device."""
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -68,10 +69,17 @@ class StepCheckpoint(ModelCheckpoint):
         )
         self.fingerprint, self.trained_s, self.last_step = fingerprint, trained_s, last_step
         self.since = time.monotonic()
+        self.random: dict[str, torch.Tensor] = {}
+        """To be set before the next step."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self.since = time.monotonic()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        for device, state in self.random.items():
+            (torch.cuda if device == "cuda" else torch).set_rng_state(state)
+        self.random = {}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
@@ -88,6 +96,14 @@ class StepCheckpoint(ModelCheckpoint):
         checkpoint |= {
             MADE_BY: self.fingerprint, MICRO_BATCHES: trainer.accumulate_grad_batches, TRAINED_S: trained_s,
         }  # fmt: skip
+        if trainer.world_size == 1:  # ranks draw each their own
+            on_gpu = trainer.strategy.root_device.type == "cuda"
+            checkpoint[RANDOM] = {
+                "cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if on_gpu else {}),
+            }  # fmt: skip
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.random = checkpoint.get(RANDOM, {})  # which those of older versions do not have
 
 
 class Resumed(NamedTuple):

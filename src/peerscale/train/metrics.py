@@ -57,7 +57,8 @@ class MetricsLog(Callback):
         if batch_idx % trainer.accumulate_grad_batches:
             return  # a micro-batch within a step
         groups = trainer.optimizers[0].param_groups  # which after the step have the next step's rates
-        self.rates = {"lr": groups[0]["lr"]} | ({"table_lr": groups[2]["lr"]} if groups[2:] else {})
+        of_tables = [group["lr"] for group in groups if group.get("tables")]
+        self.rates = {"lr": groups[0]["lr"]} | ({"table_lr": of_tables[0]} if of_tables else {})
         # Router health is sampled: only the tokens of a logged step are counted.
         assert isinstance(pl_module, LanguageModel)
         if is_logged(trainer.global_step + 1, self.config, self.plan):
