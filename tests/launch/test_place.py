@@ -301,6 +301,17 @@ def test_overrides_that_choose_no_corpus_choose_no_table(tmp_path: Path) -> None
     assert entries.table_folder([*others, "data=code"]) == entries.STANDING.with_name("standing_code")
 
 
+def test_overrides_leave_the_protocol_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    others = ["optim=row_sparse_adamw", "context=32"]
+    with pytest.raises(
+        UserError, match=r"the same for all layers, and overrides change context 64 -> 32; .*optim.name"
+    ):
+        place.main(["dense", "--plan", *others])
+    assert place.main(["dense", "--plan", "trainer.runs_directory=elsewhere", "data=code"]) == 0
+    assert place.main(["dense", "--plan", "--tune", *others]) == 0, "what is no row may differ"
+    capsys.readouterr()
+
+
 def test_the_plan_of_tuning_alone_has_no_row(capsys: pytest.CaptureFixture[str]) -> None:
     assert place.main(["dense", "--tune", "--plan"]) == 0
     assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()[:2]] == [

@@ -37,7 +37,17 @@ from peerscale.plan.entrant import (
     drive,
     read_entrant,
 )  # fmt: skip
-from peerscale.records.entry import Entry, check_entry, losses_of, protocol_hash, read_entry, table_folder, write_entry
+from peerscale.records.entry import (
+    Entry,
+    check_entry,
+    losses_of,
+    of_data,
+    protocol_hash,
+    read_entry,
+    table_folder,
+    write_entry,
+)
+from peerscale.records.fingerprint import differing_keys, hashed_config
 from peerscale.records.outcome import FINISHED, outcomes
 from peerscale.records.record import RECORD, Record, Status, differences, write_record
 
@@ -82,6 +92,17 @@ def run_stage(cells: Sequence[Cell], run: Callable[[Sequence[Cell]], Any]) -> di
     return {one.cell.name: one.record for one in found if one.record}
 
 
+def refuse_other_settings(placing: Placing) -> None:
+    """Raise `UserError` if overrides change what the protocol has the same for all."""
+    ours, usual = (
+        hashed_config(cell.config, cell.plan, "")
+        for cell in (next(placing._replace(overrides=some).tuning())[0]
+                     for some in (placing.overrides, of_data(placing.overrides)))
+    )  # fmt: skip
+    if found := differing_keys(usual, ours):
+        raise UserError(f"the protocol is the same for all layers, and overrides change {'; '.join(found)}")
+
+
 def print_plan(placing: Placing, budgets: Sequence[float], jobs: int) -> None:
     """What the command would train, without what depends on losses: trials of a wider space."""
     space = Space.of(placing.entrant)
@@ -124,6 +145,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     entry = read_entry(table_folder(options.overrides) / placing.name)
     largest = max([options.budget, *map(float, entry.about["chosen"] if entry else ())])  # a row keeps its budgets
     budgets = [budget for budget in placing.sizes if budget <= largest]
+    if not options.tune:
+        refuse_other_settings(placing)
     if options.plan:
         print_plan(placing, [] if options.tune else budgets, options.jobs or 1)
         return 0

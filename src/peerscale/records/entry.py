@@ -46,9 +46,13 @@ class Entry:
 
 def table_folder(overrides: Sequence[str]) -> Path:
     """The folder of the table to which rows with these overrides of every cell belong."""
-    of_data = [override for override in overrides if override.lstrip("+").startswith(("data=", "data."))]
-    corpus = load(of_data).data.corpus_name
+    corpus = load(of_data(overrides)).data.corpus_name
     return STANDING if corpus == "gutenberg" else STANDING.with_name(f"{STANDING.name}_{corpus}")
+
+
+def of_data(overrides: Sequence[str]) -> list[str]:
+    """The overrides that choose the corpus."""
+    return [override for override in overrides if override.lstrip("+").startswith(("data=", "data."))]
 
 
 def write_entry(
