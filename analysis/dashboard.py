@@ -20,6 +20,7 @@ import yaml
 from peerscale.command_line import study_parser
 from peerscale.errors import FailedCells, UserError, exit_code
 from peerscale.files import write_text
+from peerscale.records.record import cell_folders
 from peerscale.records.study import StudyFolder, collected, read_json
 from peerscale.records.table import read_runs
 from peerscale.stats.curve import usable
@@ -73,7 +74,7 @@ def tracking_of(folder: Path) -> dict[str, Any]:
     """W&B project and entity of the first cell of a study; raises `UserError` without cells or without the package."""
     if wr is None:
         raise UserError("wandb-workspaces is not installed: .venv/bin/python -m pip install --editable '.[report]'")
-    for path in sorted(folder.glob("*/config.yaml")):
+    for path in (path for cell in cell_folders(folder) if (path := cell / "config.yaml").is_file()):
         return yaml.safe_load(path.read_text(encoding="utf-8"))["tracking"]
     raise UserError(
         f"no cells in {folder}, whose config.yaml names the W&B project; first: make sweep SWEEP={folder.name}"
@@ -139,7 +140,7 @@ def report(study: StudyFolder, entity: str, project: str) -> Any:
         name = f"{budget:g} FLOPs"
         blocks.append(grid(name, [final(name, "derived.params_total")], expr.Config("budget") == float(budget)))
     lines = [
-        wr.LinePlot(title=title, x=x, y=[metric], title_x=x, log_x=x == "flops", groupby="ffn.method",
+        wr.LinePlot(title=title, x=x, y=[metric], title_x=x, log_x=x == "flops", groupby="derived.name",
                     max_runs_to_show=100)
         for title, metric, x in LINES
     ]  # fmt: skip

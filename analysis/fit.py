@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     law, (path, where, out) = COMMANDS[command][0], (given.pop(name) for name in ("table", "where", "out"))
     table = read_table(path, where)
     described = dict(given)
-    layers = ("variant",) if law is laws.fit_rates else ("variant", "settings")
+    layers = ("variant",) if law is laws.fit_rates else ("variant", "settings", "rate_factor")
     mixed = [] if path.is_dir() else pooled(table, given.get("by") or "method", layers)
     if law is laws.fit_rates:
         stored, text = fit_learning_rates(table, **given)
@@ -172,7 +172,7 @@ def pooled(table: pd.DataFrame, by: str, layers: Sequence[str]) -> list[str]:
     groups = known.groupby(by, sort=False) if by in table.columns else ()
     differ = [(name, column, rows[column].unique()) for name, rows in groups for column in there]
     return [
-        f"{by} {name} pools {len(kinds)} layers that differ in {column!r}: {some([*map(str, kinds)])}; "
+        f"{by} {name} pools {len(kinds)} kinds of runs that differ in {column!r}: {some([*map(str, kinds)])}; "
         "--where chooses one, and a study's folder in place of its table keeps them apart"
         for name, column, kinds in differ
         if len(kinds) > 1

@@ -18,7 +18,9 @@ from peerscale.records.study import collected
 from peerscale.records.study import published as kept
 from peerscale.records.table import read_records, runs_table
 from peerscale.stats import collection
+from peerscale.stats.collection import extrapolated, usual_cells
 from peerscale.stats.comparison import compare
+from peerscale.stats.curve import Curve
 from peerscale.stats.fits import fit_study
 from programs import program as script
 
@@ -323,3 +325,11 @@ def test_own_cells_of_another_configuration_are_left_out(
         "pending" if all_of_them else "done",
     )
     assert "dense-d16-3e11-s0" not in set(pd.read_csv(study.curves)["cell"])
+
+
+def test_rates_of_guests_and_of_bracketed_methods_are_told_to_be_extrapolated() -> None:
+    """Their places do not depend on the overrides of the part that is collected."""
+    own = {(7e11, Curve("dense")), (2.2e12, Curve("dense"))}
+    assert extrapolated(usual_cells("reproduce", ["dense"])) == own
+    assert extrapolated(usual_cells("reproduce", ["dense", "swiglu"])) >= {*own, (2.2e12, Curve("swiglu"))}
+    assert usual_cells("reproduce", ["dense", "of_another_machine"]) == ()

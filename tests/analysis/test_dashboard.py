@@ -65,7 +65,7 @@ def test_saved_twice_there_is_one_report(wandb_server: WandbServer, runs: Path) 
     for title, axis in {"Training loss against FLOPs": "flops", "Training loss against tokens": "tokens"}.items():
         assert panels[title]["xAxis"] == axis
         assert panels[title]["metrics"] == ["train/loss"]
-        assert panels[title]["groupBy"] == "ffn.value.method"
+        assert panels[title]["groupBy"] == "derived.value.name"
     final = panels["Final loss against parameters; colour: budget"]
     assert final["xAxis"] == "config:derived.value.params_total"
     assert (final["yAxis"], final["zAxis"]) == ("summary:validation/loss", "config:budget.value")

@@ -1,6 +1,7 @@
 """Figures come from the tables alone, in any order of events, and repeat."""
 
 import csv
+import json
 import os
 import shutil
 import subprocess
@@ -91,6 +92,21 @@ def test_settings_that_the_papers_figures_do_not_show_are_compared_with_dense(
     rows = rows.assign(method=method, query_norm=None if method == "moe" else rows["query_norm"])
     rows = rows[rows["n_experts"] == 1024] if method == "pkm" else rows
     study = fitted("mine", pd.concat([dense, rows]), tmp_path)
+    assert figures.main(["mine", "--runs", str(tmp_path)]) == 0
+    assert set(drawn(study.figures)) == {"differences.png", "differences.pdf"}
+
+
+def test_two_settings_of_which_a_figure_shows_one_are_compared_with_dense(tmp_path: Path) -> None:
+    """Heads and top k drawn over experts would be taken for seeds, and experts for seeds over heads."""
+    runs = ablation_runs("experts")
+    peer = runs[(runs["method"] == "peer") & (runs["query_norm"].astype(str) == "True")]
+    both = pd.concat([runs[runs["method"] == "dense"], peer, peer.assign(ffn_heads=1, cell=peer["cell"] + "-1")])
+    settings = [
+        {"ffn.n_experts": n, "ffn.n_heads": h} for n, h in zip(peer["n_experts"], peer["ffn_heads"], strict=True)
+    ]
+    one = [{**each, "ffn.n_heads": 1} for each in settings]
+    both["settings"] = [json.dumps({})] * (len(both) - 2 * len(peer)) + [json.dumps(each) for each in settings + one]
+    study = fitted("mine", both, tmp_path)
     assert figures.main(["mine", "--runs", str(tmp_path)]) == 0
     assert set(drawn(study.figures)) == {"differences.png", "differences.pdf"}
 

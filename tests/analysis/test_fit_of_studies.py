@@ -63,8 +63,9 @@ def test_a_table_whose_methods_pool_several_layers_is_warned_of(
     study, out = published("isoflop_cpu").folder, tmp_path / "fit.json"
     columns = ["--budget", "budget", "--x", "flops_per_token", "--loss", "val_loss", "--by", "method"]
     columns += ["--bootstrap", "0", "--out", str(out), "--where", "status == 'done'"]
-    for table, methods in ((study / "runs.csv", {"moe", "pkm", "peer"}), (study, set())):
+    for table, methods in ((study / "runs.csv", {"dense", "moe", "pkm", "peer"}), (study, set())):
         assert fit.main(["isoflop", str(table), *columns]) == 0
         said = [line for line in capsys.readouterr().out.splitlines() if " pools " in line]
         assert {line.split()[2] for line in said} == methods
+        assert [line for line in said if " dense " in line and "'rate_factor'" in line] == said[: bool(methods)]
         assert len(said) == len(json.loads(out.read_text()).get("warnings", ()))

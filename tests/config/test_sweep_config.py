@@ -120,6 +120,8 @@ FILES = [
     ("- 1\n", "toy.yaml: input should be a mapping with a `sweep:` section"),
     ("3\n", "toy.yaml: Invalid loaded object type: int"),
     ("sweep: 3\n", "toy.yaml: input should be a mapping with a `sweep:` section"),
+    ("sweep: {}\ndefaults: dense\n", "toy.yaml: defaults should be a list of choices, such as [override data: text]"),
+    ("sweep: {}\ndefaults: [1]\n", "toy.yaml: defaults should be a list of choices, such as [override data: text]"),
     ("sweep: {}\nseed: 1\nseed: 2\n", "toy.yaml: while constructing a mapping"),
     ("sweep: !!python/object/apply:os.system ['true']\n", "toy.yaml: could not determine a constructor for the tag"),
     ("sweep: {seeds: '${nosuch}'}\n", "toy.yaml: Interpolation key 'nosuch' not found"),

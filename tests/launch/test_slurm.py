@@ -177,6 +177,7 @@ def test_without_submitit_one_line_says_what_to_install(monkeypatch: pytest.Monk
     [
         ("slurm.partitions=main", r"^conf/slurm.yaml: Key 'partitions' is not in struct"),
         ("+slurm.partitions=main", r"^conf/slurm.yaml: Key 'partitions' is not in struct"),
+        ("slurm.timeout_min=null", r"^conf/slurm.yaml: timeout_min must be a number"),
         ("~slurm.partition", r"^conf/slurm.yaml: Key '~slurm' is not in struct"),
         (
             "slurm.mem_gb=much",

@@ -218,12 +218,23 @@ REFUSED = [
     (f"{{methods: [dense], {ONE}}}", "seed: 3", [], f"toy.yaml: seed {NO_EFFECT}"),
     ("{methods: [dense], grid: [{budget: 1e10, d_model: 8, head_dim: 4}]}", "head_dim: 8", [], f"head_dim {NO_EFFECT}"),
     (f"{{methods: [dense], {ONE}, axes: {{optim.lr: [1, 2]}}}}", "optim: {lr: 3}", [], f"optim.lr {NO_EFFECT}"),
+    (f"{{methods: [dense], {ONE}, method_settings: {{dense: {{seed: 7}}}}}}", "", [],
+     "toy.yaml: sweep: method_settings.dense gives seed, which rows of the grid give"),
+    (f"{{methods: [dense], {ONE}, axes: {{budget: [3e10]}}}}", "", [],
+     "axes gives budget, which rows of the grid give"),
+    ("{methods: [dense], grid: [{budget: 1e10, d_model: 8, head_dim: 4, axes: {head_dim: [8]}}]}", "", [],
+     "grid.0.axes gives head_dim, which rows of the grid give"),
+    (f"{{methods: [dense], {ONE}, method_settings: {{dense: {{optim: {{lr: 1}}}}}}}}", "", [],
+     "optim is a section: name its keys, such as optim.lr"),
     # What a study varies is not overridden
     (f"{{methods: [dense], {ONE}}}", "", ["seed=3"], "varies seed: change it there, or choose a part"),
     (f"{{methods: [dense], {ONE}}}", "", ["ffn=peer"], "varies ffn: change it there, or choose a part"),
     (f"{{methods: [dense], {ONE}, axes: {{optim.lr: [1]}}}}", "", ["optim.lr=3"], "varies optim.lr: change it there"),
     ("{methods: [dense], grid: [{budget: 1e10, d_model: 8, n_layers: 3}]}", "", ["n_layers=4"], "varies n_layers: "),
-    (f"{{methods: [dense], {ONE}}}", "", ["sweep.budgets=[2e10]"], "no cells in the part that sweep.budgets=[2e10] "),
+    (f"{{methods: [dense], {ONE}}}", "", ["sweep.budgets=[1e10,2e10]"],
+     "toy.yaml has no budget 2e+10; there are 1e+10"),
+    ("{methods: [dense], grid: [{budget: 1e10, d_model: 8, seeds: [1]}]}", "", ["sweep.seeds=[2]"],
+     "no cells in the part that sweep.seeds=[2] "),
     # Wrong keys and values
     (f"{{methods: [dens], {ONE}}}", "", [], "Could not find 'ffn/dens' Available options in 'ffn': balanced_moe "),
     (f"{{methods: [dense], {ONE}}}", "batch_sequence: 3", [],
@@ -253,6 +264,13 @@ def test_a_wrong_study_is_refused_in_one_line(
     with pytest.raises(ConfigError, match=re.escape(message)) as refused:
         planned_cells(study(sweep, settings), overrides)
     assert "\n" not in str(refused.value)
+
+
+def test_a_row_that_takes_a_section_away_is_another_curve(study: Write) -> None:
+    grid = "[{budget: 1e14, d_model: 64}, {budget: 1e14, d_model: 80, axes: {optim.table_lr_law: [null]}}]"
+    usual, without = planned_cells(study(f"{{methods: [peer], grid: {grid}}}", ""))
+    assert (usual.axes, without.axes) == ({}, {"optim.table_lr_law": None})
+    assert usual.plan.table_lr < without.plan.table_lr == without.config.optim.table_lr
 
 
 def test_two_corpora_of_one_name_are_not_mixed(tmp_path: Path) -> None:

@@ -85,6 +85,16 @@ def test_memory_of_one_device() -> None:
     assert device_memory(compiled)["activations"] == 2 * 64 * 4 * 2 * 19 * 64
 
 
+def test_a_table_that_blocks_share_is_there_once() -> None:
+    words = ["ffn=memory_plus", "ffn.n_experts=65536", "d_model=64", "optim=row_sparse_adamw"]
+    for blocks in ("middle", "all"):
+        config = load([*words, f"replaced={blocks}"])
+        table, rest = 65536 * 64, sum(p.numel() for p in build_model(config).parameters()) - 65536 * 64
+        assert device_memory(config)["state"] == 12 * table + 16 * rest, (
+            "weights, moments, and gradients but the table's"
+        )
+
+
 LARGE_TABLES = ["context=16", "batch_sequences=32", "ffn.n_heads=16", "ffn.top_k=32"]  # all rows are read in a step
 
 

@@ -16,7 +16,7 @@ from peerscale.files import ROOT
 from peerscale.records.table import read_records, read_runs
 from peerscale.stats.collection import fits_of
 from peerscale.stats.comparison import compare
-from peerscale.stats.curve import from_names
+from peerscale.stats.curve import Curve, from_names
 from peerscale.stats.guests import compare_with_guests
 from peerscale.stats.optima import OptimaFit
 
@@ -52,6 +52,7 @@ def reproduce() -> tuple[pd.DataFrame, dict[str, Any], dict[str, Any]]:
               for name in NAMES for r in records if r.method == "dense"]  # fmt: skip
     runs = pd.concat([*more, runs], ignore_index=True)
     beyond = {(one["budget"], one["method"]) for one in from_names(committed)["rates"]["extrapolated"]}
+    beyond |= {(2.2e12, Curve(name)) for name in NAMES}
     return runs, fits_of("reproduce", runs, [*records, *theirs], beyond), committed
 
 
@@ -83,7 +84,7 @@ def test_dense_under_another_name_equals_dense(reproduce: tuple[Any, Any, Any]) 
     lines = study_table("reproduce", runs, from_names(found)).splitlines()
     assert lines[2].startswith("**At 2.2e12 FLOPs PEER leads dense") and "file does not name" in lines[6]
     (verdict,) = (line for line in lines if line.startswith("| 2.2e12 | one minus dense | ") and line.count("|") == 8)
-    assert verdict.endswith(" | one seed; one not tuned; rates of dense extrapolated |")
+    assert verdict.endswith(" | one seed; one not tuned; rates of one and dense extrapolated |")
     (parts,) = (line for line in lines if line.startswith("| 2.2e12 | one minus dense | ") and line.count("|") == 11)
     assert parts.split(" | ")[6] == "not tuned"
 

@@ -106,10 +106,16 @@ def value_at(tree: Mapping[str, Any], key: str, default: Any = None) -> Any:
 
 
 def set_value(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set the value at a dotted key; whether there may be such a key is checked when the tree is parsed."""
+    """Set the value at a dotted key; whether there may be such a key is checked when the tree is parsed.
+
+    Raises:
+        ConfigError: a key on the way is no section, or the value would replace a whole section by some of its keys.
+    """
     *sections, name = key.split(".")
     for section in sections:
         if not isinstance(tree.setdefault(section, {}), dict):
             raise ConfigError(f"{key}: {section} has no keys")
         tree = tree[section]
+    if isinstance(value, Mapping) and isinstance(there := tree.get(name), Mapping) and there:
+        raise ConfigError(f"{key} is a section: name its keys, such as {key}.{next(iter(value), next(iter(there)))}")
     tree[name] = value

@@ -152,6 +152,16 @@ class SweepConfig:
             ("held_out", self.held_out, {width for row in self.grid for width in row.d_model}),
             *((f"grid.{n}.methods", row.methods or [], methods) for n, row in enumerate(self.grid)),
         ]
+        given = {"d_model", "budget", "seed"}.union(*(row.sizes[0] for row in self.grid))
+        settings: list[tuple[str, Mapping[str, Any]]] = [
+            ("axes", self.axes),
+            *((f"method_axes.{method}", axes) for method, axes in self.method_axes.items()),
+            *((f"method_settings.{method}", values) for method, values in self.method_settings.items()),
+            *((f"grid.{n}.axes", row.axes) for n, row in enumerate(self.grid)),
+        ]
+        for where, keys in settings:
+            if both := given & keys.keys():
+                raise ValueError(f"{where} gives {min(both)}, which rows of the grid give")
         for where, names, allowed in named:
             if wrong := [name for name in names if name not in allowed]:
                 raise ValueError(f"{where} names {wrong[0]}, but there are {', '.join(map(str, sorted(allowed)))}")

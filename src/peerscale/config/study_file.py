@@ -43,7 +43,10 @@ def read_study(sweep: str | Path) -> StudyFile:
         raise ConfigError(f"{path.name}: {error}") from None
     del settings["sweep"]
     settings.pop("hydra", None)  # Hydra's own settings could run code
-    return StudyFile(path=path, defaults=settings.pop("defaults", []), settings=settings, sweep=section)
+    defaults = settings.pop("defaults", None) or []
+    if not isinstance(defaults, list) or not all(isinstance(entry, str | dict) for entry in defaults):
+        raise ConfigError(f"{path.name}: defaults should be a list of choices, such as [override data: text]")
+    return StudyFile(path=path, defaults=defaults, settings=settings, sweep=section)
 
 
 def sweep_name(name: str) -> str:

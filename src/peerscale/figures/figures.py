@@ -60,19 +60,23 @@ def _figures(study: StudyFolder, runs: pd.DataFrame, x: str) -> Iterator[tuple[s
 def _settings_figures(
     done: pd.DataFrame, fits: Mapping[str, Any], published: pd.DataFrame
 ) -> Iterator[tuple[str, Figure | None]]:
-    """The paper's figures of the settings of its layer, or else the differences of all variants to the baseline."""
+    """The paper's figures of the settings of its layer, or else the differences of all variants to the baseline.
+
+    A figure is drawn if the layer varies nothing that it does not show, which would be taken for seeds.
+    """
     layer, settings = done[done["curve"].map(lambda curve: curve.method == LAYER)], varied(done["curve"])
-    experts = "ffn.n_experts" in varied(layer.loc[with_norm(layer), "curve"])
-    active = bool(varied(layer["curve"]) & {"ffn.n_heads", "ffn.top_k"})
-    query_norm = "ffn.query_norm" in varied(layer["curve"])
+    of_layer = varied(layer["curve"])
+    experts = varied(layer.loc[with_norm(layer), "curve"]) == {"ffn.n_experts"}
+    active = bool(of_layer) and of_layer <= {"ffn.n_heads", "ffn.top_k"}
+    query_norm = "ffn.query_norm" in of_layer and of_layer <= {"ffn.query_norm", "ffn.n_experts"}
     if len(settings) > MANY or not settings <= PICTURED or not (experts or active or query_norm):
         yield "differences", differences_figure(fits)
         return
     if experts:
         yield "experts", experts_figure(done, published, fits["baseline"])
     if active:
-        of_layer = done["curve"].map(lambda curve: curve.method in (LAYER, fits["baseline"]))
-        yield "active", active_figure(done[of_layer], fits["baseline"])
+        shown = done["curve"].map(lambda curve: curve.method in (LAYER, fits["baseline"]))
+        yield "active", active_figure(done[shown], fits["baseline"])
     if query_norm:
         yield "query_norm", query_norm_figure(layer, published, fits["baseline"])
 

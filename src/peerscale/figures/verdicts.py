@@ -42,11 +42,16 @@ def no_minimum(note: str) -> str:
 
 def caveats(fits: Mapping[str, Any], budget: float, pair: Collection[Curve], one: Mapping[str, Any]) -> list[str]:
     """What the interval of a difference of two curves leaves out, or knows little about."""
-    beyond = {(found["budget"], found["method"]) for found in fits.get("rates", {}).get("extrapolated", ())}
+    rates = fits.get("rates", {})
+    beyond = {(found["budget"], found["method"]) for found in rates.get("extrapolated", ())}
+    known = {(found["budget"], found["method"]) for found in rates.get("errors", ()) if found["se"] is not None}
     untuned = [curve for curve in pair if not_tuned(fits, budget, curve)]
     found = ["one seed"] if one["seeds_se"] is None else []
     found += [f"{label(curve)} {NOT_TUNED}" for curve in untuned]
-    found += ["error of learning rates unknown"] if one["rate_se"] is None and not untuned else []
+    if one["rate_se"] is None and not untuned:
+        found.append("error of learning rates unknown")
+    elif unknown := [label(curve) for curve in pair if curve not in untuned and (budget, curve) not in known]:
+        found.append(f"error of the rates of {' and '.join(unknown)} unknown")
     if some := [label(curve) for curve in pair if (budget, curve) in beyond]:
         found.append(f"rates of {' and '.join(some)} extrapolated")
     return found

@@ -55,6 +55,8 @@ def load_settings(overrides: Sequence[str] = (), at_once: int | None = None) -> 
         words = [word.lstrip("+") for word in overrides]
         settings.merge_with_dotlist([word for word in words if word.lstrip("~").startswith("slurm.")])
         chosen: Any = OmegaConf.to_container(settings)
+    if missing := [key for key in ("timeout_min", "max_num_timeout") if chosen["slurm"][key] is None]:
+        raise UserError(f"conf/slurm.yaml: {missing[0]} must be a number: it decides how often a cell is requeued")
     return chosen["slurm"] | ({"array_parallelism": at_once} if at_once else {})
 
 

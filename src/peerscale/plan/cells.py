@@ -20,6 +20,9 @@ from peerscale.plan.cell_names import cell_name, changes
 from peerscale.plan.memory import in_memory
 from peerscale.plan.plan import plan
 
+SECTION = object()
+"""What a key has that is a whole section, which no value equals."""
+
 SINGLE = "single"
 """The folder of cells that belong to no study."""
 
@@ -38,7 +41,11 @@ def planned_cells(sweep: str | Path | StudyFile, overrides: Sequence[str] = ()) 
     file = sweep if isinstance(sweep, StudyFile) else read_study(sweep)
     where, study, words = file.path.name, load_sweep(file), of_cells(overrides)
     _refuse_without_effect(file, study, words)
-    points = [*study.points(part_of(overrides))]
+    part = part_of(overrides)
+    if wrong := {*(part.budgets or ())} - (budgets := {row.budget for row in study.grid}):
+        there = ", ".join(f"{budget:g}" for budget in sorted(budgets))
+        raise ConfigError(f"{where} has no budget {min(wrong):g}; there are {there}")
+    points = [*study.points(part)]
     if not points:
         raise ConfigError(f"{where} has no cells in the part that {' '.join(overrides)} chooses")
     compose = partial(composed, study=file, resolve=False)
@@ -53,7 +60,7 @@ def planned_cells(sweep: str | Path | StudyFile, overrides: Sequence[str] = ()) 
             for key, value in point.keys.items():
                 set_value(tree, key, value)
             # An axis of a row that takes its usual value is left out of the cell's name.
-            unusual = {key: value for key, value in point.row_axes.items() if value_at(usual, key) != value}
+            unusual = {key: value for key, value in point.row_axes.items() if value_at(usual, key, SECTION) != value}
             config = parse_config(resolved(tree), f"{where}: {method}: ")
             cells.append((config, point.axes | unusual | changed))
     if (data := cells[0][0].data).train_tokens is None and read_manifest(data) is None:

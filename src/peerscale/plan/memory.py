@@ -43,7 +43,9 @@ def device_memory(config: Config, micro_batches: int | None = None) -> dict[str,
         if not config.trainer.compiles_on("cuda" if config.trainer.accelerator == "gpu" else "cpu"):
             of_token += n_layers * 8 * d_model  # input and normalised input of both norms are fp32; compiled, one is
     tables = config.ffn.table_sizes(around) if config.optim.name == "row_sparse_adamw" else []
-    state = checkpoint_bytes(config) + GRADIENT_BYTES * (n_params - n_replaced * sum(tables))
+    shared = min(sum(tables), sum(config.ffn.cost(around).shared.values()))
+    in_tables = n_replaced * sum(tables) - (n_replaced - 1) * shared
+    state = checkpoint_bytes(config) + GRADIENT_BYTES * (n_params - in_tables)
     activations = config.tokens_per_step // config.trainer.devices // parts * of_token
     return {
         "state": state + 2 * n_params * (config.precision == "bf16"),

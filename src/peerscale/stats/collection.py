@@ -73,7 +73,8 @@ def collect(sweep: str, runs: Path, overrides: Sequence[str] = (), methods: Sequ
     records = [to_publish(record) for record in (*planned, *further)]  # so that results/ alone gives the same fits
     table, curves = runs_table(records), curves_table(here / cell for cell in found)
     require_methods(methods, table, sweep)
-    fits = fits_of(sweep, table, records, extrapolated(cells or ()))
+    usual = usual_cells(sweep, [*methods_of(table).unique()]) if cells else ()
+    fits = fits_of(sweep, table, records, extrapolated(cells or ()) | extrapolated(usual))
     write_records(study.folder, records)
     write_text(study.curves, curves.to_csv(index=False))
     write_text(study.runs, table.to_csv(index=False))
@@ -152,6 +153,14 @@ def plan_of(sweep: str, overrides: Sequence[str], *, needed: bool = False) -> Se
         notice = "notice: only cells with a record are in the table, as the plan cannot be read"
         print(f"{notice}: {error}", file=sys.stderr)
         return None
+
+
+def usual_cells(sweep: str, methods: Sequence[str]) -> Sequence[Cell]:
+    """The cells that the study's file gives some methods, guests among them; none if one cannot be planned here."""
+    try:
+        return planned_cells(sweep, [f"sweep.methods=[{','.join(methods)}]"])
+    except UserError:
+        return ()
 
 
 def with_planned(cells: Sequence[Cell] | None, found: Mapping[str, Record]) -> tuple[list[Record], list[Record]]:

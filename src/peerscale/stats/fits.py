@@ -49,7 +49,8 @@ def fit_study(runs: pd.DataFrame, compared: Mapping[str, Any], held_out: Collect
         "curves": compared["curves"] | described_curves(curves_of_law(own) if law else ()),
         "laws": compared["laws"] | surfaces(done),
         "conventions": to_plain(to_names(conventions)),
-        "rates": {"law": to_plain(law), "tables": None if law else table_law_of(done)} | compared.get("rates", {}),
+        "rates": {"law": to_plain(law), "tables": None if law else table_law_of(finished(own))}
+        | compared.get("rates", {}),
     }
 
 

@@ -62,3 +62,5 @@ def _add(guest: str, compared: dict[str, Any], found: dict[str, Any]) -> None:
     found["curves"] |= {name: curve for name, curve in curves.items() if curve["method"] == guest}
     if "errors" in found.get("rates", {}):
         found["rates"]["errors"] += of_guest(compared["rates"]["errors"])
+    if beyond := of_guest(compared.get("rates", {}).get("extrapolated", ())):
+        found.setdefault("rates", {}).setdefault("extrapolated", []).extend(beyond)

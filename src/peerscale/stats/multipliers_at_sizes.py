@@ -58,7 +58,7 @@ def _differences(
         return (math.nan,) * 3
     found, sizes = [], done.groupby(["curve", "size"])["flops_per_token"].mean().to_dict()
     for one in entry["differences"]:
-        if (one["method"], one["reference"]) != (curve, reference["name"]) or one.get("value") is None:
+        if (one["method"], one["reference"]) != (curve, reference["name"]) or one.get("low") is None:
             continue
         own, others = (sizes[name, one["size"]] for name in (curve, reference["name"]))
         if reference["sizes"][0] <= own <= reference["sizes"][-1]:

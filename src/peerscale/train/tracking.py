@@ -46,7 +46,7 @@ class RunLogger(WandbLogger):
             group=record.sweep,
             job_type="train",
             tags=[record.sweep, record.method, record.size, *tracking.tags],
-            config={**to_dict(config), "derived": record.plan},
+            config={**to_dict(config), "derived": {**record.plan, "name": config.ffn.name}},
             save_dir=folder,
             mode=mode,
             # With `resume`, a later `wandb sync` of an offline run would renumber the steps.
