@@ -74,8 +74,9 @@ def tracking_of(folder: Path) -> dict[str, Any]:
     """W&B project and entity of the first cell of a study; raises `UserError` without cells or without the package."""
     if wr is None:
         raise UserError("wandb-workspaces is not installed: .venv/bin/python -m pip install --editable '.[report]'")
-    for path in (path for cell in cell_folders(folder) if (path := cell / "config.yaml").is_file()):
-        return yaml.safe_load(path.read_text(encoding="utf-8"))["tracking"]
+    for cell in cell_folders(folder):
+        if (path := cell / "config.yaml").is_file():
+            return yaml.safe_load(path.read_text(encoding="utf-8"))["tracking"]
     raise UserError(
         f"no cells in {folder}, whose config.yaml names the W&B project; first: make sweep SWEEP={folder.name}"
     )

@@ -94,12 +94,14 @@ def run_stage(cells: Sequence[Cell], run: Callable[[Sequence[Cell]], Any]) -> di
 
 def refuse_other_settings(placing: Placing) -> None:
     """Raise `UserError` if overrides change what the protocol has the same for all."""
-    ours, usual = (
-        hashed_config(cell.config, cell.plan, "")
-        for cell in (next(placing._replace(overrides=some).tuning())[0]
-                     for some in (placing.overrides, of_data(placing.overrides)))
-    )  # fmt: skip
-    if found := differing_keys(usual, ours):
+    if (allowed := of_data(placing.overrides)) == [*placing.overrides]:
+        return
+
+    def first(overrides: Sequence[str]) -> dict[str, Any]:
+        cell = next(placing._replace(overrides=overrides).tuning())[0]
+        return hashed_config(cell.config, cell.plan, "")
+
+    if found := differing_keys(first(allowed), first(placing.overrides)):
         raise UserError(f"the protocol is the same for all layers, and overrides change {'; '.join(found)}")
 
 

@@ -73,7 +73,8 @@ def collect(sweep: str, runs: Path, overrides: Sequence[str] = (), methods: Sequ
     records = [to_publish(record) for record in (*planned, *further)]  # so that results/ alone gives the same fits
     table, curves = runs_table(records), curves_table(here / cell for cell in found)
     require_methods(methods, table, sweep)
-    usual = usual_cells(sweep, [*methods_of(table).unique()]) if cells else ()
+    # The plan is that of the file already if there are neither overrides nor guests.
+    usual = usual_cells(sweep, [*methods_of(table).unique()]) if cells and (overrides or further) else ()
     fits = fits_of(sweep, table, records, extrapolated(cells or ()) | extrapolated(usual))
     write_records(study.folder, records)
     write_text(study.curves, curves.to_csv(index=False))

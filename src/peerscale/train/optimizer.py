@@ -53,9 +53,9 @@ def _stated(model: nn.Module, method: str) -> list[Any]:
 def build_optimizer(groups: ParameterGroups, config: Config, plan: Plan) -> torch.optim.Optimizer:
     """AdamW over the groups; the learning rates are peak rates, which the schedule scales."""
     optim = config.optim
-    of_tables = {"eps": config.table_eps, "tables": True} | (
-        {"row_sparse": True} if optim.name == "row_sparse_adamw" else {}
-    )
+    of_tables = {"tables": True, "eps": config.table_eps}
+    if optim.name == "row_sparse_adamw":
+        of_tables["row_sparse"] = True
     settings = [
         *_alike(groups.matrices, groups.own, plan.lr, optim.weight_decay),
         *_alike(groups.vectors, groups.own, plan.lr, 0.0),
