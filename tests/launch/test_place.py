@@ -138,7 +138,9 @@ def test_the_check_finds_missing_further_and_other_runs(tmp_path: Path) -> None:
         check_entry("dense_in_two", standing=tmp_path)
 
 
-def test_a_row_goes_on_from_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_goes_on_from_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """On a machine that has none of its runs, only what is missing is trained, and its larger budget is kept."""
     trained: list[str] = []
 
@@ -154,6 +156,15 @@ def test_a_row_goes_on_from_its_folder(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(place, "table_folder", lambda overrides: tmp_path)
     stages, folder = placed(tmp_path, "dense", read_entrant("dense"))
     records = read_records(folder)
+    trials, _, row, *_ = stages
+    fourth = sorted(trials, key=loss_of)[3].name
+    for lost, expected in (
+        ({row[0].name, row[1].name}, [["12"], ["6"], ["2", "7"], ["3"], ["9"], ["2"]]),
+        ({fourth}, [["1", "11"], ["2", "4"], ["9"], ["3"], ["9"], ["24"]]),  # it counts as the best
+    ):
+        write_records(folder, [one for one in records if one.cell not in lost])
+        assert place.main(["dense", "--plan", f"trainer.runs_directory={tmp_path / 'runs'}"]) == 0
+        assert [re.findall(r"(\d+) runs", line) for line in capsys.readouterr().out.splitlines()] == expected
     write_records(folder, records[1:])
     assert place.main(["dense", f"trainer.runs_directory={tmp_path / 'runs'}"]) == 0
     assert trained == [records[0].cell]

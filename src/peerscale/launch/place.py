@@ -7,7 +7,7 @@ command goes on wherever it was stopped, and a larger --budget adds to a row tha
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,15 +25,11 @@ from peerscale.plan.cell import Cell
 from peerscale.plan.cell_names import budget_name
 from peerscale.plan.entrant import (
     FINAL_SEEDS,
-    FINALISTS,
-    N_TRIALS,
-    TRIAL_SEED,
     TUNING_BUDGET,
     TUNING_SIZE,
     Losses,
     Placing,
     Settings,
-    Space,
     drive,
     read_entrant,
 )  # fmt: skip
@@ -56,19 +52,18 @@ class Waiting(Exception):
     """The runs of a stage have not ended: Slurm or another process has them."""
 
 
-def restore(cells: Sequence[Cell], entry: Entry) -> None:
-    """Put an entry's records into the folders of the cells that have none, if their configurations are the same.
+def committed(cells: Sequence[Cell], entry: Entry | None) -> dict[str, Record]:
+    """An entry's records of cells that have none in their folders, by name, where the configurations are the same.
 
-    From then on they are runs like any other. Records of an earlier protocol are left out.
+    Records of an earlier protocol are left out.
     """
-    if entry.about["protocol"] != protocol_hash():
-        return
+    if entry is None or entry.about["protocol"] != protocol_hash():
+        return {}
     manifest = read_manifest(cells[0].config.data)
+    fingerprint = manifest.fingerprint if manifest else None
     records = {record.cell: record for record in entry.records}
-    for cell in cells:
-        record = None if (cell.folder / RECORD).exists() else records.get(cell.name)
-        if record and not differences(cell, record, manifest.fingerprint if manifest else None):
-            write_record(cell.folder, record)
+    missing = [cell for cell in cells if cell.name in records and not (cell.folder / RECORD).exists()]
+    return {cell.name: records[cell.name] for cell in missing if not differences(cell, records[cell.name], fingerprint)}
 
 
 def run_stage(cells: Sequence[Cell], run: Callable[[Sequence[Cell]], Any]) -> dict[str, Record]:
@@ -105,22 +100,27 @@ def refuse_other_settings(placing: Placing) -> None:
         raise UserError(f"the protocol is the same for all layers, and overrides change {'; '.join(found)}")
 
 
-def print_plan(placing: Placing, budgets: Sequence[float], jobs: int) -> None:
-    """What the command would train, without what depends on losses: trials of a wider space."""
-    space = Space.of(placing.entrant)
-    points = space.points(0, N_TRIALS)
-    stages = {"trials": placing.cells(points, TUNING_BUDGET, [TUNING_SIZE], [TRIAL_SEED])}
-    stages["new seeds of the best"] = placing.cells(points[:FINALISTS], TUNING_BUDGET, [TUNING_SIZE], FINAL_SEEDS)
-    for budget in budgets:
-        of_row: list[Cell] = []
-        drive(placing.row(budget, points[0]), lambda cells, into=of_row: into.extend(cells) or {})
-        stages[f"row at {budget_name(budget)}"] = of_row
+def print_plan(placing: Placing, entry: Entry | None, budgets: Sequence[float], jobs: int) -> None:
+    """What the command would train. Runs to come count as the best, so that those that follow from them are listed."""
     seconds: list[float] = []
-    for stage, cells in stages.items():
-        each = [time.s for time in estimates(cells).values()]
-        seconds += each
-        flops = sum(cell.plan.flops for cell in cells)
-        print(f"{stage}: {len(cells)} runs, {flops:.3g} FLOPs, {duration(sum(each))} on one worker")
+
+    def show(stages: Iterator[str], cells: Sequence[Cell]) -> Losses:
+        found = [outcome for outcome in outcomes(cells) if outcome.status in FINISHED]
+        known = committed(cells, entry) | {outcome.cell.name: outcome.record for outcome in found if outcome.record}
+        missing = [cell for cell in cells if cell.name not in {*known, *(outcome.cell.name for outcome in found)}]
+        each = [time.s for time in estimates(missing).values()] if missing else []
+        seconds.extend(each)
+        done = f"{len(known)} runs are done" if known else ""
+        flops = sum(cell.plan.flops for cell in missing)
+        to_run = f"{len(missing)} runs, {flops:.3g} FLOPs, {duration(sum(each))} on one worker" if missing else ""
+        print(f"{next(stages)}: {', '.join(filter(None, [to_run, done]))}")
+        return {**losses_of(known), **{cell.name: 0.0 for cell in missing}}
+
+    of_tuning = ["trials", "new seeds of the best", "trials beyond the range", "new seeds of the best then"]
+    chosen = drive(placing.tuning(), partial(show, iter(of_tuning)))
+    for budget in budgets:
+        of_row = [*["rates around the chosen"] * (budget > TUNING_BUDGET), f"row at {budget_name(budget)}"]
+        drive(placing.row(budget, chosen), partial(show, iter(of_row)))
     print(f"in all {len(seconds)} runs, about {duration(makespan_s(seconds, jobs))} on {jobs} worker{'s' * (jobs > 1)}")
 
 
@@ -150,14 +150,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.tune:
         refuse_other_settings(placing)
     if options.plan:
-        print_plan(placing, [] if options.tune else budgets, options.jobs or 1)
+        print_plan(placing, entry, [] if options.tune else budgets, options.jobs or 1)
         return 0
     slurm = slurm_settings(options.launcher, options.overrides, options.jobs)
     ran: dict[str, Record] = {}
 
     def run(cells: Sequence[Cell]) -> Losses:
-        if entry:
-            restore(cells, entry)
+        known = committed(cells, entry)
+        for cell in cells:
+            if cell.name in known:
+                write_record(cell.folder, known[cell.name])  # from then on a run like any other
         found = run_stage(cells, partial(run_missing, launcher=options.launcher, jobs=options.jobs, slurm=slurm))
         ran.update(found)
         return losses_of(found)
