@@ -105,15 +105,16 @@ def print_plan(placing: Placing, entry: Entry | None, budgets: Sequence[float], 
     seconds: list[float] = []
 
     def show(stages: Iterator[str], cells: Sequence[Cell]) -> Losses:
-        found = [outcome for outcome in outcomes(cells) if outcome.status in FINISHED]
-        known = committed(cells, entry) | {outcome.cell.name: outcome.record for outcome in found if outcome.record}
-        missing = [cell for cell in cells if cell.name not in {*known, *(outcome.cell.name for outcome in found)}]
+        ended = {one.cell.name: one.record for one in outcomes(cells) if one.status in FINISHED}  # None: dropped
+        known = committed(cells, entry) | {name: record for name, record in ended.items() if record}
+        missing = [cell for cell in cells if cell.name not in known and cell.name not in ended]
         each = [time.s for time in estimates(missing).values()] if missing else []
         seconds.extend(each)
-        done = f"{len(known)} runs are done" if known else ""
         flops = sum(cell.plan.flops for cell in missing)
         to_run = f"{len(missing)} runs, {flops:.3g} FLOPs, {duration(sum(each))} on one worker" if missing else ""
-        print(f"{next(stages)}: {', '.join(filter(None, [to_run, done]))}")
+        done = f"{len(known)} runs are done" if known else ""
+        dropped = f"{n} dropped" if (n := len(cells) - len(missing) - len(known)) else ""
+        print(f"{next(stages)}: {', '.join(filter(None, [to_run, done, dropped]))}")
         return {**losses_of(known), **{cell.name: 0.0 for cell in missing}}
 
     of_tuning = ["trials", "new seeds of the best", "trials beyond the range", "new seeds of the best then"]
