@@ -124,9 +124,9 @@ def claimed(study: str, budget: float, rival: str) -> bool:
     )  # fmt: skip
 
 
-def at_both(method: str, rival: str) -> list[str]:
-    """The differences at the two largest sizes of 1e14."""
-    return [*pair(MAIN, 1e14, method, rival, "d112"), *pair(MAIN, 1e14, method, rival, "d128")]
+def at_both(method: str, rival: str, sign: bool = False) -> list[str]:
+    """The differences at two sizes of 1e14, each with its size."""
+    return [n for d in ("112", "128") for n in (*pair(MAIN, 1e14, method, rival, f"d{d}", sign=sign), d)]
 
 
 def more_flops() -> list[str]:
@@ -211,9 +211,9 @@ def of_readme() -> list[list[str]]:
         ["3.11"],
         ["95"],
         [*pair(MAIN, 3e13, PEER, "dense", sign=False), "3·10¹³", *pair(*DENSE, sign=False), "10¹⁴"],
-        [*pair(MAIN, 1e14, PEER, TOKEN, sign=False), "10¹⁴"],
-        [*pair(*PKM, sign=False), "10¹⁴", *gains_of_tables()],
-        ["3.2", "3.7", "10¹⁴"],
+        ["10¹⁴", *pair(MAIN, 1e14, PEER, TOKEN, sign=False), *pair(*PKM, sign=False)],
+        ["16,384", "4,096", *pair(MAIN, 1e14, MORE, PEER, sign=False), "10¹⁴"],
+        ["10¹⁴"],
         [*pair("controls", 1e13, "no_layer", "dense", "d64", sign=False), "10¹³"],
         ["10¹⁴", "16,384", "10¹³", "6·10⁴"],
         ["10¹³"],
@@ -225,8 +225,8 @@ def of_readme() -> list[list[str]]:
 
 
 def of_results() -> list[list[str]]:
-    expert = [n for size in ("112", "128") for n in (*pair(MAIN, 1e14, PEER, EXPERT, f"d{size}", sign=False), size)]
     best, worst = (pair("active", 1e13, one, "dense", "d64") for one in (TWO_HEADS, "peer n_heads=4-top_k=16"))
+    more = [pair(MAIN, 1e14, MORE, rival, sign=False) for rival in (PEER, TOKEN)]
     like = (pair(MAIN, 1e14, method, MORE, "d112") for method in ("moe_token_choice n_experts=32", EXPERT))
     return [
         ["95"],
@@ -235,9 +235,10 @@ def of_results() -> list[list[str]]:
         *(row_of_budget(*place) for place in PLACES),
         # By rival
         ["2.2·10¹²", "3·10¹³", "10¹⁴", *own(MAIN, 3e13, PEER, "dense"), "3·10¹³", *own(*DENSE), "10¹⁴"],
-        ["10¹⁴", "4,096", "2", "32", "10¹³", *(n.strip("+") for n in at_both(TWO_HEADS, TOKEN))],
-        ["2.2·10¹²", "10¹⁴", *expert, *more_flops()],
-        ["10¹⁴", *own(*PKM, sign=False), "1", *at_both("pkm n_heads=1", PEER)],
+        ["4,096", "10¹⁴", "2", "32", "10¹³", *at_both(TWO_HEADS, TOKEN)],
+        ["16,384", "10¹⁴", *more[0], "4,096", *more[1], "10¹³"],
+        ["2.2·10¹²", "10¹⁴", *at_both(PEER, EXPERT), *more_flops()],
+        [*own(*PKM, sign=False), "10¹⁴", "1", *at_both("pkm n_heads=1", PEER, sign=True)],
         [*pair("controls", 1e13, "no_layer", "dense", "d64", sign=False), "10¹³"],
         # Multipliers
         ["16,384"],
@@ -245,14 +246,13 @@ def of_results() -> list[list[str]]:
         [*growth(PEER), *growth(TOKEN)],
         # The paper's claims
         ["−0.145", "6·10¹⁸", "−0.107", "2·10¹⁹", "10¹⁴", "3·10¹³", "2.2·10¹²", "10¹³"],
-        ["−0.061", "−0.054", "10¹⁴"],
+        ["−0.061", "−0.054"],
         ["−0.037", "−0.040", "2.2·10¹²", "10¹⁴"],
         ["23.47", "16,384", "20.64", "16,384", "4,096", *pair(MAIN, 1e14, MORE, PEER), "10¹⁴", "3·10¹³", "10¹³"],
         ["3", "1", "2", "4", "64", *("2", "32", *best), *("4", "16", *worst)],
         ["−0.004", "0.000", *pair("experts", 1e13, NORMALISED, NOT_NORMALISED, "d64"), "65,536", "10¹³"],
         ["100", usage(4096, 1)[0], "4,096", "10¹⁴", *usage(16384, 0), "16,384"],
-        ["10¹⁴", "16,384", "3.2", "3.7", "16,384", "32", "112", *(number for each in like for number in each)],
-        ["16,384", "10¹⁴", "10¹³"],
+        ["10¹⁴", "16,384", "2", "3.2", "3.7", "112", "32", "16,384", *(number for each in like for number in each)],
         # What explains a difference to dense?
         ["10¹³", "64"],
         *(
@@ -264,15 +264,13 @@ def of_results() -> list[list[str]]:
         # What limits these numbers
         ["10¹⁴", "2", "32"],
         ["3·10¹³", "10¹⁴", *largest_gain(1e14), "10¹⁴"],
-        ["10¹³", "10¹⁴", "112", *gains_of_tables(), "3·10¹³", "10¹⁴"],
-        ["10¹³", "10¹⁴", "2", "32", *(n.strip("−") for n in at_both(TWO_HEADS, PEER))],
+        ["10¹⁴", "112", *gains_of_tables()],
+        ["10¹³", "10¹⁴", "2", "32", *at_both(TWO_HEADS, PEER)],
         ["10¹³", p_of_one_curvature(MAIN, 1e13), p_of_one_curvature(EVERY, 1e13)],
         ["10¹⁴", *pair(*DENSE, on="speeches"), *pair(*DENSE, on="wikipedia")],
         step_times(),
         ["10¹²", "3·10¹²"],
         [*extent(), "6·10⁴", "3·10⁷"],
-        # Withdrawn
-        ["2026", "11", "27", "2026", "12", "01"],
     ]
 
 

@@ -34,13 +34,13 @@ def differences_of(sweep: str, budget: float) -> dict[tuple[str, str, str], Any]
 @pytest.mark.parametrize(
     ("budget", "pair", "value", "half"),
     [
-        (3e13, ("peer", "dense"), -0.058, 0.021), (3e13, ("pkm", "peer"), 0.015, 0.020),
-        (1e14, ("peer", "dense"), -0.030, 0.013), (1e14, ("peer", "moe_token_choice"), 0.025, 0.013),
-        (1e14, ("peer", "pkm"), -0.017, 0.013),
+        (3e13, ("peer", "dense"), -0.0571, 0.0208), (1e14, ("peer", "dense"), -0.0441, 0.0105),
+        (3e13, ("peer", "moe_token_choice"), -0.0047, 0.0219), (1e14, ("peer", "moe_token_choice"), 0.0116, 0.0109),
+        (3e13, ("peer", "pkm"), -0.0080, 0.0207), (1e14, ("peer", "pkm"), -0.0112, 0.0103),
     ],
 )  # fmt: skip
 def test_isoflop_cpu_against_another_analysis(budget: float, pair: tuple[str, str], value: float, half: float) -> None:
-    """Values by ordinary least squares, half-widths by REML over all budgets, in another program."""
+    """By ordinary least squares of the means of cells, in another program; half-widths with 0.003 for learning rates."""
     there = differences_of("isoflop_cpu", budget)
     sign = 1 if (*pair, "") in there else -1
     found = there[(*pair, "") if sign > 0 else (*pair[::-1], "")]
