@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from peerscale.config.study import load_sweep
 from peerscale.files import ROOT
 from peerscale.plan.entrant import SIZES, Placing, read_entrant
 from peerscale.records.entry import ENTRY, STANDING
@@ -96,6 +97,15 @@ def largest_gain(budget: float) -> list[str]:
     each = [one for one in fits(MAIN)["rates"]["brackets"]["each"] if one["budget"] == budget]
     one = max(each, key=lambda found: found["gain"])
     return [f"{one['gain']:.4f}", f"{one['se']:.4f}"]
+
+
+def errors_of_rates() -> list[str]:
+    """The error that counts where no rates were tried, and PEER's by the brackets of 1e13, with the numbers between."""
+    (entry,) = (one for one in fits(MAIN)["budgets"] if one["budget"] == 1e13)
+    (peer,) = (one for one in entry["methods"] if one["name"] == PEER)
+    cost = load_sweep(MAIN).rates_cost
+    assert cost is not None
+    return [f"{cost:.4f}", "10¹³", f"{peer['rate_se']:.4f}", "16,384"]
 
 
 def row_of_budget(study: str, budget: float) -> list[str]:
@@ -263,7 +273,7 @@ def of_results() -> list[list[str]]:
         departure_from_one_law(),
         # What limits these numbers
         ["10¹⁴", "2", "32"],
-        ["3·10¹³", "10¹⁴", *largest_gain(1e14), "10¹⁴"],
+        ["3·10¹³", "10¹⁴", *largest_gain(1e14), "10¹⁴", *errors_of_rates()],
         ["10¹⁴", "112", *gains_of_tables()],
         ["10¹³", "10¹⁴", "2", "32", *at_both(TWO_HEADS, PEER)],
         ["10¹³", p_of_one_curvature(MAIN, 1e13), p_of_one_curvature(EVERY, 1e13)],

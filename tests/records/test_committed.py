@@ -40,7 +40,7 @@ def differences_of(sweep: str, budget: float) -> dict[tuple[str, str, str], Any]
     ],
 )  # fmt: skip
 def test_isoflop_cpu_against_another_analysis(budget: float, pair: tuple[str, str], value: float, half: float) -> None:
-    """By ordinary least squares of the means of cells, in another program; half-widths with 0.003 for learning rates."""
+    """By ordinary least squares of cells' means, in another program; half-widths with 0.003 for learning rates."""
     there = differences_of("isoflop_cpu", budget)
     sign = 1 if (*pair, "") in there else -1
     found = there[(*pair, "") if sign > 0 else (*pair[::-1], "")]
