@@ -328,3 +328,16 @@ def test_the_plan_of_tuning_alone_has_no_row(capsys: pytest.CaptureFixture[str])
     assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()[:2]] == [
         *("trials", "new seeds of the best")
     ]
+
+
+@pytest.mark.parametrize("options", [[], ["--plan"]])
+def test_a_folder_with_a_run_of_another_configuration_is_refused(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(place, "prepare", lambda data: None)
+    monkeypatch.setattr(place, "table_folder", lambda overrides: tmp_path)
+    here = f"trainer.runs_directory={tmp_path / 'runs'}"
+    cell = next(Placing("dense", read_entrant("dense"), [here]).tuning())[0]
+    write_record(cell.folder, record_of(replace(cell, config=replace(cell.config, context=32))))
+    with pytest.raises(UserError, match=r"holds a run of another configuration: context"):
+        place.main(["dense", here, *options])

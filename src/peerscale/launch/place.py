@@ -44,7 +44,7 @@ from peerscale.records.entry import (
     write_entry,
 )
 from peerscale.records.fingerprint import differing_keys, hashed_config
-from peerscale.records.outcome import FINISHED, outcomes
+from peerscale.records.outcome import FINISHED, Outcome, outcomes
 from peerscale.records.record import RECORD, Record, Status, differences, write_record
 
 
@@ -66,17 +66,27 @@ def committed(cells: Sequence[Cell], entry: Entry | None) -> dict[str, Record]:
     return {cell.name: records[cell.name] for cell in missing if not differences(cell, records[cell.name], fingerprint)}
 
 
+def look_up(cells: Sequence[Cell]) -> list[Outcome]:
+    """What became of the cells of a stage.
+
+    Raises:
+        UserError: a cell's folder holds a run of another configuration.
+    """
+    found = outcomes(cells)
+    if refused := next((one.refused for one in found if one.refused), None):
+        raise UserError(refused)
+    return found
+
+
 def run_stage(cells: Sequence[Cell], run: Callable[[Sequence[Cell]], Any]) -> dict[str, Record]:
     """Run the cells of a stage that have not ended; returns the records of those that have, by name.
 
     Raises:
-        UserError: a cell's folder holds a run of another configuration.
+        UserError: as of `look_up`.
         FailedCells: a cell failed, other than by a loss that diverged.
         Waiting: cells are still running, in Slurm or in another process.
     """
-    found = outcomes(cells)
-    if refused := next((outcome.refused for outcome in found if outcome.refused), None):
-        raise UserError(refused)
+    found = look_up(cells)
     if pending := [outcome.cell for outcome in found if outcome.status not in FINISHED]:
         run(pending)
         found = outcomes(cells)
@@ -105,7 +115,7 @@ def print_plan(placing: Placing, entry: Entry | None, budgets: Sequence[float], 
     seconds: list[float] = []
 
     def show(stages: Iterator[str], cells: Sequence[Cell]) -> Losses:
-        ended = {one.cell.name: one.record for one in outcomes(cells) if one.status in FINISHED}  # None: dropped
+        ended = {one.cell.name: one.record for one in look_up(cells) if one.status in FINISHED}  # None: dropped
         known = committed(cells, entry) | {name: record for name, record in ended.items() if record}
         missing = [cell for cell in cells if cell.name not in known and cell.name not in ended]
         each = [time.s for time in estimates(missing).values()] if missing else []
