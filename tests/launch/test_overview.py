@@ -186,11 +186,12 @@ def test_status_without_the_corpus(
     assert columns(capsys.readouterr().out.splitlines()[1]) == ["dense-d8-s0", shown]
 
 
-def test_the_plan_marks_done_cells_and_leaves_them_out_of_the_time(
+def test_the_plan_marks_cells_that_have_ended_and_leaves_them_out_of_the_time(
     study: Path, cells: list[Cell], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done, *left = [cell for cell in cells if cell.plan.verdict == "OK"]
+    done, diverged, *left = [cell for cell in cells if cell.plan.verdict == "OK"]
     write_record(done.folder, record_of(done, Status.DONE, timing={"flops_per_s": 1e8}))
+    write_record(diverged.folder, record_of(diverged, Status.DIVERGED))
     opened = []
     for name, read in (("read_bytes", Path.read_bytes), ("read_text", Path.read_text)):
         noted = lambda path, *a, read=read, **k: opened.append(path) or read(path, *a, **k)  # noqa: E731
@@ -199,13 +200,13 @@ def test_the_plan_marks_done_cells_and_leaves_them_out_of_the_time(
     assert opened.count(done.folder / "record.json") == 1
     lines = capsys.readouterr().out.splitlines()
     shown = {columns(line)[0]: columns(line)[-1] for line in lines[1:9]}
-    assert [shown[cell.name] for cell in (done, *left)] == ["done", "OK", "OK", "OK", "OK"]
+    assert [shown[cell.name] for cell in (done, diverged, *left)] == ["done", "diverged", "OK", "OK", "OK"]
     seconds = {name: found.s for name, found in estimates(cells).items()}
     workers = [0.0, 0.0]
     for cell_s in sorted((seconds[cell.name] for cell in left), reverse=True):
         workers[workers.index(min(workers))] += cell_s
     (command,) = [line for line in lines if line.startswith("make sweep")]
-    assert command == f"make sweep SWEEP=toy: 4 cells to run, about {duration(max(workers))} on 2 workers"
+    assert command == f"make sweep SWEEP=toy: 3 cells to run, about {duration(max(workers))} on 2 workers"
 
 
 def test_the_log_of_a_job_is_named_if_there_is_one(cells: list[Cell]) -> None:

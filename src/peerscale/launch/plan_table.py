@@ -37,17 +37,17 @@ def print_plan(sweep: str, overrides: Sequence[str], workers: int, price: float 
     cells = planned_cells(file, overrides)
     found = outcomes(cells)
     times = estimates(cells, found)
-    done = {outcome.cell.name for outcome in found if outcome.status is Status.DONE}
+    ended = {one.cell.name: str(one.status) for one in found if one.status in (Status.DONE, Status.DIVERGED)}
     refused = {outcome.cell.name: outcome.refused for outcome in found if outcome.refused}
     state = {cell.name: str(cell.plan.verdict) for cell in cells}
-    state |= dict.fromkeys(done, "done") | dict.fromkeys(refused, "refused")
+    state |= ended | dict.fromkeys(refused, "refused")
     rows = [plan_row(cell, times[cell.name]) | {"": state[cell.name]} for cell in cells]
     print(pd.DataFrame(rows).set_index("cell").rename_axis(None).to_string())
     print(f"\n{LEGEND}")
     kept = [cell for cell in cells if cell.plan.verdict is Verdict.OK]
     print(*(f"{cell.name} dropped: {cell.plan.reason}\n" for cell in cells if cell not in kept), sep="", end="")
     print(f"{len(kept)} cells of {len(cells)}, {sum(cell.plan.flops for cell in kept):.3g} FLOPs ({CONVENTION})")
-    left = [cell for cell in kept if cell.name not in done]
+    left = [cell for cell in kept if cell.name not in ended]
     takes = f"{len(left)} cells to run, about {duration(makespan_s((times[cell.name].s for cell in left), workers))}"
     on = "one worker" if workers == 1 else f"{workers} workers"
     print(f"make sweep SWEEP={cells[0].sweep}: {f'{takes} on {on}' if left else 'nothing to run'}")
