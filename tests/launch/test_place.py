@@ -18,7 +18,7 @@ from peerscale.figures.standing import standing_figure, standing_table
 from peerscale.launch import place
 from peerscale.plan import entrant as protocol
 from peerscale.plan.cell import Cell
-from peerscale.plan.entrant import SEEDS, Entrant, Placing, drive, read_entrant
+from peerscale.plan.entrant import SEEDS, Entrant, Placing, drive, parse_entrant, read_entrant
 from peerscale.records import entry as entries
 from peerscale.records import outcome
 from peerscale.records.entry import check_entry, losses_of, read_entries, write_entry
@@ -260,6 +260,12 @@ def test_runs_without_a_loss_are_shown(tmp_path: Path) -> None:
 def test_a_name_without_a_file_is_a_layer() -> None:
     assert asdict(read_entrant("fine_grained_moe")) == asdict(Entrant(layer="fine_grained_moe"))
     assert read_entrant("relu_squared") == Entrant(layer="relu_squared", replaced="all")
+
+
+def test_a_choice_may_set_the_layer_alone() -> None:
+    parse_entrant({"layer": "peer", "choice": [{"ffn.top_k": 8}, {}]}, "x.yaml: ")
+    with pytest.raises(ConfigError, match=r"x\.yaml: choice\.0\.batch_sequences.* '\^ffn"):
+        parse_entrant({"layer": "peer", "choice": [{"batch_sequences": 64}]}, "x.yaml: ")
 
 
 def test_models_of_more_than_ten_times_the_parameters_of_dense_are_refused() -> None:

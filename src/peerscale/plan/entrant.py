@@ -31,6 +31,10 @@ Settings = dict[str, Any]
 Stages = Generator[list[Cell], Losses, Settings]
 """Cells of each stage out, their losses in, and what was chosen at the end."""
 
+LayerKey = Annotated[str, Field(pattern=r"^ffn\.")]
+"""A key of the layer: all others, but for rates, are the same for all entrants."""
+Choice = Annotated[list[dict[LayerKey, Any]], Field(min_length=1, max_length=4)]
+
 PREFIX = "standing_"
 """What the names of entrants' studies, and so of their folders in runs/, begin with."""
 
@@ -78,8 +82,8 @@ class Entrant:
     """Name of the layer's file in conf/ffn."""
     replaced: str | list[int] = field(default_factory=lambda: [2, 4])
     """Blocks that the layer takes; as the configuration's `replaced`."""
-    choice: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=4)] = field(default_factory=lambda: [{}])
-    """The further choice: settings by key, such as `{ffn.n_heads: 1, ffn.top_k: 64}`; `{}`: the usual ones."""
+    choice: Choice = field(default_factory=lambda: [{}])
+    """The further choice: settings of the layer, such as `{ffn.n_heads: 1, ffn.top_k: 64}`; `{}`: the usual ones."""
     reference: bool = False
     """Whether all rows are compared with this one."""
     mark: str = ""
